@@ -1,0 +1,47 @@
+"""One attention API over every accelerator.
+
+    import hal_core as hal
+    out = hal.attention(query, key, value, is_causal=True)   # the fastest device that is right for this call
+    print(hal.explain(query, key, value))                    # why that one, and why no other
+
+Importing this package imports neither torch nor a driver.
+"""
+
+from . import testing as testing  # a package whose parts are imported when used
+from .attention import attention, bind, explain
+from .calibration import Calibration, cache_dir
+from .capabilities import FEATURES, Capabilities, Choice, Code, Numerics, Range, Refusal
+from .context import configure, meter, prefer, use
+from .device import Device, Fidelity
+from .errors import (
+    ContractError,
+    DeviceUnavailableError,
+    HalError,
+    MemoryLimitError,
+    PluginError,
+    SelectionChangedError,
+    UnknownBackendError,
+    UnsupportedError,
+)
+from .estimate import Basis, Estimate, Provenance, Quantity
+from .hooks import API_VERSION, BackendSpec, hookimpl
+from .kernels import KernelSpec, kernel
+from .memory import Buffer, MemoryStats, PooledMemory
+from .protocols import AttentionBackend, MemoryManager, Session, SimpleSession, TilingStrategy
+from .registry import devices, register, session, unregister
+from .request import AttentionOutput, AttentionRequest, Causal, Grads, MaskKind, SequenceTables
+from .selection import Candidate, Decision, check_all, replay
+from .tiling import BlockPlan, DenseTiling, Tile, TilePlan, dense_mask, expand_block_plan, merge_partials, slice_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "API_VERSION", "FEATURES", "AttentionBackend", "AttentionOutput", "AttentionRequest", "BackendSpec", "Basis", "BlockPlan",
+    "Buffer", "Calibration", "Candidate", "Capabilities", "Causal", "Choice", "Code", "ContractError", "Decision",
+    "DenseTiling", "Device", "DeviceUnavailableError", "Estimate", "Fidelity", "Grads", "HalError", "KernelSpec", "MaskKind",
+    "MemoryLimitError", "MemoryManager", "MemoryStats", "Numerics", "PluginError", "PooledMemory", "Provenance", "Quantity",
+    "Range", "Refusal", "SelectionChangedError", "SequenceTables", "Session", "SimpleSession", "Tile", "TilePlan",
+    "TilingStrategy", "UnknownBackendError", "UnsupportedError", "attention", "bind", "cache_dir", "check_all", "configure",
+    "dense_mask", "devices", "expand_block_plan", "explain", "hookimpl", "kernel", "merge_partials", "meter", "prefer",
+    "register", "replay", "session", "slice_mask", "unregister", "use",
+]  # fmt: skip

@@ -1,0 +1,59 @@
+"""Every error this package raises on purpose. One sentence each: what was given, what is wanted, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .selection import Decision
+
+
+class HalError(Exception):
+    """Base of all errors raised on purpose. The command line prints it and exits with 2."""
+
+
+class ContractError(HalError, ValueError):
+    """Malformed input: a wrong rank, shape, dtype or value. No device could run it."""
+
+
+class UnsupportedError(HalError, RuntimeError):
+    """A well-formed request that no eligible device runs. Carries the `Decision` with every reason.
+
+    Attributes:
+        decision: the decision record, or None where no device was consulted.
+    """
+
+    def __init__(self, message: str, decision: Decision | None = None) -> None:
+        super().__init__(message)
+        self.decision = decision
+
+
+class UnknownBackendError(HalError, LookupError):
+    """A backend name that no installed plugin offers."""
+
+
+class DeviceUnavailableError(HalError, RuntimeError):
+    """A backend is installed, but the device that was named is not present or cannot be used."""
+
+
+class MemoryLimitError(HalError, MemoryError):
+    """A request would pass the memory limit. Nothing was allocated.
+
+    Attributes:
+        requested, in_use, limit: bytes.
+    """
+
+    def __init__(self, device: str, requested: int, in_use: int, limit: int) -> None:
+        super().__init__(
+            f"{device} cannot allocate {requested:,} bytes: {in_use:,} in use of a limit of {limit:,}. Nothing was "
+            f"allocated. Free buffers, call trim(), shorten the request, or raise hal.configure(memory_limit=...)."
+        )
+        self.requested, self.in_use, self.limit = requested, in_use, limit
+
+
+class PluginError(HalError, RuntimeError):
+    """A plugin that cannot be loaded or breaks the plugin contract."""
+
+
+class SelectionChangedError(HalError, RuntimeError):
+    """Compiled code runs under another device selection than the one it was compiled for."""

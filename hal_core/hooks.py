@@ -1,0 +1,65 @@
+"""The five hooks of a plugin. An entry point of the group `hal.plugins` names a light module that implements them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import pluggy
+
+if TYPE_CHECKING:
+    from .kernels import KernelSpec
+    from .request import AttentionRequest
+    from .selection import Candidate, Decision
+
+#: (major, minor) of the plugin contract. A plugin needs the same major, and a minor that is not newer.
+API_VERSION = (1, 0)
+ENTRY_POINT_GROUP = "hal.plugins"
+
+hookspec = pluggy.HookspecMarker("hal")
+hookimpl = pluggy.HookimplMarker("hal")
+
+
+@attrs.frozen(kw_only=True)
+class BackendSpec:
+    """A backend's metadata: enough to list it without importing it.
+
+    Attributes:
+        name: the backend's name, the first part of its device ids.
+        target: "module:attr" of a class built without arguments; imported when the backend is first needed.
+        api: the plugin contract it was written for.
+        requirements: what it needs beside its package, for people ("a Vulkan 1.3 driver").
+        install_hint: what to type where something is missing.
+        priority: order among equals, higher first.
+    """
+
+    name: str = attrs.field(validator=attrs.validators.matches_re(r"[a-z][a-z0-9_]*"))
+    target: str = attrs.field(validator=attrs.validators.matches_re(r"[\w.]+:[\w.]+"))
+    api: tuple[int, int] = API_VERSION
+    requirements: tuple[str, ...] = ()
+    install_hint: str = ""
+    priority: int = 0
+
+
+class Hooks:
+    """Signatures of the hooks; an implementation may take fewer arguments."""
+
+    @hookspec
+    def hal_backends(self, api_version: tuple[int, int]) -> list[BackendSpec]:  # type: ignore[empty-body]
+        """The backends this plugin offers."""
+
+    @hookspec
+    def hal_kernels(self) -> list[KernelSpec]:  # type: ignore[empty-body]
+        """Specifications of kernels beside attention."""
+
+    @hookspec(firstresult=True)
+    def hal_policy(self, request: AttentionRequest, candidates: list[Candidate]) -> str | None:
+        """The device id to use among candidates that support the request; None leaves it to the next policy."""
+
+    @hookspec
+    def hal_decision(self, decision: Decision) -> None:
+        """Called with every new decision. Observers cannot change it."""
+
+    @hookspec
+    def hal_commands(self, subparsers: Any) -> None:
+        """Add subcommands to `hal`: subparsers is argparse's; set_defaults(run=function of the namespace)."""

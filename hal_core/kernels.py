@@ -1,0 +1,63 @@
+"""Kernels beside attention: one specification per name, held to a float64 reference for every provider."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class KernelSpec:
+    """What a kernel name means. Shipped by any plugin through the `hal_kernels` hook.
+
+    Attributes:
+        name: for example "matmul".
+        signature: the call as text, "matmul(a[M, K], b[K, N]) -> [M, N]".
+        reference: "module:attr" of a float64 implementation on torch tensors.
+        sampler: "module:attr" of a function (generator) -> argument tuple that draws fresh inputs.
+        tolerance: largest ||x - reference|| / ||reference|| by dtype name.
+    """
+
+    name: str
+    signature: str
+    reference: str
+    sampler: str
+    tolerance: dict[str, float]
+
+
+def resolve(target: str) -> Any:
+    """The object that "module:attr" names. Raises whatever its import raises."""
+    module, _, attribute = target.partition(":")
+    value: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
+    """The kernel `name` on a device.
+
+    Args:
+        name: a kernel name that an installed plugin specifies.
+        backend: device or backend name; None for the first device, hardware before simulated, that provides it.
+
+    Raises:
+        UnknownBackendError: no such backend. UnsupportedError: nobody there provides the kernel.
+    """
+    from .errors import UnsupportedError
+    from .protocols import KernelProvider
+    from .registry import registry
+
+    devices = registry.find(backend) if backend is not None else sorted(registry.devices(), key=lambda d: d.fidelity.rank)
+    for device in devices:
+        provider = registry.backend_of(device)
+        if isinstance(provider, KernelProvider) and name in provider.kernel_names(device):
+            session: Any = registry.session(device.id)
+            call: Callable[..., Any] = session.kernel(name)
+            return call
+    known = ", ".join(sorted(registry.kernel_specs())) or "none"
+    where = f"on {backend}" if backend is not None else "on any installed device"
+    raise UnsupportedError(f"kernel {name!r} is not provided {where}: specified kernels are {known}")

@@ -1,0 +1,206 @@
+"""One attention call described without its tensors: what selection, refusal and estimates work on."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1,
+}  # fmt: skip
+
+
+class MaskKind(enum.StrEnum):
+    NONE = "none"
+    BOOLEAN = "boolean"  # True: the query may read the key
+    ADDITIVE = "additive"  # added to the scores after scale and softcap
+
+
+class Causal(enum.StrEnum):
+    """Where the causal diagonal starts.
+
+    Row i reads key j where j <= i + offset. TOP_LEFT: offset = diagonal (torch's `is_causal`).
+    BOTTOM_RIGHT: offset = len_k - len_q + diagonal, with each sequence's own lengths where they differ.
+    """
+
+    NONE = "none"
+    TOP_LEFT = "top_left"
+    BOTTOM_RIGHT = "bottom_right"
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """An attention call's static description. It never holds a tensor.
+
+    Attributes:
+        batch, heads_q, heads_kv: sizes. Query head h reads key head h // (heads_q // heads_kv). For packed lengths,
+            batch counts the sequences.
+        len_q, len_k: exact, or the upper bound of a bucket; a session reads exact lengths from the tensors. For packed
+            lengths the longest sequence; for a paged cache the most keys a sequence can hold.
+        dim_qk, dim_v: head size of query and key, and of value.
+        dtype: of query, key and value ("float32", "bfloat16" ...).
+        device: torch device of the tensors ("cpu", "cuda:0").
+        last_dim_contiguous: whether query, key and value all have stride 1 in their last dimension.
+        mask: kind of `attn_mask`; broadcast to [batch, heads_q, len_q, len_k].
+        causal, diagonal: see `Causal`.
+        window: (left, right), both inclusive, None for open: row i reads keys i + offset - left to i + offset + right,
+            with the offset of `causal` (of TOP_LEFT where causal is NONE).
+        softcap: c in c * tanh(score / c), applied after scale, before the mask; None for none.
+        scale: factor on query @ key^T; None for 1 / sqrt(dim_qk).
+        dropout: probability of dropping a normalised weight; kept ones are divided by 1 - dropout.
+        packed: sequences are packed along the length, with cumulative lengths.
+        page_size: tokens in a page of a paged key/value cache; None for no paging.
+        cache_dtype: dtype of key and value where it is not `dtype` (an FP8 cache with scales); None otherwise.
+        block_plan: (block_q, block_k, max_blocks) of a block-sparse plan; None for dense.
+        grads: subset of {"q", "k", "v", "mask"} that needs gradients.
+        lse: whether the log-sum-exp is returned. grad_lse: whether gradients flow through it.
+        deterministic: bitwise equal results for equal inputs are required.
+        max_error: largest acceptable ||x - reference|| / ||reference||; None for the device's declared numerics.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    len_k: int
+    dim_qk: int
+    dim_v: int
+    dtype: str
+    device: str = "cpu"
+    last_dim_contiguous: bool = True
+    mask: MaskKind = MaskKind.NONE
+    causal: Causal = Causal.NONE
+    diagonal: int = 0
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    packed: bool = False
+    page_size: int | None = None
+    cache_dtype: str | None = None
+    block_plan: tuple[int, int, int] | None = None
+    grads: frozenset[str] = frozenset()
+    lse: bool = False
+    grad_lse: bool = False
+    deterministic: bool = False
+    max_error: float | None = None
+
+    @property
+    def effective_scale(self) -> float:
+        return self.scale if self.scale is not None else max(self.dim_qk, 1) ** -0.5
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of both products over all query-key pairs (masked pairs counted: a dense upper bound)."""
+        return self.batch * self.heads_q * self.len_q * self.len_k * (self.dim_qk + self.dim_v)
+
+    @property
+    def visible_macs(self) -> int:
+        """`macs` over the pairs that causal, window and block plan leave visible; a mask's content is not known."""
+        pairs = self.len_q * self.len_k
+        if self.causal is not Causal.NONE or self.window is not None:
+            pairs = self._visible_pairs()
+        if self.block_plan is not None:
+            block_q, block_k, most = self.block_plan
+            pairs = min(pairs, -(-self.len_q // block_q) * block_q * most * block_k)
+        return self.batch * self.heads_q * pairs * (self.dim_qk + self.dim_v)
+
+    def _visible_pairs(self) -> int:
+        offset = self.diagonal + (self.len_k - self.len_q if self.causal is Causal.BOTTOM_RIGHT else 0)
+        left, right = self.window or (None, None)
+        if self.causal is not Causal.NONE:
+            right = 0 if right is None else min(right, 0)
+        ends = _clipped_sum(offset + (right + 1 if right is not None else self.len_k), self.len_q, self.len_k)
+        if right is None:
+            ends = self.len_q * self.len_k
+        starts = 0 if left is None else _clipped_sum(offset - left, self.len_q, self.len_k)
+        return max(ends - starts, 0)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Fewest bytes: query, key and value read once, output written once."""
+        size = DTYPE_BYTES.get(self.dtype, 4)
+        cache = DTYPE_BYTES.get(self.cache_dtype, size) if self.cache_dtype else size
+        queries = self.batch * self.heads_q * self.len_q * (self.dim_qk + self.dim_v) * size
+        return queries + self.batch * self.heads_kv * self.len_k * (self.dim_qk + self.dim_v) * cache
+
+    def describe(self) -> str:
+        """One line for messages: "batch 2, heads 32/8, 4096 x 4096, head_dim 80, bfloat16, causal"."""
+        dims = f"head_dim {self.dim_qk}" + (f"/{self.dim_v}" if self.dim_v != self.dim_qk else "")
+        heads = f"heads {self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")
+        parts = [f"batch {self.batch}", heads, f"{self.len_q} x {self.len_k}", dims, self.dtype]
+        if self.causal is not Causal.NONE:
+            parts.append("causal" if self.causal is Causal.TOP_LEFT else "causal bottom-right")
+        if self.mask is not MaskKind.NONE:
+            parts.append(f"{self.mask} mask")
+        if self.window is not None:
+            parts.append(f"window {self.window}")
+        if self.softcap is not None:
+            parts.append(f"softcap {self.softcap:g}")
+        if self.dropout:
+            parts.append(f"dropout {self.dropout:g}")
+        parts += ["packed"] * self.packed + [f"pages of {self.page_size}"] * (self.page_size is not None)
+        parts += [f"block plan {self.block_plan}"] * (self.block_plan is not None)
+        parts += ["gradients of " + ", ".join(sorted(self.grads))] * bool(self.grads)
+        return ", ".join(parts + ["log-sum-exp"] * self.lse)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self) | {"grads": sorted(self.grads), "mask": str(self.mask), "causal": str(self.causal)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AttentionRequest:
+        """Read `to_dict`'s form, also after JSON made lists of tuples."""
+        pairs = {name: tuple(values[name]) for name in ("window", "block_plan") if values.get(name) is not None}
+        kinds = {"mask": MaskKind(values["mask"]), "causal": Causal(values["causal"])}
+        return cls(**(values | pairs | kinds | {"grads": frozenset(values["grads"])}))
+
+
+def _clipped_sum(first: int, count: int, limit: int) -> int:
+    """Sum over i in [0, count) of first + i clipped to [0, limit]."""
+    low = min(max(-first, 0), count)  # rows still at 0
+    high = min(max(limit - first, low), count)  # rows from here on at the limit
+    ramp = high - low
+    return ramp * (2 * first + low + high - 1) // 2 + (count - high) * limit
+
+
+class SequenceTables(NamedTuple):
+    """Tensors that say where each sequence of a packed or paged call lies. Unused ones are None.
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], cumulative lengths of packed queries and keys.
+        page_table: int32 [batch, most pages], the page number of each sequence's pages in order.
+        cache_seqlens: int32 [batch], keys that each sequence holds in the cache.
+        key_scale, value_scale: float32, broadcastable to [batch, heads_kv, 1, 1]; multiply an FP8 cache.
+    """
+
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    page_table: Any = None
+    cache_seqlens: Any = None
+    key_scale: Any = None
+    value_scale: Any = None
+
+
+class AttentionOutput(NamedTuple):
+    """Attention's result.
+
+    Attributes:
+        out: [batch, heads_q, len_q, dim_v], the query's dtype. 0 for a row that reads no key.
+        lse: natural log-sum-exp of the scaled scores, [batch, heads_q, len_q], float32 (float64 for float64), -inf for a
+            row that reads no key; None where it was not asked for.
+    """
+
+    out: Any
+    lse: Any = None
+
+
+class Grads(NamedTuple):
+    """Gradients of query, key, value and additive mask, each in its tensor's shape; None where not asked for."""
+
+    query: Any = None
+    key: Any = None
+    value: Any = None
+    mask: Any = None
