@@ -139,7 +139,7 @@ class Capabilities:
     """
 
     dtypes: frozenset[str] = attrs.field(converter=frozenset)
-    numerics: Mapping[str, Numerics]
+    numerics: Mapping[str, Numerics] = attrs.field()
     head_dim: Range | Choice
     masks: frozenset[MaskKind] = attrs.field(converter=frozenset, default=frozenset({MaskKind.NONE}))
     causal: frozenset[Causal] = attrs.field(converter=frozenset, default=frozenset({Causal.NONE}))
