@@ -1,0 +1,385 @@
+"""`attention`, `bind` and `explain`: what a user calls. The first tensor imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .capabilities import Code
+from .context import frame_var, meter_var
+from .errors import ContractError, DeviceUnavailableError, SelectionChangedError
+from .registry import registry
+from .request import AttentionOutput, AttentionRequest, Causal, SequenceTables
+from .selection import Decision, Policy, decide, merged_policy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from . import contract, library, route
+    from .route import Route
+    from .tiling import BlockPlan
+else:
+    torch = contract = route = library = None
+
+_routes: dict[Any, Any] = {}
+_MOST_ROUTES = 4096
+_GRADS = [frozenset(n for bit, n in enumerate(("q", "k", "v", "mask")) if bits >> bit & 1) for bits in range(16)]
+registry.on_change.append(_routes.clear)
+
+
+def _load() -> None:
+    """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
+    global torch, contract, route, library, _compiling, _grad_enabled, _autocast
+    import torch as torch_module
+
+    from . import contract as contract_module
+    from . import library as library_module
+    from . import route as route_module
+
+    contract, route, library, torch = contract_module, route_module, library_module, torch_module
+    _compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+    _autocast = torch._C._is_any_autocast_enabled
+
+
+_compiling: Any = None
+_grad_enabled: Any = None
+_autocast: Any = None
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    causal: Causal | str | None = None, diagonal: int = 0, window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None, block_plan: BlockPlan | None = None, return_lse: bool = False,
+    backend: str | None = None, objective: str | None = None, allow_simulated: bool | None = None,
+    transfer: bool | None = None, max_error: float | None = None, deterministic: bool = False,
+    rng: tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, page_table: Tensor | None = None, cache_seqlens: Tensor | None = None,
+    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """softmax(scale * query @ key^T + mask) @ value on the best device for this call.
+
+    The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's.
+
+    Args:
+        query: [batch, heads_q, len_q, dim_qk], any strides.
+        key: [batch, heads_kv, len_k, dim_qk]. value: [batch, heads_kv, len_k, dim_v].
+        attn_mask: bool (True: attend) or float (added to the scores), broadcastable to [batch, heads_q, len_q, len_k].
+            May be combined with `is_causal`, unlike in torch.
+        dropout_p: applied whenever it is above 0, as in torch; draws from torch's default generator unless `rng` is given.
+        is_causal: top-left causal. scale: None for 1 / sqrt(dim_qk). enable_gqa: allow heads_q to be a multiple of heads_kv.
+        causal, diagonal: "none", "top_left" or "bottom_right", and an offset of the diagonal (see `Causal`).
+        window: (left, right) keys around the diagonal, inclusive, None for no bound. softcap: c * tanh(score / c).
+        block_plan: a `BlockPlan`; keys outside its blocks are not read.
+        return_lse: give AttentionOutput(out, lse) instead of out.
+        backend: backend or device that must run it; None leaves it to `use`, `configure`, HAL_BACKEND, then automatic.
+        objective: "time" (default), "energy" or "error". allow_simulated: let automatic take devices that are not hardware.
+        transfer: True allows moving the tensors to a device, False forbids it; None allows it to named devices alone.
+        max_error: largest acceptable relative error. deterministic: demand bitwise repeatable results.
+        rng: (seed, offset) of dropout and of a simulator's noise.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences: tensors are [1, heads, total, dim], the
+            tables int32 [sequences + 1].
+        page_table, cache_seqlens: paged cache: key and value are [pages, heads_kv, page_size, dim], the tables int32
+            [batch, most pages] and [batch].
+        key_scale, value_scale: float32 factors of an FP8 key and value.
+
+    Returns:
+        [batch, heads_q, len_q, dim_v] in the query's dtype, or AttentionOutput. A row that reads no key gives 0 and -inf.
+
+    Raises:
+        ContractError: malformed input. UnsupportedError: no eligible device can, with every reason.
+        UnknownBackendError, DeviceUnavailableError: the named backend does not exist, or not here.
+        MemoryLimitError: a configured limit would be passed.
+    """
+    if torch is None:
+        _load()
+    if _compiling():
+        return library.in_graph(
+            query, key, value, attn_mask, block_plan,
+            (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale), rng,
+            (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error,
+             deterministic, max_seqlen_q, max_seqlen_k), (backend, objective, allow_simulated, transfer),
+        )  # fmt: skip
+    if _autocast():
+        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
+    tables = None
+    if cu_seqlens_q is not None or page_table is not None or key_scale is not None or cu_seqlens_k is not None or (
+        cache_seqlens is not None or value_scale is not None
+    ):
+        tables = SequenceTables(cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
+    bits = 0
+    if _grad_enabled():
+        bits = query.requires_grad + 2 * key.requires_grad + 4 * value.requires_grad
+        if attn_mask is not None and attn_mask.requires_grad:
+            bits += 8
+    found = _find(
+        query, key, value, attn_mask, block_plan, tables, bits,
+        (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
+         max_seqlen_q, max_seqlen_k), (backend, objective, allow_simulated, transfer),
+    )  # fmt: skip
+    if found.needs_rng:
+        rng = _drawn(rng)
+    if attn_mask is not None and attn_mask.dim() != 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    meter = meter_var.get()
+    if meter is not None:
+        return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng))
+    return found.run(query, key, value, attn_mask, block_plan, tables, rng)
+
+
+def _find(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
+    tables: SequenceTables | None, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...],
+) -> Route:  # fmt: skip
+    """The route of a call: from the cache by its static fields and bucketed lengths, or decided now."""
+    if mask is None and plan is None and tables is None:
+        try:
+            batch, heads_q, len_q, dim = query.shape
+            batch_k, heads_kv, len_k, dim_k = key.shape
+            batch_v, heads_v, len_v, dim_v = value.shape
+        except (ValueError, AttributeError):
+            return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
+        if batch_k != batch or batch_v != batch or heads_v != heads_kv or len_v != len_k or dim_k != dim:
+            return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
+        static = (
+            batch, heads_q, heads_kv, len_q and (len_q - 1).bit_length() + 1, len_k and (len_k - 1).bit_length() + 1,
+            dim, dim_v, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+            query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1, bits, frame_var.get(), options, wishes,
+        )  # fmt: skip
+        try:
+            found = _routes.get(static)
+        except TypeError:  # an unhashable option: described below, without the cache
+            return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
+        if found is not None and found.by_length is None:
+            return found  # type: ignore[no-any-return]
+        return _decided(query, key, value, mask, plan, tables, bits, options, wishes, static)
+    return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
+
+
+def _decided(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
+    tables: SequenceTables | None, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...], static: Any,
+) -> Route:  # fmt: skip
+    request = contract.describe(query, key, value, mask, plan, tables, contract.Options(*options), _GRADS[bits])
+    if tables is not None:
+        contract.check_tables(tables, request, query, key)
+    place = (_bucketed(request), frame_var.get(), wishes)
+    found = _routes.get(place)
+    if found is None:
+        found = _new_route(request, place[0], merged_policy(*wishes))
+        if len(_routes) >= _MOST_ROUTES:
+            _routes.clear()
+        _routes[place] = found
+        if static is not None:
+            _routes[static] = found
+    if found.by_length is None:
+        return found  # type: ignore[no-any-return]
+    lengths = (request.len_q, request.len_k)
+    if lengths not in found.by_length:
+        if len(found.by_length) >= _MOST_ROUTES:
+            found.by_length.clear()
+        found.by_length[lengths] = route.Route(decide(request, merged_policy(*wishes)), request)
+    return found.by_length[lengths]  # type: ignore[no-any-return]
+
+
+def _bucketed(request: AttentionRequest) -> AttentionRequest:
+    """Lengths rounded up to powers of two, so that growing lengths meet few decisions."""
+    len_q, len_k = (n and 1 << (n - 1).bit_length() for n in (request.len_q, request.len_k))
+    return request if (len_q, len_k) == (request.len_q, request.len_k) else replace(request, len_q=len_q, len_k=len_k)
+
+
+class _ByLength:
+    """Stands for a bucket that a limit cuts through: some of its lengths are refused, others are not."""
+
+    __slots__ = ("by_length",)
+
+    def __init__(self) -> None:
+        self.by_length: dict[tuple[int, int], Route] = {}
+
+
+def _new_route(request: AttentionRequest, bucket: AttentionRequest, policy: Policy) -> Any:
+    decision = decide(bucket, policy)
+    if request != bucket and any(
+        refusal.code in (Code.LENGTH, Code.MEMORY, Code.DEVICE) for c in decision.candidates for refusal in c.refusals
+    ):
+        return _ByLength()
+    return route.Route(decision, bucket)
+
+
+def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    """Cast as torch's autocast casts scaled_dot_product_attention's tensors; float64 stays."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value, mask
+    target = torch.get_autocast_dtype(kind)
+
+    def cast(tensor: Any) -> Any:
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(target) if eligible and tensor.dtype.itemsize > 1 else tensor
+
+    return cast(query), cast(key), cast(value), cast(mask)
+
+
+def _drawn(rng: Any) -> tuple[int, int]:
+    """The given (seed, offset), or a fresh pair from torch's default generator, so torch.manual_seed governs it."""
+    if rng is None:
+        seed, offset = torch.randint(0, 2**62, (2,)).tolist()
+        return seed, offset
+    if isinstance(rng, tuple | list) and len(rng) == 2 and all(isinstance(n, int) and n >= 0 for n in rng):
+        return rng[0], rng[1]
+    raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
+
+
+_OPTIONS = ("dropout_p", "is_causal", "scale", "enable_gqa", "causal", "diagonal", "window", "softcap", "return_lse",
+            "max_error", "deterministic", "max_seqlen_q", "max_seqlen_k")  # fmt: skip
+_WISHES = ("backend", "objective", "allow_simulated", "transfer")
+
+
+def _described(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, keywords: dict[str, Any]
+) -> tuple[AttentionRequest, Policy]:
+    """The exact request and policy of a call given as `attention` takes it."""
+    if torch is None:
+        _load()
+    known = {*_OPTIONS, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
+    if unknown := sorted(set(keywords) - known):
+        raise ContractError(f"unknown argument {unknown[0]!r} was given: hal.attention takes {', '.join(sorted(known))}")
+    if torch._C._is_any_autocast_enabled():
+        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
+    given = [keywords.get(name) for name in SequenceTables._fields]
+    tables = SequenceTables(*given) if any(table is not None for table in given) else None
+    options = contract.Options(**{name: keywords[name] for name in _OPTIONS if name in keywords})
+    tensors = {"q": query, "k": key, "v": value, "mask": attn_mask}
+    enabled = torch.is_grad_enabled()
+    grads = frozenset(n for n, t in tensors.items() if enabled and t is not None and getattr(t, "requires_grad", False))
+    request = contract.describe(query, key, value, attn_mask, keywords.get("block_plan"), tables, options, grads)
+    if tables is not None:
+        contract.check_tables(tables, request, query, key)
+    return request, merged_policy(*(keywords.get(name) for name in _WISHES))
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **keywords: Any) -> Decision:
+    """The decision that `attention` with the same arguments takes, with every candidate's refusals or estimate.
+
+    Nothing is run. Where no device can, `Decision.chosen` is None.
+
+    Raises:
+        ContractError, UnknownBackendError, DeviceUnavailableError: as `attention`.
+    """
+    import attrs
+
+    request, policy = _described(query, key, value, attn_mask, keywords)
+    decision = decide(_bucketed(request), policy)
+    codes = {refusal.code for candidate in decision.candidates for refusal in candidate.refusals}
+    if codes & {Code.LENGTH, Code.MEMORY, Code.DEVICE}:
+        decision = decide(request, policy)
+    return attrs.evolve(decision, request=request)
+
+
+def bind(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *,
+    max_len_q: int | None = None, max_len_k: int | None = None, **keywords: Any,
+) -> Any:  # fmt: skip
+    """Decide once for calls like this one; returns a callable for the fastest path.
+
+    Args:
+        query, key, value, attn_mask, and keywords: an example call, as for `attention`. Only shapes, dtypes and devices
+            of its tensors count.
+        max_len_q, max_len_k: longest lengths that calls will have; the example's where not given.
+
+    Returns:
+        A callable (query, key, value, attn_mask=None, *, block_plan=None, rng=None, tables=None) -> as `attention`. It
+        reads lengths from its tensors, trusts the contents of tables, and has the attribute `decision`. Calls that differ from the example in anything
+        but lengths raise ContractError; after `unregister` of the backend they raise DeviceUnavailableError.
+
+    Raises:
+        As `attention`.
+    """
+    request, policy = _described(query, key, value, attn_mask, keywords)
+    if not request.packed and request.page_size is None:
+        longest = (max_len_q or request.len_q, max_len_k or request.len_k)
+        if longest[0] < request.len_q or longest[1] < request.len_k:
+            raise ContractError(f"lengths up to {longest} were given with an example of {request.len_q, request.len_k}: raise them")
+        request = replace(request, len_q=longest[0], len_k=longest[1])
+    return _bound(route.Route(decide(request, policy), request))
+
+
+def _bound(found: Route) -> Any:
+    run, request, entry, without_grads = found.run, found.request, found.entry, not found.request.grads
+    needs_rng, device_id = found.needs_rng, found.device_id
+    grad_enabled, current_meter = torch.is_grad_enabled, meter_var.get
+    dtype = getattr(torch, request.dtype)
+    accepted: tuple[Any, ...] = ()
+
+    def bound(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *,
+        block_plan: BlockPlan | None = None, rng: tuple[int, int] | None = None, tables: SequenceTables | None = None,
+    ) -> Any:  # fmt: skip
+        nonlocal accepted
+        shapes = (query.shape, key.shape, value.shape)
+        if shapes != accepted or attn_mask is not None or query.dtype is not dtype or tables is not None or block_plan:
+            _check_bound(request, query, key, value, attn_mask, block_plan, tables)
+            accepted = shapes
+            if attn_mask is not None and attn_mask.dim() != 4:
+                attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        if not entry.alive:
+            raise DeviceUnavailableError(f"{device_id} was unregistered after this call was bound: bind again")
+        if without_grads and grad_enabled():
+            _check_no_grads(query, key, value, attn_mask)
+        if needs_rng:
+            rng = _drawn(rng)
+        meter = current_meter()
+        if meter is not None:
+            return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng))
+        return run(query, key, value, attn_mask, block_plan, tables, rng)
+
+    bound.decision = found.decision  # type: ignore[attr-defined]
+    return bound
+
+
+def _check_no_grads(*tensors: Tensor | None) -> None:
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ContractError("a call bound without gradients was given a tensor that requires one: bind with such tensors")
+
+
+def _check_bound(
+    request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any
+) -> None:
+    """Whether a call has the bound request's form. Raises ContractError."""
+    options = contract.Options(
+        enable_gqa=True, max_seqlen_q=request.len_q if request.packed else None,
+        max_seqlen_k=request.len_k if request.packed else None,
+    )  # fmt: skip
+    this = contract.describe(query, key, value, mask, plan, tables, options, frozenset())
+    for field in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v", "dtype", "device", "mask", "packed", "page_size",
+                  "cache_dtype", "block_plan", "last_dim_contiguous"):  # fmt: skip
+        given, wanted = getattr(this, field), getattr(request, field)
+        if given != wanted and not (field == "last_dim_contiguous" and given):
+            raise ContractError(f"{field} {given} was given to a call bound for {wanted}: bind again")
+    if this.len_q > request.len_q or this.len_k > request.len_k:
+        given, wanted = (this.len_q, this.len_k), (request.len_q, request.len_k)
+        raise ContractError(f"lengths {given} were given to a call bound for up to {wanted}: bind with max_len_q and max_len_k")
+
+
+def in_operator(
+    tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, plan: Any, tables: Any, bits: int,
+    options: tuple[Any, ...], wishes: tuple[Any, ...], expected: str | None,
+) -> Route:  # fmt: skip
+    """The route of an operator of a compiled graph, which was traced under the selection `expected`.
+
+    Raises:
+        SelectionChangedError: the selection is another one now. The graph holds one device's operator.
+    """
+    if torch is None:
+        _load()
+    if expected is not None and frame_var.get().key != expected:
+        raise SelectionChangedError(
+            "compiled attention runs under another hal.use() than it was compiled under (another task or thread): pass "
+            "backend= inside the compiled function, or enter hal.use() where it is called"
+        )
+    return _find(*tensors, mask, plan, tables, bits, options, wishes)
+
+
+__all__ = ["AttentionOutput", "attention", "bind", "explain", "in_operator"]

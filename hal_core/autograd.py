@@ -1,0 +1,97 @@
+"""Gradients for sessions that compute their own backward. Imported with the first tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError
+from .request import AttentionRequest, Grads, SequenceTables
+from .tiling import BlockPlan
+
+_TABLES = len(SequenceTables._fields)
+
+
+class ExplicitAttention(torch.autograd.Function):
+    """Forward and backward of a session. Tensors are saved with save_for_backward, so changing one in place raises."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, session: Any, request: AttentionRequest,
+        plan: BlockPlan | None, tables: SequenceTables | None, rng: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
+        out, lse = session.compute_attention(prepared, mask, rng=rng)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, mask, ctx.session, ctx.request, plan, tables, ctx.rng = inputs
+        ctx.blocks = None if plan is None else plan[:2]
+        plan_tensors = (None, None) if plan is None else plan[2:]
+        ctx.save_for_backward(query, key, value, mask, *output, *plan_tensors, *(tables or (None,) * _TABLES))
+        ctx.has_tables = tables is not None
+        ctx.set_materialize_grads(False)
+        if not ctx.request.grad_lse:
+            ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        query, key, value, mask, out, lse, indices, counts, *tables = ctx.saved_tensors
+        grads = ExplicitBackward.apply(
+            query, key, value, mask, out, lse,
+            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, ctx.session, ctx.request,
+            BlockPlan(*ctx.blocks, indices, counts) if ctx.blocks else None,
+            SequenceTables(*tables) if ctx.has_tables else None, ctx.rng,
+        )  # fmt: skip
+        return (*grads, None, None, None, None, None)
+
+
+class ExplicitBackward(torch.autograd.Function):
+    """The backward as a function of its own, so that differentiating it once more is refused by name."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
+        grad_lse: Tensor | None, session: Any, request: AttentionRequest, plan: BlockPlan | None,
+        tables: SequenceTables | None, rng: tuple[int, int] | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
+        grads = session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
+        return tuple(grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.described = inputs[9].describe()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise UnsupportedError(
+            f"a second derivative of attention was asked for ({ctx.described}), and first ones are offered: use torch's "
+            "math attention where second derivatives are needed"
+        )
+
+
+def native_backward(
+    run: Any, tensors: tuple[Tensor, ...], mask: Tensor | None, wanted: frozenset[str],
+    grad_out: Tensor, grad_lse: Tensor | None, rest: tuple[Any, ...],
+) -> Grads:  # fmt: skip
+    """Gradients by running a differentiable forward again: what a compiled graph's backward does for native sessions.
+
+    Args:
+        run: the session's callable. tensors: query, key, value. wanted: subset of {"q", "k", "v", "mask"}.
+        grad_out, grad_lse: gradients of the results. rest: the callable's plan, tables and rng.
+    """
+    leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip("qkv", tensors, strict=True)]
+    leaf_mask = None if mask is None else mask.detach().requires_grad_("mask" in wanted)
+    with torch.enable_grad():
+        result = run(*leaves, leaf_mask, *rest)
+        results, grads = ((result,), (grad_out,)) if isinstance(result, Tensor) else (tuple(result), (grad_out, grad_lse))
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None and r.requires_grad]
+    inputs = [*leaves, *([] if leaf_mask is None else [leaf_mask])]
+    needed = [leaf for leaf in inputs if leaf.requires_grad]
+    found = torch.autograd.grad([r for r, _ in pairs], needed, [g for _, g in pairs], allow_unused=True)
+    by_leaf = {id(leaf): grad for leaf, grad in zip(needed, found, strict=True)}
+    return Grads(*(by_leaf.get(id(leaf)) for leaf in (*leaves, leaf_mask)))

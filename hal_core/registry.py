@@ -1,0 +1,416 @@
+"""Which plugins, backends and devices there are. One broken plugin never breaks another.
+
+pluggy validates hooks and marks them; calling is done here one implementation at a time, because a pluggy call stops at
+the first implementation that raises, and its loader at the first import that fails.
+"""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import importlib.metadata
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import pluggy
+
+from .capabilities import listing
+from .device import Device
+from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBackendError
+from .hooks import API_VERSION, ENTRY_POINT_GROUP, BackendSpec, Hooks
+from .kernels import KernelSpec, resolve
+from .protocols import Absent, AttentionBackend, Session
+
+
+@attrs.frozen
+class LoadFailure:
+    """Something of a plugin that failed, kept instead of raised.
+
+    Attributes:
+        name: plugin or backend. distribution: "hal-x 1.0", "" for run-time registrations.
+        stage: "disabled", "import", "hook", "api", "duplicate", "target", "devices", "open".
+        message: one sentence. traceback: the whole of it, "" where nothing was raised. fix: what to do.
+    """
+
+    name: str
+    distribution: str
+    stage: str
+    message: str
+    traceback: str = ""
+    fix: str = ""
+
+
+@attrs.define
+class Plugin:
+    """An entry point that was found, loaded or not."""
+
+    name: str
+    distribution: str
+    failure: LoadFailure | None = None
+
+
+@attrs.define(eq=False)
+class Entry:
+    """A backend's place in the registry. `alive` turns False when it is unregistered."""
+
+    spec: BackendSpec
+    distribution: str = ""
+    backend: AttentionBackend | None = None
+    failure: LoadFailure | None = None
+    found: tuple[Device, ...] | None = None
+    sessions: dict[str, Session] = attrs.field(factory=dict)
+    broken: dict[str, LoadFailure] = attrs.field(factory=dict)  # devices that did not open
+    alive: bool = True
+
+
+class Registry:
+    """Discovery, isolation, run-time registration and open sessions. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._entries: dict[str, Entry] = {}
+        self._plugins: dict[str, Plugin] = {}
+        self._specs: dict[str, KernelSpec] = {}
+        self._manager = pluggy.PluginManager("hal")
+        self._manager.add_hookspecs(Hooks)
+        self._discovered = False
+        self.on_change: list[Callable[[], None]] = []  # caches of decisions clear themselves here
+
+    # Discovery
+
+    def discover(self) -> None:
+        """Load the entry points once. Imports light modules, never a backend's target."""
+        if self._discovered:
+            return
+        with self._lock:
+            if self._discovered:
+                return
+            self._discovered = True
+            for entry_point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+                self._load_plugin(entry_point)
+
+    def _load_plugin(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        name, dist = entry_point.name, entry_point.dist
+        plugin = Plugin(name, f"{dist.name} {dist.version}" if dist else "")
+        if name in self._plugins:
+            other = self._plugins[name]
+            plugin.failure = LoadFailure(
+                name, plugin.distribution, "duplicate",
+                f"the plugin name {name!r} is taken by {other.distribution} and again by {plugin.distribution}",
+                fix="uninstall one of them",
+            )  # fmt: skip
+            self._plugins[f"{name} ({plugin.distribution})"] = plugin
+            self._fail(plugin.failure)
+            return
+        self._plugins[name] = plugin
+        if variable := _disabled_by(name):
+            plugin.failure = LoadFailure(
+                name, plugin.distribution, "disabled", f"switched off by {variable}", fix=f"change {variable}"
+            )
+            return
+        stage = "import"
+        try:
+            module = entry_point.load()
+            stage = "hook"
+            self._manager.register(module, name)
+            self._adopt(plugin, self._call(name, "hal_backends", api_version=API_VERSION) or [])
+            for spec in self._call(name, "hal_kernels") or []:
+                self._specs.setdefault(spec.name, spec)
+        except (Exception, SystemExit) as error:  # a plugin may raise anything; it is kept, shown and rolled back
+            self._roll_back(plugin)
+            plugin.failure = _failure(name, plugin.distribution, stage, error, f"upgrade or uninstall {plugin.distribution}")
+            self._fail(plugin.failure, error)
+
+    def _adopt(self, plugin: Plugin, specs: list[BackendSpec]) -> None:
+        if not isinstance(specs, list) or not all(isinstance(spec, BackendSpec) for spec in specs):
+            raise PluginError(f"hal_backends of {plugin.name!r} returned {specs!r}: return a list of BackendSpec")
+        for spec in specs:
+            self._add(Entry(spec, plugin.distribution))
+
+    def _add(self, entry: Entry) -> None:
+        name, other = entry.spec.name, self._entries.get(entry.spec.name)
+        if other is not None:
+            message = f"backend {name!r} is offered by {_origin(other)} and by {_origin(entry)}"
+            failure = LoadFailure(name, entry.distribution, "duplicate", message, fix="uninstall or disable one of them")
+            if other.failure is None or other.failure.stage != "duplicate":
+                other.failure = failure  # which of the two came first is chance, so the name serves neither
+            raise PluginError(f"{message}: uninstall or disable one of them")
+        (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
+        if major != core_major or minor > core_minor:
+            newer = (major, minor) > API_VERSION
+            fix = "upgrade hal-core" if newer else f"upgrade {entry.distribution or name}"
+            entry.failure = LoadFailure(
+                name, entry.distribution, "api",
+                f"written for plugin contract {major}.{minor}, this core has {core_major}.{core_minor}", fix=fix,
+            )  # fmt: skip
+            self._fail(entry.failure)
+        self._entries[name] = entry
+
+    def _roll_back(self, plugin: Plugin) -> None:
+        if self._manager.has_plugin(plugin.name):  # pluggy keeps a plugin that it rejected
+            self._manager.unregister(name=plugin.name)
+        for name, entry in list(self._entries.items()):
+            if entry.distribution == plugin.distribution and entry.failure is None:
+                del self._entries[name]
+
+    def _call(self, plugin: str, hook: str, **arguments: Any) -> Any:
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            if implementation.plugin_name == plugin:
+                return implementation.function(*(arguments[name] for name in implementation.argnames))
+        return None
+
+    def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
+        self.discover()
+        for plugin in [name for name, p in self._plugins.items() if p.failure is None]:
+            try:
+                result = self._call(plugin, hook, **arguments)
+            except Exception as error:  # the others must still be called
+                self.fail_plugin(plugin, hook, error)
+                continue
+            if result is not None:
+                yield plugin, result
+
+    def fail_plugin(self, name: str, hook: str, error: Exception) -> None:
+        """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
+        plugin = self._plugins[name]
+        fix = f"upgrade or uninstall {plugin.distribution}"
+        plugin.failure = _failure(name, plugin.distribution, f"hook {hook}", error, fix)
+        self._fail(plugin.failure, error)
+
+    def fail_entry(self, entry: Entry, stage: str, error: Exception) -> None:
+        """Take a backend that raised where it must not out of service, with the reason kept."""
+        fix = f"upgrade or uninstall {entry.distribution or entry.spec.name}"
+        with self._lock:
+            entry.failure = _failure(entry.spec.name, entry.distribution, stage, error, fix)
+            entry.found = ()
+        self._fail(entry.failure, error)
+
+    def _fail(self, failure: LoadFailure, error: BaseException | None = None) -> None:
+        if os.environ.get("HAL_STRICT") == "1":
+            raise PluginError(f"{failure.name} ({failure.distribution}): {failure.message}. {failure.fix}") from error
+
+    # Looking up
+
+    def plugins(self) -> list[Plugin]:
+        self.discover()
+        return list(self._plugins.values())
+
+    def entries(self) -> list[Entry]:
+        """Backends, highest priority first."""
+        self.discover()
+        return sorted(self._entries.values(), key=lambda e: (-e.spec.priority, e.spec.name))
+
+    def kernel_specs(self) -> dict[str, KernelSpec]:
+        self.discover()
+        return dict(self._specs)
+
+    def devices_of(self, entry: Entry) -> tuple[Device, ...]:
+        """The entry's devices; empty, with `entry.failure` set, where its target fails. Tried once."""
+        if entry.found is not None:
+            return entry.found
+        with self._lock:
+            if entry.failure is None and entry.found is None:
+                stage = "target"
+                try:
+                    if entry.backend is None:
+                        entry.backend = resolve(entry.spec.target)()
+                    stage = "devices"
+                    found = tuple(entry.backend.devices())
+                    if wrong := [d.id for d in found if not d.id.startswith(f"{entry.spec.name}:")]:
+                        raise PluginError(f"device ids {wrong} were given: begin them with '{entry.spec.name}:'")
+                    entry.found = found
+                except (Exception, SystemExit) as error:  # cached as a refusal and not tried again
+                    fix = entry.spec.install_hint or f"reinstall {entry.distribution or entry.spec.name}"
+                    entry.failure = _failure(entry.spec.name, entry.distribution, stage, error, fix)
+                    self._fail(entry.failure, error)
+            entry.found = entry.found or ()
+        return entry.found
+
+    def devices(self) -> list[Device]:
+        """Every device of every backend that works."""
+        return [device for entry in self.entries() for device in self.devices_of(entry)]
+
+    def find(self, name: str) -> list[Device]:
+        """Devices that a backend name ("cpu") or device id ("cpu:0") means; never empty.
+
+        Raises:
+            UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
+        """
+        entry = self.entry(name)
+        found = [d for d in self.devices_of(entry) if name in (d.id, entry.spec.name)]
+        if found:
+            return found
+        raise DeviceUnavailableError(self.why_absent(entry, name))
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a backend name or device id. Raises UnknownBackendError."""
+        self.discover()
+        if not isinstance(name, str):
+            raise UnknownBackendError(f"backend {name!r} was given: pass a backend name or device id as text")
+        entry = self._entries.get(name.partition(":")[0])
+        if entry is None:
+            raise UnknownBackendError(self._unknown(name))
+        return entry
+
+    def _unknown(self, name: str) -> str:
+        backend = name.partition(":")[0]
+        plugin = self._plugins.get(backend)
+        if plugin is not None and plugin.failure is not None:
+            return f"backend {name!r} is not available, {plugin.failure.message}: {plugin.failure.fix}"
+        installed = sorted(self._entries)
+        close = difflib.get_close_matches(backend, installed, 1)
+        question = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"unknown backend {name!r}{question}: installed are {listing(installed)}; `hal doctor` shows more"
+
+    def why_absent(self, entry: Entry, name: str = "") -> str:
+        """One sentence on why an installed backend has no (such) device, with the fix."""
+        name = name or entry.spec.name
+        if entry.failure is not None:
+            return f"{name} is installed but cannot be used, {entry.failure.message}: {entry.failure.fix}"
+        if entry.found:
+            return f"{name} is not present: {entry.spec.name} has {listing([d.id for d in entry.found])}"
+        if isinstance(entry.backend, Absent):
+            return f"{name} is installed but has no device: {entry.backend.why_absent()}"
+        needs = f"it needs {listing(list(entry.spec.requirements))}" if entry.spec.requirements else "none was found"
+        return f"{name} is installed but has no device, {needs}. {entry.spec.install_hint}".rstrip()
+
+    def backend_of(self, device: Device | str) -> AttentionBackend:
+        entry = self.entry(device if isinstance(device, str) else device.id)
+        self.devices_of(entry)
+        if entry.backend is None:
+            raise DeviceUnavailableError(self.why_absent(entry))
+        return entry.backend
+
+    # Sessions
+
+    def session(self, name: str) -> Session:
+        """The open session of a device id (or of a backend's first device); opened on first use.
+
+        Raises:
+            UnknownBackendError, DeviceUnavailableError: also when opening failed before; it is not tried again.
+        """
+        device, entry = self.find(name)[0], self.entry(name)
+        session = entry.sessions.get(device.id)
+        if session is not None:
+            return session
+        with self._lock:
+            if failure := entry.broken.get(device.id):
+                raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
+            if device.id not in entry.sessions:
+                try:
+                    assert entry.backend is not None
+                    entry.sessions[device.id] = entry.backend.open(device)
+                except (Exception, SystemExit) as error:
+                    fix = entry.spec.install_hint or "see `hal doctor`"
+                    failure = _failure(device.id, entry.distribution, "open", error, fix)
+                    entry.broken[device.id] = failure
+                    raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {fix}") from error
+            return entry.sessions[device.id]
+
+    def opened(self, device_id: str) -> Session | None:
+        """The session of a device if one is open."""
+        entry = self._entries.get(device_id.partition(":")[0])
+        return entry.sessions.get(device_id) if entry else None
+
+    # Registration at run time
+
+    def register(self, what: BackendSpec | AttentionBackend, name: str | None = None) -> None:
+        """Add a backend: its spec, or the object itself (its name is `name`, or the first part of its device ids)."""
+        with self._lock:
+            self.discover()
+            if isinstance(what, BackendSpec):
+                entry = Entry(what)
+            else:
+                found = tuple(what.devices()) if name is None else ()
+                name = name or (found[0].id.partition(":")[0] if found else "")
+                if not name:
+                    raise PluginError("a backend without devices was given: pass its name")
+                kind = type(what)
+                entry = Entry(BackendSpec(name=name, target=f"{kind.__module__}:{kind.__name__}"), backend=what)
+            if entry.spec.name in self._entries:
+                raise PluginError(f"backend {entry.spec.name!r} is registered already: unregister it first")
+            self._add(entry)
+            self.changed()
+
+    def unregister(self, name: str) -> None:
+        """Remove a backend and close its sessions. Calls bound to it raise from now on."""
+        with self._lock:
+            entry = self.entry(name)
+            del self._entries[entry.spec.name]
+            entry.alive = False
+            self.changed()
+            _close(entry)
+
+    def changed(self) -> None:
+        for callback in self.on_change:
+            callback()
+
+    def refresh(self, name: str) -> None:
+        """Forget decisions, for example after a calibration of device `name`."""
+        self.entry(name)
+        self.changed()
+
+    def close(self) -> None:
+        """Close every session. Called at exit; later use opens them again."""
+        with self._lock:
+            for entry in self._entries.values():
+                _close(entry)
+            self.changed()
+
+
+def _close(entry: Entry) -> None:
+    sessions, entry.sessions = entry.sessions, {}
+    for session in sessions.values():
+        session.close()
+
+
+def _origin(entry: Entry) -> str:
+    return entry.distribution or "a registration at run time"
+
+
+def _disabled_by(name: str) -> str:
+    """The environment variable that switches a plugin off; "" for none. Read before anything is imported."""
+    allowed = os.environ.get("HAL_PLUGINS")
+    if allowed is not None and name not in _names(allowed):
+        return "HAL_PLUGINS"
+    return "HAL_DISABLE" if name in _names(os.environ.get("HAL_DISABLE", "")) else ""
+
+
+def _names(text: str) -> set[str]:
+    return {word.strip() for word in text.split(",") if word.strip()}
+
+
+def _failure(name: str, distribution: str, stage: str, error: BaseException, fix: str) -> LoadFailure:
+    message = str(error) if isinstance(error, HalError) else "".join(traceback.format_exception_only(error)).strip()
+    return LoadFailure(name, distribution, stage, message.splitlines()[-1] if message else type(error).__name__,
+                       "".join(traceback.format_exception(error)), fix)  # fmt: skip
+
+
+#: The process's registry.
+registry = Registry()
+atexit.register(registry.close)
+
+
+def devices() -> list[Device]:
+    """Every device that is present and works, hardware, emulated and simulated."""
+    return registry.devices()
+
+
+def session(device: str) -> Session:
+    """The open session of a device, shared by all callers in the process."""
+    return registry.session(device)
+
+
+def register(what: BackendSpec | AttentionBackend, name: str | None = None) -> None:
+    """Add a backend at run time, as an entry point would."""
+    registry.register(what, name)
+
+
+def unregister(name: str) -> None:
+    """Remove a backend; its sessions are closed and calls bound to it raise."""
+    registry.unregister(name)

@@ -1,0 +1,146 @@
+"""From a decision to a callable: the session's own fast path, gradients, transfers and limits around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import ExplicitAttention
+from .context import memory_limit, meter_var
+from .errors import MemoryLimitError, PluginError
+from .registry import Entry, registry
+from .request import AttentionOutput, AttentionRequest
+from .selection import Decision
+
+Run = Callable[..., Any]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
+
+
+class Route:
+    """A decision made callable.
+
+    Attributes:
+        run: the call with gradients. base: the session's call without the core's autograd, with
+            the log-sum-exp that an explicit backward needs. decision, request: why.
+        session, entry: whose. explicit: whether the core differentiates. needs_rng: dropout or noise wants (seed, offset).
+        by_length: where a limit lies inside a bucket of lengths, the routes by exact lengths; None otherwise.
+    """
+
+    __slots__ = ("base", "by_length", "decision", "entry", "explicit", "needs_rng", "request", "run", "session")
+
+    def __init__(self, decision: Decision, request: AttentionRequest) -> None:
+        winner = decision.winner
+        self.decision, self.request = decision, request
+        self.entry: Entry = registry.entry(winner.device.id)
+        self.session: Any = registry.session(winner.device.id)
+        self.by_length: dict[tuple[int, int], Route] | None = None
+        assert self.entry.backend is not None
+        noisy = self.entry.backend.capabilities(winner.device).numerics[request.dtype].noisy
+        self.needs_rng = noisy or request.dropout > 0
+        mode = self.session.autograd(request) if request.grads else "native"
+        if mode == "none":
+            raise PluginError(
+                f"{winner.device.id} claims gradients, and its session offers none for {request.describe()}: its "
+                "capabilities must not claim 'backward'"
+            )
+        self.explicit = mode == "explicit"
+        bind = getattr(self.session, "bind", None)
+        if self.explicit:
+            self.run: Run = _explicit(self.session, request)
+            self.base: Run = _plain(self.session, replace(request, lse=True))
+        else:
+            self.run = self.base = bind(request) if bind is not None else _plain(self.session, request)
+        if winner.transfer:
+            self.run, self.base = (_moved(run, winner.device.reads[0]) for run in (self.run, self.base))
+        if (limit := memory_limit(winner.device.id)) is not None and winner.estimate is not None:
+            self.run = _limited(self.run, self.session, winner.device.id, winner.estimate.memory, limit)
+
+    def metered_or_run(self, *arguments: Any) -> Any:
+        """Run `base`, inside a meter if there is one. For operators."""
+        meter = meter_var.get()
+        return self.base(*arguments) if meter is None else metered(meter, self, arguments, self.base)
+
+    @property
+    def device_id(self) -> str:
+        return self.decision.chosen or ""
+
+
+def metered(meter: Any, route: Route, arguments: tuple[Any, ...], run: Run | None = None) -> Any:
+    """Run a call between two synchronisations and add it to the meter."""
+    synchronize = getattr(route.session, "synchronize", None) or (lambda: None)
+    synchronize()
+    start = perf_counter()
+    result = (run or route.run)(*arguments)
+    synchronize()
+    wall = perf_counter() - start
+    device, backend = route.decision.winner.device, route.entry.backend
+    request = exact(route.request, arguments[0], arguments[1])
+    assert backend is not None
+    estimate = backend.estimate(request, device)
+    modelled = estimate.time if device.fidelity == "simulated" else None
+    moved = request.bytes_moved if route.decision.winner.transfer else 0
+    meter.add(device, wall, modelled, estimate.energy, request.visible_macs, moved)
+    return result
+
+
+@lru_cache(maxsize=4096)
+def _with_lengths(request: AttentionRequest, len_q: int, len_k: int) -> AttentionRequest:
+    return replace(request, len_q=len_q, len_k=len_k)
+
+
+def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionRequest:
+    """The request with the tensors' lengths. Packed and paged calls keep their bounds: their lengths lie in tables."""
+    len_q, len_k = query.shape[2], key.shape[2]
+    if request.packed or request.page_size is not None or (len_q == request.len_q and len_k == request.len_k):
+        return request
+    return _with_lengths(request, len_q, len_k)
+
+
+def _plain(session: Any, request: AttentionRequest) -> Run:
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
+        this = exact(request, query, key)
+        prepared = session.prepare_attention(query, key, value, request=this, plan=plan, tables=tables)
+        output = session.compute_attention(prepared, mask, rng=rng)
+        return output if request.lse else output.out
+
+    return run
+
+
+def _explicit(session: Any, request: AttentionRequest) -> Run:
+    with_lse = replace(request, lse=True)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
+        this = exact(with_lse, query, key)
+        out, lse = ExplicitAttention.apply(query, key, value, mask, session, this, plan, tables, rng)
+        return AttentionOutput(out, lse) if request.lse else out
+
+    return run
+
+
+def _moved(run: Run, target: str) -> Run:
+    def moved(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
+        def there(tensor: Any) -> Any:
+            return tensor.to(target) if isinstance(tensor, torch.Tensor) else tensor
+
+        plan = plan if plan is None else type(plan)(*map(there, plan))
+        tables = tables if tables is None else type(tables)(*map(there, tables))
+        result = run(there(query), there(key), there(value), there(mask), plan, tables, rng)
+        back = query.device
+        return result.to(back) if isinstance(result, Tensor) else AttentionOutput(*(part.to(back) for part in result))
+
+    return moved
+
+
+def _limited(run: Run, session: Any, device_id: str, needed: int, limit: int) -> Run:
+    def limited(*arguments: Any) -> Any:
+        in_use = session.memory.stats().in_use
+        if in_use + needed > limit:
+            raise MemoryLimitError(device_id, needed, in_use, limit)
+        return run(*arguments)
+
+    return limited
