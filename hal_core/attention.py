@@ -105,8 +105,12 @@ def attention(
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     tables = None
-    if cu_seqlens_q is not None or page_table is not None or key_scale is not None or cu_seqlens_k is not None or (
-        cache_seqlens is not None or value_scale is not None
+    if (
+        cu_seqlens_q is not None
+        or page_table is not None
+        or key_scale is not None
+        or cu_seqlens_k is not None
+        or (cache_seqlens is not None or value_scale is not None)
     ):
         tables = SequenceTables(cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
     bits = 0
@@ -245,7 +249,9 @@ def _described(
         _load()
     known = {*_OPTIONS, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
-        raise ContractError(f"unknown argument {unknown[0]!r} was given: hal.attention takes {', '.join(sorted(known))}")
+        raise ContractError(
+            f"unknown argument {unknown[0]!r} was given: hal.attention takes {', '.join(sorted(known))}"
+        )
     if torch._C._is_any_autocast_enabled():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     given = [keywords.get(name) for name in SequenceTables._fields]
@@ -291,8 +297,9 @@ def bind(
 
     Returns:
         A callable (query, key, value, attn_mask=None, *, block_plan=None, rng=None, tables=None) -> as `attention`. It
-        reads lengths from its tensors, trusts the contents of tables, and has the attribute `decision`. Calls that differ from the example in anything
-        but lengths raise ContractError; after `unregister` of the backend they raise DeviceUnavailableError.
+        reads lengths from its tensors, trusts the contents of tables, and has the attribute `decision`. Calls that
+        differ from the example in anything but lengths raise ContractError; after `unregister` of the backend they
+        raise DeviceUnavailableError.
 
     Raises:
         As `attention`.
@@ -301,7 +308,9 @@ def bind(
     if not request.packed and request.page_size is None:
         longest = (max_len_q or request.len_q, max_len_k or request.len_k)
         if longest[0] < request.len_q or longest[1] < request.len_k:
-            raise ContractError(f"lengths up to {longest} were given with an example of {request.len_q, request.len_k}: raise them")
+            raise ContractError(
+                f"lengths up to {longest} were given with an example of {request.len_q, request.len_k}: raise them"
+            )
         request = replace(request, len_q=longest[0], len_k=longest[1])
     return _bound(route.Route(decide(request, policy), request))
 
@@ -341,7 +350,9 @@ def _bound(found: Route) -> Any:
 
 def _check_no_grads(*tensors: Tensor | None) -> None:
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ContractError("a call bound without gradients was given a tensor that requires one: bind with such tensors")
+        raise ContractError(
+            "a call bound without gradients was given a tensor that requires one: bind with such tensors"
+        )
 
 
 def _check_bound(
@@ -360,7 +371,9 @@ def _check_bound(
             raise ContractError(f"{field} {given} was given to a call bound for {wanted}: bind again")
     if this.len_q > request.len_q or this.len_k > request.len_k:
         given, wanted = (this.len_q, this.len_k), (request.len_q, request.len_k)
-        raise ContractError(f"lengths {given} were given to a call bound for up to {wanted}: bind with max_len_q and max_len_k")
+        raise ContractError(
+            f"lengths {given} were given to a call bound for up to {wanted}: bind with max_len_q and max_len_k"
+        )
 
 
 def in_operator(

@@ -18,7 +18,7 @@ class ExplicitAttention(torch.autograd.Function):
     """Forward and backward of a session. Tensors are saved with save_for_backward, so changing one in place raises."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, session: Any, request: AttentionRequest,
         plan: BlockPlan | None, tables: SequenceTables | None, rng: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -40,10 +40,10 @@ class ExplicitAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         query, key, value, mask, out, lse, indices, counts, *tables = ctx.saved_tensors
-        grads = ExplicitBackward.apply(
+        grads = _differentiable_backward(
             query, key, value, mask, out, lse,
             torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, ctx.session, ctx.request,
-            BlockPlan(*ctx.blocks, indices, counts) if ctx.blocks else None,
+            BlockPlan(ctx.blocks[0], ctx.blocks[1], indices, counts) if ctx.blocks else None,
             SequenceTables(*tables) if ctx.has_tables else None, ctx.rng,
         )  # fmt: skip
         return (*grads, None, None, None, None, None)
@@ -53,7 +53,7 @@ class ExplicitBackward(torch.autograd.Function):
     """The backward as a function of its own, so that differentiating it once more is refused by name."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
         grad_lse: Tensor | None, session: Any, request: AttentionRequest, plan: BlockPlan | None,
         tables: SequenceTables | None, rng: tuple[int, int] | None,
@@ -74,6 +74,10 @@ class ExplicitBackward(torch.autograd.Function):
         )
 
 
+explicit_attention: Any = ExplicitAttention.apply
+_differentiable_backward: Any = ExplicitBackward.apply
+
+
 def native_backward(
     run: Any, tensors: tuple[Tensor, ...], mask: Tensor | None, wanted: frozenset[str],
     grad_out: Tensor, grad_lse: Tensor | None, rest: tuple[Any, ...],
@@ -88,8 +92,12 @@ def native_backward(
     leaf_mask = None if mask is None else mask.detach().requires_grad_("mask" in wanted)
     with torch.enable_grad():
         result = run(*leaves, leaf_mask, *rest)
-        results, grads = ((result,), (grad_out,)) if isinstance(result, Tensor) else (tuple(result), (grad_out, grad_lse))
-        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None and r.requires_grad]
+        results, grads = (
+            ((result,), (grad_out,)) if isinstance(result, Tensor) else (tuple(result), (grad_out, grad_lse))
+        )
+        pairs = [
+            (r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None and r.requires_grad
+        ]
     inputs = [*leaves, *([] if leaf_mask is None else [leaf_mask])]
     needed = [leaf for leaf in inputs if leaf.requires_grad]
     found = torch.autograd.grad([r for r, _ in pairs], needed, [g for _, g in pairs], allow_unused=True)

@@ -176,7 +176,9 @@ class Capabilities:
                 fix = f"pad to {max(r.dim_v, r.dim_qk)}"
                 yield Refusal(Code.VALUE_DIM, "value_dim", str(r.dim_v), f"the head_dim ({r.dim_qk})", fix)
             elif r.dim_v not in self.head_dim:
-                yield Refusal(Code.VALUE_DIM, "value_dim", str(r.dim_v), str(self.head_dim), _pad(self.head_dim, r.dim_v))
+                yield Refusal(
+                    Code.VALUE_DIM, "value_dim", str(r.dim_v), str(self.head_dim), _pad(self.head_dim, r.dim_v)
+                )
         if r.batch not in self.batch:
             yield Refusal(Code.BATCH, "batch", str(r.batch), str(self.batch), "split the batch")
         if r.heads_q not in self.heads:
@@ -201,7 +203,9 @@ class Capabilities:
             sizes = r.block_plan[:2]
             if "block_plan" not in self.features or any(size not in self.block_sizes for size in sizes):
                 offered = f"blocks of {self.block_sizes}" if "block_plan" in self.features else "dense"
-                yield Refusal(Code.BLOCK_PLAN, "block_plan", f"{sizes[0]} x {sizes[1]}", offered, "expand the plan to a mask")
+                yield Refusal(
+                    Code.BLOCK_PLAN, "block_plan", f"{sizes[0]} x {sizes[1]}", offered, "expand the plan to a mask"
+                )
 
     def _features(self, r: AttentionRequest) -> Iterator[Refusal]:
         asked = (

@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(prog="hal", description="Attention on any accelerator, with reasons and honest costs.")
+    parser = argparse.ArgumentParser(
+        prog="hal", description="Attention on any accelerator, with reasons and honest costs."
+    )
     parser.add_argument("--version", action="version", version=f"hal-core {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
@@ -123,7 +125,9 @@ def _doctor(options: argparse.Namespace) -> int:
         for device in entry.found or ():
             state = _calibration_state(device)
             features = ", ".join(device.features)
-            rows.append([device.id, device.fidelity, device.model, device.driver, "; ".join(filter(None, [features, state]))])
+            rows.append(
+                [device.id, device.fidelity, device.model, device.driver, "; ".join(filter(None, [features, state]))]
+            )
         if not entry.found:
             rows.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
     show_table("Devices", ["device", "fidelity", "model", "driver", "details"], rows)
@@ -151,11 +155,11 @@ def _explain(options: argparse.Namespace) -> int:
     from .selection import decide, merged_policy
 
     batch, heads, length, dim = _numbers(options.shape, 4, "--shape", "batch,heads,length,head_dim")
-    window = None if options.window is None else tuple(_numbers(options.window, 2, "--window", "left,right"))
+    window = None if options.window is None else _numbers(options.window, 2, "--window", "left,right")
     request = AttentionRequest(
         batch=batch, heads_q=heads, heads_kv=options.kv_heads or heads, len_q=length, dtype=options.dtype,
         len_k=options.kv_length or length, dim_qk=dim, dim_v=dim, causal=Causal(options.causal), softcap=options.softcap,
-        window=window, grads=frozenset("qkv" if options.grad else ""),
+        window=None if window is None else (window[0], window[1]), grads=frozenset("qkv" if options.grad else ""),
     )  # fmt: skip
     with use(options.backend, objective=options.objective, allow_simulated=options.allow_simulated or None):
         decision = decide(request, merged_policy(None, None, None, None))
@@ -196,7 +200,7 @@ def _conformance(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .testing.bench_command import bench
+    from .bench import bench
 
     lengths = _numbers(options.lengths, 0, "--lengths", "one or more lengths")
     batch, heads, dim = _numbers(options.shape, 3, "--shape", "batch,heads,head_dim")

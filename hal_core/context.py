@@ -170,7 +170,9 @@ def configure(
     if backend is not None:
         registry.entry(backend)
     names = () if backend is None else (backend,)
-    settings.frame = _interned(Frame("configure" if names else "automatic", names, False, objective, allow_simulated, transfer))
+    settings.frame = _interned(
+        Frame("configure" if names else "automatic", names, False, objective, allow_simulated, transfer)
+    )
     settings.name, settings.memory_limits = backend or "", limits
     registry.changed()
 

@@ -52,7 +52,9 @@ def describe(
     _check_heads(heads_q, heads_kv, options.enable_gqa)
     cache_dtype = _dtype_name(key) if key.dtype != query.dtype else None
     if cache_dtype is not None and (tables is None or tables.key_scale is None or tables.value_scale is None):
-        raise ContractError(f"query {query.dtype} and key {key.dtype} were given: cast, or pass key_scale and value_scale")
+        raise ContractError(
+            f"query {query.dtype} and key {key.dtype} were given: cast, or pass key_scale and value_scale"
+        )
     shape = (batch, heads_q, len_q, len_k)
     if mask is not None:
         _check_mask(mask, shape, query, packed)
@@ -75,7 +77,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.dim() != 4:
             raise ContractError(f"{name} has shape {list(tensor.shape)}: reshape it to {LAYOUT}")
         if tensor.layout != torch.strided:
-            raise ContractError(f"{name} has layout {tensor.layout}: pass a dense tensor, and a block_plan for sparse attention")
+            raise ContractError(
+                f"{name} has layout {tensor.layout}: pass a dense tensor, and a block_plan for sparse attention"
+            )
         if tensor.dtype not in _FLOATS | _FP8:
             raise ContractError(f"{name} is {tensor.dtype}: cast it to float32, bfloat16, float16 or float64")
     if query.dtype in _FP8:
@@ -154,14 +158,21 @@ def check_tables(tables: SequenceTables, request: AttentionRequest, query: Tenso
         if cumulative is None:
             continue
         lengths = cumulative.diff()
-        if int(cumulative[0]) != 0 or int(cumulative[-1]) != total or int(lengths.min()) < 0 or int(lengths.max()) > longest:
+        if (
+            int(cumulative[0]) != 0
+            or int(cumulative[-1]) != total
+            or int(lengths.min()) < 0
+            or int(lengths.max()) > longest
+        ):
             raise ContractError(
                 f"{name} {cumulative.tolist()} was given: start at 0, never fall, end at {total}, and no step over {longest}"
             )
     if tables.page_table is not None and tables.page_table.numel():
         held = tables.cache_seqlens
         if int(held.min()) < 0 or int(held.max()) > request.len_k:
-            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k} (pages times page size)")
+            raise ContractError(
+                f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k} (pages times page size)"
+            )
         pages_used = -(-held // key.shape[2])
         used = torch.arange(tables.page_table.shape[1], device=held.device) < pages_used.unsqueeze(1)
         entries = tables.page_table[used]
@@ -184,9 +195,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
 def check_mask_shape(mask: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ContractError unless the mask broadcasts to [batch, heads, len_q, len_k]."""
     given = mask.shape
-    if not 2 <= len(given) <= 4 or any(
-        g not in (1, s) for g, s in zip(reversed(given), reversed(shape), strict=False)
-    ):
+    if not 2 <= len(given) <= 4 or any(g not in (1, s) for g, s in zip(reversed(given), reversed(shape), strict=False)):
         raise ContractError(f"attn_mask has shape {list(given)}: use one that broadcasts to {list(shape)}")
 
 
@@ -204,7 +213,9 @@ def check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
         and indices.shape[0] in (1, batch) and indices.shape[1] in (1, heads) and indices.shape[3] <= max(blocks[1], 1)
     )  # fmt: skip
     if not fits or indices.dtype != torch.int32 or counts.dtype != torch.int32:
-        given = f"block_plan indices {list(indices.shape)} {indices.dtype} and counts {list(counts.shape)} {counts.dtype}"
+        given = (
+            f"block_plan indices {list(indices.shape)} {indices.dtype} and counts {list(counts.shape)} {counts.dtype}"
+        )
         wanted = f"[1 or {batch}, 1 or {heads}, {blocks[0]}, at most {blocks[1]}]"
         raise ContractError(f"{given} were given: use int32, {wanted} and the same without the last dimension")
     if indices.device != query.device or counts.device != query.device:
@@ -213,7 +224,9 @@ def check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
         listed = torch.arange(indices.shape[3], device=indices.device) < counts.unsqueeze(-1)
         wrong = listed & ((indices < 0) | (indices >= blocks[1]))
         if bool(wrong.any()) or int(counts.min()) < 0 or int(counts.max()) > indices.shape[3]:
-            raise ContractError(f"a block_plan entry outside 0 to {blocks[1] - 1}, or a count over its list, was given: fix the plan")
+            raise ContractError(
+                f"a block_plan entry outside 0 to {blocks[1] - 1}, or a count over its list, was given: fix the plan"
+            )
 
 
 def _checked(o: Options) -> dict[str, Any]:
@@ -242,7 +255,9 @@ def _causal(o: Options) -> Causal:
     except ValueError:
         raise ContractError(f"causal {o.causal!r} was given: use 'none', 'top_left' or 'bottom_right'") from None
     if o.is_causal and causal is not Causal.TOP_LEFT:
-        raise ContractError(f"is_causal=True and causal={str(causal)!r} were given: is_causal is 'top_left', pass one of them")
+        raise ContractError(
+            f"is_causal=True and causal={str(causal)!r} were given: is_causal is 'top_left', pass one of them"
+        )
     return causal
 
 

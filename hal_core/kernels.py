@@ -51,7 +51,9 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     from .protocols import KernelProvider
     from .registry import registry
 
-    devices = registry.find(backend) if backend is not None else sorted(registry.devices(), key=lambda d: d.fidelity.rank)
+    devices = (
+        registry.find(backend) if backend is not None else sorted(registry.devices(), key=lambda d: d.fidelity.rank)
+    )
     for device in devices:
         provider = registry.backend_of(device)
         if isinstance(provider, KernelProvider) and name in provider.kernel_names(device):

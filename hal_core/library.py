@@ -78,10 +78,13 @@ class _Call:
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         query, key, value, self.mask, indices, counts, *tables, seed = arguments[:_TENSOR_COUNT]
         blocks, *static = arguments[_TENSOR_COUNT:]
-        options, (left, right, windowed, softcap, lse, max_error, deterministic, most_q, most_k) = static[:6], static[6:15]
+        options, (left, right, windowed, softcap, lse, max_error, deterministic, most_q, most_k) = (
+            static[:6],
+            static[6:15],
+        )
         self.wishes, self.expected, self.bits = tuple(static[15:19]), static[19], static[20]
         self.tensors = (query.detach(), key.detach(), value.detach())
-        self.plan = None if indices is None else BlockPlan(*blocks, indices, counts)
+        self.plan = None if indices is None else BlockPlan(blocks[0], blocks[1], indices, counts)
         self.tables = SequenceTables(*tables) if any(table is not None for table in tables) else None
         self.rng = None if seed is None else tuple(seed.tolist())
         window = (left, right) if windowed else None
@@ -129,7 +132,9 @@ def _backward(
     with torch.no_grad():
         if found.explicit:
             request = exact(found.request, *call.tensors[:2])
-            prepared = found.session.prepare_attention(*call.tensors, request=request, plan=call.plan, tables=call.tables)
+            prepared = found.session.prepare_attention(
+                *call.tensors, request=request, plan=call.plan, tables=call.tables
+            )
             grads: Any = found.session.compute_attention_backward(
                 prepared, out, lse, grad_out, call.mask, grad_lse=grad_lse, rng=call.rng
             )
@@ -137,7 +142,10 @@ def _backward(
             rest = (call.plan, call.tables, call.rng)
             grads = native_backward(found.base, call.tensors, call.mask, found.request.grads, grad_out, grad_lse, rest)
     inputs = (*call.tensors, call.mask)
-    dense = [_gradient(grad, like, bool(call.bits >> i & 1)) for i, (grad, like) in enumerate(zip(grads, inputs, strict=True))]
+    dense = [
+        _gradient(grad, like, bool(call.bits >> i & 1))
+        for i, (grad, like) in enumerate(zip(grads, inputs, strict=True))
+    ]
     if dense[3].numel() and arguments[3] is not None:
         dense[3] = dense[3].reshape(arguments[3].shape)
     return dense[0], dense[1], dense[2], dense[3]

@@ -54,7 +54,7 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
+        return int(math.prod(self.shape)) * DTYPE_BYTES.get(self.dtype, 1)
 
     @property
     def tensor(self) -> Any:
@@ -99,7 +99,9 @@ class PooledMemory:
         import torch
 
         if dtype not in DTYPE_BYTES or any(size < 0 for size in shape):
-            raise ContractError(f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}")
+            raise ContractError(
+                f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}"
+            )
         needed = math.prod(shape) * DTYPE_BYTES[dtype]
         block = self._take(needed)
         typed = block[:needed].view(getattr(torch, dtype)).view(tuple(shape))

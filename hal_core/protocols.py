@@ -40,7 +40,12 @@ class TilingStrategy(Protocol):
     ) -> int: ...
     def split_into_tiles(self, tensor: Tensor, tile_size: int) -> list[Tensor]: ...
     def plan(
-        self, request: AttentionRequest, limits: Mapping[str, int], *, query: Tensor | None = None, key: Tensor | None = None
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
     ) -> TilePlan | BlockPlan: ...
 
 
@@ -85,7 +90,9 @@ class AttentionBackend(Protocol):
 
     def devices(self) -> Sequence[Device]: ...  # cheap, never raises for absent hardware
     def capabilities(self, device: Device) -> Capabilities: ...
-    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]: ...  # only what data cannot declare
+    def check(
+        self, request: AttentionRequest, device: Device
+    ) -> Iterable[Refusal]: ...  # only what data cannot declare
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate: ...
     def open(self, device: Device) -> Session: ...  # lazy, one per device, closed at exit
 
@@ -122,7 +129,9 @@ class SimpleSession:
     claimed. With autograd="native" torch differentiates the function.
     """
 
-    def __init__(self, fn: AttentionFunction, *, autograd: Autograd = "none", memory: MemoryManager | None = None) -> None:
+    def __init__(
+        self, fn: AttentionFunction, *, autograd: Autograd = "none", memory: MemoryManager | None = None
+    ) -> None:
         self._fn, self._autograd = fn, autograd
         self.memory: MemoryManager = memory or PooledMemory()
         self.tiling: TilingStrategy = DenseTiling()

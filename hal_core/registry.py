@@ -122,7 +122,9 @@ class Registry:
                 self._specs.setdefault(spec.name, spec)
         except (Exception, SystemExit) as error:  # a plugin may raise anything; it is kept, shown and rolled back
             self._roll_back(plugin)
-            plugin.failure = _failure(name, plugin.distribution, stage, error, f"upgrade or uninstall {plugin.distribution}")
+            plugin.failure = _failure(
+                name, plugin.distribution, stage, error, f"upgrade or uninstall {plugin.distribution}"
+            )
             self._fail(plugin.failure, error)
 
     def _adopt(self, plugin: Plugin, specs: list[BackendSpec]) -> None:
@@ -135,7 +137,9 @@ class Registry:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
         if other is not None:
             message = f"backend {name!r} is offered by {_origin(other)} and by {_origin(entry)}"
-            failure = LoadFailure(name, entry.distribution, "duplicate", message, fix="uninstall or disable one of them")
+            failure = LoadFailure(
+                name, entry.distribution, "duplicate", message, fix="uninstall or disable one of them"
+            )
             if other.failure is None or other.failure.stage != "duplicate":
                 other.failure = failure  # which of the two came first is chance, so the name serves neither
             raise PluginError(f"{message}: uninstall or disable one of them")

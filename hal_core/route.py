@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import ExplicitAttention
+from .autograd import explicit_attention
 from .context import memory_limit, meter_var
 from .errors import MemoryLimitError, PluginError
 from .registry import Entry, registry
 from .request import AttentionOutput, AttentionRequest
 from .selection import Decision
 
-Run = Callable[..., Any]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
+Run = Callable[
+    ..., Any
+]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
 
 
 class Route:
@@ -116,7 +118,7 @@ def _explicit(session: Any, request: AttentionRequest) -> Run:
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
         this = exact(with_lse, query, key)
-        out, lse = ExplicitAttention.apply(query, key, value, mask, session, this, plan, tables, rng)
+        out, lse = explicit_attention(query, key, value, mask, session, this, plan, tables, rng)
         return AttentionOutput(out, lse) if request.lse else out
 
     return run

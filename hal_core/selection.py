@@ -118,15 +118,21 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     Raises:
         ContractError: not a decision record, or one of a newer format.
     """
-    data = json.loads(record) if isinstance(record, str) else record.to_dict() if isinstance(record, Decision) else record
+    data = (
+        json.loads(record) if isinstance(record, str) else record.to_dict() if isinstance(record, Decision) else record
+    )
     try:
         if data["format"] > FORMAT:
-            raise ContractError(f"a decision record of format {data['format']} was given: this core reads {FORMAT}; upgrade it")
+            raise ContractError(
+                f"a decision record of format {data['format']} was given: this core reads {FORMAT}; upgrade it"
+            )
         request = AttentionRequest.from_dict(data["request"])
         policy = Policy(**{**data["policy"], "names": tuple(data["policy"]["names"])})
         ranked = replace(request, len_q=data["ranked"][0], len_k=data["ranked"][1])
     except (KeyError, TypeError, IndexError) as error:
-        raise ContractError(f"not a decision record ({error!r} is missing or wrong): pass what to_json() gave") from error
+        raise ContractError(
+            f"not a decision record ({error!r} is missing or wrong): pass what to_json() gave"
+        ) from error
     return attrs.evolve(decide(ranked, policy), request=request)
 
 
@@ -166,11 +172,10 @@ def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer
     version, backend = entry.distribution, entry.backend
     assert backend is not None
     moved = not device.reads_from(request.device)
+    placement = []
     if moved and not transfer:
         fix = "pass transfer=True, or move the tensors"
-        placement = (Refusal(Code.PLACEMENT, "device", request.device, listing(sorted(device.reads)), fix),)
-    else:
-        placement = ()
+        placement.append(Refusal(Code.PLACEMENT, "device", request.device, listing(sorted(device.reads)), fix))
     try:
         capabilities = backend.capabilities(device)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
@@ -180,7 +185,9 @@ def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer
         estimate = backend.estimate(request, device)
     except Exception as error:  # a broken device must not take the others down
         registry.fail_entry(entry, "check", error)
-        reason = Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, f"a backend that fails ({error!r})", "see `hal doctor`")
+        reason = Refusal(
+            Code.UNAVAILABLE, "backend", entry.spec.name, f"a backend that fails ({error!r})", "see `hal doctor`"
+        )
         return Candidate(device=device, distribution=version, refusals=(reason,))
     numerics = capabilities.numerics[request.dtype].relative
     return Candidate(
@@ -320,4 +327,6 @@ def _show(quantity: Quantity, objective: str) -> str:
 
 
 def _plain(_: Any, __: Any, value: Any) -> Any:
-    return sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
+    return (
+        sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
+    )

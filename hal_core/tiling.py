@@ -105,7 +105,12 @@ class DenseTiling:
         return list(tensor.split(tile_size, dim=2))
 
     def plan(
-        self, request: AttentionRequest, limits: Mapping[str, int], *, query: Tensor | None = None, key: Tensor | None = None
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
     ) -> TilePlan:
         """Tiles for the request's lengths (the tensors' where given), skipping those that causal and window hide.
 
