@@ -143,7 +143,7 @@ class PooledMemory:
         del typed
         with self._lock:
             self._in_use -= buffer.reserved
-            if storage._use_count() == 1:  # ours is the last reference: no consumer reads this memory any more
+            if torch._C._storage_Use_Count(storage._cdata) == 1:  # ours is the last: nobody else reads this memory
                 block = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
                 self._free[buffer.reserved].append(block)
                 self._pooled += buffer.reserved
