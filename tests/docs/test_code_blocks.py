@@ -1,0 +1,68 @@
+"""Every code block of the README and the docs runs.
+
+python: the blocks of a file run in order in one process. console: each line after "$ " runs in a shell at the root of
+the repository and must succeed; `make` targets are resolved with `make -n`, because they install and run this suite.
+toml: must parse. text, and blocks without a language, are output and not code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    path
+    for pattern in ("README.md", "docs/**/*.md", "plugins/*/README.md", "extensions/*/README.md", "examples/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OUTPUT = {"", "text"}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return [(language, text) for language, text in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HAL_CACHE": str(cache), "COLUMNS": "120"}
+
+
+def run(command: list[str] | str, cache: Path, name: str) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(cache), shell=isinstance(command, str), capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{name}: {command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_every_block_says_what_it_is():
+    known = {"python", "console", "toml", *OUTPUT}
+    unknown = {(page.name, language) for page in PAGES for language, _ in blocks(page) if language not in known}
+    assert not unknown, f"blocks that no test runs: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_run(page, tmp_path):
+    found = [(language, text) for language, text in blocks(page) if language not in OUTPUT]
+    if not found:
+        pytest.skip("this page has no code block")
+    python = "\n".join(text for language, text in found if language == "python")
+    if python:
+        script = tmp_path / "blocks.py"
+        script.write_text(python, encoding="utf-8")
+        run([sys.executable, str(script)], tmp_path, page.name)
+    for language, text in found:
+        if language == "toml":
+            tomllib.loads(text)
+        for line in text.splitlines() if language == "console" else ():
+            if not line.startswith("$ "):
+                continue
+            command = line.removeprefix("$ ").partition("  #")[0]
+            run(command.replace("make ", "make -n ") if command.startswith("make ") else command, tmp_path, page.name)
