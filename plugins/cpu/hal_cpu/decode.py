@@ -1,0 +1,104 @@
+"""Few query rows against many keys: bound by reading the cache once, so the work is arranged around that read.
+
+The query heads that share a key head become rows of one product, all scores of a few heads are held at once (they are small
+next to the keys), and keys in a narrow dtype are widened chunk by chunk inside the cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionOutput
+from hal_core.protocols import MemoryManager
+
+from .keyvalue import KeyValue
+from .paths import DecodeSizes, decode_scratch
+from .scores import LN2, hide, mask_tile
+from .tiled import scaled_query, tile_shape
+from .tiles import Problem, Tile
+
+#: Keys of one partial product of weights and values: long enough for the product, short enough to share among threads.
+VALUE_RUN = 1024
+
+
+def forward(problem: Problem, memory: MemoryManager, out: Tensor) -> AttentionOutput:
+    """Attention of a dense batch with few query rows; arguments and result as in tiled.forward."""
+    batch, _, len_q, _ = problem.query.shape
+    heads, source = problem.heads_kv, problem.source
+    lse = torch.empty(problem.query.shape[:3], dtype=source.dtype) if problem.request.lse else None
+    sizes = DecodeSizes.choose(problem.request, direct=source.direct, one_batch=_one_batch(source))
+    parts = decode_scratch(problem.request, sizes, direct=source.direct)
+    buffer = memory.allocate((sum(parts),), str(source.dtype).removeprefix("torch."))
+    try:
+        scratch = buffer.tensor.split(parts)
+        for first in range(0, batch, sizes.batch):
+            tile = Tile(slice(first, min(first + sizes.batch, batch)), slice(0, heads), slice(0, len_q))
+            result, level = _attend(problem, tile, scratch, sizes.columns)
+            shape = (tile.batch.stop - first, problem.query.shape[1], len_q)
+            out[tile.batch] = result.view(*shape, -1)
+            if lse is not None:
+                lse[tile.batch] = level.view(shape)
+        del scratch
+    finally:
+        memory.free(buffer)
+    return AttentionOutput(out, lse)
+
+
+def _one_batch(source: KeyValue) -> bool:
+    """Whether key heads of two batch entries have no common stride, so that a view cannot hold both."""
+    tensors = (source.key, source.value)
+    return source.pages is not None or (source.direct and any(t.stride(0) != t.shape[1] * t.stride(1) for t in tensors))
+
+
+def _attend(problem: Problem, tile: Tile, scratch: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
+    query_memory, score_memory, product_memory, wide_memory = scratch
+    query = scaled_query(problem, tile, query_memory)
+    many, rows, _ = query.shape
+    len_k = problem.source.length
+    scores = score_memory[: many * rows * len_k].view(many, rows, len_k)
+    for k in range(0, len_k, chunk):
+        columns = slice(k, min(k + chunk, len_k))
+        key = problem.source.keys(tile.batch, tile.heads, columns, wide_memory)
+        # key @ query^T reads the keys row by row; query @ key^T would be half as fast with few rows.
+        products = product_memory[: many * key.shape[1] * rows].view(many, key.shape[1], rows)
+        torch.bmm(key, query.mT, out=products)
+        scores[:, :, columns].copy_(products.mT)
+    problem.rule.apply_cap(scores)
+    hidden = problem.band.hidden(tile.rows, slice(0, len_k))
+    if problem.mask is not None or hidden is not None:
+        mask = None
+        if problem.mask is not None:
+            mask = mask_tile(problem.mask, tile.batch, tile.heads, tile.rows, slice(0, len_k))
+        hide(scores.view(*tile_shape(problem, tile), len_k), mask, hidden)
+    top = scores.amax(-1, keepdim=True)
+    anchor = top.masked_fill(top == -math.inf, 0)
+    weights = scores.sub_(anchor).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    result = _weigh(problem, tile, weights, wide_memory, chunk)
+    result.div_(torch.where(total == 0, 1, total))
+    return result, (top + total.log2()) * LN2
+
+
+def _weigh(problem: Problem, tile: Tile, weights: Tensor, wide_memory: Tensor, chunk: int) -> Tensor:
+    """weights [pairs, rows, len_k] @ value, [pairs, rows, dim_v], summed in the source's dtype."""
+    many, rows, len_k = weights.shape
+    source = problem.source
+    if not source.direct:
+        result = weights.new_zeros(many, rows, source.value.shape[-1])
+        for k in range(0, len_k, chunk):
+            columns = slice(k, min(k + chunk, len_k))
+            result.baddbmm_(weights[:, :, columns], source.values(tile.batch, tile.heads, columns, wide_memory))
+        return result
+    value = source.values(tile.batch, tile.heads, slice(0, len_k))
+    runs = len_k // VALUE_RUN
+    if runs < 2 or value.stride(0) != len_k * value.stride(1):
+        return torch.bmm(weights, value)
+    even = runs * VALUE_RUN
+    parts = weights[:, :, :even].unflatten(2, (runs, VALUE_RUN)).transpose(1, 2)
+    result = torch.matmul(parts, value[:, :even].unflatten(1, (runs, VALUE_RUN))).sum(1)
+    if even < len_k:
+        result.baddbmm_(weights[:, :, even:], value[:, even:])
+    return result
