@@ -326,7 +326,7 @@ class Corners:
             for sequences in (queries, chunks):
                 yield "paged", "paged", {"page_size": size, "sequences": sequences, **kind}
         for dtype, kind in product(sorted(c.cache_dtypes), ({}, *grouped)):
-            yield "fp8_cache", f"cache {dtype}", {"cache_dtype": dtype, **kind}
+            yield "fp8_cache", "fp8_cache", {"cache_dtype": dtype, **kind}
             for size in pages[:1]:
                 yield "fp8_cache", "", {"cache_dtype": dtype, "page_size": size, "sequences": queries, **kind}
 

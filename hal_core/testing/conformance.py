@@ -1,0 +1,198 @@
+"""`check_backend`: everything a device is held to, with results as values."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import json
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+
+from .. import __version__
+from ..capabilities import listing
+from ..device import Device
+from ..errors import ContractError
+from ..protocols import AttentionBackend
+from ..registry import registry
+from . import behaviour, claims, honesty
+from .subject import Failure, Measure, Skip, Subject
+
+Check = Callable[[Subject], Measure]
+
+#: Every check by name, in the order they run. A name says what is promised; so a failure names what is broken.
+CHECKS: dict[str, Check] = {
+    "contract": behaviour.contract,
+    **{subject: claims.claim_check(subject) for subject in claims.SUBJECTS},
+    "refusals": claims.refusals,
+    "prepared_reuse": behaviour.prepared_reuse,
+    "stale_keys": behaviour.stale_keys,
+    "inputs_unchanged": behaviour.inputs_unchanged,
+    "tiles": behaviour.tiles,
+    "merges": behaviour.merges,
+    "deterministic": behaviour.deterministic,
+    "random_numbers": behaviour.random_numbers,
+    "threads": behaviour.threads,
+    "dlpack": behaviour.dlpack,
+    "reopen": behaviour.reopen,
+    "leaks": behaviour.leaks,
+    "runs_where_it_says": honesty.runs_where_it_says,
+    "estimates": honesty.estimates,
+    "discovery": honesty.discovery,
+    "kernels": honesty.kernels,
+}
+
+
+class Status(enum.StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"  # there is nothing to look at: the feature is not claimed
+    UNSUPPORTED = "unsupported"  # not run, for good: the device is made so
+    EXPECTED_FAILURE = "expected_failure"  # fails for a known reason that shall go away
+    UNEXPECTED_PASS = "unexpected_pass"  # was expected to fail: take the expectation back
+
+
+@attrs.frozen(kw_only=True)
+class CheckResult:
+    """What one check found.
+
+    Attributes:
+        name: a key of `CHECKS`. status: see `Status`. detail: the finding, or the reason for not running.
+        error, bound: the error that was closest to its bound, or broke it; None where nothing was compared.
+        seconds: how long it took.
+    """
+
+    name: str
+    status: Status
+    detail: str = ""
+    error: float | None = None
+    bound: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """False for a failure and for an unexpected pass."""
+        return self.status not in (Status.FAILED, Status.UNEXPECTED_PASS)
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """All results for one device. Prints as a table; `seed` draws the same inputs again."""
+
+    device: Device
+    core: str
+    seed: int
+    quick: bool
+    results: tuple[CheckResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.results)
+
+    def __getitem__(self, name: str) -> CheckResult:
+        return next(result for result in self.results if result.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = attrs.asdict(self, value_serializer=lambda _, __, v: str(v) if isinstance(v, enum.StrEnum) else v)
+        return {"passed": self.passed, **plain}
+
+    def to_json(self) -> str:
+        """Strict JSON: an infinite error, which JSON cannot say, is null."""
+        text = json.dumps(self.to_dict())
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1)
+
+    def __str__(self) -> str:
+        device = self.device
+        lines = [f"conformance of {device.id} ({device.fidelity}, {device.vendor} {device.model}), seed {self.seed}"]
+        for r in self.results:
+            figures = "" if r.error is None or r.bound is None else f"{r.error:.2g} of {r.bound:.2g}"
+            lines.append(f"  {r.name:18} {r.status:17} {figures:20} {r.seconds:6.2f} s  {r.detail}".rstrip())
+        counts = {status: sum(r.status is status for r in self.results) for status in Status}
+        total = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count)
+        return "\n".join([*lines, f"{'passed' if self.passed else 'FAILED'}: {total}"])
+
+
+def check_backend(
+    backend: str | AttentionBackend, *, unsupported: Mapping[str, str] | None = None,
+    expected_failure: Mapping[str, str] | None = None, quick: bool = False, seed: int | None = None,
+    checks: list[str] | None = None, progress: Callable[[str, float], None] = lambda text, share: None,
+) -> Report:  # fmt: skip
+    """Hold a device to everything it claims, to refusing everything else, and to how a device behaves.
+
+    Args:
+        backend: device id, backend name (its first device), or a backend object, registered for as long as this takes.
+        unsupported: reasons by check, for checks that the device can never pass; they are not run.
+        expected_failure: reasons by check, for failures that shall go away; passing one is a failure.
+        quick: fewer cases and draws. seed: of a report, to draw the same again; None for fresh inputs.
+        checks: names to run; None for all. progress: called with a check's name and the share done, 0 to 1.
+
+    Returns:
+        A report; it never raises for what a device does.
+
+    Raises:
+        UnknownBackendError, DeviceUnavailableError: there is no such device here. ContractError: an unknown check.
+    """
+    unsupported, expected = dict(unsupported or {}), dict(expected_failure or {})
+    names = list(CHECKS) if checks is None else checks
+    for name in (*names, *unsupported, *expected):
+        if name not in CHECKS:
+            close = difflib.get_close_matches(name, CHECKS, 1)
+            raise ContractError(f"check {name!r} was given: use {repr(close[0]) if close else listing(list(CHECKS))}")
+    seed = secrets.randbits(32) if seed is None else seed
+    with _registered(backend) as device_name:
+        device = registry.find(device_name)[0]
+        subject: Subject | None = None
+        results = []
+        for place, name in enumerate(names):
+            progress(name, place / len(names))
+            if name in unsupported:
+                results.append(CheckResult(name=name, status=Status.UNSUPPORTED, detail=unsupported[name]))
+                continue
+            subject = subject or Subject(device, seed=seed, quick=quick)
+            results.append(_judged(run_check(name, subject), expected.get(name)))
+        progress("done", 1.0)
+    return Report(device=device, core=__version__, seed=seed, quick=quick, results=tuple(results))
+
+
+def run_check(name: str, subject: Subject) -> CheckResult:
+    """One check's result. Whatever the device raises is the check's finding."""
+    start = time.monotonic()
+    error, bound, status = None, None, Status.PASSED
+    try:
+        error, bound, detail = CHECKS[name](subject)
+    except Skip as reason:
+        status, detail = Status.SKIPPED, str(reason)
+    except Failure as failure:
+        status, detail, error, bound = Status.FAILED, str(failure), failure.error, failure.bound
+    except Exception as raised:  # a device may raise anything, and the other checks must still run
+        place = traceback.extract_tb(raised.__traceback__)[-1]
+        status, detail = Status.FAILED, f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"
+    seconds = time.monotonic() - start
+    return CheckResult(name=name, status=status, detail=detail, error=error, bound=bound, seconds=seconds)
+
+
+def _judged(result: CheckResult, expected: str | None) -> CheckResult:
+    if expected is None or result.status is Status.SKIPPED:
+        return result
+    if result.status is Status.PASSED:
+        return attrs.evolve(result, status=Status.UNEXPECTED_PASS, detail=f"it passes, and was expected to fail: {expected}")
+    return attrs.evolve(result, status=Status.EXPECTED_FAILURE, detail=f"{expected} ({result.detail})")
+
+
+@contextmanager
+def _registered(backend: str | AttentionBackend) -> Iterator[str]:
+    """The name of a backend, which is registered inside where it was given as an object."""
+    if isinstance(backend, str):
+        yield backend
+        return
+    registry.register(backend)
+    name = backend.devices()[0].id.partition(":")[0]
+    try:
+        yield name
+    finally:
+        registry.unregister(name)
