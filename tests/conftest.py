@@ -1,0 +1,49 @@
+"""Fixtures of every test: a seed from the test's name, and a process that knows nothing of its user."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_VARIABLES = ("HAL_BACKEND", "HAL_PLUGINS", "HAL_DISABLE", "HAL_STRICT", "HAL_DEBUG")
+for _name in _VARIABLES:  # plugins are discovered once in a process, perhaps while test files are imported
+    os.environ.pop(_name, None)
+
+
+def pytest_configure() -> None:
+    """Hypothesis: `make test-all` sets HYPOTHESIS_PROFILE=thorough; failures are printed, so no database is kept."""
+    try:
+        from hypothesis import HealthCheck, settings
+    except ImportError:  # a machine without a network may lack it: its tests are skipped there, visibly
+        return
+    common = {"deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("normal", max_examples=800, derandomize=True, **common)
+    settings.register_profile("thorough", max_examples=10_000, **common)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "normal"))
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A number from the test's own name: fresh data for each test, the same in every run. Printed on failure."""
+    number = zlib.crc32(request.node.nodeid.encode())
+    print(f"seed {number}")
+    return number
+
+
+@pytest.fixture(autouse=True)
+def _own_process(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """HAL_CACHE in a temporary folder, none of the caller's variables, and the initial settings afterwards."""
+    cache: Path = tmp_path_factory.mktemp("hal-cache", numbered=True)
+    monkeypatch.setenv("HAL_CACHE", str(cache))
+    for name in _VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if "hal_core" in sys.modules:
+        import hal_core
+
+        hal_core.configure()
