@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
@@ -100,7 +100,8 @@ class Choice:
         return min((v for v in self.values if v >= value), default=None)
 
     def __str__(self) -> str:
-        return listing([str(v) for v in sorted(self.values)])
+        *most, last = [str(value) for value in sorted(self.values)] or ["none"]
+        return f"{', '.join(most)} or {last}" if most else last
 
 
 @attrs.frozen
@@ -154,92 +155,67 @@ class Capabilities:
     @features.validator
     def _known(self, _: object, value: frozenset[str]) -> None:
         if unknown := value - FEATURES:
-            raise ValueError(f"unknown features {sorted(unknown)}: use {listing(sorted(FEATURES))}")
+            raise ValueError(f"unknown features {sorted(unknown)}: use {listing(FEATURES)}")
 
     @numerics.validator
     def _complete(self, _: object, value: Mapping[str, Numerics]) -> None:
         if missing := self.dtypes - set(value):
             raise ValueError(f"no numerics declared for {sorted(missing)}: every dtype needs its error bound")
 
-    def refusals(self, request: AttentionRequest) -> list[Refusal]:
-        """Every reason why `request` falls outside; empty when it is inside."""
-        return [*self._sizes(request), *self._kinds(request), *self._features(request), *self._accuracy(request)]
-
-    def _sizes(self, r: AttentionRequest) -> Iterator[Refusal]:
-        if r.dtype not in self.dtypes:
-            offered = sorted(self.dtypes)
-            yield Refusal(Code.DTYPE, "dtype", r.dtype, listing(offered), _cast(r.dtype, offered))
-        if r.dim_qk not in self.head_dim:
-            yield Refusal(Code.HEAD_DIM, "head_dim", str(r.dim_qk), str(self.head_dim), _pad(self.head_dim, r.dim_qk))
-        if r.dim_v != r.dim_qk:
-            if "value_dim" not in self.features:
-                fix = f"pad to {max(r.dim_v, r.dim_qk)}"
-                yield Refusal(Code.VALUE_DIM, "value_dim", str(r.dim_v), f"the head_dim ({r.dim_qk})", fix)
-            elif r.dim_v not in self.head_dim:
-                yield Refusal(
-                    Code.VALUE_DIM, "value_dim", str(r.dim_v), str(self.head_dim), _pad(self.head_dim, r.dim_v)
-                )
-        if r.batch not in self.batch:
-            yield Refusal(Code.BATCH, "batch", str(r.batch), str(self.batch), "split the batch")
-        if r.heads_q not in self.heads:
-            yield Refusal(Code.HEADS, "heads", str(r.heads_q), str(self.heads), "split the heads")
-        for name, value in (("len_q", r.len_q), ("len_k", r.len_k)):
-            if value not in self.length:
-                yield Refusal(Code.LENGTH, name, str(value), str(self.length), _pad(self.length, value))
-
-    def _kinds(self, r: AttentionRequest) -> Iterator[Refusal]:
-        if r.mask not in self.masks:
-            yield Refusal(Code.MASK, "mask", r.mask, listing(sorted(self.masks)), _mask_fix(r.mask, self.masks))
-        if r.causal not in self.causal:
-            fix = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
-            yield Refusal(Code.CAUSAL, "causal", r.causal, listing(sorted(self.causal)), fix)
-        if r.page_size is not None and ("paged" not in self.features or r.page_size not in self.page_sizes):
-            offered = f"pages of {self.page_sizes}" if "paged" in self.features else "contiguous key and value"
-            yield Refusal(Code.PAGED, "page_size", str(r.page_size), offered, "gather the pages")
-        if r.cache_dtype is not None and ("fp8_cache" not in self.features or r.cache_dtype not in self.cache_dtypes):
-            offered = listing(sorted(self.cache_dtypes)) or f"the query's dtype ({r.dtype})"
-            yield Refusal(Code.CACHE_DTYPE, "cache_dtype", r.cache_dtype, offered, f"convert the cache to {r.dtype}")
-        if r.block_plan is not None:
-            sizes = r.block_plan[:2]
-            if "block_plan" not in self.features or any(size not in self.block_sizes for size in sizes):
-                offered = f"blocks of {self.block_sizes}" if "block_plan" in self.features else "dense"
-                yield Refusal(
-                    Code.BLOCK_PLAN, "block_plan", f"{sizes[0]} x {sizes[1]}", offered, "expand the plan to a mask"
-                )
-
-    def _features(self, r: AttentionRequest) -> Iterator[Refusal]:
-        asked = (
-            (r.heads_q != r.heads_kv, "grouped_heads", Code.GROUPED_HEADS, f"{r.heads_q}/{r.heads_kv}",
-             "equal head counts", "repeat the key and value heads"),
-            (not r.last_dim_contiguous, "strides", Code.STRIDES, "a strided last dimension", "stride 1", "call contiguous()"),
-            (r.diagonal != 0, "diagonal", Code.DIAGONAL, str(r.diagonal), "0", "pass a boolean mask"),
-            (r.window is not None, "window", Code.WINDOW, str(r.window), "no window", "pass a boolean mask"),
-            (r.softcap is not None, "softcap", Code.SOFTCAP, str(r.softcap), "no softcap", ""),
-            (r.dropout > 0, "dropout", Code.DROPOUT, str(r.dropout), "no dropout", "call eval()"),
-            (r.packed, "packed", Code.PACKED, "packed lengths", "padded batches", "pad, with a boolean mask"),
-            (r.lse, "lse", Code.LSE, "log-sum-exp", "the output alone", ""),
-            (bool(r.grads), "backward", Code.BACKWARD, "gradients of " + ", ".join(sorted(r.grads)), "forward alone",
-             "call under torch.no_grad()"),
-            ("mask" in r.grads, "mask_grad", Code.MASK_GRADIENT, "the mask's gradient", "a constant mask", "detach the mask"),
-            (r.grad_lse, "lse_grad", Code.LSE_GRADIENT, "gradients through the log-sum-exp", "none", "detach the lse"),
-            (r.deterministic, "deterministic", Code.DETERMINISTIC, "deterministic", "order of sums not fixed", ""),
+    def refusals(self, r: AttentionRequest) -> list[Refusal]:
+        """Every reason why a request falls outside; empty when it is inside."""
+        has, sizes = self.features.__contains__, self.head_dim
+        bound = self.numerics[r.dtype].relative if r.dtype in self.numerics else 0.0
+        accurate = sorted(d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error)
+        plan = r.block_plan[:2] if r.block_plan is not None else ()
+        by_mask = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
+        widths = (r.dim_v != r.dim_qk, Code.VALUE_DIM, "value_dim", str(r.dim_v))
+        rows: tuple[tuple[bool, Code, str, str, str, str], ...] = (
+            (r.dtype not in self.dtypes, Code.DTYPE, "dtype", r.dtype, listing(self.dtypes), _cast(r.dtype, self.dtypes)),
+            (r.dim_qk not in sizes, Code.HEAD_DIM, "head_dim", str(r.dim_qk), str(sizes), _pad(sizes, r.dim_qk)),
+            (widths[0] and not has("value_dim"), *widths[1:], f"the head_dim ({r.dim_qk})", f"pad to {max(r.dim_v, r.dim_qk)}"),
+            (widths[0] and has("value_dim") and r.dim_v not in sizes, *widths[1:], str(sizes), _pad(sizes, r.dim_v)),
+            (r.batch not in self.batch, Code.BATCH, "batch", str(r.batch), str(self.batch), "split the batch"),
+            (r.heads_q not in self.heads, Code.HEADS, "heads", str(r.heads_q), str(self.heads), "split the heads"),
+            (r.len_q not in self.length, Code.LENGTH, "len_q", str(r.len_q), str(self.length), _pad(self.length, r.len_q)),
+            (r.len_k not in self.length, Code.LENGTH, "len_k", str(r.len_k), str(self.length), _pad(self.length, r.len_k)),
+            (r.heads_q != r.heads_kv and not has("grouped_heads"), Code.GROUPED_HEADS, "grouped_heads",
+             f"{r.heads_q}/{r.heads_kv}", "equal head counts", "repeat the key and value heads"),
+            (not r.last_dim_contiguous and not has("strides"), Code.STRIDES, "strides", "a strided last dimension", "stride 1",
+             "call contiguous()"),
+            (r.mask not in self.masks, Code.MASK, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
+            (r.causal not in self.causal, Code.CAUSAL, "causal", r.causal, listing(self.causal), by_mask),
+            (r.diagonal != 0 and not has("diagonal"), Code.DIAGONAL, "diagonal", str(r.diagonal), "0", by_mask),
+            (r.window is not None and not has("window"), Code.WINDOW, "window", str(r.window), "no window", by_mask),
+            (r.softcap is not None and not has("softcap"), Code.SOFTCAP, "softcap", str(r.softcap), "no softcap", ""),
+            (r.dropout > 0 and not has("dropout"), Code.DROPOUT, "dropout", str(r.dropout), "no dropout", "call eval()"),
+            (r.packed and not has("packed"), Code.PACKED, "packed", "packed lengths", "padded batches", "pad, with a mask"),
+            (r.page_size is not None and not (has("paged") and r.page_size in self.page_sizes), Code.PAGED, "page_size",
+             str(r.page_size), f"pages of {self.page_sizes}" if has("paged") else "no pages", "gather the pages"),
+            (r.cache_dtype is not None and not (has("fp8_cache") and r.cache_dtype in self.cache_dtypes), Code.CACHE_DTYPE,
+             "cache_dtype", str(r.cache_dtype), listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"),
+            (bool(plan) and not (has("block_plan") and all(size in self.block_sizes for size in plan)), Code.BLOCK_PLAN,
+             "block_plan", " x ".join(map(str, plan)), f"blocks of {self.block_sizes}" if has("block_plan") else "dense",
+             "expand the plan to a mask"),
+            (r.lse and not has("lse"), Code.LSE, "lse", "log-sum-exp", "the output alone", ""),
+            (bool(r.grads) and not has("backward"), Code.BACKWARD, "backward", f"gradients of {', '.join(sorted(r.grads))}",
+             "forward alone", "call under torch.no_grad()"),
+            ("mask" in r.grads and not has("mask_grad"), Code.MASK_GRADIENT, "mask_grad", "the mask's gradient",
+             "a constant mask", "detach the mask"),
+            (r.grad_lse and not has("lse_grad"), Code.LSE_GRADIENT, "lse_grad", "gradients through the log-sum-exp", "none",
+             "ask for the log-sum-exp under torch.no_grad()"),
+            (r.deterministic and not has("deterministic"), Code.DETERMINISTIC, "deterministic", "fixed order of sums",
+             "an order that varies", ""),
+            (r.max_error is not None and bound > r.max_error, Code.MAX_ERROR, "max_error", str(r.max_error),
+             f"{bound:g} in {r.dtype}", _cast("", accurate)),
         )  # fmt: skip
-        for wanted, feature, code, given, offered, fix in asked:
-            if wanted and feature not in self.features:
-                yield Refusal(code, feature, given, offered, fix)
-
-    def _accuracy(self, r: AttentionRequest) -> Iterator[Refusal]:
-        if r.max_error is not None and r.dtype in self.numerics and self.numerics[r.dtype].relative > r.max_error:
-            offered = f"{self.numerics[r.dtype].relative:g} in {r.dtype}"
-            better = [d for d in self.dtypes if self.numerics[d].relative <= r.max_error]
-            yield Refusal(Code.MAX_ERROR, "max_error", f"{r.max_error:g}", offered, _cast("", sorted(better)))
+        return [Refusal(*row[1:]) for row in rows if row[0]]
 
 
-def listing(words: list[str]) -> str:
-    """ "a, b or c"; "none" for an empty list."""
-    if not words:
-        return "none"
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def listing(words: Iterable[str]) -> str:
+    """ "a, b or c", sorted; "none" for nothing."""
+    *most, last = sorted(words) or ["none"]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _pad(sizes: Range | Choice, value: int) -> str:
@@ -247,8 +223,8 @@ def _pad(sizes: Range | Choice, value: int) -> str:
     return f"pad to {up}" if up is not None else ""
 
 
-def _cast(dtype: str, offered: list[str]) -> str:
-    order = ["float32", "bfloat16", "float16", "float64"] if dtype != "bfloat16" else ["float32", "float16", "float64"]
+def _cast(dtype: str, offered: Iterable[str]) -> str:
+    order = ("float32", "float16", "float64") if dtype == "bfloat16" else ("float32", "bfloat16", "float16", "float64")
     return next((f"cast to {name}" for name in order if name in offered), "")
 
 

@@ -38,48 +38,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+_SHAPE = {"default": "1,8,1024,64", "help": "batch,heads,length,head_dim (default %(default)s)"}
+_LENGTHS = {"default": "128,512,2048", "help": "comma-separated (default %(default)s)"}
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="hal", description="Attention on any accelerator, with reasons and honest costs."
-    )
+    parser = argparse.ArgumentParser(prog="hal", description="Attention on any accelerator, with reasons and honest costs.")
     parser.add_argument("--version", action="version", version=f"hal-core {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    yes, device = {"action": "store_true"}, ("device", {"help": "device id or backend name"})
+    dtype = ("--dtype", {"default": "float32"})
+    table: tuple[tuple[Any, str, str, list[tuple[str, dict[str, Any]]]], ...] = (
+        (_devices, "devices", "list the devices that are present", []),
+        (_doctor, "doctor", "show every plugin: found, loaded, failed and how to mend it", []),
+        (_explain, "explain", "show which device an attention call would run on, and why", [
+            ("--shape", _SHAPE), ("--kv-heads", {"type": int, "help": "key/value heads (default: as many as query heads)"}),
+            ("--kv-length", {"type": int, "help": "keys (default: as many as queries)"}), dtype,
+            ("--causal", {"default": "none", "choices": ["none", "top_left", "bottom_right"]}),
+            ("--window", {"help": "left,right"}), ("--softcap", {"type": float}),
+            ("--grad", yes | {"help": "with gradients of query, key and value"}),
+            ("--backend", {}), ("--objective", {"choices": ["time", "energy", "error"]}), ("--allow-simulated", yes)]),
+        (_calibrate, "calibrate", "measure a device; its estimates use the result", [device]),
+        (_conformance, "conformance", "hold a device to everything it claims", [
+            device, ("--quick", yes | {"help": "fewer cases"}),
+            ("--seed", {"type": int, "help": "draw the same cases again"})]),
+        (_bench, "bench", "time attention on a device against torch's own", [
+            device, ("--lengths", _LENGTHS),
+            ("--shape", {"default": "1,8,64", "help": "batch,heads,head_dim (default %(default)s)"}),
+            dtype, ("--causal", yes), ("--csv", {"help": "also write the figures to this file"})]),
+    )  # fmt: skip
+    for run, name, text, arguments in table:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
-        return command
-
-    add("devices", _devices, "list the devices that are present")
-    add("doctor", _doctor, "show every plugin: found, loaded, failed and how to mend it")
-    explain = add("explain", _explain, "show which device an attention call would run on, and why")
-    explain.add_argument("--shape", default="1,8,1024,64", help="batch,heads,length,head_dim (default %(default)s)")
-    explain.add_argument("--kv-heads", type=int, help="key/value heads (default: as many as query heads)")
-    explain.add_argument("--kv-length", type=int, help="keys (default: as many as queries)")
-    explain.add_argument("--dtype", default="float32")
-    explain.add_argument("--causal", default="none", choices=["none", "top_left", "bottom_right"])
-    explain.add_argument("--window", help="left,right")
-    explain.add_argument("--softcap", type=float)
-    explain.add_argument("--grad", action="store_true", help="with gradients of query, key and value")
-    explain.add_argument("--backend")
-    explain.add_argument("--objective", choices=["time", "energy", "error"])
-    explain.add_argument("--allow-simulated", action="store_true")
-    calibrate = add("calibrate", _calibrate, "measure a device; its estimates use the result")
-    calibrate.add_argument("device")
-    conformance = add("conformance", _conformance, "hold a device to everything it claims")
-    conformance.add_argument("device")
-    conformance.add_argument("--quick", action="store_true", help="fewer cases")
-    conformance.add_argument("--seed", type=int, help="draw the same cases again")
-    bench = add("bench", _bench, "time attention on a device against torch's own")
-    bench.add_argument("device")
-    bench.add_argument("--lengths", default="128,512,2048", help="comma-separated (default %(default)s)")
-    bench.add_argument("--shape", default="1,8,64", help="batch,heads,head_dim (default %(default)s)")
-    bench.add_argument("--dtype", default="float32")
-    bench.add_argument("--causal", action="store_true")
-    bench.add_argument("--csv", help="also write every run's figures to this file")
+        for flag, settings in [("--json", yes | {"help": "print JSON"}), *arguments]:
+            command.add_argument(flag, **settings)
     for _ in registry.call_each("hal_commands", subparsers=commands):
         pass
     return parser
@@ -200,15 +194,19 @@ def _conformance(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench import bench
+    from .bench import bench, write_csv
 
     lengths = _numbers(options.lengths, 0, "--lengths", "one or more lengths")
     batch, heads, dim = _numbers(options.shape, 3, "--shape", "batch,heads,head_dim")
     with progress(f"timing {options.device}") as report:
-        result = bench(options.device, lengths, batch, heads, dim, options.dtype, options.causal, report)
+        records = bench(options.device, lengths, (batch, heads, dim), options.dtype, options.causal, report)
     if options.csv:
-        result.write_csv(options.csv)
+        write_csv(records, options.csv)
     if options.json:
-        return _print_json(result.to_dict())
-    show_table(result.title, result.columns, result.rows, result.notes)
+        return _print_json(records)
+    names = ("torch_p50_ms", "hal_p50_ms", "bound_p50_ms")
+    rows = [[str(r["length"]), *(f"{r[n]:.4g}" for n in names), f"{r[names[0]] / r[names[1]]:.2f}x", str(r["hal_calls"])]
+            for r in records]  # fmt: skip
+    title = f"{records[0]['device']} ({records[0]['fidelity']}), batch {batch}, {heads} heads, head_dim {dim}, {options.dtype}"
+    show_table(title, ["tokens", "torch ms", "hal ms", "bound ms", "torch / hal", "calls"], rows, ["medians, interleaved"])
     return 0

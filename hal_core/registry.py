@@ -84,78 +84,56 @@ class Registry:
 
     def discover(self) -> None:
         """Load the entry points once. Imports light modules, never a backend's target."""
-        if self._discovered:
-            return
         with self._lock:
-            if self._discovered:
-                return
-            self._discovered = True
-            for entry_point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-                self._load_plugin(entry_point)
+            if not self._discovered:
+                self._discovered = True
+                for entry_point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+                    self._load_plugin(entry_point)
 
     def _load_plugin(self, entry_point: importlib.metadata.EntryPoint) -> None:
-        name, dist = entry_point.name, entry_point.dist
-        plugin = Plugin(name, f"{dist.name} {dist.version}" if dist else "")
-        if name in self._plugins:
-            other = self._plugins[name]
-            plugin.failure = LoadFailure(
-                name, plugin.distribution, "duplicate",
-                f"the plugin name {name!r} is taken by {other.distribution} and again by {plugin.distribution}",
-                fix="uninstall one of them",
-            )  # fmt: skip
-            self._plugins[f"{name} ({plugin.distribution})"] = plugin
-            self._fail(plugin.failure)
-            return
-        self._plugins[name] = plugin
+        name, distribution = entry_point.name, f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
+        other, plugin = self._plugins.get(name), Plugin(name, distribution)
+        self._plugins[name if other is None else f"{name} ({distribution})"] = plugin
         if variable := _disabled_by(name):
-            plugin.failure = LoadFailure(
-                name, plugin.distribution, "disabled", f"switched off by {variable}", fix=f"change {variable}"
-            )
+            why = f"switched off by {variable}"
+            plugin.failure = LoadFailure(name, distribution, "disabled", why, fix=f"change {variable}")
             return
-        stage = "import"
+        stage = "duplicate"
         try:
+            if other is not None:
+                raise PluginError(f"the plugin name {name!r} is taken by {other.distribution} and by {distribution}")
+            stage = "import"
             module = entry_point.load()
             stage = "hook"
             self._manager.register(module, name)
-            self._adopt(plugin, self._call(name, "hal_backends", api_version=API_VERSION) or [])
-            for spec in self._call(name, "hal_kernels") or []:
-                self._specs.setdefault(spec.name, spec)
+            specs = self._call(name, "hal_backends", api_version=API_VERSION) or []
+            if not isinstance(specs, list) or not all(isinstance(spec, BackendSpec) for spec in specs):
+                raise PluginError(f"hal_backends of {name!r} returned {specs!r}: return a list of BackendSpec")
+            for spec in specs:
+                self._add(Entry(spec, distribution))
+            for kernel in self._call(name, "hal_kernels") or []:
+                self._specs.setdefault(kernel.name, kernel)
         except (Exception, SystemExit) as error:  # a plugin may raise anything; it is kept, shown and rolled back
             self._roll_back(plugin)
-            plugin.failure = _failure(
-                name, plugin.distribution, stage, error, f"upgrade or uninstall {plugin.distribution}"
-            )
-            self._fail(plugin.failure, error)
-
-    def _adopt(self, plugin: Plugin, specs: list[BackendSpec]) -> None:
-        if not isinstance(specs, list) or not all(isinstance(spec, BackendSpec) for spec in specs):
-            raise PluginError(f"hal_backends of {plugin.name!r} returned {specs!r}: return a list of BackendSpec")
-        for spec in specs:
-            self._add(Entry(spec, plugin.distribution))
+            plugin.failure = self._failed(name, distribution, stage, error, f"upgrade or uninstall {distribution}")
 
     def _add(self, entry: Entry) -> None:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
         if other is not None:
-            message = f"backend {name!r} is offered by {_origin(other)} and by {_origin(entry)}"
-            failure = LoadFailure(
-                name, entry.distribution, "duplicate", message, fix="uninstall or disable one of them"
-            )
-            if other.failure is None or other.failure.stage != "duplicate":
-                other.failure = failure  # which of the two came first is chance, so the name serves neither
-            raise PluginError(f"{message}: uninstall or disable one of them")
+            by = [e.distribution or "a registration at run time" for e in (other, entry)]
+            why = f"backend {name!r} is offered by {by[0]} and by {by[1]}"
+            # Which of the two came first is chance, so the name serves neither.
+            other.failure = LoadFailure(name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them")
+            raise PluginError(f"{why}: uninstall or disable one of them")
         (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
         if major != core_major or minor > core_minor:
-            newer = (major, minor) > API_VERSION
-            fix = "upgrade hal-core" if newer else f"upgrade {entry.distribution or name}"
-            entry.failure = LoadFailure(
-                name, entry.distribution, "api",
-                f"written for plugin contract {major}.{minor}, this core has {core_major}.{core_minor}", fix=fix,
-            )  # fmt: skip
-            self._fail(entry.failure)
+            fix = "upgrade hal-core" if (major, minor) > API_VERSION else f"upgrade {entry.distribution or name}"
+            why = f"written for plugin contract {major}.{minor}, this core has {core_major}.{core_minor}"
+            entry.failure = self._failed(name, entry.distribution, "api", PluginError(why), fix)
         self._entries[name] = entry
 
     def _roll_back(self, plugin: Plugin) -> None:
-        if self._manager.has_plugin(plugin.name):  # pluggy keeps a plugin that it rejected
+        if self._manager.has_plugin(plugin.name) and self._plugins[plugin.name] is plugin:  # pluggy keeps one it rejected
             self._manager.unregister(name=plugin.name)
         for name, entry in list(self._entries.items()):
             if entry.distribution == plugin.distribution and entry.failure is None:
@@ -183,20 +161,20 @@ class Registry:
         """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
         plugin = self._plugins[name]
         fix = f"upgrade or uninstall {plugin.distribution}"
-        plugin.failure = _failure(name, plugin.distribution, f"hook {hook}", error, fix)
-        self._fail(plugin.failure, error)
+        plugin.failure = self._failed(name, plugin.distribution, f"hook {hook}", error, fix)
 
-    def fail_entry(self, entry: Entry, stage: str, error: Exception) -> None:
+    def fail_entry(self, entry: Entry, stage: str, error: BaseException, fix: str = "") -> None:
         """Take a backend that raised where it must not out of service, with the reason kept."""
-        fix = f"upgrade or uninstall {entry.distribution or entry.spec.name}"
-        with self._lock:
-            entry.failure = _failure(entry.spec.name, entry.distribution, stage, error, fix)
-            entry.found = ()
-        self._fail(entry.failure, error)
+        name, distribution = entry.spec.name, entry.distribution
+        entry.found = ()
+        entry.failure = self._failed(name, distribution, stage, error, fix or f"upgrade or uninstall {distribution or name}")
 
-    def _fail(self, failure: LoadFailure, error: BaseException | None = None) -> None:
+    def _failed(self, name: str, distribution: str, stage: str, error: BaseException, fix: str) -> LoadFailure:
+        lines = (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
+        message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
         if os.environ.get("HAL_STRICT") == "1":
-            raise PluginError(f"{failure.name} ({failure.distribution}): {failure.message}. {failure.fix}") from error
+            raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
+        return LoadFailure(name, distribution, stage, message, trace, fix)
 
     # Looking up
 
@@ -215,23 +193,18 @@ class Registry:
 
     def devices_of(self, entry: Entry) -> tuple[Device, ...]:
         """The entry's devices; empty, with `entry.failure` set, where its target fails. Tried once."""
-        if entry.found is not None:
-            return entry.found
         with self._lock:
-            if entry.failure is None and entry.found is None:
+            if entry.found is None and entry.failure is None:
                 stage = "target"
                 try:
-                    if entry.backend is None:
-                        entry.backend = resolve(entry.spec.target)()
+                    entry.backend = entry.backend or resolve(entry.spec.target)()
                     stage = "devices"
                     found = tuple(entry.backend.devices())
                     if wrong := [d.id for d in found if not d.id.startswith(f"{entry.spec.name}:")]:
                         raise PluginError(f"device ids {wrong} were given: begin them with '{entry.spec.name}:'")
                     entry.found = found
                 except (Exception, SystemExit) as error:  # cached as a refusal and not tried again
-                    fix = entry.spec.install_hint or f"reinstall {entry.distribution or entry.spec.name}"
-                    entry.failure = _failure(entry.spec.name, entry.distribution, stage, error, fix)
-                    self._fail(entry.failure, error)
+                    self.fail_entry(entry, stage, error, entry.spec.install_hint)
             entry.found = entry.found or ()
         return entry.found
 
@@ -280,7 +253,7 @@ class Registry:
             return f"{name} is not present: {entry.spec.name} has {listing([d.id for d in entry.found])}"
         if isinstance(entry.backend, Absent):
             return f"{name} is installed but has no device: {entry.backend.why_absent()}"
-        needs = f"it needs {listing(list(entry.spec.requirements))}" if entry.spec.requirements else "none was found"
+        needs = f"it needs {listing(entry.spec.requirements)}" if entry.spec.requirements else "none was found"
         return f"{name} is installed but has no device, {needs}. {entry.spec.install_hint}".rstrip()
 
     def backend_of(self, device: Device | str) -> AttentionBackend:
@@ -299,21 +272,16 @@ class Registry:
             UnknownBackendError, DeviceUnavailableError: also when opening failed before; it is not tried again.
         """
         device, entry = self.find(name)[0], self.entry(name)
-        session = entry.sessions.get(device.id)
-        if session is not None:
-            return session
         with self._lock:
-            if failure := entry.broken.get(device.id):
-                raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
-            if device.id not in entry.sessions:
+            if device.id not in entry.sessions and device.id not in entry.broken:
                 try:
                     assert entry.backend is not None
                     entry.sessions[device.id] = entry.backend.open(device)
                 except (Exception, SystemExit) as error:
                     fix = entry.spec.install_hint or "see `hal doctor`"
-                    failure = _failure(device.id, entry.distribution, "open", error, fix)
-                    entry.broken[device.id] = failure
-                    raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {fix}") from error
+                    entry.broken[device.id] = self._failed(device.id, entry.distribution, "open", error, fix)
+            if failure := entry.broken.get(device.id):
+                raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
             return entry.sessions[device.id]
 
     def opened(self, device_id: str) -> Session | None:
@@ -373,26 +341,12 @@ def _close(entry: Entry) -> None:
         session.close()
 
 
-def _origin(entry: Entry) -> str:
-    return entry.distribution or "a registration at run time"
-
-
 def _disabled_by(name: str) -> str:
     """The environment variable that switches a plugin off; "" for none. Read before anything is imported."""
-    allowed = os.environ.get("HAL_PLUGINS")
-    if allowed is not None and name not in _names(allowed):
+    allowed, denied = (os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE"))
+    if allowed is not None and name not in [word.strip() for word in allowed.split(",")]:
         return "HAL_PLUGINS"
-    return "HAL_DISABLE" if name in _names(os.environ.get("HAL_DISABLE", "")) else ""
-
-
-def _names(text: str) -> set[str]:
-    return {word.strip() for word in text.split(",") if word.strip()}
-
-
-def _failure(name: str, distribution: str, stage: str, error: BaseException, fix: str) -> LoadFailure:
-    message = str(error) if isinstance(error, HalError) else "".join(traceback.format_exception_only(error)).strip()
-    return LoadFailure(name, distribution, stage, message.splitlines()[-1] if message else type(error).__name__,
-                       "".join(traceback.format_exception(error)), fix)  # fmt: skip
+    return "HAL_DISABLE" if denied and name in [word.strip() for word in denied.split(",")] else ""
 
 
 #: The process's registry.

@@ -96,27 +96,24 @@ class AttentionRequest:
         """Multiply-accumulates of both products over all query-key pairs (masked pairs counted: a dense upper bound)."""
         return self.batch * self.heads_q * self.len_q * self.len_k * (self.dim_qk + self.dim_v)
 
+    def band(self, len_q: int, len_k: int) -> tuple[int | None, int | None]:
+        """(low, high): causal and window let row i read keys i + low to i + high; None for no bound."""
+        offset = self.diagonal + (len_k - len_q if self.causal is Causal.BOTTOM_RIGHT else 0)
+        left, right = self.window or (None, None)
+        if self.causal is not Causal.NONE:
+            right = 0  # a window's right side is 0 or more, so the diagonal bounds it
+        return None if left is None else offset - left, None if right is None else offset + right
+
     @property
     def visible_macs(self) -> int:
         """`macs` over the pairs that causal, window and block plan leave visible; a mask's content is not known."""
-        pairs = self.len_q * self.len_k
-        if self.causal is not Causal.NONE or self.window is not None:
-            pairs = self._visible_pairs()
+        low, high = self.band(self.len_q, self.len_k)
+        ends = self.len_q * self.len_k if high is None else _clipped_sum(high + 1, self.len_q, self.len_k)
+        pairs = max(ends - (0 if low is None else _clipped_sum(low, self.len_q, self.len_k)), 0)
         if self.block_plan is not None:
             block_q, block_k, most = self.block_plan
             pairs = min(pairs, -(-self.len_q // block_q) * block_q * most * block_k)
         return self.batch * self.heads_q * pairs * (self.dim_qk + self.dim_v)
-
-    def _visible_pairs(self) -> int:
-        offset = self.diagonal + (self.len_k - self.len_q if self.causal is Causal.BOTTOM_RIGHT else 0)
-        left, right = self.window or (None, None)
-        if self.causal is not Causal.NONE:
-            right = 0 if right is None else min(right, 0)
-        ends = _clipped_sum(offset + (right + 1 if right is not None else self.len_k), self.len_q, self.len_k)
-        if right is None:
-            ends = self.len_q * self.len_k
-        starts = 0 if left is None else _clipped_sum(offset - left, self.len_q, self.len_k)
-        return max(ends - starts, 0)
 
     @property
     def bytes_moved(self) -> int:
@@ -128,23 +125,19 @@ class AttentionRequest:
 
     def describe(self) -> str:
         """One line for messages: "batch 2, heads 32/8, 4096 x 4096, head_dim 80, bfloat16, causal"."""
-        dims = f"head_dim {self.dim_qk}" + (f"/{self.dim_v}" if self.dim_v != self.dim_qk else "")
-        heads = f"heads {self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")
-        parts = [f"batch {self.batch}", heads, f"{self.len_q} x {self.len_k}", dims, self.dtype]
-        if self.causal is not Causal.NONE:
-            parts.append("causal" if self.causal is Causal.TOP_LEFT else "causal bottom-right")
-        if self.mask is not MaskKind.NONE:
-            parts.append(f"{self.mask} mask")
-        if self.window is not None:
-            parts.append(f"window {self.window}")
-        if self.softcap is not None:
-            parts.append(f"softcap {self.softcap:g}")
-        if self.dropout:
-            parts.append(f"dropout {self.dropout:g}")
-        parts += ["packed"] * self.packed + [f"pages of {self.page_size}"] * (self.page_size is not None)
-        parts += [f"block plan {self.block_plan}"] * (self.block_plan is not None)
-        parts += ["gradients of " + ", ".join(sorted(self.grads))] * bool(self.grads)
-        return ", ".join(parts + ["log-sum-exp"] * self.lse)
+        dims = f"{self.dim_qk}" + (f"/{self.dim_v}" if self.dim_v != self.dim_qk else "")
+        heads = f"{self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")
+        causal = {Causal.NONE: "", Causal.TOP_LEFT: "causal", Causal.BOTTOM_RIGHT: "causal bottom-right"}[self.causal]
+        lengths = f"{self.len_q} x {self.len_k}"
+        parts = (f"batch {self.batch}", f"heads {heads}", lengths, f"head_dim {dims}", self.dtype, causal)
+        optional = {
+            f"{self.mask} mask": self.mask is not MaskKind.NONE, f"window {self.window}": self.window is not None,
+            f"softcap {self.softcap}": self.softcap is not None, f"dropout {self.dropout:g}": self.dropout > 0,
+            "packed": self.packed, f"pages of {self.page_size}": self.page_size is not None,
+            f"block plan {self.block_plan}": self.block_plan is not None,
+            f"gradients of {', '.join(sorted(self.grads))}": bool(self.grads), "log-sum-exp": self.lse,
+        }  # fmt: skip
+        return ", ".join(part for part in (*parts, *(text for text, given in optional.items() if given)) if part)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""

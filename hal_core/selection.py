@@ -175,7 +175,7 @@ def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer
     placement = []
     if moved and not transfer:
         fix = "pass transfer=True, or move the tensors"
-        placement.append(Refusal(Code.PLACEMENT, "device", request.device, listing(sorted(device.reads)), fix))
+        placement.append(Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
     try:
         capabilities = backend.capabilities(device)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
@@ -257,7 +257,7 @@ def _hardware_only(candidate: Candidate) -> Candidate:
 def _choose(request: AttentionRequest, candidates: list[Candidate], policy: Policy) -> tuple[str | None, str]:
     able = [candidate for candidate in candidates if not candidate.refusals]
     if not able:
-        return None, "no device can" if not policy.names else f"{listing(list(policy.names))} cannot"
+        return None, "no device can" if not policy.names else f"{listing(policy.names)} cannot"
     if policy.names and len(able) == 1:
         return able[0].device.id, f"named by {policy.origin}"
     for plugin, wish in registry.call_each("hal_policy", request=request, candidates=able):

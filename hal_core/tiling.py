@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ContractError
-from .request import DTYPE_BYTES, AttentionRequest, Causal
+from .request import DTYPE_BYTES, AttentionRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,13 +51,9 @@ class BlockPlan(NamedTuple):
 
 def visible_keys(request: AttentionRequest, row: int, len_q: int, len_k: int) -> tuple[int, int]:
     """The keys [start, stop) that causal and window leave to query row `row`; start >= stop means none."""
-    offset = request.diagonal + (len_k - len_q if request.causal is Causal.BOTTOM_RIGHT else 0)
-    left, right = request.window or (None, None)
-    if request.causal is not Causal.NONE:
-        right = 0 if right is None else min(right, 0)
-    start = 0 if left is None else max(row + offset - left, 0)
-    stop = len_k if right is None else min(row + offset + right + 1, len_k)
-    return start, max(stop, 0)
+    low, high = request.band(len_q, len_k)
+    stop = len_k if high is None else min(row + high + 1, len_k)
+    return 0 if low is None else max(row + low, 0), max(stop, 0)
 
 
 class DenseTiling:
@@ -157,12 +153,11 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
             f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given: lse wants out's shape without the "
             "last dimension, in float32 or float64"
         )
-    total = torch.logsumexp(lse, dim=0)
-    anchor = torch.where(total == -math.inf, torch.zeros_like(total), total)  # exp(-inf - 0) = 0, not exp(nan)
-    weights = torch.exp(lse - anchor)
-    # A part whose lse is -inf has weight 0; its out may hold anything, NaN included, and must not leak.
-    parts = torch.where((lse == -math.inf).unsqueeze(-1), 0, out.to(lse.dtype) * weights.unsqueeze(-1))
-    return parts.sum(dim=0).to(out.dtype), total
+    dead = lse == -math.inf  # its out may hold anything, NaN included, and must not leak, nor may its gradient
+    none = dead.all(dim=0)
+    total = torch.logsumexp(lse.masked_fill(none, 0), dim=0)  # of finite rows: the gradient of log(0) is NaN
+    parts = out.to(lse.dtype).masked_fill(dead.unsqueeze(-1), 0) * torch.exp(lse - total).unsqueeze(-1)
+    return parts.sum(dim=0).to(out.dtype), total.masked_fill(none, -math.inf)
 
 
 def slice_mask(mask: Tensor, tile: Tile) -> Tensor:
@@ -188,14 +183,11 @@ def expand_block_plan(plan: BlockPlan, len_q: int, len_k: int) -> Tensor:
 
 def dense_mask(request: AttentionRequest, len_q: int, len_k: int, *, device: Any = None) -> Tensor | None:
     """The boolean mask [len_q, len_k] of causal and window together; None where everything is visible."""
-    if request.causal is Causal.NONE and request.window is None:
+    low, high = request.band(len_q, len_k)
+    if low is None and high is None:
         return None
     import torch
 
-    offset = request.diagonal + (len_k - len_q if request.causal is Causal.BOTTOM_RIGHT else 0)
-    left, right = request.window or (None, None)
-    if request.causal is not Causal.NONE:
-        right = 0 if right is None else min(right, 0)
-    distance = torch.arange(len_k, device=device) - torch.arange(len_q, device=device).unsqueeze(1) - offset
-    visible = torch.ones_like(distance, dtype=torch.bool) if right is None else distance <= right
-    return visible if left is None else visible & (distance >= -left)
+    distance = torch.arange(len_k, device=device) - torch.arange(len_q, device=device).unsqueeze(1)
+    visible = torch.ones_like(distance, dtype=torch.bool) if high is None else distance <= high
+    return visible if low is None else visible & (distance >= low)
