@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors, or 'minilm'")
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", type=Path, default=(),
-        help="UTF-8 files: texts divided by blank lines, or one a line (default: the Gettysburg Address)",
+        help="UTF-8 files, or folders of *.txt: texts divided by blank lines, or one a line (default: a short sample)",
     )  # fmt: skip
     parser.add_argument(
         "--devices", metavar="ID", nargs="+", action="extend", default=[],

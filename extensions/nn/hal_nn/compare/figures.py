@@ -72,9 +72,18 @@ def plain(value: float) -> str:
 
 
 def ranged(figure: Figure, show: Callable[[float], str]) -> str:
-    """The middle, with the range where it shows: "1.2 ms (1.1 ms to 1.4 ms)"."""
+    """The middle, with the range where it shows: "1.2 ms (1.1 to 1.4 ms)"."""
+    between = interval(figure, show)
+    return f"{show(figure.middle)} ({between})" if between else show(figure.middle)
+
+
+def interval(figure: Figure, show: Callable[[float], str]) -> str:
+    """ "1.1 to 1.4 ms"; "" where lowest and highest read the same."""
     low, high = show(figure.low), show(figure.high)
-    return show(figure.middle) if low == high else f"{show(figure.middle)} ({low} to {high})"
+    if low == high:
+        return ""
+    number, _, unit = low.partition(" ")
+    return f"{number} to {high}" if unit and high.endswith(f" {unit}") else f"{low} to {high}"
 
 
 def varied(figure: Figure, show: Callable[[float], str]) -> str:

@@ -12,7 +12,7 @@ from hal_core import Basis, Fidelity, HalError
 
 from . import charts
 from .charts import Mark, bars, colour, dots, lines, shares
-from .figures import NOT_AVAILABLE, cosine, joules, macs, percent, plain, ranged, ratio, seconds
+from .figures import NOT_AVAILABLE, cosine, interval, joules, macs, percent, plain, ranged, ratio, seconds
 from .result import Comparison, Figure, Row
 from .tables import headline, refusal
 
@@ -80,10 +80,11 @@ def _header(comparison: Comparison) -> str:
     ]  # fmt: skip
     listed = "".join(f"<li><b>{escape(str(value))}</b><span>{escape(what)}</span></li>" for value, what in facts)
     note = f'<p class="note">{escape(model["note"])}</p>' if model["note"] else ""
+    lead = headline(comparison).partition(": ")[2]
     return (
         f'<p class="kicker">hal compare · {escape(comparison.created.replace("T", " ").replace("+00:00", " UTC"))}</p>'
         f"<h1>{escape(Path(model['name']).name)}</h1>"
-        f'<p class="lead">{escape(headline(comparison))}. Every number is marked with its origin.</p>{note}'
+        f'<p class="lead">{escape(lead)}. Every number is marked with its origin.</p>{note}'
         f'<ul class="facts">{listed}</ul>'
     )
 
@@ -112,8 +113,8 @@ def _cards(comparison: Comparison, ran: Sequence[Row]) -> str:
             f"<dt>{what}</dt><dd>{percent(row.accuracy.agreement.low)}</dd>"
             f"<dt>time, whole model</dt><dd>{seconds(row.costs.total.middle)}</dd>"
             f"<dt>time, attention</dt><dd>{seconds(row.costs.on_device.middle)}</dd>"
-            f"<dt>energy, attention</dt><dd>{energy}</dd>"
-            f"<dt>time is</dt><dd>{_badge(row.costs.on_device)}</dd></dl></div>"
+            f"<dt>energy, attention</dt><dd>{energy}</dd></dl>"
+            f"<p>time of attention {_badge(row.costs.on_device)}</p></div>"
         )
     return f'<h2>At a glance</h2><div class="cards">{cards}</div>'
 
@@ -219,7 +220,11 @@ def _badge(figure: Figure) -> str:
 def _value(figure: Figure | None, show: Callable[[float], str]) -> str:
     if figure is None:
         return f'<span class="none">{NOT_AVAILABLE}</span>'
-    return f'<span title="{escape(figure.source)}">{escape(ranged(figure, show))}</span> {_badge(figure)}'
+    between = f"<small>{escape(range_)}</small>" if (range_ := interval(figure, show)) else ""
+    return (
+        f'<span title="{escape(figure.source)}"><b>{escape(show(figure.middle))}</b>{between}'
+        f'<small class="{figure.basis}">{escape(figure.origin)}</small></span>'
+    )
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

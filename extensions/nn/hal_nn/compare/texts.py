@@ -32,15 +32,23 @@ def read(paths: Sequence[Path]) -> list[TextFile]:
     """Read text files. Texts are divided by blank lines; a file without blank lines has one text a line.
 
     Args:
-        paths: files; none stands for a sample that comes with this package.
+        paths: files, or folders whose *.txt files are read; none stands for a sample that comes with this package.
 
     Raises:
-        HalError: a file that is missing, a folder, empty, or not UTF-8; fewer than two texts in all.
+        HalError: a file that is missing, empty or not UTF-8, a folder without *.txt; fewer than two texts in all.
     """
-    files = [_read(path) for path in paths or [SAMPLE]]
+    files = [_read(file) for path in paths or [SAMPLE] for file in _files(path)]
     if sum(len(file.texts) for file in files) < 2:
         raise HalError(f"{files[0].name} has one text: give two or more, divided by blank lines, or one a line")
     return files
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if not (found := sorted(path.glob("*.txt"))):
+        raise HalError(f"the folder {path} has no *.txt: give UTF-8 text files")
+    return found
 
 
 def _read(path: Path) -> TextFile:
