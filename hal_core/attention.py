@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from .capabilities import Code
 from .context import frame_var, meter_var
 from .errors import ContractError, DeviceUnavailableError, SelectionChangedError
 from .registry import registry
-from .request import AttentionOutput, AttentionRequest, Causal, SequenceTables
-from .selection import Decision, Policy, decide, merged_policy
+from .request import AttentionRequest, Causal, SequenceTables
+from .selection import Decision, Policy, check_all, merged_policy, settled
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,7 @@ else:
 
 _routes: dict[Any, Any] = {}
 _MOST_ROUTES = 4096
+_CUT = object()  # stands for a bucket of lengths through which a limit runs: decided length by length
 _GRADS = [frozenset(n for bit, n in enumerate(("q", "k", "v", "mask")) if bits >> bit & 1) for bits in range(16)]
 registry.on_change.append(_routes.clear)
 
@@ -104,88 +107,74 @@ def attention(
         )  # fmt: skip
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
-    tables = None
-    if (
-        cu_seqlens_q is not None
-        or page_table is not None
-        or key_scale is not None
-        or cu_seqlens_k is not None
-        or (cache_seqlens is not None or value_scale is not None)
-    ):
-        tables = SequenceTables(cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
+    named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
+    tables = None if named.count(None) == 6 else SequenceTables(*named)
     bits = 0
     if _grad_enabled():
         bits = query.requires_grad + 2 * key.requires_grad + 4 * value.requires_grad
         if attn_mask is not None and attn_mask.requires_grad:
             bits += 8
-    found = _find(
-        query, key, value, attn_mask, block_plan, tables, bits,
-        (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
-         max_seqlen_q, max_seqlen_k), (backend, objective, allow_simulated, transfer),
+    options = (
+        dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
+        max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
+    given = (query, key, value, attn_mask, block_plan, tables)
+    found = _find(given, bits, options, (backend, objective, allow_simulated, transfer))
+    if attn_mask is not None and attn_mask.dim() != 4:
+        given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
     if found.needs_rng:
         rng = _drawn(rng)
-    if attn_mask is not None and attn_mask.dim() != 4:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     meter = meter_var.get()
-    if meter is not None:
-        return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng))
-    return found.run(query, key, value, attn_mask, block_plan, tables, rng)
+    return found.run(*given, rng) if meter is None else route.metered(meter, found, (*given, rng), found.run)
 
 
-def _find(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-    tables: SequenceTables | None, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...],
-) -> Route:  # fmt: skip
+def _find(given: tuple[Any, ...], bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...]) -> Route:
     """The route of a call: from the cache by its static fields and bucketed lengths, or decided now."""
-    if mask is None and plan is None and tables is None:
-        try:
-            batch, heads_q, len_q, dim = query.shape
-            batch_k, heads_kv, len_k, dim_k = key.shape
-            batch_v, heads_v, len_v, dim_v = value.shape
-        except (ValueError, AttributeError):
-            return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
-        if batch_k != batch or batch_v != batch or heads_v != heads_kv or len_v != len_k or dim_k != dim:
-            return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
-        static = (
-            batch, heads_q, heads_kv, len_q and (len_q - 1).bit_length() + 1, len_k and (len_k - 1).bit_length() + 1,
-            dim, dim_v, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
-            query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1, bits, frame_var.get(), options, wishes,
-        )  # fmt: skip
-        try:
+    query, key, value, mask, plan, tables = given
+    static, kind, fits = None, None, plan is None and tables is None
+    try:
+        batch, heads_q, len_q, dim = query.shape
+        batch_k, heads_kv, len_k, dim_k = key.shape
+        batch_v, heads_v, len_v, dim_v = value.shape
+        if mask is not None:
+            kind, (m0, m1, m2, m3) = (mask.dtype, mask.device), mask.shape
+            fits = fits and m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k)
+        if fits and batch_k == batch == batch_v and heads_v == heads_kv and len_v == len_k and dim_k == dim:
+            static = (
+                batch, heads_q, heads_kv, len_q and (len_q - 1).bit_length() + 1, len_k and (len_k - 1).bit_length() + 1,
+                dim, dim_v, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
+                query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1, kind, bits,
+                options, wishes, frame_var.get(),
+            )  # fmt: skip
             found = _routes.get(static)
-        except TypeError:  # an unhashable option: described below, without the cache
-            return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
-        if found is not None and found.by_length is None:
-            return found  # type: ignore[no-any-return]
-        return _decided(query, key, value, mask, plan, tables, bits, options, wishes, static)
-    return _decided(query, key, value, mask, plan, tables, bits, options, wishes, None)
-
-
-def _decided(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-    tables: SequenceTables | None, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...], static: Any,
-) -> Route:  # fmt: skip
-    request = contract.describe(query, key, value, mask, plan, tables, contract.Options(*options), _GRADS[bits])
+            if found is not None:
+                return found  # type: ignore[no-any-return]
+    except (ValueError, AttributeError, TypeError):  # a wrong rank or an unhashable option: described below, not cached
+        static = None
+    request = contract.describe(*given, options=contract.Options(*options), grads=_GRADS[bits])
     if tables is not None:
         contract.check_tables(tables, request, query, key)
-    place = (_bucketed(request), frame_var.get(), wishes)
+    return _decided(request, wishes, static)
+
+
+def _decided(request: AttentionRequest, wishes: tuple[Any, ...], static: Any) -> Route:
+    bucket = _bucketed(request)
+    place = (bucket, frame_var.get(), wishes)
     found = _routes.get(place)
     if found is None:
-        found = _new_route(request, place[0], merged_policy(*wishes))
-        if len(_routes) >= _MOST_ROUTES:
-            _routes.clear()
-        _routes[place] = found
-        if static is not None:
-            _routes[static] = found
-    if found.by_length is None:
-        return found  # type: ignore[no-any-return]
-    lengths = (request.len_q, request.len_k)
-    if lengths not in found.by_length:
-        if len(found.by_length) >= _MOST_ROUTES:
-            found.by_length.clear()
-        found.by_length[lengths] = route.Route(decide(request, merged_policy(*wishes)), request)
-    return found.by_length[lengths]  # type: ignore[no-any-return]
+        decision = settled(bucket, merged_policy(*wishes))
+        found = _remember(place, _CUT if _is_cut(decision) else route.Route(decision, bucket))
+    if found is _CUT:
+        place = (request, *place[1:])
+        return _routes.get(place) or _remember(place, route.Route(settled(request, merged_policy(*wishes)), request))
+    return found if static is None else _remember(static, found)  # type: ignore[no-any-return]
+
+
+def _remember(place: Any, found: Any) -> Any:
+    if len(_routes) >= _MOST_ROUTES:
+        _routes.clear()
+    _routes[place] = found
+    return found
 
 
 def _bucketed(request: AttentionRequest) -> AttentionRequest:
@@ -194,22 +183,14 @@ def _bucketed(request: AttentionRequest) -> AttentionRequest:
     return request if (len_q, len_k) == (request.len_q, request.len_k) else replace(request, len_q=len_q, len_k=len_k)
 
 
-class _ByLength:
-    """Stands for a bucket that a limit cuts through: some of its lengths are refused, others are not."""
-
-    __slots__ = ("by_length",)
-
-    def __init__(self) -> None:
-        self.by_length: dict[tuple[int, int], Route] = {}
-
-
-def _new_route(request: AttentionRequest, bucket: AttentionRequest, policy: Policy) -> Any:
-    decision = decide(bucket, policy)
-    if request != bucket and any(
-        refusal.code in (Code.LENGTH, Code.MEMORY, Code.DEVICE) for c in decision.candidates for refusal in c.refusals
-    ):
-        return _ByLength()
-    return route.Route(decision, bucket)
+def _is_cut(decision: Decision) -> bool:
+    """Whether a limit may lie inside the bucket: a device against which nothing else speaks refuses one of its ends."""
+    top, by_length = decision.request, {Code.LENGTH, Code.MEMORY, Code.DEVICE}
+    bottom = replace(top, len_q=top.len_q and top.len_q // 2 + 1, len_k=top.len_k and top.len_k // 2 + 1)
+    return any(
+        {refusal.code for refusal in c.refusals} <= by_length
+        and (c.refusals or check_all(bottom, c.device, transfer=c.transfer)) for c in decision.candidates
+    )  # fmt: skip
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
@@ -236,8 +217,6 @@ def _drawn(rng: Any) -> tuple[int, int]:
     raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
 
 
-_OPTIONS = ("dropout_p", "is_causal", "scale", "enable_gqa", "causal", "diagonal", "window", "softcap", "return_lse",
-            "max_error", "deterministic", "max_seqlen_q", "max_seqlen_k")  # fmt: skip
 _WISHES = ("backend", "objective", "allow_simulated", "transfer")
 
 
@@ -247,19 +226,16 @@ def _described(
     """The exact request and policy of a call given as `attention` takes it."""
     if torch is None:
         _load()
-    known = {*_OPTIONS, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
+    known = {*contract.Options._fields, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
-        raise ContractError(
-            f"unknown argument {unknown[0]!r} was given: hal.attention takes {', '.join(sorted(known))}"
-        )
+        raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(sorted(known))}")
     if torch._C._is_any_autocast_enabled():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
-    given = [keywords.get(name) for name in SequenceTables._fields]
-    tables = SequenceTables(*given) if any(table is not None for table in given) else None
-    options = contract.Options(**{name: keywords[name] for name in _OPTIONS if name in keywords})
-    tensors = {"q": query, "k": key, "v": value, "mask": attn_mask}
-    enabled = torch.is_grad_enabled()
-    grads = frozenset(n for n, t in tensors.items() if enabled and t is not None and getattr(t, "requires_grad", False))
+    named = [keywords.get(name) for name in SequenceTables._fields]
+    tables = SequenceTables(*named) if any(table is not None for table in named) else None
+    options = contract.Options(**{name: keywords[name] for name in contract.Options._fields if name in keywords})
+    tensors = zip(("q", "k", "v", "mask"), (query, key, value, attn_mask), strict=True)
+    grads = frozenset(name for name, t in tensors if torch.is_grad_enabled() and getattr(t, "requires_grad", False))
     request = contract.describe(query, key, value, attn_mask, keywords.get("block_plan"), tables, options, grads)
     if tables is not None:
         contract.check_tables(tables, request, query, key)
@@ -274,14 +250,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     Raises:
         ContractError, UnknownBackendError, DeviceUnavailableError: as `attention`.
     """
-    import attrs
-
     request, policy = _described(query, key, value, attn_mask, keywords)
-    decision = decide(_bucketed(request), policy)
-    codes = {refusal.code for candidate in decision.candidates for refusal in candidate.refusals}
-    if codes & {Code.LENGTH, Code.MEMORY, Code.DEVICE}:
-        decision = decide(request, policy)
-    return attrs.evolve(decision, request=request)
+    decision = settled(_bucketed(request), policy)
+    return attrs.evolve(settled(request, policy) if _is_cut(decision) else decision, request=request)
 
 
 def bind(
@@ -308,18 +279,15 @@ def bind(
     if not request.packed and request.page_size is None:
         longest = (max_len_q or request.len_q, max_len_k or request.len_k)
         if longest[0] < request.len_q or longest[1] < request.len_k:
-            raise ContractError(
-                f"lengths up to {longest} were given with an example of {request.len_q, request.len_k}: raise them"
-            )
+            raise ContractError(f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k")
         request = replace(request, len_q=longest[0], len_k=longest[1])
-    return _bound(route.Route(decide(request, policy), request))
+    return _bound(route.Route(settled(request, policy), request))
 
 
 def _bound(found: Route) -> Any:
     run, request, entry, without_grads = found.run, found.request, found.entry, not found.request.grads
-    needs_rng, device_id = found.needs_rng, found.device_id
-    grad_enabled, current_meter = torch.is_grad_enabled, meter_var.get
-    dtype = getattr(torch, request.dtype)
+    session = found.session
+    needs_rng, device_id, dtype = found.needs_rng, found.decision.chosen, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
 
     def bound(
@@ -329,19 +297,19 @@ def _bound(found: Route) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
         if shapes != accepted or attn_mask is not None or query.dtype is not dtype or tables is not None or block_plan:
-            _check_bound(request, query, key, value, attn_mask, block_plan, tables)
+            _check_bound(request, (query, key, value, attn_mask, block_plan, tables))
             accepted = shapes
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        if not entry.alive:
-            raise DeviceUnavailableError(f"{device_id} was unregistered after this call was bound: bind again")
-        if without_grads and grad_enabled():
+        if entry.sessions.get(device_id) is not session:
+            raise DeviceUnavailableError(f"{device_id} was unregistered or closed after this call was bound: bind again")
+        if without_grads and _grad_enabled():
             _check_no_grads(query, key, value, attn_mask)
         if needs_rng:
             rng = _drawn(rng)
-        meter = current_meter()
+        meter = meter_var.get()
         if meter is not None:
-            return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng))
+            return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng), run)
         return run(query, key, value, attn_mask, block_plan, tables, rng)
 
     bound.decision = found.decision  # type: ignore[attr-defined]
@@ -350,36 +318,32 @@ def _bound(found: Route) -> Any:
 
 def _check_no_grads(*tensors: Tensor | None) -> None:
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ContractError(
-            "a call bound without gradients was given a tensor that requires one: bind with such tensors"
-        )
+        raise ContractError("a call bound without gradients was given a tensor that requires one: bind with such tensors")
 
 
-def _check_bound(
-    request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any
-) -> None:
+def _check_bound(request: AttentionRequest, given: tuple[Any, ...]) -> None:
     """Whether a call has the bound request's form. Raises ContractError."""
-    options = contract.Options(
-        enable_gqa=True, max_seqlen_q=request.len_q if request.packed else None,
-        max_seqlen_k=request.len_k if request.packed else None,
-    )  # fmt: skip
-    this = contract.describe(query, key, value, mask, plan, tables, options, frozenset())
-    for field in ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v", "dtype", "device", "mask", "packed", "page_size",
-                  "cache_dtype", "block_plan", "last_dim_contiguous"):  # fmt: skip
-        given, wanted = getattr(this, field), getattr(request, field)
-        if given != wanted and not (field == "last_dim_contiguous" and given):
-            raise ContractError(f"{field} {given} was given to a call bound for {wanted}: bind again")
-    if this.len_q > request.len_q or this.len_k > request.len_k:
-        given, wanted = (this.len_q, this.len_k), (request.len_q, request.len_k)
+    longest = (request.len_q, request.len_k)
+    most_q, most_k = longest if request.packed else (None, None)
+    options = contract.Options(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
+    this = contract.describe(*given, options=options, grads=frozenset())
+    for field in _FIXED:
+        now, wanted = getattr(this, field), getattr(request, field)
+        if now != wanted and not (field == "last_dim_contiguous" and now):
+            raise ContractError(f"{field} {now} was given to a call bound for {wanted}: bind again")
+    if this.len_q > longest[0] or this.len_k > longest[1]:
         raise ContractError(
-            f"lengths {given} were given to a call bound for up to {wanted}: bind with max_len_q and max_len_k"
+            f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: bind with max_len_q, max_len_k"
         )
+
+
+_FIXED = ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v", "dtype", "device", "mask", "packed", "page_size", "cache_dtype",
+          "block_plan", "last_dim_contiguous")  # fmt: skip
 
 
 def in_operator(
-    tensors: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, plan: Any, tables: Any, bits: int,
-    options: tuple[Any, ...], wishes: tuple[Any, ...], expected: str | None,
-) -> Route:  # fmt: skip
+    given: tuple[Any, ...], bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...], expected: str | None
+) -> Route:
     """The route of an operator of a compiled graph, which was traced under the selection `expected`.
 
     Raises:
@@ -392,7 +356,4 @@ def in_operator(
             "compiled attention runs under another hal.use() than it was compiled under (another task or thread): pass "
             "backend= inside the compiled function, or enter hal.use() where it is called"
         )
-    return _find(*tensors, mask, plan, tables, bits, options, wishes)
-
-
-__all__ = ["AttentionOutput", "attention", "bind", "explain", "in_operator"]
+    return _find(given, bits, options, wishes)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .attention import in_operator
 from .autograd import native_backward
-from .context import mirror, settings
+from .context import meter_var, mirror, settings
 from .registry import registry
 from .request import AttentionOutput, Causal, SequenceTables
-from .route import exact
+from .route import exact, metered
 from .tiling import BlockPlan
 
 AUTOMATIC = "automatic"
@@ -94,9 +94,8 @@ class _Call:
 
     def route(self, expected: str | None) -> Any:
         with torch.no_grad():
-            found = in_operator(
-                self.tensors, self.mask, self.plan, self.tables, self.bits, self.options, self.wishes, expected
-            )
+            given = (*self.tensors, self.mask, self.plan, self.tables)
+            found = in_operator(given, self.bits, self.options, self.wishes, expected)
             if found.needs_rng and self.rng is None:
                 self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
@@ -106,7 +105,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(arguments)
     found = call.route(call.expected)
     with torch.no_grad():
-        result = found.metered_or_run(*call.tensors, call.mask, call.plan, call.tables, call.rng)
+        given, meter = (*call.tensors, call.mask, call.plan, call.tables, call.rng), meter_var.get()
+        result = found.base(*given) if meter is None else metered(meter, found, given, found.base)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
     out, query = result.contiguous(), call.tensors[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .autograd import explicit_attention
-from .context import memory_limit, meter_var
+from .context import memory_limit
 from .errors import MemoryLimitError, PluginError
 from .registry import Entry, registry
 from .request import AttentionOutput, AttentionRequest
@@ -30,17 +30,15 @@ class Route:
         run: the call with gradients. base: the session's call without the core's autograd, with
             the log-sum-exp that an explicit backward needs. decision, request: why.
         session, entry: whose. explicit: whether the core differentiates. needs_rng: dropout or noise wants (seed, offset).
-        by_length: where a limit lies inside a bucket of lengths, the routes by exact lengths; None otherwise.
     """
 
-    __slots__ = ("base", "by_length", "decision", "entry", "explicit", "needs_rng", "request", "run", "session")
+    __slots__ = ("base", "decision", "entry", "explicit", "needs_rng", "request", "run", "session")
 
     def __init__(self, decision: Decision, request: AttentionRequest) -> None:
         winner = decision.winner
         self.decision, self.request = decision, request
         self.entry: Entry = registry.entry(winner.device.id)
         self.session: Any = registry.session(winner.device.id)
-        self.by_length: dict[tuple[int, int], Route] | None = None
         assert self.entry.backend is not None
         noisy = self.entry.backend.capabilities(winner.device).numerics[request.dtype].noisy
         self.needs_rng = noisy or request.dropout > 0
@@ -62,22 +60,13 @@ class Route:
         if (limit := memory_limit(winner.device.id)) is not None and winner.estimate is not None:
             self.run = _limited(self.run, self.session, winner.device.id, winner.estimate.memory, limit)
 
-    def metered_or_run(self, *arguments: Any) -> Any:
-        """Run `base`, inside a meter if there is one. For operators."""
-        meter = meter_var.get()
-        return self.base(*arguments) if meter is None else metered(meter, self, arguments, self.base)
 
-    @property
-    def device_id(self) -> str:
-        return self.decision.chosen or ""
-
-
-def metered(meter: Any, route: Route, arguments: tuple[Any, ...], run: Run | None = None) -> Any:
+def metered(meter: Any, route: Route, arguments: tuple[Any, ...], run: Run) -> Any:
     """Run a call between two synchronisations and add it to the meter."""
     synchronize = getattr(route.session, "synchronize", None) or (lambda: None)
     synchronize()
     start = perf_counter()
-    result = (run or route.run)(*arguments)
+    result = run(*arguments)
     synchronize()
     wall = perf_counter() - start
     device, backend = route.decision.winner.device, route.entry.backend
