@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from functools import lru_cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import attrs
@@ -75,9 +74,9 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
     """Run the attention calls inside on one device, and nowhere else.
 
     Args:
-        backend: backend name or device id; None changes only the fields below.
-        objective: "time", "energy" or "error". allow_simulated: let automatic selection take simulated and emulated
-            devices. transfer: allow or forbid moving tensors to the device and back.
+        backend: backend name or device id; None changes only the wishes.
+        wishes: objective, "time", "energy" or "error"; allow_simulated, let automatic selection take simulated and emulated
+            devices; transfer, allow or forbid moving tensors to the device and back.
 
     If the device cannot run a call, `UnsupportedError` says why; no other device is tried. Inside compiled code, pass
     `backend=` instead.
@@ -86,14 +85,8 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
         ContractError: an unknown objective. UnknownBackendError: no such backend (on entering).
     """
 
-    _origin, _fall_through = "use", False
-
-    def __init__(
-        self, backend: str | None = None, *, objective: str | None = None, allow_simulated: bool | None = None,
-        transfer: bool | None = None,
-    ) -> None:  # fmt: skip
-        names = () if backend is None else (backend,)
-        self._wish = Frame(self._origin, names, self._fall_through, objective, allow_simulated, transfer)
+    def __init__(self, backend: str | None = None, **wishes: Any) -> None:
+        self._wish = _wish("use", () if backend is None else (backend,), wishes)
         self._tokens: list[Token[Frame]] = []
 
     def __enter__(self) -> Self:
@@ -102,24 +95,25 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
         for name in self._wish.names:
             registry.entry(name)
         outer, wish = frame_var.get(), self._wish
-        origin, names, fall_through = outer.origin, outer.names, outer.fall_through
-        if wish.names:
-            origin, names, fall_through = wish.origin, wish.names, wish.fall_through
-        frame = Frame(
-            origin, names, fall_through,
-            wish.objective if wish.objective is not None else outer.objective,
-            wish.allow_simulated if wish.allow_simulated is not None else outer.allow_simulated,
-            wish.transfer if wish.transfer is not None else outer.transfer,
-        )  # fmt: skip
+        named = wish if wish.names else outer
+        kept = {f: getattr(outer, f) for f in _WISHES if getattr(wish, f) is None}
+        frame = attrs.evolve(wish, origin=named.origin, names=named.names, fall_through=named.fall_through, **kept)
         self._tokens.append(frame_var.set(_interned(frame)))
         _reflect()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         frame_var.reset(self._tokens.pop())
         _reflect()
+
+
+_WISHES = ("objective", "allow_simulated", "transfer")
+
+
+def _wish(origin: str, names: tuple[str, ...], wishes: Mapping[str, Any]) -> Frame:
+    if unknown := sorted(set(wishes) - set(_WISHES)):
+        raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(_WISHES)}")
+    return Frame(origin, names, origin == "prefer", **wishes)
 
 
 class prefer(use):  # noqa: N801
@@ -128,13 +122,11 @@ class prefer(use):  # noqa: N801
     Where none of them does, `UnsupportedError` gives the reasons of all.
     """
 
-    _origin, _fall_through = "prefer", True
-
     def __init__(self, backends: Sequence[str], **wishes: Any) -> None:
         if isinstance(backends, str) or not backends:
             raise ContractError(f"prefer({backends!r}) was given: pass a list of backend names")
-        super().__init__(None, **wishes)
-        self._wish = attrs.evolve(self._wish, names=tuple(backends))
+        super().__init__(None)
+        self._wish = _wish("prefer", tuple(backends), wishes)
 
 
 class Settings:
@@ -150,13 +142,12 @@ settings = Settings()
 
 
 def configure(
-    backend: str | None = None, *, objective: str | None = None, allow_simulated: bool | None = None,
-    transfer: bool | None = None, memory_limit: int | Mapping[str, int] | None = None,
-) -> None:  # fmt: skip
+    backend: str | None = None, *, memory_limit: int | Mapping[str, int] | None = None, **wishes: Any
+) -> None:
     """Set the process's defaults; each call replaces all of them, and no argument at all restores the initial ones.
 
     Args:
-        backend, objective, allow_simulated, transfer: as for `use`, for every call that says nothing itself.
+        backend, wishes: as for `use`, for every call that says nothing itself.
         memory_limit: bytes, for every device or by device id. A call whose result and workspace would pass it, on top of
             what the device's memory manager holds, is refused before anything is allocated.
 
@@ -164,15 +155,12 @@ def configure(
     """
     from .registry import registry
 
-    limits = dict(memory_limit) if isinstance(memory_limit, Mapping) else {"": memory_limit} if memory_limit else {}
-    if any(not isinstance(limit, int) or limit <= 0 for limit in limits.values()) or memory_limit == 0:
+    limits = dict(memory_limit) if isinstance(memory_limit, Mapping) else {} if memory_limit is None else {"": memory_limit}
+    if any(type(limit) is not int or limit <= 0 for limit in limits.values()):
         raise ContractError(f"memory_limit {memory_limit!r} was given: pass bytes, 1 or more")
     if backend is not None:
         registry.entry(backend)
-    names = () if backend is None else (backend,)
-    settings.frame = _interned(
-        Frame("configure" if names else "automatic", names, False, objective, allow_simulated, transfer)
-    )
+    settings.frame = _interned(_wish("automatic" if backend is None else "configure", (backend,) if backend else (), wishes))
     settings.name, settings.memory_limits = backend or "", limits
     registry.changed()
 
@@ -216,12 +204,9 @@ class Meter:
         with self._lock:
             record = self.records.setdefault(device.id, MeterRecord(device))
             first = record.calls == 0
-            record.calls += 1
-            record.wall += wall
-            record.time = _sum(record.time, time, first)
-            record.energy = _sum(record.energy, energy, first)
-            record.macs += macs
-            record.transferred += transferred
+            record.calls, record.wall = record.calls + 1, record.wall + wall
+            record.time, record.energy = _sum(record.time, time, first), _sum(record.energy, energy, first)
+            record.macs, record.transferred = record.macs + macs, record.transferred + transferred
 
     @property
     def wall(self) -> float:
@@ -253,10 +238,9 @@ def meter() -> Iterator[Meter]:
     A metered call is synchronised before and after, so it costs more than an unmetered one. Meters nest: the innermost
     one counts. Compiled code is metered where its operators run.
     """
-    token = meter_var.set(Meter())
+    current = Meter()
+    token = meter_var.set(current)
     try:
-        current = meter_var.get()
-        assert current is not None
         yield current
     finally:
         meter_var.reset(token)
