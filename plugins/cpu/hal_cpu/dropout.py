@@ -38,12 +38,12 @@ def keep_mask(
     count = row.numel() * len(column)
     words, shifted = scratch[:count].view(shape), scratch[count : 2 * count].view(shape)
     torch.bitwise_xor(row.unsqueeze(-1), column, out=words)
-    # The shifts drag the sign along; that keeps each step one to one, which is all that the mixing needs.
+    # The shifts drag the sign along, and xor with a dragged sign would clear it: every weight would be kept.
     for shift, factor in ((16, _FIRST), (15, _SECOND)):
         torch.bitwise_right_shift(words, shift, out=shifted)
-        words.bitwise_xor_(shifted).mul_(factor)
+        words.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
     torch.bitwise_right_shift(words, 16, out=shifted)
-    words.bitwise_xor_(shifted)
+    words.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
     return words >= round(probability * (1 << 32)) - (1 << 31)
 
 
