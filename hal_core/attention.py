@@ -184,10 +184,10 @@ def _bucketed(request: AttentionRequest) -> AttentionRequest:
 
 
 def _is_cut(decision: Decision) -> bool:
-    """Whether a limit may lie inside the bucket: a device against which nothing else speaks refuses one of its ends."""
+    """Whether exact lengths must decide: nobody can, or a device against which nothing else speaks refuses one end."""
     top, by_length = decision.request, {Code.LENGTH, Code.MEMORY, Code.DEVICE}
     bottom = replace(top, len_q=top.len_q and top.len_q // 2 + 1, len_k=top.len_k and top.len_k // 2 + 1)
-    return any(
+    return decision.chosen is None or any(
         {refusal.code for refusal in c.refusals} <= by_length
         and (c.refusals or check_all(bottom, c.device, transfer=c.transfer)) for c in decision.candidates
     )  # fmt: skip

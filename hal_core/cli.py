@@ -7,12 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import attrs
 
 from .console import progress, show_table
-from .errors import ContractError, HalError
+from .errors import ContractError, DeviceUnavailableError, HalError
 from .registry import Entry, registry
 
 
@@ -102,7 +103,7 @@ def _bytes(size: int | None) -> str:
 def _doctor(options: argparse.Namespace) -> int:
     plugins, entries = registry.plugins(), registry.entries()
     for entry in entries:
-        registry.devices_of(entry)
+        _probe(entry)
     if options.json:
         return _print_json({
             "plugins": [attrs.asdict(plugin) for plugin in plugins],
@@ -117,15 +118,25 @@ def _doctor(options: argparse.Namespace) -> int:
     rows = []
     for entry in entries:
         for device in entry.found or ():
-            state = _calibration_state(device)
-            features = ", ".join(device.features)
-            rows.append(
-                [device.id, device.fidelity, device.model, device.driver, "; ".join(filter(None, [features, state]))]
-            )
+            state, broken = _calibration_state(device), entry.broken.get(device.id)
+            details = [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
+            rows.append([device.id, device.fidelity, device.model, device.driver, "; ".join(details)])
         if not entry.found:
             rows.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
     show_table("Devices", ["device", "fidelity", "model", "driver", "details"], rows)
     return 0
+
+
+def _probe(entry: Entry) -> None:
+    """Open each device and ask it about a small call, so that what fails there is known; the registry keeps it."""
+    from .request import AttentionRequest
+    from .selection import check_all
+
+    for device in registry.devices_of(entry):
+        with suppress(DeviceUnavailableError):
+            registry.session(device.id)
+        for dtype in ("float32", "float16", "bfloat16"):
+            check_all(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), device)
 
 
 def _calibration_state(device: Any) -> str:
@@ -138,6 +149,7 @@ def _backend_record(entry: Entry) -> dict[str, Any]:
     return {
         "name": entry.spec.name, "distribution": entry.distribution, "requirements": entry.spec.requirements,
         "devices": [attrs.asdict(device) for device in entry.found or ()],
+        "broken": {device: attrs.asdict(failure) for device, failure in entry.broken.items()},
         "failure": None if entry.failure is None else attrs.asdict(entry.failure),
         "absent": None if entry.found else registry.why_absent(entry),
     }  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 
 import attrs
 
@@ -40,7 +39,7 @@ class Device:
     family: str
     vendor: str
     model: str
-    fidelity: Fidelity
+    fidelity: Fidelity = attrs.field(converter=Fidelity)
     reads: tuple[str, ...] = ("cpu",)
     memory: int | None = None
     driver: str = ""
@@ -49,8 +48,10 @@ class Device:
     @property
     def fingerprint(self) -> str:
         """A key that changes when the device, its model or its driver does; calibrations are stored under it."""
+        from hashlib import sha256
+
         parts = (self.family, self.vendor, self.model, self.driver, *sorted(self.features))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        return sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def reads_from(self, torch_device: str) -> bool:
         """Whether tensors on `torch_device` ("cpu", "cuda:0") need no transfer."""

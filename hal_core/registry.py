@@ -7,13 +7,11 @@ the first implementation that raises, and its loader at the first import that fa
 from __future__ import annotations
 
 import atexit
-import difflib
-import importlib.metadata
 import os
 import threading
-import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pluggy
@@ -24,6 +22,9 @@ from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBacken
 from .hooks import API_VERSION, ENTRY_POINT_GROUP, BackendSpec, Hooks
 from .kernels import KernelSpec, resolve
 from .protocols import Absent, AttentionBackend, Session
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 @attrs.frozen
@@ -55,7 +56,7 @@ class Plugin:
 
 @attrs.define(eq=False)
 class Entry:
-    """A backend's place in the registry. `alive` turns False when it is unregistered."""
+    """A backend's place in the registry."""
 
     spec: BackendSpec
     distribution: str = ""
@@ -64,7 +65,6 @@ class Entry:
     found: tuple[Device, ...] | None = None
     sessions: dict[str, Session] = attrs.field(factory=dict)
     broken: dict[str, LoadFailure] = attrs.field(factory=dict)  # devices that did not open
-    alive: bool = True
 
 
 class Registry:
@@ -87,10 +87,12 @@ class Registry:
         with self._lock:
             if not self._discovered:
                 self._discovered = True
-                for entry_point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+                from importlib.metadata import entry_points  # slow to import, so on first use
+
+                for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
                     self._load_plugin(entry_point)
 
-    def _load_plugin(self, entry_point: importlib.metadata.EntryPoint) -> None:
+    def _load_plugin(self, entry_point: EntryPoint) -> None:
         name, distribution = entry_point.name, f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
         other, plugin = self._plugins.get(name), Plugin(name, distribution)
         self._plugins[name if other is None else f"{name} ({distribution})"] = plugin
@@ -98,7 +100,7 @@ class Registry:
             why = f"switched off by {variable}"
             plugin.failure = LoadFailure(name, distribution, "disabled", why, fix=f"change {variable}")
             return
-        stage = "duplicate"
+        stage, before = "duplicate", (dict(self._entries), dict(self._specs))
         try:
             if other is not None:
                 raise PluginError(f"the plugin name {name!r} is taken by {other.distribution} and by {distribution}")
@@ -114,7 +116,9 @@ class Registry:
             for kernel in self._call(name, "hal_kernels") or []:
                 self._specs.setdefault(kernel.name, kernel)
         except (Exception, SystemExit) as error:  # a plugin may raise anything; it is kept, shown and rolled back
-            self._roll_back(plugin)
+            self._entries, self._specs = before
+            if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
+                self._manager.unregister(name=name)
             plugin.failure = self._failed(name, distribution, stage, error, f"upgrade or uninstall {distribution}")
 
     def _add(self, entry: Entry) -> None:
@@ -132,13 +136,6 @@ class Registry:
             entry.failure = self._failed(name, entry.distribution, "api", PluginError(why), fix)
         self._entries[name] = entry
 
-    def _roll_back(self, plugin: Plugin) -> None:
-        if self._manager.has_plugin(plugin.name) and self._plugins[plugin.name] is plugin:  # pluggy keeps one it rejected
-            self._manager.unregister(name=plugin.name)
-        for name, entry in list(self._entries.items()):
-            if entry.distribution == plugin.distribution and entry.failure is None:
-                del self._entries[name]
-
     def _call(self, plugin: str, hook: str, **arguments: Any) -> Any:
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             if implementation.plugin_name == plugin:
@@ -151,13 +148,13 @@ class Registry:
         for plugin in [name for name, p in self._plugins.items() if p.failure is None]:
             try:
                 result = self._call(plugin, hook, **arguments)
-            except Exception as error:  # the others must still be called
+            except (Exception, SystemExit) as error:  # the others must still be called
                 self.fail_plugin(plugin, hook, error)
                 continue
             if result is not None:
                 yield plugin, result
 
-    def fail_plugin(self, name: str, hook: str, error: Exception) -> None:
+    def fail_plugin(self, name: str, hook: str, error: BaseException) -> None:
         """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
         plugin = self._plugins[name]
         fix = f"upgrade or uninstall {plugin.distribution}"
@@ -170,6 +167,8 @@ class Registry:
         entry.failure = self._failed(name, distribution, stage, error, fix or f"upgrade or uninstall {distribution or name}")
 
     def _failed(self, name: str, distribution: str, stage: str, error: BaseException, fix: str) -> LoadFailure:
+        import traceback
+
         lines = (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
         message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
         if os.environ.get("HAL_STRICT") == "1":
@@ -240,7 +239,9 @@ class Registry:
         if plugin is not None and plugin.failure is not None:
             return f"backend {name!r} is not available, {plugin.failure.message}: {plugin.failure.fix}"
         installed = sorted(self._entries)
-        close = difflib.get_close_matches(backend, installed, 1)
+        from difflib import get_close_matches
+
+        close = get_close_matches(backend, installed, 1)
         question = f" (did you mean {close[0]!r}?)" if close else ""
         return f"unknown backend {name!r}{question}: installed are {listing(installed)}; `hal doctor` shows more"
 
@@ -314,7 +315,6 @@ class Registry:
         with self._lock:
             entry = self.entry(name)
             del self._entries[entry.spec.name]
-            entry.alive = False
             self.changed()
             _close(entry)
 
@@ -330,15 +330,16 @@ class Registry:
     def close(self) -> None:
         """Close every session. Called at exit; later use opens them again."""
         with self._lock:
-            for entry in self._entries.values():
-                _close(entry)
             self.changed()
+            _close(*self._entries.values())
 
 
-def _close(entry: Entry) -> None:
-    sessions, entry.sessions = entry.sessions, {}
-    for session in sessions.values():
-        session.close()
+def _close(*entries: Entry) -> None:
+    with ExitStack() as closing:  # one that raises does not keep the others open
+        for entry in entries:
+            sessions, entry.sessions = entry.sessions, {}
+            for session in sessions.values():
+                closing.callback(session.close)
 
 
 def _disabled_by(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from typing import Any
@@ -106,6 +105,8 @@ class Decision:
         return {"format": FORMAT, "request": self.request.to_dict(), **plain}
 
     def to_json(self, indent: int | None = 2) -> str:
+        import json
+
         return json.dumps(self.to_dict(), indent=indent)
 
 
@@ -118,6 +119,8 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     Raises:
         ContractError: not a decision record, or one of a newer format.
     """
+    import json
+
     data = (
         json.loads(record) if isinstance(record, str) else record.to_dict() if isinstance(record, Decision) else record
     )
@@ -169,32 +172,28 @@ def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool
 
 
 def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer: bool) -> Candidate:
-    version, backend = entry.distribution, entry.backend
-    assert backend is not None
     moved = not device.reads_from(request.device)
+    seen = Candidate(device=device, distribution=entry.distribution, priority=entry.spec.priority, transfer=moved)
+    if failure := entry.failure or entry.broken.get(device.id):
+        offered = f"a backend that fails ({failure.message})"
+        return attrs.evolve(seen, refusals=(Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, offered, failure.fix),))
     placement = []
     if moved and not transfer:
         fix = "pass transfer=True, or move the tensors"
         placement.append(Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
     try:
-        capabilities = backend.capabilities(device)
+        assert entry.backend is not None
+        capabilities = entry.backend.capabilities(device)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
-        refusals = [*placement, *capabilities.refusals(request)] or list(backend.check(request, device))
+        refusals = [*placement, *capabilities.refusals(request)] or list(entry.backend.check(request, device))
         if refusals:
-            return Candidate(device=device, distribution=version, refusals=tuple(refusals), transfer=moved)
-        estimate = backend.estimate(request, device)
-    except Exception as error:  # a broken device must not take the others down
-        registry.fail_entry(entry, "check", error)
-        reason = Refusal(
-            Code.UNAVAILABLE, "backend", entry.spec.name, f"a backend that fails ({error!r})", "see `hal doctor`"
-        )
-        return Candidate(device=device, distribution=version, refusals=(reason,))
-    numerics = capabilities.numerics[request.dtype].relative
-    return Candidate(
-        device=device, distribution=version, refusals=_memory(estimate, device), estimate=estimate, transfer=moved,
-        error=estimate.error or Quantity(numerics, numerics, Basis.DECLARED, Provenance.ASSUMED, "declared numerics"),
-        priority=entry.spec.priority,
-    )  # fmt: skip
+            return attrs.evolve(seen, refusals=tuple(refusals))
+        estimate, bound = entry.backend.estimate(request, device), capabilities.numerics[request.dtype].relative
+        error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
+        return attrs.evolve(seen, refusals=_memory(estimate, device), estimate=estimate, error=error)
+    except (Exception, SystemExit) as wrong:  # a broken device must not take the others down
+        registry.fail_entry(entry, "check", wrong)
+        return _candidate(request, device, entry, transfer)
 
 
 def _memory(estimate: Estimate, device: Device) -> tuple[Refusal, ...]:
@@ -234,6 +233,18 @@ def decide(request: AttentionRequest, policy: Policy) -> Decision:
     for _ in registry.call_each("hal_decision", decision=decision):
         pass
     return decision
+
+
+def settled(request: AttentionRequest, policy: Policy) -> Decision:
+    """`decide`, and the chosen device opened: one that does not open is a refusal from then on."""
+    while True:
+        decision = decide(request, policy)
+        try:
+            if decision.chosen is not None:
+                registry.session(decision.chosen)
+            return decision
+        except DeviceUnavailableError:
+            continue
 
 
 def _present(name: str, may_be_absent: bool) -> list[Device]:
