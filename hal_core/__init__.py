@@ -7,7 +7,8 @@
 Importing this package imports neither torch nor a driver.
 """
 
-from . import testing as testing  # a package whose parts are imported when used
+from typing import TYPE_CHECKING, Any
+
 from .attention import attention, bind, explain
 from .calibration import Calibration, cache_dir
 from .capabilities import FEATURES, Capabilities, Choice, Code, Numerics, Range, Refusal
@@ -33,7 +34,19 @@ from .request import AttentionOutput, AttentionRequest, Causal, Grads, MaskKind,
 from .selection import Candidate, Decision, check_all, replay
 from .tiling import BlockPlan, DenseTiling, Tile, TilePlan, dense_mask, expand_block_plan, merge_partials, slice_mask
 
+if TYPE_CHECKING:
+    from . import testing as testing
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "testing":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module(".testing", __name__)  # the conformance kit, when it is first used
+
 
 __all__ = [
     "API_VERSION", "FEATURES", "AttentionBackend", "AttentionOutput", "AttentionRequest", "BackendSpec", "Basis", "BlockPlan",
