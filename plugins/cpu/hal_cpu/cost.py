@@ -60,10 +60,11 @@ class Rates:
         tiled = peak * 0.7
         rates = {
             f"{path} {dtype}": rate * (0.5 if dtype == "float64" else 1.0)
-            for path, rate in (("native", peak), ("fused", peak), ("decode", tiled), ("tiled", tiled))
+            for path, rate in (("native", peak), ("packed", peak), ("fused", peak), ("decode", tiled), ("tiled", tiled))
             for dtype in _BYTES
         }
-        calls = {"native": _ASSUMED_CALL, "fused": 2 * _ASSUMED_CALL, "decode": 10 * _ASSUMED_CALL, "tiled": 10 * _ASSUMED_CALL}
+        calls = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "tiled": 10}
+        calls = {path: count * _ASSUMED_CALL for path, count in calls.items()}
         return cls(
             bandwidth=_ASSUMED_BANDWIDTH * machine.cores, rates=rates, calls=calls, spread=_ASSUMED_SPREAD,
             basis=Basis.MODELLED, provenance=Provenance.ASSUMED,
@@ -115,7 +116,7 @@ def memory(request: AttentionRequest, path: Path, threads: int) -> int:
     dims = request.dim_qk + request.dim_v
     out = rows * request.dim_v * size + rows * wide * (request.lse or path == "fused")
     exact = replace(request, packed=False, batch=1) if request.packed or request.page_size is not None else request
-    if path == "native":
+    if path in ("native", "packed"):
         kernel = threads * 4 * 512 * (256 + max(request.dim_qk, request.dim_v) * 2)
         copies = (rows + keys) * dims * 4 if widens(request) else (rows + keys) * dims * size * (
             not request.last_dim_contiguous or request.dim_qk != request.dim_v

@@ -15,6 +15,7 @@ from hal_core import AttentionOutput
 from hal_core.protocols import MemoryManager
 
 from .keyvalue import KeyValue
+from .machine import this_machine
 from .paths import DecodeSizes, decode_scratch
 from .scores import LN2, hide, mask_tile
 from .tiled import scaled_query, tile_shape
@@ -83,22 +84,36 @@ def _attend(problem: Problem, tile: Tile, scratch: tuple[Tensor, ...], chunk: in
 
 
 def _weigh(problem: Problem, tile: Tile, weights: Tensor, wide_memory: Tensor, chunk: int) -> Tensor:
-    """weights [pairs, rows, len_k] @ value, [pairs, rows, dim_v], summed in the source's dtype."""
+    """weights [pairs, rows, len_k] @ value, [pairs, rows, dim_v] in the source's dtype."""
     many, rows, len_k = weights.shape
     source = problem.source
-    if not source.direct:
-        result = weights.new_zeros(many, rows, source.value.shape[-1])
-        for k in range(0, len_k, chunk):
-            columns = slice(k, min(k + chunk, len_k))
-            result.baddbmm_(weights[:, :, columns], source.values(tile.batch, tile.heads, columns, wide_memory))
-        return result
-    value = source.values(tile.batch, tile.heads, slice(0, len_k))
-    runs = len_k // VALUE_RUN
-    if runs < 2 or value.stride(0) != len_k * value.stride(1):
+    if source.direct:
+        return _product(weights, source.values(tile.batch, tile.heads, slice(0, len_k)))
+    if _multiplies_narrow(source):
+        # Rounding the weights costs what torch's own kernel pays too, and saves widening the values.
+        value = source.value[tile.batch].flatten(0, 1)
+        return torch.bmm(weights.to(value.dtype), value).to(source.dtype)
+    result = weights.new_zeros(many, rows, source.value.shape[-1])
+    for k in range(0, len_k, chunk):
+        columns = slice(k, min(k + chunk, len_k))
+        result.baddbmm_(weights[:, :, columns], source.values(tile.batch, tile.heads, columns, wide_memory))
+    return result
+
+
+def _multiplies_narrow(source: KeyValue) -> bool:
+    """Whether values can be multiplied as they lie: plain bfloat16 on a processor with products of it."""
+    narrow = source.value.dtype == torch.bfloat16 and source.pages is None and source.value_scale is None
+    return narrow and this_machine().multiplies_bfloat16
+
+
+def _product(weights: Tensor, value: Tensor) -> Tensor:
+    """weights @ value; with fewer pairs than threads, keys are shared out among them."""
+    runs = value.shape[1] // VALUE_RUN
+    if len(value) >= torch.get_num_threads() or runs < 2 or value.stride(0) != value.shape[1] * value.stride(1):
         return torch.bmm(weights, value)
     even = runs * VALUE_RUN
     parts = weights[:, :, :even].unflatten(2, (runs, VALUE_RUN)).transpose(1, 2)
     result = torch.matmul(parts, value[:, :even].unflatten(1, (runs, VALUE_RUN))).sum(1)
-    if even < len_k:
+    if even < value.shape[1]:
         result.baddbmm_(weights[:, :, even:], value[:, even:])
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,16 +11,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from hal_core import AttentionRequest, Causal, MaskKind
+from hal_core import AttentionRequest, MaskKind
 
-from .paths import widens
+from .heads import pack_heads, pack_mask, unpack_heads
+from .paths import doubles, path_of, sees_less, widens
 
 Bound = Callable[..., Any]
 
 
 def bind(request: AttentionRequest) -> Bound:
     """The cheapest callable (query, key, value, mask, plan, tables, rng) -> out for requests like this one."""
-    grouped, causal = request.heads_q != request.heads_kv, request.causal is not Causal.NONE
+    grouped, causal = request.heads_q != request.heads_kv, sees_less(request)
+    if path_of(request) == "packed":
+        return _packed(request)
     if widens(request):
         return _widened(request)
     if request.dim_qk != request.dim_v or not request.last_dim_contiguous or request.mask is not MaskKind.NONE:
@@ -41,7 +45,7 @@ def bind(request: AttentionRequest) -> Bound:
 
 def _adapted(request: AttentionRequest) -> Bound:
     """For masks, value size not key size, and strided last dimensions, for which torch would build all scores."""
-    grouped, causal = request.heads_q != request.heads_kv, request.causal is not Causal.NONE
+    grouped, causal = request.heads_q != request.heads_kv, sees_less(request)
     scale, dim_v, more = request.effective_scale, request.dim_v, request.dim_qk - request.dim_v
     strided = not request.last_dim_contiguous
 
@@ -68,6 +72,23 @@ def _widened(request: AttentionRequest) -> Bound:
         return out.to(query.dtype)
 
     return widened
+
+
+def _packed(request: AttentionRequest) -> Bound:
+    """For few query rows: heads of a group as rows, one key head's product instead of several."""
+    heads_q, heads_kv = request.heads_q, request.heads_kv
+    group, twice = heads_q // heads_kv, doubles(request)
+    inner = _adapted(replace(request, heads_q=heads_kv))
+
+    def packed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *unused: object) -> Tensor:
+        len_q = query.shape[2]
+        rows = query.expand(-1, -1, 2, -1) if twice else pack_heads(query, heads_kv)
+        if mask is not None:
+            mask = pack_mask(fitting_mask(mask, query), heads_kv, group, len_q)
+        out: Tensor = inner(rows, key, value, mask)
+        return out[:, :, :1] if twice else unpack_heads(out, heads_q, len_q)
+
+    return packed
 
 
 def fitting_mask(mask: Tensor, query: Tensor) -> Tensor:

@@ -9,19 +9,21 @@ from hal_core import AttentionRequest, Causal, MaskKind
 
 from .machine import this_machine
 
-Path = Literal["native", "fused", "decode", "tiled"]
+Path = Literal["native", "packed", "fused", "decode", "tiled"]
 
-#: Query rows that share a key head (group times len_q) up to which reading the keys dominates.
+#: Query rows that share a key head (group times len_q) up to which packing them into one product pays.
+MOST_PACKED_ROWS = 128
+#: Rows up to which all scores of a call are held at once.
 MOST_DECODE_ROWS = 32
-#: Keys below which one call of torch's kernel costs less than the decode path's several.
-FEWEST_DECODE_KEYS = 256
+#: Bytes of key and value from which float16 is better widened chunk by chunk than given to torch's kernel.
+FEWEST_WIDENED_BYTES = 1 << 20
 
 
 def path_of(request: AttentionRequest) -> Path:
     """The path of a request, from its static fields alone. A packed sequence is asked about by itself.
 
-    native: torch's scaled_dot_product_attention. fused: its kernel with the log-sum-exp. decode: few query rows.
-    tiled: everything else.
+    native: torch's scaled_dot_product_attention. packed: the same with the heads of a group as rows. fused: torch's kernel
+    with its log-sum-exp. decode: few query rows, arranged around reading the keys. tiled: everything else.
     """
     special = bool(
         request.softcap is not None
@@ -33,21 +35,44 @@ def path_of(request: AttentionRequest) -> Path:
         or "mask" in request.grads
         or request.grad_lse
     )
-    masked, causal = request.mask is not MaskKind.NONE, request.causal is not Causal.NONE
-    plain = not (request.grads or request.dropout or request.block_plan)
-    if plain and request.len_q * (request.heads_q // request.heads_kv) <= MOST_DECODE_ROWS:
-        shifted = request.causal is Causal.BOTTOM_RIGHT or request.diagonal
-        if special or shifted or (masked and (causal or request.lse)) or _worth_decoding(request):
+    masked, causal = request.mask is not MaskKind.NONE, sees_less(request)
+    shifted = causal and (request.causal is Causal.BOTTOM_RIGHT or request.diagonal != 0)
+    tiled = special or (masked and (causal or request.lse))
+    rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
+    if not (request.grads or request.dropout or request.block_plan):
+        if rows <= MOST_DECODE_ROWS and (tiled or (shifted and rows) or (not causal and _worth_streaming(request))):
             return "decode"
-    if special or (masked and (causal or request.lse)):
+        if not tiled and not causal and not request.lse and rows <= MOST_PACKED_ROWS and _worth_packing(request):
+            return "packed"
+    if tiled:
         return "tiled"
-    return "fused" if request.lse or request.causal is Causal.BOTTOM_RIGHT or request.diagonal else "native"
+    return "fused" if request.lse or shifted else "native"
 
 
-def _worth_decoding(request: AttentionRequest) -> bool:
-    """Whether packing beats torch's kernel: heads to pack or a dtype torch is slow in, and enough keys."""
-    packs = request.heads_q != request.heads_kv or widens(request)
-    return packs and request.len_k >= FEWEST_DECODE_KEYS
+def sees_less(request: AttentionRequest) -> bool:
+    """Whether causal hides anything: the last row of a bottom-right diagonal reads every key."""
+    if request.causal is Causal.NONE:
+        return False
+    return not (request.causal is Causal.BOTTOM_RIGHT and request.len_q == 1 and request.diagonal >= 0)
+
+
+def _worth_packing(request: AttentionRequest) -> bool:
+    """Grouped heads, or the one bfloat16 row that torch multiplies by a slow path."""
+    return request.heads_q != request.heads_kv or doubles(request)
+
+
+def doubles(request: AttentionRequest) -> bool:
+    """Whether a single query row is computed twice: torch's product of one bfloat16 row takes twice that of two."""
+    return request.dtype == "bfloat16" and request.len_q == 1 and request.heads_q == request.heads_kv
+
+
+def _worth_streaming(request: AttentionRequest) -> bool:
+    """Whether plain products over the whole cache beat torch's kernel, which works on 512 keys at a time."""
+    size = request.batch * request.heads_kv * request.len_k * (request.dim_qk + request.dim_v)
+    if widens(request):
+        return size * 2 >= FEWEST_WIDENED_BYTES
+    grouped = request.heads_q != request.heads_kv
+    return grouped and request.dtype == "float32" and size * 4 >= this_machine().l3
 
 
 def widens(request: AttentionRequest) -> bool:

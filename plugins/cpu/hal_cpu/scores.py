@@ -19,9 +19,10 @@ from .keyvalue import Columns
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
-#: Up to here c * tanh(s / c) may be made from the logistic function, which torch computes five times faster: its rounding
-#: costs at most 2c * 2**-24 in the score.
+#: Up to this cap c * tanh(s / c) may be made from the logistic function, which torch computes five times faster: its
+#: rounding costs up to c * 2**-23 in the score. With few keys that would show in a log-sum-exp near 0, and time is short.
 LARGEST_LOGISTIC_CAP = 64.0
+FEWEST_LOGISTIC_KEYS = 128
 
 
 class Band(NamedTuple):
@@ -87,10 +88,11 @@ class ScoreRule(NamedTuple):
 
     @classmethod
     def of(cls, request: AttentionRequest) -> ScoreRule:
+        """The rule of a request with exact lengths."""
         scale, cap = request.effective_scale, request.softcap
         if cap is None:
             return cls(scale * LOG2E, None, False, scale)
-        logistic = cap <= LARGEST_LOGISTIC_CAP
+        logistic = cap <= LARGEST_LOGISTIC_CAP and request.len_k >= FEWEST_LOGISTIC_KEYS
         return cls((2 if logistic else 1) * scale / cap, cap, logistic, scale)
 
     def apply_cap(self, products: Tensor, slope: Tensor | None = None) -> Tensor:

@@ -22,8 +22,9 @@ from hal_core import (
 )
 
 from . import decode, fused, native, tiled, tiled_backward
+from .heads import pack_heads, unpack_heads
 from .keyvalue import KeyValue
-from .paths import path_of
+from .paths import MOST_PACKED_ROWS, path_of
 from .scores import Band
 from .sequences import sequences
 from .tiles import CacheTiling, build_problem
@@ -50,7 +51,7 @@ class CpuSession:
 
     def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
         """native where torch's own attention is called once; explicit elsewhere."""
-        return "native" if not request.packed and path_of(request) == "native" else "explicit"
+        return "native" if _native(request) else "explicit"
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Tile size for head_dim 64 in float32, and how many heads are worked on at once."""
@@ -59,7 +60,7 @@ class CpuSession:
 
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
         """The fastest callable (query, key, value, mask, plan, tables, rng) for requests like this one."""
-        if not request.packed and path_of(request) == "native":
+        if _native(request):
             return native.bind(request)
         attend = self._sequences if request.packed or request.page_size is not None else self._dense
 
@@ -118,13 +119,18 @@ class CpuSession:
         query, key, value, request, tile_size, plan, tables = prepared
         dim_v, len_q, len_k = value.shape[-1], query.shape[2], key.shape[2]
         path = path_of(request)
-        if path == "native":
+        if path in ("native", "packed"):
             return AttentionOutput(native.bind(request)(query, key, value, mask))
         if not len_k or not len_q or not query.shape[0]:
             return nothing(query, dim_v, request.lse)
         if path == "fused":
             upper = Band.of(request, len_q, len_k).upper
-            result = fused.forward(query, key, value, request.effective_scale, upper)
+            group = query.shape[1] // key.shape[1]
+            if group > 1 and (upper is None or upper >= len_k - 1) and group * len_q <= MOST_PACKED_ROWS:
+                packed = fused.forward(pack_heads(query, key.shape[1]), key, value, request.effective_scale, None)
+                result = AttentionOutput(*(unpack_heads(t, query.shape[1], len_q) for t in packed))
+            else:
+                result = fused.forward(query, key, value, request.effective_scale, upper)
             return result if request.lse else AttentionOutput(result.out)
         scales = (None, None) if tables is None else (tables.key_scale, tables.value_scale)
         source = KeyValue(key, value, sum_dtype(query), len_k, *scales)
@@ -195,6 +201,11 @@ class CpuSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _native(request: AttentionRequest) -> bool:
+    """Whether torch's scaled_dot_product_attention is called, once."""
+    return not request.packed and path_of(request) in ("native", "packed")
 
 
 def _exact(request: AttentionRequest, query: Tensor, len_k: int) -> AttentionRequest:
