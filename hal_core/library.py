@@ -42,32 +42,26 @@ def in_graph(
     tables: tuple[Tensor | None, ...], rng: tuple[int, int] | None, options: tuple[Any, ...], wishes: tuple[Any, ...],
 ) -> Any:  # fmt: skip
     """What `attention` becomes while Dynamo traces it: one operator, named after the selected backend."""
-    dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error = options[:10]
-    deterministic, max_seqlen_q, max_seqlen_k = options[10:]
-    backend, expected = wishes[0], None
-    name = backend
-    if backend is None:
-        expected = mirror.key
-        name = mirror.names[0] if len(mirror.names) == 1 else (settings.name or AUTOMATIC)
+    dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
+    expected = mirror.key if wishes[0] is None else None
+    name = wishes[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
     family = name.partition(":")[0]
     operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
     grads = 0
     if torch.is_grad_enabled():
         grads = int(query.requires_grad) + 2 * int(key.requires_grad) + 4 * int(value.requires_grad)
-        if mask is not None and mask.requires_grad:
-            grads += 8
+        grads += 8 if mask is not None and mask.requires_grad else 0
     seed = None
     if rng is not None:
         seed = torch.tensor([rng[0], rng[1]], dtype=torch.int64)
     elif dropout_p > 0:
         seed = torch.randint(0, 2**62, (2,), dtype=torch.int64)
-    left, right = window if window is not None else (None, None)
+    blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
+    left, right = (None, None) if window is None else window
     out, lse = operator(
-        query, key, value, mask, plan.indices if plan is not None else None, plan.counts if plan is not None else None,
-        *tables, seed, [plan.block_q, plan.block_k] if plan is not None else None,
-        dropout_p, is_causal, scale, enable_gqa, causal.value if isinstance(causal, Causal) else causal, diagonal, left, right,
-        window is not None, softcap, return_lse, max_error, deterministic, max_seqlen_q, max_seqlen_k, backend, *wishes[1:],
-        expected, grads,
+        query, key, value, mask, indices, counts, *tables, seed, blocks, dropout_p, is_causal, scale, enable_gqa,
+        causal.value if isinstance(causal, Causal) else causal, diagonal, left, right, window is not None, softcap, return_lse,
+        *rest, *wishes, expected, grads,
     )  # fmt: skip
     return AttentionOutput(out, lse) if return_lse else out
 
