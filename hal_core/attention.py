@@ -12,7 +12,7 @@ from .context import frame_var, meter_var
 from .errors import ContractError, DeviceUnavailableError, SelectionChangedError
 from .registry import registry
 from .request import AttentionRequest, Causal, SequenceTables
-from .selection import Decision, Policy, check_all, merged_policy, settled
+from .selection import Decision, Policy, check_all, decide, merged_policy, settled
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +165,7 @@ def _decided(request: AttentionRequest, wishes: tuple[Any, ...], static: Any) ->
         decision = settled(bucket, merged_policy(*wishes))
         found = _remember(place, _CUT if _is_cut(decision) else route.Route(decision, bucket))
     if found is _CUT:
-        place = (request, *place[1:])
+        place = (request, *place)
         return _routes.get(place) or _remember(place, route.Route(settled(request, merged_policy(*wishes)), request))
     return found if static is None else _remember(static, found)  # type: ignore[no-any-return]
 
@@ -289,6 +289,7 @@ def _bound(found: Route) -> Any:
     session = found.session
     needs_rng, device_id, dtype = found.needs_rng, found.decision.chosen, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
+    even = not check_all(replace(request, len_q=1, len_k=1), found.decision.winner.device, transfer=True)  # no low limit
 
     def bound(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *,
@@ -296,9 +297,13 @@ def _bound(found: Route) -> Any:
     ) -> Any:  # fmt: skip
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
-        if shapes != accepted or attn_mask is not None or query.dtype is not dtype or tables is not None or block_plan:
-            _check_bound(request, (query, key, value, attn_mask, block_plan, tables))
-            accepted = shapes
+        if (
+            shapes != accepted or attn_mask is not None or block_plan is not None or tables is not None
+            or not query.dtype is key.dtype is value.dtype is dtype
+            or not query.stride(3) == key.stride(3) == value.stride(3) == 1
+        ):  # fmt: skip
+            _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
+            accepted = shapes if attn_mask is block_plan is tables is None else ()
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session:
@@ -321,8 +326,9 @@ def _check_no_grads(*tensors: Tensor | None) -> None:
         raise ContractError("a call bound without gradients was given a tensor that requires one: bind with such tensors")
 
 
-def _check_bound(request: AttentionRequest, given: tuple[Any, ...]) -> None:
-    """Whether a call has the bound request's form. Raises ContractError."""
+def _check_bound(found: Route, even: bool, given: tuple[Any, ...]) -> None:
+    """Whether a call has the bound request's form. Raises ContractError; UnsupportedError for lengths between limits."""
+    request = found.request
     longest = (request.len_q, request.len_k)
     most_q, most_k = longest if request.packed else (None, None)
     options = contract.Options(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
@@ -335,6 +341,9 @@ def _check_bound(request: AttentionRequest, given: tuple[Any, ...]) -> None:
         raise ContractError(
             f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: bind with max_len_q, max_len_k"
         )
+    if not even or 0 in (this.len_q, this.len_k):
+        policy = attrs.evolve(found.decision.policy, names=(found.decision.winner.device.id,), fall_through=False)
+        _ = decide(replace(request, len_q=this.len_q, len_k=this.len_k), policy).winner
 
 
 _FIXED = ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v", "dtype", "device", "mask", "packed", "page_size", "cache_dtype",

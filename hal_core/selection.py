@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from .capabilities import Code, Refusal, listing
-from .context import Frame, frame_var, memory_limit, settings
+from .context import OBJECTIVES, Frame, frame_var, memory_limit, settings
 from .device import Device, Fidelity
 from .errors import ContractError, DeviceUnavailableError, UnsupportedError
 from .estimate import Basis, Estimate, Provenance, Quantity
@@ -32,7 +32,7 @@ class Policy:
     origin: str = "automatic"
     names: tuple[str, ...] = ()
     fall_through: bool = False
-    objective: str = "time"
+    objective: str = attrs.field(default="time", validator=attrs.validators.in_(OBJECTIVES))
     allow_simulated: bool = False
     transfer: bool | None = None
 
@@ -121,21 +121,17 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     """
     import json
 
-    data = (
-        json.loads(record) if isinstance(record, str) else record.to_dict() if isinstance(record, Decision) else record
-    )
     try:
-        if data["format"] > FORMAT:
-            raise ContractError(
-                f"a decision record of format {data['format']} was given: this core reads {FORMAT}; upgrade it"
-            )
+        data = json.loads(record) if isinstance(record, str) else record.to_dict() if isinstance(record, Decision) else record
+        if (format := data["format"]) > FORMAT:
+            raise ContractError(f"a decision record of format {format} was given: this core reads {FORMAT}; upgrade it")
         request = AttentionRequest.from_dict(data["request"])
         policy = Policy(**{**data["policy"], "names": tuple(data["policy"]["names"])})
         ranked = replace(request, len_q=data["ranked"][0], len_k=data["ranked"][1])
-    except (KeyError, TypeError, IndexError) as error:
-        raise ContractError(
-            f"not a decision record ({error!r} is missing or wrong): pass what to_json() gave"
-        ) from error
+    except ContractError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:
+        raise ContractError(f"not a decision record ({error!r}): pass what to_json() gave") from error
     return attrs.evolve(decide(ranked, policy), request=request)
 
 
