@@ -1,0 +1,15 @@
+"""Lightmatter's published photonic processors as simulated devices of hal_core. This module holds the hook alone."""
+
+from hal_core.hooks import BackendSpec, hookimpl
+
+
+@hookimpl
+def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
+    return [
+        BackendSpec(
+            name="lightmatter",
+            target="hal_photonic_lightmatter.backend:LightmatterBackend",
+            requirements=("torch 2.11 or newer", "hal-photonics"),
+            install_hint="pip install 'hal-photonic-lightmatter[torch]'",
+        )
+    ]

@@ -1,0 +1,20 @@
+"""The devices: one for each published chip, and the measured one once more without our calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hal_photonics.backend import ProfileBackend
+from hal_photonics.profile import load
+
+PROFILES = Path(__file__).parent / "profiles"
+
+
+class LightmatterBackend(ProfileBackend):
+    """lightmatter:0 is the 2025 chip, calibrated; :1 the same chip as its vendor left it; :2 its hypothetical 2 GHz
+    version; :3 Envise; :4 Mars. No driver is public: all of them are simulated."""
+
+    def __init__(self) -> None:
+        measured = load(PROFILES / "2025.toml")
+        others = [load(PROFILES / f"{name}.toml") for name in ("2025-2ghz", "envise", "mars")]
+        super().__init__("lightmatter", [measured, measured.raw(), *others])

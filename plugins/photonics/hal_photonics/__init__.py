@@ -1,0 +1,66 @@
+"""Photonic processors as devices of hal_core, simulated from profiles. This module holds the hooks and names alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal_core.hooks import BackendSpec, hookimpl
+from hal_core.kernels import KernelSpec
+
+if TYPE_CHECKING:
+    from .backend import ProfileBackend, register_profile
+    from .core import PhotonicCore
+    from .driver import Driver, Fault, SimulatedDriver
+    from .profile import Profile, ProfileError, load
+
+_WHERE = {
+    "ProfileBackend": "backend", "register_profile": "backend", "PhotonicCore": "core", "Driver": "driver",
+    "Fault": "driver", "SimulatedDriver": "driver", "Profile": "profile", "ProfileError": "profile", "load": "profile",
+}  # fmt: skip
+__all__ = [
+    "Driver", "Fault", "PhotonicCore", "Profile", "ProfileBackend", "ProfileError", "SimulatedDriver", "load",
+    "register_profile",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are used: finding the plugin loads neither torch nor numpy."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+@hookimpl
+def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
+    return [
+        BackendSpec(
+            name="photonic",
+            target="hal_photonics.backend:PhotonicBackend",
+            requirements=("torch 2.11 or newer",),
+            install_hint="pip install 'hal-photonics[torch]'",
+        )
+    ]
+
+
+@hookimpl
+def hal_kernels() -> list[KernelSpec]:
+    place = "hal_photonics.kernels"
+    return [
+        KernelSpec(
+            name="matmul", signature="matmul(a[..., M, K], b[..., K, N]) -> [..., M, N]",
+            reference=f"{place}:matmul_reference", sampler=f"{place}:sample_matmul", tolerance={"float32": 1e-5},
+        ),
+        KernelSpec(
+            name="linear", signature="linear(x[..., K], weight[N, K], bias[N] or None) -> [..., N]",
+            reference=f"{place}:linear_reference", sampler=f"{place}:sample_linear", tolerance={"float32": 1e-5},
+        ),
+    ]  # fmt: skip
+
+
+@hookimpl
+def hal_commands(subparsers: Any) -> None:
+    from .commands import add_commands
+
+    add_commands(subparsers)

@@ -1,0 +1,125 @@
+"""The functional level: a matrix product in adaptive block floating point, as the converters leave it.
+
+Along the reduction the operands are cut into tiles of K. Per row and tile there is one bfloat16 scale; what is left are
+integer codes, multiplied exactly, read out by an analogue-to-digital converter and summed digitally:
+
+    s_x = bf16(max_j |x_j|)    s_w = bf16(max_j |w_j|)    (0 -> 1)
+    X = round(clamp(x / s_x, -1, 1) * (2^(bx-1) - 1))     W likewise with bw bits
+    p = sum_j W X / ((2^(bw-1) - 1) (2^(bx-1) - 1))
+    LSB = max(K, 32) / (2^(by-1) - 1)    code = clamp(round(G p / LSB + e), +-(2^(by-1) - 1))
+    y = sum over tiles of code * LSB * s_x * s_w / G
+
+Source: the number formats of Nature 640, 368 (2025); adaptive block floating point of Basumallik et al. 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .profile import Profile
+
+#: float32 holds every whole number up to here, so sums of codes below it are exact in any order.
+_EXACT = 1 << 24
+#: Inputs for which the readout's range is set at least.
+NARROWEST = 32
+
+
+class Converters(NamedTuple):
+    """Resolutions in bits, sign included, the analogue gain, and the longest tile along the reduction."""
+
+    input_bits: int
+    weight_bits: int
+    adc_bits: int
+    gain: float
+    inputs: int
+
+    @classmethod
+    def of(cls, profile: Profile) -> Converters:
+        bits = (profile.count(f"converters.{name}_bits") for name in ("input", "weight", "adc"))
+        return cls(*bits, profile["converters.gain"], profile.count("array.inputs"))
+
+    @property
+    def input_levels(self) -> int:
+        return (1 << (self.input_bits - 1)) - 1
+
+    @property
+    def weight_levels(self) -> int:
+        return (1 << (self.weight_bits - 1)) - 1
+
+    @property
+    def adc_levels(self) -> int:
+        return (1 << (self.adc_bits - 1)) - 1
+
+    def lsb(self, width: int) -> float:
+        """One readout code, in products of full scale, for a tile of `width` inputs. The range follows the tile down to
+        `NARROWEST` inputs: below, a few aligned products of full scale would clip."""
+        return max(width, min(NARROWEST, self.inputs)) / self.adc_levels
+
+    def tiles(self, length: int) -> Iterator[slice]:
+        """Tiles of a reduction of `length`."""
+        for start in range(0, length, self.inputs):
+            yield slice(start, min(start + self.inputs, length))
+
+
+def encode(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of rows.
+
+    Args:
+        values: [..., rows, K], float32. levels: largest code.
+
+    Returns:
+        (codes, scales): whole numbers as float32, [..., rows, K]; scales float32 [..., rows, 1], 0 for a row of zeros
+        (its codes are 0, and nothing that the optics add to it counts).
+    """
+    scales = values.abs().amax(-1, keepdim=True).to(torch.bfloat16).float()
+    divisor = torch.where(scales == 0, 1.0, scales)
+    return (values / divisor).clamp_(-1, 1).mul_(levels).round_(), scales
+
+
+def product(
+    inputs: Tensor, weights: Tensor, converters: Converters, *, dither: torch.Generator | None = None,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """inputs @ weights^T through the converters.
+
+    Args:
+        inputs: [batch, M, K]. weights: [batch, N, K]. float32.
+        dither: draws e, uniform over one code; None for e = 0.
+
+    Returns:
+        ([batch, M, N] float32, share of the readouts that clipped).
+    """
+    c = converters
+    batch, rows, length = inputs.shape
+    total = inputs.new_zeros(batch, rows, weights.shape[1])
+    clipped = readouts = 0
+    for tile in c.tiles(length):
+        x, x_scale = encode(inputs[..., tile], c.input_levels)
+        w, w_scale = encode(weights[..., tile], c.weight_levels)
+        width = x.shape[-1]
+        code = integer_product(x, w, c)
+        code.mul_(c.gain / (c.input_levels * c.weight_levels * c.lsb(width)))
+        if dither is not None:
+            code.add_(torch.rand(code.shape, generator=dither).sub_(0.5))
+        code.round_()
+        clipped += int((code.abs() > c.adc_levels).sum()) if may_clip(c) else 0
+        readouts += code.numel()
+        code.clamp_(-c.adc_levels, c.adc_levels)
+        total.addcmul_(code.mul_(x_scale), (w_scale * (c.lsb(width) / c.gain)).transpose(-1, -2))
+    return total, clipped / max(readouts, 1)
+
+
+def may_clip(converters: Converters) -> bool:
+    """Whether the largest sum, K products of full scale, lies above the largest code (it is G times it)."""
+    return converters.gain > 1
+
+
+def integer_product(x: Tensor, w: Tensor, converters: Converters) -> Tensor:
+    """x @ w^T of codes, exact: in float32 where every partial sum is a whole number that float32 holds."""
+    largest = x.shape[-1] * converters.input_levels * converters.weight_levels
+    if largest < _EXACT:
+        return torch.matmul(x, w.transpose(-1, -2))
+    return torch.matmul(x.double(), w.double().transpose(-1, -2)).float()

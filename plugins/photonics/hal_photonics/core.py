@@ -1,0 +1,183 @@
+"""The photonic core: matrix products on a chip, at the functional level or through its driver with all its errors."""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal, NamedTuple
+
+import torch
+from hal_core import ContractError
+from torch import Tensor
+
+from .blockfloat import Converters, encode, may_clip, product
+from .driver import Driver, Reading, SimulatedDriver
+from .profile import Profile
+
+Level = Literal["functional", "device"]
+
+
+class Corrections(NamedTuple):
+    """What a calibration found, by physical place.
+
+    Attributes:
+        offset: [cores, columns], codes. column_gain: [columns], relative to the drawing.
+        cell_gain, cell_offset: [columns, inputs]: a cell set to w gives cell_gain * w + cell_offset, in full scale.
+        inverse: [inputs, 7] coefficients of x, x^2 ... x^7: the input to send for a wanted one, in full scale.
+    """
+
+    offset: Tensor
+    column_gain: Tensor
+    cell_gain: Tensor
+    cell_offset: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def none(cls, profile: Profile) -> Corrections:
+        """Of a chip as it is drawn: nothing is corrected."""
+        cores, columns, inputs = (profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
+        inverse = torch.zeros(inputs, 7)
+        inverse[:, 0] = 1
+        ones = torch.ones(columns, inputs)
+        return cls(torch.zeros(cores, columns), torch.ones(columns), ones, torch.zeros(columns, inputs), inverse)
+
+    def sent_inputs(self, codes: Tensor, levels: int) -> Tensor:
+        """Input codes [..., K] bent so that straight ones arrive."""
+        coefficients = self.inverse[: codes.shape[-1]]
+        x = codes / levels
+        total = coefficients[:, 6] * x
+        for power in range(5, -1, -1):
+            total = (total + coefficients[:, power]) * x
+        return total.clamp_(-1, 1).mul_(levels).round_()
+
+    def sent_weights(self, codes: Tensor, levels: int) -> Tensor:
+        """Weight codes [..., N, K] pre-distorted so that the wanted weights come out."""
+        columns = torch.arange(codes.shape[-2]) % len(self.column_gain)
+        width = codes.shape[-1]
+        wanted = (codes / levels - self.cell_offset[columns, :width]) / self.cell_gain[columns, :width]
+        return wanted.clamp_(-1, 1).mul_(levels).round_()
+
+    def read_outputs(self, codes: Tensor) -> Tensor:
+        """Codes [batch, rows, N] with offsets and column gains taken out; in place."""
+        cores, count = self.offset.shape
+        columns = torch.arange(codes.shape[-1]) % count
+        rows = torch.arange(codes.shape[-2]) % cores
+        return codes.sub_(self.offset[:, columns][rows]).div_(self.column_gain[columns])
+
+
+class PhotonicCore:
+    """Matrix products by one chip.
+
+        core = PhotonicCore(SimulatedDriver(profile))
+        y = core.multiply(a, b, rng=(seed, offset))                 # a [..., M, K] @ b [..., K, N]
+        y = core.multiply(a, b, level="functional")                 # the number format alone
+
+    Attributes:
+        driver: the chip. corrections: of a calibration, or None. readouts, clipped: counts since `reset_counts`.
+    """
+
+    def __init__(self, driver: Driver, corrections: Corrections | None = None) -> None:
+        self.driver, self.corrections = driver, corrections
+        self.converters = Converters.of(driver.profile)
+        self.readouts = self.clipped = 0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, profile: Profile) -> PhotonicCore:
+        """A simulated one, uncalibrated."""
+        return cls(SimulatedDriver(profile))
+
+    @property
+    def clip_rate(self) -> float:
+        return self.clipped / max(self.readouts, 1)
+
+    def reset_counts(self) -> None:
+        with self._lock:
+            self.readouts = self.clipped = 0
+
+    def multiply(
+        self, a: Tensor, b: Tensor, *, rng: tuple[int, int] | None = None, level: Level = "device"
+    ) -> Tensor:
+        """a @ b.
+
+        Args:
+            a: [..., M, K], streamed. b: [..., K, N], held as weights. Leading dimensions as for torch.matmul.
+            rng: (seed, offset) of the noise; None for a noiseless chip (its static errors stay).
+            level: "functional" for block floating point alone, "device" for the chip.
+
+        Returns:
+            [..., M, N], a's dtype.
+
+        Raises:
+            ContractError: a NaN or an infinity, with its position; shapes that do not fit.
+        """
+        if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+            raise ContractError(
+                f"a {list(a.shape)} and b {list(b.shape)} were given: pass [..., M, K] and [..., K, N] with one K"
+            )
+        check_finite(a=a, b=b)
+        lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        inputs = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:]).float()
+        weights = b.transpose(-1, -2).expand(*lead, b.shape[-1], b.shape[-2]).reshape(-1, b.shape[-1], b.shape[-2]).float()
+        result = self.product(inputs, weights, generator(rng), level)
+        return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
+
+    def product(
+        self, inputs: Tensor, weights: Tensor, noise: torch.Generator | None, level: Level = "device"
+    ) -> Tensor:
+        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite. Noise is drawn from `noise` in a fixed order."""
+        if level == "functional":
+            return product(inputs, weights, self.converters)[0]
+        c = self.converters
+        total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], weights.shape[1])
+        for tile in c.tiles(inputs.shape[-1]):
+            x, x_scale = encode(inputs[..., tile], c.input_levels)
+            w, w_scale = encode(weights[..., tile], c.weight_levels)
+            code = self._read(x, w, noise).codes
+            # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
+            scale = w_scale * (c.lsb(x.shape[-1]) / c.gain)
+            total.addcmul_(code.mul_(x_scale), scale.transpose(-1, -2))
+        return total
+
+    def _read(self, x: Tensor, w: Tensor, noise: torch.Generator | None) -> Reading:
+        c, corrections = self.converters, self.corrections
+        if corrections is not None:
+            x = corrections.sent_inputs(x, c.input_levels)
+            w = corrections.sent_weights(w, c.weight_levels)
+        reading = self.driver.read(x, w, noise=noise)
+        if may_clip(c):
+            with self._lock:
+                self.readouts += reading.codes.numel()
+                self.clipped += reading.clipped
+        return reading if corrections is None else Reading(corrections.read_outputs(reading.codes), reading.clipped)
+
+
+def generator(rng: tuple[int, int] | None) -> torch.Generator | None:
+    """The noise of (seed, offset): the same pair gives the same numbers in any thread."""
+    if rng is None:
+        return None
+    seed, offset = rng
+    mixed = (seed * 0x9E3779B97F4A7C15 + offset * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
+    mixed = ((mixed ^ (mixed >> 31)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    return torch.Generator().manual_seed((mixed ^ (mixed >> 27)) & (2**63 - 1))
+
+
+def drawn(rng: tuple[int, int] | None) -> tuple[int, int]:
+    """(seed, offset) as given, or out of torch's default generator."""
+    if rng is not None:
+        return rng
+    seed, offset = torch.randint(0, 2**62, (2,)).tolist()
+    return seed, offset
+
+
+def check_finite(**operands: Tensor) -> None:
+    """Raise ContractError for the first NaN or infinity: which operand, where."""
+    for name, tensor in operands.items():
+        # One pass: a sum over anything not finite is not finite. It may also overflow, so the place decides.
+        if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            places = (~torch.isfinite(tensor)).nonzero()
+            if len(places):
+                place = places[0].tolist()
+                value = tensor[tuple(place)].item()
+                raise ContractError(
+                    f"{name} holds {value} at {place}: a converter has no code for it; pass finite values"
+                )
