@@ -14,14 +14,17 @@ import sys
 from pathlib import Path
 
 import torch
+from hal_nn.compare.models import find
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hal_core import HalError
-from hal_nn.compare.models import find
 
 #: Beside the weights: configuration, tokenizer and pooling.
-KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "1_Pooling/config.json")
+KEPT = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "1_Pooling/config.json",
+)  # fmt: skip
 
 
 def copy(model: str, target: Path) -> int:

@@ -12,15 +12,16 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import hal_core as hal  # noqa: E402
 import hal_nn  # noqa: E402
+
+import hal_core as hal  # noqa: E402
 from hal_core import Capabilities, Causal, Device, Estimate, Fidelity, MaskKind, Numerics, Quantity, Range  # noqa: E402
 
 hal_nn.register_huggingface()
 
 
 def relative_error(got: Any, want: Any) -> float:
-    got, want = got.double(), want.double()
+    got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
 
 
@@ -115,10 +116,18 @@ def device() -> Iterator[Callable[..., str]]:
         hal.unregister(name)
 
 
-WORDS = "the quick brown fox jumps over a lazy dog and runs from hounds to its den".split()
+WORDS = [
+    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "from", "hounds", "to", "its", "den",
+]  # fmt: skip
 
 
-def save_tokenizer(folder: Path) -> None:
+@pytest.fixture
+def save_tokenizer() -> Callable[[Path], None]:
+    """Write a tokenizer of `WORDS` into a folder."""
+    return _save_tokenizer
+
+
+def _save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
@@ -137,7 +146,7 @@ def encoder(tmp_path: Path, seed: int) -> Path:
     )  # fmt: skip
     folder = tmp_path / "encoder"
     build(transformers.BertModel, config, "eager", seed).save_pretrained(folder)
-    save_tokenizer(folder)
+    _save_tokenizer(folder)
     return folder
 
 
@@ -150,7 +159,7 @@ def decoder(tmp_path: Path, seed: int) -> Path:
     )  # fmt: skip
     folder = tmp_path / "decoder"
     build(transformers.LlamaForCausalLM, config, "eager", seed).save_pretrained(folder)
-    save_tokenizer(folder)
+    _save_tokenizer(folder)
     return folder
 
 

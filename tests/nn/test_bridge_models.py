@@ -21,11 +21,23 @@ GREEDY = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_toke
 BERT = transformers.BertConfig(**SMALL, max_position_embeddings=64)
 LLAMA = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
 GPT2 = transformers.GPT2Config(
-    n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2,
+    n_embd=64,
+    n_layer=LAYERS,
+    n_head=4,
+    vocab_size=128,
+    n_positions=64,
+    bos_token_id=1,
+    eos_token_id=2,
     initializer_range=WIDE,
 )
 T5 = transformers.T5Config(
-    d_model=64, d_kv=16, num_layers=LAYERS, num_heads=4, d_ff=96, vocab_size=128, decoder_start_token_id=0,
+    d_model=64,
+    d_kv=16,
+    num_layers=LAYERS,
+    num_heads=4,
+    d_ff=96,
+    vocab_size=128,
+    decoder_start_token_id=0,
 )
 CAUSAL = [(transformers.LlamaForCausalLM, LLAMA), (transformers.GPT2LMHeadModel, GPT2)]
 

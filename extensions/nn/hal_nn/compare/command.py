@@ -23,12 +23,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors, or 'minilm'")
     parser.add_argument(
-        "--text", metavar="FILE", nargs="+", type=Path, default=(),
-        help="UTF-8 files, or folders of *.txt: texts divided by blank lines, or one a line (default: a short sample)",
+        "--text", metavar="FILE", action="append", type=Path, default=[],
+        help="a UTF-8 file, or a folder of *.txt: texts divided by blank lines, or one a line; may be repeated "
+        "(default: a short sample)",
     )  # fmt: skip
     parser.add_argument(
-        "--devices", metavar="ID", nargs="+", action="extend", default=[],
-        help="device ids or backend names, also divided by commas (default: every device there is)",
+        "--devices", metavar="LIST", action="append", default=[],
+        help="device ids or backend names, divided by commas; may be repeated (default: every device there is)",
     )  # fmt: skip
     parser.add_argument(
         "--repeats", metavar="N", type=positive, default=3, help="timed runs of each device (default: 3)"

@@ -101,7 +101,7 @@ class Tally:
     @property
     def perplexity(self) -> float | None:
         """exp of the mean loss; None for an embedding model, or texts of one token."""
-        return float(torch.tensor(self._loss / self._followers).exp()) if self._followers else None
+        return float(torch.tensor(self._loss / self._followers, dtype=torch.float64).exp()) if self._followers else None
 
     def agreement(self, reference: Tally) -> float:
         """Share of texts whose nearest neighbour, or of positions whose next token, is the reference's."""

@@ -212,14 +212,14 @@ class Float64Throughout(torch.overrides.TorchFunctionMode):
     """Keeps a float64 model in float64 where its code casts down.
 
     Models compute norms, rotary angles and the softmax in float32 whatever their dtype is; in a float64 run that would
-    leave the reference with float32's rounding. A cast of a float64 tensor to a smaller float keeps float64 here.
+    leave the reference with float32's rounding. Every cast to a float gives float64 here.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _CASTS and args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
-            if func in (Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as):
-                return args[0]
+        if func in _CASTS and args and isinstance(args[0], Tensor):
+            if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+                return args[0].double()
             args = (args[0], *(_widened(value) for value in args[1:]))
             kwargs = {name: _widened(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)

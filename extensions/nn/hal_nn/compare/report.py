@@ -14,7 +14,7 @@ from . import charts
 from .charts import Mark, bars, colour, dots, lines, shares
 from .figures import NOT_AVAILABLE, cosine, interval, joules, macs, percent, plain, ranged, ratio, seconds
 from .result import Comparison, Figure, Row
-from .tables import headline, refusal
+from .tables import file_names, headline, refusal
 
 STYLE = Path(__file__).with_name("report.css")
 
@@ -199,8 +199,9 @@ def _layer_chart(ran: Sequence[Row]) -> str:
 def _share_chart(comparison: Comparison, ran: Sequence[Row]) -> str:
     tones = _colours(ran)
     rows: list[tuple[str, int | str, float]] = []
+    names = file_names(comparison)
     for group in comparison.groups:
-        name = Path(group.name).name
+        name = names[group.name]
         rows.append((f"{name}: work", "neutral", group.attention_macs / group.macs))
         for row in ran:
             if row.baseline or (row.device is not None and row.device.fidelity != Fidelity.SIMULATED):
@@ -318,7 +319,7 @@ def _origins(comparison: Comparison) -> str:
         facts["embedding"] = f"{comparison.model['pooling']} of the last hidden states; nearest by cosine"
     for group in comparison.groups:
         cut = f"; {group.cut} texts cut to {group.longest} tokens" if group.cut else ""
-        facts[Path(group.name).name] = f"sha256 {group.sha256}{cut}"
+        facts[file_names(comparison)[group.name]] = f"sha256 {group.sha256}{cut}"
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return (
         f'<h2>Where it comes from</h2><div class="box"><pre>{escape(comparison.command)}</pre></div>'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hal_core import Fidelity
 from hal_core.console import show_table
 
@@ -31,7 +33,7 @@ def headline(comparison: Comparison) -> str:
     model = comparison.model
     texts = sum(group.texts for group in comparison.groups)
     return (
-        f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']}; "
+        f"{Path(model['name']).name}: {model['architecture']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']}; "
         f"{texts} texts, {comparison.tokens:,} tokens; {_times(comparison.repeats)} per device, in turn"
     )
 
@@ -49,14 +51,21 @@ def refusal(row: Row, batches: int) -> str:
     return f"{row.name} refused {row.refused_batches} of {batches} batches:"
 
 
+def file_names(comparison: Comparison) -> dict[str, str]:
+    """What to call each text file: its name without folders, where no two files share one."""
+    names = {group.name: Path(group.name).name for group in comparison.groups}
+    return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+
 def _show_text(comparison: Comparison) -> None:
+    names = file_names(comparison)
     rows = [
-        [group.name, str(group.texts), f"{group.tokens:,}", str(group.longest), macs(group.macs),
+        [names[group.name], str(group.texts), f"{group.tokens:,}", str(group.longest), macs(group.macs),
          percent(group.attention_macs / group.macs)]
         for group in comparison.groups
     ]  # fmt: skip
     cut = [
-        f"{group.name}: {group.cut} texts were cut to {group.longest} tokens."
+        f"{names[group.name]}: {group.cut} texts were cut to {group.longest} tokens."
         for group in comparison.groups
         if group.cut
     ]

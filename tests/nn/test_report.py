@@ -1,0 +1,166 @@
+"""The HTML report: self-contained, complete, honest, and never half written."""
+
+from __future__ import annotations
+
+import os
+from html.parser import HTMLParser
+
+import attrs
+import pytest
+from hal_nn.compare import charts, figures, measure, models, report, texts
+from hal_nn.compare.result import Figure
+
+from hal_core import Basis, MaskKind, Provenance
+
+
+@pytest.fixture
+def result(encoder, text, device):
+    noisy = device("noisy", noise=1e-2, joules=1e-12)
+    bare = device("bare", masks=frozenset({MaskKind.NONE}))
+    return measure.compare(
+        models.load(str(encoder), "float32"), texts.read([text]), measure.rows_for(["cpu:0", noisy, bare]), repeats=2,
+        batch_size=4, max_length=None, command="hal compare <model> & more",
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what the page refers to."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.references, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.references += [value for name, value in attributes if name in ("src", "href", "xlink:href", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone(result):
+    text = report.render(result)
+    page = Page(text)
+    assert not page.references
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    for outside in ("http:", "https:", "@import", "url(http", "//cdn"):
+        assert outside not in text
+    assert page.tags.count("svg") == 6, "five charts and the hatch"
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_holds_every_row_number_origin_version_and_the_command(result):
+    page = Page(report.render(result))
+    assert "hal compare <model> & more" in page.text
+    for row in result.rows:
+        assert row.name in page.text
+    assert "modelled, paper-projection" in page.text
+    assert "not available" in page.text
+    assert "boolean asked" in page.text
+    for name, number in result.versions.items():
+        assert f"{name} version" in page.text
+        assert number in page.text
+    noisy = next(row for row in result.rows if row.name == "noisy:0")
+    assert figures.ratio(noisy.accuracy.worst.middle) in page.text
+    assert figures.joules(noisy.costs.energy.middle) in page.text
+    assert figures.seconds(noisy.costs.total.middle) in page.text
+    assert result.groups[0].sha256 in page.text
+
+
+def test_names_cannot_inject_markup(result):
+    rows = tuple(attrs.evolve(row, name="<script>x</script>") for row in result.rows)
+    evil = attrs.evolve(result, rows=rows, model={**result.model, "note": "<b>", "name": "<img src=x>"})
+    page = Page(report.render(evil))
+    assert not {"script", "img"} & set(page.tags)
+
+
+def test_the_report_takes_its_place_whole_or_not_at_all(result, tmp_path, monkeypatch):
+    target = tmp_path / "report.html"
+    report.write(result, target)
+    whole = target.read_text(encoding="utf-8")
+    assert whole.endswith("</html>\n")
+    assert target.stat().st_mode & 0o777 == 0o644
+
+    def fails(comparison):
+        raise RuntimeError("midway")
+
+    monkeypatch.setattr(report, "render", fails)
+    with pytest.raises(RuntimeError, match="midway"):
+        report.write(result, target)
+    assert target.read_text(encoding="utf-8") == whole
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".report")]
+
+
+def test_a_page_where_nothing_ran_still_says_why(encoder, text, device):
+    bare = device("bare", masks=frozenset({MaskKind.NONE}))
+    result = measure.compare(
+        models.load(str(encoder), "float32"), texts.read([text]), measure.rows_for([bare]), repeats=1, batch_size=4,
+        max_length=None, command="hal compare",
+    )  # fmt: skip
+    only = attrs.evolve(result, rows=tuple(row for row in result.rows if not row.ran))
+    assert "boolean asked" in Page(report.render(only)).text
+
+
+def figure(middle, low=None, high=None, basis=Basis.MEASURED):
+    provenance = Provenance.MEASURED_SILICON
+    return Figure(middle, middle if low is None else low, middle if high is None else high, basis, provenance)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00123, "1.23 ms"), (0.0009996, "1 ms"), (0.99999, "1 s"), (12.34, "12.3 s"), (1234.5, "1234 s"), (0, "0 s"),
+     (3.2e-13, "0.32 ps"), (2.5e-6, "2.5 µs")],
+)  # fmt: skip
+def test_seconds_are_written_with_three_digits(value, text):
+    assert figures.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "100%"), (0.99999, "> 99.9%"), (0.5, "50.0%"), (0, "0%"), (1e-5, "< 0.1%"), (0.175, "17.5%")],
+)
+def test_shares_say_all_only_where_it_is_all(value, text):
+    assert figures.percent(value) == text
+
+
+def test_spread_is_shown_where_there_is_one():
+    assert figures.varied(figure(2.0, 1.9, 2.1), figures.seconds) == "2 s ±5%"
+    assert figures.varied(figure(2.0), figures.seconds) == "2 s"
+    assert figures.ranged(figure(2e-3, 1.9e-3, 2.1e-3), figures.seconds) == "2 ms (1.9 to 2.1 ms)"
+    assert figures.interval(figure(1.0, 0.9, 1.1), figures.seconds) == "900 ms to 1.1 s"
+    assert figures.interval(figure(1.0), figures.seconds) == ""
+
+
+def test_charts_draw_zero_infinitely_small_and_absent_values():
+    marks = [
+        charts.Mark(label="a", parts=(figure(0.0), figure(0.0))),
+        charts.Mark(label="b", parts=(figure(1e-7), figure(1e-2))),
+    ]
+    for picture in (
+        charts.dots(marks, "errors"),
+        charts.bars([charts.Mark(label="c", note="none")], figures.seconds, "times"),
+        charts.bars([charts.Mark(label="d", parts=(figure(0.0),))], figures.seconds, "times"),
+        charts.lines([(marks[0], [0.0, 0.0]), (marks[1], [1e-8, 1e-2])], "layers"),
+        charts.shares([("e", "neutral", 0.0), ("f", 1, 1.0)], "shares"),
+    ):
+        assert "nan" not in picture
+        assert "inf" not in picture
+        Page(picture)
+
+
+@pytest.mark.parametrize(("value", "step"), [(0.9, 1), (1, 1), (1.1, 2), (3, 5), (7, 10), (0.03, 0.05)])
+def test_axis_steps_are_round(value, step):
+    assert charts.nice_step(value) == pytest.approx(step)
