@@ -58,7 +58,7 @@ class Route:
         if winner.transfer:
             self.run, self.base = (_moved(run, winner.device.reads[0]) for run in (self.run, self.base))
         if (limit := memory_limit(winner.device.id)) is not None and winner.estimate is not None:
-            self.run = _limited(self.run, self.session, winner.device.id, winner.estimate.memory, limit)
+            self.run, self.base = (_limited(run, self, winner.estimate.memory, limit) for run in (self.run, self.base))
 
 
 def metered(meter: Any, route: Route, arguments: tuple[Any, ...], run: Run) -> Any:
@@ -127,11 +127,16 @@ def _moved(run: Run, target: str) -> Run:
     return moved
 
 
-def _limited(run: Run, session: Any, device_id: str, needed: int, limit: int) -> Run:
+def _limited(run: Run, route: Route, most: int, limit: int) -> Run:
+    device, backend = route.decision.winner.device, route.entry.backend
+
     def limited(*arguments: Any) -> Any:
-        in_use = session.memory.stats().in_use
-        if in_use + needed > limit:
-            raise MemoryLimitError(device_id, needed, in_use, limit)
+        in_use = route.session.memory.stats().in_use
+        if in_use + most > limit:  # for the bound of the bucket; these lengths may still fit
+            assert backend is not None
+            needed = backend.estimate(exact(route.request, arguments[0], arguments[1]), device).memory
+            if in_use + needed > limit:
+                raise MemoryLimitError(device.id, needed, in_use, limit)
         return run(*arguments)
 
     return limited

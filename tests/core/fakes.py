@@ -233,7 +233,7 @@ class FakeBackend:
                    reads=reads, memory=device_memory, driver="1.0")
             for i in range(count)
         ]  # fmt: skip
-        self._time, self._energy, self._error, self._memory, self._check = time, energy, error, memory, check
+        self._time, self.energy, self._error, self._memory, self._check = time, energy, error, memory, check
         self._open = open or (BoundSession if bound else FakeSession)
         self._absent = absent
         self.ran: list[tuple[str, AttentionRequest]] = []
@@ -256,7 +256,7 @@ class FakeBackend:
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
         time = self._time(request) if callable(self._time) else self._time
         time = time if isinstance(time, Quantity) else quantity(time)
-        return Estimate(time=time, energy=self._energy, error=self._error, memory=self._memory(request))
+        return Estimate(time=time, energy=self.energy, error=self._error, memory=self._memory(request))
 
     def open(self, device: Device) -> Any:
         self.opened.append(device.id)
