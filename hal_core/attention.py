@@ -111,9 +111,12 @@ def attention(
     tables = None if named.count(None) == 6 else SequenceTables(*named)
     bits = 0
     if _grad_enabled():
-        bits = query.requires_grad + 2 * key.requires_grad + 4 * value.requires_grad
-        if attn_mask is not None and attn_mask.requires_grad:
-            bits += 8
+        try:
+            bits = query.requires_grad + 2 * key.requires_grad + 4 * value.requires_grad
+            if attn_mask is not None and attn_mask.requires_grad:
+                bits += 8
+        except AttributeError:  # no tensor: refused below, with a sentence
+            bits = 0
     options = (
         dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
         max_seqlen_q, max_seqlen_k,
@@ -268,9 +271,9 @@ def bind(
 
     Returns:
         A callable (query, key, value, attn_mask=None, *, block_plan=None, rng=None, tables=None) -> as `attention`. It
-        reads lengths from its tensors, trusts the contents of tables, and has the attribute `decision`. Calls that
-        differ from the example in anything but lengths raise ContractError; after `unregister` of the backend they
-        raise DeviceUnavailableError.
+        reads lengths from its tensors, trusts that they lie where the example's do and the contents of tables, and has the
+        attribute `decision`. Calls that differ from the example in anything but lengths raise ContractError; after
+        `unregister` of the backend they raise DeviceUnavailableError.
 
     Raises:
         As `attention`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,8 @@ def describe(
         (heads_q != heads_kv and not options.enable_gqa, f"{heads}: pass enable_gqa=True for grouped heads"),
         (cache_dtype is not None and not scaled,
          f"query {query.dtype} and key {key.dtype} were given: cast, or pass key_scale and value_scale"),
+        (cache_dtype is None and tables is not None and not tables.key_scale is tables.value_scale is None,
+         f"key_scale or value_scale was given with {key.dtype}: they scale an FP8 key and value, leave them out"),
     )  # fmt: skip
     shape = (batch, heads_q, len_q, len_k)
     if mask is not None:
@@ -202,10 +205,11 @@ def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
 def _checked(o: Options) -> dict[str, Any]:
     """The request's fields of the options, each within its domain."""
     for name, number in (("scale", o.scale), ("softcap", o.softcap), ("max_error", o.max_error), ("dropout_p", o.dropout_p)):
-        if number is not None and not math.isfinite(number):
+        if number is not None and not (isinstance(number, Real) and math.isfinite(number)):
             raise ContractError(f"{name} {number} was given: use a finite number")
     sides = o.window if isinstance(o.window, tuple | list) else ()
     _refuse(
+        (type(o.diagonal) is not int, f"diagonal {o.diagonal} was given: use a whole number"),
         (not 0 <= o.dropout_p < 1, f"dropout_p {o.dropout_p} was given: use 0 or more and less than 1"),
         (o.softcap is not None and o.softcap <= 0, f"softcap {o.softcap} was given: use a positive number or None"),
         (o.max_error is not None and o.max_error < 0, f"max_error {o.max_error} was given: use 0 or more, or None"),
@@ -218,7 +222,7 @@ def _checked(o: Options) -> dict[str, Any]:
     )  # fmt: skip
     causal = Causal.TOP_LEFT if o.is_causal else Causal.NONE if o.causal is None else Causal(o.causal)
     return {
-        "causal": causal, "diagonal": int(o.diagonal), "window": tuple(sides) if any(s is not None for s in sides) else None,
+        "causal": causal, "diagonal": o.diagonal, "window": tuple(sides) if any(s is not None for s in sides) else None,
         "softcap": None if o.softcap is None else float(o.softcap), "scale": None if o.scale is None else float(o.scale),
         "dropout": float(o.dropout_p), "deterministic": bool(o.deterministic), "max_error": o.max_error,
     }  # fmt: skip

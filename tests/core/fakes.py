@@ -174,7 +174,7 @@ class FakeSession:
         batch, _, len_k, _ = key.shape
 
         def of_groups(grad: Tensor) -> Tensor:
-            return grad.view(batch, request.heads_kv, group, len_k, -1).sum(2)
+            return grad.view(batch, request.heads_kv, group, len_k, grad.shape[-1]).sum(2)
 
         grads = (
             grad_scores @ key.repeat_interleave(group, 1), of_groups(grad_scores.mT @ query), of_groups(grad_value), grad_mask,
