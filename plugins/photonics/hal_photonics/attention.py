@@ -7,19 +7,19 @@ the optics unnormalised, between 0 and 1, and the sum that divides them is exact
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hal_core import AttentionOutput, AttentionRequest, MaskKind, dense_mask
 from torch import Tensor
 
-#: inputs [batch, M, K], weights [batch, N, K] -> [batch, M, N]
-Product = Callable[[Tensor, Tensor], Tensor]
+#: inputs [batch, M, K], weights [batch, N, K], window of the keys along K or None -> [batch, M, N]
+Product = Callable[[Tensor, Tensor, Any], Tensor]
 #: Scores worked on at once.
 _CHUNK = 1 << 22
 
 
-def exact_product(inputs: Tensor, weights: Tensor) -> Tensor:
+def exact_product(inputs: Tensor, weights: Tensor, window: Any = None) -> Tensor:
     return inputs @ weights.transpose(-1, -2)
 
 
@@ -46,13 +46,14 @@ def attend(
         q = query[part.batch, heads, part.rows].float()
         k, v = (t[part.batch, part.heads].float().flatten(0, 1) for t in (key, value))
         lead, rows = q.shape[:2], q.shape[2]
-        scores = product(q.reshape(len(k), share * rows, -1), k).view(*lead, rows, len_k)
+        scores = product(q.reshape(len(k), share * rows, -1), k, None).view(*lead, rows, len_k)
         scores = _masked(scores * request.effective_scale, _cut(mask, part, heads), visible, part.rows, request)
         peak = scores.detach().amax(-1, keepdim=True)
         dead = peak == -torch.inf
         weights = torch.exp(scores - peak.masked_fill(dead, 0))
         total = weights.sum(-1, keepdim=True).masked_fill(dead, 1)
-        mixed = product(weights.view(len(k), share * rows, len_k), v.transpose(1, 2)).view(*lead, rows, dim_v)
+        mixed = product(weights.view(len(k), share * rows, len_k), v.transpose(1, 2), request.window)
+        mixed = mixed.view(*lead, rows, dim_v)
         outs.append((part, (mixed / total).masked_fill(dead, 0)))
         lses.append((part, (peak + total.log()).masked_fill(dead, -torch.inf).squeeze(-1)))
     out = _joined(outs, batch, heads_kv, dim=2).to(query.dtype)

@@ -59,10 +59,11 @@ class Converters(NamedTuple):
         `NARROWEST` inputs: below, a few aligned products of full scale would clip."""
         return max(width, min(NARROWEST, self.inputs)) / self.adc_levels
 
-    def tiles(self, length: int) -> Iterator[slice]:
-        """Tiles of a reduction of `length`."""
-        for start in range(0, length, self.inputs):
-            yield slice(start, min(start + self.inputs, length))
+    def tiles(self, length: int, width: int | None = None) -> Iterator[slice]:
+        """Tiles of a reduction of `length`, `width` wide, at most as wide as the array."""
+        step = min(width or self.inputs, self.inputs)
+        for start in range(0, length, step):
+            yield slice(start, min(start + step, length))
 
 
 def encode(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +111,17 @@ def product(
         code.clamp_(-c.adc_levels, c.adc_levels)
         total.addcmul_(code.mul_(x_scale), (w_scale * (c.lsb(width) / c.gain)).transpose(-1, -2))
     return total, clipped / max(readouts, 1)
+
+
+def narrowed(window: tuple[int | None, int | None] | None, inputs: int) -> int:
+    """The reduction tile of PV: as wide as the array, narrower for a window of fewer keys, down to `NARROWEST`.
+
+    The readout's range is set for a whole tile, so the noise of one that a row hardly reads would drown its few keys.
+    """
+    if window is None or None in window:
+        return inputs
+    keys = sum(side for side in window if side is not None) + 1
+    return min(max(1 << (keys - 1).bit_length(), NARROWEST), inputs)
 
 
 def may_clip(converters: Converters) -> bool:

@@ -122,14 +122,18 @@ class PhotonicCore:
         return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
 
     def product(
-        self, inputs: Tensor, weights: Tensor, noise: torch.Generator | None, level: Level = "device"
-    ) -> Tensor:
-        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite. Noise is drawn from `noise` in a fixed order."""
+        self, inputs: Tensor, weights: Tensor, noise: torch.Generator | None, level: Level = "device",
+        width: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite. Noise is drawn from `noise` in a fixed order.
+
+        width: of the tiles along K, where they are to be narrower than the array.
+        """
         if level == "functional":
             return product(inputs, weights, self.converters)[0]
         c = self.converters
         total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], weights.shape[1])
-        for tile in c.tiles(inputs.shape[-1]):
+        for tile in c.tiles(inputs.shape[-1], width):
             x, x_scale = encode(inputs[..., tile], c.input_levels)
             w, w_scale = encode(weights[..., tile], c.weight_levels)
             code = self._read(x, w, noise).codes

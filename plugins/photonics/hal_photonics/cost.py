@@ -18,6 +18,7 @@ from hal_core import AttentionRequest, Basis, Estimate, Quantity
 from hal_core.request import DTYPE_BYTES
 from hal_core.tiling import visible_keys
 
+from .blockfloat import narrowed
 from .profile import Origin, Profile
 
 #: Parts of time (s) and energy (J), in the order of every table.
@@ -104,7 +105,7 @@ def attention_work(profile: Profile, request: AttentionRequest) -> Work:
     share, heads = r.heads_q // max(r.heads_kv, 1), r.batch * r.heads_kv
     deep = -(-r.dim_qk // inputs)  # tiles along the reduction of QK^T
     wide = -(-r.dim_v // outputs)  # tiles along the outputs of PV
-    keys, values = _tile_rows(r, outputs), _tile_rows(r, inputs)
+    keys, values = _tile_rows(r, outputs), _tile_rows(r, narrowed(r.window, inputs))
     loads = heads * (deep * len(keys) + wide * len(values))
     rows = heads * share * (deep * sum(keys) + wide * sum(values))
     return Work(loads, rows, r.visible_macs)

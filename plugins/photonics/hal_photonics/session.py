@@ -23,6 +23,7 @@ from hal_core import (
 from torch import Tensor
 
 from .attention import attend, exact_product
+from .blockfloat import narrowed
 from .calibration import CalibrationReport, calibrate, probe_snr
 from .core import PhotonicCore, check_finite, drawn, generator
 from .driver import Driver, SimulatedDriver
@@ -203,8 +204,13 @@ class PhotonicSession:
         query = given if query is None else query
         check_finite(query=query, key=key, value=value)
         noise, core = generator(drawn(rng)), self.core
+        inputs = core.converters.inputs
+
+        def product(x: Tensor, w: Tensor, window: Any) -> Tensor:
+            return core.product(x, w, noise, width=narrowed(window, inputs))
+
         with torch.no_grad():
-            result = attend(lambda x, w: core.product(x, w, noise), query, key, value, mask, request, tile_size)
+            result = attend(product, query, key, value, mask, request, tile_size)
         if self._straight_through and request.grads:
             result = _straight_through(result, query, key, value, mask, request)
         return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)

@@ -1,0 +1,35 @@
+"""Every Lightmatter device, held to everything it claims; and MiniLM on it."""
+
+from __future__ import annotations
+
+import hal_core as hal
+import pytest
+from hal_core.testing import ConformanceSuite, check_backend
+from hal_photonic_lightmatter.backend import LightmatterBackend
+
+
+class TestMeasuredChip(ConformanceSuite):
+    backend = "lightmatter:0"
+    quick = True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["lightmatter:0", "lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4"])
+def test_every_profile_conforms(device: str) -> None:
+    report = check_backend(device)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("device", ["lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4"])
+@pytest.mark.parametrize("check", ["contract", "refusals", "random_numbers", "masks"])
+def test_every_profile_passes_the_checks_that_tell_them_apart(device: str, check: str) -> None:
+    report = check_backend(device, quick=True, checks=[check])
+    assert report.passed, str(report)
+
+
+def test_the_devices_are_the_published_chips_all_simulated() -> None:
+    devices = LightmatterBackend().devices()
+    assert [d.model for d in devices] == ["2025", "2025-raw", "2025-2ghz", "envise", "mars"]
+    assert {d.fidelity for d in devices} == {hal.Fidelity.SIMULATED}
+    assert "not calibrated by us" in devices[1].features
+    assert [d.features[0] for d in devices] == ["crossbar"] * 4 + ["mesh"]

@@ -1,0 +1,175 @@
+"""The 2025 profile against what was measured on that chip, by the protocol of the fit; and against its supplement.
+
+Protocol: 4096 vectors times one 64 x 64 matrix, all standard normal, row i on core i mod 4. In alternate blocks of four rows
+one half is fitted and the other judged: raw (wanted against observed), then observed = a wanted + b by column, by a full 64 x
+64 affine map, and by one such map for each core; signal is the fitted part's power, noise the rest's.
+"""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from hal_photonic_lightmatter.backend import PROFILES
+from hal_photonics.blockfloat import encode
+from hal_photonics.calibration import calibrate, decibels
+from hal_photonics.core import Corrections, PhotonicCore, generator
+from hal_photonics.cost import attention_cost, efficiency, throughput
+from hal_photonics.driver import SimulatedDriver
+from hal_photonics.profile import Profile, load
+from hal_photonics.sweep import GPUS
+from torch import Tensor
+
+SILICON = {"raw": (10.94, 0.5), "column": (11.61, 0.5), "full": (15.46, 0.7), "core": (17.33, 1.0)}
+SEEDS = [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def chip() -> Profile:
+    return load(PROFILES / "2025.toml")
+
+
+def observe(profile: Profile, seed: int, noise: bool = True) -> tuple[Tensor, Tensor]:
+    """(wanted, observed) [4096, 64] in float64."""
+    draw = torch.Generator().manual_seed(seed)
+    weights, inputs = torch.randn(1, 64, 64, generator=draw), torch.randn(1, 4096, 64, generator=draw)
+    core = PhotonicCore(SimulatedDriver(attrs.evolve(profile, chip=seed)))
+    observed = core.product(inputs, weights, generator((seed, 0)) if noise else None)
+    return (inputs.double() @ weights.double().mT)[0], observed[0].double()
+
+
+def statistics(wanted: Tensor, observed: Tensor) -> dict[str, float]:
+    """SNR in dB by kind of fit, and the share of the residual that all columns have in common."""
+    row = torch.arange(len(wanted))
+    fitted, judged = (row // 4) % 2 == 0, (row // 4) % 2 == 1
+    ones = torch.ones(len(wanted), 1, dtype=torch.float64)
+
+    def affine(columns: Tensor, fit: Tensor, apply: Tensor, target: Tensor) -> Tensor:
+        solved = torch.linalg.lstsq(torch.cat([columns, ones], 1)[fit], target[fit]).solution
+        return torch.cat([columns, ones], 1)[apply] @ solved
+
+    by_column = torch.cat([affine(wanted[:, [c]], fitted, judged, observed[:, [c]]) for c in range(64)], 1)
+    full = affine(wanted, fitted, judged, observed)
+    by_core = torch.zeros_like(observed)
+    for core in range(4):
+        mine = row % 4 == core
+        by_core[judged & mine] = affine(wanted, fitted & mine, judged & mine, observed)
+    seen = observed[judged]
+    found = {"raw": decibels(wanted[judged], seen), "column": decibels(by_column, seen + 0)}
+    for name, predicted in (("column", by_column), ("full", full), ("core", by_core[judged])):
+        residual = seen - predicted
+        found[name] = 10 * float(torch.log10(predicted.square().mean() / residual.square().mean()))
+        found[f"{name}, common"] = float(residual.mean(1).var() / residual.var())
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_signal_to_noise_is_that_of_the_silicon(chip: Profile, seed: int) -> None:
+    """Rows 3 to 6, one parameter set."""
+    found = statistics(*observe(chip, seed))
+    for name, (decibel, tolerance) in SILICON.items():
+        assert found[name] == pytest.approx(decibel, abs=tolerance), name
+
+
+def test_the_common_part_of_the_residual_is_that_of_the_silicon(chip: Profile) -> None:
+    """16% of it by column; nearly all of that belongs to the four cores, whose own fits leave 5%."""
+    found = [statistics(*observe(chip, seed)) for seed in SEEDS]
+    mean = {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    assert mean["column, common"] == pytest.approx(0.16, abs=0.03)
+    assert mean["core, common"] == pytest.approx(0.05, abs=0.03)
+
+
+def test_column_gains_are_those_of_the_silicon(chip: Profile) -> None:
+    """Row 7: mean 0.834 within 5%, standard deviation 0.037 within 25%."""
+    means, spreads = [], []
+    for seed in SEEDS:
+        wanted, observed = observe(chip, seed)
+        middle = wanted - wanted.mean(0)
+        gains = (middle * observed).sum(0) / middle.square().sum(0)
+        means.append(float(gains.mean()))
+        spreads.append(float(gains.std()))
+    assert sum(means) / len(means) == pytest.approx(0.834, rel=0.05)
+    assert sum(spreads) / len(spreads) == pytest.approx(0.037, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "caught"),
+    [
+        ("noise off", {"core"}), ("cores alike", {"full"}), ("weights exact", {"column"}), ("quantisation alone", {"raw"}),
+    ],
+)  # fmt: skip
+def test_a_model_without_one_of_its_parts_is_caught(chip: Profile, mutation: str, caught: set[str]) -> None:
+    changes = {
+        "noise off": {}, "cores alike": {"noise__core_offset": 0, "noise__core_column_offset": 0},
+        "weights exact": {"noise__weight_error": 0},
+        "quantisation alone": {k.replace(".", "__"): 0 for k in chip.figures if k.startswith("noise.") and "gain" not in k},
+    }[mutation]  # fmt: skip
+    if mutation == "quantisation alone":
+        changes |= {"noise__column_gain": 1, "noise__column_gain_spread": 0}
+    found = statistics(*observe(chip.replace(**changes), 1, noise=mutation != "noise off"))
+    wrong = {name for name, (decibel, tolerance) in SILICON.items() if abs(found[name] - decibel) > tolerance}
+    assert caught <= wrong
+
+
+def test_plain_quantisation_is_25_decibels_too_good(chip: Profile) -> None:
+    draw = torch.Generator().manual_seed(1)
+    weights, inputs = torch.randn(1, 64, 64, generator=draw), torch.randn(1, 1024, 64, generator=draw)
+    core = PhotonicCore.of(chip)
+    found = decibels(inputs @ weights.mT, core.product(inputs, weights, None, "functional"))
+    assert found == pytest.approx(35.6, abs=1.0)
+
+
+@pytest.mark.parametrize("number", SEEDS)
+def test_calibration_holds_on_weights_it_has_not_seen(chip: Profile, number: int) -> None:
+    report = calibrate(SimulatedDriver(attrs.evolve(chip, chip=number)), seed=number)[1]
+    assert report.after > report.before + 3
+    assert report.kept >= 0.8
+
+
+def test_pre_distortion_is_worth_its_place(chip: Profile) -> None:
+    """Mutation: the one-hot step's result taken away."""
+    driver, plain = SimulatedDriver(chip), Corrections.none(chip)
+    corrections, report = calibrate(driver)
+    without = corrections._replace(cell_gain=plain.cell_gain, cell_offset=plain.cell_offset)
+    draw = torch.Generator().manual_seed(3)
+    x, w = torch.randn(1, 512, 128, generator=draw), torch.randn(1, 128, 128, generator=draw)
+    found = decibels(x @ w.mT, PhotonicCore(driver, without).product(x, w, generator((1, 1))))
+    assert report.after - found > 1
+
+
+def test_one_core_without_its_structure_is_caught(chip: Profile) -> None:
+    """Mutation: core 0 made like the mean of the others; its rows then lack the offset that the dark codes found."""
+    driver = SimulatedDriver(chip)
+    corrections, _ = calibrate(driver)
+    driver.chip.offset[0] = driver.chip.offset[1:].mean(0)
+    x, _ = encode(torch.zeros(1, 64, 128), 511)
+    w, _ = encode(torch.zeros(1, 128, 128), 63)
+    codes = corrections.read_outputs(driver.read(x, w, noise=generator((1, 1)), averages=256).codes)[0]
+    by_core = [float(codes[core::4].mean(0).square().mean().sqrt()) for core in range(4)]
+    assert by_core[0] > 3 * max(by_core[1:])
+
+
+def test_throughput_and_efficiency_are_the_supplements(chip: Profile) -> None:
+    """Rows 1 and 2, arithmetic checks of the profile."""
+    assert throughput(chip) == pytest.approx(65.5e12, rel=0.01)
+    assert throughput(load(PROFILES / "2025-2ghz.toml")) == pytest.approx(262e12, rel=0.01)
+    assert chip["power.electrical"] == 78
+    assert efficiency(chip) == pytest.approx(0.84e12, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("profile", "length", "speed", "energy"),
+    [
+        ("2025", 2048, 0.06, 0.89), ("2025", 8192, 0.10, 0.17), ("2025", 32768, 0.12, -0.04),
+        ("2025-2ghz", 2048, 0.54, -0.60), ("2025-2ghz", 8192, 0.51, -0.58), ("2025-2ghz", 32768, 0.51, -0.58),
+    ],
+)  # fmt: skip
+def test_against_an_h200_there_is_no_crossover_in_time(profile: str, length: int, speed: float, energy: float) -> None:
+    """Attention of 32 heads of 128, optics alone, against 65% of 790 TFLOP/s and 700 W."""
+    from hal_core import AttentionRequest
+
+    found = attention_cost(load(PROFILES / f"{profile}.toml"), AttentionRequest(1, 32, 32, length, length, 128, 128, "bfloat16"), host=False)  # fmt: skip
+    gpu = GPUS["h200"]
+    seconds = 4 * 32 * length**2 * 128 / (gpu.share * gpu.peak) + gpu.start
+    assert seconds / found.time == pytest.approx(speed, abs=0.01)
+    assert found.energy / (seconds * gpu.power) - 1 == pytest.approx(energy, abs=0.015)

@@ -1,0 +1,106 @@
+"""A profile that is wrong is refused with the file, the key and what is wanted."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hal_core.cli import main
+from hal_photonics.backend import BUNDLED
+from hal_photonics.figures import FIGURES
+from hal_photonics.profile import Origin, Profile, ProfileError, load, parse
+
+TEXT = (BUNDLED / "generic.toml").read_text()
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "chip.toml"
+    path.write_text(text)
+    return path
+
+
+def line_of(key: str) -> str:
+    return next(line for line in TEXT.splitlines() if line.startswith(f"{key} = "))
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "said"),
+    [
+        ("gain", 'gain = 2', "converters.gain: 2 was given"),
+        ("gain", 'gain = { unit = "ratio", provenance = "assumed", source = "x" }', "converters.gain.value: missing"),
+        ("gain", 'gain = { value = 2, provenance = "assumed", source = "x" }', 'unit: missing: write unit = "ratio"'),
+        ("clock", 'clock = { value = 1, unit = "GHz", provenance = "assumed", source = "x" }', "convert the value to 'Hz'"),
+        ("electrical", 'electrical = { value = -1, unit = "W", provenance = "assumed", source = "x" }', "-1 was given"),
+        ("adc_bits", 'adc_bits = { value = 0, unit = "bit", provenance = "assumed", source = "x" }', "2 to 16 bit"),
+        ("adc_bits", 'adc_bits = { value = 7.5, unit = "bit", provenance = "assumed", source = "x" }', "a whole number"),
+        ("adc_bits", 'adc_bits = { value = nan, unit = "bit", provenance = "assumed", source = "x" }', "nan was given"),
+        ("gain", 'gain = { value = 2, unit = "ratio", source = "x" }', "converters.gain.provenance: missing"),
+        ("gain", 'gain = { value = 2, unit = "ratio", provenance = "guess", source = "x" }', "'guess' was given"),
+        ("gain", 'gain = { value = 2, unit = "ratio", provenance = "assumed" }', "converters.gain.source: missing"),
+        ("gain", "", "converters.gain: missing: give analogue gain"),
+        ("gain", line_of("gain") + "\ngian = 1", "converters.gian: unknown key: did you mean 'gain'?"),
+        ("share_adc", 'share_adc = { value = 0.9, unit = "ratio", provenance = "assumed", source = "x" }', "make it 1"),
+        ("trip", 'trip = { value = 10, unit = "degC", provenance = "assumed", source = "x" }', "thermal.trip: 10 was given"),
+        ("mechanism", 'mechanism = "magic"', "mechanism: 'magic' was given: use crossbar, mesh or ring"),
+        ("vendor", "", "vendor: None was given"),
+    ],
+)  # fmt: skip
+def test_a_wrong_profile_names_file_key_and_what_is_wanted(tmp_path: Path, key: str, changed: str, said: str) -> None:
+    path = written(tmp_path, TEXT.replace(line_of(key), changed, 1))
+    with pytest.raises(ProfileError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [("a = [", "not TOML"), (b"\xff\xfe", "not UTF-8"), (None, "No such file")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | bytes | None, said: str) -> None:
+    path = tmp_path / "chip.toml"
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ProfileError, match=said):
+        load(path)
+
+
+def test_every_figure_of_every_section_is_checked_for_its_range(generic: Profile) -> None:
+    data = tomllib.loads(TEXT)
+    for section, kinds in FIGURES.items():
+        for key in data.get(section, {}):
+            kind, broken = kinds[key], tomllib.loads(TEXT)
+            for value in (kind.low - 1, kind.high * 2 + 1):
+                if kind.low <= value <= kind.high:
+                    continue
+                broken[section][key]["value"] = value
+                with pytest.raises(ProfileError, match=rf"{section}\.{key}\.value"):
+                    parse(broken, "a chip")
+
+
+def test_a_value_left_out_is_said_to_be_assumed(generic: Profile) -> None:
+    figure = generic.figures["declared.lse_error"] if "lse_error" not in TEXT else generic.figures["time.flight"]
+    assert figure.origin in list(Origin)
+    assert generic.origin("array") is Origin.ASSUMED
+
+
+def test_what_if_studies_count_as_assumed_and_are_checked(generic: Profile) -> None:
+    study = generic.replace(converters__gain=4)
+    assert study["converters.gain"] == 4
+    assert study.figures["converters.gain"].origin is Origin.ASSUMED
+    assert study.digest != generic.digest
+    with pytest.raises(ProfileError, match=r"converters\.gain\.value: -1"):
+        generic.replace(converters__gain=-1)
+    with pytest.raises(ProfileError, match="no figure"):
+        generic.replace(converters__gian=1)
+
+
+def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = BUNDLED / "generic.toml"
+    assert main(["photonics", "profile", str(path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["figures"]["array.cores"] == {"value": 2.0, "unit": "count", "provenance": "assumed", "source": shown["figures"]["array.cores"]["source"]}  # fmt: skip
+    assert main(["photonics", "profile", str(path)]) == 0
+    assert "good" in capsys.readouterr().out
+    bad = written(tmp_path, TEXT.replace(line_of("gain"), "gain = 1"))
+    assert main(["photonics", "profile", str(bad)]) == 2
+    assert "converters.gain" in capsys.readouterr().err
