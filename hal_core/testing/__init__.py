@@ -33,10 +33,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import the part that has the name. All of a part's names are set: `reference` is a module and a function in it, and
+    importing the module alone would leave the attribute naming the module.
+    """
     for part, names in _PARTS.items():
         if name in names:
-            # The module `reference` and its function share a name: importing the module sets the attribute to the
-            # module, so every name of the part is set here, the function last.
             module = importlib.import_module(f".{part}", __name__)
             globals().update({each: getattr(module, each) for each in names})
             return globals()[name]

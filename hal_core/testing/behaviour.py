@@ -1,52 +1,45 @@
-"""How a device behaves from call to call: threads, memory, reuse, tiles, partial results."""
+"""How a device behaves from call to call: threads, memory, reuse, tiles, partial results.
+
+RESIDENT_SLACK: bytes that resident memory may grow in the leak check, whatever the calls return.
+READABLE: DLPack's numbers for CPU and CUDA, the memory that torch reads.
+"""
 
 from __future__ import annotations
 
 import gc
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import TestCase
 
 import attrs
 import torch
 from torch import Tensor
 
-from ..attention import bind
-from ..errors import ContractError, MemoryLimitError, UnsupportedError
-from ..request import DTYPE_BYTES, AttentionOutput, AttentionRequest, Causal, Grads, MaskKind
-from ..tiling import BlockPlan, TilePlan, merge_partials
+from .. import BlockPlan, ContractError, MemoryLimitError, TilePlan, UnsupportedError, bind, merge_partials
+from ..request import DTYPE_BYTES, AttentionRequest, Causal, Grads, MaskKind
 from .cases import QKV, Case, Inputs
 from .reference import reference, relative_error, request_of
 from .subject import PATHS, Failure, Measure, Outcome, Skip, Subject
 
-THREADS, ROUNDS = 8, 4
-#: Most resident memory that may stay after the leak check's calls, whatever they return, in bytes.
-RESIDENT_SLACK = 24 << 20
-_MASKS: tuple[dict[str, Any], ...] = ({"mask": MaskKind.ADDITIVE}, {"mask": MaskKind.BOOLEAN})
+THREADS, ROUNDS, RESIDENT_SLACK, READABLE = 8, 4, 24 << 20, (1, 2)
+_MASKED: tuple[dict[str, Any], ...] = ({"mask": MaskKind.ADDITIVE}, {"mask": MaskKind.BOOLEAN})
+_CAUSAL: dict[str, Any] = {"causal": Causal.TOP_LEFT}
 _GROUPED: dict[str, Any] = {"heads_q": 4, "heads_kv": 2}
 _GRADS: dict[str, Any] = {"grads": QKV}
-_DLPACK_CPU, _DLPACK_CUDA = 1, 2
 
 
 def contract(s: Subject) -> Measure:
-    """The plainest request is taken, and session, memory and tiling have the protocol's methods."""
+    """The plainest request is taken and right, and tile sizes are positive numbers."""
     plain = s.corners.base
-    if not s.accepts(plain):
-        reasons = [*s.capabilities.refusals(plain), *s.backend.check(plain, s.device)]
+    if reasons := [*s.capabilities.refusals(plain), *s.backend.check(plain, s.device)]:
         raise Failure(f"{plain.describe()} is refused: {'; '.join(map(str, reasons))}")
-    needed = {
-        "": "autograd optimize_tiling prepare_attention compute_attention compute_attention_backward close __enter__ __exit__",
-        "memory": "allocate free to_backend to_torch stats trim",
-        "tiling": "needs_content compute_optimal_tile_size split_into_tiles plan",
-    }
-    for part, names in needed.items():
-        holder = getattr(s.session, part) if part else s.session
-        if missing := [name for name in names.split() if not hasattr(holder, name)]:
-            raise Failure(f"{part or 'the session'} lacks {', '.join(missing)}")
     sizes = s.session.optimize_tiling(plain.len_k, plain.batch, plain.heads_q)
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes.values()):
         raise Failure(f"optimize_tiling gave {sizes!r}: positive sizes by name are wanted")
@@ -55,133 +48,116 @@ def contract(s: Subject) -> Measure:
 
 def prepared_reuse(s: Subject) -> Measure:
     """A prepared call serves other queries and stays what it was; `out=` is filled and tile_size changes nothing."""
-    case, other = s.probe(), s.probe({"lse": True})
-    inputs, fresh = case.draw(s.seed), other.draw(s.seed + 1)
-    rng = s.rng(case.request)
-    prepared = s.session.prepare_attention(*inputs[:3], request=case.request)
-    worst = Measure()
+    case, worst = s.probe(), Measure()
+    inputs, other = case.draw(s.seed), case.draw(s.seed + 1).query
+    prepared, tiled = (s.session.prepare_attention(*inputs[:3], size, request=case.request) for size in (None, 16))
     room = torch.empty_like(inputs.query)
-    calls: tuple[tuple[str, Tensor, dict[str, Any]], ...] = (
-        ("first", inputs.query, {}), ("with another query", fresh.query, {"query": fresh.query}), ("again", inputs.query, {}),
-        ("with out=", inputs.query, {"out": room}),
-    )  # fmt: skip
-    for name, query, options in calls:
-        got = s.session.compute_attention(prepared, rng=rng, **options)
-        if "out" in options and got.out.data_ptr() != room.data_ptr():
+    for about, call, query, options in (
+        ("computed first", prepared, inputs.query, {}), ("with another query", prepared, other, {"query": other}),
+        ("computed again", prepared, inputs.query, {}), ("with out=", prepared, inputs.query, {"out": room}),
+        ("with tile_size 16", tiled, inputs.query, {}),
+    ):  # fmt: skip
+        out = s.session.compute_attention(call, rng=s.rng(case.request), **options).out
+        if "out" in options and out.data_ptr() != room.data_ptr():
             raise Failure("with out=: the result is in another tensor than the given one")
-        worst = max(worst, _hold(s, f"prepared once, computed {name}", case, inputs._replace(query=query), got), key=_share)
-    tiled = s.session.prepare_attention(*inputs[:3], 16, request=case.request)
-    got = s.session.compute_attention(tiled, rng=rng)
-    return max(worst, _hold(s, "with tile_size 16", case, inputs, got), key=_share)
+        worst = s.worse(worst, _right(s, about, case, inputs._replace(query=query), out))
+    return worst
 
 
 def stale_keys(s: Subject) -> Measure:
     """Keys and values that changed since the last call are read anew, in place or in new tensors."""
     case, worst = s.probe(), Measure()
     for path in (*PATHS, "hal.bind"):
-        inputs, call = case.draw(s.seed), None
-        if path == "hal.bind":
-            call = bind(*inputs[:3], backend=s.device.id)
-        for change in ("first call", "keys and values changed in place", "new tensors"):
-            fresh = case.draw(s.seed + 1 + len(change))
+        inputs = case.draw(s.seed)
+        call = bind(*inputs[:3], backend=s.device.id) if path == "hal.bind" else None
+        for n, change in enumerate(("first call", "keys and values changed in place", "new tensors")):
+            fresh = case.draw(s.seed + n)
             if change == "new tensors":
                 inputs = fresh
-            elif change != "first call":
-                inputs.key.copy_(fresh.key)
-                inputs.value.copy_(fresh.value)
-            rng = s.rng(case.request)
-            got = s.run(path, case, inputs) if call is None else Outcome(call(*inputs[:3], rng=rng), None, Grads())
-            worst = max(worst, _hold(s, f"{change}, by {path}", case, inputs, AttentionOutput(got.out)), key=_share)
+            inputs.key.copy_(fresh.key)
+            inputs.value.copy_(fresh.value)
+            out = call(*inputs[:3], rng=s.rng(case.request)) if call else s.run(path, case, inputs).out
+            worst = s.worse(worst, _right(s, f"{change}, by {path}", case, inputs, out))
     return worst
+
+
+def huge_strides(s: Subject) -> Measure:
+    """Rows that lie so far apart that offsets pass 2^31 elements are read right."""
+    case = s.probe({"dtype": "bfloat16"}, {"dtype": "float16"}) if s.corners.base.device == "cpu" else s.probe()
+    inputs = case.draw(s.seed)
+    batch, heads, length, dim = inputs.key.shape
+    size = batch * heads * max(dim, inputs.value.shape[3])
+    apart = max((1 << 31) // max(length - 1, 1), 2 * size)
+    try:
+        room = torch.empty(apart * (length - 1) + 2 * size, dtype=inputs.key.dtype, device=inputs.key.device)
+    except RuntimeError as full:
+        raise Skip(f"no room for tensors this far apart: {full}") from full
+    key, value = (
+        room.as_strided(t.shape, (heads * t.shape[3], t.shape[3], apart, 1), offset).copy_(t)
+        for t, offset in ((inputs.key, 0), (inputs.value, size))
+    )
+    return s.hold(case, inputs._replace(key=key, value=value))
 
 
 def inputs_unchanged(s: Subject) -> Measure:
     """No call writes to its inputs, forward or backward."""
-    cases = [s.probe(), s.probe(*_MASKS, {"causal": Causal.TOP_LEFT}, _GROUPED, _GRADS)]
-    for case, layout, path in itertools.product(cases, ("contiguous", "heads last", "expanded"), PATHS):
-        laid = attrs.evolve(case, layout=layout)
-        inputs = laid.draw(s.seed)
-        watched = [t for part in inputs if part is not None for t in (part if type(part) is not Tensor else [part])]
-        watched = [t for t in watched if isinstance(t, Tensor)]
-        before = [t.clone() for t in watched]
-        s.run(path, laid, inputs)
-        for name, tensor, copy in zip(Inputs._fields, watched, before, strict=False):
-            if not torch.equal(tensor, copy):
-                raise Failure(f"{laid}, by {path}: {name if tensor is getattr(inputs, name) else 'an input'} was changed in place")
+    for probe in (s.probe(), s.probe(*_MASKED, _CAUSAL, _GROUPED, _GRADS)):
+        for layout, path in itertools.product(("contiguous", "heads last", "expanded"), PATHS):
+            case = attrs.evolve(probe, layout=layout)
+            inputs = case.draw(s.seed)
+            copies = [part.clone() if isinstance(part, Tensor) else None for part in inputs]
+            s.run(path, case, inputs)
+            for name, tensor, copy in zip(Inputs._fields, inputs, copies, strict=True):
+                if copy is not None and not torch.equal(tensor, copy):  # type: ignore[arg-type]
+                    raise Failure(f"{case}, by {path}: {name} was changed in place")
     return Measure()
 
 
 def threads(s: Subject) -> Measure:
     """Eight threads at once give what one gives, dropout and noise included."""
-    wishes: tuple[tuple[dict[str, Any], ...], ...] = ((), _MASKS, ({"causal": Causal.TOP_LEFT}, _GROUPED), (_GRADS,), ({"dropout": 0.2},))
-    cases = list({str(case): case for case in (s.probe(*wish) for wish in wishes)}.values())
-    work = [(n, path, case, case.draw(s.seed + n)) for n in range(THREADS) for path, case in zip(PATHS * 3, cases, strict=False)]
-    alone = [s.run(path, case, inputs, n) for n, path, case, inputs in work]
-    barrier, found, worst = threading.Barrier(THREADS), list[BaseException](), [Measure()]
+    cases = [s.probe(*wish) for wish in ((), _MASKED, (_CAUSAL, _GROUPED), (_GRADS,), ({"dropout": 0.2},))]
+    paths, barrier = itertools.cycle(PATHS), threading.Barrier(THREADS)
+    work = [[(next(paths), case, case.draw(s.seed + n), n) for case in cases] for n in range(THREADS)]
+    alone = [[s.run(*call) for call in calls] for calls in work]
 
-    def one(number: int) -> None:
+    def one(number: int) -> Measure:
         barrier.wait()
-        try:
-            for _ in range(1 if s.quick else ROUNDS):
-                for (n, path, case, inputs), want in zip(work, alone, strict=True):
-                    if n == number:
-                        worst.append(_same(s, f"{case}, by {path} in 8 threads", case, s.run(path, case, inputs, n), want))
-        except BaseException as error:  # carried to the thread that waits
-            found.append(error)
+        pairs = list(zip(work[number], alone[number], strict=True)) * ROUNDS
+        return s.worse(*(_same(s, f"by {call[0]} in 8 threads", call[1], s.run(*call), want) for call, want in pairs))
 
-    pool = [threading.Thread(target=one, args=(number,)) for number in range(THREADS)]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    if found:
-        raise found[0]
-    return max(worst, key=_share)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return s.worse(*pool.map(one, range(THREADS)))
 
 
-def deterministic(s: Subject) -> Measure:
-    """Where determinism is claimed, equal calls give bitwise equal results."""
-    if not s.claims("deterministic"):
-        raise Skip("not claimed")
-    for wishes in ((), (*_MASKS, _GROUPED, _GRADS)):
-        case = s.probe({"deterministic": True}, *wishes)
-        inputs = case.draw(s.seed)
-        for path in PATHS:
-            first = s.run(path, case, inputs)
-            for _ in range(3):
-                if not all(torch.equal(a, b) for a, b in _pairs(s.run(path, case, inputs), first)):
-                    raise Failure(f"{case}, by {path}: two equal calls differ, and determinism is claimed")
-    return Measure()
-
-
-def random_numbers(s: Subject) -> Measure:
-    """Dropout and noise follow (seed, offset) alone: the same pair repeats, another one differs."""
-    case = s.probe({"dropout": 0.3}, _GRADS)
-    if s.rng(case.request) is None:
-        raise Skip("neither dropout nor noise is claimed")
-    inputs, worst = case.draw(s.seed), Measure()
-    for path in PATHS:
-        first, other = s.run(path, case, inputs, 0), s.run(path, case, inputs, 1)
-        worst = max(worst, _same(s, f"{case}, by {path}, the same rng again", case, s.run(path, case, inputs, 0), first), key=_share)
-        if torch.equal(first.out, other.out):
+def repeats(s: Subject) -> Measure:
+    """Equal calls give equal results, bitwise where determinism is claimed; dropout and noise follow (seed, offset) alone."""
+    asked, worst = {"deterministic": True}, Measure()
+    for case, path in itertools.product((s.probe(asked, *_MASKED, _GROUPED, _GRADS), s.probe(asked, {"dropout": 0.3})), PATHS):
+        inputs, r = case.draw(s.seed), case.request
+        first, *again = (s.run(path, case, inputs) for _ in range(4))
+        if r.deterministic and not all(torch.equal(a, b) for each in again for a, b in _pairs(each, first)):
+            raise Failure(f"{case}, by {path}: equal calls differ, and determinism is claimed")
+        worst = s.worse(worst, *(_same(s, f"by {path}, repeated", case, each, first) for each in again))
+        if s.rng(r) is not None and torch.equal(first.out, s.run(path, case, inputs, 1).out):
             raise Failure(f"{case}, by {path}: another offset gave the same result: rng is ignored")
     return worst
 
 
 def tiles(s: Subject) -> Measure:
-    """Tile plans cover every visible pair once, show nothing hidden as full, and keep the given limits."""
+    """Tile plans cover every visible pair once, call nothing hidden full, and keep the given limits."""
     tiling, found = s.session.tiling, 0
-    options = itertools.product(({}, {"causal": Causal.TOP_LEFT}, {"causal": Causal.BOTTOM_RIGHT}), ({}, {"window": (9, 4)}))
     limits: tuple[dict[str, int], ...] = ({}, {"available_memory": 1 << 16}, {"block_q": 16, "block_k": 24})
-    for (causal, window), lengths, limit in itertools.product(options, s.corners.lengths(), limits):
-        request = replace(s.corners.base, len_q=lengths[0], len_k=lengths[1], **causal, **window)
-        if not s.accepts(request) or 0 in lengths:
+    for causal, window, lengths, limit in itertools.product(Causal, (None, (9, 4)), s.corners.lengths(), limits):
+        case = s.corners.case("tiles", {"causal": causal, "window": window, **lengths})
+        if not s.accepts(case.request) or 0 in lengths.values():
             continue
-        q, k = s.corners.case("tiles", "", {"len_q": lengths[0], "len_k": lengths[1]}).draw(s.seed)[:2]
-        plan = tiling.plan(request, limit, **({"query": q, "key": k} if tiling.needs_content else {}))
-        _check_plan(request, limit, plan)
+        content = dict(zip(("query", "key"), case.draw(s.seed)[:2], strict=True)) if tiling.needs_content else {}
+        plan = tiling.plan(case.request, limit, **content)
+        r, blocks = case.request, isinstance(plan, BlockPlan)
+        if wrong := _wrong_blocks(plan, r) if blocks else _wrong_tiles(plan, r, limit):
+            raise Failure(f"{case} with limits {limit}: {wrong}")
         found += 1
-    tensor = s.corners.case("tiles", "", {}).draw(s.seed).key
+    tensor = s.probe().draw(s.seed).key
     for size in (1, 16, tensor.shape[2] + 1):
         parts = tiling.split_into_tiles(tensor, size)
         if any(part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() for part in parts):
@@ -191,222 +167,171 @@ def tiles(s: Subject) -> Measure:
     return Measure(detail=f"{found} plans")
 
 
-def _check_plan(request: AttentionRequest, limit: dict[str, int], plan: Any) -> None:
-    about = f"{request.describe()} with limits {limit}"
-    if isinstance(plan, BlockPlan):
-        columns = -(-request.len_k // plan.block_k)
-        listed = torch.arange(plan.indices.shape[-1]) < plan.counts.cpu().unsqueeze(-1)
-        entries = plan.indices.cpu().masked_fill(~listed, -1).sort(-1).values
-        if bool((entries >= columns).any()) or bool(((entries.diff() == 0) & (entries[..., 1:] >= 0)).any()):
-            raise Failure(f"{about}: a block lies outside, or is listed twice")
-        return
-    if not isinstance(plan, TilePlan):
-        raise Failure(f"{about}: plan() gave a {type(plan).__name__}, TilePlan or BlockPlan are wanted")
+def _wrong_blocks(plan: BlockPlan, request: AttentionRequest) -> str:
+    listed = torch.arange(plan.indices.shape[-1]) < plan.counts.cpu().unsqueeze(-1)
+    entries = plan.indices.cpu().masked_fill(~listed, -1).sort(-1).values
+    twice = (entries.diff() == 0) & (entries[..., 1:] >= 0)
+    return "a block lies outside, or is listed twice" if (entries * plan.block_k >= request.len_k).any() or twice.any() else ""
+
+
+def _wrong_tiles(plan: TilePlan, request: AttentionRequest, limit: dict[str, int]) -> str:
     times = torch.zeros(request.len_q, request.len_k, dtype=torch.int32)
-    visible = _visible(request)
+    query, key = (torch.zeros(1, 1, n, 1) for n in times.shape)
+    options: dict[str, Any] = {"causal": request.causal, "window": request.window}
+    visible = reference(query, key, torch.eye(request.len_k)[None, None], **options).out[0, 0] > 0
+    most_q, most_k = limit.get("block_q", plan.block_q), limit.get("block_k", plan.block_k)
     for tile in plan.tiles:
-        rows, columns = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-        spans = (tile.q_stop - tile.q_start, tile.k_stop - tile.k_start)
-        if not (0 < spans[0] <= limit.get("block_q", plan.block_q) and 0 < spans[1] <= limit.get("block_k", plan.block_k)):
-            raise Failure(f"{about}: {tile} is larger than its blocks")
-        if tile.q_start < 0 or tile.k_start < 0 or tile.q_stop > request.len_q or tile.k_stop > request.len_k:
-            raise Failure(f"{about}: {tile} reaches outside")
-        size = (spans[0] * request.dim_qk + spans[1] * (request.dim_qk + request.dim_v)) * DTYPE_BYTES[request.dtype]
+        rows, columns = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
+        inside = min(tile.q_start, tile.k_start) >= 0 and tile.q_stop <= request.len_q and tile.k_stop <= request.len_k
+        if not (inside and 0 < rows <= most_q and 0 < columns <= most_k):
+            return f"{tile} is empty, larger than its blocks, or reaches outside"
+        size = (rows * request.dim_qk + columns * (request.dim_qk + request.dim_v)) * DTYPE_BYTES[request.dtype]
         if size > limit.get("available_memory", size):
-            raise Failure(f"{about}: the operands of {tile} take {size:,} bytes")
-        if tile.full and not bool(visible[rows, columns].all()):
-            raise Failure(f"{about}: {tile} is called full, and part of it is hidden")
-        times[rows, columns] += 1
-    if bool((times[visible] != 1).any()) or bool((times > 1).any()):
-        raise Failure(f"{about}: visible pairs lie in {sorted(set(times[visible].tolist()))} tiles, 1 is wanted")
-
-
-def _visible(request: AttentionRequest) -> Tensor:
-    """[len_q, len_k] boolean, read off the reference: keys that carry weight."""
-    query, key = torch.zeros(1, 1, request.len_q, 1), torch.zeros(1, 1, request.len_k, 1)
-    options = {"causal": request.causal, "diagonal": request.diagonal, "window": request.window}
-    return reference(query, key, torch.eye(request.len_k)[None, None], **options).out[0, 0] > 0
+            return f"the operands of {tile} take {size:,} bytes"
+        place = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+        if tile.full and not visible[place].all():
+            return f"{tile} is called full, and part of it is hidden"
+        times[place] += 1
+    wrong = bool((times[visible] != 1).any() or (times > 1).any())
+    return f"visible pairs lie in {sorted(set(times[visible].tolist()))} tiles, 1 is wanted" if wrong else ""
 
 
 def merges(s: Subject) -> Measure:
-    """Parts of the keys, one of them dead, merge into the whole by their log-sum-exp; and backward takes the whole's."""
-    if not s.claims("lse"):
+    """Parts of the keys, one of them dead, merge into the whole by their log-sum-exp; backward takes the whole's."""
+    case = s.probe({"lse": True}, {"mask": MaskKind.BOOLEAN}, _GROUPED)
+    if not case.request.lse:
         raise Skip("no log-sum-exp is claimed, so parts cannot be merged")
-    boolean = MaskKind.BOOLEAN in s.capabilities.masks
-    case = s.probe({"lse": True}, *([{"mask": MaskKind.BOOLEAN}] if boolean else []), _GROUPED, {"grads": QKV, "lse": True})
-    if case.request.grads and s.session.autograd(case.request) != "explicit" and not s.claims("lse", "backward"):
-        case = attrs.evolve(case, request=replace(case.request, grads=frozenset()))
-    inputs = case.draw(s.seed)
-    mask = torch.ones(1, 1, 1, case.request.len_k, dtype=torch.bool, device=inputs.query.device) if boolean else None
-    cuts = sorted({0, s.corners.base.len_k // 3, 2 * s.corners.base.len_k // 3, s.corners.base.len_k})
-    spans = [span for span in itertools.pairwise(cuts) if span[1] - span[0] in s.capabilities.length]
-    if len(spans) < 2 or spans[-1][1] != cuts[-1] or len(spans) != len(cuts) - 1:
+    length, inputs = case.request.len_k, case.draw(s.seed)
+    cuts = list(itertools.pairwise((0, length // 3, 2 * length // 3, length)))
+    if any(stop - start not in s.capabilities.length for start, stop in cuts):
         raise Skip("the claimed lengths leave no shorter parts")
-    if mask is not None:
-        mask[..., spans[1][0] : spans[1][1]] = False
-        mask = mask.expand(*inputs.query.shape[:3], -1).clone()
-        mask[:, :, 1] = False
-    inputs = inputs._replace(mask=mask)
-    want = s.want(attrs.evolve(case, request=replace(case.request, grads=frozenset())), inputs)
-    parts = [_part(inputs, start, stop) for start, stop in spans]
-    results = []
-    for part in parts:
-        request = replace(request_of(*part[:4]), lse=True)
-        prepared = s.session.prepare_attention(*part[:3], request=request)
-        results.append(s.session.compute_attention(prepared, part.mask, rng=s.rng(request)))
-    out, lse = merge_partials(torch.stack([r.out for r in results]), torch.stack([r.lse for r in results]))
-    numerics = s.capabilities.numerics[case.request.dtype]
-    worst = Measure()
+    if inputs.mask is not None:
+        inputs.mask[..., slice(*cuts[1])] = False
+    parts = []
+    for start, stop in cuts:
+        mask = None if inputs.mask is None else inputs.mask[..., start:stop]
+        parts.append(inputs._replace(key=inputs.key[:, :, start:stop], value=inputs.value[:, :, start:stop], mask=mask))
+    found = [s.by_session(attrs.evolve(case, request=request_of(*part[:4], return_lse=True)), part) for part in parts]
+    out, lse = merge_partials(torch.stack([f.out for f in found]), torch.stack([f.lse for f in found if f.lse is not None]))
+    numerics, want = s.capabilities.numerics[case.request.dtype], s.want(case, inputs)
+    about = f"merged from {len(parts)} parts of the keys"
     # A part's rounding and the merge's come on top of each other: twice the bound.
-    for what, got, wanted, bound in (("out", out, want.out, 2 * numerics.relative), ("log-sum-exp", lse, want.lse, 2 * numerics.lse)):
-        assert wanted is not None
-        worst = max(worst, _bounded(f"{what} merged from {len(parts)} parts of the keys", relative_error(got, wanted), bound), key=_share)
-    return max(worst, _backward_of_parts(s, case, inputs, parts, out, lse), key=_share) if case.request.grads else worst
+    worst = _bounded(f"{case}, {about}: out", relative_error(out, want.out), 2 * numerics.relative)
+    assert want.lse is not None
+    worst = s.worse(worst, _bounded(f"{case}, {about}: log-sum-exp", relative_error(lse, want.lse), 2 * numerics.lse))
+    case = attrs.evolve(case, request=replace(case.request, grads=QKV))
+    return s.worse(worst, _backward_of_parts(s, case, inputs, parts, out, lse)) if s.accepts(case.request) else worst
 
 
 def _backward_of_parts(s: Subject, case: Case, inputs: Inputs, parts: list[Inputs], out: Tensor, lse: Tensor) -> Measure:
     """Gradients of the whole from each part's backward, given the whole's (out, lse): what a ring does."""
-    want = s.want(case, inputs).grads
-    found = []
+    want, found, session = s.want(case, inputs).grads, [], s.session
     for part in parts:
-        request = replace(request_of(*part[:4]), lse=True, grads=QKV)
-        prepared = s.session.prepare_attention(*part[:3], request=request)
+        request = request_of(*part[:4], return_lse=True, grads=QKV)
+        prepared, rng = session.prepare_attention(*part[:3], request=request), s.rng(request)
         try:
-            found.append(s.session.compute_attention_backward(prepared, out, lse, inputs.grad_out, part.mask, rng=s.rng(request)))
+            found.append(session.compute_attention_backward(prepared, out, lse, inputs.grad_out, part.mask, rng=rng))
         except UnsupportedError:
-            if s.session.autograd(request) == "explicit":
+            if session.autograd(request) == "explicit":
                 raise
             return Measure()  # a native session need not have a backward of its own
     grads = (sum(g.query.double() for g in found), *(torch.cat([g[i] for g in found], 2) for i in (1, 2)))
-    bound, worst = s.capabilities.numerics[case.request.dtype].gradient or 0.0, Measure()
-    for name, got, wanted in zip(Grads._fields, grads, want, strict=False):
-        about = f"gradient of {name} from {len(parts)} parts with the whole's (out, lse)"
-        worst = max(worst, _bounded(about, relative_error(got, wanted), 2 * bound), key=_share)
-    return worst
-
-
-def _part(inputs: Inputs, start: int, stop: int) -> Inputs:
-    mask = None if inputs.mask is None else inputs.mask[..., start:stop]
-    return inputs._replace(key=inputs.key[:, :, start:stop], value=inputs.value[:, :, start:stop], mask=mask)
+    about, bound = "by parts, given the whole's (out, lse)", 2 * (s.capabilities.numerics[case.request.dtype].gradient or 0)
+    pairs = zip(Grads._fields, grads, want, strict=False)
+    return s.worse(*(_bounded(f"gradient of {name} {about}", relative_error(x, w), bound) for name, x, w in pairs))
 
 
 def dlpack(s: Subject) -> Measure:
     """Buffers share memory by DLPack, outlive their release while somebody reads them, and limits are kept."""
-    memory = s.session.memory
-    before = memory.stats()
-    tensor = s.corners.case("dlpack", "", {}).draw(s.seed).key
-    buffer = memory.to_backend(tensor)
+    memory, tensor = s.session.memory, s.probe().draw(s.seed).key
+    before, buffer = memory.stats(), memory.to_backend(tensor)
     back = memory.to_torch(buffer)
-    shared = back.data_ptr() == tensor.data_ptr()
-    if not torch.equal(back.to(tensor.device), tensor):
-        raise Failure("to_backend and to_torch changed the values")
-    if shared == (memory.stats().copies > before.copies):
-        raise Failure(f"to_backend {'shares' if shared else 'copied'} the memory, and stats() says {memory.stats().copies} copies")
+    shared, copies = back.data_ptr() == tensor.data_ptr(), memory.stats().copies - before.copies
+    if not torch.equal(back.to(tensor.device), tensor) or shared == (copies > 0):
+        raise Failure(f"to_backend {'shares' if shared else 'copied'} the memory, and stats() counts {copies} copies")
     memory.free(buffer)
-    buffer = memory.allocate((64, 64), "float32")
-    if int(buffer.__dlpack_device__()[0]) not in (_DLPACK_CPU, _DLPACK_CUDA):
+    buffer, again = (memory.allocate((64, 64), "float32") for _ in range(2))
+    if int(buffer.__dlpack_device__()[0]) in READABLE:
+        consumer = torch.from_dlpack(buffer).fill_(7)  # type: ignore[attr-defined]
+        if not bool((memory.to_torch(buffer) == 7).all()):
+            raise Failure("DLPack gave a copy: a consumer's writes do not reach the buffer")
         memory.free(buffer)
-        return Measure(detail="no consumer on this machine reads the device's memory")
-    consumer = torch.from_dlpack(buffer)
-    consumer.fill_(7)
-    if not bool((memory.to_torch(buffer) == 7).all()):
-        raise Failure("DLPack gave a copy: a consumer's writes do not reach the buffer")
+        buffer = memory.allocate((64, 64), "float32")
+        memory.to_torch(buffer).fill_(1)
+        if not bool((consumer == 7).all()):
+            raise Failure("a freed buffer's memory was handed out again while a DLPack consumer still read it")
     memory.free(buffer)
-    later = [memory.allocate((64, 64), "float32") for _ in range(8)]
-    for each in later:
-        memory.to_torch(each).fill_(1)
-    if not bool((consumer == 7).all()):
-        raise Failure("a freed buffer's memory was handed out again while a DLPack consumer still read it")
-    for each in later:
-        memory.free(each)
+    memory.free(again)
     if (held := memory.stats().in_use) != before.in_use:
         raise Failure(f"after everything was freed {held:,} bytes are in use, {before.in_use:,} before")
-    _expect(ContractError, "freeing a buffer twice", lambda: memory.free(buffer))
+    with TestCase().assertRaises(ContractError, msg="freeing a buffer twice"):
+        memory.free(again)
     if (limit := memory.stats().limit) is not None:
-        _expect(MemoryLimitError, f"allocating past the limit of {limit:,} bytes", lambda: memory.allocate((limit + 1,), "float32"))
+        with TestCase().assertRaises(MemoryLimitError, msg="allocating past the limit"):
+            memory.allocate((limit + 1,), "float32")
     return Measure(detail="zero-copy" if shared else "tensors are copied, and counted")
 
 
 def reopen(s: Subject) -> Measure:
     """A session closes twice without harm, its results stay, and the device opens again, apart from other sessions."""
-    case = s.probe()
-    inputs, kept = case.draw(s.seed), s.session
-    with s.backend.open(s.device) as session:
-        first = s.by_session(case, inputs, session=session)
-        copy = first.out.clone()
-    session.close()
-    session.close()
-    if not torch.equal(first.out, copy):
-        raise Failure("a result changed when its session was closed")
-    with s.backend.open(s.device) as again:
-        worst = _same(s, "after closing and opening again", case, s.by_session(case, inputs, session=again), first)
-    return max(worst, _same(s, "by a session left open while another closed", case, s.by_session(case, inputs, session=kept), first), key=_share)
+    case, other = s.probe(), s.session
+    inputs, worst, first = case.draw(s.seed), Measure(), s.by_session(case, case.draw(s.seed))
+    for _ in range(2):
+        with s.backend.open(s.device) as session:
+            found = s.by_session(case, inputs, session=session)
+            copy = found.out.clone()
+        session.close()
+        if not torch.equal(found.out, copy):
+            raise Failure("a result changed when its session was closed")
+        worst = s.worse(worst, _same(s, "by a session opened again", case, found, first))
+    return s.worse(worst, _same(s, "by a session left open", case, s.by_session(case, inputs, session=other), first))
 
 
 def leaks(s: Subject) -> Measure:
     """Many calls leave no buffers, tensors or memory behind."""
-    length = s.probe({"len_q": 256, "len_k": 256, "heads_q": 4, "heads_kv": 4, "batch": 1}, {"grads": QKV})
-    inputs = length.draw(s.seed)
-    for _ in range(5):
-        s.run("session", length, inputs)
-    before, calls = _held(s), 0
-    stop = time.monotonic() + (1.5 if s.quick else 4.0)
+    case = s.probe({"len_q": 256, "len_k": 256, "heads_q": 4, "heads_kv": 4, "batch": 1}, _GRADS)
+    inputs, calls = case.draw(s.seed), 0
+    for path in PATHS * 3:
+        s.run(path, case, inputs)
+    before, stop = _held(s), time.monotonic() + (1.5 if s.quick else 4.0)
     while calls < 20 or (calls < 400 and time.monotonic() < stop):
-        s.run(PATHS[calls % 2], length, inputs, calls)
+        s.run(PATHS[calls % 2], case, inputs, calls)
         calls += 1
-    after = _held(s)
-    returned = calls * inputs.grad_out.nbytes
-    names = ("bytes in use by the session's memory", "live tensors", "bytes of torch's CUDA memory", "bytes resident")
-    slack = (0, calls // 4, returned // 4, max(returned // 4, RESIDENT_SLACK))
-    for name, first, last, allowed in zip(names, before, after, slack, strict=True):
-        if last - first > allowed:
-            raise Failure(f"{calls} calls left {last - first:,} {name} behind", float(last - first), float(allowed))
+    some = calls * inputs.grad_out.nbytes // 4
+    names = ("bytes in use by the session's memory", "live tensors", "bytes resident")
+    for name, first, last, slack in zip(names, before, _held(s), (0, calls // 4, max(some, RESIDENT_SLACK)), strict=True):
+        if last - first > slack:
+            raise Failure(f"{calls} calls left {last - first:,} {name} behind", float(last - first), float(slack))
     return Measure(detail=f"{calls} calls")
 
 
-def _held(s: Subject) -> tuple[int, int, int, int]:
+def _held(s: Subject) -> tuple[int, int, int]:
     gc.collect()
-    tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-    cuda = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    status = Path("/proc/self/statm")
-    resident = int(status.read_text().split()[1]) * 4096 if status.exists() else 0
-    return s.session.memory.stats().in_use, tensors, cuda, resident
+    tensors, status = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()), Path("/proc/self/statm")
+    resident = int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+    return s.session.memory.stats().in_use, tensors, resident
 
 
-def _hold(s: Subject, about: str, case: Case, inputs: Inputs, got: AttentionOutput) -> Measure:
-    """Hold one result's output to the reference."""
+def _right(s: Subject, about: str, case: Case, inputs: Inputs, out: Tensor) -> Measure:
+    """Hold one output to the reference; a noisy device's single draw may lie a little outside."""
     numerics = s.capabilities.numerics[case.request.dtype]
-    error = relative_error(got.out, s.want(case, inputs).out)
+    error = relative_error(out, s.want(case, inputs).out)
     return _bounded(f"{case}, {about}: out", error, numerics.relative * (2 if numerics.noisy else 1))
+
+
+def _same(s: Subject, about: str, case: Case, got: Outcome, want: Outcome) -> Measure:
+    """Hold a result to the same call's earlier one: the order of sums may differ, nothing else."""
+    bound = max(1e-5, torch.finfo(got.out.dtype).eps)
+    return _bounded(f"{case}, {about}: the result", max(relative_error(a, b) for a, b in _pairs(got, want)), bound)
 
 
 def _bounded(about: str, error: float, bound: float) -> Measure:
     if not error <= bound:
-        raise Failure(f"{about} is wrong by {error:.2g}, {bound:.2g} allowed", error, bound)
-    return Measure(error, bound)
-
-
-def _same(s: Subject, about: str, case: Case, got: Outcome, want: Outcome) -> Measure:
-    bound = s.rerun_bound(case.request)
-    error = max(relative_error(a, b) for a, b in _pairs(got, want))
-    if not error <= bound:
-        raise Failure(f"{about}: the result differs by {error:.2g} from the first one, {bound:.2g} allowed", error, bound)
+        raise Failure(f"{about} is off by {error:.2g}, {bound:.2g} allowed", error, bound)
     return Measure(error, bound)
 
 
 def _pairs(a: Outcome, b: Outcome) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, y in zip((a.out, a.lse, *a.grads), (b.out, b.lse, *b.grads), strict=True):
-        if x is not None and y is not None:
-            yield x, y
+    both = zip((a.out, a.lse, *a.grads), (b.out, b.lse, *b.grads), strict=True)
+    return ((x, y) for x, y in both if x is not None and y is not None)
 
-
-def _share(measure: Measure) -> float:
-    return measure.share
-
-
-def _expect(kind: type[Exception], about: str, call: Any) -> None:
-    try:
-        call()
-    except kind:
-        return
-    raise Failure(f"{about} did not raise {kind.__name__}")

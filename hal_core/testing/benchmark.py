@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import importlib
 import json
 import math
 import random
@@ -18,7 +19,7 @@ import attrs
 from ..errors import ContractError
 
 Call = Callable[[], Any]
-_PILOT = 3  # calls that tell how long one takes
+_PILOT, _LEAST = 3, 5  # calls that tell how long one takes; fewest timed ones
 
 
 @attrs.frozen(kw_only=True)
@@ -66,9 +67,6 @@ class Ratio:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.ratio:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
 
 @attrs.frozen(kw_only=True)
 class Comparison:
@@ -78,11 +76,8 @@ class Comparison:
     results: Mapping[str, BenchmarkResult]
     ratios: Mapping[str, Ratio]
 
-    def to_dict(self) -> dict[str, Any]:
-        return attrs.asdict(self)
-
     def __str__(self) -> str:
-        ratios = [f"{name} / {self.baseline}: {ratio}" for name, ratio in self.ratios.items()]
+        ratios = [f"{n} / {self.baseline}: {r.ratio:.3f} [{r.low:.3f}, {r.high:.3f}]" for n, r in self.ratios.items()]
         return "\n".join([*map(str, self.results.values()), *ratios])
 
 
@@ -106,7 +101,8 @@ class BenchmarkRunner:
         self.warmup, self.timed, self.budget, self.device = warmup, timed, budget, device
         self._events = device.partition(":")[0] == "cuda"
         self._flush = flush or (lambda: None)
-        self._synchronize = synchronize or (_cuda().synchronize if self._events else (lambda: None))
+        self._cuda: Any = importlib.import_module("torch").cuda if self._events else None
+        self._synchronize = synchronize or (self._cuda.synchronize if self._events else (lambda: None))
         self.results: list[BenchmarkResult] = []
 
     def run(self, fn: Call, name: str, track_memory: bool = False) -> BenchmarkResult:
@@ -126,91 +122,67 @@ class BenchmarkRunner:
         """
         base = baseline if baseline is not None else next(iter(functions), "")
         if len(functions) < 2 or base not in functions:
-            raise ContractError(f"{list(functions)} with baseline {base!r} were given: pass two functions or more, one of that name")
+            raise ContractError(f"{list(functions)} with baseline {base!r} were given: pass two or more, one of that name")
         results = self._measure(functions, track_memory)
         ratios = {n: _ratio(r.times_ms, results[base].times_ms) for n, r in results.items() if n != base}
         return Comparison(baseline=base, results=results, ratios=ratios)
 
     def _measure(self, functions: Mapping[str, Call], track_memory: bool) -> dict[str, BenchmarkResult]:
-        pilot = sum(self._pilot(fn) for fn in functions.values())
-        warmup, timed, note = self._affordable(pilot, self.budget * len(functions))
-        order = random.Random(0)
-        for _ in range(max(warmup - _PILOT, 0)):
-            for fn in functions.values():
-                fn()
-        self._synchronize()
-        clocked: dict[str, list[Any]] = {name: [] for name in functions}
+        # The very first call may compile or allocate; the last of the pilots tells how many calls the budget allows.
+        longest = max([self._host_ms(fn) for _ in range(_PILOT)][-1] / 1e3 for fn in functions.values())
+        share = min(self.budget / ((self.warmup + self.timed) * longest), 1.0)
+        warmup, timed = max(int(self.warmup * share), _PILOT), max(int(self.timed * share), min(_LEAST, self.timed))
+        extra = {"clock": "device events" if self._events else "host, perf_counter_ns"}
+        if timed < self.timed:
+            why = f"one takes {longest:.3g} s, the budget is {self.budget:g} s"
+            extra["reduced"] = f"{timed} of {self.timed} timed calls: {why}"
+        for fn in list(functions.values()) * (warmup - _PILOT):
+            fn()
+        order, clocked = random.Random(0), {name: list[Any]() for name in functions}
         for _ in range(timed):
             for name in order.sample(list(functions), len(functions)):
-                clocked[name].append(self._clock(functions[name]))
+                clocked[name].append(self._between_events(functions[name]) if self._events else self._host_ms(functions[name]))
         self._synchronize()
         made: dict[str, BenchmarkResult] = {}
         for name, fn in functions.items():
-            extra: dict[str, Any] = {"clock": "device events" if self._events else "host, perf_counter_ns"} | note
-            peak = None
-            if track_memory:
-                peak, extra["memory"] = self._peak(fn)
-            times = [start.elapsed_time(stop) if self._events else stop - start for start, stop in clocked[name]]
-            made[name] = summarize(name, times, n_warmup=warmup, peak_mem_mb=peak, extra=extra)
+            peak, how = self._peak(fn) if track_memory else (None, "not tracked")
+            times = [start.elapsed_time(stop) for start, stop in clocked[name]] if self._events else clocked[name]
+            made[name] = summarize(name, times, n_warmup=warmup, peak_mem_mb=peak, extra=extra | {"memory": how})
         self.results += made.values()
         return made
 
-    def _pilot(self, fn: Call) -> float:
-        """Seconds of the fastest of the first calls; the very first may compile or allocate."""
-        seconds = math.inf
-        for _ in range(_PILOT):
-            self._flush()
-            self._synchronize()
-            start = time.perf_counter()
-            fn()
-            self._synchronize()
-            seconds = min(seconds, time.perf_counter() - start)
-            if seconds > self.budget:
-                break
-        return seconds
-
-    def _affordable(self, one_round: float, budget: float) -> tuple[int, int, dict[str, str]]:
-        wanted = (self.warmup + self.timed) * one_round
-        if wanted <= budget:
-            return max(self.warmup, _PILOT), self.timed, {}
-        share = budget / wanted
-        warmup, timed = max(int(self.warmup * share), _PILOT), max(int(self.timed * share), min(5, self.timed))
-        why = f"a call takes about {one_round:.3g} s, the budget is {budget:g} s"
-        return warmup, timed, {"reduced": f"{timed} of {self.timed} timed calls: {why}"}
-
-    def _clock(self, fn: Call) -> tuple[Any, Any]:
-        """Start and stop: CUDA events, or milliseconds of the host's clock."""
+    def _host_ms(self, fn: Call) -> float:
         self._flush()
-        if self._events:
-            start, stop = (_cuda().Event(enable_timing=True) for _ in range(2))
-            start.record()
-            fn()
-            stop.record()
-            return start, stop
         self._synchronize()
         begun = time.perf_counter_ns()
         fn()
         self._synchronize()
-        return 0.0, (time.perf_counter_ns() - begun) / 1e6
+        return (time.perf_counter_ns() - begun) / 1e6
+
+    def _between_events(self, fn: Call) -> tuple[Any, Any]:
+        """Two events around the call, to be read when the device has passed them."""
+        self._flush()
+        start, stop = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        stop.record()
+        return start, stop
 
     def _peak(self, fn: Call) -> tuple[float | None, str]:
         if self._events:
-            self._synchronize()
-            held = _cuda().memory_allocated(self.device)
-            _cuda().reset_peak_memory_stats(self.device)
+            held = self._cuda.memory_allocated(self.device)
+            self._cuda.reset_peak_memory_stats(self.device)
             fn()
-            self._synchronize()
-            return (_cuda().max_memory_allocated(self.device) - held) / 1e6, "torch's CUDA allocator, most allocated"
+            return (self._cuda.max_memory_allocated(self.device) - held) / 1e6, "torch's CUDA allocator, most allocated"
         return host_peak(fn)
 
     def to_csv(self, path: str | Path) -> None:
         """All results so far, one row each, without the single times."""
-        columns = [field.name for field in attrs.fields(BenchmarkResult) if field.name not in ("times_ms", "extra")]
+        columns = [field.name for field in attrs.fields(BenchmarkResult) if field.name != "times_ms"]
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*columns, "extra"])
-            for result in self.results:
-                writer.writerow([*(getattr(result, column) for column in columns), json.dumps(dict(result.extra))])
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(result.to_dict() | {"extra": json.dumps(dict(result.extra))} for result in self.results)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All results so far with every single time, as text, and into a file where a path is given."""
@@ -221,22 +193,14 @@ class BenchmarkRunner:
 
 
 def summarize(name: str, times_ms: Iterable[float], *, n_warmup: int = 0, **fields: Any) -> BenchmarkResult:
-    """A result from times in milliseconds; `fields` are the rest of BenchmarkResult's."""
+    """A result from times in milliseconds; percentiles are interpolated; `fields` are the rest of BenchmarkResult's."""
     times = tuple(times_ms)
-    ordered = sorted(times)
+    percent = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     return BenchmarkResult(
-        name=name, n_warmup=n_warmup, n_timed=len(times), times_ms=times, mean=statistics.fmean(times),
-        std=statistics.stdev(times) if len(times) > 1 else 0.0, min=ordered[0], max=ordered[-1],
-        p50=percentile(ordered, 50), p95=percentile(ordered, 95), p99=percentile(ordered, 99), **fields,
+        name=name, n_warmup=n_warmup, n_timed=len(times), times_ms=times, mean=statistics.fmean(times), min=min(times),
+        max=max(times), std=statistics.stdev(times) if len(times) > 1 else 0.0, p50=percent[49], p95=percent[94],
+        p99=percent[98], **fields,
     )  # fmt: skip
-
-
-def percentile(ordered: list[float], percent: float) -> float:
-    """Of sorted values, with linear interpolation between neighbours."""
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _ratio(times: tuple[float, ...], baseline: tuple[float, ...]) -> Ratio:
@@ -247,30 +211,18 @@ def _ratio(times: tuple[float, ...], baseline: tuple[float, ...]) -> Ratio:
     ratios = sorted(t / b if b > 0 else math.inf for t, b in zip(times, baseline, strict=True))
     reach = 0.98 * math.sqrt(len(ratios))  # 1.96 standard deviations of Binomial(n, 1/2) are 0.98 sqrt(n)
     low, high = math.floor(len(ratios) / 2 - reach) - 1, math.ceil(len(ratios) / 2 + reach)
-    return Ratio(percentile(ratios, 50), ratios[max(low, 0)], ratios[min(high, len(ratios) - 1)])
+    return Ratio(statistics.median(ratios), ratios[max(low, 0)], ratios[min(high, len(ratios) - 1)])
 
 
 def host_peak(fn: Call) -> tuple[float | None, str]:
     """Most resident memory of one call beyond what was resident before, in 10^6 bytes, and how it was measured."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
+        import resource  # not on every system
+
         ctypes.CDLL(None).malloc_trim(0)  # freed blocks that stay resident would hide what the call takes again
-        reset.write_text("5")  # sets the high-water mark to what is resident now
-        before = _resident(status, "VmHWM")
-    except (OSError, AttributeError, TypeError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    except (ImportError, OSError, AttributeError, TypeError):
         return None, "not available: no resident high-water mark on this system"
-    kept = fn()
-    after = _resident(status, "VmHWM")
-    del kept
-    return (after - before) / 1e6, "resident set, high-water mark"
-
-
-def _resident(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
-
-
-def _cuda() -> Any:
-    import torch
-
-    return torch.cuda
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fn()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6, "resident set, high-water mark"

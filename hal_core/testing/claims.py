@@ -1,4 +1,19 @@
-"""Both sides of a device's claims: what it claims works, what it does not claim is refused."""
+"""Both sides of a device's claims: what it claims works, what it does not claim is refused.
+
+What each subject's check promises:
+    dtypes: every claimed dtype and head size is within its numerics. lengths: so are ragged, short, long and empty ones.
+    strides: tensors may lie in memory in any claimed way. scale: a given scale is used.
+    masks: masks of every claimed kind and shape are applied, and rows without any key give 0.
+    causal: diagonals lie where they were asked, for more queries than keys too. window: so do both ends of a window.
+    softcap: scores are capped after scale and before the mask.
+    grouped_heads: query head h reads key head h // (heads_q // heads_kv). value_dim: values may have their own size.
+    log_sum_exp: it is natural, and -inf for a row without keys. gradients: they are right, and 0 where no key is read.
+    mask_gradient: it has the mask's own shape. lse_gradient: gradients flow through the log-sum-exp.
+    dropout: weights are dropped at the asked rate, by (seed, offset) alone, and kept ones scaled.
+    packed: sequences do not see each other. paged: a cache is read through its table, up to each sequence's length.
+    fp8_cache: it is multiplied by its scales. block_plan: its pairs are read, and no others.
+    combinations: every two claims hold together.
+"""
 
 from __future__ import annotations
 
@@ -9,72 +24,42 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..attention import attention
 from ..errors import UnsupportedError
 from .cases import SUBJECT_OF, Case, unclaimed_cases
 from .subject import Failure, Measure, Skip, Subject
 
-#: What each subject's check promises.
-SUBJECTS = {
-    "dtypes": "every dtype and head size that is claimed is within its numerics",
-    "lengths": "ragged, short, long and claimed empty lengths are right",
-    "strides": "tensors may lie in memory in any claimed way",
-    "scale": "a given scale is used",
-    "masks": "masks of every claimed kind and shape are applied, and rows without any key give 0",
-    "causal": "causal diagonals lie where they were asked, for more queries than keys too",
-    "window": "windows hold exactly the keys that were asked",
-    "softcap": "scores are capped after scale and before the mask",
-    "grouped_heads": "query head h reads key head h // (heads_q // heads_kv)",
-    "value_dim": "values may have another size than keys",
-    "log_sum_exp": "the log-sum-exp is natural, and -inf for a row without keys",
-    "gradients": "gradients of query, key and value are right, and 0 where no key is read",
-    "mask_gradient": "the additive mask's gradient is right, in the mask's own shape",
-    "lse_gradient": "gradients flow through the log-sum-exp",
-    "dropout": "weights are dropped at the asked rate, by (seed, offset) alone, and kept ones scaled",
-    "packed": "packed sequences do not see each other",
-    "paged": "a paged cache is read through its table, up to each sequence's length",
-    "fp8_cache": "an FP8 cache is multiplied by its scales",
-    "block_plan": "a block plan's pairs are read, and no others",
-    "combinations": "every two claims hold together",
-}
+SUBJECTS = (
+    "dtypes lengths strides scale masks causal window softcap grouped_heads value_dim log_sum_exp gradients mask_gradient "
+    "lse_gradient dropout packed paged fp8_cache block_plan combinations"
+).split()
 
 
 def claim_check(subject: str) -> Callable[[Subject], Measure]:
     """The check that runs a subject's cases."""
 
     def check(s: Subject) -> Measure:
-        _complete(s, subject)
         cases = s.cases.get(subject, [])
         if not cases:
+            if claimed := [f for f in s.capabilities.features if SUBJECT_OF.get(f, f) == subject]:
+                raise Failure(f"{claimed[0]} is claimed, and the other claims leave no request that uses it")
             raise Skip("not claimed")
         accepted = [case for case in cases if s.accepts(case.request)]
-        refused = {case.claim for case in cases} - {case.claim for case in accepted} - {""}
-        if refused:
+        if refused := {case.claim for case in cases} - {case.claim for case in accepted}:
             raise Failure(f"{', '.join(sorted(refused))}: claimed, and check() refuses every case of it")
         worst, failures = Measure(), []
         for case in accepted:
             try:
-                measure = s.hold(case) if case.request.dropout == 0 else _hold_dropout(s, case)
-                worst = max(worst, measure, key=lambda m: m.share)
+                worst = s.worse(worst, s.hold(case) if case.request.dropout == 0 else _hold_dropout(s, case))
             except Failure as failure:
                 failures.append(failure)
             except Exception as error:  # whatever a device raises for a case it claims is a finding
                 failures.append(Failure(f"{case}: raised {type(error).__name__}: {error}"))
         if failures:
-            count = f"{len(failures)} of {len(accepted)} cases. " if len(accepted) > 1 else ""
-            raise Failure(count + str(failures[0]), failures[0].error, failures[0].bound)
+            raise Failure(f"{len(failures)} of {len(accepted)} cases: {failures[0]}", failures[0].error, failures[0].bound)
         left_out = f", {len(cases) - len(accepted)} refused by check()" if len(cases) > len(accepted) else ""
         return worst._replace(detail=f"{len(accepted)} cases{left_out}")
 
-    check.__doc__ = SUBJECTS[subject]
     return check
-
-
-def _complete(s: Subject, subject: str) -> None:
-    """Raise Failure where something of this subject is claimed and the other claims leave no case for it."""
-    shown = {case.claim for case in s.cases.get(subject, [])}
-    if left_out := [f for f in s.capabilities.features if SUBJECT_OF.get(f) == subject and f not in shown]:
-        raise Failure(f"{', '.join(sorted(left_out))}: claimed, and the other claims leave no request that uses it")
 
 
 def _hold_dropout(s: Subject, case: Case) -> Measure:
@@ -92,13 +77,11 @@ def _hold_dropout(s: Subject, case: Case) -> Measure:
         return torch.cat(parts, dim=-1)
 
     keep = kept(0)
-    if not torch.equal(keep, kept(0)):
-        raise Failure(f"{case}: the same (seed, offset) dropped other weights")
-    if torch.equal(keep, kept(1)) or (keep.shape[:2] != (1, 1) and torch.equal(keep[0, 0], keep[-1, -1])):
-        raise Failure(f"{case}: another offset, or another head, dropped the same weights")
     rate, slack = 1 - float(keep.double().mean()), 5 * (p * (1 - p) / keep.numel()) ** 0.5
     if abs(rate - p) > slack:
         raise Failure(f"{case}: a share of {rate:.3f} was dropped, {p:g} ± {slack:.3f} wanted", abs(rate - p), slack)
+    if torch.equal(keep, kept(1)) or (keep.shape[:2] != (1, 1) and torch.equal(keep[0, 0], keep[-1, -1])):
+        raise Failure(f"{case}: another offset, or another head, dropped the same weights")
     return s.hold(case, inputs, keep)
 
 
@@ -108,15 +91,12 @@ def refusals(s: Subject) -> Measure:
     for case, code in found:
         if code not in {refusal.code for refusal in s.capabilities.refusals(case.request)}:
             raise Failure(f"{case}: not claimed, and not refused with {str(code)!r}")
-        inputs = case.draw(s.seed)
-        wanted = [t is not None and n in case.request.grads for n, t in zip(("q", "k", "v", "mask"), inputs[:4], strict=True)]
-        q, k, v, mask = (t.requires_grad_() if w and t is not None else t for t, w in zip(inputs[:4], wanted, strict=True))
         try:
-            attention(q, k, v, backend=s.device.id, **(case.options(inputs) | {"attn_mask": mask}))  # type: ignore[arg-type]
+            s.by_attention(case, case.draw(s.seed))
         except UnsupportedError as error:
-            reasons = [r.code for c in error.decision.candidates for r in c.refusals] if error.decision else []
+            reasons = [str(r.code) for c in error.decision.candidates for r in c.refusals] if error.decision else []
             if code not in reasons:
-                raise Failure(f"{case}: refused for {[str(r) for r in reasons]}, {str(code)!r} is the reason") from error
+                raise Failure(f"{case}: refused for {reasons}, {str(code)!r} is the reason") from error
         else:
             raise Failure(f"{case}: not claimed ({code}), and run all the same")
     return Measure(detail=f"{len(found)} requests refused")

@@ -1,51 +1,38 @@
-"""`check_backend`: everything a device is held to, with results as values."""
+"""`check_backend`: everything a device is held to, with results as values.
+
+CHECKS holds every check by name, in the order they run. A name says what is promised, so a failure names what is broken.
+"""
 
 from __future__ import annotations
 
 import difflib
 import enum
 import json
+import math
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
 
-from .. import __version__
+from .. import AttentionBackend, ContractError, Device, __version__
 from ..capabilities import listing
-from ..device import Device
-from ..errors import ContractError
-from ..protocols import AttentionBackend
 from ..registry import registry
-from . import behaviour, claims, honesty
+from . import behaviour as b
+from . import claims, honesty
 from .subject import Failure, Measure, Skip, Subject
 
-Check = Callable[[Subject], Measure]
-
-#: Every check by name, in the order they run. A name says what is promised; so a failure names what is broken.
-CHECKS: dict[str, Check] = {
-    "contract": behaviour.contract,
+CHECKS: dict[str, Callable[[Subject], Measure]] = {
+    "contract": b.contract,
     **{subject: claims.claim_check(subject) for subject in claims.SUBJECTS},
-    "refusals": claims.refusals,
-    "prepared_reuse": behaviour.prepared_reuse,
-    "stale_keys": behaviour.stale_keys,
-    "inputs_unchanged": behaviour.inputs_unchanged,
-    "tiles": behaviour.tiles,
-    "merges": behaviour.merges,
-    "deterministic": behaviour.deterministic,
-    "random_numbers": behaviour.random_numbers,
-    "threads": behaviour.threads,
-    "dlpack": behaviour.dlpack,
-    "reopen": behaviour.reopen,
-    "leaks": behaviour.leaks,
-    "runs_where_it_says": honesty.runs_where_it_says,
-    "estimates": honesty.estimates,
-    "discovery": honesty.discovery,
-    "kernels": honesty.kernels,
-}
+    **{check.__name__: check for check in (
+        claims.refusals, b.prepared_reuse, b.stale_keys, b.huge_strides, b.inputs_unchanged, b.tiles, b.merges, b.repeats,
+        b.threads, b.dlpack, b.reopen, b.leaks, honesty.runs_where_it_says, honesty.estimates,
+        honesty.discovery, honesty.kernels)},
+}  # fmt: skip
 
 
 class Status(enum.StrEnum):
@@ -82,7 +69,7 @@ class CheckResult:
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """All results for one device. Prints as a table; `seed` draws the same inputs again."""
+    """All results for one device. Prints as a table; `seed` draws the same inputs again. `core` is the core's version."""
 
     device: Device
     core: str
@@ -98,29 +85,27 @@ class Report:
         return next(result for result in self.results if result.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        plain = attrs.asdict(self, value_serializer=lambda _, __, v: str(v) if isinstance(v, enum.StrEnum) else v)
-        return {"passed": self.passed, **plain}
+        """Plain values for JSON; an infinite error, which JSON cannot say, is None."""
+        return {"passed": self.passed, **attrs.asdict(self, value_serializer=lambda _, __, v: None if v == math.inf else v)}
 
     def to_json(self) -> str:
-        """Strict JSON: an infinite error, which JSON cannot say, is null."""
-        text = json.dumps(self.to_dict())
-        return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=1)
+        return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        device = self.device
-        lines = [f"conformance of {device.id} ({device.fidelity}, {device.vendor} {device.model}), seed {self.seed}"]
+        d = self.device
+        lines = [f"conformance of {d.id} ({d.fidelity}, {d.vendor} {d.model}), seed {self.seed}"]
         for r in self.results:
             figures = "" if r.error is None or r.bound is None else f"{r.error:.2g} of {r.bound:.2g}"
             lines.append(f"  {r.name:18} {r.status:17} {figures:20} {r.seconds:6.2f} s  {r.detail}".rstrip())
-        counts = {status: sum(r.status is status for r in self.results) for status in Status}
-        total = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in counts.items() if count)
+        counts = [(sum(r.status is status for r in self.results), status.replace("_", " ")) for status in Status]
+        total = ", ".join(f"{count} {status}" for count, status in counts if count)
         return "\n".join([*lines, f"{'passed' if self.passed else 'FAILED'}: {total}"])
 
 
 def check_backend(
     backend: str | AttentionBackend, *, unsupported: Mapping[str, str] | None = None,
     expected_failure: Mapping[str, str] | None = None, quick: bool = False, seed: int | None = None,
-    checks: list[str] | None = None, progress: Callable[[str, float], None] = lambda text, share: None,
+    checks: Sequence[str] | None = None, progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Report:  # fmt: skip
     """Hold a device to everything it claims, to refusing everything else, and to how a device behaves.
 
@@ -137,43 +122,43 @@ def check_backend(
     Raises:
         UnknownBackendError, DeviceUnavailableError: there is no such device here. ContractError: an unknown check.
     """
-    unsupported, expected = dict(unsupported or {}), dict(expected_failure or {})
-    names = list(CHECKS) if checks is None else checks
+    unsupported, expected, names = unsupported or {}, expected_failure or {}, list(CHECKS) if checks is None else checks
     for name in (*names, *unsupported, *expected):
         if name not in CHECKS:
-            close = difflib.get_close_matches(name, CHECKS, 1)
-            raise ContractError(f"check {name!r} was given: use {repr(close[0]) if close else listing(list(CHECKS))}")
-    seed = secrets.randbits(32) if seed is None else seed
-    with _registered(backend) as device_name:
-        device = registry.find(device_name)[0]
-        subject: Subject | None = None
-        results = []
+            close = difflib.get_close_matches(name, CHECKS) or list(CHECKS)
+            raise ContractError(f"check {name!r} was given: use {listing(close)}")
+    results, subject, seed = [], None, secrets.randbits(32) if seed is None else seed
+    with ExitStack() as undo:
+        if not isinstance(backend, str):
+            registry.register(backend)
+            backend = backend.devices()[0].id
+            undo.callback(registry.unregister, backend)
+        device = registry.find(backend)[0]
         for place, name in enumerate(names):
             progress(name, place / len(names))
             if name in unsupported:
                 results.append(CheckResult(name=name, status=Status.UNSUPPORTED, detail=unsupported[name]))
                 continue
             subject = subject or Subject(device, seed=seed, quick=quick)
-            results.append(_judged(run_check(name, subject), expected.get(name)))
-        progress("done", 1.0)
+            results.append(_judged(_run(name, subject), expected.get(name)))
+    progress("done", 1.0)
     return Report(device=device, core=__version__, seed=seed, quick=quick, results=tuple(results))
 
 
-def run_check(name: str, subject: Subject) -> CheckResult:
+def _run(name: str, subject: Subject) -> CheckResult:
     """One check's result. Whatever the device raises is the check's finding."""
-    start = time.monotonic()
-    error, bound, status = None, None, Status.PASSED
+    start, status, measure = time.monotonic(), Status.PASSED, Measure()
     try:
-        error, bound, detail = CHECKS[name](subject)
+        measure = CHECKS[name](subject)
     except Skip as reason:
-        status, detail = Status.SKIPPED, str(reason)
+        status, measure = Status.SKIPPED, Measure(detail=str(reason))
     except Failure as failure:
-        status, detail, error, bound = Status.FAILED, str(failure), failure.error, failure.bound
+        status, measure = Status.FAILED, Measure(failure.error, failure.bound, str(failure))
     except Exception as raised:  # a device may raise anything, and the other checks must still run
         place = traceback.extract_tb(raised.__traceback__)[-1]
-        status, detail = Status.FAILED, f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"
-    seconds = time.monotonic() - start
-    return CheckResult(name=name, status=status, detail=detail, error=error, bound=bound, seconds=seconds)
+        finding = f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"
+        status, measure = Status.FAILED, Measure(detail=finding)
+    return CheckResult(name=name, status=status, seconds=time.monotonic() - start, **measure._asdict())
 
 
 def _judged(result: CheckResult, expected: str | None) -> CheckResult:
@@ -182,17 +167,3 @@ def _judged(result: CheckResult, expected: str | None) -> CheckResult:
     if result.status is Status.PASSED:
         return attrs.evolve(result, status=Status.UNEXPECTED_PASS, detail=f"it passes, and was expected to fail: {expected}")
     return attrs.evolve(result, status=Status.EXPECTED_FAILURE, detail=f"{expected} ({result.detail})")
-
-
-@contextmanager
-def _registered(backend: str | AttentionBackend) -> Iterator[str]:
-    """The name of a backend, which is registered inside where it was given as an object."""
-    if isinstance(backend, str):
-        yield backend
-        return
-    registry.register(backend)
-    name = backend.devices()[0].id.partition(":")[0]
-    try:
-        yield name
-    finally:
-        registry.unregister(name)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import AttentionOutput, AttentionRequest, BlockPlan, Causal, ContractError, Grads, SequenceTables
 from ..contract import Options, describe
-from ..errors import ContractError
-from ..request import AttentionOutput, AttentionRequest, Causal, Grads, SequenceTables
-from ..tiling import BlockPlan
-
-NO_TABLES = SequenceTables()
 
 
 def request_of(
@@ -32,11 +28,10 @@ def request_of(
     Raises:
         ContractError: as `hal_core.attention`.
     """
-    options = {"enable_gqa": True} | options
-    if tables is not None and tables.cu_seqlens_q is not None and tables.cu_seqlens_k is not None:
-        longest = [int(cumulative.diff().max()) for cumulative in tables[:2]]
+    if tables is not None and tables.cu_seqlens_q is not None:
+        longest = (int(cumulative.diff().max()) for cumulative in tables[:2])
         options = dict(zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True)) | options
-    return describe(query, key, value, mask, plan, tables, Options(**options), grads)
+    return describe(query, key, value, mask, plan, tables, Options(**{"enable_gqa": True, **options}), grads)
 
 
 def reference(
@@ -59,48 +54,47 @@ def reference(
         A row that reads no key gives 0 and -inf.
 
     Raises:
-        ContractError: dropout without the weights to keep.
+        ContractError: dropout without the weights to keep; malformed input.
     """
     request = request or request_of(query, key, value, mask, plan=plan, tables=tables, **options)
     if request.dropout > 0 and keep is None:
         raise ContractError(f"dropout {request.dropout:g} was given without `keep`: pass the weights that were kept")
-    tables = tables or NO_TABLES
-    parts = [_dense(part, request) for part in _sequences(query, key, value, mask, keep, plan, tables, request)]
-    axis = 2 if tables.cu_seqlens_q is not None else 0
+    planned = None if plan is None else _planned_pairs(plan, request.len_q, request.len_k)
+    tables = tables or SequenceTables()
+    parts = [_dense(request, *part) for part in _sequences(request, tables, query, key, value, mask, keep, planned)]
+    axis = 2 if request.packed else 0
     return AttentionOutput(torch.cat([out for out, _ in parts], axis), torch.cat([lse for _, lse in parts], axis))
 
 
 def reference_gradients(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, grad_out: Tensor,
-    grad_lse: Tensor | None = None, request: AttentionRequest | None = None, plan: BlockPlan | None = None,
-    tables: SequenceTables | None = None, keep: Tensor | None = None, **options: Any,
+    grad_lse: Tensor | None = None, request: AttentionRequest | None = None, **options: Any,
 ) -> Grads:  # fmt: skip
     """Gradients of `reference` in float64, by torch's autograd.
 
     Args:
         grad_out: gradient of the output, in its shape. grad_lse: of the log-sum-exp, in its shape; None for zero.
         request: as for `reference`; request.grads names what is wanted. Without a request: all there are.
-        query, key, value, mask, plan, tables, keep, options: as for `reference`.
+        query, key, value, mask, options: as for `reference`, with its plan, tables and keep.
 
     Returns:
         Grads, each in its tensor's shape. Rows that read no key contribute 0, never NaN.
     """
     if request is None:
         wanted = {"q", "k", "v", "mask"} - ({"mask"} if mask is None or mask.dtype == torch.bool else set())
-        request = request_of(query, key, value, mask, plan=plan, tables=tables, grads=frozenset(wanted), **options)
-    leaves = {"q": query, "k": key, "v": value} | ({"mask": mask} if mask is not None else {})
-    for name in request.grads:
-        leaves[name] = leaves[name].detach().double().requires_grad_()
-    out, lse = reference(
-        leaves["q"], leaves["k"], leaves["v"], leaves.get("mask"), request=request, plan=plan, tables=tables, keep=keep
-    )
+        described = {name: value for name, value in options.items() if name != "keep"}
+        request = request_of(query, key, value, mask, grads=frozenset(wanted), **described)
+    given: dict[str, Any] = {name: options.get(name) for name in ("plan", "tables", "keep")}
+    leaves: dict[str, Any] = dict(zip(("q", "k", "v", "mask"), (query, key, value, mask), strict=True))
+    names = sorted(request.grads)
+    leaves |= {name: leaves[name].detach().double().requires_grad_() for name in names}
+    out, lse = reference(*leaves.values(), request=request, **given)
     total = (out * grad_out.double()).sum()
     if grad_lse is not None:
         total = total + (lse.masked_fill(lse == -math.inf, 0) * grad_lse.double()).sum()
-    names = sorted(request.grads)
-    found = torch.autograd.grad(total, [leaves[n] for n in names], allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(total, [leaves[name] for name in names], allow_unused=True, materialize_grads=True)
     by_name = dict(zip(names, found, strict=True))
-    return Grads(*(by_name.get(name) for name in ("q", "k", "v", "mask")))
+    return Grads(*(by_name.get(name) for name in leaves))
 
 
 def relative_error(x: Tensor, want: Tensor) -> float:
@@ -122,57 +116,42 @@ def relative_error(x: Tensor, want: Tensor) -> float:
     return 0.0 if error == 0 else error / size if size else math.inf
 
 
-class _Part(NamedTuple):
-    """One sequence, or a whole batch of equal lengths: dense tensors, and what its scores are masked with."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    keep: Tensor | None
-    planned: Tensor | None
-
-
 def _sequences(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, plan: BlockPlan | None,
-    tables: SequenceTables, request: AttentionRequest,
-) -> Iterator[_Part]:  # fmt: skip
-    """The call as plain attention problems: one for a dense batch, one for each packed or paged sequence."""
+    request: AttentionRequest, tables: SequenceTables, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None
+) -> Iterator[tuple[Any, ...]]:
+    """The call as plain attention problems (query, key, value, *masks): a dense batch, or each packed or paged sequence."""
     cu_q, cu_k, pages, held, key_scale, value_scale = tables
-    planned = None if plan is None else _planned_pairs(plan, request.len_q, request.len_k)
     if cu_q is None and pages is None:
-        key, value = _scaled(key, key_scale), _scaled(value, value_scale)
-        yield _Part(query, key, value, mask, keep, planned)
+        yield query, _scaled(key, key_scale), _scaled(value, value_scale), *masks
         return
     for s in range(request.batch):
-        q = query[s : s + 1] if cu_q is None else query[:, :, int(cu_q[s]) : int(cu_q[s + 1])]
         if pages is not None:
-            count = int(held[s])
+            q, count = query[s : s + 1], int(held[s])
             listed = pages[s, : -(-count // key.shape[2])].long()
             k, v = (t[listed].transpose(0, 1).flatten(1, 2)[None, :, :count] for t in (key, value))
         else:
-            k, v = (t[:, :, int(cu_k[s]) : int(cu_k[s + 1])] for t in (key, value))
+            q, k, v = (t[:, :, int(cu[s]) : int(cu[s + 1])] for t, cu in ((query, cu_q), (key, cu_k), (value, cu_k)))
         k, v = _scaled(k, _of_sequence(key_scale, s)), _scaled(v, _of_sequence(value_scale, s))
-        masks = (_cut(_of_sequence(each, s), q.shape[2], k.shape[2]) for each in (mask, keep, planned))
-        yield _Part(q, k, v, *masks)
+        yield q, k, v, *(_of_sequence(mask, s, q.shape[2], k.shape[2]) for mask in masks)
 
 
-def _dense(part: _Part, request: AttentionRequest) -> AttentionOutput:
-    query, key, value = (t.double() for t in part[:3])
-    group = request.heads_q // request.heads_kv
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = query @ key.transpose(-1, -2) * request.effective_scale
+def _dense(
+    request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None,
+    planned: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    key, value = (t.double().repeat_interleave(request.heads_q // request.heads_kv, dim=1) for t in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * request.effective_scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
     visible = _visible_pairs(request, query.shape[2], key.shape[2], query.device)
-    if part.planned is not None:
-        visible = visible & part.planned
-    if part.mask is not None and part.mask.dtype == torch.bool:
-        visible = visible & part.mask
-    elif part.mask is not None:
-        hidden = part.mask == -math.inf
+    if planned is not None:
+        visible = visible & planned
+    if mask is not None and mask.dtype == torch.bool:
+        visible = visible & mask
+    elif mask is not None:
+        hidden = mask == -math.inf
         visible = visible & ~hidden
-        scores = scores + part.mask.double().masked_fill(hidden, 0)
+        scores = scores + mask.double().masked_fill(hidden, 0)
     visible = visible.expand(scores.shape)
     scores = scores.masked_fill(~visible, -math.inf)
     dead = ~visible.any(-1, keepdim=True)
@@ -180,10 +159,9 @@ def _dense(part: _Part, request: AttentionRequest) -> AttentionOutput:
     peak = torch.nn.functional.pad(scores.detach(), (0, 1), value=-math.inf).amax(-1, keepdim=True).masked_fill(dead, 0)
     weights = torch.exp(scores - peak)
     total = weights.sum(-1, keepdim=True).masked_fill(dead, 1)
-    weights = weights / total
-    if request.dropout > 0 and part.keep is not None:
-        weights = weights * part.keep / (1 - request.dropout)
-    return AttentionOutput(weights @ value, (peak + total.log()).masked_fill(dead, -math.inf).squeeze(-1))
+    lse = (peak + total.log()).masked_fill(dead, -math.inf).squeeze(-1)
+    kept = keep / (1 - request.dropout) if request.dropout > 0 and keep is not None else 1
+    return weights / total * kept @ value, lse
 
 
 def _visible_pairs(request: AttentionRequest, len_q: int, len_k: int, device: torch.device) -> Tensor:
@@ -192,43 +170,31 @@ def _visible_pairs(request: AttentionRequest, len_q: int, len_k: int, device: to
     row = torch.arange(len_q, device=device)[:, None] + shift + request.diagonal
     column = torch.arange(len_k, device=device)[None, :]
     left, right = request.window or (None, None)
-    visible = torch.ones(len_q, len_k, dtype=torch.bool, device=device)
-    if request.causal is not Causal.NONE:
-        visible &= column <= row
+    visible = column <= (torch.full_like(row, len_k) if request.causal is Causal.NONE else row)
     if left is not None:
-        visible &= column >= row - left
-    if right is not None:
-        visible &= column <= row + right
-    return visible
+        visible = visible & (column >= row - left)
+    return visible if right is None else visible & (column <= row + right)
 
 
 def _planned_pairs(plan: BlockPlan, len_q: int, len_k: int) -> Tensor:
-    """[batch or 1, heads or 1, len_q, len_k]: what a block plan leaves visible, block by block."""
-    *lead, rows = plan.counts.shape
-    visible = torch.zeros(*lead, len_q, len_k, dtype=torch.bool, device=plan.counts.device)
-    for b in range(lead[0]):
-        for h in range(lead[1]):
-            for row in range(rows):
-                for column in plan.indices[b, h, row, : int(plan.counts[b, h, row])].tolist():
-                    q_start, k_start = row * plan.block_q, column * plan.block_k
-                    visible[b, h, q_start : q_start + plan.block_q, k_start : k_start + plan.block_k] = True
-    return visible
+    """[batch or 1, heads or 1, len_q, len_k]: what a block plan leaves visible. Apart from `expand_block_plan`."""
+    numbers = torch.arange(max(len_k, plan.indices.shape[-1], 1), device=plan.indices.device)
+    listed = numbers[: plan.indices.shape[-1]] < plan.counts.unsqueeze(-1)
+    blocks = ((plan.indices.unsqueeze(-1) == numbers) & listed.unsqueeze(-1)).any(-2)
+    pairs: Tensor = blocks.repeat_interleave(plan.block_q, -2)[..., :len_q, :].repeat_interleave(plan.block_k, -1)
+    return pairs[..., :len_k]
 
 
 def _scaled(cache: Tensor, scale: Tensor | None) -> Tensor:
     return cache if scale is None else cache.double() * scale.double()
 
 
-def _of_sequence(tensor: Tensor | None, sequence: int) -> Tensor | None:
-    """A tensor's part for one sequence; a first dimension of 1, or fewer than four dimensions, is for all."""
-    if tensor is None or tensor.dim() < 4 or tensor.shape[0] == 1:
-        return tensor
-    return tensor[sequence : sequence + 1]
-
-
-def _cut(mask: Tensor | None, len_q: int, len_k: int) -> Tensor | None:
-    """A mask made for the longest sequence, cut to one sequence's lengths."""
-    if mask is None:
+def _of_sequence(tensor: Tensor | None, sequence: int, *lengths: int) -> Tensor | None:
+    """A tensor's part for one sequence, cut to its (len_q, len_k); dimensions of 1 or missing ones are for all."""
+    if tensor is None:
         return None
-    mask = mask if mask.shape[-2] == 1 else mask[..., :len_q, :]
-    return mask if mask.shape[-1] == 1 else mask[..., :len_k]
+    if tensor.dim() == 4 and tensor.shape[0] > 1:
+        tensor = tensor[sequence : sequence + 1]
+    for axis, length in zip((-2, -1), lengths, strict=False):
+        tensor = tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, 0, length)
+    return tensor

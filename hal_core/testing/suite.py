@@ -40,11 +40,8 @@ class ConformanceSuite:
             registry.find(self.backend)
         except DeviceUnavailableError as absent:
             pytest.skip(str(absent))
-        options: dict[str, Any] = {
-            name: {check: reasons[check]} if check in reasons else {}
-            for name, reasons in (("unsupported", self.unsupported), ("expected_failure", self.expected_failure))
-        }
-        report = check_backend(self.backend, checks=[check], quick=self.quick, seed=self.seed, **options)
+        reasons: dict[str, Any] = {"unsupported": self.unsupported, "expected_failure": self.expected_failure}
+        report = check_backend(self.backend, checks=[check], quick=self.quick, seed=self.seed, **reasons)
         result = report[check]
         if result.status in (Status.SKIPPED, Status.UNSUPPORTED):
             pytest.skip(result.detail)
