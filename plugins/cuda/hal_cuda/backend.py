@@ -1,0 +1,150 @@
+"""NVIDIA GPUs as a backend: found by NVML, described by their compute capability. Imports no torch until a GPU is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hal_core import (
+    AttentionRequest,
+    Capabilities,
+    Causal,
+    Code,
+    Device,
+    DeviceUnavailableError,
+    Estimate,
+    MaskKind,
+    Numerics,
+    Range,
+    Refusal,
+)
+from hal_core.calibration import load
+
+from .discovery import Found, find
+
+if TYPE_CHECKING:
+    from .chip import Chip
+    from .rates import Rates
+    from .session import CudaSession
+
+CAPABILITIES = Capabilities(
+    dtypes=frozenset({"float64", "float32", "bfloat16", "float16"}),
+    numerics={
+        "float64": Numerics(relative=1e-12, lse=1e-12, gradient=1e-11),
+        "float32": Numerics(relative=1e-5, lse=1e-5, gradient=1e-5),
+        "bfloat16": Numerics(relative=5e-3, lse=1e-4, gradient=1e-2),
+        "float16": Numerics(relative=1e-3, lse=1e-4, gradient=2e-3),
+    },
+    head_dim=Range(1, 256),
+    masks=frozenset(MaskKind),
+    causal=frozenset(Causal),
+    features=frozenset({
+        "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "dropout", "packed", "paged", "block_plan",
+        "lse", "backward", "mask_grad", "lse_grad", "deterministic",
+    }),
+    batch=Range(0, 65535),
+    heads=Range(1, 65535),
+    length=Range(0, (1 << 31) - (1 << 16)),
+    page_sizes=Range(1),
+    block_sizes=Range(1, 1 << 16),
+)  # fmt: skip
+
+
+class CudaBackend:
+    """Every GPU of compute capability 8.0 and up that this process may use."""
+
+    def __init__(self) -> None:
+        self._found: Found | None = None
+        self._chips: dict[str, Chip] = {}
+        self._rates: dict[str, Rates] = {}
+        self._sessions: dict[str, CudaSession] = {}
+
+    def devices(self) -> Sequence[Device]:
+        """cuda:0 and so on; CUDA is not initialised."""
+        self._found = find()
+        return self._found.devices
+
+    def why_absent(self) -> str:
+        return (self._found or find()).reason or "no NVIDIA GPU is visible"
+
+    def capabilities(self, device: Device) -> Capabilities:
+        return CAPABILITIES
+
+    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
+        """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain tensors."""
+        if request.page_size is None:
+            return
+        if request.grads:
+            yield Refusal(
+                Code.BACKWARD, "page_size", "gradients through a paged cache", "gradients of plain key and value",
+                "gather the pages, or call under torch.no_grad()",
+            )  # fmt: skip
+        if request.dtype == "float64":
+            yield Refusal(
+                Code.PAGED, "page_size", "a paged cache in float64", "float32, bfloat16 or float16 pages", "cast to float32"
+            )
+
+    def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
+        """From `hal calibrate`'s measurements, else this package's table of the same model, else scaled from datasheets.
+
+        The time's source names every candidate path with its own time.
+        """
+        from . import dispatch
+
+        return dispatch.estimate(request, self.chip(device), self.rates(device))
+
+    def chip(self, device: Device) -> Chip:
+        """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to use."""
+        from .chip import Chip
+
+        if device.id not in self._chips:
+            self._chips[device.id] = Chip.of(int(device.id.partition(":")[2]))
+        return self._chips[device.id]
+
+    def rates(self, device: Device) -> Rates:
+        """What the estimates and the choice of paths go by."""
+        from .rates import Rates, shipped
+
+        if device.id not in self._rates:
+            stored, table = load(device), shipped()
+            if stored is not None:
+                self._rates[device.id] = Rates.of(stored.values, "hal calibrate")
+            elif table is not None and table[0] == device.model:
+                self._rates[device.id] = table[1]
+            else:
+                chip = self.chip(device)
+                self._rates[device.id] = Rates.assumed(chip.capability, chip.multiprocessors, table and table[1])
+        return self._rates[device.id]
+
+    def open(self, device: Device) -> CudaSession:
+        """Raises DeviceUnavailableError after a fork, and where CUDA numbers the GPUs otherwise than NVML."""
+        import torch
+
+        from .session import CudaSession
+
+        if torch.cuda._is_in_bad_fork():
+            raise DeviceUnavailableError(
+                f"{device.id} was asked for in a forked process whose parent uses CUDA: start workers with "
+                "multiprocessing's 'spawn'"
+            )
+        index = int(device.id.partition(":")[2])
+        name = torch.cuda.get_device_properties(index).name
+        if name != device.model:
+            raise DeviceUnavailableError(
+                f"{device.id} is a {device.model} for the driver and a {name} for CUDA: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+            )
+        session = CudaSession(device, self.chip(device), lambda: self.rates(device))
+        self._sessions[device.id] = session
+        return session
+
+    def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
+        """Measure bandwidth, products, launches, every path on a grid, and energy; estimates and dispatch then use it."""
+        from .calibrate import measure
+        from .rates import Rates
+
+        gpus = {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
+        values = measure(device, self.chip(device), gpus.get(device.id), progress)
+        self._rates[device.id] = Rates.of(values, "hal calibrate")
+        if device.id in self._sessions:
+            self._sessions[device.id].refresh()
+        return values

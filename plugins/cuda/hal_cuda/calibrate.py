@@ -1,0 +1,151 @@
+"""`hal calibrate cuda:0`: what this GPU reaches, on random data, by device events, with a flushed second-level cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionRequest, Causal, Device
+
+from . import _nvml, dispatch
+from .chip import Chip
+from .rates import Rates
+from .session import CudaSession
+
+TOKENS, HIDDEN = 16384, 2048
+LENGTHS = (512, 2048, 8192, 16384)
+DIMS = (64, 128, 256)
+
+
+def measure(
+    device: Device, chip: Chip, gpu: _nvml.Gpu | None, progress: Callable[[str, float], None]
+) -> dict[str, Any]:
+    """Everything `Rates.of` reads, and the conditions it was measured under. Under a minute on a large GPU."""
+    with torch.cuda.device(chip.index), torch.no_grad():
+        flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        values: dict[str, Any] = {
+            "device": device.model, "date": time.strftime("%Y-%m-%d", time.gmtime()), "driver": device.driver,
+            "torch": torch.__version__, "tokens": TOKENS, "hidden": HIDDEN,
+        }  # fmt: skip
+        progress("read bandwidth", 0.0)
+        values["bandwidth"] = read_bandwidth(flush)
+        progress("matrix rate", 0.03)
+        values["matrix"] = matrix_rate(flush)
+        rates = Rates.assumed(chip.capability, chip.multiprocessors, None)
+        values["launch"], values["decode_share"] = _decode(device, chip, rates, values["bandwidth"], flush)
+        values["grid"] = []
+        cells = [(dim, length, causal) for dim in DIMS for length in LENGTHS for causal in (False, True)]
+        for place, (dim, length, causal) in enumerate(cells):
+            progress(f"attention, head_dim {dim}, {length} tokens", 0.1 + 0.8 * place / len(cells))
+            values["grid"] += _cell(device, chip, rates, dim, length, causal, flush)
+        progress("energy", 0.92)
+        values |= _energy(device, chip, rates, gpu)
+        progress("done", 1.0)
+    return values
+
+
+def timed(call: Callable[[], Any], flush: Tensor | None, repeats: int = 9) -> float:
+    """Median seconds of a call on the device, after two warm-up calls."""
+    for _ in range(2):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, stop in events:
+        if flush is not None:
+            flush.random_(0, 7)  # writes more than the cache holds, and keeps the device busy while the call is prepared
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
+
+
+def read_bandwidth(flush: Tensor) -> float:
+    """Bytes a second of reading 4 GiB once (a sum over bytes seen as whole numbers)."""
+    big = torch.empty(1 << 29, dtype=torch.int64, device="cuda").random_()
+    return big.numel() * 8 / timed(lambda: torch.sum(big), flush)
+
+
+def matrix_rate(flush: Tensor) -> float:
+    """Operations a second of an 8192-cubed bfloat16 product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / timed(lambda: a @ b, flush)
+
+
+def request_for(batch: int, heads: int, heads_kv: int, len_q: int, len_k: int, dim: int, causal: bool) -> AttentionRequest:
+    return AttentionRequest(
+        batch=batch, heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim, dtype="bfloat16",
+        device="cuda", causal=Causal.TOP_LEFT if causal else Causal.NONE,
+    )  # fmt: skip
+
+
+def tensors(request: AttentionRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value of a request."""
+    r = request
+    query = torch.randn(r.batch, r.heads_q, r.len_q, r.dim_qk, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(r.batch, r.heads_kv, r.len_k, r.dim_qk, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return query, key, value
+
+
+def on_path(device: Device, chip: Chip, rates: Rates, path: str, request: AttentionRequest) -> Callable[..., Any]:
+    """A request bound to one path."""
+    return CudaSession(device, chip, lambda: rates, paths=frozenset({path})).bind(request)
+
+
+def _cell(
+    device: Device, chip: Chip, rates: Rates, dim: int, length: int, causal: bool, flush: Tensor
+) -> list[dict[str, Any]]:
+    request = request_for(max(TOKENS // length, 1), HIDDEN // dim, HIDDEN // dim, length, length, dim, causal)
+    given = tensors(request)
+    rows = []
+    for path in dispatch.candidates(request, chip):
+        call = on_path(device, chip, rates, path, request)
+        seconds = timed(lambda call=call: call(*given), flush)  # type: ignore[misc]
+        rate = 2.0 * request.visible_macs / seconds
+        rows.append({"path": path, "dim": dim, "length": length, "causal": causal, "rate": rate})
+    return rows
+
+
+def _decode(device: Device, chip: Chip, rates: Rates, bandwidth: float, flush: Tensor) -> tuple[float, float]:
+    """Seconds of the shortest call, and the share of the bandwidth of a long one."""
+    short = request_for(1, 32, 8, 1, 128, 128, False)
+    long = request_for(32, 32, 8, 1, 8192, 128, False)
+    given, more = tensors(short), tensors(long)
+    call, longer = (on_path(device, chip, rates, "portable", r) for r in (short, long))
+    launch = timed(lambda: call(*given), flush)
+    return launch, min(long.bytes_moved / (timed(lambda: longer(*more), flush) - launch) / bandwidth, 1.0)
+
+
+def _energy(device: Device, chip: Chip, rates: Rates, gpu: _nvml.Gpu | None) -> dict[str, Any]:
+    """Joules a flop and a byte, from the board's counter over half a second of each; nothing where the counter is missing."""
+    if gpu is None:
+        return {}
+    compute, reading = request_for(2, 16, 16, 8192, 8192, 128, False), request_for(32, 32, 8, 1, 8192, 128, False)
+    names = [next(p for p in dispatch.candidates(r, chip) if p in dispatch.OWN) for r in (compute, reading)]
+    try:
+        spent = []
+        for request, path in zip((compute, reading), names, strict=True):
+            given, call = tensors(request), on_path(device, chip, rates, path, request)
+            spent.append(_joules(gpu, lambda call=call, given=given: call(*given)))  # type: ignore[misc]
+    except _nvml.NvmlError as error:
+        return {"energy": f"not measured: {error}"}
+    return {
+        "joules_per_flop": spent[0] / (2.0 * compute.visible_macs), "joules_per_byte": spent[1] / reading.bytes_moved,
+        "clock_mhz": gpu.clock("sm"), "watts": gpu.power(),
+    }  # fmt: skip
+
+
+def _joules(gpu: _nvml.Gpu, call: Callable[[], Any]) -> float:
+    call()
+    torch.cuda.synchronize()
+    count, before, start = 0, gpu.energy(), time.perf_counter()
+    while time.perf_counter() - start < 0.6:
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+        count += 10
+    return (gpu.energy() - before) / count

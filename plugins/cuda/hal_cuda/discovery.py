@@ -1,0 +1,92 @@
+"""Which GPUs this process may use, found without initialising CUDA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hal_core import Device, Fidelity
+
+from . import _nvml
+
+LEAST_CAPABILITY = (8, 0)
+LEAST_CUDA = (12, 0)  # of the driver: what torch 2.11's oldest CUDA build needs
+
+
+class Found(NamedTuple):
+    """Devices by torch's index, with their compute capabilities, and why there are no (more) of them."""
+
+    devices: tuple[Device, ...]
+    capabilities: tuple[tuple[int, int], ...]
+    gpus: tuple[_nvml.Gpu, ...]
+    reason: str
+
+
+def find() -> Found:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, with the reason where there is none. Never raises for absent hardware."""
+    try:
+        gpus = visible([_nvml.Gpu(place) for place in range(_nvml.count())], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        driver, cuda = _nvml.driver_version(), _nvml.cuda_version()
+    except _nvml.NvmlError as error:
+        return _absent(f"{error}: install the NVIDIA driver")
+    if not gpus:
+        hidden = " (CUDA_VISIBLE_DEVICES hides them)" if os.environ.get("CUDA_VISIBLE_DEVICES") is not None else ""
+        return _absent(f"no NVIDIA GPU is visible{hidden}")
+    if cuda < LEAST_CUDA:
+        wanted = ".".join(map(str, LEAST_CUDA))
+        return _absent(f"driver {driver} supports CUDA {cuda[0]}.{cuda[1]} and {wanted} is needed: upgrade the driver")
+    if reason := _torch_lacks_cuda():
+        return _absent(reason)
+    devices, capabilities, kept, too_old = [], [], [], []
+    for index, gpu in enumerate(gpus):
+        if gpu.capability < LEAST_CAPABILITY:
+            too_old.append(f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]} and 8.0 is needed")
+            continue
+        devices.append(_device(index, gpu, driver))
+        capabilities.append(gpu.capability)
+        kept.append(gpu)
+    return Found(tuple(devices), tuple(capabilities), tuple(kept), "; ".join(too_old))
+
+
+def _absent(reason: str) -> Found:
+    return Found((), (), (), reason)
+
+
+def _device(index: int, gpu: _nvml.Gpu, driver: str) -> Device:
+    return Device(
+        id=f"cuda:{index}", family="cuda", vendor="NVIDIA", model=gpu.name, fidelity=Fidelity.HARDWARE,
+        reads=(f"cuda:{index}",), memory=gpu.memory, driver=f"NVIDIA {driver}",
+        features=(f"compute capability {gpu.capability[0]}.{gpu.capability[1]}",),
+    )  # fmt: skip
+
+
+def visible(gpus: Sequence[_nvml.Gpu], setting: str | None) -> list[_nvml.Gpu]:
+    """The GPUs that CUDA would number 0, 1, ... under a value of CUDA_VISIBLE_DEVICES.
+
+    Entries are places or beginnings of UUIDs; as in CUDA, the first entry that names no GPU ends the list.
+    """
+    if setting is None:
+        return list(gpus)
+    chosen: list[_nvml.Gpu] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        if entry.isdigit():
+            found = gpus[int(entry)] if int(entry) < len(gpus) else None
+        else:
+            matches = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
+            found = matches[0] if len(matches) == 1 else None
+        if found is None or found in chosen:
+            break
+        chosen.append(found)
+    return chosen
+
+
+def _torch_lacks_cuda() -> str:
+    """Why torch cannot use a GPU; "" where it can."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed: pip install 'hal-cuda[torch]'"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
+    return ""

@@ -1,0 +1,244 @@
+"""The Hopper path: which requests the Gluon kernel takes, its tiles, and its launch with tensor maps that are kept."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+
+from . import compiled
+from .chip import Chip
+from .portable import PortablePath, empty_result, packs, power_of_two
+
+ROWS = 64  # of one consumer warpgroup
+LOG2E = 1.4426950408889634
+_MOST_KEPT = 1024
+
+
+class Tiling(NamedTuple):
+    """How a head size is run.
+
+    keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. fence: keep the maxima beside the
+    product. arrive: release stages by named barriers. own_output: shared memory of its own for the result. persistent: one
+    program a multiprocessor. together: heads worked on at a time, for L2.
+    """
+
+    keys: int
+    consumers: int
+    turns: bool
+    fence: bool
+    arrive: bool
+    own_output: bool
+    persistent: bool
+    together: int
+
+
+#: By head size and whether rows see a prefix alone; measured on one H200.
+TILINGS = {
+    (64, False): Tiling(128, 3, True, True, False, True, True, 1),
+    (64, True): Tiling(128, 3, True, False, False, True, True, 16),
+    (128, False): Tiling(128, 2, False, False, True, True, True, 1),
+    (128, True): Tiling(128, 2, False, False, True, True, False, 8),
+    (256, False): Tiling(64, 2, True, False, False, False, False, 1),
+    (256, True): Tiling(64, 2, False, False, False, False, False, 4),
+}
+_RUN_TIME = ("total", "NT", "HG", "heads", "len_q", "len_k", "shift", "left", "right")
+
+
+def takes(request: AttentionRequest, chip: Chip) -> bool:
+    """Whether the kernel is right for a request; tensors must also suit the copy engine (`fits`)."""
+    return (
+        chip.capability == (9, 0)
+        and compiled.tested()
+        and not compiled.INTERPRETED
+        and request.dtype in ("float16", "bfloat16")
+        and request.mask is MaskKind.NONE
+        and not request.dropout
+        and not request.packed
+        and request.page_size is None
+        and request.block_plan is None
+        and request.last_dim_contiguous
+        and max(request.dim_qk, request.dim_v) <= 256
+        and request.dim_qk % 8 == 0
+        and request.dim_v % 8 == 0
+        and 1e-6 <= request.effective_scale <= 1e6
+        and not packs(request, request.len_q)
+    )
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the copy engine can step through the tensors: by 16 bytes, never by 0. Addresses are looked at in each call."""
+    for tensor in tensors:
+        step = 16 // tensor.itemsize
+        if tensor.stride(3) != 1:
+            return False
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+            if size > 1 and (stride % step or stride <= 0):
+                return False
+    return True
+
+
+def block_dim(dim: int) -> int:
+    return max(64, power_of_two(dim))
+
+
+def tiling_for(dim_qk: int, dim_v: int, prefix: bool) -> Tiling:
+    """The tiling of a pair of head sizes; unequal ones take the larger one's, with its own output buffer."""
+    widest = max(block_dim(dim_qk), block_dim(dim_v))
+    tiling = TILINGS[widest, prefix]
+    return tiling if block_dim(dim_qk) == block_dim(dim_v) else tiling._replace(own_output=True)
+
+
+def kernel_constants(
+    tiling: Tiling, *, dim_qk: int, dim_v: int, group: int, left: bool, right: bool, shifted: bool, ragged: bool, softcap: bool,
+    lse: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The kernel's constexpr arguments."""
+    return {
+        "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": block_dim(dim_qk), "DV": block_dim(dim_v), "ST": 2,
+        "NC": tiling.consumers, "LEFT": left, "RIGHT": right, "SHIFTED": shifted, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse,
+        "PING": tiling.turns, "ORD": tiling.fence and not (ragged or left or softcap), "EB": tiling.arrive,
+        "OSEP": tiling.own_output,
+    }  # fmt: skip
+
+
+def kernel_signature(dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    """Triton types of the kernel's run-time arguments; dtype "bf16" or "fp16"."""
+    types = {
+        "qd": _descriptor(dtype, ROWS, constants["DQ"]), "kd": _descriptor(dtype, constants["BN"], constants["DQ"]),
+        "vd": _descriptor(dtype, constants["BN"], constants["DV"]), "od": _descriptor(dtype, ROWS, constants["DV"]),
+        "lse": "*fp32",
+    }  # fmt: skip
+    return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32")
+
+
+def _descriptor(dtype: str, rows: int, dim: int) -> str:
+    from triton.experimental.gluon import language as gl
+
+    block = [1, 1, rows, dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16 if dtype == "fp16" else gl.bfloat16)
+    return f"tensordesc<{dtype}[{', '.join(map(str, block))}],{layout!r}>"
+
+
+class Launch(NamedTuple):
+    """What is the same for all calls on tensors of one form.
+
+    sides: for query, key, value and output, how to make their tensor map and the arguments that follow it. made: for each of
+    them the arguments by address.
+    """
+
+    kernel: compiled.Kernel
+    grid: tuple[int, int, int]
+    sides: tuple[tuple[tuple[int, ...], tuple[int, ...], Any], ...]
+    made: tuple[dict[int, list[Any]], ...]
+    tail: list[Any]
+    like_query: bool
+
+
+class HopperPath:
+    """A request bound to the Gluon kernel on one chip; tensors that the copy engine cannot read go to the plain path."""
+
+    def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
+        self.request, self.chip, self._instead = request, chip, instead
+        self._launches: dict[Any, Launch | None] = {}
+        self._stream, self._index, self._lse = torch._C._cuda_getCurrentRawStream, chip.index, request.lse
+        self._last: tuple[Any, Launch | None] = ((), None)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
+    ) -> AttentionOutput:  # fmt: skip
+        form = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
+        last, launch = self._last
+        if form != last:
+            launch = self._launch(form, query, key, value)
+            self._last = (form, launch)
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        if launch is None or (pointers[0] | pointers[1] | pointers[2]) & 15:
+            return self._instead(query, key, value, mask, plan, tables, rng)
+        out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self._lse else None
+        made = launch.made
+        places = (*pointers, out.data_ptr())
+        arguments: list[Any] = []
+        for place in range(4):
+            pointer = places[place]
+            arguments += made[place].get(pointer) or _add_map(launch, place, pointer)
+        arguments.append(0 if lse is None else lse.data_ptr())
+        arguments += launch.tail
+        launch.kernel(launch.grid, self._stream(self._index), arguments)
+        return AttentionOutput(out, lse)
+
+    def _launch(self, form: Any, query: Tensor, key: Tensor, value: Tensor) -> Launch | None:
+        """The launch of a form; None where the copy engine cannot read it or few rows go to the plain path."""
+        if form not in self._launches:
+            if len(self._launches) >= _MOST_KEPT:
+                self._launches.clear()
+            steps_fit = fits(query, key, value) and not packs(self.request, query.shape[2])
+            self._launches[form] = self._build(query, key, value) if steps_fit else None
+        return self._launches[form]
+
+    def _build(self, query: Tensor, key: Tensor, value: Tensor) -> Launch:
+        r, chip = self.request, self.chip
+        batch, heads, len_q, dim_qk = query.shape
+        len_k, dim_v = key.shape[2], value.shape[3]
+        left, right = r.window or (None, None)
+        if r.causal is not Causal.NONE:
+            right = 0 if right is None else min(right, 0)
+        shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
+        ends_inside = right is not None and shift + right <= len_k - len_q  # no row reaches past the last key
+        tiling = tiling_for(dim_qk, dim_v, right is not None)
+        constants = kernel_constants(
+            tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
+            shifted=right is not None and (shift + right) % ROWS != 0, ragged=len_k % tiling.keys != 0 and not ends_inside,
+            softcap=r.softcap is not None, lse=r.lse,
+        )  # fmt: skip
+        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
+        key_of = ("hopper", chip.index, dtype, tuple(constants.items()))
+        made = compiled.kernel(key_of, lambda: self._compiled(dtype, constants))
+        row_tiles = -(-len_q // (ROWS * tiling.consumers))
+        total = row_tiles * batch * heads
+        together = tiling.together
+        while batch * heads % together:
+            together //= 2
+        scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
+        if r.softcap is not None:
+            cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
+        out = empty_result(query, dim_v)
+        programs = min(chip.multiprocessors, total) if tiling.persistent else total
+        tail = [
+            total, row_tiles, together, heads, len_q, len_k, shift, left or 0, right or 0, scale, cap_in, cap_out,
+            *[None] * len(constants),
+        ]  # fmt: skip
+        sides = tuple((*_side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
+        like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
+        return Launch(made, (programs, 1, 1), sides, ({}, {}, {}, {}), tail, like_query)
+
+    def _compiled(self, dtype: str, constants: dict[str, Any]) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        from .kernels.hopper import forward
+
+        return compiled.compile_for(
+            forward, kernel_signature(dtype, constants), constants, GPUTarget("cuda", 90, 32), num_warps=4
+        )
+
+
+def _add_map(launch: Launch, place: int, pointer: int) -> list[Any]:
+    """The arguments of one tensor: its map, which holds addresses alone and so may outlive it, its shape and its strides."""
+    shape, strides, meta = launch.sides[place]
+    kept = launch.made[place]
+    if len(kept) >= _MOST_KEPT:
+        kept.clear()
+    kept[pointer] = [compiled.tensor_map(pointer, shape, strides, meta), *shape, *strides]
+    return kept[pointer]
+
+
+def _side(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides for a tensor map. A dimension of one element may have any stride; the map wants steps of 16 bytes."""
+    shape, step = tuple(tensor.shape), max(16 // tensor.itemsize, power_of_two(tensor.shape[3]))
+    strides = [step if n == 1 else s for n, s in zip(shape[:3], tensor.stride()[:3], strict=True)]
+    return shape, (*strides, 1)

@@ -1,0 +1,105 @@
+"""How long each path takes: measured tables, interpolated, and what is assumed of chips that were not measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import attrs
+
+from hal_core import AttentionRequest, Basis, Causal, Provenance
+
+MEASURED = Path(__file__).with_name("measured.json")
+#: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
+_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "composed": 0.05}
+#: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
+_PRODUCTS_A_CYCLE = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
+
+
+class Rate(NamedTuple):
+    """Operations a second of a path, and the spread of the interval around it."""
+
+    flops: float
+    spread: float
+
+
+@attrs.frozen(kw_only=True)
+class Rates:
+    """A device's speed.
+
+    Attributes:
+        bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch: seconds of
+            the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with path, dim, causal,
+            length, rate. joules_per_flop, joules_per_byte: None where not measured. basis, provenance, source: of all of it.
+    """
+
+    bandwidth: float
+    matrix: float
+    launch: float
+    decode_share: float
+    grid: tuple[Mapping[str, Any], ...]
+    joules_per_flop: float | None
+    joules_per_byte: float | None
+    basis: Basis
+    provenance: Provenance
+    source: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str) -> Rates:
+        """From what `hal calibrate` or the shipped table hold."""
+        return cls(
+            bandwidth=values["bandwidth"], matrix=values["matrix"], launch=values["launch"],
+            decode_share=values["decode_share"], grid=tuple(values["grid"]),
+            joules_per_flop=values.get("joules_per_flop"), joules_per_byte=values.get("joules_per_byte"),
+            basis=Basis.MEASURED, provenance=Provenance.MEASURED_SILICON, source=source,
+        )  # fmt: skip
+
+    @classmethod
+    def assumed(cls, capability: tuple[int, int], multiprocessors: int, shipped: Rates | None) -> Rates:
+        """For a chip that was not measured: a chip of the shipped table's kind scaled, else datasheet figures."""
+        per_cycle = _PRODUCTS_A_CYCLE.get(capability, 512)
+        matrix = 2.0 * per_cycle * multiprocessors * 1.5e9
+        grid = shipped.grid if shipped is not None and capability == (9, 0) else ()
+        return cls(
+            bandwidth=2e12 if per_cycle >= 1024 else 7e11, matrix=matrix, launch=8e-6, decode_share=0.8,
+            grid=tuple(dict(row, rate=row["rate"] * multiprocessors / 132) for row in grid), joules_per_flop=None,
+            joules_per_byte=None, basis=Basis.MODELLED, provenance=Provenance.ASSUMED, source="scaled from datasheets",
+        )  # fmt: skip
+
+    def rate(self, path: str, request: AttentionRequest) -> Rate:
+        """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
+        causal = request.causal is not Causal.NONE
+        dim = max(request.dim_qk, request.dim_v)
+        measured = [row for row in self.grid if row["path"] == path and row["causal"] == causal]
+        dims = sorted({row["dim"] for row in measured})
+        if not dims:
+            fill = min(1.0, request.len_q / 2048) * min(1.0, dim / 128)
+            return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9), 2.0)
+        nearest = min((d for d in dims if d >= dim), default=dims[-1])
+        padded = min(dim / nearest, 1.0) if path in ("hopper", "portable") else 1.0
+        points = sorted((row["length"], row["rate"]) for row in measured if row["dim"] == nearest)
+        spread = 1.1 if self.basis is Basis.MEASURED else 2.0
+        return Rate(_between(points, max(request.len_q, 1)) * padded, spread if dim == nearest else spread * 1.3)
+
+
+def _between(points: list[tuple[int, float]], length: int) -> float:
+    """Linear in the logarithm of the length, flat beyond the ends; below the shortest, in proportion to the length."""
+    if length <= points[0][0]:
+        return points[0][1] * length / points[0][0]
+    for (low, slow), (high, fast) in pairwise(points):
+        if length <= high:
+            share = math.log(length / low) / math.log(high / low)
+            return slow + (fast - slow) * share
+    return points[-1][1]
+
+
+def shipped() -> tuple[str, Rates] | None:
+    """(device model, rates) of the table in this package; None where it holds none."""
+    if not MEASURED.exists():
+        return None
+    values = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return values["device"], Rates.of(values, f"measured on {values['device']}, {values['date']}")

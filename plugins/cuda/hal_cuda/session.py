@@ -1,0 +1,233 @@
+"""The GPU's session: binds a request to its path and turns the runtime's failures into this project's errors."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from hal_core import (
+    AttentionOutput,
+    AttentionRequest,
+    BlockPlan,
+    ContractError,
+    DenseTiling,
+    Device,
+    DeviceUnavailableError,
+    Grads,
+    MemoryLimitError,
+    MemoryManager,
+    SequenceTables,
+    UnsupportedError,
+)
+
+from . import composed, dispatch, native
+from .chip import Chip
+from .hopper import HopperPath
+from .memory import CudaMemory
+from .portable import PortablePath
+from .rates import Rates
+
+Path = Callable[..., AttentionOutput]
+_MOST_BOUND = 512
+
+
+class Prepared(NamedTuple):
+    """Operands bound to a request; they lie where the kernels read them, so nothing is copied."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    request: AttentionRequest
+    plan: BlockPlan | None
+    tables: SequenceTables | None
+
+
+class CudaSession:
+    """An open GPU. Calls are ordered by torch's current stream and may come from any thread of the process that opened it.
+
+    Args:
+        device: what was found. chip: its facts. rates: () -> what paths take. memory: None for torch's allocator.
+        paths: the paths that may run; None for all. For measurements.
+    """
+
+    def __init__(
+        self, device: Device, chip: Chip, rates: Callable[[], Rates], memory: MemoryManager | None = None,
+        paths: frozenset[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.device, self.chip, self._rates, self._paths = device, chip, rates, paths
+        self.memory: MemoryManager = memory or CudaMemory(chip.index, name=device.id)
+        self.tiling = DenseTiling()
+        self._bound: dict[AttentionRequest, Path] = {}
+        self._process = os.getpid()
+        os.register_at_fork(after_in_child=self._forked)
+        self._lost = ""
+
+    def _forked(self) -> None:
+        self._lost = (
+            f"{self.device.id} was opened before this process was forked, and CUDA does not survive a fork: start workers with "
+            "multiprocessing's 'spawn'"
+        )
+        self._bound.clear()
+
+    def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
+        """native: gradients come from torch's own attention, or from torch's operations."""
+        return "native"
+
+    def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
+        """Query rows of a program for head_dim 128, and how many programs the call gives."""
+        rows = 128 if sequence_length > 64 else 16
+        return {"tile_size": rows, "programs": -(-sequence_length // rows) * batch_size * num_heads}
+
+    def path_of(self, request: AttentionRequest) -> str:
+        """The name of the path that runs a request (see `dispatch.label`)."""
+        allowed = self._paths
+        if allowed is None:
+            return dispatch.choose(request, self.chip, self._rates()).path
+        return dispatch.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
+
+    def bind(self, request: AttentionRequest) -> Callable[..., Any]:
+        """The fastest callable (query, key, value, mask, plan, tables, rng) for requests like this one."""
+        path = self._path(request)
+        if request.lse:
+            return path
+
+        def call(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
+            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
+        ) -> Tensor:  # fmt: skip
+            out: Tensor = path(query, key, value, mask, plan, tables, rng)[0]
+            return out
+
+        return call
+
+    def _path(self, request: AttentionRequest) -> Path:
+        if self._lost:
+            raise DeviceUnavailableError(self._lost)
+        path = self._bound.get(request)
+        if path is None:
+            if len(self._bound) >= _MOST_BOUND:
+                self._bound.clear()
+            path = self._bound[request] = self._guarded(request, self._made(request))
+        return path
+
+    def _made(self, request: AttentionRequest) -> Path:
+        name = self.path_of(request)
+        if name == "portable":
+            return PortablePath(request, self.chip)
+        if name == "hopper":
+            return HopperPath(request, self.chip, PortablePath(request, self.chip))
+        if name == "composed":
+            return lambda *given: composed.attend(request, self.chip, *given)
+        return self._native(name, request)
+
+    def _native(self, name: str, request: AttentionRequest) -> Path:
+        attend = native.bind(name, request)
+        if request.grads:
+            instead: Path = lambda *given: composed.attend(request, self.chip, *given)  # noqa: E731
+        else:
+            instead = PortablePath(request, self.chip)
+        causal = request.causal != "none"
+
+        def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
+            if causal and query.shape[2] != key.shape[2]:  # torch's backends disagree about this diagonal
+                return instead(query, key, value, *rest)
+            return AttentionOutput(attend(query, key, value))
+
+        return run
+
+    def _guarded(self, request: AttentionRequest, path: Path) -> Path:
+        """Empty tensors answered and failures named: a call returns a result whose launches were all accepted, or raises."""
+        index = self.chip.index
+        several = self.device.reads[0] != "cpu" and torch.cuda.device_count() > 1
+
+        def run(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
+            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
+        ) -> AttentionOutput:  # fmt: skip
+            if self._lost:
+                raise DeviceUnavailableError(self._lost)
+            if not (query.numel() and key.numel()):
+                return _nothing(query, key, value, request)
+            try:
+                if several and torch.cuda.current_device() != index:
+                    with torch.cuda.device(index):
+                        return path(query, key, value, mask, plan, tables, rng)
+                return path(query, key, value, mask, plan, tables, rng)
+            except torch.OutOfMemoryError as error:
+                raise self._full(request) from error
+
+        return run
+
+    def _full(self, request: AttentionRequest) -> MemoryLimitError:
+        free, total = torch.cuda.mem_get_info(self.chip.index)
+        needed = dispatch.estimate(request, self.chip, self._rates()).memory
+        return MemoryLimitError(self.device.id, needed, total - free, total)
+
+    def prepare_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
+        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
+    ) -> Prepared:  # fmt: skip
+        """Tiles are the device's own choice; `tile_size` does not change a result, so it is left aside."""
+        return Prepared(query, key, value, request, plan, tables)
+
+    def compute_attention(
+        self, prepared: Prepared, mask: Tensor | None = None, *,
+        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
+    ) -> AttentionOutput:  # fmt: skip
+        request, given = prepared.request, prepared.query if query is None else query
+        if mask is not None and mask.dim() != 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        if request.dropout and rng is None:
+            raise ContractError("dropout without rng was given: pass rng=(seed, offset)")
+        result = self._path(request)(given, prepared.key, prepared.value, mask, prepared.plan, prepared.tables, rng)
+        return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
+
+    def compute_attention_backward(
+        self, prepared: Prepared, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
+        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
+    ) -> Grads:  # fmt: skip
+        raise UnsupportedError(
+            f"a backward from a given output was asked of {self.device.id}, and it differentiates its forward alone: call "
+            "hal.attention with tensors that require gradients"
+        )
+
+    def synchronize(self) -> None:
+        """Wait for all work on the device."""
+        if self.device.reads[0] != "cpu":
+            torch.cuda.synchronize(self.chip.index)
+
+    def refresh(self) -> None:
+        """Forget bound paths, after rates changed."""
+        self._bound.clear()
+
+    def close(self) -> None:
+        self._bound.clear()
+        if not self._lost:
+            self.memory.trim()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, request: AttentionRequest) -> AttentionOutput:
+    """What rows without a key give: 0 and -inf. Connected to its inputs, so that gradients are 0 and not missing."""
+    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_zeros((*query.shape[:3], value.shape[3]))
+    if request.grads:
+        out = out + (query.sum() + key.sum() + value.sum()).to(query.dtype) * 0
+    lse = query.new_full(query.shape[:3], -math.inf, dtype=kind) if request.lse else None
+    return AttentionOutput(out, lse)
+
+
+__all__ = ["CudaSession", "Prepared"]

@@ -1,0 +1,39 @@
+"""The CUDA backend over host tensors: kernels run in Triton's interpreter, everything around them is the real code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+from hal_cuda.backend import CAPABILITIES, CudaBackend
+from hal_cuda.chip import Chip
+from hal_cuda.dispatch import estimate
+from hal_cuda.rates import Rates
+from hal_cuda.session import CudaSession
+
+from hal_core import AttentionRequest, Capabilities, Device, Estimate, Fidelity, PooledMemory, Refusal
+
+DEVICE = Device(
+    id="interpreted:0", family="cuda", vendor="NVIDIA", model="Triton's interpreter", fidelity=Fidelity.EMULATED, reads=("cpu",)
+)
+CHIP = Chip(index=0, capability=(9, 0), multiprocessors=6, shared_memory=227 << 10, torch_attention=False)
+RATES = Rates.assumed((9, 0), 132, None)
+
+
+class InterpretedBackend:
+    """One device that computes on the host. bfloat16 is left out: the interpreter cuts where a GPU rounds."""
+
+    def devices(self) -> Sequence[Device]:
+        return [DEVICE]
+
+    def capabilities(self, device: Device) -> Capabilities:
+        return attrs.evolve(CAPABILITIES, dtypes=CAPABILITIES.dtypes - {"bfloat16"})
+
+    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
+        return CudaBackend().check(request, device)
+
+    def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
+        return estimate(request, CHIP, RATES)
+
+    def open(self, device: Device) -> CudaSession:
+        return CudaSession(device, CHIP, lambda: RATES, memory=PooledMemory("cpu"))

@@ -1,0 +1,7 @@
+"""The conformance kit on a GPU."""
+
+from hal_core.testing import ConformanceSuite
+
+
+class TestCuda(ConformanceSuite):
+    backend = "cuda"
