@@ -32,8 +32,8 @@ CAPABILITIES = Capabilities(
     numerics={
         "float64": Numerics(relative=1e-12, lse=1e-12, gradient=1e-11),
         "float32": Numerics(relative=1e-5, lse=1e-5, gradient=1e-5),
-        "bfloat16": Numerics(relative=4e-3, lse=1e-4, gradient=1e-2),
-        "float16": Numerics(relative=1e-3, lse=1e-4, gradient=2e-3),
+        "bfloat16": Numerics(relative=4e-3, lse=1e-4, gradient=2e-2),
+        "float16": Numerics(relative=1e-3, lse=1e-4, gradient=5e-3),
     },
     head_dim=Range(1),
     masks=frozenset(MaskKind),

@@ -28,7 +28,6 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _ASSUMED_BANDWIDTH = 6e9  # bytes per second and core
 _ASSUMED_PEAK_SHARE = 0.4  # of two fused multiply-adds in every cycle
 _ASSUMED_CALL = 15e-6  # seconds of host time
-_ASSUMED_TILE = 80e-6  # seconds of host time for one tile's operations
 _ASSUMED_SPREAD = 4.0  # the truth lies within this factor, both ways
 
 
@@ -90,21 +89,12 @@ def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
     compute = request.visible_macs / rates.rates[f"{path} {request.dtype}"]
     reading = request.bytes_moved / rates.bandwidth
     host = rates.calls[path] * sequences
-    if path == "tiled":
-        host += _tiles(one, threads) * sequences * _ASSUMED_TILE
     seconds = max(compute, reading) + host
     time = Quantity(seconds / rates.spread, seconds * rates.spread, rates.basis, rates.provenance, rates.source)
     middle = time.middle / seconds
     parts = {"host": host, "compute": max(compute - reading, 0.0), "memory": reading}
     parts = {name: part * middle for name, part in parts.items()}
     return Estimate(time=time, memory=memory(request, path, threads), parts=parts)
-
-
-def _tiles(request: AttentionRequest, threads: int) -> float:
-    sizes = TileSizes.choose(request, threads)
-    share = request.visible_macs / max(request.macs, 1)
-    per_head = -(-request.len_q // max(sizes.rows, 1)) * -(-request.len_k // max(sizes.columns, 1))
-    return request.batch * request.heads_kv / sizes.pairs * per_head * share
 
 
 def memory(request: AttentionRequest, path: Path, threads: int) -> int:
@@ -129,12 +119,19 @@ def memory(request: AttentionRequest, path: Path, threads: int) -> int:
     elif path == "decode":
         direct = request.dtype in ("float32", "float64") and request.cache_dtype is None and request.page_size is None
         sizes = DecodeSizes.choose(exact, direct=direct, one_batch=False)
-        scratch = 2 * sum(decode_scratch(exact, sizes, direct=direct)) * wide
+        scratch = _reserved(sum(decode_scratch(exact, sizes, direct=direct)) * wide)
     else:
-        sizes = TileSizes.choose(exact, threads)
-        scratch = sum(tiled_scratch(exact, sizes)) * wide * (2 if request.dropout else 1)
+        tiles = TileSizes.choose(exact, threads)
+        scratch = _reserved(sum(tiled_scratch(exact, tiles)) * wide)
+        if request.dropout:  # which pairs are kept, as bool and as factors
+            scratch += tiles.pairs * (request.heads_q // request.heads_kv) * tiles.rows * tiles.columns * (wide + 1)
         if request.grads:
-            scratch += sum(backward_scratch(exact, sizes)) * wide
+            scratch += _reserved(sum(backward_scratch(exact, tiles)) * wide)
     if request.grads:
         scratch += (rows + keys) * dims * size
     return out + scratch
+
+
+def _reserved(nbytes: int) -> int:
+    """What the memory pool takes for a block: a power of two, above 4 MiB whole MiB."""
+    return 1 << max(nbytes - 1, 0).bit_length() if nbytes <= 1 << 22 else -(-nbytes >> 20) << 20

@@ -94,7 +94,10 @@ class TileSizes(NamedTuple):
 
     @classmethod
     def choose(cls, request: AttentionRequest, threads: int, *, one_head: bool = False, tile: int | None = None) -> TileSizes:
-        """Tiles whose scores fill the second-level caches of all threads once.
+        """Tiles of 512 x 512 pairs, for as many heads as twice the second-level caches of all threads hold the scores of.
+
+        Smaller tiles spend their time in calls, larger ones in memory. A window gets fewer rows: tiles are whole, and rows
+        beyond the window's width are paid for.
 
         Args:
             request: with exact lengths.
@@ -103,8 +106,11 @@ class TileSizes(NamedTuple):
             tile: query rows and keys, where the caller insists.
         """
         group = request.heads_q // request.heads_kv
-        scores = threads * this_machine().l2 // (8 if request.dtype == "float64" else 4)
-        rows = min(request.len_q, tile or max(256 // group, 64))
+        scores = 2 * threads * this_machine().l2 // (8 if request.dtype == "float64" else 4)
+        most = 512
+        if request.window is not None and request.window[0] is not None:
+            most = min(max(request.window[0], 128), 512)
+        rows = min(request.len_q, tile or max(most // group, 64))
         columns = min(request.len_k, tile or 512)
         if request.block_plan is not None:
             block_q, block_k, _ = request.block_plan

@@ -1,0 +1,127 @@
+"""Measuring the processor: read bandwidth, products, host time of a call, and attention on each path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionRequest, MaskKind
+
+from .cost import Rates, estimate
+from .machine import this_machine
+from .paths import path_of
+from .session import CpuSession
+
+Progress = Callable[[str, float], None]
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_LEAST_SPREAD, _MOST_SPREAD = 1.3, 8.0
+
+
+def measure(session: CpuSession, progress: Progress) -> dict[str, Any]:
+    """Everything `Rates.measured` reads, as plain values.
+
+    Returns:
+        bandwidth: bytes read per second. products: multiply-accumulates per second of torch's matrix product, by dtype.
+        rates: of attention, by "<path> <dtype>". calls: seconds of host time, by path. spread: largest factor between an
+        estimate and the measured time over `grid`, a list of [request, seconds].
+    """
+    progress("read bandwidth", 0.0)
+    values: dict[str, Any] = {"bandwidth": read_bandwidth(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    progress("matrix products", 0.1)
+    values["products"] = {dtype: _product_rate(dtype) for dtype in _DTYPES}
+    values["calls"], values["rates"] = {}, {}
+    samples = _samples()
+    for number, (path, dtype, tiny, large) in enumerate(samples):
+        progress(f"attention, {path} in {dtype}", 0.2 + 0.5 * number / len(samples))
+        if path not in values["calls"]:
+            values["calls"][path] = _attention_seconds(session, tiny, 0.2)
+        seconds = _attention_seconds(session, large, 0.5)
+        busy = max(seconds - values["calls"][path], 0.1 * seconds)
+        values["rates"][f"{path} {dtype}"] = large.visible_macs / busy
+    values["grid"], worst = [], _LEAST_SPREAD
+    rates = Rates.measured(values | {"spread": 1.0}, this_machine())
+    grid = _grid()
+    for number, request in enumerate(grid):
+        progress(f"attention, {request.describe()}", 0.7 + 0.3 * number / len(grid))
+        seconds = _attention_seconds(session, request, 0.4)
+        expected = estimate(request, rates, this_machine().cores).time.middle
+        worst = max(worst, seconds / expected, expected / seconds)
+        values["grid"].append([request.to_dict(), seconds])
+    values["spread"] = min(worst, _MOST_SPREAD)
+    progress("done", 1.0)
+    return values
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which all threads together read memory that no cache holds; the best of nine."""
+    memory = this_machine().memory or 1 << 32
+    numbers = torch.ones(min(max(4 * this_machine().l3, 256 << 20), memory // 8) // 4)
+    return numbers.nbytes / min(_times(lambda: numbers.sum(), 2.0, 9))
+
+
+def _product_rate(dtype: str) -> float:
+    size = 512
+    left = torch.randn(4, size, size).to(getattr(torch, dtype))
+    return float(4 * size**3 / min(_times(lambda: torch.bmm(left, left), 0.3, 5)))
+
+
+def _samples() -> list[tuple[str, str, AttentionRequest, AttentionRequest]]:
+    """(path, dtype, a tiny request, a large request that the path's rate is read from)."""
+    found = []
+    for dtype in _DTYPES:
+        large = AttentionRequest(1, 8, 8, 1024, 1024, 64, 64, dtype)
+        tiny = AttentionRequest(1, 1, 1, 8, 8, 16, 16, dtype)
+        cached = replace(large, heads_q=16, heads_kv=4, len_q=1, len_k=4096)
+        tiny_cached = replace(tiny, heads_q=2, len_q=1)
+        found += [
+            ("native", dtype, tiny, large),
+            ("fused", dtype, replace(tiny, lse=True), replace(large, lse=True)),
+            ("tiled", dtype, replace(tiny, softcap=30.0, len_q=64), replace(large, softcap=30.0)),
+            ("packed", dtype, replace(tiny_cached, mask=MaskKind.NONE), cached),
+            ("decode", dtype, replace(tiny_cached, softcap=30.0), replace(cached, softcap=30.0)),
+        ]
+    return [sample for sample in found if path_of(sample[2]) == path_of(sample[3]) == sample[0]]
+
+
+def _grid() -> list[AttentionRequest]:
+    """Requests between those that the rates were read from: what estimates are judged by."""
+    plain = [
+        AttentionRequest(batch, 8, 8, length, length, dim, dim, dtype)
+        for batch, length in ((4, 128), (1, 512), (1, 2048))
+        for dim in (32, 128)
+        for dtype in ("float32", "bfloat16")
+    ]
+    one = AttentionRequest(1, 32, 8, 1, 2048, 128, 128, "bfloat16")
+    return [*plain, one, replace(one, dtype="float32"), replace(one, softcap=30.0, len_k=1024)]
+
+
+def _attention_seconds(session: CpuSession, request: AttentionRequest, budget: float) -> float:
+    """The fastest of a few calls, within a budget of seconds: what others do on the machine only adds."""
+    attend = session.bind(request)
+    dtype = getattr(torch, request.dtype)
+
+    def draw(heads: int, length: int, dim: int) -> Tensor:
+        return torch.randn(request.batch, heads, length, dim).to(dtype)
+
+    query = draw(request.heads_q, request.len_q, request.dim_qk)
+    key = draw(request.heads_kv, request.len_k, request.dim_qk)
+    value = draw(request.heads_kv, request.len_k, request.dim_v)
+    return min(_times(lambda: attend(query, key, value, None, None, None, None), budget, 15))
+
+
+def _times(call: Callable[[], Any], budget: float, most: int) -> list[float]:
+    """Seconds of up to `most` calls after one warm-up, at least three, no longer started than `budget` allows."""
+    call()
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 3 or (len(times) < most and time.perf_counter() - begun < budget):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
