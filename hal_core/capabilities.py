@@ -9,39 +9,14 @@ import attrs
 
 from .request import AttentionRequest, Causal, MaskKind
 
-
-class Code(enum.StrEnum):
-    """Why a device refuses. Stable names: programs may branch on them."""
-
-    DTYPE = "dtype"
-    CACHE_DTYPE = "cache_dtype"
-    HEAD_DIM = "head_dim"
-    VALUE_DIM = "value_dim"
-    BATCH = "batch"
-    HEADS = "heads"
-    LENGTH = "length"
-    GROUPED_HEADS = "grouped_heads"
-    STRIDES = "strides"
-    MASK = "mask"
-    CAUSAL = "causal"
-    DIAGONAL = "diagonal"
-    WINDOW = "window"
-    SOFTCAP = "softcap"
-    DROPOUT = "dropout"
-    PACKED = "packed"
-    PAGED = "paged"
-    BLOCK_PLAN = "block_plan"
-    LSE = "lse"
-    BACKWARD = "backward"
-    MASK_GRADIENT = "mask_gradient"
-    LSE_GRADIENT = "lse_gradient"
-    DETERMINISTIC = "deterministic"
-    MAX_ERROR = "max_error"
-    MEMORY = "memory"
-    PLACEMENT = "placement"
-    FIDELITY = "fidelity"
-    UNAVAILABLE = "unavailable"
-    DEVICE = "device"  # a reason of the device's own, from its check()
+#: Why a device refuses. Stable names: programs may branch on them. DEVICE is a reason of the device's own, from its check().
+Code = enum.StrEnum("Code", [
+    "DTYPE", "CACHE_DTYPE", "HEAD_DIM", "VALUE_DIM", "BATCH", "HEADS", "LENGTH", "GROUPED_HEADS", "STRIDES", "MASK", "CAUSAL",
+    "DIAGONAL", "WINDOW", "SOFTCAP", "DROPOUT", "PACKED", "PAGED", "BLOCK_PLAN", "LSE", "BACKWARD", "MASK_GRADIENT",
+    "LSE_GRADIENT", "DETERMINISTIC", "MAX_ERROR", "MEMORY", "PLACEMENT", "FIDELITY", "UNAVAILABLE", "DEVICE",
+])  # fmt: skip
+#: The codes that are not called after the request's field.
+_CODES = {"len_q": "length", "len_k": "length", "page_size": "paged", "mask_grad": "mask_gradient", "lse_grad": "lse_gradient"}
 
 
 @attrs.frozen
@@ -100,8 +75,7 @@ class Choice:
         return min((v for v in self.values if v >= value), default=None)
 
     def __str__(self) -> str:
-        *most, last = [str(value) for value in sorted(self.values)] or ["none"]
-        return f"{', '.join(most)} or {last}" if most else last
+        return _either([str(value) for value in sorted(self.values)])
 
 
 @attrs.frozen
@@ -164,57 +138,61 @@ class Capabilities:
 
     def refusals(self, r: AttentionRequest) -> list[Refusal]:
         """Every reason why a request falls outside; empty when it is inside."""
-        has, sizes = self.features.__contains__, self.head_dim
+        has, sizes, blocks, paged = self.features.__contains__, self.head_dim, self.block_sizes, "paged" in self.features
+        lacks = (FEATURES - self.features).__contains__
         bound = self.numerics[r.dtype].relative if r.dtype in self.numerics else 0.0
-        accurate = sorted(d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error)
+        accurate = [d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error]
         plan = r.block_plan[:2] if r.block_plan is not None else ()
         by_mask = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
-        widths = (r.dim_v != r.dim_qk, Code.VALUE_DIM, "value_dim", str(r.dim_v))
-        rows: tuple[tuple[bool, Code, str, str, str, str], ...] = (
-            (r.dtype not in self.dtypes, Code.DTYPE, "dtype", r.dtype, listing(self.dtypes), _cast(r.dtype, self.dtypes)),
-            (r.dim_qk not in sizes, Code.HEAD_DIM, "head_dim", str(r.dim_qk), str(sizes), _pad(sizes, r.dim_qk)),
-            (widths[0] and not has("value_dim"), *widths[1:], f"the head_dim ({r.dim_qk})", f"pad to {max(r.dim_v, r.dim_qk)}"),
-            (widths[0] and has("value_dim") and r.dim_v not in sizes, *widths[1:], str(sizes), _pad(sizes, r.dim_v)),
-            (r.batch not in self.batch, Code.BATCH, "batch", str(r.batch), str(self.batch), "split the batch"),
-            (r.heads_q not in self.heads, Code.HEADS, "heads", str(r.heads_q), str(self.heads), "split the heads"),
-            (r.len_q not in self.length, Code.LENGTH, "len_q", str(r.len_q), str(self.length), _pad(self.length, r.len_q)),
-            (r.len_k not in self.length, Code.LENGTH, "len_k", str(r.len_k), str(self.length), _pad(self.length, r.len_k)),
-            (r.heads_q != r.heads_kv and not has("grouped_heads"), Code.GROUPED_HEADS, "grouped_heads",
-             f"{r.heads_q}/{r.heads_kv}", "equal head counts", "repeat the key and value heads"),
-            (not r.last_dim_contiguous and not has("strides"), Code.STRIDES, "strides", "a strided last dimension", "stride 1",
+        rows: tuple[tuple[bool, str, str, str, str], ...] = (  # (refused, field, wanted, offered, fix)
+            (r.dtype not in self.dtypes, "dtype", r.dtype, listing(self.dtypes), _cast(r.dtype, self.dtypes)),
+            (r.dim_qk not in sizes, "head_dim", str(r.dim_qk), str(sizes), _pad(sizes, r.dim_qk)),
+            (r.dim_v != r.dim_qk and lacks("value_dim"), "value_dim", str(r.dim_v), f"the head_dim ({r.dim_qk})",
+             f"pad to {max(r.dim_v, r.dim_qk)}"),
+            (r.dim_v != r.dim_qk and has("value_dim") and r.dim_v not in sizes, "value_dim", str(r.dim_v), str(sizes),
+             _pad(sizes, r.dim_v)),
+            (r.batch not in self.batch, "batch", str(r.batch), str(self.batch), "split the batch"),
+            (r.heads_q not in self.heads, "heads", str(r.heads_q), str(self.heads), "split the heads"),
+            (r.len_q not in self.length, "len_q", str(r.len_q), str(self.length), _pad(self.length, r.len_q)),
+            (r.len_k not in self.length, "len_k", str(r.len_k), str(self.length), _pad(self.length, r.len_k)),
+            (r.heads_q != r.heads_kv and lacks("grouped_heads"), "grouped_heads", f"{r.heads_q}/{r.heads_kv}",
+             "equal head counts", "repeat the key and value heads"),
+            (not r.last_dim_contiguous and lacks("strides"), "strides", "a strided last dimension", "stride 1",
              "call contiguous()"),
-            (r.mask not in self.masks, Code.MASK, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
-            (r.causal not in self.causal, Code.CAUSAL, "causal", r.causal, listing(self.causal), by_mask),
-            (r.diagonal != 0 and not has("diagonal"), Code.DIAGONAL, "diagonal", str(r.diagonal), "0", by_mask),
-            (r.window is not None and not has("window"), Code.WINDOW, "window", str(r.window), "no window", by_mask),
-            (r.softcap is not None and not has("softcap"), Code.SOFTCAP, "softcap", str(r.softcap), "no softcap", ""),
-            (r.dropout > 0 and not has("dropout"), Code.DROPOUT, "dropout", str(r.dropout), "no dropout", "call eval()"),
-            (r.packed and not has("packed"), Code.PACKED, "packed", "packed lengths", "padded batches", "pad, with a mask"),
-            (r.page_size is not None and not (has("paged") and r.page_size in self.page_sizes), Code.PAGED, "page_size",
-             str(r.page_size), f"pages of {self.page_sizes}" if has("paged") else "no pages", "gather the pages"),
-            (r.cache_dtype is not None and not (has("fp8_cache") and r.cache_dtype in self.cache_dtypes), Code.CACHE_DTYPE,
-             "cache_dtype", str(r.cache_dtype), listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"),
-            (bool(plan) and not (has("block_plan") and all(size in self.block_sizes for size in plan)), Code.BLOCK_PLAN,
-             "block_plan", " x ".join(map(str, plan)), f"blocks of {self.block_sizes}" if has("block_plan") else "dense",
-             "expand the plan to a mask"),
-            (r.lse and not has("lse"), Code.LSE, "lse", "log-sum-exp", "the output alone", ""),
-            (bool(r.grads) and not has("backward"), Code.BACKWARD, "backward", f"gradients of {', '.join(sorted(r.grads))}",
-             "forward alone", "call under torch.no_grad()"),
-            ("mask" in r.grads and not has("mask_grad"), Code.MASK_GRADIENT, "mask_grad", "the mask's gradient",
-             "a constant mask", "detach the mask"),
-            (r.grad_lse and not has("lse_grad"), Code.LSE_GRADIENT, "lse_grad", "gradients through the log-sum-exp", "none",
+            (r.mask not in self.masks, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
+            (r.causal not in self.causal, "causal", r.causal, listing(self.causal), by_mask),
+            (r.diagonal != 0 and lacks("diagonal"), "diagonal", str(r.diagonal), "0", by_mask),
+            (r.window is not None and lacks("window"), "window", str(r.window), "no window", by_mask),
+            (r.softcap is not None and lacks("softcap"), "softcap", str(r.softcap), "no softcap", ""),
+            (r.dropout > 0 and lacks("dropout"), "dropout", str(r.dropout), "no dropout", "call eval()"),
+            (r.packed and lacks("packed"), "packed", "packed lengths", "padded batches", "pad, with a mask"),
+            (r.page_size is not None and not (paged and r.page_size in self.page_sizes), "page_size", str(r.page_size),
+             f"pages of {self.page_sizes}" if paged else "no pages", "gather the pages"),
+            (r.cache_dtype is not None and not (has("fp8_cache") and r.cache_dtype in self.cache_dtypes), "cache_dtype",
+             str(r.cache_dtype), listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"),
+            (bool(plan) and not (has("block_plan") and all(size in blocks for size in plan)), "block_plan",
+             " x ".join(map(str, plan)), f"blocks of {blocks}" if has("block_plan") else "dense", "expand the plan to a mask"),
+            (r.lse and lacks("lse"), "lse", "log-sum-exp", "the output alone", ""),
+            (bool(r.grads) and lacks("backward"), "backward", f"gradients of {', '.join(sorted(r.grads))}", "forward alone",
+             "call under torch.no_grad()"),
+            ("mask" in r.grads and lacks("mask_grad"), "mask_grad", "the mask's gradient", "a constant mask",
+             "detach the mask"),
+            (r.grad_lse and lacks("lse_grad"), "lse_grad", "gradients through the log-sum-exp", "none",
              "ask for the log-sum-exp under torch.no_grad()"),
-            (r.deterministic and not has("deterministic"), Code.DETERMINISTIC, "deterministic", "fixed order of sums",
-             "an order that varies", ""),
-            (r.max_error is not None and bound > r.max_error, Code.MAX_ERROR, "max_error", str(r.max_error),
-             f"{bound:g} in {r.dtype}", _cast("", accurate)),
+            (r.deterministic and lacks("deterministic"), "deterministic", "fixed order of sums", "an order that varies", ""),
+            (r.max_error is not None and bound > r.max_error, "max_error", str(r.max_error), f"{bound:g} in {r.dtype}",
+             _cast("", accurate)),
         )  # fmt: skip
-        return [Refusal(*row[1:]) for row in rows if row[0]]
+        return [Refusal(_CODES.get(row[1], row[1]), *row[1:]) for row in rows if row[0]]
 
 
 def listing(words: Iterable[str]) -> str:
     """ "a, b or c", sorted; "none" for nothing."""
-    *most, last = sorted(words) or ["none"]
+    return _either(sorted(words))
+
+
+def _either(words: list[str]) -> str:
+    *most, last = words or ["none"]
     return f"{', '.join(most)} or {last}" if most else last
 
 
