@@ -35,10 +35,15 @@ def seed(request: pytest.FixtureRequest) -> int:
     return number
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hal-cache")
+
+
 @pytest.fixture(autouse=True)
-def _own_process(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_process(request: pytest.FixtureRequest, _caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """HAL_CACHE in a temporary folder, none of the caller's variables, and the initial settings afterwards."""
-    cache: Path = tmp_path_factory.mktemp("hal-cache", numbered=True)
+    cache = _caches / f"{zlib.crc32(request.node.nodeid.encode()):08x}"  # made by whoever writes there
     monkeypatch.setenv("HAL_CACHE", str(cache))
     for name in _VARIABLES:
         monkeypatch.delenv(name, raising=False)
