@@ -96,9 +96,8 @@ class Registry:
         name, distribution = entry_point.name, f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
         other, plugin = self._plugins.get(name), Plugin(name, distribution)
         self._plugins[name if other is None else f"{name} ({distribution})"] = plugin
-        if variable := _disabled_by(name):
-            why = f"switched off by {variable}"
-            plugin.failure = LoadFailure(name, distribution, "disabled", why, fix=f"change {variable}")
+        if off := _disabled_by(name):
+            plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=f"change {off}")
             return
         stage, before = "duplicate", (dict(self._entries), dict(self._specs))
         try:
@@ -119,7 +118,7 @@ class Registry:
             self._entries, self._specs = before
             if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
                 self._manager.unregister(name=name)
-            plugin.failure = self._failed(name, distribution, stage, error, f"upgrade or uninstall {distribution}")
+            plugin.failure = _failed(name, distribution, stage, error)
 
     def _add(self, entry: Entry) -> None:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
@@ -133,7 +132,7 @@ class Registry:
         if major != core_major or minor > core_minor:
             fix = "upgrade hal-core" if (major, minor) > API_VERSION else f"upgrade {entry.distribution or name}"
             why = f"written for plugin contract {major}.{minor}, this core has {core_major}.{core_minor}"
-            entry.failure = self._failed(name, entry.distribution, "api", PluginError(why), fix)
+            entry.failure = _failed(name, entry.distribution, "api", PluginError(why), fix)
         self._entries[name] = entry
 
     def _call(self, plugin: str, hook: str, **arguments: Any) -> Any:
@@ -157,23 +156,12 @@ class Registry:
     def fail_plugin(self, name: str, hook: str, error: BaseException) -> None:
         """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
         plugin = self._plugins[name]
-        fix = f"upgrade or uninstall {plugin.distribution}"
-        plugin.failure = self._failed(name, plugin.distribution, f"hook {hook}", error, fix)
+        plugin.failure = _failed(name, plugin.distribution, f"hook {hook}", error)
 
     def fail_entry(self, entry: Entry, stage: str, error: BaseException, fix: str = "") -> None:
         """Take a backend that raised where it must not out of service, with the reason kept."""
-        name, distribution = entry.spec.name, entry.distribution
         entry.found = ()
-        entry.failure = self._failed(name, distribution, stage, error, fix or f"upgrade or uninstall {distribution or name}")
-
-    def _failed(self, name: str, distribution: str, stage: str, error: BaseException, fix: str) -> LoadFailure:
-        import traceback
-
-        lines = (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
-        message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
-        if os.environ.get("HAL_STRICT") == "1":
-            raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
-        return LoadFailure(name, distribution, stage, message, trace, fix)
+        entry.failure = _failed(entry.spec.name, entry.distribution, stage, error, fix)
 
     # Looking up
 
@@ -208,7 +196,7 @@ class Registry:
         return entry.found
 
     def devices(self) -> list[Device]:
-        """Every device of every backend that works."""
+        """Every device that is present and works, hardware, emulated and simulated."""
         return [device for entry in self.entries() for device in self.devices_of(entry)]
 
     def find(self, name: str) -> list[Device]:
@@ -218,8 +206,7 @@ class Registry:
             UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
         """
         entry = self.entry(name)
-        found = [d for d in self.devices_of(entry) if name in (d.id, entry.spec.name)]
-        if found:
+        if found := [d for d in self.devices_of(entry) if name in (d.id, entry.spec.name)]:
             return found
         raise DeviceUnavailableError(self.why_absent(entry, name))
 
@@ -228,22 +215,16 @@ class Registry:
         self.discover()
         if not isinstance(name, str):
             raise UnknownBackendError(f"backend {name!r} was given: pass a backend name or device id as text")
-        entry = self._entries.get(name.partition(":")[0])
-        if entry is None:
-            raise UnknownBackendError(self._unknown(name))
-        return entry
-
-    def _unknown(self, name: str) -> str:
         backend = name.partition(":")[0]
-        plugin = self._plugins.get(backend)
-        if plugin is not None and plugin.failure is not None:
-            return f"backend {name!r} is not available, {plugin.failure.message}: {plugin.failure.fix}"
-        installed = sorted(self._entries)
+        if backend in self._entries:
+            return self._entries[backend]
+        if backend in self._plugins and (failure := self._plugins[backend].failure) is not None:
+            raise UnknownBackendError(f"backend {name!r} is not available, {failure.message}: {failure.fix}")
         from difflib import get_close_matches
 
-        close = get_close_matches(backend, installed, 1)
-        question = f" (did you mean {close[0]!r}?)" if close else ""
-        return f"unknown backend {name!r}{question}: installed are {listing(installed)}; `hal doctor` shows more"
+        question = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(backend, self._entries, 1))
+        installed = f"installed are {listing(self._entries)}; `hal doctor` shows more"
+        raise UnknownBackendError(f"unknown backend {name!r}{question}: {installed}")
 
     def why_absent(self, entry: Entry, name: str = "") -> str:
         """One sentence on why an installed backend has no (such) device, with the fix."""
@@ -280,7 +261,7 @@ class Registry:
                     entry.sessions[device.id] = entry.backend.open(device)
                 except (Exception, SystemExit) as error:
                     fix = entry.spec.install_hint or "see `hal doctor`"
-                    entry.broken[device.id] = self._failed(device.id, entry.distribution, "open", error, fix)
+                    entry.broken[device.id] = _failed(device.id, entry.distribution, "open", error, fix)
             if failure := entry.broken.get(device.id):
                 raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
             return entry.sessions[device.id]
@@ -299,8 +280,8 @@ class Registry:
             if isinstance(what, BackendSpec):
                 entry = Entry(what)
             else:
-                found = tuple(what.devices()) if name is None else ()
-                name = name or (found[0].id.partition(":")[0] if found else "")
+                if name is None:
+                    name = next((device.id.partition(":")[0] for device in what.devices()), "")
                 if not name:
                     raise PluginError("a backend without devices was given: pass its name")
                 kind = type(what)
@@ -311,7 +292,7 @@ class Registry:
             self.changed()
 
     def unregister(self, name: str) -> None:
-        """Remove a backend and close its sessions. Calls bound to it raise from now on."""
+        """Remove a backend; its sessions are closed and calls bound to it raise."""
         with self._lock:
             entry = self.entry(name)
             del self._entries[entry.spec.name]
@@ -350,26 +331,19 @@ def _disabled_by(name: str) -> str:
     return "HAL_DISABLE" if denied and name in [word.strip() for word in denied.split(",")] else ""
 
 
+def _failed(name: str, distribution: str, stage: str, error: BaseException, fix: str = "") -> LoadFailure:
+    """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
+    import traceback
+
+    lines = (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
+    message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
+    fix = fix or f"upgrade or uninstall {distribution or name}"
+    if os.environ.get("HAL_STRICT") == "1":
+        raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
+    return LoadFailure(name, distribution, stage, message, trace, fix)
+
+
 #: The process's registry.
 registry = Registry()
 atexit.register(registry.close)
-
-
-def devices() -> list[Device]:
-    """Every device that is present and works, hardware, emulated and simulated."""
-    return registry.devices()
-
-
-def session(device: str) -> Session:
-    """The open session of a device, shared by all callers in the process."""
-    return registry.session(device)
-
-
-def register(what: BackendSpec | AttentionBackend, name: str | None = None) -> None:
-    """Add a backend at run time, as an entry point would."""
-    registry.register(what, name)
-
-
-def unregister(name: str) -> None:
-    """Remove a backend; its sessions are closed and calls bound to it raise."""
-    registry.unregister(name)
+devices, session, register, unregister = registry.devices, registry.session, registry.register, registry.unregister
