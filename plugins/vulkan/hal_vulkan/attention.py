@@ -1,0 +1,187 @@
+"""Attention on a device: how a call becomes units, tiles and splits, forward and backward."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Grads
+
+from .problem import Mask, Ranges, band, hidden_tiles, mask_of, ranges_of
+from .recorder import Recorder, VulkanCommandBuffer
+
+_LOG2E = 1.4426950408889634
+_FIELDS = (
+    "len_q", "len_k", "unit_rows", "heads_per_unit", "units_per_batch", "group", "lower", "upper", "mask_batch", "mask_head",
+    "mask_row", "plan_batch", "plan_head", "block_q", "chunk", "has_mask", "has_plan", "splits", "scale", "softcap",
+)  # fmt: skip
+_LAYOUT = "18i2f"
+#: Head sizes that pipelines are made for; others are padded with zeros, which change no score.
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+
+
+class Call(NamedTuple):
+    """The tensors of one call and what they mean."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    request: AttentionRequest
+    plan: BlockPlan | None
+    mask: Tensor | None
+
+
+class Shape(NamedTuple):
+    """How forward_tiles.comp cuts the work: invocations of a group, its query rows, keys of a tile, rows per invocation."""
+
+    threads: int
+    rows: int
+    tile: int
+    height: int
+
+
+def shape_of(is_cpu: bool, dim: int) -> Shape:
+    """Tiles whose operands fit 32 KiB of shared memory on a CPU and 48 KiB on a GPU."""
+    if is_cpu:
+        return Shape(8, 8, 32 if dim <= 128 else 16, 8)
+    if dim <= 64:
+        return Shape(128, 64, 32, 4)
+    return Shape(128, 32, 32, 4) if dim <= 128 else Shape(64, 16, 16, 4)
+
+
+def padded_dim(request: AttentionRequest) -> int:
+    """The head size of the pipeline, at least both sizes."""
+    return next(dim for dim in HEAD_DIMS if dim >= max(request.dim_qk, request.dim_v))
+
+
+class _Setting:
+    """What all shaders of one call share: unit geometry, staged mask and ranges, push constants."""
+
+    def __init__(self, recorder: Recorder, commands: VulkanCommandBuffer, call: Call, *, pack: bool) -> None:
+        request, query, key = call.request, call.query, call.key
+        self.commands, self.is_cpu = commands, recorder.adapter.is_cpu
+        self.batch, self.heads_q, self.len_q = query.shape[:3]
+        self.heads_kv, self.len_k = key.shape[1:3]
+        self.dim = padded_dim(request)
+        self.dtype = "float16" if query.dtype == torch.float16 else "float32"
+        mask = None if call.mask is None else mask_of(call.mask, self.len_k)
+        ranges = None
+        if call.plan is not None:
+            ranges = ranges_of(call.plan, self.len_k)
+        elif mask is not None:
+            ranges = hidden_tiles(mask, self.len_q)
+        group = self.heads_q // self.heads_kv
+        together = ranges is None or (ranges.head_stride == 0 and ranges.block_q >= self.len_q)
+        self.heads_per_unit = group if pack and group > 1 and self.len_q < 32 and together else 1
+        self.unit_rows = self.heads_per_unit * self.len_q
+        self.units = self.batch * self.heads_q // self.heads_per_unit
+        self._stage(mask, ranges)
+        lower, upper = band(request, self.len_q, self.len_k)
+        strides = (0, 0, 0) if mask is None else mask.strides
+        self.numbers: dict[str, Any] = dict.fromkeys(_FIELDS, 0) | {
+            "len_q": self.len_q, "len_k": self.len_k, "unit_rows": self.unit_rows, "heads_per_unit": self.heads_per_unit,
+            "units_per_batch": self.heads_q // self.heads_per_unit, "group": group, "lower": lower, "upper": upper,
+            "mask_batch": strides[0], "mask_head": strides[1], "mask_row": strides[2], "has_mask": int(mask is not None),
+            "chunk": 1 << 30, "splits": 1, "scale": request.effective_scale, "softcap": request.softcap or 0.0,
+        }  # fmt: skip
+        if ranges is not None:
+            self.numbers |= {"has_plan": 1, "block_q": ranges.block_q}
+            self.numbers |= {"plan_batch": ranges.batch_stride, "plan_head": ranges.head_stride}
+
+    def _stage(self, mask: Mask | None, ranges: Ranges | None) -> None:
+        nothing = self.commands.space(256)
+        stage = self.commands.stage
+        self.mask = nothing if mask is None else stage(mask.values)
+        self.index = nothing if ranges is None else stage(ranges.index)
+        self.bounds = nothing if ranges is None else stage(ranges.bounds)
+
+    def split(self, shape: Shape) -> None:
+        """Cut the keys where the rows alone would leave the device idle."""
+        wanted, least = (4, 256) if self.is_cpu else (512, 128)
+        groups = -(-self.unit_rows // shape.rows) * self.units
+        if groups < wanted and self.len_k > least:
+            parts = min(-(-wanted // groups), -(-self.len_k // least), 64)
+            each = -(-self.len_k // parts)
+            chunk = -(-each // shape.tile) * shape.tile
+            self.numbers |= {"chunk": chunk, "splits": -(-self.len_k // chunk)}
+
+    def push(self, **changes: Any) -> list[Any]:
+        values = self.numbers | changes
+        return [values[name] for name in _FIELDS]
+
+
+def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> AttentionOutput:
+    """(out, log-sum-exp) of a call; the log-sum-exp always, since the shaders have it."""
+    query, value = call.query, call.value
+    result = torch.empty((*query.shape[:3], value.shape[-1]), dtype=query.dtype)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32)
+    if not result.numel() or not call.key.shape[2]:
+        return AttentionOutput(result.zero_() if out is None else out.zero_(), lse.fill_(-torch.inf))
+    with recorder.call(f"compute attention ({call.request.describe()})") as commands:
+        setting = _Setting(recorder, commands, call, pack=True)
+        dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim)
+        setting.split(shape)
+        splits, rows = setting.numbers["splits"], setting.units * setting.unit_rows
+        setting.numbers["scale"] *= 1.0 if call.request.softcap else _LOG2E
+        operands = [commands.stage(tensor, dim) for tensor in (query, call.key, value)]
+        to, to_lse = commands.result(result, dim), commands.result(lse)
+        part = commands.space(splits * rows * dim * 4 if splits > 1 else 256)
+        part_lse = commands.space(splits * rows * 4) if splits > 1 else to_lse
+        commands.dispatch(
+            f"forward_tiles.{setting.dtype}", (dim, shape.threads, shape.rows, shape.tile, shape.height),
+            [*operands, setting.mask, setting.index, setting.bounds, to, part_lse, part], setting.push(), _LAYOUT,
+            (-(-setting.unit_rows // shape.rows), setting.units, splits),
+        )  # fmt: skip
+        if splits > 1:
+            groups = (-(-rows * dim // 4 // 64), 1, 1)
+            commands.dispatch(
+                f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], setting.push(unit_rows=rows), _LAYOUT, groups
+            )
+        commands.finish()
+    return AttentionOutput(result if out is None else out.copy_(result), lse)
+
+
+def backward(
+    recorder: Recorder, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> Grads:
+    """Gradients of query, key and value from a given (out, lse); those that the request does not name are None."""
+    query, key, value = call.query, call.key, call.value
+    wanted = call.request.grads or frozenset("qkv")
+    grads = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
+    if query.numel() and key.numel():
+        with recorder.call(f"compute gradients ({call.request.describe()})") as commands:
+            _record_backward(recorder, commands, call, (out, lse, grad_out, grad_lse), grads)
+            commands.finish()
+    else:
+        for grad in grads:
+            grad.zero_()
+    return Grads(*(grad if name in wanted else None for name, grad in zip("qkv", grads, strict=True)))
+
+
+def _record_backward(
+    recorder: Recorder, commands: VulkanCommandBuffer, call: Call, given: tuple[Any, ...], grads: list[Tensor]
+) -> None:
+    out, lse, grad_out, grad_lse = given
+    setting = _Setting(recorder, commands, call, pack=False)
+    dim, stage = setting.dim, commands.stage
+    query, key, value = (stage(tensor, dim) for tensor in call[:3])
+    result, flowing = stage(out, dim), stage(grad_out.to(call.query.dtype), dim)
+    whole, flowing_lse = stage(lse.float()), stage(torch.zeros_like(lse) if grad_lse is None else grad_lse.float())
+    delta = commands.space(lse.numel() * 4)
+    to_query, to_key, to_value = (commands.result(grad, dim) for grad in grads)
+    constants = (dim, 8 if setting.is_cpu else 32)
+    shared = [query, key, value, setting.mask, setting.index, setting.bounds, flowing, whole]
+    commands.dispatch(
+        f"backward_query.{setting.dtype}", constants, [*shared, result, flowing_lse, to_query, delta], setting.push(),
+        _LAYOUT, (setting.len_q, setting.units, 1),
+    )  # fmt: skip
+    commands.dispatch(
+        f"backward_key.{setting.dtype}", constants, [*shared, delta, to_key, to_value], setting.push(), _LAYOUT,
+        (setting.len_k, setting.batch * setting.heads_kv, 1),
+    )  # fmt: skip
+
+
+assert struct.calcsize(_LAYOUT) == 4 * len(_FIELDS)

@@ -1,0 +1,53 @@
+"""Shaders of the package as pipelines: made on demand, kept, and cached on disk per driver."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+from hal_core import cache_dir
+
+from ._vk import Adapter, Gpu, Pipeline
+
+PUSH_BYTES = 80
+
+
+class VulkanShaderManager:
+    """Pipelines by (shader, bindings, specialisation constants)."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu, self._made, self._unsaved = gpu, dict[tuple[object, ...], Pipeline](), False
+
+    def pipeline(self, name: str, bindings: int, constants: Sequence[int]) -> Pipeline:
+        """The shader `name` (a .spv file without its ending) with these constants; made when first asked for."""
+        key = (name, bindings, *constants)
+        if key not in self._made:
+            self._made[key] = self._gpu.pipeline(_spirv(name), bindings, PUSH_BYTES, constants)
+            self._unsaved = True
+        return self._made[key]
+
+    def save(self, path: Path) -> None:
+        """Write the driver's pipeline cache, whole or not at all. A folder that cannot be written costs the cache alone."""
+        if not self._unsaved:
+            return
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(self._gpu.cache_data())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+        self._unsaved = False
+
+
+def cache_path(adapter: Adapter) -> Path:
+    """Where the pipeline cache of this driver and device lies; a new driver has another UUID and starts anew."""
+    return cache_dir() / "vulkan" / f"{adapter.uuid}.pipelines"
+
+
+@lru_cache(maxsize=64)
+def _spirv(name: str) -> bytes:
+    return (resources.files("hal_vulkan") / "shaders" / f"{name}.spv").read_bytes()
