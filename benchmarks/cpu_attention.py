@@ -1,0 +1,183 @@
+"""The CPU device beside torch's scaled_dot_product_attention: decode, the grid, window, softcap, memory.
+
+Functions that are compared run interleaved, in random order; a ratio is the median of the rounds' ratios, torch's time over
+the device's, so above 1 is faster than torch. The grid is run three times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import record
+import torch
+from hal_cpu.calibrate import read_bandwidth
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import hal_core as hal
+from hal_core.testing import BenchmarkRunner
+from hal_core.testing.benchmark import host_peak
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SECTIONS = ("decode", "grid", "window", "softcap", "memory")
+NOTE = "Ratio: time of torch's scaled_dot_product_attention over the device's; the 95% interval is over the rounds of one run."
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--section", choices=SECTIONS, action="append", help="only this section; may be repeated")
+    parser.add_argument("--runs", type=int, default=3, help="runs of the grid (3)")
+    options = parser.parse_args()
+    for section in options.section or SECTIONS:
+        globals()[section](options)
+
+
+def compare(torchs: Callable[[], Any], ours: Callable[[], Any], seconds: float) -> tuple[float, float, str]:
+    """(torch's milliseconds, ours, ratio with its interval)."""
+    runner = BenchmarkRunner(warmup=3, timed=200, budget=seconds)
+    found = runner.compare({"device": ours, "torch": torchs}, baseline="device")
+    ratio = found.ratios["torch"]
+    return found.results["torch"].p50, found.results["device"].p50, f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def draw(batch: int, heads: int, length: int, dim: int, dtype: str) -> Tensor:
+    return torch.randn(batch, heads, length, dim).to(DTYPES[dtype])
+
+
+def decode(options: argparse.Namespace) -> None:
+    """One query, 32 heads on 8, 8,192 keys: the bars are 8, 2.2 and 1.3 times torch, and 0.25 of the read bandwidth."""
+    bandwidth = read_bandwidth()
+    rows = []
+    for dtype, dim, masked, bar in (
+        ("bfloat16", 128, False, "8"), ("float32", 128, False, "2.2"), ("float32", 64, False, "1.3"),
+        ("bfloat16", 64, False, ""), ("float16", 128, False, ""), ("bfloat16", 128, True, ""), ("float32", 128, True, ""),
+    ):  # fmt: skip
+        query, key, value = draw(1, 32, 1, dim, dtype), draw(1, 8, 8192, dim, dtype), draw(1, 8, 8192, dim, dtype)
+        mask = (torch.arange(8192) >= 1000).view(1, 1, 1, -1) if masked else None
+        bound = hal.bind(query, key, value, mask, enable_gqa=True, backend="cpu")
+        theirs, ours, ratio = compare(
+            lambda q=query, k=key, v=value, m=mask: sdpa(q, k, v, m, enable_gqa=True),
+            lambda b=bound, q=query, k=key, v=value, m=mask: b(q, k, v, m),
+            5.0,
+        )  # fmt: skip
+        share = (key.nbytes + value.nbytes) / (ours / 1e3) / bandwidth
+        name = f"{dtype}, head_dim {dim}" + (", padding mask" if masked else "")
+        rows.append([name, f"{theirs:.2f}", f"{ours:.2f}", ratio, bar, f"{share:.2f}"])
+    record.publish(
+        options, "cpu", "Decode: batch 1, 32 heads on 8, 1 query, 8,192 keys",
+        ("case", "torch ms", "device ms", "ratio", "bar", "share of read bandwidth"), rows,
+        [f"Read bandwidth in the same run: {bandwidth / 1e9:.1f} GB/s; the bar for its share is 0.25.", NOTE], "Decode",
+    )  # fmt: skip
+
+
+def grid(options: argparse.Namespace) -> None:
+    """Lengths 128 to 8,192, head sizes 32 to 256, three dtypes, full and causal; cases over 1 ms count."""
+    heads = {128: 16, 512: 8, 2048: 4, 8192: 1}
+    ratios: dict[tuple[Any, ...], list[float]] = {}
+    times: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for _ in range(options.runs):
+        for length, count in heads.items():
+            for dim in (32, 64, 128, 256):
+                for dtype in DTYPES:
+                    for causal in (False, True):
+                        case = (dtype, dim, length, count, causal)
+                        theirs, ours, ratio = _grid_case(*case)
+                        ratios.setdefault(case, []).append(float(ratio.split()[0]))
+                        times.setdefault(case, []).append((theirs, ours))
+    rows, counted = [], []
+    for case, found in ratios.items():
+        dtype, dim, length, count, causal = case
+        theirs, ours = (statistics.median(pair[side] for pair in times[case]) for side in (0, 1))
+        if theirs < 1.0:
+            continue
+        counted.append(statistics.median(found))
+        shape = f"{dtype}, {count} heads, {length} x {length}, head_dim {dim}" + (", causal" if causal else "")
+        rows.append([shape, f"{theirs:.2f}", f"{ours:.2f}", f"{counted[-1]:.3f}", ", ".join(f"{r:.2f}" for r in found)])
+    mean = math.exp(statistics.fmean(map(math.log, counted)))
+    summary = f"Geometric mean {mean:.3f} over {len(counted)} cases above 1 ms, worst {min(counted):.3f}"
+    record.publish(
+        options, "cpu", "Grid: batch 1, equal lengths", ("case", "torch ms", "device ms", "ratio", "ratio of each run"),
+        rows, [f"{summary}; the bars are 0.99 and 0.95."], "Grid",
+    )  # fmt: skip
+
+
+def _grid_case(dtype: str, dim: int, length: int, heads: int, causal: bool) -> tuple[float, float, str]:
+    query, key, value = (draw(1, heads, length, dim, dtype) for _ in range(3))
+    return compare(
+        lambda: sdpa(query, key, value, is_causal=causal),
+        lambda: hal.attention(query, key, value, is_causal=causal, backend="cpu"),
+        1.0,
+    )
+
+
+def window(options: argparse.Namespace) -> None:
+    """A causal window of 256 keys out of 4,096, beside torch with the same window as a boolean mask."""
+    rows = []
+    visible = torch.ones(4096, 4096, dtype=torch.bool).tril().triu(-255)
+    for dtype in DTYPES:
+        query, key, value = (draw(1, 8, 4096, 64, dtype) for _ in range(3))
+        bound = hal.bind(query, key, value, is_causal=True, window=(255, 0), backend="cpu")
+        theirs, ours, ratio = compare(
+            lambda q=query, k=key, v=value: sdpa(q, k, v, visible), lambda b=bound, q=query, k=key, v=value: b(q, k, v), 5.0
+        )
+        rows.append([dtype, f"{theirs:.1f}", f"{ours:.1f}", ratio])
+    record.publish(
+        options, "cpu", "Window: 8 heads, 4,096 x 4,096, head_dim 64, 256 keys up to the diagonal",
+        ("dtype", "torch with a mask, ms", "device ms", "ratio"), rows, [NOTE], "Window",
+    )  # fmt: skip
+
+
+def softcap(options: argparse.Namespace) -> None:
+    """Softcap beside torch without it: torch has none to compare with."""
+    rows = []
+    for dtype in DTYPES:
+        for causal in (False, True):
+            for cap in (50.0, 100.0):
+                query, key, value = (draw(1, 8, 4096, 64, dtype) for _ in range(3))
+                bound = hal.bind(query, key, value, is_causal=causal, softcap=cap, backend="cpu")
+                theirs, ours, _ = compare(
+                    lambda q=query, k=key, v=value, c=causal: sdpa(q, k, v, is_causal=c),
+                    lambda b=bound, q=query, k=key, v=value: b(q, k, v),
+                    4.0,
+                )
+                name = f"{dtype}, softcap {cap:g}" + (", causal" if causal else "")
+                rows.append([name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"])
+    record.publish(
+        options, "cpu", "Softcap: 8 heads, 4,096 x 4,096, head_dim 64, beside torch without a softcap",
+        ("case", "torch ms", "device ms", "device over torch"), rows,
+        ["The bar is 4 times torch's time, the aim 2."], "Softcap",
+    )  # fmt: skip
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Peak memory of a tiled call at 16,384 and 32,768 tokens, one head."""
+    rows, held = [], {}
+    calls = (
+        ("softcap", {"softcap": 50.0}),
+        ("causal bottom-right, log-sum-exp", {"causal": "bottom_right", "return_lse": True}),
+    )
+    for name, extra in calls:
+        for length in (16384, 32768):
+            query, key, value = (draw(1, 1, length, 64, "float32") for _ in range(3))
+
+            def call(q: Tensor = query, k: Tensor = key, v: Tensor = value, e: dict[str, Any] = extra) -> Any:
+                return hal.attention(q, k, v, backend="cpu", **e)
+
+            hal.session("cpu:0").memory.trim()
+            held[name, length], how = host_peak(call)
+        peaks = [held[name, length] for length in (16384, 32768)]
+        ratio = f"{peaks[1] / peaks[0]:.2f}" if None not in peaks else "not available"
+        rows.append([name, *(f"{p:.1f}" if p is not None else "not available" for p in peaks), ratio])
+    record.publish(
+        options, "cpu", "Memory: 1 head, head_dim 64, float32, output included",
+        ("case", "16,384 tokens, MB", "32,768 tokens, MB", "ratio"), rows,
+        [f"Measured as: {how}. The bar for the ratio is 2.2."], "Memory",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
