@@ -87,7 +87,7 @@ class PooledMemory:
         self._device, self._name, self.limit = torch_device, name or torch_device, limit
         self._free: dict[int, list[Any]] = defaultdict(list)
         self._lock = threading.Lock()
-        self._in_use = self._pooled = self._peak = self._allocations = self._reuses = self._copies = self._copied = 0
+        self._count = dict.fromkeys(("in_use", "pooled", "peak", "allocations", "reuses", "copies", "copied"), 0)
 
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
         """An uninitialised buffer.
@@ -99,35 +99,27 @@ class PooledMemory:
         import torch
 
         if dtype not in DTYPE_BYTES or any(size < 0 for size in shape):
-            raise ContractError(
-                f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}"
-            )
+            raise ContractError(f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}")
         needed = math.prod(shape) * DTYPE_BYTES[dtype]
-        block = self._take(needed)
-        typed = block[:needed].view(getattr(torch, dtype)).view(tuple(shape))
-        return Buffer(typed, self, block.numel())
-
-    def _take(self, needed: int) -> Any:
-        import torch
-
         size = max(_SMALLEST_BLOCK, 1 << max(needed - 1, 0).bit_length())
         if size > 1 << 22:  # powers of two waste too much here: whole MiB instead
             size = -(-needed // (1 << 20)) << 20
         with self._lock:
-            if not (self._free[size]) and self.limit is not None and self._in_use + self._pooled + size > self.limit:
+            count, pool = self._count, self._free[size]
+            if self.limit is not None and not pool and count["in_use"] + count["pooled"] + size > self.limit:
                 self._drop_pool()
-            if self.limit is not None and self._in_use + size > self.limit:
-                raise MemoryLimitError(self._name, size, self._in_use, self.limit)
-            if self._free[size]:
-                block = self._free[size].pop()
-                self._pooled -= size
-                self._reuses += 1
+            if self.limit is not None and count["in_use"] + size > self.limit:
+                raise MemoryLimitError(self._name, size, count["in_use"], self.limit)
+            if pool:
+                block = pool.pop()
+                count["pooled"] -= size
+                count["reuses"] += 1
             else:
                 block = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._allocations += 1
-            self._in_use += size
-            self._peak = max(self._peak, self._in_use)
-        return block
+            count["allocations"] += 1
+            count["in_use"] += size
+            count["peak"] = max(count["peak"], count["in_use"])
+        return Buffer(block[:needed].view(getattr(torch, dtype)).view(tuple(shape)), self, size)
 
     def free(self, buffer: Buffer) -> None:
         """Give a buffer back. Freeing twice raises ContractError."""
@@ -135,18 +127,16 @@ class PooledMemory:
 
         if buffer.owner is not self:
             raise ContractError("this buffer belongs to another memory manager: free it there")
-        typed = buffer.tensor
+        storage = buffer.tensor.untyped_storage()
         buffer.release()
         if buffer.reserved == 0:  # memory that came in through to_backend is its tensor's
             return
-        storage = typed.untyped_storage()
-        del typed
         with self._lock:
-            self._in_use -= buffer.reserved
+            self._count["in_use"] -= buffer.reserved
             if torch._C._storage_Use_Count(storage._cdata) == 1:  # ours is the last: nobody else reads this memory
                 block = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
                 self._free[buffer.reserved].append(block)
-                self._pooled += buffer.reserved
+                self._count["pooled"] += buffer.reserved
 
     def to_backend(self, tensor: Tensor) -> Buffer:
         """A buffer that shares the tensor's memory where it lies on this device, a counted copy otherwise."""
@@ -164,15 +154,12 @@ class PooledMemory:
 
     def count_copy(self, nbytes: int) -> None:
         with self._lock:
-            self._copies += 1
-            self._copied += nbytes
+            self._count["copies"] += 1
+            self._count["copied"] += nbytes
 
     def stats(self) -> MemoryStats:
         with self._lock:
-            return MemoryStats(
-                in_use=self._in_use, pooled=self._pooled, peak=self._peak, limit=self.limit,
-                allocations=self._allocations, reuses=self._reuses, copies=self._copies, copied=self._copied,
-            )  # fmt: skip
+            return MemoryStats(limit=self.limit, **self._count)
 
     def trim(self) -> int:
         """Drop every pooled block; returns the bytes given back."""
@@ -180,6 +167,7 @@ class PooledMemory:
             return self._drop_pool()
 
     def _drop_pool(self) -> int:
-        given_back, self._pooled = self._pooled, 0
-        self._free.clear()
+        given_back, self._count["pooled"] = self._count["pooled"], 0
+        for pool in self._free.values():
+            pool.clear()
         return given_back
