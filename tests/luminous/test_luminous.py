@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hal_core as hal
 import pytest
 import torch
-from hal_core.testing import ConformanceSuite, check_backend
 from hal_luminous.backend import LuminousBackend
 from hal_photonics.calibration import calibrate
 from hal_photonics.driver import SimulatedDriver
 from hal_photonics.profile import Origin
+
+import hal_core as hal
+from hal_core.testing import ConformanceSuite, check_backend
 
 
 class TestBank(ConformanceSuite):

@@ -168,7 +168,8 @@ def test_against_an_h200_there_is_no_crossover_in_time(profile: str, length: int
     """Attention of 32 heads of 128, optics alone, against 65% of 790 TFLOP/s and 700 W."""
     from hal_core import AttentionRequest
 
-    found = attention_cost(load(PROFILES / f"{profile}.toml"), AttentionRequest(1, 32, 32, length, length, 128, 128, "bfloat16"), host=False)  # fmt: skip
+    request = AttentionRequest(1, 32, 32, length, length, 128, 128, "bfloat16")
+    found = attention_cost(load(PROFILES / f"{profile}.toml"), request, host=False)
     gpu = GPUS["h200"]
     seconds = 4 * 32 * length**2 * 128 / (gpu.share * gpu.peak) + gpu.start
     assert seconds / found.time == pytest.approx(speed, abs=0.01)

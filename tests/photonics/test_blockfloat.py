@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from hal_core import ContractError
 from hal_photonics.blockfloat import Converters, encode, integer_product, product
 from hal_photonics.calibration import decibels
 from hal_photonics.core import PhotonicCore
 from hal_photonics.profile import Profile
+
+from hal_core import ContractError
 
 CHIP = Converters(10, 7, 11, 1.86, 128)
 
@@ -65,7 +67,7 @@ def test_each_doubling_of_the_gain_brings_six_decibels(draw: torch.Generator) ->
     inputs, weights = torch.randn(1, 512, 1024, generator=draw), torch.randn(1, 512, 1024, generator=draw)
     want = inputs @ weights.mT
     seen = [decibels(want, product(inputs, weights, Converters(8, 8, 8, gain, 128))[0]) for gain in (1, 2, 4, 8)]
-    for low, high in zip(seen, seen[1:], strict=False):
+    for low, high in itertools.pairwise(seen):
         assert 5.9 - 0.3 <= high - low <= 6.0 + 0.3
 
 
@@ -113,7 +115,7 @@ def test_codes_equal_those_of_aihwkit(draw: torch.Generator) -> None:
 
 def test_codes_equal_those_of_crosssim(draw: torch.Generator) -> None:
     """Row 11: CrossSim 3.2.0, balanced, sign-magnitude inputs: 99.99% of the codes."""
-    pytest.importorskip("simulator", reason="CrossSim is not installed: pip install its source, github.com/sandialabs/cross-sim")
+    pytest.importorskip("simulator", reason="CrossSim is not installed: its source is github.com/sandialabs/cross-sim")
     from hal_photonics.yardsticks import crosssim_codes
 
     x, w, ours = codes(draw)

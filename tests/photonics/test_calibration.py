@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
-import hal_core as hal
 import pytest
 import torch
-from hal_core import DeviceUnavailableError
 from hal_photonics.calibration import bits, calibrate, probe_snr
 from hal_photonics.core import Corrections, PhotonicCore
 from hal_photonics.driver import Fault, SimulatedDriver
 from hal_photonics.imperfections import odd_polynomial
 from hal_photonics.profile import Profile
 from hal_photonics.session import PhotonicSession
+
+import hal_core as hal
+from hal_core import DeviceUnavailableError
 
 
 @pytest.mark.parametrize("chip", [1, 2, 3])
@@ -83,7 +84,7 @@ def test_a_chip_below_the_floor_does_not_serve_and_says_why(generic: Profile) ->
     assert session.state == "off"
     request = hal.AttentionRequest(1, 1, 1, 2, 2, 4, 4, "float32")
     prepared = session.prepare_attention(*[torch.ones(1, 1, 2, 4)] * 3, request=request)
-    with pytest.raises(DeviceUnavailableError, match=r"state off \(signal-to-noise of .* dB after calibration, the floor is 10"):
+    with pytest.raises(DeviceUnavailableError, match=r"state off \(signal-to-noise of .* dB after .*floor is 10"):
         session.compute_attention(prepared)
 
 

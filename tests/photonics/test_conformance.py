@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import hal_core as hal
 import pytest
-from hal_core.testing import ConformanceSuite, check_backend
 from hal_photonics import register_profile
 from hal_photonics.backend import BUNDLED
+
+import hal_core as hal
+from hal_core.testing import ConformanceSuite, check_backend
 
 
 class TestGeneric(ConformanceSuite):

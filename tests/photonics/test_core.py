@@ -7,11 +7,12 @@ import threading
 
 import pytest
 import torch
-from hal_core import ContractError
 from hal_photonics.core import PhotonicCore, generator
 from hal_photonics.driver import SimulatedDriver
 from hal_photonics.imperfections import BOLTZMANN, ELECTRON, effective_bits, noise_parts
 from hal_photonics.profile import Profile
+
+from hal_core import ContractError
 
 
 def test_the_same_rng_gives_the_same_noise_in_any_thread(generic: Profile, draw: torch.Generator) -> None:

@@ -6,15 +6,17 @@ import math
 
 import pytest
 import torch
-from hal_core import AttentionRequest, Basis, Causal, Provenance
 from hal_photonics.blockfloat import narrowed
 from hal_photonics.components import LIGHTENING_BASE, component_power
 from hal_photonics.cost import ENERGY_PARTS, TIME_PARTS, attention_cost, attention_work, product_cost, throughput
 from hal_photonics.profile import Profile
 
+from hal_core import AttentionRequest, Basis, Causal, Provenance
+
 
 def request(n: int = 512, **changes: object) -> AttentionRequest:
-    return AttentionRequest(**({"batch": 2, "heads_q": 8, "heads_kv": 4, "len_q": n, "len_k": n, "dim_qk": 96, "dim_v": 64, "dtype": "float32"} | changes))  # fmt: skip
+    plain = {"batch": 2, "heads_q": 8, "heads_kv": 4, "len_q": n, "len_k": n, "dim_qk": 96, "dim_v": 64, "dtype": "float32"}
+    return AttentionRequest(**(plain | changes))
 
 
 @pytest.mark.parametrize("duty", [1.0, 0.5])

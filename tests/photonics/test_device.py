@@ -7,15 +7,16 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import hal_core as hal
 import pytest
 import torch
-from hal_core import ContractError, UnsupportedError
-from hal_core.cli import main
-from hal_core.testing import reference, relative_error
 from hal_photonics import pcie, register_profile
 from hal_photonics.backend import BUNDLED
 from hal_photonics.kernels import linear_reference
+
+import hal_core as hal
+from hal_core import ContractError, UnsupportedError
+from hal_core.cli import main
+from hal_core.testing import reference, relative_error
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import hal_core as hal
 import pytest
 import torch
-from hal_core import Code, DeviceUnavailableError, UnsupportedError
-from hal_core.registry import registry
 from hal_photonics.driver import Fault, SimulatedDriver, Telemetry
 from hal_photonics.profile import Profile
 from hal_photonics.thermal import TRANSITIONS, Health, Signal, State, Supervisor, step, triggers
+
+import hal_core as hal
+from hal_core import Code, DeviceUnavailableError, UnsupportedError
+from hal_core.registry import registry
 
 ALARMS = (Signal.ABOVE_TRIP, Signal.SENSOR_FAILED, Signal.LASER_FAILED)
 

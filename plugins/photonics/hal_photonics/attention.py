@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from hal_core import AttentionOutput, AttentionRequest, MaskKind, dense_mask
 from torch import Tensor
+
+from hal_core import AttentionOutput, AttentionRequest, MaskKind, dense_mask
+from hal_core.tiling import visible_keys
 
 #: inputs [batch, M, K], weights [batch, N, K], window of the keys along K or None -> [batch, M, N]
 Product = Callable[[Tensor, Tensor, Any], Tensor]
@@ -43,16 +45,18 @@ def attend(
     outs, lses = [], []
     for part in _parts(batch, heads_kv, share, len_q, len_k, tile_size):
         heads = slice(part.heads.start * share, part.heads.stop * share)
+        seen = _seen(request, part.rows, len_q, len_k)
         q = query[part.batch, heads, part.rows].float()
-        k, v = (t[part.batch, part.heads].float().flatten(0, 1) for t in (key, value))
-        lead, rows = q.shape[:2], q.shape[2]
-        scores = product(q.reshape(len(k), share * rows, -1), k, None).view(*lead, rows, len_k)
-        scores = _masked(scores * request.effective_scale, _cut(mask, part, heads), visible, part.rows, request)
+        k, v = (t[part.batch, part.heads, seen].float().flatten(0, 1) for t in (key, value))
+        lead, rows, keys = q.shape[:2], q.shape[2], seen.stop - seen.start
+        scores = product(q.reshape(len(k), share * rows, -1), k, None).view(*lead, rows, keys)
+        pairs = None if visible is None else visible[part.rows, seen]
+        scores = _masked(scores * request.effective_scale, _cut(mask, part, heads, seen), pairs, request)
         peak = scores.detach().amax(-1, keepdim=True)
         dead = peak == -torch.inf
         weights = torch.exp(scores - peak.masked_fill(dead, 0))
         total = weights.sum(-1, keepdim=True).masked_fill(dead, 1)
-        mixed = product(weights.view(len(k), share * rows, len_k), v.transpose(1, 2), request.window)
+        mixed = product(weights.view(len(k), share * rows, keys), v.transpose(1, 2), request.window)
         mixed = mixed.view(*lead, rows, dim_v)
         outs.append((part, (mixed / total).masked_fill(dead, 0)))
         lses.append((part, (peak + total.log()).masked_fill(dead, -torch.inf).squeeze(-1)))
@@ -93,17 +97,23 @@ def _joined(parts: list[tuple[_Part, Tensor]], batch: int, heads_kv: int, dim: i
     return heads[0] if len(heads) == 1 else torch.cat(heads, 0)
 
 
-def _cut(mask: Tensor | None, part: _Part, heads: slice) -> Tensor | None:
+def _seen(request: AttentionRequest, rows: slice, len_q: int, len_k: int) -> slice:
+    """The keys that some of these rows see, at least one: the others are not loaded."""
+    start, _ = visible_keys(request, rows.start, len_q, len_k)
+    _, stop = visible_keys(request, rows.stop - 1, len_q, len_k)
+    start = min(start, len_k - 1)
+    return slice(start, max(min(stop, len_k), start + 1))
+
+
+def _cut(mask: Tensor | None, part: _Part, heads: slice, seen: slice) -> Tensor | None:
     """The part of a 4-dimensional mask; dimensions of size 1 stay."""
     if mask is None:
         return None
-    places = (part.batch, heads, part.rows)
-    return mask[tuple(slice(None) if size == 1 else place for size, place in zip(mask.shape[:3], places, strict=True))]
+    places = (part.batch, heads, part.rows, seen)
+    return mask[tuple(slice(None) if size == 1 else place for size, place in zip(mask.shape, places, strict=True))]
 
 
-def _masked(
-    scores: Tensor, mask: Tensor | None, visible: Tensor | None, rows: slice, request: AttentionRequest
-) -> Tensor:
+def _masked(scores: Tensor, mask: Tensor | None, visible: Tensor | None, request: AttentionRequest) -> Tensor:
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
     if request.mask is MaskKind.BOOLEAN and mask is not None:
@@ -111,4 +121,4 @@ def _masked(
     elif mask is not None:
         hidden = mask == -torch.inf
         scores = (scores + mask.float().masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf)
-    return scores if visible is None else scores.masked_fill(~visible[rows], -torch.inf)
+    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)

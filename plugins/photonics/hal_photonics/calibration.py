@@ -69,7 +69,8 @@ class CalibrationReport:
             "SNR before, dB": round(self.before, 2), "SNR after, dB": round(self.after, 2),
             "bits before": round(bits(self.before), 2), "bits after": round(bits(self.after), 2),
             "gain kept on unseen weights": round(self.kept, 3), "clip rate": self.clip_rate,
-            "before": drawing(self.before), "after": drawing(self.after), "faults": list(self.faults), "temperature, degC": round(self.temperature, 2),
+            "before": drawing(self.before), "after": drawing(self.after),
+            "faults": list(self.faults), "temperature, degC": round(self.temperature, 2),
         }  # fmt: skip
 
 

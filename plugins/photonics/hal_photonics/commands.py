@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ def _profile(options: argparse.Namespace) -> int:
         figures = {
             key: {"value": f.value, "unit": f.unit, "provenance": f.origin, "source": f.source} for key, f in p.figures.items()
         }
-        print(json.dumps({"name": p.name, "vendor": p.vendor, "mechanism": p.mechanism, "figures": figures, "derived": derived}, indent=2))
+        head = {"name": p.name, "vendor": p.vendor, "mechanism": p.mechanism}
+        print(json.dumps({**head, "figures": figures, "derived": derived}, indent=2))
         return 0
     rows = [[key, f"{f.value:g}", f.unit, str(f.origin), f.source] for key, f in p.figures.items()]
     show_table(f"{p.vendor} {p.name}: {p.title} ({p.mechanism})", ["figure", "value", "unit", "provenance", "source"], rows)
     show_table("What follows", ["figure", "value"], [[name, value] for name, value in derived.items()])
-    counts = {origin: sum(f.origin == origin for f in p.figures.values()) for origin in dict.fromkeys(f.origin for f in p.figures.values())}
+    counts = Counter(f.origin for f in p.figures.values())
     print(f"{p.path}: good. {', '.join(f'{count} figures {origin}' for origin, count in counts.items())}.")
     return 0
 
@@ -118,7 +120,8 @@ def _table(found: Any) -> tuple[list[str], list[list[str]]]:
         energy = "not available" if p.other_energy is None else f"{p.other_energy.middle:.3g}"
         change = "" if p.other_energy is None else f"{p.photonic_energy.middle / p.other_energy.middle - 1:+.0%}"
         rows.append([
-            f"{p.length:,}", f"{p.photonic_time.middle * 1e3:.3g}", f"{p.optics_time * 1e3:.3g}", f"{p.other_time.middle * 1e3:.3g}",
+            f"{p.length:,}", f"{p.photonic_time.middle * 1e3:.3g}", f"{p.optics_time * 1e3:.3g}",
+            f"{p.other_time.middle * 1e3:.3g}",
             f"{speed:.2f}x ({optics:.2f}x)", f"{p.photonic_energy.middle:.3g}", f"{p.optics_energy:.3g}", energy, change,
             f"{p.photonic_time.basis}, {p.photonic_time.provenance}", f"{p.other_time.basis}, {p.other_time.provenance}",
         ])  # fmt: skip

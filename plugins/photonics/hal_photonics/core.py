@@ -6,8 +6,9 @@ import threading
 from typing import Literal, NamedTuple
 
 import torch
-from hal_core import ContractError
 from torch import Tensor
+
+from hal_core import ContractError
 
 from .blockfloat import Converters, encode, may_clip, product
 from .driver import Driver, Reading, SimulatedDriver

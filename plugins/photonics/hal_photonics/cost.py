@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import attrs
+
 from hal_core import AttentionRequest, Basis, Estimate, Quantity
 from hal_core.request import DTYPE_BYTES
 from hal_core.tiling import visible_keys
@@ -157,7 +158,8 @@ def cost(
     joules = {part: watts[part] * optics for part in ENERGY_PARTS if part in watts}
     joules |= {"softmax": watts["digital"] * seconds["softmax"], "host": p["power.host"] * seconds["host"]}
     origins = {
-        "weights": p.origin("time.weight_load", "time.overlap", "array"), "stream": p.origin("time.clock", "time.flight", "array"),
+        "weights": p.origin("time.weight_load", "time.overlap", "array"),
+        "stream": p.origin("time.clock", "time.flight", "array"),
         "softmax": p.origin("time.digital_rate"), "host": p.origin("time.host_latency", "time.host_bandwidth"),
         "ADC": p.origin("power.electrical", "power.share_adc"), "DAC": p.origin("power.electrical", "power.share_dac"),
         "laser": p.origin("power.laser", "power.laser_efficiency"),

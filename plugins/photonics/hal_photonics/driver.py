@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
-from hal_core import ContractError
 from torch import Tensor
+
+from hal_core import ContractError
 
 from .blockfloat import Converters, integer_product
 from .imperfections import Drift, Imperfections

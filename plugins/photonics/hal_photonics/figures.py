@@ -78,7 +78,7 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "fwhm": Kind("Hz", 1e6, 1e13, "full width of a resonance at half maximum", of="ring"),
         "shift": Kind("Hz/K", 0, 1e12, "shift of a resonance by temperature", of="ring"),
         "temperature_error": Kind("K", 0, 100, "error of a ring's temperature, rms", of="ring"),
-        "thermal_crosstalk": Kind("ratio", 0, 1, "share of a heater's shift that reaches its neighbour, after decoupling", of="ring"),
+        "thermal_crosstalk": Kind("ratio", 0, 1, "share of a heater's shift that reaches its neighbour", of="ring"),
         "span": Kind("FWHM", 0.5, 100, "detuning at which a weight counts as fully off resonance", of="ring"),
     },
     "time": {
@@ -115,7 +115,7 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "sensor_timeout": Kind("s", 1e-6, 1e6, "a reading older than this counts as a failed sensor"),
     },
     "declared": {
-        "attention_error": Kind("ratio", 0, 100, "||x - reference|| / ||reference|| of attention on standard normal inputs", default=1.0),
+        "attention_error": Kind("ratio", 0, 100, "||x - reference|| / ||reference|| of attention, normal inputs", default=1.0),
         "lse_error": Kind("ratio", 0, 100, "the same of the log-sum-exp", default=0.6),
     },
     "calibration": {

@@ -7,9 +7,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from hal_core import ContractError, Estimate
 from hal_core.context import meter_var
-from torch import Tensor
 
 from .core import check_finite, drawn, generator
 from .cost import Cost, product_cost

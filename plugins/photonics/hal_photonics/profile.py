@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+
 from hal_core import ContractError, Provenance
 from hal_core.capabilities import listing
 

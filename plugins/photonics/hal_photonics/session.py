@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from torch import Tensor
+
 from hal_core import (
     AttentionOutput,
     AttentionRequest,
@@ -20,7 +22,6 @@ from hal_core import (
     SequenceTables,
     UnsupportedError,
 )
-from torch import Tensor
 
 from .attention import attend, exact_product
 from .blockfloat import narrowed

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import attrs
+
 import hal_core as hal
 from hal_core import AttentionRequest, Basis, ContractError, Fidelity, HalError, Provenance, Quantity
 from hal_core.registry import registry

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from .blockfloat import Converters
 from torch import Tensor
+
+from .blockfloat import Converters
 
 
 def aihwkit_tile(w: Tensor, c: Converters) -> Any:
