@@ -41,8 +41,8 @@ class ExplicitAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         query, key, value, mask, out, lse, indices, counts, *tables = ctx.saved_tensors
         grads = _differentiable_backward(
-            query, key, value, mask, out, lse,
-            torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, ctx.session, ctx.request,
+            query, key, value, mask, out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, ctx.session,
+            ctx.request,
             BlockPlan(ctx.blocks[0], ctx.blocks[1], indices, counts) if ctx.blocks else None,
             SequenceTables(*tables) if ctx.has_tables else None, ctx.rng,
         )  # fmt: skip
@@ -79,27 +79,21 @@ _differentiable_backward: Any = ExplicitBackward.apply
 
 
 def native_backward(
-    run: Any, tensors: tuple[Tensor, ...], mask: Tensor | None, wanted: frozenset[str],
-    grad_out: Tensor, grad_lse: Tensor | None, rest: tuple[Any, ...],
-) -> Grads:  # fmt: skip
+    run: Any, given: tuple[Any, ...], wanted: frozenset[str], grad_out: Tensor, grad_lse: Tensor | None
+) -> Grads:
     """Gradients by running a differentiable forward again: what a compiled graph's backward does for native sessions.
 
     Args:
-        run: the session's callable. tensors: query, key, value. wanted: subset of {"q", "k", "v", "mask"}.
-        grad_out, grad_lse: gradients of the results. rest: the callable's plan, tables and rng.
+        run: the session's callable. given: its arguments. wanted: subset of {"q", "k", "v", "mask"}.
+        grad_out, grad_lse: gradients of the results.
     """
-    leaves = [t.detach().requires_grad_(name in wanted) for name, t in zip("qkv", tensors, strict=True)]
-    leaf_mask = None if mask is None else mask.detach().requires_grad_("mask" in wanted)
+    named = dict(zip(("q", "k", "v", "mask"), given, strict=False))
+    leaves = {name: t if t is None else t.detach().requires_grad_(name in wanted) for name, t in named.items()}
     with torch.enable_grad():
-        result = run(*leaves, leaf_mask, *rest)
-        results, grads = (
-            ((result,), (grad_out,)) if isinstance(result, Tensor) else (tuple(result), (grad_out, grad_lse))
-        )
-        pairs = [
-            (r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None and r.requires_grad
-        ]
-    inputs = [*leaves, *([] if leaf_mask is None else [leaf_mask])]
-    needed = [leaf for leaf in inputs if leaf.requires_grad]
-    found = torch.autograd.grad([r for r, _ in pairs], needed, [g for _, g in pairs], allow_unused=True)
-    by_leaf = {id(leaf): grad for leaf, grad in zip(needed, found, strict=True)}
-    return Grads(*(by_leaf.get(id(leaf)) for leaf in (*leaves, leaf_mask)))
+        result = run(*leaves.values(), *given[4:])
+    results = zip((result,) if isinstance(result, Tensor) else result, (grad_out, grad_lse), strict=False)
+    pairs = [(r, grad) for r, grad in results if r is not None and grad is not None and r.requires_grad]
+    needed = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    found = torch.autograd.grad([r for r, _ in pairs], [*needed.values()], [grad for _, grad in pairs], allow_unused=True)
+    grads = dict(zip(needed, found, strict=True))
+    return Grads(*(grads.get(name) for name in leaves))

@@ -14,6 +14,7 @@ from torch import Tensor
 from .attention import in_operator
 from .autograd import native_backward
 from .context import meter_var, mirror, settings
+from .errors import ContractError
 from .registry import registry
 from .request import AttentionOutput, Causal, SequenceTables
 from .route import exact, metered
@@ -26,8 +27,8 @@ _TENSORS = (
     "Tensor? value_scale, Tensor? rng"
 )
 _STATIC = (
-    "SymInt[]? blocks, float dropout_p, bool is_causal, float? scale, bool enable_gqa, str? causal, SymInt diagonal, "
-    "SymInt? window_left, SymInt? window_right, bool windowed, float? softcap, bool return_lse, float? max_error, "
+    "SymInt[]? blocks, SymInt? window_left, SymInt? window_right, bool windowed, float dropout_p, bool is_causal, "
+    "float? scale, bool enable_gqa, str? causal, SymInt diagonal, float? softcap, bool return_lse, float? max_error, "
     "bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend, str? objective, "
     "bool? allow_simulated, bool? transfer, str? expected, int grads"
 )
@@ -51,17 +52,15 @@ def in_graph(
     if torch.is_grad_enabled():
         grads = int(query.requires_grad) + 2 * int(key.requires_grad) + 4 * int(value.requires_grad)
         grads += 8 if mask is not None and mask.requires_grad else 0
-    seed = None
-    if rng is not None:
-        seed = torch.tensor([rng[0], rng[1]], dtype=torch.int64)
-    elif dropout_p > 0:
+    seed = None if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+    if seed is None and dropout_p > 0:
         seed = torch.randint(0, 2**62, (2,), dtype=torch.int64)
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
+    causal = causal.value if isinstance(causal, Causal) else causal
     out, lse = operator(
-        query, key, value, mask, indices, counts, *tables, seed, blocks, dropout_p, is_causal, scale, enable_gqa,
-        causal.value if isinstance(causal, Causal) else causal, diagonal, left, right, window is not None, softcap, return_lse,
-        *rest, *wishes, expected, grads,
+        query, key, value, mask, indices, counts, *tables, seed, blocks, left, right, window is not None, dropout_p, is_causal,
+        scale, enable_gqa, causal, diagonal, softcap, return_lse, *rest, *wishes, expected, grads,
     )  # fmt: skip
     return AttentionOutput(out, lse) if return_lse else out
 
@@ -70,27 +69,22 @@ class _Call:
     """An operator's flat arguments, put back into the eager call's form."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
-        query, key, value, self.mask, indices, counts, *tables, seed = arguments[:_TENSOR_COUNT]
-        blocks, *static = arguments[_TENSOR_COUNT:]
-        options, (left, right, windowed, softcap, lse, max_error, deterministic, most_q, most_k) = (
-            static[:6],
-            static[6:15],
-        )
-        self.wishes, self.expected, self.bits = tuple(static[15:19]), static[19], static[20]
-        self.tensors = (query.detach(), key.detach(), value.detach())
-        self.plan = None if indices is None else BlockPlan(blocks[0], blocks[1], indices, counts)
-        self.tables = SequenceTables(*tables) if any(table is not None for table in tables) else None
-        self.rng = None if seed is None else tuple(seed.tolist())
-        window = (left, right) if windowed else None
-        self.options = (*options, window, softcap, lse, max_error, deterministic, most_q, most_k)
-        if self.mask is not None:
-            self.mask = self.mask.detach()[(None,) * (4 - self.mask.dim())]
+        query, key, value, mask, indices, counts, *named, seed = arguments[:_TENSOR_COUNT]
+        blocks, left, right, windowed, *static, self.expected, self.bits = arguments[_TENSOR_COUNT:]
+        self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
+        self.wishes, self.rng = tuple(static[-4:]), None if seed is None else tuple(seed.tolist())
+        plan = None if indices is None else BlockPlan(blocks[0], blocks[1], indices, counts)
+        tables = SequenceTables(*named) if any(table is not None for table in named) else None
+        mask = None if mask is None else mask.detach()[(None,) * (4 - mask.dim())]
+        self.given = (query.detach(), key.detach(), value.detach(), mask, plan, tables)
 
     def route(self, expected: str | None) -> Any:
         with torch.no_grad():
-            given = (*self.tensors, self.mask, self.plan, self.tables)
-            found = in_operator(given, self.bits, self.options, self.wishes, expected)
+            found = in_operator(self.given, self.bits, self.options, self.wishes, expected)
             if found.needs_rng and self.rng is None:
+                if self.bits:
+                    name = found.decision.chosen
+                    raise ContractError(f"{name} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)")
                 self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
 
@@ -99,11 +93,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(arguments)
     found = call.route(call.expected)
     with torch.no_grad():
-        given, meter = (*call.tensors, call.mask, call.plan, call.tables, call.rng), meter_var.get()
+        given, meter = (*call.given, call.rng), meter_var.get()
         result = found.base(*given) if meter is None else metered(meter, found, given, found.base)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
-    out, query = result.contiguous(), call.tensors[0]
+    out, query = result.contiguous(), call.given[0]
     if not call.bits:
         return out, query.new_empty(0, dtype=torch.float32)
     # torch differentiates this session's own forward: nobody reads the log-sum-exp that the graph was promised
@@ -118,47 +112,29 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
 
 
-def _backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(arguments)
-    found = call.route(None)
+    found, (query, key, value, mask, plan, tables) = call.route(None), call.given
+    session, grads = found.session, found.request.grads
     with torch.no_grad():
         if found.explicit:
-            request = exact(found.request, *call.tensors[:2])
-            prepared = found.session.prepare_attention(
-                *call.tensors, request=request, plan=call.plan, tables=call.tables
-            )
-            grads: Any = found.session.compute_attention_backward(
-                prepared, out, lse, grad_out, call.mask, grad_lse=grad_lse, rng=call.rng
-            )
+            request = exact(found.request, query, key)
+            prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
+            grads = session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=call.rng)
         else:
-            rest = (call.plan, call.tables, call.rng)
-            grads = native_backward(found.base, call.tensors, call.mask, found.request.grads, grad_out, grad_lse, rest)
-    inputs = (*call.tensors, call.mask)
-    dense = [
-        _gradient(grad, like, bool(call.bits >> i & 1))
-        for i, (grad, like) in enumerate(zip(grads, inputs, strict=True))
-    ]
-    if dense[3].numel() and arguments[3] is not None:
-        dense[3] = dense[3].reshape(arguments[3].shape)
-    return dense[0], dense[1], dense[2], dense[3]
+            grads = native_backward(found.base, (*call.given, call.rng), grads, grad_out, grad_lse)
+    return tuple(_gradient(grads[i], like, call.bits >> i & 1) for i, like in enumerate(arguments[:4]))
 
 
-def _gradient(grad: Tensor | None, like: Tensor | None, wanted: bool) -> Tensor:
+def _gradient(grad: Tensor | None, like: Tensor | None, wanted: int) -> Tensor:
     if not wanted or like is None:
         return torch.empty(0)
-    return torch.zeros(like.shape, dtype=like.dtype, device=like.device) if grad is None else grad.contiguous()
+    return like.new_zeros(like.shape) if grad is None else grad.reshape(like.shape).contiguous()
 
 
-def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    bits = arguments[-1]
-    return tuple(
-        tensor.new_empty(tensor.shape) if bits >> i & 1 and tensor is not None else torch.empty(0)
-        for i, tensor in enumerate(arguments[:4])
-    )
+def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    asked = [like if arguments[-1] >> i & 1 else None for i, like in enumerate(arguments[:4])]
+    return tuple(torch.empty(0) if like is None else like.new_empty(like.shape) for like in asked)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -172,23 +148,20 @@ def define(name: str) -> None:
     if name in OPERATORS:
         return
     forward, backward = f"{name}_forward", f"{name}_backward"
-    _library.define(f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)")
-    _library.define(
-        f"{backward}(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}, {_STATIC}) "
-        "-> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    _library.impl(forward, _forward, "CompositeExplicitAutograd")
-    _library.impl(backward, _backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hal::{forward}", _fake_forward, lib=_library)
-    torch.library.register_fake(f"hal::{backward}", _fake_backward, lib=_library)
+    random = (torch.Tag.nondeterministic_seeded,)  # a noisy device draws: two equal calls are not one
+    _library.define(f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)", tags=random)
+    results = f"Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}"
+    _library.define(f"{backward}({results}, {_STATIC}) -> (Tensor, Tensor, Tensor, Tensor)")
+    for operator, run, fake in ((forward, _forward, _fake_forward), (backward, _backward, _fake_backward)):
+        _library.impl(operator, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hal::{operator}", fake, lib=_library)
     backward_operator = getattr(torch.ops.hal, backward).default
 
     def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         *tensors, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         found = backward_operator(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
-        bits = ctx.static[-1]
-        grads = [grad if bits >> i & 1 else None for i, grad in enumerate(found)]
+        grads = [grad if ctx.static[-1] >> i & 1 else None for i, grad in enumerate(found)]
         return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
 
     torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
