@@ -6,8 +6,8 @@
 # BOOTSTRAP=python3.12   the interpreter that .venv is built from
 
 BOOTSTRAP ?= python3
-PACKAGES := . $(sort $(dir $(wildcard plugins/*/pyproject.toml extensions/*/pyproject.toml)))
-PROJECTS := $(addsuffix /pyproject.toml,$(patsubst %/,%,$(PACKAGES)))
+FOLDERS := . $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml extensions/*/pyproject.toml)))
+PROJECTS := $(addsuffix /pyproject.toml,$(FOLDERS))
 SYSTEM_PACKAGES := $(wildcard plugins/*/system-packages.txt)
 
 ifdef PYTHON
@@ -28,8 +28,10 @@ venv: $(READY)
 	$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make BOOTSTRAP=python3.12")'
 	$(BOOTSTRAP) -m venv .venv
 	.venv/bin/python -m pip install --quiet -c constraints.txt setuptools torch
-	.venv/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation \
-		$(foreach package,$(PACKAGES),-e "$(patsubst %/,%,$(package))[dev]")
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation $(addprefix -e ,$(FOLDERS))
+	.venv/bin/python -m pip install --quiet -c constraints.txt $$(.venv/bin/python -c \
+		'import sys, tomllib; print(*(tomllib.load(open(p + "/pyproject.toml", "rb"))["project"]["name"] + "[dev]" for p in sys.argv[1:]))' \
+		$(FOLDERS))
 	@touch $@
 
 # Drivers that emulated devices need: installed with root on Debian, named elsewhere. Without them those devices are absent.
@@ -47,8 +49,7 @@ endif
 
 out/.installed: $(PROJECTS)
 	@mkdir -p out
-	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation \
-		$(foreach package,$(PACKAGES),-e $(patsubst %/,%,$(package)))
+	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation $(addprefix -e ,$(FOLDERS))
 	@touch $@
 
 demo: $(READY) model
