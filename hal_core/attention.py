@@ -98,6 +98,8 @@ def attention(
     """
     if torch is None:
         _load()
+    if _autocast():
+        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     if _compiling():
         return library.in_graph(
             query, key, value, attn_mask, block_plan,
@@ -105,8 +107,6 @@ def attention(
             (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error,
              deterministic, max_seqlen_q, max_seqlen_k), (backend, objective, allow_simulated, transfer),
         )  # fmt: skip
-    if _autocast():
-        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
     tables = None if named.count(None) == 6 else SequenceTables(*named)
     bits = 0
