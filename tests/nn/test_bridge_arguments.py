@@ -11,7 +11,6 @@ import hal_nn
 import pytest
 import torch
 import transformers
-from hal_nn import huggingface
 from hal_nn.huggingface import IGNORED_ARGUMENTS, REFUSED_ARGUMENTS, attention_forward, attention_mask
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
@@ -241,15 +240,11 @@ def test_packed_position_ids_do_not_leak_between_sequences(pair, error):
     assert error(got[:, 3:], alone) <= 1e-5
 
 
-def test_deterministic_reaches_the_request(tensors):
-    seen = []
-    real = hal.attention
-    try:
-        hal.attention = lambda *args, **options: seen.append(options) or real(*args, **options)
-        attend(tensors, deterministic=True)
-        attend(tensors, deterministic=False)
-    finally:
-        hal.attention = real
+def test_deterministic_reaches_the_request(tensors, monkeypatch):
+    seen, real = [], hal.attention
+    monkeypatch.setattr(hal, "attention", lambda *args, **options: seen.append(options) or real(*args, **options))
+    attend(tensors, deterministic=True)
+    attend(tensors, deterministic=False)
     assert [options.get("deterministic") for options in seen] == [True, None]
 
 
@@ -333,10 +328,16 @@ def test_both_sinks_are_refused(tensors):
         attend(tensors, s_aux=torch.zeros(4), sinks=torch.zeros(2, 4, 6, 1))
 
 
-def test_an_empty_static_cache_is_not_read(tensors, error):
+def test_an_empty_static_cache_is_not_read(tensors, monkeypatch):
     """The prompt's attention: causal, without a mask, with more keys than queries because the cache is longer."""
     query, key, value = tensors
-    got = attend([query[:, :, :4], key, value], module=layer(is_causal=True))
     want = attend([query[:, :, :4], key[:, :, :4], value[:, :, :4]], module=layer(is_causal=True))
-    assert torch.equal(got, want)
-    assert huggingface.NAME == "hal"
+    lengths, real = [], hal.attention
+
+    def spy(query, key, value, *arguments, **options):
+        lengths.append((key.shape[2], value.shape[2]))
+        return real(query, key, value, *arguments, **options)
+
+    monkeypatch.setattr(hal, "attention", spy)
+    assert torch.equal(attend([query[:, :, :4], key, value], module=layer(is_causal=True)), want)
+    assert lengths == [(4, 4)]

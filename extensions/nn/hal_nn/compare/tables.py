@@ -107,11 +107,11 @@ def _show_time(comparison: Comparison, ran: list[Row]) -> None:
         ])  # fmt: skip
     if any(row.device is not None and row.device.fidelity == Fidelity.SIMULATED for row in ran):
         notes.append(
-            "A simulated device's wall time is the simulation's; its total is the host's remainder plus the modelled time."
+            "A simulated device's wall time is the simulation's; its total is the rest, on this host, plus the modelled time."
         )
     if any(row.device is not None and row.device.fidelity == Fidelity.EMULATED for row in ran):
         notes.append("An emulated device's time is this host's, running the device's programs.")
-    columns = ["device", "wall, whole", "wall, attention", "host's remainder", "on the device", "total", "origin"]
+    columns = ["device", "wall", "of it attention", "the rest, on host", "on the device", "total", "origin"]
     show_table(f"Time of one pass, median of {comparison.repeats} ± half the range", columns, rows, notes)
 
 
@@ -123,6 +123,6 @@ def _show_energy(comparison: Comparison, ran: list[Row]) -> None:
         energy = varied(costs.energy, joules) if costs.energy is not None else NOT_AVAILABLE
         share, origin = percent(comparison.share(row)), costs.energy.origin if costs.energy is not None else ""
         rows.append([row.name, macs(costs.macs), share, energy, origin, NOT_AVAILABLE, NOT_AVAILABLE])
-    columns = ["device", "work on it", "of the model", "energy on it", "origin", "host's remainder", "total"]
+    columns = ["device", "work on it", "of the model", "energy on it", "origin", "of the rest", "total"]
     notes = ["Energy is not available where there is neither a meter nor a published power: nothing is guessed."]
     show_table("Work and energy of one pass", columns, rows, notes)
