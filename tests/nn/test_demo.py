@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from hal_nn.compare import measure, models, texts
+from safetensors.torch import load_file, save_file
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
