@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .calibration import write_whole
 from .errors import ContractError
 from .registry import registry
 from .request import DTYPE_BYTES
@@ -61,12 +62,8 @@ def bench(
 
 def write_csv(records: Sequence[dict[str, Any]], path: str) -> None:
     """Write records, whole or not at all."""
-    unfinished = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    write_whole(Path(path), text.getvalue())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from .device import Device
 from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT = 1
 
@@ -34,6 +35,8 @@ class Calibration:
 
 def cache_dir() -> Path:
     """HAL_CACHE, or `hal` in the user's cache folder. Holds calibrations and compiled kernels."""
+    from pathlib import Path
+
     if chosen := os.environ.get("HAL_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hal"
@@ -45,6 +48,8 @@ def _path(device: Device) -> Path:
 
 def load(device: Device) -> Calibration | None:
     """The device's calibration; None where there is none for this model and driver, or the file cannot be read."""
+    import json
+
     try:
         data = json.loads(_path(device).read_text(encoding="utf-8"))
         if data.get("format") == FORMAT and data["fingerprint"] == device.fingerprint:
@@ -56,17 +61,23 @@ def load(device: Device) -> Calibration | None:
 
 def save(device: Device, values: dict[str, Any]) -> Calibration:
     """Store measurements, whole or not at all. Raises OSError where the cache cannot be written."""
+    import json
+
     calibration = Calibration(device.id, device.fingerprint, time.time(), values)
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, **attrs.asdict(calibration)}, indent=1)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    write_whole(path, json.dumps({"format": FORMAT, **attrs.asdict(calibration)}, indent=1))
+    return calibration
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return calibration
 
 
 def calibrate(device_name: str, progress: Callable[[str, float], None] = lambda text, share: None) -> Calibration:

@@ -80,51 +80,49 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_json(value: Any) -> int:
-    print(json.dumps(value, indent=2, default=str))
+def _shown(options: argparse.Namespace, record: Any, *tables: tuple[Any, ...]) -> int:
+    """Print the record as JSON, or the tables: each the arguments of `show_table`."""
+    if options.json:
+        print(json.dumps(record, indent=2, default=str))
+    for table in () if options.json else tables:
+        show_table(*table)
     return 0
 
 
 def _devices(options: argparse.Namespace) -> int:
     found = registry.devices()
-    if options.json:
-        return _print_json([attrs.asdict(d) | {"fingerprint": d.fingerprint} for d in found])
-    rows = [[d.id, d.fidelity, d.vendor, d.model, _bytes(d.memory), ", ".join(d.reads)] for d in found]
-    show_table("", ["device", "fidelity", "vendor", "model", "memory", "reads"], rows)
-    if not found:
-        print("No device: `hal doctor` says why.")
-    return 0
-
-
-def _bytes(size: int | None) -> str:
-    return "not said" if size is None else f"{size / 2**30:.1f} GiB"
+    sizes = ["not said" if device.memory is None else f"{device.memory / 2**30:.1f} GiB" for device in found]
+    rows = [[d.id, d.fidelity, d.vendor, d.model, size, ", ".join(d.reads)] for d, size in zip(found, sizes, strict=True)]
+    notes = [] if found else ["No device: `hal doctor` says why."]
+    table = ("", ["device", "fidelity", "vendor", "model", "memory", "reads"], rows, notes)
+    return _shown(options, [attrs.asdict(d) | {"fingerprint": d.fingerprint} for d in found], table)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    plugins, entries = registry.plugins(), registry.entries()
-    for entry in entries:
-        _probe(entry)
-    if options.json:
-        return _print_json({
-            "plugins": [attrs.asdict(plugin) for plugin in plugins],
-            "backends": [_backend_record(entry) for entry in entries],
-        })  # fmt: skip
-    rows = []
-    for plugin in plugins:
+    from .calibration import load
+
+    loaded, present = [], []
+    for plugin in registry.plugins():
         bad = plugin.failure
         state = "loaded" if bad is None else "disabled" if bad.stage == "disabled" else f"failed ({bad.stage})"
-        rows.append([plugin.name, plugin.distribution, state, "" if bad is None else f"{bad.message} -> {bad.fix}"])
-    show_table("Plugins", ["plugin", "distribution", "state", "why, and what to do"], rows)
-    rows = []
-    for entry in entries:
+        loaded.append([plugin.name, plugin.distribution, state, "" if bad is None else f"{bad.message} -> {bad.fix}"])
+    for entry in registry.entries():
+        _probe(entry)
         for device in entry.found or ():
-            state, broken = _calibration_state(device), entry.broken.get(device.id)
+            state = "calibrated" if load(device) else f"not calibrated (hal calibrate {device.id})"
+            broken = entry.broken.get(device.id)
             details = [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
-            rows.append([device.id, device.fidelity, device.model, device.driver, "; ".join(details)])
+            present.append([device.id, device.fidelity, device.model, device.driver, "; ".join(details)])
         if not entry.found:
-            rows.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
-    show_table("Devices", ["device", "fidelity", "model", "driver", "details"], rows)
-    return 0
+            present.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
+    record = {
+        "plugins": [attrs.asdict(plugin) for plugin in registry.plugins()],
+        "backends": [_backend_record(entry) for entry in registry.entries()],
+    }
+    return _shown(
+        options, record, ("Plugins", ["plugin", "distribution", "state", "why, and what to do"], loaded),
+        ("Devices", ["device", "fidelity", "model", "driver", "details"], present),
+    )  # fmt: skip
 
 
 def _probe(entry: Entry) -> None:
@@ -137,12 +135,6 @@ def _probe(entry: Entry) -> None:
             registry.session(device.id)
         for dtype in ("float32", "float16", "bfloat16"):
             check_all(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), device)
-
-
-def _calibration_state(device: Any) -> str:
-    from .calibration import load
-
-    return "calibrated" if load(device) else f"not calibrated (hal calibrate {device.id})"
 
 
 def _backend_record(entry: Entry) -> dict[str, Any]:
@@ -188,12 +180,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     with progress(f"calibrating {options.device}") as report:
         calibration = calibrate(options.device, report)
-    if options.json:
-        return _print_json(attrs.asdict(calibration))
     rows = [[name, json.dumps(value) if isinstance(value, list | dict) else str(value)]
             for name, value in calibration.values.items()]  # fmt: skip
-    show_table(f"Calibration of {calibration.device}", ["measured", "value"], rows)
-    return 0
+    return _shown(options, attrs.asdict(calibration), (f"Calibration of {calibration.device}", ["measured", "value"], rows))
 
 
 def _conformance(options: argparse.Namespace) -> int:
@@ -214,11 +203,9 @@ def _bench(options: argparse.Namespace) -> int:
         records = bench(options.device, lengths, (batch, heads, dim), options.dtype, options.causal, report)
     if options.csv:
         write_csv(records, options.csv)
-    if options.json:
-        return _print_json(records)
     names = ("torch_p50_ms", "hal_p50_ms", "bound_p50_ms")
     rows = [[str(r["length"]), *(f"{r[n]:.4g}" for n in names), f"{r[names[0]] / r[names[1]]:.2f}x", str(r["hal_calls"])]
             for r in records]  # fmt: skip
     title = f"{records[0]['device']} ({records[0]['fidelity']}), batch {batch}, {heads} heads, head_dim {dim}, {options.dtype}"
-    show_table(title, ["tokens", "torch ms", "hal ms", "bound ms", "torch / hal", "calls"], rows, ["medians, interleaved"])
-    return 0
+    columns = ["tokens", "torch ms", "hal ms", "bound ms", "torch / hal", "calls"]
+    return _shown(options, records, (title, columns, rows, ["medians, interleaved"]))

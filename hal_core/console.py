@@ -15,7 +15,12 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        _plain(title, columns, rows)
+        lines = [list(columns), *([str(cell) for cell in row] for row in rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+        if title:
+            print(title)
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     else:
         table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
         for column in columns:
@@ -25,15 +30,6 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         Console().print(table)
     for note in notes:
         print(note)
-
-
-def _plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [list(columns), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    if title:
-        print(title)
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @contextmanager
@@ -46,11 +42,7 @@ def progress(title: str) -> Iterator[Callable[[str, float], None]]:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-
-        def line(text: str, share: float) -> None:
-            print(f"\r{title}: {share:4.0%} {text[:60]:60}", end="", file=sys.stderr, flush=True)
-
-        yield line
+        yield lambda text, share: print(f"\r{title}: {share:4.0%} {text[:60]:60}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         return
     with Progress(console=Console(stderr=True), transient=True) as bar:
