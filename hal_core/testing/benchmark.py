@@ -102,7 +102,7 @@ class BenchmarkRunner:
         self._events = device.partition(":")[0] == "cuda"
         self._flush = flush or (lambda: None)
         self._cuda: Any = importlib.import_module("torch").cuda if self._events else None
-        self._synchronize = synchronize or (self._cuda.synchronize if self._events else (lambda: None))
+        self._synchronize = synchronize or (lambda: self._cuda.synchronize() if self._events else None)
         self.results: list[BenchmarkResult] = []
 
     def run(self, fn: Call, name: str, track_memory: bool = False) -> BenchmarkResult:

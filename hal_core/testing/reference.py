@@ -160,7 +160,7 @@ def _dense(
     weights = torch.exp(scores - peak)
     total = weights.sum(-1, keepdim=True).masked_fill(dead, 1)
     lse = (peak + total.log()).masked_fill(dead, -math.inf).squeeze(-1)
-    kept = keep / (1 - request.dropout) if request.dropout > 0 and keep is not None else 1
+    kept = keep.double() / (1 - request.dropout) if request.dropout > 0 and keep is not None else 1
     return weights / total * kept @ value, lse
 
 

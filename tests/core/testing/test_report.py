@@ -1,0 +1,121 @@
+"""What a report says: statuses, expectations, and that whatever a device raises becomes a finding."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+import hal_core as hal
+from hal_core.registry import registry
+from hal_core.testing import CHECKS, check_backend
+from hal_core.testing.conformance import Status
+from hal_core.testing.liars import LIES, DenseBackend, DenseSession
+
+QUICK: dict[str, Any] = {"quick": True}
+
+
+def status(report: Any, name: str) -> Status:
+    return report[name].status  # type: ignore[no-any-return]
+
+
+def test_passes_skips_and_failures(seed: int) -> None:
+    report = check_backend(LIES["wrong scale"].make(), checks=["masks", "scale", "paged"], seed=seed, **QUICK)
+    assert [r.name for r in report.results] == ["masks", "scale", "paged"]
+    assert [r.status for r in report.results] == [Status.PASSED, Status.FAILED, Status.SKIPPED]
+    assert not report.passed
+    assert report["masks"].error <= report["masks"].bound == 1e-5
+    assert report["scale"].error > report["scale"].bound
+    assert "scale" in report["scale"].detail
+    assert str(seed) in str(report)
+    assert "FAILED: 1 passed, 1 failed, 1 skipped" in str(report)
+
+
+def test_unsupported_is_not_run_and_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKS, "scale", lambda subject: pytest.fail("it was run"))
+    report = check_backend(DenseBackend(), checks=["scale"], unsupported={"scale": "fixed in the optics"}, **QUICK)
+    assert status(report, "scale") is Status.UNSUPPORTED
+    assert report["scale"].detail == "fixed in the optics"
+    assert report.passed
+
+
+def test_an_expected_failure_passes_and_keeps_the_finding() -> None:
+    report = check_backend(LIES["wrong scale"].make(), checks=["scale"], expected_failure={"scale": "known"}, **QUICK)
+    assert status(report, "scale") is Status.EXPECTED_FAILURE
+    assert report["scale"].detail.startswith("known (2 of 2 cases")
+    assert report.passed
+
+
+def test_an_unexpected_pass_fails() -> None:
+    report = check_backend(DenseBackend(), checks=["scale"], expected_failure={"scale": "known"}, **QUICK)
+    assert status(report, "scale") is Status.UNEXPECTED_PASS
+    assert not report.passed
+
+
+def test_a_skip_stays_a_skip_where_a_failure_was_expected() -> None:
+    report = check_backend(DenseBackend(), checks=["paged"], expected_failure={"paged": "known"}, **QUICK)
+    assert status(report, "paged") is Status.SKIPPED
+    assert report.passed
+
+
+@pytest.mark.parametrize("where", ["checks", "unsupported", "expected_failure"])
+def test_an_unknown_check_is_refused_with_the_closest_name(where: str) -> None:
+    names: Any = ["lekas"] if where == "checks" else {"lekas": "reason"}
+    with pytest.raises(hal.ContractError, match="leaks"):
+        check_backend(DenseBackend(), **{where: names})
+
+
+def test_an_unknown_or_absent_backend_is_the_callers_error() -> None:
+    with pytest.raises(hal.UnknownBackendError):
+        check_backend("nowhere")
+
+
+def test_an_object_is_registered_only_while_it_is_checked() -> None:
+    seen: list[Any] = []
+
+    def progress(text: str, share: float) -> None:
+        seen.append((text, share, registry.devices()))
+
+    check_backend(DenseBackend("passing"), checks=["scale"], quick=True, progress=progress)
+    assert [(text, share) for text, share, _ in seen] == [("scale", 0.0), ("done", 1.0)]
+    assert "passing:0" in [device.id for device in seen[0][2]]
+    assert "passing:0" not in [device.id for device in registry.devices()]
+
+
+def test_whatever_a_device_raises_is_a_finding() -> None:
+    class Crashes(DenseSession):
+        def attend(self, *args: Any) -> Any:
+            raise ZeroDivisionError("the device is on fire")
+
+    report = check_backend(DenseBackend("crashes", Crashes), checks=["contract", "scale", "threads"], **QUICK)
+    assert {r.status for r in report.results} == {Status.FAILED}
+    assert all("ZeroDivisionError: the device is on fire" in r.detail for r in report.results)
+
+
+def test_a_device_that_cannot_be_opened_fails_every_check_that_needs_it() -> None:
+    def locked() -> Any:
+        raise OSError("held by another process")
+
+    report = check_backend(DenseBackend("locked", locked), checks=["scale", "dlpack"], **QUICK)
+    assert all("held by another process" in r.detail for r in report.results)
+
+
+def test_json_is_strict_even_for_an_infinite_error() -> None:
+    report = check_backend(LIES["NaN in rows without keys"].make(), checks=["masks"], **QUICK)
+    assert report["masks"].error == math.inf
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads(report.to_json(), parse_constant=refuse)
+    assert data["passed"] is False
+    assert data["device"]["id"] == "liar:0"
+    assert data["results"][0]["error"] is None
+    assert data["results"][0]["status"] == "failed"
+
+
+def test_a_seed_draws_the_same_inputs_again() -> None:
+    first, again, other = (check_backend(DenseBackend(), checks=["dtypes"], seed=n, **QUICK) for n in (1, 1, 2))
+    assert first["dtypes"].error == again["dtypes"].error != other["dtypes"].error
