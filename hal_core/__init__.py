@@ -13,18 +13,11 @@ from .attention import attention, bind, explain
 from .calibration import Calibration, cache_dir
 from .capabilities import FEATURES, Capabilities, Choice, Code, Numerics, Range, Refusal
 from .context import configure, meter, prefer, use
-from .device import Device, Fidelity
-from .errors import (
-    ContractError,
-    DeviceUnavailableError,
-    HalError,
-    MemoryLimitError,
-    PluginError,
-    SelectionChangedError,
-    UnknownBackendError,
-    UnsupportedError,
-)
-from .estimate import Basis, Estimate, Provenance, Quantity
+from .device import Basis, Device, Estimate, Fidelity, Provenance, Quantity
+from .errors import ContractError, DeviceUnavailableError, HalError, MemoryLimitError, PluginError
+
+# isort: split
+from .errors import SelectionChangedError, UnknownBackendError, UnsupportedError
 from .hooks import API_VERSION, BackendSpec, hookimpl
 from .kernels import KernelSpec, kernel
 from .memory import Buffer, MemoryStats, PooledMemory

@@ -18,8 +18,7 @@ import attrs
 from .errors import ContractError
 
 if TYPE_CHECKING:
-    from .device import Device
-    from .estimate import Quantity
+    from .device import Device, Quantity
 
 OBJECTIVES = ("time", "energy", "error")
 
@@ -141,9 +140,7 @@ class Settings:
 settings = Settings()
 
 
-def configure(
-    backend: str | None = None, *, memory_limit: int | Mapping[str, int] | None = None, **wishes: Any
-) -> None:
+def configure(backend: str | None = None, *, memory_limit: int | Mapping[str, int] | None = None, **wishes: Any) -> None:
     """Set the process's defaults; each call replaces all of them, and no argument at all restores the initial ones.
 
     Args:
@@ -220,7 +217,7 @@ def _sum(total: Quantity | None, part: Quantity | None, first: bool) -> Quantity
         return None
     if total is None:
         return part
-    from .estimate import Quantity
+    from .device import Quantity
 
     basis = max(total.basis, part.basis, key=lambda b: b.rank)
     provenance = max(total.provenance, part.provenance, key=lambda p: p.rank)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 from .capabilities import Capabilities, Refusal
-from .device import Device
-from .estimate import Estimate
+from .device import Device, Estimate
+from .errors import UnsupportedError
 from .memory import Buffer, MemoryStats, PooledMemory
 from .request import AttentionOutput, AttentionRequest, Grads, SequenceTables
 from .tiling import BlockPlan, DenseTiling, TilePlan
@@ -157,8 +157,6 @@ class SimpleSession:
         self, prepared: Any, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
         grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
     ) -> Grads:  # fmt: skip
-        from .errors import UnsupportedError
-
         raise UnsupportedError("this session has no explicit backward: ask for gradients where autograd is native")
 
     def close(self) -> None:

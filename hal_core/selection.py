@@ -10,9 +10,8 @@ import attrs
 
 from .capabilities import Code, Refusal, listing
 from .context import OBJECTIVES, Frame, frame_var, memory_limit, settings
-from .device import Device, Fidelity
+from .device import Basis, Device, Estimate, Fidelity, Provenance, Quantity
 from .errors import ContractError, DeviceUnavailableError, UnsupportedError
-from .estimate import Basis, Estimate, Provenance, Quantity
 from .registry import Entry, registry
 from .request import AttentionRequest
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import AttentionOutput, AttentionRequest, Causal, Device, Fidelity, MaskKind, SimpleSession, dense_mask, session
 from ..capabilities import FEATURES, Capabilities, Code, Numerics, Range, Refusal
-from ..estimate import Basis, Estimate, Provenance, Quantity
+from ..device import Basis, Estimate, Provenance, Quantity
 
 _FEATURES: Any = FEATURES - {"packed", "paged", "fp8_cache", "block_plan"}
 _NUMERICS: Any = {"float32": Numerics(1e-5, gradient=1e-5), "bfloat16": Numerics(4e-3, gradient=1e-2)}
