@@ -137,6 +137,45 @@ def test_keys_past_a_sequence_and_unlisted_pages_are_not_read(len_q: int, seed: 
     hold(Call(query, key, value, None, None, tables, {"causal": Causal.BOTTOM_RIGHT}, frozenset()))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window": (70, 0)}, {"softcap": 9.0}], ids=str)
+@pytest.mark.parametrize("len_q", [1, 50])
+def test_pages_of_odd_sizes_are_read_in_place(len_q: int, options: dict[str, object], narrow: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(120, 2, 24, 16, generator=generator) for _ in range(2))
+    scales = (torch.rand(2, 2, 1, 1, generator=generator) + 0.5 for _ in range(2)) if narrow else (None, None)
+    if narrow:
+        key, value = key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)
+    table = torch.randperm(120, generator=generator).view(2, 60).int()
+    held = torch.tensor([1440, 1111], dtype=torch.int32)
+    tables = hal.SequenceTables(None, None, table, held, *scales)
+    query = torch.randn(2, 4, len_q, 16, generator=generator)
+    options = {"causal": Causal.BOTTOM_RIGHT, "return_lse": True} | options
+    hold(Call(query, key, value, None, None, tables, options, frozenset()))
+
+
+@pytest.mark.parametrize("lengths", [(40, 40), (60, 25), (25, 60)])
+@pytest.mark.parametrize("diagonal", [-50, -3, 0, 5, 50])
+@pytest.mark.parametrize("causal", [Causal.TOP_LEFT, Causal.BOTTOM_RIGHT])
+def test_diagonals_anywhere_agree_with_float64(causal: Causal, diagonal: int, lengths: tuple[int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    query, key, value = torch.randn(2, 4, lengths[0], 16), *(torch.randn(2, 2, lengths[1], 16) for _ in range(2))
+    options = {"causal": causal, "diagonal": diagonal}
+    hold(Call(query, key, value, None, None, None, options, frozenset("qkv")))
+    hold(Call(query, key, value, None, None, None, options | {"return_lse": True}, frozenset()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (2, 6, 1), (1, 6, 3), (2, 1, 3), (1, 1, 3)])
+@pytest.mark.parametrize("len_k", [40, 700])
+def test_masks_of_every_shape_reach_packed_heads(shape: tuple[int, int, int], len_k: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    query, key, value = torch.randn(2, 6, 3, 16), torch.randn(2, 2, len_k, 16), torch.randn(2, 2, len_k, 16)
+    visible = torch.rand(*shape, len_k) > 0.4
+    for mask in (visible, torch.randn(*shape, len_k).masked_fill(~visible, -math.inf)):
+        hold(Call(query, key, value, mask, None, None, {}, frozenset()))
+        hold(Call(query, key, value, mask, None, None, {"softcap": 5.0}, frozenset()))
+
+
 def test_inputs_are_left_alone(seed: int) -> None:
     for feature in FEATURES:
         call = draw(seed, feature, "float32")

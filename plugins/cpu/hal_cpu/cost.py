@@ -62,8 +62,8 @@ class Rates:
             for path, rate in (("native", peak), ("packed", peak), ("fused", peak), ("decode", tiled), ("tiled", tiled))
             for dtype in _BYTES
         }
-        calls = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "tiled": 10}
-        calls = {path: count * _ASSUMED_CALL for path, count in calls.items()}
+        counts = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "tiled": 10}
+        calls = {path: count * _ASSUMED_CALL for path, count in counts.items()}
         return cls(
             bandwidth=_ASSUMED_BANDWIDTH * machine.cores, rates=rates, calls=calls, spread=_ASSUMED_SPREAD,
             basis=Basis.MODELLED, provenance=Provenance.ASSUMED,

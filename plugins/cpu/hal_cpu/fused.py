@@ -38,8 +38,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, upper: int 
     if dead:
         alive = _forward(query[:, :, dead:], key, value, 0.0, True, scale=scale)
         empty = _nothing(query[:, :, :dead], value.shape[-1])
-        pairs = zip(empty, alive, strict=True)
-        return _cut(tuple(torch.cat(pair, 2) for pair in pairs), dim_v)
+        return _cut((torch.cat((empty.out, alive[0]), 2), torch.cat((empty.lse, alive[1]), 2)), dim_v)
     if upper == 0:
         return _cut(_forward(query, key, value, 0.0, True, scale=scale), dim_v)
     # Every row reads the first `upper` keys; the rest is causal from its own top left.

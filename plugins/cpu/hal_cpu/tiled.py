@@ -33,8 +33,8 @@ class Scratch(NamedTuple):
 
     @classmethod
     def carve(cls, block: Tensor, sizes: list[int]) -> Scratch:
-        parts = block.split(sizes)
-        return cls(*parts[:5], parts[5].view(torch.int32) if sizes[5] else None)
+        scores, query, key, value, out, words = block.split(sizes)
+        return cls(scores, query, key, value, out, words.view(torch.int32) if sizes[5] else None)
 
 
 def forward(problem: Problem, memory: MemoryManager, out: Tensor, tile_size: int | None = None) -> AttentionOutput:
@@ -71,7 +71,7 @@ def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, out: Tensor, lse:
         query_heads = slice(heads.start * group, heads.stop * group)
         for tile in row_tiles(problem, sizes, batch, heads):
             result, level = attend_rows(problem, sizes, scratch, tile)
-            shape = (batch.stop - batch.start, query_heads.stop - query_heads.start, tile.count)
+            shape = (batch.stop - batch.start, query_heads.stop - query_heads.start, tile.row_count)
             out[batch, query_heads, tile.rows] = result.view(*shape, -1)
             if lse is not None:
                 lse[batch, query_heads, tile.rows] = level.view(shape)
@@ -111,7 +111,7 @@ def scaled_query(problem: Problem, tile: Tile, memory: Tensor) -> Tensor:
     part = problem.query[tile.batch, tile.heads.start * group : tile.heads.stop * group, tile.rows]
     query = memory[: part.numel()].view(part.shape)
     query.copy_(part).mul_(problem.rule.factor)
-    return query.view(tile.pairs, group * tile.count, -1)
+    return query.view(tile.pairs, group * tile.row_count, -1)
 
 
 def tile_scores(
@@ -143,7 +143,7 @@ def tile_shape(problem: Problem, tile: Tile) -> tuple[int, int, int, int]:
         tile.batch.stop - tile.batch.start,
         tile.heads.stop - tile.heads.start,
         problem.group,
-        tile.count,
+        tile.row_count,
     )
 
 
@@ -156,4 +156,4 @@ def kept(problem: Problem, tile: Tile, columns: Columns, scratch: Scratch) -> Te
     heads = slice(tile.heads.start * problem.group, tile.heads.stop * problem.group)
     keep = keep_mask(problem.rng, probability, batch, heads, tile.rows, columns, scratch.words)
     factors = keep.to(problem.source.dtype).mul_(1 / (1 - probability) if probability < 1 else 0)
-    return factors.view(tile.pairs, problem.group * tile.count, -1)
+    return factors.view(tile.pairs, problem.group * tile.row_count, -1)

@@ -91,7 +91,7 @@ def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, sums: Sums, given
             for columns, hidden in column_chunks(problem, sizes, tile):
                 _chunk(problem, tile, columns, hidden, rows, scratch, sums, (key_sum, value_sum), grads)
             if grads.query is not None:
-                shape = (batch.stop - batch.start, (heads.stop - heads.start) * group, tile.count, -1)
+                shape = (batch.stop - batch.start, (heads.stop - heads.start) * group, tile.row_count, -1)
                 query_heads = slice(heads.start * group, heads.stop * group)
                 grads.query[batch, query_heads, tile.rows] = rows.sums.mul_(rule.scale).view(shape)
         if grads.key is not None:

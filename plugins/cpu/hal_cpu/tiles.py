@@ -103,11 +103,11 @@ class Tile(NamedTuple):
     @property
     def pairs(self) -> int:
         """Batch entries times key/value heads."""
-        return (self.batch.stop - self.batch.start) * (self.heads.stop - self.heads.start)
+        return int((self.batch.stop - self.batch.start) * (self.heads.stop - self.heads.start))
 
     @property
-    def count(self) -> int:
-        return self.rows.stop - self.rows.start
+    def row_count(self) -> int:
+        return int(self.rows.stop - self.rows.start)
 
 
 def heads_differ(problem: Problem) -> bool:
