@@ -34,18 +34,11 @@ class TilingStrategy(Protocol):
 
     needs_content: bool  # a dynamic sparse pattern reads query and key
 
-    def compute_optimal_tile_size(
-        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
-    ) -> int: ...
+    def compute_optimal_tile_size(self, sequence_length: int, available_memory: int,
+                                  backend_constraints: Mapping[str, int]) -> int: ...  # fmt: skip
     def split_into_tiles(self, tensor: Tensor, tile_size: int) -> list[Tensor]: ...
-    def plan(
-        self,
-        request: AttentionRequest,
-        limits: Mapping[str, int],
-        *,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-    ) -> TilePlan | BlockPlan: ...
+    def plan(self, request: AttentionRequest, limits: Mapping[str, int], *,
+             query: Tensor | None = None, key: Tensor | None = None) -> TilePlan | BlockPlan: ...  # fmt: skip
 
 
 class Session(Protocol):
@@ -66,17 +59,14 @@ class Session(Protocol):
     def autograd(self, request: AttentionRequest) -> Autograd: ...
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]: ...
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> Any: ...  # fmt: skip
+        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *, request: AttentionRequest,
+        plan: BlockPlan | None = None, tables: SequenceTables | None = None) -> Any: ...  # fmt: skip
     def compute_attention(
-        self, prepared: Any, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput: ...  # fmt: skip
+        self, prepared: Any, mask: Tensor | None = None, *, query: Tensor | None = None,
+        rng: tuple[int, int] | None = None, out: Tensor | None = None) -> AttentionOutput: ...  # fmt: skip
     def compute_attention_backward(
         self, prepared: Any, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads: ...  # fmt: skip
+        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None) -> Grads: ...  # fmt: skip
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
@@ -87,9 +77,7 @@ class AttentionBackend(Protocol):
 
     def devices(self) -> Sequence[Device]: ...  # cheap, never raises for absent hardware
     def capabilities(self, device: Device) -> Capabilities: ...
-    def check(
-        self, request: AttentionRequest, device: Device
-    ) -> Iterable[Refusal]: ...  # only what data cannot declare
+    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]: ...  # only what data cannot declare
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate: ...
     def open(self, device: Device) -> Session: ...  # lazy, one per device, closed at exit
 
@@ -115,9 +103,6 @@ class KernelProvider(Protocol):
     def kernel_names(self, device: Device) -> frozenset[str]: ...
 
 
-AttentionFunction = Callable[..., Any]
-
-
 class SimpleSession:
     """A whole session around one function `fn(query, key, value, mask, request) -> (out, lse)`.
 
@@ -126,9 +111,7 @@ class SimpleSession:
     claimed. With autograd="native" torch differentiates the function.
     """
 
-    def __init__(
-        self, fn: AttentionFunction, *, autograd: Autograd = "none", memory: MemoryManager | None = None
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], *, autograd: Autograd = "none", memory: MemoryManager | None = None) -> None:
         self._fn, self._autograd = fn, autograd
         self.memory: MemoryManager = memory or PooledMemory()
         self.tiling: TilingStrategy = DenseTiling()
@@ -140,23 +123,18 @@ class SimpleSession:
         return {"tile_size": max(sequence_length, 1)}
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> tuple[Any, ...]:  # fmt: skip
+        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *, request: AttentionRequest,
+        plan: BlockPlan | None = None, tables: SequenceTables | None = None) -> tuple[Any, ...]:  # fmt: skip
         return (query, key, value, request)
 
     def compute_attention(
-        self, prepared: Any, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self, prepared: Any, mask: Tensor | None = None, *, query: Tensor | None = None,
+        rng: tuple[int, int] | None = None, out: Tensor | None = None) -> AttentionOutput:  # fmt: skip
         prepared_query, key, value, request = prepared
         result, lse = self._fn(prepared_query if query is None else query, key, value, mask, request)
         return AttentionOutput(result if out is None else out.copy_(result), lse if request.lse else None)
 
-    def compute_attention_backward(
-        self, prepared: Any, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads:  # fmt: skip
+    def compute_attention_backward(self, prepared: Any, *given: Any, **named: Any) -> Grads:
         raise UnsupportedError("this session has no explicit backward: ask for gradients where autograd is native")
 
     def close(self) -> None:

@@ -6,10 +6,7 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-DTYPE_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
-    "float8_e4m3fn": 1, "float8_e5m2": 1,
-}  # fmt: skip
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 class MaskKind(enum.StrEnum):

@@ -61,9 +61,8 @@ class DenseTiling:
 
     needs_content = False
 
-    def compute_optimal_tile_size(
-        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
-    ) -> int:
+    def compute_optimal_tile_size(self, sequence_length: int, available_memory: int,
+                                  backend_constraints: Mapping[str, int]) -> int:  # fmt: skip
         """Largest power-of-two tile whose operands fit.
 
         Args:
@@ -85,10 +84,8 @@ class DenseTiling:
             return tile * (4 * head_dim * size + 4 * tile)
 
         if needed(minimum) > available_memory:
-            raise ContractError(
-                f"a tile of {minimum} tokens at head_dim {head_dim} needs {needed(minimum):,} bytes and {available_memory:,} "
-                "are available: allow a smaller minimum or more memory"
-            )
+            given = f"a tile of {minimum} tokens at head_dim {head_dim} needs {needed(minimum):,} bytes"
+            raise ContractError(f"{given} and {available_memory:,} are available: allow a smaller minimum or more memory")
         tile, top = minimum, min(maximum, max(minimum, 1 << max(sequence_length - 1, 0).bit_length()))
         while tile * 2 <= top and needed(tile * 2) <= available_memory:
             tile *= 2
@@ -100,14 +97,8 @@ class DenseTiling:
             raise ContractError(f"tile_size {tile_size} was given: use 1 or more")
         return list(tensor.split(tile_size, dim=2))
 
-    def plan(
-        self,
-        request: AttentionRequest,
-        limits: Mapping[str, int],
-        *,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-    ) -> TilePlan:
+    def plan(self, request: AttentionRequest, limits: Mapping[str, int], *,
+             query: Tensor | None = None, key: Tensor | None = None) -> TilePlan:  # fmt: skip
         """Tiles for the request's lengths (the tensors' where given), skipping those that causal and window hide.
 
         `limits` may hold "available_memory" (bytes, default 1 MiB), "block_q" and "block_k".
@@ -115,9 +106,8 @@ class DenseTiling:
         len_q = request.len_q if query is None else query.shape[2]
         len_k = request.len_k if key is None else key.shape[2]
         constraints = {"head_dim": max(request.dim_qk, request.dim_v), "dtype_bytes": DTYPE_BYTES.get(request.dtype, 4)}
-        tile = limits.get("tile_size") or self.compute_optimal_tile_size(
-            max(len_q, len_k), limits.get("available_memory", 1 << 20), constraints
-        )
+        space, longest = limits.get("available_memory", 1 << 20), max(len_q, len_k)
+        tile = limits.get("tile_size") or self.compute_optimal_tile_size(longest, space, constraints)
         block_q, block_k = limits.get("block_q", tile), limits.get("block_k", tile)
         tiles = []
         for q_start in range(0, len_q, block_q):
@@ -125,8 +115,7 @@ class DenseTiling:
             first, last = (visible_keys(request, row, len_q, len_k) for row in (q_start, q_stop - 1))
             for k_start in range(first[0] // block_k * block_k, last[1], block_k):
                 k_stop = min(k_start + block_k, len_k)
-                full = last[0] <= k_start and k_stop <= first[1]
-                tiles.append(Tile(q_start, q_stop, k_start, k_stop, full))
+                tiles.append(Tile(q_start, q_stop, k_start, k_stop, full=last[0] <= k_start and k_stop <= first[1]))
         return TilePlan(tuple(tiles), block_q, block_k)
 
 
@@ -149,10 +138,8 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     if out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64):
-        raise ContractError(
-            f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given: lse wants out's shape without the "
-            "last dimension, in float32 or float64"
-        )
+        given = f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given"
+        raise ContractError(f"{given}: lse wants out's shape without the last dimension, in float32 or float64")
     dead = lse == -math.inf  # its out may hold anything, NaN included, and must not leak, nor may its gradient
     none = dead.all(dim=0)
     total = torch.logsumexp(lse.masked_fill(none, 0), dim=0)  # of finite rows: the gradient of log(0) is NaN
