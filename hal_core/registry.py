@@ -257,8 +257,7 @@ class Registry:
         with self._lock:
             if device.id not in entry.sessions and device.id not in entry.broken:
                 try:
-                    assert entry.backend is not None
-                    entry.sessions[device.id] = entry.backend.open(device)
+                    entry.sessions[device.id] = self.backend_of(device).open(device)
                 except (Exception, SystemExit) as error:
                     fix = entry.spec.install_hint or "see `hal doctor`"
                     entry.broken[device.id] = _failed(device.id, entry.distribution, "open", error, fix)

@@ -14,13 +14,11 @@ from torch import Tensor
 from .autograd import explicit_attention
 from .context import memory_limit
 from .errors import MemoryLimitError, PluginError
-from .registry import Entry, registry
+from .registry import registry
 from .request import AttentionOutput, AttentionRequest
 from .selection import Decision
 
-Run = Callable[
-    ..., Any
-]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
+Run = Callable[..., Any]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
 
 
 class Route:
@@ -29,25 +27,21 @@ class Route:
     Attributes:
         run: the call with gradients. base: the session's call without the core's autograd, with
             the log-sum-exp that an explicit backward needs. decision, request: why.
-        session, entry: whose. explicit: whether the core differentiates. needs_rng: dropout or noise wants (seed, offset).
+        session, entry, backend: whose. explicit: whether the core differentiates.
+        needs_rng: dropout or noise wants (seed, offset).
     """
 
-    __slots__ = ("base", "decision", "entry", "explicit", "needs_rng", "request", "run", "session")
+    __slots__ = ("backend", "base", "decision", "entry", "explicit", "needs_rng", "request", "run", "session")
 
     def __init__(self, decision: Decision, request: AttentionRequest) -> None:
-        winner = decision.winner
-        self.decision, self.request = decision, request
-        self.entry: Entry = registry.entry(winner.device.id)
-        self.session: Any = registry.session(winner.device.id)
-        assert self.entry.backend is not None
-        noisy = self.entry.backend.capabilities(winner.device).numerics[request.dtype].noisy
-        self.needs_rng = noisy or request.dropout > 0
+        winner, device = decision.winner, decision.winner.device
+        self.decision, self.request, self.backend = decision, request, registry.backend_of(device)
+        self.entry, self.session = registry.entry(device.id), registry.session(device.id)
+        self.needs_rng = request.dropout > 0 or self.backend.capabilities(device).numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
         if mode == "none":
-            raise PluginError(
-                f"{winner.device.id} claims gradients, and its session offers none for {request.describe()}: its "
-                "capabilities must not claim 'backward'"
-            )
+            given = f"{device.id} claims gradients, and its session offers none for {request.describe()}"
+            raise PluginError(f"{given}: its capabilities must not claim 'backward'")
         self.explicit = mode == "explicit"
         bind = getattr(self.session, "bind", None)
         if self.explicit:
@@ -56,8 +50,8 @@ class Route:
         else:
             self.run = self.base = bind(request) if bind is not None else _plain(self.session, request)
         if winner.transfer:
-            self.run, self.base = (_moved(run, winner.device.reads[0]) for run in (self.run, self.base))
-        if (limit := memory_limit(winner.device.id)) is not None and winner.estimate is not None:
+            self.run, self.base = (_moved(run, device.reads[0]) for run in (self.run, self.base))
+        if (limit := memory_limit(device.id)) is not None and winner.estimate is not None:
             self.run, self.base = (_limited(run, self, winner.estimate.memory, limit) for run in (self.run, self.base))
 
 
@@ -68,11 +62,9 @@ def metered(meter: Any, route: Route, arguments: tuple[Any, ...], run: Run) -> A
     start = perf_counter()
     result = run(*arguments)
     synchronize()
-    wall = perf_counter() - start
-    device, backend = route.decision.winner.device, route.entry.backend
+    wall, device = perf_counter() - start, route.decision.winner.device
     request = exact(route.request, arguments[0], arguments[1])
-    assert backend is not None
-    estimate = backend.estimate(request, device)
+    estimate = route.backend.estimate(request, device)
     modelled = estimate.time if device.fidelity == "simulated" else None
     moved = request.bytes_moved if route.decision.winner.transfer else 0
     meter.add(device, wall, modelled, estimate.energy, request.visible_macs, moved)
@@ -120,21 +112,19 @@ def _moved(run: Run, target: str) -> Run:
 
         plan = plan if plan is None else type(plan)(*map(there, plan))
         tables = tables if tables is None else type(tables)(*map(there, tables))
-        result = run(there(query), there(key), there(value), there(mask), plan, tables, rng)
-        back = query.device
+        result, back = run(there(query), there(key), there(value), there(mask), plan, tables, rng), query.device
         return result.to(back) if isinstance(result, Tensor) else AttentionOutput(*(part.to(back) for part in result))
 
     return moved
 
 
 def _limited(run: Run, route: Route, most: int, limit: int) -> Run:
-    device, backend = route.decision.winner.device, route.entry.backend
+    device = route.decision.winner.device
 
     def limited(*arguments: Any) -> Any:
         in_use = route.session.memory.stats().in_use
         if in_use + most > limit:  # for the bound of the bucket; these lengths may still fit
-            assert backend is not None
-            needed = backend.estimate(exact(route.request, arguments[0], arguments[1]), device).memory
+            needed = route.backend.estimate(exact(route.request, arguments[0], arguments[1]), device).memory
             if in_use + needed > limit:
                 raise MemoryLimitError(device.id, needed, in_use, limit)
         return run(*arguments)

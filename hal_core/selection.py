@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from .capabilities import Code, Refusal, listing
-from .context import OBJECTIVES, Frame, frame_var, memory_limit, settings
+from .context import NO_FRAME, OBJECTIVES, Frame, frame_var, memory_limit, settings
 from .device import Basis, Device, Estimate, Fidelity, Provenance, Quantity
 from .errors import ContractError, DeviceUnavailableError, UnsupportedError
 from .registry import Entry, registry
@@ -134,29 +134,21 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     return attrs.evolve(decide(ranked, policy), request=request)
 
 
-def merged_policy(
-    backend: str | None, objective: str | None, allow_simulated: bool | None, transfer: bool | None
-) -> Policy:
+def merged_policy(backend: str | None, objective: str | None, allow_simulated: bool | None, transfer: bool | None) -> Policy:
     """The call's arguments over `use` and `prefer`, over `configure`, over HAL_BACKEND, over automatic."""
-    levels = [frame_var.get(), settings.frame]
-    if backend is not None or objective is not None or allow_simulated is not None or transfer is not None:
-        names = () if backend is None else (backend,)
-        levels.insert(0, Frame("argument", names, False, objective, allow_simulated, transfer))
+    argument = Frame("argument", () if backend is None else (backend,), False, objective, allow_simulated, transfer)
+    levels = [argument, frame_var.get(), settings.frame]
     if variable := os.environ.get("HAL_BACKEND"):
         levels.append(Frame("environment", (variable,)))
-    named = next((level for level in levels if level.names), None)
+    named = next((level for level in levels if level.names), NO_FRAME)
 
     def first(field: str, default: Any) -> Any:
         return next((value for level in levels if (value := getattr(level, field)) is not None), default)
 
     return Policy(
-        origin=named.origin if named else "automatic",
-        names=named.names if named else (),
-        fall_through=named.fall_through if named else False,
-        objective=first("objective", "time"),
-        allow_simulated=first("allow_simulated", False),
-        transfer=first("transfer", None),
-    )
+        origin=named.origin, names=named.names, fall_through=named.fall_through, objective=first("objective", "time"),
+        allow_simulated=first("allow_simulated", False), transfer=first("transfer", None),
+    )  # fmt: skip
 
 
 def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool = False) -> tuple[Refusal, ...]:
@@ -172,18 +164,17 @@ def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer
     if failure := entry.failure or entry.broken.get(device.id):
         offered = f"a backend that fails ({failure.message})"
         return attrs.evolve(seen, refusals=(Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, offered, failure.fix),))
-    placement = []
-    if moved and not transfer:
-        fix = "pass transfer=True, or move the tensors"
-        placement.append(Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
+    fix = "pass transfer=True, or move the tensors"
+    elsewhere = Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix)
+    placement = [elsewhere] if moved and not transfer else []
     try:
-        assert entry.backend is not None
-        capabilities = entry.backend.capabilities(device)
+        backend = registry.backend_of(device)
+        capabilities = backend.capabilities(device)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
-        refusals = [*placement, *capabilities.refusals(request)] or list(entry.backend.check(request, device))
+        refusals = [*placement, *capabilities.refusals(request)] or list(backend.check(request, device))
         if refusals:
             return attrs.evolve(seen, refusals=tuple(refusals))
-        estimate, bound = entry.backend.estimate(request, device), capabilities.numerics[request.dtype].relative
+        estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
         error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
         return attrs.evolve(seen, refusals=_memory(estimate, device), estimate=estimate, error=error)
     except (Exception, SystemExit) as wrong:  # a broken device must not take the others down
@@ -295,24 +286,18 @@ def refused_message(decision: Decision) -> str:
     request, policy = decision.request, decision.policy
     lines = []
     for candidate in decision.candidates:
-        if not candidate.refusals:
-            lines.append(f"{candidate.device.id}: {decision.reason}")
-            continue
-        lines.append(f"{candidate.device.id} cannot run this attention ({request.describe()}):")
-        width = max(len(refusal.field) for refusal in candidate.refusals)
-        asked = [f"{r.wanted} asked, {r.offered} offered" for r in candidate.refusals]
-        wide = max(len(text) for text in asked)
-        for refusal, text in zip(candidate.refusals, asked, strict=True):
+        what = f" cannot run this attention ({request.describe()}):" if candidate.refusals else f": {decision.reason}"
+        lines.append(f"{candidate.device.id}{what}")
+        asked = {r: f"{r.wanted} asked, {r.offered} offered" for r in candidate.refusals}
+        width, wide = max((len(r.field) for r in asked), default=0), max(map(len, asked.values()), default=0)
+        for refusal, text in asked.items():
             fix = f"   -> {refusal.fix}" if refusal.fix else ""
             lines.append(f"  {refusal.field:{width}}   {text:{wide}}{fix}".rstrip())
     if not lines:
         lines.append(f"{decision.reason} ({request.describe()}): install a plugin, for example hal-cpu.")
-    if policy.names:
-        others = decide(request, Policy(allow_simulated=True)).candidates
-        can = [c.device.id for c in others if not c.refusals]
-        lines.append(f"Other devices that can: {', '.join(can) or 'none'}. Nothing was run.")
-    else:
-        lines.append("Nothing was run.")
+    others = decide(request, Policy(allow_simulated=True)).candidates if policy.names else ()
+    can = ", ".join(c.device.id for c in others if not c.refusals) or "none"
+    lines.append(f"Other devices that can: {can}. Nothing was run." if policy.names else "Nothing was run.")
     return "\n".join(lines)
 
 
@@ -333,6 +318,4 @@ def _show(quantity: Quantity, objective: str) -> str:
 
 
 def _plain(_: Any, __: Any, value: Any) -> Any:
-    return (
-        sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
-    )
+    return sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
