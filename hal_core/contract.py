@@ -49,7 +49,7 @@ def describe(
         packed, page_size = tables.cu_seqlens_q is not None, len_k if tables.page_table is not None else None
         batch, len_q, len_k = _table_sizes(query, key, tables, options)
     heads = f"{heads_q} query heads and {heads_kv} key heads were given"
-    cache_dtype = None if key.dtype == query.dtype else _name(key.dtype)
+    cache_dtype = None if key.dtype == query.dtype else str(key.dtype).removeprefix("torch.")
     scaled = tables is not None and tables.key_scale is not None and tables.value_scale is not None
     _refuse(
         (page_size is None and key.shape[0] != query.shape[0],
@@ -69,7 +69,7 @@ def describe(
     kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
     return AttentionRequest(
         batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim_qk, dim_v=value.shape[3],
-        dtype=_name(query.dtype), device=str(query.device), mask=kind, packed=packed, page_size=page_size,
+        dtype=str(query.dtype).removeprefix("torch."), device=str(query.device), mask=kind, packed=packed, page_size=page_size,
         cache_dtype=cache_dtype, block_plan=None if plan is None else (plan.block_q, plan.block_k, plan.indices.shape[-1]),
         last_dim_contiguous=all(t.stride(3) == 1 or t.shape[3] == 1 for t in (query, key, value)),
         grads=grads, lse=bool(options.return_lse), grad_lse=bool(options.return_lse and grads), **_checked(options),
@@ -80,10 +80,6 @@ def _refuse(*checks: tuple[bool, str]) -> None:
     for wrong, sentence in checks:
         if wrong:
             raise ContractError(sentence)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -121,17 +117,16 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options
         (cu_q is not None and pages is not None, "packed lengths and a paged cache were given: use one of them"),
     )
     if cu_q is not None:
-        most_q, most_k, shapes = options.max_seqlen_q, options.max_seqlen_k, f"{list(cu_q.shape)} and {list(cu_k.shape)}"
+        most: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
+        shapes = f"{list(cu_q.shape)} and {list(cu_k.shape)}"
         _refuse(
             (cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
              f"cu_seqlens_q and cu_seqlens_k of {shapes} were given: use [sequences + 1] for both"),
             (query.shape[0] != 1 or key.shape[0] != 1,
              f"packed query {list(query.shape)} and key {list(key.shape)} were given: use a batch of 1"),
-            (most_q is None or most_k is None, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
+            (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
         )  # fmt: skip
-        assert most_q is not None
-        assert most_k is not None
-        return len(cu_q) - 1, int(most_q), int(most_k)
+        return len(cu_q) - 1, int(most[0]), int(most[1])
     if pages is None:
         return batch, query.shape[2], key.shape[2]
     if pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,):
@@ -152,9 +147,7 @@ def check_tables(tables: SequenceTables, request: AttentionRequest, query: Tenso
         ends = [] if cumulative is None else cumulative.tolist()
         steps = [after - before for before, after in itertools.pairwise(ends)]
         if ends and (ends[0] != 0 or ends[-1] != total or min(steps) < 0 or max(steps) > longest):
-            raise ContractError(
-                f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
-            )
+            raise ContractError(f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}")
     if tables.page_table is not None and tables.page_table.shape[0]:
         held, size = tables.cache_seqlens, key.shape[2]
         if int(held.min()) < 0 or int(held.max()) > request.len_k:
@@ -181,8 +174,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
 def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
     if not isinstance(plan, BlockPlan):
         raise ContractError(f"block_plan is a {type(plan).__name__}: pass a hal_core.BlockPlan")
-    batch, heads, len_q, len_k = shape
-    (block_q, block_k, indices, counts), size = plan, list(plan.indices.shape)
+    (batch, heads, len_q, len_k), (block_q, block_k, indices, counts), size = shape, plan, list(plan.indices.shape)
     if block_q < 1 or block_k < 1:
         raise ContractError(f"blocks of {block_q} x {block_k} were given: use 1 or more")
     rows, columns = -(-len_q // block_q), -(-len_k // block_k)
