@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 else:
     torch = contract = route = library = None
 
+_compiling = _grad_enabled = _autocast = cast(Any, None)
+Given = tuple[Any, Any, Any, Any, Any, Any]  # query, key, value, mask, block plan, tables
 _routes: dict[Any, Any] = {}
 _MOST_ROUTES = 4096
 _CUT = object()  # stands for a bucket of lengths through which a limit runs: decided length by length
@@ -33,21 +35,13 @@ registry.on_change.append(_routes.clear)
 
 def _load() -> None:
     """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
-    global torch, contract, route, library, _compiling, _grad_enabled, _autocast
-    import torch as torch_module
+    global torch, contract, library, route, _compiling, _grad_enabled, _autocast
+    import torch
 
-    from . import contract as contract_module
-    from . import library as library_module
-    from . import route as route_module
+    from . import contract, library, route
 
-    contract, route, library, torch = contract_module, route_module, library_module, torch_module
-    _compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
-    _autocast = torch._C._is_any_autocast_enabled
-
-
-_compiling: Any = None
-_grad_enabled: Any = None
-_autocast: Any = None
+    _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+    _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
 
 
 def attention(
@@ -96,18 +90,16 @@ def attention(
         UnknownBackendError, DeviceUnavailableError: the named backend does not exist, or not here.
         MemoryLimitError: a configured limit would be passed.
     """
-    if torch is None:
+    if _compiling is None:
         _load()
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
-    if _compiling():
-        return library.in_graph(
-            query, key, value, attn_mask, block_plan,
-            (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale), rng,
-            (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error,
-             deterministic, max_seqlen_q, max_seqlen_k), (backend, objective, allow_simulated, transfer),
-        )  # fmt: skip
     named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
+    options = (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
+               max_seqlen_q, max_seqlen_k)  # fmt: skip
+    wishes = (backend, objective, allow_simulated, transfer)
+    if _compiling():
+        return library.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, wishes)
     tables = None if named.count(None) == 6 else SequenceTables(*named)
     bits = 0
     if _grad_enabled():
@@ -117,12 +109,8 @@ def attention(
                 bits += 8
         except AttributeError:  # no tensor: refused below, with a sentence
             bits = 0
-    options = (
-        dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
-        max_seqlen_q, max_seqlen_k,
-    )  # fmt: skip
     given = (query, key, value, attn_mask, block_plan, tables)
-    found = _find(given, bits, options, (backend, objective, allow_simulated, transfer))
+    found = _find(given, bits, options, wishes)
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
     if found.needs_rng:
@@ -131,7 +119,7 @@ def attention(
     return found.run(*given, rng) if meter is None else route.metered(meter, found, (*given, rng), found.run)
 
 
-def _find(given: tuple[Any, ...], bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...]) -> Route:
+def _find(given: Given, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...]) -> Route:
     """The route of a call: from the cache by its static fields and bucketed lengths, or decided now."""
     query, key, value, mask, plan, tables = given
     static, kind, fits = None, None, plan is None and tables is None
@@ -154,7 +142,7 @@ def _find(given: tuple[Any, ...], bits: int, options: tuple[Any, ...], wishes: t
                 return found  # type: ignore[no-any-return]
     except (ValueError, AttributeError, TypeError):  # a wrong rank or an unhashable option: described below, not cached
         static = None
-    request = contract.describe(*given, options=contract.Options(*options), grads=_GRADS[bits])
+    request = contract.describe(*given, contract.Options(*options), _GRADS[bits])
     if tables is not None:
         contract.check_tables(tables, request, query, key)
     return _decided(request, wishes, static)
@@ -168,8 +156,8 @@ def _decided(request: AttentionRequest, wishes: tuple[Any, ...], static: Any) ->
         decision = settled(bucket, merged_policy(*wishes))
         found = _remember(place, _CUT if _is_cut(decision) else route.Route(decision, bucket))
     if found is _CUT:
-        place = (request, *place)
-        return _routes.get(place) or _remember(place, route.Route(settled(request, merged_policy(*wishes)), request))
+        own: Any = (request, *place)
+        return _routes.get(own) or _remember(own, route.Route(settled(request, merged_policy(*wishes)), request))  # type: ignore[no-any-return]
     return found if static is None else _remember(static, found)  # type: ignore[no-any-return]
 
 
@@ -227,7 +215,7 @@ def _described(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, keywords: dict[str, Any]
 ) -> tuple[AttentionRequest, Policy]:
     """The exact request and policy of a call given as `attention` takes it."""
-    if torch is None:
+    if _compiling is None:
         _load()
     known = {*contract.Options._fields, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
@@ -290,7 +278,7 @@ def bind(
 def _bound(found: Route) -> Any:
     run, request, entry, without_grads = found.run, found.request, found.entry, not found.request.grads
     session = found.session
-    needs_rng, device_id, dtype = found.needs_rng, found.decision.chosen, getattr(torch, found.request.dtype)
+    needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
     even = not check_all(replace(request, len_q=1, len_k=1), found.decision.winner.device, transfer=True)  # no low limit
 
@@ -306,7 +294,7 @@ def _bound(found: Route) -> Any:
             or not query.stride(3) == key.stride(3) == value.stride(3) == 1
         ):  # fmt: skip
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
-            accepted = shapes if attn_mask is block_plan is tables is None else ()
+            accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session:
@@ -329,13 +317,13 @@ def _check_no_grads(*tensors: Tensor | None) -> None:
         raise ContractError("a call bound without gradients was given a tensor that requires one: bind with such tensors")
 
 
-def _check_bound(found: Route, even: bool, given: tuple[Any, ...]) -> None:
+def _check_bound(found: Route, even: bool, given: Given) -> None:
     """Whether a call has the bound request's form. Raises ContractError; UnsupportedError for lengths between limits."""
     request = found.request
     longest = (request.len_q, request.len_k)
     most_q, most_k = longest if request.packed else (None, None)
     options = contract.Options(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
-    this = contract.describe(*given, options=options, grads=frozenset())
+    this = contract.describe(*given, options, frozenset())
     for field in _FIXED:
         now, wanted = getattr(this, field), getattr(request, field)
         if now != wanted and not (field == "last_dim_contiguous" and now):
@@ -354,14 +342,14 @@ _FIXED = ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v", "dtype", "device", 
 
 
 def in_operator(
-    given: tuple[Any, ...], bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...], expected: str | None
+    given: Given, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...], expected: str | None
 ) -> Route:
     """The route of an operator of a compiled graph, which was traced under the selection `expected`.
 
     Raises:
         SelectionChangedError: the selection is another one now. The graph holds one device's operator.
     """
-    if torch is None:
+    if _compiling is None:
         _load()
     if expected is not None and frame_var.get().key != expected:
         raise SelectionChangedError(
