@@ -38,9 +38,11 @@ class Engine:
         self.shares_memory = is_cpu(handle)
         with self._named("open the device"):
             self.context = cl.Context([handle])
-            self.queue = cl.CommandQueue(self.context)
+            self.queue = cl.CommandQueue(self.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
         self._kernels: dict[tuple[str, ...], dict[str, Any]] = {}
         self.copies = self.copied = 0
+        self._launched: list[Any] = []
+        self.device_seconds: float | None = None  # of the last finished call's programs
         bound = int(handle.global_mem_size)
         self.pool = DevicePool(
             device.id, self._create, self._destroy, alignment=max(int(handle.mem_base_addr_align) // 8, 64),
@@ -89,7 +91,8 @@ class Engine:
         """Put a kernel into the queue, after everything that is in it."""
         with self._named(f"start {kernel.function_name}"):
             kernel.set_args(*arguments)
-            cl.enqueue_nd_range_kernel(self.queue, kernel, tuple(size), None if group is None else tuple(group))
+            event = cl.enqueue_nd_range_kernel(self.queue, kernel, tuple(size), None if group is None else tuple(group))
+        self._launched.append(event)
 
     def wait(self, what: str, timeout: float = TIMEOUT) -> None:
         """Until the queue is empty.
@@ -114,6 +117,14 @@ class Engine:
                     )
                 if passed > 5e-4:
                     time.sleep(min(max(passed * 0.02, 2e-5), 0.01))
+
+    def note_time(self) -> None:
+        """Keep the device's time from the first program's start to the last one's end, by its own clock."""
+        if self._launched:
+            with self._named("read its clock"):
+                first, last = self._launched[0].profile.start, self._launched[-1].profile.end
+            self.device_seconds = (last - first) * 1e-9
+        self._launched.clear()
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -199,6 +210,7 @@ class Lease:
         """Wait for the queue and bring the results home."""
         engine = self.engine
         engine.wait(what)
+        engine.note_time()
         for operand, tensor in self._reads:
             host = operand.host
             if host is None:
@@ -213,6 +225,7 @@ class Lease:
 
     def release(self) -> None:
         # A buffer over a caller's tensor must be gone before the tensor may be; after a failure the queue is drained first.
+        self.engine._launched.clear()
         for view in self._views:
             view.release()
         for region in self._regions:

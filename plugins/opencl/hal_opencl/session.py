@@ -116,6 +116,11 @@ class OpenClSession:
 
         return call
 
+    @property
+    def device_seconds(self) -> float | None:
+        """What the last call's programs took by the device's clock, copies not counted; None where it has none."""
+        return self.engine.device_seconds
+
     def synchronize(self) -> None:
         with self._lock:
             if not self._closed:

@@ -23,7 +23,7 @@ _LOST, _TIMEOUT, _NO_DRIVER = -4, 2, -9
 _CPU = 4  # VkPhysicalDeviceType
 _ORDER = {2: 0, 1: 1, 3: 2, 4: 3}  # discrete, integrated, virtual, CPU
 _HOST_VISIBLE, _HOST_COHERENT, _DEVICE_LOCAL = 2, 4, 1
-_STORAGE_BUFFER = 7  # VkDescriptorType
+_DESCRIPTORS = {"s": 7, "u": 6}  # VkDescriptorType of a storage and a uniform buffer
 _COMPUTE_STAGE = 0x20
 _NV2_FEATURES = (
     "workgroup_scope", "flexible_dimensions", "reductions", "conversions", "per_element_operations", "tensor_addressing",
@@ -121,7 +121,7 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
     limits = {
         name: int(getattr(base.limits, name)) for name in (
             "maxStorageBufferRange", "maxTexelBufferElements", "maxComputeSharedMemorySize", "maxPushConstantsSize",
-            "minStorageBufferOffsetAlignment", "maxComputeWorkGroupInvocations",
+            "minStorageBufferOffsetAlignment", "maxComputeWorkGroupInvocations", "maxUniformBufferRange",
         )
     }  # fmt: skip
     limits["subgroupSize"], limits["subgroupOperations"] = int(group.subgroupSize), int(group.supportedOperations)
@@ -182,7 +182,7 @@ class Memory(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A range of memory that a shader sees as a storage buffer."""
+    """A range of memory that a shader sees as a storage or uniform buffer."""
 
     block: Memory
     offset: int
@@ -193,6 +193,7 @@ class Pipeline(NamedTuple):
     handle: Any
     layout: Any
     slots: Any
+    kinds: str
 
 
 class Gpu:
@@ -288,7 +289,7 @@ class Gpu:
     def allocate(self, nbytes: int, *, host: bool) -> Memory:
         """Memory that shaders read and write; mapped where `host`."""
         ffi, lib = self._ffi, self._lib
-        usage = 0x20 | 1 | 2  # storage, copy source and target
+        usage = 0x10 | 0x20 | 1 | 2  # uniform, storage, copy source and target
         buffer = self._made("VkBuffer*", "vkCreateBuffer", "VkBufferCreateInfo*", {"sType": 12, "size": nbytes, "usage": usage})
         needs = ffi.new("VkMemoryRequirements*")
         lib.vkGetBufferMemoryRequirements(self._device, buffer, needs)
@@ -336,20 +337,21 @@ class Gpu:
         self._lib.vkGetPipelineCacheData(self._device, self._cache, size, data)
         return bytes(self._ffi.buffer(data, size[0]))
 
-    def pipeline(self, spirv: bytes, bindings: int, push_bytes: int, constants: Sequence[int]) -> Pipeline:
-        """A compute pipeline over storage buffers 0 to bindings - 1; constants are its specialisation constants from 0."""
+    def pipeline(self, spirv: bytes, kinds: str, push_bytes: int, constants: Sequence[int]) -> Pipeline:
+        """A compute pipeline. `kinds` has "s" (storage buffer) or "u" (uniform buffer) for each binding from 0, `constants`
+        the specialisation constants from 0."""
         ffi, lib, device = self._ffi, self._lib, self._device
         code = ffi.new("uint32_t[]", len(spirv) // 4)
         ffi.memmove(code, spirv, len(spirv))
         module = self._made("VkShaderModule*", "vkCreateShaderModule", "VkShaderModuleCreateInfo*",
                             {"sType": 16, "codeSize": len(spirv), "pCode": code})  # fmt: skip
         slots = ffi.new("VkDescriptorSetLayoutBinding[]", [
-            {"binding": n, "descriptorType": _STORAGE_BUFFER, "descriptorCount": 1, "stageFlags": _COMPUTE_STAGE}
-            for n in range(bindings)
+            {"binding": n, "descriptorType": _DESCRIPTORS[kind], "descriptorCount": 1, "stageFlags": _COMPUTE_STAGE}
+            for n, kind in enumerate(kinds)
         ])  # fmt: skip
         sets = ffi.new("VkDescriptorSetLayout*")
         sets[0] = self._made("VkDescriptorSetLayout*", "vkCreateDescriptorSetLayout", "VkDescriptorSetLayoutCreateInfo*",
-                             {"sType": 32, "flags": 1, "bindingCount": bindings, "pBindings": slots})  # fmt: skip
+                             {"sType": 32, "flags": 1, "bindingCount": len(kinds), "pBindings": slots})  # fmt: skip
         push = ffi.new("VkPushConstantRange*", {"stageFlags": _COMPUTE_STAGE, "offset": 0, "size": push_bytes})
         layout = self._made("VkPipelineLayout*", "vkCreatePipelineLayout", "VkPipelineLayoutCreateInfo*", {
             "sType": 30, "setLayoutCount": 1, "pSetLayouts": sets, "pushConstantRangeCount": 1, "pPushConstantRanges": push,
@@ -369,7 +371,7 @@ class Gpu:
         result = lib.vkCreateComputePipelines(device, self._cache, 1, info, ffi.NULL, made)
         lib.vkDestroyShaderModule(device, module, ffi.NULL)
         self._check(result, "vkCreateComputePipelines")
-        self._pipelines.append(Pipeline(made[0], layout, sets[0]))
+        self._pipelines.append(Pipeline(made[0], layout, sets[0], kinds))
         return self._pipelines[-1]
 
     # Commands
@@ -391,8 +393,9 @@ class Gpu:
             {"buffer": b.block.buffer, "offset": b.offset, "range": b.size} for b in bound
         ])  # fmt: skip
         writes = ffi.new("VkWriteDescriptorSet[]", [
-            {"sType": 35, "dstBinding": n, "descriptorCount": 1, "descriptorType": _STORAGE_BUFFER, "pBufferInfo": buffers + n}
-            for n in range(len(bound))
+            {"sType": 35, "dstBinding": n, "descriptorCount": 1, "descriptorType": _DESCRIPTORS[kind],
+             "pBufferInfo": buffers + n}
+            for n, kind in enumerate(pipeline.kinds)
         ])  # fmt: skip
         self._push(commands, 1, pipeline.layout, 0, len(bound), writes)
         lib.vkCmdPushConstants(commands, pipeline.layout, _COMPUTE_STAGE, 0, len(push), ffi.from_buffer(push))
@@ -405,7 +408,7 @@ class Gpu:
     def barrier(self, commands: Any) -> None:
         """What was recorded before is finished and visible to shaders, copies and the host after."""
         ffi, lib = self._ffi, self._lib
-        reads, writes, host = 0x20 | 0x800, 0x40 | 0x1000, 0x2000
+        reads, writes, host = 0x8 | 0x20 | 0x800, 0x40 | 0x1000, 0x2000
         memory = ffi.new("VkMemoryBarrier*", {
             "sType": 46, "srcAccessMask": writes | reads, "dstAccessMask": reads | writes | host,
         })  # fmt: skip

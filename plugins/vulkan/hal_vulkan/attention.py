@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Grads
 
-from .problem import Mask, Ranges, band, hidden_tiles, mask_of, ranges_of
-from .recorder import Recorder, VulkanCommandBuffer
+from .problem import OPEN, Mask, Ranges, band, hidden_tiles, mask_of, ranges_of
+from .recorder import Operand, Recorder, VulkanCommandBuffer
 
 _LOG2E = 1.4426950408889634
 _FIELDS = (
@@ -121,27 +121,107 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
     if not result.numel() or not call.key.shape[2]:
         return AttentionOutput(result.zero_() if out is None else out.zero_(), lse.fill_(-torch.inf))
     with recorder.call(f"compute attention ({call.request.describe()})") as commands:
-        setting = _Setting(recorder, commands, call, pack=True)
-        dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim)
-        setting.split(shape)
-        splits, rows = setting.numbers["splits"], setting.units * setting.unit_rows
-        setting.numbers["scale"] *= 1.0 if call.request.softcap else _LOG2E
-        operands = [commands.stage(tensor, dim) for tensor in (query, call.key, value)]
+        dim = padded_dim(call.request)
         to, to_lse = commands.result(result, dim), commands.result(lse)
-        part = commands.space(splits * rows * dim * 4 if splits > 1 else 256)
-        part_lse = commands.space(splits * rows * 4) if splits > 1 else to_lse
-        commands.dispatch(
-            f"forward_tiles.{setting.dtype}", (dim, shape.threads, shape.rows, shape.tile, shape.height),
-            [*operands, setting.mask, setting.index, setting.bounds, to, part_lse, part], setting.push(), _LAYOUT,
-            (-(-setting.unit_rows // shape.rows), setting.units, splits),
-        )  # fmt: skip
-        if splits > 1:
-            groups = (-(-rows * dim // 4 // 64), 1, 1)
-            commands.dispatch(
-                f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], setting.push(unit_rows=rows), _LAYOUT, groups
-            )
+        record = _record_stream if _streams(recorder, call, dim) else _record_tiles
+        record(recorder, commands, call, to, to_lse)
         commands.finish()
     return AttentionOutput(result if out is None else out.copy_(result), lse)
+
+
+def _record_tiles(recorder: Recorder, commands: VulkanCommandBuffer, call: Call, to: Operand, to_lse: Operand) -> None:
+    """forward_tiles.comp, and the merge where the keys are split."""
+    setting = _Setting(recorder, commands, call, pack=True)
+    dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim)
+    setting.split(shape)
+    splits, rows = setting.numbers["splits"], setting.units * setting.unit_rows
+    setting.numbers["scale"] *= 1.0 if call.request.softcap else _LOG2E
+    operands = [commands.stage(tensor, dim) for tensor in call[:3]]
+    part = commands.space(splits * rows * dim * 4 if splits > 1 else 256)
+    part_lse = commands.space(splits * rows * 4) if splits > 1 else to_lse
+    commands.dispatch(
+        f"forward_tiles.{setting.dtype}", (dim, shape.threads, shape.rows, shape.tile, shape.height),
+        [*operands, setting.mask, setting.index, setting.bounds, to, part_lse, part], setting.push(), _LAYOUT,
+        (-(-setting.unit_rows // shape.rows), setting.units, splits),
+    )  # fmt: skip
+    if splits > 1:
+        groups = (-(-rows * dim // 4 // 64), 1, 1)
+        commands.dispatch(
+            f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], setting.push(unit_rows=rows), _LAYOUT, groups
+        )
+
+
+_STREAM_BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
+_STREAM_FROM = 1 << 28  # multiply-accumulates from which its larger pipelines pay
+
+
+def _streams(recorder: Recorder, call: Call, dim: int) -> bool:
+    """Whether forward_stream.comp is the better kernel: long calls without masks on a processor's driver."""
+    request, limits = call.request, recorder.adapter.limits
+    plain = call.mask is None and call.plan is None and not request.softcap
+    large = call.query.numel() * call.key.shape[2] >= _STREAM_FROM // 2 and call.query.shape[2] >= 64
+    can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _STREAM_BYTES and limits["subgroupSize"] == 8
+    return plain and large and can and dim <= 128
+
+
+def _record_stream(recorder: Recorder, commands: VulkanCommandBuffer, call: Call, to: Operand, to_lse: Operand) -> None:
+    """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
+    setting = _Setting(recorder, commands, call, pack=True)
+    dim, len_k, threads = setting.dim, setting.len_k, 8
+    rows_each = 8 if dim <= 64 else 4
+    tall, chunk = threads * rows_each, _STREAM_BYTES // (4 * dim)
+    chunks, units = -(-len_k // chunk), setting.units
+    rows = units * setting.unit_rows
+    query = commands.stage(call.query, dim)
+    padding = (0, dim - call.key.shape[3], 0, chunks * chunk - len_k)
+    keys = commands.stage(torch.nn.functional.pad(call.key.float(), padding))
+    padding = (0, dim - call.value.shape[3], 0, chunks * chunk - len_k)
+    values = commands.stage(torch.nn.functional.pad(call.value.float(), padding))
+    part, part_lse = commands.space(rows * dim * 4), commands.space(rows * 4)
+    assert part.host is not None
+    assert part_lse.host is not None
+    part.host.zero_()
+    part_lse.host.view(torch.float32).fill_(-torch.inf)
+    group = setting.numbers["group"] // setting.heads_per_unit  # units that read the same keys
+    scale = setting.numbers["scale"] * _LOG2E
+    for number in range(chunks):
+        start = number * chunk
+        count = min(chunk, len_k - start)
+        pieces = [(0, setting.unit_rows, 1)]
+        if setting.heads_per_unit == 1:
+            pieces = _pieces(setting.len_q, (start, count), (setting.numbers["lower"], setting.numbers["upper"]), tall)
+        elif setting.numbers["lower"] == -OPEN and setting.numbers["upper"] == OPEN and count % 4 == 0:
+            pieces = [(0, setting.unit_rows, 0)]
+        fresh = True  # no barrier between units: they touch nothing of each other
+        for unit in range(units):
+            place = (unit // group * chunks + number) * _STREAM_BYTES
+            tiles = [operand.part(place, _STREAM_BYTES) for operand in (keys, values)]
+            for begin, end, banded in pieces:
+                pushed = setting.push(mask_batch=unit, mask_head=begin, mask_row=start, plan_batch=count, scale=scale)
+                commands.dispatch(
+                    f"forward_stream.{setting.dtype}", (dim, threads, rows_each, banded), [query, *tiles, part, part_lse],
+                    pushed, _LAYOUT, (-(-(end - begin) // tall), 1, 1), kinds="suuss", after=fresh,
+                )  # fmt: skip
+                fresh = False
+    groups = (-(-rows * dim // 4 // 64), 1, 1)
+    pushed = setting.push(unit_rows=rows)
+    commands.dispatch(f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], pushed, _LAYOUT, groups)
+
+
+def _pieces(len_q: int, chunk: tuple[int, int], band: tuple[int, int], tall: int) -> list[tuple[int, int, int]]:
+    """Rows (begin, end, banded) that read something of a chunk (start, count) of the keys: some or (banded 0) all of it.
+
+    Begins are multiples of `tall`. A chunk whose keys are not a multiple of 4 is banded: its end is inside a step.
+    """
+    (start, count), (lower, upper) = chunk, band
+    begin, end = max(start - upper, 0) // tall * tall, min(start + count - lower, len_q)
+    inner = min(max(-(-(start + count - 1 - upper) // tall) * tall, begin), max(begin, end))
+    outer = min(max(start - lower + 1, inner), end)
+    outer = outer if outer == end else outer // tall * tall
+    if count % 4 or outer <= inner:
+        inner = outer = begin
+    found = [(begin, inner, 1), (inner, outer, 0), (outer, end, 1)]
+    return [piece for piece in found if piece[0] < piece[1]]
 
 
 def backward(

@@ -30,7 +30,7 @@ def find() -> Found:
 
 def ladder(adapter: Adapter) -> str:
     """The kernel that attention runs on this device."""
-    return "single-subgroup tiles" if adapter.is_cpu else "shared-memory tiles"
+    return "streamed uniform buffers, tiles in single subgroups" if adapter.is_cpu else "shared-memory tiles"
 
 
 def _describe(device_id: str, adapter: Adapter) -> Device:

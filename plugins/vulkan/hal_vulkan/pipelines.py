@@ -16,16 +16,16 @@ PUSH_BYTES = 80
 
 
 class VulkanShaderManager:
-    """Pipelines by (shader, bindings, specialisation constants)."""
+    """Pipelines by (shader, kinds of its bindings, specialisation constants)."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._made, self._unsaved = gpu, dict[tuple[object, ...], Pipeline](), False
 
-    def pipeline(self, name: str, bindings: int, constants: Sequence[int]) -> Pipeline:
+    def pipeline(self, name: str, kinds: str, constants: Sequence[int]) -> Pipeline:
         """The shader `name` (a .spv file without its ending) with these constants; made when first asked for."""
-        key = (name, bindings, *constants)
+        key = (name, kinds, *constants)
         if key not in self._made:
-            self._made[key] = self._gpu.pipeline(_spirv(name), bindings, PUSH_BYTES, constants)
+            self._made[key] = self._gpu.pipeline(_spirv(name), kinds, PUSH_BYTES, constants)
             self._unsaved = True
         return self._made[key]
 

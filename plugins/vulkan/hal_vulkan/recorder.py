@@ -26,6 +26,10 @@ class Operand(NamedTuple):
     bound: Bound
     host: Tensor | None
 
+    def part(self, offset: int, size: int) -> Operand:
+        """A piece of it, for a shader alone."""
+        return Operand(Bound(self.bound.block, self.bound.offset + offset, size), None)
+
 
 class Recorder:
     """An open device: queue, pools, pipelines. The session serialises calls."""
@@ -116,11 +120,16 @@ class VulkanCommandBuffer:
 
     def dispatch(
         self, shader: str, constants: Sequence[int], operands: Sequence[Operand], numbers: Sequence[float], layout: str,
-        groups: Sequence[int],
+        groups: Sequence[int], *, kinds: str = "", after: bool = True,
     ) -> None:  # fmt: skip
-        """Record a shader over storage buffers; `numbers` are its push constants in struct's `layout`."""
-        pipeline = self._recorder.shaders.pipeline(shader, len(operands), constants)
-        if self._dispatched or self._uploaded:
+        """Record a shader.
+
+        Args:
+            numbers: its push constants in struct's `layout`. kinds: see `Gpu.pipeline`; "" for storage buffers alone.
+            after: whether it reads what was recorded before; without it no barrier is needed.
+        """
+        pipeline = self._recorder.shaders.pipeline(shader, kinds or "s" * len(operands), constants)
+        if (self._dispatched or self._uploaded) and after:
             self._gpu.barrier(self._commands)
         if not self._dispatched:
             self._gpu.stamp(self._commands, 0)

@@ -117,6 +117,11 @@ class VulkanSession:
 
         return call
 
+    @property
+    def device_seconds(self) -> float | None:
+        """What the last call's shaders took by the device's clock, copies not counted; None where it has none."""
+        return self.recorder.device_seconds
+
     def synchronize(self) -> None:
         with self._lock:
             if not self._closed:

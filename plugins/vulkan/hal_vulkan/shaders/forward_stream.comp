@@ -1,0 +1,87 @@
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#extension GL_KHR_shader_subgroup_ballot : require
+#include "problem.glsl"
+
+// Attention for drivers that run on the host's processor, where an invocation is a lane of a vector and loads from storage
+// buffers are slow. A lane keeps ROWS query rows and their output in registers; keys and values of one chunk come from
+// uniform buffers, at addresses that are equal in all lanes. One dispatch per unit and chunk: what is known so far is kept
+// as a normalised partial result and its log-sum-exp.
+
+layout(constant_id = 2) const int ROWS = 8;
+layout(constant_id = 3) const int BAND = 1;  // 0: every row of the dispatch reads every key of the chunk
+
+layout(binding = 0) readonly buffer Query { STORED query[]; };
+layout(binding = 1) uniform Key { vec4 keys[4096]; };
+layout(binding = 2) uniform Value { vec4 values[4096]; };
+layout(binding = 3) buffer Part { vec4 part[]; };
+layout(binding = 4) buffer PartLse { float part_lse[]; };
+
+const int STEP = 4;  // keys between two rescalings of the output
+
+void main() {
+  // The fields that other shaders use for masks and plans say which piece this dispatch works on.
+  const int unit = p.mask_batch, row_base = p.mask_head, key_base = p.mask_row, count = p.plan_batch;
+  const int lane = int(gl_LocalInvocationID.x), row0 = row_base + int(gl_WorkGroupID.x) * THREADS * ROWS + lane;
+  vec4 q[ROWS * QUADS], o[ROWS * QUADS];
+  float top[ROWS], total[ROWS];
+  int first[ROWS], last[ROWS], at[ROWS];
+  [[unroll]] for (int r = 0; r < ROWS; r++) {
+    const int row = min(row0 + r * THREADS, p.unit_rows - 1), i = row % p.len_q;
+    at[r] = unit * p.unit_rows + row;
+    first[r] = i + p.lower - key_base;
+    last[r] = min(i + p.upper + 1, p.len_k) - key_base;
+    top[r] = part_lse[at[r]] * LOG2E;  // a normalised part has the weight 2^top, in units of which its sum is 1
+    total[r] = top[r] == -INFINITE ? 0.0 : 1.0;
+    [[unroll]] for (int d = 0; d < QUADS; d++) {
+      q[r * QUADS + d] = wide(query[at[r] * QUADS + d]) * p.scale;
+      o[r * QUADS + d] = part[at[r] * QUADS + d];
+    }
+  }
+  for (int key = 0; key < count; key += STEP) {
+    float s[ROWS * STEP];
+    // Equal in all lanes: said so, the driver loads once and spreads the value over the lanes.
+    const int from = subgroupBroadcastFirst(key * QUADS);
+    [[unroll]] for (int j = 0; j < STEP; j++) {
+      [[unroll]] for (int r = 0; r < ROWS; r++) s[r * STEP + j] = 0.0;
+      [[unroll]] for (int d = 0; d < QUADS; d++) {
+        const vec4 x = keys[from + j * QUADS + d];
+        [[unroll]] for (int r = 0; r < ROWS; r++) {
+          const vec4 y = q[r * QUADS + d];
+          s[r * STEP + j] = fma(y.x, x.x, fma(y.y, x.y, fma(y.z, x.z, fma(y.w, x.w, s[r * STEP + j]))));
+        }
+      }
+    }
+    [[unroll]] for (int r = 0; r < ROWS; r++) {
+      float now = top[r];
+      [[unroll]] for (int j = 0; j < STEP; j++) {
+        const float x = s[r * STEP + j];
+        if (BAND != 0) s[r * STEP + j] = key + j >= first[r] && key + j < last[r] ? x : -INFINITE;
+        now = max(now, s[r * STEP + j]);
+      }
+      const float anchor = BAND != 0 && now == -INFINITE ? 0.0 : now;
+      const float factor = exp2(max(top[r], -1e30) - anchor);  // 0 where no key was read before
+      top[r] = now;
+      total[r] *= factor;
+      [[unroll]] for (int d = 0; d < QUADS; d++) o[r * QUADS + d] *= factor;
+      [[unroll]] for (int j = 0; j < STEP; j++) {
+        const float weight = exp2(max(s[r * STEP + j], -1e30) - anchor);
+        s[r * STEP + j] = weight;
+        total[r] += weight;
+      }
+    }
+    const int there = subgroupBroadcastFirst(key * QUADS);
+    [[unroll]] for (int j = 0; j < STEP; j++)
+      [[unroll]] for (int d = 0; d < QUADS; d++) {
+        const vec4 x = values[there + j * QUADS + d];
+        [[unroll]] for (int r = 0; r < ROWS; r++) o[r * QUADS + d] = fma(vec4(s[r * STEP + j]), x, o[r * QUADS + d]);
+      }
+  }
+  [[unroll]] for (int r = 0; r < ROWS; r++) {
+    if (row0 + r * THREADS < p.unit_rows) {
+      const float factor = total[r] > 0.0 ? 1.0 / total[r] : 0.0;
+      part_lse[at[r]] = total[r] > 0.0 ? (top[r] + log2(total[r])) * LN2 : -INFINITE;
+      [[unroll]] for (int d = 0; d < QUADS; d++) part[at[r] * QUADS + d] = o[r * QUADS + d] * factor;
+    }
+  }
+}
