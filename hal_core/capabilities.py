@@ -114,7 +114,7 @@ class Capabilities:
     """
 
     dtypes: frozenset[str] = attrs.field(converter=frozenset)
-    numerics: Mapping[str, Numerics] = attrs.field()
+    numerics: Mapping[str, Numerics]
     head_dim: Range | Choice
     masks: frozenset[MaskKind] = attrs.field(converter=frozenset, default=frozenset({MaskKind.NONE}))
     causal: frozenset[Causal] = attrs.field(converter=frozenset, default=frozenset({Causal.NONE}))
@@ -126,14 +126,10 @@ class Capabilities:
     cache_dtypes: frozenset[str] = attrs.field(converter=frozenset, default=frozenset())
     block_sizes: Range | Choice = Choice(())
 
-    @features.validator
-    def _known(self, _: object, value: frozenset[str]) -> None:
-        if unknown := value - FEATURES:
+    def __attrs_post_init__(self) -> None:
+        if unknown := self.features - FEATURES:
             raise ValueError(f"unknown features {sorted(unknown)}: use {listing(FEATURES)}")
-
-    @numerics.validator
-    def _complete(self, _: object, value: Mapping[str, Numerics]) -> None:
-        if missing := self.dtypes - set(value):
+        if missing := self.dtypes - set(self.numerics):
             raise ValueError(f"no numerics declared for {sorted(missing)}: every dtype needs its error bound")
 
     def refusals(self, r: AttentionRequest) -> list[Refusal]:

@@ -149,8 +149,7 @@ class PooledMemory:
 
     def to_torch(self, buffer: Buffer) -> Tensor:
         """A tensor that shares the buffer's memory."""
-        tensor: Tensor = buffer.tensor
-        return tensor
+        return buffer.tensor  # type: ignore[no-any-return]
 
     def count_copy(self, nbytes: int) -> None:
         with self._lock:

@@ -104,9 +104,9 @@ class Decision:
         return {"format": FORMAT, "request": self.request.to_dict(), **plain}
 
     def to_json(self, indent: int | None = 2) -> str:
-        import json
+        from json import dumps
 
-        return json.dumps(self.to_dict(), indent=indent)
+        return dumps(self.to_dict(), indent=indent)
 
 
 def replay(record: Decision | dict[str, Any] | str) -> Decision:
