@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def save(device: Device, values: dict[str, Any]) -> Calibration:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         partial.write_text(text, encoding="utf-8", newline="")
         os.replace(partial, path)

@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         return int(options.run(options) or 0)
-    except HalError as error:
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (HalError, OSError) as error:
         if os.environ.get("HAL_DEBUG") == "1":
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -149,14 +149,21 @@ def _backend_record(entry: Entry) -> dict[str, Any]:
 
 def _explain(options: argparse.Namespace) -> int:
     from .context import use
-    from .request import AttentionRequest, Causal
+    from .request import DTYPE_BYTES, AttentionRequest, Causal
     from .selection import decide, merged_policy
 
     batch, heads, length, dim = _numbers(options.shape, 4, "--shape", "batch,heads,length,head_dim")
     window = None if options.window is None else _numbers(options.window, 2, "--window", "left,right")
+    kv_heads, kv_length, cap = options.kv_heads or heads, options.kv_length or length, options.softcap
+    if min(batch, heads, length, dim, kv_heads, kv_length) < 1 or heads % kv_heads:
+        given = f"--shape {options.shape} with {heads} query heads, {kv_heads} key heads and {kv_length} keys was given"
+        raise ContractError(f"{given}: use 1 or more of each, and query heads that are a multiple of key heads")
+    if options.dtype not in DTYPE_BYTES or (cap is not None and not 0 < cap < float("inf")):
+        wanted = f"one of {', '.join(DTYPE_BYTES)}, and a positive softcap"
+        raise ContractError(f"dtype {options.dtype!r} and softcap {cap} were given: use {wanted}")
     request = AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=options.kv_heads or heads, len_q=length, dtype=options.dtype,
-        len_k=options.kv_length or length, dim_qk=dim, dim_v=dim, causal=Causal(options.causal), softcap=options.softcap,
+        batch=batch, heads_q=heads, heads_kv=kv_heads, len_q=length, dtype=options.dtype,
+        len_k=kv_length, dim_qk=dim, dim_v=dim, causal=Causal(options.causal), softcap=cap,
         window=None if window is None else (window[0], window[1]), grads=frozenset("qkv" if options.grad else ""),
     )  # fmt: skip
     with use(options.backend, objective=options.objective, allow_simulated=options.allow_simulated or None):

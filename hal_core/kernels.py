@@ -47,7 +47,7 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     Raises:
         UnknownBackendError: no such backend. UnsupportedError: nobody there provides the kernel.
     """
-    from .errors import UnsupportedError
+    from .errors import HalError, UnsupportedError
     from .protocols import KernelProvider
     from .registry import registry
 
@@ -55,10 +55,17 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
         registry.find(backend) if backend is not None else sorted(registry.devices(), key=lambda d: d.fidelity.rank)
     )
     for device in devices:
-        provider = registry.backend_of(device)
-        if isinstance(provider, KernelProvider) and name in provider.kernel_names(device):
-            session: Any = registry.session(device.id)
-            call: Callable[..., Any] = session.kernel(name)
+        provider, session = registry.backend_of(device), None
+        try:
+            if isinstance(provider, KernelProvider) and name in provider.kernel_names(device):
+                session = registry.session(device.id)
+        except (Exception, SystemExit) as error:  # a broken provider must not hide the others; one that was named raises
+            if not isinstance(error, HalError):
+                registry.fail_entry(registry.entry(device.id), "kernel", error)
+            if backend is not None:
+                raise
+        if session is not None:
+            call: Callable[..., Any] = session.kernel(name)  # type: ignore[attr-defined]
             return call
     known = ", ".join(sorted(registry.kernel_specs())) or "none"
     where = f"on {backend}" if backend is not None else "on any installed device"

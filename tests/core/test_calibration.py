@@ -1,0 +1,141 @@
+"""Measurements that outlive the process: whole, of this device alone, and used from then on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from fakes import FakeBackend, draw
+
+import hal_core as hal
+from hal_core import calibration
+
+Fake = Callable[..., FakeBackend]
+
+
+class Measured(FakeBackend):
+    """A device that measures itself once, and then estimates what it measured."""
+
+    def calibrate(self, device: hal.Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
+        progress("bandwidth", 0.0)
+        progress("done", 1.0)
+        return {"seconds": 1e-15, "sizes": [1, 2], "nested": {"a": None}}
+
+    def estimate(self, request: hal.AttentionRequest, device: hal.Device) -> hal.Estimate:
+        known = calibration.load(device)
+        seconds, basis = (1e-2, "declared") if known is None else (known.values["seconds"], "measured")
+        return hal.Estimate(time=hal.Quantity(seconds, seconds, basis, "assumed"))
+
+
+@pytest.fixture
+def measured(fake: Fake) -> FakeBackend:
+    fake("other", time=1e-13)
+    backend = Measured("measured")
+    hal.register(backend)
+    yield backend
+    hal.unregister("measured")
+
+
+def files() -> list[Path]:
+    return [path for path in hal.cache_dir().rglob("*") if path.is_file()]
+
+
+def test_tests_never_touch_the_users_cache(tmp_path: Path) -> None:
+    assert hal.cache_dir() == Path(os.environ["HAL_CACHE"])
+    assert Path.home() not in hal.cache_dir().parents
+
+
+def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "here"))
+    assert hal.cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("HAL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hal.cache_dir() == tmp_path / "xdg" / "hal"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hal.cache_dir() == tmp_path / ".cache" / "hal"
+    assert not list(tmp_path.iterdir())  # asking makes nothing
+
+
+def test_a_calibration_is_stored_and_read_back(measured: FakeBackend) -> None:
+    steps: list[tuple[str, float]] = []
+    device = measured.devices()[0]
+    assert calibration.load(device) is None
+    stored = calibration.calibrate("measured", lambda text, share: steps.append((text, share)))
+    assert steps == [("bandwidth", 0.0), ("done", 1.0)]
+    assert stored.values == {"seconds": 1e-15, "sizes": [1, 2], "nested": {"a": None}}
+    assert calibration.load(device) == stored
+    assert len(files()) == 1
+    calibration.calibrate("measured:0")
+    assert len(files()) == 1
+
+
+def test_decisions_use_a_calibration_at_once(measured: FakeBackend, generator: torch.Generator) -> None:
+    tensors = draw(generator)
+    hal.attention(*tensors)
+    assert hal.explain(*tensors).chosen == "other:0"
+    calibration.calibrate("measured")
+    assert hal.explain(*tensors).chosen == "measured:0"
+    hal.attention(*tensors)
+    assert len(measured.ran) == 1
+
+
+def test_another_model_or_driver_has_no_calibration(measured: FakeBackend) -> None:
+    calibration.calibrate("measured")
+    device = measured.devices()[0]
+    assert calibration.load(attrs.evolve(device, driver="2.0")) is None
+    assert calibration.load(attrs.evolve(device, model="successor")) is None
+    assert calibration.load(device) is not None
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", "{}", '{"format": 99}', "\udcff", '{"format": 1, "fingerprint": 3}']
+)
+def test_a_damaged_file_counts_as_none_and_is_replaced(measured: FakeBackend, damage: str) -> None:
+    calibration.calibrate("measured")
+    device = measured.devices()[0]
+    (path,) = files()
+    path.write_bytes(damage.encode("utf-8", "surrogateescape"))
+    assert calibration.load(device) is None
+    calibration.calibrate("measured")
+    assert calibration.load(device) is not None
+
+
+def test_a_file_of_another_device_is_not_believed(measured: FakeBackend) -> None:
+    calibration.calibrate("measured")
+    (path,) = files()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0" * 16}))
+    assert calibration.load(measured.devices()[0]) is None
+
+
+def test_what_cannot_be_written_leaves_the_old_file_whole(measured: FakeBackend) -> None:
+    stored = calibration.calibrate("measured")
+    with pytest.raises(TypeError):
+        calibration.save(measured.devices()[0], {"seconds": object()})
+    assert calibration.load(measured.devices()[0]) == stored
+    assert len(files()) == 1
+
+
+def test_threads_that_store_at_once_leave_one_whole_file(measured: FakeBackend) -> None:
+    device = measured.devices()[0]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: calibration.save(device, {"n": n, "pad": "x" * 10000}), range(64)))
+    found = calibration.load(device)
+    assert found is not None
+    assert len(found.values["pad"]) == 10000
+    assert len(files()) == 1
+
+
+def test_a_device_without_calibration_says_so(fake: Fake) -> None:
+    fake("plain")
+    with pytest.raises(hal.UnsupportedError, match="plain:0 has no calibration"):
+        calibration.calibrate("plain")
+    with pytest.raises(hal.UnknownBackendError):
+        calibration.calibrate("nobody")
