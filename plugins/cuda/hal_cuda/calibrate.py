@@ -18,8 +18,8 @@ from .rates import Rates
 from .session import CudaSession
 
 TOKENS, HIDDEN = 16384, 2048
-LENGTHS = (512, 2048, 8192, 16384)
-DIMS = (64, 128, 256)
+LENGTHS = (512, 1024, 2048, 8192, 16384)
+DIMS = (64, 96, 128, 192, 256)
 
 
 def measure(

@@ -30,7 +30,7 @@ class Chip:
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int
-    decode_programs: int = 2
+    decode_programs: int = 1
     torch_attention: bool = True
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,36 +17,25 @@ from .portable import PortablePath, empty_result, packs, power_of_two
 
 ROWS = 64  # of one consumer warpgroup
 LOG2E = 1.4426950408889634
+_OVERHEAD = 2  # of a tile of rows, in tiles of keys
+_CACHED = 40 << 20  # bytes of keys and values that the second-level cache keeps beside the rest
 _MOST_KEPT = 1024
 
 
 class Tiling(NamedTuple):
     """How a head size is run.
 
-    keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. fence: keep the maxima beside the
-    product. arrive: release stages by named barriers. own_output: shared memory of its own for the result. persistent: one
-    program a multiprocessor. together: heads worked on at a time, for L2.
+    keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. arrive: release stages by named
+    barriers. own_output: shared memory of its own for the result.
     """
 
     keys: int
     consumers: int
     turns: bool
-    fence: bool
     arrive: bool
     own_output: bool
-    persistent: bool
-    together: int
 
 
-#: By head size and whether rows see a prefix alone; measured on one H200.
-TILINGS = {
-    (64, False): Tiling(128, 3, True, True, False, True, True, 1),
-    (64, True): Tiling(128, 3, True, False, False, True, True, 16),
-    (128, False): Tiling(128, 2, False, False, True, True, True, 1),
-    (128, True): Tiling(128, 2, False, False, True, True, False, 8),
-    (256, False): Tiling(64, 2, True, False, False, False, False, 1),
-    (256, True): Tiling(64, 2, False, False, False, False, False, 4),
-}
 _RUN_TIME = ("total", "NT", "HG", "heads", "len_q", "len_k", "shift", "left", "right")
 
 
@@ -81,15 +72,68 @@ def fits(*tensors: Tensor) -> bool:
     return True
 
 
-def block_dim(dim: int) -> int:
-    return max(64, power_of_two(dim))
+def parts(dim: int) -> tuple[int, int]:
+    """A head size as the kernel cuts it: a power of two from 64 up, and a second part or 0. The rest is read as zeros."""
+    if dim <= 64:
+        return 64, 0
+    if dim <= 128:
+        return (64, 32) if dim <= 96 else (128, 0)
+    return (128, 64) if dim <= 192 else (256, 0)
 
 
-def tiling_for(dim_qk: int, dim_v: int, prefix: bool) -> Tiling:
-    """The tiling of a pair of head sizes; unequal ones take the larger one's, with its own output buffer."""
-    widest = max(block_dim(dim_qk), block_dim(dim_v))
-    tiling = TILINGS[widest, prefix]
-    return tiling if block_dim(dim_qk) == block_dim(dim_v) else tiling._replace(own_output=True)
+def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int) -> Tiling:
+    """The tiling of a call, measured on one H200 at lengths of 500 to 16384.
+
+    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty. 128: turns pay while rows are short.
+    """
+    widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
+    if widest == 64:
+        full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * ROWS, 2 * ROWS))
+        return Tiling(128, 3 if full > 0.9 * narrow else 2, True, False, True)
+    if widest <= 128:
+        return Tiling(128, 2, len_k <= 4096, len_k > 4096, True)
+    return Tiling(64, 2, True, False, widest == 192 or parts(dim_qk) != parts(dim_v))
+
+
+class Schedule(NamedTuple):
+    """Programs of a launch, and heads that are worked on at a time."""
+
+    programs: int
+    together: int
+
+
+def schedule(costs: Sequence[int], heads: int, multiprocessors: int, most_together: int) -> Schedule:
+    """How tiles go to programs: one program a multiprocessor where that balances, else a program a tile.
+
+    Args:
+        costs: of the row tiles of a head, in the order they are taken. heads: batch entries times query heads.
+        most_together: heads whose keys and values the second-level cache holds.
+
+    A persistent program loads its next tile while it finishes one, which pays as long as no program gets much more than the
+    others; tiles of `together` heads are taken longest first, forwards and backwards in turn.
+    """
+    tiles = len(costs) * heads
+    if tiles <= multiprocessors:
+        return Schedule(tiles, 1)
+    number = torch.arange(min(tiles, 1 << 16))
+    turn, place = number // multiprocessors, number % multiprocessors
+    program = torch.where(turn % 2 == 1, multiprocessors - 1 - place, place)
+    each = torch.tensor(costs, dtype=torch.float64)
+    best, least = 1, math.inf
+    together = 1
+    while together <= heads and together <= max(most_together, 1) and heads % together == 0:
+        cost = each[number % (together * len(costs)) // together]
+        longest = torch.zeros(multiprocessors, dtype=torch.float64).index_add_(0, program, cost).max().item()
+        if longest < 0.99 * least:
+            best, least = together, longest
+        together *= 2
+    mean = each.mean().item() * len(number) / multiprocessors
+    if least <= 1.06 * mean or len(set(costs)) == 1:
+        return Schedule(multiprocessors, best)
+    together = 8
+    while heads % together:
+        together //= 2
+    return Schedule(tiles, together)
 
 
 def kernel_constants(
@@ -98,21 +142,26 @@ def kernel_constants(
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel's constexpr arguments."""
     return {
-        "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": block_dim(dim_qk), "DV": block_dim(dim_v), "ST": 2,
-        "NC": tiling.consumers, "LEFT": left, "RIGHT": right, "SHIFTED": shifted, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse,
-        "PING": tiling.turns, "ORD": tiling.fence and not (ragged or left or softcap), "EB": tiling.arrive,
-        "OSEP": tiling.own_output,
+        "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": parts(dim_v)[0],
+        "Q2": parts(dim_qk)[1], "V2": parts(dim_v)[1], "ST": 2, "NC": tiling.consumers, "LEFT": left,
+        "RIGHT": right, "SHIFTED": shifted, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse, "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output,
     }  # fmt: skip
 
 
 def kernel_signature(dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     """Triton types of the kernel's run-time arguments; dtype "bf16" or "fp16"."""
-    types = {
-        "qd": _descriptor(dtype, ROWS, constants["DQ"]), "kd": _descriptor(dtype, constants["BN"], constants["DQ"]),
-        "vd": _descriptor(dtype, constants["BN"], constants["DV"]), "od": _descriptor(dtype, ROWS, constants["DV"]),
-        "lse": "*fp32",
-    }  # fmt: skip
+    keys, types = constants["BN"], {"lse": "*fp32"}
+    first = (constants["DQ"], constants["DV"])
+    second = tuple(constants[name] or whole for name, whole in zip(("Q2", "V2"), first, strict=True))
+    for (dim_qk, dim_v), number in ((first, ""), (second, "2"))[: 2 if splits(constants) else 1]:
+        types |= {f"qd{number}": _descriptor(dtype, ROWS, dim_qk), f"kd{number}": _descriptor(dtype, keys, dim_qk)}
+        types |= {f"vd{number}": _descriptor(dtype, keys, dim_v), f"od{number}": _descriptor(dtype, ROWS, dim_v)}
     return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32")
+
+
+def splits(constants: dict[str, Any]) -> bool:
+    """Whether a head size has a second part."""
+    return bool(constants["Q2"] or constants["V2"])
 
 
 def _descriptor(dtype: str, rows: int, dim: int) -> str:
@@ -126,8 +175,8 @@ def _descriptor(dtype: str, rows: int, dim: int) -> str:
 class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
-    sides: for query, key, value and output, how to make their tensor map and the arguments that follow it. made: for each of
-    them the arguments by address.
+    sides: for query, key, value and output (again for second parts: `repeats` is 2), how to make their tensor map and the
+    arguments that follow it. made: for each of them the arguments by address.
     """
 
     kernel: compiled.Kernel
@@ -136,6 +185,7 @@ class Launch(NamedTuple):
     made: tuple[dict[int, list[Any]], ...]
     tail: list[Any]
     like_query: bool
+    repeats: int
 
 
 class HopperPath:
@@ -162,10 +212,8 @@ class HopperPath:
         out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self._lse else None
         made = launch.made
-        places = (*pointers, out.data_ptr())
         arguments: list[Any] = []
-        for place in range(4):
-            pointer = places[place]
+        for place, pointer in enumerate((*pointers, out.data_ptr()) * launch.repeats):
             arguments += made[place].get(pointer) or _add_map(launch, place, pointer)
         arguments.append(0 if lse is None else lse.data_ptr())
         arguments += launch.tail
@@ -190,7 +238,7 @@ class HopperPath:
             right = 0 if right is None else min(right, 0)
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
         ends_inside = right is not None and shift + right <= len_k - len_q  # no row reaches past the last key
-        tiling = tiling_for(dim_qk, dim_v, right is not None)
+        tiling = tiling_for(dim_qk, dim_v, len_q, len_k)
         constants = kernel_constants(
             tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
             shifted=right is not None and (shift + right) % ROWS != 0, ragged=len_k % tiling.keys != 0 and not ends_inside,
@@ -198,33 +246,44 @@ class HopperPath:
         )  # fmt: skip
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         key_of = ("hopper", chip.index, dtype, tuple(constants.items()))
-        made = compiled.kernel(key_of, lambda: self._compiled(dtype, constants))
+        made = compiled.kernel(key_of, lambda: compile_forward(dtype, constants))
         row_tiles = -(-len_q // (ROWS * tiling.consumers))
-        total = row_tiles * batch * heads
-        together = tiling.together
-        while batch * heads % together:
-            together //= 2
+        rows = ROWS * tiling.consumers
+        costs = [
+            _OVERHEAD + _key_tiles(first, rows, len_k, shift, left, right, tiling.keys)
+            for first in range((row_tiles - 1) * rows, -1, -rows)
+        ]
+        cached = len_k * (dim_qk + dim_v) * query.itemsize * key.shape[1] // heads
+        plan = schedule(costs, batch * heads, chip.multiprocessors, _CACHED // max(cached, 1))
         scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
         if r.softcap is not None:
             cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
         out = empty_result(query, dim_v)
-        programs = min(chip.multiprocessors, total) if tiling.persistent else total
         tail = [
-            total, row_tiles, together, heads, len_q, len_k, shift, left or 0, right or 0, scale, cap_in, cap_out,
-            *[None] * len(constants),
+            row_tiles * batch * heads, row_tiles, plan.together, heads, len_q, len_k, shift, left or 0, right or 0,
+            scale, cap_in, cap_out, *[None] * len(constants),
         ]  # fmt: skip
-        sides = tuple((*_side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
+        repeats = 2 if splits(constants) else 1
+        sides = tuple((*_side(t), meta) for t, meta in zip((query, key, value, out) * repeats, made.maps, strict=True))
         like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
-        return Launch(made, (programs, 1, 1), sides, ({}, {}, {}, {}), tail, like_query)
+        return Launch(made, (plan.programs, 1, 1), sides, tuple({} for _ in sides), tail, like_query, repeats)
 
-    def _compiled(self, dtype: str, constants: dict[str, Any]) -> Any:
-        from triton.backends.compiler import GPUTarget
 
-        from .kernels.hopper import forward
+def compile_forward(dtype: str, constants: dict[str, Any]) -> Any:
+    """The compiled kernel of a dtype ("bf16" or "fp16") and its constants; needs no GPU."""
+    from triton.backends.compiler import GPUTarget
 
-        return compiled.compile_for(
-            forward, kernel_signature(dtype, constants), constants, GPUTarget("cuda", 90, 32), num_warps=4
-        )
+    from .kernels.hopper import forward, forward_split
+
+    fn = forward_split if splits(constants) else forward
+    return compiled.compile_for(fn, kernel_signature(dtype, constants), constants, GPUTarget("cuda", 90, 32), num_warps=4)
+
+
+def _key_tiles(row: int, rows: int, len_k: int, shift: int, left: int | None, right: int | None, keys: int) -> int:
+    """Tiles of keys that a tile of rows reads, as the kernel counts them."""
+    end = len_k if right is None else max(min(row + rows + shift + right, len_k), 1)
+    last = -(-end // keys)
+    return last - (0 if left is None else min(max(row + shift - left, 0) // keys, last - 1))
 
 
 def _add_map(launch: Launch, place: int, pointer: int) -> list[Any]:

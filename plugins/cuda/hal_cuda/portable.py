@@ -7,8 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+from hal_core import (
+    AttentionOutput,
+    AttentionRequest,
+    BlockPlan,
+    Causal,
+    DeviceUnavailableError,
+    MaskKind,
+    SequenceTables,
+)
 
 from .chip import Chip
 from .kernels.attend import attend, keep_mask, merge
@@ -39,33 +48,38 @@ def packs(request: AttentionRequest, len_q: int) -> bool:
     return few and not request.packed and request.block_plan is None
 
 
-def choose_tiles(request: AttentionRequest, len_q: int, chip: Chip) -> Tiles:
-    """Tiles that fit the chip's shared memory. Measured on Hopper; older chips take smaller ones."""
+def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
+    """Tiles measured on Hopper; `shrunk` gives the next smaller ones where a chip's shared memory does not hold them."""
     wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
-    narrow_memory = chip.shared_memory < 160 << 10
+    plain = request.mask is MaskKind.NONE
     if packs(request, len_q):
         rows = max(16, power_of_two(len_q * (request.heads_q // request.heads_kv)))
         if request.dtype == "float32":
             return Tiles(rows, 32, 4, 2)
-        keys = 64 if wide <= 128 else 32
-        return Tiles(rows, keys, 4, 2 if narrow_memory else 4)
+        return Tiles(rows, 128 if wide <= 128 and plain and rows <= 32 else 64, 4, 3 if plain else 2)
     if request.dtype == "float32":
-        tiles = Tiles(32, 32, 4, 2 if wide <= 128 and not narrow_memory else 1)
-    elif wide <= 64:
-        tiles = Tiles(128, 64, 4, 3)
-    elif wide <= 128:
-        tiles = Tiles(64, 64, 4, 2) if narrow_memory else Tiles(128, 64, 8, 3)
+        tiles = Tiles(32, 32, 4, 2 if wide <= 128 else 1)
+    elif wide > 128:
+        tiles = Tiles(128, 32, 8, 3)
+    elif request.block_plan is not None and plain:
+        tiles = Tiles(128, 64, 4, 2)
     else:
-        tiles = Tiles(64, 32, 4, 2) if narrow_memory else Tiles(128, 64, 8, 2)
-    rows = min(tiles.rows, max(16, power_of_two(len_q)))
-    if request.block_plan is not None:
-        rows = min(rows, max(16, power_of_two(request.block_plan[0])))
-        if request.block_plan[0] % rows:
-            rows = max(16, request.block_plan[0] & -request.block_plan[0])
-            rows = min(rows, tiles.rows)
-        keys = min(tiles.keys, max(16, power_of_two(request.block_plan[1])))
-        return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
-    return tiles._replace(rows=rows, warps=4 if rows <= 64 else tiles.warps)
+        tiles = Tiles(64, 64, 4, 3)
+    rows, keys = min(tiles.rows, max(16, power_of_two(len_q))), tiles.keys
+    if request.block_plan is not None:  # a tile lies in one block of rows; blocks of odd sizes waste least in small tiles
+        block_q, block_k = request.block_plan[:2]
+        rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
+        keys = min(keys, max(16, power_of_two(block_k)))
+    return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
+
+
+def shrunk(tiles: Tiles) -> Tiles | None:
+    """The next smaller tiles: fewer stages, then fewer keys, then fewer rows; None where there are none."""
+    if tiles.stages > 1:
+        return tiles._replace(stages=tiles.stages - 1)
+    if tiles.keys > 16:
+        return tiles._replace(keys=tiles.keys // 2, stages=2)
+    return tiles._replace(rows=tiles.rows // 2, stages=2) if tiles.rows > 16 else None
 
 
 class Splits(NamedTuple):
@@ -131,6 +145,7 @@ class PortablePath:
     def __init__(self, request: AttentionRequest, chip: Chip) -> None:
         self.request, self.chip = request, chip
         self._launches: dict[Any, Launch] = {}
+        self._runs: dict[Any, Any] = {}
         self._last: tuple[Any, Launch | None] = ((), None)
 
     def __call__(
@@ -174,6 +189,23 @@ class PortablePath:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
         tables: SequenceTables | None,
     ) -> Launch:  # fmt: skip
+        """The launch with the largest tiles that the chip holds."""
+        len_q = self.request.len_q if self.request.packed else query.shape[2]
+        tiles: Tiles | None = choose_tiles(self.request, len_q)
+        while tiles is not None:
+            try:
+                return self._launch(tiles, query, key, value, mask, plan, tables)
+            except OutOfResources:
+                tiles = shrunk(tiles)
+        raise DeviceUnavailableError(
+            f"no tile of head_dim {self.request.dim_qk} fits {self.chip.shared_memory:,} bytes of shared memory: use another "
+            "device"
+        )
+
+    def _launch(
+        self, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
+        tables: SequenceTables | None,
+    ) -> Launch:  # fmt: skip
         r, chip = self.request, self.chip
         out = empty_result(query, value.shape[3])
         batch, heads_q, len_q, dim_qk = query.shape
@@ -184,7 +216,6 @@ class PortablePath:
             assert tables is not None
             len_k = tables.page_table.shape[1] * key.shape[2]
         pack = packs(r, len_q)
-        tiles = choose_tiles(r, len_q, chip)
         splits = choose_splits(r, tiles, len_q, len_k, batch, chip) if pack else Splits(1, 0)
         split = splits.count > 1
         if plan is not None:
@@ -203,7 +234,7 @@ class PortablePath:
             "SOFTCAP": r.softcap is not None, "DROPOUT": r.dropout > 0, "PACKED": r.packed, "SEQLENS": r.page_size is not None,
             "PLAN": plan is not None, "PACK": pack, "SPLIT": split, "LSE": r.lse or split,
             "ALIGNED": _aligned(query, key, value),
-            "EVEN": _whole_tiles(r, len_k, tiles.keys),
+            "EVEN": not pack and _whole_tiles(r, len_k, tiles.keys),
             "PDL": split and chip.dependent_launch, "STAGES": tiles.stages,
         }  # fmt: skip
         arguments = [
@@ -215,19 +246,20 @@ class PortablePath:
         ]  # fmt: skip
         grid = (row_tiles * splits.count, heads_kv if pack else heads_q, batch)
         mask_type = "u8" if mask is None else TYPES[mask.dtype]
-        run = chip.launcher(
-            attend, attend_signature(TYPES[query.dtype], mask_type, split), constants, num_warps=tiles.warps
-        )
+        chosen = (tiles.warps, mask_type, *constants.values())
+        run = self._runs.get(chosen)
+        if run is None:
+            signature = attend_signature(TYPES[query.dtype], mask_type, split)
+            run = self._runs[chosen] = chip.launcher(attend, signature, constants, num_warps=tiles.warps)
         like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
         if not split:
             return Launch(run, arguments, grid, like_query)
-        merge_constants = {
-            "DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "SPLITS": power_of_two(splits.count), "LSE": r.lse,
-            "PDL": chip.dependent_launch,
-        }  # fmt: skip
-        join = chip.launcher(
-            merge, merge_signature(TYPES[query.dtype]), merge_constants, num_warps=4, launch_pdl=chip.dependent_launch
-        )
+        join = self._runs.get("merge")
+        if join is None:
+            pdl = chip.dependent_launch
+            merge_constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": r.lse, "PDL": pdl}
+            signature = merge_signature(TYPES[query.dtype])
+            join = self._runs["merge"] = chip.launcher(merge, signature, merge_constants, num_warps=4, launch_pdl=pdl)
         rows = batch * heads_q * len_q * splits.count
         return Launch(
             run, arguments, grid, like_query, splits.count, rows * (dim_v + 1), rows * dim_v, join,

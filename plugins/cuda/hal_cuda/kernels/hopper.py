@@ -22,12 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
 SYNC_IF = gl.constexpr("{ .reg .pred q; setp.ne.s32 q, $3, 0; @q bar.sync $1, $2; mov.b32 $0, $1; }")
 ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
-# Never taken; ptxas may not move a wgmma wait above it, so the row maxima stay beside the running product.
-ORDER = gl.constexpr(
-    "{ .reg .pred q; .reg .f32 t; add.f32 t, $2, $3; setp.lt.f32 q, t, 0f00000000; @q bar.arrive 15, 128; "
-    "mov.b32 $0, $2; mov.b32 $1, $3; }"
-)
-THREE, FOUR, PAIR = gl.constexpr("=r,r,r"), gl.constexpr("=r,r,r,r"), gl.constexpr("=f,=f,f,f")
+THREE, FOUR = gl.constexpr("=r,r,r"), gl.constexpr("=r,r,r,r")
 LN2 = gl.constexpr(0.6931471805599453)
 HIDDEN = gl.constexpr(-1.0e30)  # a hidden score: finite, because -inf - -inf is NaN under FMA contraction
 LEAST = gl.constexpr(-1.0e20)  # least row maximum: far above HIDDEN times any scale, so hidden weights are exactly 0
@@ -144,9 +139,10 @@ def hand_back(it, count, kf, vf, ke, ve, c: gl.constexpr, ST: gl.constexpr, NC: 
 
 
 @gluon.jit
-def producer(qd, kd, vd, q_s, k_s, v_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_k, shift, left, right,
+def producer(qd, kd, vd, qd2, kd2, vd2, q_s, k_s, v_s, q_s2, k_s2, v_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_k, shift, left, right,
              BM: gl.constexpr, BN: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, GROUP: gl.constexpr, LEFT: gl.constexpr,
-             RIGHT: gl.constexpr, EB: gl.constexpr):  # fmt: skip
+             RIGHT: gl.constexpr, EB: gl.constexpr, Q2: gl.constexpr, V2: gl.constexpr, DQ: gl.constexpr,
+             DV: gl.constexpr):  # fmt: skip
     it = 0
     for r in range(rounds_of(total)):
         place, m0 = tile_at(r, NT, HG, BM * NC)
@@ -154,9 +150,11 @@ def producer(qd, kd, vd, q_s, k_s, v_s, qf, qe, kf, ke, vf, ve, total, NT, HG, h
         head = place % heads
         first, last = key_tiles(m0, BM * NC, len_k, shift, left, right, BN, LEFT, RIGHT)
         mbarrier.wait(qe, (r & 1) ^ 1)
-        mbarrier.expect(qf, NC * qd.block_type.nbytes)
+        mbarrier.expect(qf, NC * (qd.block_type.nbytes + (qd2.block_type.nbytes if Q2 else 0)))
         for c in gl.static_range(NC):
             tma.async_copy_global_to_shared(qd, [batch, head, m0 + c * BM, 0], qf, q_s.index(c))
+            if Q2:
+                tma.async_copy_global_to_shared(qd2, [batch, head, m0 + c * BM, DQ], qf, q_s2.index(c))
         for i in range(last - first):
             st = it % ST
             ph = (it // ST) & 1
@@ -165,14 +163,18 @@ def producer(qd, kd, vd, q_s, k_s, v_s, qf, qe, kf, ke, vf, ve, total, NT, HG, h
                 bar_sync_if(gl.to_tensor(8) + st, gl.to_tensor(128 * (NC + 1)), (it >= ST).to(gl.int32))
             else:
                 mbarrier.wait(ke.index(st), ph ^ 1)
-            mbarrier.expect(kf.index(st), kd.block_type.nbytes)
+            mbarrier.expect(kf.index(st), kd.block_type.nbytes + (kd2.block_type.nbytes if Q2 else 0))
             tma.async_copy_global_to_shared(kd, [batch, head // GROUP, col, 0], kf.index(st), k_s.index(st))
+            if Q2:
+                tma.async_copy_global_to_shared(kd2, [batch, head // GROUP, col, DQ], kf.index(st), k_s2.index(st))
             if EB:
                 bar_sync_if(gl.to_tensor(8 + ST) + st, gl.to_tensor(128 * (NC + 1)), (it >= ST).to(gl.int32))
             else:
                 mbarrier.wait(ve.index(st), ph ^ 1)
-            mbarrier.expect(vf.index(st), vd.block_type.nbytes)
+            mbarrier.expect(vf.index(st), vd.block_type.nbytes + (vd2.block_type.nbytes if V2 else 0))
             tma.async_copy_global_to_shared(vd, [batch, head // GROUP, col, 0], vf.index(st), v_s.index(st))
+            if V2:
+                tma.async_copy_global_to_shared(vd2, [batch, head // GROUP, col, DV], vf.index(st), v_s2.index(st))
             it += 1
     if EB:  # leave no arrival pending
         for j in range(gl.maximum(it - ST, 0), it):
@@ -181,21 +183,29 @@ def producer(qd, kd, vd, q_s, k_s, v_s, qf, qe, kf, ke, vf, ve, total, NT, HG, h
 
 
 @gluon.jit
-def step(q, k_s, v_s, kf, ke, vf, ve, j, t, o, m, l, p16, row0, len_k, shift, left, right, scale, cap_in, cap_out,
-         c: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, ST: gl.constexpr,
-         NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PING: gl.constexpr, ORD: gl.constexpr, EB: gl.constexpr,
-         PB: gl.constexpr, SOFTCAP: gl.constexpr, SL: gl.constexpr, OL: gl.constexpr, PL: gl.constexpr):  # fmt: skip
+def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, j, t, o, o2, m, l, p16, row0, len_k, shift, left, right, scale, cap_in,
+         cap_out, c: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, ST: gl.constexpr,
+         NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr,
+         PB: gl.constexpr, SOFTCAP: gl.constexpr, Q2: gl.constexpr, V2: gl.constexpr, SL: gl.constexpr, OL: gl.constexpr,
+         OL2: gl.constexpr, PL: gl.constexpr):  # fmt: skip
     # Q K^T of tile j of the pipeline (keys t * BN on) beside P V of the tile before it, then the softmax of tile j.
     st = j % ST
     pst = (j - 1) % ST
-    z = gl.zeros([BM, BN], gl.float32, SL)
     mbarrier.wait(kf.index(st), (j // ST) & 1)
     take_turn(c, PB, PING)
+    z = gl.zeros([BM, BN], gl.float32, SL)
     s = warpgroup_mma(q, k_s.index(st).reshape([BN, DQ]).permute((1, 0)), z, use_acc=False, is_async=True)
+    if Q2:
+        s = warpgroup_mma(q2, k_s2.index(st).reshape([BN, Q2]).permute((1, 0)), s, is_async=True)
     mbarrier.wait(vf.index(pst), ((j - 1) // ST) & 1)
     ot = warpgroup_mma(p16, v_s.index(pst).reshape([BN, DV]), o, is_async=True)
+    if V2:
+        ot2 = warpgroup_mma(p16, v_s2.index(pst).reshape([BN, V2]), o2, is_async=True)
     pass_turn(c, NC, PB, PING)
-    s = warpgroup_mma_wait(1, deps=[s])
+    if V2:
+        s = warpgroup_mma_wait(2, deps=[s])
+    else:
+        s = warpgroup_mma_wait(1, deps=[s])
     release(ke, st, 8, EB, NC)
     s = capped(s, cap_in, cap_out, SOFTCAP)
     if LEFT or RIGHT:
@@ -204,25 +214,30 @@ def step(q, k_s, v_s, kf, ke, vf, ve, j, t, o, m, l, p16, row0, len_k, shift, le
     alpha = gl.exp2(m - mn)
     p = gl.exp2(s * scale - gl.expand_dims(mn, 1))
     l = l * alpha + gl.sum(p, axis=1)
-    if ORD:
-        alpha = gl.inline_asm_elementwise(ORDER, PAIR, [alpha], dtype=gl.float32, is_pure=False, pack=2)
-    o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
+    if V2:
+        o, o2, p16 = warpgroup_mma_wait(0, deps=[ot, ot2, p16])
+        o2 = o2 * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL2)), 1)
+    else:
+        o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
     release(ve, pst, 8 + ST, EB, NC)
     o = o * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
     p16 = gl.convert_layout(p.to(p16.dtype), PL, assert_trivial=True)
-    return o, mn, l, p16
+    return o, o2, mn, l, p16
 
 
 @gluon.jit
-def consumer(od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right,
+def consumer(od, od2, lse, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right,
              scale, cap_in, cap_out, c: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr,
              ST: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SHIFTED: gl.constexpr,
-             RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr, ORD: gl.constexpr,
-             EB: gl.constexpr, OSEP: gl.constexpr):  # fmt: skip
+             RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr,
+             EB: gl.constexpr, OSEP: gl.constexpr, Q2: gl.constexpr, V2: gl.constexpr):  # fmt: skip
     VB: gl.constexpr = 8 + ST  # named barriers: K empty at 8, V empty, then the turns
     PB: gl.constexpr = 8 + (2 * ST if EB else 0)
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     OL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
+    OL2: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, V2 if V2 else 16, 16]
+    )
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
     SKIP: gl.constexpr = LEFT or (RIGHT and (SHIFTED or NC * BM > BN))
     dt: gl.constexpr = q_s.dtype
@@ -241,8 +256,12 @@ def consumer(od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG,
             hi = gl.minimum(hi, last)
         z = gl.zeros([BM, BN], gl.float32, SL)
         o = gl.zeros([BM, DV], gl.float32, OL)
+        o2 = gl.zeros([BM, V2 if V2 else 16], gl.float32, OL2)
         mbarrier.wait(qf, r & 1)
         q = q_s.index(c).reshape([BM, DQ])
+        q2 = q
+        if Q2:
+            q2 = q_s2.index(c).reshape([BM, Q2])
         if SKIP:
             hand_back(it, last - hi, kf, vf, ke, ve, c, ST, NC, PING, EB, PB)
             it += last - hi
@@ -251,6 +270,8 @@ def consumer(od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG,
         mbarrier.wait(kf.index(st), (it // ST) & 1)
         take_turn(c, PB, PING)
         s = warpgroup_mma(q, k_s.index(st).reshape([BN, DQ]).permute((1, 0)), z, use_acc=False, is_async=True)
+        if Q2:
+            s = warpgroup_mma(q2, k_s2.index(st).reshape([BN, Q2]).permute((1, 0)), s, is_async=True)
         pass_turn(c, NC, PB, PING)
         s = warpgroup_mma_wait(0, deps=[s])
         release(ke, st, 8, EB, NC)
@@ -265,30 +286,35 @@ def consumer(od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG,
         if RIGHT and SHIFTED:
             clear = gl.minimum(gl.maximum(hi - gl.maximum(row0 + shift + right + 1, 0) // BN, 1), n)
             for i in range(1, clear):
-                o, m, l, p16 = step(q, k_s, v_s, kf, ke, vf, ve, it + i, hi - 1 - i, o, m, l, p16, row0, len_k, shift, left,
-                                    right, scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, PING, ORD, EB, PB,
-                                    SOFTCAP, SL, OL, PL)  # fmt: skip
+                o, o2, m, l, p16 = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, p16, row0, len_k, shift, left,
+                                    right, scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, PING, EB, PB,
+                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL)  # fmt: skip
         edge = n
         if LEFT:
             edge = gl.minimum(gl.maximum(hi - (gl.maximum(row0 + BM - 1 + shift - left, 0) + BN - 1) // BN, clear), n)
         for i in range(clear, edge):
-            o, m, l, p16 = step(q, k_s, v_s, kf, ke, vf, ve, it + i, hi - 1 - i, o, m, l, p16, row0, len_k, shift, left, right,
-                                scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, False, False, PING, ORD, EB, PB, SOFTCAP,
-                                SL, OL, PL)  # fmt: skip
+            o, o2, m, l, p16 = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, p16, row0, len_k, shift, left, right,
+                                scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, False, False, PING, EB, PB, SOFTCAP,
+                                Q2, V2, SL, OL, OL2, PL)  # fmt: skip
         if LEFT:
             for i in range(edge, n):
-                o, m, l, p16 = step(q, k_s, v_s, kf, ke, vf, ve, it + i, hi - 1 - i, o, m, l, p16, row0, len_k, shift, left,
-                                    right, scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, LEFT, False, PING, ORD, EB, PB,
-                                    SOFTCAP, SL, OL, PL)  # fmt: skip
+                o, o2, m, l, p16 = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, p16, row0, len_k, shift, left,
+                                    right, scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, LEFT, False, PING, EB, PB,
+                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL)  # fmt: skip
         it += n
         if OSEP and not LEFT:  # Q may be overwritten: the next tile's loads start now
             mbarrier.arrive(qe, count=1)
         pst = (it - 1) % ST
         mbarrier.wait(vf.index(pst), ((it - 1) // ST) & 1)
         ot = warpgroup_mma(p16, v_s.index(pst).reshape([BN, DV]), o, is_async=True)
+        if V2:
+            ot2 = warpgroup_mma(p16, v_s2.index(pst).reshape([BN, V2]), o2, is_async=True)
         alive = l > 0.0
         linv = gl.where(alive, 1.0 / l, 0.0)
-        o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
+        if V2:
+            o, o2, p16 = warpgroup_mma_wait(0, deps=[ot, ot2, p16])
+        else:
+            o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
         release(ve, pst, VB, EB, NC)
         if LEFT:
             hand_back(it, lo - first, kf, vf, ke, ve, c, ST, NC, PING, EB, PB)
@@ -298,8 +324,13 @@ def consumer(od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG,
         o = o * gl.expand_dims(gl.convert_layout(linv, gl.SliceLayout(1, OL)), 1)
         tma.store_wait(0)  # the last tile's store has read this buffer
         o_s.index(c).reshape([BM, DV]).store(o.to(dt))
+        if V2:
+            o2 = o2 * gl.expand_dims(gl.convert_layout(linv, gl.SliceLayout(1, OL2)), 1)
+            o_s2.index(c).reshape([BM, V2]).store(o2.to(dt))
         fence_async_shared()
         tma.async_copy_shared_to_global(od, [place // heads, place % heads, row0, 0], o_s.index(c))
+        if V2:
+            tma.async_copy_shared_to_global(od2, [place // heads, place % heads, row0, DV], o_s2.index(c))
         if LSE:
             rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
             gl.store(lse + place.to(gl.int64) * len_q + rows, gl.where(alive, (m + gl.log2(l)) * LN2, float("-inf")),
@@ -313,24 +344,25 @@ def consumer(od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG,
 
 
 @gluon.jit
-def forward(qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
-            GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, ST: gl.constexpr,
-            NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SHIFTED: gl.constexpr, RAG: gl.constexpr,
-            SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr, ORD: gl.constexpr, EB: gl.constexpr,
-            OSEP: gl.constexpr):  # fmt: skip
-    """Grid: one program a multiprocessor (persistent) or one a tile of NC * BM rows; heads in groups of HG for L2.
-
-    Descriptors are [batch, heads, length, dim] with blocks [1, 1, rows, D]. lse: float32 [batch, heads, len_q]. total: tiles.
-    NT: row tiles of a head. scale: of the scores, in base-2 units (1 with SOFTCAP). Row i reads keys i + shift - left to
-    i + shift + right. SHIFTED: the diagonal is not on a multiple of BM, so a warpgroup meets it in more than one tile.
-    """
+def body(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
+         GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, Q2: gl.constexpr,
+         V2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SHIFTED: gl.constexpr,
+         RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr,
+         OSEP: gl.constexpr):  # fmt: skip
     q_s = gl.allocate_shared_memory(qd.dtype, [NC, 1, 1, BM, DQ], qd.layout)
     k_s = gl.allocate_shared_memory(kd.dtype, [ST, 1, 1, BN, DQ], kd.layout)
     v_s = gl.allocate_shared_memory(vd.dtype, [ST, 1, 1, BN, DV], vd.layout)
+    q_s2, k_s2, v_s2 = q_s, k_s, v_s
+    if Q2:
+        q_s2 = gl.allocate_shared_memory(qd.dtype, [NC, 1, 1, BM, Q2], qd2.layout)
+        k_s2 = gl.allocate_shared_memory(kd.dtype, [ST, 1, 1, BN, Q2], kd2.layout)
+    if V2:
+        v_s2 = gl.allocate_shared_memory(vd.dtype, [ST, 1, 1, BN, V2], vd2.layout)
+    o_s, o_s2 = q_s, q_s2
     if OSEP:
         o_s = gl.allocate_shared_memory(od.dtype, [NC, 1, 1, BM, DV], od.layout)
-    else:
-        o_s = q_s
+        if V2:
+            o_s2 = gl.allocate_shared_memory(od.dtype, [NC, 1, 1, BM, V2], od2.layout)
     qf = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     qe = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     kf = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
@@ -347,14 +379,44 @@ def forward(qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left
     fence_async_shared()
     if NC == 2:
         gl.warp_specialize([
-            (producer, (qd, kd, vd, q_s, k_s, v_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_k, shift, left, right, BM, BN, ST, NC, GROUP, LEFT, RIGHT, EB)),
-            (consumer, (od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, ORD, EB, OSEP)),
-            (consumer, (od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, ORD, EB, OSEP)),
-        ], [4, 4], [240, 240])
+            (producer, (qd, kd, vd, qd2, kd2, vd2, q_s, k_s, v_s, q_s2, k_s2, v_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_k, shift, left, right, BM, BN, ST, NC, GROUP, LEFT, RIGHT, EB, Q2, V2, DQ, DV)),
+            (consumer, (od, od2, lse, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2)),
+            (consumer, (od, od2, lse, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2)),
+        ], [4, 4], [240, 240])  # fmt: skip
     else:
         gl.warp_specialize([
-            (producer, (qd, kd, vd, q_s, k_s, v_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_k, shift, left, right, BM, BN, ST, NC, GROUP, LEFT, RIGHT, EB)),
-            (consumer, (od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, ORD, EB, OSEP)),
-            (consumer, (od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, ORD, EB, OSEP)),
-            (consumer, (od, lse, q_s, k_s, v_s, o_s, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(2), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, ORD, EB, OSEP)),
+            (producer, (qd, kd, vd, qd2, kd2, vd2, q_s, k_s, v_s, q_s2, k_s2, v_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_k, shift, left, right, BM, BN, ST, NC, GROUP, LEFT, RIGHT, EB, Q2, V2, DQ, DV)),
+            (consumer, (od, od2, lse, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2)),
+            (consumer, (od, od2, lse, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2)),
+            (consumer, (od, od2, lse, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(2), BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2)),
         ], [4, 4, 4], [160, 160, 160])  # fmt: skip
+
+
+@gluon.jit
+def forward(qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
+            GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, Q2: gl.constexpr,
+            V2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+            SHIFTED: gl.constexpr, RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr,
+            EB: gl.constexpr, OSEP: gl.constexpr):  # fmt: skip
+    """Grid: one program a multiprocessor (persistent) or one a tile of NC * BM rows; heads in groups of HG for L2.
+
+    Descriptors are [batch, heads, length, dim] with blocks [1, 1, rows, D]. lse: float32 [batch, heads, len_q]. total: tiles.
+    NT: row tiles of a head. scale: of the scores, in base-2 units (1 with SOFTCAP). Row i reads keys i + shift - left to
+    i + shift + right. SHIFTED: the diagonal is not on a multiple of BM, so a warpgroup meets it in more than one tile.
+    """
+    body(qd, kd, vd, od, qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
+         GROUP, BM, BN, DQ, DV, 0, 0, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP)  # fmt: skip
+
+
+@gluon.jit
+def forward_split(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale,
+                  cap_in, cap_out, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr,
+                  Q2: gl.constexpr, V2: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr,
+                  RIGHT: gl.constexpr, SHIFTED: gl.constexpr, RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr,
+                  PING: gl.constexpr, EB: gl.constexpr, OSEP: gl.constexpr):  # fmt: skip
+    """`forward` for head sizes between powers of two: DQ + Q2 of query and key, DV + V2 of value; V2 may be 0.
+
+    qd2 and the rest are descriptors of the same tensors with blocks of the second part.
+    """
+    body(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
+         GROUP, BM, BN, DQ, DV, Q2, V2, ST, NC, LEFT, RIGHT, SHIFTED, RAG, SOFTCAP, LSE, PING, EB, OSEP)  # fmt: skip

@@ -1,0 +1,148 @@
+"""Every kernel variant compiled without a GPU: registers, spills and ptxas's warnings, for plugins/cuda/compiled.json.
+
+    python tests/cuda/compile_table.py --write     after a change that is meant to change them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from hal_cuda import hopper
+from hal_cuda.chip import Chip
+from hal_cuda.portable import PortablePath
+from triton.backends.compiler import GPUTarget
+
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+
+TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+class Figures(NamedTuple):
+    """Of one variant: registers of a thread, bytes spilled (stores and loads), lines that ptxas warned with."""
+
+    registers: int
+    spilled: int
+    warnings: int
+
+
+class _Recording(Chip):
+    """A chip that notes what would be launched."""
+
+    def launcher(self, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+        _launched.append(lambda: self._compiled(fn, signature, constants, options))
+        return None
+
+
+_launched: list[Callable[[], Any]] = []
+
+
+def hopper_variants() -> dict[str, Callable[[], Any]]:
+    """The Gluon forward: tuned tilings times the edges they may meet."""
+    edges: dict[str, dict[str, Any]] = {
+        "full": {}, "causal": {"right": True}, "full ragged": {"ragged": True},
+        "causal shifted": {"right": True, "shifted": True},
+        "window": {"right": True, "left": True, "shifted": True}, "softcap": {"right": True, "softcap": True},
+    }  # fmt: skip
+    found: dict[str, Callable[[], Any]] = {}
+    shapes = [(64, 64, 8192), (64, 64, 512), (128, 128, 2048), (128, 128, 8192), (256, 256, 8192), (192, 128, 8192),
+              (192, 192, 8192), (96, 96, 8192)]  # fmt: skip
+    for dim_qk, dim_v, length in shapes:
+        tiling = hopper.tiling_for(dim_qk, dim_v, length, length)
+        for edge, flags in edges.items():
+            settings = dict.fromkeys(("left", "right", "shifted", "ragged", "softcap"), False) | {"lse": True} | flags
+            constants = hopper.kernel_constants(tiling, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
+            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = lambda c=constants: hopper.compile_forward("bf16", c)  # type: ignore[misc]
+    return found
+
+
+def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+    """The plain Triton kernels: one of each feature."""
+    chip = _Recording(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
+    base = AttentionRequest(
+        batch=2, heads_q=8, heads_kv=2, len_q=1024, len_k=1024, dim_qk=128, dim_v=128, dtype="bfloat16", lse=True
+    )
+    changes: dict[str, dict[str, Any]] = {
+        "plain": {}, "causal": {"causal": Causal.TOP_LEFT}, "head_dim 64": {"dim_qk": 64, "dim_v": 64},
+        "head_dim 256": {"dim_qk": 256, "dim_v": 256}, "head_dim 80": {"dim_qk": 80, "dim_v": 80},
+        "float32": {"dtype": "float32"},
+        "boolean mask": {"mask": MaskKind.BOOLEAN}, "additive mask": {"mask": MaskKind.ADDITIVE}, "dropout": {"dropout": 0.1},
+        "block plan": {"block_plan": (128, 128, 2)}, "window": {"window": (100, 0)}, "softcap": {"softcap": 5.0},
+        "decode": {"len_q": 1, "len_k": 8192}, "paged decode": {"len_q": 1, "page_size": 16},
+    }  # fmt: skip
+    found: dict[str, Callable[[], Any]] = {}
+    for name, change in changes.items():
+        request = replace(base, **change)
+        before = len(_launched)
+        PortablePath(request, chip)._build(*_tensors(request))
+        for part, make in zip(("attend", "merge"), _launched[before:], strict=False):
+            found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
+    return found
+
+
+def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
+    r, kind = request, getattr(torch, request.dtype)
+    query = torch.empty(r.batch, r.heads_q, r.len_q, r.dim_qk, dtype=kind)
+    key = torch.empty(r.batch, r.heads_kv, r.len_k, r.dim_qk, dtype=kind)
+    mask = plan = tables = None
+    if r.mask is not MaskKind.NONE:
+        mask = torch.empty(1, 1, r.len_q, r.len_k, dtype=torch.bool if r.mask is MaskKind.BOOLEAN else torch.float32)
+    if r.block_plan is not None:
+        plan = BlockPlan(128, 128, torch.zeros(1, 1, 8, 2, dtype=torch.int32), torch.ones(1, 1, 8, dtype=torch.int32))
+    if r.page_size is not None:
+        key = torch.empty(64, r.heads_kv, r.page_size, r.dim_qk, dtype=kind)
+        held = torch.ones(r.batch, dtype=torch.int32)
+        tables = SequenceTables(page_table=torch.zeros(r.batch, 64, dtype=torch.int32), cache_seqlens=held)
+    return query, key, key, mask, plan, tables
+
+
+def variants() -> dict[str, Callable[[], Any]]:
+    """Every variant by name."""
+    return hopper_variants() | portable_variants((9, 0)) | portable_variants((8, 0))
+
+
+def figures(kernel: Any) -> Figures:
+    """What ptxas says about a compiled kernel."""
+    target: GPUTarget = kernel.metadata.target
+    arch = f"sm_{target.arch}{'a' if target.arch >= 90 else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"], encoding="utf-8")
+        command = [str(PTXAS), "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    warned = [line for line in said.splitlines() if "warning" in line.lower() or re.search(r"C75\d\d", line)]
+    return Figures(registers, spilled, len(warned))
+
+
+def table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--write", action="store_true")
+    write = options.parse_args().write
+    found = {name: figures(make()) for name, make in variants().items()}
+    for name, each in found.items():
+        print(f"{name:40} {each.registers:4} registers {each.spilled:5} bytes spilled {each.warnings} warnings")
+    if write:
+        rows = {name: dict(each._asdict()) for name, each in found.items()}
+        TABLE.write_text(json.dumps({"triton": triton.__version__, "variants": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

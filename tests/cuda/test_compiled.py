@@ -1,0 +1,69 @@
+"""Kernels compile for GPUs that are not here, and take no more registers and spills than the committed table says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+QUICK = (
+    "sm_90 hopper 64/64 8192 full", "sm_90 hopper 64/64 8192 causal", "sm_90 hopper 128/128 8192 causal",
+    "sm_90 hopper 256/256 8192 full", "sm_90 attend causal", "sm_90 attend decode", "sm_90 merge decode", "sm_80 attend plain",
+)  # fmt: skip
+TUNED = ("64/64", "128/128", "256/256")
+
+
+def _held(names: tuple[str, ...] | None) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    import triton
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compile_table import figures, table, variants
+
+    committed = table()
+    if triton.__version__ != committed["triton"]:
+        pytest.skip(f"the table is of Triton {committed['triton']}, {triton.__version__} is installed")
+    made = variants()
+    assert set(made) == set(committed["variants"]), "run tests/cuda/compile_table.py --write"
+    for name in names or tuple(made):
+        now, then = figures(made[name]()), committed["variants"][name]
+        assert now.registers <= then["registers"], name
+        assert now.spilled <= then["spilled"], name
+        assert now.warnings <= then["warnings"], name
+
+
+def test_kernels_compile_within_the_table() -> None:
+    _held(QUICK)
+
+
+@pytest.mark.slow
+def test_every_variant_compiles_within_the_table() -> None:
+    _held(None)
+
+
+def test_tuned_hopper_forwards_do_not_spill() -> None:
+    import json
+
+    path = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
+    assert len(rows) <= 200
+    tuned = {
+        name: row for name, row in rows.items()
+        if "hopper" in name and any(dims in name for dims in TUNED) and name.endswith((" full", " causal"))
+    }  # fmt: skip
+    assert tuned
+    assert all(row["spilled"] == 0 and row["warnings"] == 0 for row in tuned.values()), tuned
+
+
+def test_checks_on_a_gpu_are_recorded_for_every_kernel() -> None:
+    """`benchmarks/cuda_verify.py --changed` lists kernels whose source a GPU has not seen; it must know all of them."""
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "cuda_verify.py"
+    found = subprocess.run([sys.executable, str(script), "--changed"], capture_output=True, text=True, check=False)
+    assert found.returncode in (0, 1), found.stderr
+    print(found.stdout)
