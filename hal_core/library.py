@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from .attention import in_operator
-from .autograd import native_backward
 from .context import meter_var, mirror, settings
 from .errors import ContractError
 from .registry import registry
 from .request import AttentionOutput, Causal, SequenceTables
-from .route import exact, metered
+from .route import exact, metered, native_backward
 from .tiling import BlockPlan
 
 AUTOMATIC = "automatic"
