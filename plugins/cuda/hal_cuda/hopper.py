@@ -143,8 +143,9 @@ def kernel_constants(
     """The kernel's constexpr arguments."""
     return {
         "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": parts(dim_v)[0],
-        "Q2": parts(dim_qk)[1], "V2": parts(dim_v)[1], "ST": 2, "NC": tiling.consumers, "LEFT": left,
-        "RIGHT": right, "SHIFTED": shifted, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse, "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output,
+        "Q2": parts(dim_qk)[1], "V2": parts(dim_v)[1], "ST": 2, "NC": tiling.consumers, "LEFT": left, "RIGHT": right,
+        "SHIFTED": shifted, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse, "PING": tiling.turns, "EB": tiling.arrive,
+        "OSEP": tiling.own_output,
     }  # fmt: skip
 
 

@@ -1,0 +1,100 @@
+"""Which path a request takes is decided from data, on any machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'hal-cuda[dev]'")
+
+from hal_cuda import compiled, dispatch
+from hal_cuda.chip import Chip
+from hal_cuda.rates import Rates, shipped
+
+from hal_core import AttentionRequest, Causal, MaskKind
+
+PLAIN = AttentionRequest(
+    batch=2, heads_q=16, heads_kv=16, len_q=8192, len_k=8192, dim_qk=128, dim_v=128, dtype="bfloat16", device="cuda:0"
+)
+HOPPER = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
+AMPERE = Chip(index=0, capability=(8, 0), multiprocessors=108, shared_memory=163 << 10)
+
+
+def rates() -> Rates:
+    found = shipped()
+    assert found is not None
+    return found[1]
+
+
+def paths(chip: Chip = HOPPER, **changes: Any) -> list[str]:
+    return dispatch.candidates(replace(PLAIN, **changes), chip)
+
+
+def test_plain_attention_has_own_kernels_and_torch_beside_them() -> None:
+    assert paths() == ["hopper", "portable", "cudnn", "flash"]
+    assert paths(AMPERE) == ["portable", "cudnn", "flash"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": MaskKind.BOOLEAN}, {"mask": MaskKind.ADDITIVE}, {"dropout": 0.1}, {"block_plan": (64, 64, 4)},
+        {"packed": True}, {"page_size": 16}, {"dtype": "float32"}, {"len_q": 1}, {"scale": -1.0, "lse": True},
+        {"last_dim_contiguous": False},
+    ],
+)  # fmt: skip
+def test_features_that_one_kernel_alone_has_go_there(changes: dict[str, Any]) -> None:
+    found = paths(**changes)
+    assert "portable" in found
+    assert "hopper" not in found
+
+
+@pytest.mark.parametrize("changes", [{"window": (100, 0)}, {"softcap": 5.0}, {"causal": Causal.BOTTOM_RIGHT}, {"lse": True}])
+def test_torch_is_no_candidate_for_what_it_does_not_do(changes: dict[str, Any]) -> None:
+    assert paths(**changes) == ["hopper", "portable"]
+
+
+def test_gradients_go_through_torch() -> None:
+    assert paths(grads=frozenset("qkv")) == ["cudnn", "flash", "composed"]
+    assert paths(grads=frozenset("qkv"), softcap=3.0) == ["composed"]
+    assert paths(grads=frozenset({"q"}), deterministic=True) == ["composed"]
+    source = dispatch.estimate(replace(PLAIN, grads=frozenset("qkv")), HOPPER, rates()).time.source
+    assert source.startswith("gradients by torch")
+
+
+def test_an_untested_triton_leaves_the_gluon_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.triton, "__version__", "3.9.1")
+    assert "hopper" not in paths()
+
+
+def test_the_measured_table_decides() -> None:
+    long = dispatch.choose(PLAIN, HOPPER, rates())
+    assert long.path == "hopper"
+    assert [path for path, _ in long.seconds] == sorted(dict(long.seconds), key=dict(long.seconds).__getitem__)
+    short = replace(PLAIN, batch=32, heads_q=32, heads_kv=32, len_q=512, len_k=512, dim_qk=64, dim_v=64, causal=Causal.TOP_LEFT)
+    assert dispatch.choose(short, HOPPER, rates()).path == "cudnn"  # measured: 257 TFLOP/s against 217
+
+
+def test_estimates_say_where_they_come_from() -> None:
+    measured = dispatch.estimate(PLAIN, HOPPER, rates())
+    assert measured.time.basis == "measured"
+    assert "measured on NVIDIA H200" in measured.time.source
+    assert measured.energy is not None
+    guessed = dispatch.estimate(PLAIN, AMPERE, Rates.assumed((8, 0), 108, rates()))
+    assert (guessed.time.basis, guessed.time.provenance) == ("modelled", "assumed")
+    assert guessed.energy is None
+
+
+def test_time_grows_with_the_length() -> None:
+    times = [
+        dispatch.estimate(replace(PLAIN, len_q=n, len_k=n), HOPPER, rates()).time.middle
+        for n in (32, 300, 512, 700, 2048, 5000, 16384, 40000)
+    ]
+    assert times == sorted(times)
+
+
+def test_scores_of_composed_attention_count_as_memory() -> None:
+    request = replace(PLAIN, grads=frozenset("qkv"), softcap=3.0)
+    assert dispatch.estimate(request, HOPPER, rates()).memory > 2 * 16 * 8192 * 8192 * 4 * 2
