@@ -17,8 +17,8 @@ from hal_core.tiling import visible_keys
 
 #: inputs [batch, M, K], weights [batch, N, K], window of the keys along K or None -> [batch, M, N]
 Product = Callable[[Tensor, Tensor, Any], Tensor]
-#: Scores worked on at once.
-_CHUNK = 1 << 22
+#: Scores worked on at once: what stays in a processor's cache.
+_CHUNK = 1 << 20
 
 
 def exact_product(inputs: Tensor, weights: Tensor, window: Any = None) -> Tensor:

@@ -113,7 +113,7 @@ def _memory(request: AttentionRequest) -> int:
     """Bytes of the output, and of the scores, weights and noise worked on at once, in float32."""
     r = request
     output = r.batch * r.heads_q * r.len_q * (r.dim_v + 1) * 4
-    scores = min(r.batch * r.heads_q * r.len_q * r.len_k, 1 << 23)
+    scores = min(r.batch * r.heads_q * r.len_q * r.len_k, 1 << 21)
     return output + 5 * 4 * scores + 4 * r.batch * r.heads_kv * r.len_k * (r.dim_qk + r.dim_v)
 
 

@@ -97,20 +97,32 @@ def product(
     batch, rows, length = inputs.shape
     total = inputs.new_zeros(batch, rows, weights.shape[1])
     clipped = readouts = 0
-    for tile in c.tiles(length):
-        x, x_scale = encode(inputs[..., tile], c.input_levels)
-        w, w_scale = encode(weights[..., tile], c.weight_levels)
-        width = x.shape[-1]
-        code = integer_product(x, w, c)
-        code.mul_(c.gain / (c.input_levels * c.weight_levels * c.lsb(width)))
+    tiles = zip(_encoded_tiles(inputs, c, c.input_levels), _encoded_tiles(weights, c, c.weight_levels), strict=True)
+    for (x, x_scale), (w, w_scale) in tiles:
+        lsb = c.lsb(x.shape[-1])
+        factor = c.gain / (c.input_levels * c.weight_levels * lsb)
+        code = integer_product(x, w, c).mul_(factor)
         if dither is not None:
             code.add_(torch.rand(code.shape, generator=dither).sub_(0.5))
         code.round_()
-        clipped += int((code.abs() > c.adc_levels).sum()) if may_clip(c) else 0
         readouts += code.numel()
-        code.clamp_(-c.adc_levels, c.adc_levels)
-        total.addcmul_(code.mul_(x_scale), (w_scale * (c.lsb(width) / c.gain)).transpose(-1, -2))
+        # |x . w| <= |x| |w|: mostly nothing can clip, and nobody need look.
+        if code.numel() and factor * float(x.norm(dim=-1).max() * w.norm(dim=-1).max()) + 1 > c.adc_levels:
+            clipped += int((code.abs() > c.adc_levels).sum())
+            code.clamp_(-c.adc_levels, c.adc_levels)
+        total.addcmul_(code.mul_(x_scale), (w_scale * (lsb / c.gain)).transpose(-1, -2))
     return total, clipped / max(readouts, 1)
+
+
+def _encoded_tiles(values: Tensor, c: Converters, levels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes and scales of each tile along the reduction; all at once where the tiles divide it."""
+    whole, width = values.shape[-1] // c.inputs, c.inputs
+    if whole > 1:
+        codes, scales = encode(values[..., : whole * width].unflatten(-1, (whole, width)), levels)
+        yield from ((codes[..., t, :], scales[..., t, :]) for t in range(whole))
+    for tile in c.tiles(values.shape[-1]):
+        if whole <= 1 or tile.start >= whole * width:
+            yield encode(values[..., tile], levels)
 
 
 def narrowed(window: tuple[int | None, int | None] | None, inputs: int) -> int:

@@ -127,9 +127,11 @@ class SimulatedDriver:
             code.round_()
         top = c.adc_levels
         clipped = 0
-        if not ideal:
-            clipped = int((code.abs() > top).sum())
-            code.clamp_(-top, top)
+        if not ideal and code.numel():
+            low, high = code.aminmax()
+            if max(-float(low), float(high)) > top:
+                clipped = int((code.abs() > top).sum())
+                code.clamp_(-top, top)
         return Reading(code, clipped)
 
     def _damaged(self, light: Tensor, cells: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

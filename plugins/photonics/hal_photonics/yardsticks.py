@@ -10,20 +10,26 @@ from torch import Tensor
 from .blockfloat import Converters
 
 
-def aihwkit_tile(w: Tensor, c: Converters) -> Any:
-    """aihwkit's analogue product without noise: the weights are quantised already, inputs and outputs are converted."""
+def aihwkit_configuration(c: Converters, width: int) -> Any:
+    """Converters without noise, for tiles `width` deep; inputs and weights are expected in [-1, 1]."""
     from aihwkit.simulator.configs import TorchInferenceRPUConfig
     from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
-    from aihwkit.simulator.tiles.inference_torch import TorchInferenceTile
 
     config = TorchInferenceRPUConfig()
     forward = config.forward
     forward.inp_res, forward.inp_bound, forward.inp_noise = 1 / (2 * c.input_levels), 1.0, 0.0
-    bound = c.adc_levels * c.lsb(w.shape[1]) / c.gain
+    bound = c.adc_levels * c.lsb(width) / c.gain
     forward.out_res, forward.out_bound, forward.out_noise = 1 / (2 * c.adc_levels), bound, 0.0
     forward.w_noise, forward.ir_drop = 0.0, 0.0
     forward.noise_management, forward.bound_management = NoiseManagementType.NONE, BoundManagementType.NONE
-    tile = TorchInferenceTile(w.shape[0], w.shape[1], config)
+    return config
+
+
+def aihwkit_tile(w: Tensor, c: Converters) -> Any:
+    """aihwkit's analogue product: the weights [outputs, K] are quantised already, inputs and outputs are converted."""
+    from aihwkit.simulator.tiles.inference_torch import TorchInferenceTile
+
+    tile = TorchInferenceTile(w.shape[0], w.shape[1], aihwkit_configuration(c, w.shape[1]))
     tile.set_weights(w)
     return tile
 
