@@ -73,7 +73,8 @@ def equal_codes() -> list[str]:
             said.append(f"{name} is not installed here: not compared.")
             continue
         same = ours == codes(x, w, CHIP)
-        said.append(f"{name}: {int(same.sum()):,} of {same.numel():,} readout codes at 10/7/11 bits, G = 1.86, 128 x 128 equal ours.")
+        counts = f"{int(same.sum()):,} of {same.numel():,} readout codes"
+        said.append(f"{name}: {counts} at 10/7/11 bits, G = 1.86, 128 x 128 equal ours.")
     return said
 
 
@@ -89,8 +90,9 @@ def main() -> None:
     title = f"Products of {SIZE}^3 at the functional level"
     columns = ["what", "median ms", "least ms", "time over ours, median of rounds", "bar"]
     notes = [*equal_codes(), "Processor time of one thread: other work on the machine then does not count.",
-             "Ours quantises both operands in the call; aihwkit's weights are in its tiles before. Its C++ tiles do not run with "
-             "this torch (built for another one). The bar of 5 is not reached against its torch tiles: the float32 product that both contain takes too large a part."]
+             "Ours quantises both operands in the call; aihwkit's weights are in its tiles before. Its C++ tiles do not run "
+             "with this torch (built for another one). The bar of 5 is not reached against its torch tiles: the float32 "
+             "product that both contain takes too large a part."]
     record.publish(options, "photonics_functional", title, columns, rows, notes)
 
 

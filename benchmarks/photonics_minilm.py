@@ -79,19 +79,20 @@ def main() -> None:
     rows = []
     for device in options.devices.split(","):
         for what, change in (("attention alone", None), ("with projections", with_projections)):
-            rows.append([device, hal.session(device).profile.name, what, *_row(model, device, change, tokens, exact, macs)])  # type: ignore[attr-defined]
+            session: Any = hal.session(device)
+            rows.append([device, session.profile.name, what, *_row(model, device, change, tokens, exact, macs)])
     columns = ["device", "profile", "on the optics", "cosine, mean", "cosine, least", "same neighbour", "share of MACs",
                "modelled ms", "host ms, measured", "modelled J", "origin"]  # fmt: skip
     notes = [
-        "Simulated. Modelled time and energy are of what ran on the chip, host transfers included; the host's energy is not known.",
+        "Simulated. Modelled time and energy: of what ran on the chip, transfers included; the host's energy is not known.",
         f"{len(listed)} sentences of examples/demo, nearest neighbour of each among them, against float64. Noise: torch seed 0.",
     ]
     record.publish(options, "photonics_minilm", "MiniLM on photonic devices", columns, rows, notes)
 
 
 def _row(
-    model: Any, device: str, change: Callable[[nn.Module, str], nn.Module] | None, tokens: list[dict[str, Tensor]], exact: Tensor,
-    macs: int,
+    model: Any, device: str, change: Callable[[nn.Module, str], nn.Module] | None, tokens: list[dict[str, Tensor]],
+    exact: Tensor, macs: int,
 ) -> list[str]:  # fmt: skip
     network = bridge.set_device(models.variant(model.network, bridge.NAME), device)
     if change is not None:

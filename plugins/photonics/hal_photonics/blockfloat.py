@@ -94,8 +94,7 @@ def product(
         ([batch, M, N] float32, share of the readouts that clipped).
     """
     c = converters
-    batch, rows, length = inputs.shape
-    total = inputs.new_zeros(batch, rows, weights.shape[1])
+    total = inputs.new_zeros(*inputs.shape[:2], weights.shape[1])
     clipped = readouts = 0
     tiles = zip(_encoded_tiles(inputs, c, c.input_levels), _encoded_tiles(weights, c, c.weight_levels), strict=True)
     for (x, x_scale), (w, w_scale) in tiles:
