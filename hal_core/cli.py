@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import attrs
 
+from . import __version__
+from .attention import attention, bind
+from .calibration import calibrate, load, write_whole
 from .console import progress, show_table
+from .context import use
 from .errors import ContractError, DeviceUnavailableError, HalError
 from .registry import Entry, registry
+from .request import DTYPE_BYTES, AttentionRequest, Causal
+from .selection import check_all, decide, merged_policy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,13 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-_SHAPE = {"default": "1,8,1024,64", "help": "batch,heads,length,head_dim (default %(default)s)"}
-_LENGTHS = {"default": "128,512,2048", "help": "comma-separated (default %(default)s)"}
-
-
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__
-
     parser = argparse.ArgumentParser(prog="hal", description="Attention on any accelerator, with reasons and honest costs.")
     parser.add_argument("--version", action="version", version=f"hal-core {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         (_devices, "devices", "list the devices that are present", []),
         (_doctor, "doctor", "show every plugin: found, loaded, failed and how to mend it", []),
         (_explain, "explain", "show which device an attention call would run on, and why", [
-            ("--shape", _SHAPE), ("--kv-heads", {"type": int, "help": "key/value heads (default: as many as query heads)"}),
+            ("--shape", {"default": "1,8,1024,64", "help": "batch,heads,length,head_dim (default %(default)s)"}),
+            ("--kv-heads", {"type": int, "help": "key/value heads (default: as many as query heads)"}),
             ("--kv-length", {"type": int, "help": "keys (default: as many as queries)"}), dtype,
             ("--causal", {"default": "none", "choices": ["none", "top_left", "bottom_right"]}),
             ("--window", {"help": "left,right"}), ("--softcap", {"type": float}),
@@ -66,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             device, ("--quick", yes | {"help": "fewer cases"}),
             ("--seed", {"type": int, "help": "draw the same cases again"})]),
         (_bench, "bench", "time attention on a device against torch's own", [
-            device, ("--lengths", _LENGTHS),
+            device, ("--lengths", {"default": "128,512,2048", "help": "comma-separated (default %(default)s)"}),
             ("--shape", {"default": "1,8,64", "help": "batch,heads,head_dim (default %(default)s)"}),
             dtype, ("--causal", yes), ("--csv", {"help": "also write the figures to this file"})]),
     )  # fmt: skip
@@ -99,8 +104,6 @@ def _devices(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .calibration import load
-
     loaded, present = [], []
     for plugin in registry.plugins():
         bad = plugin.failure
@@ -127,9 +130,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _probe(entry: Entry) -> None:
     """Open each device and ask it about a small call, so that what fails there is known; the registry keeps it."""
-    from .request import AttentionRequest
-    from .selection import check_all
-
     for device in registry.devices_of(entry):
         with suppress(DeviceUnavailableError):
             registry.session(device.id)
@@ -148,10 +148,6 @@ def _backend_record(entry: Entry) -> dict[str, Any]:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from .context import use
-    from .request import DTYPE_BYTES, AttentionRequest, Causal
-    from .selection import decide, merged_policy
-
     batch, heads, length, dim = _numbers(options.shape, 4, "--shape", "batch,heads,length,head_dim")
     window = None if options.window is None else _numbers(options.window, 2, "--window", "left,right")
     kv_heads, kv_length, cap = options.kv_heads or heads, options.kv_length or length, options.softcap
@@ -162,9 +158,9 @@ def _explain(options: argparse.Namespace) -> int:
         wanted = f"one of {', '.join(DTYPE_BYTES)}, and a positive softcap"
         raise ContractError(f"dtype {options.dtype!r} and softcap {cap} were given: use {wanted}")
     request = AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=kv_heads, len_q=length, dtype=options.dtype,
-        len_k=kv_length, dim_qk=dim, dim_v=dim, causal=Causal(options.causal), softcap=cap,
-        window=None if window is None else (window[0], window[1]), grads=frozenset("qkv" if options.grad else ""),
+        batch=batch, heads_q=heads, heads_kv=kv_heads, len_q=length, len_k=kv_length, dim_qk=dim, dim_v=dim, softcap=cap,
+        dtype=options.dtype, causal=Causal(options.causal), window=None if window is None else (window[0], window[1]),
+        grads=frozenset("qkv" if options.grad else ""),
     )  # fmt: skip
     with use(options.backend, objective=options.objective, allow_simulated=options.allow_simulated or None):
         decision = decide(request, merged_policy(None, None, None, None))
@@ -183,8 +179,6 @@ def _numbers(text: str, count: int, option: str, wanted: str) -> list[int]:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from .calibration import calibrate
-
     with progress(f"calibrating {options.device}") as report:
         calibration = calibrate(options.device, report)
     rows = [[name, json.dumps(value) if isinstance(value, list | dict) else str(value)]
@@ -201,15 +195,59 @@ def _conformance(options: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from .bench import bench, write_csv
+def bench(
+    device: str, lengths: Sequence[int], shape: tuple[int, int, int], dtype: str, causal: bool,
+    report: Callable[[str, float], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time `hal.attention` and a bound call on a device beside torch's scaled_dot_product_attention, on the same tensors.
 
+    Args:
+        device: device id or backend name. lengths: tokens, queries and keys alike. shape: (batch, heads, head_dim).
+        dtype, causal: the call. report: called with a text and the share done.
+
+    Returns:
+        One dict per length: the device, its fidelity, and for "torch", "hal" and "bound" the median and 95th percentile in
+        milliseconds and the calls timed.
+
+    Raises:
+        ContractError: an unknown dtype. UnsupportedError: the device cannot run the call.
+    """
+    import torch
+
+    from .testing import BenchmarkRunner
+
+    if dtype not in DTYPE_BYTES:
+        raise ContractError(f"dtype {dtype!r} was given: use one of {', '.join(DTYPE_BYTES)}")
+    found, sdpa, records = registry.find(device)[0], cast(Any, torch.nn.functional.scaled_dot_product_attention), []
+    synchronize = getattr(registry.session(found.id), "synchronize", None)
+    runner = BenchmarkRunner(device=found.reads[0], synchronize=synchronize)
+    for i, length in enumerate(lengths):
+        report(f"{length} tokens", i / len(lengths))
+        size = (*shape[:2], length, shape[2])
+        tensors: list[Any] = [torch.randn(size, device=found.reads[0]).to(getattr(torch, dtype)) for _ in range(3)]
+        named: dict[str, Any] = {"is_causal": causal, "backend": found.id}
+        peer, ours = partial(sdpa, *tensors, is_causal=causal), partial(attention, *tensors, **named)
+        with torch.no_grad():
+            bound = partial(bind(*tensors, **named), *tensors)
+            timed = runner.compare({"torch": peer, "hal": ours, "bound": bound}).results
+        record: dict[str, Any] = {"device": found.id, "fidelity": str(found.fidelity), "length": length}
+        for name, r in timed.items():
+            record |= {f"{name}_p50_ms": r.p50, f"{name}_p95_ms": r.p95, f"{name}_calls": r.n_timed}
+        records.append(record)
+    return records
+
+
+def _bench(options: argparse.Namespace) -> int:
     lengths = _numbers(options.lengths, 0, "--lengths", "one or more lengths")
     batch, heads, dim = _numbers(options.shape, 3, "--shape", "batch,heads,head_dim")
     with progress(f"timing {options.device}") as report:
         records = bench(options.device, lengths, (batch, heads, dim), options.dtype, options.causal, report)
     if options.csv:
-        write_csv(records, options.csv)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+        write_whole(Path(options.csv), text.getvalue())
     names = ("torch_p50_ms", "hal_p50_ms", "bound_p50_ms")
     rows = [[str(r["length"]), *(f"{r[n]:.4g}" for n in names), f"{r[names[0]] / r[names[1]]:.2f}x", str(r["hal_calls"])]
             for r in records]  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import attrs
 
@@ -31,10 +32,7 @@ class KernelSpec:
 def resolve(target: str) -> Any:
     """The object that "module:attr" names. Raises whatever its import raises."""
     module, _, attribute = target.partition(":")
-    value: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        value = getattr(value, part)
-    return value
+    return attrgetter(attribute)(importlib.import_module(module))
 
 
 def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
@@ -51,11 +49,9 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     from .protocols import KernelProvider
     from .registry import registry
 
-    devices = (
-        registry.find(backend) if backend is not None else sorted(registry.devices(), key=lambda d: d.fidelity.rank)
-    )
-    for device in devices:
-        provider, session = registry.backend_of(device), None
+    by_fidelity = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
+    for device in by_fidelity:
+        provider, session = registry.backend_of(device), cast(Any, None)
         try:
             if isinstance(provider, KernelProvider) and name in provider.kernel_names(device):
                 session = registry.session(device.id)
@@ -65,8 +61,7 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
             if backend is not None:
                 raise
         if session is not None:
-            call: Callable[..., Any] = session.kernel(name)  # type: ignore[attr-defined]
-            return call
+            return session.kernel(name)  # type: ignore[no-any-return]
     known = ", ".join(sorted(registry.kernel_specs())) or "none"
     where = f"on {backend}" if backend is not None else "on any installed device"
     raise UnsupportedError(f"kernel {name!r} is not provided {where}: specified kernels are {known}")
