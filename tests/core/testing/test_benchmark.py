@@ -50,7 +50,8 @@ def test_warms_up_before_it_times(clock: Clock) -> None:
 
 
 def test_statistics_are_numpys(seed: int) -> None:
-    times = [random.Random(seed).expovariate(1) for _ in range(137)]
+    chance = random.Random(seed)
+    times = [chance.expovariate(1) for _ in range(137)]
     result = summarize("work", times)
     for percent, value in ((50, result.p50), (95, result.p95), (99, result.p99)):
         assert value == pytest.approx(numpy.percentile(times, percent))

@@ -63,12 +63,13 @@ def test_a_feature_that_is_not_claimed_is_asked_for_to_be_refused(feature: str) 
 
 
 def test_practically_every_two_claims_meet(seed: int) -> None:
-    fields = ("dtype", "mask", "causal", "softcap", "window", "scale", "dim_qk", "heads_kv", "lse")
+    fields = ("dtype", "mask", "causal", "softcap", "window", "scale", "dim_qk", "heads_kv", "lse", "grads", "batch", "len_k")
     cases = [c for c in claimed_cases(claims(), DEVICE, seed=seed) if c.subject == "combinations"]
     values = {name: {getattr(c.request, name) for c in cases} for name in fields}
     wanted = {(a, x, b, y) for a, b in combinations(fields, 2) for x in values[a] for y in values[b]}
     met = {(a, getattr(c.request, a), b, getattr(c.request, b)) for c in cases for a, b in combinations(fields, 2)}
-    assert len(met) >= 0.99 * len(wanted)
+    # The mask's gradient needs an additive mask, so three of these pairs cannot be; nearly all others are.
+    assert len(wanted - met) <= 0.007 * len(wanted), wanted - met
     assert len(cases) <= 160
 
 
