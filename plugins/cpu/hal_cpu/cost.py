@@ -120,6 +120,7 @@ def memory(request: AttentionRequest, path: Path, threads: int) -> int:
         direct = request.dtype in ("float32", "float64") and request.cache_dtype is None and request.page_size is None
         sizes = DecodeSizes.choose(exact, direct=direct, one_batch=False)
         scratch = _reserved(sum(decode_scratch(exact, sizes, direct=direct)) * wide)
+        scratch += sizes.batch * exact.heads_q * exact.len_q * exact.len_k * wide  # the weights
     else:
         tiles = TileSizes.choose(exact, threads)
         scratch = _reserved(sum(tiled_scratch(exact, tiles)) * wide)

@@ -7,6 +7,7 @@ next to the keys), and keys in a narrow dtype are widened chunk by chunk inside 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def forward(problem: Problem, memory: MemoryManager, out: Tensor) -> AttentionOu
             result, level = _attend(problem, tile, scratch, sizes.columns)
             shape = (tile.batch.stop - first, problem.query.shape[1], len_q)
             out[tile.batch] = result.view(*shape, -1)
-            if lse is not None:
+            if lse is not None and level is not None:
                 lse[tile.batch] = level.view(shape)
         del scratch
     finally:
@@ -54,49 +55,67 @@ def _one_batch(source: KeyValue) -> bool:
     return source.pages is not None or (source.direct and any(t.stride(0) != t.shape[1] * t.stride(1) for t in tensors))
 
 
-def _attend(problem: Problem, tile: Tile, scratch: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor]:
+def _attend(problem: Problem, tile: Tile, scratch: tuple[Tensor, ...], chunk: int) -> tuple[Tensor, Tensor | None]:
+    """(out [pairs, rows, dim_v], log-sum-exp [pairs, rows, 1] where asked for) of one tile."""
     query_memory, score_memory, product_memory, wide_memory = scratch
+    start, stop = problem.band.range(tile.rows, problem.source.length)
+    if start >= stop:
+        return _nothing(problem, tile)
+    hidden = problem.band.hidden(tile.rows, slice(start, stop))
+    # One operator for maximum, powers and sum where nothing is hidden; its powers are of e, so it wants natural scores.
+    plain = problem.mask is None and hidden is None and not problem.request.lse
     query = scaled_query(problem, tile, query_memory)
+    if plain and problem.rule.cap is None:
+        query.mul_(LN2)
     many, rows, _ = query.shape
-    len_k = problem.source.length
-    scores = score_memory[: many * rows * len_k].view(many, rows, len_k)
-    for k in range(0, len_k, chunk):
-        columns = slice(k, min(k + chunk, len_k))
+    scores = score_memory[: many * rows * (stop - start)].view(many, rows, stop - start)
+    for columns in _chunks(start, stop, chunk):
         key = problem.source.keys(tile.batch, tile.heads, columns, wide_memory)
         # key @ query^T reads the keys row by row; query @ key^T would be half as fast with few rows.
         products = product_memory[: many * key.shape[1] * rows].view(many, key.shape[1], rows)
         torch.bmm(key, query.mT, out=products)
-        scores[:, :, columns].copy_(products.mT)
+        scores[:, :, columns.start - start : columns.stop - start].copy_(products.mT)
     problem.rule.apply_cap(scores)
-    hidden = problem.band.hidden(tile.rows, slice(0, len_k))
+    if plain:
+        weights = torch.softmax(scores if problem.rule.cap is None else scores.mul_(LN2), -1)
+        return _weigh(problem, tile, weights, slice(start, stop), wide_memory, chunk), None
     if problem.mask is not None or hidden is not None:
         mask = None
         if problem.mask is not None:
-            mask = mask_tile(problem.mask, tile.batch, tile.heads, tile.rows, slice(0, len_k))
-        hide(scores.view(*tile_shape(problem, tile), len_k), mask, hidden)
+            mask = mask_tile(problem.mask, tile.batch, tile.heads, tile.rows, slice(start, stop))
+        hide(scores.view(*tile_shape(problem, tile), stop - start), mask, hidden)
     top = scores.amax(-1, keepdim=True)
     anchor = top.masked_fill(top == -math.inf, 0)
     weights = scores.sub_(anchor).exp2_()
     total = weights.sum(-1, keepdim=True)
-    result = _weigh(problem, tile, weights, wide_memory, chunk)
+    result = _weigh(problem, tile, weights, slice(start, stop), wide_memory, chunk)
     result.div_(torch.where(total == 0, 1, total))
     return result, (top + total.log2()) * LN2
 
 
-def _weigh(problem: Problem, tile: Tile, weights: Tensor, wide_memory: Tensor, chunk: int) -> Tensor:
-    """weights [pairs, rows, len_k] @ value, [pairs, rows, dim_v] in the source's dtype."""
-    many, rows, len_k = weights.shape
+def _nothing(problem: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
+    shape, dtype = (tile.pairs, problem.group * tile.row_count), problem.source.dtype
+    return torch.zeros(*shape, problem.source.value.shape[-1], dtype=dtype), torch.full((*shape, 1), -math.inf, dtype=dtype)
+
+
+def _chunks(start: int, stop: int, count: int) -> Iterator[slice]:
+    for first in range(start, stop, count):
+        yield slice(first, min(first + count, stop))
+
+
+def _weigh(problem: Problem, tile: Tile, weights: Tensor, keys: slice, wide_memory: Tensor, chunk: int) -> Tensor:
+    """weights [pairs, rows, keys] @ value, [pairs, rows, dim_v] in the source's dtype."""
     source = problem.source
     if source.direct:
-        return _product(weights, source.values(tile.batch, tile.heads, slice(0, len_k)))
+        return _product(weights, source.values(tile.batch, tile.heads, keys))
     if _multiplies_narrow(source):
         # Rounding the weights costs what torch's own kernel pays too, and saves widening the values.
-        value = source.value[tile.batch].flatten(0, 1)
+        value = source.value[tile.batch, :, keys].flatten(0, 1)
         return torch.bmm(weights.to(value.dtype), value).to(source.dtype)
-    result = weights.new_zeros(many, rows, source.value.shape[-1])
-    for k in range(0, len_k, chunk):
-        columns = slice(k, min(k + chunk, len_k))
-        result.baddbmm_(weights[:, :, columns], source.values(tile.batch, tile.heads, columns, wide_memory))
+    result = weights.new_zeros(*weights.shape[:2], source.value.shape[-1])
+    for columns in _chunks(keys.start, keys.stop, chunk):
+        part = weights[:, :, columns.start - keys.start : columns.stop - keys.start]
+        result.baddbmm_(part, source.values(tile.batch, tile.heads, columns, wide_memory))
     return result
 
 
