@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
 
     Attributes:
         handle: VkPhysicalDevice. is_cpu: a driver that runs on the host's processor. api: (major, minor, patch).
-        uuid: of the driver and device, in hex. memory: bytes of the heap that programs work in.
+        uuid: of the driver and device, in hex. cache_uuid: of pipeline caches that the driver takes. memory: bytes of the heap that programs work in.
         extensions: names. features: what this package may use, by name; each bit was asked for.
         limits: by name, see `_limits`.
     """
@@ -52,6 +52,7 @@ class Adapter(NamedTuple):
     api: tuple[int, int, int]
     driver: str
     uuid: str
+    cache_uuid: bytes
     memory: int
     extensions: frozenset[str]
     features: frozenset[str]
@@ -129,7 +130,7 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
     adapter = Adapter(
         handle, ffi.string(base.deviceName).decode(), _VENDORS.get(base.vendorID, f"vendor {base.vendorID:#x}"),
         base.deviceType == _CPU, (version >> 22, version >> 12 & 0x3FF, version & 0xFFF), " ".join(filter(None, name)),
-        bytes(ids.driverUUID).hex() + bytes(ids.deviceUUID).hex(), max(local), extensions,
+        bytes(ids.driverUUID).hex() + bytes(ids.deviceUUID).hex(), bytes(base.pipelineCacheUUID), max(local), extensions,
         _features(ffi, lib, handle, extensions), limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)},
     )  # fmt: skip
     return adapter, base.deviceType
@@ -325,7 +326,7 @@ class Gpu:
             except OSError:
                 data = b""
         info: dict[str, Any] = {"sType": 17}
-        if data:
+        if data[16:32] == self.adapter.cache_uuid:  # the header's place for it; another driver's cache is left alone
             info |= {"initialDataSize": len(data), "pInitialData": self._ffi.from_buffer(data)}
         return self._made("VkPipelineCache*", "vkCreatePipelineCache", "VkPipelineCacheCreateInfo*", info)
 

@@ -2,7 +2,7 @@
 // so equal calls give equal bits.
 
 // The score of a pair before softmax (natural units) and the factor that softcap puts on its gradient.
-inline float2 score_of(__global const stored *query, __global const stored *key, const Problem p) {
+static inline float2 score_of(__global const stored *query, __global const stored *key, const Problem p) {
   float16 sum = 0.0f;
   for (int c = 0; c < HEAD_DIM / 16; c++) sum = mad(READ16(c, query), READ16(c, key), sum);
   const float8 a = sum.lo + sum.hi;
@@ -13,7 +13,7 @@ inline float2 score_of(__global const stored *query, __global const stored *key,
   return (float2)(p.softcap * t, 1.0f - t * t);
 }
 
-inline float dot_of(__global const stored *a, __global const stored *b) {
+static inline float dot_of(__global const stored *a, __global const stored *b) {
   float16 sum = 0.0f;
   for (int c = 0; c < HEAD_DIM / 16; c++) sum = mad(READ16(c, a), READ16(c, b), sum);
   const float8 x = sum.lo + sum.hi;

@@ -8,7 +8,7 @@
 #define VECTORS (TILE / 16)
 
 // 2^x to 2 ulp for x <= 0; below -126 it is 0.
-inline float16 exp2_to_zero(float16 x) {
+static inline float16 exp2_to_zero(float16 x) {
   const float16 shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the nearest whole number
   const float16 f = x - (shifted - 12582912.0f);
   float16 y = 1.5403530e-4f;
@@ -22,13 +22,13 @@ inline float16 exp2_to_zero(float16 x) {
   return select(scaled, (float16)0.0f, x < -126.0f);
 }
 
-inline float largest(float16 x) {
+static inline float largest(float16 x) {
   const float8 a = max(x.lo, x.hi);
   const float4 b = max(a.lo, a.hi);
   return max(max(b.x, b.y), max(b.z, b.w));
 }
 
-inline float sum_of(float16 x) {
+static inline float sum_of(float16 x) {
   const float8 a = x.lo + x.hi;
   const float4 b = a.lo + a.hi;
   return (b.x + b.y) + (b.z + b.w);
@@ -51,7 +51,7 @@ __kernel void pack_keys(__global const stored *key, __global const stored *value
 }
 
 // Scores of one group against one tile, in units of log2: scores[GROUP][TILE].
-inline void score(const float *query, __global const float *keys, float *scores) {
+static inline void score(const float *query, __global const float *keys, float *scores) {
   for (int half_tile = 0; half_tile < TILE / 32; half_tile++) {
     float16 sum[GROUP][2];
     #pragma unroll
@@ -74,7 +74,7 @@ inline void score(const float *query, __global const float *keys, float *scores)
 }
 
 // out[GROUP][HEAD_DIM] += weights[GROUP][TILE] @ values[count][HEAD_DIM].
-inline void accumulate(float *out, const float *weights, __global const float *values, int count) {
+static inline void accumulate(float *out, const float *weights, __global const float *values, int count) {
   for (int c = 0; c < HEAD_DIM / 32; c++) {
     float16 sum[GROUP][2];
     #pragma unroll
@@ -100,7 +100,7 @@ inline void accumulate(float *out, const float *weights, __global const float *v
 }
 
 // Softcap, mask and hidden keys of one row of scores; keys first to last (excluded) of the row are visible.
-inline void bend(float *scores, const Problem p, __global const float *mask, int key, int first, int last) {
+static inline void bend(float *scores, const Problem p, __global const float *mask, int key, int first, int last) {
   const int16 places = (int16)(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15) + key;
   for (int c = 0; c < VECTORS; c++) {
     float16 s = vload16(c, scores);

@@ -10,7 +10,7 @@
 #define QUADS (HEAD_DIM / 4)
 #define OWN ((QUADS + ACROSS - 1) / ACROSS)  // float4 of the output per thread and row
 
-inline void load_rows(__local float *to, __global const stored *from, int count, int most, float factor) {
+static inline void load_rows(__local float *to, __global const stored *from, int count, int most, float factor) {
   for (int n = get_local_id(0); n < most * QUADS; n += THREADS) {
     const int row = n / QUADS, quad = n % QUADS;
 #if HALF

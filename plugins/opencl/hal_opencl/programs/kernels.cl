@@ -40,7 +40,7 @@ __kernel void matmul(__global const float *a, __global const float *b, __global 
 }
 
 // The nine-point average minus the middle, periodic.
-inline float spread(__global const float *x, int y0, int y, int y1, int x0, int c, int x1, int width) {
+static inline float spread(__global const float *x, int y0, int y, int y1, int x0, int c, int x1, int width) {
   const float edges = x[y0 * width + c] + x[y1 * width + c] + x[y * width + x0] + x[y * width + x1];
   const float corners = x[y0 * width + x0] + x[y0 * width + x1] + x[y1 * width + x0] + x[y1 * width + x1];
   return edges / 6.0f + corners / 12.0f - x[y * width + c];

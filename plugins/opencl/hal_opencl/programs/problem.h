@@ -34,17 +34,17 @@ typedef float stored;
 #define WRITE(x, i, p) (p)[i] = (x)
 #endif
 
-inline int head_of(const Problem p, int unit, int row) {
+static inline int head_of(const Problem p, int unit, int row) {
   return (unit % p.units_per_batch) * p.heads_per_unit + row / p.len_q;
 }
 
 // The mask's row for a query row of a unit.
-inline __global const float *mask_row(__global const float *mask, const Problem p, int unit, int row) {
+static inline __global const float *mask_row(__global const float *mask, const Problem p, int unit, int row) {
   const int batch = unit / p.units_per_batch;
   return mask + (long)batch * p.mask_batch + (long)head_of(p, unit, row) * p.mask_head + (long)(row % p.len_q) * p.mask_row;
 }
 
 // Where the key ranges of a query row's block begin in the index.
-inline int ranges_of(const Problem p, int unit, int row) {
+static inline int ranges_of(const Problem p, int unit, int row) {
   return unit / p.units_per_batch * p.plan_batch + head_of(p, unit, row) * p.plan_head + row % p.len_q / p.block_q;
 }

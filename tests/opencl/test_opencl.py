@@ -1,0 +1,177 @@
+"""Detection, memory, and failures of OpenCL devices."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hal_core as hal
+from hal_core.registry import registry
+from hal_core.testing import reference, relative_error
+
+backend_module = pytest.importorskip("hal_opencl.backend", exc_type=ImportError)
+from hal_opencl import attention, pool, problem  # noqa: E402
+
+WHY = """
+import hal_core as hal
+from hal_core.registry import registry
+print([d.id for d in hal.devices() if d.family == "opencl"], registry.why_absent(registry.entry("opencl")))
+"""
+
+
+@pytest.fixture
+def device() -> hal.Device:
+    try:
+        return registry.find("opencl:0")[0]
+    except hal.DeviceUnavailableError as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.fixture
+def session(device: hal.Device) -> Any:
+    with registry.backend_of(device).open(device) as opened:
+        yield opened
+
+
+def request(tensor: torch.Tensor, **changes: Any) -> hal.AttentionRequest:
+    batch, heads, length, dim = tensor.shape
+    values = {"len_q": length, "len_k": length, "dim_qk": dim, "dim_v": dim, "dtype": "float32"} | changes
+    return hal.AttentionRequest(batch=batch, heads_q=heads, heads_kv=heads, **values)
+
+
+def test_without_a_driver_the_device_is_absent_and_says_why(tmp_path: Path) -> None:
+    environment = os.environ | {"OCL_ICD_VENDORS": str(tmp_path), "OPENCL_VENDOR_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WHY], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[] opencl is installed but has no device: no OpenCL driver; install pocl-opencl-icd for a CPU" in done.stdout
+
+
+def test_a_cpu_counts_as_emulated(device: hal.Device) -> None:
+    handle = backend_module.find().handles[device.id]
+    wanted = hal.Fidelity.EMULATED if backend_module.is_cpu(handle) else hal.Fidelity.HARDWARE
+    assert device.fidelity is wanted
+
+
+def test_many_mixed_calls_leave_memory_as_it_was(session: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    reserved = []
+    for n in range(1000):
+        length = (3, 17, 40, 64, 9)[n % 5]
+        query = torch.randn(1 + n % 2, 2, length, (32, 64)[n % 2], generator=generator)
+        session.bind(request(query))(query, query, query)
+        reserved.append(session.engine.pool.reserved)
+    assert session.memory.stats().in_use == 0
+    assert len(set(reserved[10:])) == 1
+    assert session.memory.fragmentation <= 0.25
+    assert session.memory.trim() > 0
+
+
+def test_tensors_on_a_cpu_are_read_where_they_lie(session: Any) -> None:
+    if not session.engine.shares_memory:
+        pytest.skip("this device has memory of its own")
+    query = torch.randn(1, 2, 64, 64)
+    session.bind(request(query))(query, query, query)
+    assert session.memory.stats().copies == 0
+    turned = torch.randn(1, 64, 2, 64).transpose(1, 2)
+    session.bind(request(turned))(turned, query, query)
+    assert session.memory.stats().copies == 1
+
+
+def test_a_wait_that_takes_too_long_names_what_it_waited_for(session: Any) -> None:
+    query = torch.randn(1, 8, 1024, 64)
+    engine = session.engine
+    waited = engine.wait
+    engine.wait = lambda what, timeout=0.0: waited(what, -1.0 if what.startswith("compute") else 60.0)
+    with pytest.raises(hal.DeviceUnavailableError, match=r"did not compute attention .*1024 x 1024.* within"):
+        session.bind(request(query))(query, query, query)
+    del engine.wait
+    assert bool(session.bind(request(query))(query, query, query).isfinite().all())
+
+
+def test_memory_beyond_the_limit_is_refused_and_the_session_stays_usable(device: hal.Device) -> None:
+    from hal_opencl.session import OpenClSession
+
+    with OpenClSession(device, backend_module.find().handles[device.id], 1 << 20) as session:
+        large, small = torch.randn(1, 4, 2048, 64), torch.randn(1, 1, 16, 32)
+        with pytest.raises(hal.MemoryLimitError, match="1,048,576"):
+            session.bind(request(large))(large, large, large)
+        assert session.memory.stats().in_use == 0
+        assert bool(session.bind(request(small))(small, small, small).isfinite().all())
+
+
+def test_a_closed_session_says_so(device: hal.Device) -> None:
+    session = registry.backend_of(device).open(device)
+    session.close()
+    query = torch.randn(1, 1, 8, 32)
+    with pytest.raises(hal.DeviceUnavailableError, match="was closed"):
+        session.bind(request(query))(query, query, query)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gpu_program_agrees_with_float64_on_any_device(
+    session: Any, monkeypatch: pytest.MonkeyPatch, dim: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Local-memory tiles are a GPU's program; a CPU's driver runs them too, slowly."""
+    shapes = {64: (64, 32, 128), 128: (32, 32, 128), 256: (16, 16, 64)}
+    monkeypatch.setattr(attention, "shape_of", lambda engine, dim: attention.Shape(*shapes[dim]))
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 4, 75, dim, generator=generator).to(dtype)
+    key, value = (torch.randn(1, 2, 140, dim, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.rand(1, 1, 75, 140, generator=generator) > 0.3
+    wanted = hal.AttentionRequest(
+        batch=1, heads_q=4, heads_kv=2, len_q=75, len_k=140, dim_qk=dim, dim_v=dim, dtype=str(dtype).removeprefix("torch."),
+        causal=hal.Causal.BOTTOM_RIGHT, mask=hal.MaskKind.BOOLEAN, softcap=5.0, lse=True,
+    )  # fmt: skip
+    out, lse = session.bind(wanted)(query, key, value, mask)
+    want = reference(query, key, value, mask, request=wanted)
+    assert relative_error(out, want.out) <= (1e-5 if dtype == torch.float32 else 2e-3)
+    assert relative_error(lse, want.lse) <= 1e-5
+
+
+def test_ranges_of_a_plan_join_neighbours_and_read_no_block_twice() -> None:
+    indices = torch.tensor([[[[2, 0, 1, 9], [3, 3, 9, 9], [9, 9, 9, 9]]]], dtype=torch.int32)
+    counts = torch.tensor([[[3, 2, 0]]], dtype=torch.int32)
+    found = problem.ranges_of(hal.BlockPlan(64, 64, indices, counts), 230)
+    assert found.index.tolist() == [0, 1, 2, 2]
+    assert found.bounds.tolist() == [[0, 192], [192, 230]]
+
+
+def test_tiles_that_a_mask_hides_are_found(seed: int) -> None:
+    mask = torch.zeros(1, 1, 1, 500, dtype=torch.bool)
+    mask[..., 70:130] = True
+    found = problem.hidden_tiles(problem.mask_of(mask, 500), 40)
+    assert found is not None
+    assert found.bounds.tolist() == [[64, 192]]
+    assert problem.hidden_tiles(problem.mask_of(torch.ones(1, 1, 1, 500, dtype=torch.bool), 500), 40) is None
+
+
+def test_freed_regions_join_again(seed: int) -> None:
+    generator, made = torch.Generator().manual_seed(seed), []
+    memory = pool.DevicePool("test:0", lambda n: object(), lambda b: None, alignment=64, largest=1 << 30, limit=1 << 30)
+    held: list[pool.Region] = []
+    for _ in range(500):
+        size = int(torch.randint(1, 100_000, (1,), generator=generator))
+        held.append(memory.allocate(size))
+        made.append(size)
+        if len(held) > 20:
+            memory.free(held.pop(int(torch.randint(0, len(held), (1,), generator=generator))))
+        spans = sorted((id(r.block), r.offset, r.offset + r.size) for r in held)
+        assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))
+    for region in held:
+        memory.free(region)
+    assert memory.in_use == 0
+    assert memory.fragmentation == 0
+    with pytest.raises(hal.ContractError, match="freed already"):
+        memory.free(held[0])
+    with pytest.raises(hal.MemoryLimitError):
+        memory.allocate(1 << 31)

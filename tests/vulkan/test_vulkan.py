@@ -1,0 +1,176 @@
+"""Detection, memory, caches and failures of Vulkan devices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hal_core as hal
+from hal_core.registry import registry
+from hal_core.testing import relative_error
+
+backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
+from hal_vulkan import build_shaders, recorder  # noqa: E402
+from hal_vulkan.pipelines import cache_path  # noqa: E402
+
+CALL = """
+import torch, hal_core as hal
+q = torch.randn(1, 4, 40, 64, requires_grad=True)
+k = torch.randn(1, 2, 600, 64, requires_grad=True)
+hal.attention(q, k, k, backend="vulkan:0", enable_gqa=True, is_causal=True).sum().backward()
+hal.attention(q.half().detach()[:, :, :1], k.half().detach(), k.half().detach(), backend="vulkan:0", enable_gqa=True)
+u = torch.randn(1, 8, 8)
+hal.kernel("reaction_diffusion_step", "vulkan")(u, u)
+hal.kernel("matmul", "vulkan")(u[0], u[0])
+print("finished")
+"""
+WHY = """
+import hal_core as hal
+from hal_core.registry import registry
+print([d.id for d in hal.devices() if d.family == "vulkan"], registry.why_absent(registry.entry("vulkan")))
+"""
+
+
+def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture
+def device() -> hal.Device:
+    try:
+        return registry.find("vulkan:0")[0]
+    except hal.DeviceUnavailableError as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.fixture
+def session(device: hal.Device) -> Any:
+    with registry.backend_of(device).open(device) as opened:
+        yield opened
+
+
+def request(tensor: torch.Tensor, **changes: Any) -> hal.AttentionRequest:
+    batch, heads, length, dim = tensor.shape
+    values = {"len_q": length, "len_k": length, "dim_qk": dim, "dim_v": dim, "dtype": "float32"} | changes
+    return hal.AttentionRequest(batch=batch, heads_q=heads, heads_kv=heads, **values)
+
+
+def test_without_a_driver_the_device_is_absent_and_says_why(device: hal.Device) -> None:
+    done = run(WHY, VK_DRIVER_FILES="/nowhere.json", VK_ICD_FILENAMES="/nowhere.json")
+    assert done.returncode == 0, done.stderr
+    assert "[] vulkan is installed but has no device: loader found, no driver; install mesa-vulkan-drivers" in done.stdout
+
+
+def test_without_a_loader_the_sentence_names_the_package() -> None:
+    hide = "import sys; sys.modules['vulkan._vulkan'] = None\nimport hal_vulkan._vk as vk\n"
+    raising = "import types\nclass Absent(types.ModuleType):\n  def __getattr__(self, name): raise OSError(name)\n"
+    program = (
+        raising + "import sys\nsys.modules['vulkan._vulkan'] = Absent('vulkan._vulkan')\nsys.modules['vulkan'] = "
+        "types.ModuleType('vulkan')\nfrom hal_vulkan.detect import find\nprint(find().devices, find().reason)"
+    )
+    assert "() no Vulkan loader (libvulkan.so.1); Debian: apt-get install libvulkan1" in run(program).stdout
+    program = hide + "from hal_vulkan.detect import find\nprint(find().devices, find().reason)"
+    assert "() the Python package vulkan is not installed; pip install vulkan" in run(program).stdout
+
+
+def test_the_validation_layer_has_nothing_to_say(device: hal.Device) -> None:
+    if not list(Path("/usr/share/vulkan/explicit_layer.d").glob("*validation*")):
+        pytest.skip("the validation layer is not installed; Debian: apt-get install vulkan-validationlayers")
+    done = run(CALL, VK_INSTANCE_LAYERS="VK_LAYER_KHRONOS_validation")
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
+    assert "VUID" not in done.stdout + done.stderr
+    assert "Validation" not in done.stdout + done.stderr
+
+
+def test_the_committed_spirv_is_what_its_sources_build(tmp_path: Path) -> None:
+    if shutil.which("glslangValidator") is None:
+        pytest.skip("glslangValidator is not installed; Debian: apt-get install glslang-tools")
+    made = build_shaders.build(tmp_path)
+    committed = sorted(path.name for path in build_shaders.FOLDER.glob("*.spv"))
+    assert sorted(path.name for path in made) == committed
+    for path in made:
+        # The second word but one of the header is the compiler's own version.
+        ours, built = (p.read_bytes() for p in (build_shaders.FOLDER / path.name, path))
+        assert ours[:8] + ours[12:] == built[:8] + built[12:], f"{path.name}: run python -m hal_vulkan.build_shaders"
+
+
+def test_many_mixed_calls_leave_memory_as_it_was(session: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    reserved = []
+    for n in range(1000):
+        length = (3, 17, 40, 64, 9)[n % 5]
+        query = torch.randn(1 + n % 2, 2, length, (32, 64)[n % 2], generator=generator)
+        session.bind(request(query))(query, query, query)
+        reserved.append(session.recorder.pool.reserved)
+    stats = session.memory.stats()
+    assert stats.in_use == 0
+    assert len(set(reserved[10:])) == 1
+    assert session.memory.fragmentation <= 0.25
+    assert session.memory.trim() > 0
+
+
+def test_a_damaged_pipeline_cache_is_ignored(device: hal.Device) -> None:
+    path = cache_path(backend_module.find().adapters[device.id])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"from another driver")
+    query = torch.randn(1, 1, 8, 32)
+    with registry.backend_of(device).open(device) as session:
+        out = session.bind(request(query))(query, query, query)
+    assert relative_error(out, torch.nn.functional.scaled_dot_product_attention(query, query, query)) <= 1e-5
+    uuid = backend_module.find().adapters[device.id].cache_uuid
+    assert path.read_bytes()[16:32] == uuid, "closing the session writes a cache of this driver"
+
+
+def test_a_wait_that_takes_too_long_names_what_it_waited_for(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "TIMEOUT", 1e-9)
+    query = torch.randn(1, 4, 512, 64)
+    with pytest.raises(hal.DeviceUnavailableError, match=r"did not compute attention .*512 x 512.* within"):
+        session.bind(request(query))(query, query, query)
+    monkeypatch.setattr(recorder, "TIMEOUT", 300.0)
+    assert bool(session.bind(request(query))(query, query, query).isfinite().all())
+
+
+def test_memory_beyond_the_limit_is_refused_and_the_session_stays_usable(device: hal.Device) -> None:
+    from hal_vulkan.session import VulkanSession
+
+    with VulkanSession(device, backend_module.find().adapters[device.id], 1 << 20) as session:
+        large, small = torch.randn(1, 4, 2048, 64), torch.randn(1, 1, 16, 32)
+        with pytest.raises(hal.MemoryLimitError, match="1,048,576"):
+            session.bind(request(large))(large, large, large)
+        assert session.memory.stats().in_use == 0
+        assert bool(session.bind(request(small))(small, small, small).isfinite().all())
+
+
+def test_a_buffer_over_the_range_limit_is_refused_before_anything_runs(device: hal.Device) -> None:
+    most = backend_module.find().adapters[device.id].limits["maxStorageBufferRange"]
+    if most > 1 << 28:
+        pytest.skip("this device's ranges are larger than a test can allocate")
+    query = torch.empty(1, 1, most // (64 * 4) + 64, 64)
+    decision = hal.explain(query[:, :, :4], query, query, backend="vulkan:0")
+    assert [r.code for c in decision.candidates for r in c.refusals] == [hal.Code.MEMORY]
+
+
+def test_a_closed_session_says_so(device: hal.Device) -> None:
+    session = registry.backend_of(device).open(device)
+    session.close()
+    query = torch.randn(1, 1, 8, 32)
+    with pytest.raises(hal.DeviceUnavailableError, match="was closed"):
+        session.bind(request(query))(query, query, query)
+
+
+def test_few_queries_are_split_over_the_keys(session: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 4, 1, 64, generator=generator)
+    key, value = (torch.randn(1, 4, 3000, 64, generator=generator) for _ in range(2))
+    want = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert relative_error(session.bind(request(query, len_k=3000))(query, key, value), want) <= 1e-5
