@@ -92,7 +92,9 @@ def test_the_last_line_is_the_reports_path(encoder, text, capsys, tmp_path, monk
 def test_exit_code_1_where_no_device_ran(encoder, text, device, capsys):
     bare = device("bare", masks=frozenset({MaskKind.NONE}))
     assert compare(encoder, "--text", text, "--devices", bare, "--repeats", 1) == 1
-    assert "boolean asked" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "boolean asked" in printed
+    assert "--batch 1" in printed
 
 
 def test_a_path_that_does_not_exist(capsys, text, tmp_path):

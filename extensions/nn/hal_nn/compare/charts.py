@@ -104,7 +104,7 @@ def dots(marks: Sequence[Mark], name: str) -> str:
 
 def lines(series: Sequence[tuple[Mark, Sequence[float]]], name: str) -> str:
     """Values by layer on a logarithmic axis; modelled series are dashed."""
-    height, left, right = 230, 40, WIDTH - 118
+    height, left, right = 230, 40, WIDTH - 128
     values = [v for _, row in series for v in row if v > 0]
     first, last = _decades(values)
     count = max(len(row) for _, row in series)
@@ -134,7 +134,8 @@ def lines(series: Sequence[tuple[Mark, Sequence[float]]], name: str) -> str:
             )
         y = max(points[-1][1] + 4, (taken[-1] + 15) if taken else 0.0)
         taken.append(y)
-        body += _text(right + 10, y, mark.label, "value")
+        body += f'<rect x="{right + 10}" y="{y - 8:.1f}" width="8" height="8" rx="2" fill="{colour(mark.colour)}"/>'
+        body += _text(right + 23, y, mark.label, "value")
     return _svg(body, max(height + 20, round(max(taken, default=0)) + 6), name)
 
 

@@ -12,9 +12,9 @@ from hal_core import Basis, Fidelity, HalError
 
 from . import charts
 from .charts import Mark, bars, colour, dots, lines, shares
-from .figures import NOT_AVAILABLE, cosine, interval, joules, macs, percent, plain, ranged, ratio, seconds
+from .figures import NOT_AVAILABLE, cosine, interval, joules, macs, percent, plain, ratio, seconds
 from .result import Comparison, Figure, Row
-from .tables import file_names, headline, refusal
+from .tables import file_names, headline, mask_hint, refusal
 
 STYLE = Path(__file__).with_name("report.css")
 
@@ -202,7 +202,7 @@ def _share_chart(comparison: Comparison, ran: Sequence[Row]) -> str:
     names = file_names(comparison)
     for group in comparison.groups:
         name = names[group.name]
-        rows.append((f"{name}: work", "neutral", group.attention_macs / group.macs))
+        rows.append((name, "neutral", group.attention_macs / group.macs))
         for row in ran:
             if row.baseline or (row.device is not None and row.device.fidelity != Fidelity.SIMULATED):
                 costs = row.groups[group.name]
@@ -228,6 +228,10 @@ def _value(figure: Figure | None, show: Callable[[float], str]) -> str:
     )
 
 
+def _counted(text: str) -> str:
+    return f'<b>{escape(text)}</b><small class="measured">counted</small>'
+
+
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{column}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -248,17 +252,18 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         detail = "scaled_dot_product_attention" if device is None else f"{device.vendor} {device.model}".strip()
         name = f"{escape(row.name)} <span class='badge {row.fidelity}'>{row.fidelity}</span><small>{escape(detail)}</small>"
         accuracy.append([
-            name, _value(found.worst, ratio), _value(found.mean, ratio), escape(cosine(found.cosine.low)),
-            f"{escape(percent(found.agreement.low))} of {found.decisions:,}",
-            *([escape(ranged(found.perplexity, plain))] if causal and found.perplexity is not None else []),
+            name, _value(found.worst, ratio), _value(found.mean, ratio), _value(found.cosine, cosine),
+            _value(found.agreement, percent),
+            *([_value(found.perplexity, plain)] if causal else []),
         ])  # fmt: skip
         time.append([name, *(_value(figure, seconds) for figure in (
             costs.wall, costs.attention, costs.remainder, costs.on_device, costs.total))])  # fmt: skip
         energy.append([
-            name, f"{costs.calls:,}", macs(costs.macs), escape(percent(comparison.share(row))), _value(costs.energy, joules),
+            name, f"{costs.calls:,}", _counted(macs(costs.macs)), _counted(percent(comparison.share(row))),
+            _value(costs.energy, joules),
             _value(None, joules), _value(None, joules),
         ])  # fmt: skip
-    task = ["same next token", "perplexity"] if causal else ["same nearest neighbour"]
+    task = _task(comparison, ran)
     reference = next((row.accuracy.reference_perplexity for row in ran if row.accuracy), None)
     of_reference = f" (the float64 run's perplexity: {plain(reference)})" if reference is not None else ""
     texts = [
@@ -271,14 +276,22 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         + _table(f"Error against float64{of_reference}", ["device", "worst text", "mean", "lowest cosine", *task], accuracy)
         + _table(
             f"Time of one pass, median of {comparison.repeats} with the range",
-            ["device", "wall, whole", "wall, attention", "host's remainder", "on the device", "total"], time,
+            ["device", "wall", "of it attention", "the rest, on the host", "on the device", "total"], time,
         )
         + _table(
             "Work and energy of one pass",
-            ["device", "calls", "work on it", "of the model", "energy on it", "host's remainder", "total"], energy,
+            ["device", "calls", "work on it", "of the model", "energy on it", "of the rest", "total"], energy,
         )
         + _table("Text", ["file", "texts", "tokens", "longest", "model's work", "of it attention"], texts)
     )  # fmt: skip
+
+
+def _task(comparison: Comparison, ran: Sequence[Row]) -> list[str]:
+    """Columns of what the error does to the task."""
+    decisions = next((row.accuracy.decisions for row in ran if row.accuracy), 0)
+    if comparison.model["kind"] == "causal":
+        return [f"same next token, of {decisions:,}", "perplexity"]
+    return [f"same nearest neighbour, of {decisions:,}"]
 
 
 def _refused(comparison: Comparison) -> str:
@@ -286,9 +299,9 @@ def _refused(comparison: Comparison) -> str:
     for row in comparison.rows:
         if not row.ran:
             reasons = "".join(f"<li>{escape(reason)}</li>" for reason in row.refusals)
-            boxes += (
-                f'<div class="box refused"><h3>{escape(refusal(row, comparison.batches))}</h3><ul>{reasons}</ul></div>'
-            )
+            hint = f"<p>{escape(text)}</p>" if (text := mask_hint(row, comparison.batch_size)) else ""
+            title = escape(refusal(row, comparison.batches))
+            boxes += f'<div class="box refused"><h3>{title}</h3><ul>{reasons}</ul>{hint}</div>'
     return f"<h2>Did not run</h2>{boxes}" if boxes else ""
 
 
@@ -299,10 +312,10 @@ _TERMS = (
     ("hardware, emulated, simulated", "a real device; real values in the host's time; values, time and energy out of a model."),
     ("reference", "the same weights and text in float64 from end to end, eager attention, on the host."),
     ("torch sdpa", "the same model on torch's own scaled_dot_product_attention: what one has today."),
-    ("host's remainder", "wall time of the whole model less wall time in attention; measured on this host."),
+    ("the rest, on the host", "wall time of the whole model less wall time in attention; measured on this host."),
     ("on the device", "time in attention; for a simulated device the time its model states, summed over the calls."),
-    ("total", "host's remainder and time on the device. Its origin is the worse of the two."),
-    ("work", "multiply-accumulates of all matrix products, padding and masked pairs counted."),
+    ("total", "the rest and the time on the device. Its origin is the worse of the two."),
+    ("work", "multiply-accumulates of all matrix products, counted from the shapes, padding and masked pairs included."),
     ("not available", "no meter and no published power: nothing is guessed."),
 )  # fmt: skip
 

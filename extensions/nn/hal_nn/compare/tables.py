@@ -26,6 +26,8 @@ def show(comparison: Comparison) -> None:
             print(refusal(row, comparison.batches))
             for reason in row.refusals:
                 print(f"  {reason}")
+            if hint := mask_hint(row, comparison.batch_size):
+                print(f"  {hint}")
 
 
 def headline(comparison: Comparison) -> str:
@@ -40,6 +42,13 @@ def headline(comparison: Comparison) -> str:
 
 def _times(repeats: int) -> str:
     return "1 timed run" if repeats == 1 else f"{repeats} timed runs"
+
+
+def mask_hint(row: Row, batch_size: int) -> str:
+    """How a device without masks can be compared all the same; "" where that is not the point."""
+    if batch_size == 1 or not any(reason.startswith("mask ") for reason in row.refusals):
+        return ""
+    return "Texts of different lengths in a batch need a mask: --batch 1 needs none."
 
 
 def refusal(row: Row, batches: int) -> str:
