@@ -17,7 +17,7 @@ from hal_core.registry import registry
 from hal_core.testing import relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import build_shaders, recorder  # noqa: E402
+from hal_vulkan import attention, build_shaders, recorder  # noqa: E402
 from hal_vulkan.pipelines import cache_path  # noqa: E402
 
 CALL = """
@@ -174,3 +174,19 @@ def test_few_queries_are_split_over_the_keys(session: Any, seed: int) -> None:
     key, value = (torch.randn(1, 4, 3000, 64, generator=generator) for _ in range(2))
     want = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
     assert relative_error(session.bind(request(query, len_k=3000))(query, key, value), want) <= 1e-5
+
+
+@pytest.mark.parametrize(("dim", "shared"), [(64, 49152), (128, 49152), (256, 49152), (64, 32768), (256, 32768)])
+def test_a_gpus_tiles_fit_shared_memory_and_agree_with_float64(
+    session: Any, monkeypatch: pytest.MonkeyPatch, dim: int, shared: int, seed: int
+) -> None:
+    shape = attention.shape_of(False, dim, shared)
+    assert shape.shared_bytes(dim) <= shared
+    if shape.shared_bytes(dim) > session.recorder.adapter.limits["maxComputeSharedMemorySize"]:
+        pytest.skip("this device has less shared memory than the shape needs")
+    monkeypatch.setattr(attention, "shape_of", lambda is_cpu, dim, shared: shape)
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, 2, 75, dim, generator=generator) for _ in range(3))
+    out = session.bind(request(query, causal=hal.Causal.TOP_LEFT))(query, key, value)
+    want = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True)
+    assert relative_error(out, want) <= 1e-5

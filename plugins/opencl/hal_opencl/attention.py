@@ -51,13 +51,22 @@ def padded_dim(request: AttentionRequest) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= max(request.dim_qk, request.dim_v))
 
 
+_GPU_SHAPES = {64: Shape(64, 32, 128), 128: Shape(32, 32, 128), 256: Shape(16, 16, 64)}
+_SMALL_SHAPE = Shape(8, 16, 32)  # fits 32 KiB, the least that OpenCL 1.1 promises a GPU, at any size
+
+
+def local_bytes(shape: Shape, dim: int) -> int:
+    """Local memory of a work group of forward_tiles.cl: queries, keys or values, weights, one number per row and thread."""
+    return 4 * ((shape.rows + shape.tile) * (dim + 4) + shape.rows * (shape.tile + 4) + shape.threads * 4)
+
+
 def shape_of(engine: Engine, dim: int) -> Shape:
-    """Tiles that fit the device: registers and caches of a CPU, 48 KiB of local memory of a GPU."""
+    """Row blocks for a CPU's registers and caches; on a GPU the largest tiles that suit a head size and fit local memory."""
     if engine.shares_memory:
         return Shape(_ROWS, _TILE, 0)
-    if dim <= 64:
-        return Shape(64, 32, 128)
-    return Shape(32, 32, 128) if dim <= 128 else Shape(16, 16, 64)
+    liked = [shape for most, shape in _GPU_SHAPES.items() if dim <= most]
+    room = int(engine.handle.local_mem_size)
+    return next((shape for shape in liked if local_bytes(shape, dim) <= room), _SMALL_SHAPE)
 
 
 class _Setting:

@@ -40,9 +40,9 @@ class Adapter(NamedTuple):
 
     Attributes:
         handle: VkPhysicalDevice. is_cpu: a driver that runs on the host's processor. api: (major, minor, patch).
-        uuid: of the driver and device, in hex. cache_uuid: of pipeline caches that the driver takes. memory: bytes of the heap that programs work in.
-        extensions: names. features: what this package may use, by name; each bit was asked for.
-        limits: by name, see `_limits`.
+        uuid: of the driver and device, in hex. cache_uuid: of the pipeline caches that the driver takes.
+        memory: bytes of the heap that programs work in. extensions: names.
+        features: what this package may use, by name; each bit was asked for. limits: by name, see `_adapter`.
     """
 
     handle: Any

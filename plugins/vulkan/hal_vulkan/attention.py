@@ -43,13 +43,21 @@ class Shape(NamedTuple):
     height: int
 
 
-def shape_of(is_cpu: bool, dim: int) -> Shape:
-    """Tiles whose operands fit 32 KiB of shared memory on a CPU and 48 KiB on a GPU."""
-    if is_cpu:
-        return Shape(8, 8, 32 if dim <= 128 else 16, 8)
-    if dim <= 64:
-        return Shape(128, 64, 32, 4)
-    return Shape(128, 32, 32, 4) if dim <= 128 else Shape(64, 16, 16, 4)
+    def shared_bytes(self, dim: int) -> int:
+        """Shared memory of a work group: queries, keys or values, weights, and one number per row and invocation."""
+        pitch = dim // 4 + 1
+        return 16 * (self.rows * pitch + self.tile * pitch + self.rows * (self.tile // 4 + 1)) + 4 * self.threads * self.height
+
+
+_CPU_SHAPES = (Shape(8, 8, 32, 8), Shape(8, 8, 16, 8))
+_GPU_SHAPES = {64: Shape(128, 64, 32, 4), 128: Shape(128, 32, 32, 4), 256: Shape(64, 16, 16, 4)}
+_SMALL_SHAPE = Shape(32, 8, 16, 4)  # fits 32 KiB, which every device has that this package has been seen on, at any size
+
+
+def shape_of(is_cpu: bool, dim: int, shared: int) -> Shape:
+    """The largest tiles that suit a head size and fit `shared` bytes of shared memory."""
+    liked = _CPU_SHAPES if is_cpu else [shape for most, shape in _GPU_SHAPES.items() if dim <= most]
+    return next((shape for shape in liked if shape.shared_bytes(dim) <= shared), _SMALL_SHAPE)
 
 
 def padded_dim(request: AttentionRequest) -> int:
@@ -132,7 +140,8 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
 def _record_tiles(recorder: Recorder, commands: VulkanCommandBuffer, call: Call, to: Operand, to_lse: Operand) -> None:
     """forward_tiles.comp, and the merge where the keys are split."""
     setting = _Setting(recorder, commands, call, pack=True)
-    dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim)
+    shared = recorder.adapter.limits["maxComputeSharedMemorySize"]
+    dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim, shared)
     setting.split(shape)
     splits, rows = setting.numbers["splits"], setting.units * setting.unit_rows
     setting.numbers["scale"] *= 1.0 if call.request.softcap else _LOG2E

@@ -67,7 +67,8 @@ class VulkanSession:
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Rows and keys of a tile at head_dim 64."""
-        shape = attention.shape_of(self.recorder.adapter.is_cpu, 64)
+        adapter = self.recorder.adapter
+        shape = attention.shape_of(adapter.is_cpu, 64, adapter.limits["maxComputeSharedMemorySize"])
         return {"tile_size": shape.tile, "block_q": shape.rows, "block_k": shape.tile}
 
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
