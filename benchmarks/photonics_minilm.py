@@ -85,7 +85,7 @@ def main() -> None:
                "modelled ms", "host ms, measured", "modelled J", "origin"]  # fmt: skip
     notes = [
         "Simulated. Modelled time and energy: of what ran on the chip, transfers included; the host's energy is not known.",
-        f"{len(listed)} sentences of examples/demo, nearest neighbour of each among them, against float64. Noise: torch seed 0.",
+        f"{len(listed)} sentences of examples/demo, nearest neighbours among them, against float64. Noise: torch seed 0.",
     ]
     record.publish(options, "photonics_minilm", "MiniLM on photonic devices", columns, rows, notes)
 

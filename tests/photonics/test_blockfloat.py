@@ -53,6 +53,13 @@ def test_zeros_give_exact_zeros(draw: torch.Generator) -> None:
     assert not got[0, :, 3].any()
 
 
+def test_no_code_is_beyond_the_largest_where_bfloat16_rounds_the_scale_down() -> None:
+    values = torch.tensor([[1.0038, -0.5], [-1.0117, 1.0]])  # bfloat16 has 1.0 and 1.0078 here
+    codes, scales = encode(values, 511)
+    assert bool((scales[:, 0] < values.abs().amax(1)).any())
+    assert float(codes.abs().max()) == 511
+
+
 def test_integer_products_do_not_depend_on_their_order(draw: torch.Generator) -> None:
     x, _ = encode(torch.randn(1, 64, 128, generator=draw), CHIP.input_levels)
     w, _ = encode(torch.randn(1, 64, 128, generator=draw), CHIP.weight_levels)

@@ -51,6 +51,14 @@ def test_the_vector_sweep_straightens_bent_inputs(generic: Profile) -> None:
     assert float(after) < 3
 
 
+def test_straightened_inputs_make_better_products(generic: Profile) -> None:
+    driver = SimulatedDriver(generic.replace(noise__input_bow=12), linearised=False)
+    corrections, report = calibrate(driver)
+    without = corrections._replace(inverse=Corrections.none(generic).inverse)
+    noise = torch.Generator().manual_seed(5)
+    assert report.after - probe_snr(PhotonicCore(driver, without), 99, noise) > 0.5, "the vector sweep's result off"
+
+
 def test_predistortion_takes_the_weight_errors_out(generic: Profile) -> None:
     driver = SimulatedDriver(generic)
     corrections, report = calibrate(driver)

@@ -99,6 +99,7 @@ def test_kernels_are_products_with_noise_by_rng(draw: torch.Generator) -> None:
     assert relative_error(got, linear_reference(x, weight, bias)) < 0.2
     assert torch.equal(got, linear(x, weight, bias, rng=(1, 2)))
     assert not torch.equal(got, linear(x, weight, bias, rng=(1, 3)))
+    assert torch.equal(got, linear(x, weight, rng=(1, 2)) + bias), "the bias is digital"
     torch.manual_seed(3)
     first = linear(x, weight, bias)
     torch.manual_seed(3)
