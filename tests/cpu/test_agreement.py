@@ -72,7 +72,8 @@ def test_a_row_without_keys_gives_zero_and_no_gradient(options: dict[str, object
         assert bool((lse[:, :, 7] == -math.inf).all())
 
 
-@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 0, 5), (2, 5, 0), (2, 0, 0), (0, 5, 5), (0, 1, 5)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,15 +83,19 @@ def test_a_row_without_keys_gives_zero_and_no_gradient(options: dict[str, object
         {"causal": "bottom_right"},
         {"causal": "top_left", "return_lse": True},
         {"dropout_p": 0.5},
+        {"window": (3, 3)},
+        {"attn_mask": torch.ones(1, 1, dtype=torch.bool)},
     ],
     ids=str,
 )
-def test_empty_sequences_give_zeros(lengths: tuple[int, int], options: dict[str, object]) -> None:
-    query = torch.randn(2, 4, lengths[0], 8, requires_grad=True)
-    key, value = (torch.randn(2, 2, lengths[1], 8, requires_grad=True) for _ in range(2))
+def test_empty_tensors_give_zeros(sizes: tuple[int, int, int], options: dict[str, object], needs_grad: bool) -> None:
+    batch, len_q, len_k = sizes
+    query = torch.randn(batch, 4, len_q, 8, requires_grad=needs_grad)
+    key, value = (torch.randn(batch, 2, len_k, 8, requires_grad=needs_grad) for _ in range(2))
     result = hal.attention(query, key, value, enable_gqa=True, backend="cpu", **options)
     out, lse = result if "return_lse" in options else (result, None)
-    out.sum().backward()
+    if needs_grad:
+        out.sum().backward()
     assert out.shape == query.shape
     assert not out.any()
     assert lse is None or bool((lse == -math.inf).all())

@@ -7,8 +7,8 @@ from torch import Tensor
 
 def pack_heads(query: Tensor, heads_kv: int) -> Tensor:
     """[batch, heads_q, len_q, dim] as [batch, heads_kv, group * len_q, dim]; a view where len_q is 1."""
-    batch, _, _, dim = query.shape
-    return query.reshape(batch, heads_kv, -1, dim)
+    batch, heads_q, len_q, dim = query.shape
+    return query.reshape(batch, heads_kv, heads_q // heads_kv * len_q, dim)
 
 
 def pack_mask(mask: Tensor, heads_kv: int, group: int, len_q: int) -> Tensor:
@@ -17,7 +17,7 @@ def pack_mask(mask: Tensor, heads_kv: int, group: int, len_q: int) -> Tensor:
         return mask
     batch, heads, _, len_k = mask.shape
     grouped = mask.unsqueeze(2) if heads == 1 else mask.unflatten(1, (heads_kv, group))
-    return grouped.expand(batch, grouped.shape[1], group, len_q, len_k).reshape(batch, grouped.shape[1], -1, len_k)
+    return grouped.expand(batch, grouped.shape[1], group, len_q, len_k).flatten(2, 3)
 
 
 def unpack_heads(packed: Tensor, heads_q: int, len_q: int) -> Tensor:
