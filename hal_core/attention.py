@@ -184,18 +184,13 @@ def _is_cut(decision: Decision) -> bool:
     )  # fmt: skip
 
 
-def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
     """Cast as torch's autocast casts scaled_dot_product_attention's tensors; float64 stays."""
     kind = query.device.type
     if not torch.is_autocast_enabled(kind):
-        return query, key, value, mask
-    target = torch.get_autocast_dtype(kind)
-
-    def cast(tensor: Any) -> Any:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(target) if eligible and tensor.dtype.itemsize > 1 else tensor
-
-    return cast(query), cast(key), cast(value), cast(mask)
+        return [query, key, value, mask]
+    kinds, target = (torch.float32, torch.float16, torch.bfloat16), torch.get_autocast_dtype(kind)
+    return [t.to(target) if t is not None and t.dtype in kinds else t for t in (query, key, value, mask)]
 
 
 def _drawn(rng: Any) -> tuple[int, int]:
@@ -220,7 +215,7 @@ def _described(
     known = {*contract.Options._fields, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
         raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(sorted(known))}")
-    if torch._C._is_any_autocast_enabled():
+    if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     named = [keywords.get(name) for name in SequenceTables._fields]
     tables = SequenceTables(*named) if any(table is not None for table in named) else None

@@ -199,10 +199,11 @@ class Meter:
         self, device: Device, wall: float, time: Quantity | None, energy: Quantity | None, macs: int, transferred: int
     ) -> None:
         with self._lock:
-            record = self.records.setdefault(device.id, MeterRecord(device))
-            first = record.calls == 0
+            if (record := self.records.get(device.id)) is None:
+                self.records[device.id] = MeterRecord(device, 1, wall, time, energy, macs, transferred)
+                return
             record.calls, record.wall = record.calls + 1, record.wall + wall
-            record.time, record.energy = _sum(record.time, time, first), _sum(record.energy, energy, first)
+            record.time, record.energy = _sum(record.time, time), _sum(record.energy, energy)
             record.macs, record.transferred = record.macs + macs, record.transferred + transferred
 
     @property
@@ -211,18 +212,14 @@ class Meter:
         return sum(record.wall for record in self.records.values())
 
 
-def _sum(total: Quantity | None, part: Quantity | None, first: bool) -> Quantity | None:
+def _sum(total: Quantity | None, part: Quantity | None) -> Quantity | None:
     """Interval sum. A call without a figure makes the sum None: a partial sum would look like a total."""
-    if part is None or (total is None and not first):
+    if part is None or total is None:
         return None
-    if total is None:
-        return part
-    from .device import Quantity
-
     basis = max(total.basis, part.basis, key=lambda b: b.rank)
     provenance = max(total.provenance, part.provenance, key=lambda p: p.rank)
     source = total.source if total.source == part.source else "several"
-    return Quantity(total.low + part.low, total.high + part.high, basis, provenance, source)
+    return type(total)(total.low + part.low, total.high + part.high, basis, provenance, source)
 
 
 meter_var: ContextVar[Meter | None] = ContextVar("hal_meter", default=None)
