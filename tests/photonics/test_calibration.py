@@ -116,6 +116,11 @@ def test_the_command_stores_and_prints_what_was_measured(capsys: pytest.CaptureF
     assert "█" in shown
     stored = load(hal.devices()[[d.id for d in hal.devices()].index("photonic:0")])
     assert stored is not None
+    q = torch.ones(1, 1, 8, 16)
+    error = hal.explain(q, q, q, backend="photonic:0").winner.estimate.error
+    assert error.low == pytest.approx(10 ** (-stored.values["SNR after, dB"] / 20))
+    assert error.high == 0.5
+    assert error.basis == "modelled"
     assert stored.values["bits after"] == pytest.approx(bits(stored.values["SNR after, dB"]), abs=0.01)
 
 

@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 import hal_core as hal
 from hal_core import (
     AttentionRequest,
+    Basis,
+    Calibration,
     Capabilities,
     Causal,
     Code,
@@ -18,9 +22,12 @@ from hal_core import (
     Fidelity,
     MaskKind,
     Numerics,
+    Quantity,
     Range,
     Refusal,
 )
+from hal_core.calibration import cache_dir
+from hal_core.calibration import load as load_calibration
 from hal_core.registry import registry
 
 from . import pcie
@@ -44,6 +51,7 @@ class ProfileBackend:
 
     def __init__(self, name: str, profiles: Sequence[Profile], *, straight_through: bool = False) -> None:
         self.name, self.profiles, self.straight_through = name, tuple(profiles), straight_through
+        self._stored: dict[tuple[str, str], Calibration | None] = {}
 
     def devices(self) -> Sequence[Device]:
         return [self._device(index, profile) for index, profile in enumerate(self.profiles)]
@@ -87,7 +95,19 @@ class ProfileBackend:
         session: Any = registry.opened(device.id)
         duty, state = (1.0, "") if session is None else (session.supervisor.duty, str(session.state))
         cost = attention_cost(self.profile_of(device), request, duty=duty, state="" if state == "ready" else state)
-        return cost.estimate(memory=_memory(request))
+        return attrs.evolve(cost.estimate(memory=_memory(request)), error=self._error(device))
+
+    def _error(self, device: Device) -> Quantity | None:
+        """Between one product's error by the stored calibration and the declared noise; None without a calibration."""
+        place = (device.id, str(cache_dir()))
+        if place not in self._stored:
+            self._stored[place] = load_calibration(device)
+        stored, declared = self._stored[place], self.profile_of(device)["declared.attention_error"]
+        if stored is None:
+            return None
+        measured = 10 ** (-stored.values["SNR after, dB" if self.profile_of(device).calibrated else "SNR before, dB"] / 20)
+        origin = self.profile_of(device).origin("noise").provenance
+        return Quantity(min(measured, declared), declared, Basis.MODELLED, origin, f"hal calibrate {device.id}, simulated")
 
     def open(self, device: Device) -> Any:
         from .session import open_simulated
@@ -101,6 +121,7 @@ class ProfileBackend:
         from .calibration import calibrate
         from .driver import SimulatedDriver
 
+        self._stored.clear()
         session: Any = registry.opened(device.id)
         driver = SimulatedDriver(self.profile_of(device)) if session is None else session.driver
         return {"profile": self.profile_of(device).name, **calibrate(driver, progress=progress)[1].to_dict()}
