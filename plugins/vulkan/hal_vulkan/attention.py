@@ -182,14 +182,9 @@ def _record_stream(recorder: Recorder, commands: VulkanCommandBuffer, call: Call
     chunks, units = -(-len_k // chunk), setting.units
     rows = units * setting.unit_rows
     query = commands.stage(call.query, dim)
-    padding = (0, dim - call.key.shape[3], 0, chunks * chunk - len_k)
-    keys = commands.stage(torch.nn.functional.pad(call.key.float(), padding))
-    padding = (0, dim - call.value.shape[3], 0, chunks * chunk - len_k)
-    values = commands.stage(torch.nn.functional.pad(call.value.float(), padding))
+    keys, values = (commands.stage(tensor, dim, rows=chunks * chunk, wide=True) for tensor in (call.key, call.value))
     part, part_lse = commands.space(rows * dim * 4), commands.space(rows * 4)
-    assert part.host is not None
     assert part_lse.host is not None
-    part.host.zero_()
     part_lse.host.view(torch.float32).fill_(-torch.inf)
     group = setting.numbers["group"] // setting.heads_per_unit  # units that read the same keys
     scale = setting.numbers["scale"] * _LOG2E

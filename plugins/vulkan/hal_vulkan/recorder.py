@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -90,16 +91,26 @@ class VulkanCommandBuffer:
             host = torch.frombuffer(region.block.mapped, dtype=torch.uint8, count=nbytes, offset=region.offset)
         return Operand(Bound(region.block, region.offset, region.size), host)
 
-    def stage(self, tensor: Tensor, dim: int | None = None) -> Operand:
-        """A tensor's values, contiguous, its last dimension padded to `dim` with zeros: one counted copy."""
+    def stage(self, tensor: Tensor, dim: int | None = None, *, rows: int | None = None, wide: bool = False) -> Operand:
+        """A tensor's values, contiguous: one counted copy.
+
+        Args:
+            dim: size of the last dimension, padded with zeros. rows: likewise of the one before it. wide: as float32.
+        """
         recorder, tensor = self._recorder, tensor.detach()
-        last = tensor.shape[-1]
-        shape = (*tensor.shape[:-1], dim or last)
-        nbytes = tensor.numel() // max(last, 1) * (dim or last) * tensor.element_size()
+        dtype = torch.float32 if wide else tensor.dtype
+        shape, last = [*tensor.shape], tensor.shape[-1]
+        shape[-1] = dim or last
+        if rows is not None:
+            shape[-2] = rows
+        nbytes = math.prod(shape) * dtype.itemsize
         operand = self.space(nbytes)
         near = operand if recorder.mapped else self._cut(recorder.staging, nbytes)
         assert near.host is not None
-        typed = near.host.view(tensor.dtype).view(shape)
+        typed = near.host.view(dtype).view(shape)
+        if rows is not None and rows != tensor.shape[-2]:
+            typed[..., tensor.shape[-2] :, :].zero_()
+            typed = typed[..., : tensor.shape[-2], :]
         typed[..., :last].copy_(tensor)
         if shape[-1] != last:
             typed[..., last:].zero_()

@@ -35,7 +35,7 @@ void main() {
     total[r] = top[r] == -INFINITE ? 0.0 : 1.0;
     [[unroll]] for (int d = 0; d < QUADS; d++) {
       q[r * QUADS + d] = wide(query[at[r] * QUADS + d]) * p.scale;
-      o[r * QUADS + d] = part[at[r] * QUADS + d];
+      o[r * QUADS + d] = top[r] == -INFINITE ? vec4(0.0) : part[at[r] * QUADS + d];
     }
   }
   for (int key = 0; key < count; key += STEP) {
