@@ -78,13 +78,15 @@ def scores_of(
     return scores
 
 
-def kept(shape: Sequence[int], request: AttentionRequest, rng: tuple[int, int] | None) -> Tensor | float:
+def kept(
+    shape: Sequence[int], request: AttentionRequest, rng: tuple[int, int] | None, dtype: torch.dtype = torch.float64
+) -> Tensor | float:
     """Dropout's factors: 0 or 1 / (1 - p), from (seed, offset) alone."""
     if not request.dropout:
         return 1.0
     assert rng is not None, "the core must hand a device its rng"
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed((rng[0] + 7919 * rng[1]) % 2**63))
-    return (drawn >= request.dropout) / (1 - request.dropout)
+    return (drawn >= request.dropout).to(dtype) / (1 - request.dropout)
 
 
 def attend(
@@ -99,7 +101,7 @@ def attend(
     dead = (scores == -math.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)  # a finite row, so that no gradient is NaN; its weights become 0
     lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-    weights = (scores.softmax(-1)).masked_fill(dead, 0.0) * kept(scores.shape, request, rng)
+    weights = (scores.softmax(-1)).masked_fill(dead, 0.0) * kept(scores.shape, request, rng, scores.dtype)
     out = weights.to(value.dtype) @ value.repeat_interleave(request.heads_q // request.heads_kv, 1)
     return out.to(dtype), lse.masked_fill(dead.squeeze(-1), -math.inf)
 
@@ -158,7 +160,7 @@ class FakeSession:
         group = request.heads_q // request.heads_kv
         scores = scores_of(query, key, mask, plan, request)
         weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(scores == -math.inf, 0.0)
-        factors = kept(scores.shape, request, rng)
+        factors = kept(scores.shape, request, rng, scores.dtype)
         grad_value = (weights * factors).mT @ grad_out
         delta = (out * grad_out).sum(-1, keepdim=True)
         if grad_lse is not None:
