@@ -125,6 +125,39 @@ def forward(bench: Bench, options: Any) -> None:
         f"cuBLAS 8192 cubed in the same run: {2 * 8192**3 / product / 1e9:.0f} TFLOP/s.", *conditions(bench),
     ]  # fmt: skip
     publish(options, "cuda_attention", "Forward", COLUMNS, rows, notes, "Forward")
+    if options.record:
+        draw(rows, 2 * 8192**3 / product / 1e9)
+
+
+def draw(rows: list[list[str]], product: float) -> None:
+    """docs/benchmarks/cuda_attention.png: rates over lengths, and the roofline under the measured ceilings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from hal_cuda.rates import shipped
+    from record import FOLDER
+
+    figure, axes = plt.subplots(1, 4, figsize=(20, 4.5))
+    for axis, dim in zip(axes, ("64", "128", "256"), strict=False):
+        for mask, style in (("full", "-"), ("causal", "--")):
+            picked = [row for row in rows if row[0] == dim and row[2] == mask]
+            for column, colour in ((3, "tab:blue"), (5, "tab:orange"), (6, "tab:green")):
+                points = [(int(row[1]), float(row[column])) for row in picked if row[column] != "-"]
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=f"{COLUMNS[column]}, {mask}")
+        axis.set(title=f"head_dim {dim}", xlabel="tokens", ylabel="TFLOP/s", xscale="log", ylim=(0, product * 1.05))
+    axes[0].legend(fontsize=8)
+    table = shipped()
+    bandwidth = table[1].bandwidth if table else math.nan
+    reach = [2.0**n for n in range(4, 15)]
+    axes[3].plot(reach, [min(product, x * bandwidth / 1e12) for x in reach], color="black", label="measured ceilings")
+    for row in rows:
+        intensity = int(row[1]) / (2 if row[2] == "causal" else 1) / 2  # 4 S^2 D operations on 8 S D bytes
+        axes[3].plot(intensity, float(row[3]), "." if row[2] == "full" else "x", color="tab:blue")
+    axes[3].set(title="roofline, own kernels", xlabel="operations a byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+    axes[3].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FOLDER / "cuda_attention.png", dpi=80)
 
 
 def ragged(bench: Bench, options: Any) -> None:

@@ -134,12 +134,15 @@ def table() -> dict[str, Any]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--write", action="store_true")
-    write = options.parse_args().write
-    found = {name: figures(make()) for name, make in variants().items()}
+    options.add_argument("--only", nargs="*", default=[""], help="variants whose names hold one of these texts")
+    chosen = options.parse_args()
+    every = variants()
+    found = {name: figures(make()) for name, make in every.items() if any(text in name for text in chosen.only)}
     for name, each in found.items():
         print(f"{name:40} {each.registers:4} registers {each.spilled:5} bytes spilled {each.warnings} warnings")
-    if write:
-        rows = {name: dict(each._asdict()) for name, each in found.items()}
+    if chosen.write:
+        rows = {name: row for name, row in (table()["variants"] if TABLE.exists() else {}).items() if name in every}
+        rows |= {name: dict(each._asdict()) for name, each in found.items()}
         TABLE.write_text(json.dumps({"triton": triton.__version__, "variants": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 

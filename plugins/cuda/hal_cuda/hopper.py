@@ -91,8 +91,9 @@ def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int) -> Tiling:
         full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * ROWS, 2 * ROWS))
         return Tiling(128, 3 if full > 0.9 * narrow else 2, True, False, True)
     if widest <= 128:
-        return Tiling(128, 2, len_k <= 4096, len_k > 4096, True)
-    return Tiling(64, 2, True, False, widest == 192 or parts(dim_qk) != parts(dim_v))
+        arrive = widest == 128 and len_k > 4096
+        return Tiling(128, 2, not arrive, arrive, True)
+    return Tiling(64, 2, widest == 256, False, widest == 192 or parts(dim_qk) != parts(dim_v))
 
 
 class Schedule(NamedTuple):

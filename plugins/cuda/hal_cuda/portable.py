@@ -56,7 +56,8 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
         rows = max(16, power_of_two(len_q * (request.heads_q // request.heads_kv)))
         if request.dtype == "float32":
             return Tiles(rows, 32, 4, 2)
-        return Tiles(rows, 128 if wide <= 128 and plain and rows <= 32 else 64, 4, 3 if plain else 2)
+        many = wide <= 64 or (wide <= 128 and request.len_k > 2048)
+        return Tiles(rows, 128 if many and plain and rows <= 32 else 64, 4, 3 if plain else 2)
     if request.dtype == "float32":
         tiles = Tiles(32, 32, 4, 2 if wide <= 128 else 1)
     elif wide > 128:

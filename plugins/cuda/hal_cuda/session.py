@@ -153,7 +153,7 @@ class CudaSession:
             if self._lost:
                 raise DeviceUnavailableError(self._lost)
             if not (query.numel() and key.numel()):
-                return _nothing(query, key, value, request)
+                return _nothing(query, key, value, mask, request)
             try:
                 if several and torch.cuda.current_device() != index:
                     with torch.cuda.device(index):
@@ -220,13 +220,17 @@ class CudaSession:
         self.close()
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor, request: AttentionRequest) -> AttentionOutput:
+def _nothing(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest) -> AttentionOutput:
     """What rows without a key give: 0 and -inf. Connected to its inputs, so that gradients are 0 and not missing."""
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
-    if request.grads:
-        out = out + (query.sum() + key.sum() + value.sum()).to(query.dtype) * 0
     lse = query.new_full(query.shape[:3], -math.inf, dtype=kind) if request.lse else None
+    if request.grads:
+        for given in (query, key, value, mask):
+            if given is not None and given.requires_grad:
+                zero = given.reshape(-1)[:0].sum()
+                out = out + zero.to(out.dtype)
+                lse = None if lse is None else lse + zero.to(kind)
     return AttentionOutput(out, lse)
 
 

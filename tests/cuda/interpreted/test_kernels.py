@@ -191,6 +191,22 @@ def test_schedule_balances_causal_tiles() -> None:
     assert schedule([5] * 8, 160, 132, 64).programs == 132
 
 
+@pytest.mark.parametrize(("len_q", "len_k"), [(0, 5), (3, 0), (0, 0)])
+def test_nothing_to_read_gives_zeros_with_gradients(generator: torch.Generator, len_q: int, len_k: int) -> None:
+    shapes = ((1, 2, len_q, 8), (1, 2, len_k, 8), (1, 2, len_k, 8), (1, 1, 1, len_k))
+    tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    request = AttentionRequest(
+        batch=1, heads_q=2, heads_kv=2, len_q=len_q, len_k=len_k, dim_qk=8, dim_v=8, dtype="float32", lse=True,
+        mask=MaskKind.ADDITIVE, grads=frozenset({"q", "k", "v", "mask"}), grad_lse=True,
+    )  # fmt: skip
+    device = InterpretedBackend().devices()[0]
+    out, lse = InterpretedBackend().open(device).bind(request)(*tensors)
+    assert not bool(out.any())
+    assert bool(torch.isneginf(lse).all())
+    (out.sum() + torch.nan_to_num(lse, neginf=0.0).sum()).backward()
+    assert all(t.grad is not None and t.grad.shape == t.shape and not bool(t.grad.any()) for t in tensors)
+
+
 @pytest.mark.parametrize("check", ["contract", "refusals", "inputs_unchanged", "strides"])
 def test_conformance(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
