@@ -130,6 +130,21 @@ def draw_plan(chance: random.Random, generator: torch.Generator, shape: tuple[in
     return BlockPlan(block_q, block_k, indices, counts)
 
 
+def few_numbers(call: Call, out: Tensor, want: Tensor) -> bool:
+    """Whether an output of a few 16-bit numbers is within what rounding alone explains.
+
+    A norm over so few does not average, and a sum over keys may cancel to almost 0. Rounding each weight and each output
+    to unit roundoff u moves an output by at most 2u times the sum of weight times |value|.
+    """
+    if out.numel() >= 64 or out.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    terms = reference(
+        call.query, call.key, call.value.float().abs().to(call.value.dtype), call.mask, request=call.request, plan=call.plan,
+        tables=call.tables,
+    ).out  # fmt: skip
+    return bool(((out.double() - want).abs() <= torch.finfo(out.dtype).eps * terms).all())
+
+
 def hold(call: Call, keep: Tensor | None = None, run: Any = None) -> None:
     """Assert that output, log-sum-exp and gradients are within BOUNDS of float64."""
     request = call.request
@@ -141,7 +156,7 @@ def hold(call: Call, keep: Tensor | None = None, run: Any = None) -> None:
     out, lse = result if request.lse else (result, None)
     want, want_lse = reference(*call[:4], request=request, plan=call.plan, tables=call.tables, keep=keep)
     assert out.dtype == call.query.dtype
-    assert relative_error(out, want) <= out_bound, f"out of {request.describe()}"
+    assert relative_error(out, want) <= out_bound or few_numbers(call, out, want), f"out of {request.describe()}"
     if lse is not None:
         assert relative_error(lse, want_lse) <= lse_bound, f"lse of {request.describe()}"
     if not call.grads:
