@@ -80,15 +80,15 @@ def set_device(model: nn.Module, device: str | None) -> nn.Module:
     return model
 
 
-def attention_mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Tensor | None:
+def attention_mask(**arguments: Any) -> Tensor | None:
     """transformers' mask for torch's attention: boolean [batch, 1, len_q, len_k] (True: may read), or None.
 
     None stands for causal or full attention without padding. A decoding step over a padded batch has [batch, 1, 1, len_k],
     and so has a padded encoder, whose rows are all alike: nothing of the size len_q * len_k is made.
     """
-    if kwargs.get("mask_function") is bidirectional_mask_function and not kwargs.get("allow_is_causal_skip", True):
-        q_length = 1
-    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
+    if arguments.get("mask_function") is bidirectional_mask_function and not arguments.get("allow_is_causal_skip", True):
+        arguments |= {"q_length": 1} if "q_length" in arguments else {}  # transformers 5.0 has another argument here
+    mask: Tensor | None = sdpa_mask(**arguments)
     return mask
 
 

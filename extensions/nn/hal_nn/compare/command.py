@@ -35,6 +35,10 @@ def add_parser(subparsers: Any) -> None:
         "--repeats", metavar="N", type=positive, default=3, help="timed runs of each device (default: 3)"
     )
     parser.add_argument(
+        "--budget", metavar="SECONDS", type=positive, default=20,
+        help="a device whose repeats would take longer is timed once (default: 20)",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch", metavar="N", type=positive, default=8, help="texts in a batch; 1 needs no padding mask"
     )
     parser.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text that are used")
@@ -69,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = models.load(arguments.model, arguments.dtype)
     comparison = measure.compare(
         model, read, rows, repeats=arguments.repeats, batch_size=arguments.batch, max_length=arguments.max_length,
-        command=command_line(),
+        command=command_line(), budget=arguments.budget,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(comparison.to_dict(), indent=2))

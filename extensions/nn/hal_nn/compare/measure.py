@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import traceback
@@ -87,13 +88,14 @@ def rows_for(names: Sequence[str]) -> list[Lane]:
 
 def compare(
     model: Model, files: Sequence[TextFile], lanes: list[Lane], *, repeats: int, batch_size: int,
-    max_length: int | None, command: str,
+    max_length: int | None, command: str, budget: float = math.inf,
 ) -> Comparison:  # fmt: skip
     """Run the model on the text once per lane and repeat, in turn, and gather what came out.
 
     Each batch runs through the float64 reference, then once through every lane to warm up (metered, so that devices state
     their own time and energy), then `repeats` times through every lane, the order rotated: slow drifts of the machine
-    reach all alike. Noise is seeded by repeat and batch, equally for all devices.
+    reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would take longer
+    than `budget` seconds, judged by its first warm-up, is timed once.
 
     Raises:
         HalError: the text does not fit the model.
@@ -121,15 +123,24 @@ def compare(
             reference.add(batch, truth, truth)
             for lane in lanes:
                 step(f"{lane.name}, warming up")
+                start = perf_counter()
                 _warm_up(lane, batch)
+                if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
+                    del lane.tallies[1:]
             for repeat in range(repeats):
                 turn = (repeat + number) % len(lanes)
                 for lane in lanes[turn:] + lanes[:turn]:
                     step(lane.name)
-                    if not lane.refusals:
+                    if not lane.refusals and repeat < len(lane.tallies):
                         torch.manual_seed(repeat * len(tokens.batches) + number)
                         lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
+
+
+def _length_of(tokens: Tokens, batch: Batch, seconds: float) -> float:
+    """Seconds of a whole pass, from those of one batch, in proportion to the tokens."""
+    cells = [each.mask.numel() for each in tokens.batches]
+    return seconds * sum(cells) / max(batch.mask.numel(), 1)
 
 
 def _make_variants(network: Any, lanes: list[Lane]) -> None:
@@ -251,7 +262,9 @@ def _row(lane: Lane, files: Sequence[TextFile], reference: Tally) -> Row:
         return row
     every = range(len(files))
     groups = {file.name: _costs(lane, [index]) for index, file in enumerate(files)}
-    return attrs.evolve(row, accuracy=_accuracy(lane, reference), costs=_costs(lane, every), groups=groups)
+    return attrs.evolve(
+        row, repeats=len(lane.tallies), accuracy=_accuracy(lane, reference), costs=_costs(lane, every), groups=groups
+    )
 
 
 def _accuracy(lane: Lane, reference: Tally) -> Accuracy:

@@ -113,7 +113,8 @@ class Row:
         name: device id, or "torch sdpa". device: None for the baseline and for a device that is not there.
         place: torch device of the tensors. baseline: whether this is torch's own attention.
         refusals: reasons, as sentences; empty where it ran. refused_batches: how many of the batches it refused.
-        accuracy, costs: None where it was refused. groups: costs by text file.
+        repeats: timed runs; one where more would have taken too long. accuracy, costs: None where it was refused.
+        groups: costs by text file.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Row:
     baseline: bool = False
     refusals: tuple[str, ...] = ()
     refused_batches: int = 0
+    repeats: int = 0
     accuracy: Accuracy | None = None
     costs: Costs | None = None
     groups: dict[str, Costs] = attrs.field(factory=dict)

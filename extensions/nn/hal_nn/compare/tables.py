@@ -120,6 +120,8 @@ def _show_time(comparison: Comparison, ran: list[Row]) -> None:
         )
     if any(row.device is not None and row.device.fidelity == Fidelity.EMULATED for row in ran):
         notes.append("An emulated device's time is this host's, running the device's programs.")
+    if once := [row.name for row in ran if row.repeats < comparison.repeats]:
+        notes.append(f"Timed once, without a spread, because a run is long: {', '.join(once)} (--budget allows more).")
     columns = ["device", "wall", "of it attention", "the rest, on host", "on the device", "total", "origin"]
     show_table(f"Time of one pass, median of {comparison.repeats} ± half the range", columns, rows, notes)
 
