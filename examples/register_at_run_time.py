@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-import hal_core as hal
 import torch
+
+import hal_core as hal
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent / "plugin_template"))

@@ -1,7 +1,8 @@
 """A device in thirty lines, registered at run time: one function, what it can do, what it is."""
 
-import hal_core as hal
 import torch
+
+import hal_core as hal
 
 
 def attend(query, key, value, mask, request):

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from hal_core import (
     AttentionRequest,
     Capabilities,
@@ -20,7 +22,6 @@ from hal_core import (
     SimpleSession,
     dense_mask,
 )
-from torch import Tensor
 
 CAPABILITIES = Capabilities(
     dtypes={"float32"},
