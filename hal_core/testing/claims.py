@@ -28,7 +28,11 @@ from ..errors import UnsupportedError
 from .cases import SUBJECT_OF, Case, unclaimed_cases
 from .subject import Failure, Measure, Skip, Subject
 
-SUBJECTS = ["dtypes", "lengths", "strides", "scale", "masks", "causal", "window", "softcap", "grouped_heads", "value_dim", "log_sum_exp", "gradients", "mask_gradient", "lse_gradient", "dropout", "packed", "paged", "fp8_cache", "block_plan", "combinations"]
+SUBJECTS = (
+    "dtypes", "lengths", "strides", "scale", "masks", "causal", "window", "softcap", "grouped_heads", "value_dim",
+    "log_sum_exp", "gradients", "mask_gradient", "lse_gradient", "dropout", "packed", "paged", "fp8_cache", "block_plan",
+    "combinations",
+)  # fmt: skip
 
 
 def claim_check(subject: str) -> Callable[[Subject], Measure]:
