@@ -156,8 +156,7 @@ def _run(name: str, subject: Subject) -> CheckResult:
         status, measure = Status.FAILED, Measure(failure.error, failure.bound, str(failure))
     except Exception as raised:  # a device may raise anything, and the other checks must still run
         place = traceback.extract_tb(raised.__traceback__)[-1]
-        finding = f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"
-        status, measure = Status.FAILED, Measure(detail=finding)
+        status, measure = Status.FAILED, Measure(detail=f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})")
     return CheckResult(name=name, status=status, seconds=time.monotonic() - start, **measure._asdict())
 
 
