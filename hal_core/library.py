@@ -6,13 +6,14 @@ runs. Eager calls do not come through here.
 
 from __future__ import annotations
 
+from ast import literal_eval
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import in_operator
-from .context import meter_var, mirror, settings
+from .context import NO_FRAME, Frame, frame_var, meter_var, mirror, settings
 from .errors import ContractError
 from .registry import registry
 from .request import AttentionOutput, Causal, SequenceTables
@@ -113,7 +114,13 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(arguments)
-    found, (query, key, value, mask, plan, tables) = call.route(None), call.given
+    # Under the selection of the forward: it may have ended, and an accelerator's backward threads never inherit it.
+    then = Frame(*literal_eval(call.expected)) if call.expected else NO_FRAME
+    token = frame_var.set(frame_var.get() if call.expected is None else then)
+    try:
+        found, (query, key, value, mask, plan, tables) = call.route(None), call.given
+    finally:
+        frame_var.reset(token)
     session, grads = found.session, found.request.grads
     with torch.no_grad():
         if found.explicit:

@@ -29,8 +29,8 @@ from .cases import SUBJECT_OF, Case, unclaimed_cases
 from .subject import Failure, Measure, Skip, Subject
 
 SUBJECTS = (
-    "dtypes", "lengths", "strides", "scale", "masks", "causal", "window", "softcap", "grouped_heads", "value_dim", "log_sum_exp",
-    "gradients", "mask_gradient", "lse_gradient", "dropout", "packed", "paged", "fp8_cache", "block_plan", "combinations",
+    "dtypes", "lengths", "strides", "scale", "masks", "causal", "window", "softcap", "grouped_heads", "value_dim", "packed",
+    "log_sum_exp", "gradients", "mask_gradient", "lse_gradient", "dropout", "paged", "fp8_cache", "block_plan", "combinations",
 )  # fmt: skip
 
 

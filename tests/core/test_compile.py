@@ -340,6 +340,23 @@ def test_a_compiled_graph_under_no_grad_and_with_grad(fake: Fake, generator: tor
     )
 
 
+def test_backward_runs_where_forward_ran(pair: dict[str, FakeBackend], generator: torch.Generator) -> None:
+    tensors = draw(generator, dtype=DOUBLE, grad=True)
+    call = compiled(lambda q, k, v: hal.attention(q, k, v))
+    with hal.use("two"):
+        out = call(*tensors)
+    assert counts(pair) == [0, 1]
+    try:  # the selection has ended: the other device is the automatic choice now
+        got = torch.autograd.grad(out.sum(), tensors)
+    except SelectionChangedError:
+        got = None
+    assert len(pair["one"].ran) == 0
+    if got is not None:
+        assert [name for name, _ in pair["two"].backwards] == ["two:0"]
+        want = reference_gradients(*tensors, grad_out=torch.ones_like(out))
+        assert all(relative_error(g, w) <= 1e-10 for g, w in zip(got, want, strict=False))
+
+
 def test_a_block_plan_travels_through_the_operator(fake: Fake, generator: torch.Generator) -> None:
     fake("one")
     tensors = draw(generator, len_q=8, len_k=8)

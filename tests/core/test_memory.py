@@ -95,6 +95,15 @@ def test_a_request_over_the_limit_is_refused_before_it_is_allocated() -> None:
     memory.allocate((1024,), "float32")  # the refusal took nothing away
 
 
+def test_live_buffers_add_up_to_the_limit() -> None:
+    memory = PooledMemory(limit=4096)
+    held = [memory.allocate((256,), "float32") for _ in range(4)]
+    with pytest.raises(MemoryLimitError, match="4,096 in use"):
+        memory.allocate((1,), "float32")
+    memory.free(held.pop())
+    memory.allocate((256,), "float32")
+
+
 def test_pooled_blocks_are_given_up_before_the_limit_refuses() -> None:
     memory = PooledMemory(limit=8192)
     for buffer in [memory.allocate((512,), "float32") for _ in range(4)]:

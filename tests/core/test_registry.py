@@ -514,6 +514,10 @@ def test_a_device_that_does_not_open_is_passed_over_by_automatic_selection(
     assert len(good.ran) == 3
     with pytest.raises(hal.HalError, match="the card fell off the bus"):
         hal.attention(*tensors, backend="broken")
+    for _ in range(2):
+        with pytest.raises(DeviceUnavailableError, match="the card fell off the bus"):
+            hal.session("broken")
+    assert broken.opened == ["broken:0"]
 
 
 @pytest.mark.parametrize("part", ["capabilities", "check", "estimate"])

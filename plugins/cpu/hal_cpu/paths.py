@@ -34,6 +34,7 @@ def path_of(request: AttentionRequest) -> Path:
         or request.dropout
         or "mask" in request.grads
         or request.grad_lse
+        or request.effective_scale <= 0  # torch's kernel multiplies the mask's -inf by it
     )
     masked, causal = request.mask is not MaskKind.NONE, sees_less(request)
     shifted = causal and (request.causal is Causal.BOTTOM_RIGHT or request.diagonal != 0)

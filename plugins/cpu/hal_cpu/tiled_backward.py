@@ -95,7 +95,7 @@ def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, sums: Sums, given
                 query_heads = slice(heads.start * group, heads.stop * group)
                 grads.query[batch, query_heads, tile.rows] = rows.sums.mul_(rule.scale).view(shape)
         if grads.key is not None:
-            key_sum.mul_(rule.scale / rule.factor)
+            key_sum.mul_(rule.scale / rule.factor if rule.factor else 0.0)
             grads.key[batch, heads] = key_sum.view(batch.stop - batch.start, -1, *key_sum.shape[1:])
         if grads.value is not None:
             grads.value[batch, heads] = value_sum.view(batch.stop - batch.start, -1, *value_sum.shape[1:])
