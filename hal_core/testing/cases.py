@@ -172,8 +172,7 @@ class _Drawing:
         rows, columns = -(-self.r.len_q // block_q), -(-self.r.len_k // block_k)
         counts = torch.randint(0, most + 1, (*lead, rows), dtype=torch.int32, **self.random)
         indices = torch.rand(*lead, rows, columns, **self.random).argsort(-1)[..., :most].int()
-        # Entries past the count are ignored, so they may be anything: here beyond the last block.
-        indices = indices.masked_fill(torch.arange(most) >= counts.unsqueeze(-1), columns + 7)
+        indices = indices.masked_fill(torch.arange(most) >= counts.unsqueeze(-1), columns + 7)  # past the count: ignored
         return BlockPlan(block_q, block_k, indices.to(self.r.device), counts.to(self.r.device))
 
 

@@ -149,24 +149,25 @@ class Subject:
 
     def errors(self, case: Case, inputs: Inputs, got: Outcome, want: Outcome) -> Iterator[tuple[str, float, float]]:
         """(what, error, bound) for everything that the case asks for. Raises Failure for a wrong shape or dtype."""
-        r, numerics = case.request, self.capabilities.numerics[case.request.dtype]
+        r, flowed = case.request, float(inputs.grad_out.double().norm())
+        numerics = self.capabilities.numerics[r.dtype]
         if r.grads and numerics.gradient is None:
             raise Failure(f"gradients are claimed in {r.dtype}, and its Numerics declare no bound for them")
-        flowed = float(inputs.grad_out.double().norm())
-        for what, x, wanted, dtype, bound in (
+        rows = (
             ("out", got.out, want.out, inputs.query.dtype, numerics.relative),
             ("log-sum-exp", got.lse, want.lse if r.lse else None, inputs.grad_lse.dtype, numerics.lse),
             *((f"gradient of {name}", x, wanted, tensor.dtype if tensor is not None else None, numerics.gradient or 0.0)
               for name, x, wanted, tensor in zip(Grads._fields, got.grads, want.grads, inputs[:4], strict=True)),
-        ):  # fmt: skip
-            if wanted is None:
-                continue
+        )  # fmt: skip
+        for what, x, wanted, dtype, bound in (row for row in rows if row[2] is not None):
             if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (wanted.shape, dtype, inputs.query.device):
                 given = f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"{x!r}"
                 raise Failure(f"{case}: {what} is {given}, wanted is {list(wanted.shape)} {dtype} on {inputs.query.device}")
+            # Where rows read one key, dq and dk cancel to 0: judged by what flowed in. A log-sum-exp near 0: absolute error.
             cancelled = what.startswith("gradient") and float(wanted.norm()) <= 1e-12 * flowed
-            # Where every row reads one key at most, dq and dk cancel to 0: rounding is judged by what flowed in.
-            yield what, float(x.double().norm()) / flowed if cancelled and flowed else relative_error(x, wanted), bound
+            error = float(x.double().norm()) / flowed if cancelled and flowed else relative_error(x, wanted)
+            finite = wanted[wanted.isfinite()] if what == "log-sum-exp" else wanted.new_ones(1)
+            yield what, error * min(float(finite.square().mean()) ** 0.5, 1.0) if len(finite) else error, bound
 
     def hold(self, case: Case, inputs: Inputs | None = None, keep: Tensor | None = None) -> Measure:
         """Run a case on each path and hold it to the declared numerics; a noisy device by the mean over draws."""
