@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120).print(table)
     for note in notes:
         print(note)
 

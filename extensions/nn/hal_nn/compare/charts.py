@@ -49,6 +49,9 @@ def bars(marks: Sequence[Mark], show: Callable[[float], str], name: str, *, line
     top = max(math.ceil(top / step), 1) * step
     ticks = [(i * step / top, show(i * step) if i else "0") for i in range(round(top / step) + 1)]
     body = _axis(ticks, len(marks))
+    if line is not None:
+        x = LABEL + line / top * _PLOT
+        body += f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{len(marks) * ROW}"/>'
     for number, mark in enumerate(marks):
         body += _label(mark, number)
         y, start = number * ROW + 8, 0.0
@@ -65,9 +68,6 @@ def bars(marks: Sequence[Mark], show: Callable[[float], str], name: str, *, line
             body += _text(LABEL + max(start, high) / top * _PLOT + 7, y + 13, mark.text, "value")
         else:
             body += _text(LABEL + 6, y + 13, mark.note, "muted")
-    if line is not None:
-        x = LABEL + line / top * _PLOT
-        body += f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{len(marks) * ROW}"/>'
     return _svg(body, len(marks) * ROW + 26, name)
 
 
