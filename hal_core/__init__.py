@@ -10,7 +10,6 @@ Importing this package imports neither torch nor a driver.
 from typing import TYPE_CHECKING, Any
 
 from .attention import attention, bind, explain
-from .calibration import Calibration, cache_dir
 from .capabilities import FEATURES, Capabilities, Choice, Code, Numerics, Range, Refusal
 from .context import configure, meter, prefer, use
 from .device import Basis, Device, Estimate, Fidelity, Provenance, Quantity
@@ -29,16 +28,19 @@ from .tiling import BlockPlan, DenseTiling, Tile, TilePlan, dense_mask, expand_b
 
 if TYPE_CHECKING:
     from . import testing as testing
+    from .calibration import Calibration, cache_dir
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name != "testing":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return importlib.import_module(".testing", __name__)  # the conformance kit, when it is first used
+    if name == "testing":  # the conformance kit, when it is first used
+        return importlib.import_module(".testing", __name__)
+    if name in ("Calibration", "cache_dir"):
+        return getattr(importlib.import_module(".calibration", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

@@ -134,7 +134,7 @@ def _find(given: Given, bits: int, options: tuple[Any, ...], wishes: tuple[Any, 
             static = (
                 batch, heads_q, heads_kv, len_q and (len_q - 1).bit_length() + 1, len_k and (len_k - 1).bit_length() + 1,
                 dim, dim_v, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
-                query.stride(3) == 1 and key.stride(3) == 1 and value.stride(3) == 1, kind, bits,
+                query.stride()[3] == 1 and key.stride()[3] == 1 and value.stride()[3] == 1, kind, bits,
                 options, wishes, frame_var.get(),
             )  # fmt: skip
             found = _routes.get(static)
@@ -272,7 +272,7 @@ def bind(
 
 def _bound(found: Route) -> Any:
     run, request, entry, without_grads = found.run, found.request, found.entry, not found.request.grads
-    session = found.session
+    session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
     needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
     even = not check_all(replace(request, len_q=1, len_k=1), found.decision.winner.device, transfer=True)  # no low limit
@@ -286,7 +286,7 @@ def _bound(found: Route) -> Any:
         if (
             shapes != accepted or attn_mask is not None or block_plan is not None or tables is not None
             or not query.dtype is key.dtype is value.dtype is dtype
-            or not query.stride(3) == key.stride(3) == value.stride(3) == 1
+            or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         ):  # fmt: skip
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
             accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
@@ -294,11 +294,11 @@ def _bound(found: Route) -> Any:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session:
             raise DeviceUnavailableError(f"{device_id} was unregistered or closed after this call was bound: bind again")
-        if without_grads and _grad_enabled():
+        if without_grads and grad_enabled():
             _check_no_grads(query, key, value, attn_mask)
         if needs_rng:
             rng = _drawn(rng)
-        meter = meter_var.get()
+        meter = current_meter()
         if meter is not None:
             return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng), run)
         return run(query, key, value, attn_mask, block_plan, tables, rng)

@@ -106,7 +106,7 @@ def draw(seed: int, feature: str, dtype: str) -> Call:
     if feature == "softcap" or chance.random() < 0.2:
         options["softcap"] = chance.choice([0.5, 5.0, 30.0, 50.0, 200.0])
     if chance.random() < 0.2:
-        options["scale"] = chance.choice([1.0, 0.1])
+        options["scale"] = chance.choice([1.0, 0.1, 0.0, -0.3])
     plan = None
     if (feature == "plan" or chance.random() < 0.1) and len_q and len_k:
         plan = draw_plan(chance, generator, (batch, heads, len_q, len_k))

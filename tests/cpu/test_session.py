@@ -43,7 +43,7 @@ DECODE = AttentionRequest(1, 32, 8, 1, 1024, 64, 64, "float32")
         (replace(DECODE, grads=frozenset("q")), "native"),
         (replace(DECODE, softcap=30.0), "decode"),
         (replace(DECODE, page_size=16), "decode"),
-        (replace(DECODE, len_k=1 << 22), "decode"),
+        (replace(DECODE, len_k=1 << 22), "packed"),
     ],
     ids=str,
 )
