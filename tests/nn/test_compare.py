@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 
@@ -274,7 +275,7 @@ def test_a_comparison_is_json(encoder, text, device):
     assert by_name[bare]["ran"] is False
     assert by_name[bare]["refusals"]
     assert data["macs"] == result.macs
-    assert data["versions"]["torch"] == torch.__version__
+    assert data["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_all_devices_are_taken_where_none_is_named(device):
