@@ -68,12 +68,9 @@ def doubles(request: AttentionRequest) -> bool:
 
 
 def _worth_streaming(request: AttentionRequest) -> bool:
-    """Whether plain products over the whole cache beat torch's kernel, which works on 512 keys at a time."""
+    """Whether widening a float16 cache chunk by chunk beats torch's kernel, which multiplies float16 slowly."""
     size = request.batch * request.heads_kv * request.len_k * (request.dim_qk + request.dim_v)
-    if widens(request):
-        return size * 2 >= FEWEST_WIDENED_BYTES
-    grouped = request.heads_q != request.heads_kv
-    return grouped and request.dtype == "float32" and size * 4 >= this_machine().l3
+    return widens(request) and size * 2 >= FEWEST_WIDENED_BYTES
 
 
 def widens(request: AttentionRequest) -> bool:
