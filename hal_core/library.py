@@ -17,7 +17,7 @@ from .context import NO_FRAME, Frame, frame_var, meter_var, mirror, settings
 from .errors import ContractError
 from .registry import registry
 from .request import AttentionOutput, Causal, SequenceTables
-from .route import exact, metered, native_backward
+from .route import exact, metered, moved_to, native_backward
 from .tiling import BlockPlan
 
 AUTOMATIC = "automatic"
@@ -118,12 +118,16 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
     then = Frame(*literal_eval(call.expected)) if call.expected else NO_FRAME
     token = frame_var.set(frame_var.get() if call.expected is None else then)
     try:
-        found, (query, key, value, mask, plan, tables) = call.route(None), call.given
+        found = call.route(None)
     finally:
         frame_var.reset(token)
     session, grads = found.session, found.request.grads
+    winner, given = found.decision.winner, [*call.given, out, lse, grad_out, grad_lse]
     with torch.no_grad():
         if found.explicit:
+            if winner.transfer:
+                given = [moved_to(winner.device.reads[0], part) for part in given]
+            query, key, value, mask, plan, tables, out, lse, grad_out, grad_lse = given
             request = exact(found.request, query, key)
             prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
             grads = session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=call.rng)
@@ -135,7 +139,7 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
 def _gradient(grad: Tensor | None, like: Tensor | None, wanted: int) -> Tensor:
     if not wanted or like is None:
         return torch.empty(0)
-    return like.new_zeros(like.shape) if grad is None else grad.reshape(like.shape).contiguous()
+    return like.new_zeros(like.shape) if grad is None else grad.to(like.device).reshape(like.shape).contiguous()
 
 
 def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -128,6 +128,7 @@ class AttentionRequest:
         lengths = f"{self.len_q} x {self.len_k}"
         parts = (f"batch {self.batch}", f"heads {heads}", lengths, f"head_dim {dims}", self.dtype, causal)
         optional = {
+            f"diagonal {self.diagonal}": self.diagonal != 0, f"scale {self.scale}": self.scale is not None,
             f"{self.mask} mask": self.mask is not MaskKind.NONE, f"window {self.window}": self.window is not None,
             f"softcap {self.softcap}": self.softcap is not None, f"dropout {self.dropout:g}": self.dropout > 0,
             "packed": self.packed, f"pages of {self.page_size}": self.page_size is not None,

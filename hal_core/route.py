@@ -105,15 +105,16 @@ def _explicit(session: Any, request: AttentionRequest) -> Run:
     return run
 
 
-def _moved(run: Run, target: str) -> Run:
-    def moved(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
-        def there(tensor: Any) -> Any:
-            return tensor.to(target) if isinstance(tensor, torch.Tensor) else tensor
+def moved_to(target: Any, value: Any) -> Any:
+    """A tensor, or the tensors in a NamedTuple, on another torch device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(target)
+    return type(value)(*(moved_to(target, part) for part in value)) if hasattr(value, "_fields") else value
 
-        plan = plan if plan is None else type(plan)(*map(there, plan))
-        tables = tables if tables is None else type(tables)(*map(there, tables))
-        result, back = run(there(query), there(key), there(value), there(mask), plan, tables, rng), query.device
-        return result.to(back) if isinstance(result, Tensor) else AttentionOutput(*(part.to(back) for part in result))
+
+def _moved(run: Run, target: str) -> Run:
+    def moved(query: Tensor, *others: Any) -> Any:
+        return moved_to(query.device, run(moved_to(target, query), *(moved_to(target, other) for other in others)))
 
     return moved
 

@@ -357,6 +357,41 @@ def test_backward_runs_where_forward_ran(pair: dict[str, FakeBackend], generator
         assert all(relative_error(g, w) <= 1e-10 for g, w in zip(got, want, strict=False))
 
 
+@pytest.mark.parametrize("autograd", ["explicit", "native"])
+@pytest.mark.parametrize("in_graph", [True, False], ids=["compiled", "eager"])
+def test_forward_and_backward_read_tensors_where_the_device_can(
+    fake: Fake, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, in_graph: bool, autograd: str
+) -> None:
+    read: list[torch.Tensor] = []  # kept, so that no address is used twice
+
+    def watched(name: str) -> None:
+        method = getattr(FakeSession, name)
+
+        def watch(self: Any, *given: Any, **named: Any) -> Any:
+            read.extend(part for part in (*given, *named.values()) if isinstance(part, torch.Tensor))
+            return method(self, *given, **named)
+
+        monkeypatch.setattr(FakeSession, name, watch)
+
+    watched("prepare_attention")
+    watched("compute_attention_backward")
+    fake("far", reads=("cpu:1",), autograd=autograd)  # .to("cpu:1") copies, as a transfer to another device does
+    tensors = draw(generator, dtype=DOUBLE, grad=True)
+    mask = torch.randn(tensors[0].shape[2], tensors[1].shape[2], generator=generator, dtype=DOUBLE)
+
+    def function(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return hal.attention(q, k, v, mask, backend="far", transfer=True)
+
+    out = (compiled(function) if in_graph else function)(*tensors, mask)
+    grad_out = torch.randn(out.shape, generator=generator, dtype=DOUBLE)
+    got = torch.autograd.grad(out, tensors, grad_out)
+    want = reference_gradients(*tensors, mask, grad_out=grad_out)
+    assert all(relative_error(g, w) <= 1e-10 for g, w in zip(got, want, strict=False))
+    assert len(read) >= 3
+    given = (*tensors, mask, out, grad_out) if in_graph else (*tensors, mask)  # eager backward starts on the device itself
+    assert not {part.data_ptr() for part in given} & {part.data_ptr() for part in read}
+
+
 def test_a_block_plan_travels_through_the_operator(fake: Fake, generator: torch.Generator) -> None:
     fake("one")
     tensors = draw(generator, len_q=8, len_k=8)
