@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import hal_nn  # noqa: E402
 
 import hal_core as hal  # noqa: E402
 from hal_core import Capabilities, Causal, Device, Estimate, Fidelity, MaskKind, Numerics, Quantity, Range  # noqa: E402
+from hal_core.context import meter_var  # noqa: E402
 
 hal_nn.register_huggingface()
 
@@ -55,13 +57,48 @@ class FakeDevice:
     def __init__(
         self, name: str, fidelity: Fidelity = Fidelity.SIMULATED, *, noise: float = 0.0,
         seconds: float = 1e-12, joules: float | None = None, masks: frozenset[MaskKind] = frozenset(MaskKind),
-        fails: bool = False,
+        fails: bool = False, linear_error: float | None = None, compiles: str = "",
     ) -> None:  # fmt: skip
         self.name, self.fidelity, self.noise, self.masks, self.fails = name, fidelity, noise, masks, fails
-        self.seconds, self.joules = seconds, joules
+        self.seconds, self.joules, self.linear_error = seconds, joules, linear_error
+        self.features = (f"torch.compile {compiles}",) if compiles else ()
+        if compiles and compiles not in torch._dynamo.list_backends():
+            torch._dynamo.register_backend(lambda graph, example: self.compiled(graph, example), name=compiles)
 
     def devices(self) -> list[Device]:
-        return [Device(id=f"{self.name}:0", family=self.name, vendor="test", model="fake", fidelity=self.fidelity)]
+        return [
+            Device(
+                id=f"{self.name}:0", family=self.name, vendor="test", model="fake", fidelity=self.fidelity,
+                features=self.features,
+            )
+        ]  # fmt: skip
+
+    def compiled(self, graph: Any, example: Any) -> Any:
+        """A compiler that runs the graph as it is, and says 1,000 multiply-accumulates and a quarter of a second."""
+
+        @torch.compiler.disable
+        def run(*inputs: Any) -> Any:
+            start, result = perf_counter(), graph(*inputs)
+            if (meter := meter_var.get()) is not None:
+                stated = Quantity(0.25, 0.25, "modelled", "assumed", "a test")
+                meter.add(self.devices()[0], perf_counter() - start, stated, None, 1000, 0)
+            return result
+
+        return run
+
+    def kernel_names(self, device: Device) -> frozenset[str]:
+        return frozenset() if self.linear_error is None else frozenset({"linear"})
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """The product with a relative error, and its seconds for the meter."""
+        start, product = perf_counter(), torch.nn.functional.linear(x, weight)
+        error = torch.randn(product.shape, generator=torch.Generator().manual_seed(1))
+        product = product + (self.linear_error or 0.0) * product.norm() / error.norm() * error
+        if (meter := meter_var.get()) is not None:
+            macs = x.numel() * weight.shape[0]
+            stated = Quantity(macs * self.seconds, macs * self.seconds, "modelled", "paper-projection", "a test")
+            meter.add(self.devices()[0], perf_counter() - start, stated, None, macs, 0)
+        return product if bias is None else product + bias
 
     def capabilities(self, device: Device) -> Capabilities:
         numerics = {name: Numerics(relative=0.1, noisy=self.noise > 0) for name in ("float32", "bfloat16", "float16")}
@@ -82,6 +119,7 @@ class FakeDevice:
 
     def open(self, device: Device) -> Any:
         session = hal.SimpleSession(None)
+        session.kernel = lambda name: self.linear
         session.bind = lambda request: lambda q, k, v, mask, plan, tables, rng: self.run(request, q, k, v, mask, rng)
         return session
 

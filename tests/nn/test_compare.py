@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import transformers
-from hal_nn.compare import measure, metrics, models, texts
+from hal_nn.compare import lanes, measure, metrics, models, texts
 from hal_nn.compare.batches import tokenize
 from hal_nn.compare.result import Figure
 from safetensors.torch import load_file, save_file
@@ -23,8 +23,9 @@ ATTENTION_CALLS = 2  # layers of the small models
 def comparison(folder, text, devices, **options):
     settings = {"repeats": 2, "batch_size": 4, "max_length": None, "command": "hal compare", **options}
     dtype = settings.pop("dtype", "float32")
+    wide = [settings.pop(name, []) for name in ("linear", "compiled")]
     files = texts.read([text])
-    return measure.compare(models.load(str(folder), dtype), files, measure.rows_for(devices), **settings)
+    return measure.compare(models.load(str(folder), dtype), files, lanes.rows_for(devices, *wide), **settings)
 
 
 def row(result, name):
@@ -114,8 +115,8 @@ def test_totals_are_the_sum_of_their_parts(encoder, text, device):
     assert modelled.wall.low <= modelled.wall.middle <= modelled.wall.high
     assert modelled.remainder.low > 0
     assert measured.total == measured.wall
-    assert measured.on_device == measured.attention
-    assert 0 < measured.attention.middle < measured.wall.middle
+    assert measured.on_device == measured.inside
+    assert 0 < measured.inside.middle < measured.wall.middle
     assert measured.energy is None, "nobody metered the CPU"
     assert measured.remainder.basis == Basis.MEASURED
     for found in (modelled, measured):
@@ -131,13 +132,58 @@ def test_costs_of_several_files_add_up(encoder, text, tmp_path, device):
     files = texts.read([text, other])
     model = models.load(str(encoder), "float32")
     result = measure.compare(
-        model, files, measure.rows_for([fake]), repeats=2, batch_size=4, max_length=None, command="hal compare"
+        model, files, lanes.rows_for([fake]), repeats=2, batch_size=4, max_length=None, command="hal compare"
     )
     found = row(result, fake)
     parts = [found.groups[str(file)] for file in (text, other)]
     assert found.costs.macs == sum(part.macs for part in parts) == sum(group.attention_macs for group in result.groups)
     assert found.costs.energy.middle == pytest.approx(sum(part.energy.middle for part in parts))
     assert [group.texts for group in result.groups] == [12, 3]
+
+
+def test_linear_layers_on_a_device_are_its_work_its_error_and_its_time(encoder, text, device):
+    """A linear kernel with a known relative error in a row of its own, beside the row with attention alone."""
+    fake = device("fake", seconds=1e-9, linear_error=1e-2)
+    result = comparison(encoder, text, [fake, "cpu:0"], linear=["all"])
+    assert [each.name for each in result.rows] == ["torch sdpa", "fake:0", "fake:0 +linear", "cpu:0"]
+    alone, wide = row(result, "fake:0"), row(result, "fake:0 +linear")
+    assert wide.costs.macs == result.macs, "a BERT has no products but attention's and linear layers'"
+    assert alone.costs.macs == sum(group.attention_macs for group in result.groups) < wide.costs.macs
+    assert alone.accuracy.worst.middle < 1e-5 < 1e-4 < wide.accuracy.worst.middle < 1e-2
+    assert wide.costs.on_device.middle == pytest.approx(result.macs * 1e-9)
+    assert wide.costs.inside.middle > alone.costs.inside.middle
+    assert wide.costs.calls == alone.costs.calls
+    assert {alone.scope, wide.scope} == {"attention", "attention and linear layers"}
+
+
+def test_a_device_without_the_kernel_or_the_compiler_is_refused_in_its_row(encoder, text, device):
+    fake = device("fake")
+    result = comparison(encoder, text, [fake], linear=[fake], compiled=[fake])
+    assert row(result, "fake:0 +linear").refusals == ("fake:0 has no linear kernel: it runs attention alone",)
+    assert row(result, "fake:0 compiled").refusals == ("fake:0 has no torch.compile backend: it runs attention alone",)
+    assert row(result, "fake:0").ran
+
+
+def test_a_compiled_models_part_is_what_the_compiler_put_on_the_device(encoder, text, device):
+    fake = device("fake", compiles="hal_nn_test_compiler")
+    result = comparison(encoder, text, [fake], compiled=["all"])
+    found = row(result, "fake:0 compiled")
+    assert found.scope == "the whole model, by torch.compile"
+    assert found.accuracy.worst.middle < 1e-5
+    assert found.costs.macs == 1000 * result.batches, "what the compiler said of each graph"
+    assert found.costs.on_device.middle == pytest.approx(0.25 * result.batches)
+    assert 0 < found.costs.inside.middle < found.costs.wall.middle
+
+
+def test_a_row_over_its_budget_is_timed_once_and_complete(encoder, text, device):
+    fake = device("fake", seconds=1e-9, noise=1e-3)
+    result = comparison(encoder, text, [fake], repeats=3, budget=1e-9)
+    found, whole = row(result, fake), row(comparison(encoder, text, [fake]), fake)
+    assert found.repeats == row(result, "torch sdpa").repeats == 1
+    assert found.accuracy.decisions == whole.accuracy.decisions
+    assert found.costs.calls == whole.costs.calls == ATTENTION_CALLS * result.batches
+    assert found.costs.on_device.middle == pytest.approx(whole.costs.on_device.middle)
+    assert found.costs.wall.low == found.costs.wall.high > found.costs.inside.middle > 0
 
 
 def test_every_refusal_is_listed_with_the_batches_it_concerns(encoder, text, device):
@@ -167,7 +213,7 @@ def test_an_emulated_devices_time_is_the_hosts(encoder, text, device):
     emulated = device("emulated", Fidelity.EMULATED)
     found = row(comparison(encoder, text, [emulated]), emulated)
     assert found.fidelity == "emulated"
-    assert found.costs.on_device == found.costs.attention
+    assert found.costs.on_device == found.costs.inside
     assert found.accuracy.worst.basis == Basis.MEASURED
 
 
@@ -280,10 +326,10 @@ def test_a_comparison_is_json(encoder, text, device):
 
 def test_all_devices_are_taken_where_none_is_named(device):
     fake = device("fake")
-    names = [lane.name for lane in measure.rows_for([])]
+    names = [lane.name for lane in lanes.rows_for([])]
     assert names[0] == "torch sdpa"
     assert {"cpu:0", fake} <= set(names)
-    assert [lane.name for lane in measure.rows_for(["fake", fake])] == ["torch sdpa", fake], (
+    assert [lane.name for lane in lanes.rows_for(["fake", fake])] == ["torch sdpa", fake], (
         "named twice, measured once"
     )
 
@@ -301,6 +347,6 @@ def test_a_sum_with_an_unknown_part_is_unknown():
 
 def test_a_model_that_bypasses_the_attention_interface_is_not_compared(encoder, text, monkeypatch):
     real = models.variant
-    monkeypatch.setattr(measure, "variant", lambda network, attention: real(network, "eager"))
+    monkeypatch.setattr(lanes, "variant", lambda network, attention: real(network, "eager"))
     with pytest.raises(HalError, match="attention interface"):
         comparison(encoder, text, ["cpu:0"])

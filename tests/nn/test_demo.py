@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_nn.compare import measure, models, texts
+from hal_nn.compare import lanes, measure, models, texts
 from safetensors.torch import load_file, save_file
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
@@ -59,7 +59,7 @@ def test_the_real_model_finds_the_same_neighbours_on_the_cpu_device():
     result = measure.compare(
         models.load("minilm", "float32"),
         files,
-        measure.rows_for(["cpu:0"]),
+        lanes.rows_for(["cpu:0"]),
         repeats=1,
         batch_size=8,
         max_length=64,

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import attrs
 import pytest
-from hal_nn.compare import charts, figures, measure, models, report, texts
+from hal_nn.compare import charts, figures, lanes, measure, models, report, texts
 from hal_nn.compare.result import Figure
 
 from hal_core import Basis, MaskKind, Provenance
@@ -18,7 +18,7 @@ def result(encoder, text, device):
     noisy = device("noisy", noise=1e-2, joules=1e-12)
     bare = device("bare", masks=frozenset({MaskKind.NONE}))
     return measure.compare(
-        models.load(str(encoder), "float32"), texts.read([text]), measure.rows_for(["cpu:0", noisy, bare]), repeats=2,
+        models.load(str(encoder), "float32"), texts.read([text]), lanes.rows_for(["cpu:0", noisy, bare]), repeats=2,
         batch_size=4, max_length=None, command="hal compare <model> & more",
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_the_report_takes_its_place_whole_or_not_at_all(result, tmp_path, monkey
 def test_a_page_where_nothing_ran_still_says_why(encoder, text, device):
     bare = device("bare", masks=frozenset({MaskKind.NONE}))
     result = measure.compare(
-        models.load(str(encoder), "float32"), texts.read([text]), measure.rows_for([bare]), repeats=1, batch_size=4,
+        models.load(str(encoder), "float32"), texts.read([text]), lanes.rows_for([bare]), repeats=1, batch_size=4,
         max_length=None, command="hal compare",
     )  # fmt: skip
     only = attrs.evolve(result, rows=tuple(row for row in result.rows if not row.ran))

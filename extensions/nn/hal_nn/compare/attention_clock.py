@@ -1,4 +1,4 @@
-"""Timing attention inside a model: two attention implementations that report to the clock of the current context.
+"""Timing a device's part inside a model: two attention implementations that report to the clock of the current context.
 
 They are registered under names of their own, so that no other model in the process is touched.
 """
@@ -23,11 +23,11 @@ HAL, TORCH = "hal_compare", "sdpa_compare"
 
 
 class Clock:
-    """Sums over the attention calls of one pass.
+    """Sums over one pass of what a device runs: attention, and the linear layers that were put on it.
 
     Attributes:
-        seconds: inside attention, head reshaping included. calls: how many.
-        macs: multiply-accumulates of both products, pairs that a mask hides counted.
+        seconds: inside attention, head reshaping included, and inside such layers. calls: how many of attention.
+        macs: multiply-accumulates of their products, pairs that a mask hides counted.
     """
 
     def __init__(self, place: str) -> None:
@@ -38,11 +38,11 @@ class Clock:
         """Wait until the tensors' device has done what was asked of it; nothing to do on the host."""
         synchronize(self._place)
 
-    def add(self, seconds: float, query: Tensor, key: Tensor, value: Tensor) -> None:
-        batch, heads, len_q, dim = query.shape
+    def add(self, seconds: float, macs: int, attention: bool) -> None:
+        """One call: of attention, or of a linear layer, which adds to seconds and macs alone."""
         self.seconds += seconds
-        self.calls += 1
-        self.macs += batch * heads * len_q * key.shape[2] * (dim + value.shape[3])
+        self.calls += attention
+        self.macs += macs
 
 
 def synchronize(place: str) -> None:
@@ -65,19 +65,28 @@ def clocked(clock: Clock) -> Iterator[Clock]:
         _clock.reset(token)
 
 
+@contextmanager
+def inside(macs: int, *, attention: bool = False) -> Iterator[None]:
+    """What runs inside is the device's part of the model; without a clock nothing is timed."""
+    clock = _clock.get()
+    if clock is None:
+        yield
+        return
+    clock.synchronize()
+    start = perf_counter()
+    yield
+    clock.synchronize()
+    clock.add(perf_counter() - start, macs, attention)
+
+
 def _reporting(inner: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        clock = _clock.get()
-        if clock is None:
+        batch, heads, len_q, dim = query.shape
+        macs = batch * heads * len_q * key.shape[2] * (dim + value.shape[3])
+        with inside(macs, attention=True):
             return inner(module, query, key, value, attention_mask, **options)
-        clock.synchronize()
-        start = perf_counter()
-        result = inner(module, query, key, value, attention_mask, **options)
-        clock.synchronize()
-        clock.add(perf_counter() - start, query, key, value)
-        return result
 
     return attention
 

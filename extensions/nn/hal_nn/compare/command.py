@@ -32,6 +32,14 @@ def add_parser(subparsers: Any) -> None:
         help="device ids or backend names, divided by commas; may be repeated (default: every device there is)",
     )  # fmt: skip
     parser.add_argument(
+        "--linear", metavar="LIST", action="append", default=[],
+        help="devices that run the model's linear layers too, in rows of their own; 'all' for those that can",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compiled", metavar="LIST", action="append", default=[],
+        help="devices that run the whole model by torch.compile, in rows of their own; 'all' for those that can",
+    )  # fmt: skip
+    parser.add_argument(
         "--repeats", metavar="N", type=positive, default=3, help="timed runs of each device (default: 3)"
     )
     parser.add_argument(
@@ -64,12 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         HalError: a model, text or device that does not exist or cannot be read.
     """
-    from . import measure, models, report, tables, texts
+    from . import lanes, measure, models, report, tables, texts
 
     if arguments.report is not None:
         report.check_target(arguments.report)
     read = texts.read(arguments.text)
-    rows = measure.rows_for([name for words in arguments.devices for name in words.split(",") if name])
+    listed = (arguments.devices, arguments.linear, arguments.compiled)
+    rows = lanes.rows_for(*([name for words in given for name in words.split(",") if name] for given in listed))
     model = models.load(arguments.model, arguments.dtype)
     comparison = measure.compare(
         model, read, rows, repeats=arguments.repeats, batch_size=arguments.batch, max_length=arguments.max_length,

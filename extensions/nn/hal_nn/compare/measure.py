@@ -18,72 +18,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hal_core as hal
-from hal_core import Basis, Device, DeviceUnavailableError, Fidelity, HalError, Provenance, UnsupportedError
+from hal_core import Basis, Fidelity, HalError, Provenance, UnsupportedError
 from hal_core.console import progress
 from hal_core.registry import registry
 
-from .. import huggingface
 from . import attention_clock
 from .attention_clock import Clock, clocked
 from .batches import Batch, Tokens, tokenize
+from .lanes import Lane, Scope, make_networks
 from .metrics import Outputs, Tally, read_outputs
-from .models import Float64Throughout, Model, in_float64, variant
+from .models import Float64Throughout, Model, in_float64
 from .result import Accuracy, Comparison, Costs, Figure, Group, Row
 from .texts import TextFile
-
-BASELINE = "torch sdpa"
-
-
-@attrs.define
-class Lane:
-    """One row while it is being measured.
-
-    Attributes:
-        name, device, place, baseline: as in `Row`. network: the model's variant. refusals: reasons met, in order.
-        refused_batches: how many. tallies: accuracy by repeat. walls, attention: seconds by group, a value a repeat.
-        macs, calls: by group. meters: the device's own seconds and joules by group.
-    """
-
-    name: str
-    device: Device | None
-    place: str
-    baseline: bool = False
-    network: Any = None
-    refusals: list[str] = attrs.field(factory=list)
-    refused_batches: int = 0
-    tallies: list[Tally] = attrs.field(factory=list)
-    walls: dict[int, list[float]] = attrs.field(factory=dict)
-    attention: dict[int, list[float]] = attrs.field(factory=dict)
-    macs: dict[int, int] = attrs.field(factory=dict)
-    calls: dict[int, int] = attrs.field(factory=dict)
-    records: dict[int, list[Any]] = attrs.field(factory=dict)
-
-
-def rows_for(names: Sequence[str]) -> list[Lane]:
-    """A lane for torch's attention on each place where tensors lie, and one for each device.
-
-    Args:
-        names: device ids or backend names; none stands for every device there is.
-
-    Raises:
-        UnknownBackendError: no installed plugin offers a name. HalError: no device at all.
-    """
-    lanes: list[Lane] = []
-    for name in names or [device.id for device in hal.devices()]:
-        try:
-            found = registry.find(name)
-        except DeviceUnavailableError as error:
-            lanes.append(Lane(name, None, "", refusals=[str(error)]))
-            continue
-        new = [device for device in found if device.id not in {lane.name for lane in lanes}]
-        lanes += [Lane(device.id, device, "cpu" if device.reads_from("cpu") else device.reads[0]) for device in new]
-    if not lanes:
-        raise HalError(
-            "no device was found: install a plugin, for example pip install hal-cpu; `hal doctor` shows more"
-        )
-    places = sorted({lane.place for lane in lanes if lane.place} | {"cpu"})
-    baselines = {place: BASELINE if place == "cpu" else f"{BASELINE} ({place})" for place in places}
-    return [*(Lane(name, None, place, baseline=True) for place, name in baselines.items()), *lanes]
 
 
 def compare(
@@ -95,7 +41,7 @@ def compare(
     Each batch runs through the float64 reference, then once through every lane to warm up (metered, so that devices state
     their own time and energy), then `repeats` times through every lane, the order rotated: slow drifts of the machine
     reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would take longer
-    than `budget` seconds, judged by its first warm-up, is timed once.
+    than `budget` seconds, judged by its first warm-up, is timed once, in the metered pass of the other batches.
 
     Raises:
         HalError: the text does not fit the model.
@@ -104,7 +50,7 @@ def compare(
     tokens = tokenize(files, model.tokenizer, batch_size, min(limits) if limits else None)
     texts = len(tokens.lengths)
     reference_network = in_float64(model.network)
-    _make_variants(model.network, lanes)
+    make_networks(model.network, lanes)
     reference = Tally(texts)
     macs: dict[int, int] = {}
     for lane in lanes:
@@ -124,14 +70,18 @@ def compare(
             for lane in lanes:
                 step(f"{lane.name}, warming up")
                 start = perf_counter()
-                _warm_up(lane, batch)
+                torch.manual_seed(number)
+                outputs = _metered(model, lane, batch)
                 if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
+                    lane.once = True
                     del lane.tallies[1:]
+                elif lane.once and outputs is not None:
+                    lane.tallies[0].add(batch, outputs, truth)
             for repeat in range(repeats):
                 turn = (repeat + number) % len(lanes)
                 for lane in lanes[turn:] + lanes[:turn]:
                     step(lane.name)
-                    if not lane.refusals and repeat < len(lane.tallies):
+                    if not lane.refusals and repeat < (number == 0 if lane.once else repeats):
                         torch.manual_seed(repeat * len(tokens.batches) + number)
                         lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
@@ -143,22 +93,6 @@ def _length_of(tokens: Tokens, batch: Batch, seconds: float) -> float:
     return seconds * sum(cells) / max(batch.mask.numel(), 1)
 
 
-def _make_variants(network: Any, lanes: list[Lane]) -> None:
-    """Give each lane its own copy of the model; weights are shared between lanes of one place."""
-    placed = {"cpu": network}
-    for lane in lanes:
-        if lane.refusals:
-            continue
-        if lane.place not in placed:
-            placed[lane.place] = variant(network, "eager").to(lane.place)
-        lane.network = variant(placed[lane.place], attention_clock.TORCH if lane.baseline else attention_clock.HAL)
-        if not lane.baseline:
-            try:
-                huggingface.set_device(lane.network, lane.name)
-            except DeviceUnavailableError as error:
-                lane.refusals.append(str(error))
-
-
 def _reference(model: Model, network: Any, batch: Batch) -> tuple[Outputs, int]:
     """The float64 run of a batch and the multiply-accumulates of its matrix products."""
     counter = FlopCounterMode(display=False)
@@ -167,37 +101,36 @@ def _reference(model: Model, network: Any, batch: Batch) -> tuple[Outputs, int]:
     return read_outputs(outputs, batch, model.kind, model.pooling), counter.get_total_flops() // 2
 
 
-def _forward(lane: Lane, batch: Batch) -> Any:
-    return lane.network(**batch.inputs(lane.place), output_hidden_states=True, use_cache=False)
-
-
-def _warm_up(lane: Lane, batch: Batch) -> None:
-    """One metered pass; refusals are kept, also those of later batches, whose requests differ."""
+def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
+    """One metered pass, timed where the lane is timed once; refusals are kept, also those of later batches, which differ."""
     if lane.network is None or (lane.refusals and not lane.refused_batches):
-        return
-    clock = Clock(lane.place)
+        return None
     try:
-        with torch.no_grad(), hal.meter() as meter, clocked(clock):
-            _forward(lane, batch)
+        with hal.meter() as meter:
+            outputs, wall, clock = _pass(model, lane, batch)
     except HalError as error:
         lane.refused_batches += 1
         lane.refusals += [reason for reason in _reasons(error) if reason not in lane.refusals]
-        return
+        return None
     except Exception as error:  # one device that breaks must not cost the others their rows
         if lane.baseline or os.environ.get("HAL_DEBUG") == "1":
             raise
         message = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         lane.refusals.append(f"it failed with {message}: HAL_DEBUG=1 shows the traceback")
-        return
-    if not lane.baseline and list(meter.records) != [lane.name]:
+        return None
+    if lane.device is not None and list(meter.records) != [lane.device.id]:
         raise HalError(
             f"{type(lane.network).__name__} ran attention on {', '.join(meter.records) or 'no hal device'} instead of "
-            f"{lane.name}: its code does not follow transformers' attention interface, so it cannot be compared"
+            f"{lane.device.id}: its code does not follow transformers' attention interface, so it cannot be compared"
         )
-    group = batch.group
-    lane.macs[group] = lane.macs.get(group, 0) + clock.macs
-    lane.calls[group] = lane.calls.get(group, 0) + clock.calls
-    lane.records.setdefault(group, []).extend(meter.records.values())
+    group, records = batch.group, list(meter.records.values())
+    compiled = lane.scope is Scope.COMPILED  # its part is what the device's compiler put there
+    lane.macs[group] = lane.macs.get(group, 0) + (sum(r.macs for r in records) if compiled else clock.macs)
+    lane.calls[group] = lane.calls.get(group, 0) + (sum(r.calls for r in records) if compiled else clock.calls)
+    lane.records.setdefault(group, []).extend(records)
+    if lane.once:
+        _keep(lane, group, 0, wall, sum(r.wall for r in records) if compiled else clock.seconds)
+    return outputs
 
 
 def _reasons(error: HalError) -> list[str]:
@@ -209,28 +142,45 @@ def _reasons(error: HalError) -> list[str]:
 
 
 def _timed(model: Model, lane: Lane, batch: Batch, repeat: int) -> Outputs:
-    """One timed pass. On an accelerator attention is timed in a second pass, which waits around each call."""
+    """One timed pass. On an accelerator the device's part is timed in a second pass, which waits around each call."""
+    if lane.scope is Scope.COMPILED:  # what runs on the device is known to the meter alone
+        with hal.meter() as meter:
+            outputs, wall, _ = _pass(model, lane, batch)
+        seconds = sum(record.wall for record in meter.records.values())
+    elif torch.device(lane.place).type == "cpu":
+        outputs, wall, clock = _pass(model, lane, batch)
+        seconds = clock.seconds
+    else:
+        with torch.no_grad():
+            attention_clock.synchronize(lane.place)
+            start = perf_counter()
+            lane.forward(batch)
+            attention_clock.synchronize(lane.place)
+            wall = perf_counter() - start
+        outputs, _, clock = _pass(model, lane, batch)
+        seconds = clock.seconds
+    _keep(lane, batch.group, repeat, wall, seconds)
+    return outputs
+
+
+def _pass(model: Model, lane: Lane, batch: Batch) -> tuple[Outputs, float, Clock]:
+    """(outputs, seconds of the whole, the clock of the device's part) of one pass."""
     clock = Clock(lane.place)
-    with torch.no_grad():
-        on_host = torch.device(lane.place).type == "cpu"
-        attention_clock.synchronize(lane.place)
+    with torch.no_grad(), clocked(clock):
+        clock.synchronize()
         start = perf_counter()
-        if on_host:
-            with clocked(clock):
-                outputs = _forward(lane, batch)
-        else:
-            outputs = _forward(lane, batch)
-        attention_clock.synchronize(lane.place)
+        outputs = lane.forward(batch)
+        clock.synchronize()
         wall = perf_counter() - start
-        if not on_host:
-            with clocked(clock):
-                _forward(lane, batch)
-    for sums, seconds in ((lane.walls, wall), (lane.attention, clock.seconds)):
-        by_repeat = sums.setdefault(batch.group, [])
+    return read_outputs(outputs, batch, model.kind, model.pooling), wall, clock
+
+
+def _keep(lane: Lane, group: int, repeat: int, wall: float, inside: float) -> None:
+    for sums, seconds in ((lane.walls, wall), (lane.inside, inside)):
+        by_repeat = sums.setdefault(group, [])
         if len(by_repeat) <= repeat:
             by_repeat.append(0.0)
         by_repeat[repeat] += seconds
-    return read_outputs(outputs, batch, model.kind, model.pooling)
 
 
 def _gathered(
@@ -238,7 +188,7 @@ def _gathered(
     repeats: int, batch_size: int, command: str,
 ) -> Comparison:  # fmt: skip
     groups, first = [], 0
-    attention = next((lane.macs for lane in lanes if not lane.refusals), {})
+    attention = next((lane.macs for lane in lanes if not lane.refusals and lane.scope is Scope.ATTENTION), {})
     for index, file in enumerate(files):
         lengths = tokens.lengths[first : first + len(file.texts)]
         first += len(file.texts)
@@ -255,8 +205,8 @@ def _gathered(
 
 def _row(lane: Lane, files: Sequence[TextFile], reference: Tally) -> Row:
     row = Row(
-        name=lane.name, device=lane.device, place=lane.place, baseline=lane.baseline, refusals=tuple(lane.refusals),
-        refused_batches=lane.refused_batches,
+        name=lane.name, device=lane.device, place=lane.place, baseline=lane.baseline, scope=str(lane.scope),
+        refusals=tuple(lane.refusals), refused_batches=lane.refused_batches,
     )  # fmt: skip
     if lane.refusals:
         return row
@@ -298,14 +248,14 @@ def _error_origin(lane: Lane) -> tuple[Basis, Provenance, str]:
 def _costs(lane: Lane, groups: Sequence[int]) -> Costs:
     repeats = range(len(lane.tallies))
     walls = [sum(lane.walls[group][repeat] for group in groups) for repeat in repeats]
-    inside = [sum(lane.attention[group][repeat] for group in groups) for repeat in repeats]
-    wall, attention = Figure.over(walls), Figure.over(inside)
-    remainder = Figure.over([whole - part for whole, part in zip(walls, inside, strict=True)])
+    parts = [sum(lane.inside[group][repeat] for group in groups) for repeat in repeats]
+    wall, inside = Figure.over(walls), Figure.over(parts)
+    remainder = Figure.over([whole - part for whole, part in zip(walls, parts, strict=True)])
     records = [record for group in groups for record in lane.records[group]]
     on_device = None if lane.baseline else _summed([record.time for record in records])
     return Costs(
-        wall=wall, attention=attention, remainder=remainder,
-        on_device=on_device or attention,
+        wall=wall, inside=inside, remainder=remainder,
+        on_device=on_device or inside,
         total=remainder.plus(on_device) if on_device else wall,
         energy=None if lane.baseline else _summed([record.energy for record in records]),
         macs=sum(lane.macs[group] for group in groups), calls=sum(lane.calls[group] for group in groups),

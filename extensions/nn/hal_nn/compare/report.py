@@ -112,9 +112,9 @@ def _cards(comparison: Comparison, ran: Sequence[Row]) -> str:
             f'<dt>worst error</dt><dd class="big">{ratio(row.accuracy.worst.middle)}</dd>'
             f"<dt>{what}</dt><dd>{percent(row.accuracy.agreement.low)}</dd>"
             f"<dt>time, whole model</dt><dd>{seconds(row.costs.total.middle)}</dd>"
-            f"<dt>time, attention</dt><dd>{seconds(row.costs.on_device.middle)}</dd>"
-            f"<dt>energy, attention</dt><dd>{energy}</dd></dl>"
-            f"<p>time of attention {_badge(row.costs.on_device)}</p></div>"
+            f"<dt>time, its part</dt><dd>{seconds(row.costs.on_device.middle)}</dd>"
+            f"<dt>energy, its part</dt><dd>{energy}</dd></dl>"
+            f"<p>time of {escape(row.scope)} {_badge(row.costs.on_device)}</p></div>"
         )
     return f'<h2>At a glance</h2><div class="cards">{cards}</div>'
 
@@ -164,7 +164,7 @@ def _time_chart(ran: Sequence[Row]) -> str:
     picture = bars(marks, seconds, "seconds of one pass by device", line=line)
     key = (
         f'<span class="key" style="background:{colour("neutral")}"></span>the rest of the model, on the host '
-        f'<span class="key" style="background:{colour(1)}"></span>attention, on the device. '
+        f'<span class="key" style="background:{colour(1)}"></span>the device\'s part. '
         "Hatched: modelled. Dashed line: torch today."
     )
     return _figure("Time of one pass", "The whole model over all text", picture, key)
@@ -180,9 +180,9 @@ def _energy_chart(ran: Sequence[Row]) -> str:
             parts=() if energy is None else (energy,), text="" if energy is None else joules(energy.middle),
             note="not available: no meter, no published power",
         ))  # fmt: skip
-    picture = bars(marks, joules, "joules of attention by device")
+    picture = bars(marks, joules, "joules of each device's part")
     caption = "The host's energy for the rest of the model is not available: nothing here meters it."
-    return _figure("Energy of attention", "What ran on the device, over all text", picture, caption)
+    return _figure("Energy of the device's part", "What ran on the device, over all text", picture, caption)
 
 
 def _layer_chart(ran: Sequence[Row]) -> str:
@@ -206,7 +206,7 @@ def _share_chart(comparison: Comparison, ran: Sequence[Row]) -> str:
         for row in ran:
             if row.baseline or (row.device is not None and row.device.fidelity != Fidelity.SIMULATED):
                 costs = row.groups[group.name]
-                rows.append((row.name, tones[row.name], costs.attention.middle / costs.wall.middle))
+                rows.append((row.name, tones[row.name], costs.inside.middle / costs.wall.middle))
     return _figure(
         "How much of the model is attention",
         "Its share of the multiply-accumulates (grey), and of the measured time (coloured), by text file",
@@ -257,7 +257,7 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
             *([_value(found.perplexity, plain)] if causal else []),
         ])  # fmt: skip
         time.append([name, *(_value(figure, seconds) for figure in (
-            costs.wall, costs.attention, costs.remainder, costs.on_device, costs.total))])  # fmt: skip
+            costs.wall, costs.inside, costs.remainder, costs.on_device, costs.total))])  # fmt: skip
         energy.append([
             name, f"{costs.calls:,}", _counted(macs(costs.macs)), _counted(percent(comparison.share(row))),
             _value(costs.energy, joules),
@@ -276,7 +276,7 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         + _table(f"Error against float64{of_reference}", ["device", "worst text", "mean", "lowest cosine", *task], accuracy)
         + _table(
             f"Time of one pass, median of {comparison.repeats} with the range",
-            ["device", "wall", "of it attention", "the rest, on the host", "on the device", "total"], time,
+            ["device", "wall", "of it its part", "the rest, on the host", "on the device", "total"], time,
         )
         + _table(
             "Work and energy of one pass",
@@ -312,8 +312,9 @@ _TERMS = (
     ("hardware, emulated, simulated", "a real device; real values in the host's time; values, time and energy out of a model."),
     ("reference", "the same weights and text in float64 from end to end, eager attention, on the host."),
     ("torch sdpa", "the same model on torch's own scaled_dot_product_attention: what one has today."),
-    ("the rest, on the host", "wall time of the whole model less wall time in attention; measured on this host."),
-    ("on the device", "time in attention; for a simulated device the time its model states, summed over the calls."),
+    ("its part", "attention; where a row says so also the linear layers, or all that torch.compile put on the device."),
+    ("the rest, on the host", "wall time of the whole model less wall time in the device's part; measured on this host."),
+    ("on the device", "time of its part; for a simulated device the time its model states, summed over the calls."),
     ("total", "the rest and the time on the device. Its origin is the worse of the two."),
     ("work", "multiply-accumulates of all matrix products, counted from the shapes, padding and masked pairs included."),
     ("not available", "no meter and no published power: nothing is guessed."),

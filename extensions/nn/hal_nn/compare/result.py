@@ -87,16 +87,17 @@ class Costs:
     """Seconds, joules and work of one pass over the text.
 
     Attributes:
-        wall: the whole model, by the host's clock. attention: inside attention. remainder: wall - attention, which the host
-            does. For a simulated device wall and attention are the simulation's time, not the device's.
-        on_device: what the device needs for its share; `attention` itself for a device that is not modelled.
+        wall: the whole model, by the host's clock. inside: inside the row's part of it, attention where nothing else is
+            said. remainder: wall - inside, which the host does. For a simulated device wall and inside are the
+            simulation's time, not the device's.
+        on_device: what the device needs for its part; `inside` itself for a device that is not modelled.
         total: remainder + on_device.
         energy: of the device's share; None where it states none. The host's energy is never known here: no meter.
         macs: multiply-accumulates that ran on the device, pairs that a mask hides counted. calls: attention calls.
     """
 
     wall: Figure
-    attention: Figure
+    inside: Figure
     remainder: Figure
     on_device: Figure
     total: Figure
@@ -110,8 +111,10 @@ class Row:
     """One device's part of a comparison.
 
     Attributes:
-        name: device id, or "torch sdpa". device: None for the baseline and for a device that is not there.
+        name: device id, with a mark where it runs more than attention, or "torch sdpa". device: None for the baseline
+            and for a device that is not there.
         place: torch device of the tensors. baseline: whether this is torch's own attention.
+        scope: which part of the model runs on the device.
         refusals: reasons, as sentences; empty where it ran. refused_batches: how many of the batches it refused.
         repeats: timed runs; one where more would have taken too long. accuracy, costs: None where it was refused.
         groups: costs by text file.
@@ -121,6 +124,7 @@ class Row:
     device: Device | None
     place: str
     baseline: bool = False
+    scope: str = "attention"
     refusals: tuple[str, ...] = ()
     refused_batches: int = 0
     repeats: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hal_core import Fidelity
@@ -106,12 +107,12 @@ def _show_accuracy(comparison: Comparison, ran: list[Row]) -> None:
 
 
 def _show_time(comparison: Comparison, ran: list[Row]) -> None:
-    rows, notes = [], []
+    rows, notes = [], [scopes(ran)]
     for row in ran:
         costs = row.costs
         assert costs is not None
         rows.append([
-            row.name, varied(costs.wall, seconds), varied(costs.attention, seconds), varied(costs.remainder, seconds),
+            row.name, varied(costs.wall, seconds), varied(costs.inside, seconds), varied(costs.remainder, seconds),
             varied(costs.on_device, seconds), varied(costs.total, seconds), costs.on_device.origin,
         ])  # fmt: skip
     if any(row.device is not None and row.device.fidelity == Fidelity.SIMULATED for row in ran):
@@ -122,8 +123,15 @@ def _show_time(comparison: Comparison, ran: list[Row]) -> None:
         notes.append("An emulated device's time is this host's, running the device's programs.")
     if once := [row.name for row in ran if row.repeats < comparison.repeats]:
         notes.append(f"Timed once, without a spread, because a run is long: {', '.join(once)} (--budget allows more).")
-    columns = ["device", "wall", "of it attention", "the rest, on host", "on the device", "total", "origin"]
+    columns = ["device", "wall", "of it its part", "the rest, on host", "on the device", "total", "origin"]
     show_table(f"Time of one pass, median of {comparison.repeats} ± half the range", columns, rows, notes)
+
+
+def scopes(ran: Sequence[Row]) -> str:
+    """What each row's part of the model is, in one sentence."""
+    wide = {row.scope: row.name for row in ran if row.scope != "attention"}
+    others = "".join(f"; of {name.partition(' ')[2]!r} {scope}" for scope, name in wide.items())
+    return f"A row's part is attention{others}."
 
 
 def _show_energy(comparison: Comparison, ran: list[Row]) -> None:
