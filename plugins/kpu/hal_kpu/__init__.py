@@ -1,1 +1,35 @@
 """The Stillwater KPU as a simulated device of hal_core. This module holds the hooks and names alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hal_core.hooks import hookimpl
+
+#: Public names by the module that holds them; each is imported when it is used.
+_NAMES = {
+    "datasets": ("MNIST", "load_mnist"),
+    "profile": ("Profile", "ProfileError"),
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are used: finding the plugin loads neither torch nor numpy."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_WHERE]
+
+
+@hookimpl
+def hal_commands(subparsers: Any) -> None:
+    from .commands import add_commands
+
+    add_commands(subparsers)
