@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .work import Attributes, Opcode, Specs, Work, vector_work
+from .work import Attributes, Opcode, vector_work
 
 _UNARY: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "neg": (1, torch.neg), "abs": (1, torch.abs), "sign": (1, torch.sign),
@@ -77,12 +77,8 @@ def _where(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
 
 
 def _cast(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
-    """Convert to `dtype`: rounds to nearest even into floats, towards zero into integers."""
-    return (inputs[0].to(getattr(torch, attrs["dtype"])),)
-
-
-def _cast_work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:
-    return vector_work(1)(inputs, outputs, attrs)
+    """Convert to `dtype`: rounds to nearest even into floats, towards zero into integers. Always new memory."""
+    return (inputs[0].to(getattr(torch, attrs["dtype"]), copy=True),)
 
 
 ELEMENTWISE = [
@@ -90,5 +86,5 @@ ELEMENTWISE = [
     *map(_binary, _BINARY),
     Opcode("compare", _compare, vector_work(1), (1, 2), {"predicate"}, {"scalar", "scalar_first"}),
     Opcode("where", _where, vector_work(1), (3, 3)),
-    Opcode("cast", _cast, _cast_work, (1, 1), {"dtype"}),
+    Opcode("cast", _cast, vector_work(1), (1, 1), {"dtype"}),
 ]

@@ -112,7 +112,11 @@ def _iota(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
 
 
 def _random(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
-    """Numbers of torch's generator: uniform in [0, 1), or normal."""
+    """Numbers of torch's generator: uniform in [0, 1), normal, or bernoulli: 1 with a `probability`, else 0."""
+    if attrs["kind"] == "bernoulli":
+        return (
+            torch.empty(tuple(attrs["shape"]), dtype=getattr(torch, attrs["dtype"])).bernoulli_(attrs["probability"]),
+        )
     draw = {"uniform": torch.rand, "normal": torch.randn}[attrs["kind"]]
     return (draw(tuple(attrs["shape"]), dtype=getattr(torch, attrs["dtype"])),)
 
@@ -156,5 +160,5 @@ MOVEMENT = [
     Opcode("strided", _strided, mover_work, (1, 1), {"shape", "strides"}, {"offset"}),
     Opcode("fill", _fill, _fill_work, (0, 0), {"shape", "scalar", "dtype"}),
     Opcode("iota", _iota, _fill_work, (0, 0), {"length", "dtype"}, {"start", "step"}),
-    Opcode("random", _random, _random_work, (0, 0), {"shape", "kind", "dtype"}),
+    Opcode("random", _random, _random_work, (0, 0), {"shape", "kind", "dtype"}, {"probability"}),
 ]

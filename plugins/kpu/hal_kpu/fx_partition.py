@@ -1,0 +1,236 @@
+"""Splits a graph into what the KPU runs and what is left to the host, and runs both, keeping count."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.utils.flop_counter import flop_registry
+
+from .coverage import GraphRecord, HostOp, Run
+from .dfx import DFXProgram
+from .executor import Executor
+from .fx_lowering import _attribute, hint, is_operator, lower_graph, why_not
+from .fx_registry import NotLowered
+from .opcodes import OPCODES
+
+_SHAPES_KEPT = 64  # programs of one partition that are kept, by sizes; the least recently used goes first
+
+
+class Plan:
+    """A partition at one set of sizes: its program, ready to run, and what a run of it costs."""
+
+    def __init__(self, program: DFXProgram, outputs: list[Any], layouts: list[tuple[int, ...] | None]) -> None:
+        self.program, self._outputs, self._layouts = program, outputs, layouts
+        self._executor = Executor(program)
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Any]:
+        tensors = iter(self._executor.run(inputs))
+        return arrange([next(tensors) if isinstance(item, str) else item for item in self._outputs], self._layouts)
+
+    @functools.cached_property
+    def macs(self) -> int:
+        return self.program.total_macs()
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Read and written by all operations, each operand once."""
+        program = self.program
+        work = (
+            OPCODES[op.opcode].work(program.specs(op.inputs), program.specs(op.outputs), op.attrs) for op in program.ops
+        )
+        return sum(one.reads_bytes + one.writes_bytes for one in work)
+
+
+def arrange(outputs: list[Any], layouts: list[tuple[int, ...] | None]) -> list[Any]:
+    """Outputs with the order of axes in memory that the graph promised: later `view`s rely on it."""
+    for index, order in enumerate(layouts):
+        tensor = outputs[index]
+        if order is None or not isinstance(tensor, Tensor):
+            continue
+        strides, step = [0] * len(order), 1
+        for axis in reversed(order):
+            strides[axis] = step
+            step *= max(tensor.shape[axis], 1)
+        same = zip(tensor.stride(), strides, tensor.shape, strict=True)
+        if any(got != want and size > 1 for got, want, size in same):
+            outputs[index] = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+    return outputs
+
+
+def _layout(node: Any) -> tuple[int, ...] | None:
+    """The order of axes in memory, outermost first, of a dense tensor; None where it is not dense or not known."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    try:
+        sizes, strides = [hint(size) for size in value.shape], [hint(step) for step in value.stride()]
+    except NotLowered:
+        return None
+    order = sorted(range(len(sizes)), key=lambda axis: (-strides[axis], axis))
+    step = 1
+    for axis in reversed(order):
+        if sizes[axis] != 1 and strides[axis] != step:
+            return None
+        step *= max(sizes[axis], 1)
+    return tuple(order)
+
+
+class Partition(torch.nn.Module):
+    """A part of a graph that runs on the KPU. One program for each set of sizes it meets."""
+
+    def __init__(self, graph: Graph, constant: Callable[[str], Tensor], name: str) -> None:
+        super().__init__()
+        self.graph, self.name = graph, name
+        self.nodes = [node for node in graph.nodes if is_operator(node)]
+        self._constants = [constant(str(node.target)) for node in graph.nodes if node.op == "get_attr"]
+        self._constant = constant
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        output = next(node for node in graph.nodes if node.op == "output")
+        self.single = isinstance(output.args[0], Node)
+        results = (output.args[0],) if self.single else tuple(output.args[0])
+        if self.single:
+            output.args = (results,)
+        self._layouts = [_layout(item) for item in results]
+        self.run_now: Run | None = None
+
+    def forward(self, *args: Any) -> Any:
+        begun = time.perf_counter()
+        key = tuple(tuple(item.shape) if isinstance(item, Tensor) else item for item in args)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan, outputs = self._plan(args)
+            self._plans[key] = plan
+            if len(self._plans) > _SHAPES_KEPT:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(key)
+            outputs = plan.run([item for item in args if isinstance(item, Tensor)] + self._constants)
+        if self.run_now is not None:
+            self.run_now.plans.append(plan)
+            self.run_now.kpu_wall += time.perf_counter() - begun
+        return outputs[0] if self.single else outputs
+
+    def _plan(self, args: Sequence[Any]) -> tuple[Plan, list[Any]]:
+        with torch.no_grad():
+            lowered, outputs = lower_graph(self.graph, args, self._constant, self.name)
+        return Plan(lowered.program, lowered.outputs, self._layouts), arrange(outputs, self._layouts)
+
+
+class _Supported(OperatorSupportBase):
+    def __init__(self, left_out: dict[Node, str]) -> None:
+        self.left_out = left_out
+
+    def is_node_supported(self, submodules: Any, node: Node) -> bool:
+        if node.op != "call_function":
+            return False
+        if node.target is operator.getitem:
+            return self.is_node_supported(submodules, node.args[0]) if isinstance(node.args[0], Node) else False
+        return node not in self.left_out and (
+            is_operator(node) or isinstance(node.meta.get("val"), (torch.SymInt, int))
+        )
+
+
+class CompiledGraph:
+    """A graph as the KPU runs it: called with a list of tensors and numbers, gives a list."""
+
+    def __init__(self, gm: GraphModule, kind: str, frame: Any, on_run: Callable[[Run], None]) -> None:
+        operators = [node for node in gm.graph.nodes if is_operator(node)]
+        seen: dict[Any, str | None] = {}
+        left_out = {node: reason for node in operators if (reason := why_not(node, seen)) is not None}
+        self.record = GraphRecord(
+            kind=kind, frame=frame, nodes=len(operators), kpu_nodes=len(operators) - len(left_out),
+            fallback=tuple(HostOp(str(node.target), reason) for node, reason in left_out.items()),
+        )  # fmt: skip
+        self._on_run = on_run
+        self._host: _Host | None = None
+        self.partitions: list[Partition] = []
+        if not left_out:
+            self.partitions = [Partition(gm.graph, lambda name: _attribute(gm, name), kind)]
+        else:
+            self._host = self._split(gm, left_out)
+
+    def _split(self, gm: GraphModule, left_out: dict[Node, str]) -> _Host:
+        partitioner = CapabilityBasedPartitioner(gm, _Supported(left_out), allows_single_node_partition=True)
+        chosen = [part for part in partitioner.propose_partitions() if any(is_operator(node) for node in part.nodes)]
+        fused = partitioner.fuse_partitions(chosen)
+        for name, module in list(fused.named_children()):
+            if isinstance(module, GraphModule) and name.startswith("fused_"):
+                part = Partition(module.graph, lambda path, module=module: _attribute(module, path), name)
+                setattr(fused, name, part)
+                self.partitions.append(part)
+        return _Host(fused)
+
+    def __call__(self, *args: Any) -> Any:
+        run = Run(self.record)
+        for part in self.partitions:
+            part.run_now = run
+        try:
+            if self._host is None:
+                outputs = self.partitions[0](*args)
+            else:
+                self._host.begin(run)
+                with torch.no_grad():
+                    outputs = self._host.run(*args)
+        finally:
+            for part in self.partitions:
+                part.run_now = None
+        self._on_run(run)
+        return outputs
+
+
+class _Host(Interpreter):
+    """Runs what is left of a graph on the host, and counts what crosses between it and the KPU."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self._partitions = {node for node in gm.graph.nodes if node.op == "call_module"}
+        self._run = Run.nothing()
+
+    def begin(self, run: Run) -> None:
+        self._run = run
+
+    def run_node(self, n: Node) -> Any:
+        if n.op != "call_function" or not is_operator(n):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        begun = time.perf_counter()
+        out = n.target(*args, **kwargs)  # type: ignore[operator]
+        self._run.host_wall += time.perf_counter() - begun
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        self._run.host_bytes += sum(tensor.nbytes for tensor in (*inputs, *outputs))
+        packet = getattr(n.target, "overloadpacket", None)
+        if packet in flop_registry:
+            self._run.host_macs += int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
+        crossing = [node for node in n.all_input_nodes if self._from_partition(node)]
+        self._run.boundary_bytes += sum(t.nbytes for node in crossing for t in _tensors(self.env.get(node)))
+        if any(self._into_partition(user) for user in n.users):
+            self._run.boundary_bytes += sum(tensor.nbytes for tensor in outputs)
+        return out
+
+    def _from_partition(self, node: Node) -> bool:
+        while node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        return node in self._partitions
+
+    def _into_partition(self, node: Node) -> bool:
+        if node.target is operator.getitem:
+            return any(self._into_partition(user) for user in node.users)
+        return node in self._partitions
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []

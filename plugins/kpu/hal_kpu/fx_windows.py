@@ -1,0 +1,117 @@
+"""ATen's pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .emitter import Emitter, Value
+from .fx_registry import NotLowered, lowers
+
+aten = torch.ops.aten
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sizes) * (2 if len(sizes) == 1 else 1)
+
+
+def _batched(e: Emitter, x: Value, rank: int = 4) -> tuple[Value, bool]:
+    """x with a batch axis, and whether one was added."""
+    return (e.reshape(x, (1, *x.shape)), True) if x.ndim == rank - 1 else (x, False)
+
+
+@lowers(aten.max_pool2d_with_indices.default)
+def max_pool2d(
+    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
+) -> tuple[Value, ...]:  # fmt: skip
+    x, added = _batched(e, x)
+    out = e.many(
+        "max_pool", x, kernel=_pair(kernel), stride=_pair(stride or kernel), padding=_pair(padding),
+        dilation=_pair(dilation), ceil_mode=ceil_mode,
+    )  # fmt: skip
+    return tuple(e.reshape(part, part.shape[1:]) for part in out) if added else out
+
+
+@lowers(aten.max_pool2d_with_indices_backward.default)
+def max_pool2d_backward(
+    e: Emitter, grad: Value, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, places: Value,
+) -> Value:  # fmt: skip
+    """Each gradient is added where its largest element was."""
+    *lead, height, width = x.shape
+    planes = (math.prod(lead), height * width)
+    flat = (planes[0], grad.shape[-2] * grad.shape[-1])
+    zero = e.one("fill", shape=planes, scalar=0, dtype=str(grad.dtype).removeprefix("torch."))
+    out = e.one("scatter", zero, e.reshape(places, flat), e.reshape(grad, flat), axis=1, combine="add")
+    return e.reshape(out, x.shape)
+
+
+def _average(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    include: bool,
+    divisor: int | None,
+) -> dict[str, object]:
+    return {
+        "kernel": _pair(kernel), "stride": _pair(stride or kernel), "padding": _pair(padding), "ceil_mode": ceil_mode,
+        "count_include_pad": include, "divisor": divisor,
+    }  # fmt: skip
+
+
+@lowers(aten.avg_pool2d.default)
+def avg_pool2d(
+    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Value:  # fmt: skip
+    x, added = _batched(e, x)
+    out = e.one("avg_pool", x, **_average(kernel, stride, padding, ceil_mode, count_include_pad, divisor_override))
+    return e.reshape(out, out.shape[1:]) if added else out
+
+
+@lowers(aten.avg_pool2d_backward.default)
+def avg_pool2d_backward(
+    e: Emitter, grad: Value, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None,
+) -> Value:  # fmt: skip
+    options = _average(kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return e.one("avg_pool_grad", grad, x, **options)
+
+
+@lowers(aten._adaptive_avg_pool2d.default)
+def adaptive_avg_pool2d(e: Emitter, x: Value, output_size: Sequence[int]) -> Value:
+    x, added = _batched(e, x)
+    if tuple(output_size) == (1, 1) and math.prod(x.shape[-2:]):
+        out = e.mean(x, (2, 3), keepdims=True)
+    else:
+        out = e.one("avg_pool", x, output_size=tuple(output_size))
+    return e.reshape(out, out.shape[1:]) if added else out
+
+
+@lowers(aten._adaptive_avg_pool2d_backward.default)
+def adaptive_avg_pool2d_backward(e: Emitter, grad: Value, x: Value) -> Value:
+    return e.one("avg_pool_grad", grad, x, output_size=grad.shape[-2:])
+
+
+@lowers(aten.avg_pool3d.default)
+def avg_pool3d(
+    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+) -> Value:  # fmt: skip
+    """Means of means: over height and width, then over depth. Only where every window has the same count."""
+    if ceil_mode or divisor_override or (any(padding) and not count_include_pad):
+        raise NotLowered("with windows of different counts")
+    x, added = _batched(e, x, 5)
+    kernel, stride, padding = (tuple(s) * (3 if len(s) == 1 else 1) for s in (kernel, stride or kernel, padding))
+    n, c, depth, height, width = x.shape
+    flat = e.reshape(x, (n, c * depth, height, width))
+    flat = e.one("avg_pool", flat, kernel=kernel[1:], stride=stride[1:], padding=padding[1:])
+    rows, columns = flat.shape[2:]
+    deep = e.reshape(flat, (n, c, depth, rows * columns))
+    out = e.one("avg_pool", deep, kernel=(kernel[0], 1), stride=(stride[0], 1), padding=(padding[0], 0))
+    out = e.reshape(out, (n, c, out.shape[2], rows, columns))
+    return e.reshape(out, out.shape[1:]) if added else out
