@@ -62,7 +62,7 @@ BAD = [
     (r"\[clock\]", "[clocks]", "clocks: unknown: use array, buffers"),
     (r"banks =", "bank =", "dram.bank: unknown"),
     (r'name = "t64"', "name = 64", "name: 64 was given: text is wanted"),
-    (r"refresh_time = \{ value = 140e-9", "refresh_time = { value = 140e-6", "as long as dram.refresh_interval"),
+    (r"refresh_time = \{ value = 280e-9", "refresh_time = { value = 280e-6", "as long as dram.refresh_interval"),
     (r"page = \{ value = 8192", "page = { value = 64", None),
     (r"tiles_int8 = \{ value = 44", "tiles_int8 = { value = 65", "array.tiles_int8: more than array.tiles"),
     (r"\[clock\]", "[clock", "not TOML"),

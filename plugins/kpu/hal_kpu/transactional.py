@@ -1,0 +1,25 @@
+"""TRANSACTIONAL: tile-level events on the same engines, buffers and memory order, without stepping the PEs.
+
+An array tile takes the cycles of its closed form and a transfer the time of its pages on average, refreshes included.
+Loops whose state repeats are taken over exactly (`Engines`), so that a large product costs no more than a small one.
+"""
+
+from __future__ import annotations
+
+from .dram import AveragedMemory
+from .engines import Engines, Fault
+from .movement import Program
+from .profile import Profile
+from .stats import Run
+
+
+def run_transactional(program: Program, profile: Profile, fault: Fault | None = None) -> Run:
+    """Time a movement program.
+
+    Raises:
+        BufferTooSmallError: its buffers do not fit the machine.
+        DeadlockError: engines wait for each other.
+    """
+    memory = AveragedMemory(profile)
+    timeline = Engines(program, profile, memory, fault=fault).run()
+    return Run(program=program, profile=profile, fidelity="transactional", timeline=timeline, memory=memory.counters)
