@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hal_core.hooks import hookimpl
+from hal_core.hooks import BackendSpec, hookimpl
 
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
+    "backend": ("KPUDevices",),
     "datasets": ("MNIST", "load_mnist"),
     "profile": ("Profile", "ProfileError"),
 }
@@ -26,6 +27,18 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *_WHERE]
+
+
+@hookimpl
+def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
+    return [
+        BackendSpec(
+            name="kpu",
+            target="hal_kpu.backend:KPUDevices",
+            requirements=("torch 2.11 or newer",),
+            install_hint="pip install 'hal-kpu[torch]'",
+        )
+    ]
 
 
 @hookimpl

@@ -1,0 +1,94 @@
+"""The KPU as a device of hal_core: simulated from a profile, its time and energy modelled by the tile-level simulator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from hal_core import (
+    AttentionRequest,
+    Capabilities,
+    Causal,
+    Code,
+    Device,
+    Estimate,
+    Fidelity,
+    MaskKind,
+    Numerics,
+    Range,
+    Refusal,
+)
+from hal_core.registry import registry
+
+from .attention_program import Blocks, longest_head, room
+from .cost import attention_cost
+from .profile import Profile, load
+
+if TYPE_CHECKING:
+    from .session import KPUSession
+
+#: The profile of kpu:0: a bundled name, or the path of a TOML file.
+PROFILE_VARIABLE = "HAL_KPU_PROFILE"
+_NUMERICS = {
+    "float32": Numerics(relative=1e-5, lse=1e-5, gradient=1e-5),
+    "bfloat16": Numerics(relative=6e-3, lse=1e-4, gradient=2e-2),
+    "float16": Numerics(relative=1e-3, lse=1e-4, gradient=5e-3),
+}
+_FEATURES = frozenset({
+    "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "lse", "backward", "mask_grad", "lse_grad",
+    "deterministic",
+})  # fmt: skip
+
+
+class KPUDevices:
+    """kpu:0, simulated.
+
+    Args:
+        profile: of the machine; None for the one that HAL_KPU_PROFILE names, or T64.
+    """
+
+    def __init__(self, profile: Profile | None = None) -> None:
+        self.profile = profile or load(os.environ.get(PROFILE_VARIABLE) or "t64")
+
+    def devices(self) -> Sequence[Device]:
+        p = self.profile
+        return [
+            Device(
+                id="kpu:0", family="kpu", vendor=p.vendor, model=p.name.upper(), fidelity=Fidelity.SIMULATED,
+                driver=f"simulated from profile {p.name}",
+                features=(f"figures at worst {p.provenance()}", "energy not calibrated", "torch.compile kpu"),
+            )
+        ]  # fmt: skip
+
+    def capabilities(self, device: Device) -> Capabilities:
+        return Capabilities(
+            dtypes=frozenset(_NUMERICS), numerics=_NUMERICS, masks=frozenset(MaskKind), causal=frozenset(Causal),
+            features=_FEATURES, batch=Range(0), length=Range(0),
+            head_dim=Range(1, max(longest_head(self.profile, dtype) for dtype in _NUMERICS)),
+        )  # fmt: skip
+
+    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
+        """A refusal where one array's operands do not fit the L3 beside it, which depends on dtype and both head sizes."""
+        blocks = Blocks.of(self.profile, request.dtype)
+        needed, held = room(blocks, request.dim_qk, request.dim_v), self.profile.count("buffers.l3")
+        if needed > held:
+            yield Refusal(
+                Code.DEVICE, "L3", f"{needed:,} bytes beside one array", f"{held:,} bytes",
+                f"use a head_dim of {longest_head(self.profile, request.dtype)} or less, or a narrower dtype",
+            )  # fmt: skip
+
+    def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
+        """Modelled from the profile: the fused program's time in the tile-level simulator, energy from uncalibrated tables."""
+        r = request
+        output = r.batch * r.heads_q * r.len_q * (r.dim_v * 4 + 8)
+        return attention_cost(self.profile, r).estimate(memory=output + r.batch * r.heads_q * r.len_q * 4)
+
+    def open(self, device: Device) -> KPUSession:
+        from .session import KPUSession
+
+        return KPUSession(device, self.profile)
+
+    def kernel_names(self, device: Device) -> frozenset[str]:
+        """Those of its kernels whose meaning an installed plugin specifies."""
+        return frozenset({"matmul", "linear"}) & frozenset(registry.kernel_specs())

@@ -1,0 +1,117 @@
+"""What attention and products cost on a machine: cycles of the tile-level simulator, energy of its counters.
+
+The simulator runs a movement program whose tiles are those of the values (`attention_program`, `lowering`). What lies outside
+the chip (the host, a driver, the way to the KPU's DRAM) is not modelled and not counted; nor are gradients, nor the bytes of a
+mask, whose shape a request does not say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import attrs
+
+from hal_core import AttentionRequest, Basis, Estimate, Provenance, Quantity
+
+from .attention_program import Blocks, fused
+from .energy import Energy, energy
+from .profile import Profile
+from .stats import ExecutionStats
+from .transactional import run_transactional
+
+#: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
+SPREAD = {
+    Provenance.MEASURED_SILICON: 0.1, Provenance.VENDOR_PUBLISHED: 0.25, Provenance.PAPER_PROJECTION: 0.25,
+    Provenance.ASSUMED: 0.5,
+}  # fmt: skip
+#: Tiles along a length that are simulated; a longer call takes its time from one of this length, by the pairs it computes.
+LONGEST = 256
+
+
+@attrs.frozen(kw_only=True)
+class Cost:
+    """What work costs.
+
+    Attributes:
+        stats: counters of the simulated run. energy: joules of it. scale: what both are multiplied by to reach the work
+            (1 where all of it was simulated). profile: the machine.
+    """
+
+    stats: ExecutionStats = attrs.field(eq=False)
+    energy: Energy
+    profile: Profile
+    scale: float = 1.0
+
+    @property
+    def cycles(self) -> int:
+        return round(self.stats.cycles * self.scale)
+
+    @property
+    def seconds(self) -> float:
+        return self.stats.seconds * self.scale
+
+    def estimate(self, memory: int = 0) -> Estimate:
+        """Intervals around the modelled values, as wide as the worst origin of the figures makes them."""
+        time = self.profile.provenance("array", "clock", "dram", "buffers", "engines")
+        busy = {"array": self.stats.busy_cycles / self.profile["clock.frequency"] * self.scale}
+        source = f"profile {self.profile.name}, tile-level simulation"
+        return Estimate(
+            time=_quantity(self.seconds, time, source),
+            energy=_quantity(self.energy.total * self.scale, self.energy.provenance, f"{source}, energies not calibrated"),
+            memory=memory, parts=busy | {"waiting for tiles": self.seconds - busy["array"]},
+        )  # fmt: skip
+
+
+def _quantity(middle: float, provenance: Provenance, source: str) -> Quantity:
+    spread = SPREAD[provenance]
+    return Quantity(middle * (1 - spread), middle * (1 + spread), Basis.MODELLED, provenance, source)
+
+
+def new_stats(profile: Profile) -> ExecutionStats:
+    """Empty counters of a tile-level run."""
+    return ExecutionStats(clock_hz=profile["clock.frequency"], profile=profile.name, execution_backend="transactional")
+
+
+def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
+    """Of one fused attention call, forward. Cheap: one simulation for all requests that are cut into equal tiles."""
+    work = tiled(profile, request)
+    short = _shortened(profile, work)
+    found = _attention_cost(profile, short)
+    if short is work or not short.visible_macs:
+        return found
+    return attrs.evolve(found, scale=work.visible_macs / short.visible_macs)
+
+
+@lru_cache(maxsize=4096)
+def _attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
+    stats = new_stats(profile)
+    stats.add(run_transactional(fused(profile, request), profile))
+    return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
+
+
+def _slim(stats: ExecutionStats) -> ExecutionStats:
+    """Without its timelines, which a cache has no room for."""
+    stats.parts.clear()
+    return stats
+
+
+def tiled(profile: Profile, request: AttentionRequest) -> AttentionRequest:
+    """The request with lengths filled up to whole tiles, and without what does not change its cost."""
+    r, blocks = request, Blocks.of(profile, request.dtype)
+    return replace(
+        r, len_q=-(-r.len_q // blocks.rows) * blocks.rows, len_k=-(-r.len_k // blocks.cols) * blocks.cols, scale=None,
+        softcap=None if r.softcap is None else 1.0, grads=frozenset(), lse=False, grad_lse=False, device="cpu",
+        last_dim_contiguous=True, deterministic=False, max_error=None,
+    )  # fmt: skip
+
+
+def _shortened(profile: Profile, request: AttentionRequest) -> AttentionRequest:
+    """The request itself, or one of the same proportions whose longer length has `LONGEST` tiles."""
+    blocks = Blocks.of(profile, request.dtype)
+    tiles = max(request.len_q // blocks.rows, request.len_k // blocks.cols)
+    if tiles <= LONGEST:
+        return request
+    len_q = max(request.len_q * LONGEST // tiles // blocks.rows, 1) * blocks.rows
+    len_k = max(request.len_k * LONGEST // tiles // blocks.cols, 1) * blocks.cols
+    return replace(request, len_q=len_q, len_k=len_k)

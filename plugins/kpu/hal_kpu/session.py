@@ -1,0 +1,93 @@
+"""An open KPU: attention and matrix products with their values, and the cycles that the simulated machine needs for them."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from hal_core import (
+    AttentionOutput,
+    AttentionRequest,
+    BlockPlan,
+    DenseTiling,
+    Device,
+    Grads,
+    PooledMemory,
+    SequenceTables,
+    UnsupportedError,
+)
+
+from .attention import Operands, backward, forward
+from .attention_program import Blocks
+from .kernels import KERNELS, Kernel
+from .profile import Profile
+
+
+class KPUSession:
+    """An open device. Methods may be called from any thread: nothing is kept between calls but the timing model's cache.
+
+    Attributes:
+        device, profile: what is simulated. memory: host buffers that travel by DLPack. tiling: square tiles.
+    """
+
+    def __init__(self, device: Device, profile: Profile) -> None:
+        self.device, self.profile = device, profile
+        self.memory, self.tiling = PooledMemory("cpu", name=device.id), DenseTiling()
+
+    def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
+        """The backward takes (out, lse) and makes the weights again."""
+        return "explicit"
+
+    def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
+        """Queries and keys of a tile of scores in float32."""
+        blocks = Blocks.of(self.profile, "float32")
+        return {"block_q": blocks.rows, "block_k": blocks.cols}
+
+    def prepare_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
+        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
+    ) -> Operands:  # fmt: skip
+        """Bind operands to a request. The machine chooses its own tiles; `tile_size` changes nothing."""
+        return Operands(query, key, value, None, request)
+
+    def compute_attention(
+        self, prepared: Operands, mask: Tensor | None = None, *,
+        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
+    ) -> AttentionOutput:  # fmt: skip
+        """Attention tile by tile; see `attention.forward`. `rng` changes nothing: the machine draws no numbers."""
+        call = prepared._replace(mask=mask, query=prepared.query if query is None else query)
+        with torch.no_grad():
+            result = forward(call, self._block_k(prepared))
+        lse = result.lse if prepared.request.lse else None
+        return AttentionOutput(result.out if out is None else out.copy_(result.out), lse)
+
+    def compute_attention_backward(
+        self, prepared: Operands, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
+        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
+    ) -> Grads:  # fmt: skip
+        """Gradients from a given (out, lse); see `attention.backward`."""
+        with torch.no_grad():
+            return backward(prepared._replace(mask=mask), self._block_k(prepared), out, lse, grad_out, grad_lse)
+
+    def _block_k(self, call: Operands) -> int:
+        return Blocks.of(self.profile, str(call.query.dtype).removeprefix("torch.")).cols
+
+    def kernel(self, name: str) -> Kernel:
+        """A callable of `hal_kpu.kernels`."""
+        if name not in KERNELS:
+            raise UnsupportedError(f"{self.device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
+        return KERNELS[name](self)
+
+    def close(self) -> None:
+        self.memory.trim()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
