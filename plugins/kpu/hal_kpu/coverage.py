@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -182,11 +184,21 @@ def cover(runs: Sequence[Run], fidelity: int = 0) -> Coverage:
     )
 
 
+def compiled_callable() -> Any:
+    """What torch.compile was given, of the outermost compiled call that is running; None outside of any."""
+    found, frame = None, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename.endswith("eval_frame.py"):
+            found = frame
+        frame = frame.f_back
+    return None if found is None else found.f_locals.get("fn")
+
+
 class Recorder:
     """Keeps the runs of the last call of a compiled model, and of every `measure` that is open.
 
-    A call begins when the graph that began the last one runs again: forward, backward and the pieces between graph breaks
-    belong to one call, and so do all steps of a generation after its first.
+    A call begins when another compiled callable is entered, or when the graph that began the last call runs again:
+    forward, backward and the pieces between graph breaks belong to one call, and so do all steps of a generation.
     """
 
     def __init__(self) -> None:
@@ -194,11 +206,16 @@ class Recorder:
         self._last: list[Run] = []
         self._open: list[list[Run]] = []
         self._fidelity = 0
+        self._callable: Callable[[], Any] = lambda: None
 
     def add(self, run: Run, fidelity: int) -> None:
+        entered = compiled_callable() if run.graph.kind != "backward" else None
         with self._lock:
-            if self._last and self._last[0].graph is run.graph:
+            another = entered is not None and self._callable() is not entered
+            if another or (self._last and self._last[0].graph is run.graph):
                 self._last = []
+            if another:
+                self._callable = weakref.ref(entered)
             self._last.append(run)
             self._fidelity = fidelity
             for runs in self._open:

@@ -185,3 +185,18 @@ def as_strided(e: Emitter, x: Value, shape: Sequence[int], strides: Sequence[int
     if x.tensor.is_meta and not x.tensor.is_contiguous():
         raise NotLowered("of a tensor that is not contiguous")
     return e.one("strided", x, shape=tuple(shape), strides=tuple(strides), offset=offset or 0)
+
+
+@lowers(aten.as_strided_scatter.default)
+def as_strided_scatter(
+    e: Emitter, x: Value, source: Value, shape: Sequence[int], strides: Sequence[int], offset: Any = None
+) -> Value:
+    """The places that `as_strided` would read, found by reading it of 0, 1, 2, ..., are written instead."""
+    if x.tensor.is_meta and not x.tensor.is_contiguous():
+        raise NotLowered("of a tensor that is not contiguous")
+    count = x.tensor.numel()
+    places = e.one("iota", length=count, dtype="int64")
+    places = e.one("strided", places, shape=tuple(shape), strides=tuple(strides), offset=offset or 0)
+    flat = (math.prod(shape),)
+    sides = (e.reshape(x, (count,)), e.reshape(places, flat), e.reshape(source, flat))
+    return e.reshape(e.one("scatter", *sides, axis=0, combine="replace"), x.shape)

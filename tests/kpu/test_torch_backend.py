@@ -1,0 +1,257 @@
+"""torch.compile with the KPU: outputs and gradients of real architectures, dynamic shapes, generation, what is counted."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hal_kpu.coverage import Coverage, get_last_stats, measure
+from hal_kpu.torch_backend import KPUBackend, register_kpu_backend
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hal_core.errors import ContractError
+
+from .model_zoo import FULLY_ON_KPU, NAMES, build, floats
+
+FAST = ("bert", "resnet18")
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.set_num_threads(before)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def fast_first(names: tuple[str, ...] | list[str]) -> list[Any]:
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", fast_first(NAMES))
+def test_a_model_gives_what_it_gives_without_the_kpu(name, seed):
+    model, inputs = build(name, seed)
+    with torch.no_grad():
+        want = floats(model(**inputs))
+        got = floats(torch.compile(model, backend="kpu")(**inputs))
+    assert len(got) == len(want) > 0
+    for one, other in zip(got, want, strict=True):
+        assert other.norm() > 0
+        assert distance(one, other) <= 1e-5
+    coverage = get_last_stats()
+    assert coverage is not None
+    assert coverage.graph_breaks == 0
+    assert coverage.macs > 0
+    if name in FULLY_ON_KPU:
+        assert coverage.fallback == ()
+        assert coverage.kpu_nodes == coverage.nodes > 0
+
+
+@pytest.mark.parametrize("name", fast_first(NAMES))
+def test_a_model_in_training_gets_the_gradients_it_gets_without_the_kpu(name, seed):
+    """A gradient that is zero but for rounding, as a key's bias has, is held to 1e-5 of a ten-thousandth of the whole."""
+    model, inputs = build(name, seed)
+    model.train()
+    other = copy.deepcopy(model)
+    for network, run in ((model, torch.compile(model, backend="kpu")), (other, other)):
+        outputs = floats(run(**inputs))
+        loss = sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        assert any(parameter.grad is not None for parameter in network.parameters())
+    grads = [(name, p.grad, q.grad) for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True)]
+    assert [name for name, got, want in grads if (got is None) != (want is None)] == []
+    kept = [(name, got, want) for name, got, want in grads if want is not None]
+    whole = float(torch.stack([want.norm() for _, _, want in kept]).norm())
+    errors = {name: float((got - want).norm()) / max(float(want.norm()), 1e-4 * whole) for name, got, want in kept}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= 1e-5, worst
+    for one, another in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(one, another)
+    if name in FULLY_ON_KPU:
+        assert get_last_stats().fallback == ()
+
+
+@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU))
+def test_macs_are_those_that_torch_counts_under_the_math_kernel(name, seed):
+    model, inputs = build(name, seed)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = sum(out.sum() for out in floats(model(**inputs)))
+        loss.backward()
+    compiled = torch.compile(model, backend="kpu")
+    sum(out.sum() for out in floats(compiled(**inputs))).backward()
+    assert get_last_stats().macs == counter.get_total_flops() // 2
+
+
+def test_two_compiles_serve_every_length(seed):
+    model, _ = build("llama", seed)
+    compiled = torch.compile(model, backend="kpu")
+    torch._dynamo.utils.counters.clear()
+    for length in (8, 11, 17, 23):
+        words = torch.randint(2, 99, (2, length))
+        with torch.no_grad():
+            got, want = compiled(words).logits, model(words).logits
+        assert distance(got, want) <= 1e-5
+        assert get_last_stats().fallback == ()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_generation_with_a_cache_gives_equal_tokens(seed):
+    model, _ = build("llama", seed)
+    words = torch.randint(2, 99, (2, 5))
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(words, **options)
+    model.forward = torch.compile(model.forward, backend="kpu")
+    with measure() as measurement:
+        got = model.generate(words, **options)
+    assert torch.equal(got, want)
+    assert measurement.coverage().graphs == 6
+    assert measurement.coverage().fallback == ()
+
+
+class Mixed(nn.Module):
+    """A product on the KPU, roots of a polynomial on the host, a product on the KPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.special.bessel_j1(self.first(x)))
+
+
+def test_what_does_not_lower_runs_on_the_host_and_is_counted_there():
+    model, x = Mixed(), torch.randn(5, 6)
+    with torch.no_grad():
+        got, want = torch.compile(model, backend="kpu")(x), model(x)
+    assert torch.allclose(got, want, atol=1e-6)
+    coverage = get_last_stats()
+    assert coverage.fallback == (("aten.special_bessel_j1.default", "no lowering", 1),)
+    assert coverage.nodes - coverage.kpu_nodes == 1
+    assert coverage.boundary_bytes == 2 * 5 * 4 * 4  # to the host and back
+    assert coverage.macs == coverage.kpu_macs == 5 * 6 * 4 + 5 * 4 * 3
+    assert 0 < coverage.shares["bytes"] < 1
+    assert 0 < coverage.shares["time"] < 1
+
+
+def test_macs_left_to_the_host_are_counted_there():
+    """A product of complex numbers has no lowering."""
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return torch.view_as_real(torch.complex(a, a) @ torch.complex(b, b)).sum(-1)
+
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    got = torch.compile(run, backend="kpu")(a, b)
+    assert torch.allclose(got, run(a, b), atol=1e-5)
+    coverage = get_last_stats()
+    assert (coverage.macs, coverage.kpu_macs) == (3 * 4 * 5, 0)
+
+
+def test_graph_breaks_are_counted():
+    def run(x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        torch._dynamo.graph_break()
+        return torch.cos(x)
+
+    x = torch.randn(3)
+    compiled = torch.compile(run, backend="kpu")
+    for _ in range(2):
+        assert torch.allclose(compiled(x), run(x))
+        coverage = get_last_stats()
+        assert (coverage.graphs, coverage.graph_breaks, coverage.nodes) == (2, 1, 2)
+
+
+def test_another_model_begins_another_count():
+    for function, nodes in ((torch.sin, 1), (lambda x: x.sin().cos(), 2)):
+        torch.compile(function, backend="kpu")(torch.randn(3))
+        assert get_last_stats().nodes == nodes
+
+
+def test_masked_and_grouped_attention_has_right_gradients(seed):
+    """torch's own table splits the forward of the CPU's flash attention and not its backward."""
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
+    mask = torch.randn(7, 7)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    want = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    got = torch.autograd.grad(torch.compile(attend, backend="kpu")(q, k, v).square().sum(), (q, k, v))
+    assert get_last_stats().fallback == ()
+    for one, other in zip(got, want, strict=True):
+        assert distance(one, other) <= 1e-6
+
+
+def test_outputs_lie_in_memory_as_eager_ones_do():
+    def run(x: Tensor) -> Tensor:
+        return (x * 2).permute(0, 2, 1) + 1
+
+    x = torch.randn(2, 3, 4)
+    assert torch.compile(run, backend="kpu")(x).stride() == run(x).stride()
+
+
+def test_a_result_does_not_share_memory_with_what_it_copies():
+    x = torch.ones(3)
+    out = torch.compile(lambda x: x.clone(), backend="kpu")(x)
+    out.add_(1)
+    assert x.tolist() == [1, 1, 1]
+
+
+def test_an_input_changed_in_place_is_changed():
+    x = torch.ones(3)
+    torch.compile(lambda x: x.mul_(3).add(1), backend="kpu")(x)
+    assert x.tolist() == [3, 3, 3]
+
+
+def test_dropout_draws_what_eager_dropout_draws():
+    x = torch.randn(50)
+    drop = nn.Dropout(0.5)
+    torch.manual_seed(1)
+    want = drop(x)
+    torch.manual_seed(1)
+    assert torch.equal(torch.compile(drop, backend="kpu")(x), want)
+
+
+def test_the_report_says_what_ran_where(capsys):
+    torch.compile(Mixed(), backend="kpu")(torch.randn(5, 6))
+    coverage = get_last_stats()
+    assert isinstance(coverage, Coverage)
+    data = coverage.to_dict()
+    assert data["fallback"][0]["operator"] == "aten.special_bessel_j1.default"
+    assert set(data["shares"]) == {"nodes", "macs", "bytes", "time"}
+    assert data["opcodes"]["matmul"] == 2
+    from rich.console import Console
+
+    Console(width=120).print(coverage.table())
+    assert "special_bessel_j1" in capsys.readouterr().out
+    assert "special_bessel_j1" in coverage.summary()
+
+
+def test_the_backends_are_found_by_torch_and_need_no_registration():
+    code = (
+        "import torch, sys; names = torch._dynamo.list_backends(); "
+        "assert {'kpu', 'kpu_behavioral', 'kpu_transactional', 'kpu_cycle_accurate'} <= set(names), names; "
+        "assert 'hal_kpu.torch_backend' not in sys.modules; "
+        "import hal_kpu.torch_backend as b; b.register_kpu_backend(); b.register_kpu_backend()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    register_kpu_backend()
+
+
+def test_an_unknown_fidelity_is_refused():
+    with pytest.raises(ContractError, match="fidelity is 7"):
+        KPUBackend(7)
