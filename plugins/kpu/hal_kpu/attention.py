@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hal_core import AttentionOutput, AttentionRequest, Grads, MaskKind
 
-#: Scores worked on at once on the host: what stays in a processor's cache.
-_CHUNK = 1 << 19
+#: Scores worked on at once on the host: what stays in a processor core's cache.
+_CHUNK = 1 << 18
 
 
 class Operands(NamedTuple):
@@ -78,22 +78,21 @@ class _Running(NamedTuple):
 def _running(call: Operands, batch: slice, heads: slice, rows: slice, block_k: int) -> _Running:
     """The rows after their last key tile."""
     query_heads = _query_heads(call, heads)
-    queries = call.query[batch, query_heads, rows]
+    queries = call.query[batch, query_heads, rows].float().contiguous()
     lead, dim_v = queries.shape[:3], call.value.shape[-1]
     peak = torch.full((*lead, 1), -torch.inf)
     weight, mixed = torch.zeros(*lead, 1), torch.zeros(*lead, dim_v)
     for place in _key_tiles(call, batch, heads, rows, block_k):
         here = slice(place.rows.start - rows.start, place.rows.stop - rows.start)
-        scores = _scores(call, place)[0]
+        scores = _scores(call, place, queries[:, :, here])[0]
         before = peak[:, :, here]
         highest = torch.maximum(before, scores.amax(-1, keepdim=True))
         level = highest.masked_fill(highest == -torch.inf, 0)  # of a row without a key so far: all its weights are 0
-        weights = torch.exp(scores - level)
+        weights = scores.sub_(level).exp_()
         fade = torch.exp(before - level)
-        weight[:, :, here] = weight[:, :, here] * fade + weights.sum(-1, keepdim=True)
-        added = _product(weights.to(queries.dtype), _tile(call.value, place))
-        mixed[:, :, here] = mixed[:, :, here] * fade + added
-        peak[:, :, here] = highest
+        weight[:, :, here].mul_(fade).add_(weights.sum(-1, keepdim=True))
+        mixed[:, :, here].mul_(fade).add_(_product(weights.to(call.query.dtype), _tile(call.value, place)))
+        before.copy_(highest)
     return _Running(peak, weight, mixed)
 
 
@@ -121,8 +120,8 @@ def backward(
     for batch, heads, rows in _parts(call, block_k):
         for place in _key_tiles(call, batch, heads, rows, block_k):
             at = (place.batch, place.query_heads, place.rows)
-            scores, slope = _scores(call, place)
-            weights = torch.exp(scores - level[at])
+            scores, slope = _scores(call, place, call.query[at].float())
+            weights = scores.sub_(level[at]).exp_()
             arriving = grad_out[at].to(call.query.dtype)
             grad = weights * (_product(arriving, _tile(call.value, place).transpose(-1, -2)) - delta[at])
             held, tile = (place.batch, place.heads, place.keys), weights.to(call.query.dtype)
@@ -208,23 +207,22 @@ def _gathered(weights: Tensor, rows: Tensor, call: Operands) -> Tensor:
     return torch.matmul(left.transpose(-1, -2), rows.float().reshape(batch, heads_kv, left.shape[2], -1))
 
 
-def _scores(call: Operands, place: Place) -> tuple[Tensor, Tensor | None]:
-    """Scaled, capped and masked scores of a tile, float32, and the cap's derivative (None without a cap)."""
+def _scores(call: Operands, place: Place, query: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scaled, capped and masked scores of a tile, float32 and new, and the cap's derivative (None without a cap)."""
     request, slope = call.request, None
-    query = call.query[place.batch, place.query_heads, place.rows]
-    scores = _product(query, _tile(call.key, place).transpose(-1, -2)) * request.effective_scale
+    scores = _product(query, _tile(call.key, place).transpose(-1, -2)).mul_(request.effective_scale)
     if request.softcap is not None:
         capped = torch.tanh(scores / request.softcap)
         scores, slope = request.softcap * capped, 1 - capped.square()
     if call.mask is not None:
         mask = _cut(call.mask, place)
         if request.mask is MaskKind.BOOLEAN:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores.masked_fill_(~mask, -torch.inf)
         else:
             hidden = mask == -torch.inf  # also where a score is infinite or NaN
-            scores = (scores + mask.float().masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf)
+            scores.add_(mask.float().masked_fill(hidden, 0)).masked_fill_(hidden, -torch.inf)
     visible = _visible(call, place)
-    return (scores if visible is None else scores.masked_fill(~visible, -torch.inf)), slope
+    return (scores if visible is None else scores.masked_fill_(~visible, -torch.inf)), slope
 
 
 def _visible(call: Operands, place: Place) -> Tensor | None:
