@@ -17,6 +17,7 @@ import hal_nn.huggingface as bridge
 import record
 import torch
 from hal_nn.compare import models, texts
+from hal_nn.compare.lanes import LinearOnDevice
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,24 +26,12 @@ import hal_core as hal
 TEXTS = Path(__file__).resolve().parent.parent / "examples" / "demo" / "texts"
 
 
-class OnOptics(nn.Module):
-    """A linear layer whose product runs as a device's `linear` kernel."""
-
-    def __init__(self, layer: nn.Linear, device: str) -> None:
-        super().__init__()
-        self.weight, self.bias, self._linear = layer.weight, layer.bias, hal.kernel("linear", backend=device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self._linear(x, self.weight, self.bias)
-        return result
-
-
 def with_projections(network: nn.Module, device: str) -> nn.Module:
     """The network with every linear layer on a device."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, OnOptics(child, device))
+                setattr(module, name, LinearOnDevice(child, device))
     return network
 
 

@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
-from hal_photonics.blockfloat import Converters, encode, integer_product, product
+from hal_photonics.blockfloat import Converters, encode, product
 from hal_photonics.calibration import decibels
 from hal_photonics.core import PhotonicCore
+from hal_photonics.integers import HeldWeights, integer_product
 from hal_photonics.profile import Profile
 
 from hal_core import ContractError
@@ -67,6 +68,18 @@ def test_integer_products_do_not_depend_on_their_order(draw: torch.Generator) ->
     assert torch.equal(integer_product(x, w, CHIP), integer_product(x[..., order], w[..., order], CHIP))
     exact = x.double() @ w.double().mT
     assert torch.equal(integer_product(x, w, CHIP).double(), exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 700, 128, 300), (1, 333, 77, 513), (2, 64, 128, 64), (1, 1, 128, 1)])
+def test_products_by_blocks_of_rows_are_exact(draw: torch.Generator, shape: tuple[int, int, int, int]) -> None:
+    """Large ones go through eight-bit integers, where the largest codes of either sign must survive the splitting."""
+    batch, rows, length, columns = shape
+    x = torch.randint(-511, 512, (batch, rows, length), generator=draw).float()
+    w = torch.randint(-63, 64, (batch, columns, length), generator=draw).float()
+    x[:, 0], w[:, 0], x[:, -1] = 511, 63, -511
+    held = HeldWeights(w, rows, CHIP)
+    got = torch.cat([held.product(x[:, start : start + 128]) for start in range(0, rows, 128)], 1)
+    assert torch.equal(got.double(), x.double() @ w.double().mT)
 
 
 def test_each_doubling_of_the_gain_brings_six_decibels(draw: torch.Generator) -> None:

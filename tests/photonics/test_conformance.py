@@ -15,7 +15,6 @@ from hal_core.testing import ConformanceSuite, check_backend
 class TestGeneric(ConformanceSuite):
     backend = "photonic:0"
     quick = True
-    seed = 5  # the log-sum-exp of a lone score near 0 has no bounded relative error under noise
 
 
 @pytest.fixture

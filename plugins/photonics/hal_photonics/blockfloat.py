@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .integers import HeldWeights
 from .profile import Profile
 
-#: float32 holds every whole number up to here, so sums of codes below it are exact in any order.
-_EXACT = 1 << 24
+#: Rows that are read out together: their codes stay in a core's cache.
+BLOCK = 256
 #: Inputs for which the readout's range is set at least.
 NARROWEST = 32
 
@@ -96,32 +97,39 @@ def product(
     c = converters
     total = inputs.new_zeros(*inputs.shape[:2], weights.shape[1])
     clipped = readouts = 0
-    tiles = zip(_encoded_tiles(inputs, c, c.input_levels), _encoded_tiles(weights, c, c.weight_levels), strict=True)
-    for (x, x_scale), (w, w_scale) in tiles:
-        lsb = c.lsb(x.shape[-1])
-        factor = c.gain / (c.input_levels * c.weight_levels * lsb)
-        code = integer_product(x, w, c).mul_(factor)
-        if dither is not None:
-            code.add_(torch.rand(code.shape, generator=dither).sub_(0.5))
-        code.round_()
-        readouts += code.numel()
-        # |x . w| <= |x| |w|: mostly nothing can clip, and nobody need look.
-        if code.numel() and factor * float(x.norm(dim=-1).max() * w.norm(dim=-1).max()) + 1 > c.adc_levels:
-            clipped += int((code.abs() > c.adc_levels).sum())
-            code.clamp_(-c.adc_levels, c.adc_levels)
-        total.addcmul_(code.mul_(x_scale), (w_scale * (lsb / c.gain)).transpose(-1, -2))
+    held = [_HeldTile(weights, tile, inputs.shape[1], c) for tile in c.tiles(inputs.shape[-1])]
+    for start in range(0, inputs.shape[1], BLOCK):
+        rows = slice(start, start + BLOCK)
+        for tile in held:
+            x, x_scale = encode(inputs[:, rows, tile.place], c.input_levels)
+            code = tile.weights.product(x).mul_(tile.factor)
+            if dither is not None:
+                code.add_(torch.rand(code.shape, generator=dither).sub_(0.5))
+            code.round_()
+            readouts += code.numel()
+            # |x . w| <= |x| |w|: mostly nothing can clip, and nobody need look.
+            if code.numel() and float(x.norm(dim=-1).max()) * tile.longest + 1 > c.adc_levels:
+                clipped += int((code.abs() > c.adc_levels).sum())
+                code.clamp_(-c.adc_levels, c.adc_levels)
+            total[:, rows].addcmul_(code.mul_(x_scale), tile.scale)
     return total, clipped / max(readouts, 1)
 
 
-def _encoded_tiles(values: Tensor, c: Converters, levels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes and scales of each tile along the reduction; all at once where the tiles divide it."""
-    whole, width = values.shape[-1] // c.inputs, c.inputs
-    if whole > 1:
-        codes, scales = encode(values[..., : whole * width].unflatten(-1, (whole, width)), levels)
-        yield from ((codes[..., t, :], scales[..., t, :]) for t in range(whole))
-    for tile in c.tiles(values.shape[-1]):
-        if whole <= 1 or tile.start >= whole * width:
-            yield encode(values[..., tile], levels)
+class _HeldTile:
+    """The weights of one tile along the reduction, encoded.
+
+    Attributes:
+        place: of the tile. weights: their codes. factor: readout codes of a product of 1. scale: [batch, 1, N], of a readout
+            code beside the input's. longest: norm of the longest row of codes, times the factor.
+    """
+
+    def __init__(self, weights: Tensor, place: slice, rows: int, c: Converters) -> None:
+        codes, scale = encode(weights[..., place], c.weight_levels)
+        lsb = c.lsb(codes.shape[-1])
+        self.place, self.factor = place, c.gain / (c.input_levels * c.weight_levels * lsb)
+        self.scale = (scale * (lsb / c.gain)).transpose(-1, -2).contiguous()
+        self.longest = self.factor * float(codes.norm(dim=-1).max()) if codes.numel() else 0.0
+        self.weights = HeldWeights(codes, rows, c)
 
 
 def narrowed(window: tuple[int | None, int | None] | None, inputs: int) -> int:
@@ -138,11 +146,3 @@ def narrowed(window: tuple[int | None, int | None] | None, inputs: int) -> int:
 def may_clip(converters: Converters) -> bool:
     """Whether the largest sum, K products of full scale, lies above the largest code (it is G times it)."""
     return converters.gain > 1
-
-
-def integer_product(x: Tensor, w: Tensor, converters: Converters) -> Tensor:
-    """x @ w^T of codes, exact: in float32 where every partial sum is a whole number that float32 holds."""
-    largest = x.shape[-1] * converters.input_levels * converters.weight_levels
-    if largest < _EXACT:
-        return torch.matmul(x, w.transpose(-1, -2))
-    return torch.matmul(x.double(), w.double().transpose(-1, -2)).float()

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from hal_core import ContractError
 
-from .blockfloat import Converters, integer_product
+from .blockfloat import Converters
 from .imperfections import Drift, Imperfections
+from .integers import integer_product
 from .profile import Profile
 
 

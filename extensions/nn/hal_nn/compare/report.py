@@ -276,7 +276,7 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         + _table(f"Error against float64{of_reference}", ["device", "worst text", "mean", "lowest cosine", *task], accuracy)
         + _table(
             f"Time of one pass, median of {comparison.repeats} with the range",
-            ["device", "wall", "of it its part", "the rest, on the host", "on the device", "total"], time,
+            ["device", "wall", "its part", "the rest, on the host", "on the device", "total"], time,
         )
         + _table(
             "Work and energy of one pass",

@@ -123,7 +123,7 @@ def _show_time(comparison: Comparison, ran: list[Row]) -> None:
         notes.append("An emulated device's time is this host's, running the device's programs.")
     if once := [row.name for row in ran if row.repeats < comparison.repeats]:
         notes.append(f"Timed once, without a spread, because a run is long: {', '.join(once)} (--budget allows more).")
-    columns = ["device", "wall", "of it its part", "the rest, on host", "on the device", "total", "origin"]
+    columns = ["device", "wall", "its part", "rest, on host", "on the device", "total", "origin"]
     show_table(f"Time of one pass, median of {comparison.repeats} ± half the range", columns, rows, notes)
 
 
