@@ -68,17 +68,18 @@ def longest_head(profile: Profile, dtype: str) -> int:
 
 
 def row_tiles(profile: Profile, request: AttentionRequest) -> int:
-    """Tiles of rows in a query block: as many as fit the L3, fewer where the blocks would leave arrays without work."""
+    """Tiles of rows in a query block: as many as fit the L3, fewer where arrays would be left without work; equal blocks."""
     r, blocks, held = request, Blocks.of(profile, request.dtype), profile.count("buffers.l3")
     one = room(blocks, r.dim_qk, r.dim_v)
     fit = (held - one) // (room(blocks, r.dim_qk, r.dim_v, 2) - one) + 1
     tiles, heads = -(-r.len_q // blocks.rows), max(r.batch * r.heads_q, 1)
     wanted = max(-(-blocks.arrays // heads), 1)  # blocks of each head
-    return max(min(tiles, fit, -(-tiles // wanted)), 1)
+    most = max(min(fit, -(-tiles // wanted)), 1)
+    return max(-(-tiles // max(-(-tiles // most), 1)), 1)
 
 
 class Round(NamedTuple):
-    """What all arrays do in step.
+    """What all arrays do in step. Where their blocks differ, each does, and counts, what the costliest of them does.
 
     Attributes:
         block: number of the query block. rows: its rows. active: arrays that have work. seen: for each tile of keys that the
