@@ -9,9 +9,22 @@ from hal_core.hooks import BackendSpec, hookimpl
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
     "backend": ("KPUDevices",),
+    "coverage": ("Coverage", "get_last_stats", "measure"),
     "datasets": ("MNIST", "load_mnist"),
+    "dfx": ("DFXError", "DFXOp", "DFXProgram", "MemoryLevel", "TensorSpec"),
+    "fx_lowering": ("FXToKPUConverter",),
+    "graph": ("DFXEmitter", "OpGraph", "OpNode"),
+    "opcodes": ("OPCODES",),
+    "operators": (
+        "adaptive_avg_pool2d", "avg_pool2d", "batch_norm2d", "cast", "concat", "conv2d", "exp", "flatten", "gelu",
+        "layer_norm", "linear", "log", "matmul", "max_pool2d", "mean", "multi_head_attention", "relu", "reshape",
+        "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "sqrt", "sum", "tanh", "transpose",
+    ),
     "profile": ("Profile", "ProfileError"),
-}
+    "tensor": ("Tensor", "TensorMeta"),
+    "torch_backend": ("KPUBackend", "register_kpu_backend"),
+    "tracing": ("CompiledFunction", "compile", "jit"),
+}  # fmt: skip
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_WHERE)
 

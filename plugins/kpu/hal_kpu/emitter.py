@@ -60,10 +60,14 @@ class Value:
 
 
 class Emitter:
-    """Collects operations. `one` and `many` emit; `reshape`, `cast` and the like leave out what changes nothing."""
+    """Collects operations. `one` and `many` emit; `reshape`, `cast` and the like leave out what changes nothing.
 
-    def __init__(self, name: str = "main") -> None:
-        self.name = name
+    Args:
+        optimize: whether products read transposed operands themselves, and what nobody reads is left out.
+    """
+
+    def __init__(self, name: str = "main", optimize: bool = True) -> None:
+        self.name, self.optimize = name, optimize
         self._specs: dict[str, TensorSpec] = {}
         self._inputs: list[str] = []
         self._ops: list[DFXOp] = []
@@ -144,6 +148,8 @@ class Emitter:
 
     def _transposed(self, value: Value) -> Value | None:
         """What `value` is the transposition of, in its last two axes alone."""
+        if not self.optimize:
+            return None
         op, inputs = self._writer.get(value.name, (None, ()))
         swapped = (*range(value.ndim - 2), value.ndim - 1, value.ndim - 2)
         found = op is not None and op.opcode == "transpose" and op.attrs["permutation"] == swapped
@@ -154,7 +160,7 @@ class Emitter:
         needed = {value.name for value in outputs}
         kept: list[DFXOp] = []
         for op in reversed(self._ops):
-            if needed.intersection(op.outputs):
+            if not self.optimize or needed.intersection(op.outputs):
                 kept.append(op)
                 needed.update(op.inputs)
         kept.reverse()
