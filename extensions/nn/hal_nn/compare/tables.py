@@ -123,7 +123,7 @@ def _show_time(comparison: Comparison, ran: list[Row]) -> None:
         notes.append("An emulated device's time is this host's, running the device's programs.")
     if once := [row.name for row in ran if row.repeats < comparison.repeats]:
         notes.append(f"Timed once, without a spread, because a run is long: {', '.join(once)} (--budget allows more).")
-    columns = ["device", "wall", "its part", "rest, on host", "on the device", "total", "origin"]
+    columns = ["device", "wall", "its part", "host rest", "on device", "total", "origin"]
     show_table(f"Time of one pass, median of {comparison.repeats} ± half the range", columns, rows, notes)
 
 
@@ -137,11 +137,14 @@ def scopes(ran: Sequence[Row]) -> str:
 def _show_energy(comparison: Comparison, ran: list[Row]) -> None:
     rows = []
     for row in ran:
-        costs = row.costs
+        costs, found = row.costs, row.accuracy
         assert costs is not None
+        assert found is not None
         energy = varied(costs.energy, joules) if costs.energy is not None else NOT_AVAILABLE
         share, origin = percent(comparison.share(row)), costs.energy.origin if costs.energy is not None else ""
-        rows.append([row.name, macs(costs.macs), share, energy, origin, NOT_AVAILABLE, NOT_AVAILABLE])
-    columns = ["device", "work on it", "of the model", "energy on it", "origin", "of the rest", "total"]
+        kept = percent(found.agreement.low)
+        rows.append([row.name, macs(costs.macs), share, energy, origin, NOT_AVAILABLE, kept])
+    task = "same next token" if comparison.model["kind"] == "causal" else "same neighbour"
+    columns = ["device", "work on it", "share", "energy on it", "origin", "rest and total", task]
     notes = ["Energy is not available where there is neither a meter nor a published power: nothing is guessed."]
-    show_table("Work and energy of one pass", columns, rows, notes)
+    show_table("Work and energy of one pass, and what is kept of the task", columns, rows, notes)
