@@ -145,6 +145,12 @@ def test_a_missing_file_names_every_mirror_and_what_to_do(tmp_path, files, serve
     assert f"put it in {tmp_path / 'data' / 'MNIST' / 'raw'}" in text
 
 
+def test_without_mirrors_nothing_is_made(tmp_path, files):
+    with pytest.raises(DatasetError, match="no mirror was given"):
+        load_mnist("test", root=tmp_path / "data", mirrors=(), files=files)
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("place", ["", "MNIST/raw"])
 def test_files_that_are_there_are_used(tmp_path, mirror, files, images, packed, place):

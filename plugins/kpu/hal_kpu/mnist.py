@@ -146,7 +146,8 @@ def _downloaded(file: DataFile, folder: Path, mirrors: Sequence[str], refused: l
     """The values from the first mirror that gives the file with the right MD5; it then lies in `folder`."""
     target = folder / file.name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if mirrors:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made ({error.strerror}): pass root= or set {ROOT_VARIABLE}") from None
     with progress(f"MNIST, {file.name}") as show:
