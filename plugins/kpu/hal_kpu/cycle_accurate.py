@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from .array import multiply
-from .dram import AveragedMemory, BankedMemory
+from .dram import AveragedMemory, BankedMemory, Timing
 from .engines import Engines, Fault
 from .movement import Program
 from .profile import Profile
@@ -46,7 +46,7 @@ def run_cycle_accurate(
         DeadlockError: engines wait for each other.
     """
     reuse = program.length > reuse_above
-    memory = AveragedMemory(profile) if reuse else BankedMemory(profile, skip_refresh)
+    memory = AveragedMemory(Timing.of(profile)) if reuse else BankedMemory(Timing.of(profile), skip_refresh)
     timeline = Engines(program, profile, memory, stepped_cycles, fault).run()
     refreshes = tuple(memory.refreshes(timeline.makespan)) if isinstance(memory, BankedMemory) else ()
     return Run(program=program, profile=profile, fidelity="cycle_accurate", timeline=timeline, memory=memory.counters,

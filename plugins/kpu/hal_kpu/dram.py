@@ -8,7 +8,7 @@ fewest bytes served first, so equal ones get half each. Every time is a maximum 
 * every `refresh_interval` all banks are refreshed, one after the other; the bus waits, and pages are open again at the end.
 
 So a later event cannot make another one earlier (a greedy arbiter could: who comes first would change).
-Pages are spread over the banks by a permutation (as Zhang, Zhu & Zhang 2000), so that no power-of-two pitch stays in one bank.
+Operands that stream together lie in different groups of banks (`movement.Builder.region`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Protocol
 
 import attrs
 
-from .movement import Place
+from .movement import BANK_GROUPS, GROUP_BYTES, Place
 from .profile import Profile
 
 TICKS = 1 << 12  # of the banked memory in a cycle
@@ -43,8 +43,8 @@ class MemoryCounters:
 
     bytes: int = 0
     bus: float = 0.0
-    page_hits: int = 0
-    page_misses: int = 0
+    page_hits: float = 0
+    page_misses: float = 0
     refresh_stall: float = 0.0
 
     def repeat(self, since: MemoryCounters, times: int) -> None:
@@ -59,7 +59,7 @@ class Memory(Protocol):
 
     counters: MemoryCounters
     steady: bool  # equal transfers take equal time whenever they come
-    activate: int  # cycles between a transfer's readiness and its first byte, at most
+    activate: int  # cycles between a transfer's readiness and its first byte, at most so far
 
     def serve(self, group: Sequence[Transfer]) -> list[tuple[int, int]]:
         """(start, end) in cycles of each transfer of a group, in which bytes are interleaved."""
@@ -86,10 +86,16 @@ class Timing:
     interval: float
     refresh: float
 
-    @classmethod
-    def of(cls, profile: Profile) -> Timing:
+    @property
+    def group(self) -> int:
+        """Banks of one group."""
+        return max(1, self.banks // BANK_GROUPS)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(profile: Profile) -> Timing:
         activate = math.ceil(profile.cycles("dram.activate"))
-        return cls(
+        return Timing(
             bytes_per_cycle=profile.bytes_per_cycle("dram.bandwidth"),
             channel=profile.bytes_per_cycle("engines.dma_bandwidth"),
             burst=profile.count("dram.burst"), page=profile.count("dram.page"), banks=profile.count("dram.banks"),
@@ -118,9 +124,13 @@ def page_visits(
     return tuple((number, bursts) for number, bursts in visits)
 
 
-def bank_of(page: int, banks: int) -> int:
-    """Bank of a page: pages go round the banks, each round turned by one against the round before."""
-    return (page + page // banks + page // (banks * banks)) % banks
+def bank_of(base: int, page: int, group: int) -> int:
+    """Bank of a page of the group that holds the byte `base`, `group` banks to a group.
+
+    Pages go round the banks, each round turned by one against the round before (as Zhang, Zhu & Zhang 2000), so that no
+    power-of-two pitch stays in one bank.
+    """
+    return base // GROUP_BYTES % BANK_GROUPS * group + (page + page // group + page // (group * group)) % group
 
 
 class BankedMemory:
@@ -131,8 +141,8 @@ class BankedMemory:
 
     steady = False
 
-    def __init__(self, profile: Profile, skip_refresh: int | None = None) -> None:
-        self.timing = timing = Timing.of(profile)
+    def __init__(self, timing: Timing, skip_refresh: int | None = None) -> None:
+        self.timing = timing
         self.activate = timing.activate
         self.counters = MemoryCounters()
         self.refreshes_of = [bank != skip_refresh for bank in range(timing.banks)]
@@ -148,6 +158,11 @@ class BankedMemory:
         self._bank_end = [0] * timing.banks
         self._ends = [0] * timing.lookahead  # of the last visits, a ring
         self._next = 0
+
+    @property
+    def bus_cycles(self) -> float:
+        """When the bus is free."""
+        return self._bus / TICKS
 
     def refreshes(self, cycles: int) -> list[int]:
         """Refreshes of each bank up to a cycle."""
@@ -166,16 +181,16 @@ class BankedMemory:
         ready = [transfer.ready * TICKS for transfer in group]
         starts, ends = [-1] * len(group), [0] * len(group)
         for which, number, bursts in order:
-            start, end = self._visit(first[which] + number, bursts, ready[which], group[which].channel)
+            start, end = self._visit(group[which], first[which] + number, bursts, ready[which])
             if starts[which] < 0:
                 starts[which] = start
             ends[which] = end
         self.counters.bytes += sum(place.bytes for place in places)
         return [(start // TICKS, -(-end // TICKS)) for start, end in zip(starts, ends, strict=True)]
 
-    def _visit(self, page: int, bursts: int, ready: int, channel: int) -> tuple[int, int]:
-        banks, counters, next_ = self.timing.banks, self.counters, self._next
-        bank = bank_of(page, banks)
+    def _visit(self, transfer: Transfer, page: int, bursts: int, ready: int) -> tuple[int, int]:
+        counters, next_, channel = self.counters, self._next, transfer.channel
+        bank = bank_of(transfer.base, page, self.timing.group)
         start = max(self._bus, ready, self._ports.get(channel, 0))
         if self._open[bank] == page:
             counters.page_hits += 1
@@ -228,78 +243,132 @@ def burst_order(
 
 
 @attrs.frozen
-class _Cost:
-    """Of one transfer, in 1/COARSE of a cycle: time on the bus, at the channel's port, to open its first page."""
+class GroupCost:
+    """Of transfers that are interleaved, in cycles and refreshes apart.
 
-    bus: int
-    port: int
-    opening: int
-    hits: int
-    misses: int
+    Attributes:
+        whole: from one group's last byte to the next one's, where groups wait in line. alone: from readiness to the last
+            byte, where the memory waited.
+        ends: of each transfer, as a share of `whole`. ports: the least at each transfer's channel.
+        bus: of the bytes themselves. hits, misses: page visits.
+    """
+
+    whole: float
+    alone: float
+    ends: tuple[float, ...]
+    ports: tuple[float, ...]
+    bus: float
+    hits: float
+    misses: float
+
+
+@attrs.frozen
+class _Ticks:
+    """`GroupCost` in 1/COARSE of a cycle, refreshes included; `bus` in cycles."""
+
+    whole: int
+    alone: int
+    ends: list[int]
+    ends_alone: list[int]
+    ports: list[int]
+    bus: float
+    hits: float
+    misses: float
+
+
+_TURNS, _ROWS, _OUTER = 4, 128, (0, 1, 5)
+
+
+def _at(place: Place, outer: int, turn: int) -> int:
+    """How far a place has moved in turn `turn` of the innermost loop, the loops around it in turn `outer`."""
+    return outer * sum(place.steps[:-1]) + turn * sum(place.steps[-1:])
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
+    """What a group costs in the steady state of its innermost loop: measured over a few turns of the banked memory."""
+    calm = attrs.evolve(timing, refresh=0.0, channel=math.inf)  # both come in later
+    scale = max(1.0, *(place.rows / _ROWS for place in places))
+    cut = [attrs.evolve(place, rows=max(1, round(place.rows / scale))) for place in places]
+    whole = alone = hits = misses = 0.0
+    for outer in _OUTER:
+        memory = BankedMemory(calm)
+        for turn in range(_TURNS + 1):
+            last = turn == _TURNS  # the memory has waited before the last turn
+            ready = math.ceil(memory.bus_cycles) + timing.activate if last else 0
+            group = [Transfer(i, ready, place, place.base + _at(place, outer, turn)) for i, place in enumerate(cut)]
+            memory.serve(group)
+            if turn == _TURNS - 1:  # without the first opening: a difference of maxima would not be monotone
+                whole += (memory.bus_cycles - timing.activate) / _TURNS / len(_OUTER)
+            elif last:
+                alone += (memory.bus_cycles - ready) / len(_OUTER)
+        hits += memory.counters.page_hits / (_TURNS + 1) / len(_OUTER)
+        misses += memory.counters.page_misses / (_TURNS + 1) / len(_OUTER)
+    data = [
+        sum(n for _, n in page_visits(p.base % timing.burst, p.row_bytes, p.rows, p.pitch, timing.page, timing.burst))
+        * timing.burst for p in cut
+    ]  # fmt: skip
+    ends = tuple(sum(min(own, other) for other in data) / sum(data) for own in data)
+    ports = tuple(own * scale / timing.channel for own in data)
+    bus = sum(place.bytes for place in places) / timing.bytes_per_cycle
+    return GroupCost(whole * scale, alone + whole * (scale - 1), ends, ports, bus, hits * scale, misses * scale)
 
 
 class AveragedMemory:
-    """Tile by tile: a transfer takes the time that its pages take on average, refreshes included. For TRANSACTIONAL."""
+    """Tile by tile: a group takes the time that its pages take on average, refreshes included. For TRANSACTIONAL."""
 
     steady = True
 
-    def __init__(self, profile: Profile) -> None:
-        self.timing = timing = Timing.of(profile)
+    def __init__(self, timing: Timing) -> None:
+        self.timing = timing
         self.activate = timing.activate
         self.counters = MemoryCounters()
         self.bus = 0  # in 1/COARSE of a cycle
+        self._reach = 0
         self._ports: dict[int, int] = {}
-        self._costs: dict[tuple[int, Place], _Cost] = {}
-
-    def cost(self, place: Place, base: int) -> _Cost:
-        """What a place costs, wherever the loops around it have got to."""
-        key = (base % self.timing.burst, place)
-        if key not in self._costs:
-            self._costs[key] = self._cost(place, base % self.timing.burst)
-        return self._costs[key]
-
-    def _cost(self, place: Place, offset: int) -> _Cost:
-        timing = self.timing
-        rows = min(place.rows, 64)  # the pattern of many rows is that of 64
-        visits = page_visits(offset, place.row_bytes, rows, place.pitch, timing.page, timing.burst)
-        scale = place.rows / rows
-        number, bursts = len(visits) * scale, sum(bursts for _, bursts in visits) * scale
-        data = bursts * timing.burst / timing.bytes_per_cycle
-        missed = self._missed(place)
-        ahead = min(timing.lookahead, timing.banks)
-        time = max(data, number * missed * (timing.activate + data / number) / ahead)
-        if timing.refresh:
-            time /= 1 - (timing.refresh * timing.banks + timing.activate) / timing.interval
-        port = bursts * timing.burst / timing.channel
-        misses = round(number * missed)
-        return _Cost(math.ceil(time * COARSE), math.ceil(port * COARSE), math.ceil(missed * timing.activate * COARSE),
-                     round(number) - misses, misses)  # fmt: skip
-
-    def _missed(self, place: Place) -> float:
-        """Share of page visits that find another page open: a loop that goes on by less than a page returns to open ones."""
-        span = max(place.rows * place.pitch, place.row_bytes)
-        if not place.steps or span > self.timing.page * self.timing.banks // 2:
-            return 1.0
-        return min(1.0, abs(place.steps[-1]) / self.timing.page)
+        self._costs: dict[tuple[Place, ...], _Ticks] = {}
+        away = timing.refresh * timing.banks + timing.activate if timing.refresh else 0.0
+        self._stretch = COARSE / (1 - away / timing.interval)  # the bus is away for refreshes
 
     def serve(self, group: Sequence[Transfer]) -> list[tuple[int, int]]:
-        costs = [self.cost(transfer.place, transfer.base) for transfer in group]
-        begin = self.bus
-        for transfer, cost in zip(group, costs, strict=True):
-            begin = max(begin, transfer.ready * COARSE + cost.opening)
-        ports = [max(begin, self._ports.get(transfer.channel, 0)) for transfer in group]
-        spans, counters = [], self.counters
-        for cost, free, transfer in zip(costs, ports, group, strict=True):
-            shared = begin + sum(min(cost.bus, other.bus) for other in costs)  # equal shares until the shorter ones end
-            end = max(shared, free + cost.port)
+        key = tuple([transfer.place for transfer in group])
+        if key not in self._costs:
+            self._costs[key] = self._scaled(group_cost(self.timing, key))
+        cost = self._costs[key]
+        ready = max([transfer.ready for transfer in group]) * COARSE
+        begin = max(self.bus, ready + cost.alone - cost.whole)
+        spans = []
+        for index, transfer in enumerate(group):
+            end = max(self.bus + cost.ends[index], ready + cost.ends_alone[index])
+            end = max(end, self._ports.get(transfer.channel, 0) + cost.ports[index])
             self._ports[transfer.channel] = end
-            spans.append((begin // COARSE, -(-end // COARSE)))
-            counters.bytes += transfer.place.bytes
-            counters.bus += transfer.place.bytes / self.timing.bytes_per_cycle
-            counters.page_hits += cost.hits
-            counters.page_misses += cost.misses
-        self.bus = max(begin + sum(cost.bus for cost in costs), *self._ports.values())
+            spans.append((min(begin, end) // COARSE, -(-end // COARSE)))
+            self.counters.bytes += transfer.place.bytes
+        self.counters.bus += cost.bus
+        self.counters.page_hits += cost.hits
+        self.counters.page_misses += cost.misses
+        self.bus = max(begin + cost.whole, *self._ports.values())
         return spans
+
+    def _scaled(self, cost: GroupCost) -> _Ticks:
+        """A cost in 1/COARSE of a cycle, longer by the refreshes."""
+
+        def ticks(cycles: float) -> int:
+            return math.ceil(cycles * self._stretch)
+
+        alone = max(ticks(cost.alone), ticks(cost.whole))
+        self.activate = max(self.activate, -(-(alone - ticks(cost.whole)) // COARSE))
+        self._reach = max(self._reach, *(ticks(port) for port in cost.ports))
+        return _Ticks(
+            ticks(cost.whole), alone, [ticks(end * cost.whole) for end in cost.ends],
+            [math.ceil(end * alone) for end in cost.ends], [ticks(port) for port in cost.ports],
+            cost.bus, cost.hits, cost.misses,
+        )  # fmt: skip
+
+    def state(self, base: int) -> tuple[int, ...]:
+        """What its future depends on, relative to a cycle; a port free for long counts as free."""
+        ports = [self._ports[channel] for channel in sorted(self._ports)]
+        return (self.bus - base * COARSE, *(max(port - self.bus, -self._reach) for port in ports))
 
     def shift(self, cycles: int) -> None:
         """All that is known lies `cycles` later."""

@@ -17,6 +17,7 @@ from .profile import Profile
 from .timeline import EngineTime, Repeat, Timeline
 
 TileCycles = Callable[[int, int, int, int], int]
+_FREE, _KEEP, _AGAIN = range(3)
 _DMA = (Opcode.DMA_LOAD_TILE, Opcode.DMA_STORE_TILE)
 
 
@@ -87,7 +88,7 @@ class _Step:
     instruction: Instruction
     engine: int
     queue: int
-    takes: tuple[tuple[int, int, bool], ...]
+    takes: tuple[tuple[int, int, int], ...]
     gives: tuple[int, ...]
     cycles: int
     channel: int
@@ -143,7 +144,7 @@ class Engines:
         self._buffers = {buffer.name: index for index, buffer in enumerate(program.buffers)}
         self._tokens: list[deque[int]] = [deque() for _ in program.buffers]
         self._credits: list[deque[int]] = [deque([0] * buffer.slots) for buffer in program.buffers]
-        self._given, self._freed = [0] * len(program.buffers), [0] * len(program.buffers)
+        self._freed = [0] * len(program.buffers)
         self._body = [self._prepare(item) for item in program.body]
         number = len(self._engines)
         self._free, self._busy = [0] * number, [0] * number
@@ -152,6 +153,7 @@ class Engines:
         self._group: list[tuple[_Step, tuple[int, ...]]] = []
         self._waiting: dict[int, deque[tuple[_Step, tuple[int, ...]]]] = {}
         self._at: tuple[int, ...] = ()
+        self._late: tuple[_Step, tuple[int, ...]] | None = None
         self._done = self._reused = 0
 
     def run(self) -> Timeline:
@@ -162,6 +164,7 @@ class Engines:
         """
         for item in self._body:
             self._do(item)
+        self._flush()
         if self._waiting or self._group:
             raise DeadlockError(self.program.name, self._explain())
         makespan = max(self._free, default=0)
@@ -194,7 +197,10 @@ class Engines:
             self._engines.append(instruction.engine)
         engine = self._numbers[instruction.engine]
         dma = instruction.opcode in _DMA
-        takes = tuple((self._buffers[t.buffer], t.offset, t.keep) for t in instruction.takes)
+        takes = tuple(
+            (self._buffers[t.buffer], t.offset, _KEEP if t.keep else _AGAIN if t.again else _FREE)
+            for t in instruction.takes
+        )
         gives = tuple(self._buffers[name] for name in instruction.gives)
         channel = int(instruction.engine.removeprefix("dma")) if dma else -1
         strides = instruction.place.steps if instruction.place else ()
@@ -220,9 +226,9 @@ class Engines:
         if opcode is Opcode.COMPUTE:
             wave = 0
             if instruction.total:
-                whole = self._tile_cycles(*instruction.array, instruction.total, instruction.preload)
-                wave = whole - instruction.total
-            return instruction.steps + wave
+                whole = self._tile_cycles(*instruction.array, instruction.total, instruction.held)
+                wave = whole - instruction.total - instruction.held
+            return instruction.preload + instruction.steps + wave
         return instruction.steps
 
     # running
@@ -232,8 +238,21 @@ class Engines:
             self._loop(item)
         elif item.engine < 0:
             self._barrier()
-        elif item.queue in self._waiting or not self._start(item, self._at):
-            self._waiting.setdefault(item.queue, deque()).append((item, self._at))
+        elif item.instruction.late:
+            self._flush()
+            self._late = (item, self._at)
+        else:
+            self._issue(item, self._at)
+
+    def _flush(self) -> None:
+        """Let the store in the write queue go."""
+        if self._late:
+            late, self._late = self._late, None
+            self._issue(*late)
+
+    def _issue(self, item: _Step, at: tuple[int, ...]) -> None:
+        if item.queue in self._waiting or not self._start(item, at):
+            self._waiting.setdefault(item.queue, deque()).append((item, at))
         elif self._waiting:
             self._retry()
 
@@ -251,6 +270,7 @@ class Engines:
                     del self._waiting[queue]
 
     def _barrier(self) -> None:
+        self._flush()
         if self._waiting or self._group:
             raise DeadlockError(self.program.name, self._explain())
         self._floor = max(self._free, default=0)
@@ -309,23 +329,27 @@ class Engines:
         self._busy[step.engine] += end - start
         self._done += 1
         self._entries.append((step.number, start, end))
-        for buffer, offset, keep in step.takes:
-            if keep:
+        for buffer, offset, way in step.takes:
+            if way == _KEEP:
                 continue
-            del self._tokens[buffer][offset]
+            tokens = self._tokens[buffer]
+            if way == _AGAIN:
+                tokens.append(tokens[offset])
+                del tokens[offset]
+                continue
+            del tokens[offset]
             self._freed[buffer] += 1
             if self._lost and self._lost == (self.program.buffers[buffer].name, self._freed[buffer]):
                 continue
             self._credits[buffer].append(end)
         for buffer in step.gives:
             self._tokens[buffer].append(end)
-            self._given[buffer] += 1
 
     # loops
 
     def _loop(self, turn: _Turn) -> None:
         outside = self._at
-        given, freed = list(self._given), list(self._freed)
+        before_loop = [max(tokens, default=-1) for tokens in self._tokens], list(self._freed)
         seen: dict[tuple[Any, ...], tuple[int, int, _Mark]] = {}
         index = 0
         while index < turn.count:
@@ -340,7 +364,7 @@ class Engines:
                 before, old_base, mark = seen[state]
                 times, left = divmod(turn.count - index, index - before)
                 if times:
-                    self._skip(turn, mark, times, base - old_base, given, freed)
+                    self._skip(turn, mark, times, base - old_base, *before_loop)
                     index = turn.count - left
                 seen = {}
             else:
@@ -354,23 +378,24 @@ class Engines:
         Two turns that end in equal states are followed by equal turns, shifted: all rules are maxima and sums, and what
         lies before that time decides no maximum. So the repetition is exact, not an estimate.
         """
-        bus = self.memory.bus if isinstance(self.memory, AveragedMemory) and turn.memory else None
+        memory = self.memory if isinstance(self.memory, AveragedMemory) and turn.memory else None
         bases = [self._free[engine] for engine in turn.engines if not self._engines[engine].startswith("dma")]
-        if bus is not None:
-            bases.append(bus // COARSE)
+        if memory is not None:
+            bases.append(memory.bus // COARSE)
         base = min(bases, default=0)
         low = base - self.memory.activate - 1
         state: list[Any] = [self._free[engine] - base for engine in turn.engines]
-        if bus is not None:
-            state.append(bus - base * COARSE)
+        if memory is not None:
+            state.append(memory.state(base))
         state.append(max(self._floor, low) - base)
+        state.append(self._late[0].number if self._late else -1)
         for buffer in turn.buffers:
             state.append(tuple((t if t > low else low) - base for t in self._tokens[buffer]))
             state.append(tuple((t if t > low else low) - base for t in self._credits[buffer]))
         return base, tuple(state)
 
     def _skip(
-        self, turn: _Turn, mark: _Mark, times: int, period: int, given: Sequence[int], freed: Sequence[int]
+        self, turn: _Turn, mark: _Mark, times: int, period: int, newest: Sequence[int], freed: Sequence[int]
     ) -> None:
         """Take over `times` repetitions of what happened since a mark, `period` cycles apart."""
         self._entries.append(Repeat(mark.entries, len(self._entries), times, period))
@@ -387,8 +412,11 @@ class Engines:
         if turn.memory and isinstance(self.memory, AveragedMemory):
             self.memory.shift(shift)
         for buffer in turn.buffers:
-            _shift(self._tokens[buffer], self._given[buffer] - given[buffer], shift)
-            _shift(self._credits[buffer], self._freed[buffer] - freed[buffer], shift)
+            tokens, slots = self._tokens[buffer], self._credits[buffer]
+            for index, time in enumerate(tokens):  # what came in the loop; older tiles lie before all that follows
+                tokens[index] = time + shift if time > newest[buffer] else time
+            for index in range(max(0, len(slots) - self._freed[buffer] + freed[buffer]), len(slots)):
+                slots[index] += shift
 
     def _explain(self) -> dict[str, str]:
         """What the first instruction of every waiting engine waits for."""
@@ -407,9 +435,3 @@ def _steps(body: Sequence[_Step | _Turn]) -> list[_Step]:
     for item in body:
         found += _steps(item.body) if isinstance(item, _Turn) else [item]
     return found
-
-
-def _shift(times: deque[int], newest: int, shift: int) -> None:
-    """Move the `newest` entries, which came in the loop, by `shift`; older ones lie before all that follows."""
-    for index in range(max(0, len(times) - newest), len(times)):
-        times[index] += shift

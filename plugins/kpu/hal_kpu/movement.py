@@ -24,6 +24,9 @@ import attrs
 
 from hal_core.errors import ContractError
 
+BANK_GROUPS, GROUP_BYTES = 4, 1 << 44
+"""A byte address says the group of banks that it lies in: address // GROUP_BYTES."""
+
 Level: TypeAlias = Literal["L3", "L2", "L1", "PE"]
 Reorder: TypeAlias = Literal["identity", "transpose", "reshape", "shuffle"]
 
@@ -61,11 +64,15 @@ class Buffer:
 
 @attrs.frozen
 class Take:
-    """A tile read from a buffer: the one `offset` places behind the oldest. keep: its slot is not freed."""
+    """A tile read from a buffer: the one `offset` places behind the oldest.
+
+    keep: it stays where it is. again: it goes to the end of the queue, so that a loop finds all tiles once more.
+    """
 
     buffer: str
     offset: int = 0
     keep: bool = False
+    again: bool = False
 
 
 @attrs.frozen
@@ -94,9 +101,11 @@ class Instruction:
         takes, gives: the tiles it waits for, and the buffers it needs a slot of.
         bytes: moved. place: where in DRAM, for DMA.
         together: a DMA shares the memory burst by burst with the DMA that follows it.
+        late: a store waits in the write queue (one deep) until the next store, a barrier or the end, so that loads
+            written after it go first.
         steps: cycles an operand stream takes (streamers, COMPUTE). total: of a COMPUTE that ends an array tile, the
             steps of the whole tile, else 0: the wave then leaves the array.
-        preload: rows of a stationary operand shifted in before (COMPUTE).
+        preload: rows of a stationary operand shifted in before (COMPUTE). held: the same, at the end of the tile.
         array: (rows, cols) of the arrays it is for (COMPUTE).
         macs: useful multiply-accumulates (COMPUTE). operations: elements x passes (VECTOR).
     """
@@ -108,9 +117,11 @@ class Instruction:
     bytes: int = 0
     place: Place | None = None
     together: bool = False
+    late: bool = False
     steps: int = 0
     total: int = 0
     preload: int = 0
+    held: int = 0
     array: tuple[int, int] = (0, 0)
     macs: int = 0
     operations: int = 0
@@ -174,7 +185,10 @@ def _lines(body: Sequence[Instruction | Loop], indent: str) -> Iterator[str]:
             yield from _lines(item.body, indent + "  ")
             yield f"{indent}LOOP_END"
             continue
-        taken = [f"{t.buffer}{f'[{t.offset}]' if t.offset else ''}{' kept' if t.keep else ''}" for t in item.takes]
+        taken = [
+            f"{t.buffer}{f'[{t.offset}]' if t.offset else ''}{' kept' if t.keep else ' again' if t.again else ''}"
+            for t in item.takes
+        ]
         flow = f"{', '.join(taken) or '-'} -> {', '.join(item.gives) or '-'}"
         size = f"{item.bytes} B" if item.bytes else f"{item.steps or item.operations}"
         yield f"{indent}{item.opcode} {item.engine}: {flow}, {size}{' together' if item.together else ''}"
@@ -193,7 +207,7 @@ class Builder:
         self.name, self.arrays, self.dtype = name, arrays, dtype
         self._buffers: dict[str, Buffer] = {}
         self._open: list[list[Instruction | Loop]] = [[]]
-        self._end = 0
+        self._end = self._regions = 0
         self._together = False
 
     def buffer(self, name: str, level: Level, slots: int, slot_bytes: int) -> str:
@@ -208,8 +222,11 @@ class Builder:
         return name
 
     def region(self, size: int, align: int = 1 << 16) -> int:
-        """First byte of a new region of `size` bytes in DRAM."""
-        base, self._end = self._end, self._end + -(-size // align) * align
+        """First byte of a new region of `size` bytes in DRAM. Regions take turns in the groups of banks (`BANK_GROUPS`):
+        streams from different groups do not close each other's pages."""
+        base = self._regions % BANK_GROUPS * GROUP_BYTES + self._end
+        self._regions += 1
+        self._end += -(-size // align) * align
         return base
 
     @contextmanager
@@ -242,19 +259,31 @@ class Builder:
         self._dma(Opcode.DMA_LOAD_TILE, (), (gives,), size, channel, place, label)
 
     def store(
-        self, takes: str | Take, size: int, *, channel: int = 0, place: Place | None = None, label: str = ""
+        self,
+        takes: str | Take,
+        size: int,
+        *,
+        channel: int = 0,
+        place: Place | None = None,
+        late: bool = False,
+        label: str = "",
     ) -> None:
         """A buffer -> DRAM."""
-        self._dma(Opcode.DMA_STORE_TILE, (takes,), (), size, channel, place, label)
+        self._dma(Opcode.DMA_STORE_TILE, (takes,), (), size, channel, place, label, late)
 
     def _dma(self, opcode: Opcode, takes: Sequence[str | Take], gives: Sequence[str], size: int, channel: int,
-             place: Place | None, label: str) -> None:  # fmt: skip
+             place: Place | None, label: str, late: bool = False) -> None:  # fmt: skip
         place = place or Place(0, size)
         if place.bytes != size:
             raise ProgramError(
                 f"program {self.name}: a DMA of {size} B lies in a place of {place.bytes} B: make them equal"
             )
-        self._add(opcode, f"dma{channel}", takes, gives, bytes=size, place=place, together=self._together, label=label)
+        if late and self._together:
+            raise ProgramError(
+                f"program {self.name}: a late store shares no group of transfers: write it outside together()"
+            )
+        self._add(opcode, f"dma{channel}", takes, gives, bytes=size, place=place, together=self._together, late=late,
+                  label=label)  # fmt: skip
 
     def move(self, takes: str | Take | Sequence[str | Take], gives: str | Sequence[str], size: int, *, mover: int = 0,
              reorder: Reorder = "identity", label: str = "") -> None:  # fmt: skip
@@ -270,10 +299,13 @@ class Builder:
         self._add(Opcode.STR_FEED_COLS, "cols", takes, gives, bytes=size, steps=steps, label=label)
 
     def compute(self, takes: Sequence[str | Take], gives: Sequence[str] | str = (), *, steps: int, total: int = 0,
-                preload: int = 0, array: tuple[int, int], macs: int = 0, label: str = "") -> None:  # fmt: skip
-        """The arrays: `steps` operand vectors of a tile; the last part of a tile says its `total` of steps."""
-        self._add(Opcode.COMPUTE, "array", takes, gives, steps=steps, total=total, preload=preload, array=array, macs=macs,
-                  label=label)  # fmt: skip
+                preload: int = 0, held: int = 0, array: tuple[int, int], macs: int = 0, label: str = "") -> None:  # fmt: skip
+        """The arrays: `steps` operand vectors of a tile; the last part of a tile says its `total` of steps.
+
+        Where an operand is stationary, the first part says the rows to `preload`, the last part the rows `held`.
+        """
+        self._add(Opcode.COMPUTE, "array", takes, gives, steps=steps, total=total, preload=preload, held=held, array=array,
+                  macs=macs, label=label)  # fmt: skip
 
     def drain(self, takes: str | Take, gives: str, size: int, steps: int, label: str = "") -> None:
         """Streamer: outputs out of the arrays, `steps` cycles."""

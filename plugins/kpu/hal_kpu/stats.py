@@ -57,7 +57,7 @@ class ExecutionStats:
         drain_cycles: outputs leaving the array through the drain streamer (mostly beside the next tile's compute).
         matmul_flops: 2 x total_macs. vector_operations: elements x passes of the vector units.
         memory_bytes: moved on the chip (block movers and streamers). external_bytes: over the DRAM bus.
-        page_hits, page_misses: of DRAM page visits; TRANSACTIONAL counts every visit as a miss.
+        page_hits, page_misses: of DRAM page visits; in TRANSACTIONAL as in the steady state of the innermost loop.
         ops_executed: operations (not instructions).
         utilization: MACs over what all PEs for this dtype could do in `cycles`.
         engines: `EngineTime` by engine. traffic: bytes by memory level ("dram", "l3", "l2", "l1") and by mover of bytes
@@ -155,8 +155,8 @@ class ExecutionStats:
             self.traffic[key] += size
         self.external_bytes += run.memory.bytes
         self.memory_bytes = self.traffic["mover"] + self.traffic["streamer"]
-        self.page_hits += run.memory.page_hits
-        self.page_misses += run.memory.page_misses
+        self.page_hits += round(run.memory.page_hits)
+        self.page_misses += round(run.memory.page_misses)
         self.bound_cycles += bound(run)
         if run.reused:
             self.timing_reused = True

@@ -6,7 +6,7 @@ Loops whose state repeats are taken over exactly (`Engines`), so that a large pr
 
 from __future__ import annotations
 
-from .dram import AveragedMemory
+from .dram import AveragedMemory, Timing
 from .engines import Engines, Fault
 from .movement import Program
 from .profile import Profile
@@ -20,6 +20,6 @@ def run_transactional(program: Program, profile: Profile, fault: Fault | None = 
         BufferTooSmallError: its buffers do not fit the machine.
         DeadlockError: engines wait for each other.
     """
-    memory = AveragedMemory(profile)
+    memory = AveragedMemory(Timing.of(profile))
     timeline = Engines(program, profile, memory, fault=fault).run()
     return Run(program=program, profile=profile, fidelity="transactional", timeline=timeline, memory=memory.counters)
