@@ -1,9 +1,9 @@
 """Attention on a CUDA device: own kernels and the dispatch beside torch's backends, in one run.
 
-    python benchmarks/cuda_attention.py [--record] [--only forward,ragged,decode,special,host]
+    python benchmarks/cuda_attention.py [--record] [--only forward,ragged,decode,special,host,error,flex]
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'. Ratios are
-the best peer's time over ours: above 1 is faster. FlashInfer and FlashAttention-4 are columns where they are installed.
+the best peer's time over ours: above 1 is faster. FlexAttention, compiled for each shape, has a section of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hal_core as hal
 from hal_core.registry import registry
-from hal_core.testing import BenchmarkRunner
+from hal_core.testing import BenchmarkRunner, reference, relative_error
 
 DEVICE = "cuda:0"
-SECTIONS = ("forward", "ragged", "decode", "special", "host")
+SECTIONS = ("forward", "ragged", "decode", "special", "host", "error", "flex")
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -285,6 +285,66 @@ def host(bench: Bench, options: Any) -> None:
             ["Microseconds of the host for one call, the least of 7 times 100."], "Host time")  # fmt: skip
 
 
+def error(bench: Bench, options: Any) -> None:
+    """Error of the output against float64, root mean square over five draws, beside torch's two kernels."""
+    rows = []
+    for dim in (64, 128, 256):
+        for causal in (False, True):
+            squares: dict[str, float] = {}
+            for seed in range(5):
+                torch.manual_seed(1000 * dim + seed)
+                given = [normal(1, 4, 2048, dim) for _ in range(3)]
+                want = reference(*given, is_causal=causal).out
+                request = hal.explain(*given, is_causal=causal, backend=DEVICE).request
+                own = bench.own("hopper" if bench.chip.capability == (9, 0) else "portable", request)
+                calls = {"own": partial(own, *given), **peers(*given, is_causal=causal)}
+                for name, call in calls.items():
+                    squares[name] = squares.get(name, 0.0) + relative_error(call(), want) ** 2 / 5
+            found = {name: square**0.5 for name, square in squares.items()}
+            best = min(value for name, value in found.items() if name != "own")
+            shown = [f"{found[name]:.3e}" if name in found else "-" for name in ("own", "cuDNN", "FA2")]
+            rows.append([str(dim), "causal" if causal else "full", *shown, f"{found['own'] / best:.3f}"])
+    columns = ("head_dim", "mask", "own", "cuDNN", "FA2", "own / best peer")
+    notes = ["bf16, 1 x 4 x 2048 standard normal; the bar for the last column is 1.1.", *conditions(bench)]
+    publish(options, "cuda_attention", "Error", columns, rows, notes, "Error")
+
+
+def flex(bench: Bench, options: Any) -> None:
+    """Own kernels beside torch's FlexAttention, compiled for each shape; the window too."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    masks: dict[str, Any] = {
+        "causal": lambda b, h, q, k: q >= k, "window": lambda b, h, q, k: (q >= k) & (q - k <= 1023),
+    }  # fmt: skip
+    rows = []
+    for dim, length, heads, kind in (
+        (64, 2048, 32, "full"), (64, 8192, 32, "full"), (64, 8192, 32, "causal"), (64, 32768, 32, "window"),
+        (128, 2048, 16, "full"), (128, 8192, 16, "full"), (128, 8192, 16, "causal"),
+    ):  # fmt: skip
+        given = [normal(max(16384 // length, 1), heads, length, dim) for _ in range(3)]
+        wanted: dict[str, Any] = {
+            "full": {}, "causal": {"is_causal": True}, "window": {"causal": "top_left", "window": (1023, 0)},
+        }[kind]  # fmt: skip
+        request = hal.explain(*given, backend=DEVICE, **wanted).request
+        own = bench.own("hopper" if bench.chip.capability == (9, 0) else "portable", request)
+        block = create_block_mask(masks[kind], None, None, length, length, device="cuda") if kind in masks else None
+        theirs = partial(compiled, *given, block_mask=block)
+        difference = relative_error(own(*given), theirs())
+        times = bench.times({"own": partial(own, *given), "FlexAttention": theirs})
+        rates = [2.0 * request.visible_macs / 1e9 / times[name] for name in ("own", "FlexAttention")]
+        rows.append([
+            str(dim), str(length), kind, *(f"{rate:.0f}" for rate in rates), f"{rates[0] / rates[1]:.2f}", f"{difference:.1e}",
+        ])  # fmt: skip
+    columns = ("head_dim", "tokens", "mask", "own", "FlexAttention", "own / FlexAttention", "difference of the results")
+    publish(options, "cuda_attention", "FlexAttention", columns, rows, ["TFLOP/s, bf16.", *conditions(bench)], "FlexAttention")
+
+
+RUN = {
+    "forward": forward, "ragged": ragged, "decode": decode, "special": special, "host": host, "error": error, "flex": flex,
+}  # fmt: skip
+
+
 def _host_time(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
@@ -314,7 +374,7 @@ def main() -> None:
     bench = Bench()
     with torch.no_grad():
         for section in chosen.only.split(","):
-            {"forward": forward, "ragged": ragged, "decode": decode, "special": special, "host": host}[section](bench, chosen)
+            RUN[section](bench, chosen)
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ def draw(found: Sweep, path: Path) -> None:
             basis = theirs[0].basis
             panel.plot(lengths, [q.middle for q in theirs], "s-", color="C3", label=f"{found.against} ({basis})")
         panel.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
+        panel.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        panel.set_xticks([], minor=True)
         panel.grid(True, which="both", alpha=0.2)
         panel.legend(fontsize=7)
     figure.suptitle(
