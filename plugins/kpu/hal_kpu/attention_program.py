@@ -30,23 +30,52 @@ _SOFTMAX, _MASK, _CAP = 10, 1, 8
 _FADE, _DIVIDE = 2, 1
 
 
+#: Keys in a tile of scores where an array has fewer columns and L2 has room: a longer PV hides more of the wave's way out.
+_KEYS = 64
+#: Elements of dim_qk that a piece of queries or keys in L2 should hold at least.
+_PIECE = 8
+
+
 @attrs.frozen
 class Blocks:
     """How attention is cut for one kind of array.
 
     Attributes:
-        rows, cols: of the array: query rows and keys of a tile of scores. arrays: how many work at once.
-        dtype_bytes: of an operand.
+        rows, cols: of the array. arrays: how many work at once. dtype_bytes: of an operand.
+        keys: in a tile of scores, a multiple of cols. Its rows are the array's.
     """
 
     rows: int
     cols: int
     arrays: int
     dtype_bytes: int
+    keys: int
 
     @classmethod
     def of(cls, profile: Profile, dtype: str) -> Blocks:
-        return cls(*profile.arrays(dtype), DTYPE_BYTES[dtype])
+        rows, cols, arrays = profile.arrays(dtype)
+        blocks = cls(rows, cols, arrays, DTYPE_BYTES[dtype], cols)
+        while blocks.keys * 2 <= _KEYS:
+            wider = attrs.evolve(blocks, keys=blocks.keys * 2)
+            if wider.staged(profile.count("buffers.l2")) < _PIECE:
+                break
+            blocks = wider
+        return blocks
+
+    @property
+    def wide(self) -> int:
+        """Array tiles in a tile of scores."""
+        return self.keys // self.cols
+
+    def staged(self, l2: int) -> int:
+        """Elements of dim_qk that pieces of queries and keys may have in an L2 of so many bytes, two of each held.
+
+        Beside them: scores of one tile and one array tile more, weights of two tiles, values of one array tile, and one
+        array tile of output.
+        """
+        pairs, b = self.rows * self.cols, self.dtype_bytes
+        rest = pairs * ((self.wide + 2) * _SUM_BYTES + 2 * self.wide * b) + self.keys * self.cols * b
+        return (l2 - rest) // (2 * (self.rows + self.cols) * b)
 
 
 def room(blocks: Blocks, dim_qk: int, dim_v: int, row_tiles: int = 1) -> int:
@@ -57,7 +86,7 @@ def room(blocks: Blocks, dim_qk: int, dim_v: int, row_tiles: int = 1) -> int:
     """
     b, rows = blocks.dtype_bytes, row_tiles * blocks.rows
     held = rows * (2 * dim_qk * b + dim_v * (_SUM_BYTES + b) + 2 * _SUM_BYTES)
-    return held + 2 * blocks.cols * (dim_qk + dim_v) * b
+    return held + 2 * blocks.keys * (dim_qk + dim_v) * b
 
 
 def longest_head(profile: Profile, dtype: str) -> int:
@@ -68,57 +97,76 @@ def longest_head(profile: Profile, dtype: str) -> int:
 
 
 def row_tiles(profile: Profile, request: AttentionRequest) -> int:
-    """Tiles of rows in a query block: as many as fit the L3, fewer where arrays would be left without work; equal blocks."""
+    """Tiles of rows in a query block: of those that fit the L3, the number that takes least time over all rounds.
+
+    A round takes, for each tile of keys, the longer of loading it and of computing it with all tiles of rows; and at its ends
+    its queries' way in and one tile's way through.
+    """
     r, blocks, held = request, Blocks.of(profile, request.dtype), profile.count("buffers.l3")
-    one = room(blocks, r.dim_qk, r.dim_v)
-    fit = (held - one) // (room(blocks, r.dim_qk, r.dim_v, 2) - one) + 1
-    tiles, heads = -(-r.len_q // blocks.rows), max(r.batch * r.heads_q, 1)
-    wanted = max(-(-blocks.arrays // heads), 1)  # blocks of each head
-    most = max(min(fit, -(-tiles // wanted)), 1)
-    return max(-(-tiles // max(-(-tiles // most), 1)), 1)
+    tiles, heads = -(-r.len_q // blocks.rows), r.batch * r.heads_q
+    wave, parts, lanes = blocks.rows + blocks.cols - 2, -(-r.dim_v // blocks.cols), profile["engines.vector_lanes"]
+    array = blocks.wide * (r.dim_qk + wave) + parts * (blocks.keys + wave)
+    vector = blocks.rows * (softmax_passes(r) * blocks.keys + _FADE * r.dim_v) / lanes
+    element = blocks.dtype_bytes / profile.bytes_per_cycle()  # cycles to load one
+    loaded, key_tiles = blocks.keys * (r.dim_qk + r.dim_v) * element, -(-r.len_k // blocks.keys)
+
+    def time(size: int) -> float:
+        every = heads * -(-tiles // size)
+        active = min(every, blocks.arrays)
+        sharing = min(active, max(active * heads // every, 1))  # heads in a round
+        ends = array + vector + active * size * blocks.rows * r.dim_qk * element
+        return -(-every // blocks.arrays) * (key_tiles * max(size * max(array, vector), sharing * loaded) + ends)
+
+    fit = [size for size in range(1, tiles + 1) if room(blocks, r.dim_qk, r.dim_v, size) <= held]
+    return min(fit, key=lambda size: (time(size), -size), default=1)
 
 
 class Round(NamedTuple):
     """What all arrays do in step. Where their blocks differ, each does, and counts, what the costliest of them does.
 
     Attributes:
-        block: number of the query block. rows: its rows. active: arrays that have work. seen: for each tile of keys that the
-            block sees, how many of its tiles of rows see it; first: number of the first such tile of keys.
+        rows: of a block. active: arrays that have work. heads: key heads among them: arrays of one head share what it loads.
+        seen: for each tile of keys that the block sees, how many of its tiles of rows see it. first: the first such tile.
     """
 
-    block: int
     rows: int
     active: int
+    heads: int
     seen: tuple[int, ...]
     first: int
 
 
 def rounds(profile: Profile, request: AttentionRequest) -> list[tuple[Round, int]]:
     """All rounds in order, equal ones together: (round, how often)."""
-    blocks, heads = Blocks.of(profile, request.dtype), request.batch * request.heads_q
-    size = row_tiles(profile, request) * blocks.rows
-    found = [_block(request, blocks, number, size) for number in range(-(-request.len_q // size))]
-    found = sorted((block for block in found if block.seen), key=lambda block: -sum(block.seen))
-    queue = [block for block in found for _ in range(heads)]
+    r, blocks = request, Blocks.of(profile, request.dtype)
+    size = row_tiles(profile, r) * blocks.rows
+    found = [_block(r, blocks, start, min(start + size, r.len_q)) for start in range(0, r.len_q, size)]
+    share = r.heads_q // max(r.heads_kv, 1)
+    queue = [(head // share, block) for head in range(r.batch * r.heads_q) for block in found if block.seen]
+    queue.sort(key=lambda item: -sum(item[1].seen))  # stable: blocks of a head stay together where they cost the same
     together = [queue[start : start + blocks.arrays] for start in range(0, len(queue), blocks.arrays)]
-    made = [part[0]._replace(active=len(part)) for part in together]
+    made = [part[0][1]._replace(active=len(part), heads=len({head for head, _ in part})) for part in together]
     return [(key, len(list(group))) for key, group in groupby(made)]
 
 
-def _block(request: AttentionRequest, blocks: Blocks, number: int, size: int) -> Round:
+def _block(request: AttentionRequest, blocks: Blocks, start: int, stop: int) -> Round:
     """One query block: which tiles of keys its tiles of rows see."""
-    start, stop = number * size, min((number + 1) * size, request.len_q)
     low, high = request.band(request.len_q, request.len_k)
     seen, first = [], None
-    for tile in range(-(-request.len_k // blocks.cols)):
-        keys = tile * blocks.cols, min((tile + 1) * blocks.cols, request.len_k)
+    for tile in range(-(-request.len_k // blocks.keys)):
+        keys = tile * blocks.keys, min((tile + 1) * blocks.keys, request.len_k)
         top = start if high is None else max(start, keys[0] - high)
         bottom = stop if low is None else min(stop, keys[1] - low)
         if top >= bottom:
             continue
         first = tile if first is None else first
         seen.append(-(-(bottom - start) // blocks.rows) - (top - start) // blocks.rows)
-    return Round(number, stop - start, 0, tuple(seen), first or 0)
+    return Round(stop - start, 0, 0, tuple(seen), first or 0)
+
+
+def softmax_passes(request: AttentionRequest) -> int:
+    """Operations of the vector unit on one score."""
+    return _SOFTMAX + _MASK * (request.mask != "none") + _CAP * (request.softcap is not None)
 
 
 def fused(profile: Profile, request: AttentionRequest) -> Program:
@@ -133,10 +181,10 @@ class _Writer:
         r, b = request, Blocks.of(profile, request.dtype)
         self.request, self.blocks, self.profile = r, b, profile
         self.block_tiles = row_tiles(profile, r)
-        self.passes = _SOFTMAX + _MASK * (r.mask != "none") + _CAP * (r.softcap is not None)
-        self.chunks = self._chunks(profile.count("buffers.l2"))
+        self.passes = softmax_passes(r)
+        self.pieces = self._pieces(self.blocks.staged(profile.count("buffers.l2")))
         self.parts = -(-r.dim_v // b.cols)  # array tiles across the value's dimension
-        self.active, self.turning = b.arrays, False
+        self.active, self.heads, self.turning = b.arrays, b.arrays, False
         self.program = Builder(f"attention {r.describe()}", arrays=b.arrays, dtype=r.dtype)
         self._buffers()
         size, region = b.dtype_bytes, self.program.region
@@ -146,26 +194,23 @@ class _Writer:
             "values": region(keys * r.dim_v * size), "output": region(queries * r.dim_v * size),
         }  # fmt: skip
 
-    def _chunks(self, l2: int) -> list[int]:
-        """Lengths of the pieces of dim_qk in which queries and keys pass L2: equal ones as long as fit beside the rest."""
-        b, dim = self.blocks, self.request.dim_qk
-        rest = b.rows * b.cols * (3 * _SUM_BYTES + 2 * b.dtype_bytes) + b.cols**2 * b.dtype_bytes
-        longest = max((l2 - rest) // (2 * (b.rows + b.cols) * b.dtype_bytes), 1)
-        number = -(-dim // longest)
+    def _pieces(self, most: int) -> list[int]:
+        """Lengths of the pieces of dim_qk in which queries and keys pass L2: as few as hold at most so many elements."""
+        dim = self.request.dim_qk
+        number = -(-dim // max(most, 1))
         return [dim // number + (i < dim % number) for i in range(number)]
 
     def _buffers(self) -> None:
         r, b, arrays = self.request, self.blocks, self.blocks.arrays
-        size, rows, deep = b.dtype_bytes, self.block_tiles * b.rows, self.chunks[0]
+        size, rows, deep = b.dtype_bytes, self.block_tiles * b.rows, max(self.pieces[0], b.keys)
         for name, level, slots, held in (
-            ("queries", "L3", 2, rows * r.dim_qk * size), ("keys", "L3", 2, b.cols * r.dim_qk * size),
-            ("values", "L3", 2, b.cols * r.dim_v * size), ("sums", "L3", 1, rows * (r.dim_v + 2) * _SUM_BYTES),
+            ("queries", "L3", 2, rows * r.dim_qk * size), ("keys", "L3", 2, b.keys * r.dim_qk * size),
+            ("values", "L3", 2, b.keys * r.dim_v * size), ("sums", "L3", 1, rows * (r.dim_v + 2) * _SUM_BYTES),
             ("output", "L3", self.block_tiles, b.rows * r.dim_v * size),
-            ("query", "L2", 2, b.rows * deep * size), ("key", "L2", 2, b.cols * deep * size),
-            ("value", "L2", 1, b.cols * b.cols * size), ("scores", "L2", 2, b.rows * b.cols * _SUM_BYTES),
-            ("weights", "L2", 2, b.rows * b.cols * size), ("mixed", "L2", 1, b.rows * b.cols * _SUM_BYTES),
-            ("row lanes", "L1", 2, b.rows * max(deep, b.cols) * size),
-            ("column lanes", "L1", 2, b.cols * max(deep, b.cols) * size),
+            ("query", "L2", 2, b.rows * self.pieces[0] * size), ("key", "L2", 2, b.cols * self.pieces[0] * size),
+            ("value", "L2", 1, b.keys * b.cols * size), ("scores", "L2", b.wide + 1, b.rows * b.cols * _SUM_BYTES),
+            ("weights", "L2", 2, b.rows * b.keys * size), ("mixed", "L2", 1, b.rows * b.cols * _SUM_BYTES),
+            ("row lanes", "L1", 2, b.rows * deep * size), ("column lanes", "L1", 2, b.cols * deep * size),
             ("outputs", "PE", 2, 0),
         ):  # fmt: skip
             self.program.buffer(name, level, slots, held * arrays)  # type: ignore[arg-type]
@@ -174,7 +219,7 @@ class _Writer:
         """All rounds. The output of a block is stored after the first loads of the next, which need not wait for it."""
         unstored: Round | None = None
         for each, times in rounds(self.profile, self.request):
-            self.active = each.active
+            self.active, self.heads = each.active, each.heads
             self._round(each, unstored)
             self.turning = True
             with self.program.loop(times - 1):
@@ -185,9 +230,9 @@ class _Writer:
         return self.program.build()
 
     def _round(self, each: Round, unstored: Round | None) -> None:
-        r, size, start = self.request, self.blocks.dtype_bytes, each.block * self.block_tiles * self.blocks.rows
+        r, size = self.request, self.blocks.dtype_bytes
         tiles = -(-each.rows // self.blocks.rows)
-        self._load("queries", tiles * self.blocks.rows * r.dim_qk * size, start * r.dim_qk * size, ())
+        self._load("queries", tiles * self.blocks.rows * r.dim_qk * size, 0, ())
         at, first = each.first, True
         for seen, group in groupby(each.seen):
             count = len(list(group))
@@ -199,7 +244,7 @@ class _Writer:
                 self._rows(seen - 1)
                 at, count, first = at + 1, count - 1, False
             with self.program.loop(count):
-                self._keys(at, (self.blocks.cols,))
+                self._keys(at, (self.blocks.keys,))
                 self._scores(release=seen == 1)
                 self._mix(release=True)
                 self._rows(seen - 1)
@@ -221,20 +266,20 @@ class _Writer:
             self._mix(release=False)
 
     def _load(self, name: str, size: int, offset: int, steps: tuple[int, ...]) -> None:
-        """A tile of every active array. steps: how far it moves with the turns of a loop inside the round's."""
-        r = self.request
+        """A tile of each array or key head. steps: how far it moves with the turns of a loop inside the round's."""
+        r, pieces = self.request, self.active if name == "queries" else self.heads
         length, dim = (r.len_q, r.dim_qk) if name == "queries" else (r.len_k, r.dim_v if name == "values" else r.dim_qk)
         pitch = max(length * dim * self.blocks.dtype_bytes, size)
-        outer = (self.active * pitch,) if self.turning else ()
-        place = Place(self.base[name] + offset, size, self.active, pitch, (*outer, *steps))
-        self.program.load(name, size * self.active, place=place, label=f"load {name}")
+        outer = (pieces * pitch,) if self.turning else ()
+        place = Place(self.base[name] + offset, size, pieces, pitch, (*outer, *steps))
+        self.program.load(name, size * pieces, place=place, label=f"load {name}")
 
     def _keys(self, tile: int, turns: tuple[int, ...]) -> None:
         r, size = self.request, self.blocks.dtype_bytes
         for name, dim in (("keys", r.dim_qk), ("values", r.dim_v)):
             row = dim * size
             steps = tuple(turn * row for turn in turns)
-            self._load(name, self.blocks.cols * row, tile * self.blocks.cols * row, steps)
+            self._load(name, self.blocks.keys * row, tile * self.blocks.keys * row, steps)
 
     def _store(self, each: Round) -> None:
         r, size = self.request, self.blocks.dtype_bytes
@@ -243,7 +288,7 @@ class _Writer:
             max(r.len_q * r.dim_v * size, self.blocks.rows * r.dim_v * size),
         )
         for number in range(-(-each.rows // self.blocks.rows)):
-            base = self.base["output"] + each.block * self.block_tiles * tile + number * tile
+            base = self.base["output"] + number * tile
             outer = (each.active * pitch,) if self.turning else ()
             place = Place(base, tile, each.active, pitch, outer)
             self.program.store("output", tile * each.active, place=place, label="store output")
@@ -251,8 +296,20 @@ class _Writer:
     def _scores(self, release: bool) -> None:
         """QK^T of one tile of rows and the held tile of keys, and its weights."""
         b, program = self.blocks, self.program
-        size, pairs, last = b.dtype_bytes * self.active, b.rows * b.cols * self.active, len(self.chunks) - 1
-        for number, deep in enumerate(self.chunks):
+        size, pairs = b.dtype_bytes * self.active, b.rows * b.keys * self.active
+        for column in range(b.wide):
+            self._array_tile(release and column == b.wide - 1)
+        taken = [Take("scores", offset=offset) for offset in range(b.wide - 1, -1, -1)]
+        program.vector(
+            taken, "weights", operations=pairs * self.passes, size=pairs * _SUM_BYTES + b.rows * b.keys * size,
+            label="online softmax",
+        )  # fmt: skip
+
+    def _array_tile(self, release: bool) -> None:
+        """QK^T of as many keys as the array has columns."""
+        b, program, last = self.blocks, self.program, len(self.pieces) - 1
+        size, pairs = b.dtype_bytes * self.active, b.rows * b.cols * self.active
+        for number, deep in enumerate(self.pieces):
             ends = number == last
             program.move(Take("queries", keep=True), "query", b.rows * deep * size, mover=0, label="query tile")
             program.move(Take("keys", keep=not (ends and release)), "key", b.cols * deep * size, mover=1, reorder="transpose",
@@ -264,8 +321,6 @@ class _Writer:
                 total=self.request.dim_qk if ends else 0, array=(b.rows, b.cols), macs=pairs * deep, label="QK^T",
             )  # fmt: skip
         program.drain("outputs", "scores", pairs * _SUM_BYTES, b.cols, label="scores")
-        program.vector("scores", "weights", operations=pairs * self.passes, size=pairs * _SUM_BYTES + b.rows * b.cols * size,
-                       label="online softmax")  # fmt: skip
 
     def _mix(self, release: bool) -> None:
         """WV of the oldest weights and the oldest tile of values."""
@@ -274,13 +329,13 @@ class _Writer:
         for part in range(self.parts):
             wide = min(b.cols, self.request.dim_v - part * b.cols)
             ends, elements = part == last, b.rows * wide * self.active
-            program.move(Take("values", keep=not (ends and release)), "value", b.cols * wide * size, mover=1,
+            program.move(Take("values", keep=not (ends and release)), "value", b.keys * wide * size, mover=1,
                          label="value tile")  # fmt: skip
-            program.feed_rows(Take("weights", keep=not ends), "row lanes", b.rows * b.cols * size, b.cols)
-            program.feed_cols("value", "column lanes", b.cols * wide * size, b.cols)
+            program.feed_rows(Take("weights", keep=not ends), "row lanes", b.rows * b.keys * size, b.keys)
+            program.feed_cols("value", "column lanes", b.keys * wide * size, b.keys)
             program.compute(
-                ["row lanes", "column lanes"], "outputs", steps=b.cols, total=b.cols, array=(b.rows, b.cols),
-                macs=elements * b.cols, label="WV",
+                ["row lanes", "column lanes"], "outputs", steps=b.keys, total=b.keys, array=(b.rows, b.cols),
+                macs=elements * b.keys, label="WV",
             )  # fmt: skip
             program.drain("outputs", "mixed", elements * _SUM_BYTES, b.cols, label="mixed values")
             program.vector("mixed", operations=elements * _FADE, size=elements * 3 * _SUM_BYTES, label="fade and add")
