@@ -5,7 +5,8 @@ fewest bytes served first, so equal ones get half each. Every time is a maximum 
 
 * a page visit starts when the bus is free, its bank open and its bank not in refresh;
 * the bank of a visit may be opened once the visit `lookahead` places before has ended;
-* every `refresh_interval` all banks are refreshed, one after the other; the bus waits, and pages are open again at the end.
+* every bank is refreshed once in a `refresh_interval`, the banks evenly spread over it; the bus waits for each of them for
+  its part of `refresh_time`.
 
 So a later event cannot make another one earlier (a greedy arbiter could: who comes first would change).
 Operands that stream together lie in different groups of banks (`movement.Builder.region`).
@@ -73,7 +74,8 @@ class Timing:
     Attributes:
         bytes_per_cycle: of the bus. channel: the same of one DMA channel.
         burst, page: bytes. banks, lookahead: numbers.
-        activate: cycles to change the page of a bank. interval: between refreshes of all banks. refresh: of one bank.
+        activate: cycles to change the page of a bank. interval: between two refreshes of one bank.
+        refresh: the bus waits for that of one bank.
     """
 
     bytes_per_cycle: float
@@ -145,12 +147,12 @@ class BankedMemory:
         self.timing = timing
         self.activate = timing.activate
         self.counters = MemoryCounters()
+        self._whole = skip_refresh is None
         self.refreshes_of = [bank != skip_refresh for bank in range(timing.banks)]
         self._burst = math.ceil(timing.burst / timing.bytes_per_cycle * TICKS)
         self._port = math.ceil(timing.burst / timing.channel * TICKS)
-        self._interval = round(timing.interval * TICKS)
-        window = timing.refresh * sum(self.refreshes_of) + timing.activate * (timing.refresh > 0)
-        self._window = math.ceil(window * TICKS)
+        self._interval = round(timing.interval * TICKS / timing.banks)  # from one bank's refresh to the next one's
+        self._window = math.ceil(timing.refresh * TICKS)
         self._activate = timing.activate * TICKS
         self._bus = 0
         self._ports: dict[int, int] = {}
@@ -166,8 +168,9 @@ class BankedMemory:
 
     def refreshes(self, cycles: int) -> list[int]:
         """Refreshes of each bank up to a cycle."""
-        times = cycles * TICKS // self._interval if self._window else 0
-        return [times * refreshed for refreshed in self.refreshes_of]
+        done = cycles * TICKS // self._interval if self._window else 0
+        banks = self.timing.banks
+        return [max(0, (done - bank + banks - 1) // banks) * kept for bank, kept in enumerate(self.refreshes_of)]
 
     def serve(self, group: Sequence[Transfer]) -> list[tuple[int, int]]:
         page, burst = self.timing.page, self.timing.burst
@@ -188,6 +191,25 @@ class BankedMemory:
         self.counters.bytes += sum(place.bytes for place in places)
         return [(start // TICKS, -(-end // TICKS)) for start, end in zip(starts, ends, strict=True)]
 
+    def _between_refreshes(self, start: int, work: int) -> tuple[int, int]:
+        """(start, end) of `work` on the bus from `start` on: at the end of every interval it waits for one bank's refresh."""
+        interval, part = self._interval, self._interval - self._window
+        turn, inside = divmod(start, interval)
+        if self._whole:
+            if inside >= part:
+                turn, inside = turn + 1, 0
+            turns, rest = divmod(inside + work - 1, part)
+            return turn * interval + inside, (turn + turns) * interval + rest + 1
+        banks, first = self.timing.banks, -1
+        while True:
+            room = part if self.refreshes_of[turn % banks] else interval
+            if inside < room:
+                first = turn * interval + inside if first < 0 else first
+                if work <= room - inside:
+                    return first, turn * interval + inside + work
+                work -= room - inside
+            turn, inside = turn + 1, 0
+
     def _visit(self, transfer: Transfer, page: int, bursts: int, ready: int) -> tuple[int, int]:
         counters, next_, channel = self.counters, self._next, transfer.channel
         bank = bank_of(transfer.base, page, self.timing.group)
@@ -200,12 +222,14 @@ class BankedMemory:
             opened = max(ready, self._ends[next_], self._bank_end[bank]) + self._activate
             if opened > start:
                 start = opened
-        phase = start % self._interval
-        if phase < self._window and start >= self._interval:
-            counters.refresh_stall += (self._window - phase) / TICKS
-            start += self._window - phase
-        self._bus = end = start + bursts * self._burst
-        counters.bus += bursts * self._burst / TICKS
+        work = bursts * self._burst
+        end = start + work
+        if self._window:
+            begin = start
+            start, end = self._between_refreshes(start, work)
+            counters.refresh_stall += (end - begin - work) / TICKS
+        self._bus = end
+        counters.bus += work / TICKS
         self._ports[channel] = port = start + bursts * self._port
         self._bank_end[bank] = self._ends[next_] = end
         self._next = next_ + 1 if next_ + 1 < len(self._ends) else 0
@@ -327,15 +351,17 @@ class AveragedMemory:
         self._reach = 0
         self._ports: dict[int, int] = {}
         self._costs: dict[tuple[Place, ...], _Ticks] = {}
-        away = timing.refresh * timing.banks + timing.activate if timing.refresh else 0.0
-        self._stretch = COARSE / (1 - away / timing.interval)  # the bus is away for refreshes
+        self._stretch = COARSE / (1 - timing.refresh * timing.banks / timing.interval)  # the bus waits for refreshes
 
     def serve(self, group: Sequence[Transfer]) -> list[tuple[int, int]]:
         key = tuple([transfer.place for transfer in group])
-        if key not in self._costs:
+        cold = key not in self._costs
+        if cold:
             self._costs[key] = self._scaled(group_cost(self.timing, key))
         cost = self._costs[key]
         ready = max([transfer.ready for transfer in group]) * COARSE
+        if cold:  # its first page is not open yet
+            ready += max(0, self.timing.activate * COARSE + cost.whole - cost.alone)
         begin = max(self.bus, ready + cost.alone - cost.whole)
         spans = []
         for index, transfer in enumerate(group):

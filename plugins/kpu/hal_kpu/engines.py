@@ -36,6 +36,10 @@ class DeadlockError(HalError, RuntimeError):
         self.waiting = dict(waiting)
 
 
+class TooSlow(HalError):  # noqa: N818
+    """A run that has passed its limit."""
+
+
 class BufferTooSmallError(ContractError):
     """Tiles that do not fit a memory. Says the buffer, its size and the need."""
 
@@ -124,6 +128,7 @@ class Engines:
         program, profile: what and on which machine. Checked to fit.
         memory: shared by all DMA channels.
         cycles: (rows, cols, total, preload) -> cycles of one array tile.
+        fault: something broken, for tests. limit: cycles after which the run is given up (`TooSlow`); 0: none.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class Engines:
         memory: Memory,
         cycles: TileCycles = tile_cycles,
         fault: Fault | None = None,
+        limit: int = 0,
     ) -> None:
         check_fit(program, profile)
         self.program, self.profile, self.memory, self._tile_cycles = program, profile, memory, cycles
@@ -155,6 +161,7 @@ class Engines:
         self._at: tuple[int, ...] = ()
         self._late: tuple[_Step, tuple[int, ...]] | None = None
         self._done = self._reused = 0
+        self._limit = limit
 
     def run(self) -> Timeline:
         """Run it.
@@ -357,6 +364,8 @@ class Engines:
             for item in turn.body:
                 self._do(item)
             index += 1
+            if self._limit and max(self._free) > self._limit:
+                raise TooSlow(f"program {self.program.name} takes more than {self._limit} cycles")
             if not self._steady or index >= turn.count or self._waiting or self._group:
                 continue
             base, state = self._relative(turn)

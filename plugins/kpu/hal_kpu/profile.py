@@ -59,8 +59,8 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "banks": Kind("count", 1, 1024, "each with one open page", whole=True),
         "lookahead": Kind("count", 1, 1024, "page visits whose bank may be opened ahead", whole=True),
         "activate": Kind("s", 0, 1e-3, "closing one page of a bank and opening another (tRP + tRCD)"),
-        "refresh_interval": Kind("s", 1e-9, 1, "between two refreshes of all banks (tREFI)"),
-        "refresh_time": Kind("s", 0, 1e-3, "a refresh of all banks, one after the other (tRFCab)"),
+        "refresh_interval": Kind("s", 1e-9, 1, "between two refreshes of one bank (tREFI)"),
+        "refresh_time": Kind("s", 0, 1e-3, "the bus waits in one interval for the refreshes of all banks (tRFCab)"),
     },
     "buffers": {
         "l3": Kind("B", 1, 1 << 40, "L3 beside one array", whole=True),

@@ -62,6 +62,7 @@ class ExecutionStats:
         utilization: MACs over what all PEs for this dtype could do in `cycles`.
         engines: `EngineTime` by engine. traffic: bytes by memory level ("dram", "l3", "l2", "l1") and by mover of bytes
             ("dma", "mover", "streamer"). macs_by_dtype: of the operands.
+        active_macs: multiply-accumulates that the stepped PEs did; None where none were stepped.
         execution_backend: the fidelity, and whether tile timing was reused.
         parts: operation by operation, for timelines.
     """
@@ -89,6 +90,7 @@ class ExecutionStats:
     traffic: dict[str, int] = attrs.field(factory=lambda: dict.fromkeys((*LEVELS, *MOVERS), 0))
     macs_by_dtype: dict[str, int] = attrs.field(factory=dict)
     timing_reused: bool = False
+    active_macs: int | None = None
     parts: list[Part] = attrs.field(factory=list, repr=False)
 
     @property
@@ -163,6 +165,13 @@ class ExecutionStats:
             self.execution_backend = f"{run.fidelity} (timing of equal tiles reused)"
         rows, cols, number = run.profile.arrays(program.dtype)
         self.peak_macs = max(self.peak_macs, rows * cols * number) if macs else self.peak_macs
+
+    def count(self, macs: int, operations: int, dtype: str) -> None:
+        """An operation's work where nothing is timed."""
+        self.total_macs += macs
+        self.vector_operations += operations
+        if macs:
+            self.macs_by_dtype[dtype] = self.macs_by_dtype.get(dtype, 0) + macs
 
 
 def _add_engines(total: dict[str, EngineTime], more: Mapping[str, EngineTime], before: int, cycles: int) -> None:

@@ -7,7 +7,7 @@ Loops whose state repeats are taken over exactly (`Engines`), so that a large pr
 from __future__ import annotations
 
 from .dram import AveragedMemory, Timing
-from .engines import Engines, Fault
+from .engines import Engines, Fault, TooSlow
 from .movement import Program
 from .profile import Profile
 from .stats import Run
@@ -23,3 +23,12 @@ def run_transactional(program: Program, profile: Profile, fault: Fault | None = 
     memory = AveragedMemory(Timing.of(profile))
     timeline = Engines(program, profile, memory, fault=fault).run()
     return Run(program=program, profile=profile, fidelity="transactional", timeline=timeline, memory=memory.counters)
+
+
+def cycles_below(program: Program, profile: Profile, limit: int) -> int | None:
+    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as possible."""
+    try:
+        cycles = Engines(program, profile, AveragedMemory(Timing.of(profile)), limit=limit).run().makespan
+    except TooSlow:
+        return None
+    return cycles if not limit or cycles < limit else None
