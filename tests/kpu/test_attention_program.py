@@ -76,7 +76,7 @@ def test_the_room_is_what_the_buffers_take():
     profile, r = load("t32x32"), request(1, 256, 256)
     blocks = Blocks.of(profile, "float32")
     taken = sum(b.slots * b.slot_bytes for b in fused(profile, r).buffers if b.level == "L3")
-    assert taken == room(blocks, 64, 64, row_tiles(profile, r))
+    assert taken == room(blocks, 64, 64, row_tiles(profile, r), 2)
 
 
 @pytest.mark.parametrize("name", ["t32x32", "t64", "t768"])

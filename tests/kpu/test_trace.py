@@ -64,6 +64,11 @@ def test_the_file_is_whole_json(timelines, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ContractError, match="nowhere is no folder"):
+        write_trace(tmp_path / "nowhere" / "a.json", {})
+
+
 def test_too_many_spans_are_refused_rather_than_cut(timelines):
     with pytest.raises(ContractError, match="10 are the most"):
         chrome_trace(timelines, _PROFILE, limit=10)

@@ -78,14 +78,14 @@ class Blocks:
         return (l2 - rest) // (2 * (self.rows + self.cols) * b)
 
 
-def room(blocks: Blocks, dim_qk: int, dim_v: int, row_tiles: int = 1) -> int:
+def room(blocks: Blocks, dim_qk: int, dim_v: int, row_tiles: int = 1, query_blocks: int = 1) -> int:
     """Bytes of L3 beside one array that a query block of `row_tiles` tiles needs.
 
-    Two blocks of queries, two tiles of keys and two of values (one is loaded while the other is read); the unnormalised output
-    and two float32 sums a row; the finished output, which waits to be stored.
+    The queries, or two blocks of them; two tiles of keys and two of values (one is loaded while the other is read); the
+    unnormalised output and two float32 sums a row; the finished output, which waits to be stored.
     """
     b, rows = blocks.dtype_bytes, row_tiles * blocks.rows
-    held = rows * (2 * dim_qk * b + dim_v * (_SUM_BYTES + b) + 2 * _SUM_BYTES)
+    held = rows * (query_blocks * dim_qk * b + dim_v * (_SUM_BYTES + b) + 2 * _SUM_BYTES)
     return held + 2 * blocks.keys * (dim_qk + dim_v) * b
 
 
@@ -117,7 +117,7 @@ def row_tiles(profile: Profile, request: AttentionRequest) -> int:
         ends = array + vector + active * size * blocks.rows * r.dim_qk * element
         return -(-every // blocks.arrays) * (key_tiles * max(size * max(array, vector), sharing * loaded) + ends)
 
-    fit = [size for size in range(1, tiles + 1) if room(blocks, r.dim_qk, r.dim_v, size) <= held]
+    fit = [size for size in range(1, tiles + 1) if room(blocks, r.dim_qk, r.dim_v, size, 2) <= held]
     return min(fit, key=lambda size: (time(size), -size), default=1)
 
 
@@ -181,6 +181,8 @@ class _Writer:
         r, b = request, Blocks.of(profile, request.dtype)
         self.request, self.blocks, self.profile = r, b, profile
         self.block_tiles = row_tiles(profile, r)
+        two = room(b, r.dim_qk, r.dim_v, self.block_tiles, 2) <= profile.count("buffers.l3")
+        self.query_blocks = 2 if two else 1  # the next one is loaded while the other is worked on
         self.passes = softmax_passes(r)
         self.pieces = self._pieces(self.blocks.staged(profile.count("buffers.l2")))
         self.parts = -(-r.dim_v // b.cols)  # array tiles across the value's dimension
@@ -204,7 +206,7 @@ class _Writer:
         r, b, arrays = self.request, self.blocks, self.blocks.arrays
         size, rows, deep = b.dtype_bytes, self.block_tiles * b.rows, max(self.pieces[0], b.keys)
         for name, level, slots, held in (
-            ("queries", "L3", 2, rows * r.dim_qk * size), ("keys", "L3", 2, b.keys * r.dim_qk * size),
+            ("queries", "L3", self.query_blocks, rows * r.dim_qk * size), ("keys", "L3", 2, b.keys * r.dim_qk * size),
             ("values", "L3", 2, b.keys * r.dim_v * size), ("sums", "L3", 1, rows * (r.dim_v + 2) * _SUM_BYTES),
             ("output", "L3", self.block_tiles, b.rows * r.dim_v * size),
             ("query", "L2", 2, b.rows * self.pieces[0] * size), ("key", "L2", 2, b.cols * self.pieces[0] * size),

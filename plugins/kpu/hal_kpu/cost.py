@@ -13,12 +13,15 @@ from functools import lru_cache
 import attrs
 
 from hal_core import AttentionRequest, Basis, Estimate, Provenance, Quantity
+from hal_core.request import DTYPE_BYTES
 
 from .attention_program import Blocks, fused
 from .energy import Energy, energy
+from .lowering import lower
 from .profile import Profile
 from .stats import ExecutionStats
 from .transactional import run_transactional
+from .work import Work
 
 #: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
 SPREAD = {
@@ -68,9 +71,9 @@ def _quantity(middle: float, provenance: Provenance, source: str) -> Quantity:
     return Quantity(middle * (1 - spread), middle * (1 + spread), Basis.MODELLED, provenance, source)
 
 
-def new_stats(profile: Profile) -> ExecutionStats:
-    """Empty counters of a tile-level run."""
-    return ExecutionStats(clock_hz=profile["clock.frequency"], profile=profile.name, execution_backend="transactional")
+def new_stats(profile: Profile, fidelity: str = "transactional") -> ExecutionStats:
+    """Empty counters of runs on a machine."""
+    return ExecutionStats(clock_hz=profile["clock.frequency"], profile=profile.name, execution_backend=fidelity)
 
 
 def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
@@ -96,11 +99,29 @@ def _slim(stats: ExecutionStats) -> ExecutionStats:
     return stats
 
 
+def product_cost(profile: Profile, batch: int, rows: int, outputs: int, length: int, dtype: str) -> Cost:
+    """Of `batch` products [rows, length] @ [length, outputs], from DRAM to DRAM; rows are filled up to whole tiles."""
+    tile = profile.arrays(dtype)[0]
+    return _product_cost(profile, batch, -(-rows // tile) * tile, outputs, length, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _product_cost(profile: Profile, batch: int, rows: int, outputs: int, length: int, dtype: str) -> Cost:
+    size, stats = DTYPE_BYTES[dtype], new_stats(profile)
+    work = Work(
+        engine="array", batch=batch, M=rows, N=outputs, K=length, reads_bytes=batch * (rows + outputs) * length * size,
+        writes_bytes=batch * rows * outputs * size, dtype=dtype,
+    )  # fmt: skip
+    program = lower(work, profile)
+    stats.add(None if program is None else run_transactional(program, profile))
+    return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
+
+
 def tiled(profile: Profile, request: AttentionRequest) -> AttentionRequest:
     """The request with lengths filled up to whole tiles, and without what does not change its cost."""
     r, blocks = request, Blocks.of(profile, request.dtype)
     return replace(
-        r, len_q=-(-r.len_q // blocks.rows) * blocks.rows, len_k=-(-r.len_k // blocks.cols) * blocks.cols, scale=None,
+        r, len_q=-(-r.len_q // blocks.rows) * blocks.rows, len_k=-(-r.len_k // blocks.keys) * blocks.keys, scale=None,
         softcap=None if r.softcap is None else 1.0, grads=frozenset(), lse=False, grad_lse=False, device="cpu",
         last_dim_contiguous=True, deterministic=False, max_error=None,
     )  # fmt: skip
@@ -109,9 +130,9 @@ def tiled(profile: Profile, request: AttentionRequest) -> AttentionRequest:
 def _shortened(profile: Profile, request: AttentionRequest) -> AttentionRequest:
     """The request itself, or one of the same proportions whose longer length has `LONGEST` tiles."""
     blocks = Blocks.of(profile, request.dtype)
-    tiles = max(request.len_q // blocks.rows, request.len_k // blocks.cols)
+    tiles = max(request.len_q // blocks.rows, request.len_k // blocks.keys)
     if tiles <= LONGEST:
         return request
     len_q = max(request.len_q * LONGEST // tiles // blocks.rows, 1) * blocks.rows
-    len_k = max(request.len_k * LONGEST // tiles // blocks.cols, 1) * blocks.cols
+    len_k = max(request.len_k * LONGEST // tiles // blocks.keys, 1) * blocks.keys
     return replace(request, len_q=len_q, len_k=len_k)

@@ -21,7 +21,9 @@ from hal_core import (
 )
 
 from .attention import Operands, backward, forward
+from .attention_baseline import Comparison, compare
 from .attention_program import Blocks
+from .cost import Cost, product_cost
 from .kernels import KERNELS, Kernel
 from .profile import Profile
 
@@ -44,7 +46,7 @@ class KPUSession:
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Queries and keys of a tile of scores in float32."""
         blocks = Blocks.of(self.profile, "float32")
-        return {"block_q": blocks.rows, "block_k": blocks.cols}
+        return {"block_q": blocks.rows, "block_k": blocks.keys}
 
     def prepare_attention(
         self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
@@ -72,8 +74,16 @@ class KPUSession:
         with torch.no_grad():
             return backward(prepared._replace(mask=mask), self._block_k(prepared), out, lse, grad_out, grad_lse)
 
+    def compare(self, request: AttentionRequest) -> Comparison:
+        """Both cycle counts of a call: fused on the chip, and with scores that go through DRAM."""
+        return compare(self.profile, request)
+
+    def product_cost(self, batch: int, rows: int, outputs: int, length: int, dtype: str) -> Cost:
+        """What `batch` products [rows, length] @ [length, outputs] cost."""
+        return product_cost(self.profile, batch, rows, outputs, length, dtype)
+
     def _block_k(self, call: Operands) -> int:
-        return Blocks.of(self.profile, str(call.query.dtype).removeprefix("torch.")).cols
+        return Blocks.of(self.profile, str(call.query.dtype).removeprefix("torch.")).keys
 
     def kernel(self, name: str) -> Kernel:
         """A callable of `hal_kpu.kernels`."""

@@ -78,7 +78,13 @@ def _names(queue: dict[str, int], profile: Profile, chip: int) -> list[dict[str,
 
 
 def write_trace(path: str | Path, trace: dict[str, Any]) -> Path:
-    """Write a trace whole or not at all. Raises OSError where the place cannot be written."""
+    """Write a trace whole or not at all.
+
+    Raises:
+        ContractError: the folder does not exist. OSError: the file cannot be written.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ContractError(f"{path} was given: {path.parent} is no folder, make it or choose another")
     write_whole(path, json.dumps(trace))
     return path
