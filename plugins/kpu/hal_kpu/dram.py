@@ -314,20 +314,21 @@ def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     calm = attrs.evolve(timing, refresh=0.0, channel=math.inf)  # both come in later
     scale = max(1.0, *(place.rows / _ROWS for place in places))
     cut = [attrs.evolve(place, rows=max(1, round(place.rows / scale))) for place in places]
+    turns = _TURNS if max(place.rows for place in cut) > 32 else 4 * _TURNS  # short ones meet bursts at more offsets
     whole = alone = hits = misses = 0.0
     for outer in _OUTER:
         memory = BankedMemory(calm)
-        for turn in range(_TURNS + 1):
-            last = turn == _TURNS  # the memory has waited before the last turn
+        for turn in range(turns + 1):
+            last = turn == turns  # the memory has waited before the last turn
             ready = math.ceil(memory.bus_cycles) + timing.activate if last else 0
             group = [Transfer(i, ready, place, place.base + _at(place, outer, turn)) for i, place in enumerate(cut)]
             memory.serve(group)
-            if turn == _TURNS - 1:  # without the first opening: a difference of maxima would not be monotone
-                whole += (memory.bus_cycles - timing.activate) / _TURNS / len(_OUTER)
+            if turn == turns - 1:  # without the first opening: a difference of maxima would not be monotone
+                whole += (memory.bus_cycles - timing.activate) / turns / len(_OUTER)
             elif last:
                 alone += (memory.bus_cycles - ready) / len(_OUTER)
-        hits += memory.counters.page_hits / (_TURNS + 1) / len(_OUTER)
-        misses += memory.counters.page_misses / (_TURNS + 1) / len(_OUTER)
+        hits += memory.counters.page_hits / (turns + 1) / len(_OUTER)
+        misses += memory.counters.page_misses / (turns + 1) / len(_OUTER)
     data = [
         sum(n for _, n in page_visits(p.base % timing.burst, p.row_bytes, p.rows, p.pitch, timing.page, timing.burst))
         * timing.burst for p in cut
@@ -349,14 +350,17 @@ class AveragedMemory:
         self.counters = MemoryCounters()
         self.bus = 0  # in 1/COARSE of a cycle
         self._reach = 0
+        self._touched: set[int] = set()  # groups of banks with an open page
         self._ports: dict[int, int] = {}
         self._costs: dict[tuple[Place, ...], _Ticks] = {}
         self._stretch = COARSE / (1 - timing.refresh * timing.banks / timing.interval)  # the bus waits for refreshes
 
     def serve(self, group: Sequence[Transfer]) -> list[tuple[int, int]]:
         key = tuple([transfer.place for transfer in group])
-        cold = key not in self._costs
-        if cold:
+        groups = {transfer.base // GROUP_BYTES for transfer in group}
+        cold = not groups <= self._touched
+        self._touched |= groups
+        if key not in self._costs:
             self._costs[key] = self._scaled(group_cost(self.timing, key))
         cost = self._costs[key]
         ready = max([transfer.ready for transfer in group]) * COARSE
