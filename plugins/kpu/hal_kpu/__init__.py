@@ -13,6 +13,7 @@ _NAMES = {
     "datasets": ("MNIST", "load_mnist"),
     "dfx": ("DFXError", "DFXOp", "DFXProgram", "MemoryLevel", "TensorSpec"),
     "fx_lowering": ("FXToKPUConverter",),
+    "gemm": ("GemmStats", "simulate_conv2d", "simulate_gemm"),
     "graph": ("DFXEmitter", "OpGraph", "OpNode"),
     "opcodes": ("OPCODES",),
     "operators": (
@@ -21,6 +22,11 @@ _NAMES = {
         "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "sqrt", "sum", "tanh", "transpose",
     ),
     "profile": ("Profile", "ProfileError"),
+    "runtime": (
+        "BEHAVIORAL", "CYCLE_ACCURATE", "KPURuntime", "TRANSACTIONAL", "get_clock_frequency", "get_fidelity",
+        "get_fidelity_name", "get_runtime", "set_clock_frequency", "set_fidelity",
+    ),
+    "stats": ("ExecutionStats",),
     "tensor": ("Tensor", "TensorMeta"),
     "torch_backend": ("KPUBackend", "register_kpu_backend"),
     "tracing": ("CompiledFunction", "compile", "jit"),
