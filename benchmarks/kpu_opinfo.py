@@ -43,8 +43,8 @@ def main() -> None:
     if given.list:
         for one in outcomes:
             if not one.graph or one.fallback or one.difference:
-                print(f"{one.name}: graph {one.graph}; host {', '.join(one.fallback) or 'nothing'}; {one.difference}")
-    left = collections.Counter(name for one in through for name in set(one.fallback))
+                print(f"{one.name}: graph {one.graph}; host {'; '.join(one.fallback) or 'nothing'}; {one.difference}")
+    left = collections.Counter(name for one in through for name in {text.split(":")[0] for text in one.fallback})
     rows = [
         ["entries of op_db", f"{len(entries)}", ""],
         ["with a float32 sample on the CPU that eager runs", f"{len(outcomes)}", ""],
@@ -54,7 +54,7 @@ def main() -> None:
     ]
     notes = [
         "Values are computed by the opcodes' functions on the host; shares are of the entries that go through a graph.",
-        "Entries that draw random numbers are compared by shape and type.",
+        "Entries that draw random numbers or give memory as it is (empty) are compared by shape and type.",
         "Left to the host most often: " + ", ".join(f"{name} ({count})" for name, count in left.most_common(25)) + ".",
     ]
     publish(
@@ -92,8 +92,10 @@ def attempt(op: Any) -> Outcome | None:
                 name, False, (), f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
             )
     coverage = measurement.coverage()
-    fallback = tuple(f"{host}" for host, _, _ in coverage.fallback)
-    return Outcome(name, coverage.nodes > 0, fallback, difference(got, want, _is_random(coverage)))
+    fallback = tuple(f"{host}: {reason}" for host, reason, _ in coverage.fallback)
+    return Outcome(
+        name, coverage.nodes > 0, fallback, difference(got, want, not (_is_random(coverage) or "empty" in name))
+    )
 
 
 def _is_random(coverage: Any) -> bool:
@@ -102,8 +104,11 @@ def _is_random(coverage: Any) -> bool:
     )
 
 
-def difference(got: Any, want: Any, random: bool) -> str:
-    """How values differ; "" where they do not, within what float32 rounding explains."""
+def difference(got: Any, want: Any, compared: bool) -> str:
+    """How values differ; "" where they do not, within what float32 rounding explains.
+
+    Shapes and types alone unless `compared`.
+    """
     flat_got, flat_want = (torch.utils._pytree.tree_leaves(value) for value in (got, want))
     if len(flat_got) != len(flat_want):
         return f"{len(flat_got)} results for {len(flat_want)}"
@@ -112,7 +117,7 @@ def difference(got: Any, want: Any, random: bool) -> str:
             continue
         if one.shape != other.shape or one.dtype != other.dtype:
             return f"{one.dtype}{list(one.shape)} for {other.dtype}{list(other.shape)}"
-        if random or other.layout != torch.strided:
+        if not compared or other.layout != torch.strided:
             continue
         wide = torch.complex128 if other.is_complex() else torch.float64
         one, other = one.to(wide), other.to(wide)

@@ -85,8 +85,8 @@ TIMM: dict[str, dict[str, Any]] = {
     "mixer_s32_224": {"img_size": 64, "num_classes": 10},
 }
 NAMES = [*TRANSFORMERS, *(f"timm:{name}" for name in TIMM)]
-#: Batch norms behind batch norms: float32 rounding alone moves their gradients by 1e-4, so they are compared in float64.
-IN_FLOAT64 = ("timm:mobilenetv3_small_050", "timm:efficientnet_b0")
+#: Norms cancel parts of their gradients so far that float32 rounding alone moves those by 1e-4: compared in float64.
+IN_FLOAT64 = ("timm:mobilenetv3_small_050", "timm:efficientnet_b0", "timm:mixer_s32_224")
 FULLY_ON_KPU = ("bert", "gpt2", "llama", "vit", "resnet18", "t5")
 
 

@@ -279,5 +279,5 @@ def test_a_symbolic_tensor_does_not_leave_its_function(draw):
 
 
 def test_an_unknown_fidelity_is_refused():
-    with pytest.raises(ContractError, match="fidelity is 5"):
+    with pytest.raises(ContractError, match="fidelity 5 was given"):
         hal_kpu.compile(lambda x: x, fidelity=5)

@@ -44,10 +44,10 @@ class GraphRecord:
 class Run:
     """One run of a graph; filled while it runs."""
 
-    def __init__(self, graph: GraphRecord) -> None:
-        self.graph = graph
+    def __init__(self, graph: GraphRecord, fidelity: int = 0) -> None:
+        self.graph, self.fidelity = graph, fidelity
         self.plans: list[Plan] = []
-        self.host_macs = self.host_bytes = self.boundary_bytes = 0
+        self.host_macs = self.host_bytes = self.boundary_bytes = self.active_macs = 0
         self.host_wall = self.kpu_wall = 0.0
         self.timings: list[Any] = []
 
@@ -71,6 +71,7 @@ class Coverage:
         fallback: ((operator, why, how often), ...) on the host.
         opcodes: DFX opcodes run, and how often.
         fidelity: "behavioral", "transactional" or "cycle_accurate".
+        active_macs: multiply-accumulates counted in the PEs, stepped cycle by cycle; CYCLE_ACCURATE only, else 0.
         execution: the timed runs' `ExecutionStats`, one for each program; empty in BEHAVIORAL.
     """
 
@@ -89,6 +90,7 @@ class Coverage:
     fallback: tuple[tuple[str, str, int], ...]
     opcodes: tuple[tuple[str, int], ...]
     fidelity: str
+    active_macs: int = 0
     execution: tuple[Any, ...] = attrs.field(default=(), repr=False)
 
     @property
@@ -156,14 +158,14 @@ FIDELITIES = ("behavioral", "transactional", "cycle_accurate")
 def cover(runs: Sequence[Run], fidelity: int = 0) -> Coverage:
     """Add runs up."""
     plans = [plan for run in runs for plan in run.plans]
-    timings = [timing for run in runs for timing in run.timings]
+    timings = [stats for run in runs for stats in run.timings]
     fallback = collections.Counter((op.name, op.reason) for run in runs for op in run.graph.fallback)
     opcodes: collections.Counter[str] = collections.Counter()
     for plan in plans:
         opcodes.update(op.opcode for op in plan.program.ops)
     frames = {run.graph.frame for run in runs if run.graph.kind != "backward"}
     kpu_macs, kpu_bytes = sum(plan.macs for plan in plans), sum(plan.bytes for plan in plans)
-    kpu_seconds = sum(timing.seconds for timing in timings) if timings else sum(run.kpu_wall for run in runs)
+    kpu_seconds = sum(stats.seconds for stats in timings) if timings else sum(run.kpu_wall for run in runs)
     return Coverage(
         graphs=len(runs),
         graph_breaks=max(len(frames) - 1, 0),
@@ -180,7 +182,8 @@ def cover(runs: Sequence[Run], fidelity: int = 0) -> Coverage:
         fallback=tuple((name, reason, count) for (name, reason), count in fallback.most_common()),
         opcodes=tuple(opcodes.most_common()),
         fidelity=FIDELITIES[fidelity],
-        execution=tuple(timing.stats for timing in timings),
+        active_macs=sum(run.active_macs for run in runs),
+        execution=tuple(timings),
     )
 
 

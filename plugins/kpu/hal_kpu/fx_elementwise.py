@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .emitter import Emitter, Number, Value
-from .fx_registry import NotLowered, lowers
+from .fx_registry import lowers
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -245,36 +245,43 @@ def widen(e: Emitter, x: Value) -> Value:
     return e.cast(x, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-@lowers(aten._to_copy.default)
-def to_copy(e: Emitter, x: Value, dtype: torch.dtype | None = None, **others: Any) -> Value:
-    if others.get("device") not in (None, torch.device("cpu")) or others.get("layout") not in (None, torch.strided):
-        raise NotLowered("to another device or layout")
-    return e.one("cast", x, dtype=str(dtype or x.dtype).removeprefix("torch."))
+@lowers(aten.ldexp.Tensor)
+def ldexp(e: Emitter, x: Value, exponent: Value) -> Value:
+    return x * e.one("pow", 2.0, exponent)
 
 
-@lowers(prims.convert_element_type.default)
-def convert_element_type(e: Emitter, x: Value, dtype: torch.dtype) -> Value:
-    return e.one("cast", x, dtype=str(dtype).removeprefix("torch."))
+@lowers(aten.frexp.Tensor)
+def frexp(e: Emitter, x: Value) -> tuple[Value, Value]:
+    """x = mantissa 2^exponent with 0.5 <= |mantissa| < 1. The logarithm may be one off, which the mantissa then shows."""
+    size = e.one("abs", x)
+    special = e.one("or", e.one("compare", size, 0, predicate="eq"), e.one("not", _is_finite(e, size)))
+    safe = e.one("where", special, e.one("fill", shape=(), scalar=0.5, dtype=str(x.dtype).removeprefix("torch.")), size)
+    exponent = e.one("floor", log2(e, safe)) + 1
+    mantissa = safe / e.one("pow", 2.0, exponent)
+    high = e.cast(e.one("compare", mantissa, 1, predicate="ge"), x.dtype)
+    low = e.cast(e.one("compare", mantissa, 0.5, predicate="lt"), x.dtype)
+    exponent = exponent + high - low
+    mantissa = mantissa * (1.0 - high * 0.5) * (low + 1.0)
+    signed = e.one("where", e.one("compare", x, 0, predicate="lt"), -mantissa, mantissa)
+    zero = e.one("fill", shape=(), scalar=0, dtype=str(x.dtype).removeprefix("torch."))
+    return e.one("where", special, x, signed), e.cast(e.one("where", special, zero, exponent), torch.int32)
 
 
-@lowers(aten.clone.default, aten.lift_fresh_copy.default)
-def clone(e: Emitter, x: Value, memory_format: Any = None) -> Value:
-    return e.copy(x)
+def _is_finite(e: Emitter, size: Value) -> Value:
+    return e.one("compare", size, math.inf, predicate="lt")
 
 
-@lowers(aten.alias.default, aten.detach.default, aten.lift_fresh.default)
-def alias(e: Emitter, x: Value) -> Value:
-    return x
+@lowers(aten.round.decimals)
+def round_decimals(e: Emitter, x: Value, *, decimals: int) -> Value:
+    if decimals == 0:
+        return e.one("round", x)
+    scale = 10.0 ** abs(decimals)
+    return e.one("round", x * scale) / scale if decimals > 0 else e.one("round", x / scale) * scale
 
 
-@lowers(aten.copy.default)
-def copy(e: Emitter, x: Value, source: Value, non_blocking: bool = False) -> Value:
-    same = e.cast(e.broadcast(source, x.shape), x.dtype)
-    return e.copy(same) if same is source else same
-
-
-@lowers(aten.fill.Scalar, aten.fill.Tensor)
-def fill(e: Emitter, x: Value, scalar: Value | Number) -> Value:
-    if isinstance(scalar, Value):
-        return e.broadcast(e.cast(scalar, x.dtype), x.shape)
-    return e.one("fill", shape=x.shape, scalar=scalar, dtype=str(x.dtype).removeprefix("torch."))
+@lowers(aten.angle.default)
+def angle(e: Emitter, x: Value) -> Value:
+    """Of real numbers: 0, or pi for negative ones."""
+    x = x if x.dtype.is_floating_point else e.cast(x, torch.float32)
+    below = e.cast(e.one("compare", x, 0, predicate="lt"), x.dtype)
+    return e.one("where", isnan(e, x), x, below * math.pi)

@@ -112,3 +112,73 @@ def masked_scatter(e: Emitter, x: Value, mask: Value, source: Value) -> Value:
         raise NotLowered("from an empty source")
     picked = e.one("index", flat, e.one("minimum", place, flat.shape[0] - 1), axes=(0,))
     return e.one("where", mask, e.reshape(picked, shape), x)
+
+
+@lowers(aten.put.default)
+def put(e: Emitter, x: Value, places: Value, source: Value, accumulate: bool = False) -> Value:
+    """Into x as one long row."""
+    flat = e.reshape(x, (x.tensor.numel(),))
+    row, values = (e.reshape(part, (part.tensor.numel(),)) for part in (places, source))
+    return e.reshape(
+        e.one("index_put", flat, values, e.cast(row, torch.int64), axes=(0,), accumulate=accumulate), x.shape
+    )
+
+
+@lowers(aten.index_reduce.default)
+def index_reduce(
+    e: Emitter, x: Value, axis: int, rows: Value, source: Value, reduce: str, *, include_self: bool = True
+) -> Value:
+    if x.ndim == 0:
+        return e.reshape(
+            index_reduce(e, *_row(e, x), rows, e.reshape(source, (1,)), reduce, include_self=include_self), ()
+        )
+    axis %= x.ndim
+    rows = e.reshape(rows, (rows.tensor.numel(),))
+    shape = [size if i == axis else 1 for i, size in enumerate(source.shape)]
+    places = e.broadcast(e.reshape(e.cast(rows, torch.int64), shape), source.shape)
+    return e.one("scatter", x, places, source, axis=axis, combine=_COMBINE[reduce], include_self=include_self)
+
+
+def _row(e: Emitter, x: Value) -> tuple[Value, int]:
+    """A single number as a row, and the row's axis."""
+    return e.reshape(x, (1,)), 0
+
+
+@lowers(aten.searchsorted.Tensor)
+def searchsorted(
+    e: Emitter, ordered: Value, x: Value, *, out_int32: bool = False, right: bool = False, side: str | None = None,
+    sorter: Value | None = None,
+) -> Value:  # fmt: skip
+    """How many of the ordered numbers lie before each of x: all are compared."""
+    if sorter is not None:
+        ordered = e.one("gather", ordered, sorter, axis=ordered.ndim - 1)
+    if ordered.ndim > 1:
+        ordered = e.reshape(ordered, (*ordered.shape[:-1], 1, ordered.shape[-1]))
+    before = "le" if right or side == "right" else "lt"
+    below = e.one("compare", ordered, e.reshape(x, (*x.shape, 1)), predicate=before)
+    count = e.sum(below, (below.ndim - 1,))
+    return e.cast(count, torch.int32) if out_int32 else count
+
+
+@lowers(aten.bucketize.Tensor)
+def bucketize(e: Emitter, x: Value, ordered: Value, *, out_int32: bool = False, right: bool = False) -> Value:
+    return searchsorted(e, ordered, x, out_int32=out_int32, right=right)
+
+
+@lowers(aten.histc.default)
+def histc(e: Emitter, x: Value, bins: int = 100, low: Number = 0, high: Number = 0) -> Value:
+    """Each element adds one to the bin it falls in; without bounds from the smallest to the largest element."""
+    flat = e.reshape(x, (x.tensor.numel(),))
+    kind = str(x.dtype).removeprefix("torch.")
+    ends = [e.one("fill", shape=(), scalar=end, dtype=kind) for end in (low, high)]
+    if low == high:
+        if low != 0:
+            raise NotLowered("between equal bounds")
+        ends = [e.one(opcode, flat, axes=(0,)) for opcode in ("reduce_min", "reduce_max")]
+    place = e.one("floor", (flat - ends[0]) * float(bins) / (ends[1] - ends[0]))
+    inside = e.one(
+        "and", e.one("compare", flat, ends[0], predicate="ge"), e.one("compare", flat, ends[1], predicate="le")
+    )  # fmt: skip
+    place = e.cast(e.one("minimum", e.one("maximum", place, 0.0), float(bins - 1)), torch.int64)
+    zero = e.one("fill", shape=(bins,), scalar=0, dtype=kind)
+    return e.one("scatter", zero, place, e.cast(inside, x.dtype), axis=0, combine="add")

@@ -14,13 +14,18 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from . import (  # noqa: F401  each registers its lowerings
+    fx_chebyshev,
+    fx_copies,
     fx_creation,
     fx_elementwise,
     fx_indexing,
+    fx_linear_algebra,
     fx_normalization,
+    fx_ordering,
     fx_products,
     fx_reductions,
     fx_shapes,
+    fx_special,
     fx_windows,
 )
 from .dfx import DFXProgram
@@ -192,6 +197,8 @@ def _call(emitter: Emitter, node: Node, env: dict[Node, Any]) -> Any:
         return node.target(*args, **kwargs)  # Python's arithmetic on sizes, or taking a tuple apart
     if node.target.overloadpacket.__name__.startswith("sym_"):
         return node.target(*(item.tensor if isinstance(item, Value) else item for item in args), **kwargs)
+    if node.target is aten._assert_scalar.default:
+        return node.target(*args, **kwargs)
     return None  # a check that tracing has made
 
 

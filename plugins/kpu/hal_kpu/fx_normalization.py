@@ -105,3 +105,19 @@ def batch_norm_training(
     return (
         out, e.reshape(centre, flat), e.reshape(scale, flat), e.cast(new_mean, mean.dtype), e.cast(new_variance, variance.dtype)
     )  # fmt: skip
+
+
+@lowers(aten._batch_norm_with_update_functional.default)
+def batch_norm_with_update(
+    e: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value,
+    variance: Value,
+    momentum: float,
+    eps: float,
+) -> tuple[Value, ...]:
+    out, centre, scale, *running = batch_norm_training(e, x, weight, bias, mean, variance, True, momentum, eps)
+    reserve = e.one("fill", shape=(0,), scalar=0, dtype="uint8")
+    return out, centre, scale, reserve, *running

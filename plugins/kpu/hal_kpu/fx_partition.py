@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,15 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils.flop_counter import flop_registry
 
-from .coverage import GraphRecord, HostOp, Run
+from .coverage import RECORDER, GraphRecord, HostOp, Run
 from .dfx import DFXProgram
 from .executor import Executor
 from .fx_lowering import _attribute, hint, is_operator, lower_graph, why_not
 from .fx_registry import NotLowered
 from .opcodes import OPCODES
+
+if TYPE_CHECKING:
+    from .stats import ExecutionStats
 
 _SHAPES_KEPT = 64  # programs of one partition that are kept, by sizes; the least recently used goes first
 
@@ -32,6 +37,16 @@ class Plan:
     def __init__(self, program: DFXProgram, outputs: list[Any], layouts: list[tuple[int, ...] | None]) -> None:
         self.program, self._outputs, self._layouts = program, outputs, layouts
         self._executor = Executor(program)
+        self._timed: tuple[Any, ExecutionStats] | None = None
+
+    def time(self, fidelity: int) -> ExecutionStats:
+        """What a run costs at a timed fidelity on the process's machine; worked out once."""
+        from .runtime import current_profile, time_program
+
+        machine = (fidelity, current_profile())
+        if self._timed is None or self._timed[0] != machine:
+            self._timed = machine, time_program(self.program, fidelity, machine[1])
+        return self._timed[1]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Any]:
         tensors = iter(self._executor.run(inputs))
@@ -107,16 +122,18 @@ class Partition(torch.nn.Module):
         begun = time.perf_counter()
         key = tuple(tuple(item.shape) if isinstance(item, Tensor) else item for item in args)
         plan = self._plans.get(key)
-        if plan is None:
-            plan, outputs = self._plan(args)
-            self._plans[key] = plan
-            if len(self._plans) > _SHAPES_KEPT:
-                self._plans.popitem(last=False)
-        else:
-            self._plans.move_to_end(key)
-            outputs = plan.run([item for item in args if isinstance(item, Tensor)] + self._constants)
+        with _values_of(self.run_now.fidelity if self.run_now is not None else 0) as counted:
+            if plan is None:
+                plan, outputs = self._plan(args)
+                self._plans[key] = plan
+                if len(self._plans) > _SHAPES_KEPT:
+                    self._plans.popitem(last=False)
+            else:
+                self._plans.move_to_end(key)
+                outputs = plan.run([item for item in args if isinstance(item, Tensor)] + self._constants)
         if self.run_now is not None:
             self.run_now.plans.append(plan)
+            self.run_now.active_macs += counted.active_macs if counted is not None else 0
             self.run_now.kpu_wall += time.perf_counter() - begun
         return outputs[0] if self.single else outputs
 
@@ -143,7 +160,7 @@ class _Supported(OperatorSupportBase):
 class CompiledGraph:
     """A graph as the KPU runs it: called with a list of tensors and numbers, gives a list."""
 
-    def __init__(self, gm: GraphModule, kind: str, frame: Any, on_run: Callable[[Run], None]) -> None:
+    def __init__(self, gm: GraphModule, kind: str, frame: Any, fidelity: Callable[[], int]) -> None:
         operators = [node for node in gm.graph.nodes if is_operator(node)]
         seen: dict[Any, str | None] = {}
         left_out = {node: reason for node in operators if (reason := why_not(node, seen)) is not None}
@@ -151,7 +168,7 @@ class CompiledGraph:
             kind=kind, frame=frame, nodes=len(operators), kpu_nodes=len(operators) - len(left_out),
             fallback=tuple(HostOp(str(node.target), reason) for node, reason in left_out.items()),
         )  # fmt: skip
-        self._on_run = on_run
+        self._fidelity = fidelity
         self._host: _Host | None = None
         self.partitions: list[Partition] = []
         if not left_out:
@@ -171,21 +188,34 @@ class CompiledGraph:
         return _Host(fused)
 
     def __call__(self, *args: Any) -> Any:
-        run = Run(self.record)
+        fidelity = self._fidelity()
+        run = Run(self.record, fidelity)
         for part in self.partitions:
             part.run_now = run
         try:
-            if self._host is None:
-                outputs = self.partitions[0](*args)
-            else:
-                self._host.begin(run)
-                with torch.no_grad():
+            with torch.no_grad():
+                if self._host is None:
+                    outputs = self.partitions[0](*args)
+                else:
+                    self._host.begin(run)
                     outputs = self._host.run(*args)
         finally:
             for part in self.partitions:
                 part.run_now = None
-        self._on_run(run)
+        if fidelity:
+            run.timings = [plan.time(fidelity) for plan in run.plans]
+        RECORDER.add(run, fidelity)
         return outputs
+
+
+def _values_of(fidelity: int) -> AbstractContextManager[Any]:
+    """Where products take their values: in CYCLE_ACCURATE from the PEs, stepped cycle by cycle."""
+    if fidelity != 2:
+        return contextlib.nullcontext()
+    from .runtime import current_profile
+    from .values import array_values
+
+    return array_values(current_profile(), "os")
 
 
 class _Host(Interpreter):

@@ -75,3 +75,27 @@ def convolution_backward(
         e.one("convolution_weight_grad", grad, x, w, **window) if mask[1] else None,
         e.sum(grad, (0, *range(2, grad.ndim))) if mask[2] else None,
     )
+
+
+@lowers(aten.addbmm.default)
+def product_sum(e: Emitter, start: Value, a: Value, b: Value, *, beta: Number = 1, alpha: Number = 1) -> Value:
+    """The sum over a batch of products: one product over batch and inner axis together."""
+    batch, rows, inner = a.shape
+    wide = e.reshape(e.transpose(a, (1, 0, 2)), (rows, batch * inner))
+    return product_and_sum(e, start, wide, e.reshape(b, (batch * inner, b.shape[2])), beta=beta, alpha=alpha)
+
+
+@lowers(aten._trilinear.default)
+def trilinear(
+    e: Emitter, a: Value, b: Value, c: Value, new_a: Sequence[int], new_b: Sequence[int], new_c: Sequence[int],
+    summed: Sequence[int], unroll: int = 1,
+) -> Value:  # fmt: skip
+    """Three factors with axes of size 1 put in, multiplied and summed."""
+
+    def widened(x: Value, axes: Sequence[int]) -> Value:
+        sizes = list(x.shape)
+        for axis in sorted(axes):
+            sizes.insert(axis, 1)
+        return e.reshape(x, sizes)
+
+    return e.sum(widened(a, new_a) * widened(b, new_b) * widened(c, new_c), tuple(summed))

@@ -1,4 +1,4 @@
-"""ATen's reductions, scans and sorts, as vector operations."""
+"""ATen's reductions, norms and softmax, as vector operations."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def axes_of(x: Value, axes: Axes) -> tuple[int, ...]:
     return tuple(axis % max(x.ndim, 1) for axis in ([axes] if isinstance(axes, int) else axes)) if x.ndim else ()
 
 
-def _accumulator(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def accumulator(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """What sums and products are kept in: integers in int64."""
     return wanted or (dtype if dtype.is_floating_point else torch.int64)
 
 
 @lowers(aten.sum.dim_IntList)
 def sum_axes(e: Emitter, x: Value, axes: Axes, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Value:
-    x = e.cast(x, _accumulator(x.dtype, dtype))
+    x = e.cast(x, accumulator(x.dtype, dtype))
     return e.sum(x, axes_of(x, axes), keepdim) if x.ndim else e.copy(x)
 
 
@@ -53,7 +53,7 @@ def mean_all(e: Emitter, x: Value, *, dtype: torch.dtype | None = None) -> Value
 
 @lowers(aten.prod.dim_int)
 def prod_axis(e: Emitter, x: Value, axis: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Value:
-    x = e.cast(x, _accumulator(x.dtype, dtype))
+    x = e.cast(x, accumulator(x.dtype, dtype))
     return e.one("prod", x, axis=axis % x.ndim, keepdims=keepdim) if x.ndim else e.copy(x)
 
 
@@ -169,83 +169,6 @@ def var_mean(
     return e.cast(variance, x.dtype), e.cast(mean, x.dtype)
 
 
-@lowers(aten.cumsum.default)
-def cumsum(e: Emitter, x: Value, axis: int, *, dtype: torch.dtype | None = None) -> Value:
-    return _scan(e, "add", e.cast(x, _accumulator(x.dtype, dtype)), axis)
-
-
-@lowers(aten.cumprod.default)
-def cumprod(e: Emitter, x: Value, axis: int, *, dtype: torch.dtype | None = None) -> Value:
-    return _scan(e, "mul", e.cast(x, _accumulator(x.dtype, dtype)), axis)
-
-
-def _scan(e: Emitter, kind: str, x: Value, axis: int) -> Value:
-    return e.one("scan", x, axis=axis % x.ndim, kind=kind) if x.ndim else e.copy(x)
-
-
-def _cumulative_extreme(e: Emitter, kind: str, x: Value, axis: int) -> tuple[Value, Value]:
-    """Running extremes, and where each was last seen: the running maximum of the places that equal it."""
-    if x.ndim == 0:
-        return e.copy(x), e.one("fill", shape=(), scalar=0, dtype="int64")
-    axis %= x.ndim
-    values = e.one("scan", x, axis=axis, kind=kind)
-    counted = e.one("iota", length=x.shape[axis], dtype="int64")
-    counted = e.reshape(counted, [size if i == axis else 1 for i, size in enumerate(x.shape)])
-    zero = e.one("fill", shape=(), scalar=0, dtype="int64")
-    seen = e.one("where", e.one("compare", x, values, predicate="eq"), counted, zero)
-    return values, e.one("scan", seen, axis=axis, kind="max")
-
-
-@lowers(aten.cummax.default)
-def cummax(e: Emitter, x: Value, axis: int) -> tuple[Value, Value]:
-    return _cumulative_extreme(e, "max", x, axis)
-
-
-@lowers(aten.cummin.default)
-def cummin(e: Emitter, x: Value, axis: int) -> tuple[Value, Value]:
-    return _cumulative_extreme(e, "min", x, axis)
-
-
-@lowers(aten.logcumsumexp.default)
-def logcumsumexp(e: Emitter, x: Value, axis: int) -> Value:
-    """Over exponentials of distances from the largest: safe where they do not span float32's range."""
-    if x.ndim == 0:
-        return e.copy(x)
-    axis %= x.ndim
-    top = e.one("reduce_max", x, axes=(axis,), keepdims=True)
-    return e.one("log", _scan(e, "add", e.one("exp", x - top), axis)) + top
-
-
-@lowers(aten.sort.default)
-def sort(e: Emitter, x: Value, axis: int = -1, descending: bool = False) -> tuple[Value, ...]:
-    if x.ndim == 0:
-        return e.copy(x), e.one("fill", shape=(), scalar=0, dtype="int64")
-    return e.many("sort", x, axis=axis % x.ndim, descending=descending)
-
-
-@lowers(aten.sort.stable)
-def sort_stable(
-    e: Emitter, x: Value, *, stable: bool | None = None, dim: int = -1, descending: bool = False
-) -> tuple[Value, ...]:
-    return sort(e, x, dim, descending)
-
-
-@lowers(aten.topk.default)
-def topk(e: Emitter, x: Value, k: int, axis: int = -1, largest: bool = True, ordered: bool = True) -> tuple[Value, ...]:
-    if x.ndim == 0:
-        return sort(e, x)
-    return tuple(e.slice(part, axis, 0, k) for part in sort(e, x, axis, largest))
-
-
-@lowers(aten.kthvalue.default)
-def kthvalue(e: Emitter, x: Value, k: int, axis: int = -1, keepdim: bool = False) -> tuple[Value, ...]:
-    if x.ndim == 0:
-        return sort(e, x)
-    axis %= x.ndim
-    shape = (*x.shape[:axis], *((1,) if keepdim else ()), *x.shape[axis + 1 :])
-    return tuple(e.reshape(e.slice(part, axis, k - 1, k), shape) for part in sort(e, x, axis))
-
-
 @lowers(aten._softmax.default)
 def softmax(e: Emitter, x: Value, axis: int, half_to_float: bool = False) -> Value:
     if x.ndim == 0:
@@ -285,3 +208,26 @@ def vector_norm(
     if order == 2:
         return e.one("sqrt", e.sum(x * x, axes, keepdim))
     return e.one("pow", e.sum(e.one("pow", x, float(order)), axes, keepdim), 1 / order)
+
+
+@lowers(aten._cdist_forward.default)
+def cdist(e: Emitter, a: Value, b: Value, order: float, mode: int | None) -> Value:
+    """Norms of all differences, [..., rows of a, rows of b]."""
+    left = e.reshape(a, (*a.shape[:-1], 1, a.shape[-1]))
+    right = e.reshape(b, (*b.shape[:-2], 1, *b.shape[-2:]))
+    return vector_norm(e, left - right, order, (-1,))
+
+
+@lowers(aten._pdist_forward.default)
+def pdist(e: Emitter, x: Value, order: float = 2.0) -> Value:
+    """The part of `cdist` of x with itself above the diagonal, row after row."""
+    rows = x.shape[0]
+    if rows > 256:
+        raise NotLowered("of more than 256 rows")
+    if rows < 2:
+        return e.one("fill", shape=(0,), scalar=0, dtype=str(x.dtype).removeprefix("torch."))
+    parts = []
+    for row in range(rows - 1):
+        away = e.slice(x, 0, row + 1, rows) - e.slice(x, 0, row, row + 1)
+        parts.append(vector_norm(e, away, order, (-1,)))
+    return e.one("concat", *parts, axis=0)

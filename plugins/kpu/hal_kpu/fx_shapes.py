@@ -170,7 +170,7 @@ def diagonal(e: Emitter, x: Value, offset: int = 0, first: int = 0, second: int 
 @lowers(aten.unfold.default)
 def unfold(e: Emitter, x: Value, axis: int, size: int, step: int) -> Value:
     if x.ndim == 0:
-        raise NotLowered("of a single number")
+        return e.slice(e.reshape(x, (1,)), 0, 0, size)
     axis, strides = axis % x.ndim, row_major(x.shape)
     shape = [*x.shape, size]
     shape[axis] = (x.shape[axis] - size) // step + 1
@@ -200,3 +200,38 @@ def as_strided_scatter(
     flat = (math.prod(shape),)
     sides = (e.reshape(x, (count,)), e.reshape(places, flat), e.reshape(source, flat))
     return e.reshape(e.one("scatter", *sides, axis=0, combine="replace"), x.shape)
+
+
+@lowers(aten.diagonal_scatter.default)
+def diagonal_scatter(e: Emitter, x: Value, source: Value, offset: int = 0, first: int = 0, second: int = 1) -> Value:
+    """The places of the diagonal, found by reading it of 0, 1, 2, ..., are written."""
+    count = x.tensor.numel()
+    places = diagonal(e, e.reshape(e.one("iota", length=count, dtype="int64"), x.shape), offset, first, second)
+    flat = (places.tensor.numel(),)
+    sides = (e.reshape(x, (count,)), e.reshape(places, flat), e.reshape(source, flat))
+    return e.reshape(e.one("scatter", *sides, axis=0, combine="replace"), x.shape)
+
+
+@lowers(aten.as_strided_copy.default)
+def as_strided_copy(e: Emitter, x: Value, shape: Sequence[int], strides: Sequence[int], offset: Any = None) -> Value:
+    return e.copy(as_strided(e, x, shape, strides, offset))
+
+
+@lowers(aten.view_copy.default)
+def view_copy(e: Emitter, x: Value, shape: Sequence[int]) -> Value:
+    return e.copy(view(e, x, shape))
+
+
+@lowers(aten.permute_copy.default)
+def permute_copy(e: Emitter, x: Value, order: Sequence[int]) -> Value:
+    return e.copy(e.transpose(x, order))
+
+
+@lowers(aten.narrow_copy.default)
+def narrow_copy(e: Emitter, x: Value, axis: int, start: int, length: int) -> Value:
+    return e.copy(slice_tensor(e, x, axis, start, start + length if start >= 0 else x.shape[axis] + start + length))
+
+
+@lowers(aten.unbind_copy.int)
+def unbind_copy(e: Emitter, x: Value, axis: int = 0) -> list[Value]:
+    return [e.copy(part) for part in unbind(e, x, axis)]

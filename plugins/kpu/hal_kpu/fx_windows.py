@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -115,3 +116,76 @@ def avg_pool3d(
     out = e.one("avg_pool", deep, kernel=(kernel[0], 1), stride=(stride[0], 1), padding=(padding[0], 0))
     out = e.reshape(out, (n, c, out.shape[2], rows, columns))
     return e.reshape(out, out.shape[1:]) if added else out
+
+
+@lowers(aten._adaptive_avg_pool3d.default)
+def adaptive_avg_pool3d(e: Emitter, x: Value, output_size: Sequence[int]) -> Value:
+    """Means over height and width, then over depth: each window is a product of three ranges."""
+    x, added = _batched(e, x, 5)
+    n, c, depth, height, width = x.shape
+    deep, rows, columns = output_size
+    flat = e.one("avg_pool", e.reshape(x, (n, c * depth, height, width)), output_size=(rows, columns))
+    out = e.one("avg_pool", e.reshape(flat, (n, c, depth, rows * columns)), output_size=(deep, rows * columns))
+    out = e.reshape(out, (n, c, deep, rows, columns))
+    return e.reshape(out, out.shape[1:]) if added else out
+
+
+def _ranges(size: int, windows: int) -> list[tuple[int, int]]:
+    """torch's adaptive windows: from floor(i size / windows) to ceil((i + 1) size / windows)."""
+    return [(i * size // windows, -(-(i + 1) * size // windows)) for i in range(windows)]
+
+
+def _adaptive_max(e: Emitter, x: Value, output_size: Sequence[int]) -> tuple[Value, Value]:
+    """Largest elements of windows, one after the other, and their places in the plane or volume."""
+    space = x.shape[-len(output_size) :]
+    lead = x.shape[: x.ndim - len(space)]
+    if math.prod(output_size) > 512:
+        raise NotLowered("to more than 512 windows")
+    places = e.reshape(e.one("iota", length=math.prod(space), dtype="int64"), (*(1,) * len(lead), *space))
+    places = e.broadcast(places, x.shape)
+    values, found = [], []
+    for windows in itertools.product(*(_ranges(*pair) for pair in zip(space, output_size, strict=True))):
+        part, where = x, places
+        for offset, (start, stop) in enumerate(windows):
+            part = e.slice(part, len(lead) + offset, start, stop)
+            where = e.slice(where, len(lead) + offset, start, stop)
+        part, where = (e.reshape(one, (*lead, math.prod(one.shape[len(lead) :]))) for one in (part, where))
+        best = e.one("argmax", part, axis=len(lead), keepdims=True)
+        values.append(e.one("gather", part, best, axis=len(lead)))
+        found.append(e.one("gather", where, best, axis=len(lead)))
+    shape = (*lead, *output_size)
+    joined = [e.reshape(e.one("concat", *parts, axis=len(lead)), shape) for parts in (values, found)]
+    return joined[0], joined[1]
+
+
+@lowers(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
+def adaptive_max_pool(e: Emitter, x: Value, output_size: Sequence[int]) -> tuple[Value, Value]:
+    return _adaptive_max(e, x, output_size)
+
+
+@lowers(aten.max_pool3d_with_indices.default)
+def max_pool3d(
+    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
+) -> tuple[Value, Value]:  # fmt: skip
+    """Height and width first; then, over depth, the best of those, which carries its place along."""
+    x, added = _batched(e, x, 5)
+    full = [tuple(s) * (3 if len(s) == 1 else 1) for s in (kernel, stride or kernel, padding, dilation)]
+    n, c, depth, height, width = x.shape
+    over, deep = ({key: part[1:] for key, part in zip(_WINDOW_NAMES, full, strict=True)},
+                  {key: (part[0], one) for key, part, one in zip(_WINDOW_NAMES, full, (1, 1, 0, 1), strict=True)})  # fmt: skip
+    flat, place = e.many("max_pool", e.reshape(x, (n, c * depth, height, width)), **over, ceil_mode=ceil_mode)
+    rows, columns = flat.shape[2:]
+    layers = e.reshape(flat, (n, c, depth, rows * columns))
+    out, best = e.many("max_pool", layers, **deep, ceil_mode=ceil_mode)  # best: depth * (rows * columns) + column
+    count = out.shape[2]
+    chosen = e.reshape(best, (n, c, count * rows * columns))
+    inside = e.one("gather", e.reshape(place, (n, c, depth * rows * columns)), chosen, axis=2)
+    layer = e.one("floor_divide", chosen, rows * columns)
+    shape = (n, c, count, rows, columns)
+    results = [e.reshape(out, shape), e.reshape(layer * (height * width) + inside, shape)]
+    first, second = (e.reshape(one, shape[1:]) for one in results) if added else results
+    return first, second
+
+
+_WINDOW_NAMES = ("kernel", "stride", "padding", "dilation")

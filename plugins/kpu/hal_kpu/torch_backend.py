@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch._dynamo.backends.common import aot_autograd  # noqa: F401  imported for its registration of boxed functions
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .coverage import RECORDER, Run, get_last_stats
+from .coverage import get_last_stats
 from .fx_lowering import FXToKPUConverter
 from .fx_partition import CompiledGraph
 from .fx_registry import LOWERINGS
@@ -50,12 +49,10 @@ class KPUBackend:
     """
 
     def __init__(self, fidelity: int | None = None) -> None:
-        if fidelity not in (None, 0, 1, 2):
-            from hal_core.errors import ContractError
+        from .runtime import check_fidelity
 
-            raise ContractError(
-                f"fidelity is {fidelity!r}, and BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2) or None is wanted."
-            )
+        if fidelity is not None:
+            check_fidelity(fidelity)
         self.fidelity = fidelity
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -64,7 +61,7 @@ class KPUBackend:
 
         def compiler(kind: str) -> Callable[..., Any]:
             def compile_graph(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-                return make_boxed_func(CompiledGraph(graph, kind, frame, self._on_run))
+                return make_boxed_func(CompiledGraph(graph, kind, frame, self._fidelity_now))
 
             return compile_graph
 
@@ -80,11 +77,12 @@ class KPUBackend:
                 decompositions=decompositions(),
             )
 
-    def _on_run(self, run: Run) -> None:
-        fidelity = self.fidelity
-        if fidelity is None:
-            fidelity = 0
-        RECORDER.add(run, fidelity)
+    def _fidelity_now(self) -> int:
+        if self.fidelity is not None:
+            return self.fidelity
+        from .runtime import get_fidelity
+
+        return get_fidelity()
 
 
 kpu = KPUBackend()

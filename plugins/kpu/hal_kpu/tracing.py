@@ -191,10 +191,10 @@ def compile(func: Callable[..., Any] | None = None, *, fidelity: int | None = 0,
         fidelity: BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2); None: what `set_fidelity` says at each call.
         optimize: whether transpositions go into the products that read them, and what nobody reads is left out.
     """
-    if fidelity not in (None, 0, 1, 2):
-        raise ContractError(
-            f"fidelity is {fidelity!r}, and BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2) or None is wanted."
-        )
+    from .runtime import check_fidelity
+
+    if fidelity is not None:
+        check_fidelity(fidelity)
     if func is None:
         return lambda function: CompiledFunction(function, fidelity, optimize)
     return CompiledFunction(func, fidelity, optimize)
