@@ -189,7 +189,8 @@ def _convolution_backward(
 
 def _input_gradient(mode: _ArrayMode, grad: Tensor, x: Tensor, w: Tensor, conv: _Convolution) -> Tensor:
     if conv.transposed:
-        return _direct(mode, _pad(grad, conv.padding, conv.padding), w, conv.stride, conv.dilation, conv.groups)
+        found = _direct(mode, _pad(grad, conv.padding, conv.padding), w, conv.stride, conv.dilation, conv.groups)
+        return found[(..., *(slice(size) for size in x.shape[2:]))]  # output_padding may leave room for one more
     axes = zip(x.shape[2:], grad.shape[2:], conv.stride, conv.padding, conv.dilation, w.shape[2:], strict=True)
     left = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in axes]
     return _transposed(mode, grad, w, attrs.evolve(conv, output_padding=left))
