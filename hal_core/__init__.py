@@ -19,27 +19,39 @@ from .errors import ContractError, DeviceUnavailableError, HalError, MemoryLimit
 from .errors import SelectionChangedError, UnknownBackendError, UnsupportedError
 from .hooks import API_VERSION, BackendSpec, hookimpl
 from .kernels import KernelSpec, kernel
-from .memory import Buffer, MemoryStats, PooledMemory
 from .protocols import AttentionBackend, MemoryManager, Session, SimpleSession, TilingStrategy
 from .registry import devices, register, session, unregister
 from .request import AttentionOutput, AttentionRequest, Causal, Grads, MaskKind, SequenceTables
 from .selection import Candidate, Decision, check_all, replay
-from .tiling import BlockPlan, DenseTiling, Tile, TilePlan, dense_mask, expand_block_plan, merge_partials, slice_mask
 
 if TYPE_CHECKING:
     from . import testing as testing
     from .calibration import Calibration, cache_dir
+    from .memory import Buffer, MemoryStats, PooledMemory
+    from .tiling import BlockPlan, DenseTiling, Tile, TilePlan
+
+    # isort: split
+    from .tiling import dense_mask, expand_block_plan, merge_partials, slice_mask
 
 __version__ = "0.1.0"
+
+
+#: What is imported when it is first used.
+_LATER = {
+    "calibration": ("Calibration", "cache_dir"), "memory": ("Buffer", "MemoryStats", "PooledMemory"),
+    "tiling": (
+        "BlockPlan", "DenseTiling", "Tile", "TilePlan", "dense_mask", "expand_block_plan", "merge_partials", "slice_mask"),
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name == "testing":  # the conformance kit, when it is first used
+    if name == "testing":  # the conformance kit
         return importlib.import_module(".testing", __name__)
-    if name in ("Calibration", "cache_dir"):
-        return getattr(importlib.import_module(".calibration", __name__), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkabl
 from .capabilities import Capabilities, Refusal
 from .device import Device, Estimate
 from .errors import UnsupportedError
-from .memory import Buffer, MemoryStats, PooledMemory
 from .request import AttentionOutput, AttentionRequest, Grads, SequenceTables
-from .tiling import BlockPlan, DenseTiling, TilePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .memory import Buffer, MemoryStats
+    from .tiling import BlockPlan, TilePlan
 
 Autograd = Literal["native", "explicit", "none"]
 
@@ -116,6 +117,9 @@ class SimpleSession:
     """
 
     def __init__(self, fn: Callable[..., Any], *, autograd: Autograd = "none", memory: MemoryManager | None = None) -> None:
+        from .memory import PooledMemory
+        from .tiling import DenseTiling
+
         self._fn, self._autograd = fn, autograd
         self.memory: MemoryManager = memory or PooledMemory()
         self.tiling: TilingStrategy = DenseTiling()
