@@ -278,6 +278,54 @@ def test_a_symbolic_tensor_does_not_leave_its_function(draw):
         hal_kpu.compile(lambda x: x + kept[0])(draw(2))
 
 
+@pytest.mark.parametrize("fidelity", [hal_kpu.TRANSACTIONAL, hal_kpu.CYCLE_ACCURATE])
+def test_a_timed_function_gives_the_same_values_and_what_they_cost(fidelity, draw):
+    w = Tensor(draw(5, 4))
+
+    def run(x):
+        return operators.relu(operators.linear(x, w)), operators.softmax(x)
+
+    x = draw(3, 4)
+    want = hal_kpu.compile(run)(x)
+    timed = hal_kpu.compile(run, fidelity=fidelity)
+    got, stats = timed.execute_with_stats(x)
+    again = timed(x)
+    for one, other, third in zip(got, again, want, strict=True):
+        torch.testing.assert_close(one.data, third.data)
+        assert torch.equal(one.data, other.data)
+    assert stats.cycles == timed.get_stats().cycles > 0
+    assert stats.total_macs == 3 * 4 * 5
+    assert stats.ops_executed == len(timed.dfx.ops)
+
+
+def test_integer_products_of_the_stepped_array_are_those_of_numpy(seed):
+    numbers = np.random.default_rng(seed).integers(-9, 9, (5, 7))
+    got = hal_kpu.compile(lambda a, b: a @ b, fidelity=hal_kpu.CYCLE_ACCURATE)(numbers, numbers.T.copy())
+    assert np.array_equal(got.numpy(), numbers @ numbers.T)
+
+
+def test_a_runtime_runs_a_traced_program(draw):
+    run = hal_kpu.compile(lambda x, y: x @ y)
+    x, y = draw(3, 4), draw(4, 2)
+    run(x, y)
+    out, stats = hal_kpu.KPURuntime(hal_kpu.TRANSACTIONAL).execute(run.dfx, {"x": Tensor(x), "y": y.numpy()})
+    assert isinstance(out, Tensor)
+    assert torch.allclose(out.data, x @ y)
+    assert stats.cycles > 0
+
+
+def test_a_function_without_a_fidelity_follows_the_process(draw):
+    run = hal_kpu.compile(lambda x: x + 1, fidelity=None)
+    try:
+        hal_kpu.set_fidelity(hal_kpu.TRANSACTIONAL)
+        run(draw(3))
+        assert run.stats.cycles > 0
+    finally:
+        hal_kpu.set_fidelity(hal_kpu.BEHAVIORAL)
+    run(draw(3))
+    assert run.stats is None
+
+
 def test_an_unknown_fidelity_is_refused():
     with pytest.raises(ContractError, match="fidelity 5 was given"):
         hal_kpu.compile(lambda x: x, fidelity=5)
