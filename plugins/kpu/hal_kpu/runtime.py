@@ -204,6 +204,8 @@ def _in_order(program: DFXProgram, inputs: Mapping[str, Any] | Sequence[Any]) ->
     """Inputs as tensors in the program's order, checked."""
     import torch
 
+    from .tensor import Tensor
+
     if isinstance(inputs, Mapping):
         strange = [name for name in inputs if name not in program.inputs]
         absent = [name for name in program.inputs if name not in inputs]
@@ -219,7 +221,7 @@ def _in_order(program: DFXProgram, inputs: Mapping[str, Any] | Sequence[Any]) ->
             raise ContractError(
                 f"program {program.name} takes {len(program.inputs)} inputs, {len(values)} were given: give each"
             )
-    tensors = [value if torch.is_tensor(value) else torch.as_tensor(getattr(value, "data", value)) for value in values]
+    tensors = [value.values() if isinstance(value, Tensor) else torch.as_tensor(value) for value in values]
     for name, tensor in zip(program.inputs, tensors, strict=True):
         spec = program.tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
