@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Figures(NamedTuple):
@@ -109,7 +109,7 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    return hopper_variants() | portable_variants((9, 0)) | portable_variants((8, 0))
+    return hopper_variants() | portable_variants((9, 0)) | portable_variants((8, 0)) | portable_variants((10, 0))
 
 
 def figures(kernel: Any) -> Figures:
@@ -119,7 +119,8 @@ def figures(kernel: Any) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"], encoding="utf-8")
-        command = [str(PTXAS), "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        program = ASSEMBLERS / ("ptxas-blackwell" if target.arch >= 100 else "ptxas")
+        command = [str(program), "-v", f"--gpu-name={arch}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", said))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))

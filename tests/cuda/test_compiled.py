@@ -67,3 +67,19 @@ def test_checks_on_a_gpu_are_recorded_for_every_kernel() -> None:
     found = subprocess.run([sys.executable, str(script), "--changed"], capture_output=True, text=True, check=False)
     assert found.returncode in (0, 1), found.stderr
     print(found.stdout)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    from triton import knobs
+
+    from hal_core import DeviceUnavailableError
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compile_table import portable_variants
+
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DeviceUnavailableError, match="TRITON_CACHE_DIR"):
+        portable_variants((8, 0))["sm_80 attend plain"]()
