@@ -18,6 +18,8 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils.flop_counter import flop_registry
 
+from hal_core.context import meter_var
+
 from .coverage import RECORDER, GraphRecord, HostOp, Run
 from .dfx import DFXProgram
 from .executor import Executor
@@ -205,6 +207,10 @@ class CompiledGraph:
         if fidelity:
             run.timings = [plan.time(fidelity) for plan in run.plans]
         RECORDER.add(run, fidelity)
+        if meter_var.get() is not None:
+            from .metering import meter_run
+
+            meter_run(run)
         return outputs
 
 
