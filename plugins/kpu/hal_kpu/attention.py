@@ -21,7 +21,7 @@ from torch import Tensor
 from hal_core import AttentionOutput, AttentionRequest, Grads, MaskKind
 
 #: Scores worked on at once on the host: what stays in a processor core's cache.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20
 
 
 class Operands(NamedTuple):
