@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -159,6 +160,25 @@ def test_macs_left_to_the_host_are_counted_there():
     assert torch.allclose(got, run(a, b), atol=1e-5)
     coverage = get_last_stats()
     assert (coverage.macs, coverage.kpu_macs) == (3 * 4 * 5, 0)
+
+
+def test_threads_that_run_one_model_do_not_mix():
+    """Each call of eight threads gets its own result; all calls are counted."""
+    model = Mixed()
+    compiled = torch.compile(model, backend="kpu", dynamic=True)
+    inputs = [torch.randn(rows, 6) for rows in range(2, 10)]
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():  # each thread has its own gradient mode
+            return compiled(x)
+
+    call(inputs[0])
+    with measure() as measurement, ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(call, inputs * 4))
+    for x, got in zip(inputs * 4, results, strict=True):
+        assert torch.allclose(got, model(x), atol=1e-6)
+    assert measurement.coverage().graphs == 32
+    assert measurement.coverage().macs == 4 * sum(len(x) for x in inputs) * (6 * 4 + 4 * 3)
 
 
 def test_graph_breaks_are_counted():

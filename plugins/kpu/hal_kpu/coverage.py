@@ -51,10 +51,6 @@ class Run:
         self.host_wall = self.kpu_wall = 0.0
         self.timings: list[Any] = []
 
-    @classmethod
-    def nothing(cls) -> Run:
-        return cls(GraphRecord("inference", None, 0, 0, ()))
-
 
 @attrs.frozen(kw_only=True)
 class Coverage:

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from .stats import ExecutionStats
 
 _SHAPES_KEPT = 64  # programs of one partition that are kept, by sizes; the least recently used goes first
+
+
+_RUN: ContextVar[Run | None] = ContextVar("hal_kpu_run", default=None)  # what partitions of this thread report to
 
 
 class Plan:
@@ -118,13 +122,12 @@ class Partition(torch.nn.Module):
         if self.single:
             output.args = (results,)
         self._layouts = [_layout(item) for item in results]
-        self.run_now: Run | None = None
 
     def forward(self, *args: Any) -> Any:
-        begun = time.perf_counter()
+        begun, run = time.perf_counter(), _RUN.get()
         key = tuple(tuple(item.shape) if isinstance(item, Tensor) else item for item in args)
         plan = self._plans.get(key)
-        with _values_of(self.run_now.fidelity if self.run_now is not None else 0) as counted:
+        with _values_of(run.fidelity if run is not None else 0) as counted:
             if plan is None:
                 plan, outputs = self._plan(args)
                 self._plans[key] = plan
@@ -133,10 +136,10 @@ class Partition(torch.nn.Module):
             else:
                 self._plans.move_to_end(key)
                 outputs = plan.run([item for item in args if isinstance(item, Tensor)] + self._constants)
-        if self.run_now is not None:
-            self.run_now.plans.append(plan)
-            self.run_now.active_macs += counted.active_macs if counted is not None else 0
-            self.run_now.kpu_wall += time.perf_counter() - begun
+        if run is not None:
+            run.plans.append(plan)
+            run.active_macs += counted.active_macs if counted is not None else 0
+            run.kpu_wall += time.perf_counter() - begun
         return outputs[0] if self.single else outputs
 
     def _plan(self, args: Sequence[Any]) -> tuple[Plan, list[Any]]:
@@ -171,14 +174,14 @@ class CompiledGraph:
             fallback=tuple(HostOp(str(node.target), reason) for node, reason in left_out.items()),
         )  # fmt: skip
         self._fidelity = fidelity
-        self._host: _Host | None = None
+        self._rest: GraphModule | None = None
         self.partitions: list[Partition] = []
         if not left_out:
             self.partitions = [Partition(gm.graph, lambda name: _attribute(gm, name), kind)]
         else:
-            self._host = self._split(gm, left_out)
+            self._rest = self._split(gm, left_out)
 
-    def _split(self, gm: GraphModule, left_out: dict[Node, str]) -> _Host:
+    def _split(self, gm: GraphModule, left_out: dict[Node, str]) -> GraphModule:
         partitioner = CapabilityBasedPartitioner(gm, _Supported(left_out), allows_single_node_partition=True)
         chosen = [part for part in partitioner.propose_partitions() if any(is_operator(node) for node in part.nodes)]
         fused = partitioner.fuse_partitions(chosen)
@@ -187,23 +190,17 @@ class CompiledGraph:
                 part = Partition(module.graph, lambda path, module=module: _attribute(module, path), name)
                 setattr(fused, name, part)
                 self.partitions.append(part)
-        return _Host(fused)
+        return fused
 
     def __call__(self, *args: Any) -> Any:
         fidelity = self._fidelity()
         run = Run(self.record, fidelity)
-        for part in self.partitions:
-            part.run_now = run
+        token = _RUN.set(run)
         try:
             with torch.no_grad():
-                if self._host is None:
-                    outputs = self.partitions[0](*args)
-                else:
-                    self._host.begin(run)
-                    outputs = self._host.run(*args)
+                outputs = self.partitions[0](*args) if self._rest is None else _Host(self._rest, run).run(*args)
         finally:
-            for part in self.partitions:
-                part.run_now = None
+            _RUN.reset(token)
         if fidelity:
             run.timings = [plan.time(fidelity) for plan in run.plans]
         RECORDER.add(run, fidelity)
@@ -227,12 +224,9 @@ def _values_of(fidelity: int) -> AbstractContextManager[Any]:
 class _Host(Interpreter):
     """Runs what is left of a graph on the host, and counts what crosses between it and the KPU."""
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, run: Run) -> None:
         super().__init__(gm)
         self._partitions = {node for node in gm.graph.nodes if node.op == "call_module"}
-        self._run = Run.nothing()
-
-    def begin(self, run: Run) -> None:
         self._run = run
 
     def run_node(self, n: Node) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -36,8 +37,8 @@ class CompiledFunction:
     Other arguments, such as numbers, are fixed at tracing, and another value traces anew.
 
     Attributes:
-        graph, dfx: of the last call (None before the first). stats: `ExecutionStats` of the last timed run; None in
-            BEHAVIORAL, which computes values alone.
+        graph, dfx: of the last call; None before the first.
+        stats: `ExecutionStats` of the last call; in BEHAVIORAL, which computes values alone, counts without cycles.
     """
 
     def __init__(self, function: Callable[..., Any], fidelity: int | None = 0, optimize: bool = True) -> None:
@@ -46,7 +47,7 @@ class CompiledFunction:
         self._signature = inspect.signature(function)
         self._cache: dict[Any, _Specialized] = {}
         self._last: _Specialized | None = None
-        self.stats: Any = None
+        self._stats: Any = None
 
     @property
     def graph(self) -> OpGraph | None:
@@ -55,6 +56,18 @@ class CompiledFunction:
     @property
     def dfx(self) -> DFXProgram | None:
         return self._last.program if self._last else None
+
+    @property
+    def stats(self) -> Any:
+        if self._stats is None and self._last is not None:
+            from .runtime import time_program
+
+            self._stats = time_program(self._last.program, 0)
+        return self._stats
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """As a method its first argument is the object, which counts as a plain value."""
+        return self if instance is None else types.MethodType(self, instance)
 
     def get_graph(self) -> OpGraph | None:
         return self.graph
@@ -71,7 +84,7 @@ class CompiledFunction:
         special, given = self._specialize(args, kwargs)
         if fidelity == 0:
             results = special.executor.run(special.inputs(given))
-            self.stats = None
+            self._stats = None
         else:
             results = self._timed(special, given, fidelity)
         return special.arrange([Tensor(result) for result in results])
@@ -93,7 +106,7 @@ class CompiledFunction:
         from .runtime import KPURuntime
 
         inputs = dict(zip(special.program.inputs, special.inputs(given), strict=True))
-        results, self.stats = KPURuntime(fidelity).execute(special.program, inputs)
+        results, self._stats = KPURuntime(fidelity).execute(special.program, inputs)
         return list(results) if isinstance(results, (tuple, list)) else [results]
 
     def _specialize(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Specialized, list[Tensor]]:
