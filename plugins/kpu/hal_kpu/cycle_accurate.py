@@ -8,12 +8,12 @@ import numpy as np
 
 from .array import multiply
 from .dram import AveragedMemory, BankedMemory, Timing
-from .engines import Engines, Fault
+from .engines import Engines, Fault, TooSlow
 from .movement import Program
 from .profile import Profile
 from .stats import Run
 
-REUSE_ABOVE = 200_000
+REUSE_ABOVE = 50_000
 """Instructions above which the timing of equal tiles is reused; the run then says so."""
 
 
@@ -51,3 +51,13 @@ def run_cycle_accurate(
     refreshes = tuple(memory.refreshes(timeline.makespan)) if isinstance(memory, BankedMemory) else ()
     return Run(program=program, profile=profile, fidelity="cycle_accurate", timeline=timeline, memory=memory.counters,
                refreshes=refreshes, reused=reuse)  # fmt: skip
+
+
+def accurate_below(program: Program, profile: Profile, limit: int) -> int | None:
+    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as possible."""
+    memory = BankedMemory(Timing.of(profile))
+    try:
+        cycles = Engines(program, profile, memory, stepped_cycles, limit=limit).run().makespan
+    except TooSlow:
+        return None
+    return cycles if not limit or cycles < limit else None

@@ -303,6 +303,12 @@ class _Ticks:
 _TURNS, _ROWS, _OUTER = 4, 128, (0, 1, 5)
 
 
+def _across(place: Place) -> int:
+    """Turns of the innermost loop in which a tile that goes on along its rows stays in them."""
+    step = abs(sum(place.steps[-1:]))
+    return (place.pitch - place.row_bytes) // step - 1 if 0 < step < place.pitch else 4 * _TURNS
+
+
 def _at(place: Place, outer: int, turn: int) -> int:
     """How far a place has moved in turn `turn` of the innermost loop, the loops around it in turn `outer`."""
     return outer * sum(place.steps[:-1]) + turn * sum(place.steps[-1:])
@@ -315,20 +321,23 @@ def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     scale = max(1.0, *(place.rows / _ROWS for place in places))
     cut = [attrs.evolve(place, rows=max(1, round(place.rows / scale))) for place in places]
     turns = _TURNS if max(place.rows for place in cut) > 32 else 4 * _TURNS  # short ones meet bursts at more offsets
+    turns = max(1, min(turns, *(_across(place) for place in cut)))
     whole = alone = hits = misses = 0.0
+    number = len(_OUTER) * turns
     for outer in _OUTER:
-        memory = BankedMemory(calm)
+        line, waits = BankedMemory(calm), BankedMemory(calm)
         for turn in range(turns + 1):
-            last = turn == turns  # the memory has waited before the last turn
-            ready = math.ceil(memory.bus_cycles) + timing.activate if last else 0
-            group = [Transfer(i, ready, place, place.base + _at(place, outer, turn)) for i, place in enumerate(cut)]
-            memory.serve(group)
-            if turn == turns - 1:  # without the first opening: a difference of maxima would not be monotone
-                whole += (memory.bus_cycles - timing.activate) / turns / len(_OUTER)
-            elif last:
-                alone += (memory.bus_cycles - ready) / len(_OUTER)
-        hits += memory.counters.page_hits / (turns + 1) / len(_OUTER)
-        misses += memory.counters.page_misses / (turns + 1) / len(_OUTER)
+            at = [place.base + _at(place, outer, turn) for place in cut]
+            ready = math.ceil(waits.bus_cycles) + timing.activate  # all that came before has ended
+            waits.serve([Transfer(i, ready, place, base) for i, (place, base) in enumerate(zip(cut, at, strict=True))])
+            if turn:  # at first its pages are not open
+                alone += waits.bus_cycles - ready
+            if turn < turns:
+                line.serve([Transfer(i, 0, place, base) for i, (place, base) in enumerate(zip(cut, at, strict=True))])
+        # without the first opening, which is a constant: a difference of maxima would not be monotone
+        whole += line.bus_cycles - timing.activate
+        hits, misses = hits + line.counters.page_hits, misses + line.counters.page_misses
+    whole, alone, hits, misses = whole / number, alone / number, hits / number, misses / number
     data = [
         sum(n for _, n in page_visits(p.base % timing.burst, p.row_bytes, p.rows, p.pitch, timing.page, timing.burst))
         * timing.burst for p in cut

@@ -134,7 +134,7 @@ def _simulate(
         stats.add(None, "matmul")
         stats.count(product.macs, 0, product.dtype)
         return stats
-    program = lower_product(product, profile, dataflow)
+    program = lower_product(product, profile, dataflow, fidelity == CYCLE_ACCURATE)
     if fidelity != CYCLE_ACCURATE:
         stats.add(run_transactional(program, profile), "matmul")
         tiles, steps, held = _tiles(product, rows, cols, dataflow)

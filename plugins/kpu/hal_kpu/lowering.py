@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import attrs
 
 from .array import Dataflow
+from .cycle_accurate import accurate_below
 from .engines import BufferTooSmallError, check_fit
 from .lowering_outputs import output_stationary
 from .lowering_stationary import operand_stationary
@@ -24,20 +25,22 @@ from .transactional import cycles_below
 from .work import Work
 
 PIECE_BYTES = 128
-"""Of one lane in one piece: two bursts of DRAM. Halved where the buffers do not hold it."""
+"""Of one lane in the deepest piece: two bursts of DRAM."""
+_FEW = 1000
+"""Pieces of a product up to which the page-level simulator may choose its schedule."""
 _MOST = 8
 """Of a panel, in tiles of height."""
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def lower(work: Work, profile: Profile, dataflow: Dataflow = "os") -> Program | None:
+def lower(work: Work, profile: Profile, dataflow: Dataflow = "os", accurate: bool = False) -> Program | None:
     """The movement program of an operation; None for one that moves nothing.
 
     Raises:
         BufferTooSmallError: the smallest tiles do not fit, with the buffer, its size and the need.
     """
     if work.engine == "array" and work.macs:
-        return lower_product(product_of(work), profile, dataflow)
+        return lower_product(product_of(work), profile, dataflow, accurate)
     if work.engine == "none" or not (work.reads_bytes or work.writes_bytes):
         return None
     operations = work.elements * work.passes if work.engine == "vector" else 0
@@ -76,18 +79,23 @@ def itemsize(dtype: str) -> int:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def lower_product(product: Product, profile: Profile, dataflow: Dataflow = "os") -> Program:
+def lower_product(product: Product, profile: Profile, dataflow: Dataflow = "os", accurate: bool = False) -> Program:
     """The fastest schedule of a product that fits.
+
+    `accurate`: by the page-level simulator, for products of few tiles; for larger ones the tile-level one chooses.
 
     Raises:
         BufferTooSmallError: none does.
     """
+    rows, cols, _ = profile.arrays(product.dtype)
+    pieces = -(-product.M // rows) * -(-product.N // cols) * -(-product.K * product.size // PIECE_BYTES)
+    below = accurate_below if accurate and pieces <= _FEW else cycles_below
     programs = sorted(_candidates(product, profile, dataflow), key=lambda program: _bound(program, profile))
     best, fastest = programs[0], 0
     for program in programs if len(programs) > 1 else ():
         if fastest and _bound(program, profile) >= fastest:
             break
-        cycles = cycles_below(program, profile, fastest)
+        cycles = below(program, profile, fastest)
         if cycles is not None:
             best, fastest = program, cycles
     return best
@@ -95,30 +103,25 @@ def lower_product(product: Product, profile: Profile, dataflow: Dataflow = "os")
 
 def _candidates(product: Product, profile: Profile, dataflow: Dataflow) -> list[Program]:
     """Every schedule that fits. Single buffers only where double ones do not fit: a slot more is never slower."""
-    refused: BufferTooSmallError | None = None
-    depth = min(max(1, PIECE_BYTES // product.size), 1 << (max(product.K, product.M, product.N) - 1).bit_length())
     found: list[Program] = []
-    while depth:
-        whole = True  # double buffers fit at this depth
-        for shape in _shapes(product, profile, dataflow):
-            for slots in (2, 1):
-                tiling = attrs.evolve(shape, depth=depth, slots=slots)
-                program = _write(product, tiling, profile, dataflow)
-                try:
-                    check_fit(program, profile)
-                except BufferTooSmallError as error:
-                    whole = whole and bool(tiling.panel)
-                    refused = error
-                    continue
-                found.append(program)
-                break
-        if found and whole:
-            break
-        depth //= 2
-    if not found:
-        assert refused is not None
-        raise refused
-    return found
+    refused: BufferTooSmallError | None = None
+    deepest = max(1, PIECE_BYTES // product.size)
+    for depths in ((deepest, deepest // 4), *((depth,) for depth in (deepest // 16, 1))):
+        for depth in depths:
+            for shape in _shapes(product, profile, dataflow) if depth else ():
+                for slots in (2, 1):
+                    program = _write(product, attrs.evolve(shape, depth=depth, slots=slots), profile, dataflow)
+                    try:
+                        check_fit(program, profile)
+                    except BufferTooSmallError as error:
+                        refused = error
+                        continue
+                    found.append(program)
+                    break
+        if found:
+            return found
+    assert refused is not None
+    raise refused
 
 
 def _write(product: Product, tiling: Tiling, profile: Profile, dataflow: Dataflow) -> Program:
@@ -134,6 +137,7 @@ def _shapes(product: Product, profile: Profile, dataflow: Dataflow) -> Iterator[
     if dataflow != "os":
         batches, _, right = spread(p.batch, 1, -(-(p.M if dataflow == "is" else p.N) // cols), arrays)
         yield Tiling(batches=batches, down=1, right=right, depth=1)
+        yield Tiling(batches=batches, down=1, right=right, depth=1, spill=True)
         return
     tiles = -(-p.M // rows), -(-p.N // cols)
     batches, down, right = spread(p.batch, *tiles, arrays)

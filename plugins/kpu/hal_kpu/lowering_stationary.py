@@ -1,14 +1,13 @@
 """Products with a stationary operand: its tiles are shifted into the PEs, the other operand streams past, sums move on.
 
 Written for stationary weights (b). Stationary inputs are the same schedule of the transposed product: a and b, M and N,
-rows and columns of the operands change places. Sums over K are added up in L3 where a strip of output fits there, else in
-DRAM: each part is then loaded again, added to, and stored.
+rows and columns of the operands change places. Sums over K are added up in L3, or in DRAM where a strip of output does not
+fit there: each part is then loaded again, added to, and stored.
 """
 
 from __future__ import annotations
 
-from .engines import capacity
-from .movement import Program
+from .movement import Place, Program
 from .product import Product, Tiling, Writer, runs
 from .profile import Profile
 
@@ -32,20 +31,18 @@ class _Stationary:
         self.steps, self.lanes = (product.N, product.M) if inputs else (product.M, product.N)
         self.tall, self.wide = min(rows, product.K), min(cols * tiling.right, self.lanes)
         self.depth = min(tiling.depth, self.steps)
-        self._buffers(profile)
+        self._buffers()
 
-    def _buffers(self, profile: Profile) -> None:
+    def _buffers(self) -> None:
         t, b, size = self.tiling, self.writer.builder, self.product.size
         x = t.batches * self.depth * self.tall * size
         w = t.batches * self.tall * self.wide * size
         sums, out = (t.batches * self.depth * self.wide * s for s in (SUM_BYTES, self.product.out_size))
         part = max(sums, out)
-        strip = t.batches * self.steps * self.wide * SUM_BYTES
-        used = t.slots * (x + w + 2 * part)
         rounds = -(-self.product.K // self.array[0])
-        self.resident = rounds == 1 or used + strip <= capacity(profile, "L3", t.arrays)
-        if self.resident and rounds > 1:
-            b.buffer("sums L3", "L3", 1, strip)  # in place: its mover alone touches it, in order
+        self.resident = rounds == 1 or not t.spill
+        if rounds > 1 and self.resident:  # in place: its mover alone touches it, in order
+            b.buffer("sums L3", "L3", 1, t.batches * self.steps * self.wide * SUM_BYTES)
         if not self.resident:
             b.buffer("part L3", "L3", t.slots, sums)
         for name, level, slots, size in (
@@ -85,7 +82,7 @@ class _Stationary:
         b.move("w L3", "w L2", size, mover=1, reorder="transpose" if self.inputs else "identity")
         b.feed_cols("w L2", "w L1", size, self.array[0])
         for count, step, deep, first, last in runs(self.steps, self.depth, True, True):
-            with writer.turns(count, **self._moves(deep, 0, 0)):
+            with writer.turns(count, **self._moves(deep, 0, 0), sums=t.batches * deep * wide * SUM_BYTES):
                 self._part(step, deep, lane, wide, k, tall, first, last, first_k, last_k)
 
     def _part(self, step: int, deep: int, lane: int, wide: int, k: int, tall: int, first: bool, last: bool, first_k: bool,
@@ -112,25 +109,14 @@ class _Stationary:
             b.move("c L2", "c L3", out, mover=2)
             b.store("c L3", out, channel=2, place=result, late=True)
         else:
-            self._through_dram(result, sums, out, first_k, last_k)
+            part = writer.scratch(step * t.batches * wide * SUM_BYTES, sums)
+            self._through_dram(part, result, first_k, last_k)
 
-    def _through_dram(self, result: object, sums: int, out: int, first_k: bool, last_k: bool) -> None:
-        """Add a part to what lies in DRAM. Sums are wider than results: they have a place of their own size."""
-        import attrs
-
-        from .movement import Place
-
-        assert isinstance(result, Place)
+    def _through_dram(self, part: Place, result: Place, first_k: bool, last_k: bool) -> None:
+        """Add a part to what lies in DRAM."""
         b = self.writer.builder
-        wider = sums // out if out < sums and sums % out == 0 else 1
-        part = (
-            attrs.evolve(result, row_bytes=result.row_bytes * wider)
-            if wider * out == sums
-            else Place(result.base, sums)
-        )
         if not first_k:
-            b.load("part L3", sums, channel=3, place=part)
-        takes = ("c L2",) if first_k else ("c L2", "part L3")
-        size = out if last_k else sums
-        b.move(takes, "c L3", size, mover=2, label="add up")
-        b.store("c L3", size, channel=2, place=result if last_k else part, late=True)
+            b.load("part L3", part.bytes, channel=3, place=part)
+        place = result if last_k else part
+        b.move(("c L2",) if first_k else ("c L2", "part L3"), "c L3", place.bytes, mover=2, label="add up")
+        b.store("c L3", place.bytes, channel=2, place=place, late=True)

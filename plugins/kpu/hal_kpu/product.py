@@ -46,6 +46,7 @@ class Tiling:
         depth: elements of K (or rows of the streamed operand, where an operand is stationary) in one piece.
         stays: the operand whose panel stays in L3 while the other streams. panel: its height in tiles; 0: none stays.
         slots: 2 for double buffers, 1 for single ones.
+        spill: with a stationary operand, sums over K are added up in DRAM, not in L3.
     """
 
     batches: int
@@ -55,6 +56,7 @@ class Tiling:
     stays: Stays = "a"
     panel: int = 0
     slots: int = 2
+    spill: bool = False
 
     @property
     def arrays(self) -> int:
@@ -90,15 +92,15 @@ class Writer:
             "a": p.batch * p.M * p.K * p.size, "b": p.batch * p.K * p.N * p.size, "c": p.batch * p.M * p.N * p.out_size,
         }  # fmt: skip
         self.base = {name: self.builder.region(size) for name, size in sizes.items()}
-        self._steps: list[tuple[int, int, int]] = []
+        self._steps: list[tuple[int, int, int, int]] = []
 
     @contextmanager
-    def turns(self, count: int, a: int = 0, b: int = 0, c: int = 0) -> Iterator[None]:
-        """A loop that moves a, b and c by so many bytes in each turn; no loop where it turns once."""
+    def turns(self, count: int, a: int = 0, b: int = 0, c: int = 0, sums: int = 0) -> Iterator[None]:
+        """A loop that moves a, b, c and sums by so many bytes in each turn; no loop where it turns once."""
         with ExitStack() as stack:
             if count != 1:
                 stack.enter_context(self.builder.loop(count))
-                self._steps.append((a, b, c))
+                self._steps.append((a, b, c, sums))
             yield
             if count != 1:
                 self._steps.pop()
@@ -118,6 +120,13 @@ class Writer:
         if cols == width:
             return Place(base, rows * cols * size, 1, 0, steps)
         return Place(base, cols * size, rows, width * size, steps)
+
+    def scratch(self, offset: int, size: int) -> Place:
+        """`size` bytes of sums that are not yet results, without gaps, in a region of their own."""
+        p = self.product
+        if "sums" not in self.base:
+            self.base["sums"] = self.builder.region(p.batch * max(p.M, p.N) * 4096 * 4)
+        return Place(self.base["sums"] + offset, size, 1, 0, tuple(step[3] for step in self._steps))
 
     def build(self) -> Program:
         return self.builder.build()

@@ -97,18 +97,26 @@ def get_runtime() -> KPURuntime:
     return KPURuntime(get_fidelity())
 
 
-@functools.lru_cache(maxsize=1 << 14)
 def time_work(work: Work, profile: Profile, fidelity: int, dataflow: Dataflow = "os") -> Run | None:
     """Timing of one operation; equal operations are timed once. None: it moves nothing, or the fidelity is BEHAVIORAL."""
     if fidelity == BEHAVIORAL:
         return None
+    return (_transactional if fidelity == TRANSACTIONAL else _cycle_accurate)(work, profile, dataflow)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _transactional(work: Work, profile: Profile, dataflow: Dataflow) -> Run | None:
     program = lower(work, profile, dataflow)
-    if program is None:
-        return None
-    return (run_transactional if fidelity == TRANSACTIONAL else run_cycle_accurate)(program, profile)
+    return None if program is None else run_transactional(program, profile)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)  # these hold every span
+def _cycle_accurate(work: Work, profile: Profile, dataflow: Dataflow) -> Run | None:
+    program = lower(work, profile, dataflow, accurate=True)
+    return None if program is None else run_cycle_accurate(program, profile)
+
+
+@functools.cache
 def _load_opcodes() -> Mapping[str, Any]:
     from .opcodes import OPCODES
 
