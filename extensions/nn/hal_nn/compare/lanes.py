@@ -43,7 +43,7 @@ class Lane:
 
     Attributes:
         name, device, place, baseline, scope: as in `Row`. network: the model's variant. refusals: reasons met, in order.
-        refused_batches: how many. once: whether it is timed in its metered pass alone. tallies: accuracy by repeat.
+        refused_batches: how many. once: whether it is timed once, being slow. tallies: accuracy by repeat.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
         records: the meter's, by group.
     """
@@ -63,6 +63,11 @@ class Lane:
     macs: dict[int, int] = attrs.field(factory=dict)
     calls: dict[int, int] = attrs.field(factory=dict)
     records: dict[int, list[Any]] = attrs.field(factory=dict)
+
+    @property
+    def timed_in_metered_pass(self) -> bool:
+        """Whether no further passes are made: it is slow, and its first pass is like any other."""
+        return self.once and self.scope is not Scope.COMPILED
 
     def forward(self, batch: Batch) -> Any:
         """The network on a batch."""

@@ -41,7 +41,8 @@ def compare(
     Each batch runs through the float64 reference, then once through every lane to warm up (metered, so that devices state
     their own time and energy), then `repeats` times through every lane, the order rotated: slow drifts of the machine
     reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would take longer
-    than `budget` seconds, judged by its first warm-up, is timed once, in the metered pass of the other batches.
+    than `budget` seconds, judged by its first warm-up, is timed once: in the metered pass of the other batches, but for a
+    compiled model, which compiles and plans for new lengths there.
 
     Raises:
         HalError: the text does not fit the model.
@@ -75,13 +76,14 @@ def compare(
                 if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
                     lane.once = True
                     del lane.tallies[1:]
-                elif lane.once and outputs is not None:
+                elif lane.timed_in_metered_pass and outputs is not None:
                     lane.tallies[0].add(batch, outputs, truth)
             for repeat in range(repeats):
                 turn = (repeat + number) % len(lanes)
                 for lane in lanes[turn:] + lanes[:turn]:
                     step(lane.name)
-                    if not lane.refusals and repeat < (number == 0 if lane.once else repeats):
+                    wanted = not (number and lane.timed_in_metered_pass) and repeat < len(lane.tallies)
+                    if not lane.refusals and wanted:
                         torch.manual_seed(repeat * len(tokens.batches) + number)
                         lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
@@ -128,7 +130,7 @@ def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
     lane.macs[group] = lane.macs.get(group, 0) + (sum(r.macs for r in records) if compiled else clock.macs)
     lane.calls[group] = lane.calls.get(group, 0) + (sum(r.calls for r in records) if compiled else clock.calls)
     lane.records.setdefault(group, []).extend(records)
-    if lane.once:
+    if lane.timed_in_metered_pass:
         _keep(lane, group, 0, wall, sum(r.wall for r in records) if compiled else clock.seconds)
     return outputs
 
