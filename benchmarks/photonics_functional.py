@@ -89,8 +89,9 @@ def main() -> None:
         rows.append([name, f"{statistics.median(values) * 1e3:.1f}", f"{min(values) * 1e3:.1f}", f"{ratio:.3f}", bar])
     title = f"Products of {SIZE}^3 at the functional level"
     columns = ["what", "median ms", "least ms", "time over ours, median of rounds", "bar"]
-    notes = [*equal_codes(), "They sum fractions in float32, we whole numbers: a sum within its rounding of a tie between two codes may go either "
-             "way.", "Processor time of one thread: other work on the machine then does not count.",
+    notes = [*equal_codes(),
+             "They sum fractions in float32, we whole numbers: a sum within its rounding of a tie may go either way.",
+             "Processor time of one thread: other work on the machine then does not count.",
              "Ours quantises both operands in the call; aihwkit's weights are in its tiles before. Its C++ tiles do not run "
              "with this torch (built for another one). Three ways were tried for the bar of 5 against its torch tiles: "
              "float32 products of whole tiles (1.8), by blocks of rows that stay in the cache (2.3), and eight-bit integer "
