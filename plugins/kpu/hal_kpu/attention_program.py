@@ -12,6 +12,8 @@ in L2; DRAM sees query, key, value and output alone. Blocks of different heads r
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -96,28 +98,30 @@ def longest_head(profile: Profile, dtype: str) -> int:
     return max((held - fixed) // (room(blocks, 1, 1) - fixed), 0)
 
 
+@lru_cache(maxsize=4096)
 def row_tiles(profile: Profile, request: AttentionRequest) -> int:
     """Tiles of rows in a query block: of those that fit the L3, the number that takes least time over all rounds.
 
-    A round takes, for each tile of keys, the longer of loading it and of computing it with all tiles of rows; and at its ends
-    its queries' way in and one tile's way through.
+    A round takes, for each tile of keys, the longer of loading it and of computing it with the tiles of rows that see it; and
+    at its ends its queries' way in and one tile's way through.
     """
     r, blocks, held = request, Blocks.of(profile, request.dtype), profile.count("buffers.l3")
-    tiles, heads = -(-r.len_q // blocks.rows), r.batch * r.heads_q
     wave, parts, lanes = blocks.rows + blocks.cols - 2, -(-r.dim_v // blocks.cols), profile["engines.vector_lanes"]
     array = blocks.wide * (r.dim_qk + wave) + parts * (blocks.keys + wave)
     vector = blocks.rows * (softmax_passes(r) * blocks.keys + _FADE * r.dim_v) / lanes
     element = blocks.dtype_bytes / profile.bytes_per_cycle()  # cycles to load one
-    loaded, key_tiles = blocks.keys * (r.dim_qk + r.dim_v) * element, -(-r.len_k // blocks.keys)
+    loaded, step = blocks.keys * (r.dim_qk + r.dim_v) * element, max(array, vector)
 
     def time(size: int) -> float:
-        every = heads * -(-tiles // size)
-        active = min(every, blocks.arrays)
-        sharing = min(active, max(active * heads // every, 1))  # heads in a round
-        ends = array + vector + active * size * blocks.rows * r.dim_qk * element
-        return -(-every // blocks.arrays) * (key_tiles * max(size * max(array, vector), sharing * loaded) + ends)
+        total = 0.0
+        for each, times in _cut(r, blocks, size):
+            tiles = sum(max(seen * step, each.heads * loaded) * many for seen, many in Counter(each.seen).items())
+            total += times * (tiles + array + vector + each.active * each.rows * r.dim_qk * element)
+        return total
 
-    fit = [size for size in range(1, tiles + 1) if room(blocks, r.dim_qk, r.dim_v, size, 2) <= held]
+    tiles = -(-r.len_q // blocks.rows)
+    sizes = {-(-tiles // number) for number in range(1, tiles + 1)}
+    fit = [size for size in sizes if room(blocks, r.dim_qk, r.dim_v, size, 2) <= held]
     return min(fit, key=lambda size: (time(size), -size), default=1)
 
 
@@ -138,10 +142,13 @@ class Round(NamedTuple):
 
 def rounds(profile: Profile, request: AttentionRequest) -> list[tuple[Round, int]]:
     """All rounds in order, equal ones together: (round, how often)."""
-    r, blocks = request, Blocks.of(profile, request.dtype)
-    size = row_tiles(profile, r) * blocks.rows
+    return _cut(request, Blocks.of(profile, request.dtype), row_tiles(profile, request))
+
+
+def _cut(r: AttentionRequest, blocks: Blocks, tiles: int) -> list[tuple[Round, int]]:
+    """The rounds of query blocks of so many tiles of rows."""
+    size, share = tiles * blocks.rows, r.heads_q // max(r.heads_kv, 1)
     found = [_block(r, blocks, start, min(start + size, r.len_q)) for start in range(0, r.len_q, size)]
-    share = r.heads_q // max(r.heads_kv, 1)
     queue = [(head // share, block) for head in range(r.batch * r.heads_q) for block in found if block.seen]
     queue.sort(key=lambda item: -sum(item[1].seen))  # stable: blocks of a head stay together where they cost the same
     together = [queue[start : start + blocks.arrays] for start in range(0, len(queue), blocks.arrays)]
@@ -152,6 +159,8 @@ def rounds(profile: Profile, request: AttentionRequest) -> list[tuple[Round, int
 def _block(request: AttentionRequest, blocks: Blocks, start: int, stop: int) -> Round:
     """One query block: which tiles of keys its tiles of rows see."""
     low, high = request.band(request.len_q, request.len_k)
+    if low is None and high is None:
+        return Round(stop - start, 0, 0, (-(-(stop - start) // blocks.rows),) * -(-request.len_k // blocks.keys), 0)
     seen, first = [], None
     for tile in range(-(-request.len_k // blocks.keys)):
         keys = tile * blocks.keys, min((tile + 1) * blocks.keys, request.len_k)

@@ -28,8 +28,9 @@ SPREAD = {
     Provenance.MEASURED_SILICON: 0.1, Provenance.VENDOR_PUBLISHED: 0.25, Provenance.PAPER_PROJECTION: 0.25,
     Provenance.ASSUMED: 0.5,
 }  # fmt: skip
-#: Tiles along a length that are simulated; a longer call takes its time from one of this length, by the pairs it computes.
-LONGEST = 256
+#: What an estimate simulates at most: tiles of scores (the root of their number in a head), and heads for each array. A larger
+#: call takes its time from one of this size, by the pairs that both compute.
+LONGEST, ROUNDS = 96, 2
 
 
 @attrs.frozen(kw_only=True)
@@ -128,11 +129,16 @@ def tiled(profile: Profile, request: AttentionRequest) -> AttentionRequest:
 
 
 def _shortened(profile: Profile, request: AttentionRequest) -> AttentionRequest:
-    """The request itself, or one of the same proportions whose longer length has `LONGEST` tiles."""
-    blocks = Blocks.of(profile, request.dtype)
-    tiles = max(request.len_q // blocks.rows, request.len_k // blocks.keys)
-    if tiles <= LONGEST:
-        return request
-    len_q = max(request.len_q * LONGEST // tiles // blocks.rows, 1) * blocks.rows
-    len_k = max(request.len_k * LONGEST // tiles // blocks.keys, 1) * blocks.keys
-    return replace(request, len_q=len_q, len_k=len_k)
+    """The request itself, or one of the same proportions with at most `LONGEST` squared tiles of scores, and fewer heads."""
+    r, blocks = request, Blocks.of(profile, request.dtype)
+    heads, share = r.batch * r.heads_kv, r.heads_q // max(r.heads_kv, 1)
+    if heads * share > ROUNDS * blocks.arrays:
+        heads = max(ROUNDS * blocks.arrays // share, 1)
+        r = replace(r, batch=1, heads_q=heads * share, heads_kv=heads)
+    tiles = r.len_q // blocks.rows * (r.len_k // blocks.keys)
+    if tiles > LONGEST**2:
+        part = LONGEST / tiles**0.5
+        len_q = max(round(r.len_q * part / blocks.rows), 1) * blocks.rows
+        len_k = max(round(r.len_k * part / blocks.keys), 1) * blocks.keys
+        r = replace(r, len_q=len_q, len_k=len_k)
+    return r
