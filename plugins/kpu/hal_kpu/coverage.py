@@ -131,6 +131,8 @@ class Coverage:
             "modelled": f"KPU time is modelled ({self.fidelity}, simulated); the host's is this machine's clock",
             "measured": "time is this machine's clock over values it computes itself: no model of the KPU's time",
         }[self.time_basis]
+        if not self.graphs:
+            return ["torch.compile sent no graph: all of it ran on the host, as nn.LSTM does"]
         left = [f"on the host: {name} x {count}: {reason}" for name, reason, count in self.fallback]
         return [head, basis, *(left or ["on the host: nothing"])]
 
@@ -253,5 +255,8 @@ measure = RECORDER.measure
 
 
 def get_last_stats() -> Coverage | None:
-    """The coverage of the last call of a model compiled with a KPU backend; None before the first."""
+    """The coverage of the last call of a model compiled with a KPU backend; None before the first.
+
+    A call of which torch.compile sends no graph leaves no trace here: `measure` then says that nothing ran.
+    """
     return RECORDER.last()

@@ -29,7 +29,8 @@ def layer_norm(
     axes = tuple(range(x.ndim - len(shape), x.ndim))
     variance, mean = moment(e, x, axes, 0, keepdim=True)
     scale = e.one("rsqrt", variance + eps)
-    return e.cast(_affine(e, (x - mean) * scale, weight, bias, tuple(shape)), kind), mean, scale
+    out = _affine(e, (x - mean) * scale, weight, bias, tuple(shape))
+    return e.cast(out, kind), e.cast(mean, kind), e.cast(scale, kind)
 
 
 @lowers(aten.native_group_norm.default)
@@ -67,11 +68,13 @@ def batch_norm_inference(
     eps: float,
 ) -> tuple[Value, Value, Value]:
     kind, shape = x.dtype, _channels(x)
-    scale = e.one("rsqrt", variance + eps)
+    weight, bias = (None if one is None else widen(e, one) for one in (weight, bias))
+    scale = e.one("rsqrt", widen(e, variance) + eps)
     scale = scale if weight is None else scale * weight
-    offset = -(mean * scale) if bias is None else bias - mean * scale
+    offset = widen(e, mean) * scale
+    offset = -offset if bias is None else bias - offset
     out = e.cast(widen(e, x) * e.reshape(scale, shape) + e.reshape(offset, shape), kind)
-    empty = e.one("fill", shape=(0,), scalar=0, dtype=str(widen(e, x).dtype).removeprefix("torch."))
+    empty = e.one("fill", shape=(0,), scalar=0, dtype=str(kind).removeprefix("torch."))
     return out, empty, empty
 
 
@@ -82,7 +85,7 @@ def batch_norm_no_stats(
     kind, shape, x = x.dtype, _channels(x), widen(e, x)
     _, mean, scale = _batch_statistics(e, x, eps)
     out = e.cast(_affine(e, (x - mean) * scale, weight, bias, shape), kind)
-    return out, e.reshape(mean, (shape[1],)), e.reshape(scale, (shape[1],))
+    return out, e.cast(e.reshape(mean, (shape[1],)), kind), e.cast(e.reshape(scale, (shape[1],)), kind)
 
 
 @lowers(aten._native_batch_norm_legit_functional.default)
@@ -100,11 +103,10 @@ def batch_norm_training(
     flat = (shape[1],)
     count = math.prod(x.shape) // max(shape[1], 1)
     unbiased = e.reshape(here, flat) * (count / max(count - 1, 1))
-    new_mean = mean * (1 - momentum) + e.reshape(centre, flat) * momentum
-    new_variance = variance * (1 - momentum) + unbiased * momentum
-    return (
-        out, e.reshape(centre, flat), e.reshape(scale, flat), e.cast(new_mean, mean.dtype), e.cast(new_variance, variance.dtype)
-    )  # fmt: skip
+    new_mean = widen(e, mean) * (1 - momentum) + e.reshape(centre, flat) * momentum
+    new_variance = widen(e, variance) * (1 - momentum) + unbiased * momentum
+    saved = [e.cast(e.reshape(one, flat), kind) for one in (centre, scale)]
+    return out, saved[0], saved[1], new_mean, new_variance
 
 
 @lowers(aten._batch_norm_with_update_functional.default)
