@@ -32,6 +32,10 @@ def as_list(function: Callable[..., Any]) -> Callable[..., list[Tensor]]:
     return lambda x: outputs(function(x))
 
 
+def in_a_list(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    return lambda a, b, c: [function(a, b, c)]
+
+
 def outputs(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
@@ -247,3 +251,22 @@ def test_programs_are_kept_by_sizes_and_the_oldest_goes(monkeypatch):
         numbers = [rows] * (len([node for node in graph.graph.nodes if node.op == "placeholder"]) - 1)
         assert torch.allclose(partition(*numbers, x)[0], x + x.sum(0))
     assert [next(item for item in key if isinstance(item, tuple)) for key in partition._plans] == [(5, 2), (4, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_in_sixteen_bits_round_no_worse_than_eager(dtype, draw):
+    """Statistics are kept wide inside; only what comes out is rounded."""
+    x, mean, spread = draw(4, 6, 5, 5) + 3, draw(6), draw(6).abs() + 0.1
+    functions: list[Callable[..., Tensor]] = [
+        lambda x, mean, spread: F.batch_norm(x, mean, spread, spread, mean),
+        lambda x, mean, spread: F.layer_norm(x, (5,)), lambda x, mean, spread: F.group_norm(x, 2, spread, mean),
+        lambda x, mean, spread: x.mean((0, 2)), lambda x, mean, spread: x.var(1), lambda x, mean, spread: F.gelu(x),
+    ]  # fmt: skip
+    for function in functions:
+        inputs = [one.to(dtype) for one in (x, mean, spread)]
+        exact = function(*(one.double() for one in inputs))
+        program = convert(in_a_list(function), *inputs)
+        got = Executor(program).run(inputs)[0]
+        assert got.dtype == dtype
+        far, eager = (float((one.double() - exact).norm()) for one in (got, function(*inputs)))
+        assert far <= 1.3 * eager

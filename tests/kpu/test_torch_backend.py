@@ -89,18 +89,21 @@ def test_a_model_in_training_gets_the_gradients_it_gets_without_the_kpu(name, se
 
 @pytest.mark.parametrize("automatic", [False, True])
 @pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU))
-def test_a_model_in_bfloat16_lowers_whole_and_is_as_near_as_its_type(name, automatic, seed):
-    """Weights in bfloat16, and float32 weights under autocast."""
+def test_a_model_in_bfloat16_lowers_whole_and_rounds_no_worse_than_eager(name, automatic, seed):
+    """Weights in bfloat16, and float32 weights under autocast; both set against the same model in float64."""
     model, inputs = build(name, seed)
+    model.train()
+    wide = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    exact = floats(copy.deepcopy(model).double()(**wide))
     if not automatic:
         model = model.bfloat16()
         inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
-    model.train()
     other = copy.deepcopy(model)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=automatic):
-        got, want = floats(torch.compile(model, backend="kpu")(**inputs)), floats(other(**inputs))
-    assert [one.dtype for one in got] == [one.dtype for one in want]
-    assert max(distance(one.float(), another.float()) for one, another in zip(got, want, strict=True)) <= 2e-2
+        got, eager = floats(torch.compile(model, backend="kpu")(**inputs)), floats(other(**inputs))
+    assert [one.dtype for one in got] == [one.dtype for one in eager]
+    for one, another, want in zip(got, eager, exact, strict=True):
+        assert distance(one.double(), want) <= 1.3 * distance(another.double(), want)
     sum(one.float().sum() for one in got).backward()
     assert get_last_stats().fallback == ()
 
