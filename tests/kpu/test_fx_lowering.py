@@ -259,7 +259,7 @@ def test_norms_in_sixteen_bits_round_no_worse_than_eager(dtype, draw):
     """Statistics are kept wide inside; only what comes out is rounded."""
     x, mean, spread = draw(4, 6, 5, 5) + 10, draw(6) + 10, draw(6).abs() + 0.1  # far from 0: what is near cancels
     functions: list[Callable[..., Tensor]] = [
-        lambda x, mean, spread: aten._native_batch_norm_legit_no_training(x, spread, mean, mean, spread, 0.1, 1e-5)[0],
+        lambda x, mean, spread: aten._native_batch_norm_legit_no_training(x, spread, spread, mean, spread, 0.1, 1e-5)[0],
         lambda x, mean, spread: F.layer_norm(x, (5,)), lambda x, mean, spread: F.group_norm(x, 2, spread, mean),
         lambda x, mean, spread: x.mean((0, 2)), lambda x, mean, spread: x.var(1), lambda x, mean, spread: F.gelu(x),
     ]  # fmt: skip
