@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hal_kpu.attention_program import Blocks, fused, longest_head, room, rounds, row_tiles
+from hal_kpu.attention_blocks import Blocks, longest_head, room, rounds, row_tiles
+from hal_kpu.attention_program import fused
 from hal_kpu.cycle_accurate import run_cycle_accurate
 from hal_kpu.engines import BufferTooSmallError
 from hal_kpu.movement import Opcode

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hal_kpu.attention_program import longest_head
+from hal_kpu.attention_blocks import longest_head
 from hal_kpu.backend import KPUDevices
 from hal_kpu.profile import load
 

@@ -9,7 +9,8 @@ import attrs
 from hal_core import AttentionRequest
 from hal_core.request import DTYPE_BYTES
 
-from .attention_program import fused, softmax_passes
+from .attention_blocks import softmax_passes
+from .attention_program import fused
 from .cost import new_stats
 from .cycle_accurate import run_cycle_accurate
 from .energy import energy

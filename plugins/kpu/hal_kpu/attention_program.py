@@ -1,181 +1,23 @@
 """Fused attention as a movement program: which tiles move where, and what the array and the vector unit do with them.
 
-An array works through one block of query rows of one head at a time. A block holds as many rows as its L3 has room for, so
-that a tile of keys and values comes from DRAM once for all of them. For every tile of keys and every tile of rows that sees it:
+For every tile of keys and every tile of a block's rows that sees it (`attention_blocks` has the cutting):
 
     array   S = Q K^T          vector  weights of S, with the largest score and the sum so far
     array   W V                vector  the output so far, faded, plus it
 
 The array takes the next tile's QK^T before this one's WV, so that it does not wait for the vector unit. Scores and weights stay
-in L2; DRAM sees query, key, value and output alone. Blocks of different heads run on all arrays in step, the costliest first.
+in L2; DRAM sees query, key, value and output alone. Blocks run on all arrays in step, the costliest first.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
-
-import attrs
 
 from hal_core import AttentionRequest
-from hal_core.request import DTYPE_BYTES
 
+from .attention_blocks import DIVIDE, FADE, SUM_BYTES, Blocks, Round, room, rounds, row_tiles, softmax_passes
 from .movement import Builder, Place, Program, Take
 from .profile import Profile
-
-_SUM_BYTES = 4  # float32, what the processing elements and the vector unit keep
-#: Operations of the vector unit on one score: scale, largest, difference, exponential (6), sum. A mask adds 1, a cap 8.
-_SOFTMAX, _MASK, _CAP = 10, 1, 8
-#: On one element of the output: fade and add with every tile of keys, divide at the end.
-_FADE, _DIVIDE = 2, 1
-
-
-#: Keys in a tile of scores where an array has fewer columns and L2 has room: a longer PV hides more of the wave's way out.
-_KEYS = 64
-#: Elements of dim_qk that a piece of queries or keys in L2 should hold at least.
-_PIECE = 8
-
-
-@attrs.frozen
-class Blocks:
-    """How attention is cut for one kind of array.
-
-    Attributes:
-        rows, cols: of the array. arrays: how many work at once. dtype_bytes: of an operand.
-        keys: in a tile of scores, a multiple of cols. Its rows are the array's.
-    """
-
-    rows: int
-    cols: int
-    arrays: int
-    dtype_bytes: int
-    keys: int
-
-    @classmethod
-    def of(cls, profile: Profile, dtype: str) -> Blocks:
-        rows, cols, arrays = profile.arrays(dtype)
-        blocks = cls(rows, cols, arrays, DTYPE_BYTES[dtype], cols)
-        while blocks.keys * 2 <= _KEYS:
-            wider = attrs.evolve(blocks, keys=blocks.keys * 2)
-            if wider.staged(profile.count("buffers.l2")) < _PIECE:
-                break
-            blocks = wider
-        return blocks
-
-    @property
-    def wide(self) -> int:
-        """Array tiles in a tile of scores."""
-        return self.keys // self.cols
-
-    def staged(self, l2: int) -> int:
-        """Elements of dim_qk that pieces of queries and keys may have in an L2 of so many bytes, two of each held.
-
-        Beside them: scores of one tile and one array tile more, weights of two tiles, values of one array tile, and one
-        array tile of output.
-        """
-        pairs, b = self.rows * self.cols, self.dtype_bytes
-        rest = pairs * ((self.wide + 2) * _SUM_BYTES + 2 * self.wide * b) + self.keys * self.cols * b
-        return (l2 - rest) // (2 * (self.rows + self.cols) * b)
-
-
-def room(blocks: Blocks, dim_qk: int, dim_v: int, row_tiles: int = 1, query_blocks: int = 1) -> int:
-    """Bytes of L3 beside one array that a query block of `row_tiles` tiles needs.
-
-    The queries, or two blocks of them; two tiles of keys and two of values (one is loaded while the other is read); the
-    unnormalised output and two float32 sums a row; the finished output, which waits to be stored.
-    """
-    b, rows = blocks.dtype_bytes, row_tiles * blocks.rows
-    held = rows * (query_blocks * dim_qk * b + dim_v * (_SUM_BYTES + b) + 2 * _SUM_BYTES)
-    return held + 2 * blocks.keys * (dim_qk + dim_v) * b
-
-
-def longest_head(profile: Profile, dtype: str) -> int:
-    """The largest head_dim, of keys and values alike, whose smallest query block fits the L3."""
-    blocks, held = Blocks.of(profile, dtype), profile.count("buffers.l3")
-    fixed = room(blocks, 0, 0)
-    return max((held - fixed) // (room(blocks, 1, 1) - fixed), 0)
-
-
-@lru_cache(maxsize=4096)
-def row_tiles(profile: Profile, request: AttentionRequest) -> int:
-    """Tiles of rows in a query block: of those that fit the L3, the number that takes least time over all rounds.
-
-    A round takes, for each tile of keys, the longer of loading it and of computing it with the tiles of rows that see it; and
-    at its ends its queries' way in and one tile's way through.
-    """
-    r, blocks, held = request, Blocks.of(profile, request.dtype), profile.count("buffers.l3")
-    wave, parts, lanes = blocks.rows + blocks.cols - 2, -(-r.dim_v // blocks.cols), profile["engines.vector_lanes"]
-    array = blocks.wide * (r.dim_qk + wave) + parts * (blocks.keys + wave)
-    vector = blocks.rows * (softmax_passes(r) * blocks.keys + _FADE * r.dim_v) / lanes
-    element = blocks.dtype_bytes / profile.bytes_per_cycle()  # cycles to load one
-    loaded, step = blocks.keys * (r.dim_qk + r.dim_v) * element, max(array, vector)
-
-    def time(size: int) -> float:
-        total = 0.0
-        for each, times in _cut(r, blocks, size):
-            tiles = sum(max(seen * step, each.heads * loaded) * many for seen, many in Counter(each.seen).items())
-            total += times * (tiles + array + vector + each.active * each.rows * r.dim_qk * element)
-        return total
-
-    tiles = -(-r.len_q // blocks.rows)
-    sizes = {-(-tiles // number) for number in range(1, tiles + 1)}
-    fit = [size for size in sizes if room(blocks, r.dim_qk, r.dim_v, size, 2) <= held]
-    return min(fit, key=lambda size: (time(size), -size), default=1)
-
-
-class Round(NamedTuple):
-    """What all arrays do in step. Where their blocks differ, each does, and counts, what the costliest of them does.
-
-    Attributes:
-        rows: of a block. active: arrays that have work. heads: key heads among them: arrays of one head share what it loads.
-        seen: for each tile of keys that the block sees, how many of its tiles of rows see it. first: the first such tile.
-    """
-
-    rows: int
-    active: int
-    heads: int
-    seen: tuple[int, ...]
-    first: int
-
-
-def rounds(profile: Profile, request: AttentionRequest) -> list[tuple[Round, int]]:
-    """All rounds in order, equal ones together: (round, how often)."""
-    return _cut(request, Blocks.of(profile, request.dtype), row_tiles(profile, request))
-
-
-def _cut(r: AttentionRequest, blocks: Blocks, tiles: int) -> list[tuple[Round, int]]:
-    """The rounds of query blocks of so many tiles of rows."""
-    size, share = tiles * blocks.rows, r.heads_q // max(r.heads_kv, 1)
-    found = [_block(r, blocks, start, min(start + size, r.len_q)) for start in range(0, r.len_q, size)]
-    queue = [(head // share, block) for head in range(r.batch * r.heads_q) for block in found if block.seen]
-    queue.sort(key=lambda item: -sum(item[1].seen))  # stable: blocks of a head stay together where they cost the same
-    together = [queue[start : start + blocks.arrays] for start in range(0, len(queue), blocks.arrays)]
-    made = [part[0][1]._replace(active=len(part), heads=len({head for head, _ in part})) for part in together]
-    return [(key, len(list(group))) for key, group in groupby(made)]
-
-
-def _block(request: AttentionRequest, blocks: Blocks, start: int, stop: int) -> Round:
-    """One query block: which tiles of keys its tiles of rows see."""
-    low, high = request.band(request.len_q, request.len_k)
-    if low is None and high is None:
-        return Round(stop - start, 0, 0, (-(-(stop - start) // blocks.rows),) * -(-request.len_k // blocks.keys), 0)
-    seen, first = [], None
-    for tile in range(-(-request.len_k // blocks.keys)):
-        keys = tile * blocks.keys, min((tile + 1) * blocks.keys, request.len_k)
-        top = start if high is None else max(start, keys[0] - high)
-        bottom = stop if low is None else min(stop, keys[1] - low)
-        if top >= bottom:
-            continue
-        first = tile if first is None else first
-        seen.append(-(-(bottom - start) // blocks.rows) - (top - start) // blocks.rows)
-    return Round(stop - start, 0, 0, tuple(seen), first or 0)
-
-
-def softmax_passes(request: AttentionRequest) -> int:
-    """Operations of the vector unit on one score."""
-    return _SOFTMAX + _MASK * (request.mask != "none") + _CAP * (request.softcap is not None)
 
 
 def fused(profile: Profile, request: AttentionRequest) -> Program:
@@ -216,11 +58,11 @@ class _Writer:
         size, rows, deep = b.dtype_bytes, self.block_tiles * b.rows, max(self.pieces[0], b.keys)
         for name, level, slots, held in (
             ("queries", "L3", self.query_blocks, rows * r.dim_qk * size), ("keys", "L3", 2, b.keys * r.dim_qk * size),
-            ("values", "L3", 2, b.keys * r.dim_v * size), ("sums", "L3", 1, rows * (r.dim_v + 2) * _SUM_BYTES),
+            ("values", "L3", 2, b.keys * r.dim_v * size), ("sums", "L3", 1, rows * (r.dim_v + 2) * SUM_BYTES),
             ("output", "L3", self.block_tiles, b.rows * r.dim_v * size),
             ("query", "L2", 2, b.rows * self.pieces[0] * size), ("key", "L2", 2, b.cols * self.pieces[0] * size),
-            ("value", "L2", 1, b.keys * b.cols * size), ("scores", "L2", b.wide + 1, b.rows * b.cols * _SUM_BYTES),
-            ("weights", "L2", 2, b.rows * b.keys * size), ("mixed", "L2", 1, b.rows * b.cols * _SUM_BYTES),
+            ("value", "L2", 1, b.keys * b.cols * size), ("scores", "L2", b.wide + 1, b.rows * b.cols * SUM_BYTES),
+            ("weights", "L2", 2, b.rows * b.keys * size), ("mixed", "L2", 1, b.rows * b.cols * SUM_BYTES),
             ("row lanes", "L1", 2, b.rows * deep * size), ("column lanes", "L1", 2, b.cols * deep * size),
             ("outputs", "PE", 2, 0),
         ):  # fmt: skip
@@ -264,7 +106,7 @@ class _Writer:
         for tile in range(tiles):
             elements = self.active * self.blocks.rows * r.dim_v
             taken = [Take("queries")] if tile == tiles - 1 else []
-            self.program.vector(taken, "output", operations=_DIVIDE * elements, size=elements * (_SUM_BYTES + size),
+            self.program.vector(taken, "output", operations=DIVIDE * elements, size=elements * (SUM_BYTES + size),
                                 label="divide")  # fmt: skip
 
     def _rows(self, left: int) -> None:
@@ -312,7 +154,7 @@ class _Writer:
             self._array_tile(release and column == b.wide - 1)
         taken = [Take("scores", offset=offset) for offset in range(b.wide - 1, -1, -1)]
         program.vector(
-            taken, "weights", operations=pairs * self.passes, size=pairs * _SUM_BYTES + b.rows * b.keys * size,
+            taken, "weights", operations=pairs * self.passes, size=pairs * SUM_BYTES + b.rows * b.keys * size,
             label="online softmax",
         )  # fmt: skip
 
@@ -331,7 +173,7 @@ class _Writer:
                 ["row lanes", "column lanes"], "outputs" if ends else (), steps=deep,
                 total=self.request.dim_qk if ends else 0, array=(b.rows, b.cols), macs=pairs * deep, label="QK^T",
             )  # fmt: skip
-        program.drain("outputs", "scores", pairs * _SUM_BYTES, b.cols, label="scores")
+        program.drain("outputs", "scores", pairs * SUM_BYTES, b.cols, label="scores")
 
     def _mix(self, release: bool) -> None:
         """WV of the oldest weights and the oldest tile of values."""
@@ -348,5 +190,5 @@ class _Writer:
                 ["row lanes", "column lanes"], "outputs", steps=b.keys, total=b.keys, array=(b.rows, b.cols),
                 macs=elements * b.keys, label="WV",
             )  # fmt: skip
-            program.drain("outputs", "mixed", elements * _SUM_BYTES, b.cols, label="mixed values")
-            program.vector("mixed", operations=elements * _FADE, size=elements * 3 * _SUM_BYTES, label="fade and add")
+            program.drain("outputs", "mixed", elements * SUM_BYTES, b.cols, label="mixed values")
+            program.vector("mixed", operations=elements * FADE, size=elements * 3 * SUM_BYTES, label="fade and add")

@@ -21,7 +21,7 @@ from hal_core import (
 )
 from hal_core.registry import registry
 
-from .attention_program import Blocks, longest_head, room
+from .attention_blocks import Blocks, longest_head, room
 from .cost import attention_cost
 from .profile import Profile, load
 

@@ -183,7 +183,7 @@ def _request(options: argparse.Namespace) -> Any:
     """The attention call that the options describe."""
     from hal_core import AttentionRequest, Causal, ContractError
 
-    from .attention_program import Blocks, longest_head, room
+    from .attention_blocks import Blocks, longest_head, room
     from .profile import load
 
     batch, heads, length, dim = _numbers(options.shape, "--shape", 4, "batch,heads,length,head_dim")

@@ -15,7 +15,8 @@ import attrs
 from hal_core import AttentionRequest, Basis, Estimate, Provenance, Quantity
 from hal_core.request import DTYPE_BYTES
 
-from .attention_program import Blocks, fused
+from .attention_blocks import Blocks
+from .attention_program import fused
 from .energy import Energy, energy
 from .lowering import lower
 from .profile import Profile

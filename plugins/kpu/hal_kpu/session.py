@@ -22,7 +22,7 @@ from hal_core import (
 
 from .attention import Operands, backward, forward
 from .attention_baseline import Comparison, compare
-from .attention_program import Blocks
+from .attention_blocks import Blocks
 from .cost import Cost, product_cost
 from .kernels import KERNELS, Kernel
 from .profile import Profile
