@@ -6,9 +6,11 @@ import pytest
 import torch
 from hal_kpu.cost import SPREAD
 from hal_kpu.coverage import measure
+from hal_kpu.profile import load
 from torch import nn
 
 import hal_core as hal
+from hal_core.registry import registry
 
 
 @pytest.mark.parametrize("fidelity", ["kpu", "kpu_transactional"])
@@ -31,6 +33,20 @@ def test_a_compiled_model_is_metered_as_the_device(fidelity: str) -> None:
     if fidelity == "kpu_transactional":
         assert record.time.middle == pytest.approx(covered.kpu_seconds)
         assert record.time.high == pytest.approx(covered.kpu_seconds * (1 + SPREAD["assumed"]))
+
+
+def test_it_is_timed_on_the_machine_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    compiled, x = torch.compile(nn.Linear(64, 64), backend="kpu"), torch.randn(256, 64)
+    seconds = []
+    for name in ("t64", "t768"):
+        monkeypatch.setattr(registry.backend_of("kpu:0"), "profile", load(name))
+        with torch.no_grad(), hal.meter() as meter:
+            compiled(x)
+        record = meter.records["kpu:0"]
+        assert f"profile {name}" in record.time.source
+        seconds.append(record.time.middle)
+    assert seconds[1] < seconds[0]
 
 
 def test_without_a_meter_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

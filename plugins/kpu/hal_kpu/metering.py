@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hal_core.context import meter_var
 from hal_core.errors import HalError
 from hal_core.registry import registry
@@ -9,7 +11,7 @@ from hal_core.registry import registry
 from .cost import Cost
 from .coverage import Run
 from .energy import energy
-from .runtime import TRANSACTIONAL, current_profile
+from .runtime import TRANSACTIONAL, current_profile, time_program
 
 DEVICE = "kpu:0"
 
@@ -17,8 +19,8 @@ DEVICE = "kpu:0"
 def meter_run(run: Run) -> None:
     """Add a compiled graph's run to the meter of the current context; nothing where there is none, or no kpu:0.
 
-    Time and energy are modelled at tile level also where the run took its values in BEHAVIORAL: a simulated device's own
-    clock is no time of its. What the host ran is not the device's.
+    Time and energy are modelled on the machine of kpu:0, at tile level also where values were BEHAVIORAL: the host's clock
+    is not the device's, nor is what the host ran.
     """
     meter = meter_var.get()
     if meter is None or not run.plans:
@@ -27,9 +29,11 @@ def meter_run(run: Run) -> None:
         device = registry.find(DEVICE)[0]
     except HalError:
         return
-    profile = current_profile()
+    backend: Any = registry.backend_of(device)
+    profile, fidelity = backend.profile, run.fidelity or TRANSACTIONAL
     for plan in run.plans:
-        stats = plan.time(run.fidelity or TRANSACTIONAL)
+        kept = profile == current_profile()  # the plan keeps its time on the process's machine
+        stats = plan.time(fidelity) if kept else time_program(plan.program, fidelity, profile)
         stated = Cost(stats=stats, energy=energy(stats, profile), profile=profile).estimate()
         wall, moved = run.kpu_wall / len(run.plans), run.boundary_bytes // len(run.plans)
         meter.add(device, wall, stated.time, stated.energy, plan.macs, moved)
