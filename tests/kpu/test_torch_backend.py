@@ -216,6 +216,17 @@ def test_graph_breaks_are_counted():
         assert (coverage.graphs, coverage.graph_breaks, coverage.nodes) == (2, 1, 2)
 
 
+def test_a_model_that_sends_no_graph_covers_nothing():
+    """That it ran with this backend's name says nothing: torch.compile leaves nn.LSTM to eager."""
+    model, x = nn.LSTM(4, 4), torch.randn(3, 2, 4)
+    with torch.no_grad(), measure() as measurement:
+        torch.compile(model, backend="kpu")(x)
+    coverage = measurement.coverage()
+    assert coverage.graphs == coverage.nodes == 0
+    assert set(coverage.shares.values()) == {0.0}
+    assert "sent no graph" in coverage.summary()
+
+
 def test_another_model_begins_another_count():
     for function, nodes in ((torch.sin, 1), (lambda x: x.sin().cos(), 2)):
         torch.compile(function, backend="kpu")(torch.randn(3))
