@@ -126,17 +126,11 @@ def page_visits(
     return tuple((number, bursts) for number, bursts in visits)
 
 
-def bank_of(base: int, page: int, group: int) -> int:
-    """Bank of a page of the group that holds the byte `base`, `group` banks to a group.
-
-    Pages go round the banks, each round turned by one against the round before (as Zhang, Zhu & Zhang 2000), so that no
-    power-of-two pitch stays in one bank.
-    """
-    return base // GROUP_BYTES % BANK_GROUPS * group + (page + page // group + page // (group * group)) % group
-
-
 class BankedMemory:
     """Visit by visit: banks, open pages, refresh windows. For CYCLE_ACCURATE.
+
+    The byte where a place begins says its group of banks. There pages go round the banks, each round turned by one against
+    the round before (as Zhang, Zhu & Zhang 2000), so that no power-of-two pitch stays in one bank.
 
     `skip_refresh`: a bank whose refresh is left out, for tests.
     """
@@ -153,7 +147,7 @@ class BankedMemory:
         self._port = math.ceil(timing.burst / timing.channel * TICKS)
         self._interval = round(timing.interval * TICKS / timing.banks)  # from one bank's refresh to the next one's
         self._window = math.ceil(timing.refresh * TICKS)
-        self._activate = timing.activate * TICKS
+        self._activate, self._group = timing.activate * TICKS, timing.group
         self._bus = 0
         self._ports: dict[int, int] = {}
         self._open: list[int] = [-1] * timing.banks
@@ -211,8 +205,11 @@ class BankedMemory:
             turn, inside = turn + 1, 0
 
     def _visit(self, transfer: Transfer, page: int, bursts: int, ready: int) -> tuple[int, int]:
-        counters, next_, channel = self.counters, self._next, transfer.channel
-        bank = bank_of(transfer.base, page, self.timing.group)
+        counters, next_, channel, group = self.counters, self._next, transfer.channel, self._group
+        bank = (
+            transfer.base // GROUP_BYTES % BANK_GROUPS * group
+            + (page + page // group + page // (group * group)) % group
+        )
         start = max(self._bus, ready, self._ports.get(channel, 0))
         if self._open[bank] == page:
             counters.page_hits += 1
@@ -303,47 +300,74 @@ class _Ticks:
 _TURNS, _ROWS, _OUTER = 4, 128, (0, 1, 5)
 
 
-def _across(place: Place) -> int:
-    """Turns of the innermost loop in which a tile that goes on along its rows stays in them."""
+def _burst_bytes(timing: Timing, place: Place, base: int) -> int:
+    """Bytes of the bursts that hold a place."""
+    visits = page_visits(base % timing.page, place.row_bytes, place.rows, place.pitch, timing.page, timing.burst)
+    return sum(bursts for _, bursts in visits) * timing.burst
+
+
+def _turns(place: Place) -> int:
+    """Turns of the innermost loop to look at: no more than it has, nor than a tile that goes on along its rows stays there."""
+    turns = _TURNS if place.rows > 32 else 3 * _TURNS  # short ones meet bursts at more offsets
     step = abs(sum(place.steps[-1:]))
-    return (place.pitch - place.row_bytes) // step - 1 if 0 < step < place.pitch else 4 * _TURNS
+    if place.counts:
+        turns = min(turns, place.counts[-1] - 1)
+    elif 0 < step < place.pitch:
+        turns = min(turns, (place.pitch - place.row_bytes) // step - 1)
+    return max(1, turns)
 
 
-def _at(place: Place, outer: int, turn: int) -> int:
-    """How far a place has moved in turn `turn` of the innermost loop, the loops around it in turn `outer`."""
-    return outer * sum(place.steps[:-1]) + turn * sum(place.steps[-1:])
+def _samples(timing: Timing, place: Place) -> Place:
+    """What stands for all places that cost the same but for where in a page they begin.
+
+    Its steps are where the innermost loop begins in the samples `_OUTER` of the loops around it, then that loop's own step.
+    """
+    counts = place.counts or (1 << 30,) * len(place.steps)
+    outer = [
+        sum(step * min(turn, count - 1) for step, count in zip(place.steps[:-1], counts[:-1], strict=True))
+        for turn in _OUTER
+    ]
+    base = place.base // GROUP_BYTES * GROUP_BYTES + place.base % timing.burst
+    return attrs.evolve(place, base=base, steps=(*outer, sum(place.steps[-1:])), counts=(_turns(place),))
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
-    """What a group costs in the steady state of its innermost loop: measured over a few turns of the banked memory."""
+    """What a group costs in the steady state of its innermost loop: measured over a few turns of the banked memory.
+
+    places: from `_samples`.
+    """
     calm = attrs.evolve(timing, refresh=0.0, channel=math.inf)  # both come in later
     scale = max(1.0, *(place.rows / _ROWS for place in places))
     cut = [attrs.evolve(place, rows=max(1, round(place.rows / scale))) for place in places]
-    turns = _TURNS if max(place.rows for place in cut) > 32 else 4 * _TURNS  # short ones meet bursts at more offsets
-    turns = max(1, min(turns, *(_across(place) for place in cut)))
+    turns = min(place.counts[0] for place in cut)
     whole = alone = hits = misses = 0.0
-    number = len(_OUTER) * turns
-    for outer in _OUTER:
-        line, waits = BankedMemory(calm), BankedMemory(calm)
+    data = [0] * len(cut)  # bytes in whole bursts, of all turns
+    number, waited = len(_OUTER) * turns, 0
+    again = any(place.steps[1] != place.steps[0] for place in cut)  # loops around the innermost come back to open pages
+    waits = BankedMemory(calm)
+    for outer in range(len(_OUTER)):
+        line = BankedMemory(calm)
+        waits = waits if again else BankedMemory(calm)
         for turn in range(turns + 1):
-            at = [place.base + _at(place, outer, turn) for place in cut]
+            at = [place.base + place.steps[outer] + turn * place.steps[-1] for place in cut]
             ready = math.ceil(waits.bus_cycles) + timing.activate  # all that came before has ended
             waits.serve([Transfer(i, ready, place, base) for i, (place, base) in enumerate(zip(cut, at, strict=True))])
-            if turn:  # at first its pages are not open
-                alone += waits.bus_cycles - ready
+            if outer if again else turn:  # at first its pages are not open
+                alone, waited = alone + waits.bus_cycles - ready, waited + 1
             if turn < turns:
+                data = [
+                    sent + _burst_bytes(timing, *pair)
+                    for sent, pair in zip(data, zip(cut, at, strict=True), strict=True)
+                ]
                 line.serve([Transfer(i, 0, place, base) for i, (place, base) in enumerate(zip(cut, at, strict=True))])
         # without the first opening, which is a constant: a difference of maxima would not be monotone
         whole += line.bus_cycles - timing.activate
-        hits, misses = hits + line.counters.page_hits, misses + line.counters.page_misses
-    whole, alone, hits, misses = whole / number, alone / number, hits / number, misses / number
-    data = [
-        sum(n for _, n in page_visits(p.base % timing.burst, p.row_bytes, p.rows, p.pitch, timing.page, timing.burst))
-        * timing.burst for p in cut
-    ]  # fmt: skip
+    hits, misses = waits.counters.page_hits, waits.counters.page_misses
+    share = 1 / (len(_OUTER) if again else 1) / (turns + 1)
+    whole, alone, hits, misses = whole / number, alone / waited, hits * share, misses * share
     ends = tuple(sum(min(own, other) for other in data) / sum(data) for own in data)
-    ports = tuple(own * scale / timing.channel for own in data)
+    ports = tuple(own / number * scale / timing.channel for own in data)
     bus = sum(place.bytes for place in places) / timing.bytes_per_cycle
     return GroupCost(whole * scale, alone + whole * (scale - 1), ends, ports, bus, hits * scale, misses * scale)
 
@@ -370,7 +394,9 @@ class AveragedMemory:
         cold = not groups <= self._touched
         self._touched |= groups
         if key not in self._costs:
-            self._costs[key] = self._scaled(group_cost(self.timing, key))
+            self._costs[key] = self._scaled(
+                group_cost(self.timing, tuple(_samples(self.timing, place) for place in key))
+            )
         cost = self._costs[key]
         ready = max([transfer.ready for transfer in group]) * COARSE
         if cold:  # its first page is not open yet

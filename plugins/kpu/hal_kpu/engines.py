@@ -366,7 +366,7 @@ class Engines:
             index += 1
             if self._limit and max(self._free) > self._limit:
                 raise TooSlow(f"program {self.program.name} takes more than {self._limit} cycles")
-            if not self._steady or index >= turn.count or self._waiting or self._group:
+            if not self._steady or turn.count < 4 or index >= turn.count or self._waiting or self._group:
                 continue
             base, state = self._relative(turn)
             if state in seen:
@@ -399,8 +399,8 @@ class Engines:
         state.append(max(self._floor, low) - base)
         state.append(self._late[0].number if self._late else -1)
         for buffer in turn.buffers:
-            state.append(tuple((t if t > low else low) - base for t in self._tokens[buffer]))
-            state.append(tuple((t if t > low else low) - base for t in self._credits[buffer]))
+            state.append(tuple([t - base if t > low else low - base for t in self._tokens[buffer]]))
+            state.append(tuple([t - base if t > low else low - base for t in self._credits[buffer]]))
         return base, tuple(state)
 
     def _skip(

@@ -27,7 +27,7 @@ from .work import Work
 PIECE_BYTES = 128
 """Of one lane in the deepest piece: two bursts of DRAM."""
 _FEW = 1000
-"""Pieces of a product up to which the page-level simulator may choose its schedule."""
+"""Pieces of a product up to which more depths are tried, and the page-level simulator may choose the schedule."""
 _MOST = 8
 """Of a panel, in tiles of height."""
 
@@ -59,10 +59,11 @@ def product_of(work: Work) -> Product:
     out = max(1, round(work.writes_bytes / (batch * M * N))) if work.writes_bytes else size
     a, b, read = M * K * size, K * N * size, work.reads_bytes or batch * (M + N) * K * size
     share = 1.0
-    if batch > 1 and read < batch * (a + b):
-        if read >= batch * a + b:
+    tall, wide = batch * a + b, a + batch * b  # one b, or one a, for the whole batch
+    if batch > 1 and min(tall, wide) <= read < batch * (a + b):
+        if tall <= read and not tall < wide <= read:
             batch, M = 1, batch * M
-        elif read >= a + batch * b:
+        else:
             batch, N = 1, batch * N
     if read < batch * (a if work.batch == batch else 0) + batch * b:
         share = max(read - batch * b, 0) / (batch * M * K * size)  # overlapping windows of a convolution
@@ -87,9 +88,7 @@ def lower_product(product: Product, profile: Profile, dataflow: Dataflow = "os",
     Raises:
         BufferTooSmallError: none does.
     """
-    rows, cols, _ = profile.arrays(product.dtype)
-    pieces = -(-product.M // rows) * -(-product.N // cols) * -(-product.K * product.size // PIECE_BYTES)
-    below = accurate_below if accurate and pieces <= _FEW else cycles_below
+    below = accurate_below if accurate and _few(product, profile) else cycles_below
     programs = sorted(_candidates(product, profile, dataflow), key=lambda program: _bound(program, profile))
     best, fastest = programs[0], 0
     for program in programs if len(programs) > 1 else ():
@@ -106,7 +105,8 @@ def _candidates(product: Product, profile: Profile, dataflow: Dataflow) -> list[
     found: list[Program] = []
     refused: BufferTooSmallError | None = None
     deepest = max(1, PIECE_BYTES // product.size)
-    for depths in ((deepest, deepest // 4), *((depth,) for depth in (deepest // 16, 1))):
+    choice = ((deepest, deepest // 4),) if _few(product, profile) else ((deepest,), (deepest // 4,))
+    for depths in (*choice, (deepest // 16,), (1,)):
         for depth in depths:
             for shape in _shapes(product, profile, dataflow) if depth else ():
                 for slots in (2, 1):
@@ -122,6 +122,12 @@ def _candidates(product: Product, profile: Profile, dataflow: Dataflow) -> list[
             return found
     assert refused is not None
     raise refused
+
+
+def _few(product: Product, profile: Profile) -> bool:
+    """Whether a product has few pieces: then there is time to look closer for its schedule."""
+    rows, cols, _ = profile.arrays(product.dtype)
+    return -(-product.M // rows) * -(-product.N // cols) * -(-product.K * product.size // PIECE_BYTES) <= _FEW
 
 
 def _write(product: Product, tiling: Tiling, profile: Profile, dataflow: Dataflow) -> Program:

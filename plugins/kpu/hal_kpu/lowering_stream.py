@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import attrs
 
 from .engines import BufferTooSmallError, capacity
@@ -42,25 +44,22 @@ def streamed(stream: Stream, profile: Profile) -> Program:
     parts = -(-largest // chunk)
     builder = Builder(f"stream of {stream.reads} B to {stream.writes} B", arrays, stream.dtype)
     source, target = builder.region(stream.reads), builder.region(stream.writes)
-    pieces = [-(-total // parts) for total in (stream.reads, stream.writes, stream.operations)]
+    totals = stream.reads, stream.writes, stream.operations
     slots = 2 if parts > 1 else 1
-    for name, level, size in (("in L3", "L3", 0), ("in L2", "L2", 0), ("out L2", "L2", 1), ("out L3", "L3", 1)):
-        builder.buffer(name, level, slots, pieces[size])  # type: ignore[arg-type]
-    with builder.loop(parts - 1):
-        steps = pieces[0], pieces[1]
-        _piece(
-            builder,
-            stream,
-            *pieces,
-            Place(source, pieces[0], steps=steps[:1]),
-            Place(target, pieces[1], steps=steps[1:]),
-        )
-    done = [(parts - 1) * piece for piece in pieces]
-    rest = [
-        max(0, total - so_far)
-        for total, so_far in zip((stream.reads, stream.writes, stream.operations), done, strict=True)
-    ]
-    _piece(builder, stream, *rest, Place(source + done[0], rest[0]), Place(target + done[1], rest[1]))
+    for name, level, total in (
+        ("in L3", "L3", stream.reads), ("in L2", "L2", stream.reads), ("out L2", "L2", stream.writes),
+        ("out L3", "L3", stream.writes),
+    ):  # fmt: skip
+        builder.buffer(name, level, slots, -(-total // parts))  # type: ignore[arg-type]
+    edges = sorted({0, parts, *(total % parts for total in totals)})  # the first total % parts pieces are one larger
+    at = [source, target]
+    for first, last in itertools.pairwise(edges):
+        reads, writes, operations = (total // parts + (first < total % parts) for total in totals)
+        with builder.loop(last - first):
+            count = (last - first,)
+            places = Place(at[0], reads, 1, 0, (reads,), count), Place(at[1], writes, 1, 0, (writes,), count)
+            _piece(builder, stream, reads, writes, operations, *places)
+        at = [at[0] + (last - first) * reads, at[1] + (last - first) * writes]
     return builder.build()
 
 

@@ -79,7 +79,8 @@ class Take:
 class Place:
     """Where a tile lies in DRAM: `rows` pieces of `row_bytes`, `pitch` bytes apart, from byte `base` on.
 
-    `steps`: how far it moves with each turn of the loops around the instruction, outermost first.
+    `steps`: how far it moves with each turn of the loops around the instruction, outermost first. `counts`: how often they
+    turn, where that is known; the averaged memory then looks at no place that does not come.
     """
 
     base: int
@@ -87,6 +88,7 @@ class Place:
     rows: int = 1
     pitch: int = 0
     steps: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:

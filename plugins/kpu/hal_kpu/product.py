@@ -93,6 +93,7 @@ class Writer:
         }  # fmt: skip
         self.base = {name: self.builder.region(size) for name, size in sizes.items()}
         self._steps: list[tuple[int, int, int, int]] = []
+        self._counts: list[int] = []
 
     @contextmanager
     def turns(self, count: int, a: int = 0, b: int = 0, c: int = 0, sums: int = 0) -> Iterator[None]:
@@ -101,9 +102,11 @@ class Writer:
             if count != 1:
                 stack.enter_context(self.builder.loop(count))
                 self._steps.append((a, b, c, sums))
+                self._counts.append(count)
             yield
             if count != 1:
                 self._steps.pop()
+                self._counts.pop()
 
     def place(
         self, which: Literal["a", "b", "c"], row: int, col: int, rows: int, cols: int, share: float = 1.0
@@ -114,19 +117,22 @@ class Writer:
         size = p.out_size if which == "c" else p.size
         base = self.base[which] + (row * width + col) * size
         steps = tuple(step["abc".index(which)] for step in self._steps)
+        counts = tuple(self._counts)
         rows *= self.tiling.batches
         if share < 1:  # gathered windows: fewer bytes, one after the other
-            return Place(base, max(1, round(rows * cols * size * share)), 1, 0, steps)
+            return Place(base, max(1, round(rows * cols * size * share)), 1, 0, steps, counts)
         if cols == width:
-            return Place(base, rows * cols * size, 1, 0, steps)
-        return Place(base, cols * size, rows, width * size, steps)
+            return Place(base, rows * cols * size, 1, 0, steps, counts)
+        return Place(base, cols * size, rows, width * size, steps, counts)
 
     def scratch(self, offset: int, size: int) -> Place:
         """`size` bytes of sums that are not yet results, without gaps, in a region of their own."""
         p = self.product
         if "sums" not in self.base:
             self.base["sums"] = self.builder.region(p.batch * max(p.M, p.N) * 4096 * 4)
-        return Place(self.base["sums"] + offset, size, 1, 0, tuple(step[3] for step in self._steps))
+        return Place(
+            self.base["sums"] + offset, size, 1, 0, tuple(step[3] for step in self._steps), tuple(self._counts)
+        )
 
     def build(self) -> Program:
         return self.builder.build()
