@@ -41,6 +41,14 @@ class MemoryLevel(enum.IntEnum):
     REGISTER = 4
 
 
+def _sizes(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(shape)
+
+
+def _names(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(names)
+
+
 def _frozen_attrs(values: Mapping[str, Any]) -> dict[str, Any]:
     """Lists become tuples, so that a program read from JSON equals the one written."""
     return {key: _tuples(value) for key, value in values.items()}
@@ -60,7 +68,7 @@ class TensorSpec:
     """
 
     name: str
-    shape: tuple[int, ...] = attrs.field(converter=tuple)
+    shape: tuple[int, ...] = attrs.field(converter=_sizes)
     dtype: str
     memory_level: int = 0
     is_const: bool = False
@@ -79,9 +87,13 @@ class DFXOp:
     """One operation: an opcode of `hal_kpu.opcodes.OPCODES`, names of the tensors it reads and writes, and its attributes."""
 
     opcode: str
-    inputs: tuple[str, ...] = attrs.field(converter=tuple)
-    outputs: tuple[str, ...] = attrs.field(converter=tuple)
+    inputs: tuple[str, ...] = attrs.field(converter=_names)
+    outputs: tuple[str, ...] = attrs.field(converter=_names)
     attrs: dict[str, Any] = attrs.field(factory=dict, converter=_frozen_attrs)
+
+
+def _operations(ops: Iterable[DFXOp]) -> tuple[DFXOp, ...]:
+    return tuple(ops)
 
 
 @attrs.frozen
@@ -90,10 +102,10 @@ class DFXProgram:
 
     name: str
     version: str = VERSION
-    tensors: dict[str, TensorSpec] = attrs.field(factory=dict, converter=dict)
-    ops: tuple[DFXOp, ...] = attrs.field(factory=tuple, converter=tuple)
-    inputs: tuple[str, ...] = attrs.field(factory=tuple, converter=tuple)
-    outputs: tuple[str, ...] = attrs.field(factory=tuple, converter=tuple)
+    tensors: dict[str, TensorSpec] = attrs.field(factory=dict)
+    ops: tuple[DFXOp, ...] = attrs.field(factory=tuple, converter=_operations)
+    inputs: tuple[str, ...] = attrs.field(factory=tuple, converter=_names)
+    outputs: tuple[str, ...] = attrs.field(factory=tuple, converter=_names)
 
     def specs(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(self.tensors[name] for name in names)

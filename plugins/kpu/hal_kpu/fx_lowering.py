@@ -194,6 +194,7 @@ def _call(emitter: Emitter, node: Node, env: dict[Node, Any]) -> Any:
             raise NotLowered(f"{node.target} has no lowering")
         return LOWERINGS[node.target](emitter, *args, **kwargs)
     if not isinstance(node.target, OpOverload):
+        assert callable(node.target)
         return node.target(*args, **kwargs)  # Python's arithmetic on sizes, or taking a tuple apart
     if node.target.overloadpacket.__name__.startswith("sym_"):
         return node.target(*(item.tensor if isinstance(item, Value) else item for item in args), **kwargs)
@@ -233,4 +234,5 @@ class FXToKPUConverter:
 def _attribute(module: Any, path: str) -> Tensor:
     for name in path.split("."):
         module = getattr(module, name)
+    assert isinstance(module, Tensor)
     return module

@@ -95,8 +95,8 @@ def batch_norm_training(
 ) -> tuple[Value, Value, Value, Value, Value]:  # fmt: skip
     """(result, mean, 1/deviation, new running mean, new running variance): the running variance divides by count - 1."""
     if not training:
-        out, *rest = batch_norm_inference(e, x, weight, bias, mean, variance, momentum, eps)
-        return out, *rest, mean, variance
+        out, first, second = batch_norm_inference(e, x, weight, bias, mean, variance, momentum, eps)
+        return out, first, second, mean, variance
     kind, shape, x = x.dtype, _channels(x), widen(e, x)
     here, centre, scale = _batch_statistics(e, x, eps)
     out = e.cast(_affine(e, (x - centre) * scale, weight, bias, shape), kind)

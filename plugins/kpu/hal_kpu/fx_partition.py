@@ -177,7 +177,7 @@ class CompiledGraph:
         self._rest: GraphModule | None = None
         self.partitions: list[Partition] = []
         if not left_out:
-            self.partitions = [Partition(gm.graph, lambda name: _attribute(gm, name), kind)]
+            self.partitions = [Partition(gm.graph, functools.partial(_attribute, gm), kind)]
         else:
             self._rest = self._split(gm, left_out)
 
@@ -187,7 +187,7 @@ class CompiledGraph:
         fused = partitioner.fuse_partitions(chosen)
         for name, module in list(fused.named_children()):
             if isinstance(module, GraphModule) and name.startswith("fused_"):
-                part = Partition(module.graph, lambda path, module=module: _attribute(module, path), name)
+                part = Partition(module.graph, functools.partial(_attribute, module), name)
                 setattr(fused, name, part)
                 self.partitions.append(part)
         return fused

@@ -32,7 +32,9 @@ _BINARY: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "shift_left": (1, torch.bitwise_left_shift), "shift_right": (1, torch.bitwise_right_shift),
 }  # fmt: skip
 
-_PREDICATES = {"eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge}
+_PREDICATES: dict[str, Callable[..., Tensor]] = {
+    "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge
+}  # fmt: skip
 _TENSORS_ONLY = {"maximum", "minimum", "atan2"}  # torch's functions that take no number
 
 
@@ -73,7 +75,8 @@ def _compare(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...
 
 def _where(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
     """(condition, a, b) -> a where the condition holds, else b."""
-    return (torch.where(*inputs),)
+    condition, a, b = inputs
+    return (torch.where(condition, a, b),)
 
 
 def _cast(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def _scatter(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...
     return (torch.scatter_reduce(x, attrs["axis"], index, source, kind, include_self=self_too),)
 
 
-def _places(indices: tuple[Tensor, ...], axes: Attributes) -> list[Any]:
+def _places(indices: tuple[Tensor, ...], axes: Sequence[int]) -> list[Any]:
     """Integer index tensors at their axes, None elsewhere, as aten.index wants them."""
     places: list[Any] = [None] * (max(axes) + 1)
     for axis, index in zip(axes, indices, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ def _max_pool(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ..
     return tuple(torch.ops.aten.max_pool2d_with_indices.default(inputs[0], *options, attrs.get("ceil_mode", False)))
 
 
-def _average_options(attrs: Attributes) -> tuple[object, ...]:
+def _average_options(attrs: Attributes) -> tuple[Any, ...]:
     options = (list(attrs["kernel"]), list(attrs["stride"]), list(attrs["padding"]), attrs.get("ceil_mode", False))
     return (*options, attrs.get("count_include_pad", True), attrs.get("divisor"))
 
@@ -93,7 +94,8 @@ def _average_options(attrs: Attributes) -> tuple[object, ...]:
 def _avg_pool(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
     """x[n, c, h, w] -> means over windows of `kernel`, or over `output_size` windows of nearly equal size."""
     if "output_size" in attrs:
-        return (F.adaptive_avg_pool2d(inputs[0], list(attrs["output_size"])),)
+        rows, columns = attrs["output_size"]
+        return (F.adaptive_avg_pool2d(inputs[0], (rows, columns)),)
     return (F.avg_pool2d(inputs[0], *_average_options(attrs)),)
 
 

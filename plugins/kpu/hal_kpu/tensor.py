@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class TensorMeta:
     """What is known of a tensor without its values: shape, type, name, and whether it is a weight."""
 
-    shape: tuple[int, ...] = attrs.field(converter=tuple)
+    shape: tuple[int, ...]
     dtype: torch.dtype
     name: str | None = None
     is_weight: bool = False

@@ -7,12 +7,13 @@ host. "kpu" runs at the fidelity that `hal_kpu.set_fidelity` chose.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,7 +35,7 @@ _FURTHER = [
 
 
 @functools.cache
-def decompositions() -> Mapping[Any, Callable[..., Any]]:
+def decompositions() -> dict[Any, Callable[..., Any]]:
     """ATen operators that are split into smaller ones before lowering: torch's core table and some more."""
     table = dict(core_aten_decompositions().items())
     table.update(get_decompositions(_FURTHER))

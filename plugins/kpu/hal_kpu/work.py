@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
@@ -47,6 +47,10 @@ class Work:
         return self.batch * self.M * self.N * self.K
 
 
+def _names(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(names)
+
+
 @attrs.frozen
 class Opcode:
     """An operation of the machine.
@@ -65,8 +69,8 @@ class Opcode:
     value: Callable[[tuple[Tensor, ...], Attributes], tuple[Tensor, ...]]
     work: Callable[[Specs, Specs, Attributes], Work]
     arity: tuple[int, int]
-    required: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
-    optional: frozenset[str] = attrs.field(default=frozenset(), converter=frozenset)
+    required: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
+    optional: frozenset[str] = attrs.field(default=frozenset(), converter=_names)
     outputs: int = 1
 
 
