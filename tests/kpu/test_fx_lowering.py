@@ -14,6 +14,7 @@ from hal_kpu.fx_lowering import FXToKPUConverter, is_operator, why_not
 from hal_kpu.fx_registry import LOWERINGS, lowers
 from hal_kpu.torch_backend import decompositions
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hal_core.errors import UnsupportedError
@@ -234,6 +235,14 @@ def test_a_lowering_that_gives_another_shape_or_type_is_not_used(monkeypatch):
     ):
         monkeypatch.setitem(LOWERINGS, aten.sin.default, wrong)
         assert reason in why_not(node, {})
+
+
+def test_tensors_elsewhere_are_left_where_they_are():
+    graph = make_fx(torch.sin)(torch.randn(3))
+    (node,) = [node for node in graph.graph.nodes if is_operator(node)]
+    with FakeTensorMode():
+        node.args[0].meta["val"] = torch.empty(3, device="cuda")
+    assert "on cuda" in why_not(node, {})
 
 
 def test_an_operator_has_one_lowering():

@@ -70,6 +70,8 @@ def hint(value: Any) -> Any:
 def meta_tensor(value: Tensor) -> Tensor:
     """The tensor's sizes, strides and type on torch's meta device, at the sizes the graph was traced with."""
     name = str(value.dtype).removeprefix("torch.")
+    if value.device.type not in ("cpu", "meta"):
+        raise NotLowered(f"of tensors on {value.device.type}: the KPU takes them from the host's memory")
     if name not in DTYPE_BYTES or value.layout != torch.strided:
         raise NotLowered(f"of {name if value.layout == torch.strided else value.layout} tensors")
     sizes, strides = ([hint(size) for size in some] for some in (value.shape, value.stride()))
