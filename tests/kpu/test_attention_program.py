@@ -42,6 +42,14 @@ def test_keys_and_values_come_once_for_each_query_block():
     assert loads == 4 * 64 * (1024 + blocks * 2 * 64)
 
 
+def test_arrays_share_the_keys_of_one_head_and_of_no_other():
+    profile = load("t64")  # 7 arrays for float32
+    apart = request(14, 32, 96)
+    assert fused(profile, apart).total("bytes", Opcode.DMA_LOAD_TILE, Opcode.DMA_STORE_TILE) == apart.bytes_moved
+    grouped = replace(request(7, 32, 96), heads_kv=1)
+    assert fused(profile, grouped).total("bytes", Opcode.DMA_LOAD_TILE, Opcode.DMA_STORE_TILE) == grouped.bytes_moved
+
+
 @pytest.mark.parametrize("band", _BANDS, ids=str)
 @pytest.mark.parametrize("lengths", [(96, 160), (160, 96), (70, 70), (1, 200)])
 def test_exactly_the_tiles_that_somebody_sees_are_computed(band, lengths):
