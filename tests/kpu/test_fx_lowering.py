@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import hal_kpu
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,3 +281,27 @@ def test_norms_in_sixteen_bits_round_no_worse_than_eager(dtype, draw):
         assert got.dtype == dtype
         far, eager = (float((one.double() - exact).norm()) for one in (got, function(*inputs)))
         assert far <= 1.3 * eager
+
+
+RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "rand": lambda x: torch.rand(4, 6), "randn": lambda x: torch.randn(4, 6), "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like, "bernoulli": lambda x: torch.bernoulli(x, 0.3), "dropout": lambda x: F.dropout(x, 0.4),
+    "normal by tensors": lambda x: torch.normal(x, x.abs()), "normal by a number": lambda x: torch.normal(x, 2.0),
+    "normal by numbers": lambda x: torch.normal(1.0, 2.0, (4, 6)), "normal in place": lambda x: x.clone().normal_(1, 2),
+    "uniform in place": lambda x: x.clone().uniform_(-1, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_random_numbers_are_those_that_eager_draws(case, draw):
+    x = draw(4, 6)
+
+    def run(x: Tensor) -> Tensor:
+        return RANDOM[case](x)
+
+    torch._dynamo.reset()
+    torch.manual_seed(5)
+    want = run(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(torch.compile(run, backend="kpu")(x), want)
+    assert hal_kpu.get_last_stats().fallback == ()

@@ -104,3 +104,62 @@ def native_dropout(e: Emitter, x: Value, probability: float, train: bool | None)
     kept = e.one("random", shape=x.shape, kind="bernoulli", probability=1 - probability, dtype=_name(x.dtype))
     scale = 0.0 if probability == 1 else 1 / (1 - probability)
     return x * kept * scale, e.cast(kept, torch.bool)
+
+
+def _drawn(e: Emitter, kind: str, shape: Sequence[int], dtype: torch.dtype) -> Value:
+    if not dtype.is_floating_point:
+        raise NotLowered("of whole numbers")
+    return e.one("random", shape=tuple(shape), kind=kind, dtype=_name(dtype))
+
+
+@lowers(aten.rand_like.default)
+def rand_like(e: Emitter, x: Value, *, dtype: torch.dtype | None = None, **options: Any) -> Value:
+    _on_host(options)
+    return _drawn(e, "uniform", x.shape, dtype or x.dtype)
+
+
+@lowers(aten.randn_like.default)
+def randn_like(e: Emitter, x: Value, *, dtype: torch.dtype | None = None, **options: Any) -> Value:
+    _on_host(options)
+    return _drawn(e, "normal", x.shape, dtype or x.dtype)
+
+
+def _own_generator(generator: Any) -> None:
+    if generator is not None:
+        raise NotLowered("from a generator of its own")
+
+
+@lowers(aten.uniform.default)
+def uniform(e: Emitter, x: Value, low: float = 0.0, high: float = 1.0, *, generator: Any = None) -> Value:
+    _own_generator(generator)
+    return _drawn(e, "uniform", x.shape, x.dtype) * (high - low) + low
+
+
+@lowers(aten.normal_functional.default)
+def normal_functional(e: Emitter, x: Value, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Value:
+    _own_generator(generator)
+    return _drawn(e, "normal", x.shape, x.dtype) * std + mean
+
+
+@lowers(aten.normal.Tensor_Tensor, aten.normal.Tensor_float, aten.normal.float_Tensor)
+def normal(e: Emitter, mean: Value | float, std: Value | float = 1.0, *, generator: Any = None) -> Value:
+    _own_generator(generator)
+    given = [one.tensor for one in (mean, std) if isinstance(one, Value)]
+    shape = torch.broadcast_shapes(*(one.shape for one in given))
+    return _drawn(e, "normal", shape, given[0].dtype) * std + mean
+
+
+@lowers(aten.normal.float_float)
+def normal_numbers(
+    e: Emitter,
+    mean: float,
+    std: float,
+    shape: Sequence[int],
+    *,
+    generator: Any = None,
+    dtype: Any = None,
+    **options: Any,
+) -> Value:
+    _on_host(options)
+    _own_generator(generator)
+    return _drawn(e, "normal", shape, dtype or torch.get_default_dtype()) * std + mean
