@@ -1,0 +1,162 @@
+"""The KPU's simulators: how long they take, how near the two timed ones are, and SCALE-Sim in the same run.
+
+SCALE-Sim 3 takes part where `--scalesim-python PATH` names a Python that can import it (numpy 1.26.4, numba 0.61.2, pandas
+2.2.3: an environment of its own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import record
+from hal_kpu import CYCLE_ACCURATE, TRANSACTIONAL, simulate_gemm
+from hal_kpu.array import DATAFLOWS, multiply
+from hal_kpu.cycle_accurate import run_cycle_accurate
+from hal_kpu.dram import group_cost
+from hal_kpu.gemm import machine
+from hal_kpu.lowering import lower_product
+from hal_kpu.movement import Opcode
+from hal_kpu.product import Product
+from hal_kpu.transactional import run_transactional
+
+SIZE, ROUNDS, CASES = 512, 3, 200
+
+
+def timed(call: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Median seconds by the clock, with nothing remembered from before: schedules and page patterns are found anew."""
+    seconds = []
+    for _ in range(rounds):
+        lower_product.cache_clear()
+        group_cost.cache_clear()
+        begun = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
+def sizes() -> list[list[str]]:
+    """TRANSACTIONAL products, schedule included."""
+    rows = []
+    for size, bar in ((512, ""), (1024, "<= 0.3 s"), (4096, "<= 5 s")):
+        seconds = timed(
+            lambda size=size: simulate_gemm(size, size, size, fidelity=TRANSACTIONAL, a=ZEROS[size], b=ZEROS[size])
+        )
+        rows.append([f"TRANSACTIONAL {size}^3 on 32 x 32, schedule found in the run", f"{seconds:.3f} s", bar])
+    return rows
+
+
+ZEROS = {size: np.zeros((size, size), np.int8).astype(np.float32) for size in (512, 1024, 4096)}
+
+
+def cycle_accurate(python: str | None) -> list[list[str]]:
+    """CYCLE_ACCURATE 512^3 with values, and SCALE-Sim on the same product."""
+    a = np.random.default_rng(0).standard_normal((SIZE, SIZE), dtype=np.float32)
+    rows = []
+    for dataflow in DATAFLOWS:
+        ours = timed(
+            lambda flow=dataflow: simulate_gemm(SIZE, SIZE, SIZE, dataflow=flow, fidelity=CYCLE_ACCURATE, a=a, b=a)
+        )
+        stats = simulate_gemm(SIZE, SIZE, SIZE, dataflow=dataflow, fidelity=CYCLE_ACCURATE, a=a, b=a)
+        bar = "<= 1.2 s" if dataflow == "os" else ""
+        rows.append([f"CYCLE_ACCURATE {SIZE}^3 on 32 x 32, {dataflow}, values on", f"{ours:.3f} s", bar])
+        pes = timed(lambda flow=dataflow: multiply(a, a, 32, 32, flow))
+        rows.append([f"  of it the PEs, {dataflow}", f"{pes:.3f} s", ""])
+        other = scalesim(python, dataflow)
+        if other is None:
+            rows.append([f"SCALE-Sim 3, {dataflow}", "not run: pass --scalesim-python", ""])
+            continue
+        rows.append(
+            [
+                f"SCALE-Sim 3, {dataflow}, no values",
+                f"{other['seconds']:.2f} s",
+                f"{other['seconds'] / ours:.1f} x ours",
+            ]
+        )
+        equal = "equal" if other["cycles"] == stats.compute_cycles else "NOT EQUAL"
+        rows.append([f"compute cycles, {dataflow}", f"{stats.compute_cycles:,} and {other['cycles']:,.0f}", equal])
+    return rows
+
+
+def scalesim(python: str | None, dataflow: str) -> dict[str, float] | None:
+    if python is None:
+        return None
+    script = Path(__file__).with_name("kpu_scalesim.py")
+    command = [python, str(script), *(str(n) for n in (SIZE, SIZE, SIZE, 32, 32)), dataflow]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def same_program() -> list[str]:
+    """One program through both timed simulators; CYCLE_ACCURATE steps the PEs besides."""
+    profile = machine(32, 32)
+    program = lower_product(Product(batch=1, M=SIZE, N=SIZE, K=SIZE), profile)
+    a = np.ones((SIZE, SIZE), np.float32)
+    group_cost.cache_clear()
+    quick = statistics.median(_seconds(lambda: run_transactional(program, profile)) for _ in range(5))
+    exact = statistics.median(
+        _seconds(lambda: (run_cycle_accurate(program, profile), multiply(a, a, 32, 32))) for _ in range(3)
+    )
+    ratio = f"{exact / quick:.0f} times"
+    return [
+        f"TRANSACTIONAL and CYCLE_ACCURATE on one {SIZE}^3 program",
+        f"{quick * 1e3:.2f} ms, {exact * 1e3:.0f} ms: {ratio}",
+        ">= 100 times",
+    ]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def deviations() -> list[list[str]]:
+    """Of TRANSACTIONAL from CYCLE_ACCURATE on random products, every second one bound by bandwidth."""
+    found = []
+    for seed in range(CASES):
+        rng = random.Random(seed)
+        rows, cols, size = rng.choice([4, 8, 16, 32]), rng.choice([4, 8, 16, 32]), rng.choice([1, 2, 4])
+        M, N, K = (rng.randint(8, 160) for _ in range(3))
+        product = Product(
+            batch=1, M=M, N=N, K=K, dtype={1: "int8", 2: "bfloat16", 4: "float32"}[size], size=size, out_size=size
+        )
+        profile, dataflow = machine(rows, cols), rng.choice(DATAFLOWS)
+        program = lower_product(product, profile, dataflow)
+        moved = program.total("bytes", Opcode.DMA_LOAD_TILE, Opcode.DMA_STORE_TILE) * profile["clock.frequency"]
+        compute = run_transactional(program, profile).timeline.engines["array"].busy
+        bandwidth = moved / compute * (rng.uniform(0.1, 0.7) if seed % 2 else rng.uniform(1.5, 20))
+        slower = profile.replace(dram__bandwidth=bandwidth, engines__dma_bandwidth=bandwidth)
+        found.append(abs(run_transactional(program, slower).cycles / run_cycle_accurate(program, slower).cycles - 1))
+    found.sort()
+    beyond = sum(each > 0.05 for each in found)
+    return [
+        [f"TRANSACTIONAL from CYCLE_ACCURATE, {CASES} products, half bandwidth-bound: median", f"{found[CASES // 2]:.2%}", ""],
+        ["  the second worst", f"{found[-2]:.2%}", ""], ["  the worst", f"{found[-1]:.2%}", "<= 5%"],
+        ["  beyond 5%", f"{beyond} of {CASES}", "0"],
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser: argparse.ArgumentParser = record.parser(__doc__)
+    parser.add_argument("--scalesim-python", metavar="PATH", help="a Python that can import scalesim")
+    options = parser.parse_args()
+    rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
+    notes = [
+        "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not calibrated.",
+        "The whole run of CYCLE_ACCURATE holds the choice of the schedule, every DRAM page visit, and the PEs with values.",
+    ]
+    record.publish(
+        options, "kpu", "Simulators of the KPU", ["what", "measured", "bar"], rows, notes, section="Simulators"
+    )
+
+
+if __name__ == "__main__":
+    main()
