@@ -107,7 +107,7 @@ class _Registers:
         # a late register has a second one behind it
         self._late = [(at, np.zeros(shape[2], dtype), np.zeros(shape[2], np.uint8)) for at in late]
 
-    def clock(self, edge: Array, edge_bits: NDArray[np.uint8], passing: Array | None = None) -> None:
+    def clock(self, edge: Array | int, edge_bits: NDArray[np.uint8], passing: Array | None = None) -> None:
         """Move one PE on; the edge takes [lanes, tiles] from a streamer. `passing`: what the PEs send, if not the value."""
         value = self.value if passing is None else passing
         if self._down:
@@ -131,7 +131,7 @@ class _Count:
         self.last = np.full(tiles, -1, np.int64)
         self.firings = self.active = 0
 
-    def see(self, cycle: int, fires: NDArray[np.uint8]) -> None:
+    def see(self, cycle: int, fires: Array) -> None:
         """`fires`: bits that both operands of a PE have, [rows, cols, tiles]."""
         slots = np.bitwise_or.reduce(fires.reshape(-1, fires.shape[2]), axis=0) & SLOT
         self.last[slots != 0] = cycle

@@ -44,7 +44,7 @@ def array_values(profile: Profile, dataflow: Dataflow = "os") -> Iterator[Counte
 
 class _ArrayMode(TorchDispatchMode):
     def __init__(self, profile: Profile, dataflow: Dataflow) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.profile, self.dataflow, self.counted = profile, dataflow, Counted()
 
     def __torch_dispatch__(
@@ -190,7 +190,9 @@ def _convolution_backward(
 def _input_gradient(mode: _ArrayMode, grad: Tensor, x: Tensor, w: Tensor, conv: _Convolution) -> Tensor:
     if conv.transposed:
         found = _direct(mode, _pad(grad, conv.padding, conv.padding), w, conv.stride, conv.dilation, conv.groups)
-        return found[(..., *(slice(size) for size in x.shape[2:]))]  # output_padding may leave room for one more
+        for axis, size in enumerate(x.shape[2:]):  # output_padding may leave room for one more
+            found = found.narrow(2 + axis, 0, size)
+        return found
     axes = zip(x.shape[2:], grad.shape[2:], conv.stride, conv.padding, conv.dilation, w.shape[2:], strict=True)
     left = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, s, p, d, k in axes]
     return _transposed(mode, grad, w, attrs.evolve(conv, output_padding=left))
