@@ -158,7 +158,9 @@ def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool
     return _candidate(request, device, registry.entry(device.id), transfer).refusals
 
 
-def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer: bool) -> Candidate:
+def _candidate(
+    request: AttentionRequest, device: Device, entry: Entry, transfer: bool, hardware_only: bool = False
+) -> Candidate:
     moved = not device.reads_from(request.device)
     seen = Candidate(device=device, distribution=entry.distribution, priority=entry.spec.priority, transfer=moved)
     if failure := entry.failure or entry.broken.get(device.id):
@@ -172,6 +174,9 @@ def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer
         capabilities = backend.capabilities(device)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
         refusals = [*placement, *capabilities.refusals(request)] or list(backend.check(request, device))
+        if hardware_only and device.fidelity is not Fidelity.HARDWARE:  # a simulator's estimate may take long: not asked for
+            fix = f'pass allow_simulated=True or backend="{device.id}"'
+            refusals.append(Refusal(Code.FIDELITY, "fidelity", "hardware", str(device.fidelity), fix))
         if refusals:
             return attrs.evolve(seen, refusals=tuple(refusals))
         estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
@@ -179,7 +184,7 @@ def _candidate(request: AttentionRequest, device: Device, entry: Entry, transfer
         return attrs.evolve(seen, refusals=_memory(estimate, device), estimate=estimate, error=error)
     except (Exception, SystemExit) as wrong:  # a broken device must not take the others down
         registry.fail_entry(entry, "check", wrong)
-        return _candidate(request, device, entry, transfer)
+        return _candidate(request, device, entry, transfer, hardware_only)
 
 
 def _memory(estimate: Estimate, device: Device) -> tuple[Refusal, ...]:
@@ -205,9 +210,8 @@ def decide(request: AttentionRequest, policy: Policy) -> Decision:
     transfer = policy.transfer if policy.transfer is not None else bool(policy.names)
     candidates, chosen, reason = [], None, "no installed backend has a device"
     for devices in groups:
-        seen = [_candidate(request, device, registry.entry(device.id), transfer) for device in devices]
-        if not policy.names and not policy.allow_simulated:
-            seen = [_hardware_only(candidate) for candidate in seen]
+        hardware_only = not policy.names and not policy.allow_simulated
+        seen = [_candidate(request, device, registry.entry(device.id), transfer, hardware_only) for device in devices]
         candidates += seen
         chosen, reason = _choose(request, seen, policy)
         if chosen is not None:
@@ -240,15 +244,6 @@ def _present(name: str, may_be_absent: bool) -> list[Device]:
         if may_be_absent:  # a preference passes over a device that is not here
             return []
         raise
-
-
-def _hardware_only(candidate: Candidate) -> Candidate:
-    fidelity = candidate.device.fidelity
-    if fidelity is Fidelity.HARDWARE:
-        return candidate
-    fix = f'pass allow_simulated=True or backend="{candidate.device.id}"'
-    refusal = Refusal(Code.FIDELITY, "fidelity", "hardware", str(fidelity), fix)
-    return attrs.evolve(candidate, refusals=(*candidate.refusals, refusal))
 
 
 def _choose(request: AttentionRequest, candidates: list[Candidate], policy: Policy) -> tuple[str | None, str]:

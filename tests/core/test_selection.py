@@ -268,6 +268,23 @@ def test_a_device_without_energy_is_not_chosen_for_energy(local: Fake) -> None:
     assert choose(backend="silent", objective="energy").chosen == "silent:0"  # it was named
 
 
+def test_a_simulators_estimate_is_asked_for_only_where_it_may_be_chosen(local: Fake) -> None:
+    """It may take a simulation: the first automatic call on a machine with simulators must not wait for it."""
+    asked: list[int] = []
+
+    def slow(request: AttentionRequest) -> float:
+        asked.append(request.len_k)
+        return 1e-12
+
+    local("silicon")
+    local("model", fidelity="simulated", time=slow)
+    assert choose().chosen == "silicon:0"
+    assert not asked
+    assert choose(allow_simulated=True).chosen == "model:0"
+    assert choose(backend="model").chosen == "model:0"
+    assert len(asked) == 2
+
+
 # Where tensors lie
 
 
