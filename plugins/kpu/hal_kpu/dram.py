@@ -48,6 +48,10 @@ class MemoryCounters:
     page_misses: float = 0
     refresh_stall: float = 0.0
 
+    def copy(self) -> MemoryCounters:
+        """As it is now."""
+        return MemoryCounters(self.bytes, self.bus, self.page_hits, self.page_misses, self.refresh_stall)
+
     def repeat(self, since: MemoryCounters, times: int) -> None:
         """What happened since an earlier copy happened `times` times more."""
         for name in ("bytes", "bus", "page_hits", "page_misses", "refresh_stall"):

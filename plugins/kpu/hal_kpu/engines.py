@@ -377,7 +377,7 @@ class Engines:
                     index = turn.count - left
                 seen = {}
             else:
-                mark = _Mark(len(self._entries), self._done, list(self._busy), attrs.evolve(self.memory.counters))
+                mark = _Mark(len(self._entries), self._done, list(self._busy), self.memory.counters.copy())
                 seen[state] = (index, base, mark)
         self._at = outside
 
