@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -305,3 +306,29 @@ def test_random_numbers_are_those_that_eager_draws(case, draw):
     torch.manual_seed(5)
     torch.testing.assert_close(torch.compile(run, backend="kpu")(x), want)
     assert hal_kpu.get_last_stats().fallback == ()
+
+
+# name: (draw 20,000 numbers, share of them that lies at or below a bound, the bound)
+DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
+    "exponential": (lambda x: x.clone().exponential_(2.0), 1 - math.exp(-1), 0.5),
+    "geometric": (lambda x: x.clone().geometric_(0.25), 1 - 0.75**3, 3.0),
+    "cauchy": (lambda x: x.clone().cauchy_(1.0, 2.0), 0.75, 3.0),
+    "log-normal": (lambda x: x.clone().log_normal_(1.0, 0.5), 0.5, math.e),
+    "whole numbers": (lambda x: torch.randint(-2, 3, x.shape).float(), 0.6, 0.0),
+    "whole numbers like": (lambda x: torch.randint_like(x, 4), 0.5, 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DISTRIBUTIONS)
+def test_other_distributions_are_torchs_though_not_number_by_number(case):
+    function, share, bound = DISTRIBUTIONS[case]
+    torch._dynamo.reset()
+    torch.manual_seed(7)
+    x = torch.zeros(20_000)
+    got, want = torch.compile(lambda x: function(x), backend="kpu")(x), function(x)
+    assert hal_kpu.get_last_stats().fallback == ()
+    assert got.dtype == want.dtype
+    for drawn in (got, want):  # four deviations of a share of 20,000
+        assert abs(float((drawn <= bound).double().mean()) - share) <= 4 * math.sqrt(share * (1 - share) / 20_000)
+    if case.startswith(("whole", "geom")):
+        assert set(got.unique().tolist()) <= set(range(-2, 100))

@@ -23,6 +23,7 @@ from . import (  # noqa: F401  each registers its lowerings
     fx_normalization,
     fx_ordering,
     fx_products,
+    fx_random,
     fx_reductions,
     fx_shapes,
     fx_special,
