@@ -44,8 +44,9 @@ def test_attention_shows_fused_against_scores_through_dram(capsys):
     assert causal["unfused"]["cycles"] == found["unfused"]["cycles"]
 
 
-def test_attention_prints_tables_and_draws(capsys, tmp_path):
+def test_attention_prints_tables_and_draws(capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setenv("COLUMNS", "160")
     plot = tmp_path / "report.png"
     assert main(["kpu", "attention", "--shape", "1,2,64,32", "--plot", str(plot)]) == 0
     text = capsys.readouterr().out

