@@ -127,15 +127,12 @@ def deviation(seed: int) -> float:
 
 
 def test_transactional_is_near_cycle_accurate():
-    assert max(deviation(seed) for seed in range(40)) <= 0.05
+    assert max(deviation(seed) for seed in (*range(40), 106, 216)) <= 0.05, "106 and 216: nine pages in eight banks"
 
 
 @pytest.mark.slow
-def test_transactional_is_within_5_percent_of_cycle_accurate_in_199_of_200_cases():
-    """All but one of these 200: a result of nine pages in the eight banks of its group, whose pages then close each other."""
-    found = [deviation(seed) for seed in range(200)]
-    assert sum(each > 0.05 for each in found) <= 1
-    assert max(found) < 0.10
+def test_transactional_is_within_5_percent_of_cycle_accurate_in_200_cases():
+    assert max(deviation(seed) for seed in range(200)) <= 0.05
 
 
 @pytest.mark.parametrize("engine", ["vector", "mover"])

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import attrs
 
-from .movement import BANK_GROUPS, GROUP_BYTES, Place
+from .movement import BANK_GROUPS, GROUP_BYTES, Place, Program
+from .pages import bank_of, burst_order, page_visits
 from .profile import Profile
+from .reopening import Reopening, reopenings
 
 TICKS = 1 << 12  # of the banked memory in a cycle
 COARSE = 16  # of the averaged memory in a cycle
@@ -30,12 +32,14 @@ COARSE = 16  # of the averaged memory in a cycle
 
 @attrs.frozen
 class Transfer:
-    """One DMA of a group. ready: cycle from which it may touch the memory. base: byte where its place now begins."""
+    """One DMA of a group. ready: cycle from which it may touch the memory. base: byte where its place now begins.
+    turn: of the innermost loop around it."""
 
     channel: int
     ready: int
     place: Place
     base: int
+    turn: int = 0
 
 
 @attrs.define
@@ -111,30 +115,10 @@ class Timing:
         )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
-def page_visits(
-    offset: int, row_bytes: int, rows: int, pitch: int, page: int, burst: int
-) -> tuple[tuple[int, int], ...]:
-    """(page after the first, bursts) of a place that begins `offset` bytes into a page, in order, neighbours merged."""
-    visits: list[list[int]] = []
-    for row in range(rows):
-        at, left = offset + row * pitch, row_bytes
-        while left > 0:
-            here = min(left, page - at % page)
-            bursts = -(-(at % burst + here) // burst)
-            if visits and visits[-1][0] == at // page:
-                visits[-1][1] += bursts
-            else:
-                visits.append([at // page, bursts])
-            at, left = at + here, left - here
-    return tuple((number, bursts) for number, bursts in visits)
-
-
 class BankedMemory:
     """Visit by visit: banks, open pages, refresh windows. For CYCLE_ACCURATE.
 
-    The byte where a place begins says its group of banks. There pages go round the banks, each round turned by one against
-    the round before (as Zhang, Zhu & Zhang 2000), so that no power-of-two pitch stays in one bank.
+    The byte where a place begins says its group of banks, the page its bank there (`pages.bank_of`).
 
     `skip_refresh`: a bank whose refresh is left out, for tests.
     """
@@ -210,10 +194,7 @@ class BankedMemory:
 
     def _visit(self, transfer: Transfer, page: int, bursts: int, ready: int) -> tuple[int, int]:
         counters, next_, channel, group = self.counters, self._next, transfer.channel, self._group
-        bank = (
-            transfer.base // GROUP_BYTES % BANK_GROUPS * group
-            + (page + page // group + page // (group * group)) % group
-        )
+        bank = transfer.base // GROUP_BYTES % BANK_GROUPS * group + bank_of(page, group)
         start = max(self._bus, ready, self._ports.get(channel, 0))
         if self._open[bank] == page:
             counters.page_hits += 1
@@ -237,36 +218,6 @@ class BankedMemory:
         return start, end if end > port else port
 
 
-@functools.lru_cache(maxsize=4096)
-def burst_order(
-    places: tuple[tuple[int, int, int, int], ...], page: int, burst: int
-) -> tuple[tuple[int, int, int], ...]:
-    """(transfer, page after its first, bursts) of a group: always the transfer with the fewest bursts so far, 4 at a time.
-
-    places: (offset in the page, row_bytes, rows, pitch) of each transfer.
-    """
-    visits = [page_visits(*place, page, burst) for place in places]
-    if len(visits) == 1:
-        return tuple((0, number, bursts) for number, bursts in visits[0])
-    order: list[tuple[int, int, int]] = []
-    served, at = [0] * len(visits), [0] * len(visits)
-    left = [v[0][1] if v else 0 for v in visits]
-    going = [which for which, v in enumerate(visits) if v]
-    while going:
-        which = min(going, key=lambda w: (served[w], w))
-        now = min(left[which], 4)
-        order.append((which, visits[which][at[which]][0], now))
-        served[which] += now
-        left[which] -= now
-        if not left[which]:
-            at[which] += 1
-            if at[which] < len(visits[which]):
-                left[which] = visits[which][at[which]][1]
-            else:
-                going.remove(which)
-    return tuple(order)
-
-
 @attrs.frozen
 class GroupCost:
     """Of transfers that are interleaved, in cycles and refreshes apart.
@@ -275,7 +226,8 @@ class GroupCost:
         whole: from one group's last byte to the next one's, where groups wait in line. alone: from readiness to the last
             byte, where the memory waited.
         ends: of each transfer, as a share of `whole`. ports: the least at each transfer's channel.
-        bus: of the bytes themselves. hits, misses: page visits.
+        bus: of the bytes themselves. hits, misses: page visits. reopens: share of the groups that the memory
+            waited for which find a page closed that was open before.
     """
 
     whole: float
@@ -285,6 +237,7 @@ class GroupCost:
     bus: float
     hits: float
     misses: float
+    reopens: float
 
 
 @attrs.frozen
@@ -308,6 +261,12 @@ def _burst_bytes(timing: Timing, place: Place, base: int) -> int:
     """Bytes of the bursts that hold a place."""
     visits = page_visits(base % timing.page, place.row_bytes, place.rows, place.pitch, timing.page, timing.burst)
     return sum(bursts for _, bursts in visits) * timing.burst
+
+
+def _pages(timing: Timing, place: Place, base: int) -> Iterator[int]:
+    """Numbers of the pages that hold a place."""
+    visits = page_visits(base % timing.page, place.row_bytes, place.rows, place.pitch, timing.page, timing.burst)
+    return (base // timing.page + number for number, _ in visits)
 
 
 def _turns(place: Place) -> int:
@@ -347,18 +306,21 @@ def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     turns = min(place.counts[0] for place in cut)
     whole = alone = hits = misses = 0.0
     data = [0] * len(cut)  # bytes in whole bursts, of all turns
-    number, waited = len(_OUTER) * turns, 0
+    number, waited, opened = len(_OUTER) * turns, 0, 0
     again = any(place.steps[1] != place.steps[0] for place in cut)  # loops around the innermost come back to open pages
-    waits = BankedMemory(calm)
+    waits, seen = BankedMemory(calm), set[int]()
     for outer in range(len(_OUTER)):
         line = BankedMemory(calm)
-        waits = waits if again else BankedMemory(calm)
+        waits, seen = (waits, seen) if again else (BankedMemory(calm), set())
         for turn in range(turns + 1):
             at = [place.base + place.steps[outer] + turn * place.steps[-1] for place in cut]
             ready = math.ceil(waits.bus_cycles) + timing.activate  # all that came before has ended
+            new = {number for pair in zip(cut, at, strict=True) for number in _pages(timing, *pair)} - seen
+            before, seen = waits.counters.page_misses + len(new), seen | new
             waits.serve([Transfer(i, ready, place, base) for i, (place, base) in enumerate(zip(cut, at, strict=True))])
             if outer if again else turn:  # at first its pages are not open
                 alone, waited = alone + waits.bus_cycles - ready, waited + 1
+                opened += waits.counters.page_misses > before
             if turn < turns:
                 data = [
                     sent + _burst_bytes(timing, *pair)
@@ -373,7 +335,9 @@ def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     ends = tuple(sum(min(own, other) for other in data) / sum(data) for own in data)
     ports = tuple(own / number * scale / timing.channel for own in data)
     bus = sum(place.bytes for place in places) / timing.bytes_per_cycle
-    return GroupCost(whole * scale, alone + whole * (scale - 1), ends, ports, bus, hits * scale, misses * scale)
+    return GroupCost(
+        whole * scale, alone + whole * (scale - 1), ends, ports, bus, hits * scale, misses * scale, opened / waited
+    )
 
 
 class AveragedMemory:
@@ -389,19 +353,27 @@ class AveragedMemory:
         self._reach = 0
         self._touched: set[int] = set()  # groups of banks with an open page
         self._ports: dict[int, int] = {}
-        self._costs: dict[tuple[Place, ...], _Ticks] = {}
+        self._costs: dict[tuple[tuple[Place, ...], int | None], _Ticks] = {}
+        self._reopened: dict[tuple[tuple[Place, ...], int | None], Reopening] = {}
+        self.uneven: set[Place] = set()  # places whose turns differ
         self._stretch = COARSE / (1 - timing.refresh * timing.banks / timing.interval)  # the bus waits for refreshes
+
+    def expect(self, program: Program) -> None:
+        """Look over the program that is to run, for the pages that it finds closed when it comes back to them."""
+        self._reopened = reopenings(program, self.timing.page, self.timing.burst, self.timing.group)
+        self.uneven = {place for group, turn in self._reopened if turn is not None for place in group}
 
     def serve(self, group: Sequence[Transfer]) -> list[tuple[int, int]]:
         key = tuple([transfer.place for transfer in group])
         groups = {transfer.base // GROUP_BYTES for transfer in group}
         cold = not groups <= self._touched
         self._touched |= groups
-        if key not in self._costs:
-            self._costs[key] = self._scaled(
-                group_cost(self.timing, tuple(_samples(self.timing, place) for place in key))
-            )
-        cost = self._costs[key]
+        turn = group[-1].turn if self.uneven and key[-1] in self.uneven else None
+        if (key, turn) not in self._costs:
+            each = group_cost(self.timing, tuple(_samples(self.timing, place) for place in key))
+            reopened = self._reopened.get((key, None if each.reopens else turn))
+            self._costs[key, turn] = self._scaled(each, reopened)
+        cost = self._costs[key, turn]
         ready = max([transfer.ready for transfer in group]) * COARSE
         if cold:  # its first page is not open yet
             ready += max(0, self.timing.activate * COARSE + cost.whole - cost.alone)
@@ -419,13 +391,20 @@ class AveragedMemory:
         self.bus = max(begin + cost.whole, *self._ports.values())
         return spans
 
-    def _scaled(self, cost: GroupCost) -> _Ticks:
-        """A cost in 1/COARSE of a cycle, longer by the refreshes."""
+    def _scaled(self, cost: GroupCost, reopened: Reopening | None) -> _Ticks:
+        """A cost in 1/COARSE of a cycle, longer by the refreshes and the pages that must be opened again.
+
+        Only a transfer that the memory waited for waits for a page: in line, pages are opened ahead.
+        """
 
         def ticks(cycles: float) -> int:
             return math.ceil(cycles * self._stretch)
 
-        alone = max(ticks(cost.alone), ticks(cost.whole))
+        waited = cost.alone
+        if reopened and reopened.share > cost.reopens:
+            late = self.timing.activate - reopened.before / self.timing.bytes_per_cycle
+            waited += (reopened.share - cost.reopens) * max(0.0, late)
+        alone = max(ticks(waited), ticks(cost.whole))
         self.activate = max(self.activate, -(-(alone - ticks(cost.whole)) // COARSE))
         self._reach = max(self._reach, *(ticks(port) for port in cost.ports))
         return _Ticks(

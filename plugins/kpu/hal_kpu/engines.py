@@ -109,6 +109,7 @@ class _Turn:
     buffers: list[int]
     memory: bool
     barrier: bool
+    uneven: bool
 
 
 @attrs.define(slots=True)
@@ -142,6 +143,8 @@ class Engines:
     ) -> None:
         check_fit(program, profile)
         self.program, self.profile, self.memory, self._tile_cycles = program, profile, memory, cycles
+        if isinstance(memory, AveragedMemory):
+            memory.expect(program)
         self._lost = fault.lost_credit if fault else None
         self._steady = memory.steady and fault is None  # a fault happens once
         self._engines: list[str] = []
@@ -192,7 +195,12 @@ class Engines:
         buffers = {buffer for step in steps for buffer in (*step.gives, *(take[0] for take in step.takes))}
         engines = {step.engine for step in steps if step.engine >= 0}
         return _Turn(item.count, body, sorted(engines), sorted(buffers), any(step.queue == 0 for step in steps),
-                     any(step.engine < 0 for step in steps))  # fmt: skip
+                     any(step.engine < 0 for step in steps), self._uneven(item))  # fmt: skip
+
+    def _uneven(self, loop: Loop) -> bool:
+        """Whether turns of a loop differ by more than where the state before them differs."""
+        places = [item.place for item in loop.body if isinstance(item, Instruction) and item.place]
+        return isinstance(self.memory, AveragedMemory) and not self.memory.uneven.isdisjoint(places)
 
     def _step(self, instruction: Instruction) -> _Step:
         self._instructions.append(instruction)
@@ -325,7 +333,7 @@ class Engines:
             place = member.instruction.place
             assert place is not None
             base = place.base + sum(map(int.__mul__, member.strides, turns))
-            transfers.append(Transfer(member.channel, ready, place, base))
+            transfers.append(Transfer(member.channel, ready, place, base, turns[-1] if turns else 0))
         for (member, _), (start, end) in zip(group, self.memory.serve(transfers), strict=True):
             start = max(start, self._free[member.engine])
             self._finish(member, start, max(start, end))
@@ -366,7 +374,7 @@ class Engines:
             index += 1
             if self._limit and max(self._free) > self._limit:
                 raise TooSlow(f"program {self.program.name} takes more than {self._limit} cycles")
-            if not self._steady or turn.count < 4 or index >= turn.count or self._waiting or self._group:
+            if not self._steady or turn.uneven or turn.count < 4 or index >= turn.count or self._waiting or self._group:
                 continue
             base, state = self._relative(turn)
             if state in seen:
