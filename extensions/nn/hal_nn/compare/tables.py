@@ -84,7 +84,7 @@ def _show_text(comparison: Comparison) -> None:
 
 def _show_accuracy(comparison: Comparison, ran: list[Row]) -> None:
     causal = comparison.model["kind"] == "causal"
-    task = ["same next token", "perplexity"] if causal else ["same nearest neighbour"]
+    task = ["same next token", "perplexity"] if causal else ["same neighbour"]
     rows = []
     for row in ran:
         found = row.accuracy
