@@ -11,7 +11,7 @@ import attrs
 from .figures import percent, ratio
 from .result import Figure
 
-WIDTH, LABEL, RIGHT, ROW = 540, 128, 84, 34
+WIDTH, LABEL, RIGHT, ROW = 540, 148, 84, 34
 _PLOT = WIDTH - LABEL - RIGHT
 
 
@@ -104,7 +104,7 @@ def dots(marks: Sequence[Mark], name: str) -> str:
 
 def lines(series: Sequence[tuple[Mark, Sequence[float]]], name: str) -> str:
     """Values by layer on a logarithmic axis; modelled series are dashed."""
-    height, left, right = 230, 40, WIDTH - 128
+    height, left, right = 230, 40, WIDTH - 156
     values = [v for _, row in series for v in row if v > 0]
     first, last = _decades(values)
     count = max(len(row) for _, row in series)
@@ -183,7 +183,7 @@ def _label(mark: Mark, number: int) -> str:
 
 def shortened(label: str) -> str:
     """A label that fits its column, the end kept."""
-    return label if len(label) <= 18 else f"…{label[-17:]}"
+    return label if len(label) <= 22 else f"…{label[-21:]}"
 
 
 def _bar(x: float, y: float, width: float, fill: str, tip: str, hatched: bool) -> str:
