@@ -225,7 +225,7 @@ def _check_shapes(program: DFXProgram, failure: Failure) -> None:
             with torch.device("meta"):
                 given = OPCODES[op.opcode].value(tuple(map(empty, op.inputs)), op.attrs)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise failure(f"ops[{index}] {op.opcode} cannot take {read} with attrs {op.attrs}: {reason}.") from None
         for name, tensor in zip(op.outputs, given, strict=True):
             spec = program.tensors[name]
