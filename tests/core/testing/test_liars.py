@@ -17,6 +17,7 @@ from hal_core.capabilities import Code
 from hal_core.registry import registry
 from hal_core.testing import CHECKS, check_backend
 from hal_core.testing.liars import CLAIMS, LIES, DenseBackend, DenseSession, Lie, lie
+from hal_core.testing.subject import Failure, Subject
 
 SLOW = {"leaks", "estimates"}
 #: Checks that a lie may fail besides its own. Lies that are not here must fail their own check alone.
@@ -337,6 +338,28 @@ def test_kernels_are_held_to_their_reference(
     report = check_backend(Provider("provider", kind), checks=["kernels"])
     assert report.passed == (finding == "double"), str(report)
     assert finding in report["kernels"].detail
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_results_of_few_numbers_are_held_over_many_draws(seed: int, factor: float) -> None:
+    """Two numbers may nearly cancel, so one draw proves little; wrong by a thousandth is wrong all the same."""
+
+    def off(self: DenseSession, *given: Any) -> Any:
+        out, lse = DenseSession.attend(self, *given)
+        return out * factor, lse
+
+    hal.register(lie("value_dim", attend=off).make(), name="liar")
+    try:
+        subject = Subject(registry.find("liar")[0], seed=seed, quick=False)
+        sizes = {"batch": 1, "heads_q": 2, "heads_kv": 2, "len_q": 1, "len_k": 67, "dim_qk": 64, "dim_v": 1, "dtype": "float32"}
+        case = subject.corners.case("few", sizes)
+        if factor == 1:
+            assert subject.hold(case).share <= 1
+        else:
+            with pytest.raises(Failure, match=r"out is wrong by 0\.001"):
+                subject.hold(case)
+    finally:
+        hal.unregister("liar")
 
 
 def test_the_public_kit_is_named_in_each_lie() -> None:
