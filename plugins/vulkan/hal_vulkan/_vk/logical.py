@@ -1,0 +1,90 @@
+"""A logical device: its extensions and features, its queue, and how failures become sentences."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from hal_core import DeviceUnavailableError, MemoryLimitError
+
+from .adapter import NV2_FEATURES, Adapter, api
+
+_OUT_OF_MEMORY = {-1: "host", -2: "device"}
+_LOST = -4
+
+
+class LogicalDevice:
+    """A VkDevice with one compute queue."""
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self.adapter, self.name = adapter, name
+        self._ffi, self._lib = api()
+        ffi, lib = self._ffi, self._lib
+        families = ffi.new("uint32_t*")
+        lib.vkGetPhysicalDeviceQueueFamilyProperties(adapter.handle, families, ffi.NULL)
+        listed = ffi.new("VkQueueFamilyProperties[]", families[0])
+        lib.vkGetPhysicalDeviceQueueFamilyProperties(adapter.handle, families, listed)
+        self._family = next(n for n in range(families[0]) if listed[n].queueFlags & 2)
+        self._timestamps = listed[self._family].timestampValidBits > 0
+        self._device = self._make_device()
+        queue = ffi.new("VkQueue*")
+        lib.vkGetDeviceQueue(self._device, self._family, 0, queue)
+        self._queue = queue[0]
+
+    def _make_device(self) -> Any:
+        ffi, adapter = self._ffi, self.adapter
+        if "VK_KHR_push_descriptor" not in adapter.extensions:
+            raise DeviceUnavailableError(f"{self.name} has no VK_KHR_push_descriptor: update its driver")
+        wanted, chain, keep = [b"VK_KHR_push_descriptor"], ffi.NULL, []
+        if "cooperative_matrix" in adapter.features:
+            chain = ffi.new(
+                "VkPhysicalDeviceCooperativeMatrixFeaturesKHR*", {"sType": 1000506000, "cooperativeMatrix": 1}
+            )
+            keep.append(chain)
+            wanted.append(b"VK_KHR_cooperative_matrix")
+            if any(name.startswith("nv2_") for name in adapter.features):
+                raw = ffi.new("char[48]")
+                bits = [int(f"nv2_{name}" in adapter.features) for name in NV2_FEATURES]
+                after = int(ffi.cast("uintptr_t", chain))
+                ffi.memmove(raw, struct.pack("IIQ7I", 1000593000, 0, after, *bits), 44)
+                chain = ffi.cast("void*", raw)
+                keep.append(raw)
+                wanted.append(b"VK_NV_cooperative_matrix2")
+        has = adapter.features.__contains__
+        v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {
+            "sType": 51, "pNext": chain, "timelineSemaphore": 1, "shaderFloat16": has("float16"),
+            "vulkanMemoryModel": has("memory_model"),
+        })  # fmt: skip
+        v11 = ffi.new("VkPhysicalDeviceVulkan11Features*", {
+            "sType": 49, "pNext": v12, "storageBuffer16BitAccess": has("storage16"),
+        })  # fmt: skip
+        features = ffi.new("VkPhysicalDeviceFeatures2*", {"sType": 1000059000, "pNext": v11})
+        priority = ffi.new("float[]", [1.0])
+        queue = ffi.new("VkDeviceQueueCreateInfo*", {
+            "sType": 2, "queueFamilyIndex": self._family, "queueCount": 1, "pQueuePriorities": priority,
+        })  # fmt: skip
+        names = [ffi.new("char[]", name) for name in wanted]
+        pointers = ffi.new("char*[]", names)
+        return self._made("VkDevice*", "vkCreateDevice", "VkDeviceCreateInfo*", {
+            "sType": 3, "pNext": features, "queueCreateInfoCount": 1, "pQueueCreateInfos": queue,
+            "enabledExtensionCount": len(names), "ppEnabledExtensionNames": pointers,
+        }, first=adapter.handle)  # fmt: skip
+
+    def _check(self, result: int, what: str, nbytes: int = 0) -> None:
+        if not result:
+            return
+        if result in _OUT_OF_MEMORY:
+            raise MemoryLimitError(self.name, nbytes, 0, self.adapter.memory)
+        if result == _LOST:
+            raise DeviceUnavailableError(f"{self.name} was lost during {what}: close its session and open it again")
+        raise DeviceUnavailableError(
+            f"{self.name} failed in {what} (VkResult {result}): update its driver, or report it"
+        )
+
+    def _made(self, kind: str, call: str, info_kind: str, info: dict[str, Any], first: Any = None) -> Any:
+        """The object that vkCreate...(device, info, NULL, &object) makes."""
+        ffi = self._ffi
+        made = ffi.new(kind)
+        owner = self._device if first is None else first
+        self._check(getattr(self._lib, call)(owner, ffi.new(info_kind, info), ffi.NULL, made), call)
+        return made[0]

@@ -1,0 +1,87 @@
+"""Compute pipelines and the driver's cache of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .adapter import Adapter
+from .allocation import Allocating
+
+DESCRIPTORS = {"s": 7, "u": 6}  # VkDescriptorType of a storage and a uniform buffer
+COMPUTE_STAGE = 0x20
+
+
+class Pipeline(NamedTuple):
+    handle: Any
+    layout: Any
+    slots: Any
+    kinds: str
+
+
+class Compiling(Allocating):
+    """Makes pipelines, through a cache that `cache` names (None for none). A cache from another driver is ignored."""
+
+    def __init__(self, adapter: Adapter, name: str, cache: Path | None) -> None:
+        super().__init__(adapter, name)
+        self._cache_path = cache
+        self._pipelines: list[Pipeline] = []
+        self._cache = self._open_cache()
+
+    def _open_cache(self) -> Any:
+        data = b""
+        if self._cache_path is not None:
+            try:
+                data = self._cache_path.read_bytes()
+            except OSError:
+                data = b""
+        info: dict[str, Any] = {"sType": 17}
+        if data[16:32] == self.adapter.cache_uuid:  # the header's place for it; another driver's cache is left alone
+            info |= {"initialDataSize": len(data), "pInitialData": self._ffi.from_buffer(data)}
+        return self._made("VkPipelineCache*", "vkCreatePipelineCache", "VkPipelineCacheCreateInfo*", info)
+
+    def cache_data(self) -> bytes:
+        """The pipeline cache's bytes."""
+        size = self._ffi.new("size_t*")
+        self._lib.vkGetPipelineCacheData(self._device, self._cache, size, self._ffi.NULL)
+        data = self._ffi.new("char[]", max(size[0], 1))
+        self._lib.vkGetPipelineCacheData(self._device, self._cache, size, data)
+        return bytes(self._ffi.buffer(data, size[0]))
+
+    def pipeline(self, spirv: bytes, kinds: str, push_bytes: int, constants: Sequence[int]) -> Pipeline:
+        """A compute pipeline. `kinds` has "s" (storage buffer) or "u" (uniform buffer) for each binding from 0, `constants`
+        the specialisation constants from 0."""
+        ffi, lib, device = self._ffi, self._lib, self._device
+        code = ffi.new("uint32_t[]", len(spirv) // 4)
+        ffi.memmove(code, spirv, len(spirv))
+        module = self._made("VkShaderModule*", "vkCreateShaderModule", "VkShaderModuleCreateInfo*",
+                            {"sType": 16, "codeSize": len(spirv), "pCode": code})  # fmt: skip
+        slots = ffi.new("VkDescriptorSetLayoutBinding[]", [
+            {"binding": n, "descriptorType": DESCRIPTORS[kind], "descriptorCount": 1, "stageFlags": COMPUTE_STAGE}
+            for n, kind in enumerate(kinds)
+        ])  # fmt: skip
+        sets = ffi.new("VkDescriptorSetLayout*")
+        sets[0] = self._made("VkDescriptorSetLayout*", "vkCreateDescriptorSetLayout", "VkDescriptorSetLayoutCreateInfo*",
+                             {"sType": 32, "flags": 1, "bindingCount": len(kinds), "pBindings": slots})  # fmt: skip
+        push = ffi.new("VkPushConstantRange*", {"stageFlags": COMPUTE_STAGE, "offset": 0, "size": push_bytes})
+        layout = self._made("VkPipelineLayout*", "vkCreatePipelineLayout", "VkPipelineLayoutCreateInfo*", {
+            "sType": 30, "setLayoutCount": 1, "pSetLayouts": sets, "pushConstantRangeCount": 1, "pPushConstantRanges": push,
+        })  # fmt: skip
+        data = ffi.new("int32_t[]", list(constants) or [0])
+        places = [{"constantID": n, "offset": 4 * n, "size": 4} for n in range(len(constants))]
+        entries = ffi.new("VkSpecializationMapEntry[]", places)
+        special = ffi.new("VkSpecializationInfo*", {
+            "mapEntryCount": len(constants), "pMapEntries": entries, "dataSize": 4 * len(constants), "pData": data,
+        })  # fmt: skip
+        entry = ffi.new("char[]", b"main")
+        info = ffi.new("VkComputePipelineCreateInfo*", {
+            "sType": 29, "layout": layout,
+            "stage": {"sType": 18, "stage": COMPUTE_STAGE, "module": module, "pName": entry, "pSpecializationInfo": special},
+        })  # fmt: skip
+        made = ffi.new("VkPipeline*")
+        result = lib.vkCreateComputePipelines(device, self._cache, 1, info, ffi.NULL, made)
+        lib.vkDestroyShaderModule(device, module, ffi.NULL)
+        self._check(result, "vkCreateComputePipelines")
+        self._pipelines.append(Pipeline(made[0], layout, sets[0], kinds))
+        return self._pipelines[-1]
