@@ -7,7 +7,7 @@ before: adapter, logical, allocation, pipeline, gpu.
 
 from .adapter import Adapter, UnavailableError, adapters
 from .allocation import Bound, Memory
-from .gpu import Gpu
+from .gpu import Gpu, Timeline
 from .pipeline import Pipeline
 
-__all__ = ["Adapter", "Bound", "Gpu", "Memory", "Pipeline", "UnavailableError", "adapters"]
+__all__ = ["Adapter", "Bound", "Gpu", "Memory", "Pipeline", "Timeline", "UnavailableError", "adapters"]

@@ -13,6 +13,7 @@ NO_PACKAGE = "the Python package vulkan is not installed; pip install vulkan"
 _NO_DRIVER = -9
 _CPU = 4  # VkPhysicalDeviceType
 _ORDER = {2: 0, 1: 1, 3: 2, 4: 3}  # discrete, integrated, virtual, CPU
+OPAQUE_FD = 1  # VkExternalMemoryHandleTypeFlags and VkExternalSemaphoreHandleTypeFlags of a file descriptor
 NV2_FEATURES = (
     "workgroup_scope", "flexible_dimensions", "reductions", "conversions", "per_element_operations", "tensor_addressing",
     "block_loads",
@@ -98,7 +99,10 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
     driver = ffi.new("VkPhysicalDeviceDriverProperties*", {"sType": 1000196000})
     ids = ffi.new("VkPhysicalDeviceIDProperties*", {"sType": 1000071004, "pNext": driver})
     group = ffi.new("VkPhysicalDeviceSubgroupProperties*", {"sType": 1000094000, "pNext": ids})
-    properties = ffi.new("VkPhysicalDeviceProperties2*", {"sType": 1000059001, "pNext": group})
+    extensions = _extensions(ffi, lib, handle)
+    imports = ffi.new("VkPhysicalDeviceExternalMemoryHostPropertiesEXT*", {"sType": 1000178002, "pNext": group})
+    chain = imports if "VK_EXT_external_memory_host" in extensions else group
+    properties = ffi.new("VkPhysicalDeviceProperties2*", {"sType": 1000059001, "pNext": chain})
     lib.vkGetPhysicalDeviceProperties2(handle, properties)
     base = properties.properties
     version = base.apiVersion
@@ -106,13 +110,13 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
     lib.vkGetPhysicalDeviceMemoryProperties(handle, memory)
     heaps = [memory.memoryHeaps[n] for n in range(memory.memoryHeapCount)]
     local = [int(h.size) for h in heaps if h.flags & 1] or [int(h.size) for h in heaps]
-    extensions = _extensions(ffi, lib, handle)
     limits = {
         name: int(getattr(base.limits, name)) for name in (
             "maxStorageBufferRange", "maxTexelBufferElements", "maxComputeSharedMemorySize", "maxPushConstantsSize",
             "minStorageBufferOffsetAlignment", "maxComputeWorkGroupInvocations", "maxUniformBufferRange",
         )
     }  # fmt: skip
+    limits["hostPointerAlignment"] = int(imports.minImportedHostPointerAlignment)  # 0: host memory is not taken
     limits["subgroupSize"], limits["subgroupOperations"] = int(group.subgroupSize), int(group.supportedOperations)
     name = ffi.string(driver.driverName).decode(), ffi.string(driver.driverInfo).decode()
     adapter = Adapter(
@@ -156,7 +160,22 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
         "timeline_semaphore": v12.timelineSemaphore, "float16": v12.shaderFloat16, "storage16": v11.storageBuffer16BitAccess,
         "memory_model": v12.vulkanMemoryModel, "cooperative_matrix": matrix.cooperativeMatrix,
     }  # fmt: skip
+    found |= {"memory_export": "VK_KHR_external_memory_fd" in extensions,
+              "timeline_export": _exports_timelines(ffi, lib, handle, extensions)}  # fmt: skip
     if has_nv2:
         bits = struct.unpack("7I", bytes(ffi.buffer(raw, 44))[16:44])
         found |= {f"nv2_{name}": bit for name, bit in zip(NV2_FEATURES, bits, strict=True)}
     return frozenset(name for name, bit in found.items() if bit)
+
+
+def _exports_timelines(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> bool:
+    """Whether another interface can be handed a timeline semaphore: some drivers export binary ones alone."""
+    if "VK_KHR_external_semaphore_fd" not in extensions:
+        return False
+    kind = ffi.new("VkSemaphoreTypeCreateInfo*", {"sType": 1000207002, "semaphoreType": 1})
+    asked = ffi.new(
+        "VkPhysicalDeviceExternalSemaphoreInfo*", {"sType": 1000076000, "pNext": kind, "handleType": OPAQUE_FD}
+    )
+    told = ffi.new("VkExternalSemaphoreProperties*", {"sType": 1000076001})
+    lib.vkGetPhysicalDeviceExternalSemaphoreProperties(handle, asked, told)
+    return bool(told.externalSemaphoreFeatures & 1)

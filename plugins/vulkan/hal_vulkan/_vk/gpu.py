@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hal_core import DeviceUnavailableError
 
-from .adapter import Adapter
+from .adapter import OPAQUE_FD, Adapter
 from .allocation import Bound
 from .pipeline import COMPUTE_STAGE, DESCRIPTORS, Compiling, Pipeline
 
 _TIMEOUT = 2
+_ALL_COMMANDS = 0x10000
+
+
+class Timeline(NamedTuple):
+    """A timeline semaphore: VkSemaphore*, a counter that rises."""
+
+    handle: Any
 
 
 class Gpu(Compiling):
@@ -20,18 +27,55 @@ class Gpu(Compiling):
 
     def __init__(self, adapter: Adapter, name: str, cache: Path | None) -> None:
         super().__init__(adapter, name, cache)
-        ffi, lib = self._ffi, self._lib
-        address = lib.vkGetDeviceProcAddr(self._device, ffi.new("char[]", b"vkCmdPushDescriptorSetKHR"))
-        self._push = ffi.cast("PFN_vkCmdPushDescriptorSetKHR", address)
+        ffi = self._ffi
+        self._push = self._function("vkCmdPushDescriptorSetKHR")
         self._commands = self._made("VkCommandPool*", "vkCreateCommandPool", "VkCommandPoolCreateInfo*",
                                     {"sType": 39, "flags": 2, "queueFamilyIndex": self._family})  # fmt: skip
-        kind = ffi.new("VkSemaphoreTypeCreateInfo*", {"sType": 1000207002, "semaphoreType": 1})
-        self._semaphore = ffi.new("VkSemaphore*")
-        self._semaphore[0] = self._made("VkSemaphore*", "vkCreateSemaphore", "VkSemaphoreCreateInfo*",
-                                        {"sType": 9, "pNext": kind})  # fmt: skip
+        self._done = self._timeline(exported="timeline_export" in adapter.features)
+        self._foreign: list[Timeline] = []
         self._queries = self._made("VkQueryPool*", "vkCreateQueryPool", "VkQueryPoolCreateInfo*",
                                    {"sType": 11, "queryType": 2, "queryCount": 2})  # fmt: skip
         self._submitted = 0
+        # What a submission and a wait hand to the driver, made once: making structures takes longer than the calls.
+        self._number, self._awaited = ffi.new("uint64_t[1]"), ffi.new("uint64_t[1]")
+        self._after, self._running = ffi.new("uint64_t[1]"), ffi.new("VkCommandBuffer[1]")
+        self._stages = ffi.new("uint32_t[]", [_ALL_COMMANDS])
+        self._values = ffi.new("VkTimelineSemaphoreSubmitInfo*", {
+            "sType": 1000207003, "signalSemaphoreValueCount": 1, "pSignalSemaphoreValues": self._number,
+            "pWaitSemaphoreValues": self._after,
+        })  # fmt: skip
+        self._submission = ffi.new("VkSubmitInfo*", {
+            "sType": 4, "pNext": self._values, "commandBufferCount": 1, "pCommandBuffers": self._running,
+            "signalSemaphoreCount": 1, "pSignalSemaphores": self._done.handle, "pWaitDstStageMask": self._stages,
+        })  # fmt: skip
+        self._waiting = ffi.new("VkSemaphoreWaitInfo*", {
+            "sType": 1000207004, "semaphoreCount": 1, "pSemaphores": self._done.handle, "pValues": self._awaited,
+        })  # fmt: skip
+
+    def _timeline(self, *, exported: bool) -> Timeline:
+        ffi = self._ffi
+        shared = ffi.new("VkExportSemaphoreCreateInfo*", {"sType": 1000077000, "handleTypes": OPAQUE_FD})
+        kind = ffi.new("VkSemaphoreTypeCreateInfo*", {
+            "sType": 1000207002, "semaphoreType": 1, "pNext": shared if exported else ffi.NULL,
+        })  # fmt: skip
+        handle = ffi.new("VkSemaphore*")
+        handle[0] = self._made(
+            "VkSemaphore*", "vkCreateSemaphore", "VkSemaphoreCreateInfo*", {"sType": 9, "pNext": kind}
+        )
+        return Timeline(handle)
+
+    def foreign_timeline(self) -> Timeline:
+        """A timeline that another interface signals; it lives as long as the device."""
+        self._foreign.append(self._timeline(exported=True))
+        return self._foreign[-1]
+
+    def export_timeline(self, timeline: Timeline | None = None) -> int:
+        """A file descriptor of a foreign timeline, or of the device's own; whoever imports it owns it."""
+        ffi, made = self._ffi, self._ffi.new("int*")
+        handle = (timeline or self._done).handle[0]
+        info = ffi.new("VkSemaphoreGetFdInfoKHR*", {"sType": 1000079001, "semaphore": handle, "handleType": OPAQUE_FD})
+        self._check(self._function("vkGetSemaphoreFdKHR")(self._device, info, made), "vkGetSemaphoreFdKHR")
+        return int(made[0])
 
     def begin(self) -> Any:
         """A command buffer that is being recorded; it may be submitted many times."""
@@ -99,21 +143,19 @@ class Gpu(Compiling):
     def end(self, commands: Any) -> None:
         self._check(self._lib.vkEndCommandBuffer(commands), "vkEndCommandBuffer")
 
-    def submit(self, commands: Any) -> int:
-        """Put recorded commands into the queue; the number to wait for."""
-        ffi, lib = self._ffi, self._lib
-        self._submitted += 1
-        value = ffi.new("uint64_t[]", [self._submitted])
-        timeline = ffi.new("VkTimelineSemaphoreSubmitInfo*", {
-            "sType": 1000207003, "signalSemaphoreValueCount": 1, "pSignalSemaphoreValues": value,
-        })  # fmt: skip
-        buffers = ffi.new("VkCommandBuffer[]", [commands])
-        info = ffi.new("VkSubmitInfo*", {
-            "sType": 4, "pNext": timeline, "commandBufferCount": 1, "pCommandBuffers": buffers, "signalSemaphoreCount": 1,
-            "pSignalSemaphores": self._semaphore,
-        })  # fmt: skip
-        self._check(lib.vkQueueSubmit(self._queue, 1, info, ffi.NULL), "vkQueueSubmit")
-        return self._submitted
+    def submit(self, commands: Any, after: Timeline | None = None, value: int = 0) -> int:
+        """Put recorded commands into the queue; the number to wait for. They start once `after` has reached `value`."""
+        number = self._submitted + 1
+        self._number[0], self._running[0] = number, commands
+        info, waits = self._submission, int(after is not None)
+        info.waitSemaphoreCount = self._values.waitSemaphoreValueCount = waits
+        if after is not None:
+            info.pWaitSemaphores, self._after[0] = after.handle, value
+        result = self._lib.vkQueueSubmit(self._queue, 1, info, self._ffi.NULL)
+        if result:
+            self._check(result, "vkQueueSubmit")
+        self._submitted = number
+        return number
 
     def wait(self, number: int, what: str, timeout: float) -> None:
         """Until submission `number` is done.
@@ -121,17 +163,14 @@ class Gpu(Compiling):
         Raises:
             DeviceUnavailableError: after `timeout` seconds, naming `what`, or when the device is lost.
         """
-        ffi = self._ffi
-        value = ffi.new("uint64_t[]", [number])
-        info = ffi.new("VkSemaphoreWaitInfo*", {
-            "sType": 1000207004, "semaphoreCount": 1, "pSemaphores": self._semaphore, "pValues": value,
-        })  # fmt: skip
-        result = self._lib.vkWaitSemaphores(self._device, info, int(timeout * 1e9))
+        self._awaited[0] = number
+        result = self._lib.vkWaitSemaphores(self._device, self._waiting, int(timeout * 1e9))
         if result == _TIMEOUT:
             raise DeviceUnavailableError(
                 f"{self.name} did not {what} within {timeout:g} s: make the call smaller, or close and reopen the device"
             )
-        self._check(result, what)
+        if result:
+            self._check(result, what)
 
     def drop(self, commands: Any) -> None:
         """Give a command buffer back; it must not be running."""
@@ -151,6 +190,7 @@ class Gpu(Compiling):
             lib.vkDestroyDescriptorSetLayout(device, pipeline.slots, ffi.NULL)
         lib.vkDestroyPipelineCache(device, self._cache, ffi.NULL)
         lib.vkDestroyQueryPool(device, self._queries, ffi.NULL)
-        lib.vkDestroySemaphore(device, self._semaphore[0], ffi.NULL)
+        for timeline in (self._done, *self._foreign):
+            lib.vkDestroySemaphore(device, timeline.handle[0], ffi.NULL)
         lib.vkDestroyCommandPool(device, self._commands, ffi.NULL)
         lib.vkDestroyDevice(device, ffi.NULL)

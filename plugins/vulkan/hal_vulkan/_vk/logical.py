@@ -11,6 +11,8 @@ from .adapter import NV2_FEATURES, Adapter, api
 
 _OUT_OF_MEMORY = {-1: "host", -2: "device"}
 _LOST = -4
+#: Extensions that are switched on where they are listed.
+OPTIONAL = ("VK_KHR_external_memory_fd", "VK_KHR_external_semaphore_fd", "VK_EXT_external_memory_host")
 
 
 class LogicalDevice:
@@ -31,11 +33,17 @@ class LogicalDevice:
         lib.vkGetDeviceQueue(self._device, self._family, 0, queue)
         self._queue = queue[0]
 
+    def _function(self, name: str) -> Any:
+        """An extension's function; only where the extension is listed."""
+        address = self._lib.vkGetDeviceProcAddr(self._device, self._ffi.new("char[]", name.encode()))
+        return self._ffi.cast(f"PFN_{name}", address)
+
     def _make_device(self) -> Any:
         ffi, adapter = self._ffi, self.adapter
         if "VK_KHR_push_descriptor" not in adapter.extensions:
             raise DeviceUnavailableError(f"{self.name} has no VK_KHR_push_descriptor: update its driver")
-        wanted, chain, keep = [b"VK_KHR_push_descriptor"], ffi.NULL, []
+        optional = [name for name in OPTIONAL if name in adapter.extensions]
+        wanted, chain, keep = [b"VK_KHR_push_descriptor", *(name.encode() for name in optional)], ffi.NULL, []
         if "cooperative_matrix" in adapter.features:
             chain = ffi.new(
                 "VkPhysicalDeviceCooperativeMatrixFeaturesKHR*", {"sType": 1000506000, "cooperativeMatrix": 1}
