@@ -10,7 +10,7 @@ import torch
 import hal_core as hal
 from hal_core.testing import reference, relative_error
 
-attention = pytest.importorskip("hal_vulkan.attention", exc_type=ImportError)
+stream = pytest.importorskip("hal_vulkan.stream", exc_type=ImportError)
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     found = [d for d in hal.devices() if d.family == "vulkan" and d.fidelity is hal.Fidelity.EMULATED]
     if not found:
         pytest.skip("no Vulkan driver for a CPU is installed")
-    monkeypatch.setattr(attention, "_STREAM_FROM", 0)
+    monkeypatch.setattr(stream, "_FROM", 0)
     return found[0].id
 
 
@@ -53,7 +53,7 @@ def test_the_pieces_of_a_chunk_cover_its_band_once(seed: int) -> None:
         lower, upper = draw[3] - 300, draw[3] - 300 + draw[4]
         seen = {i for i in range(len_q) if i + lower < start + count and i + upper >= start}
         full = {i for i in range(len_q) if i + lower <= start and i + upper >= start + count - 1}
-        pieces = attention._pieces(len_q, (start, count), (lower, upper), 64)
+        pieces = stream._pieces(len_q, (start, count), (lower, upper), 64)
         rows = [row for begin, end, _ in pieces for row in range(begin, end)]
         assert len(rows) == len(set(rows))
         assert seen <= set(rows)

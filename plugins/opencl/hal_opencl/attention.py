@@ -6,36 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from hal_compute.problem import Call, Problem
 from torch import Tensor
 
-from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Grads
+from hal_core import AttentionOutput, Grads
 
 from .engine import Engine, Lease, Operand
-from .problem import Mask, Ranges, band, hidden_tiles, mask_of, ranges_of
 
-_LOG2E = 1.4426950408889634
 _TILE = 64  # keys in a tile of forward_rows.cl
 _ROWS = 16  # query rows of one of its work items
-#: Head sizes that programs are compiled for; others are padded with zeros, which change no score.
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-
-_PROBLEM = np.dtype(
-    [(name, np.int32) for name in (
-        "len_q", "len_k", "unit_rows", "heads_per_unit", "units_per_batch", "group", "lower", "upper", "mask_batch",
-        "mask_head", "mask_row", "plan_batch", "plan_head", "block_q", "chunk", "has_mask", "has_plan", "splits",
-    )] + [("scale", np.float32), ("softcap", np.float32)]
-)  # fmt: skip
-
-
-class Call(NamedTuple):
-    """The tensors of one call and what they mean."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    request: AttentionRequest
-    plan: BlockPlan | None
-    mask: Tensor | None
 
 
 class Shape(NamedTuple):
@@ -44,11 +23,6 @@ class Shape(NamedTuple):
     rows: int
     tile: int
     threads: int
-
-
-def padded_dim(request: AttentionRequest) -> int:
-    """The head size that programs are compiled for, at least both sizes."""
-    return next(dim for dim in HEAD_DIMS if dim >= max(request.dim_qk, request.dim_v))
 
 
 _GPU_SHAPES = {64: Shape(64, 32, 128), 128: Shape(32, 32, 128), 256: Shape(16, 16, 64)}
@@ -69,63 +43,16 @@ def shape_of(engine: Engine, dim: int) -> Shape:
     return next((shape for shape in liked if local_bytes(shape, dim) <= room), _SMALL_SHAPE)
 
 
-class _Setting:
-    """What all programs of one call share: options, unit geometry, staged mask and ranges."""
+class _Setting(Problem):
+    """What all programs of one call share: build options, and the mask and ranges on the device."""
 
     def __init__(self, engine: Engine, lease: Lease, call: Call, *, pack: bool) -> None:
-        request, query, key = call.request, call.query, call.key
-        self.engine, self.lease, self.call = engine, lease, call
-        self.batch, self.heads_q, self.len_q = query.shape[:3]
-        self.heads_kv, self.len_k = key.shape[1:3]
-        self.dim = padded_dim(request)
-        self.options = [f"-DHEAD_DIM={self.dim}", f"-DHALF={int(query.dtype == torch.float16)}"]
-        mask = None if call.mask is None else mask_of(call.mask, self.len_k)
-        ranges = None
-        if call.plan is not None:
-            ranges = ranges_of(call.plan, self.len_k)
-        elif mask is not None:
-            ranges = hidden_tiles(mask, self.len_q)
-        group = self.heads_q // self.heads_kv
-        together = ranges is None or (ranges.head_stride == 0 and ranges.block_q >= self.len_q)
-        packs = pack and group > 1 and self.len_q < 2 * _ROWS and together
-        self.heads_per_unit = group if packs else 1
-        self.unit_rows = self.heads_per_unit * self.len_q
-        self.units = self.batch * self.heads_q // self.heads_per_unit
-        self._stage(mask, ranges)
-        lower, upper = band(request, self.len_q, self.len_k)
-        problem = np.zeros((), _PROBLEM)
-        problem["len_q"], problem["len_k"], problem["unit_rows"] = self.len_q, self.len_k, self.unit_rows
-        problem["heads_per_unit"], problem["units_per_batch"] = self.heads_per_unit, self.heads_q // self.heads_per_unit
-        problem["group"], problem["lower"], problem["upper"] = group, lower, upper
-        if mask is not None:
-            problem["has_mask"] = 1
-            problem["mask_batch"], problem["mask_head"], problem["mask_row"] = mask.strides
-        if ranges is not None:
-            problem["has_plan"], problem["block_q"] = 1, ranges.block_q
-            problem["plan_batch"], problem["plan_head"] = ranges.batch_stride, ranges.head_stride
-        problem["softcap"] = request.softcap or 0.0
-        problem["scale"] = request.effective_scale
-        problem["splits"], problem["chunk"] = 1, 1 << 30
-        self.problem = problem
-
-    def _stage(self, mask: Mask | None, ranges: Ranges | None) -> None:
-        nothing = self.lease.space(64)
-        stage = self.lease.stage
-        self.mask = nothing if mask is None else stage(mask.values)
-        self.index = nothing if ranges is None else stage(ranges.index)
-        self.bounds = nothing if ranges is None else stage(ranges.bounds)
-
-    def split(self, shape: Shape) -> None:
-        """Cut the keys where the rows alone would leave compute units idle."""
-        units = self.engine.handle.max_compute_units
-        wanted = units * (2 if self.engine.shares_memory else 4)
-        items = -(-self.unit_rows // shape.rows) * self.units
-        least = 4 * shape.tile
-        if items < wanted and self.len_k > least:
-            parts = min(-(-wanted // items), -(-self.len_k // least))
-            each = -(-self.len_k // parts)
-            chunk = -(-each // shape.tile) * shape.tile
-            self.problem["chunk"], self.problem["splits"] = chunk, -(-self.len_k // chunk)
+        super().__init__(call, pack=pack)
+        self.engine, self.lease = engine, lease
+        self.options = [f"-DHEAD_DIM={self.dim}", f"-DHALF={int(self.dtype == 'float16')}"]
+        nothing = lease.space(64)
+        staged = [self.mask and self.mask.values, self.ranges and self.ranges.index, self.ranges and self.ranges.bounds]
+        self.tables = tuple((nothing if tensor is None else lease.stage(tensor)).buffer for tensor in staged)
 
 
 def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionOutput:
@@ -139,9 +66,9 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
     with engine.lease() as lease:
         setting = _Setting(engine, lease, call, pack=True)
         shape = shape_of(engine, setting.dim)
-        setting.split(shape)
-        problem, dim, splits = setting.problem, setting.dim, int(setting.problem["splits"])
-        problem["scale"] *= 1.0 if call.request.softcap else _LOG2E
+        wanted = engine.handle.max_compute_units * (2 if engine.shares_memory else 4)
+        dim, splits = setting.dim, setting.split(shape.rows, shape.tile, wanted=wanted, least=4 * shape.tile)
+        setting.score_in_bits()
         rows = setting.units * setting.unit_rows
         queries = lease.stage(query, dim)
         keys, values = lease.stage(call.key, dim), lease.stage(value, dim)
@@ -158,7 +85,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         threads = shape.threads or 1
         engine.launch(
             kernel, (items * threads, setting.units, splits), (threads, 1, 1), queries.buffer, keys.buffer, values.buffer,
-            setting.mask.buffer, setting.index.buffer, setting.bounds.buffer, to.buffer, part_lse.buffer, part.buffer, problem,
+            *setting.tables, to.buffer, part_lse.buffer, part.buffer, setting.packed(),
         )  # fmt: skip
         if splits > 1:
             merge = engine.kernel("merge", "merge", setting.options)
@@ -175,7 +102,7 @@ def _packed(setting: _Setting, keys: Operand, values: Operand) -> tuple[Operand,
     engine, units, len_k, dim = setting.engine, setting.batch * setting.heads_kv, setting.len_k, setting.dim
     tiles = -(-len_k // _TILE)
     packed = setting.lease.space(units * tiles * _TILE * dim * 4)
-    half = setting.call.query.dtype == torch.float16
+    half = setting.dtype == "float16"
     wide = setting.lease.space(units * len_k * dim * 4) if half else values
     kernel = engine.kernel("forward_rows", "pack_keys", setting.options)
     arguments = (keys.buffer, values.buffer, packed.buffer, wide.buffer, np.int32(len_k))
@@ -183,9 +110,7 @@ def _packed(setting: _Setting, keys: Operand, values: Operand) -> tuple[Operand,
     return packed, wide
 
 
-def backward(
-    engine: Engine, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> Grads:
+def backward(engine: Engine, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Grads:
     """Gradients of query, key and value from a given (out, lse); those that the request does not name are None."""
     query, key, value = call.query, call.key, call.value
     wanted = call.request.grads or frozenset("qkv")
@@ -202,22 +127,23 @@ def backward(
 def _launch_backward(engine: Engine, lease: Lease, call: Call, given: tuple[Any, ...], grads: list[Tensor]) -> None:
     out, lse, grad_out, grad_lse = given
     setting = _Setting(engine, lease, call, pack=False)
-    dim, problem = setting.dim, setting.problem
-    query, key, value, result, flowing = (lease.stage(t, dim).buffer for t in (*call[:3], out, grad_out.to(call.query.dtype)))
+    dim, problem = setting.dim, setting.packed()
+    query, key, value, result, flowing = (
+        lease.stage(t, dim).buffer for t in (*call[:3], out, grad_out.to(call.query.dtype))
+    )
     whole = lease.stage(lse.float()).buffer
     flowing_lse = lease.stage(torch.zeros_like(lse) if grad_lse is None else grad_lse.float()).buffer
     delta = lease.space(lse.numel() * 4).buffer
     to_query, to_key, to_value = (lease.result(grad, dim).buffer for grad in grads)
-    shared = (setting.mask.buffer, setting.index.buffer, setting.bounds.buffer)
     by_query = engine.kernel("backward", "backward_query", setting.options)
     by_key = engine.kernel("backward", "backward_key", setting.options)
     group = (1, 1) if engine.shares_memory else None
     engine.launch(
-        by_query, (setting.len_q, setting.units), group, query, key, value, *shared, result, whole, flowing, flowing_lse,
-        to_query, delta, problem,
+        by_query, (setting.len_q, setting.units), group, query, key, value, *setting.tables, result, whole, flowing,
+        flowing_lse, to_query, delta, problem,
     )  # fmt: skip
     engine.launch(
-        by_key, (setting.len_k, setting.batch * setting.heads_kv), group, query, key, value, *shared, whole, flowing, delta,
-        to_key, to_value, problem,
+        by_key, (setting.len_k, setting.batch * setting.heads_kv), group, query, key, value, *setting.tables, whole, flowing,
+        delta, to_key, to_value, problem,
     )  # fmt: skip
     lease.finish(f"compute gradients ({call.request.describe()})")

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import pyopencl as cl
 import torch
+from hal_compute.pool import DevicePool, Region
 from torch import Tensor
 
 from hal_core import Device, DeviceUnavailableError, HalError, MemoryLimitError, cache_dir
 
 from .detect import is_cpu
-from .pool import DevicePool, Region
 
 #: Seconds after which a wait gives up.
 TIMEOUT = 300.0
@@ -140,6 +140,12 @@ class Engine:
                 "update the driver if it happens again"
             ) from error
 
+    def trim(self) -> int:
+        return self.pool.trim()
+
+    def synchronize(self) -> None:
+        self.wait("finish what was queued")
+
     def close(self) -> None:
         self._kernels.clear()
         self.pool.trim()
@@ -249,4 +255,3 @@ def _program_cache() -> str | None:
     except OSError:
         return None
     return str(folder)
-

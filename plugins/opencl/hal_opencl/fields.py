@@ -1,143 +1,35 @@
-"""Kernels beside attention: vectors, matrices, and fields on periodic grids. float32 on the host in and out."""
+"""Kernels beside attention: how programs/kernels.cl is launched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
-
-from hal_core import ContractError
 
 from .engine import Engine
 
+_BLOCKS = {"matmul": (16, 4, 1)}  # elements of the result that a work item makes along x, y and z; one elsewhere
 
-def vector_add(engine: Engine, a: Tensor, b: Tensor) -> Tensor:
-    """a + b of one shape."""
-    _check("vector_add", a, b)
-    if a.shape != b.shape:
-        raise ContractError(f"vector_add was given {list(a.shape)} and {list(b.shape)}: make the shapes equal")
-    out = torch.empty(a.shape)
-    if a.numel():
+
+class FieldRunner:
+    """Runs the programs of kernels.cl, one work item for each block of the result."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def reduction_parts(self, count: int) -> int:
+        return min(int(self._engine.handle.max_compute_units) * 64, count)
+
+    def __call__(
+        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], integers: Sequence[int],
+        floats: Sequence[float] = (), *, extent: tuple[int, int, int], what: str,
+    ) -> None:  # fmt: skip
+        """See `hal_compute.fields.Runner`."""
+        engine = self._engine
+        size = [-(-n // block) for n, block in zip(extent, _BLOCKS.get(name, (1, 1, 1)), strict=True)]
         with engine.lease() as lease:
-            buffers = (lease.stage(a).buffer, lease.stage(b).buffer, lease.result(out).buffer)
-            engine.launch(engine.kernel("kernels", "vector_add"), (a.numel(),), None, *buffers, np.int32(a.numel()))
-            lease.finish("add vectors")
-    return out
-
-
-def reduce_sum(engine: Engine, x: Tensor) -> Tensor:
-    """The sum of all elements, a tensor without dimensions."""
-    _check("reduce_sum", x)
-    if not x.numel():
-        return torch.zeros(())
-    parts = torch.empty(min(engine.handle.max_compute_units * 64, x.numel()))
-    with engine.lease() as lease:
-        kernel = engine.kernel("kernels", "reduce_sum")
-        source, total = lease.stage(x.reshape(-1)), lease.result(parts)
-        engine.launch(kernel, (len(parts),), None, source.buffer, total.buffer, np.int32(x.numel()))
-        lease.finish("add up a tensor")
-    return parts.double().sum().float()
-
-
-def matmul(engine: Engine, a: Tensor, b: Tensor) -> Tensor:
-    """a [batch..., M, K] @ b [batch..., K, N]; either may come without the batch dimensions."""
-    _check("matmul", a, b)
-    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
-        raise ContractError(f"matmul was given {list(a.shape)} and {list(b.shape)}: use [.., M, K] and [.., K, N]")
-    lead = a.shape[:-2] or b.shape[:-2]
-    if any(t.shape[:-2] not in ((), lead) for t in (a, b)):
-        raise ContractError(f"matmul was given {list(a.shape)} and {list(b.shape)}: make the batch dimensions equal")
-    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    out = torch.empty(*lead, m, n)
-    if not out.numel() or not k:
-        return out.zero_()
-    with engine.lease() as lease:
-        strides = [np.int32(t.shape[-2] * t.shape[-1] if t.dim() > 2 else 0) for t in (a, b)]
-        buffers = (lease.stage(a).buffer, lease.stage(b).buffer, lease.result(out).buffer)
-        size = (-(-n // 16), -(-m // 4), out.numel() // (m * n))
-        sizes = (np.int32(m), np.int32(n), np.int32(k))
-        engine.launch(engine.kernel("kernels", "matmul"), size, None, *buffers, *sizes, *strides)
-        lease.finish("multiply matrices")
-    return out
-
-
-def reaction_diffusion_step(
-    engine: Engine, u: Tensor, v: Tensor, dt: float = 0.1, diffusion_u: float = 0.2, diffusion_v: float = 1.0,
-    reaction: float = 1.0, epsilon: float = 0.5, decay: float = 1.0, offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One explicit Euler step of an activator u and an inhibitor v on a periodic grid (FitzHugh 1961, Nagumo 1962).
-
-        du/dt = diffusion_u * L(u) + reaction * (u - u^3 - v)
-        dv/dt = diffusion_v * L(v) + reaction * epsilon * (u - decay * v + offset)
-
-    L is the nine-point average (1/6 for edge neighbours, 1/12 for corners) minus the middle: h^2 / 3 of the Laplacian.
-
-    Args:
-        u, v: [..., height, width], float32.
-
-    Raises:
-        ContractError: dt * max(diffusion_u, diffusion_v) > 1, where the maximum principle would be lost.
-    """
-    _check("reaction_diffusion_step", u, v)
-    if u.shape != v.shape or u.dim() < 2 or not u.numel():
-        raise ContractError(f"fields {list(u.shape)} and {list(v.shape)} were given: use one shape [..., height, width]")
-    if dt * max(diffusion_u, diffusion_v) > 1 or min(dt, diffusion_u, diffusion_v) < 0:
-        given = f"dt {dt:g} with diffusion {diffusion_u:g} and {diffusion_v:g}"
-        raise ContractError(f"{given} was given: keep dt * diffusion between 0 and 1")
-    height, width = u.shape[-2:]
-    out = torch.empty(u.shape), torch.empty(u.shape)
-    numbers = map(np.float32, (dt, diffusion_u, diffusion_v, reaction, epsilon, decay, offset))
-    with engine.lease() as lease:
-        buffers = [operand.buffer for operand in (lease.stage(u), lease.stage(v), *map(lease.result, out))]
-        size = (width, height, u.numel() // (height * width))
-        kernel = engine.kernel("kernels", "reaction_diffusion_step")
-        engine.launch(kernel, size, None, *buffers, np.int32(height), np.int32(width), *numbers)
-        lease.finish("step a reaction-diffusion system")
-    return out
-
-
-def ricci_flow_step(engine: Engine, phi: Tensor, dt: float) -> Tensor:
-    """One explicit step of Ricci flow of the metric exp(2 phi) * identity on a periodic grid of unit spacing.
-
-        d phi / dt = exp(-2 phi) * Laplacian(phi)        (five-point Laplacian)
-
-    Args:
-        phi: [..., height, width], float32. dt: at most exp(2 * min(phi)) / 4, which keeps the maximum principle.
-
-    Raises:
-        ContractError: a larger dt.
-
-    Source: Hamilton 1988, the Ricci flow on surfaces.
-    """
-    _check("ricci_flow_step", phi)
-    if phi.dim() < 2 or not phi.numel():
-        raise ContractError(f"phi {list(phi.shape)} was given: use [..., height, width]")
-    limit = float(torch.exp(2 * phi.min()) / 4)
-    if not 0 <= dt <= limit:
-        raise ContractError(f"dt {dt:g} was given: keep it between 0 and exp(2 * min(phi)) / 4 = {limit:.6g} for this field")
-    height, width = phi.shape[-2:]
-    out = torch.empty(phi.shape)
-    with engine.lease() as lease:
-        buffers = lease.stage(phi).buffer, lease.result(out).buffer
-        size = (width, height, phi.numel() // (height * width))
-        kernel = engine.kernel("kernels", "ricci_flow_step")
-        engine.launch(kernel, size, None, *buffers, np.int32(height), np.int32(width), np.float32(dt))
-        lease.finish("step a Ricci flow")
-    return out
-
-
-def _check(name: str, *tensors: Tensor) -> None:
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ContractError(f"{name} was given {tensor.dtype} on {tensor.device}: pass float32 tensors on the CPU")
-        if tensor.numel() >= 1 << 31:
-            raise ContractError(f"{name} was given {tensor.numel():,} elements: use fewer than {1 << 31:,}")
-
-
-KERNELS: dict[str, Callable[..., Any]] = {
-    "vector_add": vector_add, "reduce_sum": reduce_sum, "matmul": matmul,
-    "reaction_diffusion_step": reaction_diffusion_step, "ricci_flow_step": ricci_flow_step,
-}  # fmt: skip
+            buffers = [operand.buffer for operand in (*map(lease.stage, inputs), *map(lease.result, outputs))]
+            numbers = *map(np.int32, integers), *map(np.float32, floats)
+            engine.launch(engine.kernel("kernels", name), size, None, *buffers, *numbers)
+            lease.finish(what)

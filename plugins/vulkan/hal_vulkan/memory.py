@@ -1,110 +1,21 @@
-"""Device memory by sub-allocation: a few large blocks, regions cut from them, neighbours joined when they are given back."""
+"""Memory of a Vulkan device: blocks that the driver allocates, cut by the pool."""
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable
+from hal_compute.pool import DevicePool
 
-import attrs
-
-from hal_core import ContractError, MemoryLimitError
-
-from ._vk import Memory
-
-BLOCK = 32 << 20
+from ._vk import Gpu
 
 
-@attrs.define(eq=False)
-class Region:
-    """A piece of a block."""
+class VulkanMemoryPool(DevicePool):
+    """Regions that shaders can bind. Not thread-safe: the session holds its lock."""
 
-    block: Memory
-    offset: int
-    size: int
-    freed: bool = False
-
-
-@attrs.define(eq=False)
-class _Block:
-    memory: Memory
-    size: int
-    free: list[tuple[int, int]]  # (offset, size), sorted, never adjacent
-
-
-class VulkanMemoryPool:
-    """Regions of device memory within a limit. Not thread-safe: the session holds its lock."""
-
-    def __init__(
-        self, name: str, create: Callable[[int], Memory], destroy: Callable[[Memory], None], *,
-        alignment: int, largest: int, limit: int,
-    ) -> None:  # fmt: skip
-        """create(bytes) allocates a block, destroy(memory) gives it back; `largest` is the largest region a shader can bind."""
-        self._name, self._create, self._destroy = name, create, destroy
-        self.alignment, self.largest, self.limit = alignment, largest, limit
-        self._blocks: list[_Block] = []
-        self.in_use = self.peak = self.allocations = self.reuses = 0
-
-    @property
-    def reserved(self) -> int:
-        """Bytes of all blocks."""
-        return sum(block.size for block in self._blocks)
-
-    @property
-    def fragmentation(self) -> float:
-        """1 - largest free piece / free bytes, of the worst block: 0 where each block's free bytes are in one piece."""
-        return max((1 - max(s for _, s in b.free) / sum(s for _, s in b.free) for b in self._blocks if b.free), default=0.0)
-
-    def allocate(self, nbytes: int) -> Region:
-        """The first free piece that is large enough.
-
-        Raises:
-            MemoryLimitError: the limit, or the range that a shader can bind, would be passed.
-        """
-        size = max(-(-nbytes // self.alignment), 1) * self.alignment
-        if size > self.largest:
-            raise MemoryLimitError(self._name, size, self.in_use, self.largest)
-        for block in self._blocks:
-            for place, (offset, free) in enumerate(block.free):
-                if free >= size:
-                    block.free[place : place + 1] = [(offset + size, free - size)] if free > size else []
-                    self.reuses += 1
-                    return self._take(block, offset, size)
-        wanted = max(size, BLOCK)
-        if self.reserved + wanted > self.limit:
-            self.trim()
-            wanted = size
-        if self.reserved + wanted > self.limit:
-            raise MemoryLimitError(self._name, size, self.in_use, self.limit)
-        block = _Block(self._create(wanted), wanted, [(size, wanted - size)] if wanted > size else [])
-        self._blocks.append(block)
-        return self._take(block, 0, size)
-
-    def _take(self, block: _Block, offset: int, size: int) -> Region:
-        self.allocations += 1
-        self.in_use += size
-        self.peak = max(self.peak, self.in_use)
-        return Region(block.memory, offset, size)
-
-    def free(self, region: Region) -> None:
-        """Give a region back and join it with its free neighbours."""
-        if region.freed:
-            raise ContractError("this region was freed already: allocate a new one")
-        region.freed = True
-        block = next(b for b in self._blocks if b.memory is region.block)
-        bisect.insort(block.free, (region.offset, region.size))
-        joined: list[tuple[int, int]] = []
-        for offset, size in block.free:
-            if joined and joined[-1][0] + joined[-1][1] == offset:
-                joined[-1] = (joined[-1][0], joined[-1][1] + size)
-            else:
-                joined.append((offset, size))
-        block.free = joined
-        self.in_use -= region.size
-
-    def trim(self) -> int:
-        """Give blocks without a region in use back to the driver; returns their bytes."""
-        idle = [b for b in self._blocks if b.free == [(0, b.size)]]
-        self._blocks = [b for b in self._blocks if b not in idle]
-        for block in idle:
-            self._destroy(block.memory)
-        return sum(block.size for block in idle)
+    def __init__(self, gpu: Gpu, name: str, *, host: bool, limit: int | None) -> None:
+        """`host`: whether blocks are mapped. `limit`: bytes, at most the device's memory; None for all of it."""
+        adapter = gpu.adapter
+        whole = adapter.memory
+        super().__init__(
+            name, lambda nbytes: gpu.allocate(nbytes, host=host), gpu.free,
+            alignment=max(adapter.limits["minStorageBufferOffsetAlignment"], 256),
+            largest=adapter.limits["maxStorageBufferRange"], limit=whole if limit is None else min(limit, whole),
+        )  # fmt: skip

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
+from hal_compute.pool import Region
 from torch import Tensor
 
 from hal_core import Device, HalError
 
-from ._vk import Adapter, Bound, Gpu, Memory
-from .memory import Region, VulkanMemoryPool
+from ._vk import Adapter, Bound, Gpu
+from .memory import VulkanMemoryPool
 from .pipelines import VulkanShaderManager, cache_path
 
 #: Seconds after which a wait gives up.
@@ -42,13 +43,9 @@ class Recorder:
         self.mapped = adapter.is_cpu  # the device's memory is the host's
         self.copies = self.copied = 0
         self.device_seconds: float | None = None
-        alignment = max(adapter.limits["minStorageBufferOffsetAlignment"], 256)
-        bound = adapter.memory if limit is None else min(limit, adapter.memory)
-        sizes = {"alignment": alignment, "largest": adapter.limits["maxStorageBufferRange"], "limit": bound}
-        free: Callable[[Memory], None] = self.gpu.free
-        self.pool = VulkanMemoryPool(device.id, lambda n: self.gpu.allocate(n, host=self.mapped), free, **sizes)
+        self.pool = VulkanMemoryPool(self.gpu, device.id, host=self.mapped, limit=limit)
         # Where the device's memory is not mapped, operands pass through host-visible memory of the driver's.
-        self.staging = VulkanMemoryPool(device.id, lambda n: self.gpu.allocate(n, host=True), free, **sizes)
+        self.staging = VulkanMemoryPool(self.gpu, device.id, host=True, limit=limit)
 
     @contextmanager
     def call(self, what: str) -> Iterator[VulkanCommandBuffer]:
@@ -61,6 +58,9 @@ class Recorder:
 
     def trim(self) -> int:
         return self.pool.trim() + self.staging.trim()
+
+    def synchronize(self) -> None:
+        self.gpu.wait(self.gpu.submitted, "finish what was queued", TIMEOUT)
 
     def close(self) -> None:
         self.shaders.save(cache_path(self.adapter))

@@ -37,7 +37,7 @@ class DevicePool:
         self, name: str, create: Callable[[int], Any], destroy: Callable[[Any], None], *,
         alignment: int, largest: int, limit: int,
     ) -> None:  # fmt: skip
-        """create(bytes) makes a block's memory, destroy(handle) gives it back; `largest` is the largest block allowed."""
+        """create(bytes) makes a block's memory, destroy(handle) gives it back; `largest`: bytes that one region can have."""
         self._name, self._create, self._destroy = name, create, destroy
         self.alignment, self.largest, self.limit = alignment, largest, limit
         self._blocks: list[_Block] = []
@@ -51,15 +51,19 @@ class DevicePool:
     @property
     def fragmentation(self) -> float:
         """1 - largest free piece / free bytes, of the worst block: 0 where each block's free bytes are in one piece."""
-        return max((1 - max(s for _, s in b.free) / sum(s for _, s in b.free) for b in self._blocks if b.free), default=0.0)
+        return max(
+            (1 - max(s for _, s in b.free) / sum(s for _, s in b.free) for b in self._blocks if b.free), default=0.0
+        )
 
     def allocate(self, nbytes: int) -> Region:
         """The first free piece that is large enough.
 
         Raises:
-            MemoryLimitError: the limit, or the device's largest allocation, would be passed.
+            MemoryLimitError: the limit, or the largest region, would be passed.
         """
         size = max(-(-nbytes // self.alignment), 1) * self.alignment
+        if size > self.largest:
+            raise MemoryLimitError(self._name, size, self.in_use, self.largest)
         for block in self._blocks:
             for place, (offset, free) in enumerate(block.free):
                 if free >= size:
@@ -67,8 +71,6 @@ class DevicePool:
                     self.reuses += 1
                     return self._take(block, offset, size)
         wanted = max(size, min(BLOCK, self.largest))
-        if size > self.largest:
-            raise MemoryLimitError(self._name, size, self.in_use, self.largest)
         if self.reserved + wanted > self.limit:
             self.trim()
             wanted = size

@@ -1,0 +1,22 @@
+"""What devices that run compute programs share. This module holds the hook alone, the kernels that they offer."""
+
+from hal_core.hooks import hookimpl
+from hal_core.kernels import KernelSpec
+
+_SIGNATURES = {
+    "vector_add": "vector_add(a[...], b[...]) -> [...]",
+    "reduce_sum": "reduce_sum(x[...]) -> []",
+    "matmul": "matmul(a[..., M, K], b[..., K, N]) -> [..., M, N]",
+    "reaction_diffusion_step": "reaction_diffusion_step(u[..., H, W], v[..., H, W], ...) -> (u, v)",
+    "ricci_flow_step": "ricci_flow_step(phi[..., H, W], dt) -> [..., H, W]",
+}
+
+
+@hookimpl
+def hal_kernels() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=name, signature=signature, reference=f"hal_compute.references:{name}",
+            sampler=f"hal_compute.references:draw_{name}", tolerance={"float32": 2e-6},
+        ) for name, signature in _SIGNATURES.items()
+    ]  # fmt: skip

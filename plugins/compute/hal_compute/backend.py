@@ -1,0 +1,144 @@
+"""Devices that run compute programs: what they can, what a call takes and costs, how they are calibrated."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hal_core import (
+    AttentionRequest,
+    Capabilities,
+    Causal,
+    Code,
+    Device,
+    Estimate,
+    MaskKind,
+    Numerics,
+    Quantity,
+    Range,
+    Refusal,
+    Session,
+)
+from hal_core.calibration import load
+
+CAPABILITIES = Capabilities(
+    dtypes={"float32", "float16"},
+    numerics={
+        "float32": Numerics(relative=1e-5, lse=1e-5, gradient=2e-5),
+        "float16": Numerics(relative=2e-3, lse=1e-3, gradient=5e-3),
+    },
+    head_dim=Range(1, 256),
+    masks={MaskKind.NONE, MaskKind.BOOLEAN, MaskKind.ADDITIVE},
+    causal={Causal.NONE, Causal.TOP_LEFT, Causal.BOTTOM_RIGHT},
+    features={
+        "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "block_plan", "lse", "backward", "lse_grad",
+        "deterministic",
+    },
+    length=Range(0, 1 << 24),
+    block_sizes=Range(64, None, 64),
+)  # fmt: skip
+KERNEL_NAMES = frozenset({"vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step"})
+
+
+class ComputeBackend(ABC):
+    """The backend protocol but for finding and opening devices."""
+
+    #: Length of the long calls of a calibration, at 8 heads of 64.
+    calibration_length = 1024
+
+    @abstractmethod
+    def devices(self) -> Sequence[Device]: ...
+
+    @abstractmethod
+    def why_absent(self) -> str: ...
+
+    @abstractmethod
+    def open(self, device: Device) -> Session: ...
+
+    @abstractmethod
+    def room(self, device: Device) -> tuple[int, int]:
+        """Bytes of the device's memory, and of the largest buffer that a program can read."""
+
+    @abstractmethod
+    def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Before a calibration: (least, most) seconds of a call, and (least, most) multiply-accumulates per second."""
+
+    def capabilities(self, device: Device) -> Capabilities:
+        return CAPABILITIES
+
+    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
+        """Memory, which depends on the device."""
+        limit, most = self.room(device)
+        if (needed := memory(request)) > limit:
+            yield Refusal(Code.MEMORY, "memory", f"{needed:,} bytes", f"{limit:,} bytes", "shorten the request")
+        if (largest := max(_operands(request))) > most:
+            yield Refusal(
+                Code.MEMORY, "memory", f"a buffer of {largest:,} bytes", f"{most:,} bytes", "split the heads or keys"
+            )
+
+    def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
+        """From a calibration (seconds per call and per multiply-accumulate) where there is one, assumed rates elsewhere."""
+        macs = request.visible_macs * (4 if request.grads else 1)
+        measured = load(device)
+        if measured is not None and {"call", "mac"} <= set(measured.values):
+            seconds = measured.values["call"] + macs * measured.values["mac"]
+            source = f"calibration of {device.id}"
+            span = Quantity(seconds / 3, 3 * seconds, basis="measured", provenance="measured-silicon", source=source)
+            return Estimate(time=span, memory=memory(request))
+        (least, most), (slow, fast) = self.assumed(device)
+        span = Quantity(least + macs / fast, most + macs / slow, basis="declared", provenance="assumed")
+        return Estimate(time=span, memory=memory(request))
+
+    def kernel_names(self, device: Device) -> frozenset[str]:
+        """Those whose specification is installed: without one nothing says what is right."""
+        from hal_core.registry import registry
+
+        return KERNEL_NAMES & frozenset(registry.kernel_specs())
+
+    def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
+        """Seconds of a call without work, and per multiply-accumulate of a large one (float32, head_dim 64)."""
+        session: Any = self.open(device)
+        with session:
+            progress("short calls", 0.1)
+            short = _seconds(session, 16, 50)
+            progress("long calls", 0.4)
+            long = _seconds(session, self.calibration_length, 12)
+        progress("done", 1.0)
+        return {"call": short, "mac": max(long - short, 1e-9) / (8 * self.calibration_length**2 * 128)}
+
+
+def _seconds(session: Any, length: int, repeats: int) -> float:
+    """The median of `repeats` calls at 8 heads of 64, after one that compiles."""
+    import torch
+
+    query = torch.randn(1, 8, length, 64)
+    run = session.bind(AttentionRequest(
+        batch=1, heads_q=8, heads_kv=8, len_q=length, len_k=length, dim_qk=64, dim_v=64, dtype="float32"
+    ))  # fmt: skip
+    run(query, query, query)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run(query, query, query)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _operands(request: AttentionRequest) -> tuple[int, int, int]:
+    """Bytes of the query, the packed keys and the mask on the device."""
+    dim = -(-max(request.dim_qk, request.dim_v) // 64) * 64
+    queries = request.batch * request.heads_q * request.len_q * dim * 4
+    keys = request.batch * request.heads_kv * (request.len_k + 64) * dim * 4
+    mask = 0 if request.mask is MaskKind.NONE else request.batch * request.heads_q * request.len_q * request.len_k * 4
+    return queries, keys, mask
+
+
+def memory(request: AttentionRequest) -> int:
+    """Most bytes that a call takes, results included; a mask that broadcasts takes less."""
+    queries, keys, mask = _operands(request)
+    return (
+        (6 if request.grads else 3) * queries + 4 * keys + mask + 64 * request.batch * request.heads_q * request.len_q
+    )

@@ -1,0 +1,74 @@
+"""Long calls without masks on a processor's driver: keys and values stream through uniform buffers (forward_stream.comp)."""
+
+from __future__ import annotations
+
+import torch
+from hal_compute.problem import LAYOUT, LOG2E, OPEN, Call, Problem
+
+from .recorder import Operand, Recorder, VulkanCommandBuffer
+
+_BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
+_FROM = 1 << 28  # multiply-accumulates from which its larger pipelines pay
+
+
+def suits(recorder: Recorder, call: Call, dim: int) -> bool:
+    """Whether forward_stream.comp is the better kernel: long calls without masks on a processor's driver."""
+    request, limits = call.request, recorder.adapter.limits
+    plain = call.mask is None and call.plan is None and not request.softcap
+    large = call.query.numel() * call.key.shape[2] >= _FROM // 2 and call.query.shape[2] >= 64
+    can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and limits["subgroupSize"] == 8
+    return plain and large and can and dim <= 128
+
+
+def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
+    """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
+    dim, len_k, threads = setting.dim, setting.len_k, 8
+    rows_each = 8 if dim <= 64 else 4
+    tall, chunk = threads * rows_each, _BYTES // (4 * dim)
+    chunks, units = -(-len_k // chunk), setting.units
+    rows = units * setting.unit_rows
+    query = commands.stage(call.query, dim)
+    keys, values = (commands.stage(tensor, dim, rows=chunks * chunk, wide=True) for tensor in (call.key, call.value))
+    part, part_lse = commands.space(rows * dim * 4), commands.space(rows * 4)
+    assert part_lse.host is not None
+    part_lse.host.view(torch.float32).fill_(-torch.inf)
+    group = setting.numbers["group"] // setting.heads_per_unit  # units that read the same keys
+    scale = setting.numbers["scale"] * LOG2E
+    for number in range(chunks):
+        start = number * chunk
+        count = min(chunk, len_k - start)
+        pieces = [(0, setting.unit_rows, 1)]
+        if setting.heads_per_unit == 1:
+            pieces = _pieces(setting.len_q, (start, count), (setting.numbers["lower"], setting.numbers["upper"]), tall)
+        elif setting.numbers["lower"] == -OPEN and setting.numbers["upper"] == OPEN and count % 4 == 0:
+            pieces = [(0, setting.unit_rows, 0)]
+        fresh = True  # no barrier between units: they touch nothing of each other
+        for unit in range(units):
+            place = (unit // group * chunks + number) * _BYTES
+            tiles = [operand.part(place, _BYTES) for operand in (keys, values)]
+            for begin, end, banded in pieces:
+                pushed = setting.values(mask_batch=unit, mask_head=begin, mask_row=start, plan_batch=count, scale=scale)
+                commands.dispatch(
+                    f"forward_stream.{setting.dtype}", (dim, threads, rows_each, banded), [query, *tiles, part, part_lse],
+                    pushed, LAYOUT, (-(-(end - begin) // tall), 1, 1), kinds="suuss", after=fresh,
+                )  # fmt: skip
+                fresh = False
+    groups = (-(-rows * dim // 4 // 64), 1, 1)
+    pushed = setting.values(unit_rows=rows)
+    commands.dispatch(f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], pushed, LAYOUT, groups)
+
+
+def _pieces(len_q: int, chunk: tuple[int, int], band: tuple[int, int], tall: int) -> list[tuple[int, int, int]]:
+    """Rows (begin, end, banded) that read something of a chunk (start, count) of the keys: some or (banded 0) all of it.
+
+    Begins are multiples of `tall`. A chunk whose keys are not a multiple of 4 is banded: its end is inside a step.
+    """
+    (start, count), (lower, upper) = chunk, band
+    begin, end = max(start - upper, 0) // tall * tall, min(start + count - lower, len_q)
+    inner = min(max(-(-(start + count - 1 - upper) // tall) * tall, begin), max(begin, end))
+    outer = min(max(start - lower + 1, inner), end)
+    outer = outer if outer == end else outer // tall * tall
+    if count % 4 or outer <= inner:
+        inner = outer = begin
+    found = [(begin, inner, 1), (inner, outer, 0), (outer, end, 1)]
+    return [piece for piece in found if piece[0] < piece[1]]
