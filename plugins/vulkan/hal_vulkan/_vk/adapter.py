@@ -6,6 +6,8 @@ import struct
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from .matrices import MatrixShape, matrix_shapes
+
 NO_LOADER = "no Vulkan loader (libvulkan.so.1); Debian: apt-get install libvulkan1"
 NO_DRIVER = "loader found, no driver; install mesa-vulkan-drivers for a CPU device or set VK_DRIVER_FILES"
 NO_PACKAGE = "the Python package vulkan is not installed; pip install vulkan"
@@ -32,6 +34,7 @@ class Adapter(NamedTuple):
         uuid: of the driver and device, in hex. cache_uuid: of the pipeline caches that the driver takes.
         memory: bytes of the heap that programs work in. extensions: names.
         features: what this package may use, by name; each bit was asked for. limits: by name, see `_adapter`.
+        matrices: products of cooperative matrices within a subgroup; none where the feature is not reported.
     """
 
     handle: Any
@@ -46,6 +49,7 @@ class Adapter(NamedTuple):
     extensions: frozenset[str]
     features: frozenset[str]
     limits: dict[str, int]
+    matrices: tuple[MatrixShape, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -119,11 +123,13 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
     limits["hostPointerAlignment"] = int(imports.minImportedHostPointerAlignment)  # 0: host memory is not taken
     limits["subgroupSize"], limits["subgroupOperations"] = int(group.subgroupSize), int(group.supportedOperations)
     name = ffi.string(driver.driverName).decode(), ffi.string(driver.driverInfo).decode()
+    features = _features(ffi, lib, handle, extensions)
     adapter = Adapter(
         handle, ffi.string(base.deviceName).decode(), _VENDORS.get(base.vendorID, f"vendor {base.vendorID:#x}"),
         base.deviceType == _CPU, (version >> 22, version >> 12 & 0x3FF, version & 0xFFF), " ".join(filter(None, name)),
         bytes(ids.driverUUID).hex() + bytes(ids.deviceUUID).hex(), bytes(base.pipelineCacheUUID), max(local), extensions,
-        _features(ffi, lib, handle, extensions), limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)},
+        features, limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)},
+        matrix_shapes(ffi, lib, _instance(), handle) if "cooperative_matrix" in features else (),
     )  # fmt: skip
     return adapter, base.deviceType
 
@@ -152,6 +158,9 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
     matrix = ffi.new("VkPhysicalDeviceCooperativeMatrixFeaturesKHR*", {"sType": 1000506000, "pNext": chain})
     if "VK_KHR_cooperative_matrix" in extensions:
         chain = matrix
+    sizes = ffi.new("VkPhysicalDeviceSubgroupSizeControlFeatures*", {"sType": 1000225002, "pNext": chain})
+    if "VK_EXT_subgroup_size_control" in extensions:
+        chain = sizes
     v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {"sType": 51, "pNext": chain})
     v11 = ffi.new("VkPhysicalDeviceVulkan11Features*", {"sType": 49, "pNext": v12})
     features = ffi.new("VkPhysicalDeviceFeatures2*", {"sType": 1000059000, "pNext": v11})
@@ -159,6 +168,7 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
     found = {
         "timeline_semaphore": v12.timelineSemaphore, "float16": v12.shaderFloat16, "storage16": v11.storageBuffer16BitAccess,
         "memory_model": v12.vulkanMemoryModel, "cooperative_matrix": matrix.cooperativeMatrix,
+        "full_subgroups": sizes.computeFullSubgroups,
     }  # fmt: skip
     found |= {"memory_export": "VK_KHR_external_memory_fd" in extensions,
               "timeline_export": _exports_timelines(ffi, lib, handle, extensions)}  # fmt: skip

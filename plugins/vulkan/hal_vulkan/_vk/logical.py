@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from hal_core import DeviceUnavailableError, MemoryLimitError
+from hal_core import DeviceUnavailableError, HalError, MemoryLimitError
 
 from .adapter import NV2_FEATURES, Adapter, api
 
@@ -15,11 +15,23 @@ _LOST = -4
 OPTIONAL = ("VK_KHR_external_memory_fd", "VK_KHR_external_semaphore_fd", "VK_EXT_external_memory_host")
 
 
+class OutOfMemoryError(MemoryLimitError):
+    """The driver itself has no memory left, though the limit of this session was not reached."""
+
+    def __init__(self, name: str, whose: str, what: str, nbytes: int, limit: int) -> None:
+        HalError.__init__(
+            self,
+            f"{name} is out of {whose} memory in {what} ({nbytes:,} bytes asked): nothing was run; close other programs "
+            f"that use it, call trim(), or shorten the request",
+        )
+        self.requested, self.in_use, self.limit = nbytes, 0, limit
+
+
 class LogicalDevice:
     """A VkDevice with one compute queue."""
 
     def __init__(self, adapter: Adapter, name: str) -> None:
-        self.adapter, self.name = adapter, name
+        self.adapter, self.name, self.lost = adapter, name, False
         self._ffi, self._lib = api()
         ffi, lib = self._ffi, self._lib
         families = ffi.new("uint32_t*")
@@ -59,6 +71,11 @@ class LogicalDevice:
                 keep.append(raw)
                 wanted.append(b"VK_NV_cooperative_matrix2")
         has = adapter.features.__contains__
+        if has("full_subgroups"):
+            sizes = {"sType": 1000225002, "pNext": chain, "computeFullSubgroups": 1}
+            chain = ffi.new("VkPhysicalDeviceSubgroupSizeControlFeatures*", sizes)
+            keep.append(chain)
+            wanted.append(b"VK_EXT_subgroup_size_control")
         v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {
             "sType": 51, "pNext": chain, "timelineSemaphore": 1, "shaderFloat16": has("float16"),
             "vulkanMemoryModel": has("memory_model"),
@@ -79,11 +96,13 @@ class LogicalDevice:
         }, first=adapter.handle)  # fmt: skip
 
     def _check(self, result: int, what: str, nbytes: int = 0) -> None:
+        """Raise what a VkResult means; `what` was being done, `nbytes` asked for. The sentences name the way out."""
         if not result:
             return
         if result in _OUT_OF_MEMORY:
-            raise MemoryLimitError(self.name, nbytes, 0, self.adapter.memory)
+            raise OutOfMemoryError(self.name, _OUT_OF_MEMORY[result], what, nbytes, self.adapter.memory)
         if result == _LOST:
+            self.lost = True
             raise DeviceUnavailableError(f"{self.name} was lost during {what}: close its session and open it again")
         raise DeviceUnavailableError(
             f"{self.name} failed in {what} (VkResult {result}): update its driver, or report it"

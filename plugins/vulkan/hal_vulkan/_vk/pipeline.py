@@ -11,6 +11,7 @@ from .allocation import Allocating
 
 DESCRIPTORS = {"s": 7, "u": 6}  # VkDescriptorType of a storage and a uniform buffer
 COMPUTE_STAGE = 0x20
+_FULL_SUBGROUPS = 2  # VkPipelineShaderStageCreateFlags
 
 
 class Pipeline(NamedTuple):
@@ -49,9 +50,16 @@ class Compiling(Allocating):
         self._lib.vkGetPipelineCacheData(self._device, self._cache, size, data)
         return bytes(self._ffi.buffer(data, size[0]))
 
-    def pipeline(self, spirv: bytes, kinds: str, push_bytes: int, constants: Sequence[int]) -> Pipeline:
-        """A compute pipeline. `kinds` has "s" (storage buffer) or "u" (uniform buffer) for each binding from 0, `constants`
-        the specialisation constants from 0."""
+    def pipeline(
+        self, spirv: bytes, kinds: str, push_bytes: int, constants: Sequence[int], *, full_subgroups: bool = False
+    ) -> Pipeline:
+        """A compute pipeline.
+
+        Args:
+            kinds: "s" (storage buffer) or "u" (uniform buffer) for each binding from 0.
+            constants: the specialisation constants from 0.
+            full_subgroups: whether no invocation of a subgroup may be missing; needs the feature of that name.
+        """
         ffi, lib, device = self._ffi, self._lib, self._device
         code = ffi.new("uint32_t[]", len(spirv) // 4)
         ffi.memmove(code, spirv, len(spirv))
@@ -77,7 +85,8 @@ class Compiling(Allocating):
         entry = ffi.new("char[]", b"main")
         info = ffi.new("VkComputePipelineCreateInfo*", {
             "sType": 29, "layout": layout,
-            "stage": {"sType": 18, "stage": COMPUTE_STAGE, "module": module, "pName": entry, "pSpecializationInfo": special},
+            "stage": {"sType": 18, "flags": _FULL_SUBGROUPS if full_subgroups else 0, "stage": COMPUTE_STAGE, "module": module,
+                      "pName": entry, "pSpecializationInfo": special},
         })  # fmt: skip
         made = ffi.new("VkPipeline*")
         result = lib.vkCreateComputePipelines(device, self._cache, 1, info, ffi.NULL, made)
