@@ -1,16 +1,24 @@
-"""Builds the SPIR-V beside the shaders: python -m hal_vulkan.build_shaders. Needs glslangValidator (Debian: glslang-tools).
+"""Builds the SPIR-V beside the shaders: python -m hal_vulkan.build_shaders. Nothing is compiled at run time.
 
-Attention shaders are built twice: NAME.float32.spv and NAME.float16.spv. Nothing is compiled at run time.
+Needs glslangValidator, found by HAL_GLSLANG (one or more paths, as in PATH) and on PATH. The committed files were made by
+the versions of `needed_version`; another version orders its words otherwise, so that a comparison would mean nothing.
+
+Plain attention shaders are built twice: NAME.float32.spv and NAME.float16.spv; those with cooperative matrices once for each
+of their extensions.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "shaders"
+_PLAIN, _MATRIX = 12, 15  # of Debian 12's glslang-tools; the first seen to take GL_NV_cooperative_matrix2
 
 
 def sources() -> list[Path]:
@@ -19,28 +27,72 @@ def sources() -> list[Path]:
 
 def targets(source: Path) -> dict[str, list[str]]:
     """File name of each binary of a shader, and its options."""
-    if "problem.glsl" not in source.read_text(encoding="utf-8"):
+    text = source.read_text(encoding="utf-8")
+    if "GL_NV_cooperative_matrix2" in text:
+        return {f"{source.stem}.khr.spv": ["-DHALF=1", "-DNV2=0"], f"{source.stem}.nv2.spv": ["-DHALF=1", "-DNV2=1"]}
+    if "problem.glsl" not in text:
         return {f"{source.stem}.spv": []}
     return {f"{source.stem}.float32.spv": ["-DHALF=0"], f"{source.stem}.float16.spv": ["-DHALF=1"]}
 
 
-def build(folder: Path) -> list[Path]:
-    """Compile every shader into `folder`; the files made. Raises RuntimeError with the compiler's message."""
-    compiler = shutil.which("glslangValidator")
-    if compiler is None:
-        raise RuntimeError("glslangValidator is not installed; Debian: apt-get install glslang-tools")
+def needed_version(source: Path) -> int:
+    """The major version of glslangValidator that a shader is built with."""
+    return _MATRIX if "_cooperative_matrix" in source.read_text(encoding="utf-8") else _PLAIN
+
+
+@lru_cache(maxsize=1)
+def compilers() -> dict[int, str]:
+    """Path of each installed glslangValidator by major version; HAL_GLSLANG goes before PATH."""
+    named = [path for path in os.environ.get("HAL_GLSLANG", "").split(os.pathsep) if path]
+    found: dict[int, str] = {}
+    for path in filter(None, (shutil.which(name) for name in [*named, "glslangValidator"])):
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+        version = re.search(r"Glslang Version: \d+:(\d+)", told)
+        if version:
+            found.setdefault(int(version[1]), path)
+    return found
+
+
+def why_not(source: Path) -> str | None:
+    """Why a shader cannot be built here; None where it can."""
+    version, found = needed_version(source), compilers()
+    if version in found:
+        return None
+    there = (
+        f"found {', '.join(map(str, sorted(found)))}"
+        if found
+        else "none is installed; Debian: apt-get install glslang-tools"
+    )
+    return f"{source.name} is built by glslangValidator {version} ({there}): put it on PATH or name it in HAL_GLSLANG"
+
+
+def build(source: Path, folder: Path) -> list[Path]:
+    """Compile a shader into `folder`; the files made. Raises RuntimeError with what is missing or the compiler's message."""
+    if reason := why_not(source):
+        raise RuntimeError(reason)
     made = []
-    for source in sources():
-        for name, options in targets(source).items():
-            path = folder / name
-            command = [compiler, "--target-env", "vulkan1.2", "-V", *options, f"-I{FOLDER}", str(source), "-o", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{source.name}: {done.stdout}{done.stderr}")
-            made.append(path)
+    for name, options in targets(source).items():
+        compiler, path = compilers()[needed_version(source)], folder / name
+        command = [compiler, "--target-env", "vulkan1.2", "-V", *options, f"-I{FOLDER}", str(source), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source.name}: {done.stdout}{done.stderr}")
+        made.append(path)
     return made
 
 
+def main() -> int:
+    """Build what can be built here, and say what cannot. 1 where something could not."""
+    failed = 0
+    for source in sources():
+        if reason := why_not(source):
+            sys.stdout.write(f"not built: {reason}\n")
+            failed = 1
+            continue
+        for path in build(source, FOLDER):
+            sys.stdout.write(f"{path.name}  {path.stat().st_size} bytes\n")
+    return failed
+
+
 if __name__ == "__main__":
-    for path in build(FOLDER):
-        sys.stdout.write(f"{path.name}  {path.stat().st_size} bytes\n")
+    sys.exit(main())
