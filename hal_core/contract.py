@@ -110,6 +110,8 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options
     for name, table in zip(t._fields[:4], t[:4], strict=True):
         if table is not None and (not isinstance(table, Tensor) or table.dtype != torch.int32):
             raise ContractError(f"{name} is {getattr(table, 'dtype', type(table).__name__)}: pass an int32 tensor")
+        if table is not None and table.device != query.device:
+            raise ContractError(f"{name} on {table.device} and query on {query.device} were given: move the table")
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     _refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),

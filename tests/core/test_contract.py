@@ -110,6 +110,9 @@ P = t(1, 4, 5, 8)
 BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     "no longest lengths": ({"cu_seqlens_q": table(0, 5), "cu_seqlens_k": table(0, 5)}, "max_seqlen_q and max_seqlen_k"),
     "int64": (PACKED | {"cu_seqlens_q": table(0, 3, 5, dtype=torch.int64), "cu_seqlens_k": table(0, 3, 5)}, "cu_seqlens_q is"),
+    "another device": (
+        PACKED | {"cu_seqlens_q": table(0, 3, 5).to("meta"), "cu_seqlens_k": table(0, 3, 5)}, "on meta and query on cpu",
+    ),
     "a list": (PACKED | {"cu_seqlens_q": [0, 3, 5], "cu_seqlens_k": table(0, 3, 5)}, "cu_seqlens_q is list"),
     "other counts": (PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 2, 3, 5)}, "[sequences + 1]"),
     "one entry": (PACKED | {"cu_seqlens_q": table(0), "cu_seqlens_k": table(0)}, "[sequences + 1]"),

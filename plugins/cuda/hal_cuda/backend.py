@@ -94,10 +94,14 @@ class CudaBackend:
         return dispatch.estimate(request, self.chip(device), self.rates(device))
 
     def chip(self, device: Device) -> Chip:
-        """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to use."""
+        """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to use.
+
+        Raises DeviceUnavailableError after a fork.
+        """
         from .chip import Chip
 
         if device.id not in self._chips:
+            _refuse_fork(device)
             self._chips[device.id] = Chip.of(int(device.id.partition(":")[2]))
         return self._chips[device.id]
 
@@ -122,11 +126,7 @@ class CudaBackend:
 
         from .session import CudaSession
 
-        if torch.cuda._is_in_bad_fork():
-            raise DeviceUnavailableError(
-                f"{device.id} was asked for in a forked process whose parent uses CUDA: start workers with "
-                "multiprocessing's 'spawn'"
-            )
+        _refuse_fork(device)
         index = int(device.id.partition(":")[2])
         name = torch.cuda.get_device_properties(index).name
         if name != device.model:
@@ -148,3 +148,13 @@ class CudaBackend:
         if device.id in self._sessions:
             self._sessions[device.id].refresh()
         return values
+
+
+def _refuse_fork(device: Device) -> None:
+    import torch
+
+    if torch.cuda._is_in_bad_fork():
+        raise DeviceUnavailableError(
+            f"{device.id} was asked for in a forked process whose parent uses CUDA: start workers with multiprocessing's "
+            "'spawn'"
+        )

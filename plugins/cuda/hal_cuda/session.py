@@ -35,6 +35,8 @@ from .rates import Rates
 
 Path = Callable[..., AttentionOutput]
 _MOST_BOUND = 512
+#: How Triton's launcher and torch begin the message of a CUDA call that failed; torch's newer errors have a class.
+_LAUNCH_FAILED = ("Triton Error [CUDA]", "CUDA error", "CUDA driver error")
 
 
 class Prepared(NamedTuple):
@@ -161,8 +163,18 @@ class CudaSession:
                 return path(query, key, value, mask, plan, tables, rng)
             except torch.OutOfMemoryError as error:
                 raise self._full(request) from error
+            except RuntimeError as error:
+                if isinstance(error, torch.AcceleratorError) or str(error).startswith(_LAUNCH_FAILED):
+                    raise self._not_started(request, error) from error
+                raise
 
         return run
+
+    def _not_started(self, request: AttentionRequest, error: RuntimeError) -> DeviceUnavailableError:
+        return DeviceUnavailableError(
+            f"{self.device.id} did not start a kernel of this attention ({request.describe()}): {str(error).splitlines()[0]}; "
+            "no result was returned: ask for a smaller batch, or start the process anew where earlier CUDA work has failed"
+        )
 
     def _full(self, request: AttentionRequest) -> MemoryLimitError:
         free, total = torch.cuda.mem_get_info(self.chip.index)
