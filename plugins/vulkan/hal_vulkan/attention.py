@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from hal_compute.problem import LAYOUT, Call, Problem, padded_dim
+from hal_compute.problem import LAYOUT, Call, Problem, mask_of, padded_dim
 from torch import Tensor
 
 from hal_core import AttentionOutput, Grads
 
 from . import stream
-from .recorder import Operand, Recorder, VulkanCommandBuffer
+from .commands import Given, Operand, VulkanCommandBuffer
+from .recorder import Recorder
 
 
 class Shape(NamedTuple):
@@ -28,6 +30,7 @@ class Shape(NamedTuple):
         return 16 * (self.rows * pitch + self.tile * pitch + self.rows * (self.tile // 4 + 1)) + 4 * self.threads * self.height
 
 
+_SMALL_MASK = 1 << 14  # elements below which hidden tiles of a mask are not worth skipping
 _CPU_SHAPES = (Shape(8, 8, 32, 8), Shape(8, 8, 16, 8))
 _GPU_SHAPES = {64: Shape(128, 64, 32, 4), 128: Shape(128, 32, 32, 4), 256: Shape(64, 16, 16, 4)}
 _SMALL_SHAPE = Shape(32, 8, 16, 4)  # fits 32 KiB, which every device has that this package has been seen on, at any size
@@ -46,26 +49,49 @@ class Setting(Problem):
         super().__init__(call, pack=pack)
         self.commands, self.is_cpu = commands, recorder.adapter.is_cpu
         nothing = commands.space(256)
-        staged = [self.mask and self.mask.values, self.ranges and self.ranges.index, self.ranges and self.ranges.bounds]
-        self.tables = [nothing if tensor is None else commands.stage(tensor) for tensor in staged]
+        self.tables = [nothing, nothing, nothing]
+        if self.mask is not None:
+            # A large mask is looked through for hidden tiles at every call.
+            again = partial(_mask_values, len_k=self.len_k) if self.mask.values.numel() < _SMALL_MASK else None
+            self.tables[0] = commands.stage(self.mask.values, again=again)
+        if self.ranges is not None:
+            self.tables[1:] = commands.stage(self.ranges.index), commands.stage(self.ranges.bounds)
+
+
+def _mask_values(given: Given, len_k: int) -> Tensor:
+    mask = given[3]
+    assert mask is not None
+    return mask_of(mask, len_k).values
 
 
 def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> AttentionOutput:
-    """(out, log-sum-exp) of a call; the log-sum-exp always, since the shaders have it."""
-    query, value = call.query, call.value
-    result = torch.empty((*query.shape[:3], value.shape[-1]), dtype=query.dtype)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32)
-    if not result.numel() or not call.key.shape[2]:
-        return AttentionOutput(result.zero_() if out is None else out.zero_(), lse.fill_(-torch.inf))
-    with recorder.call(f"compute attention ({call.request.describe()})") as commands:
+    """(out, log-sum-exp) of a call; None for a log-sum-exp that the request does not ask for."""
+    query, key, value = call[:3]
+    given = (query, key, value, call.mask, out if recorder.lies(out) else None)
+    name = None if call.plan is not None else recorder.key("forward", call.request, given)
+    if (kept := recorder.find(name)) is not None:
+        return _output(kept.run(given), out)
+    result = given[4]
+    if result is None:
+        result = query.new_empty((*query.shape[:3], value.shape[-1]))
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    if not result.numel() or not key.shape[2]:
+        return _output([result.zero_(), lse.fill_(-torch.inf)], out)
+    with recorder.call(f"compute attention ({call.request.describe()})", given, name) as commands:
         dim = padded_dim(call.request)
-        to, to_lse = commands.result(result, dim), commands.result(lse)
+        to = commands.result(result, dim)
+        to_lse = commands.result(lse) if call.request.lse else commands.space(lse.numel() * 4)
         if stream.suits(recorder, call, dim):
             stream.record(commands, Setting(recorder, commands, call, pack=True), call, to, to_lse)
         else:
             _record_tiles(recorder, commands, call, to, to_lse)
         commands.finish()
-    return AttentionOutput(result if out is None else out.copy_(result), lse)
+    return _output([result, lse], out)
+
+
+def _output(found: list[Tensor], out: Tensor | None) -> AttentionOutput:
+    result = found[0] if out is None or out is found[0] else out.copy_(found[0])
+    return AttentionOutput(result, found[1] if len(found) > 1 else None)
 
 
 def _record_tiles(recorder: Recorder, commands: VulkanCommandBuffer, call: Call, to: Operand, to_lse: Operand) -> None:
@@ -95,28 +121,32 @@ def backward(
     recorder: Recorder, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> Grads:
     """Gradients of query, key and value from a given (out, lse); those that the request does not name are None."""
-    query, key, value = call.query, call.key, call.value
-    wanted = call.request.grads or frozenset("qkv")
-    grads = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
-    if query.numel() and key.numel():
-        with recorder.call(f"compute gradients ({call.request.describe()})") as commands:
-            _record_backward(recorder, commands, call, (out, lse, grad_out, grad_lse), grads)
+    inputs, wanted = call[:3], call.request.grads or frozenset("qkv")
+    to_lse = None if grad_lse is None else grad_lse.float()
+    given = (*inputs, call.mask, out, lse.float(), grad_out.to(call.query.dtype), to_lse)
+    name = None if call.plan is not None else recorder.key("backward", call.request, given)
+    if (kept := recorder.find(name)) is not None:
+        grads = kept.run(given)
+    elif call.query.numel() and call.key.numel():
+        grads = [t.new_empty(t.shape) for t in inputs]
+        with recorder.call(f"compute gradients ({call.request.describe()})", given, name) as commands:
+            _record_backward(recorder, commands, call, given, grads)
             commands.finish()
     else:
-        for grad in grads:
-            grad.zero_()
+        grads = [t.new_zeros(t.shape) for t in inputs]
     return Grads(*(grad if name in wanted else None for name, grad in zip("qkv", grads, strict=True)))
 
 
 def _record_backward(
-    recorder: Recorder, commands: VulkanCommandBuffer, call: Call, given: tuple[Any, ...], grads: list[Tensor]
+    recorder: Recorder, commands: VulkanCommandBuffer, call: Call, given: Given, grads: list[Tensor]
 ) -> None:
-    out, lse, grad_out, grad_lse = given
     setting = Setting(recorder, commands, call, pack=False)
     dim, stage = setting.dim, commands.stage
     query, key, value = (stage(tensor, dim) for tensor in call[:3])
-    result, flowing = stage(out, dim), stage(grad_out.to(call.query.dtype), dim)
-    whole, flowing_lse = stage(lse.float()), stage(torch.zeros_like(lse) if grad_lse is None else grad_lse.float())
+    out, lse, grad_out, grad_lse = given[4:]
+    assert out is not None and lse is not None and grad_out is not None  # noqa: PT018
+    result, flowing, whole = stage(out, dim), stage(grad_out, dim), stage(lse)
+    flowing_lse = commands.filled(lse.numel() * 4, 0.0) if grad_lse is None else stage(grad_lse)
     delta = commands.space(lse.numel() * 4)
     to_query, to_key, to_value = (commands.result(grad, dim) for grad in grads)
     constants = (dim, 8 if setting.is_cpu else 32)

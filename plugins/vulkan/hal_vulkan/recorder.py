@@ -1,40 +1,44 @@
-"""One call on the device: its memory, its commands, its results."""
+"""An open device: its queue, pools and pipelines, and the recordings that calls of a known shape run again."""
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import count
+from typing import Any
 
-import torch
 from hal_compute.pool import Region
 from torch import Tensor
 
-from hal_core import Device, HalError
+from hal_core import AttentionRequest, Device, DeviceUnavailableError, MemoryLimitError
 
+from . import commands as recording
 from ._vk import Adapter, Bound, Gpu
+from .commands import Given, VulkanCommandBuffer
 from .memory import VulkanMemoryPool
 from .pipelines import VulkanShaderManager, cache_path
+from .staging import StagingRing
 
-#: Seconds after which a wait gives up.
-TIMEOUT = 300.0
+#: Recordings that are kept with their memory, and the bytes of them all.
+KEPT, KEPT_BYTES = 128, 256 << 20
+#: Bytes from which a tensor on the host is read where it lies, where the device can: below, importing costs more than a copy.
+IMPORT_FROM = 1 << 20
+#: Bytes from which a tensor passes through the staging ring.
+STREAM_FROM = 4 << 20
+
+_numbers = count()
 
 
-class Operand(NamedTuple):
-    """Device memory of one call. `host` shares it as bytes where the device's memory is mapped; None elsewhere."""
-
-    bound: Bound
-    host: Tensor | None
-
-    def part(self, offset: int, size: int) -> Operand:
-        """A piece of it, for a shader alone."""
-        return Operand(Bound(self.bound.block, self.bound.offset + offset, size), None)
+@lru_cache(maxsize=4096)
+def _number(request: AttentionRequest) -> int:
+    """Stands for a request in keys: hashing the request itself takes longer than finding a recording."""
+    return next(_numbers)
 
 
 class Recorder:
-    """An open device: queue, pools, pipelines. The session serialises calls."""
+    """An open device. The session serialises calls."""
 
     def __init__(self, device: Device, adapter: Adapter, limit: int | None = None) -> None:
         self.device, self.adapter = device, adapter
@@ -42,138 +46,112 @@ class Recorder:
         self.shaders = VulkanShaderManager(self.gpu)
         self.mapped = adapter.is_cpu  # the device's memory is the host's
         self.copies = self.copied = 0
-        self.device_seconds: float | None = None
         self.pool = VulkanMemoryPool(self.gpu, device.id, host=self.mapped, limit=limit)
         # Where the device's memory is not mapped, operands pass through host-visible memory of the driver's.
         self.staging = VulkanMemoryPool(self.gpu, device.id, host=True, limit=limit)
+        self.ring = StagingRing(self.gpu)
+        self._kept: OrderedDict[Hashable, VulkanCommandBuffer] = OrderedDict()
+        self.kept_bytes = 0  # of memory that kept recordings hold
+        self._stuck = ""
+
+    # Recordings
+
+    def key(self, kind: str, request: AttentionRequest, given: Given) -> Hashable:
+        """What a recording depends on besides the device: the request, and the tensors' shapes and types."""
+        shapes = [None if t is None else (t.shape, t.dtype) for t in given]
+        mask = given[3]
+        return (kind, _number(request), *shapes, None if mask is None else mask.stride())
+
+    def find(self, key: Hashable | None) -> VulkanCommandBuffer | None:
+        """The recording of a key, ready to run."""
+        kept = self._kept.get(key)
+        if kept is not None:
+            self._kept.move_to_end(key)
+        return kept
 
     @contextmanager
-    def call(self, what: str) -> Iterator[VulkanCommandBuffer]:
-        """Commands and memory of one call; both are given back at its end."""
-        commands = VulkanCommandBuffer(self, what)
+    def call(self, what: str, given: Given = (), key: Hashable = None) -> Iterator[VulkanCommandBuffer]:
+        """Record and run a call; see `VulkanCommandBuffer`. It is kept for `key` if it can be, else given back.
+
+        Kept recordings are dropped, the one used longest ago first, where they or their memory become too many.
+        """
+        if self._stuck:
+            raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
+        commands = VulkanCommandBuffer(self, what, given)
+        keep = False
         try:
             yield commands
+            keep = key is not None and commands.fixed and commands.nbytes <= KEPT_BYTES // 4
         finally:
-            commands.release()
+            if keep:
+                self._kept[key] = commands
+                self.kept_bytes += commands.nbytes
+                self._evict(KEPT, KEPT_BYTES)
+            else:
+                self._release(commands)
+
+    def _evict(self, most: int, most_bytes: int) -> None:
+        while self._kept and (len(self._kept) > most or self.kept_bytes > most_bytes):
+            commands = self._kept.popitem(last=False)[1]
+            self.kept_bytes -= commands.nbytes
+            self._release(commands)
+
+    def _release(self, commands: VulkanCommandBuffer) -> None:
+        if not commands.release():
+            self._stuck = f"{self.device.id} still works at what was given up"
+
+    # Memory
+
+    def cut(self, pool: VulkanMemoryPool, nbytes: int) -> Region:
+        """A region; kept recordings are given up for it if they must be."""
+        try:
+            return pool.allocate(nbytes)
+        except MemoryLimitError:
+            if nbytes > pool.largest or not self._kept:
+                raise
+        self._evict(0, 0)
+        pool.trim()
+        return pool.allocate(nbytes)
+
+    def card_of(self, given: Sequence[Any]) -> Any:
+        return None
+
+    def lies(self, tensor: Tensor | None) -> bool:
+        """Whether shaders can use a tensor's own memory for as long as it lives."""
+        return False
+
+    def streams(self, nbytes: int, card: Any) -> bool:
+        """Whether a tensor passes through the staging ring: large, and between the host and memory that is not mapped."""
+        return nbytes >= STREAM_FROM and not self.mapped and card is None
+
+    def import_host(self, tensor: Tensor) -> Bound | None:
+        """The tensor's own memory as the device's, where that is a CPU that takes it and the tensor is large and aligned."""
+        limits = self.adapter.limits
+        page, nbytes = limits["hostPointerAlignment"], tensor.numel() * tensor.element_size()
+        if not (self.mapped and page and IMPORT_FROM <= nbytes <= self.pool.largest and tensor.is_contiguous()):
+            return None
+        address = tensor.data_ptr()
+        if address % limits["minStorageBufferOffsetAlignment"]:
+            return None
+        start = address // page * page
+        block = self.gpu.import_host(start, -(-(address + nbytes - start) // page) * page)
+        return None if block is None else Bound(block, address - start, -(-nbytes // 4) * 4)
+
+    @property
+    def device_seconds(self) -> float | None:
+        """What the last call's shaders took by the device's clock, copies not counted; None where it has none."""
+        return self.gpu.stamped_seconds() if self.gpu.submitted else None
 
     def trim(self) -> int:
-        return self.pool.trim() + self.staging.trim()
+        """Give kept recordings and idle memory back to the driver; returns the bytes of the memory."""
+        self._evict(0, 0)
+        return self.pool.trim() + self.staging.trim() + self.ring.trim()
 
     def synchronize(self) -> None:
-        self.gpu.wait(self.gpu.submitted, "finish what was queued", TIMEOUT)
+        self.gpu.wait(self.gpu.submitted, "finish what was queued", recording.TIMEOUT)
 
     def close(self) -> None:
         self.shaders.save(cache_path(self.adapter))
         self.trim()
-        self.gpu.close()
-
-
-class VulkanCommandBuffer:
-    """Commands of one call, in order, with a barrier before every dispatch that reads what the one before wrote."""
-
-    def __init__(self, recorder: Recorder, what: str) -> None:
-        self._recorder, self._what = recorder, what
-        self._gpu = recorder.gpu
-        self._regions: list[tuple[VulkanMemoryPool, Region]] = []
-        self._reads: list[tuple[Operand, Operand, Tensor]] = []
-        self._commands: Any = self._gpu.begin()
-        self._dispatched = self._uploaded = False
-
-    def space(self, nbytes: int) -> Operand:
-        """Uninitialised device memory."""
-        return self._cut(self._recorder.pool, nbytes)
-
-    def _cut(self, pool: VulkanMemoryPool, nbytes: int) -> Operand:
-        region = pool.allocate(nbytes)
-        self._regions.append((pool, region))
-        host = None
-        if region.block.mapped is not None:
-            host = torch.frombuffer(region.block.mapped, dtype=torch.uint8, count=nbytes, offset=region.offset)
-        return Operand(Bound(region.block, region.offset, region.size), host)
-
-    def stage(self, tensor: Tensor, dim: int | None = None, *, rows: int | None = None, wide: bool = False) -> Operand:
-        """A tensor's values, contiguous: one counted copy.
-
-        Args:
-            dim: size of the last dimension, padded with zeros. rows: likewise of the one before it. wide: as float32.
-        """
-        recorder, tensor = self._recorder, tensor.detach()
-        dtype = torch.float32 if wide else tensor.dtype
-        shape, last = [*tensor.shape], tensor.shape[-1]
-        shape[-1] = dim or last
-        if rows is not None:
-            shape[-2] = rows
-        nbytes = math.prod(shape) * dtype.itemsize
-        operand = self.space(nbytes)
-        near = operand if recorder.mapped else self._cut(recorder.staging, nbytes)
-        assert near.host is not None
-        typed = near.host.view(dtype).view(shape)
-        if rows is not None and rows != tensor.shape[-2]:
-            typed[..., tensor.shape[-2] :, :].zero_()
-            typed = typed[..., : tensor.shape[-2], :]
-        typed[..., :last].copy_(tensor)
-        if shape[-1] != last:
-            typed[..., last:].zero_()
-        if near is not operand:
-            self._gpu.copy(self._commands, near.bound, operand.bound)
-            self._uploaded = True
-        recorder.copies += 1
-        recorder.copied += tensor.numel() * tensor.element_size()
-        return operand
-
-    def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
-        """Memory that becomes `tensor` when `finish` is called; rows of `dim` elements are cut on the way."""
-        nbytes = tensor.numel() // max(tensor.shape[-1], 1) * (dim or tensor.shape[-1]) * tensor.element_size()
-        operand = self.space(nbytes)
-        near = operand if self._recorder.mapped else self._cut(self._recorder.staging, nbytes)
-        self._reads.append((operand, near, tensor))
-        return operand
-
-    def dispatch(
-        self, shader: str, constants: Sequence[int], operands: Sequence[Operand], numbers: Sequence[float], layout: str,
-        groups: Sequence[int], *, kinds: str = "", after: bool = True,
-    ) -> None:  # fmt: skip
-        """Record a shader.
-
-        Args:
-            numbers: its push constants in struct's `layout`. kinds: see `Gpu.pipeline`; "" for storage buffers alone.
-            after: whether it reads what was recorded before; without it no barrier is needed.
-        """
-        pipeline = self._recorder.shaders.pipeline(shader, kinds or "s" * len(operands), constants)
-        if (self._dispatched or self._uploaded) and after:
-            self._gpu.barrier(self._commands)
-        if not self._dispatched:
-            self._gpu.stamp(self._commands, 0)
-        bound = [operand.bound for operand in operands]
-        self._gpu.dispatch(self._commands, pipeline, bound, struct.pack(layout, *numbers), groups)
-        self._dispatched = True
-
-    def finish(self) -> None:
-        """Run everything, wait, and bring the results home."""
-        recorder, gpu = self._recorder, self._gpu
-        gpu.stamp(self._commands, 1)
-        gpu.barrier(self._commands)
-        for operand, near, _ in self._reads:
-            if near is not operand:
-                gpu.copy(self._commands, operand.bound, near.bound)
-        if not recorder.mapped:
-            gpu.barrier(self._commands)
-        gpu.end(self._commands)
-        gpu.wait(gpu.submit(self._commands), self._what, TIMEOUT)
-        recorder.device_seconds = gpu.stamped_seconds()
-        for _, near, tensor in self._reads:
-            assert near.host is not None
-            typed = near.host.view(tensor.dtype).view(*tensor.shape[:-1], -1)
-            tensor.copy_(typed[..., : tensor.shape[-1]])
-            recorder.copies += 1
-            recorder.copied += tensor.numel() * tensor.element_size()
-        self._reads.clear()
-
-    def release(self) -> None:
-        """Give memory and commands back, once the device is done with them."""
-        with suppress(HalError):  # a lost device has nothing running any more
-            self._gpu.wait(self._gpu.submitted, "finish before its memory is given back", 30.0)
-        self._gpu.drop(self._commands)
-        for pool, region in self._regions:
-            pool.free(region)
-        self._regions.clear()
+        if not self._stuck:  # destroying what is in use would take the process with it
+            self.gpu.close()

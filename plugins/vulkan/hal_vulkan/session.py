@@ -11,6 +11,7 @@ from hal_core import AttentionOutput, Device, Grads
 from . import attention
 from ._vk import Adapter
 from .fields import FieldRunner
+from .memory import VulkanMemory
 from .recorder import Recorder
 
 
@@ -20,6 +21,7 @@ class VulkanSession(ComputeSession):
     def __init__(self, device: Device, adapter: Adapter, limit: int | None = None) -> None:
         self.recorder = Recorder(device, adapter, limit)
         super().__init__(self.recorder, limit)
+        self.memory = VulkanMemory(self.recorder, limit)
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Rows and keys of a tile at head_dim 64."""

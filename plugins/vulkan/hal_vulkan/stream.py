@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from hal_compute.problem import LAYOUT, LOG2E, OPEN, Call, Problem
 
-from .recorder import Operand, Recorder, VulkanCommandBuffer
+from .commands import Operand, VulkanCommandBuffer
+from .recorder import Recorder
 
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
 _FROM = 1 << 28  # multiply-accumulates from which its larger pipelines pay
@@ -16,22 +18,20 @@ def suits(recorder: Recorder, call: Call, dim: int) -> bool:
     request, limits = call.request, recorder.adapter.limits
     plain = call.mask is None and call.plan is None and not request.softcap
     large = call.query.numel() * call.key.shape[2] >= _FROM // 2 and call.query.shape[2] >= 64
-    can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and limits["subgroupSize"] == 8
+    can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and limits["subgroupSize"] in (8, 16)
     return plain and large and can and dim <= 128
 
 
 def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
     """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
-    dim, len_k, threads = setting.dim, setting.len_k, 8
-    rows_each = 8 if dim <= 64 else 4
+    dim, len_k, threads = setting.dim, setting.len_k, int(__import__("os").environ.get("LANES","8"))
+    rows_each = int(__import__("os").environ.get("EACH", 8 if dim <= 64 else 4))
     tall, chunk = threads * rows_each, _BYTES // (4 * dim)
     chunks, units = -(-len_k // chunk), setting.units
     rows = units * setting.unit_rows
     query = commands.stage(call.query, dim)
     keys, values = (commands.stage(tensor, dim, rows=chunks * chunk, wide=True) for tensor in (call.key, call.value))
-    part, part_lse = commands.space(rows * dim * 4), commands.space(rows * 4)
-    assert part_lse.host is not None
-    part_lse.host.view(torch.float32).fill_(-torch.inf)
+    part, part_lse = commands.space(rows * dim * 4), commands.filled(rows * 4, -math.inf)
     group = setting.numbers["group"] // setting.heads_per_unit  # units that read the same keys
     scale = setting.numbers["scale"] * LOG2E
     for number in range(chunks):

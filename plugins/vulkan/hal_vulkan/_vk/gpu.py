@@ -77,17 +77,19 @@ class Gpu(Compiling):
         self._check(self._function("vkGetSemaphoreFdKHR")(self._device, info, made), "vkGetSemaphoreFdKHR")
         return int(made[0])
 
-    def begin(self) -> Any:
-        """A command buffer that is being recorded; it may be submitted many times."""
+    def begin(self, commands: Any = None) -> Any:
+        """A command buffer that is being recorded, a new one or `commands` anew; it may be submitted many times."""
         ffi, lib = self._ffi, self._lib
-        made = ffi.new("VkCommandBuffer*")
-        info = ffi.new(
-            "VkCommandBufferAllocateInfo*", {"sType": 40, "commandPool": self._commands, "commandBufferCount": 1}
-        )
-        self._check(lib.vkAllocateCommandBuffers(self._device, info, made), "vkAllocateCommandBuffers")
+        if commands is None:
+            made = ffi.new("VkCommandBuffer*")
+            info = ffi.new(
+                "VkCommandBufferAllocateInfo*", {"sType": 40, "commandPool": self._commands, "commandBufferCount": 1}
+            )
+            self._check(lib.vkAllocateCommandBuffers(self._device, info, made), "vkAllocateCommandBuffers")
+            commands = made[0]
         start = ffi.new("VkCommandBufferBeginInfo*", {"sType": 42})
-        self._check(lib.vkBeginCommandBuffer(made[0], start), "vkBeginCommandBuffer")
-        return made[0]
+        self._check(lib.vkBeginCommandBuffer(commands, start), "vkBeginCommandBuffer")
+        return commands
 
     def dispatch(
         self, commands: Any, pipeline: Pipeline, bound: Sequence[Bound], push: bytes, groups: Sequence[int]
@@ -111,6 +113,10 @@ class Gpu(Compiling):
             "VkBufferCopy*", {"srcOffset": source.offset, "dstOffset": target.offset, "size": source.size}
         )
         self._lib.vkCmdCopyBuffer(commands, source.block.buffer, target.block.buffer, 1, region)
+
+    def fill(self, commands: Any, target: Bound, word: int) -> None:
+        """Set every 32-bit word of a range whose size is a multiple of 4."""
+        self._lib.vkCmdFillBuffer(commands, target.block.buffer, target.offset, target.size, word)
 
     def barrier(self, commands: Any) -> None:
         """What was recorded before is finished and visible to shaders, copies and the host after."""

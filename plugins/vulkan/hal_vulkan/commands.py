@@ -1,0 +1,276 @@
+"""Commands of one shape of call, with their memory: recorded once, run many times."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from hal_compute.pool import Region
+from torch import Tensor
+
+from hal_core import HalError
+
+from ._vk import Bound, Memory
+from .memory import VulkanMemoryPool
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+#: Seconds after which a wait gives up.
+TIMEOUT = 300.0
+#: Seconds that work which should be over already is given to end, before its memory is given back.
+GRACE = 30.0
+
+Given = Sequence[Tensor | None]
+Take = Callable[[Given], Any]  # a tensor of the call, or one made from them
+
+
+class Operand(NamedTuple):
+    """Device memory of a recording. `host` shares it as bytes where the device's memory is mapped; None elsewhere."""
+
+    bound: Bound
+    host: Tensor | None
+
+    def part(self, offset: int, size: int) -> Operand:
+        """A piece of it, for a shader alone."""
+        return Operand(Bound(self.bound.block, self.bound.offset + offset, size), None)
+
+
+class _Result(NamedTuple):
+    """A result: `near` is where torch reads it; None where it passes through the staging ring, or was written in place."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    operand: Operand
+    wide: int
+    near: Tensor | None
+    in_place: Take | None
+
+
+class VulkanCommandBuffer:
+    """Commands in order, with a barrier before every dispatch that reads what the one before wrote.
+
+    While it is recorded, `stage` and `result` say where tensors come in and go out; `finish` runs it. Where all that came
+    in belongs to the call's tensors it is `fixed`, and `run` does the same again for others of the same shapes.
+    """
+
+    def __init__(self, recorder: Recorder, what: str, given: Given) -> None:
+        """`what` names the work for messages; `given` are the tensors of the call."""
+        self._recorder, self._what, self._given = recorder, what, given
+        self._gpu, self._card = recorder.gpu, recorder.card_of(given)
+        self._place = "cpu" if self._card is None else self._card.place
+        self._regions: list[tuple[VulkanMemoryPool, Region]] = []
+        self._imported: list[Memory] = []
+        self._uploads: list[tuple[Take, Tensor]] = []
+        self._streamed: list[tuple[Take, Operand, int]] = []
+        self._results: list[_Result] = []
+        self._targets: list[Tensor] = []
+        self._downloads: list[tuple[Bound, Bound]] = []
+        self._copies = self._copied = self._number = 0
+        self._dispatched = self._uploaded = False
+        self.fixed = True
+        self._commands: Any = self._gpu.begin()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all memory that is kept with it."""
+        return sum(region.size for _, region in self._regions)
+
+    # Recording
+
+    def space(self, nbytes: int) -> Operand:
+        """Uninitialised device memory."""
+        return self._cut(self._recorder.pool, nbytes)
+
+    def filled(self, nbytes: int, value: float) -> Operand:
+        """Device memory that holds the float32 `value` everywhere whenever the commands start."""
+        operand = self.space(nbytes)
+        self._gpu.fill(self._commands, operand.bound, struct.unpack("I", struct.pack("f", value))[0])
+        self._uploaded = True
+        return operand
+
+    def _cut(self, pool: VulkanMemoryPool, nbytes: int) -> Operand:
+        region = self._recorder.cut(pool, nbytes)
+        self._regions.append((pool, region))
+        host = None
+        if region.block.mapped is not None:
+            host = torch.frombuffer(region.block.mapped, dtype=torch.uint8, count=nbytes, offset=region.offset)
+        return Operand(Bound(region.block, region.offset, region.size), host)
+
+    def stage(
+        self, tensor: Tensor, dim: int | None = None, *, rows: int | None = None, wide: bool = False,
+        again: Take | None = None,
+    ) -> Operand:  # fmt: skip
+        """A tensor's values, contiguous: read where they lie if they can be, else by one counted copy.
+
+        Args:
+            dim: size of the last dimension, padded with zeros. rows: likewise of the one before it. wide: as float32.
+            again: makes the tensor anew from another call's, where it is not one of the call's own; without it these
+                commands are not kept.
+        """
+        dtype, shape = torch.float32 if wide else tensor.dtype, [*tensor.shape]
+        if shape:
+            shape[-1] = dim or shape[-1]
+        if rows is not None:
+            shape[-2] = rows
+        whole = shape == [*tensor.shape]
+        if whole and dtype == tensor.dtype and (lying := self._lying(tensor)) is not None:
+            return lying
+        take = self._taking(tensor, again)
+        nbytes = math.prod(shape) * dtype.itemsize
+        operand = self.space(nbytes)
+        self._count(tensor)
+        if rows is None and dtype == tensor.dtype and self._recorder.streams(nbytes, self._card):
+            self._streamed.append((take, operand, shape[-1]))
+            return operand
+        near, staging = self._near(operand, nbytes)
+        typed = near.view(dtype).view(shape)
+        if not whole:
+            typed.zero_()
+            typed = typed[..., : tensor.shape[-2], : tensor.shape[-1]] if len(shape) > 1 else typed[: tensor.shape[-1]]
+        self._uploads.append((take, typed))
+        if staging is not None:
+            self._gpu.copy(self._commands, staging, operand.bound)
+            self._uploaded = True
+        return operand
+
+    def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
+        """Memory that becomes `tensor` when `finish` is called; rows of `dim` elements are cut on the way."""
+        last = tensor.shape[-1]
+        wide, near, in_place = dim or last, None, None
+        if wide == last and (lying := self._lying(tensor)) is not None:
+            operand, in_place = lying, self._taking(tensor, None)
+        else:
+            nbytes = tensor.numel() // max(last, 1) * wide * tensor.element_size()
+            operand = self.space(nbytes)
+            self._count(tensor)
+            if not self._recorder.streams(nbytes, self._card):
+                bytes_near, staging = self._near(operand, nbytes)
+                near = bytes_near.view(tensor.dtype).view(*tensor.shape[:-1], wide)[..., :last]
+                if staging is not None:
+                    self._downloads.append((operand.bound, staging))
+        self._results.append(_Result(tensor.shape, tensor.dtype, operand, wide, near, in_place))
+        self._targets.append(tensor)
+        return operand
+
+    def _taking(self, tensor: Tensor, again: Take | None) -> Take:
+        place = next((n for n, known in enumerate(self._given) if known is tensor), None)
+        if place is not None:
+            return itemgetter(place)
+        self.fixed = self.fixed and again is not None
+        return again or (lambda given: tensor)
+
+    def _lying(self, tensor: Tensor) -> Operand | None:
+        """The tensor's own memory where shaders can use it: shared with CUDA, or the host's on a CPU; None elsewhere."""
+        recorder = self._recorder
+        if self._card is not None:
+            bound = self._card.bound_of(tensor)
+        elif (bound := recorder.import_host(tensor)) is not None:
+            self._imported.append(bound.block)
+            self.fixed = False  # another call's tensors lie elsewhere
+        return None if bound is None else Operand(bound, None)
+
+    def _near(self, operand: Operand, nbytes: int) -> tuple[Tensor, Bound | None]:
+        """(bytes that torch reads and writes, their place in staging memory where they are not the operand's own)."""
+        if self._card is not None:
+            return self._card.view(operand.bound)[:nbytes], None
+        if operand.host is not None:
+            return operand.host, None
+        staging = self._cut(self._recorder.staging, nbytes)
+        assert staging.host is not None
+        return staging.host, staging.bound
+
+    def _count(self, tensor: Tensor) -> None:
+        self._copies += 1
+        self._copied += tensor.numel() * tensor.element_size()
+
+    def dispatch(
+        self, shader: str, constants: Sequence[int], operands: Sequence[Operand], numbers: Sequence[float], layout: str,
+        groups: Sequence[int], *, kinds: str = "", after: bool = True,
+    ) -> None:  # fmt: skip
+        """Record a shader.
+
+        Args:
+            numbers: its push constants in struct's `layout`. kinds: see `Gpu.pipeline`; "" for storage buffers alone.
+            after: whether it reads what was recorded before; without it no barrier is needed.
+        """
+        pipeline = self._recorder.shaders.pipeline(shader, kinds or "s" * len(operands), constants)
+        if (self._dispatched or self._uploaded) and after:
+            self._gpu.barrier(self._commands)
+        if not self._dispatched:
+            self._gpu.stamp(self._commands, 0)
+        bound = [operand.bound for operand in operands]
+        self._gpu.dispatch(self._commands, pipeline, bound, struct.pack(layout, *numbers), groups)
+        self._dispatched = True
+
+    def finish(self) -> None:
+        """End the recording, run it, and bring the results home."""
+        gpu = self._gpu
+        gpu.stamp(self._commands, 1)
+        gpu.barrier(self._commands)
+        for source, target in self._downloads:
+            gpu.copy(self._commands, source, target)
+        if self._downloads:
+            gpu.barrier(self._commands)
+        gpu.end(self._commands)
+        self.run(self._given)
+        self._given, self._targets = (), []
+
+    # Running
+
+    def run(self, given: Given) -> list[Tensor]:
+        """Copy a call's tensors in, run the commands, and bring the results home: new tensors, in the order of `result`.
+
+        Raises:
+            DeviceUnavailableError: the device was lost, or took longer than `TIMEOUT`.
+        """
+        recorder, gpu, card = self._recorder, self._gpu, self._card
+        with torch.no_grad():
+            if card is not None:
+                card.enter(self)
+            for take, near in self._uploads:
+                near.copy_(take(given))
+            for take, operand, wide in self._streamed:
+                recorder.ring.upload(take(given), operand.bound, wide, self._what)
+            if card is not None:
+                self._number = card.submit(self._commands)
+            else:
+                self._number = gpu.submit(self._commands)
+                gpu.wait(self._number, self._what, TIMEOUT)
+            found = []
+            for n, (shape, dtype, operand, wide, near, in_place) in enumerate(self._results):
+                if in_place is not None:
+                    found.append(in_place(given))
+                    continue
+                target = self._targets[n] if self._targets else torch.empty(shape, dtype=dtype, device=self._place)
+                if near is not None:
+                    target.copy_(near)
+                else:
+                    recorder.ring.download(operand.bound, target, wide, self._what)
+                found.append(target)
+        recorder.copies += self._copies
+        recorder.copied += self._copied
+        return found
+
+    def release(self) -> bool:
+        """Give memory and commands back, once the device is done with them; False where it is not, and they stay."""
+        gpu = self._gpu
+        try:
+            gpu.wait(gpu.submitted, f"finish ({self._what}) before its memory is given back", GRACE)
+        except HalError:
+            if not gpu.lost:  # still running: what it writes to must stay
+                return False
+        if self._card is not None:
+            self._card.settle()
+        gpu.drop(self._commands)
+        for block in self._imported:
+            gpu.free(block)
+        for pool, region in self._regions:
+            pool.free(region)
+        self._regions.clear()
+        self._imported.clear()
+        return True
