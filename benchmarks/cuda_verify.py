@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
 KERNELS = {
     "hopper.forward": "hal_cuda/kernels/hopper.py", "attend.attend": "hal_cuda/kernels/attend.py",
     "attend.merge": "hal_cuda/kernels/attend.py", "attend.keep_mask": "hal_cuda/kernels/attend.py",
+    "plan.list_once": "hal_cuda/kernels/plan.py",
 }  # fmt: skip
 
 
@@ -66,9 +67,23 @@ def measure() -> dict[str, float]:
         keep = dropout_pattern(bench.chip, (2, 2, 1000, 1000), 0.25, (1, 2), "cuda")
         return abs(0.75 - float(keep.float().mean()))
 
+    def listed() -> float:
+        """Share of random plans' rows whose list is not that of the host."""
+        from hal_cuda.plans import listed_once
+
+        from hal_core import BlockPlan
+
+        indices = torch.randint(0, 40, (2, 3, 50, 200), dtype=torch.int32, device="cuda")
+        counts = torch.randint(0, 201, (2, 3, 50), dtype=torch.int32, device="cuda")
+        once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip)
+        given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
+        got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
+        wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
+        return sum(wrong) / len(wrong)
+
     checks: dict[str, Callable[[], float]] = {
         "attend.attend": lambda: error("portable", 4, 500, 1000), "attend.merge": lambda: error("portable", 2, 1, 20000),
-        "attend.keep_mask": dropped,
+        "attend.keep_mask": dropped, "plan.list_once": listed,
     }  # fmt: skip
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: error("hopper", 4, 1500, 2000)

@@ -20,6 +20,8 @@ import torch
 import triton
 from hal_cuda import hopper
 from hal_cuda.chip import Chip
+from hal_cuda.kernels.plan import list_once
+from hal_cuda.plans import TILE, list_once_signature
 from hal_cuda.portable import PortablePath
 from triton.backends.compiler import GPUTarget
 
@@ -88,6 +90,8 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
         PortablePath(request, chip)._build(*_tensors(request))
         for part, make in zip(("attend", "merge"), _launched[before:], strict=False):
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
+    chip.launcher(list_once, list_once_signature(), TILE, num_warps=4)
+    found[f"sm_{capability[0]}{capability[1]} list_once"] = _launched[-1]
     return found
 
 

@@ -21,6 +21,7 @@ from hal_core import (
 
 from .chip import Chip
 from .kernels.attend import attend, keep_mask, merge
+from .plans import listed_once
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "u8",
@@ -154,6 +155,8 @@ class PortablePath:
         tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:  # fmt: skip
         """Attention on tensors that the request describes; lengths are read from the tensors."""
+        if plan is not None:
+            plan = listed_once(plan, self.chip)
         form: Any = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
         whole = not (pointers[0] | pointers[1] | pointers[2]) & 15

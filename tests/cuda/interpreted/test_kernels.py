@@ -16,6 +16,7 @@ interpreter.prepare()
 
 import torch  # noqa: E402
 from hal_cuda.hopper import schedule  # noqa: E402
+from hal_cuda.plans import listed_once  # noqa: E402
 from hal_cuda.portable import PortablePath, choose_splits, choose_tiles, dropout_pattern, packs, shrunk  # noqa: E402
 from interpreted_device import CHIP, InterpretedBackend  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -121,6 +122,22 @@ def test_block_plan(generator: torch.Generator, blocks: tuple[int, int]) -> None
     counts = torch.randint(0, columns + 1, (1, 1, rows), generator=generator, dtype=torch.int32)
     plan = BlockPlan(*blocks, order.view(1, 1, rows, columns).to(torch.int32), counts)
     assert run(generator, 50, 60, plan=plan, causal=TOP, heads=(2, 2))[0] <= 2e-6
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["side by side", "every second entry"])
+def test_a_block_listed_twice_is_read_once(generator: torch.Generator, spread: bool) -> None:
+    """Lists of 150 of 4 blocks: duplicates lie within a stretch of comparisons and beyond it."""
+    indices = torch.randint(0, 4, (1, 2, 2, 150), generator=generator, dtype=torch.int32)
+    if spread:
+        indices = indices.repeat_interleave(2, -1)[..., ::2]
+    counts = torch.tensor([150, 70], dtype=torch.int32).expand(1, 2, 2)
+    plan = BlockPlan(16, 16, indices, counts)
+    once = listed_once(plan, CHIP)
+    for head in range(2):
+        for row in range(2):
+            listed = indices[0, head, row, : int(counts[0, head, row])].tolist()
+            assert once.indices[0, head, row, : int(once.counts[0, head, row])].tolist() == list(dict.fromkeys(listed))
+    assert run(generator, 30, 60, plan=plan, heads=(2, 2))[0] <= 2e-6
 
 
 def test_strides_are_taken_as_they_are(generator: torch.Generator) -> None:
