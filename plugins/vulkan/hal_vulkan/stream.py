@@ -24,7 +24,7 @@ def suits(recorder: Recorder, call: Call, dim: int) -> bool:
 
 def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
     """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
-    dim, len_k, threads = setting.dim, setting.len_k, int(__import__("os").environ.get("LANES","8"))
+    dim, len_k, threads = setting.dim, setting.len_k, int(__import__("os").environ.get("LANES", "8"))
     rows_each = int(__import__("os").environ.get("EACH", 8 if dim <= 64 else 4))
     tall, chunk = threads * rows_each, _BYTES // (4 * dim)
     chunks, units = -(-len_k // chunk), setting.units
