@@ -51,7 +51,8 @@ class Session(Protocol):
 
     A session may also have `bind(request)`, returning a callable (query, key, value, mask, plan, tables, rng) that gives
     the output tensor, or an AttentionOutput where request.lse is set: the core's fast path; `submit(prepared, mask)`
-    returning an object with `result()`; and `synchronize()`.
+    returning an object with `result()`; `synchronize()`; and `closed`: a session that says so is opened anew when it is asked
+    for.
     """
 
     memory: MemoryManager

@@ -248,13 +248,16 @@ class Registry:
     # Sessions
 
     def session(self, name: str) -> Session:
-        """The open session of a device id (or of a backend's first device); opened on first use.
+        """The open session of a device id (or of a backend's first device); opened on first use, and again once closed.
 
         Raises:
             UnknownBackendError, DeviceUnavailableError: also when opening failed before; it is not tried again.
         """
         device, entry = self.find(name)[0], self.entry(name)
         with self._lock:
+            if getattr(entry.sessions.get(device.id), "closed", False):  # by its user, after the device was lost say
+                del entry.sessions[device.id]
+                self.changed()
             if device.id not in entry.sessions and device.id not in entry.broken:
                 try:
                     entry.sessions[device.id] = self.backend_of(device).open(device)

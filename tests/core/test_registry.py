@@ -492,6 +492,16 @@ def test_closing_closes_every_session_once_and_use_opens_again(fake: Fake, gener
     assert len(backend.sessions) == 2
 
 
+def test_a_session_that_its_user_closed_is_opened_again(fake: Fake, generator: torch.Generator) -> None:
+    backend, tensors = fake("alpha"), draw(generator)
+    want = hal.attention(*tensors, backend="alpha")
+    first = hal.session("alpha")
+    first.close()
+    assert hal.session("alpha") is not first
+    assert torch.equal(hal.attention(*tensors, backend="alpha"), want)
+    assert len(backend.sessions) == 2
+
+
 def test_a_device_that_does_not_open_is_passed_over_by_automatic_selection(
     fake: Fake, generator: torch.Generator
 ) -> None:

@@ -157,6 +157,10 @@ class ComputeSession(ABC):
         """What the last call's programs took by the device's clock, copies not counted; None where it has none."""
         return self._engine.device_seconds
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def synchronize(self) -> None:
         with self._lock:
             if not self._closed:
