@@ -60,7 +60,7 @@ class VulkanCommandBuffer:
 
     def __init__(self, recorder: Recorder, what: str, given: Given) -> None:
         """`what` names the work for messages; `given` are the tensors of the call."""
-        self._recorder, self._what, self._given = recorder, what, given
+        self._recorder, self.what, self._given = recorder, what, given
         self._gpu, self._card = recorder.gpu, recorder.card_of(given)
         self._place = "cpu" if self._card is None else self._card.place
         self._regions: list[tuple[VulkanMemoryPool, Region]] = []
@@ -235,12 +235,12 @@ class VulkanCommandBuffer:
             for take, near in self._uploads:
                 near.copy_(take(given))
             for take, operand, wide in self._streamed:
-                recorder.ring.upload(take(given), operand.bound, wide, self._what)
+                recorder.ring.upload(take(given), operand.bound, wide, self.what)
             if card is not None:
                 self._number = card.submit(self._commands)
             else:
                 self._number = gpu.submit(self._commands)
-                gpu.wait(self._number, self._what, TIMEOUT)
+                gpu.wait(self._number, self.what, TIMEOUT)
             found = []
             for n, (shape, dtype, operand, wide, near, in_place) in enumerate(self._results):
                 if in_place is not None:
@@ -250,7 +250,7 @@ class VulkanCommandBuffer:
                 if near is not None:
                     target.copy_(near)
                 else:
-                    recorder.ring.download(operand.bound, target, wide, self._what)
+                    recorder.ring.download(operand.bound, target, wide, self.what)
                 found.append(target)
         recorder.copies += self._copies
         recorder.copied += self._copied
@@ -260,7 +260,7 @@ class VulkanCommandBuffer:
         """Give memory and commands back, once the device is done with them; False where it is not, and they stay."""
         gpu = self._gpu
         try:
-            gpu.wait(gpu.submitted, f"finish ({self._what}) before its memory is given back", GRACE)
+            gpu.wait(gpu.submitted, f"finish ({self.what}) before its memory is given back", GRACE)
         except HalError:
             if not gpu.lost:  # still running: what it writes to must stay
                 return False

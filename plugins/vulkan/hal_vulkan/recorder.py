@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -63,7 +63,8 @@ class Recorder:
         return (kind, _number(request), *shapes, None if mask is None else mask.stride())
 
     def find(self, key: Hashable | None) -> VulkanCommandBuffer | None:
-        """The recording of a key, ready to run."""
+        """The recording of a key, ready to run. Raises DeviceUnavailableError while the device hangs."""
+        self._check_alive()
         kept = self._kept.get(key)
         if kept is not None:
             self._kept.move_to_end(key)
@@ -75,8 +76,7 @@ class Recorder:
 
         Kept recordings are dropped, the one used longest ago first, where they or their memory become too many.
         """
-        if self._stuck:
-            raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
+        self._check_alive()
         commands = VulkanCommandBuffer(self, what, given)
         keep = False
         try:
@@ -90,6 +90,10 @@ class Recorder:
             else:
                 self._release(commands)
 
+    def _check_alive(self) -> None:
+        if self._stuck:
+            raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
+
     def _evict(self, most: int, most_bytes: int) -> None:
         while self._kept and (len(self._kept) > most or self.kept_bytes > most_bytes):
             commands = self._kept.popitem(last=False)[1]
@@ -98,7 +102,7 @@ class Recorder:
 
     def _release(self, commands: VulkanCommandBuffer) -> None:
         if not commands.release():
-            self._stuck = f"{self.device.id} still works at what was given up"
+            self._stuck = f"{self.device.id} did not end what was given up ({commands.what})"
 
     # Memory
 
@@ -152,6 +156,8 @@ class Recorder:
 
     def close(self) -> None:
         self.shaders.save(cache_path(self.adapter))
-        self.trim()
+        with suppress(DeviceUnavailableError):
+            self.synchronize()
+            self.trim()
         if not self._stuck:  # destroying what is in use would take the process with it
             self.gpu.close()

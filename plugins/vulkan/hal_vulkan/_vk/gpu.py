@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from hal_core import DeviceUnavailableError
 
 from .adapter import OPAQUE_FD, Adapter
 from .allocation import Bound
+from .logical import LOST
 from .pipeline import COMPUTE_STAGE, DESCRIPTORS, Compiling, Pipeline
 
 _TIMEOUT = 2
 _ALL_COMMANDS = 0x10000
+_SPIN = 3e-4  # seconds of asking again and again before a wait sleeps: waking up takes some 30 microseconds
 
 
 class Timeline(NamedTuple):
@@ -38,6 +41,10 @@ class Gpu(Compiling):
         self._submitted = 0
         # What a submission and a wait hand to the driver, made once: making structures takes longer than the calls.
         self._number, self._awaited = ffi.new("uint64_t[1]"), ffi.new("uint64_t[1]")
+        self._reached, self._spins = (
+            ffi.new("uint64_t[1]"),
+            not adapter.is_cpu,
+        )  # a CPU's device needs the processor itself
         self._after, self._running = ffi.new("uint64_t[1]"), ffi.new("VkCommandBuffer[1]")
         self._stages = ffi.new("uint32_t[]", [_ALL_COMMANDS])
         self._values = ffi.new("VkTimelineSemaphoreSubmitInfo*", {
@@ -151,6 +158,8 @@ class Gpu(Compiling):
 
     def submit(self, commands: Any, after: Timeline | None = None, value: int = 0) -> int:
         """Put recorded commands into the queue; the number to wait for. They start once `after` has reached `value`."""
+        if self.lost:
+            self._check(LOST, "an earlier call")
         number = self._submitted + 1
         self._number[0], self._running[0] = number, commands
         info, waits = self._submission, int(after is not None)
@@ -169,8 +178,16 @@ class Gpu(Compiling):
         Raises:
             DeviceUnavailableError: after `timeout` seconds, naming `what`, or when the device is lost.
         """
+        lib, device = self._lib, self._device
+        if self._spins:
+            deadline = perf_counter() + min(timeout, _SPIN)
+            while not lib.vkGetSemaphoreCounterValue(device, self._done.handle[0], self._reached):
+                if self._reached[0] >= number:
+                    return
+                if perf_counter() > deadline:
+                    break
         self._awaited[0] = number
-        result = self._lib.vkWaitSemaphores(self._device, self._waiting, int(timeout * 1e9))
+        result = lib.vkWaitSemaphores(device, self._waiting, int(timeout * 1e9))
         if result == _TIMEOUT:
             raise DeviceUnavailableError(
                 f"{self.name} did not {what} within {timeout:g} s: make the call smaller, or close and reopen the device"
@@ -187,9 +204,8 @@ class Gpu(Compiling):
         return self._submitted
 
     def close(self) -> None:
-        """Destroy everything. All memory must have been freed."""
+        """Destroy everything. All memory must have been freed, and nothing be running."""
         ffi, lib, device = self._ffi, self._lib, self._device
-        lib.vkDeviceWaitIdle(device)
         for pipeline in self._pipelines:
             lib.vkDestroyPipeline(device, pipeline.handle, ffi.NULL)
             lib.vkDestroyPipelineLayout(device, pipeline.layout, ffi.NULL)

@@ -10,7 +10,7 @@ from hal_core import DeviceUnavailableError, HalError, MemoryLimitError
 from .adapter import NV2_FEATURES, Adapter, api
 
 _OUT_OF_MEMORY = {-1: "host", -2: "device"}
-_LOST = -4
+LOST = -4
 #: Extensions that are switched on where they are listed.
 OPTIONAL = ("VK_KHR_external_memory_fd", "VK_KHR_external_semaphore_fd", "VK_EXT_external_memory_host")
 
@@ -101,7 +101,7 @@ class LogicalDevice:
             return
         if result in _OUT_OF_MEMORY:
             raise OutOfMemoryError(self.name, _OUT_OF_MEMORY[result], what, nbytes, self.adapter.memory)
-        if result == _LOST:
+        if result == LOST:
             self.lost = True
             raise DeviceUnavailableError(f"{self.name} was lost during {what}: close its session and open it again")
         raise DeviceUnavailableError(

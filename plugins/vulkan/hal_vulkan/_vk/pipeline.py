@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,29 +28,28 @@ class Compiling(Allocating):
 
     def __init__(self, adapter: Adapter, name: str, cache: Path | None) -> None:
         super().__init__(adapter, name)
-        self._cache_path = cache
+        self._cache_path, self.cache_loaded = cache, 0  # bytes of the file that the driver was given
         self._pipelines: list[Pipeline] = []
         self._cache = self._open_cache()
 
     def _open_cache(self) -> Any:
         data = b""
-        if self._cache_path is not None:
-            try:
-                data = self._cache_path.read_bytes()
-            except OSError:
-                data = b""
+        with suppress(OSError, TypeError):  # no file, or no path at all
+            data = _checked(self._cache_path.read_bytes())  # type: ignore[union-attr]
         info: dict[str, Any] = {"sType": 17}
         if data[16:32] == self.adapter.cache_uuid:  # the header's place for it; another driver's cache is left alone
             info |= {"initialDataSize": len(data), "pInitialData": self._ffi.from_buffer(data)}
+            self.cache_loaded = len(data)
         return self._made("VkPipelineCache*", "vkCreatePipelineCache", "VkPipelineCacheCreateInfo*", info)
 
     def cache_data(self) -> bytes:
-        """The pipeline cache's bytes."""
+        """The pipeline cache with a digest before it: drivers believe what they are given."""
         size = self._ffi.new("size_t*")
         self._lib.vkGetPipelineCacheData(self._device, self._cache, size, self._ffi.NULL)
         data = self._ffi.new("char[]", max(size[0], 1))
         self._lib.vkGetPipelineCacheData(self._device, self._cache, size, data)
-        return bytes(self._ffi.buffer(data, size[0]))
+        written = bytes(self._ffi.buffer(data, size[0]))
+        return sha256(written).digest() + written
 
     def pipeline(
         self, spirv: bytes, kinds: str, push_bytes: int, constants: Sequence[int], *, full_subgroups: bool = False
@@ -94,3 +95,9 @@ class Compiling(Allocating):
         self._check(result, "vkCreateComputePipelines")
         self._pipelines.append(Pipeline(made[0], layout, sets[0], kinds))
         return self._pipelines[-1]
+
+
+def _checked(file: bytes) -> bytes:
+    """A pipeline cache's bytes out of its file; none where the file is damaged."""
+    digest, data = file[:32], file[32:]
+    return data if sha256(data).digest() == digest else b""

@@ -1,0 +1,234 @@
+"""What goes wrong below: a lost device, memory that the driver has not got, damaged caches, waits without end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hal_core as hal
+from hal_core.registry import registry
+from hal_core.testing import reference, relative_error
+
+backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
+from hal_vulkan import commands  # noqa: E402
+from hal_vulkan.pipelines import cache_path  # noqa: E402
+from hal_vulkan.session import VulkanSession  # noqa: E402
+
+HOST_MEMORY, DEVICE_MEMORY, LOST = -1, -2, -4  # VkResult
+
+
+class Failing:
+    """A driver whose function `name` returns `result` instead of doing anything."""
+
+    def __init__(self, lib: Any, name: str, result: int) -> None:
+        self._lib, self._name, self._result, self.calls = lib, name, result, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name != self._name:
+            return getattr(self._lib, name)
+        self.calls += 1
+        return lambda *arguments: self._result
+
+
+@pytest.fixture
+def device() -> hal.Device:
+    try:
+        return registry.find("vulkan:0")[0]
+    except hal.DeviceUnavailableError as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.fixture
+def session(device: hal.Device) -> Any:
+    with registry.backend_of(device).open(device) as opened:
+        yield opened
+
+
+def bound(session: Any, length: int = 16) -> tuple[Any, torch.Tensor]:
+    query = torch.randn(1, 2, length, 32)
+    request = hal.AttentionRequest(
+        batch=1, heads_q=2, heads_kv=2, len_q=length, len_k=length, dim_qk=32, dim_v=32, dtype="float32"
+    )
+    return session.bind(request), query
+
+
+def works(session: Any) -> None:
+    run, query = bound(session, 24)
+    assert relative_error(run(query, query, query), reference(query, query, query).out) <= 1e-5
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", ["vkQueueSubmit", "vkWaitSemaphores"])
+def test_a_lost_device_is_said_to_be_lost_and_opens_again(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch, name: str, recorded: bool
+) -> None:
+    with registry.backend_of(device).open(device) as session:
+        run, query = bound(session)
+        if recorded:
+            run(query, query, query)
+        gpu = session.recorder.gpu
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "_lib", Failing(gpu._lib, name, LOST))
+            with pytest.raises(hal.DeviceUnavailableError, match=r"was lost .*: close its session and open it again"):
+                run(query, query, query)
+        with pytest.raises(hal.DeviceUnavailableError, match="was lost"):
+            run(query, query, query)
+    with registry.backend_of(device).open(device) as session:
+        works(session)
+
+
+def test_the_registry_opens_a_lost_device_again_once_its_session_is_closed(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = hal.session(device.id)
+    gpu, query = session.recorder.gpu, torch.randn(1, 2, 16, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkQueueSubmit", LOST))
+        with pytest.raises(hal.DeviceUnavailableError, match="was lost"):
+            hal.attention(query, query, query, backend=device.id)
+    hal.session(device.id).close()
+    assert hal.session(device.id) is not session
+    assert (
+        relative_error(hal.attention(query, query, query, backend=device.id), reference(query, query, query).out)
+        <= 1e-5
+    )
+
+
+@pytest.mark.parametrize(("result", "whose"), [(DEVICE_MEMORY, "device"), (HOST_MEMORY, "host")])
+def test_memory_that_the_driver_has_not_got_is_named_and_the_session_stays_usable(
+    session: Any, monkeypatch: pytest.MonkeyPatch, result: int, whose: str
+) -> None:
+    gpu, (run, query) = session.recorder.gpu, bound(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkAllocateMemory", result))
+        with pytest.raises(hal.MemoryLimitError, match=rf"out of {whose} memory in vkAllocateMemory .*call trim\(\)"):
+            run(query, query, query)
+    assert session.memory.stats().in_use == 0
+    works(session)
+
+
+@pytest.mark.parametrize("name", ["vkCreateBuffer", "vkBindBufferMemory", "vkMapMemory", "vkAllocateCommandBuffers"])
+def test_a_call_that_fails_half_way_leaves_nothing_behind(
+    session: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    gpu, (run, query) = session.recorder.gpu, bound(session)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_lib", Failing(gpu._lib, name, DEVICE_MEMORY))
+        with pytest.raises(hal.MemoryLimitError, match=name):
+            run(query, query, query)
+    stats = session.memory.stats()
+    assert stats.in_use == 0
+    assert stats.pooled in (0, session.recorder.pool.reserved)
+    works(session)
+
+
+def test_a_driver_without_room_for_recordings_gets_theirs_back(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    works(session)
+    gpu, pool, refused = session.recorder.gpu, session.recorder.pool, []
+    create = pool._create
+
+    def once(nbytes: int) -> Any:
+        if not refused:
+            refused.append(nbytes)
+            gpu._check(DEVICE_MEMORY, "vkAllocateMemory", nbytes)
+        return create(nbytes)
+
+    monkeypatch.setattr(pool, "_create", once)
+    nbytes = session.recorder.pool.reserved
+    region = session.recorder.cut(pool, nbytes)  # does not fit the block that there is
+    assert refused == [region.size]
+    assert session.recorder.kept_bytes == 0
+    pool.free(region)
+    works(session)
+
+
+def test_a_wait_that_never_ends_gives_up_and_the_device_opens_again(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = registry.backend_of(device).open(device)
+    run, query = bound(session)
+    gpu = session.recorder.gpu
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", 2))  # VK_TIMEOUT
+        with pytest.raises(hal.DeviceUnavailableError, match=r"did not compute attention .*16 x 16.* within 300 s"):
+            run(query, query, query)
+        with pytest.raises(hal.DeviceUnavailableError, match=r"did not end .*compute attention.*close the session"):
+            run(query, query, query)
+        with pytest.raises(hal.DeviceUnavailableError, match="finish what was queued within 300 s"):
+            session.synchronize()
+        session.close()
+    with registry.backend_of(device).open(device) as again:
+        works(again)
+
+
+def test_every_wait_is_given_a_time_out(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, seen = session.recorder.gpu, []
+    wait = gpu._lib.vkWaitSemaphores
+
+    class Watching(Failing):
+        def __getattr__(self, name: str) -> Any:
+            assert name not in ("vkDeviceWaitIdle", "vkQueueWaitIdle"), "these wait without end"
+            return (
+                (lambda *given: seen.append(given[2]) or wait(*given))
+                if name == self._name
+                else getattr(self._lib, name)
+            )
+
+    monkeypatch.setattr(gpu, "_lib", Watching(gpu._lib, "vkWaitSemaphores", 0))
+    works(session)
+    session.memory.trim()
+    session.close()
+    assert seen
+    assert max(seen) <= commands.TIMEOUT * 1e9
+
+
+@pytest.fixture
+def cache(device: hal.Device) -> Path:
+    """The file of a pipeline cache that a session wrote."""
+    path = cache_path(backend_module.find().adapters[device.id])
+    path.unlink(missing_ok=True)
+    with registry.backend_of(device).open(device) as session:
+        works(session)
+    assert path.stat().st_size >= 64
+    return path
+
+
+@pytest.mark.parametrize("damage", ["another driver's", "cut short", "one byte changed", "empty"])
+def test_a_cache_that_is_not_this_drivers_or_is_damaged_is_left_alone(
+    device: hal.Device, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    good = cache.read_bytes()
+    middle = len(good) // 2
+    other = bytes(255 - byte for byte in backend_module.find().adapters[device.id].cache_uuid)
+    bad = {
+        "another driver's": good.replace(backend_module.find().adapters[device.id].cache_uuid, other),
+        "cut short": good[:-7],
+        "one byte changed": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+        "empty": b"",
+    }[damage]
+    assert bad != good
+    cache.write_bytes(bad)
+    with registry.backend_of(device).open(device) as session:
+        assert session.recorder.gpu.cache_loaded == 0
+        works(session)
+    cache.write_bytes(good)
+    with registry.backend_of(device).open(device) as session:
+        assert session.recorder.gpu.cache_loaded > 0
+
+
+def test_a_tensor_over_the_range_limit_is_refused_by_the_session_too(session: Any) -> None:
+    pool = session.recorder.pool
+    with pytest.raises(hal.MemoryLimitError, match=f"{pool.largest:,}"):
+        session.recorder.cut(pool, pool.largest + 1)
+    works(session)
+
+
+def test_a_dtype_that_no_shader_has_is_refused_with_what_is_offered(device: hal.Device) -> None:
+    query = torch.randn(1, 1, 8, 32, dtype=torch.float64)
+    with pytest.raises(hal.UnsupportedError, match=r"dtype +float64 asked, .*float16.* offered"):
+        hal.attention(query, query, query, backend=device.id)
+    with VulkanSession(device, backend_module.find().adapters[device.id]) as session:
+        works(session)
