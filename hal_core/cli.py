@@ -8,16 +8,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import attrs
 
 from . import __version__
-from .attention import attention, bind
 from .calibration import calibrate, load, write_whole
 from .console import progress, show_table
 from .context import use
@@ -73,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         (_bench, "bench", "time attention on a device against torch's own", [
             device, ("--lengths", {"default": "128,512,2048", "help": "comma-separated (default %(default)s)"}),
             ("--shape", {"default": "1,8,64", "help": "batch,heads,head_dim (default %(default)s)"}),
-            dtype, ("--causal", yes), ("--csv", {"help": "also write the figures to this file"})]),
+            dtype, ("--causal", yes), ("--csv", {"help": "also write the figures to this file"}),
+            ("--plot", {"help": "also draw curves and a roofline to this file (PNG, SVG or PDF)"})]),
     )  # fmt: skip
     for run, name, text, arguments in table:
         command = commands.add_parser(name, help=text, description=text)
@@ -195,62 +194,30 @@ def _conformance(options: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def bench(
-    device: str, lengths: Sequence[int], shape: tuple[int, int, int], dtype: str, causal: bool,
-    report: Callable[[str, float], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Time `hal.attention` and a bound call on a device beside torch's scaled_dot_product_attention, on the same tensors.
-
-    Args:
-        device: device id or backend name. lengths: tokens, queries and keys alike. shape: (batch, heads, head_dim).
-        dtype, causal: the call. report: called with a text and the share done.
-
-    Returns:
-        One dict per length: the device, its fidelity, and for "torch", "hal" and "bound" the median and 95th percentile in
-        milliseconds and the calls timed.
-
-    Raises:
-        ContractError: an unknown dtype. UnsupportedError: the device cannot run the call.
-    """
-    import torch
-
-    from .testing import BenchmarkRunner
-
-    if dtype not in DTYPE_BYTES:
-        raise ContractError(f"dtype {dtype!r} was given: use one of {', '.join(DTYPE_BYTES)}")
-    found, sdpa, records = registry.find(device)[0], cast(Any, torch.nn.functional.scaled_dot_product_attention), []
-    synchronize = getattr(registry.session(found.id), "synchronize", None)
-    runner = BenchmarkRunner(device=found.reads[0], synchronize=synchronize)
-    for i, length in enumerate(lengths):
-        report(f"{length} tokens", i / len(lengths))
-        size = (*shape[:2], length, shape[2])
-        tensors: list[Any] = [torch.randn(size, device=found.reads[0]).to(getattr(torch, dtype)) for _ in range(3)]
-        named: dict[str, Any] = {"is_causal": causal, "backend": found.id}
-        peer, ours = partial(sdpa, *tensors, is_causal=causal), partial(attention, *tensors, **named)
-        with torch.no_grad():
-            bound = partial(bind(*tensors, **named), *tensors)
-            timed = runner.compare({"torch": peer, "hal": ours, "bound": bound}).results
-        record: dict[str, Any] = {"device": found.id, "fidelity": str(found.fidelity), "length": length}
-        for name, r in timed.items():
-            record |= {f"{name}_p50_ms": r.p50, f"{name}_p95_ms": r.p95, f"{name}_calls": r.n_timed}
-        records.append(record)
-    return records
-
-
 def _bench(options: argparse.Namespace) -> int:
+    from .bench import bench, draw_run
+
     lengths = _numbers(options.lengths, 0, "--lengths", "one or more lengths")
     batch, heads, dim = _numbers(options.shape, 3, "--shape", "batch,heads,head_dim")
     with progress(f"timing {options.device}") as report:
-        records = bench(options.device, lengths, (batch, heads, dim), options.dtype, options.causal, report)
+        run = bench(options.device, lengths, (batch, heads, dim), options.dtype, options.causal, report)
+    records = run.records
+    title = f"{records[0]['device']} ({records[0]['fidelity']}), batch {batch}, {heads} heads, head_dim {dim}, {options.dtype}"
     if options.csv:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(records[0]))
+        flat = [{name: r[name] for name in r if name != "conditions"} | r["conditions"] for r in records]
+        writer = csv.DictWriter(text, list(dict.fromkeys(field for row in flat for field in row)))
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows(flat)
         write_whole(Path(options.csv), text.getvalue())
-    names = ("torch_p50_ms", "hal_p50_ms", "bound_p50_ms")
-    rows = [[str(r["length"]), *(f"{r[n]:.4g}" for n in names), f"{r[names[0]] / r[names[1]]:.2f}x", str(r["hal_calls"])]
-            for r in records]  # fmt: skip
-    title = f"{records[0]['device']} ({records[0]['fidelity']}), batch {batch}, {heads} heads, head_dim {dim}, {options.dtype}"
-    columns = ["tokens", "torch ms", "hal ms", "bound ms", "torch / hal", "calls"]
-    return _shown(options, records, (title, columns, rows, ["medians, interleaved"]))
+    if options.plot:
+        draw_run(options.plot, title, run)
+    rows = [
+        [str(r["length"]), *(f"{r[f'{n}_p50_ms']:.4g}" if f"{n}_p50_ms" in r else "-" for n in run.columns),
+         f"{r['torch_p50_ms'] / r['hal_p50_ms']:.2f}x", str(r["hal_calls"])]
+        for r in records
+    ]  # fmt: skip
+    facts = [f"{r['length']} tokens: {', '.join(f'{name} {value}' for name, value in r['conditions'].items())}"
+             for r in records if r["conditions"]]  # fmt: skip
+    columns = ["tokens", *(f"{name} ms" for name in run.columns), "torch / hal", "calls"]
+    return _shown(options, records, (title, columns, rows, ["medians, interleaved", *facts, *run.notes]))

@@ -23,6 +23,9 @@ from hal_core.calibration import load
 from .discovery import Found, find
 
 if TYPE_CHECKING:
+    from hal_core.bench import BenchSetup
+
+    from ._nvml import Gpu
     from .chip import Chip
     from .rates import Rates
     from .session import CudaSession
@@ -142,12 +145,22 @@ class CudaBackend:
         from .calibrate import measure
         from .rates import Rates
 
-        gpus = {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
-        values = measure(device, self.chip(device), gpus.get(device.id), progress)
+        values = measure(device, self.chip(device), self._gpu(device), progress)
         self._rates[device.id] = Rates.of(values, "hal calibrate")
         if device.id in self._sessions:
             self._sessions[device.id].refresh()
         return values
+
+    def benchmark(self, device: Device) -> BenchSetup:
+        """Own kernels and installed peers as columns of `hal bench`, with clocks and power."""
+        from .bench import CudaBench
+
+        return CudaBench(device, self.chip(device), self.rates(device), self._gpu(device)).setup()
+
+    def _gpu(self, device: Device) -> Gpu | None:
+        """The device as its driver's management library sees it."""
+        gpus = {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
+        return gpus.get(device.id)
 
 
 def _refuse_fork(device: Device) -> None:

@@ -12,7 +12,8 @@ from .chip import Chip, Launcher
 from .kernels.plan import list_once
 
 _POINTERS = ("index", "count", "out", "out_count")
-TILE = {"BLOCK": 128, "AGAINST": 16}  # entries of a list taken at a time, and how many before them they are compared with
+#: Entries of a list taken at a time, and how many of those before them they are compared with at a time.
+TILE = {"BLOCK": 128, "AGAINST": 16}
 
 
 def listed_once(plan: BlockPlan, chip: Chip) -> BlockPlan:

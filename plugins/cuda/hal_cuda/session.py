@@ -165,7 +165,8 @@ class CudaSession:
                 raise self._full(request) from error
             except RuntimeError as error:
                 if isinstance(error, torch.AcceleratorError) or str(error).startswith(_LAUNCH_FAILED):
-                    raise self._not_started(request, error) from error
+                    full = "out of memory" in str(error)  # the driver's: a kernel's code and stack lie in the same memory
+                    raise (self._full(request) if full else self._not_started(request, error)) from error
                 raise
 
         return run
