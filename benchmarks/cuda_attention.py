@@ -1,33 +1,40 @@
-"""Attention on a CUDA device: own kernels and the dispatch beside torch's backends, in one run.
+"""Attention on a CUDA device: own kernels and the dispatch beside torch's backends and the installed peers, in one run.
 
     python benchmarks/cuda_attention.py [--record] [--only forward,ragged,decode,special,host,error,flex]
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'. Ratios are
-the best peer's time over ours: above 1 is faster. FlexAttention, compiled for each shape, has a section of its own.
+the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them and, where
+installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.peers); the dispatch is held to torch's two,
+which it may choose. FlexAttention, compiled for each shape, has a section of its own.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from record import parser, publish
+from hal_cuda import _nvml
+from hal_cuda.calibrate import on_path, read_bandwidth
+from hal_cuda.peers import Peers
+from hal_cuda.rates import shipped
+from record import FOLDER, parser, publish
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hal_core as hal
+from hal_core.bench import Call, Ceilings, draw
 from hal_core.registry import registry
 from hal_core.testing import BenchmarkRunner, reference, relative_error
 
 DEVICE = "cuda:0"
 SECTIONS = ("forward", "ragged", "decode", "special", "host", "error", "flex")
 SDPA = torch.nn.functional.scaled_dot_product_attention
+TORCH = ("cuDNN", "FA2")  # peers that torch ships, which the dispatch may choose
+PEERS = (*TORCH, "FA4")
 
 
 def open_device() -> tuple[Any, Any, Any]:
@@ -48,14 +55,14 @@ class Bench:
 
     def __init__(self) -> None:
         self.device, self.backend, self.chip = open_device()
+        self.forward_path = "hopper" if self.chip.capability == (9, 0) else "portable"
+        self.peers = Peers()
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         self.runner = BenchmarkRunner(4, 21, device="cuda", flush=lambda: self.flush.random_(0, 7))
 
     def own(self, path: str, request: hal.AttentionRequest) -> Callable[..., Any]:
-        from hal_cuda.session import CudaSession
-
-        session = CudaSession(self.device, self.chip, lambda: self.backend.rates(self.device), paths=frozenset({path}))
-        return session.bind(request)
+        """A request bound to one path of the plugin."""
+        return on_path(self.device, self.chip, self.backend.rates(self.device), path, request)
 
     def times(self, functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
         """Median milliseconds of each function."""
@@ -68,139 +75,129 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def native(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    with sdpa_kernel(backend):
-        return SDPA(query, key, value, **options)
+class Row(NamedTuple):
+    """One call of the forward tables: its shape, its operations, milliseconds by column."""
+
+    dim: int
+    length: int
+    causal: bool
+    flops: float
+    times: dict[str, float]
+
+    def rate(self, column: str) -> float:
+        """Operations a second."""
+        return self.flops / self.times[column] * 1e3
+
+    def ratio(self, column: str, names: tuple[str, ...] = PEERS) -> float:
+        """Time of the best of `names` that ran over a column's time."""
+        return min(self.times[name] for name in names if name in self.times) / self.times[column]
+
+    def shown(self) -> list[str]:
+        rates = [f"{self.rate(name) / 1e12:.0f}" if name in self.times else "-" for name in ("own", "hal", *PEERS)]
+        ratios = [self.ratio("own"), self.ratio("own", TORCH), self.ratio("hal", TORCH)]
+        return [str(self.dim), str(self.length), "causal" if self.causal else "full", *rates, *(f"{r:.3f}" for r in ratios)]
 
 
-def peers(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> dict[str, Callable[[], Any]]:
-    """The installed peers that run a call, by name."""
-    found = {}
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FA2", SDPBackend.FLASH_ATTENTION)):
-        call = partial(native, backend, query, key, value, **options)
-        try:
-            call()
-            torch.cuda.synchronize()
-            found[name] = call
-        except RuntimeError as error:
-            print(f"{name} does not run {list(query.shape)}: {str(error).splitlines()[0]}", file=sys.stderr)
-    return found
+def attention_row(bench: Bench, batch: int, heads: int, length: int, dim: int, causal: bool) -> Row:
+    given = tuple(normal(batch, heads, length, dim) for _ in range(3))
+    request = hal.explain(*given, is_causal=causal, backend=DEVICE).request
+    dispatch = hal.bind(*given, is_causal=causal, backend=DEVICE)
+    calls: dict[str, Call] = {"own": partial(bench.own(bench.forward_path, request), *given), "hal": partial(dispatch, *given)}
+    return Row(dim, length, causal, 2.0 * request.visible_macs, bench.times(calls | bench.peers.dense(*given, causal=causal)))
 
 
-def attention_row(bench: Bench, batch: int, heads: int, length: int, dim: int, causal: bool) -> tuple[list[str], float, float]:
-    """A row of the forward tables; the best peer's time over our kernel's, and over the dispatch's."""
-    query, key, value = (normal(batch, heads, length, dim) for _ in range(3))
-    request = hal.explain(query, key, value, is_causal=causal, backend=DEVICE).request
-    own = bench.own("hopper" if bench.chip.capability == (9, 0) else "portable", request)
-    dispatch = hal.bind(query, key, value, is_causal=causal, backend=DEVICE)
-    given = (query, key, value)
-    functions: dict[str, Callable[[], Any]] = {"own": partial(own, *given), "hal": partial(dispatch, *given)}
-    functions |= peers(query, key, value, is_causal=causal)
-    times = bench.times(functions)
-    best = min(times[name] for name in functions if name not in ("own", "hal"))
-    flops = 2.0 * request.visible_macs / 1e9
-    rates = [f"{flops / times[name]:.0f}" if name in times else "-" for name in ("own", "hal", "cuDNN", "FA2")]
-    ratios = [f"{best / times[name]:.3f}" for name in ("own", "hal")]
-    row = [str(dim), str(length), "causal" if causal else "full", *rates, *ratios]
-    return row, best / times["own"], best / times["hal"]
-
-
-COLUMNS = ("head_dim", "tokens", "mask", "own", "hal", "cuDNN", "FA2", "best peer / own", "best peer / hal")
+COLUMNS = ("head_dim", "tokens", "mask", "own", "hal", *PEERS, "best peer / own", "best of torch / own", "best of torch / hal")
 
 
 def forward(bench: Bench, options: Any) -> None:
-    rows, own, dispatch = [], [], []
-    a, b = normal(8192, 8192), normal(8192, 8192)
-    for dim in (64, 128, 256, 96, 192):
-        for length in (512, 2048, 8192, 16384):
-            for causal in (False, True):
-                row, ratio, whole = attention_row(bench, 16384 // length, 2048 // dim, length, dim, causal)
-                rows.append(row)
-                own.append(ratio)
-                dispatch.append(whole)
-    product = statistics.median(bench.times({"product": lambda: a @ b, "again": lambda: a @ b}).values())
-    notes = [
-        "TFLOP/s, bf16, 16384 tokens, hidden size 2048 (masked pairs not counted).",
-        *_summary("own kernels", own), *_summary("dispatch", dispatch),
-        f"cuBLAS 8192 cubed in the same run: {2 * 8192**3 / product / 1e9:.0f} TFLOP/s.", *conditions(bench),
+    rows = [
+        attention_row(bench, 16384 // length, 2048 // dim, length, dim, causal)
+        for dim in (64, 128, 256, 96, 192) for length in (512, 2048, 8192, 16384) for causal in (False, True)
     ]  # fmt: skip
-    publish(options, "cuda_attention", "Forward", COLUMNS, rows, notes, "Forward")
+    a, b = normal(8192, 8192), normal(8192, 8192)
+    product = 2 * 8192**3 / statistics.median(bench.times({"product": lambda: a @ b, "again": lambda: a @ b}).values()) * 1e3
+    long = [row for row in rows if row.dim == 128 and not row.causal and row.length >= 8192]
+    notes = [
+        "TFLOP/s, bf16, 16384 tokens, hidden size 2048 (masked pairs not counted).", *summary(rows),
+        f"cuBLAS 8192 cubed in the same run: {product / 1e12:.0f} TFLOP/s; head size 128 full over it: "
+        + ", ".join(f"{row.rate('own') / product:.2f} at {row.length}" for row in long) + ".",
+        *(f"FA4's time over that of own kernels, head size {dim}, 8k {name}: {row.ratio('own', ('FA4',)):.3f}."
+          for dim, name, row in ((r.dim, "causal" if r.causal else "full", r) for r in rows if r.length == 8192)
+          if "FA4" in row.times),
+        *conditions(bench),
+    ]  # fmt: skip
+    publish(options, "cuda_attention", "Forward", COLUMNS, [row.shown() for row in rows], notes, "Forward")
     if options.record:
-        draw(rows, 2 * 8192**3 / product / 1e9)
+        draw_rows(rows, product)
 
 
-def draw(rows: list[list[str]], product: float) -> None:
-    """docs/benchmarks/cuda_attention.png: rates over lengths, and the roofline under the measured ceilings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from hal_cuda.rates import shipped
-    from record import FOLDER
-
-    figure, axes = plt.subplots(1, 4, figsize=(20, 4.5))
-    for axis, dim in zip(axes, ("64", "128", "256"), strict=False):
-        for mask, style in (("full", "-"), ("causal", "--")):
-            picked = [row for row in rows if row[0] == dim and row[2] == mask]
-            for column, colour in ((3, "tab:blue"), (5, "tab:orange"), (6, "tab:green")):
-                points = [(int(row[1]), float(row[column])) for row in picked if row[column] != "-"]
-                axis.plot(*zip(*points, strict=True), style, color=colour, label=f"{COLUMNS[column]}, {mask}")
-        axis.set(title=f"head_dim {dim}", xlabel="tokens", ylabel="TFLOP/s", xscale="log", ylim=(0, product * 1.05))
-    axes[0].legend(fontsize=8)
-    table = shipped()
-    bandwidth = table[1].bandwidth if table else math.nan
-    reach = [2.0**n for n in range(4, 15)]
-    axes[3].plot(reach, [min(product, x * bandwidth / 1e12) for x in reach], color="black", label="measured ceilings")
+def draw_rows(rows: list[Row], product: float) -> None:
+    """docs/benchmarks/cuda_attention.png: rates over lengths, and the own kernels under the measured ceilings."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    roofline: dict[str, list[tuple[float, float]]] = {"full": [], "causal": []}
     for row in rows:
-        intensity = int(row[1]) / (2 if row[2] == "causal" else 1) / 2  # 4 S^2 D operations on 8 S D bytes
-        axes[3].plot(intensity, float(row[3]), "." if row[2] == "full" else "x", color="tab:blue")
-    axes[3].set(title="roofline, own kernels", xlabel="operations a byte", ylabel="TFLOP/s", xscale="log", yscale="log")
-    axes[3].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(FOLDER / "cuda_attention.png", dpi=80)
+        mask = "causal" if row.causal else "full"
+        curves = panels.setdefault(f"head_dim {row.dim}", {}) if row.dim in (64, 128, 256) else {}
+        for name in ("own", *PEERS):
+            if name in row.times:
+                curves.setdefault(f"{name}, {mask}", []).append((row.length, row.rate(name)))
+        moved = 4 * 16384 * 2048 * 2  # bytes: query, key, value, output
+        roofline[mask].append((row.flops / moved, row.rate("own")))
+    table = shipped()
+    ceilings = None if table is None else Ceilings(product, table[1].bandwidth, "measured")
+    draw(FOLDER / "cuda_attention.png", panels, roofline, ceilings)
 
 
 def ragged(bench: Bench, options: Any) -> None:
-    rows, own = [], []
-    for dim in (64, 128, 256):
-        for length in (500, 1000, 1500, 3000):
-            for causal in (False, True):
-                row, ratio, _ = attention_row(bench, 16384 // length, 2048 // dim, length, dim, causal)
-                rows.append(row)
-                own.append(ratio)
-    notes = [*_summary("own kernels", own), *conditions(bench)]
-    publish(options, "cuda_attention", "Ragged lengths", COLUMNS, rows, notes, "Ragged lengths")
+    rows = [
+        attention_row(bench, 16384 // length, 2048 // dim, length, dim, causal)
+        for dim in (64, 128, 256) for length in (500, 1000, 1500, 3000) for causal in (False, True)
+    ]  # fmt: skip
+    notes = [*summary(rows), *conditions(bench)]
+    publish(options, "cuda_attention", "Ragged lengths", COLUMNS, [row.shown() for row in rows], notes, "Ragged lengths")
 
 
-def _summary(name: str, ratios: list[float]) -> list[str]:
-    mean = math.exp(statistics.fmean(map(math.log, ratios)))
-    return [f"Best peer's time over that of {name}: geometric mean {mean:.3f}, worst {min(ratios):.3f}."]
+def summary(rows: list[Row]) -> list[str]:
+    """Geometric mean and worst of the ratios."""
+    lines = []
+    for column, names, what in (
+        ("own", PEERS, "best peer's time over that of own kernels"), ("own", TORCH, "best of torch over own kernels"),
+        ("hal", TORCH, "best of torch over the dispatch"),
+    ):  # fmt: skip
+        mean = math.exp(statistics.fmean(math.log(row.ratio(column, names)) for row in rows))
+        worst = min(rows, key=lambda row, c=column, n=names: row.ratio(c, n))
+        place = f"head size {worst.dim}, {worst.length} tokens, {'causal' if worst.causal else 'full'}"
+        lines.append(f"The {what}: geometric mean {mean:.3f}, worst {worst.ratio(column, names):.3f} ({place}).")
+    return lines
 
 
 def decode(bench: Bench, options: Any) -> None:
-    from hal_cuda.calibrate import read_bandwidth
-
     ceiling = read_bandwidth(bench.flush)
     rows = []
-    shapes = ((1, 1024), (1, 8192), (1, 131072), (16, 8192), (64, 4096), (128, 1024))
-    for batch, keys in shapes:
-        query, key, value = normal(batch, 32, 1, 128), normal(batch, 8, keys, 128), normal(batch, 8, keys, 128)
-        request = hal.explain(query, key, value, enable_gqa=True, backend=DEVICE).request
+    for batch, keys in ((1, 1024), (1, 8192), (1, 131072), (16, 8192), (64, 4096), (128, 1024)):
+        given = normal(batch, 32, 1, 128), normal(batch, 8, keys, 128), normal(batch, 8, keys, 128)
+        request = hal.explain(*given, enable_gqa=True, backend=DEVICE).request
         own = bench.own("portable", request)
-        functions: dict[str, Callable[[], Any]] = {"own": partial(own, query, key, value)}
-        functions |= peers(query, key, value, enable_gqa=True)
-        times = bench.times(functions)
-        best = min(times[name] for name in functions if name != "own")
-        share = request.bytes_moved / times["own"] * 1e3 / ceiling
-        shown = [f"{times[name] * 1e3:.1f}" if name in times else "-" for name in ("own", "cuDNN", "FA2")]
-        rows.append([str(batch), str(keys), *shown, f"{best / times['own']:.2f}", f"{share:.2f}"])
+        times = bench.times({"own": partial(own, *given), **bench.peers.decode(*given)})
+        rows.append(_decode_row(str(batch), str(keys), times, request.bytes_moved, ceiling))
+        del given
     rows.append(_paged_row(bench, ceiling))
     notes = [
-        "Microseconds; one query, 32 query heads on 8 key heads, head_dim 128, bf16.",
-        f"Read ceiling {ceiling / 1e12:.2f} TB/s.", *conditions(bench),
+        "Microseconds; one query, 32 query heads on 8 key heads, head_dim 128, bf16. FlashInfer: the faster of its two "
+        "kernels, on pages of 16.", f"Read ceiling {ceiling / 1e12:.2f} TB/s.", *conditions(bench),
     ]  # fmt: skip
-    columns = ("batch", "keys", "own", "cuDNN", "FA2", "best peer / own", "share of the ceiling")
+    columns = ("batch", "keys", "own", "cuDNN", "FA2", "FlashInfer", "best peer / own", "share of the ceiling")
     publish(options, "cuda_attention", "Decode", columns, rows, notes, "Decode")
+
+
+def _decode_row(batch: str, keys: str, times: dict[str, float], nbytes: int, ceiling: float) -> list[str]:
+    """times: milliseconds by name. nbytes: read by the call. ceiling: bytes a second."""
+    flashinfer = [time for name, time in times.items() if name.startswith("FlashInfer")]
+    known = {name: time for name, time in times.items() if not name.startswith("FlashInfer")}
+    known |= {"FlashInfer": min(flashinfer)} if flashinfer else {}
+    best = min((time for name, time in known.items() if name != "own"), default=math.nan)
+    shown = [f"{known[name] * 1e3:.1f}" if name in known else "-" for name in ("own", "cuDNN", "FA2", "FlashInfer")]
+    return [batch, keys, *shown, f"{best / known['own']:.2f}", f"{nbytes / known['own'] * 1e3 / ceiling:.2f}"]
 
 
 def _paged_row(bench: Bench, ceiling: float) -> list[str]:
@@ -215,35 +212,26 @@ def _paged_row(bench: Bench, ceiling: float) -> list[str]:
     for s, count in enumerate(pages.tolist()):
         table[s, :count] = order[start : start + count]
         start += count
-    key, value = normal(total, 8, 16, 128), normal(total, 8, 16, 128)
-    query, table, lengths = normal(64, 32, 1, 128), table.cuda(), held.cuda()
-    tables = hal.SequenceTables(page_table=table, cache_seqlens=lengths)
-    request = hal.explain(query, key, value, enable_gqa=True, page_table=table, cache_seqlens=lengths, backend=DEVICE).request
-    own = bench.own("portable", request)
-    call = partial(own, query, key, value, None, None, tables)
-    times = bench.times({"own": call, "again": call})
-    taken = min(times.values())
-    nbytes = int(held.sum()) * 8 * 128 * 2 * 2
-    return ["64", "1k to 32k, pages of 16", f"{taken * 1e3:.1f}", "-", "-", "-", f"{nbytes / taken * 1e3 / ceiling:.2f}"]
+    query, key, value = normal(64, 32, 1, 128), normal(total, 8, 16, 128), normal(total, 8, 16, 128)
+    tables = hal.SequenceTables(page_table=table.cuda(), cache_seqlens=held.cuda())
+    request = hal.explain(
+        query, key, value, enable_gqa=True, page_table=tables.page_table, cache_seqlens=tables.cache_seqlens, backend=DEVICE
+    ).request
+    call = partial(bench.own("portable", request), query, key, value, None, None, tables)
+    times = bench.times({"own": call, "again": call, **bench.peers.paged(query, key, value, tables)})
+    del times["again"]
+    return _decode_row("64", "1k to 32k, pages of 16", times, int(held.sum()) * 8 * 128 * 2 * 2, ceiling)
 
 
 def special(bench: Bench, options: Any) -> None:
     """A sliding window and a sparse block plan at 32k tokens."""
     rows = []
-    query, key, value = (normal(1, 32, 32768, 64) for _ in range(3))
-    request = hal.explain(query, key, value, causal="top_left", window=(1023, 0), backend=DEVICE).request
-    own = bench.own("hopper" if bench.chip.capability == (9, 0) else "portable", request)
-    flash = torch.ops.aten._flash_attention_forward
-    flipped = [t.transpose(1, 2).contiguous() for t in (query, key, value)]
-    functions: dict[str, Callable[[], Any]] = {
-        "own": partial(own, query, key, value),
-        "FA2": lambda: flash(*flipped, None, None, 32768, 32768, 0.0, True, False, window_size_left=1023, window_size_right=0),
-    }
-    times = bench.times(functions)
-    flops = 2.0 * request.visible_macs / 1e9
-    own_ms, peer_ms = times["own"], times["FA2"]
-    rows.append(["window 1024, head_dim 64", f"{own_ms:.3f}", f"{flops / own_ms:.0f}", "FA2", f"{peer_ms:.3f}"])
-    query, key, value = (normal(1, 16, 32768, 128) for _ in range(3))
+    given = tuple(normal(1, 32, 32768, 64) for _ in range(3))
+    request = hal.explain(*given, causal="top_left", window=(1023, 0), backend=DEVICE).request
+    own = bench.own(bench.forward_path, request)
+    times = bench.times({"own": partial(own, *given), **bench.peers.window(*given, 1023)})
+    rows.append(_special_row("window 1024, head_dim 64", times, 2.0 * request.visible_macs))
+    given = tuple(normal(1, 16, 32768, 128) for _ in range(3))
     blocks = 32768 // 128
     kept = blocks // 10
     indices = torch.stack([torch.randperm(blocks)[:kept].sort().values for _ in range(16 * blocks)])
@@ -251,17 +239,19 @@ def special(bench: Bench, options: Any) -> None:
         128, 128, indices.view(1, 16, blocks, kept).to(torch.int32).cuda(),
         torch.full((1, 16, blocks), kept, dtype=torch.int32, device="cuda"),
     )  # fmt: skip
-    request = hal.explain(query, key, value, block_plan=plan, backend=DEVICE).request
-    own = bench.own("portable", request)
-    dense = hal.bind(query, key, value, backend=DEVICE)
-    functions = {"own": partial(own, query, key, value, None, plan), "dense": partial(dense, query, key, value)}
-    functions |= peers(query, key, value)
-    times = bench.times(functions)
-    best = min((t, name) for name, t in times.items() if name != "own")
-    own_ms, flops = times["own"], 2.0 * request.visible_macs / 1e9
-    rows.append(["90% sparse plan, head_dim 128", f"{own_ms:.3f}", f"{flops / own_ms:.0f}", best[1], f"{best[0]:.3f}"])
-    columns = ("call", "own ms", "own TFLOP/s", "peer", "peer ms")
+    request = hal.explain(*given, block_plan=plan, backend=DEVICE).request
+    calls: dict[str, Call] = {"own": partial(bench.own("portable", request), *given, None, plan)}
+    calls["hal, dense"] = partial(hal.bind(*given, backend=DEVICE), *given)
+    times = bench.times(calls | bench.peers.dense(*given))
+    rows.append(_special_row("90% sparse plan, head_dim 128, peers dense", times, 2.0 * request.visible_macs))
+    columns = ("call", "own ms", "own TFLOP/s", "hal, dense", *PEERS, "best / own")
     publish(options, "cuda_attention", "32k tokens", columns, rows, conditions(bench), "32k tokens")
+
+
+def _special_row(call: str, times: dict[str, float], flops: float) -> list[str]:
+    best = min(time for name, time in times.items() if name != "own")
+    others = [f"{times[name]:.3f}" if name in times else "-" for name in ("hal, dense", *PEERS)]
+    return [call, f"{times['own']:.3f}", f"{flops / times['own'] / 1e9:.0f}", *others, f"{best / times['own']:.3f}"]
 
 
 def host(bench: Bench, options: Any) -> None:
@@ -270,11 +260,11 @@ def host(bench: Bench, options: Any) -> None:
     for name, shape in (("1 x 1 x 128 x 128", (1, 1, 128, 128)), ("decode, 1 x 8 x 1 x 128", (1, 8, 1, 128))):
         query, key, value = (normal(*shape) for _ in range(3))
         bound = hal.bind(query, key, value, backend=DEVICE)
-        calls: dict[str, Callable[[], Any]] = {
+        calls: dict[str, Call] = {
             "bound": partial(bound, query, key, value), "hal.attention": partial(hal.attention, query, key, value),
             "SDPA": partial(SDPA, query, key, value),
         }  # fmt: skip
-        own = bench.own("hopper" if shape[2] > 16 and bench.chip.capability == (9, 0) else "portable", bound.decision.request)
+        own = bench.own(bench.forward_path if shape[2] > 16 else "portable", bound.decision.request)
         calls["own kernel"] = partial(own, query, key, value)
         best = dict.fromkeys(calls, math.inf)
         for _ in range(7):
@@ -286,7 +276,7 @@ def host(bench: Bench, options: Any) -> None:
 
 
 def error(bench: Bench, options: Any) -> None:
-    """Error of the output against float64, root mean square over five draws, beside torch's two kernels."""
+    """Error of the output against float64, root mean square over five draws, beside the peers'."""
     rows = []
     for dim in (64, 128, 256):
         for causal in (False, True):
@@ -296,15 +286,15 @@ def error(bench: Bench, options: Any) -> None:
                 given = [normal(1, 4, 2048, dim) for _ in range(3)]
                 want = reference(*given, is_causal=causal).out
                 request = hal.explain(*given, is_causal=causal, backend=DEVICE).request
-                own = bench.own("hopper" if bench.chip.capability == (9, 0) else "portable", request)
-                calls = {"own": partial(own, *given), **peers(*given, is_causal=causal)}
+                own = bench.own(bench.forward_path, request)
+                calls = {"own": partial(own, *given), **bench.peers.dense(*given, causal=causal)}
                 for name, call in calls.items():
                     squares[name] = squares.get(name, 0.0) + relative_error(call(), want) ** 2 / 5
             found = {name: square**0.5 for name, square in squares.items()}
             best = min(value for name, value in found.items() if name != "own")
-            shown = [f"{found[name]:.3e}" if name in found else "-" for name in ("own", "cuDNN", "FA2")]
+            shown = [f"{found[name]:.3e}" if name in found else "-" for name in ("own", *PEERS)]
             rows.append([str(dim), "causal" if causal else "full", *shown, f"{found['own'] / best:.3f}"])
-    columns = ("head_dim", "mask", "own", "cuDNN", "FA2", "own / best peer")
+    columns = ("head_dim", "mask", "own", *PEERS, "own / best peer")
     notes = ["bf16, 1 x 4 x 2048 standard normal; the bar for the last column is 1.1.", *conditions(bench)]
     publish(options, "cuda_attention", "Error", columns, rows, notes, "Error")
 
@@ -327,7 +317,7 @@ def flex(bench: Bench, options: Any) -> None:
             "full": {}, "causal": {"is_causal": True}, "window": {"causal": "top_left", "window": (1023, 0)},
         }[kind]  # fmt: skip
         request = hal.explain(*given, backend=DEVICE, **wanted).request
-        own = bench.own("hopper" if bench.chip.capability == (9, 0) else "portable", request)
+        own = bench.own(bench.forward_path, request)
         block = create_block_mask(masks[kind], None, None, length, length, device="cuda") if kind in masks else None
         theirs = partial(compiled, *given, block_mask=block)
         difference = relative_error(own(*given), theirs())
@@ -357,13 +347,14 @@ def _host_time(call: Callable[[], Any]) -> float:
 
 
 def conditions(bench: Bench) -> list[str]:
-    from hal_cuda import _nvml
-
     gpu = _nvml.Gpu(0)
+    versions = ", ".join(f"{name} {version}" for name, version in bench.peers.versions.items())
+    notes = [*dict.fromkeys(bench.peers.notes)]
+    bench.peers.notes.clear()
     return [
-        f"{gpu.name}, driver {_nvml.driver_version()}, cuDNN {torch.backends.cudnn.version()}, SM clock {gpu.clock('sm')} MHz, "
-        f"{gpu.power():.0f} W after the run."
-    ]
+        f"{gpu.name}, driver {_nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run.",
+        f"Peers: {versions}.", *(f"{note}." for note in notes),
+    ]  # fmt: skip
 
 
 def main() -> None:
