@@ -157,6 +157,8 @@ class PortablePath:
         """Attention on tensors that the request describes; lengths are read from the tensors."""
         if plan is not None:
             plan = listed_once(plan, self.chip)
+        if tables is not None:
+            tables = SequenceTables(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4]))
         form: Any = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
         whole = not (pointers[0] | pointers[1] | pointers[2]) & 15

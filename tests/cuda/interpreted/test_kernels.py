@@ -152,9 +152,12 @@ def test_strides_are_taken_as_they_are(generator: torch.Generator) -> None:
     assert got.stride(1) < got.stride(2)  # laid out as the query is
 
 
-def test_paged_cache_reads_its_own_pages(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("spread", [False, True], ids=["tables side by side", "every second entry"])
+def test_paged_cache_reads_its_own_pages(generator: torch.Generator, spread: bool) -> None:
     held = torch.tensor([70, 0, 5], dtype=torch.int32)
     table = torch.randperm(15, generator=generator).to(torch.int32).view(3, 5)
+    if spread:
+        held, table = (torch.stack([t, t * 0 - 1], -1).flatten(-2)[..., ::2] for t in (held, table))
     key, value = (torch.randn(15, 2, 16, 24, generator=generator) for _ in range(2))
     for tokens in (1, 20):
         query = torch.randn(3, 4, tokens, 24, generator=generator)
