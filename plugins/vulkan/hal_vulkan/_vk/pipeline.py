@@ -34,8 +34,9 @@ class Compiling(Allocating):
 
     def _open_cache(self) -> Any:
         data = b""
-        with suppress(OSError, TypeError):  # no file, or no path at all
-            data = _checked(self._cache_path.read_bytes())  # type: ignore[union-attr]
+        if self._cache_path is not None:
+            with suppress(OSError):  # no file yet
+                data = _checked(self._cache_path.read_bytes())
         info: dict[str, Any] = {"sType": 17}
         if data[16:32] == self.adapter.cache_uuid:  # the header's place for it; another driver's cache is left alone
             info |= {"initialDataSize": len(data), "pInitialData": self._ffi.from_buffer(data)}
