@@ -10,6 +10,8 @@ from .commands import Operand, VulkanCommandBuffer
 from .recorder import Recorder
 
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
+_LANES = 8  # invocations of a subgroup, and of a work group
+_SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
 _FROM = 1 << 28  # multiply-accumulates from which its larger pipelines pay
 
 
@@ -18,15 +20,16 @@ def suits(recorder: Recorder, call: Call, dim: int) -> bool:
     request, limits = call.request, recorder.adapter.limits
     plain = call.mask is None and call.plan is None and not request.softcap
     large = call.query.numel() * call.key.shape[2] >= _FROM // 2 and call.query.shape[2] >= 64
-    can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and limits["subgroupSize"] in (8, 16)
-    return plain and large and can and dim <= 128
+    shuffles = limits["subgroupSize"] == _LANES and limits["subgroupOperations"] & _SHUFFLE
+    can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and shuffles
+    return bool(plain and large and can and dim <= 128)
 
 
 def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
     """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
-    dim, len_k, threads = setting.dim, setting.len_k, int(__import__("os").environ.get("LANES", "8"))
-    rows_each = int(__import__("os").environ.get("EACH", 8 if dim <= 64 else 4))
-    tall, chunk = threads * rows_each, _BYTES // (4 * dim)
+    dim, len_k = setting.dim, setting.len_k
+    rows_each = 8 if dim <= 64 else 4
+    tall, chunk = _LANES * rows_each, _BYTES // (4 * dim)
     chunks, units = -(-len_k // chunk), setting.units
     rows = units * setting.unit_rows
     query = commands.stage(call.query, dim)
@@ -49,7 +52,7 @@ def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Oper
             for begin, end, banded in pieces:
                 pushed = setting.values(mask_batch=unit, mask_head=begin, mask_row=start, plan_batch=count, scale=scale)
                 commands.dispatch(
-                    f"forward_stream.{setting.dtype}", (dim, threads, rows_each, banded), [query, *tiles, part, part_lse],
+                    f"forward_stream.{setting.dtype}", (dim, _LANES, rows_each, banded), [query, *tiles, part, part_lse],
                     pushed, LAYOUT, (-(-(end - begin) // tall), 1, 1), kinds="suuss", after=fresh,
                 )  # fmt: skip
                 fresh = False

@@ -1,12 +1,13 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
-#extension GL_KHR_shader_subgroup_ballot : require
+#extension GL_KHR_shader_subgroup_shuffle : require
 #include "problem.glsl"
 
-// Attention for drivers that run on the host's processor, where an invocation is a lane of a vector and loads from storage
-// buffers are slow. A lane keeps ROWS query rows and their output in registers; keys and values of one chunk come from
-// uniform buffers, at addresses that are equal in all lanes. One dispatch per unit and chunk: what is known so far is kept
-// as a normalised partial result and its log-sum-exp.
+// Attention for drivers that run on the host's processor, where an invocation is a lane of a vector, a load is one load per
+// lane, and storage buffers are slower than uniform ones. A lane keeps ROWS query rows and their output in registers. Each
+// lane loads another piece of a key or value, and shuffles by constants, which cost one instruction, spread the pieces over
+// the lanes. One dispatch per unit and chunk: what is known so far is kept as a normalised partial result and its
+// log-sum-exp.
 
 layout(constant_id = 2) const int ROWS = 8;
 layout(constant_id = 3) const int BAND = 1;  // 0: every row of the dispatch reads every key of the chunk
@@ -40,18 +41,21 @@ void main() {
   }
   for (int key = 0; key < count; key += STEP) {
     float s[ROWS * STEP];
-    // Equal in all lanes: said so, the driver loads once and spreads the value over the lanes.
-    const int from = subgroupBroadcastFirst(key * QUADS);
-    [[unroll]] for (int j = 0; j < STEP; j++) {
-      [[unroll]] for (int r = 0; r < ROWS; r++) s[r * STEP + j] = 0.0;
-      [[unroll]] for (int d = 0; d < QUADS; d++) {
-        const vec4 x = keys[from + j * QUADS + d];
-        [[unroll]] for (int r = 0; r < ROWS; r++) {
-          const vec4 y = q[r * QUADS + d];
-          s[r * STEP + j] = fma(y.x, x.x, fma(y.y, x.y, fma(y.z, x.z, fma(y.w, x.w, s[r * STEP + j]))));
+    [[unroll]] for (int n = 0; n < ROWS * STEP; n++) s[n] = 0.0;
+    [[unroll]] for (int j0 = 0; j0 < STEP; j0 += 2)
+      [[unroll]] for (int m = 0; m < QUADS; m += THREADS) {
+        vec4 mine[2];
+        [[unroll]] for (int j = 0; j < 2; j++) mine[j] = keys[(key + j0 + j) * QUADS + m + lane];
+        [[unroll]] for (int l = 0; l < THREADS; l++) {
+          vec4 x[2];
+          [[unroll]] for (int j = 0; j < 2; j++) x[j] = subgroupShuffle(mine[j], l);
+          [[unroll]] for (int r = 0; r < ROWS; r++) {
+            const vec4 y = q[r * QUADS + m + l];
+            [[unroll]] for (int j = 0; j < 2; j++)
+              s[r * STEP + j0 + j] = fma(y.w, x[j].w, fma(y.z, x[j].z, fma(y.y, x[j].y, fma(y.x, x[j].x, s[r * STEP + j0 + j]))));
+          }
         }
       }
-    }
     [[unroll]] for (int r = 0; r < ROWS; r++) {
       float now = top[r];
       [[unroll]] for (int j = 0; j < STEP; j++) {
@@ -70,12 +74,16 @@ void main() {
         total[r] += weight;
       }
     }
-    const int there = subgroupBroadcastFirst(key * QUADS);
-    [[unroll]] for (int j = 0; j < STEP; j++)
-      [[unroll]] for (int d = 0; d < QUADS; d++) {
-        const vec4 x = values[there + j * QUADS + d];
-        [[unroll]] for (int r = 0; r < ROWS; r++) o[r * QUADS + d] = fma(vec4(s[r * STEP + j]), x, o[r * QUADS + d]);
-      }
+    [[unroll]] for (int m = 0; m < QUADS; m += THREADS) {
+      vec4 mine[STEP];
+      [[unroll]] for (int j = 0; j < STEP; j++) mine[j] = values[(key + j) * QUADS + m + lane];
+      [[unroll]] for (int l = 0; l < THREADS; l++)
+        [[unroll]] for (int j = 0; j < STEP; j++) {
+          const vec4 x = subgroupShuffle(mine[j], l);
+          [[unroll]] for (int r = 0; r < ROWS; r++)
+            o[r * QUADS + m + l] = fma(vec4(s[r * STEP + j]), x, o[r * QUADS + m + l]);
+        }
+    }
   }
   [[unroll]] for (int r = 0; r < ROWS; r++) {
     if (row0 + r * THREADS < p.unit_rows) {
