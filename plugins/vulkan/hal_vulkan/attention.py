@@ -86,7 +86,7 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
         else:
             _record_tiles(recorder, commands, call, to, to_lse)
         commands.finish()
-    return _output([result, lse], out)
+    return _output([result, lse] if call.request.lse else [result], out)
 
 
 def _output(found: list[Tensor], out: Tensor | None) -> AttentionOutput:

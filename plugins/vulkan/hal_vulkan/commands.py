@@ -70,7 +70,7 @@ class VulkanCommandBuffer:
         self._results: list[_Result] = []
         self._targets: list[Tensor] = []
         self._downloads: list[tuple[Bound, Bound]] = []
-        self._copies = self._copied = self._number = 0
+        self._copies = self._copied = 0
         self._dispatched = self._uploaded = False
         self.fixed = True
         self._commands: Any = self._gpu.begin()
@@ -231,16 +231,15 @@ class VulkanCommandBuffer:
         recorder, gpu, card = self._recorder, self._gpu, self._card
         with torch.no_grad():
             if card is not None:
-                card.enter(self)
+                card.enter()
             for take, near in self._uploads:
                 near.copy_(take(given))
             for take, operand, wide in self._streamed:
                 recorder.ring.upload(take(given), operand.bound, wide, self.what)
             if card is not None:
-                self._number = card.submit(self._commands)
+                card.run(self._commands, self.what, TIMEOUT)
             else:
-                self._number = gpu.submit(self._commands)
-                gpu.wait(self._number, self.what, TIMEOUT)
+                gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
             found = []
             for n, (shape, dtype, operand, wide, near, in_place) in enumerate(self._results):
                 if in_place is not None:

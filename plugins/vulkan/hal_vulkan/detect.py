@@ -1,13 +1,18 @@
-"""Which Vulkan devices there are, or why there are none. Nothing here raises for absent hardware."""
+"""Which Vulkan devices there are, or why there are none. Nothing here raises for absent hardware, or initialises CUDA."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from hal_core import Device, Fidelity
 
 from ._vk import Adapter, UnavailableError, adapters
+
+NO_BINDINGS = "cuda-bindings is not installed: pip install 'hal-vulkan[cuda]'"
 
 
 class Found(NamedTuple):
@@ -34,15 +39,63 @@ def ladder(adapter: Adapter) -> str:
 
 
 def _describe(device_id: str, adapter: Adapter) -> Device:
-    limits = adapter.limits
+    limits, (index, why) = adapter.limits, cuda_index(adapter)
+    shared = [f"memory shared with cuda:{index}" if index is not None else f"no memory shared with CUDA: {why}"]
     features = [
         f"Vulkan {'.'.join(map(str, adapter.api))}", f"subgroups of {limits['subgroupSize']}",
         f"{limits['maxComputeSharedMemorySize'] >> 10} KiB shared memory",
         f"{limits['maxStorageBufferRange'] >> 20} MiB per buffer range", *sorted(adapter.features),
-        f"kernel: {ladder(adapter)}",
+        *(shared if adapter.vendor == "NVIDIA" else []), f"kernel: {ladder(adapter)}",
     ]  # fmt: skip
     return Device(
         id=device_id, family="vulkan", vendor=adapter.vendor, model=adapter.name,
-        fidelity=Fidelity.EMULATED if adapter.is_cpu else Fidelity.HARDWARE, reads=("cpu",), memory=adapter.memory,
-        driver=adapter.driver, features=tuple(features),
+        fidelity=Fidelity.EMULATED if adapter.is_cpu else Fidelity.HARDWARE,
+        reads=("cpu",) if index is None else ("cpu", f"cuda:{index}"), memory=adapter.memory, driver=adapter.driver,
+        features=tuple(features),
     )  # fmt: skip
+
+
+def cuda_index(adapter: Adapter) -> tuple[int | None, str]:
+    """(torch's index of the CUDA device that is this card, ""), or (None, why there is none). Never raises."""
+    if adapter.vendor != "NVIDIA":
+        return None, "not a card of NVIDIA's"
+    if not {"memory_export", "timeline_export"} <= adapter.features:
+        return None, "the Vulkan driver exports no memory or no timelines: update it"
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return None, NO_BINDINGS
+    try:
+        uuids = _visible(_uuids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    except OSError as error:
+        return None, f"the NVIDIA management library does not answer ({error})"
+    wanted = adapter.uuid[32:]
+    found = [n for n, uuid in enumerate(uuids) if uuid.removeprefix("GPU-").replace("-", "") == wanted]
+    return (found[0], "") if found else (None, "CUDA does not see this card (CUDA_VISIBLE_DEVICES)")
+
+
+def _uuids() -> list[str]:
+    """ "GPU-..." of every GPU in PCI order. Raises OSError."""
+    library = ctypes.CDLL("libnvidia-ml.so.1")
+    number, handle, text = ctypes.c_uint(), ctypes.c_void_p(), ctypes.create_string_buffer(96)
+    if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(number)):
+        raise OSError("nvmlInit failed")
+    found = []
+    for place in range(number.value):
+        if library.nvmlDeviceGetHandleByIndex_v2(place, ctypes.byref(handle)) or library.nvmlDeviceGetUUID(
+            handle, text, 96
+        ):
+            raise OSError(f"GPU {place} does not say its UUID")
+        found.append(text.value.decode())
+    return found
+
+
+def _visible(uuids: list[str], setting: str | None) -> list[str]:
+    """The GPUs that CUDA numbers 0, 1, ...: a setting lists places or beginnings of UUIDs, up to the first unknown one."""
+    if setting is None:
+        return uuids
+    chosen: list[str] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        matches = uuids[int(entry) :][:1] if entry.isdigit() else [u for u in uuids if entry and u.startswith(entry)]
+        if len(matches) != 1 or matches[0] in chosen:
+            break
+        chosen += matches
+    return chosen

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import count
-from typing import Any
 
+import torch
 from hal_compute.pool import Region
 from torch import Tensor
 
 from hal_core import AttentionRequest, Device, DeviceUnavailableError, MemoryLimitError
 
 from . import commands as recording
-from ._vk import Adapter, Bound, Gpu
+from ._vk import Adapter, Bound, Gpu, Memory
 from .commands import Given, VulkanCommandBuffer
 from .memory import VulkanMemoryPool
 from .pipelines import VulkanShaderManager, cache_path
+from .sharing import SharedCard
 from .staging import StagingRing
 
 #: Recordings that are kept with their memory, and the bytes of them all.
@@ -42,11 +43,17 @@ class Recorder:
 
     def __init__(self, device: Device, adapter: Adapter, limit: int | None = None) -> None:
         self.device, self.adapter = device, adapter
+        #: The CUDA device that is the same card.
+        places = device.reads if torch.backends.cuda.is_built() else ()
+        self.shares = next((int(place[5:]) for place in places if place.startswith("cuda:")), None)
+        self._card: SharedCard | None = None
         self.gpu = Gpu(adapter, device.id, cache_path(adapter))
         self.shaders = VulkanShaderManager(self.gpu)
         self.mapped = adapter.is_cpu  # the device's memory is the host's
         self.copies = self.copied = 0
-        self.pool = VulkanMemoryPool(self.gpu, device.id, host=self.mapped, limit=limit)
+        self.pool = VulkanMemoryPool(
+            self.gpu, device.id, host=self.mapped, limit=limit, exported=self.shares is not None, free=self._free
+        )
         # Where the device's memory is not mapped, operands pass through host-visible memory of the driver's.
         self.staging = VulkanMemoryPool(self.gpu, device.id, host=True, limit=limit)
         self.ring = StagingRing(self.gpu)
@@ -57,10 +64,12 @@ class Recorder:
     # Recordings
 
     def key(self, kind: str, request: AttentionRequest, given: Given) -> Hashable:
-        """What a recording depends on besides the device: the request, and the tensors' shapes and types."""
+        """What a recording depends on besides the device: the request, the tensors' shapes and types, and the places of those
+        that are read where they lie."""
+        card, mask = self.card_of(given), given[3]
         shapes = [None if t is None else (t.shape, t.dtype) for t in given]
-        mask = given[3]
-        return (kind, _number(request), *shapes, None if mask is None else mask.stride())
+        lying = () if card is None else [card.kind, *(t.data_ptr() if self.lies(t) else 0 for t in given)]
+        return (kind, _number(request), *shapes, *lying, None if mask is None else mask.stride())
 
     def find(self, key: Hashable | None) -> VulkanCommandBuffer | None:
         """The recording of a key, ready to run. Raises DeviceUnavailableError while the device hangs."""
@@ -117,14 +126,38 @@ class Recorder:
         pool.trim()
         return pool.allocate(nbytes)
 
-    def card_of(self, given: Sequence[Any]) -> Any:
-        return None
+    def card_of(self, given: Given) -> SharedCard | None:
+        """The card that the tensors of a call lie on; None for the host."""
+        if self._card is None and (self.shares is None or not any(t is not None and t.is_cuda for t in given)):
+            return None
+        card = self.card
+        return card if card is not None and any(t is not None and t.device.type == card.kind for t in given) else None
+
+    @property
+    def card(self) -> SharedCard | None:
+        """What shares this device's memory, opened when it is first needed; None where nothing does."""
+        if self._card is None and self.shares is not None:
+            from .cuda import CudaCard
+
+            self._card = CudaCard(self.gpu, self.shares)
+        return self._card
 
     def lies(self, tensor: Tensor | None) -> bool:
-        """Whether shaders can use a tensor's own memory for as long as it lives."""
-        return False
+        """Whether a tensor lies in memory that is shared, where shaders can use it for as long as it lives."""
+        return tensor is not None and self._card is not None and self._card.bound_of(tensor) is not None
 
-    def streams(self, nbytes: int, card: Any) -> bool:
+    def settle(self) -> None:
+        """Wait until nothing of what was queued, here or with the sharing card, can touch memory that is given back."""
+        self.synchronize()
+        if self._card is not None:
+            self._card.settle()
+
+    def _free(self, block: Memory) -> None:
+        if self._card is not None:
+            self._card.forget(block)
+        self.gpu.free(block)
+
+    def streams(self, nbytes: int, card: SharedCard | None) -> bool:
         """Whether a tensor passes through the staging ring: large, and between the host and memory that is not mapped."""
         return nbytes >= STREAM_FROM and not self.mapped and card is None
 
@@ -159,5 +192,8 @@ class Recorder:
         with suppress(DeviceUnavailableError):
             self.synchronize()
             self.trim()
+            if self._card is not None:
+                self._card.close()
         if not self._stuck:  # destroying what is in use would take the process with it
+            self.pool.abandon()
             self.gpu.close()

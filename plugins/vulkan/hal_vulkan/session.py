@@ -7,6 +7,7 @@ from hal_compute.session import ComputeSession
 from torch import Tensor
 
 from hal_core import AttentionOutput, Device, Grads
+from hal_core.route import moved_to
 
 from . import attention
 from ._vk import Adapter
@@ -21,7 +22,7 @@ class VulkanSession(ComputeSession):
     def __init__(self, device: Device, adapter: Adapter, limit: int | None = None) -> None:
         self.recorder = Recorder(device, adapter, limit)
         super().__init__(self.recorder, limit)
-        self.memory = VulkanMemory(self.recorder, limit)
+        self.memory = VulkanMemory(self.recorder, limit, self._lock)
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Rows and keys of a tile at head_dim 64."""
@@ -30,10 +31,19 @@ class VulkanSession(ComputeSession):
         return {"tile_size": shape.tile, "block_q": shape.rows, "block_k": shape.tile}
 
     def _forward(self, call: Call, out: Tensor | None) -> AttentionOutput:
-        return attention.forward(self.recorder, call, out)
+        return attention.forward(self.recorder, self._with_host_tables(call), out)
 
     def _backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Grads:
-        return attention.backward(self.recorder, call, out, lse, grad_out, grad_lse)
+        return attention.backward(self.recorder, self._with_host_tables(call), out, lse, grad_out, grad_lse)
+
+    def _with_host_tables(self, call: Call) -> Call:
+        """The call with its mask and block plan on the host, where ranges are worked out: counted copies."""
+        tables = [t for t in (call.mask, *(call.plan or ())) if isinstance(t, Tensor) and t.device.type != "cpu"]
+        if not tables:
+            return call
+        self.recorder.copies += len(tables)
+        self.recorder.copied += sum(t.nbytes for t in tables)
+        return call._replace(mask=moved_to("cpu", call.mask), plan=moved_to("cpu", call.plan))
 
     def _runner(self) -> FieldRunner:
         return FieldRunner(self.recorder)

@@ -1,0 +1,131 @@
+"""CUDA's side of a card that Vulkan drives too: memory that both see, and the order of their work. Needs cuda-bindings."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hal_core import DeviceUnavailableError, UnsupportedError
+
+from ._vk import Gpu, Memory, Timeline
+from .sharing import SharedCard
+
+_DEDICATED = 1  # CUDA_EXTERNAL_MEMORY_DEDICATED
+
+
+class _Stream(NamedTuple):
+    """A CUDA stream's own timeline, which it raises when Vulkan may go on: seen by Vulkan, seen by CUDA."""
+
+    timeline: Timeline
+    semaphore: Any
+    signal: Any  # CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS
+
+
+class CudaCard(SharedCard):
+    """The CUDA device of the same card. Vulkan waits for torch's current stream and the stream for Vulkan, not the host."""
+
+    kind = "cuda"
+
+    def __init__(self, gpu: Gpu, index: int) -> None:
+        """Raises DeviceUnavailableError where torch or CUDA cannot use the card."""
+        super().__init__(gpu)
+        from cuda.bindings import driver
+
+        self._cuda, self._index, self.place = driver, index, f"cuda:{index}"
+        if not torch.cuda.is_available():
+            raise DeviceUnavailableError(
+                f"{gpu.name} cannot share memory: torch has no CUDA here; install a CUDA build"
+            )
+        torch.zeros(1, device=self.place)  # CUDA's context
+        uuid = bytes(self._called("cuDeviceGetUuid", index).bytes).hex()
+        if uuid != gpu.adapter.uuid[32:]:
+            raise DeviceUnavailableError(
+                f"{gpu.name} is not {self.place}: set CUDA_DEVICE_ORDER=PCI_BUS_ID, and try again"
+            )
+        self._external: dict[Any, tuple[Any, int]] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._last: Any = None
+        self._done = self._semaphore(gpu.export_timeline())
+        self._wait = driver.CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS()
+
+    def _called(self, name: str, *arguments: Any) -> Any:
+        """A function of CUDA's driver. Raises DeviceUnavailableError."""
+        code, *found = getattr(self._cuda, name)(*arguments)
+        if int(code):
+            raise DeviceUnavailableError(
+                f"{self._gpu.name} and {self.place} failed in {name} ({code.name}): reopen both"
+            )
+        return found[0] if found else None
+
+    def _semaphore(self, descriptor: int) -> Any:
+        asked = self._cuda.CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC()
+        kinds = self._cuda.CUexternalSemaphoreHandleType
+        asked.type = kinds.CU_EXTERNAL_SEMAPHORE_HANDLE_TYPE_TIMELINE_SEMAPHORE_FD
+        asked.handle.fd = descriptor
+        return self._called("cuImportExternalSemaphore", asked)
+
+    def _import(self, block: Memory) -> Tensor:
+        cuda = self._cuda
+        asked, whole = cuda.CUDA_EXTERNAL_MEMORY_HANDLE_DESC(), cuda.CUDA_EXTERNAL_MEMORY_BUFFER_DESC()
+        asked.type = cuda.CUexternalMemoryHandleType.CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD
+        asked.handle.fd, asked.size, asked.flags = self._gpu.export(block), block.nbytes, _DEDICATED
+        with torch.cuda.device(self._index):
+            external = self._called("cuImportExternalMemory", asked)
+            whole.offset, whole.size = 0, block.nbytes
+            address = int(self._called("cuExternalMemoryGetMappedBuffer", external, whole))
+        self._external[block.memory] = external, address
+        return torch.as_tensor(Addressed(address, block.nbytes), device=self.place)
+
+    def _alias(self, bytes_there: Tensor, ended: Callable[[], None]) -> Tensor:
+        addressed = Addressed(bytes_there.data_ptr(), bytes_there.numel())
+        weakref.finalize(addressed, ended).atexit = False
+        return torch.as_tensor(addressed, device=self.place)
+
+    def _drop(self, block: Memory) -> None:
+        external, address = self._external.pop(block.memory)
+        self._called("cuMemFree", address)
+        self._called("cuDestroyExternalMemory", external)
+
+    def enter(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                f"{self._gpu.name} cannot be captured in a CUDA graph: call it outside of the capture"
+            )
+        stream = torch.cuda.current_stream(self._index)
+        if self._last is not None and stream != self._last:
+            stream.wait_stream(self._last)
+        self._last = stream
+
+    def run(self, commands: Any, what: str, timeout: float) -> None:
+        raw, cuda = self._last.cuda_stream, self._cuda
+        stream = self._streams.get(raw)
+        if stream is None:
+            timeline = self._gpu.foreign_timeline()
+            semaphore = self._semaphore(self._gpu.export_timeline(timeline))
+            stream = self._streams[raw] = _Stream(timeline, semaphore, cuda.CUDA_EXTERNAL_SEMAPHORE_SIGNAL_PARAMS())
+        value = stream.signal.params.fence.value + 1
+        stream.signal.params.fence.value = value
+        self._called("cuSignalExternalSemaphoresAsync", [stream.semaphore], [stream.signal], 1, raw)
+        self._wait.params.fence.value = self._gpu.submit(commands, stream.timeline, value)
+        self._called("cuWaitExternalSemaphoresAsync", [self._done], [self._wait], 1, raw)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._index)
+
+    def close(self) -> None:
+        self.settle()
+        for stream in self._streams.values():
+            self._called("cuDestroyExternalSemaphore", stream.semaphore)
+        self._called("cuDestroyExternalSemaphore", self._done)
+        self._streams.clear()
+
+
+class Addressed:
+    """Device memory by its address, for torch.as_tensor; the tensor keeps this object."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}

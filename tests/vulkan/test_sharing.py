@@ -1,0 +1,217 @@
+"""Memory that another interface of the same card sees: CUDA on a card that has it, a file mapping of lavapipe's elsewhere."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+
+import hal_core as hal
+from hal_core.registry import registry
+from hal_core.testing import reference, relative_error
+
+backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
+from hal_vulkan import detect  # noqa: E402
+from hal_vulkan.session import VulkanSession  # noqa: E402
+from hal_vulkan.sharing import SharedCard  # noqa: E402
+
+
+class MappedCard(SharedCard):
+    """Lavapipe's exported memory mapped once more, as CUDA maps a graphics card's. Keeps the order of what happened."""
+
+    kind = place = "cpu"
+
+    def __init__(self, gpu: Any) -> None:
+        super().__init__(gpu)
+        self.events: list[str] = []
+
+    def _import(self, block: Any) -> torch.Tensor:
+        self.events.append("import")
+        page = mmap.PAGESIZE  # lavapipe has its own notes on the first
+        return torch.frombuffer(mmap.mmap(self._gpu.export(block), block.nbytes, offset=page), dtype=torch.uint8)
+
+    def _alias(self, bytes_there: torch.Tensor, ended: Callable[[], None]) -> torch.Tensor:
+        array = bytes_there.numpy().view(Traced)
+        weakref.finalize(array, ended).atexit = False
+        return torch.from_numpy(array)
+
+    def _drop(self, block: Any) -> None:
+        self.events.append("drop")
+
+    def enter(self) -> None:
+        self.events.append("enter")
+
+    def run(self, commands: Any, what: str, timeout: float) -> None:
+        self._gpu.wait(self._gpu.submit(commands), what, timeout)
+        self.events.append("run")
+
+    def settle(self) -> None:
+        self.events.append("settle")
+
+    def close(self) -> None:
+        self.events.append("close")
+
+
+class Traced(np.ndarray):
+    """An array that can be followed to its end."""
+
+
+@pytest.fixture(params=["mapped", "cuda"])
+def session(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A session whose tensors can be shared, on each kind of card."""
+    try:
+        device = registry.find("vulkan:0")[0]
+    except hal.DeviceUnavailableError as absent:
+        pytest.skip(str(absent))
+    adapter = backend_module.find().adapters[device.id]
+    if request.param == "cuda":
+        index, why = detect.cuda_index(adapter)
+        if index is None:
+            pytest.skip(f"{device.id} shares no memory with CUDA: {why}")
+        with VulkanSession(device, adapter) as opened:
+            yield opened
+    else:
+        if "memory_export" not in adapter.features or not adapter.is_cpu:
+            pytest.skip("this device's exported memory is no file that a process can map")
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        with VulkanSession(attrs.evolve(device, reads=("cpu", "cuda:0")), adapter._replace(is_cpu=False)) as opened:
+            opened.recorder._card = MappedCard(opened.recorder.gpu)
+            yield opened
+
+
+def place(session: Any) -> str:
+    return str(session.recorder.card.place)
+
+
+def asked(query: torch.Tensor, key: torch.Tensor, **options: Any) -> hal.AttentionRequest:
+    (batch, heads, len_q, dim), dtype = query.shape, str(query.dtype).removeprefix("torch.")
+    return hal.AttentionRequest(
+        batch=batch, heads_q=heads, heads_kv=key.shape[1], len_q=len_q, len_k=key.shape[2], dim_qk=dim, dim_v=dim, dtype=dtype,
+        **options,
+    )  # fmt: skip
+
+
+def fill(seed: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Draw the tensors' values; gives them in float64 on the host."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(t.shape, generator=generator) for t in tensors]
+    for tensor, values in zip(tensors, drawn, strict=True):
+        tensor.copy_(values)
+    return [t.double().cpu() for t in tensors]
+
+
+def test_tensors_in_the_devices_memory_are_read_and_written_where_they_lie(session: Any, seed: int) -> None:
+    memory = session.memory
+    buffers = [memory.allocate((2, 2, 33, 32), "float32") for _ in range(4)]
+    query, key, value, out = (memory.to_torch(buffer) for buffer in buffers)
+    assert str(query.device) == place(session)
+    prepared, made = session.prepare_attention(query, key, value, request=asked(query, key)), []
+    begin = session.recorder.gpu.begin
+    session.recorder.gpu.begin = lambda *given: made.append(given) or begin(*given)
+    for n in range(3):
+        want = reference(*fill(seed + n, query, key, value)).out
+        found = session.compute_attention(prepared, out=out).out
+        assert found.data_ptr() == out.data_ptr()
+        assert relative_error(out.cpu(), want) <= 1e-5
+    assert memory.stats().copies == 0
+    assert len(made) == 1
+    for buffer in buffers:
+        memory.free(buffer)
+
+
+def test_other_tensors_of_the_card_are_copied_there_and_counted(session: Any, seed: int) -> None:
+    query, key, value = (torch.empty(1, 2, 21, 40, device=place(session)) for _ in range(3))
+    key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    want = reference(*fill(seed, query, key, value)).out
+    request = asked(query, key)
+    for n in range(1, 3):
+        out = session.bind(request)(query, key, value)
+        assert str(out.device) == place(session)
+        assert relative_error(out.cpu(), want) <= 1e-5
+        assert session.memory.stats().copies == 4 * n
+    assert session.recorder.staging.allocations == 0, "nothing passed through the host"
+
+
+def test_a_slice_of_shared_memory_that_no_shader_can_read_is_copied(session: Any, seed: int) -> None:
+    whole = session.memory.to_torch(session.memory.allocate((1, 2, 64, 33), "float32"))
+    (wide,) = fill(seed, whole)
+    tensor, values = whole[..., 1:], wide[..., 1:]  # neither contiguous nor aligned
+    out = session.bind(asked(tensor, tensor))(tensor, tensor, tensor)
+    assert relative_error(out.cpu(), reference(values, values, values).out) <= 1e-5
+    assert session.memory.stats().copies > 0
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masks_gradients_and_the_log_sum_exp_come_from_the_card_too(session: Any, boolean: bool, seed: int) -> None:
+    query, key, value, grad = (torch.empty(1, 2, 19, 32, device=place(session)) for _ in range(4))
+    mask = torch.empty(1, 1, 19, 19, device=place(session))
+    wide = fill(seed, query, key, value, grad, mask)
+    mask, dense = (mask > -1, wide[4] > -1) if boolean else (mask, wide[4])
+    kind = hal.MaskKind.BOOLEAN if boolean else hal.MaskKind.ADDITIVE
+    request = asked(query, key, lse=True, mask=kind, grads=frozenset("qkv"))
+    prepared = session.prepare_attention(query, key, value, request=request)
+    out, lse = session.compute_attention(prepared, mask)
+    grads = session.compute_attention_backward(prepared, out, lse, grad, mask)
+    want = reference(*wide[:3], dense)
+    assert relative_error(out.cpu(), want.out) <= 1e-5
+    assert relative_error(lse.cpu(), want.lse) <= 1e-5
+    leaves = [t.requires_grad_() for t in wide[:3]]
+    torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=dense).backward(wide[3])
+    assert all(relative_error(x.cpu(), leaf.grad) <= 2e-5 for x, leaf in zip(grads, leaves, strict=False))
+
+
+def test_memory_stays_while_somebody_has_a_tensor_of_it_and_comes_back_then(session: Any) -> None:
+    memory = session.memory
+    buffer = memory.allocate((64, 64), "float32")
+    consumer = torch.from_dlpack(buffer).fill_(7)
+    assert bool((memory.to_torch(buffer) == 7).all())
+    memory.free(buffer)
+    assert memory.stats().in_use == 0
+    held = session.recorder.pool.in_use
+    other = memory.allocate((64, 64), "float32")
+    memory.to_torch(other).fill_(1)
+    assert bool((consumer == 7).all())
+    del consumer
+    gc.collect()
+    memory.stats()
+    assert session.recorder.pool.in_use == held, "the first came back, the second is out"
+    del other, buffer  # never freed: the memory comes back all the same
+    gc.collect()
+    assert memory.stats().in_use == session.recorder.pool.in_use == 0
+    assert memory.trim() > 0
+    with pytest.raises(hal.ContractError, match="of float31 was given"):
+        memory.allocate((2,), "float31")
+    again = memory.allocate((2,), "float32")
+    memory.free(again)
+    with pytest.raises(hal.ContractError, match="freed"):
+        memory.free(again)
+
+
+def test_a_tensor_outlives_the_session_that_made_its_memory(session: Any) -> None:
+    tensor = session.memory.to_torch(session.memory.allocate((32, 32), "float32")).fill_(3)
+    session.close()
+    assert bool((tensor == 3).all())
+
+
+def test_torchs_work_is_ordered_before_memory_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = next((d for d in hal.devices() if d.family == "vulkan" and d.fidelity == "emulated"), None)
+    if device is None:
+        pytest.skip("no Vulkan driver for a CPU is installed")
+    adapter = backend_module.find().adapters[device.id]
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    with VulkanSession(attrs.evolve(device, reads=("cpu", "cuda:0")), adapter._replace(is_cpu=False)) as session:
+        card = session.recorder._card = MappedCard(session.recorder.gpu)
+        query = torch.randn(1, 1, 8, 32)
+        session.bind(asked(query, query))(query, query, query)
+        assert card.events == ["import", "enter", "run"]
+        card.events.clear()
+        session.memory.trim()
+        assert card.events.index("settle") < card.events.index("drop")
+    assert card.events[-1] == "close"
