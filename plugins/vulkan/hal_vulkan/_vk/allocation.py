@@ -14,11 +14,12 @@ _HOST_ALLOCATION = 0x80  # VkExternalMemoryHandleTypeFlags
 
 
 class Memory(NamedTuple):
-    """One allocation: VkDeviceMemory, a VkBuffer over all of it, and its bytes where mapped (None elsewhere)."""
+    """One allocation of `nbytes`: VkDeviceMemory, a VkBuffer over all of it, and its bytes where mapped (None elsewhere)."""
 
     memory: Any
     buffer: Any
     mapped: Any
+    nbytes: int
 
 
 class Bound(NamedTuple):
@@ -112,9 +113,9 @@ class Allocating(LogicalDevice):
             what = "vkMapMemory"
             result = lib.vkMapMemory(device, memory[0], 0, nbytes, 0, pointer)
         if result:
-            self.free(Memory(memory[0], buffer, None))
+            self.free(Memory(memory[0], buffer, None, nbytes))
             self._check(result, what, nbytes)
-        return Memory(memory[0], buffer, ffi.buffer(pointer[0], nbytes) if mapped else None)
+        return Memory(memory[0], buffer, ffi.buffer(pointer[0], nbytes) if mapped else None, nbytes)
 
     def export(self, block: Memory) -> int:
         """A file descriptor of memory allocated with `exported`; whoever imports it owns it."""
