@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Call = Callable[[], Any]
-OURS = ("torch", "hal", "bound")  # timed on every device: scaled_dot_product_attention, hal.attention, hal.bind
+SECONDS = 20.0  # for the calls of one length, all columns together
 
 
 class Ceilings(NamedTuple):
@@ -73,7 +73,8 @@ def bench(
 
     Returns:
         Records hold the device, its fidelity, the call's operations and bytes, for each column the median and 95th percentile
-        in milliseconds and the calls timed, and the conditions after the length was timed.
+        in milliseconds and the calls timed, and the conditions after the length was timed. Columns: "torch" is torch's
+        scaled_dot_product_attention, "hal" hal.attention, "bound" a bound call, then the backend's.
 
     Raises:
         ContractError: an unknown dtype. UnsupportedError: the device cannot run the call.
@@ -88,8 +89,7 @@ def bench(
     synchronize = getattr(registry.session(found.id), "synchronize", None)
     backend = registry.backend_of(found)
     setup = backend.benchmark(found) if isinstance(backend, Benchmarked) else BenchSetup(lambda *given: {})
-    runner = BenchmarkRunner(device=found.reads[0], synchronize=synchronize, flush=setup.flush)
-    columns = dict.fromkeys(OURS)
+    columns: dict[str, None] = {}
     for i, length in enumerate(lengths):
         report(f"{length} tokens", i / len(lengths))
         size = (*shape[:2], length, shape[2])
@@ -102,6 +102,9 @@ def bench(
                 "torch": partial(sdpa, *tensors, is_causal=causal), "hal": partial(attention, *tensors, **named),
                 "bound": partial(bound, *tensors), **setup.calls(request, *tensors),
             }  # fmt: skip
+            runner = BenchmarkRunner(
+                device=found.reads[0], synchronize=synchronize, flush=setup.flush, budget=SECONDS / len(calls)
+            )
             timed = runner.compare(calls).results
         record: dict[str, Any] = {
             "device": found.id, "fidelity": str(found.fidelity), "length": length, "operations": 2 * request.visible_macs,

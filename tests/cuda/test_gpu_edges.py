@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -75,8 +76,8 @@ def test_a_call_without_memory_names_the_bytes_and_later_calls_run(gpu: str) -> 
     try:
         with pytest.raises(hal.MemoryLimitError) as caught:
             hal.attention(query, query, query, backend=gpu)
-        small = query[:, :, :512]
-        assert bool(torch.isfinite(hal.attention(small, small, small, backend=gpu)).all())  # what fits still runs
+        small = query[:, :1, :64]
+        assert math.isfinite(float(hal.attention(small, small, small, backend=gpu).sum()))  # what fits still runs
     finally:
         held.clear()  # a failure's traceback must not keep the memory from other tests
         torch.cuda.empty_cache()
@@ -130,8 +131,6 @@ def test_tensors_of_several_devices_are_refused(gpu: str) -> None:
         hal.attention(query, query.cpu(), query, backend=gpu)
     with pytest.raises(hal.ContractError, match="move the mask"):
         hal.attention(query, query, query, torch.ones(64, 64, dtype=torch.bool), backend=gpu)
-    with pytest.raises(hal.UnsupportedError, match="transfer=True, or move the tensors"):
-        hal.attention(query.cpu(), query.cpu(), query.cpu(), backend=gpu)
 
 
 def test_a_head_size_or_cache_dtype_without_a_kernel_names_what_is_offered(gpu: str) -> None:
@@ -190,6 +189,24 @@ def test_cupy_memory_is_ordered_by_its_stream(gpu: str) -> None:
     del other, again, held
     torch.cuda.synchronize()
     assert memory.trim() >= 4 << 20
+
+
+def test_blocks_come_from_the_allocator_of_the_given_array(gpu: str) -> None:
+    cupy = pytest.importorskip("cupy")
+    memory, pool = hal.session(gpu).memory, cupy.get_default_memory_pool()
+    array = cupy.zeros(16, dtype=cupy.float32)
+    used, held = pool.used_bytes(), torch.cuda.memory_allocated()
+    beside = memory.allocate((1 << 18,), "float32", like=array)
+    assert pool.used_bytes() - used == 1 << 20
+    assert torch.cuda.memory_allocated() == held
+    own = memory.allocate((1 << 18,), "float32", like=torch.zeros(1, device="cuda"))
+    assert torch.cuda.memory_allocated() - held >= 1 << 20
+    assert pool.used_bytes() - used == 1 << 20
+    beside.tensor.fill_(2.0)
+    own.tensor.copy_(beside.tensor)
+    assert float(own.tensor.sum()) == 2.0 * (1 << 18)
+    memory.free(beside)
+    memory.free(own)
 
 
 def test_buffers_are_counted_limited_and_trimmed(gpu: str) -> None:

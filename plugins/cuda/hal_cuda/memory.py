@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Source = Literal["torch", "cupy"]
+
+
 class CudaMemory:
     """Buffers of one CUDA device.
 
@@ -21,20 +24,24 @@ class CudaMemory:
     current stream. Memory of the other allocator is taken in by `to_backend` without a copy and stays its own.
 
     Args:
-        index: torch's CUDA index. name: the device id for messages. source: whose allocator. limit: bytes, None for none.
+        index: torch's CUDA index. name: the device id for messages. limit: bytes, None for none.
+        source: whose allocator, where `allocate` is not told by an array.
     """
 
-    def __init__(
-        self, index: int, *, name: str = "", source: Literal["torch", "cupy"] = "torch", limit: int | None = None
-    ) -> None:
+    def __init__(self, index: int, *, name: str = "", source: Source = "torch", limit: int | None = None) -> None:
         if source not in ("torch", "cupy"):
             raise ContractError(f"memory source {source!r} was given: use 'torch' or 'cupy'")
         self.index, self.source, self.limit, self._name = index, source, limit, name or f"cuda:{index}"
         self._lock = threading.Lock()
+        self._sources: set[Source] = {source}  # whose blocks were handed out
         self._in_use = self._peak = self._allocations = self._reuses = self._copies = self._copied = 0
 
-    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+    def allocate(self, shape: Sequence[int], dtype: str, *, like: Any = None) -> Buffer:
         """An uninitialised buffer, ready on the current stream.
+
+        Args:
+            like: an array from whose allocator the block comes: CuPy's pool for a CuPy array, torch's for a torch tensor, the
+                manager's own source for anything else.
 
         Raises:
             ContractError: a negative size or an unknown dtype.
@@ -46,22 +53,27 @@ class CudaMemory:
             raise ContractError(
                 f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}"
             )
-        needed = math.prod(shape) * DTYPE_BYTES[dtype]
+        needed, source = math.prod(shape) * DTYPE_BYTES[dtype], self._source_of(like)
         with self._lock:
             if self.limit is not None and self._in_use + needed > self.limit:
                 raise MemoryLimitError(self._name, needed, self._in_use, self.limit)
-            reserved = self._reserved()
-            block = self._take(needed)
+            reserved = _reserved(source, self.index)
+            block = self._take(needed, source)
+            self._sources.add(source)
             self._in_use += needed
             self._peak = max(self._peak, self._in_use)
             self._allocations += 1
-            self._reuses += self._reserved() == reserved
+            self._reuses += _reserved(source, self.index) == reserved
         return Buffer(block.view(getattr(torch, dtype)).view(tuple(shape)), self, needed)
 
-    def _take(self, needed: int) -> Any:
+    def _source_of(self, array: Any) -> Source:
+        library = type(array).__module__.partition(".")[0]
+        return "cupy" if library == "cupy" else "torch" if library == "torch" else self.source
+
+    def _take(self, needed: int, source: Source) -> Any:
         import torch
 
-        if self.source == "torch":
+        if source == "torch":
             take: Callable[[], Any] = lambda: torch.empty(needed, dtype=torch.uint8, device=f"cuda:{self.index}")  # noqa: E731
         else:
             take = self._from_cupy(needed)
@@ -76,7 +88,7 @@ class CudaMemory:
         cupy = _cupy()
 
         def take() -> Any:
-            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self.index).cuda_stream)
+            stream = _stream(cupy, torch.cuda.current_stream(self.index))
             try:
                 with cupy.cuda.Device(self.index), stream:
                     return torch.from_dlpack(cupy.empty(needed, dtype=cupy.uint8))
@@ -124,8 +136,9 @@ class CudaMemory:
     def stats(self) -> MemoryStats:
         """`pooled` is what the allocator holds beyond what is in use anywhere in the process."""
         with self._lock:
+            pooled = sum(_pooled(source, self.index) for source in self._sources)
             return MemoryStats(
-                in_use=self._in_use, pooled=self._pooled(), peak=self._peak, limit=self.limit,
+                in_use=self._in_use, pooled=pooled, peak=self._peak, limit=self.limit,
                 allocations=self._allocations, reuses=self._reuses, copies=self._copies, copied=self._copied,
             )  # fmt: skip
 
@@ -136,28 +149,41 @@ class CudaMemory:
         if not torch.cuda.is_initialized():
             return 0
         with self._lock:
-            before = self._reserved()
-            if self.source == "torch":
+            before = sum(_reserved(source, self.index) for source in self._sources)
+            if "torch" in self._sources:
                 torch.cuda.empty_cache()
-            else:
+            if "cupy" in self._sources:
                 _cupy().get_default_memory_pool().free_all_blocks()
-            return before - self._reserved()
+            return before - sum(_reserved(source, self.index) for source in self._sources)
 
-    def _reserved(self) -> int:
-        import torch
 
-        if self.source == "cupy":
+def _reserved(source: Source, index: int) -> int:
+    """Bytes that an allocator holds of the driver."""
+    import torch
+
+    if source == "cupy":
+        with _cupy().cuda.Device(index):
             return int(_cupy().get_default_memory_pool().total_bytes())
-        return torch.cuda.memory_reserved(self.index) if torch.cuda.is_initialized() else 0
+    return torch.cuda.memory_reserved(index) if torch.cuda.is_initialized() else 0
 
-    def _pooled(self) -> int:
-        import torch
 
-        if self.source == "cupy":
+def _pooled(source: Source, index: int) -> int:
+    """Bytes that an allocator holds and nobody uses."""
+    import torch
+
+    if source == "cupy":
+        with _cupy().cuda.Device(index):
             return int(_cupy().get_default_memory_pool().free_bytes())
-        if not torch.cuda.is_initialized():
-            return 0
-        return torch.cuda.memory_reserved(self.index) - torch.cuda.memory_allocated(self.index)
+    if not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+
+
+def _stream(cupy: Any, current: Any) -> Any:
+    """Torch's stream as CuPy takes it: by the protocol that newer versions read, else by its address."""
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(current, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(current)
+    return cupy.cuda.ExternalStream(current.cuda_stream)
 
 
 def _cupy() -> Any:
