@@ -76,7 +76,9 @@ class StagingRing:
             block = self._block = self._gpu.allocate(self._count * self._slot_bytes, host=True)
             for start in range(0, self._count * self._slot_bytes, self._slot_bytes):
                 host = torch.frombuffer(block.mapped, dtype=torch.uint8, count=self._slot_bytes, offset=start)
-                self._slots.append(_Slot(Bound(block, start, self._slot_bytes), host, self._gpu.begin()))
+                commands = self._gpu.begin()
+                self._gpu.end(commands)  # each transfer begins it anew
+                self._slots.append(_Slot(Bound(block, start, self._slot_bytes), host, commands))
         self._gpu.wait(self._last[self._next], f"transfer a tensor ({what})", TIMEOUT)
         return self._slots[self._next]
 
