@@ -176,6 +176,19 @@ def test_large_tensors_on_a_cpus_device_are_read_and_written_where_they_lie(sess
     assert session.memory.stats().copied == 4 * query.nbytes + key.nbytes
 
 
+def test_imported_memory_outlives_the_tensor_that_was_made_for_the_call(session: Any, seed: int) -> None:
+    for n in range(6):  # a boolean mask becomes numbers, large enough to be imported, that only the recording holds
+        query, key, value, grad = draw(seed + n, *[(1, 4, 256, 32)] * 4)
+        mask = torch.rand(1, 4, 256, 256, generator=torch.Generator().manual_seed(seed + n)) > 0.3
+        assert mask.numel() * 4 >= recorder.IMPORT_FROM
+        asked = request(query, key, lse=True, grads=frozenset("qkv"), mask=hal.MaskKind.BOOLEAN)
+        prepared = session.prepare_attention(query, key, value, request=asked)
+        out, lse = session.compute_attention(prepared, mask)
+        grads = session.compute_attention_backward(prepared, out, lse, grad, mask)
+        assert relative_error(out, reference(query, key, value, mask).out) <= 1e-5
+        assert all(bool(x.isfinite().all()) for x in grads[:3])
+
+
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float32), (40, torch.float32), (32, torch.float16)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_staging_ring_carries_tensors_of_any_layout(

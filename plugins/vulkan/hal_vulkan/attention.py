@@ -13,7 +13,7 @@ from hal_core import AttentionOutput, Grads
 
 from . import stream
 from .commands import Given, Operand, VulkanCommandBuffer
-from .recorder import Recorder
+from .recorder import Recorder, number
 
 
 class Shape(NamedTuple):
@@ -68,7 +68,7 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
     """(out, log-sum-exp) of a call; None for a log-sum-exp that the request does not ask for."""
     query, key, value = call[:3]
     given = (query, key, value, call.mask, out if recorder.lies(out) else None)
-    name = None if call.plan is not None else recorder.key("forward", call.request, given)
+    name = None if call.plan is not None else recorder.key("forward", number(call.request), given)
     if (kept := recorder.find(name)) is not None:
         return _output(kept.run(given), out)
     result = given[4]
@@ -124,7 +124,7 @@ def backward(
     inputs, wanted = call[:3], call.request.grads or frozenset("qkv")
     to_lse = None if grad_lse is None else grad_lse.float()
     given = (*inputs, call.mask, out, lse.float(), grad_out.to(call.query.dtype), to_lse)
-    name = None if call.plan is not None else recorder.key("backward", call.request, given)
+    name = None if call.plan is not None else recorder.key("backward", number(call.request), given)
     if (kept := recorder.find(name)) is not None:
         grads = kept.run(given)
     elif call.query.numel() and call.key.numel():

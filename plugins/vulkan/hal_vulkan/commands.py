@@ -64,7 +64,7 @@ class VulkanCommandBuffer:
         self._gpu, self._card = recorder.gpu, recorder.card_of(given)
         self._place = "cpu" if self._card is None else self._card.place
         self._regions: list[tuple[VulkanMemoryPool, Region]] = []
-        self._imported: list[Memory] = []
+        self._imported: list[tuple[Memory, Tensor]] = []  # with the tensors, which must stay for as long
         self._uploads: list[tuple[Take, Tensor]] = []
         self._streamed: list[tuple[Take, Operand, int]] = []
         self._results: list[_Result] = []
@@ -74,6 +74,7 @@ class VulkanCommandBuffer:
         self._dispatched = self._uploaded = False
         self.fixed = True
         self._commands: Any = self._gpu.begin()
+        self._gpu.stamp(self._commands, 2)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +171,7 @@ class VulkanCommandBuffer:
         if self._card is not None:
             bound = self._card.bound_of(tensor)
         elif (bound := recorder.import_host(tensor)) is not None:
-            self._imported.append(bound.block)
+            self._imported.append((bound.block, tensor))
             self.fixed = False  # another call's tensors lie elsewhere
         return None if bound is None else Operand(bound, None)
 
@@ -216,6 +217,7 @@ class VulkanCommandBuffer:
             gpu.copy(self._commands, source, target)
         if self._downloads:
             gpu.barrier(self._commands)
+        gpu.stamp(self._commands, 3)
         gpu.end(self._commands)
         self.run(self._given)
         self._given, self._targets = (), []
@@ -266,7 +268,7 @@ class VulkanCommandBuffer:
         if self._card is not None:
             self._card.settle()
         gpu.drop(self._commands)
-        for block in self._imported:
+        for block, _ in self._imported:
             gpu.free(block)
         for pool, region in self._regions:
             pool.free(region)

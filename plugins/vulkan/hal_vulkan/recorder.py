@@ -33,7 +33,7 @@ _numbers = count()
 
 
 @lru_cache(maxsize=4096)
-def _number(request: AttentionRequest) -> int:
+def number(request: AttentionRequest) -> int:
     """Stands for a request in keys: hashing the request itself takes longer than finding a recording."""
     return next(_numbers)
 
@@ -63,13 +63,18 @@ class Recorder:
 
     # Recordings
 
-    def key(self, kind: str, request: AttentionRequest, given: Given) -> Hashable:
-        """What a recording depends on besides the device: the request, the tensors' shapes and types, and the places of those
-        that are read where they lie."""
-        card, mask = self.card_of(given), given[3]
-        shapes = [None if t is None else (t.shape, t.dtype) for t in given]
-        lying = () if card is None else [card.kind, *(t.data_ptr() if self.lies(t) else 0 for t in given)]
-        return (kind, _number(request), *shapes, *lying, None if mask is None else mask.stride())
+    def key(self, kind: str, number: int, given: Given) -> Hashable:
+        """What a recording depends on besides the device.
+
+        Args:
+            number: see `number`. given: query, key, value, mask and the rest: their shapes count, and the places of those that
+                are read where they lie.
+        """
+        shapes = tuple([None if t is None else t.shape for t in given])
+        mask = None if given[3] is None else (given[3].stride(), given[3].dtype)
+        card = self.card_of(given)
+        lying = None if card is None else tuple([None if t is None else card.address(t) for t in given])
+        return kind, number, shapes, mask, lying
 
     def find(self, key: Hashable | None) -> VulkanCommandBuffer | None:
         """The recording of a key, ready to run. Raises DeviceUnavailableError while the device hangs."""
@@ -178,6 +183,11 @@ class Recorder:
     def device_seconds(self) -> float | None:
         """What the last call's shaders took by the device's clock, copies not counted; None where it has none."""
         return self.gpu.stamped_seconds() if self.gpu.submitted else None
+
+    @property
+    def device_seconds_in_all(self) -> float | None:
+        """What all recorded commands of the last call took by the device's clock, copies counted; None where it has none."""
+        return self.gpu.stamped_seconds(2) if self.gpu.submitted else None
 
     def trim(self) -> int:
         """Give kept recordings and idle memory back to the driver; returns the bytes of the memory."""

@@ -58,6 +58,10 @@ class SharedCard(ABC):
                 return Bound(seen.block, offset, -(-nbytes // 4) * 4)
         return None
 
+    def address(self, tensor: Tensor) -> int:
+        """Of a tensor that is read where it lies; 0 for others."""
+        return tensor.data_ptr() if self.bound_of(tensor) is not None else 0
+
     def forget(self, block: Memory) -> None:
         """The block is about to be freed, and nobody has a tensor of it any more."""
         if (seen := self._seen.pop(block.memory, None)) is not None:

@@ -37,7 +37,7 @@ class Gpu(Compiling):
         self._done = self._timeline(exported="timeline_export" in adapter.features)
         self._foreign: list[Timeline] = []
         self._queries = self._made("VkQueryPool*", "vkCreateQueryPool", "VkQueryPoolCreateInfo*",
-                                   {"sType": 11, "queryType": 2, "queryCount": 2})  # fmt: skip
+                                   {"sType": 11, "queryType": 2, "queryCount": 4})  # fmt: skip
         self._submitted = 0
         # What a submission and a wait hand to the driver, made once: making structures takes longer than the calls.
         self._number, self._awaited = ffi.new("uint64_t[1]"), ffi.new("uint64_t[1]")
@@ -136,20 +136,17 @@ class Gpu(Compiling):
         lib.vkCmdPipelineBarrier(commands, before, after, 0, 1, memory, 0, ffi.NULL, 0, ffi.NULL)
 
     def stamp(self, commands: Any, place: int) -> None:
-        """Write time stamp 0 (before everything) or 1 (after everything recorded so far)."""
+        """Write time stamp `place`, 0 to 3: an even one once the device is here, an odd one after all that was recorded."""
         if self._timestamps:
-            if place == 0:
-                self._lib.vkCmdResetQueryPool(commands, self._queries, 0, 2)
-            self._lib.vkCmdWriteTimestamp(commands, 1 if place == 0 else 0x2000, self._queries, place)
+            self._lib.vkCmdResetQueryPool(commands, self._queries, place, 1)
+            self._lib.vkCmdWriteTimestamp(commands, 0x2000 if place % 2 else 1, self._queries, place)
 
-    def stamped_seconds(self) -> float | None:
-        """Device time between the stamps of the last finished submission; None where the queue has no clock."""
+    def stamped_seconds(self, first: int = 0) -> float | None:
+        """Device time between stamps `first` and `first` + 1 of the last finished submission; None without a clock."""
         if not self._timestamps:
             return None
-        ffi = self._ffi
-        stamps = ffi.new("uint64_t[2]")
-        result = self._lib.vkGetQueryPoolResults(self._device, self._queries, 0, 2, 16, stamps, 8, 1)
-        if result:
+        stamps = self._ffi.new("uint64_t[2]")
+        if self._lib.vkGetQueryPoolResults(self._device, self._queries, first, 2, 16, stamps, 8, 1):
             return None
         return float(stamps[1] - stamps[0]) * self.adapter.limits["timestampPeriod"] * 1e-12
 
