@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from ctypes import memmove
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,10 @@ TIMEOUT = 300.0
 #: Seconds that work which should be over already is given to end, before its memory is given back.
 GRACE = 30.0
 
+#: Bytes up to which a contiguous tensor is copied by memmove: torch shares its copies among threads, and waking them takes
+#: longer than these.
+PLAIN_COPY = 1 << 20
+
 Given = Sequence[Tensor | None]
 Take = Callable[[Given], Any]  # a tensor of the call, or one made from them
 
@@ -40,8 +45,20 @@ class Operand(NamedTuple):
         return Operand(Bound(self.bound.block, self.bound.offset + offset, size), None)
 
 
+class _Upload(NamedTuple):
+    """A tensor that is copied to `near`: to `nbytes` at `address` where both are contiguous (0 where `near` is not)."""
+
+    take: Take
+    near: Tensor
+    address: int
+    nbytes: int
+
+
 class _Result(NamedTuple):
-    """A result: `near` is where torch reads it; None where it passes through the staging ring, or was written in place."""
+    """A result: `near` is where torch reads it; None where it passes through the staging ring, or was written in place.
+
+    `address` and `nbytes` are of its bytes there where they are all its own; 0 elsewhere.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
@@ -49,6 +66,8 @@ class _Result(NamedTuple):
     wide: int
     near: Tensor | None
     in_place: Take | None
+    address: int
+    nbytes: int
 
 
 class VulkanCommandBuffer:
@@ -65,7 +84,7 @@ class VulkanCommandBuffer:
         self._place = "cpu" if self._card is None else self._card.place
         self._regions: list[tuple[VulkanMemoryPool, Region]] = []
         self._imported: list[tuple[Memory, Tensor]] = []  # with the tensors, which must stay for as long
-        self._uploads: list[tuple[Take, Tensor]] = []
+        self._uploads: list[_Upload] = []
         self._streamed: list[tuple[Take, Operand, int]] = []
         self._results: list[_Result] = []
         self._targets: list[Tensor] = []
@@ -133,7 +152,8 @@ class VulkanCommandBuffer:
         if not whole:
             typed.zero_()
             typed = typed[..., : tensor.shape[-2], : tensor.shape[-1]] if len(shape) > 1 else typed[: tensor.shape[-1]]
-        self._uploads.append((take, typed))
+        own = whole and dtype == tensor.dtype and self._card is None and nbytes <= PLAIN_COPY
+        self._uploads.append(_Upload(take, typed, typed.data_ptr() if own else 0, nbytes))
         if staging is not None:
             self._gpu.copy(self._commands, staging, operand.bound)
             self._uploaded = True
@@ -142,19 +162,20 @@ class VulkanCommandBuffer:
     def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
         """Memory that becomes `tensor` when `finish` is called; rows of `dim` elements are cut on the way."""
         last = tensor.shape[-1]
-        wide, near, in_place = dim or last, None, None
+        wide, near, in_place, address, nbytes = dim or last, None, None, 0, tensor.nbytes
         if wide == last and (lying := self._lying(tensor)) is not None:
             operand, in_place = lying, self._taking(tensor, None)
         else:
-            nbytes = tensor.numel() // max(last, 1) * wide * tensor.element_size()
-            operand = self.space(nbytes)
+            padded = tensor.numel() // max(last, 1) * wide * tensor.element_size()
+            operand = self.space(padded)
             self._count(tensor)
-            if not self._recorder.streams(nbytes, self._card):
-                bytes_near, staging = self._near(operand, nbytes)
+            if not self._recorder.streams(padded, self._card):
+                bytes_near, staging = self._near(operand, padded)
                 near = bytes_near.view(tensor.dtype).view(*tensor.shape[:-1], wide)[..., :last]
+                address = near.data_ptr() if wide == last and self._card is None and nbytes <= PLAIN_COPY else 0
                 if staging is not None:
                     self._downloads.append((operand.bound, staging))
-        self._results.append(_Result(tensor.shape, tensor.dtype, operand, wide, near, in_place))
+        self._results.append(_Result(tensor.shape, tensor.dtype, operand, wide, near, in_place, address, nbytes))
         self._targets.append(tensor)
         return operand
 
@@ -234,8 +255,12 @@ class VulkanCommandBuffer:
         with torch.no_grad():
             if card is not None:
                 card.enter()
-            for take, near in self._uploads:
-                near.copy_(take(given))
+            for take, near, address, nbytes in self._uploads:
+                tensor = take(given)
+                if address and tensor.is_contiguous():
+                    memmove(address, tensor.data_ptr(), nbytes)
+                else:
+                    near.copy_(tensor)
             for take, operand, wide in self._streamed:
                 recorder.ring.upload(take(given), operand.bound, wide, self.what)
             if card is not None:
@@ -243,12 +268,14 @@ class VulkanCommandBuffer:
             else:
                 gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
             found = []
-            for n, (shape, dtype, operand, wide, near, in_place) in enumerate(self._results):
+            for n, (shape, dtype, operand, wide, near, in_place, address, nbytes) in enumerate(self._results):
                 if in_place is not None:
                     found.append(in_place(given))
                     continue
                 target = self._targets[n] if self._targets else torch.empty(shape, dtype=dtype, device=self._place)
-                if near is not None:
+                if address and target.is_contiguous():
+                    memmove(target.data_ptr(), address, nbytes)
+                elif near is not None:
                     target.copy_(near)
                 else:
                     recorder.ring.download(operand.bound, target, wide, self.what)
