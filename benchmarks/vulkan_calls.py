@@ -1,0 +1,95 @@
+"""What a recorded call of a Vulkan device costs the host, beside the device's own time.
+
+python benchmarks/vulkan_calls.py [--record]. One small call, B1 H8 128x128 D64 float16, again and again. "whole" is the host's
+clock from the call to its return; "device" is the device's clock over all recorded commands, transfers included; "host" is
+the difference, call by call: Python, the copies between the tensors and mapped memory, submission and waiting. With tensors on
+CUDA a call returns before the device is done, so that all of its time is the host's own; "and synchronise" waits for CUDA.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from record import parser, publish
+
+import hal_core as hal
+
+SHAPE = (1, 8, 128, 64)
+Timed = tuple[float, float | None]  # seconds: by the host's clock, by the device's
+
+
+def timed(session: Any, run: Callable[[], Any], calls: int, settle: Callable[[], Any]) -> list[Timed]:
+    """Each call by itself, after three that are not counted; `settle` runs between calls, untimed."""
+    found: list[Timed] = []
+    for _ in range(calls + 3):
+        start = time.perf_counter()
+        run()
+        whole = time.perf_counter() - start
+        settle()
+        found.append((whole, session.recorder.device_seconds_in_all))
+    return found[3:]
+
+
+def row(name: str, found: list[Timed], *, waits: bool) -> list[str]:
+    """Medians in microseconds. `waits`: whether the call returns after the device is done."""
+    whole = statistics.median(w for w, _ in found)
+    inside = [d for _, d in found if d is not None]
+    host = statistics.median(w - (d or 0.0) for w, d in found) if waits else whole
+    device = f"{statistics.median(inside) * 1e6:.1f}" if inside else "no clock"
+    return [name, f"{whole * 1e6:.1f}", device, f"{host * 1e6:.1f}" if inside or not waits else "not measured"]
+
+
+def rows_of(session: Any, calls: int) -> list[list[str]]:
+    request = hal.AttentionRequest(
+        batch=1, heads_q=SHAPE[1], heads_kv=SHAPE[1], len_q=SHAPE[2], len_k=SHAPE[2], dim_qk=SHAPE[3], dim_v=SHAPE[3],
+        dtype="float16",
+    )  # fmt: skip
+    nothing = lambda: None  # noqa: E731 - what happens between calls
+    query, key, value = (torch.randn(SHAPE).half() for _ in range(3))
+    bound = session.bind(request)
+    run = lambda: bound(query, key, value)  # noqa: E731 - the call that is timed
+    table = [row("host tensors", timed(session, run, calls, nothing), waits=True)]
+    gpu, kept = session.recorder.gpu, next(iter(session.recorder._kept.values()))
+    again = lambda: gpu.wait(gpu.submit(kept._commands), "run again", 10.0)  # noqa: E731 - the commands alone
+    table.append(row("the recorded commands alone", timed(session, again, calls, nothing), waits=True))
+    if session.recorder.card is None:
+        return table
+    settle = torch.cuda.synchronize
+    query, key, value = (t.cuda() for t in (query, key, value))
+    table.append(row("CUDA tensors", timed(session, run, calls, settle), waits=False))
+    buffers = [session.memory.allocate(SHAPE, "float16") for _ in range(4)]
+    query, key, value, out = (session.memory.to_torch(buffer).normal_() for buffer in buffers)
+    table.append(row("CUDA tensors in the device's memory", timed(session, run, calls, settle), waits=False))
+    prepared = session.prepare_attention(query, key, value, request=request)
+    into = lambda: session.compute_attention(prepared, out=out)  # noqa: E731 - the result in place, too
+    table.append(row("the same, and the result", timed(session, into, calls, settle), waits=False))
+    both = lambda: (into(), settle())  # noqa: E731 - until CUDA knows that Vulkan is done
+    table.append(row("the same, and synchronise", timed(session, both, calls, nothing), waits=True))
+    for buffer in buffers:
+        session.memory.free(buffer)
+    return table
+
+
+def main() -> None:
+    options = parser(sys.modules["__main__"].__doc__)
+    options.add_argument("--device", default="vulkan:0")
+    options.add_argument("--calls", type=int, default=300)
+    chosen = options.parse_args()
+    device = next((d for d in hal.devices() if d.id == chosen.device), None)
+    if device is None:
+        sys.stdout.write(f"{chosen.device} is not present here: nothing was measured\n")
+        return
+    columns = ["B1 H8 128x128 D64 float16", "whole us", "device us", "host us"]
+    note = f"Driver: {device.driver}. Medians of {chosen.calls} calls; the benchmark's first lines say what a column holds."
+    session: Any = hal.session(device.id)
+    publish(chosen, "vulkan", f"Host time of a recorded call on {device.model} ({device.fidelity})", columns,
+            rows_of(session, chosen.calls), [note])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
