@@ -12,8 +12,9 @@ from .chip import Chip, Launcher
 from .kernels.plan import list_once
 
 _POINTERS = ("index", "count", "out", "out_count")
-#: Entries of a list taken at a time, and how many of those before them they are compared with at a time.
-TILE = {"BLOCK": 128, "AGAINST": 16}
+#: Entries of a list taken at a time, and how many of those before them they are compared with at a time. Small: lists are short
+#: as a rule, and then a row waits for memory and little else.
+TILE = {"BLOCK": 32, "AGAINST": 64}
 
 
 def listed_once(plan: BlockPlan, chip: Chip) -> BlockPlan:

@@ -26,7 +26,7 @@ def list_once(
         place = start + lane
         block = tl.load(source + place.to(tl.int64) * index_n, mask=place < listed, other=-1)
         seen = tl.zeros([BLOCK], tl.int32)
-        for before in tl.range(0, start + BLOCK, AGAINST):
+        for before in tl.range(0, tl.minimum(start + BLOCK, listed), AGAINST):
             earlier = before + tl.arange(0, AGAINST)
             other = tl.load(source + earlier.to(tl.int64) * index_n, mask=earlier < listed, other=-2)
             same = (block[:, None] == other[None, :]) & (earlier[None, :] < place[:, None])
