@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,7 +94,7 @@ def test_a_wait_that_takes_too_long_names_what_it_waited_for(session: Any) -> No
     query = torch.randn(1, 8, 1024, 64)
     engine = session.engine
     waited = engine.wait
-    engine.wait = lambda what, timeout=0.0: waited(what, -1.0 if what.startswith("compute") else 60.0)
+    engine.wait = lambda what, timeout=0.0, event=None: waited(what, -1.0 if what.startswith("compute") else 60.0)
     with pytest.raises(hal.DeviceUnavailableError, match=r"did not compute attention .*1024 x 1024.* within"):
         session.bind(request(query))(query, query, query)
     del engine.wait
@@ -118,15 +120,22 @@ def test_a_closed_session_says_so(device: hal.Device) -> None:
         session.bind(request(query))(query, query, query)
 
 
-@pytest.mark.parametrize(("dim", "room"), [(64, 49152), (128, 49152), (256, 49152), (256, 32768)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+FAST = [(64, 49152, torch.float32), (96, 49152, torch.float16), (256, 16384, torch.float32)]
+SLOW = [(d, r, t) for d, r, t in itertools.product(
+    (32, 64, 96, 128, 192, 256), (49152, 16384), (torch.float32, torch.float16)
+) if (d, r, t) not in FAST]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dim", "room", "dtype"), FAST + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
 def test_the_gpu_program_agrees_with_float64_on_any_device(
     session: Any, monkeypatch: pytest.MonkeyPatch, dim: int, room: int, dtype: torch.dtype, seed: int
 ) -> None:
     """Local-memory tiles are a GPU's program; a CPU's driver runs them too, slowly."""
     gpu = SimpleNamespace(shares_memory=False, handle=SimpleNamespace(local_mem_size=room))
     shape = attention.shape_of(gpu, dim)  # type: ignore[arg-type]
-    assert attention.local_bytes(shape, dim) <= room
+    assert shape.local_bytes(dim) <= room
     monkeypatch.setattr(attention, "shape_of", lambda engine, dim: shape)
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 4, 75, dim, generator=generator).to(dtype)
@@ -140,3 +149,62 @@ def test_the_gpu_program_agrees_with_float64_on_any_device(
     want = reference(query, key, value, mask, request=wanted)
     assert relative_error(out, want.out) <= (1e-5 if dtype == torch.float32 else 2e-3)
     assert relative_error(lse, want.lse) <= 1e-5
+
+
+@pytest.fixture
+def apart(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A session that takes the device for one with memory of its own; copies go through slots of 8 KiB."""
+    from hal_opencl import engine, session, staging
+
+    monkeypatch.setattr(engine, "is_cpu", lambda handle: False)
+    monkeypatch.setattr(staging, "_SLOT", 8192)
+    with session.OpenClSession(device, backend_module.find().handles[device.id]) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("dim", [64, 40])
+def test_tensors_travel_through_pinned_slots(apart: Any, dim: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    turned = torch.randn(2, 37, 3, dim, generator=generator).transpose(1, 2)  # rows without a common stride
+    key, value = (torch.randn(2, 3, 300, dim, generator=generator) for _ in range(2))
+    out = apart.bind(request(turned, len_k=300))(turned, key, value)
+    want = torch.nn.functional.scaled_dot_product_attention(turned.double(), key.double(), value.double())
+    assert relative_error(out, want) <= 1e-5
+    assert apart.memory.stats().copies == 5  # query, key, value; the result and its log-sum-exp
+    ring = apart.engine.staging
+    assert 0 < len(ring._free) + len(ring._busy) <= 8
+    freed = apart.memory.trim()
+    assert freed % 8192 == 0
+    assert freed > 0
+    assert not ring._free
+    assert not ring._busy
+
+
+def test_rows_longer_than_a_slot_travel_in_pieces(apart: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 5000, generator=generator)
+    assert bool((apart.kernel("vector_add")(x, x) == 2 * x).all())
+    assert bool((apart.kernel("vector_add")(x.t(), x.t()) == 2 * x.t()).all())
+
+
+def test_a_copy_that_does_not_end_is_given_up_by_name(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hal_opencl import staging
+
+    class Stuck:
+        """pyopencl, but for copies that are submitted and never run."""
+
+        def enqueue_copy(self, *arguments: Any, **options: Any) -> Any:
+            return SimpleNamespace(command_execution_status=2)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pyopencl, name)
+
+    pyopencl, waited = staging.cl, apart.engine.wait
+    query = torch.randn(1, 2, 200, 64)
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "cl", Stuck())
+        patched.setattr(apart.engine, "wait", lambda what, timeout=0.05, event=None: waited(what, timeout, event))
+        with pytest.raises(hal.DeviceUnavailableError, match=r"did not copy operands within 0.05 s"):
+            apart.bind(request(query))(query, query, query)
+    apart.engine.staging._busy.clear()  # those copies do not exist
+    assert bool(apart.bind(request(query))(query, query, query).isfinite().all())

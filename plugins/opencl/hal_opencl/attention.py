@@ -11,36 +11,55 @@ from torch import Tensor
 
 from hal_core import AttentionOutput, Grads
 
-from .engine import Engine, Lease, Operand
+from .engine import Engine
+from .lease import Lease, Operand
 
 _TILE = 64  # keys in a tile of forward_rows.cl
 _ROWS = 16  # query rows of one of its work items
 
 
 class Shape(NamedTuple):
-    """How a kernel cuts the work: rows of a work item or group, keys of a tile, work items in a group (0: one)."""
+    """How a kernel cuts the work.
+
+    Attributes:
+        rows: query rows of a work item (forward_rows.cl) or group (forward_tiles.cl). tile: keys of a tile.
+        threads: work items in a group; 0 for forward_rows.cl, and what follows is for forward_tiles.cl alone.
+        height: query rows that a work item holds. slice: head elements of the keys in local memory at once.
+    """
 
     rows: int
     tile: int
-    threads: int
+    threads: int = 0
+    height: int = 0
+    slice: int = 0
+
+    def run(self, dim: int) -> int:
+        """Keys whose values fit where a slice of the keys lay: a power of 2."""
+        return 1 << (max(self.tile * min(self.slice, dim) // dim, 4).bit_length() - 1)
+
+    def local_bytes(self, dim: int) -> int:
+        """Local memory of a work group: (a slice of) the queries, keys or values, and weights."""
+        width = min(self.slice, dim)
+        return 4 * (self.rows * width + max(self.tile * width, self.run(dim) * dim) + self.rows * self.tile)
+
+    def options(self, dim: int) -> list[str]:
+        """Build options of forward_tiles.cl."""
+        values = self._asdict() | {"slice": min(self.slice, dim), "run": self.run(dim), "sliced": int(self.slice < dim)}
+        return [f"-D{name.upper()}={value}" for name, value in values.items()]
 
 
-_GPU_SHAPES = {64: Shape(64, 32, 128), 128: Shape(32, 32, 128), 256: Shape(16, 16, 64)}
-_SMALL_SHAPE = Shape(8, 16, 32)  # fits 32 KiB, the least that OpenCL 1.1 promises a GPU, at any size
-
-
-def local_bytes(shape: Shape, dim: int) -> int:
-    """Local memory of a work group of forward_tiles.cl: queries, keys or values, weights, one number per row and thread."""
-    return 4 * ((shape.rows + shape.tile) * (dim + 4) + shape.rows * (shape.tile + 4) + shape.threads * 4)
+_GPU_SHAPES = {
+    64: Shape(64, 64, 64, 8, 64), 96: Shape(64, 64, 64, 8, 32), 128: Shape(64, 64, 64, 8, 64), 256: Shape(32, 64, 64, 4, 64),
+}  # fmt: skip
+_SMALL_SHAPE = Shape(16, 32, 32, 4, 32)  # fits 16 KiB, the least that OpenCL 1.1 lets a GPU have, at any size
 
 
 def shape_of(engine: Engine, dim: int) -> Shape:
     """Row blocks for a CPU's registers and caches; on a GPU the largest tiles that suit a head size and fit local memory."""
     if engine.shares_memory:
-        return Shape(_ROWS, _TILE, 0)
-    liked = [shape for most, shape in _GPU_SHAPES.items() if dim <= most]
-    room = int(engine.handle.local_mem_size)
-    return next((shape for shape in liked if local_bytes(shape, dim) <= room), _SMALL_SHAPE)
+        return Shape(_ROWS, _TILE)
+    liked = next(shape for most, shape in _GPU_SHAPES.items() if dim <= most)
+    return liked if liked.local_bytes(dim) <= int(engine.handle.local_mem_size) else _SMALL_SHAPE
 
 
 class _Setting(Problem):
@@ -76,8 +95,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         part = lease.space(splits * rows * dim * 4 if splits > 1 else 64)
         part_lse = lease.space(splits * rows * 4) if splits > 1 else to_lse
         if shape.threads:
-            tiling = [f"-DROWS={shape.rows}", f"-DTILE={shape.tile}", f"-DTHREADS={shape.threads}"]
-            kernel = engine.kernel("forward_tiles", "forward", [*setting.options, *tiling])
+            kernel = engine.kernel("forward_tiles", "forward", [*setting.options, *shape.options(dim)])
         else:
             keys, values = _packed(setting, keys, values)
             kernel = engine.kernel("forward_rows", "forward", setting.options)

@@ -61,8 +61,8 @@ static inline void score(const float *query, __global const float *keys, float *
       #pragma unroll
       for (int r = 0; r < GROUP; r++) {
         const float x = query[r * HEAD_DIM + d];
-        sum[r][0] = mad((float16)x, k0, sum[r][0]);
-        sum[r][1] = mad((float16)x, k1, sum[r][1]);
+        sum[r][0] = x * k0 + sum[r][0];
+        sum[r][1] = x * k1 + sum[r][1];
       }
     }
     #pragma unroll
@@ -87,8 +87,8 @@ static inline void accumulate(float *out, const float *weights, __global const f
       #pragma unroll
       for (int r = 0; r < GROUP; r++) {
         const float x = weights[r * TILE + j];
-        sum[r][0] = mad((float16)x, v0, sum[r][0]);
-        sum[r][1] = mad((float16)x, v1, sum[r][1]);
+        sum[r][0] = x * v0 + sum[r][0];
+        sum[r][1] = x * v1 + sum[r][1];
       }
     }
     #pragma unroll

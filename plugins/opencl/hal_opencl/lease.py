@@ -1,0 +1,106 @@
+"""Device memory of one call: operands brought there, results brought home, all given back at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyopencl as cl
+import torch
+from hal_compute.pool import Region
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Operand(NamedTuple):
+    """Device memory of one call. `host` shares it as bytes where the device is a CPU; None elsewhere."""
+
+    buffer: Any
+    host: Tensor | None
+    nbytes: int
+
+
+class Lease:
+    """Device memory of one call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._regions: list[Region] = []
+        self._views: list[Any] = []
+        self._reads: list[tuple[Operand, Tensor, int]] = []
+
+    def space(self, nbytes: int) -> Operand:
+        """Uninitialised memory."""
+        engine = self.engine
+        region = engine.pool.allocate(nbytes)
+        self._regions.append(region)
+        buffer, host = region.block
+        with engine.named("cut a buffer"):
+            part = buffer.get_sub_region(region.offset, region.size)
+        self._views.append(part)
+        return Operand(part, None if host is None else host[region.offset : region.offset + nbytes], nbytes)
+
+    def stage(self, tensor: Tensor, dim: int | None = None) -> Operand:
+        """A tensor's values, contiguous, its last dimension padded to `dim` with zeros; shared where that is possible."""
+        engine = self.engine
+        last = tensor.shape[-1]
+        padded = dim is not None and dim != last
+        tensor = tensor.detach()
+        if engine.shares_memory and not padded and tensor.is_contiguous():
+            return self.share(tensor)
+        rows = tensor.numel() // max(last, 1)
+        operand = self.space(rows * (dim or last) * tensor.element_size())
+        if operand.host is not None:
+            typed = operand.host.view(tensor.dtype).view(*tensor.shape[:-1], dim or last)
+            typed[..., :last].copy_(tensor)
+            if padded:
+                typed[..., last:].zero_()
+        else:
+            engine.staging.upload(tensor, operand.buffer, dim or last)
+        engine.copies += 1
+        engine.copied += tensor.numel() * tensor.element_size()
+        return operand
+
+    def share(self, tensor: Tensor) -> Operand:
+        """The tensor's own memory as a buffer, on a device that shares the host's."""
+        flat = tensor.view(-1).view(torch.uint8)
+        flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
+        with self.engine.named("share a tensor"):
+            buffer = cl.Buffer(self.engine.context, flags, hostbuf=flat.numpy())
+        self._views.append(buffer)
+        return Operand(buffer, flat, flat.numel())
+
+    def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
+        """Memory that becomes `tensor` (contiguous) when `finish` is called; rows of `dim` elements, cut on the way."""
+        if self.engine.shares_memory and dim in (None, tensor.shape[-1]):
+            return self.share(tensor)
+        rows = tensor.numel() // max(tensor.shape[-1], 1)
+        operand = self.space(rows * (dim or tensor.shape[-1]) * tensor.element_size())
+        self._reads.append((operand, tensor, dim or tensor.shape[-1]))
+        return operand
+
+    def finish(self, what: str) -> None:
+        """Wait for the queue and bring the results home."""
+        engine = self.engine
+        engine.wait(what)
+        engine.note_time()
+        for operand, tensor, dim in self._reads:
+            if operand.host is None:
+                engine.staging.download(operand.buffer, tensor, dim, what)
+            else:
+                typed = operand.host[: operand.nbytes].view(tensor.dtype).view(*tensor.shape[:-1], dim)
+                tensor.copy_(typed[..., : tensor.shape[-1]])
+            engine.copies += 1
+            engine.copied += tensor.numel() * tensor.element_size()
+        self._reads.clear()
+
+    def release(self) -> None:
+        # A buffer over a caller's tensor must be gone before the tensor may be; after a failure the queue is drained first.
+        self.engine.launched.clear()
+        for view in self._views:
+            view.release()
+        for region in self._regions:
+            self.engine.pool.free(region)
+        self._views.clear()
+        self._regions.clear()
