@@ -24,6 +24,8 @@ from .staging import StagingRing
 
 #: Recordings that are kept with their memory, and the bytes of them all.
 KEPT, KEPT_BYTES = 128, 256 << 20
+#: Fragmentation of the device's memory from which recordings that lie in the way are dropped.
+FRAGMENTED = 0.25
 #: Bytes from which a tensor on the host is read where it lies, where the device can: below, importing costs more than a copy.
 IMPORT_FROM = 1 << 20
 #: Bytes from which a tensor passes through the staging ring.
@@ -88,7 +90,7 @@ class Recorder:
     def call(self, what: str, given: Given = (), key: Hashable = None) -> Iterator[VulkanCommandBuffer]:
         """Record and run a call; see `VulkanCommandBuffer`. It is kept for `key` if it can be, else given back.
 
-        Kept recordings are dropped, the one used longest ago first, where they or their memory become too many.
+        Kept recordings are dropped, the one used longest ago first, where they or their memory become too many, or too scattered.
         """
         self._check_alive()
         commands = VulkanCommandBuffer(self, what, given)
@@ -100,16 +102,18 @@ class Recorder:
             if keep:
                 self._kept[key] = commands
                 self.kept_bytes += commands.nbytes
-                self._evict(KEPT, KEPT_BYTES)
             else:
                 self._release(commands)
+            self._evict(KEPT, KEPT_BYTES, FRAGMENTED)
 
     def _check_alive(self) -> None:
         if self._stuck:
             raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
 
-    def _evict(self, most: int, most_bytes: int) -> None:
-        while self._kept and (len(self._kept) > most or self.kept_bytes > most_bytes):
+    def _evict(self, most: int, most_bytes: int, most_fragmented: float = 1.0) -> None:
+        while self._kept and (
+            len(self._kept) > most or self.kept_bytes > most_bytes or self.pool.fragmentation > most_fragmented
+        ):
             commands = self._kept.popitem(last=False)[1]
             self.kept_bytes -= commands.nbytes
             self._release(commands)
