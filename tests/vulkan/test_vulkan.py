@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import hal_core as hal
+from hal_core.calibration import calibrate
 from hal_core.registry import registry
 from hal_core.testing import relative_error
 
@@ -28,7 +30,12 @@ print([d.id for d in hal.devices() if d.family == "vulkan"], registry.why_absent
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -55,7 +62,9 @@ def request(tensor: torch.Tensor, **changes: Any) -> hal.AttentionRequest:
 def test_without_a_driver_the_device_is_absent_and_says_why(device: hal.Device) -> None:
     done = run(WHY, VK_DRIVER_FILES="/nowhere.json", VK_ICD_FILENAMES="/nowhere.json")
     assert done.returncode == 0, done.stderr
-    assert "[] vulkan is installed but has no device: loader found, no driver; install mesa-vulkan-drivers" in done.stdout
+    assert (
+        "[] vulkan is installed but has no device: loader found, no driver; install mesa-vulkan-drivers" in done.stdout
+    )
 
 
 def test_without_a_loader_the_sentence_names_the_package() -> None:
@@ -175,5 +184,43 @@ def test_a_gpus_tiles_fit_shared_memory_and_agree_with_float64(
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, 2, 75, dim, generator=generator) for _ in range(3))
     out = session.bind(request(query, causal=hal.Causal.TOP_LEFT))(query, key, value)
-    want = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), is_causal=True
+    )
     assert relative_error(out, want) <= 1e-5
+
+
+def test_a_calibration_times_recorded_calls_and_feeds_the_estimates(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend: Any = registry.backend_of(device)
+    asked = hal.AttentionRequest(
+        batch=1, heads_q=8, heads_kv=8, len_q=16, len_k=16, dim_qk=64, dim_v=64, dtype="float32"
+    )
+    assert backend.estimate(asked, device).time.basis == "declared"
+    monkeypatch.setattr(type(backend), "calibration_length", 64)
+    opened, begun = [], []
+    usual = type(backend).open
+
+    def watched(self: Any, device: hal.Device) -> Any:
+        opened.append(usual(self, device))
+        gpu = opened[-1].recorder.gpu
+        begin = gpu.begin
+        monkeypatch.setattr(gpu, "begin", lambda *given: begun.append(given) or begin(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(type(backend), "open", watched)
+    calibrate(device.id)
+    assert len(begun) == 2, "62 calls of two shapes"
+    assert backend.estimate(asked, device).time.basis == "measured"
+
+
+def test_doctor_names_vendor_driver_features_and_the_kernel(device: hal.Device) -> None:
+    adapter = backend_module.find().adapters[device.id]
+    done = subprocess.run(
+        [sys.executable, "-m", "hal_core", "doctor", "--json"], capture_output=True, text=True, timeout=120, check=True
+    )
+    shown = next(d for b in json.loads(done.stdout)["backends"] for d in b.get("devices", []) if d["id"] == device.id)
+    assert {f"vendor {adapter.vendor}", *adapter.features} <= set(shown["features"])
+    assert any(feature.startswith("kernel: ") for feature in shown["features"])
+    assert shown["driver"] == adapter.driver

@@ -83,8 +83,9 @@ class ComputeBackend(ABC):
         """From a calibration (seconds per call and per multiply-accumulate) where there is one, assumed rates elsewhere."""
         macs = request.visible_macs * (4 if request.grads else 1)
         measured = load(device)
-        if measured is not None and {"call", "mac"} <= set(measured.values):
-            seconds = measured.values["call"] + macs * measured.values["mac"]
+        call = _call_from(request.device.partition(":")[0])
+        if measured is not None and {call, "mac"} <= set(measured.values):
+            seconds = measured.values[call] + macs * measured.values["mac"]
             source = f"calibration of {device.id}"
             span = Quantity(seconds / 3, 3 * seconds, basis="measured", provenance="measured-silicon", source=source)
             return Estimate(time=span, memory=memory(request))
@@ -99,22 +100,36 @@ class ComputeBackend(ABC):
         return KERNEL_NAMES & frozenset(registry.kernel_specs())
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
-        """Seconds of a call without work, and per multiply-accumulate of a large one (float32, head_dim 64)."""
+        """Seconds of a call without work, and per multiply-accumulate of a large one (float32, head_dim 64).
+
+        Where the device also reads tensors elsewhere than on the host, a call without work from there by itself: it orders the
+        work of two interfaces.
+        """
+        import torch
+
         session: Any = self.open(device)
+        values: dict[str, Any] = {}
         with session:
-            progress("short calls", 0.1)
-            short = _seconds(session, 16, 50)
+            for place in device.reads:
+                if place == "cpu" or torch.cuda.is_available():
+                    progress(f"short calls from {place}", 0.1)
+                    values[_call_from(place.partition(":")[0])] = _seconds(session, place, 16, 50)
             progress("long calls", 0.4)
-            long = _seconds(session, self.calibration_length, 12)
+            long = _seconds(session, "cpu", self.calibration_length, 12)
         progress("done", 1.0)
-        return {"call": short, "mac": max(long - short, 1e-9) / (8 * self.calibration_length**2 * 128)}
+        return values | {"mac": max(long - values["call"], 1e-9) / (8 * self.calibration_length**2 * 128)}
 
 
-def _seconds(session: Any, length: int, repeats: int) -> float:
-    """The median of `repeats` calls at 8 heads of 64, after one that compiles."""
+def _call_from(kind: str) -> str:
+    """The calibration's name for a call without work whose tensors lie on a torch device of this kind."""
+    return "call" if kind == "cpu" else f"call from {kind}"
+
+
+def _seconds(session: Any, place: str, length: int, repeats: int) -> float:
+    """The median of `repeats` calls at 8 heads of 64 until their results can be read, after one that compiles."""
     import torch
 
-    query = torch.randn(1, 8, length, 64)
+    query = torch.randn(1, 8, length, 64, device=place)
     run = session.bind(AttentionRequest(
         batch=1, heads_q=8, heads_kv=8, len_q=length, len_k=length, dim_qk=64, dim_v=64, dtype="float32"
     ))  # fmt: skip
@@ -123,6 +138,8 @@ def _seconds(session: Any, length: int, repeats: int) -> float:
     for _ in range(repeats):
         start = time.perf_counter()
         run(query, query, query)
+        if query.is_cuda:
+            torch.cuda.synchronize(query.device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -42,7 +42,7 @@ def _describe(device_id: str, adapter: Adapter) -> Device:
     limits, (index, why) = adapter.limits, cuda_index(adapter)
     shared = [f"memory shared with cuda:{index}" if index is not None else f"no memory shared with CUDA: {why}"]
     features = [
-        f"Vulkan {'.'.join(map(str, adapter.api))}", f"subgroups of {limits['subgroupSize']}",
+        f"vendor {adapter.vendor}", f"Vulkan {'.'.join(map(str, adapter.api))}", f"subgroups of {limits['subgroupSize']}",
         f"{limits['maxComputeSharedMemorySize'] >> 10} KiB shared memory",
         f"{limits['maxStorageBufferRange'] >> 20} MiB per buffer range", *sorted(adapter.features),
         *(shared if adapter.vendor == "NVIDIA" else []), f"kernel: {ladder(adapter)}",

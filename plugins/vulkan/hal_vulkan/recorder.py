@@ -90,7 +90,7 @@ class Recorder:
     def call(self, what: str, given: Given = (), key: Hashable = None) -> Iterator[VulkanCommandBuffer]:
         """Record and run a call; see `VulkanCommandBuffer`. It is kept for `key` if it can be, else given back.
 
-        Kept recordings are dropped, the one used longest ago first, where they or their memory become too many, or too scattered.
+        Kept recordings are dropped, the one used longest ago first, where they become too many, too large or too scattered.
         """
         self._check_alive()
         commands = VulkanCommandBuffer(self, what, given)
