@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hal_vulkan import recorder
 from record import parser, publish
 
 import hal_core as hal
@@ -75,6 +76,30 @@ def rows_of(session: Any, calls: int) -> list[list[str]]:
     return table
 
 
+def imported(session: Any, calls: int) -> list[list[str]]:
+    """On a CPU's device: whole calls whose tensors are copied, and read where they lie, interleaved."""
+    table, usual = [], recorder.IMPORT_FROM
+    for heads, heads_kv, len_q, len_k in ((8, 8, 1024, 1024), (32, 8, 1, 8192), (8, 8, 64, 16384)):
+        query = torch.randn(1, heads, len_q, 64)
+        key, value = (torch.randn(1, heads_kv, len_k, 64) for _ in range(2))
+        bound = session.bind(hal.AttentionRequest(
+            batch=1, heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=64, dim_v=64, dtype="float32",
+        ))  # fmt: skip
+        found: dict[int, list[tuple[float, int]]] = {usual: [], 1 << 62: []}
+        for _ in range(calls):
+            for recorder.IMPORT_FROM, times in found.items():
+                session.memory.trim()  # a recording made one way is not run the other way
+                before, start = session.memory.stats().copied, time.perf_counter()
+                bound(query, key, value)
+                times.append((time.perf_counter() - start, session.memory.stats().copied - before))
+        recorder.IMPORT_FROM = usual
+        lying, copied = (statistics.median(seconds for seconds, _ in times) * 1e3 for times in found.values())
+        mib = [f"{times[0][1] / 2**20:.1f}" for times in found.values()]
+        name = f"B1 H{heads}/{heads_kv} {len_q}x{len_k} D64 float32"
+        table.append([name, f"{copied:.2f}", mib[1], f"{lying:.2f}", mib[0], f"{copied / lying:.2f}x"])
+    return table
+
+
 def main() -> None:
     options = parser(sys.modules["__main__"].__doc__)
     options.add_argument("--device", default="vulkan:0")
@@ -89,6 +114,10 @@ def main() -> None:
     session: Any = hal.session(device.id)
     publish(chosen, "vulkan", f"Host time of a recorded call on {device.model} ({device.fidelity})", columns,
             rows_of(session, chosen.calls), [note])  # fmt: skip
+    if session.recorder.mapped:
+        columns = ["call", "copied ms", "MiB copied", "in place ms", "MiB copied", "copied / in place"]
+        publish(chosen, "vulkan", f"Host memory read in place on {device.model} ({device.fidelity})", columns,
+                imported(session, max(chosen.calls // 20, 3)), ["Medians of whole calls, interleaved."])  # fmt: skip
 
 
 if __name__ == "__main__":
