@@ -210,3 +210,28 @@ def test_the_ring_stays_bounded_and_is_given_back(unmapped: Any, seed: int) -> N
     assert unmapped.memory.trim() > unmapped.recorder.ring.nbytes == 0
     add = unmapped.kernel("vector_add")
     assert torch.equal(add(query.view(-1), key.view(-1)), query.view(-1) + key.view(-1))
+
+
+def test_a_recording_writes_into_the_tensor_that_it_is_given(session: Any, seed: int) -> None:
+    query, key, value = draw(seed, *[(1, 2, 12, 32)] * 3)
+    want = reference(query, key, value).out
+    prepared = session.prepare_attention(query, key, value, request=request(query, key))
+    places = [torch.empty(want.shape), torch.empty(1, 12, 2, 32).transpose(1, 2), torch.empty(want.shape).double()]
+    for out in places * 2:
+        assert session.compute_attention(prepared, out=out.fill_(0)).out is out
+        assert relative_error(out, want) <= 1e-5
+
+
+def test_kernels_beside_attention_are_recorded_for_their_shapes_and_numbers(
+    session: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    step, made = session.kernel("reaction_diffusion_step"), recordings(session, monkeypatch)
+    u, v = draw(seed, (3, 9, 11), (3, 9, 11))
+    mean = u.mean()
+    for _ in range(20):
+        u, v = step(u, v, dt=0.5, reaction=0.0)
+    assert len(made) == 1
+    assert torch.isclose(u.mean(), mean, atol=1e-5)
+    assert u.std() < 0.6, "twenty steps smooth the field; one step done twenty times over would not"
+    step(u, v, dt=0.25, reaction=0.0)
+    assert len(made) == 2

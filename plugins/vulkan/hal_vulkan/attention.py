@@ -70,7 +70,7 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
     given = (query, key, value, call.mask, out if recorder.lies(out) else None)
     name = None if call.plan is not None else recorder.key("forward", number(call.request), given)
     if (kept := recorder.find(name)) is not None:
-        return _output(kept.run(given), out)
+        return _output(kept.run(given, (out if out is not None and out.dtype == query.dtype else None,)), out)
     result = given[4]
     if result is None:
         result = query.new_empty((*query.shape[:3], value.shape[-1]))

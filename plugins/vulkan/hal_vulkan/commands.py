@@ -240,13 +240,16 @@ class VulkanCommandBuffer:
             gpu.barrier(self._commands)
         gpu.stamp(self._commands, 3)
         gpu.end(self._commands)
-        self.run(self._given)
+        self.run(self._given, self._targets)
         self._given, self._targets = (), []
 
     # Running
 
-    def run(self, given: Given) -> list[Tensor]:
-        """Copy a call's tensors in, run the commands, and bring the results home: new tensors, in the order of `result`.
+    def run(self, given: Given, into: Given = ()) -> list[Tensor]:
+        """Copy a call's tensors in, run the commands, and bring the results home, in the order of `result`.
+
+        Args:
+            into: tensors that become the results; new ones where it ends or has None.
 
         Raises:
             DeviceUnavailableError: the device was lost, or took longer than `TIMEOUT`.
@@ -272,8 +275,10 @@ class VulkanCommandBuffer:
                 if in_place is not None:
                     found.append(in_place(given))
                     continue
-                target = self._targets[n] if self._targets else torch.empty(shape, dtype=dtype, device=self._place)
-                if address and target.is_contiguous():
+                target = into[n] if n < len(into) else None
+                if target is None:
+                    target = torch.empty(shape, dtype=dtype, device=self._place)
+                if address and target.is_contiguous() and target.dtype is dtype:
                     memmove(target.data_ptr(), address, nbytes)
                 elif near is not None:
                     target.copy_(near)

@@ -32,7 +32,11 @@ class FieldRunner:
         groups = [-(-n // block) for n, block in zip(extent, blocks, strict=True)]
         if name == "vector_add":
             groups[0] = min(groups[0], _MOST_GROUPS)
-        with self._recorder.call(what) as commands:
+        key = (name, *(tensor.shape for tensor in inputs), *integers, *floats)
+        if (kept := self._recorder.find(key)) is not None:
+            kept.run(inputs, outputs)
+            return
+        with self._recorder.call(what, inputs, key) as commands:
             operands = [*map(commands.stage, inputs), *map(commands.result, outputs)]
             layout = f"{len(integers)}i{len(floats)}f"
             commands.dispatch(name, _CONSTANTS, operands, [*integers, *floats], layout, groups)
