@@ -134,9 +134,9 @@ def test_the_gpu_program_agrees_with_float64_on_any_device(
 ) -> None:
     """Local-memory tiles are a GPU's program; a CPU's driver runs them too, slowly."""
     gpu = SimpleNamespace(shares_memory=False, handle=SimpleNamespace(local_mem_size=room))
-    shape = attention.shape_of(gpu, dim)  # type: ignore[arg-type]
+    shape = attention.shape_of(gpu, dim, 75)  # type: ignore[arg-type]
     assert shape.local_bytes(dim) <= room
-    monkeypatch.setattr(attention, "shape_of", lambda engine, dim: shape)
+    monkeypatch.setattr(attention, "shape_of", lambda *arguments: shape)
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 4, 75, dim, generator=generator).to(dtype)
     key, value = (torch.randn(1, 2, 140, dim, generator=generator).to(dtype) for _ in range(2))
@@ -208,3 +208,26 @@ def test_a_copy_that_does_not_end_is_given_up_by_name(apart: Any, monkeypatch: p
             apart.bind(request(query))(query, query, query)
     apart.engine.staging._busy.clear()  # those copies do not exist
     assert bool(apart.bind(request(query))(query, query, query).isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("group", "len_q"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 4), (1, 9)])
+def test_few_rows_read_the_keys_where_they_lie(
+    session: Any, group: int, len_q: int, dtype: torch.dtype, seed: int
+) -> None:
+    generator, len_k = torch.Generator().manual_seed(seed), 700
+    query = torch.randn(2, 2 * group, len_q, 64, generator=generator).to(dtype)
+    key, value = (torch.randn(2, 2, len_k, 64, generator=generator).to(dtype) for _ in range(2))
+    wanted = hal.AttentionRequest(
+        batch=2, heads_q=2 * group, heads_kv=2, len_q=len_q, len_k=len_k, dim_qk=64, dim_v=64, lse=True,
+        dtype=str(dtype).removeprefix("torch."), causal=hal.Causal.BOTTOM_RIGHT, window=(650, 0), softcap=7.0,
+    )  # fmt: skip
+    before = session.engine.pool.allocations
+    out, lse = session.bind(wanted)(query, key, value)
+    want = reference(query, key, value, request=wanted)
+    assert relative_error(out, want.out) <= (1e-5 if dtype == torch.float32 else 2e-3)
+    assert relative_error(lse, want.lse) <= 1e-5
+    if session.engine.shares_memory:  # beside splits and their log-sum-exp, nothing is made of the keys
+        packed = key.numel() * 4
+        assert session.engine.pool.allocations > before
+        assert (session.engine.pool.peak >= packed) == (group * len_q > 8)

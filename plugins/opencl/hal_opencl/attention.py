@@ -15,7 +15,8 @@ from .engine import Engine
 from .lease import Lease, Operand
 
 _TILE = 64  # keys in a tile of forward_rows.cl
-_ROWS = 16  # query rows of one of its work items
+_ROWS = 16  # query rows of one of its work items, in groups of 8
+_FEW = 8  # rows up to which it reads the keys where they lie
 
 
 class Shape(NamedTuple):
@@ -43,7 +44,15 @@ class Shape(NamedTuple):
         return 4 * (self.rows * width + max(self.tile * width, self.run(dim) * dim) + self.rows * self.tile)
 
     def options(self, dim: int) -> list[str]:
-        """Build options of forward_tiles.cl."""
+        """Build options of forward_rows.cl or forward_tiles.cl."""
+        if not self.threads:
+            direct = self.rows <= _FEW
+            return [
+                f"-DTILE={self.tile}",
+                f"-DROWS={self.rows}",
+                f"-DGROUP={min(self.rows, 8)}",
+                f"-DDIRECT={int(direct)}",
+            ]
         values = self._asdict() | {"slice": min(self.slice, dim), "run": self.run(dim), "sliced": int(self.slice < dim)}
         return [f"-D{name.upper()}={value}" for name, value in values.items()]
 
@@ -54,10 +63,13 @@ _GPU_SHAPES = {
 _SMALL_SHAPE = Shape(16, 32, 32, 4, 32)  # fits 16 KiB, the least that OpenCL 1.1 lets a GPU have, at any size
 
 
-def shape_of(engine: Engine, dim: int) -> Shape:
-    """Row blocks for a CPU's registers and caches; on a GPU the largest tiles that suit a head size and fit local memory."""
+def shape_of(engine: Engine, dim: int, rows: int) -> Shape:
+    """The shape for units of so many query rows.
+
+    Row blocks for a CPU's registers and caches; on a GPU the largest tiles that suit a head size and fit local memory.
+    """
     if engine.shares_memory:
-        return Shape(_ROWS, _TILE)
+        return Shape(1 << (rows - 1).bit_length() if rows <= _FEW else _ROWS, _TILE)
     liked = next(shape for most, shape in _GPU_SHAPES.items() if dim <= most)
     return liked if liked.local_bytes(dim) <= int(engine.handle.local_mem_size) else _SMALL_SHAPE
 
@@ -84,7 +96,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         return AttentionOutput(result.zero_() if out is None else out.zero_(), lse.fill_(-torch.inf))
     with engine.lease() as lease:
         setting = _Setting(engine, lease, call, pack=True)
-        shape = shape_of(engine, setting.dim)
+        shape = shape_of(engine, setting.dim, setting.unit_rows)
         wanted = engine.handle.max_compute_units * (2 if engine.shares_memory else 4)
         dim, splits = setting.dim, setting.split(shape.rows, shape.tile, wanted=wanted, least=4 * shape.tile)
         setting.score_in_bits()
@@ -94,11 +106,10 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         to, to_lse = lease.result(result, dim), lease.result(lse)
         part = lease.space(splits * rows * dim * 4 if splits > 1 else 64)
         part_lse = lease.space(splits * rows * 4) if splits > 1 else to_lse
-        if shape.threads:
-            kernel = engine.kernel("forward_tiles", "forward", [*setting.options, *shape.options(dim)])
-        else:
-            keys, values = _packed(setting, keys, values)
-            kernel = engine.kernel("forward_rows", "forward", setting.options)
+        options = [*setting.options, *shape.options(dim)]
+        if not shape.threads and shape.rows > _FEW:
+            keys, values = _packed(setting, options, keys, values)
+        kernel = engine.kernel("forward_tiles" if shape.threads else "forward_rows", "forward", options)
         items = -(-setting.unit_rows // shape.rows)
         threads = shape.threads or 1
         engine.launch(
@@ -115,14 +126,14 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
     return AttentionOutput(result, lse)
 
 
-def _packed(setting: _Setting, keys: Operand, values: Operand) -> tuple[Operand, Operand]:
+def _packed(setting: _Setting, options: list[str], keys: Operand, values: Operand) -> tuple[Operand, Operand]:
     """Keys as transposed float32 tiles, values as float32."""
     engine, units, len_k, dim = setting.engine, setting.batch * setting.heads_kv, setting.len_k, setting.dim
     tiles = -(-len_k // _TILE)
     packed = setting.lease.space(units * tiles * _TILE * dim * 4)
     half = setting.dtype == "float16"
     wide = setting.lease.space(units * len_k * dim * 4) if half else values
-    kernel = engine.kernel("forward_rows", "pack_keys", setting.options)
+    kernel = engine.kernel("forward_rows", "pack_keys", options)
     arguments = (keys.buffer, values.buffer, packed.buffer, wide.buffer, np.int32(len_k))
     engine.launch(kernel, (tiles, units), (1, 1), *arguments)
     return packed, wide

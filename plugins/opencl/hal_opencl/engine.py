@@ -77,7 +77,7 @@ class Engine:
         key = (program, *options)
         if key not in self._kernels:
             with self.named(f"compile {program}.cl with {' '.join(options)}"):
-                built = cl.Program(self.context, _source(program)).build(list(options), cache_dir=_program_cache())
+                built = cl.Program(self.context, _source(program)).build(["-w", *options], cache_dir=_program_cache())
             self._kernels[key] = {kernel.function_name: kernel for kernel in built.all_kernels()}
         return self._kernels[key][name]
 

@@ -1,11 +1,18 @@
 // Attention for processors with wide vectors and large caches. One work item takes ROWS query rows of a unit and walks the
 // keys in tiles of TILE, GROUP rows at a time: scores are GROUP x 32 blocks in registers against transposed keys, the
 // output GROUP x 32 blocks against values, and the softmax between them runs online (Milakov & Gimelshein 2018).
+// Build options beside problem.h's: TILE, ROWS, GROUP, DIRECT (1: few rows, for which transposing the keys would not pay: the
+// key and value tensors themselves are read, and a score is the sum of a product of vectors).
 
-#define TILE 64
-#define GROUP 8
-#define ROWS 16
 #define VECTORS (TILE / 16)
+
+#if DIRECT
+typedef stored packed;
+#define READ_PACKED(i, p) READ16(i, p)
+#else
+typedef float packed;
+#define READ_PACKED(i, p) vload16(i, p)
+#endif
 
 // 2^x to 2 ulp for x <= 0; below -126 it is 0.
 static inline float16 exp2_to_zero(float16 x) {
@@ -34,6 +41,7 @@ static inline float sum_of(float16 x) {
   return (b.x + b.y) + (b.z + b.w);
 }
 
+#if !DIRECT
 // Keys [units, len, HEAD_DIM] to float32 tiles [units, tiles, HEAD_DIM, TILE], zero past the end; float16 values to float32.
 __kernel void pack_keys(__global const stored *key, __global const stored *value, __global float *packed,
                         __global float *values, int len) {
@@ -49,13 +57,32 @@ __kernel void pack_keys(__global const stored *key, __global const stored *value
 #endif
   }
 }
+#endif
 
-// Scores of one group against one tile, in units of log2: scores[GROUP][TILE].
-static inline void score(const float *query, __global const float *keys, float *scores) {
+// Scores of one group against `count` keys of one tile, in units of log2: scores[GROUP][TILE]. Those beyond are not numbers.
+#if DIRECT
+static inline void score(const float *query, __global const packed *keys, float *scores, int count) {
+  for (int j = 0; j < count; j++) {
+    float16 sum[GROUP];
+    #pragma unroll
+    for (int r = 0; r < GROUP; r++) sum[r] = 0.0f;
+    #pragma unroll
+    for (int c = 0; c < HEAD_DIM / 16; c++) {
+      const float16 k = READ_PACKED(j * (HEAD_DIM / 16) + c, keys);
+      #pragma unroll
+      for (int r = 0; r < GROUP; r++) sum[r] = vload16(c, query + r * HEAD_DIM) * k + sum[r];
+    }
+    #pragma unroll
+    for (int r = 0; r < GROUP; r++) scores[r * TILE + j] = sum_of(sum[r]);
+  }
+}
+#else
+static inline void score(const float *query, __global const packed *keys, float *scores, int count) {
   for (int half_tile = 0; half_tile < TILE / 32; half_tile++) {
     float16 sum[GROUP][2];
     #pragma unroll
     for (int r = 0; r < GROUP; r++) sum[r][0] = sum[r][1] = 0.0f;
+    #pragma unroll 4
     for (int d = 0; d < HEAD_DIM; d++) {
       const float16 k0 = vload16(0, keys + d * TILE + half_tile * 32), k1 = vload16(1, keys + d * TILE + half_tile * 32);
       #pragma unroll
@@ -72,9 +99,10 @@ static inline void score(const float *query, __global const float *keys, float *
     }
   }
 }
+#endif
 
 // out[GROUP][HEAD_DIM] += weights[GROUP][TILE] @ values[count][HEAD_DIM].
-static inline void accumulate(float *out, const float *weights, __global const float *values, int count) {
+static inline void accumulate(float *out, const float *weights, __global const packed *values, int count) {
   for (int c = 0; c < HEAD_DIM / 32; c++) {
     float16 sum[GROUP][2];
     #pragma unroll
@@ -82,8 +110,10 @@ static inline void accumulate(float *out, const float *weights, __global const f
       sum[r][0] = vload16(2 * c, out + r * HEAD_DIM);
       sum[r][1] = vload16(2 * c + 1, out + r * HEAD_DIM);
     }
+    #pragma unroll 4
     for (int j = 0; j < count; j++) {
-      const float16 v0 = vload16(2 * c, values + j * HEAD_DIM), v1 = vload16(2 * c + 1, values + j * HEAD_DIM);
+      const int at = j * (HEAD_DIM / 16) + 2 * c;
+      const float16 v0 = READ_PACKED(at, values), v1 = READ_PACKED(at + 1, values);
       #pragma unroll
       for (int r = 0; r < GROUP; r++) {
         const float x = weights[r * TILE + j];
@@ -117,7 +147,7 @@ static inline void bend(float *scores, const Problem p, __global const float *ma
   }
 }
 
-__kernel void forward(__global const stored *query, __global const float *keys, __global const float *values,
+__kernel void forward(__global const stored *query, __global const packed *keys, __global const packed *values,
                       __global const float *mask, __global const int *range_index, __global const int *ranges,
                       __global stored *out, __global float *lse, __global float *part, const Problem p) {
   const int unit = get_global_id(1), split = get_global_id(2), row0 = get_global_id(0) * ROWS;
@@ -147,13 +177,14 @@ __kernel void forward(__global const stored *query, __global const float *keys, 
   for (int n = begin; n < end; n++) {
     const int from = p.has_plan ? max(ranges[2 * n], low) : low, to = p.has_plan ? min(ranges[2 * n + 1], high) : high;
     for (int key = from / TILE * TILE; key < to; key += TILE) {
-      __global const float *k = keys + ((size_t)key_unit * tiles + key / TILE) * HEAD_DIM * TILE;
-      __global const float *v = values + ((size_t)key_unit * p.len_k + key) * HEAD_DIM;
+      const size_t at = ((size_t)key_unit * p.len_k + key) * HEAD_DIM;
+      __global const packed *k = DIRECT ? keys + at : keys + ((size_t)key_unit * tiles + key / TILE) * HEAD_DIM * TILE;
+      __global const packed *v = values + at;
       const int count = min(TILE, p.len_k - key);
       for (int g = 0; g < ROWS; g += GROUP) {
         if (g >= rows) break;
         float s[GROUP * TILE];
-        score(q + g * HEAD_DIM, k, s);
+        score(q + g * HEAD_DIM, k, s, count);
         for (int r = 0; r < GROUP; r++) {
           float *x = s + r * TILE;
           const int start = max(from, first[g + r]), stop = min(to, last[g + r]);
