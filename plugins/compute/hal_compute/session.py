@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import attrs
@@ -38,10 +37,13 @@ class Engine(Protocol):
     """
 
     device: Device
-    pool: DevicePool
     copies: int
     copied: int
-    device_seconds: float | None
+
+    @property
+    def pool(self) -> DevicePool: ...
+    @property
+    def device_seconds(self) -> float | None: ...
 
     def trim(self) -> int:
         """Give idle device memory back to the driver; returns its bytes."""
@@ -180,7 +182,5 @@ class ComputeSession(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

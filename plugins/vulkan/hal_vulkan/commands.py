@@ -259,11 +259,11 @@ class VulkanCommandBuffer:
             if card is not None:
                 card.enter()
             for take, near, address, nbytes in self._uploads:
-                tensor = take(given)
-                if address and tensor.is_contiguous():
-                    memmove(address, tensor.data_ptr(), nbytes)
+                source = take(given)
+                if address and source.is_contiguous():
+                    memmove(address, source.data_ptr(), nbytes)
                 else:
-                    near.copy_(tensor)
+                    near.copy_(source)
             for take, operand, wide in self._streamed:
                 recorder.ring.upload(take(given), operand.bound, wide, self.what)
             if card is not None:
@@ -271,19 +271,19 @@ class VulkanCommandBuffer:
             else:
                 gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
             found = []
-            for n, (shape, dtype, operand, wide, near, in_place, address, nbytes) in enumerate(self._results):
-                if in_place is not None:
-                    found.append(in_place(given))
+            for n, result in enumerate(self._results):
+                if result.in_place is not None:
+                    found.append(result.in_place(given))
                     continue
                 target = into[n] if n < len(into) else None
                 if target is None:
-                    target = torch.empty(shape, dtype=dtype, device=self._place)
-                if address and target.is_contiguous() and target.dtype is dtype:
-                    memmove(target.data_ptr(), address, nbytes)
-                elif near is not None:
-                    target.copy_(near)
+                    target = torch.empty(result.shape, dtype=result.dtype, device=self._place)
+                if result.address and target.is_contiguous() and target.dtype is result.dtype:
+                    memmove(target.data_ptr(), result.address, result.nbytes)
+                elif result.near is not None:
+                    target.copy_(result.near)
                 else:
-                    recorder.ring.download(operand.bound, target, wide, self.what)
+                    recorder.ring.download(result.operand.bound, target, result.wide, self.what)
                 found.append(target)
         recorder.copies += self._copies
         recorder.copied += self._copied
