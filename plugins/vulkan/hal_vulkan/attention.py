@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hal_core import AttentionOutput, Grads
 
-from . import stream
+from . import ladder, matrix, stream
 from .commands import Given, Operand, VulkanCommandBuffer
 from .recorder import Recorder, number
 
@@ -81,10 +81,15 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
         dim = padded_dim(call.request)
         to = commands.result(result, dim)
         to_lse = commands.result(lse) if call.request.lse else commands.space(lse.numel() * 4)
-        if stream.suits(recorder, call, dim):
-            stream.record(commands, Setting(recorder, commands, call, pack=True), call, to, to_lse)
+        setting = Setting(recorder, commands, call, pack=True)
+        step = ladder.matrix_step(recorder.adapter, setting.dtype)
+        cut = None if step is None else matrix.cut(step, setting)
+        if cut is not None:
+            matrix.record(commands, cut, setting, call, to, to_lse)
+        elif stream.suits(recorder, call, dim):
+            stream.record(commands, setting, call, to, to_lse)
         else:
-            _record_tiles(recorder, commands, call, to, to_lse)
+            _record_tiles(recorder, commands, setting, call, to, to_lse)
         commands.finish()
     return _output([result, lse] if call.request.lse else [result], out)
 
@@ -94,9 +99,10 @@ def _output(found: list[Tensor], out: Tensor | None) -> AttentionOutput:
     return AttentionOutput(result, found[1] if len(found) > 1 else None)
 
 
-def _record_tiles(recorder: Recorder, commands: VulkanCommandBuffer, call: Call, to: Operand, to_lse: Operand) -> None:
+def _record_tiles(
+    recorder: Recorder, commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Operand, to_lse: Operand
+) -> None:
     """forward_tiles.comp, and the merge where the keys are split."""
-    setting = Setting(recorder, commands, call, pack=True)
     shared = recorder.adapter.limits["maxComputeSharedMemorySize"]
     dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim, shared)
     wanted, least = (4, 256) if setting.is_cpu else (512, 128)

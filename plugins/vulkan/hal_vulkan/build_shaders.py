@@ -3,8 +3,8 @@
 Needs glslangValidator, found by HAL_GLSLANG (one or more paths, as in PATH) and on PATH. The committed files were made by
 the versions of `needed_version`; another version orders its words otherwise, so that a comparison would mean nothing.
 
-Plain attention shaders are built twice: NAME.float32.spv and NAME.float16.spv; those with cooperative matrices once for each
-of their extensions.
+Plain attention shaders are built twice: NAME.float32.spv and NAME.float16.spv; those on cooperative matrices for the
+dtypes of the matrices alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def sources() -> list[Path]:
 def targets(source: Path) -> dict[str, list[str]]:
     """File name of each binary of a shader, and its options."""
     text = source.read_text(encoding="utf-8")
-    if "GL_NV_cooperative_matrix2" in text:
-        return {f"{source.stem}.khr.spv": ["-DHALF=1", "-DNV2=0"], f"{source.stem}.nv2.spv": ["-DHALF=1", "-DNV2=1"]}
     if "problem.glsl" not in text:
         return {f"{source.stem}.spv": []}
+    if "matrix.glsl" in text:
+        return {f"{source.stem}.float16.spv": ["-DHALF=1"]}
     return {f"{source.stem}.float32.spv": ["-DHALF=0"], f"{source.stem}.float16.spv": ["-DHALF=1"]}
 
 
@@ -73,7 +73,8 @@ def build(source: Path, folder: Path) -> list[Path]:
     made = []
     for name, options in targets(source).items():
         compiler, path = compilers()[needed_version(source)], folder / name
-        command = [compiler, "--target-env", "vulkan1.2", "-V", *options, f"-I{FOLDER}", str(source), "-o", str(path)]
+        environment = "vulkan1.3" if "nv2" in source.stem else "vulkan1.2"  # the oldest that takes the extension
+        command = [compiler, "--target-env", environment, "-V", *options, f"-I{FOLDER}", str(source), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise RuntimeError(f"{source.name}: {done.stdout}{done.stderr}")

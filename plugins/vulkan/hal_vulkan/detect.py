@@ -11,6 +11,7 @@ from typing import NamedTuple
 from hal_core import Device, Fidelity
 
 from ._vk import Adapter, UnavailableError, adapters
+from .ladder import ladder
 
 NO_BINDINGS = "cuda-bindings is not installed: pip install 'hal-vulkan[cuda]'"
 
@@ -31,11 +32,6 @@ def find() -> Found:
     except UnavailableError as reason:
         return Found({}, (), str(reason))
     return Found(found, tuple(_describe(device_id, adapter) for device_id, adapter in found.items()), "")
-
-
-def ladder(adapter: Adapter) -> str:
-    """The kernel that attention runs on this device."""
-    return "streamed uniform buffers, tiles in single subgroups" if adapter.is_cpu else "shared-memory tiles"
 
 
 def _describe(device_id: str, adapter: Adapter) -> Device:

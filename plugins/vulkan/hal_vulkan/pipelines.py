@@ -25,9 +25,15 @@ class VulkanShaderManager:
         """The shader `name` (a .spv file without its ending) with these constants; made when first asked for."""
         key = (name, kinds, *constants)
         if key not in self._made:
-            self._made[key] = self._gpu.pipeline(_spirv(name), kinds, PUSH_BYTES, constants)
+            full = name.startswith(("forward_khr", "forward_nv2"))  # its matrices lie in whole subgroups
+            self._made[key] = self._gpu.pipeline(_spirv(name), kinds, PUSH_BYTES, constants, full_subgroups=full)
             self._unsaved = True
         return self._made[key]
+
+    @property
+    def made(self) -> list[tuple[object, ...]]:
+        """What pipelines there are: (shader, kinds of its bindings, specialisation constants)."""
+        return list(self._made)
 
     def save(self, path: Path) -> None:
         """Write the driver's pipeline cache, whole or not at all. A folder that cannot be written costs the cache alone."""

@@ -2,29 +2,52 @@
 #extension GL_GOOGLE_include_directive : require
 #include "problem.glsl"
 
-// Parts of the keys into the whole: part [splits, rows, QUADS], part_lse [splits, rows]. One invocation per float4.
+// Parts of the keys into the whole: part [splits, rows, QUADS], part_lse [splits, rows]. STRANDS invocations per float4 share
+// the splits.
+
+layout(constant_id = 2) const int STRANDS = 1;
 
 layout(binding = 0) readonly buffer Part { vec4 part[]; };
 layout(binding = 1) readonly buffer PartLse { float part_lse[]; };
 layout(binding = 2) writeonly buffer Out { STORED result[]; };
 layout(binding = 3) writeonly buffer Lse { float lse[]; };
 
+const int PLACES = THREADS / STRANDS;  // float4 of a work group
+shared vec4 sums[THREADS];
+shared float tops[THREADS], totals[THREADS];
+
 void main() {
   const int rows = p.unit_rows;  // of all units together
-  const int n = int(gl_GlobalInvocationID.x), row = n / QUADS;
-  if (row >= rows) return;
+  const int local = int(gl_LocalInvocationID.x), n = int(gl_WorkGroupID.x) * PLACES + local % PLACES, row = n / QUADS;
   float top = -INFINITE, total = 0.0;
-  for (int s = 0; s < p.splits; s++) top = max(top, part_lse[s * rows + row]);
   vec4 sum = vec4(0.0);
-  if (top > -INFINITE) {
-    for (int s = 0; s < p.splits; s++) {
-      const float whole = part_lse[s * rows + row];
-      const float weight = whole == -INFINITE ? 0.0 : exp(whole - top);
-      total += weight;
-      sum += part[s * rows * QUADS + n] * weight;
-    }
-    sum /= total;
+  if (row < rows) {
+    for (int s = local / PLACES; s < p.splits; s += STRANDS) top = max(top, part_lse[s * rows + row]);
+    if (top > -INFINITE)
+      for (int s = local / PLACES; s < p.splits; s += STRANDS) {
+        const float whole = part_lse[s * rows + row];
+        const float weight = whole == -INFINITE ? 0.0 : exp(whole - top);
+        total += weight;
+        sum += part[s * rows * QUADS + n] * weight;
+      }
   }
-  result[n] = narrow(sum);
-  if (n % QUADS == 0) lse[row] = top > -INFINITE ? top + log(total) : -INFINITE;
+  if (STRANDS > 1) {
+    sums[local] = sum;
+    tops[local] = top;
+    totals[local] = total;
+    barrier();
+    if (local >= PLACES) return;
+    for (int m = local + PLACES; m < THREADS; m += PLACES) top = max(top, tops[m]);
+    sum = vec4(0.0);
+    total = 0.0;
+    for (int m = local; m < THREADS; m += PLACES) {
+      const float weight = tops[m] == -INFINITE ? 0.0 : exp(tops[m] - top);
+      total += totals[m] * weight;
+      sum += sums[m] * weight;
+    }
+  }
+  if (row < rows) {
+    result[n] = narrow(sum * (total > 0.0 ? 1.0 / total : 0.0));
+    if (n % QUADS == 0) lse[row] = total > 0.0 ? top + log(total) : -INFINITE;
+  }
 }

@@ -1,0 +1,165 @@
+#version 460
+#extension GL_GOOGLE_include_directive : require
+#extension GL_KHR_cooperative_matrix : require
+#extension GL_NV_cooperative_matrix2 : require
+#extension GL_KHR_memory_scope_semantics : require
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_vote : require
+#extension GL_EXT_shader_explicit_arithmetic_types_float16 : require
+#include "problem.glsl"
+layout(constant_id = 8) const int AHEAD = 1;
+#define STORES (AHEAD == 1 ? 4 : 2)
+#include "matrix.glsl"
+
+// Attention with cooperative matrices of NV_cooperative_matrix2, in subgroups: masks, maxima and weights stay in registers, by
+// its per-element operations, reductions and conversions. The output is scaled down only when a score passes its row's
+// maximum so far by SLACK, so that weights are at most 2^SLACK and most tiles need neither a reduction nor a scaling. AHEAD:
+// the scores of the next tile are made beside this tile's weights, from two sets of tiles in shared memory in turn (1) or from
+// one (2). Tiles of which every row reads every key have loops of their own, without the registers that masks need.
+// Online softmax: Milakov & Gimelshein 2018; the order of work: FlashAttention-2, Dao 2023; the lazy scaling and the scores
+// ahead: FlashAttention-3 and 4, Shah et al. 2024, 2025.
+
+const float SLACK = 8.0;  // float16 holds 2^15
+
+float larger(const in float x, const in float y) { return max(x, y); }
+float added(const in float x, const in float y) { return x + y; }
+float scored(const in uint row, const in uint column, const in float x, const in int first, const in int key, const in ivec2 range) {
+  return score(x, first + int(row), key + int(column), range);
+}
+
+// Apply what hides and changes scores.
+#define MASK(s, at)                                                                                             \
+  if (GENERAL != 0 || edge(at))                                                                                 \
+    [[unroll]] for (int r = 0; r < HEIGHT; r++) [[unroll]] for (int n = 0; n < ACROSS; n++)                     \
+      coopMatPerElementNV(s[r * ACROSS + n], s[r * ACROSS + n], scored, base + r * SIDE, first_key(at) + n * SIDE, \
+                          ivec2(at.from, at.to));
+
+// Raise the maxima where a score is far above.
+#define RAISE(s)                                                                                                \
+  [[unroll]] for (int r = 0; r < HEIGHT; r++) {                                                                 \
+    SUMS now = s[r * ACROSS];                                                                                   \
+    bool far = false;                                                                                           \
+    [[unroll]] for (int n = 1; n < ACROSS; n++)                                                                 \
+      [[unroll]] for (int e = 0; e < now.length(); e++) now[e] = max(now[e], s[r * ACROSS + n][e]);             \
+    [[unroll]] for (int e = 0; e < now.length(); e++) far = far || now[e] > top[r][e] + slack;                  \
+    if (subgroupAny(far)) {                                                                                     \
+      coopMatReduceNV(now, now, gl_CooperativeMatrixReduceRowNV, larger);                                       \
+      SUMS factor;                                                                                              \
+      [[unroll]] for (int e = 0; e < now.length(); e++) {                                                       \
+        const float x = max(now[e], top[r][e]);                                                                 \
+        factor[e] = exp2((top[r][e] - x) * bits);                                                               \
+        top[r][e] = x;                                                                                          \
+        bias[r][e] = -x * bits;                                                                                 \
+      }                                                                                                         \
+      total[r] = total[r] * factor;                                                                             \
+      [[unroll]] for (int k = 0; k < DEEP; k++) o[r * DEEP + k] = o[r * DEEP + k] * factor;                     \
+    }                                                                                                           \
+  }
+
+#define WEIGH(s)                                                                                                \
+  [[unroll]] for (int r = 0; r < HEIGHT; r++) [[unroll]] for (int n = 0; n < ACROSS; n++) {                     \
+    SUMS x = s[r * ACROSS + n];                                                                                 \
+    [[unroll]] for (int e = 0; e < x.length(); e++) x[e] = exp2(fma(x[e], bits, bias[r][e]));                   \
+    total[r] = total[r] + x;                                                                                    \
+    w[r * ACROSS + n] = LEFT(NARROW(x));                                                                        \
+  }
+
+// One tile, the next one's scores beside it. LOAD fetches, CHANGE changes the scores.
+#define STEP_AHEAD(LOAD, CHANGE)                                                                                \
+  {                                                                                                             \
+    barrier();                                                                                                  \
+    LOAD(fetched, keys, first_key(then))                                                                        \
+    LOAD(brought, values, first_key(next))                                                                      \
+    CHANGE                                                                                                      \
+    RAISE(s)                                                                                                    \
+    SUMS t[HEIGHT * ACROSS];                                                                                    \
+    SCORES(t, set)                                                                                              \
+    WEIGH(s)                                                                                                    \
+    GATHER(set + TILE)                                                                                          \
+    if (AHEAD == 1) set = 2 * TILE - set; else barrier();                                                       \
+    PUT(fetched, set)                                                                                           \
+    PUT(brought, set + TILE)                                                                                    \
+    [[unroll]] for (int n = 0; n < HEIGHT * ACROSS; n++) s[n] = t[n];                                           \
+    at = next;                                                                                                  \
+    next = then;                                                                                                \
+    then = after(then);                                                                                         \
+  }
+
+// One tile by itself.
+#define STEP(LOAD, CHANGE)                                                                                      \
+  {                                                                                                             \
+    sync();                                                                                                     \
+    PUT(fetched, key_tile)                                                                                      \
+    sync();                                                                                                     \
+    LOAD(fetched, values, first_key(at))                                                                        \
+    SCORES(s, key_tile)                                                                                         \
+    CHANGE                                                                                                      \
+    RAISE(s)                                                                                                    \
+    WEIGH(s)                                                                                                    \
+    if (ALONE != 0) subgroupBarrier();                                                                          \
+    PUT(fetched, value_tile)                                                                                    \
+    LOAD(fetched, keys, first_key(next))                                                                        \
+    sync();                                                                                                     \
+    GATHER(value_tile)                                                                                          \
+    at = next;                                                                                                  \
+    next = after(next);                                                                                         \
+  }
+
+void main() {
+  Place at = begin();
+  load_queries();
+  LEFT q[HEIGHT * DEEP], w[HEIGHT * ACROSS];
+  [[unroll]] for (int r = 0; r < HEIGHT; r++) [[unroll]] for (int k = 0; k < DEEP; k++)
+    coopMatLoad(q[r * DEEP + k], tile, (base + r * SIDE) * PITCH + k * SIDE / 8, PITCH, gl_CooperativeMatrixLayoutRowMajor);
+  barrier();
+  SUMS o[HEIGHT * DEEP], s[HEIGHT * ACROSS], top[HEIGHT], bias[HEIGHT], total[HEIGHT];
+  [[unroll]] for (int k = 0; k < HEIGHT * DEEP; k++) o[k] = SUMS(0.0);
+  [[unroll]] for (int r = 0; r < HEIGHT; r++) {
+    top[r] = SUMS(-1e30);  // finite, so that a row without a key yet gets weights of 0
+    bias[r] = SUMS(0.0);
+    total[r] = SUMS(0.0);
+  }
+  const float bits = in_bits(), slack = SLACK / bits;
+  uvec4 fetched[OWN];
+  Place next = after(at);
+  if (there(at)) FETCH(fetched, keys, first_key(at))
+  if (ALONE == 0 && AHEAD != 0) {
+    Place then = after(next);
+    uvec4 brought[OWN];
+    int set = 0;
+    if (there(at)) {
+      PUT(fetched, 0)
+      FETCH(brought, values, first_key(at))
+      FETCH(fetched, keys, first_key(next))
+      barrier();
+      SCORES(s, 0)
+      if (AHEAD == 1) set = 2 * TILE; else barrier();
+      PUT(fetched, set)
+      PUT(brought, set + TILE)
+    }
+    [[dont_unroll]] while (there(at)) {
+      [[dont_unroll]] while (open(at) && whole(next) && whole(then)) STEP_AHEAD(FETCH_WHOLE, )
+      if (there(at)) STEP_AHEAD(FETCH, MASK(s, at))
+    }
+  } else {
+    const int key_tile = me * TILE, value_tile = ALONE != 0 ? key_tile : TILE;  // alone, values take the place of their keys
+    [[dont_unroll]] while (there(at)) {
+      [[dont_unroll]] while (open(at) && whole(next)) STEP(FETCH_WHOLE, )
+      if (there(at)) STEP(FETCH, MASK(s, at))
+    }
+  }
+  barrier();
+  [[unroll]] for (int r = 0; r < HEIGHT; r++) {
+    const int slot = subgroup * TALL + r * SIDE;
+    coopMatReduceNV(total[r], total[r], gl_CooperativeMatrixReduceRowNV, added);
+    coopMatStore(total[r], tile, slot * SLICE, SLICE, gl_CooperativeMatrixLayoutRowMajor);
+    subgroupBarrier();
+    if (lane < SIDE) totals[slot + lane] = uintBitsToFloat(tile[(slot + lane) * SLICE].x);
+    subgroupBarrier();
+    coopMatStore(top[r], tile, slot * SLICE, SLICE, gl_CooperativeMatrixLayoutRowMajor);
+    subgroupBarrier();
+    if (lane < SIDE) tops[slot + lane] = uintBitsToFloat(tile[(slot + lane) * SLICE].x) * bits;
+  }
+  barrier();
+  WRITE()
+}

@@ -1,0 +1,173 @@
+"""The kernel ladder: which step a device's features give, that it is what runs, and that every step is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import hal_core as hal
+from hal_core.registry import registry
+from hal_core.testing import reference, relative_error
+from hal_core.testing.reference import request_of
+
+pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
+from hal_vulkan import ladder, matrix
+from hal_vulkan._vk import Adapter, MatrixShape
+
+BITS = (
+    "cooperative_matrix", "memory_model", "float16", "full_subgroups", "nv2_reductions", "nv2_conversions",
+    "nv2_per_element_operations",
+)  # fmt: skip
+CASES = {
+    "full": ((2, 2, 2, 64, 64, 32), {}),
+    "ragged": ((1, 4, 2, 50, 37, 64), {}),
+    "causal": ((1, 2, 1, 33, 70, 32), {"is_causal": True}),
+    "window": ((1, 2, 2, 60, 60, 32), {"window": (5, 3)}),
+    "softcap": ((1, 2, 2, 30, 40, 32), {"softcap": 2.0}),
+    "boolean mask": ((1, 2, 2, 30, 40, 32), {"attn_mask": torch.bool}),
+    "additive mask": ((1, 2, 2, 30, 40, 32), {"attn_mask": torch.float16}),
+    "negative scale": ((1, 2, 2, 30, 40, 32), {"scale": -0.2}),
+    "one row of a group": ((1, 8, 2, 1, 130, 64), {}),
+    "few rows, split keys": ((1, 4, 1, 2, 600, 32), {}),
+}
+
+
+def adapter(
+    features: tuple[str, ...], *, sides: tuple[int, ...] = (16,), is_cpu: bool = False, api: int = 3
+) -> Adapter:
+    """What a device with these features would report."""
+    shapes = tuple(MatrixShape(side, side, side, "float16", "float32") for side in sides)
+    limits = {"subgroupSize": 32, "maxComputeSharedMemorySize": 49152}
+    known: dict[str, Any] = dict.fromkeys(Adapter._fields)
+    known |= {
+        "is_cpu": is_cpu,
+        "api": (1, api, 0),
+        "features": frozenset(features),
+        "limits": limits,
+        "matrices": shapes,
+    }
+    return Adapter(**known)
+
+
+def test_all_bits_give_the_best_step() -> None:
+    step = ladder.matrix_step(adapter(BITS), "float16")
+    assert step is not None
+    assert (step.name, step.side) == ("nv2", 16)
+
+
+@pytest.mark.parametrize("bit", BITS)
+def test_a_missing_bit_costs_the_steps_that_use_it(bit: str) -> None:
+    step = ladder.matrix_step(adapter(tuple(b for b in BITS if b != bit)), "float16")
+    assert (step.name if step else None) == ("khr" if bit.startswith("nv2_") else None)
+
+
+def test_what_a_step_cannot_hold_goes_to_plain_tiles() -> None:
+    assert ladder.matrix_step(adapter(BITS), "float32") is None
+    assert ladder.matrix_step(adapter(BITS, sides=()), "float16") is None
+    assert ladder.matrix_step(adapter(BITS, sides=(32,)), "float16") is None
+    assert ladder.matrix_step(adapter(BITS, is_cpu=True), "float16") is None
+
+
+def test_vulkan_1_2_has_no_spirv_of_1_3() -> None:
+    assert [step.name for step in ladder.matrix_steps(adapter(BITS, api=2), "float16")] == ["khr"]
+
+
+def test_the_doctors_words_follow_the_steps() -> None:
+    assert ladder.ladder(adapter(BITS)) == (
+        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); float32: tiles in shared memory"
+    )
+    assert ladder.ladder(adapter(())) == "tiles in shared memory"
+    assert "matrices" not in ladder.ladder(adapter(BITS, is_cpu=True))
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", ["nv2", "khr"])
+@pytest.mark.parametrize("lanes", [32, 64])
+def test_cuts_fit_shared_memory_and_load_whole_tiles(dim: int, name: str, lanes: int) -> None:
+    step = ladder.MatrixStep(name, 16, lanes, 49152)
+    for alone in (False, True):
+        cuts = matrix.cuts(step, dim, alone=alone)
+        assert cuts, "no cut for this head size"
+        assert all(c.shared_bytes(dim) <= 49152 for c in cuts)
+        assert all(c.keys * dim // 8 % (lanes if alone else c.threads) == 0 for c in cuts)
+
+
+@pytest.fixture
+def device() -> hal.Device:
+    try:
+        return registry.find("vulkan:0")[0]
+    except hal.DeviceUnavailableError as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.fixture
+def session(device: hal.Device) -> Iterator[Any]:
+    with registry.backend_of(device).open(device) as opened:
+        yield opened
+
+
+def draw(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> tuple[Any, ...]:
+    """(query, key, value, options with a drawn mask)."""
+    batch, heads, heads_kv, len_q, len_k, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, len_q, dim, generator=generator).half()
+    key, value = (torch.randn(batch, heads_kv, len_k, dim, generator=generator).half() for _ in range(2))
+    kind = options.get("attn_mask")
+    if kind is not None:
+        noise = torch.randn(len_q, len_k, generator=generator)
+        options = options | {"attn_mask": noise > -0.5 if kind is torch.bool else noise.to(kind)}
+    return query, key, value, options
+
+
+def steps_of(session: Any) -> list[ladder.MatrixStep]:
+    found = ladder.matrix_steps(session.recorder.adapter, "float16")
+    if not found:
+        pytest.skip(
+            f"{session.recorder.adapter.name} ({session.recorder.adapter.driver}) reports no matrices for float16"
+        )
+    return found
+
+
+@pytest.mark.slow  # a processor's driver compiles each shader for seconds
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["nv2", "khr"])
+def test_every_matrix_step_agrees_with_float64(
+    session: Any, name: str, case: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = next((step for step in steps_of(session) if step.name == name), None)
+    if step is None:
+        pytest.skip(f"{session.recorder.adapter.name} does not report what {name} needs")
+    monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: step)
+    shape, options = CASES[case]
+    query, key, value, options = draw(shape, options, seed)
+    mask = options.pop("attn_mask", None)
+    out, lse = call(session, query, key, value, mask, options)
+    want, want_lse = reference(query, key, value, mask, **options)
+    assert relative_error(out, want) <= 2e-3
+    assert relative_error(lse, want_lse) <= 1e-5
+    assert f"forward_{name}.float16" in ran(session)
+
+
+def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:
+    said = ladder.ladder(session.recorder.adapter)
+    query, key, value, _ = draw((1, 2, 2, 40, 40, 32), {}, seed)
+    for dtype in ("float16", "float32"):
+        before = ran(session)
+        call(session, *(t.to(getattr(torch, dtype)) for t in (query, key, value)), None, {})
+        (shader,) = {name for name in ran(session) - before if name.startswith("forward")}
+        step = said.split(f"{dtype}: ")[-1].split(";")[0]
+        assert shader.startswith(("forward_nv2", "forward_khr")) == ("matrices" in step)
+
+
+def call(session: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
+    """(out, log-sum-exp) of the session's own attention."""
+    request = request_of(query, key, value, mask, return_lse=True, **options)
+    return session.compute_attention(session.prepare_attention(query, key, value, request=request), mask)
+
+
+def ran(session: Any) -> set[str]:
+    """Shaders of which the session has made pipelines."""
+    return {name for name, *_ in session.recorder.shaders.made}
