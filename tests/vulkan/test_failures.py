@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,10 @@ def test_a_cache_that_is_not_this_drivers_or_is_damaged_is_left_alone(
 ) -> None:
     good = cache.read_bytes()
     middle = len(good) // 2
-    other = bytes(255 - byte for byte in backend_module.find().adapters[device.id].cache_uuid)
+    uuid = backend_module.find().adapters[device.id].cache_uuid
+    foreign = good[32:].replace(uuid, bytes(255 - byte for byte in uuid))
     bad = {
-        "another driver's": good.replace(backend_module.find().adapters[device.id].cache_uuid, other),
+        "another driver's": sha256(foreign).digest() + foreign,
         "cut short": good[:-7],
         "one byte changed": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
         "empty": b"",

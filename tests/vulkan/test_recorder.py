@@ -107,6 +107,14 @@ def test_a_recording_takes_each_calls_own_mask(
     assert len(made) == 1
 
 
+def test_a_mask_of_another_layout_is_another_call(session: Any, seed: int) -> None:
+    query, key, value, one, many = draw(seed, *[(2, 2, 9, 32)] * 3, (1, 1, 9, 9), (2, 2, 9, 9))
+    prepared = session.prepare_attention(query, key, value, request=request(query, key, mask=hal.MaskKind.ADDITIVE))
+    for mask in (one.expand(2, 2, 9, 9), many, one.expand(2, 2, 9, 9), many.transpose(2, 3)):
+        out = session.compute_attention(prepared, mask).out
+        assert relative_error(out, reference(query, key, value, mask).out) <= 1e-5
+
+
 def test_gradients_of_a_known_shape_run_their_recording(
     session: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -258,7 +258,9 @@ class VulkanCommandBuffer:
         with torch.no_grad():
             if card is not None:
                 card.enter()
-            for take, near, address, nbytes in self._uploads:
+            if card is not None and self._uploads:  # all by one launch
+                torch._foreach_copy_([u.near for u in self._uploads], [u.take(given) for u in self._uploads])
+            for take, near, address, nbytes in self._uploads if card is None else ():
                 source = take(given)
                 if address and source.is_contiguous():
                     memmove(address, source.data_ptr(), nbytes)

@@ -64,9 +64,7 @@ class SharedCard(ABC):
 
     def forget(self, block: Memory) -> None:
         """The block is about to be freed, and nobody has a tensor of it any more."""
-        if (seen := self._seen.pop(block.memory, None)) is not None:
-            self.settle()
-            del seen
+        if self._seen.pop(block.memory, None) is not None:
             self._drop(block)
 
     @abstractmethod
