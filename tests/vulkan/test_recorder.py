@@ -37,7 +37,10 @@ def unmapped(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(recorder, "STREAM_FROM", 4096)
     adapter = backend_module.find().adapters[device.id]
     with VulkanSession(device, adapter._replace(is_cpu=False)) as opened:
-        opened.recorder.ring = staging.StagingRing(opened.recorder.gpu, slots=3, slot_bytes=8192)
+        ring = opened.recorder.ring = staging.StagingRing(opened.recorder.gpu, slots=3, slot_bytes=8192)
+        ring._take("")
+        for slot in ring._slots:
+            slot.host.fill_(255)  # NaN in every float format
         yield opened
 
 
