@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
-#: Kernel and the file whose text its check vouches for.
+_HOPPER = ("hopper", "pipeline")
+#: Kernel and the files of hal_cuda/kernels whose text its check vouches for.
 KERNELS = {
-    "hopper.forward": "hal_cuda/kernels/hopper.py", "attend.attend": "hal_cuda/kernels/attend.py",
-    "attend.merge": "hal_cuda/kernels/attend.py", "attend.keep_mask": "hal_cuda/kernels/attend.py",
-    "plan.list_once": "hal_cuda/kernels/plan.py",
+    "hopper.forward": _HOPPER, "hopper.forward_packed": (*_HOPPER, "tiles"), "attend.attend": ("attend",),
+    "attend.merge": ("attend",), "attend.keep_mask": ("attend",), "plan.list_once": ("plan",),
 }  # fmt: skip
 
 
-def source_hash(file: str) -> str:
-    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
+def source_hash(files: tuple[str, ...]) -> str:
+    texts = ((ROOT / "hal_cuda" / "kernels" / f"{file}.py").read_bytes() for file in files)
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
 def changed() -> list[str]:
     """Kernels that no check on a GPU has seen as they are now."""
     path = ROOT / "verified.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return [name for name, file in KERNELS.items() if known.get(name, {}).get("source") != source_hash(file)]
+    return [name for name, files in KERNELS.items() if known.get(name, {}).get("source") != source_hash(files)]
 
 
 def measure() -> dict[str, float]:
@@ -40,9 +41,17 @@ def measure() -> dict[str, float]:
     import torch
     from cuda_attention import DEVICE, Bench, normal
 
-    from hal_core import AttentionRequest, Causal
+    from hal_core import AttentionRequest, Causal, SequenceTables
 
     bench = Bench()
+
+    def exact(query: Any, key: Any, value: Any) -> Any:
+        """Bottom-right causal attention in float64."""
+        len_q, len_k = query.shape[2], key.shape[2]
+        wide = [t.double().repeat_interleave(8 // t.shape[1], 1) for t in (query, key, value)]
+        reach = torch.arange(len_k, device="cuda") <= torch.arange(len_q, device="cuda")[:, None] + len_k - len_q
+        scores = (wide[0] @ wide[1].mT * 128**-0.5).masked_fill(~reach, -torch.inf)
+        return torch.softmax(scores, -1) @ wide[2]
 
     def error(path: str, heads_kv: int, len_q: int, len_k: int) -> float:
         total = 0.0
@@ -53,11 +62,26 @@ def measure() -> dict[str, float]:
                 batch=1, heads_q=8, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=128, dim_v=128, dtype="bfloat16",
                 device=DEVICE, causal=Causal.BOTTOM_RIGHT,
             )  # fmt: skip
-            wide = [t.double().repeat_interleave(8 // t.shape[1], 1) for t in (query, key, value)]
-            reach = torch.arange(len_k, device="cuda") <= torch.arange(len_q, device="cuda")[:, None] + len_k - len_q
-            scores = (wide[0] @ wide[1].mT * 128**-0.5).masked_fill(~reach, -torch.inf)
-            want = torch.softmax(scores, -1) @ wide[2]
+            want = exact(query, key, value)
             total += float((bench.own(path, request)(query, key, value).double() - want).norm() / want.norm()) ** 2
+        return (total / 5) ** 0.5
+
+    def packed() -> float:
+        total, ends_q, ends_k = 0.0, [0, 300, 1300, 1500], [0, 700, 1700, 2400]
+        tables = SequenceTables(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
+        request = AttentionRequest(
+            batch=3, heads_q=8, heads_kv=4, len_q=1000, len_k=1000, dim_qk=128, dim_v=128, dtype="bfloat16", device=DEVICE,
+            causal=Causal.BOTTOM_RIGHT, packed=True,
+        )  # fmt: skip
+        for seed in range(5):
+            torch.manual_seed(seed)
+            query, key, value = normal(1, 8, 1500, 128), normal(1, 4, 2400, 128), normal(1, 4, 2400, 128)
+            got = bench.own("hopper", request)(query, key, value, None, None, tables)
+            want = torch.cat([
+                exact(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d])
+                for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
+            ], 2)  # fmt: skip
+            total += float((got.double() - want).norm() / want.norm()) ** 2
         return (total / 5) ** 0.5
 
     def dropped() -> float:
@@ -87,6 +111,7 @@ def measure() -> dict[str, float]:
     }  # fmt: skip
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: error("hopper", 4, 1500, 2000)
+        checks["hopper.forward_packed"] = packed
     return {name: check() for name, check in checks.items()}
 
 

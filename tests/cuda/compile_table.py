@@ -53,18 +53,25 @@ _launched: list[Callable[[], Any]] = []
 def hopper_variants() -> dict[str, Callable[[], Any]]:
     """The Gluon forward: tuned tilings times the edges they may meet."""
     edges: dict[str, dict[str, Any]] = {
-        "full": {}, "causal": {"right": True}, "full ragged": {"ragged": True},
+        "full": {}, "causal": {"right": True, "half": True}, "full ragged": {"ragged": True},
         "causal shifted": {"right": True, "shifted": True},
         "window": {"right": True, "left": True, "shifted": True}, "softcap": {"right": True, "softcap": True},
     }  # fmt: skip
     found: dict[str, Callable[[], Any]] = {}
     shapes = [(64, 64, 8192), (64, 64, 512), (128, 128, 2048), (128, 128, 8192), (256, 256, 8192), (192, 128, 8192),
               (192, 192, 8192), (96, 96, 8192)]  # fmt: skip
+    packed: dict[str, dict[str, Any]] = {
+        "packed full": {"ragged": True}, "packed causal": {"right": True, "half": True, "ragged": True},
+        "packed causal shifted": {"right": True, "shifted": True, "ragged": True},
+    }  # fmt: skip
     for dim_qk, dim_v, length in shapes:
-        tiling = hopper.tiling_for(dim_qk, dim_v, length, length)
-        for edge, flags in edges.items():
-            settings = dict.fromkeys(("left", "right", "shifted", "ragged", "softcap"), False) | {"lse": True} | flags
+        whole = dim_qk in (64, 128, 256) and dim_qk == dim_v
+        for edge, flags in (edges | packed if whole else edges).items():
+            tiling = hopper.tiling_for(dim_qk, dim_v, length, length, flags.get("right", False))
+            settings = dict.fromkeys(("left", "right", "shifted", "half", "ragged", "softcap"), False) | {"lse": True} | flags
             constants = hopper.kernel_constants(tiling, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
+            if edge in packed:
+                constants["BOTTOM"] = "shifted" in flags
             found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = lambda c=constants: hopper.compile_forward("bf16", c)  # type: ignore[misc]
     return found
 

@@ -55,7 +55,8 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
     assert len(rows) <= 200
     tuned = {
         name: row for name, row in rows.items()
-        if "hopper" in name and any(dims in name for dims in TUNED) and name.endswith((" full", " causal"))
+        if "hopper" in name and "packed" not in name and any(dims in name for dims in TUNED)
+        and name.endswith((" full", " causal"))
     }  # fmt: skip
     assert tuned
     assert all(row["spilled"] == 0 and row["warnings"] == 0 for row in tuned.values()), tuned

@@ -41,7 +41,8 @@ def test_plain_attention_has_own_kernels_and_torch_beside_them() -> None:
     "changes",
     [
         {"mask": MaskKind.BOOLEAN}, {"mask": MaskKind.ADDITIVE}, {"dropout": 0.1}, {"block_plan": (64, 64, 4)},
-        {"packed": True}, {"page_size": 16}, {"dtype": "float32"}, {"len_q": 1}, {"scale": -1.0, "lse": True},
+        {"packed": True, "dim_qk": 96}, {"packed": True, "len_q": 64},
+        {"page_size": 16}, {"dtype": "float32"}, {"len_q": 1}, {"scale": -1.0, "lse": True},
         {"last_dim_contiguous": False},
     ],
 )  # fmt: skip
@@ -51,7 +52,10 @@ def test_features_that_one_kernel_alone_has_go_there(changes: dict[str, Any]) ->
     assert "hopper" not in found
 
 
-@pytest.mark.parametrize("changes", [{"window": (100, 0)}, {"softcap": 5.0}, {"causal": Causal.BOTTOM_RIGHT}, {"lse": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"window": (100, 0)}, {"softcap": 5.0}, {"causal": Causal.BOTTOM_RIGHT}, {"lse": True}, {"packed": True}],
+)
 def test_torch_is_no_candidate_for_what_it_does_not_do(changes: dict[str, Any]) -> None:
     assert paths(**changes) == ["hopper", "portable"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
 from hal_core.registry import registry
 
 BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
@@ -84,10 +84,8 @@ def agrees(got: Any, want: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     assert bool((got.out[dead] == 0).all())
 
 
-def forced(
-    path: str, device: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
-) -> Any:
-    """The call on one path alone, whatever dispatch would choose; the output's memory is poisoned first."""
+def on_path(device: str, path: str, request: AttentionRequest) -> Any:
+    """The request bound to one path alone, whatever dispatch would choose."""
     from hal_cuda.backend import CudaBackend
     from hal_cuda.session import CudaSession
 
@@ -95,11 +93,19 @@ def forced(
     assert isinstance(backend, CudaBackend)
     found = registry.find(device)[0]
     session = CudaSession(found, backend.chip(found), lambda: backend.rates(found), paths=frozenset({path}))
-    request = hal.explain(query, key, value, mask, backend=device, enable_gqa=True, return_lse=True, **options).request
     assert session.path_of(request) == path
+    return session.bind(request)
+
+
+def forced(
+    path: str, device: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
+) -> Any:
+    """The call on one path alone; the output's memory is poisoned first."""
+    request = hal.explain(query, key, value, mask, backend=device, enable_gqa=True, return_lse=True, **options).request
+    call = on_path(device, path, request)
     poison = torch.full((query.numel() * 2 + 1024,), math.nan, device="cuda")  # freed memory that the next result gets
     del poison
-    return session.bind(request)(query, key, value, mask, options.get("block_plan"), None, None)
+    return call(query, key, value, mask, options.get("block_plan"), None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -305,6 +311,45 @@ def test_packed_sequences_do_not_see_each_other(gpu: str, seed: int) -> None:
         rows = slice(start, start + length)
         want = exact(query[:, :, rows], key[:, :, rows], value[:, :, rows], causal="top_left")
         agrees(hal.AttentionOutput(got.out[:, :, rows], got.lse[:, :, rows]), want, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"causal": "top_left"}, {"causal": "bottom_right"}, {"causal": "bottom_right", "diagonal": -37, "softcap": 8.0},
+        {"causal": "bottom_right", "window": (200, 0)},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("same", [True, False], ids=["same lengths", "own lengths"])
+def test_packed_sequences_on_the_hopper_kernel(gpu: str, seed: int, dim: int, options: dict[str, Any], same: bool) -> None:
+    """Each sequence as if alone, though NaN lies behind the last one and around a sequence of its own."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel needs compute capability 9.0")
+    lengths_q = [100, 1, 700, 0, 333, 64, 129]
+    lengths_k = lengths_q if same else [300, 129, 700, 40, 1, 500, 0]
+    ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda() for lengths in (lengths_q, lengths_k)]
+    tables = SequenceTables(ends[0], ends[0] if same else ends[1])
+    query = draw(seed, 1, 4, sum(lengths_q) + 77, dim, torch.bfloat16)
+    key, value = (draw(seed + i, 1, 2, sum(lengths_k) + 77, dim, torch.bfloat16, "heads last") for i in (1, 2))
+    poison = slice(int(ends[1][4]), int(ends[1][5]))
+    for tensor in (key, value):
+        tensor[:, :, sum(lengths_k) :] = math.nan
+        tensor[:, :, poison] = math.nan
+    request = AttentionRequest(
+        batch=len(lengths_q), heads_q=4, heads_kv=2, len_q=700, len_k=700, dim_qk=dim, dim_v=dim, dtype="bfloat16",
+        device="cuda:0", packed=True, lse=True, **{**options, "causal": Causal(options.get("causal", "none"))},
+    )  # fmt: skip
+    call = on_path(gpu, "hopper", request)
+    for _ in range(3):
+        got = call(query, key, value, None, None, tables, None)
+        for s, length in enumerate(lengths_q):
+            rows = slice(int(ends[0][s]), int(ends[0][s]) + length)
+            keys = slice(int(ends[1][s]), int(ends[1][s]) + lengths_k[s])
+            if (keys.start == poison.start and keys.stop > keys.start) or not length:
+                continue
+            want = exact(query[:, :, rows], key[:, :, keys], value[:, :, keys], **options)
+            agrees(hal.AttentionOutput(got.out[:, :, rows], got.lse[:, :, rows]), want, torch.bfloat16)
 
 
 def test_every_claim_has_a_path(gpu: str) -> None:

@@ -18,7 +18,7 @@ from .rates import Rates
 from .session import CudaSession
 
 TOKENS, HIDDEN = 16384, 2048
-LENGTHS = (512, 1024, 2048, 8192, 16384)
+LENGTHS = (512, 1000, 1500, 2048, 3000, 8192, 16384)  # some fill their tiles, some do not
 DIMS = (64, 96, 128, 192, 256)
 
 

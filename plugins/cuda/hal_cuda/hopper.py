@@ -18,7 +18,7 @@ from .portable import PortablePath, empty_result, packs, power_of_two
 ROWS = 64  # of one consumer warpgroup
 LOG2E = 1.4426950408889634
 _OVERHEAD = 2  # of a tile of rows, in tiles of keys
-_CACHED = 40 << 20  # bytes of keys and values that the second-level cache keeps beside the rest
+CACHED = 40 << 20  # bytes of keys and values that the second-level cache keeps beside the rest
 _MOST_KEPT = 1024
 
 
@@ -26,7 +26,8 @@ class Tiling(NamedTuple):
     """How a head size is run.
 
     keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. arrive: release stages by named
-    barriers. own_output: shared memory of its own for the result.
+    barriers. own_output: shared memory of its own for the result. stages: of keys and values. queries: stages of query
+    tiles.
     """
 
     keys: int
@@ -34,9 +35,12 @@ class Tiling(NamedTuple):
     turns: bool
     arrive: bool
     own_output: bool
+    stages: int
+    queries: int
 
 
 _RUN_TIME = ("total", "NT", "HG", "heads", "len_q", "len_k", "shift", "left", "right")
+_PACKED_RUN_TIME = ("HG", "heads", "len_q", "shift", "left", "right")
 
 
 def takes(request: AttentionRequest, chip: Chip) -> bool:
@@ -48,7 +52,7 @@ def takes(request: AttentionRequest, chip: Chip) -> bool:
         and request.dtype in ("float16", "bfloat16")
         and request.mask is MaskKind.NONE
         and not request.dropout
-        and not request.packed
+        and (not request.packed or _fills_tiles(request))
         and request.page_size is None
         and request.block_plan is None
         and request.last_dim_contiguous
@@ -58,6 +62,11 @@ def takes(request: AttentionRequest, chip: Chip) -> bool:
         and 1e-6 <= request.effective_scale <= 1e6
         and not packs(request, request.len_q)
     )
+
+
+def _fills_tiles(request: AttentionRequest) -> bool:
+    """Whether packed sequences have rows enough for tiles, and head sizes of one part."""
+    return request.len_q > ROWS and not parts(request.dim_qk)[1] and not parts(request.dim_v)[1]
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -81,19 +90,26 @@ def parts(dim: int) -> tuple[int, int]:
     return (128, 64) if dim <= 192 else (256, 0)
 
 
-def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int) -> Tiling:
-    """The tiling of a call, measured on one H200 at lengths of 500 to 16384.
+def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool) -> Tiling:
+    """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal.
 
-    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty. 128: turns pay while rows are short.
+    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty or the diagonal takes much of a row.
+    Turns pay where rows are short, or where a warpgroup has few registers.
     """
     widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
+    same = parts(dim_qk) == parts(dim_v)
     if widest == 64:
         full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * ROWS, 2 * ROWS))
-        return Tiling(128, 3 if full > 0.9 * narrow else 2, True, False, True)
-    if widest <= 128:
-        arrive = widest == 128 and len_k > 4096
-        return Tiling(128, 2, not arrive, arrive, True)
-    return Tiling(64, 2, widest == 256, False, widest == 192 or parts(dim_qk) != parts(dim_v))
+        three = full > 0.9 * narrow and (len_k > 1024 or not right)
+        return Tiling(128, 3 if three else 2, three, False, True, 3, 2)
+    if widest == 96:
+        return Tiling(128, 2, True, False, True, 2, 2)
+    if widest == 128:
+        long = len_k > 1024
+        return Tiling(128, 2, not long, long and not right, True, 2, 2)
+    if widest == 192:
+        return Tiling(64, 2, False, False, not same, 2, 2)
+    return Tiling(64, 2, True, False, not same, 2, 1)
 
 
 class Schedule(NamedTuple):
@@ -129,7 +145,7 @@ def schedule(costs: Sequence[int], heads: int, multiprocessors: int, most_togeth
             best, least = together, longest
         together *= 2
     mean = each.mean().item() * len(number) / multiprocessors
-    if least <= 1.06 * mean or len(set(costs)) == 1:
+    if least <= 1.09 * mean or len(set(costs)) == 1:
         return Schedule(multiprocessors, best)
     together = 8
     while heads % together:
@@ -138,15 +154,15 @@ def schedule(costs: Sequence[int], heads: int, multiprocessors: int, most_togeth
 
 
 def kernel_constants(
-    tiling: Tiling, *, dim_qk: int, dim_v: int, group: int, left: bool, right: bool, shifted: bool, ragged: bool, softcap: bool,
-    lse: bool,
+    tiling: Tiling, *, dim_qk: int, dim_v: int, group: int, left: bool, right: bool, shifted: bool, half: bool, ragged: bool,
+    softcap: bool, lse: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel's constexpr arguments."""
     return {
         "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": parts(dim_v)[0],
-        "Q2": parts(dim_qk)[1], "V2": parts(dim_v)[1], "ST": 2, "NC": tiling.consumers, "LEFT": left, "RIGHT": right,
-        "SHIFTED": shifted, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse, "PING": tiling.turns, "EB": tiling.arrive,
-        "OSEP": tiling.own_output,
+        "Q2": parts(dim_qk)[1], "V2": parts(dim_v)[1], "ST": tiling.stages, "QS": tiling.queries, "NC": tiling.consumers,
+        "LEFT": left, "RIGHT": right, "SHIFTED": shifted, "HALF": half, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse,
+        "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output,
     }  # fmt: skip
 
 
@@ -158,7 +174,12 @@ def kernel_signature(dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     for (dim_qk, dim_v), number in ((first, ""), (second, "2"))[: 2 if splits(constants) else 1]:
         types |= {f"qd{number}": _descriptor(dtype, ROWS, dim_qk), f"kd{number}": _descriptor(dtype, keys, dim_qk)}
         types |= {f"vd{number}": _descriptor(dtype, keys, dim_v), f"od{number}": _descriptor(dtype, ROWS, dim_v)}
-    return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32")
+    if "BOTTOM" in constants:
+        types |= {"out": f"*{dtype}", "table": "*i32", "out_head": "i64", "out_row": "i64"}
+        types |= dict.fromkeys(_PACKED_RUN_TIME, "i32")
+    else:
+        types |= dict.fromkeys(_RUN_TIME, "i32")
+    return types | dict.fromkeys(("scale", "cap_in", "cap_out"), "fp32")
 
 
 def splits(constants: dict[str, Any]) -> bool:
@@ -240,11 +261,12 @@ class HopperPath:
             right = 0 if right is None else min(right, 0)
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
         ends_inside = right is not None and shift + right <= len_k - len_q  # no row reaches past the last key
-        tiling = tiling_for(dim_qk, dim_v, len_q, len_k)
+        tiling = tiling_for(dim_qk, dim_v, len_q, len_k, right is not None)
         constants = kernel_constants(
             tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
-            shifted=right is not None and (shift + right) % ROWS != 0, ragged=len_k % tiling.keys != 0 and not ends_inside,
-            softcap=r.softcap is not None, lse=r.lse,
+            shifted=right is not None and (shift + right) % ROWS != 0,
+            half=right is not None and (shift + right) % tiling.keys == 0 and ends_inside,
+            ragged=len_k % tiling.keys != 0 and not ends_inside, softcap=r.softcap is not None, lse=r.lse,
         )  # fmt: skip
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         key_of = ("hopper", chip.index, dtype, tuple(constants.items()))
@@ -256,7 +278,7 @@ class HopperPath:
             for first in range((row_tiles - 1) * rows, -1, -rows)
         ]
         cached = len_k * (dim_qk + dim_v) * query.itemsize * key.shape[1] // heads
-        plan = schedule(costs, batch * heads, chip.multiprocessors, _CACHED // max(cached, 1))
+        plan = schedule(costs, batch * heads, chip.multiprocessors, CACHED // max(cached, 1))
         scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
         if r.softcap is not None:
             cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
@@ -266,7 +288,7 @@ class HopperPath:
             scale, cap_in, cap_out, *[None] * len(constants),
         ]  # fmt: skip
         repeats = 2 if splits(constants) else 1
-        sides = tuple((*_side(t), meta) for t, meta in zip((query, key, value, out) * repeats, made.maps, strict=True))
+        sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out) * repeats, made.maps, strict=True))
         like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
         return Launch(made, (plan.programs, 1, 1), sides, tuple({} for _ in sides), tail, like_query, repeats)
 
@@ -275,9 +297,9 @@ def compile_forward(dtype: str, constants: dict[str, Any]) -> Any:
     """The compiled kernel of a dtype ("bf16" or "fp16") and its constants; needs no GPU."""
     from triton.backends.compiler import GPUTarget
 
-    from .kernels.hopper import forward, forward_split
+    from .kernels.hopper import forward, forward_packed, forward_split
 
-    fn = forward_split if splits(constants) else forward
+    fn = forward_packed if "BOTTOM" in constants else forward_split if splits(constants) else forward
     return compiled.compile_for(fn, kernel_signature(dtype, constants), constants, GPUTarget("cuda", 90, 32), num_warps=4)
 
 
@@ -298,7 +320,7 @@ def _add_map(launch: Launch, place: int, pointer: int) -> list[Any]:
     return kept[pointer]
 
 
-def _side(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def side(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides for a tensor map. A dimension of one element may have any stride; the map wants steps of 16 bytes."""
     shape, step = tuple(tensor.shape), max(16 // tensor.itemsize, power_of_two(tensor.shape[3]))
     strides = [step if n == 1 else s for n, s in zip(shape[:3], tensor.stride()[:3], strict=True)]

@@ -30,6 +30,7 @@ from . import composed, dispatch, native
 from .chip import Chip
 from .hopper import HopperPath
 from .memory import CudaMemory
+from .packed import PackedHopperPath
 from .portable import PortablePath
 from .rates import Rates
 
@@ -123,7 +124,8 @@ class CudaSession:
         if name == "portable":
             return PortablePath(request, self.chip)
         if name == "hopper":
-            return HopperPath(request, self.chip, PortablePath(request, self.chip))
+            kind = PackedHopperPath if request.packed else HopperPath
+            return kind(request, self.chip, PortablePath(request, self.chip))
         if name == "composed":
             return lambda *given: composed.attend(request, self.chip, *given)
         return self._native(name, request)

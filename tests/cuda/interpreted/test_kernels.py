@@ -16,6 +16,7 @@ interpreter.prepare()
 
 import torch  # noqa: E402
 from hal_cuda.hopper import schedule  # noqa: E402
+from hal_cuda.kernels.tiles import tile_table  # noqa: E402
 from hal_cuda.plans import listed_once  # noqa: E402
 from hal_cuda.portable import PortablePath, choose_splits, choose_tiles, dropout_pattern, packs, shrunk  # noqa: E402
 from interpreted_device import CHIP, InterpretedBackend  # noqa: E402
@@ -238,3 +239,20 @@ def test_conformance(check: str) -> None:
 def test_conformance_of_results(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
     assert result.status in ("passed", "skipped"), result.detail
+
+
+def test_table_lists_every_tile_of_packed_sequences() -> None:
+    """Longest sequences first, last rows first; empty sequences have no tile, and those without keys have theirs."""
+    lengths_q, lengths_k = [5, 0, 130, 64, 65, 1], [7, 9, 130, 0, 400, 130]
+    ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
+    table = torch.full((8 + 8 * 16,), -1, dtype=torch.int32)
+    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles((6, 1, 1), (table, *ends), [6])
+    order = sorted(range(6), key=lambda s: (-lengths_k[s], s))
+    want = [
+        [row, int(ends[0][s]), int(ends[1][s]), lengths_q[s], lengths_k[s]]
+        for s in order for row in reversed(range(0, lengths_q[s], 64))
+    ]  # fmt: skip
+    assert table[0] == len(want)
+    assert table[8:].view(-1, 8)[: len(want), :5].tolist() == want
+    assert bool((table[8:].view(-1, 8)[len(want) :] == -1).all())

@@ -232,30 +232,31 @@ def merge(
     part, part_lse, out, lse, heads, len_q, o_b, o_h, o_m, splits,
     DV: tl.constexpr, BDV: tl.constexpr, LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join partial results over their splits, at most 128. Grid: (len_q, heads, batch).
+    """Join partial results over their splits. Grid: (len_q, heads, batch).
 
     part: float32 [batch, heads, len_q, splits, DV]. part_lse: float32 [batch, heads, len_q, splits], natural.
     """
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     place = (batch * heads + head) * len_q + row
-    s = tl.arange(0, 128)
     d = tl.arange(0, BDV)
+    most, total = float("-inf"), 0.0
+    joined = tl.zeros([BDV], tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    each = tl.load(part_lse + place * splits + s, mask=s < splits, other=float("-inf"))
-    top = tl.max(each, 0)
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2((each - anchor) * LOG2E), 0)
-    joined = tl.zeros([BDV], tl.float32)
-    for start in range(0, splits, 16):
+    for start in range(0, splits, 16):  # up to 16 parts their loads do not wait for each other
         some = start + tl.arange(0, 16)
-        weight = tl.load(part_lse + place * splits + some, mask=some < splits, other=float("-inf"))
-        weight = tl.exp2((weight - anchor) * LOG2E)
-        alive = (weight > 0.0)[:, None] & (d < DV)[None, :]
-        parts = tl.load(part + (place * splits + some)[:, None] * DV + d[None, :], mask=alive, other=0.0)
-        joined += tl.sum(parts * weight[:, None], 0)
+        each = tl.load(part_lse + place * splits + some, mask=some < splits, other=float("-inf"))
+        at = part + (place * splits + some)[:, None] * DV + d[None, :]
+        parts = tl.load(at, mask=(some < splits)[:, None] & (d < DV)[None, :], other=0.0)
+        raised = tl.maximum(most, tl.max(each, 0))
+        anchor = tl.where(raised == float("-inf"), 0.0, raised)
+        weight = tl.exp2((each - anchor) * LOG2E)
+        shrink = tl.exp2((most - anchor) * LOG2E)
+        total = total * shrink + tl.sum(weight, 0)
+        joined = joined * shrink + tl.sum(parts * weight[:, None], 0)
+        most = raised
     dead = total == 0.0
     joined = joined / tl.where(dead, 1.0, total)
     tl.store(out + batch * o_b + head * o_h + row * o_m + d, joined.to(out.dtype.element_ty), mask=d < DV)
     if LSE:
-        tl.store(lse + place, tl.where(dead, float("-inf"), anchor + tl.log2(tl.where(dead, 1.0, total)) * LN2))
+        tl.store(lse + place, tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2))

@@ -1,0 +1,111 @@
+"""Packed sequences on the Hopper kernel: a table of tiles made on the device, then one persistent launch over it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceTables
+
+from . import compiled
+from .chip import Chip, Launcher
+from .hopper import CACHED, LOG2E, ROWS, compile_forward, fits, kernel_constants, side, tiling_for
+from .kernels.tiles import tile_table
+from .portable import PortablePath, empty_result
+
+_HEAD, _ENTRY = 8, 8  # numbers before the first entry of a table, and of an entry
+_MOST_KEPT = 256
+
+
+class Launch(NamedTuple):
+    """What is the same for all calls on tensors of one form.
+
+    kernel: the forward. list_tiles: launches the table. most: tiles there can be. sides: of query, key, value and output
+    what their tensor maps are made from. tail: arguments after the table.
+    """
+
+    kernel: compiled.Kernel
+    list_tiles: Launcher
+    most: int
+    sides: tuple[tuple[tuple[int, ...], tuple[int, ...], Any], ...]
+    tail: list[Any]
+
+
+class PackedHopperPath:
+    """A packed request bound to the Gluon kernel; tensors that the copy engine cannot read go to the plain path."""
+
+    def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
+        self.request, self.chip, self._instead = request, chip, instead
+        self._launches: dict[Any, Launch] = {}
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
+    ) -> AttentionOutput:  # fmt: skip
+        """Attention of each sequence; lengths are read on the device alone, so CUDA graphs may be replayed with others."""
+        assert tables is not None
+        assert tables.cu_seqlens_q is not None
+        assert tables.cu_seqlens_k is not None
+        cu_q, cu_k = tables.cu_seqlens_q, tables.cu_seqlens_k
+        pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
+        whole = cu_q.is_contiguous() and cu_k.is_contiguous() and cu_q.dtype == cu_k.dtype == torch.int32
+        if not whole or (pointers[0] | pointers[1] | pointers[2]) & 15 or not fits(query, key, value):
+            return self._instead(query, key, value, mask, plan, tables, rng)
+        same = cu_q.data_ptr() == cu_k.data_ptr()
+        sequences = cu_q.shape[0] - 1
+        form = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), sequences, same)
+        launch = self._launches.get(form)
+        if launch is None:
+            if len(self._launches) >= _MOST_KEPT:
+                self._launches.clear()
+            launch = self._launches[form] = self._build(query, key, value, sequences, same)
+        out = empty_result(query, value.shape[3])
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
+        table = torch.empty(_HEAD + _ENTRY * launch.most, dtype=torch.int32, device=query.device)
+        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), [sequences])
+        arguments: list[Any] = []
+        for pointer, (shape, strides, meta) in zip((*pointers, out.data_ptr()), launch.sides, strict=True):
+            arguments += [compiled.tensor_map(pointer, shape, strides, meta), *shape, *strides]
+        arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
+        programs = min(self.chip.multiprocessors, launch.most * query.shape[1])
+        launch.kernel((programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
+        return AttentionOutput(out, lse)
+
+    def _build(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, same: bool) -> Launch:
+        """same: queries and keys have the same lengths, which makes both diagonals one."""
+        r, chip = self.request, self.chip
+        heads, tokens, dim_qk, dim_v = query.shape[1], query.shape[2], query.shape[3], value.shape[3]
+        left, right = r.window or (None, None)
+        if r.causal is not Causal.NONE:
+            right = 0 if right is None else min(right, 0)
+        bottom = r.causal is Causal.BOTTOM_RIGHT and not same
+        reach = r.diagonal + (right or 0)
+        tiling = tiling_for(dim_qk, dim_v, r.len_q, r.len_k, right is not None)
+        constants = kernel_constants(
+            tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
+            shifted=right is not None and (bottom or reach % ROWS != 0),
+            half=right is not None and same and reach <= 0 and reach % tiling.keys == 0, ragged=True,
+            softcap=r.softcap is not None, lse=r.lse,
+        ) | {"BOTTOM": bottom}  # fmt: skip
+        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
+        made = compiled.kernel(
+            ("hopper packed", chip.index, dtype, tuple(constants.items())), lambda: compile_forward(dtype, constants)
+        )
+        rows = ROWS * tiling.consumers
+        signature = dict.fromkeys(("table", "cu_q", "cu_k"), "*i32") | {"sequences": "i32"}
+        list_tiles = chip.launcher(tile_table, signature, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
+        scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
+        if r.softcap is not None:
+            cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
+        together, cached = 1, r.len_k * (dim_qk + dim_v) * query.itemsize * key.shape[1] // heads
+        while heads % (2 * together) == 0 and 2 * together * cached <= CACHED:
+            together *= 2
+        out = empty_result(query, dim_v)
+        tail = [
+            out.stride(1), out.stride(2), together, heads, tokens, r.diagonal, left or 0, right or 0, scale, cap_in, cap_out,
+            *[None] * len(constants),
+        ]  # fmt: skip
+        sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
+        return Launch(made, list_tiles, tokens // rows + sequences, sides, tail)
