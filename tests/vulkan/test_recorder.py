@@ -13,7 +13,7 @@ from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import recorder, staging  # noqa: E402
+from hal_vulkan import commands, recorder, staging  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 
 
@@ -246,3 +246,12 @@ def test_kernels_beside_attention_are_recorded_for_their_shapes_and_numbers(
     assert u.std() < 0.6, "twenty steps smooth the field; one step done twenty times over would not"
     step(u, v, dt=0.25, reaction=0.0)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 30, 32), (1, 8, 512, 40), (40000,), (3, 70000), (1, 1, 1, 32769)])
+def test_small_copies_of_any_layout_are_whole(shape: tuple[int, ...], seed: int) -> None:
+    source = draw(seed, shape)[0]
+    for given in (source, source.transpose(0, -1), source.half()):
+        target = torch.full([*given.shape[:-1], given.shape[-1] + 3], 7.0)[..., : given.shape[-1]]
+        commands._copy(target, given)
+        assert torch.equal(target, given.float())

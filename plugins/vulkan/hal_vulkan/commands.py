@@ -26,9 +26,10 @@ TIMEOUT = 300.0
 #: Seconds that work which should be over already is given to end, before its memory is given back.
 GRACE = 30.0
 
-#: Bytes up to which a contiguous tensor is copied by memmove: torch shares its copies among threads, and waking them takes
-#: longer than these.
+#: Bytes up to which this thread copies a tensor by itself: torch shares its copies among threads from _SHARED elements on, and
+#: waking them takes longer than copying this much, far longer where they are at work elsewhere.
 PLAIN_COPY = 1 << 20
+_SHARED = 1 << 15
 
 Given = Sequence[Tensor | None]
 Take = Callable[[Given], Any]  # a tensor of the call, or one made from them
@@ -265,7 +266,7 @@ class VulkanCommandBuffer:
                 if address and source.is_contiguous():
                     memmove(address, source.data_ptr(), nbytes)
                 else:
-                    near.copy_(source)
+                    _copy(near, source)
             for take, operand, wide in self._streamed:
                 recorder.ring.upload(take(given), operand.bound, wide, self.what)
             if card is not None:
@@ -283,7 +284,7 @@ class VulkanCommandBuffer:
                 if result.address and target.is_contiguous() and target.dtype is result.dtype:
                     memmove(target.data_ptr(), result.address, result.nbytes)
                 elif result.near is not None:
-                    target.copy_(result.near)
+                    _copy(target, result.near)
                 else:
                     recorder.ring.download(result.operand.bound, target, result.wide, self.what)
                 found.append(target)
@@ -309,3 +310,14 @@ class VulkanCommandBuffer:
         self._regions.clear()
         self._imported.clear()
         return True
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """target.copy_(source); a small one by this thread, in pieces that torch does not share."""
+    if source.numel() < _SHARED or target.nbytes > PLAIN_COPY or target.is_cuda:
+        target.copy_(source)
+        return
+    rows = (_SHARED - 1) * source.shape[0] // source.numel()
+    pieces = zip(target.split(rows), source.split(rows), strict=True) if rows else zip(target, source, strict=True)
+    for there, here in pieces:
+        _copy(there, here)
