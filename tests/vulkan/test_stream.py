@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("len_q", "len_k"), [(192, 1030), (70, 512), (333, 259)])
+@pytest.mark.parametrize(("len_q", "len_k"), [(192, 1030), (70, 512), (333, 259), (1, 700), (13, 300), (40, 64)])
 def test_streamed_attention_agrees_with_float64(device: str, name: str, len_q: int, len_k: int, seed: int) -> None:
     generator, options = torch.Generator().manual_seed(seed), CASES[name]
     query = torch.randn(1, 2, len_q, 32, generator=generator)

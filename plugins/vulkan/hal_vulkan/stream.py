@@ -12,23 +12,32 @@ from .recorder import Recorder
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
 _LANES = 8  # invocations of a subgroup, and of a work group
 _SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
-_FROM = 1 << 28  # multiply-accumulates from which its larger pipelines pay
+_FROM = (
+    1 << 16
+)  # multiply-accumulates, per float of a query that an invocation holds, from which compiling that much pays
 
 
 def suits(recorder: Recorder, call: Call, dim: int) -> bool:
     """Whether forward_stream.comp is the better kernel: long calls without masks on a processor's driver."""
-    request, limits = call.request, recorder.adapter.limits
-    plain = call.mask is None and call.plan is None and not request.softcap
-    large = call.query.numel() * call.key.shape[2] >= _FROM // 2 and call.query.shape[2] >= 64
+    limits, rows = recorder.adapter.limits, call.query.shape[2]
+    plain = call.mask is None and call.plan is None and not call.request.softcap
+    if rows < _LANES:
+        rows *= call.query.shape[1] // call.key.shape[1]
+    large = 2 * call.query.numel() * call.key.shape[2] >= _FROM * dim * _rows_each(rows)
     shuffles = limits["subgroupSize"] == _LANES and limits["subgroupOperations"] & _SHUFFLE
     can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and shuffles
     return bool(plain and large and can and dim <= 128)
 
 
+def _rows_each(rows: int) -> int:
+    """Query rows of an invocation for units of `rows`: a power of 2; with 8 compiling takes 10 s and saves nothing."""
+    return min(4, 1 << (-(-rows // _LANES) - 1).bit_length())
+
+
 def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
     """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
     dim, len_k = setting.dim, setting.len_k
-    rows_each = 8 if dim <= 64 else 4
+    rows_each = _rows_each(setting.unit_rows)
     tall, chunk = _LANES * rows_each, _BYTES // (4 * dim)
     chunks, units = -(-len_k // chunk), setting.units
     rows = units * setting.unit_rows
@@ -46,14 +55,14 @@ def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Oper
         elif setting.numbers["lower"] == -OPEN and setting.numbers["upper"] == OPEN and count % 4 == 0:
             pieces = [(0, setting.unit_rows, 0)]
         fresh = True  # no barrier between units: they touch nothing of each other
-        for unit in range(units):
+        for unit in range(0, units, group):
             place = (unit // group * chunks + number) * _BYTES
             tiles = [operand.part(place, _BYTES) for operand in (keys, values)]
             for begin, end, banded in pieces:
                 pushed = setting.values(mask_batch=unit, mask_head=begin, mask_row=start, plan_batch=count, scale=scale)
                 commands.dispatch(
                     f"forward_stream.{setting.dtype}", (dim, _LANES, rows_each, banded), [query, *tiles, part, part_lse],
-                    pushed, LAYOUT, (-(-(end - begin) // tall), 1, 1), kinds="suuss", after=fresh,
+                    pushed, LAYOUT, (-(-(end - begin) // tall), group, 1), kinds="suuss", after=fresh,
                 )  # fmt: skip
                 fresh = False
     groups = (-(-rows * dim // 4 // 64), 1, 1)

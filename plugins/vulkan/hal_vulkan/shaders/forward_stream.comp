@@ -6,7 +6,7 @@
 // Attention for drivers that run on the host's processor, where an invocation is a lane of a vector, a load is one load per
 // lane, and storage buffers are slower than uniform ones. A lane keeps ROWS query rows and their output in registers. Each
 // lane loads another piece of a key or value, and shuffles by constants, which cost one instruction, spread the pieces over
-// the lanes. One dispatch per unit and chunk: what is known so far is kept as a normalised partial result and its
+// the lanes. One dispatch per key head and chunk: what is known so far is kept as a normalised partial result and its
 // log-sum-exp.
 
 layout(constant_id = 2) const int ROWS = 8;
@@ -22,7 +22,7 @@ const int STEP = 4;  // keys between two rescalings of the output
 
 void main() {
   // The fields that other shaders use for masks and plans say which piece this dispatch works on.
-  const int unit = p.mask_batch, row_base = p.mask_head, key_base = p.mask_row, count = p.plan_batch;
+  const int unit = p.mask_batch + int(gl_WorkGroupID.y), row_base = p.mask_head, key_base = p.mask_row, count = p.plan_batch;
   const int lane = int(gl_LocalInvocationID.x), row0 = row_base + int(gl_WorkGroupID.x) * THREADS * ROWS + lane;
   vec4 q[ROWS * QUADS], o[ROWS * QUADS];
   float top[ROWS], total[ROWS];
