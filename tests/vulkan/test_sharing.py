@@ -194,6 +194,25 @@ def test_memory_stays_while_somebody_has_a_tensor_of_it_and_comes_back_then(sess
         memory.free(again)
 
 
+def test_no_recording_outlives_the_memory_that_it_reads_in_place(session: Any, seed: int) -> None:
+    memory, pool = session.memory, session.recorder.pool
+    buffers = [memory.allocate((1, 1, 1 << 18, 32), "float32") for _ in range(2)]  # blocks of their own
+    query = memory.to_torch(memory.allocate((1, 1, 4, 32), "float32"))
+    key, value = (memory.to_torch(buffer)[:, :, :16] for buffer in buffers)
+    fill(seed, query, key, value)
+    session.bind(asked(query, key))(query, key, value)
+    assert len(session.recorder._kept) == 1
+    for buffer in buffers:
+        memory.free(buffer)
+    del key, value
+    gc.collect()
+    memory.stats()
+    before = pool.reserved
+    pool.trim()  # as the pool does by itself where it comes to its limit
+    assert pool.reserved < before
+    assert not session.recorder._kept
+
+
 def test_a_tensor_outlives_the_session_that_made_its_memory(session: Any) -> None:
     tensor = session.memory.to_torch(session.memory.allocate((32, 32), "float32")).fill_(3)
     session.close()

@@ -84,6 +84,7 @@ class VulkanCommandBuffer:
         self._gpu, self._card = recorder.gpu, recorder.card_of(given)
         self._place = "cpu" if self._card is None else self._card.place
         self._regions: list[tuple[VulkanMemoryPool, Region]] = []
+        self._lent: set[Any] = set()  # VkDeviceMemory of blocks whose tensors are used where they lie
         self._imported: list[tuple[Memory, Tensor]] = []  # with the tensors, which must stay for as long
         self._uploads: list[_Upload] = []
         self._streamed: list[tuple[Take, Operand, int]] = []
@@ -100,6 +101,10 @@ class VulkanCommandBuffer:
     def nbytes(self) -> int:
         """Of all memory that is kept with it."""
         return sum(region.size for _, region in self._regions)
+
+    def uses(self, block: Memory) -> bool:
+        """Whether it reads or writes somebody's tensors in a block."""
+        return block.memory in self._lent
 
     # Recording
 
@@ -191,7 +196,8 @@ class VulkanCommandBuffer:
         """The tensor's own memory where shaders can use it: shared with CUDA, or the host's on a CPU; None elsewhere."""
         recorder = self._recorder
         if self._card is not None:
-            bound = self._card.bound_of(tensor)
+            if (bound := self._card.bound_of(tensor)) is not None:
+                self._lent.add(bound.block.memory)
         elif (bound := recorder.import_host(tensor)) is not None:
             self._imported.append((bound.block, tensor))
             self.fixed = False  # another call's tensors lie elsewhere
@@ -296,7 +302,8 @@ class VulkanCommandBuffer:
         """Give memory and commands back, once the device is done with them; False where it is not, and they stay."""
         gpu = self._gpu
         try:
-            gpu.wait(gpu.submitted, f"finish ({self.what}) before its memory is given back", GRACE)
+            patience = GRACE if self._card is None else TIMEOUT  # behind whatever torch has queued there
+            gpu.wait(gpu.submitted, f"finish ({self.what}) before its memory is given back", patience)
         except HalError:
             if not gpu.lost:  # still running: what it writes to must stay
                 return False

@@ -114,9 +114,12 @@ class Recorder:
         while self._kept and (
             len(self._kept) > most or self.kept_bytes > most_bytes or self.pool.fragmentation > most_fragmented
         ):
-            commands = self._kept.popitem(last=False)[1]
-            self.kept_bytes -= commands.nbytes
-            self._release(commands)
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Hashable) -> None:
+        commands = self._kept.pop(key)
+        self.kept_bytes -= commands.nbytes
+        self._release(commands)
 
     def _release(self, commands: VulkanCommandBuffer) -> None:
         if not commands.release():
@@ -162,6 +165,8 @@ class Recorder:
             self._card.settle()
 
     def _free(self, block: Memory) -> None:
+        for key in [key for key, commands in self._kept.items() if commands.uses(block)]:
+            self._drop(key)
         if self._card is not None:
             self._card.forget(block)
         self.gpu.free(block)
