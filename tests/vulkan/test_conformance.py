@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
-from hal_core.testing import ConformanceSuite
+import hal_core as hal
+from hal_core.testing import ConformanceSuite, check_backend
+
+backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 
 
 class TestVulkan(ConformanceSuite):
@@ -15,3 +19,31 @@ class TestVulkan(ConformanceSuite):
 @pytest.mark.slow
 class TestVulkanInFull(ConformanceSuite):
     backend = "vulkan:0"
+
+
+class OnCuda(backend_module.VulkanBackend):  # type: ignore[name-defined, misc]
+    """The first Vulkan device, its tensors on the CUDA device that is the same card."""
+
+    def __init__(self, device: hal.Device) -> None:
+        self._real = device
+        self._shown = attrs.evolve(device, id="vulkan_on_cuda:0", reads=device.reads[::-1])
+
+    def devices(self) -> list[hal.Device]:
+        return [self._shown]
+
+    def room(self, device: hal.Device) -> tuple[int, int]:
+        return super().room(self._real)  # type: ignore[no-any-return]
+
+    def assumed(self, device: hal.Device) -> tuple[tuple[float, float], tuple[float, float]]:
+        return super().assumed(self._real)  # type: ignore[no-any-return]
+
+    def open(self, device: hal.Device) -> hal.Session:
+        return super().open(self._real)  # type: ignore[no-any-return]
+
+
+def test_the_contract_holds_for_tensors_on_cuda() -> None:
+    found = next((d for d in hal.devices() if d.family == "vulkan" and len(d.reads) > 1), None)
+    if found is None:
+        pytest.skip("no Vulkan device here shares its memory with CUDA")
+    report = check_backend(OnCuda(found), quick=True)
+    assert report.passed, str(report)
