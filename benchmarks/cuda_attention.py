@@ -75,6 +75,11 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
+def three(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of one shape."""
+    return normal(*shape), normal(*shape), normal(*shape)
+
+
 class Row(NamedTuple):
     """One call of the forward tables: its shape, its operations, milliseconds by column."""
 
@@ -99,7 +104,7 @@ class Row(NamedTuple):
 
 
 def attention_row(bench: Bench, batch: int, heads: int, length: int, dim: int, causal: bool) -> Row:
-    given = tuple(normal(batch, heads, length, dim) for _ in range(3))
+    given = three(batch, heads, length, dim)
     request = hal.explain(*given, is_causal=causal, backend=DEVICE).request
     dispatch = hal.bind(*given, is_causal=causal, backend=DEVICE)
     calls: dict[str, Call] = {"own": partial(bench.own(bench.forward_path, request), *given), "hal": partial(dispatch, *given)}
@@ -165,7 +170,7 @@ def summary(rows: list[Row]) -> list[str]:
         ("hal", TORCH, "best of torch over the dispatch"),
     ):  # fmt: skip
         mean = math.exp(statistics.fmean(math.log(row.ratio(column, names)) for row in rows))
-        worst = min(rows, key=lambda row, c=column, n=names: row.ratio(c, n))
+        worst = min(rows, key=partial(Row.ratio, column=column, names=names))
         place = f"head size {worst.dim}, {worst.length} tokens, {'causal' if worst.causal else 'full'}"
         lines.append(f"The {what}: geometric mean {mean:.3f}, worst {worst.ratio(column, names):.3f} ({place}).")
     return lines
@@ -226,12 +231,12 @@ def _paged_row(bench: Bench, ceiling: float) -> list[str]:
 def special(bench: Bench, options: Any) -> None:
     """A sliding window and a sparse block plan at 32k tokens."""
     rows = []
-    given = tuple(normal(1, 32, 32768, 64) for _ in range(3))
+    given = three(1, 32, 32768, 64)
     request = hal.explain(*given, causal="top_left", window=(1023, 0), backend=DEVICE).request
     own = bench.own(bench.forward_path, request)
     times = bench.times({"own": partial(own, *given), **bench.peers.window(*given, 1023)})
     rows.append(_special_row("window 1024, head_dim 64", times, 2.0 * request.visible_macs))
-    given = tuple(normal(1, 16, 32768, 128) for _ in range(3))
+    given = three(1, 16, 32768, 128)
     blocks = 32768 // 128
     kept = blocks // 10
     indices = torch.stack([torch.randperm(blocks)[:kept].sort().values for _ in range(16 * blocks)])
@@ -258,7 +263,7 @@ def host(bench: Bench, options: Any) -> None:
     """Host time of one call on tensors so small that the device is never waited for."""
     rows = []
     for name, shape in (("1 x 1 x 128 x 128", (1, 1, 128, 128)), ("decode, 1 x 8 x 1 x 128", (1, 8, 1, 128))):
-        query, key, value = (normal(*shape) for _ in range(3))
+        query, key, value = three(*shape)
         bound = hal.bind(query, key, value, backend=DEVICE)
         calls: dict[str, Call] = {
             "bound": partial(bound, query, key, value), "hal.attention": partial(hal.attention, query, key, value),
@@ -283,7 +288,7 @@ def error(bench: Bench, options: Any) -> None:
             squares: dict[str, float] = {}
             for seed in range(5):
                 torch.manual_seed(1000 * dim + seed)
-                given = [normal(1, 4, 2048, dim) for _ in range(3)]
+                given = three(1, 4, 2048, dim)
                 want = reference(*given, is_causal=causal).out
                 request = hal.explain(*given, is_causal=causal, backend=DEVICE).request
                 own = bench.own(bench.forward_path, request)
@@ -312,7 +317,7 @@ def flex(bench: Bench, options: Any) -> None:
         (64, 2048, 32, "full"), (64, 8192, 32, "full"), (64, 8192, 32, "causal"), (64, 32768, 32, "window"),
         (128, 2048, 16, "full"), (128, 8192, 16, "full"), (128, 8192, 16, "causal"),
     ):  # fmt: skip
-        given = [normal(max(16384 // length, 1), heads, length, dim) for _ in range(3)]
+        given = three(max(16384 // length, 1), heads, length, dim)
         wanted: dict[str, Any] = {
             "full": {}, "causal": {"is_causal": True}, "window": {"causal": "top_left", "window": (1023, 0)},
         }[kind]  # fmt: skip
