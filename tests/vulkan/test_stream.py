@@ -45,6 +45,15 @@ def test_streamed_attention_agrees_with_float64(device: str, name: str, len_q: i
     assert relative_error(lse, want.lse) <= 1e-5
 
 
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
+def test_every_head_size_agrees_where_several_heads_and_chunks_follow_each_other(device: str, dim: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 2, 70, dim, generator=generator)
+    key, value = (torch.randn(1, 2, 600, dim, generator=generator) for _ in range(2))
+    out = hal.attention(query, key, value, backend=device)
+    assert relative_error(out, reference(query, key, value).out) <= 1e-5
+
+
 def test_the_pieces_of_a_chunk_cover_its_band_once(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(300):

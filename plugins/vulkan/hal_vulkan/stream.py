@@ -26,7 +26,8 @@ def suits(recorder: Recorder, call: Call, dim: int) -> bool:
     large = 2 * call.query.numel() * call.key.shape[2] >= _FROM * dim * _rows_each(rows)
     shuffles = limits["subgroupSize"] == _LANES and limits["subgroupOperations"] & _SHUFFLE
     can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and shuffles
-    return bool(plain and large and can and dim <= 128)
+    whole = dim <= 128 and _BYTES % (4 * dim) == 0  # chunks follow each other without gaps
+    return bool(plain and large and can and whole)
 
 
 def _rows_each(rows: int) -> int:
