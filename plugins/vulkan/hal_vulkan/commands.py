@@ -262,41 +262,40 @@ class VulkanCommandBuffer:
             DeviceUnavailableError: the device was lost, or took longer than `TIMEOUT`.
         """
         recorder, gpu, card = self._recorder, self._gpu, self._card
-        with torch.no_grad():
-            if card is not None:
-                card.enter()
-            if card is not None and self._uploads:  # all by one launch
-                torch._foreach_copy_([u.near for u in self._uploads], [u.take(given) for u in self._uploads])
-            for take, near, address, nbytes in self._uploads if card is None else ():
+        if card is None:
+            for take, near, address, nbytes in self._uploads:
                 source = take(given)
                 if address and source.is_contiguous():
                     memmove(address, source.data_ptr(), nbytes)
                 else:
-                    _copy(near, source)
+                    _copy(near, source.detach())
             for take, operand, wide in self._streamed:
-                recorder.ring.upload(take(given), operand.bound, wide, self.what)
-            if card is not None:
-                card.run(self._commands, self.what, TIMEOUT)
-            else:
-                gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
-            found = []
-            for n, result in enumerate(self._results):
-                if result.in_place is not None:
-                    found.append(result.in_place(given))
-                    continue
-                target = into[n] if n < len(into) else None
-                if target is None:
-                    target = torch.empty(result.shape, dtype=result.dtype, device=self._place)
-                if result.address and target.is_contiguous() and target.dtype is result.dtype:
-                    memmove(target.data_ptr(), result.address, result.nbytes)
-                elif result.near is not None:
-                    _copy(target, result.near)
-                else:
-                    recorder.ring.download(result.operand.bound, target, result.wide, self.what)
-                found.append(target)
+                recorder.ring.upload(take(given).detach(), operand.bound, wide, self.what)
+            gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
+        else:
+            card.enter()
+            if self._uploads:  # all by one launch
+                sources = [upload.take(given).detach() for upload in self._uploads]
+                torch._foreach_copy_([upload.near for upload in self._uploads], sources)
+            card.run(self._commands, self.what, TIMEOUT)
         recorder.copies += self._copies
         recorder.copied += self._copied
-        return found
+        return [self._fetched(result, given, into, n) for n, result in enumerate(self._results)]
+
+    def _fetched(self, result: _Result, given: Given, into: Given, n: int) -> Tensor:
+        """A result in the tensor that it was written into, that waits for it, or that is made for it."""
+        if result.in_place is not None:
+            return result.in_place(given)  # type: ignore[no-any-return]
+        target = into[n] if n < len(into) else None
+        if target is None:
+            target = torch.empty(result.shape, dtype=result.dtype, device=self._place)
+        if result.address and target.is_contiguous() and target.dtype is result.dtype:
+            memmove(target.data_ptr(), result.address, result.nbytes)
+        elif result.near is not None:
+            _copy(target, result.near)
+        else:
+            self._recorder.ring.download(result.operand.bound, target, result.wide, self.what)
+        return target
 
     def release(self) -> bool:
         """Give memory and commands back, once the device is done with them; False where it is not, and they stay."""

@@ -140,10 +140,11 @@ class Recorder:
 
     def card_of(self, given: Given) -> SharedCard | None:
         """The card that the tensors of a call lie on; None for the host."""
-        if self._card is None and (self.shares is None or not any(t is not None and t.is_cuda for t in given)):
+        first = given[0] if given else None  # all of a call lie together
+        if first is None or (self._card is None and (self.shares is None or not first.is_cuda)):
             return None
         card = self.card
-        return card if card is not None and any(t is not None and t.device.type == card.kind for t in given) else None
+        return card if card is not None and first.device.type == card.kind else None
 
     @property
     def card(self) -> SharedCard | None:
