@@ -69,6 +69,42 @@ def test_ricci_flow_keeps_total_curvature_zero_and_tends_to_a_flat_metric(device
     assert bool((phi.amin((1, 2)) >= first.amin((1, 2)) - 1e-5).all())
 
 
+def test_diffusion_spreads_a_point_by_the_nine_point_stencil(device: str) -> None:
+    u = torch.zeros(1, 5, 7)
+    u[0, 0, 0] = 1.0  # in a corner: the grid is periodic
+    got, _ = hal.kernel("reaction_diffusion_step", device)(u, u, dt=1.0, diffusion_u=1.0, diffusion_v=0.0, reaction=0.0)
+    want = torch.zeros(5, 7)
+    for row, column in ((0, 1), (0, 6), (1, 0), (4, 0)):
+        want[row, column] = 1 / 6
+    for row, column in ((1, 1), (1, 6), (4, 1), (4, 6)):
+        want[row, column] = 1 / 12
+    assert torch.allclose(got[0], want, atol=1e-7)
+
+
+def test_at_its_step_limit_ricci_flow_makes_no_new_extremes_and_beyond_it_would(device: str) -> None:
+    phi = torch.zeros(1, 8, 8)
+    phi[0, ::2, 1::2] = phi[0, 1::2, ::2] = 0.01  # the field that the limit is made for: it changes sign at every point
+    limit = float(torch.exp(2 * phi.min()) / 4)
+    got = hal.kernel("ricci_flow_step", device)(phi, limit)
+    assert bool((got >= phi.min() - 1e-7).all() and (got <= phi.max() + 1e-7).all())
+    beyond = resolve(registry.kernel_specs()["ricci_flow_step"].reference)(phi.double(), 1.1 * limit)
+    assert bool((beyond > phi.max() + 1e-4).any())
+
+
+def test_every_field_of_a_batch_steps_by_itself(device: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.randn(3, 9, 70, generator=generator) for _ in range(2))
+    step, flow = hal.kernel("reaction_diffusion_step", device), hal.kernel("ricci_flow_step", device)
+    together, phi = step(u, v), 0.3 * u
+    dt = 0.2 * float(torch.exp(2 * phi.min()))
+    flowed = flow(phi, dt)
+    for n in range(3):
+        alone = step(u[n], v[n])
+        assert torch.equal(together[0][n], alone[0])
+        assert torch.equal(together[1][n], alone[1])
+        assert torch.equal(flowed[n], flow(phi[n], dt))
+
+
 @pytest.mark.parametrize(("name", "arguments", "words"), [
     ("ricci_flow_step", (torch.zeros(4, 4), 0.3), "exp(2 * min(phi)) / 4 = 0.25"),
     ("reaction_diffusion_step", (torch.zeros(4, 4), torch.zeros(4, 4), 1.5), "between 0 and 1"),

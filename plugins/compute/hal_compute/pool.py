@@ -8,9 +8,21 @@ from typing import Any
 
 import attrs
 
-from hal_core import ContractError, MemoryLimitError
+from hal_core import ContractError, HalError, MemoryLimitError
 
 BLOCK = 32 << 20
+
+
+class OutOfMemoryError(MemoryLimitError):
+    """The driver itself has no memory left, though the limit of this session was not reached."""
+
+    def __init__(self, name: str, whose: str, what: str, nbytes: int, limit: int) -> None:
+        HalError.__init__(
+            self,
+            f"{name} is out of {whose} memory in {what} ({nbytes:,} bytes asked): nothing was run; close other programs "
+            f"that use it, call trim(), or shorten the request",
+        )
+        self.requested, self.in_use, self.limit = nbytes, 0, limit
 
 
 @attrs.define(eq=False)

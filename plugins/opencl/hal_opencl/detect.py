@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import attrs
+
 from hal_core import Device, Fidelity, cache_dir
 
 NO_DRIVER = "no OpenCL driver; install pocl-opencl-icd for a CPU device (Debian: apt-get install pocl-opencl-icd)"
@@ -43,15 +45,24 @@ def find() -> Found:
     problems = []
     for platform in platforms:
         try:
-            handles += [h for h in platform.get_devices() if h.available and h.compiler_available]
+            listed = platform.get_devices()
         except cl.Error as error:  # a platform without devices says so by an error
             problems.append(f"{platform.name.strip()}: {error}")
+            continue
+        for handle in listed:
+            try:
+                if handle.available and handle.compiler_available:
+                    handles.append((bool(handle.type & cl.device_type.CPU), handle, _describe("opencl:", handle)))
+                else:
+                    problems.append(f"{handle.name.strip()} is not available, or has no compiler")
+            except cl.Error as error:
+                problems.append(f"{platform.name.strip()}: {error}")
     if not handles:
-        reason = "; ".join(problems)
-        return Found({}, (), f"{NO_DRIVER} ({reason})" if reason else NO_DRIVER)
-    handles.sort(key=lambda h: bool(h.type & cl.device_type.CPU))
-    devices = tuple(_describe(f"opencl:{n}", handle) for n, handle in enumerate(handles))
-    return Found(dict(zip((d.id for d in devices), handles, strict=True)), devices, "")
+        missing = f"no OpenCL platform has a device that can be used ({'; '.join(problems)})" if problems else NO_DRIVER
+        return Found({}, (), missing)
+    handles.sort(key=lambda found: found[0])
+    devices = tuple(attrs.evolve(device, id=f"opencl:{n}") for n, (_, _, device) in enumerate(handles))
+    return Found({d.id: handle for d, (_, handle, _) in zip(devices, handles, strict=True)}, devices, "")
 
 
 def is_cpu(handle: Any) -> bool:
@@ -64,6 +75,7 @@ def _describe(device_id: str, handle: Any) -> Device:
     cpu = is_cpu(handle)
     extensions = handle.extensions.split()
     features = [
+        f"vendor {handle.vendor.strip()}",
         f"{handle.max_compute_units} compute units",
         f"{handle.local_mem_size >> 10} KiB local memory",
         f"float vectors of {handle.preferred_vector_width_float}",

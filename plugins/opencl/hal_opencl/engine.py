@@ -1,37 +1,41 @@
-"""An open OpenCL device: context, queue, compiled programs, device memory. With lease.py and staging.py it speaks pyopencl."""
+"""An open OpenCL device: context, queue, compiled programs, device memory. With the files below it speaks pyopencl."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
-from importlib import resources
-from typing import Any
+from typing import Any, NoReturn
 
 import pyopencl as cl
 import torch
-from hal_compute.pool import DevicePool
+from hal_compute.pool import DevicePool, OutOfMemoryError
 
-from hal_core import Device, DeviceUnavailableError, HalError, MemoryLimitError, cache_dir
+from hal_core import Device, DeviceUnavailableError
 
+from .binaries import Programs
 from .detect import is_cpu
 from .lease import Lease
 from .staging import Staging
 
 #: Seconds after which a wait gives up.
 TIMEOUT = 300.0
+_DRAIN = 30.0  # likewise, after a failure
+_NO_MEMORY = {-4: "device", -6: "host"}  # CL_MEM_OBJECT_ALLOCATION_FAILURE, CL_OUT_OF_HOST_MEMORY
+#: What drivers answer once a device is gone: not available, out of resources (after a fault), invalid context or queue.
+_LOST = frozenset({-2, -5, -34, -36})
 
 
 class Engine:
     """One device's context and queue. The session serialises calls."""
 
     def __init__(self, device: Device, handle: Any, limit: int | None = None) -> None:
-        self.device, self.handle = device, handle
+        self.device, self.handle, self.lost = device, handle, False
         self.shares_memory = is_cpu(handle)
         with self.named("open the device"):
             self.context = cl.Context([handle])
             self.queue = cl.CommandQueue(self.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
+            self._programs = Programs(self.context, handle)
         self._kernels: dict[tuple[str, ...], dict[str, Any]] = {}
         self.copies = self.copied = 0
         self.launched: list[Any] = []  # events of the call's programs
@@ -42,11 +46,12 @@ class Engine:
             largest=int(handle.max_mem_alloc_size), limit=bound if limit is None else min(limit, bound),
         )  # fmt: skip
         self.staging = Staging(self)
+        self.abandoned: list[Lease] = []  # of failed calls whose programs did not end
 
     # Memory
 
     def _create(self, nbytes: int) -> Any:
-        with self.named(f"allocate {nbytes:,} bytes"):
+        with self.named(f"allocate {nbytes:,} bytes", nbytes):
             if not self.shares_memory:
                 return cl.Buffer(self.context, cl.mem_flags.READ_WRITE, nbytes), None
             host = torch.empty(nbytes, dtype=torch.uint8)
@@ -55,7 +60,8 @@ class Engine:
 
     @staticmethod
     def _destroy(block: Any) -> None:
-        block[0].release()
+        with suppress(cl.Error):  # a lost device has nothing to give back
+            block[0].release()
 
     @contextmanager
     def lease(self) -> Iterator[Lease]:
@@ -64,11 +70,25 @@ class Engine:
         try:
             yield lease
         except BaseException:
-            with suppress(HalError):  # what is still running may read the memory that is given back below
-                self.wait("finish after a failure", 30.0)
+            if self._drained(_DRAIN):
+                lease.release()
+            else:  # what still runs reads and writes this memory
+                self.launched.clear()
+                self.abandoned.append(lease)
             raise
-        finally:
-            lease.release()
+        lease.release()
+
+    def _drained(self, timeout: float) -> bool:
+        """Wait for the call's programs, also of a device that is said to be lost; whether they ended within `timeout`."""
+        start = time.monotonic()
+        for event in self.launched:
+            with suppress(cl.Error):  # a driver that forgot the program does not run it
+                self.queue.flush()
+                while event.command_execution_status > cl.command_execution_status.COMPLETE:
+                    if time.monotonic() - start > timeout:
+                        return False
+                    time.sleep(1e-4)
+        return True
 
     # Programs
 
@@ -77,7 +97,7 @@ class Engine:
         key = (program, *options)
         if key not in self._kernels:
             with self.named(f"compile {program}.cl with {' '.join(options)}"):
-                built = cl.Program(self.context, _source(program)).build(["-w", *options], cache_dir=_program_cache())
+                built = self._programs.build(program, options)
             self._kernels[key] = {kernel.function_name: kernel for kernel in built.all_kernels()}
         return self._kernels[key][name]
 
@@ -99,6 +119,8 @@ class Engine:
             self.queue.flush()
             start = time.monotonic()
             while (status := marker.command_execution_status) != cl.command_execution_status.COMPLETE:
+                if status in _LOST:
+                    self._lose(what)
                 if status < 0:
                     raise DeviceUnavailableError(
                         f"{self.device.id} failed to {what} (OpenCL status {status}): close and reopen the device, and make "
@@ -121,21 +143,39 @@ class Engine:
         self.launched.clear()
 
     @contextmanager
-    def named(self, what: str) -> Iterator[None]:
-        """OpenCL's errors as ours: what was asked, what came, what to do."""
+    def named(self, what: str, nbytes: int = 0) -> Iterator[None]:
+        """OpenCL's errors as ours: what was asked ("could not `what`"), what came, what to do.
+
+        Args:
+            nbytes: of memory that is asked for; where it is 0, an error for want of resources means a lost device.
+
+        Raises:
+            OutOfMemoryError: the driver has no memory. DeviceUnavailableError: any other error, and always after a loss.
+        """
+        if self.lost:
+            self._lose(what)
         try:
             yield
-        except cl.MemoryError as error:
-            raise MemoryLimitError(self.device.id, 0, self.pool.in_use, self.pool.limit) from error
         except cl.Error as error:
             text = str(error).strip().splitlines()
+            if error.code in _NO_MEMORY or (error.code == -5 and nbytes):
+                whose = _NO_MEMORY.get(error.code, "device")
+                raise OutOfMemoryError(self.device.id, whose, error.routine, nbytes, self.pool.limit) from error
+            if error.code in _LOST:
+                self._lose(what, error)
             raise DeviceUnavailableError(
                 f"{self.device.id} could not {what} ({text[0] if text else type(error).__name__}): see `hal doctor`, and "
                 "update the driver if it happens again"
             ) from error
 
+    def _lose(self, what: str, cause: BaseException | None = None) -> NoReturn:
+        self.lost = True
+        raise DeviceUnavailableError(
+            f"{self.device.id} was lost and could not {what}: close its session and open it again"
+        ) from cause
+
     def trim(self) -> int:
-        return self.pool.trim() + self.staging.trim()
+        return self.pool.trim() + (0 if self.lost else self.staging.trim())
 
     def synchronize(self) -> None:
         self.wait("finish what was queued")
@@ -143,20 +183,3 @@ class Engine:
     def close(self) -> None:
         self._kernels.clear()
         self.trim()
-
-
-@lru_cache(maxsize=8)
-def _source(program: str) -> str:
-    folder = resources.files("hal_opencl") / "programs"
-    shared = "" if program == "kernels" else (folder / "problem.h").read_text(encoding="utf-8")
-    return shared + (folder / f"{program}.cl").read_text(encoding="utf-8")
-
-
-def _program_cache() -> str | None:
-    """pyopencl's cache of compiled programs, keyed by device, driver and source; None where it cannot be written."""
-    folder = cache_dir() / "opencl"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(folder)

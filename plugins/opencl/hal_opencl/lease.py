@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyopencl as cl
@@ -28,6 +29,7 @@ class Lease:
         self.engine = engine
         self._regions: list[Region] = []
         self._views: list[Any] = []
+        self._shared: list[Tensor] = []  # kept as long as the buffers over them
         self._reads: list[tuple[Operand, Tensor, int]] = []
 
     def space(self, nbytes: int) -> Operand:
@@ -69,6 +71,7 @@ class Lease:
         with self.engine.named("share a tensor"):
             buffer = cl.Buffer(self.engine.context, flags, hostbuf=flat.numpy())
         self._views.append(buffer)
+        self._shared.append(flat)
         return Operand(buffer, flat, flat.numel())
 
     def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
@@ -96,11 +99,13 @@ class Lease:
         self._reads.clear()
 
     def release(self) -> None:
-        # A buffer over a caller's tensor must be gone before the tensor may be; after a failure the queue is drained first.
+        """Give everything back, once the device is done with it."""
         self.engine.launched.clear()
         for view in self._views:
-            view.release()
+            with suppress(cl.Error):  # a lost device has nothing to give back
+                view.release()
         for region in self._regions:
             self.engine.pool.free(region)
         self._views.clear()
+        self._shared.clear()
         self._regions.clear()

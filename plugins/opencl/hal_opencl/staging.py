@@ -103,7 +103,7 @@ class Staging:
             self._engine.wait("copy operands", event=event)
             return slot
         engine = self._engine
-        with engine.named(f"pin {_SLOT:,} bytes"):
+        with engine.named(f"pin {_SLOT:,} bytes", _SLOT):
             flags = cl.mem_flags.READ_WRITE | cl.mem_flags.ALLOC_HOST_PTR
             buffer = cl.Buffer(engine.context, flags, _SLOT)
             both = cl.map_flags.READ | cl.map_flags.WRITE

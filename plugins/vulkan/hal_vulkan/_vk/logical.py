@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from hal_core import DeviceUnavailableError, HalError, MemoryLimitError
+from hal_compute.pool import OutOfMemoryError
+
+from hal_core import DeviceUnavailableError
 
 from .adapter import NV2_FEATURES, Adapter, api
 
@@ -13,18 +15,6 @@ _OUT_OF_MEMORY = {-1: "host", -2: "device"}
 LOST = -4
 #: Extensions that are switched on where they are listed.
 OPTIONAL = ("VK_KHR_external_memory_fd", "VK_KHR_external_semaphore_fd", "VK_EXT_external_memory_host")
-
-
-class OutOfMemoryError(MemoryLimitError):
-    """The driver itself has no memory left, though the limit of this session was not reached."""
-
-    def __init__(self, name: str, whose: str, what: str, nbytes: int, limit: int) -> None:
-        HalError.__init__(
-            self,
-            f"{name} is out of {whose} memory in {what} ({nbytes:,} bytes asked): nothing was run; close other programs "
-            f"that use it, call trim(), or shorten the request",
-        )
-        self.requested, self.in_use, self.limit = nbytes, 0, limit
 
 
 class LogicalDevice:
