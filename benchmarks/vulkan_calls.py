@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,27 +76,32 @@ def rows_of(session: Any, calls: int) -> list[list[str]]:
     return table
 
 
-def imported(session: Any, calls: int) -> list[list[str]]:
-    """On a CPU's device: whole calls whose tensors are copied, and read where they lie, interleaved."""
-    table, usual = [], recorder.IMPORT_FROM
-    for heads, heads_kv, len_q, len_k in ((8, 8, 1024, 1024), (32, 8, 1, 8192), (8, 8, 64, 16384)):
-        query = torch.randn(1, heads, len_q, 64)
-        key, value = (torch.randn(1, heads_kv, len_k, 64) for _ in range(2))
+def both_ways(session: Any, calls: int, setting: str, cases: Sequence[tuple[int, ...]], dtype: str) -> list[list[str]]:
+    """Whole calls with large tensors copied at once, and the other way, interleaved: `setting` says from which size on."""
+    table, usual = [], getattr(recorder, setting)
+    for heads, heads_kv, len_q, len_k, dim in cases:
+        query = torch.randn(1, heads, len_q, dim).to(getattr(torch, dtype))
+        key, value = (torch.randn(1, heads_kv, len_k, dim).to(query.dtype) for _ in range(2))
         bound = session.bind(hal.AttentionRequest(
-            batch=1, heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=64, dim_v=64, dtype="float32",
+            batch=1, heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim, dtype=dtype,
         ))  # fmt: skip
-        found: dict[int, list[tuple[float, int]]] = {usual: [], 1 << 62: []}
+        found: dict[int, list[tuple[float, int]]] = {1 << 62: [], usual: []}
+        for size in found:  # allocate, and wake what sleeps
+            setattr(recorder, setting, size)
+            bound(query, key, value)
+            session.recorder.forget()
         for _ in range(calls):
-            for recorder.IMPORT_FROM, times in found.items():
-                session.memory.trim()  # a recording made one way is not run the other way
+            for size, times in found.items():
+                setattr(recorder, setting, size)
                 before, start = session.memory.stats().copied, time.perf_counter()
                 bound(query, key, value)
                 times.append((time.perf_counter() - start, session.memory.stats().copied - before))
-        recorder.IMPORT_FROM = usual
-        lying, copied = (statistics.median(seconds for seconds, _ in times) * 1e3 for times in found.values())
+                session.recorder.forget()  # a recording made one way is not run the other way
+        setattr(recorder, setting, usual)
+        copied, other = (statistics.median(seconds for seconds, _ in times) * 1e3 for times in found.values())
         mib = [f"{times[0][1] / 2**20:.1f}" for times in found.values()]
-        name = f"B1 H{heads}/{heads_kv} {len_q}x{len_k} D64 float32"
-        table.append([name, f"{copied:.2f}", mib[1], f"{lying:.2f}", mib[0], f"{copied / lying:.2f}x"])
+        name = f"B1 H{heads}/{heads_kv} {len_q}x{len_k} D{dim} {dtype}"
+        table.append([name, f"{copied:.2f}", mib[0], f"{other:.2f}", mib[1], f"{copied / other:.2f}x"])
     return table
 
 
@@ -114,10 +119,21 @@ def main() -> None:
     session: Any = hal.session(device.id)
     publish(chosen, "vulkan", f"Host time of a recorded call on {device.model} ({device.fidelity})", columns,
             rows_of(session, chosen.calls), [note])  # fmt: skip
+    where, few = f"on {device.model} ({device.fidelity})", max(chosen.calls // 20, 3)
+    note = "Medians of whole calls, interleaved."
     if session.recorder.mapped:
+        cases, note = (
+            [(8, 8, 1024, 1024, 64), (32, 8, 1, 8192, 64), (8, 8, 64, 16384, 64)],
+            "Medians of whole calls, interleaved.",
+        )
         columns = ["call", "copied ms", "MiB copied", "in place ms", "MiB copied", "copied / in place"]
-        publish(chosen, "vulkan", f"Host memory read in place on {device.model} ({device.fidelity})", columns,
-                imported(session, max(chosen.calls // 20, 3)), ["Medians of whole calls, interleaved."])  # fmt: skip
+        rows = both_ways(session, few, "IMPORT_FROM", cases, "float32")
+        publish(chosen, "vulkan", f"Host memory read in place {where}", columns, rows, [note])
+    else:
+        cases = [(16, 16, 4096, 4096, 128), (32, 8, 1, 65536, 128)]
+        columns = ["call", "at once ms", "MiB copied", "by the ring ms", "MiB copied", "at once / ring"]
+        rows = both_ways(session, few, "STREAM_FROM", cases, "float16")
+        publish(chosen, "vulkan", f"Large host tensors through the staging ring {where}", columns, rows, [note])
 
 
 if __name__ == "__main__":

@@ -116,6 +116,10 @@ class Recorder:
         ):
             self._drop(next(iter(self._kept)))
 
+    def forget(self) -> None:
+        """Give all kept recordings up; their memory stays pooled."""
+        self._evict(0, 0)
+
     def _drop(self, key: Hashable) -> None:
         commands = self._kept.pop(key)
         self.kept_bytes -= commands.nbytes
@@ -134,7 +138,7 @@ class Recorder:
         except MemoryLimitError:
             if nbytes > pool.largest or not self._kept:
                 raise
-        self._evict(0, 0)
+        self.forget()
         pool.trim()
         return pool.allocate(nbytes)
 
@@ -201,7 +205,7 @@ class Recorder:
 
     def trim(self) -> int:
         """Give kept recordings and idle memory back to the driver; returns the bytes of the memory."""
-        self._evict(0, 0)
+        self.forget()
         return self.pool.trim() + self.staging.trim() + self.ring.trim()
 
     def synchronize(self) -> None:
