@@ -22,8 +22,8 @@ from .pipelines import VulkanShaderManager, cache_path
 from .sharing import SharedCard
 from .staging import StagingRing
 
-#: Recordings that are kept with their memory, and the bytes of them all.
-KEPT, KEPT_BYTES = 128, 256 << 20
+#: Recordings that are kept with their memory, and the bytes of them all; on a card this part of its memory where that is more.
+KEPT, KEPT_BYTES, KEPT_PART = 128, 256 << 20, 64
 #: Fragmentation of the device's memory from which recordings that lie in the way are dropped.
 FRAGMENTED = 0.25
 #: Bytes from which a tensor on the host is read where it lies, where the device can: below, importing costs more than a copy.
@@ -97,14 +97,18 @@ class Recorder:
         keep = False
         try:
             yield commands
-            keep = key is not None and commands.fixed and commands.nbytes <= KEPT_BYTES // 4
+            keep = key is not None and commands.fixed and commands.nbytes <= self._room // 4
         finally:
             if keep:
                 self._kept[key] = commands
                 self.kept_bytes += commands.nbytes
             else:
                 self._release(commands)
-            self._evict(KEPT, KEPT_BYTES, FRAGMENTED)
+            self._evict(KEPT, self._room, FRAGMENTED)
+
+    @property
+    def _room(self) -> int:
+        return KEPT_BYTES if self.mapped else max(KEPT_BYTES, self.pool.limit // KEPT_PART)
 
     def _check_alive(self) -> None:
         if self._stuck:
