@@ -194,6 +194,23 @@ def test_memory_stays_while_somebody_has_a_tensor_of_it_and_comes_back_then(sess
         memory.free(again)
 
 
+def test_vulkan_and_every_cuda_stream_wait_for_each_other(session: Any) -> None:
+    if session.recorder.card.kind != "cuda":
+        pytest.skip("a mapped file has no streams")
+    busy, streams = torch.randn(4096, 4096, device="cuda"), [torch.cuda.Stream() for _ in range(3)]
+    request, seen = asked(torch.empty(1, 1, 64, 64), torch.empty(1, 1, 64, 64)), []
+    torch.cuda.synchronize()
+    for n in range(12):  # the tensors are filled late, behind other work; the results are read at once
+        with torch.cuda.stream(streams[n % 3]):
+            late = busy
+            for _ in range(8):
+                late = late @ busy
+            query = torch.full((1, 1, 64, 64), float(n), device="cuda") + 0 * late[0, 0].nan_to_num(0, 0, 0)
+            seen.append(session.bind(request)(query, query, query).mean())
+    torch.cuda.synchronize()
+    assert [round(float(mean), 3) for mean in seen] == [float(n) for n in range(12)]
+
+
 def test_no_recording_outlives_the_memory_that_it_reads_in_place(session: Any, seed: int) -> None:
     memory, pool = session.memory, session.recorder.pool
     buffers = [memory.allocate((1, 1, 1 << 18, 32), "float32") for _ in range(2)]  # blocks of their own
