@@ -17,6 +17,7 @@ pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import ladder, matrix
 from hal_vulkan._vk import Adapter, MatrixShape
 
+BRAIN = ("bfloat16_matrix",)
 BITS = (
     "cooperative_matrix", "memory_model", "float16", "full_subgroups", "nv2_reductions", "nv2_conversions",
     "nv2_per_element_operations",
@@ -40,7 +41,7 @@ def adapter(
 ) -> Adapter:
     """What a device with these features would report."""
     shapes = tuple(MatrixShape(side, side, side, "float16", "float32") for side in sides)
-    limits = {"subgroupSize": 32, "maxComputeSharedMemorySize": 49152}
+    limits = {"subgroupSize": 32, "maxComputeSharedMemorySize": 49152, "subgroupOperations": 0x7FF}
     known: dict[str, Any] = dict.fromkeys(Adapter._fields)
     known |= {
         "is_cpu": is_cpu,
@@ -71,13 +72,21 @@ def test_what_a_step_cannot_hold_goes_to_plain_tiles() -> None:
     assert ladder.matrix_step(adapter(BITS, is_cpu=True), "float16") is None
 
 
+def test_bfloat16_needs_its_bit_and_its_matrices() -> None:
+    shapes = (MatrixShape(16, 16, 16, "bfloat16", "float32"),)
+    assert ladder.matrix_step(adapter(BITS + BRAIN)._replace(matrices=shapes), "bfloat16") is not None
+    assert ladder.matrix_step(adapter(BITS)._replace(matrices=shapes), "bfloat16") is None
+    assert ladder.matrix_step(adapter(BITS + BRAIN), "bfloat16") is None
+
+
 def test_vulkan_1_2_has_no_spirv_of_1_3() -> None:
     assert [step.name for step in ladder.matrix_steps(adapter(BITS, api=2), "float16")] == ["khr"]
 
 
 def test_the_doctors_words_follow_the_steps() -> None:
     assert ladder.ladder(adapter(BITS)) == (
-        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); float32: tiles in shared memory"
+        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; float32: tiles "
+        "in shared memory"
     )
     assert ladder.ladder(adapter(())) == "tiles in shared memory"
     assert "matrices" not in ladder.ladder(adapter(BITS, is_cpu=True))
@@ -151,10 +160,41 @@ def test_every_matrix_step_agrees_with_float64(
     assert f"forward_{name}.float16" in ran(session)
 
 
+FEW = {
+    "one row of a group": ((1, 8, 2, 1, 130, 64), {}),
+    "three rows": ((1, 2, 2, 3, 45, 32), {"is_causal": True}),
+    "a window, split keys": ((1, 4, 1, 2, 600, 32), {"window": (300, 5)}),
+    "a mask and a softcap": ((2, 4, 2, 1, 70, 80), {"attn_mask": torch.bool, "softcap": 3.0}),
+    "wide rows": ((1, 1, 1, 2, 30, 256), {}),
+}
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_few_rows_across_subgroups_agree_with_float64(
+    session: Any, dtype: str, case: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = session.recorder.adapter
+    step = ladder.row_step(adapter._replace(is_cpu=False))
+    if step is None:
+        pytest.skip(f"{adapter.name} does not shuffle in full subgroups")
+    monkeypatch.setattr(ladder, "row_step", lambda adapter: step)
+    monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: None)
+    shape, options = FEW[case]
+    query, key, value, options = draw(shape, options, seed)
+    query, key, value = (t.to(getattr(torch, dtype)) for t in (query, key, value))
+    mask = options.pop("attn_mask", None)
+    out, lse = call(session, query, key, value, mask, options)
+    want, want_lse = reference(query, key, value, mask, **options)
+    assert relative_error(out, want) <= {"float32": 1e-5, "float16": 2e-3, "bfloat16": 5e-3}[dtype]
+    assert relative_error(lse, want_lse) <= 1e-5
+    assert f"forward_rows.{dtype}" in ran(session)
+
+
 def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:
     said = ladder.ladder(session.recorder.adapter)
     query, key, value, _ = draw((1, 2, 2, 40, 40, 32), {}, seed)
-    for dtype in ("float16", "float32"):
+    for dtype in ("float16", "bfloat16", "float32"):
         before = ran(session)
         call(session, *(t.to(getattr(torch, dtype)) for t in (query, key, value)), None, {})
         (shader,) = {name for name in ran(session) - before if name.startswith("forward")}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from hal_compute.problem import LAYOUT, Call, Problem, mask_of, padded_dim
+from hal_compute.problem import LAYOUT, Call, padded_dim
 from torch import Tensor
 
 from hal_core import AttentionOutput, Grads
 
-from . import ladder, matrix, stream
+from . import ladder, matrix, rows, stream
 from .commands import Given, Operand, VulkanCommandBuffer
 from .recorder import Recorder, number
+from .setting import Parts, Setting
 
 
 class Shape(NamedTuple):
@@ -30,7 +30,6 @@ class Shape(NamedTuple):
         return 16 * (self.rows * pitch + self.tile * pitch + self.rows * (self.tile // 4 + 1)) + 4 * self.threads * self.height
 
 
-_SMALL_MASK = 1 << 14  # elements below which hidden tiles of a mask are not worth skipping
 _CPU_SHAPES = (Shape(8, 8, 32, 8), Shape(8, 8, 16, 8))
 _GPU_SHAPES = {64: Shape(128, 64, 32, 4), 128: Shape(128, 32, 32, 4), 256: Shape(64, 16, 16, 4)}
 _SMALL_SHAPE = Shape(32, 8, 16, 4)  # fits 32 KiB, which every device has that this package has been seen on, at any size
@@ -40,28 +39,6 @@ def shape_of(is_cpu: bool, dim: int, shared: int) -> Shape:
     """The largest tiles that suit a head size and fit `shared` bytes of shared memory."""
     liked = _CPU_SHAPES if is_cpu else [shape for most, shape in _GPU_SHAPES.items() if dim <= most]
     return next((shape for shape in liked if shape.shared_bytes(dim) <= shared), _SMALL_SHAPE)
-
-
-class Setting(Problem):
-    """What all shaders of one call share: its mask and ranges on the device, and its numbers as push constants."""
-
-    def __init__(self, recorder: Recorder, commands: VulkanCommandBuffer, call: Call, *, pack: bool) -> None:
-        super().__init__(call, pack=pack)
-        self.commands, self.is_cpu = commands, recorder.adapter.is_cpu
-        nothing = commands.space(256)
-        self.tables = [nothing, nothing, nothing]
-        if self.mask is not None:
-            # A large mask is looked through for hidden tiles at every call.
-            again = partial(_mask_values, len_k=self.len_k) if self.mask.values.numel() < _SMALL_MASK else None
-            self.tables[0] = commands.stage(self.mask.values, again=again)
-        if self.ranges is not None:
-            self.tables[1:] = commands.stage(self.ranges.index), commands.stage(self.ranges.bounds)
-
-
-def _mask_values(given: Given, len_k: int) -> Tensor:
-    mask = given[3]
-    assert mask is not None
-    return mask_of(mask, len_k).values
 
 
 def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> AttentionOutput:
@@ -81,15 +58,7 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
         dim = padded_dim(call.request)
         to = commands.result(result, dim)
         to_lse = commands.result(lse) if call.request.lse else commands.space(lse.numel() * 4)
-        setting = Setting(recorder, commands, call, pack=True)
-        step = ladder.matrix_step(recorder.adapter, setting.dtype)
-        cut = None if step is None else matrix.cut(step, setting)
-        if cut is not None:
-            matrix.record(commands, cut, setting, call, to, to_lse)
-        elif stream.suits(recorder, call, dim):
-            stream.record(commands, setting, call, to, to_lse)
-        else:
-            _record_tiles(recorder, commands, setting, call, to, to_lse)
+        _record(recorder, commands, Setting(recorder, commands, call, pack=True), call, to, to_lse)
         commands.finish()
     return _output([result, lse] if call.request.lse else [result], out)
 
@@ -99,6 +68,21 @@ def _output(found: list[Tensor], out: Tensor | None) -> AttentionOutput:
     return AttentionOutput(result, found[1] if len(found) > 1 else None)
 
 
+def _record(
+    recorder: Recorder, commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Operand, to_lse: Operand
+) -> None:
+    """The best kernel that the device and the call allow, see `ladder`."""
+    step, few = ladder.matrix_step(recorder.adapter, setting.dtype), ladder.row_step(recorder.adapter)
+    if step is not None and (cut := matrix.cut(step, setting)) is not None:
+        matrix.record(commands, cut, setting, call, to, to_lse)
+    elif few is not None and (short := rows.cut(few, setting)) is not None:
+        rows.record(commands, short, setting, call, to, to_lse)
+    elif stream.suits(recorder, call, setting.dim):
+        stream.record(commands, setting, call, to, to_lse)
+    else:
+        _record_tiles(recorder, commands, setting, call, to, to_lse)
+
+
 def _record_tiles(
     recorder: Recorder, commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Operand, to_lse: Operand
 ) -> None:
@@ -106,21 +90,16 @@ def _record_tiles(
     shared = recorder.adapter.limits["maxComputeSharedMemorySize"]
     dim, shape = setting.dim, shape_of(recorder.adapter.is_cpu, setting.dim, shared)
     wanted, least = (4, 256) if setting.is_cpu else (512, 128)
-    splits, rows = setting.split(shape.rows, shape.tile, wanted=wanted, least=least), setting.units * setting.unit_rows
+    setting.split(shape.rows, shape.tile, wanted=wanted, least=least)
     setting.score_in_bits()
     operands = [commands.stage(tensor, dim) for tensor in call[:3]]
-    part = commands.space(splits * rows * dim * 4 if splits > 1 else 256)
-    part_lse = commands.space(splits * rows * 4) if splits > 1 else to_lse
+    parts = Parts(commands, setting, to, to_lse)
     commands.dispatch(
         f"forward_tiles.{setting.dtype}", (dim, shape.threads, shape.rows, shape.tile, shape.height),
-        [*operands, *setting.tables, to, part_lse, part], setting.values(), LAYOUT,
-        (-(-setting.unit_rows // shape.rows), setting.units, splits),
+        [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
+        (-(-setting.unit_rows // shape.rows), setting.units, setting.numbers["splits"]),
     )  # fmt: skip
-    if splits > 1:
-        groups = (-(-rows * dim // 4 // 64), 1, 1)
-        commands.dispatch(
-            f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], setting.values(unit_rows=rows), LAYOUT, groups
-        )
+    parts.merge()
 
 
 def backward(

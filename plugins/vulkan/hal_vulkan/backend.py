@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hal_compute.backend import ComputeBackend
+import attrs
+from hal_compute.backend import CAPABILITIES, ComputeBackend
 
-from hal_core import Device, DeviceUnavailableError, Session
+from hal_core import Capabilities, Device, DeviceUnavailableError, Numerics, Session
 
 from .detect import find
+
+_CAPABILITIES = attrs.evolve(
+    CAPABILITIES, dtypes=CAPABILITIES.dtypes | {"bfloat16"},
+    numerics={**CAPABILITIES.numerics, "bfloat16": Numerics(relative=5e-3, lse=1e-3, gradient=2e-2)},
+)  # fmt: skip
 
 
 class VulkanBackend(ComputeBackend):
@@ -21,6 +27,9 @@ class VulkanBackend(ComputeBackend):
 
     def why_absent(self) -> str:
         return find().reason
+
+    def capabilities(self, device: Device) -> Capabilities:
+        return _CAPABILITIES
 
     def room(self, device: Device) -> tuple[int, int]:
         adapter = find().adapters[device.id]

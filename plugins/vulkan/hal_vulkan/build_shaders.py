@@ -3,8 +3,7 @@
 Needs glslangValidator, found by HAL_GLSLANG (one or more paths, as in PATH) and on PATH. The committed files were made by
 the versions of `needed_version`; another version orders its words otherwise, so that a comparison would mean nothing.
 
-Plain attention shaders are built twice: NAME.float32.spv and NAME.float16.spv; those on cooperative matrices for the
-dtypes of the matrices alone.
+Attention shaders are built for each dtype: NAME.float32.spv and so on; those on cooperative matrices for the matrices' own.
 """
 
 from __future__ import annotations
@@ -12,12 +11,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "shaders"
+_HALF = {"float32": 0, "float16": 1, "bfloat16": 2}  # the shaders' names of dtypes
+_CAPABILITY, _EXTENSION, _TYPE_FLOAT = 17, 10, 22  # of SPIR-V's instructions
+_BFLOAT16 = 5116, 5118  # BFloat16TypeKHR, BFloat16CooperativeMatrixKHR
 _PLAIN, _MATRIX = 12, 15  # of Debian 12's glslang-tools; the first seen to take GL_NV_cooperative_matrix2
 
 
@@ -30,14 +33,37 @@ def targets(source: Path) -> dict[str, list[str]]:
     text = source.read_text(encoding="utf-8")
     if "problem.glsl" not in text:
         return {f"{source.stem}.spv": []}
-    if "matrix.glsl" in text:
-        return {f"{source.stem}.float16.spv": ["-DHALF=1"]}
-    return {f"{source.stem}.float32.spv": ["-DHALF=0"], f"{source.stem}.float16.spv": ["-DHALF=1"]}
+    dtypes = ["float16", "bfloat16"] if "matrix.glsl" in text else ["float32", "float16", "bfloat16"]
+    return {f"{source.stem}.{dtype}.spv": [f"-DHALF={_HALF[dtype]}"] for dtype in dtypes}
+
+
+def with_bfloat16(spirv: bytes) -> bytes:
+    """A module whose 16-bit floats, which must all be components of matrices, are bfloat16 instead of float16.
+
+    glslangValidator 15 has no GL_EXT_bfloat16. SPV_KHR_bfloat16 differs by an operand of the type and two capabilities.
+    """
+    words = [*struct.unpack(f"<{len(spirv) // 4}I", spirv)]
+    header, body, at = words[:5], [], 5
+    capabilities: list[int] = []
+    while at < len(words):
+        count, code = words[at] >> 16, words[at] & 0xFFFF
+        instruction = words[at : at + count]
+        if code == _CAPABILITY:
+            capabilities += instruction
+        elif (code, count) == (_TYPE_FLOAT, 3) and instruction[2] == 16:
+            body += [4 << 16 | _TYPE_FLOAT, *instruction[1:], 0]  # the encoding BFloat16KHR
+        else:
+            body += instruction
+        at += count
+    name = b"SPV_KHR_bfloat16".ljust(20, b"\0")
+    extension = [(1 + len(name) // 4) << 16 | _EXTENSION, *struct.unpack(f"<{len(name) // 4}I", name)]
+    capabilities += [word for number in _BFLOAT16 for word in (2 << 16 | _CAPABILITY, number)]
+    return struct.pack(f"<{len(header + capabilities + extension + body)}I", *header, *capabilities, *extension, *body)
 
 
 def needed_version(source: Path) -> int:
     """The major version of glslangValidator that a shader is built with."""
-    return _MATRIX if "_cooperative_matrix" in source.read_text(encoding="utf-8") else _PLAIN
+    return _MATRIX if "matrix.glsl" in source.read_text(encoding="utf-8") else _PLAIN
 
 
 @lru_cache(maxsize=1)
@@ -78,6 +104,8 @@ def build(source: Path, folder: Path) -> list[Path]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise RuntimeError(f"{source.name}: {done.stdout}{done.stderr}")
+        if name.endswith(".bfloat16.spv") and needed_version(source) == _MATRIX:
+            path.write_bytes(with_bfloat16(path.read_bytes()))
         made.append(path)
     return made
 

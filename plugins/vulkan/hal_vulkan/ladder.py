@@ -12,8 +12,10 @@ from typing import NamedTuple
 from ._vk import Adapter
 
 _KHR = frozenset({"cooperative_matrix", "memory_model", "float16", "full_subgroups"})
+_DTYPES = {"float16": frozenset[str](), "bfloat16": frozenset({"bfloat16_matrix"})}
 _NEEDS = {"nv2": _KHR | {"nv2_reductions", "nv2_conversions", "nv2_per_element_operations"}, "khr": _KHR}
 _EXTENSIONS = {"nv2": "VK_NV_cooperative_matrix2", "khr": "VK_KHR_cooperative_matrix"}
+_SHUFFLE = 0x10  # VkSubgroupFeatureFlagBits
 _SIDES = (16, 8)  # rows, columns and depth of the matrices that the shaders are written for
 
 
@@ -39,7 +41,7 @@ def matrix_steps(adapter: Adapter, dtype: str) -> list[MatrixStep]:
     lanes, shared = adapter.limits["subgroupSize"], adapter.limits["maxComputeSharedMemorySize"]
     shapes = {(m.rows, m.columns, m.depth) for m in adapter.matrices if (m.inputs, m.sums) == (dtype, "float32")}
     sides = [side for side in _SIDES if (side, side, side) in shapes and side <= lanes]
-    if dtype != "float16" or not sides:
+    if not sides or dtype not in _DTYPES or not _DTYPES[dtype] <= adapter.features:
         return []
     names = [name for name, needed in _NEEDS.items() if needed <= adapter.features]
     if adapter.api < (1, 3, 0):
@@ -53,10 +55,25 @@ def matrix_step(adapter: Adapter, dtype: str) -> MatrixStep | None:
     return steps[0] if steps else None
 
 
+class RowStep(NamedTuple):
+    """forward_rows.comp, for few query rows. `subgroup`: invocations of a subgroup."""
+
+    subgroup: int
+
+    def __str__(self) -> str:
+        return "sums across subgroups"
+
+
+def row_step(adapter: Adapter) -> RowStep | None:
+    """The step for few rows: subgroups that are full and shuffle. A processor's driver has better ways."""
+    shuffles = adapter.limits["subgroupOperations"] & _SHUFFLE and "full_subgroups" in adapter.features
+    return RowStep(adapter.limits["subgroupSize"]) if shuffles and not adapter.is_cpu else None
+
+
 def ladder(adapter: Adapter) -> str:
     """The kernels that attention runs on this device, by dtype."""
     plain = "streams of keys, or tiles, in subgroups" if adapter.is_cpu else "tiles in shared memory"
-    found = {dtype: str(matrix_step(adapter, dtype) or plain) for dtype in ("float16", "float32")}
+    found = {dtype: str(matrix_step(adapter, dtype) or plain) for dtype in ("float16", "bfloat16", "float32")}
     if len(set(found.values())) == 1:
         return plain
     return "; ".join(f"{dtype}: {step}" for dtype, step in found.items())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hal_compute.problem import LAYOUT, Call, Problem
+from hal_compute.problem import LAYOUT, Call
 
 from .commands import Operand, VulkanCommandBuffer
 from .ladder import MatrixStep
+from .setting import Parts, Setting
 
-_STRANDS = 4  # invocations that share the splits of a result
+_WANTED = 128  # work groups that keep a large device busy
 
 
 class Cut(NamedTuple):
@@ -51,22 +52,30 @@ class Cut(NamedTuple):
         return self.shared_bytes(dim) <= self.step.shared and self.keys * dim // 8 % loaders == 0
 
 
+# (subgroups, matrices of keys in a tile, matrices of rows in a subgroup, ahead)
+_FASTEST = {
+    32: (4, 4, 2, 2),
+    64: (4, 2, 2, 1),
+    96: (8, 4, 1, 2),
+    128: (8, 4, 1, 2),
+    192: (6, 2, 1, 2),
+    256: (4, 1, 1, 2),
+}
+_AHEAD = [(4, 4, 1, 2), (4, 2, 1, 2)]
+_PLAIN = [(4, 4, 1, 0), (4, 2, 1, 0), (2, 2, 1, 0), (1, 2, 1, 0), (1, 1, 1, 0)]
+
+
 def cuts(step: MatrixStep, dim: int, *, alone: bool) -> list[Cut]:
-    """Cuts worth trying, best first: the fastest on an H200, then what smaller shared memories hold."""
-    # (subgroups, matrices of keys in a tile, matrices of rows in a subgroup, ahead)
-    shapes = [(4, 4, 1, 0), (4, 2, 1, 0), (2, 2, 1, 0), (1, 2, 1, 0), (1, 1, 1, 0)]
-    if step.name == "nv2" and not alone:
-        shapes = [(4, 2, 2, 1) if dim <= 64 else (8, 2, 1, 1), *shapes]
-    elif alone:
-        shapes = shapes[1:]
+    """Cuts that fit, best first: the fastest of those tried on an H200, then what more rows or less memory leave."""
+    shapes = [_FASTEST[dim], *_AHEAD, *_PLAIN] if step.name == "nv2" else _PLAIN
     made = (
-        Cut(step, groups * step.subgroup, tiles * step.side, height, alone, early)
-        for groups, tiles, height, early in shapes
+        Cut(step, groups * step.subgroup, tiles * step.side, height, alone, ahead)
+        for groups, tiles, height, ahead in (_PLAIN[1:] if alone else shapes)
     )
     return [cut for cut in made if cut.fits(dim)]
 
 
-def cut(step: MatrixStep, setting: Problem) -> Cut | None:
+def cut(step: MatrixStep, setting: Setting) -> Cut | None:
     """The best cut that fits the device and the call; None where plain tiles are the way."""
     alone = setting.unit_rows <= step.side
     block = None if setting.ranges is None or setting.ranges.block_q >= setting.len_q else setting.ranges.block_q
@@ -74,25 +83,18 @@ def cut(step: MatrixStep, setting: Problem) -> Cut | None:
     return next((cut for cut in fitting if block is None or block % cut.rows == 0), None)
 
 
-def record(commands: VulkanCommandBuffer, cut: Cut, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
+def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
     """The step's shader, and the merge where the keys are split."""
-    dim, rows, numbers = setting.dim, setting.units * setting.unit_rows, setting.numbers
-    general = numbers["has_mask"] or numbers["softcap"] or numbers["scale"] <= 0
-    splits = setting.split(cut.rows, cut.stride, wanted=512, least=4 * cut.stride)
+    setting.split(cut.rows, cut.stride, wanted=_WANTED, least=4 * cut.stride)
     setting.score_in_bits()
-    operands = [commands.stage(tensor, dim) for tensor in call[:3]]
-    part = commands.space(splits * rows * dim * 4 if splits > 1 else 256)
-    part_lse = commands.space(splits * rows * 4) if splits > 1 else to_lse
-    step = cut.step
-    constants = (dim, cut.threads, cut.keys, step.side, step.subgroup, cut.height, cut.alone, bool(general), cut.ahead)
+    operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
+    parts, step = Parts(commands, setting, to, to_lse), cut.step
+    constants = (
+        setting.dim, cut.threads, cut.keys, step.side, step.subgroup, cut.height, cut.alone, setting.changes_scores, cut.ahead
+    )  # fmt: skip
     commands.dispatch(
         f"forward_{step.name}.{setting.dtype}", [int(number) for number in constants],
-        [*operands, *setting.tables, to, part_lse, part], setting.values(), LAYOUT,
-        (-(-setting.unit_rows // cut.rows), setting.units, splits),
+        [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
+        (-(-setting.unit_rows // cut.rows), setting.units, setting.numbers["splits"]),
     )  # fmt: skip
-    if splits > 1:
-        threads = 64
-        commands.dispatch(
-            f"merge.{setting.dtype}", (dim, threads, _STRANDS), [part, part_lse, to, to_lse], setting.values(unit_rows=rows),
-            LAYOUT, (-(-rows * dim // 4 * _STRANDS // threads), 1, 1),
-        )  # fmt: skip
+    parts.merge()

@@ -15,6 +15,7 @@ NO_PACKAGE = "the Python package vulkan is not installed; pip install vulkan"
 _NO_DRIVER = -9
 _CPU = 4  # VkPhysicalDeviceType
 _ORDER = {2: 0, 1: 1, 3: 2, 4: 3}  # discrete, integrated, virtual, CPU
+BFLOAT16_FEATURES = 1000141000  # VkStructureType: three bits, for the type, dot products and matrices
 OPAQUE_FD = 1  # VkExternalMemoryHandleTypeFlags and VkExternalSemaphoreHandleTypeFlags of a file descriptor
 NV2_FEATURES = (
     "workgroup_scope", "flexible_dimensions", "reductions", "conversions", "per_element_operations", "tensor_addressing",
@@ -161,6 +162,10 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
     sizes = ffi.new("VkPhysicalDeviceSubgroupSizeControlFeatures*", {"sType": 1000225002, "pNext": chain})
     if "VK_EXT_subgroup_size_control" in extensions:
         chain = sizes
+    brain = ffi.new("char[32]")
+    if "VK_KHR_shader_bfloat16" in extensions:
+        ffi.memmove(brain, struct.pack("IIQ", BFLOAT16_FEATURES, 0, int(ffi.cast("uintptr_t", chain))), 16)
+        chain = ffi.cast("void*", brain)
     v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {"sType": 51, "pNext": chain})
     v11 = ffi.new("VkPhysicalDeviceVulkan11Features*", {"sType": 49, "pNext": v12})
     features = ffi.new("VkPhysicalDeviceFeatures2*", {"sType": 1000059000, "pNext": v11})
@@ -172,6 +177,8 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
     }  # fmt: skip
     found |= {"memory_export": "VK_KHR_external_memory_fd" in extensions,
               "timeline_export": _exports_timelines(ffi, lib, handle, extensions)}  # fmt: skip
+    types, _, matrices = struct.unpack("3I", bytes(ffi.buffer(brain, 28))[16:28])
+    found["bfloat16_matrix"] = types and matrices
     if has_nv2:
         bits = struct.unpack("7I", bytes(ffi.buffer(raw, 44))[16:44])
         found |= {f"nv2_{name}": bit for name, bit in zip(NV2_FEATURES, bits, strict=True)}

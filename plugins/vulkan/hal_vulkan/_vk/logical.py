@@ -9,7 +9,7 @@ from hal_compute.pool import OutOfMemoryError
 
 from hal_core import DeviceUnavailableError
 
-from .adapter import NV2_FEATURES, Adapter, api
+from .adapter import BFLOAT16_FEATURES, NV2_FEATURES, Adapter, api
 
 _OUT_OF_MEMORY = {-1: "host", -2: "device"}
 LOST = -4
@@ -66,6 +66,12 @@ class LogicalDevice:
             chain = ffi.new("VkPhysicalDeviceSubgroupSizeControlFeatures*", sizes)
             keep.append(chain)
             wanted.append(b"VK_EXT_subgroup_size_control")
+        if has("bfloat16_matrix"):
+            raw = ffi.new("char[32]")
+            ffi.memmove(raw, struct.pack("IIQ3I", BFLOAT16_FEATURES, 0, int(ffi.cast("uintptr_t", chain)), 1, 0, 1), 28)
+            chain = ffi.cast("void*", raw)
+            keep.append(raw)
+            wanted.append(b"VK_KHR_shader_bfloat16")
         v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {
             "sType": 51, "pNext": chain, "timelineSemaphore": 1, "shaderFloat16": has("float16"),
             "vulkanMemoryModel": has("memory_model"),

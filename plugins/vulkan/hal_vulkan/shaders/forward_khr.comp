@@ -58,7 +58,8 @@ void main() {
         x[c] = weights[slot + side * HELD + c];
         if (GENERAL != 0 || edge(at))
           [[unroll]] for (int d = 0; d < 4; d++)
-            x[c][d] = score(x[c][d], base + r * SIDE + row, first_key(at) + (side * HELD + c) * 4 + d, ivec2(at.from, at.to));
+            x[c][d] = score(x[c][d], unit, row0 + min(base + r * SIDE + row, rows - 1), first_key(at) + (side * HELD + c) * 4 + d,
+                            ivec2(at.from, at.to));
         now = max(now, max(max(x[c].x, x[c].y), max(x[c].z, x[c].w)));
       }
       [[unroll]] for (int m = SIDE; m < SUBGROUP; m *= 2) now = max(now, subgroupShuffleXor(now, m));

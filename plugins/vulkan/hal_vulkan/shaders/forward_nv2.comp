@@ -24,7 +24,7 @@ const float SLACK = 8.0;  // float16 holds 2^15
 float larger(const in float x, const in float y) { return max(x, y); }
 float added(const in float x, const in float y) { return x + y; }
 float scored(const in uint row, const in uint column, const in float x, const in int first, const in int key, const in ivec2 range) {
-  return score(x, first + int(row), key + int(column), range);
+  return score(x, unit, row0 + min(first + int(row), rows - 1), key + int(column), range);
 }
 
 // Apply what hides and changes scores.
@@ -64,46 +64,37 @@ float scored(const in uint row, const in uint column, const in float x, const in
     w[r * ACROSS + n] = LEFT(NARROW(x));                                                                        \
   }
 
-// One tile, the next one's scores beside it. LOAD fetches, CHANGE changes the scores.
-#define STEP_AHEAD(LOAD, CHANGE)                                                                                \
-  {                                                                                                             \
-    barrier();                                                                                                  \
-    LOAD(fetched, keys, first_key(then))                                                                        \
-    LOAD(brought, values, first_key(next))                                                                      \
-    CHANGE                                                                                                      \
-    RAISE(s)                                                                                                    \
-    SUMS t[HEIGHT * ACROSS];                                                                                    \
-    SCORES(t, set)                                                                                              \
-    WEIGH(s)                                                                                                    \
-    GATHER(set + TILE)                                                                                          \
-    if (AHEAD == 1) set = 2 * TILE - set; else barrier();                                                       \
-    PUT(fetched, set)                                                                                           \
-    PUT(brought, set + TILE)                                                                                    \
-    [[unroll]] for (int n = 0; n < HEIGHT * ACROSS; n++) s[n] = t[n];                                           \
-    at = next;                                                                                                  \
-    next = then;                                                                                                \
-    then = after(then);                                                                                         \
-  }
+// One tile, and the next one's scores beside it. Fetched meanwhile: keys `then`, values `next`. CHANGE changes the scores.
+#define STEP_AHEAD(LOAD, CHANGE, then, next)                                                                    \
+  barrier();                                                                                                    \
+  LOAD(fetched, keys, then)                                                                                     \
+  LOAD(brought, values, next)                                                                                   \
+  CHANGE                                                                                                        \
+  RAISE(s)                                                                                                      \
+  SUMS t[HEIGHT * ACROSS];                                                                                      \
+  SCORES(t, set)                                                                                                \
+  WEIGH(s)                                                                                                      \
+  GATHER(set + TILE)                                                                                            \
+  if (AHEAD == 1) set = 2 * TILE - set; else barrier();                                                         \
+  PUT(fetched, set)                                                                                             \
+  PUT(brought, set + TILE)                                                                                      \
+  [[unroll]] for (int n = 0; n < HEIGHT * ACROSS; n++) s[n] = t[n];
 
-// One tile by itself.
-#define STEP(LOAD, CHANGE)                                                                                      \
-  {                                                                                                             \
-    sync();                                                                                                     \
-    PUT(fetched, key_tile)                                                                                      \
-    sync();                                                                                                     \
-    LOAD(fetched, values, first_key(at))                                                                        \
-    SCORES(s, key_tile)                                                                                         \
-    CHANGE                                                                                                      \
-    RAISE(s)                                                                                                    \
-    WEIGH(s)                                                                                                    \
-    if (ALONE != 0) subgroupBarrier();                                                                          \
-    PUT(fetched, value_tile)                                                                                    \
-    LOAD(fetched, keys, first_key(next))                                                                        \
-    sync();                                                                                                     \
-    GATHER(value_tile)                                                                                          \
-    at = next;                                                                                                  \
-    next = after(next);                                                                                         \
-  }
+// One tile by itself, its values fetched from `key`, the next one's keys from `next`.
+#define STEP(LOAD, CHANGE, key, next)                                                                           \
+  sync();                                                                                                       \
+  PUT(fetched, key_tile)                                                                                        \
+  sync();                                                                                                       \
+  LOAD(fetched, values, key)                                                                                    \
+  SCORES(s, key_tile)                                                                                           \
+  CHANGE                                                                                                        \
+  RAISE(s)                                                                                                      \
+  WEIGH(s)                                                                                                      \
+  if (ALONE != 0) subgroupBarrier();                                                                            \
+  PUT(fetched, value_tile)                                                                                      \
+  LOAD(fetched, keys, next)                                                                                     \
+  sync();                                                                                                       \
+  GATHER(value_tile)
 
 void main() {
   Place at = begin();
@@ -121,16 +112,14 @@ void main() {
   }
   const float bits = in_bits(), slack = SLACK / bits;
   uvec4 fetched[OWN];
-  Place next = after(at);
   if (there(at)) FETCH(fetched, keys, first_key(at))
   if (ALONE == 0 && AHEAD != 0) {
-    Place then = after(next);
     uvec4 brought[OWN];
     int set = 0;
     if (there(at)) {
       PUT(fetched, 0)
-      FETCH(brought, values, first_key(at))
-      FETCH(fetched, keys, first_key(next))
+      FETCH(brought, values, at.key)
+      FETCH(fetched, keys, after(at).key)
       barrier();
       SCORES(s, 0)
       if (AHEAD == 1) set = 2 * TILE; else barrier();
@@ -138,14 +127,24 @@ void main() {
       PUT(brought, set + TILE)
     }
     [[dont_unroll]] while (there(at)) {
-      [[dont_unroll]] while (open(at) && whole(next) && whole(then)) STEP_AHEAD(FETCH_WHOLE, )
-      if (there(at)) STEP_AHEAD(FETCH, MASK(s, at))
+      [[dont_unroll]] for (int run = unhidden(at, 2); run > 0; run--) {
+        STEP_AHEAD(FETCH_WHOLE, , at.key + 2 * KEYS, at.key + KEYS)
+        at.key += KEYS;
+      }
+      const Place next = after(at);
+      STEP_AHEAD(FETCH, MASK(s, at), after(next).key, next.key)
+      at = next;
     }
   } else {
     const int key_tile = me * TILE, value_tile = ALONE != 0 ? key_tile : TILE;  // alone, values take the place of their keys
     [[dont_unroll]] while (there(at)) {
-      [[dont_unroll]] while (open(at) && whole(next)) STEP(FETCH_WHOLE, )
-      if (there(at)) STEP(FETCH, MASK(s, at))
+      [[dont_unroll]] for (int run = unhidden(at, 1); run > 0; run--) {
+        STEP(FETCH_WHOLE, , first_key(at), first_key(at) + stride)
+        at.key += stride;
+      }
+      const Place next = after(at);
+      STEP(FETCH, MASK(s, at), first_key(at), first_key(next))
+      at = next;
     }
   }
   barrier();

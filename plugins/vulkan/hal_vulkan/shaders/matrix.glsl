@@ -9,6 +9,7 @@ layout(constant_id = 4) const int SUBGROUP = 32;
 layout(constant_id = 5) const int HEIGHT = 1;   // matrices of rows in a subgroup
 layout(constant_id = 6) const int ALONE = 0;
 layout(constant_id = 7) const int GENERAL = 1;  // 0: no mask, no softcap, a positive scale
+layout(constant_id = 9) const int TURNED = 0;   // 1: work groups go through the units first, then through their rows
 
 layout(binding = 0) readonly buffer Query { uvec4 query[]; };
 layout(binding = 1) readonly buffer Key { uvec4 keys[]; };
@@ -19,6 +20,8 @@ layout(binding = 5) readonly buffer Bounds { ivec2 ranges[]; };
 layout(binding = 6) writeonly buffer Out { STORED result[]; };
 layout(binding = 7) writeonly buffer Lse { float lse[]; };
 layout(binding = 8) writeonly buffer Part { vec4 part[]; };
+
+#include "score.glsl"
 
 const int WIDE = HEAD_DIM / 8;  // loads of 16 bytes in a row
 const int PITCH = WIDE + 1;     // neighbouring rows lie in different banks
@@ -41,7 +44,8 @@ shared float tops[SUBGROUPS * TALL], totals[SUBGROUPS * TALL];  // of each row: 
 #define RIGHT coopmat<float16_t, gl_ScopeSubgroup, SIDE, SIDE, gl_MatrixUseB>
 
 int local, subgroup, lane, loader, me;  // `me`: which of the work group's tiles is this subgroup's
-int unit, row0, rows, base, key_row;    // `base`: this subgroup's first row in the work group
+int units, unit, row0, rows, base, key_row;  // `base`: this subgroup's first row in the work group
+int lead, stride;                       // of the first tiles of a range from its start, and of tiles from one another
 int low, high, last_range;              // keys that some row of the work group reads, and where its ranges end
 int inner_low, inner_high;              // keys that every row of this subgroup reads
 int whole_low, whole_high;              // keys that every row of the work group reads
@@ -54,7 +58,7 @@ Place settled(Place at) {
     at.range++;
     at.from = max(low, ranges[at.range].x);
     at.to = min(high, ranges[at.range].y);
-    at.key = at.from / KEYS * KEYS;
+    at.key = at.from / KEYS * KEYS + lead;
   }
   return at;
 }
@@ -62,7 +66,7 @@ Place settled(Place at) {
 const int SPAN = ALONE != 0 ? SUBGROUPS * KEYS : KEYS;  // keys of the work group's tiles
 
 Place after(Place at) {
-  at.key += SPAN;
+  at.key += stride;
   return settled(at);
 }
 
@@ -74,13 +78,11 @@ bool edge(Place at) {
   return first_key(at) < max(inner_low, at.from) || first_key(at) + KEYS > min(inner_high, at.to);
 }
 
-// Whether there are tiles, and none of their keys is hidden from any row of the work group.
-bool open(Place at) {
-  return GENERAL == 0 && at.key >= max(whole_low, at.from) && at.key + SPAN <= min(whole_high, at.to);
+// How many tiles from this one on, of the same range, have no key that is hidden from a row, nor do the `more` after each.
+int unhidden(Place at, int more) {
+  const int end = min(whole_high, at.to) - SPAN - more * stride;
+  return GENERAL != 0 || at.key < max(whole_low, at.from) || at.key > end ? 0 : (end - at.key) / stride + 1;
 }
-
-// Whether the tiles, if there are any, end before the last key does.
-bool whole(Place at) { return at.key >= at.to || at.key + SPAN <= p.len_k; }
 
 // Find the rows and keys of this work group; the place of the first tile.
 Place begin() {
@@ -90,21 +92,26 @@ Place begin() {
   lane = int(gl_SubgroupInvocationID);
   loader = ALONE != 0 ? lane : local;
   me = ALONE != 0 ? subgroup : 0;
-  unit = int(gl_WorkGroupID.y);
-  row0 = int(gl_NumWorkGroups.x - 1 - gl_WorkGroupID.x) * ROWS;  // a causal call's longest rows first
+  units = int(TURNED != 0 ? gl_NumWorkGroups.x : gl_NumWorkGroups.y);
+  unit = int(TURNED != 0 ? gl_WorkGroupID.x : gl_WorkGroupID.y);
+  const uint block = TURNED != 0 ? gl_WorkGroupID.y : gl_WorkGroupID.x, blocks = TURNED != 0 ? gl_NumWorkGroups.y : gl_NumWorkGroups.x;
+  row0 = int(blocks - 1 - block) * ROWS;  // a causal call's longest rows first
   rows = min(ROWS, p.unit_rows - row0);
   base = ALONE != 0 ? 0 : subgroup * TALL;
   key_row = unit * p.heads_per_unit / p.group * p.len_k;
   const bool one_head = row0 / p.len_q == (row0 + rows - 1) / p.len_q;
   const int first = one_head ? row0 % p.len_q : 0, last = one_head ? (row0 + rows - 1) % p.len_q : p.len_q - 1;
-  low = max(first + p.lower, split * p.chunk);
-  high = min(last + p.upper + 1, min(split * p.chunk + p.chunk, p.len_k));
+  // Alone, splits take tiles in turn, so that all read near each other; else each has a stretch of the keys.
+  lead = ALONE != 0 ? split * SPAN : 0;
+  stride = ALONE != 0 ? p.splits * SPAN : SPAN;
+  low = max(first + p.lower, ALONE != 0 ? 0 : split * p.chunk);
+  high = min(last + p.upper + 1, ALONE != 0 ? p.len_k : min(split * p.chunk + p.chunk, p.len_k));
   whole_low = last + p.lower;
   whole_high = min(first + p.upper + 1, p.len_k);
   inner_low = !one_head ? whole_low : min(first + base + TALL - 1, last) + p.lower;
   inner_high = !one_head ? whole_high : min(min(first + base, last) + p.upper + 1, p.len_k);
   last_range = 1;
-  Place at = Place(0, max(low, 0) / KEYS * KEYS, low, high);
+  Place at = Place(0, low / KEYS * KEYS + lead, low, high);
   if (p.has_plan != 0) {
     const int place = ranges_of(unit, row0);
     last_range = range_index[place + 1];
@@ -120,29 +127,14 @@ void load_queries() {
   barrier();
 }
 
-// A score of a row of the work group and a key, in powers of 2 where GENERAL; -infinity where the range or the band hide it.
-float score(float x, int row, int key, ivec2 range) {
-  const int at = row0 + min(row, rows - 1), i = at % p.len_q;
-  if (GENERAL != 0) {
-    x *= p.scale;
-    if (p.softcap > 0.0) x = bounded_tanh(x / p.softcap) * (p.softcap * LOG2E);
-    if (p.has_mask != 0) x += mask[mask_row(unit, at) + min(key, p.len_k - 1)] * LOG2E;
-  }
-  const bool seen = key >= max(i + p.lower, range.x) && key < min(min(i + p.upper + 1, p.len_k), range.y);
-  return seen ? x : -INFINITE;
-}
-
-float in_bits() { return GENERAL != 0 ? 1.0 : p.scale; }  // factor from scores to powers of 2
-
 void sync() {
   if (ALONE != 0) subgroupBarrier(); else barrier();
 }
 
 // From memory into registers, 16 bytes at a time, and from there into `tile`. FETCH: keys behind the last repeat it.
-// FETCH_WHOLE: the tile ends before the last key does, or is not looked at.
+// FETCH_WHOLE: there are none behind.
 #define FETCH_WHOLE(into, from, key)                                                                            \
-  [[unroll]] for (int n = 0; n < OWN; n++)                                                                      \
-    into[n] = from[(key_row + min(key, p.len_k - KEYS)) * WIDE + n * LOADERS + loader];
+  [[unroll]] for (int n = 0; n < OWN; n++) into[n] = from[(key_row + (key)) * WIDE + n * LOADERS + loader];
 #define FETCH(into, from, key)                                                                                  \
   [[unroll]] for (int n = 0; n < OWN; n++)                                                                      \
     into[n] = from[(key_row + min((key) + (n * LOADERS + loader) / WIDE, p.len_k - 1)) * WIDE + (n * LOADERS + loader) % WIDE];
@@ -169,7 +161,7 @@ void sync() {
 
 // Merge what the subgroups found in their keys (see `tops`, `totals`; sums in `tile`) and write it.
 void write_merged() {
-  const int all = int(gl_NumWorkGroups.y) * p.unit_rows, split = int(gl_WorkGroupID.z);
+  const int all = units * p.unit_rows, split = int(gl_WorkGroupID.z);
   for (int m = local; m < rows * QUADS; m += THREADS) {
     const int r = m / QUADS, c = m % QUADS, to = split * all + unit * p.unit_rows + row0 + r;
     float best = -1e30, sum = 0.0;
@@ -190,7 +182,7 @@ void write_merged() {
 // Write the log-sum-exp of SIDE rows of this subgroup from row `slot` of the work group.
 void write_lse(int slot) {
   if (lane < SIDE && slot + lane < rows) {
-    const int to = (int(gl_WorkGroupID.z * gl_NumWorkGroups.y) + unit) * p.unit_rows + row0 + slot + lane;
+    const int to = (int(gl_WorkGroupID.z) * units + unit) * p.unit_rows + row0 + slot + lane;
     const float sum = totals[slot + lane];
     lse[to] = sum > 0.0 ? (tops[slot + lane] + log2(sum)) * LN2 : -INFINITE;
   }
@@ -203,7 +195,7 @@ void write_slice(int slot, int k) {
     const float sum = totals[slot + y];
     const vec4 whole = uintBitsToFloat(tile[(slot + y) * SLICE + c]) * (sum > 0.0 ? 1.0 / sum : 0.0);
     if (slot + y < rows) {
-      if (p.splits > 1) part[(int(gl_WorkGroupID.z * gl_NumWorkGroups.y) * p.unit_rows + at) * QUADS + k / 4 + c] = whole;
+      if (p.splits > 1) part[(int(gl_WorkGroupID.z) * units * p.unit_rows + at) * QUADS + k / 4 + c] = whole;
       else result[at * QUADS + k / 4 + c] = narrow(whole);
     }
   }

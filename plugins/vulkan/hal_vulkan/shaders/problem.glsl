@@ -1,6 +1,6 @@
 // What every attention shader is told, and how rows find their head, their keys and their mask.
-// Compiled twice: HALF 0 (query, key, value and results are float32) and HALF 1 (float16, unpacked on reading, so that no
-// 16-bit feature of the device is needed). Sums are float32.
+// Compiled for each dtype: HALF 0 (query, key, value and results are float32), 1 (float16) and 2 (bfloat16), the latter two
+// unpacked on reading, so that no 16-bit feature of the device is needed. Sums are float32.
 #extension GL_EXT_control_flow_attributes : require
 
 layout(constant_id = 0) const int HEAD_DIM = 64;  // a multiple of 32
@@ -27,7 +27,15 @@ const int QUADS = HEAD_DIM / 4;
 const float LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 #define INFINITE uintBitsToFloat(0x7f800000u)
 
-#if HALF
+#if HALF == 2
+#define STORED uvec2
+vec4 wide(uvec2 x) { return uintBitsToFloat(uvec4(x.x << 16, x.x & 0xffff0000u, x.y << 16, x.y & 0xffff0000u)); }
+uvec2 narrow(vec4 x) {  // the upper halves, rounded to the nearest, ties to even
+  const uvec4 bits = floatBitsToUint(x);
+  const uvec4 rounded = mix(bits + 0x7fffu + (bits >> 16 & 1u), uvec4(0x7fc00000u), isnan(x));
+  return uvec2(rounded.x >> 16 | rounded.y & 0xffff0000u, rounded.z >> 16 | rounded.w & 0xffff0000u);
+}
+#elif HALF == 1
 #define STORED uvec2
 vec4 wide(uvec2 x) { return vec4(unpackHalf2x16(x.x), unpackHalf2x16(x.y)); }
 uvec2 narrow(vec4 x) { return uvec2(packHalf2x16(x.xy), packHalf2x16(x.zw)); }

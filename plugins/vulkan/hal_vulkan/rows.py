@@ -1,0 +1,54 @@
+"""Attention of few query rows (forward_rows.comp): how a call is cut, and its commands."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hal_compute.problem import LAYOUT, Call
+
+from .commands import Operand, VulkanCommandBuffer
+from .ladder import RowStep
+from .setting import Parts, Setting
+
+_THREADS = 128
+_WANTED = 256  # work groups that keep the reads of a large device busy
+
+
+class Cut(NamedTuple):
+    """How the work is cut: query rows of a work group, invocations that share a key, loads of keys in flight."""
+
+    step: RowStep
+    rows: int
+    lanes: int
+    loads: int
+
+    @property
+    def span(self) -> int:
+        """Keys that a work group reads at once."""
+        return _THREADS // self.lanes * self.loads
+
+
+def cut(step: RowStep, setting: Setting) -> Cut | None:
+    """The cut of a call; None where it has too many rows for the registers."""
+    if setting.unit_rows > 8:
+        return None
+    rows = next(rows for rows in (1, 2, 4, 8) if rows >= setting.unit_rows)
+    wide = setting.dim * (4 if setting.dtype == "float32" else 2) // 16
+    lanes = min(1 << (wide - 1).bit_length(), step.subgroup)
+    held = -(-wide // lanes) * (1 if setting.dtype == "float32" else 2)  # groups of 4 numbers of a row in an invocation
+    return Cut(step, rows, lanes, 8 if rows * held <= 8 else 4)
+
+
+def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
+    """forward_rows.comp, and the merge where the keys are split."""
+    setting.split(cut.rows, cut.span, wanted=_WANTED, least=4 * cut.span)
+    setting.score_in_bits()
+    operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
+    parts = Parts(commands, setting, to, to_lse)
+    commands.dispatch(
+        f"forward_rows.{setting.dtype}",
+        (setting.dim, _THREADS, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(setting.changes_scores)),
+        [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
+        (1, setting.units, setting.numbers["splits"]),
+    )  # fmt: skip
+    parts.merge()

@@ -1,0 +1,143 @@
+#version 450
+#extension GL_GOOGLE_include_directive : require
+#extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_shuffle : require
+#include "problem.glsl"
+
+// Attention of few query rows, bound by reading the keys once: LANES invocations share a key, 16 bytes each, and hold their
+// part of all rows of a unit and of the output in registers. A subgroup has LOADS loads of keys and of values in flight.
+// Subgroups take keys in turn; what they found is merged at the end. Online softmax: Milakov & Gimelshein 2018.
+
+layout(constant_id = 2) const int LOADS = 8;
+layout(constant_id = 3) const int ROWS = 1;
+layout(constant_id = 4) const int SUBGROUP = 32;
+layout(constant_id = 5) const int LANES = 16;   // a power of 2
+layout(constant_id = 6) const int GENERAL = 1;  // 0: no mask, no softcap, a positive scale
+
+layout(binding = 0) readonly buffer Query { uvec4 query[]; };
+layout(binding = 1) readonly buffer Key { uvec4 keys[]; };
+layout(binding = 2) readonly buffer Value { uvec4 values[]; };
+layout(binding = 3) readonly buffer Mask { float mask[]; };
+layout(binding = 4) readonly buffer Index { int range_index[]; };
+layout(binding = 5) readonly buffer Bounds { ivec2 ranges[]; };
+layout(binding = 6) writeonly buffer Out { STORED result[]; };
+layout(binding = 7) writeonly buffer Lse { float lse[]; };
+layout(binding = 8) writeonly buffer Part { vec4 part[]; };
+#include "score.glsl"
+
+#if HALF
+const int HELD = 2;  // vec4 of 16 bytes
+vec4 wide_part(uvec4 x, int n) { return wide(n == 0 ? x.xy : x.zw); }
+#else
+const int HELD = 1;
+vec4 wide_part(uvec4 x, int n) { return uintBitsToFloat(x); }
+#endif
+
+const int WIDE = QUADS / HELD;                   // loads of 16 bytes in a row
+const int PIECES = (WIDE + LANES - 1) / LANES;   // of them that a lane has
+const int OWN = PIECES * HELD;                   // vec4 of a row that a lane has
+const int TOGETHER = SUBGROUP / LANES;           // keys of a load
+const int SUBGROUPS = THREADS / SUBGROUP, SPAN = SUBGROUPS * LOADS * TOGETHER;
+shared vec4 outs[SUBGROUPS * ROWS * QUADS];
+shared float tops[SUBGROUPS * ROWS], totals[SUBGROUPS * ROWS];
+
+void main() {
+  const int unit = int(gl_WorkGroupID.y), split = int(gl_WorkGroupID.z), row0 = int(gl_WorkGroupID.x) * ROWS;
+  const int local = int(gl_LocalInvocationID.x), subgroup = int(gl_SubgroupID), lane = int(gl_SubgroupInvocationID);
+  const int rows = min(ROWS, p.unit_rows - row0), at_lane = lane % LANES, mine = subgroup * LOADS * TOGETHER + lane / LANES;
+  const int key_row = unit * p.heads_per_unit / p.group * p.len_k;
+  const float bits = in_bits();
+  vec4 q[ROWS * OWN], o[ROWS * OWN];
+  float top[ROWS], total[ROWS];
+  [[unroll]] for (int r = 0; r < ROWS; r++) {
+    top[r] = -1e30;  // finite, so that a row without a key yet gets weights of 0
+    total[r] = 0.0;
+    [[unroll]] for (int n = 0; n < PIECES; n++) {
+      const int c = n * LANES + at_lane;
+      const uvec4 x = c < WIDE ? query[(unit * p.unit_rows + row0 + min(r, rows - 1)) * WIDE + c] : uvec4(0);
+      [[unroll]] for (int h = 0; h < HELD; h++) {
+        q[r * OWN + n * HELD + h] = wide_part(x, h);
+        o[r * OWN + n * HELD + h] = vec4(0.0);
+      }
+    }
+  }
+  const int low = max(p.lower, split * p.chunk), high = min(p.len_q + p.upper, min(split * p.chunk + p.chunk, p.len_k));
+  const int inner_low = p.len_q - 1 + p.lower, inner_high = min(p.upper + 1, p.len_k);
+  const int place = p.has_plan != 0 ? ranges_of(unit, row0) : 0;
+  const int begin = p.has_plan != 0 ? range_index[place] : 0, end = p.has_plan != 0 ? range_index[place + 1] : 1;
+  for (int range = begin; range < end; range++) {
+    ivec2 within = ivec2(max(low, 0), high);
+    if (p.has_plan != 0) within = ivec2(max(within.x, ranges[range].x), min(within.y, ranges[range].y));
+    [[dont_unroll]] for (int key = within.x; key < within.y; key += SPAN) {
+      uvec4 k[LOADS * PIECES], v[LOADS * PIECES];
+      [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
+        k[u * PIECES + n] = keys[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
+      [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
+        v[u * PIECES + n] = values[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
+      float s[LOADS * ROWS];
+      [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int r = 0; r < ROWS; r++) {
+        vec4 sum = vec4(0.0);
+        [[unroll]] for (int n = 0; n < OWN; n++) sum = fma(wide_part(k[u * PIECES + n / HELD], n % HELD), q[r * OWN + n], sum);
+        s[u * ROWS + r] = sum.x + sum.y + sum.z + sum.w;
+      }
+      [[unroll]] for (int m = 1; m < LANES; m *= 2)
+        [[unroll]] for (int n = 0; n < LOADS * ROWS; n++) s[n] += subgroupShuffleXor(s[n], m);
+      if (GENERAL != 0 || key < max(inner_low, within.x) || key + SPAN > min(inner_high, within.y))
+        [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int r = 0; r < ROWS; r++)
+          s[u * ROWS + r] = score(s[u * ROWS + r], unit, row0 + min(r, rows - 1), key + mine + u * TOGETHER, within);
+      [[unroll]] for (int r = 0; r < ROWS; r++) {
+        float now = top[r];
+        [[unroll]] for (int u = 0; u < LOADS; u++) now = max(now, s[u * ROWS + r]);
+        const float factor = exp2((top[r] - now) * bits);
+        top[r] = now;
+        total[r] *= factor;
+        [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] *= factor;
+        [[unroll]] for (int u = 0; u < LOADS; u++) {
+          s[u * ROWS + r] = exp2((s[u * ROWS + r] - now) * bits);
+          total[r] += s[u * ROWS + r];
+        }
+      }
+      [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < OWN; n++) {
+        const vec4 x = wide_part(v[u * PIECES + n / HELD], n % HELD);
+        [[unroll]] for (int r = 0; r < ROWS; r++) o[r * OWN + n] = fma(vec4(s[u * ROWS + r]), x, o[r * OWN + n]);
+      }
+    }
+  }
+  [[unroll]] for (int r = 0; r < ROWS; r++) {
+    float best = top[r];
+    [[unroll]] for (int m = LANES; m < SUBGROUP; m *= 2) best = max(best, subgroupShuffleXor(best, m));
+    const float factor = exp2((top[r] - best) * bits);
+    total[r] *= factor;
+    [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] *= factor;
+    [[unroll]] for (int m = LANES; m < SUBGROUP; m *= 2) {
+      total[r] += subgroupShuffleXor(total[r], m);
+      [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] += subgroupShuffleXor(o[r * OWN + n], m);
+    }
+    if (lane < LANES)
+      [[unroll]] for (int n = 0; n < OWN; n++) {
+        const int c = (n / HELD * LANES + at_lane) * HELD + n % HELD;
+        if (c < QUADS) outs[(subgroup * ROWS + r) * QUADS + c] = o[r * OWN + n];
+      }
+    if (lane == 0) {
+      tops[subgroup * ROWS + r] = best * bits;
+      totals[subgroup * ROWS + r] = total[r];
+    }
+  }
+  barrier();
+  for (int m = local; m < rows * QUADS; m += THREADS) {
+    const int r = m / QUADS, c = m % QUADS;
+    const int to = (split * int(gl_NumWorkGroups.y) + unit) * p.unit_rows + row0 + r;
+    float best = -INFINITE, sum = 0.0;
+    vec4 whole = vec4(0.0);
+    for (int n = 0; n < SUBGROUPS; n++) if (totals[n * ROWS + r] > 0.0) best = max(best, tops[n * ROWS + r]);
+    for (int n = 0; n < SUBGROUPS; n++) {
+      const float factor = totals[n * ROWS + r] > 0.0 ? exp2(tops[n * ROWS + r] - best) : 0.0;
+      sum += factor * totals[n * ROWS + r];
+      whole += factor * outs[(n * ROWS + r) * QUADS + c];
+    }
+    whole *= sum > 0.0 ? 1.0 / sum : 0.0;
+    if (c == 0) lse[to] = sum > 0.0 ? (best + log2(sum)) * LN2 : -INFINITE;
+    if (p.splits > 1) part[to * QUADS + c] = whole;
+    else result[to * QUADS + c] = narrow(whole);
+  }
+}
