@@ -56,9 +56,10 @@ def matrix_step(adapter: Adapter, dtype: str) -> MatrixStep | None:
 
 
 class RowStep(NamedTuple):
-    """forward_rows.comp, for few query rows. `subgroup`: invocations of a subgroup."""
+    """forward_rows.comp, for few query rows. `subgroup`: its invocations. `shared`: bytes that a work group may have."""
 
     subgroup: int
+    shared: int
 
     def __str__(self) -> str:
         return "sums across subgroups"
@@ -67,7 +68,9 @@ class RowStep(NamedTuple):
 def row_step(adapter: Adapter) -> RowStep | None:
     """The step for few rows: subgroups that are full and shuffle. A processor's driver has better ways."""
     shuffles = adapter.limits["subgroupOperations"] & _SHUFFLE and "full_subgroups" in adapter.features
-    return RowStep(adapter.limits["subgroupSize"]) if shuffles and not adapter.is_cpu else None
+    limits = adapter.limits
+    step = RowStep(limits["subgroupSize"], limits["maxComputeSharedMemorySize"])
+    return step if shuffles and not adapter.is_cpu else None
 
 
 def ladder(adapter: Adapter) -> str:

@@ -29,10 +29,12 @@ class Cut(NamedTuple):
 
 
 def cut(step: RowStep, setting: Setting) -> Cut | None:
-    """The cut of a call; None where it has too many rows for the registers."""
+    """The cut of a call; None where it has too many rows for the registers or for shared memory."""
     if setting.unit_rows > 8:
         return None
     rows = next(rows for rows in (1, 2, 4, 8) if rows >= setting.unit_rows)
+    if _THREADS // step.subgroup * rows * (4 * setting.dim + 8) > step.shared:  # sums, a maximum and a total per subgroup
+        return None
     wide = setting.dim * (4 if setting.dtype == "float32" else 2) // 16
     lanes = min(1 << (wide - 1).bit_length(), step.subgroup)
     held = -(-wide // lanes) * (1 if setting.dtype == "float32" else 2)  # groups of 4 numbers of a row in an invocation
