@@ -247,7 +247,8 @@ def test_few_rows_read_the_keys_where_they_lie(
     key, value = (torch.randn(2, 2, len_k, 64, generator=generator).to(dtype) for _ in range(2))
     wanted = hal.AttentionRequest(
         batch=2, heads_q=2 * group, heads_kv=2, len_q=len_q, len_k=len_k, dim_qk=64, dim_v=64, lse=True,
-        dtype=str(dtype).removeprefix("torch."), causal=hal.Causal.BOTTOM_RIGHT, window=(650, 0), softcap=7.0,
+        dtype=str(dtype).removeprefix("torch."), causal=hal.Causal.BOTTOM_RIGHT, window=(650, 0),
+        softcap=7.0 if group == 2 else None,
     )  # fmt: skip
     before = session.engine.pool.allocations
     out, lse = session.bind(wanted)(query, key, value)
