@@ -6,6 +6,7 @@ import gc
 import mmap
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import attrs
@@ -209,6 +210,18 @@ def test_vulkan_and_every_cuda_stream_wait_for_each_other(session: Any) -> None:
             seen.append(session.bind(request)(query, query, query).mean())
     torch.cuda.synchronize()
     assert [round(float(mean), 3) for mean in seen] == [float(n) for n in range(12)]
+
+
+def test_a_thread_that_never_saw_the_card_reads_in_place(session: Any, seed: int) -> None:
+    memory = session.memory
+    query, out = (memory.to_torch(memory.allocate((1, 1, 8, 32), "float32")) for _ in range(2))
+    (values,) = fill(seed, query)
+    prepared = session.prepare_attention(query, query, query, request=asked(query, query))
+    session.compute_attention(prepared, out=out.fill_(0))
+    out.fill_(0)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(session.compute_attention, prepared, out=out).result()
+    assert relative_error(out.cpu(), reference(values, values, values).out) <= 1e-5
 
 
 def test_no_recording_outlives_the_memory_that_it_reads_in_place(session: Any, seed: int) -> None:

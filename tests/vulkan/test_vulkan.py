@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hal_core as hal
-from hal_core.calibration import calibrate
+from hal_core.calibration import calibrate, save
 from hal_core.registry import registry
 from hal_core.testing import relative_error
 
@@ -212,6 +212,18 @@ def test_a_calibration_times_recorded_calls_and_feeds_the_estimates(
     calibrate(device.id)
     assert len(begun) == 2, "62 calls of two shapes"
     assert backend.estimate(asked, device).time.basis == "measured"
+
+
+def test_calls_from_cuda_are_estimated_by_their_own_calibration(device: hal.Device) -> None:
+    backend, values = registry.backend_of(device), {"call": 1e-4, "call from cuda": 5e-4, "mac": 1e-15}
+    save(device, values)
+    middles = {}
+    for place in ("cpu", "cuda:0"):
+        asked = hal.AttentionRequest(1, 1, 1, 8, 8, 32, 32, "float32", place)
+        middles[place] = backend.estimate(asked, device).time.middle
+    assert middles["cuda:0"] == pytest.approx(5 * middles["cpu"], rel=1e-3)
+    save(device, {"call": 1e-4, "mac": 1e-15})
+    assert backend.estimate(asked, device).time.basis == "declared", "calls from CUDA were not measured"
 
 
 def test_doctor_names_vendor_driver_features_and_the_kernel(device: hal.Device) -> None:

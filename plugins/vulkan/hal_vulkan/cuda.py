@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ class CudaCard(SharedCard):
         self._external: dict[Any, tuple[Any, int]] = {}
         self._streams: dict[int, _Stream] = {}
         self._last: Any = None
+        self._known, self._several = threading.local(), torch.cuda.device_count() > 1
         self._done = self._semaphore(gpu.export_timeline())
         self._wait = driver.CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS()
 
@@ -96,11 +98,21 @@ class CudaCard(SharedCard):
                 f"{self._gpu.name} cannot be captured in a CUDA graph: call it outside of the capture"
             )
         stream = torch.cuda.current_stream(self._index)
+        if not hasattr(self._known, "thread"):
+            stream.query()  # gives a thread without a context this one: CUDA's driver asks for it
+            self._known.thread = True
         if self._last is not None and stream != self._last:
             stream.wait_stream(self._last)
         self._last = stream
 
     def run(self, commands: Any, what: str, timeout: float) -> None:
+        if self._several:
+            with torch.cuda.device(self._index):
+                self._run(commands)
+        else:
+            self._run(commands)
+
+    def _run(self, commands: Any) -> None:
         raw, cuda = self._last.cuda_stream, self._cuda
         stream = self._streams.get(raw)
         if stream is None:
