@@ -39,20 +39,6 @@ class Failing:
         return self._result
 
 
-@pytest.fixture
-def device() -> hal.Device:
-    try:
-        return registry.find("vulkan:0")[0]
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
-
-
-@pytest.fixture
-def session(device: hal.Device) -> Any:
-    with registry.backend_of(device).open(device) as opened:
-        yield opened
-
-
 def bound(session: Any, length: int = 16) -> tuple[Any, torch.Tensor]:
     query = torch.randn(1, 2, length, 32)
     request = hal.AttentionRequest(

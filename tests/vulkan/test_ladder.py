@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-import hal_core as hal
-from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 from hal_core.testing.reference import request_of
 
@@ -102,20 +99,6 @@ def test_cuts_fit_shared_memory_and_load_whole_tiles(dim: int, name: str, lanes:
         assert cuts, "no cut for this head size"
         assert all(c.shared_bytes(dim) <= 49152 for c in cuts)
         assert all(c.keys * dim // 8 % (lanes if alone else c.threads) == 0 for c in cuts)
-
-
-@pytest.fixture
-def device() -> hal.Device:
-    try:
-        return registry.find("vulkan:0")[0]
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
-
-
-@pytest.fixture
-def session(device: hal.Device) -> Iterator[Any]:
-    with registry.backend_of(device).open(device) as opened:
-        yield opened
 
 
 def draw(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> tuple[Any, ...]:

@@ -9,26 +9,11 @@ import pytest
 import torch
 
 import hal_core as hal
-from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import commands, recorder, staging  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
-
-
-@pytest.fixture
-def device() -> hal.Device:
-    try:
-        return registry.find("vulkan:0")[0]
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
-
-
-@pytest.fixture
-def session(device: hal.Device) -> Any:
-    with registry.backend_of(device).open(device) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import hal_core as hal
-from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
@@ -65,12 +64,8 @@ class Traced(np.ndarray):
 
 
 @pytest.fixture(params=["mapped", "cuda"])
-def session(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def session(request: pytest.FixtureRequest, device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A session whose tensors can be shared, on each kind of card."""
-    try:
-        device = registry.find("vulkan:0")[0]
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
     adapter = backend_module.find().adapters[device.id]
     if request.param == "cuda":
         index, why = detect.cuda_index(adapter)

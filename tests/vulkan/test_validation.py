@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import hal_core as hal
-from hal_core.registry import registry
 
 LAYER = {
     "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation",
@@ -41,11 +40,7 @@ print("finished")
 
 
 @pytest.fixture(autouse=True)
-def layer() -> None:
-    try:
-        registry.find("vulkan:0")
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
+def layer(device: hal.Device) -> None:
     folders = ("/usr/share/vulkan/explicit_layer.d", "/etc/vulkan/explicit_layer.d")
     if not any(list(Path(folder).glob("*validation*")) for folder in folders):
         pytest.skip("the validation layer is not installed; Debian: apt-get install vulkan-validationlayers")
