@@ -131,6 +131,7 @@ def test_recordings_and_their_memory_are_bounded_and_given_back(
     assert stats.in_use == 0
     assert 0 < kept <= stats.pooled
     monkeypatch.setattr(recorder, "KEPT_BYTES", 2 * kept)
+    monkeypatch.setattr(recorder, "KEPT_PART", 1 << 60)
     query = draw(seed, (1, 1, 1024, 32))[0]
     session.bind(request(query, query))(query, query, query)
     assert session.recorder.kept_bytes <= kept, "a call that would fill the room alone is not kept"

@@ -96,7 +96,7 @@ def test_a_thousand_calls_of_mixed_shapes_leave_memory_as_it_was(session: Any, s
     assert session.memory.stats().in_use == 0
     assert max(fragmented) <= 0.25
     assert max(reserved[500:]) <= max(reserved[:500]), "memory grows"
-    assert session.memory.stats().pooled <= 3 << 25
+    assert session.memory.stats().pooled <= (3 if session.recorder.mapped else 5) << 25
     assert session.memory.trim() > 0
     assert pool.reserved == 0
 
