@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
-_HOPPER = ("hopper", "pipeline")
+_HOPPER = ("hopper", "pipeline", "softmax")
 #: Kernel and the files of hal_cuda/kernels whose text its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER, "hopper.forward_packed": (*_HOPPER, "tiles"), "attend.attend": ("attend",),

@@ -106,7 +106,7 @@ def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool) -> 
         return Tiling(128, 2, True, False, True, 2, 2)
     if widest == 128:
         long = len_k > 1024
-        return Tiling(128, 2, not long, long and not right, True, 2, 2)
+        return Tiling(128, 2, not long, long, True, 2, 2)
     if widest == 192:
         return Tiling(64, 2, False, False, not same, 2, 2)
     return Tiling(64, 2, True, False, not same, 2, 1)

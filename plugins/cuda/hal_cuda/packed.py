@@ -82,7 +82,8 @@ class PackedHopperPath:
             right = 0 if right is None else min(right, 0)
         bottom = r.causal is Causal.BOTTOM_RIGHT and not same
         reach = r.diagonal + (right or 0)
-        tiling = tiling_for(dim_qk, dim_v, r.len_q, r.len_k, right is not None)
+        mean_q, mean_k = (max(t.shape[2] // max(sequences, 1), 1) for t in (query, key))
+        tiling = tiling_for(dim_qk, dim_v, mean_q, mean_k, right is not None)
         constants = kernel_constants(
             tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
             shifted=right is not None and (bottom or reach % ROWS != 0),

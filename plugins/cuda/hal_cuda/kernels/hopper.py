@@ -31,40 +31,18 @@ from .pipeline import (
     tile_at,
     tiles_in,
 )
+from .softmax import capped, hide, largest, narrow, operand, scaled, sums, totals
 
 LN2 = gl.constexpr(0.6931471805599453)
-HIDDEN = gl.constexpr(-1.0e30)  # a hidden score: finite, because -inf - -inf is NaN under FMA contraction
-LEAST = gl.constexpr(-1.0e20)  # least row maximum: far above HIDDEN times any scale, so hidden weights are exactly 0
+LEAST = gl.constexpr(-1.0e20)  # least row maximum: far above a hidden score times any scale, so hidden weights are exactly 0
 
 
 @gluon.jit
-def hide(s, t, row0, len_k, shift, left, right, BM: gl.constexpr, BN: gl.constexpr, SL: gl.constexpr,
-         LEFT: gl.constexpr, RIGHT: gl.constexpr, RAG: gl.constexpr):  # fmt: skip
-    cols = t * BN + gl.arange(0, BN, gl.SliceLayout(0, SL))
-    rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
-    if RIGHT:
-        s = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows + (shift + right), 1), s, HIDDEN)
-    if LEFT:
-        s = gl.where(gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (shift - left), 1), s, HIDDEN)
-    if RAG:  # not a sum: behind the last key of a packed sequence lies another, or anything
-        s = gl.where(gl.expand_dims(cols < len_k, 0), s, HIDDEN)
-    return s
-
-
-@gluon.jit
-def capped(s, cap_in, cap_out, SOFTCAP: gl.constexpr):
-    # cap_out * tanh(s * scale / cap), in base-2 units; cap_in = 2 * log2(e) * scale / cap.
-    if SOFTCAP:
-        s = cap_out - (2.0 * cap_out) / (gl.exp2(s * cap_in) + 1.0)
-    return s
-
-
-@gluon.jit
-def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, j, t, o, o2, m, l, p16, row0, len_k, shift, left, right, scale, cap_in,
+def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, j, t, o, o2, m, l, w, row0, len_k, shift, left, right, scale, cap_in,
          cap_out, c: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, ST: gl.constexpr,
          NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr,
          PB: gl.constexpr, SOFTCAP: gl.constexpr, Q2: gl.constexpr, V2: gl.constexpr, SL: gl.constexpr, OL: gl.constexpr,
-         OL2: gl.constexpr, PL: gl.constexpr):  # fmt: skip
+         OL2: gl.constexpr, PL: gl.constexpr, LL: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
     # Q K^T of tile j of the pipeline (keys t * BN on) beside P V of the tile before it, then the softmax of tile j.
     st = j % ST
     pst = (j - 1) % ST
@@ -75,6 +53,7 @@ def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, j, t, o, o2, m, l, p16, ro
     if Q2:
         s = warpgroup_mma(q2, k_s2.index(st).reshape([BN, Q2]).permute((1, 0)), s, is_async=True)
     mbarrier.wait(vf.index(pst), ((j - 1) // ST) & 1)
+    p16 = operand(w, BM, BN, v_s.dtype, PL, WIDE)
     ot = warpgroup_mma(p16, v_s.index(pst).reshape([BN, DV]), o, is_async=True)
     if V2:
         ot2 = warpgroup_mma(p16, v_s2.index(pst).reshape([BN, V2]), o2, is_async=True)
@@ -87,10 +66,10 @@ def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, j, t, o, o2, m, l, p16, ro
     s = capped(s, cap_in, cap_out, SOFTCAP)
     if LEFT or RIGHT:
         s = hide(s, t, row0, len_k, shift, left, right, BM, BN, SL, LEFT, RIGHT, False)
-    mn = gl.maximum(m, gl.max(s, axis=1) * scale)
+    mn = gl.maximum(m, largest(s, BM, BN, gl.SliceLayout(1, SL), WIDE) * scale)
     alpha = gl.exp2(m - mn)
     p = gl.exp2(s * scale - gl.expand_dims(mn, 1))
-    l = l * alpha + gl.sum(p, axis=1)
+    l = scaled(l, alpha, LL, WIDE) + sums(p, BM, BN, LL, WIDE)
     if V2:
         o, o2, p16 = warpgroup_mma_wait(0, deps=[ot, ot2, p16])
         o2 = o2 * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL2)), 1)
@@ -98,8 +77,7 @@ def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, j, t, o, o2, m, l, p16, ro
         o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
     release(ve, pst, 8 + ST, EB, NC)
     o = o * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
-    p16 = gl.convert_layout(p.to(p16.dtype), PL, assert_trivial=True)
-    return o, o2, mn, l, p16
+    return o, o2, mn, l, narrow(p, BM, BN, v_s.dtype, PL, WIDE)
 
 
 @gluon.jit
@@ -230,6 +208,9 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
     )
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
     RL: gl.constexpr = gl.SliceLayout(1, SL)
+    WIDE: gl.constexpr = BN > 64
+    PART: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
+    LL: gl.constexpr = PART if WIDE else RL
     dt: gl.constexpr = q_s.dtype
     total = tiles_in(total, table, heads, TABLE)
     it = 0
@@ -270,12 +251,13 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
         release(ke, st, 8, EB, NC)
         s = capped(s, cap_in, cap_out, SOFTCAP)
         s = hide(s, (hi - 1) * (BN // FN), row0, keys, diagonal, left, right, BM, FN, FL, LEFT, RIGHT, RAG)
-        m = gl.maximum(gl.convert_layout(gl.max(s, axis=1), RL, assert_trivial=True) * scale, LEAST)  # finite without keys too
+        m = gl.maximum(largest(s, BM, FN, RL, WIDE) * scale, LEAST)  # finite without keys too
         p = gl.exp2(s * scale - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, FL), assert_trivial=True), 1))
-        l = gl.convert_layout(gl.sum(p, axis=1), RL, assert_trivial=True)
+        l = sums(p, BM, FN, LL, WIDE)
         if FN < BN:  # the hidden half
             p = gl.permute(gl.join(p, gl.zeros([BM, FN], gl.float32, FL)), (0, 2, 1)).reshape([BM, BN])
-        p16 = gl.convert_layout(p.to(dt), PL, assert_trivial=True)
+            p = gl.convert_layout(p, SL, assert_trivial=True)
+        w = narrow(p, BM, BN, dt, PL, WIDE)
         if TABLE:
             if hi * BN > keys:
                 mbarrier.wait(vf.index(st), (it // ST) & 1)
@@ -287,26 +269,27 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
         if RIGHT and SHIFTED:
             clear = gl.minimum(gl.maximum(hi - gl.maximum(row0 + diagonal + right + 1, 0) // BN, 1), n)
             for i in range(1, clear):
-                o, o2, m, l, p16 = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, p16, row0, keys, diagonal, left,
+                o, o2, m, l, w = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, w, row0, keys, diagonal, left,
                                     right, scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, LEFT, RIGHT, PING, EB, PB,
-                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL)  # fmt: skip
+                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL, LL, WIDE)  # fmt: skip
         edge = n
         if LEFT:
             edge = gl.minimum(gl.maximum(hi - (gl.maximum(row0 + BM - 1 + diagonal - left, 0) + BN - 1) // BN, clear), n)
         for i in range(clear, edge):
-            o, o2, m, l, p16 = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, p16, row0, keys, diagonal, left, right,
+            o, o2, m, l, w = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, w, row0, keys, diagonal, left, right,
                                 scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, False, False, PING, EB, PB, SOFTCAP,
-                                Q2, V2, SL, OL, OL2, PL)  # fmt: skip
+                                Q2, V2, SL, OL, OL2, PL, LL, WIDE)  # fmt: skip
         if LEFT:
             for i in range(edge, n):
-                o, o2, m, l, p16 = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, p16, row0, keys, diagonal, left, right,
+                o, o2, m, l, w = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, it + i, hi - 1 - i, o, o2, m, l, w, row0, keys, diagonal, left, right,
                                     scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, NC, LEFT, False, PING, EB, PB,
-                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL)  # fmt: skip
+                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL, LL, WIDE)  # fmt: skip
         it += n
         if OSEP:  # Q may be overwritten: the loads of the next tile but one start now
             mbarrier.arrive(qe.index(qst), count=1)
         pst = (it - 1) % ST
         mbarrier.wait(vf.index(pst), ((it - 1) // ST) & 1)
+        p16 = operand(w, BM, BN, dt, PL, WIDE)
         ot = warpgroup_mma(p16, v_s.index(pst).reshape([BN, DV]), o, is_async=True)
         if V2:
             ot2 = warpgroup_mma(p16, v_s2.index(pst).reshape([BN, V2]), o2, is_async=True)
@@ -317,7 +300,7 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
         if LEFT:
             hand_back(it, lo - first, kf, vf, ke, ve, c, ST, NC, PING, EB, PB)
             it += lo - first
-        finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, l, qe, qst, batch, head, row0, q_at, length, heads, len_q,
+        finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, totals(l, RL, WIDE), qe, qst, batch, head, row0, q_at, length, heads, len_q,
                c, BM, DV, V2, NC, LSE, OSEP, TABLE, SL, OL, OL2)  # fmt: skip
     tma.store_wait(0)
     if c == 0:

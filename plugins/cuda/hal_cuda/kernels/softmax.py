@@ -1,0 +1,91 @@
+# ruff: noqa: N803, E741
+"""Between the two products of the Hopper kernels: scores masked, and turned into weights that the second product reads.
+
+WIDE (tiles of 128 keys): a thread's operations are laid out so that few wait for each other, its part of a row's sum is kept
+apart until the end, and weights go from one step to the next by pairs in whole numbers. In tiles of 64 keys that does not pay.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+HIDDEN = gl.constexpr(-1.0e30)  # a hidden score: finite, because -inf - -inf is NaN under FMA contraction
+TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+APART = gl.constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@gluon.jit
+def hide(s, t, row0, len_k, shift, left, right, BM: gl.constexpr, BN: gl.constexpr, SL: gl.constexpr,
+         LEFT: gl.constexpr, RIGHT: gl.constexpr, RAG: gl.constexpr):  # fmt: skip
+    cols = t * BN + gl.arange(0, BN, gl.SliceLayout(0, SL))
+    rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
+    if RIGHT:
+        s = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows + (shift + right), 1), s, HIDDEN)
+    if LEFT:
+        s = gl.where(gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (shift - left), 1), s, HIDDEN)
+    if RAG:  # not a sum: behind the last key of a packed sequence lies another, or anything
+        s = gl.where(gl.expand_dims(cols < len_k, 0), s, HIDDEN)
+    return s
+
+
+@gluon.jit
+def capped(s, cap_in, cap_out, SOFTCAP: gl.constexpr):
+    # cap_out * tanh(s * scale / cap), in base-2 units; cap_in = 2 * log2(e) * scale / cap.
+    if SOFTCAP:
+        s = cap_out - (2.0 * cap_out) / (gl.exp2(s * cap_in) + 1.0)
+    return s
+
+
+@gluon.jit
+def largest(s, BM: gl.constexpr, BN: gl.constexpr, RL: gl.constexpr, WIDE: gl.constexpr):
+    # The maximum of a row; by halves first.
+    if WIDE:
+        s = gl.max(s.reshape([BM, 2, BN // 2]), axis=1)
+        s = gl.max(s.reshape([BM, 2, BN // 4]), axis=1)
+    return gl.convert_layout(gl.max(s, axis=1), RL, assert_trivial=True)
+
+
+@gluon.jit
+def sums(p, BM: gl.constexpr, BN: gl.constexpr, LL: gl.constexpr, WIDE: gl.constexpr):
+    # The sum of a row; WIDE: [BM, 8], what each thread holds of it.
+    if WIDE:
+        p = p.reshape([BM, BN // 8, 8])
+    return gl.convert_layout(gl.sum(p, axis=1), LL, assert_trivial=True)
+
+
+@gluon.jit
+def scaled(l, alpha, LL: gl.constexpr, WIDE: gl.constexpr):
+    # What `sums` gave, its rows times alpha.
+    if WIDE:
+        alpha = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, LL), assert_trivial=True), 1)
+    return l * alpha
+
+
+@gluon.jit
+def totals(l, RL: gl.constexpr, WIDE: gl.constexpr):
+    # The sum of a row from what `sums` gave.
+    if WIDE:
+        l = gl.convert_layout(gl.sum(l, axis=1), RL, assert_trivial=True)
+    return l
+
+
+@gluon.jit
+def narrow(p, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, PL: gl.constexpr, WIDE: gl.constexpr):
+    # Weights in 16 bits. A loop that carries 16-bit values takes an instruction more for each pair, so WIDE carries pairs.
+    if WIDE:
+        low, high = gl.split(p.reshape([BM, BN // 2, 2]))
+        asm: gl.constexpr = TO_FP16 if gl.float16 == KIND else TO_BF16
+        w = gl.inline_asm_elementwise(asm, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+    else:
+        w = gl.convert_layout(p.to(KIND), PL, assert_trivial=True)
+    return w
+
+
+@gluon.jit
+def operand(w, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, PL: gl.constexpr, WIDE: gl.constexpr):
+    # The left side of P V from what `narrow` gave.
+    if WIDE:
+        low, high = gl.inline_asm_elementwise(APART, "=h,=h,r", [w], dtype=(gl.int16, gl.int16), is_pure=True, pack=1)
+        w = gl.join(low.to(KIND, bitcast=True), high.to(KIND, bitcast=True)).reshape([BM, BN])
+        w = gl.convert_layout(w, PL, assert_trivial=True)
+    return w
