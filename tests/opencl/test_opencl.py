@@ -174,6 +174,26 @@ def test_the_gpu_program_agrees_with_float64_on_any_device(
     assert relative_error(lse, want.lse) <= 1e-5
 
 
+@pytest.mark.parametrize(("dim", "rows"), [(64, 2), pytest.param(96, 5, marks=pytest.mark.slow)])
+def test_the_gpu_program_for_few_rows_agrees_with_float64_on_any_device(
+    session: Any, monkeypatch: pytest.MonkeyPatch, dim: int, rows: int, seed: int
+) -> None:
+    gpu = SimpleNamespace(shares_memory=False, handle=SimpleNamespace(local_mem_size=49152))
+    shape = attention.shape_of(gpu, dim, 2 * rows)  # type: ignore[arg-type]
+    assert shape.rows < 64
+    assert shape.local_bytes(dim) <= 49152
+    monkeypatch.setattr(attention, "shape_of", lambda *arguments: shape)
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 4, rows, dim, generator=generator)
+    key, value = (torch.randn(1, 2, 700, dim, generator=generator) for _ in range(2))
+    wanted = hal.AttentionRequest(
+        batch=1, heads_q=4, heads_kv=2, len_q=rows, len_k=700, dim_qk=dim, dim_v=dim, dtype="float32",
+        causal=hal.Causal.BOTTOM_RIGHT,
+    )  # fmt: skip
+    out = session.bind(wanted)(query, key, value)
+    assert relative_error(out, reference(query, key, value, request=wanted).out) <= 1e-5
+
+
 @pytest.fixture
 def apart(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A session that takes the device for one with memory of its own; copies go through slots of 8 KiB.

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     Attributes:
         rows: query rows of a work item (forward_rows.cl) or group (forward_tiles.cl). tile: keys of a tile.
         threads: work items in a group; 0 for forward_rows.cl, and what follows is for forward_tiles.cl alone.
-        height: query rows that a work item holds. slice: head elements of the keys in local memory at once.
+        height: query rows that a work item holds. slice: head elements of the keys in local memory at once, at most.
     """
 
     rows: int
@@ -34,32 +34,32 @@ class Shape(NamedTuple):
     height: int = 0
     slice: int = 0
 
+    def width(self, dim: int) -> int:
+        """Head elements of a slice: a divisor of `dim`."""
+        return self.slice if dim % self.slice == 0 else 32
+
     def run(self, dim: int) -> int:
         """Keys whose values fit where a slice of the keys lay: a power of 2."""
-        return 1 << (max(self.tile * min(self.slice, dim) // dim, 4).bit_length() - 1)
+        return 1 << (max(self.tile * self.width(dim) // dim, 4).bit_length() - 1)
 
     def local_bytes(self, dim: int) -> int:
         """Local memory of a work group: (a slice of) the queries, keys or values, and weights."""
-        width = min(self.slice, dim)
+        width = self.width(dim)
         return 4 * (self.rows * width + max(self.tile * width, self.run(dim) * dim) + self.rows * self.tile)
 
     def options(self, dim: int) -> list[str]:
         """Build options of forward_rows.cl or forward_tiles.cl."""
         if not self.threads:
             direct = self.rows <= _FEW
-            return [
-                f"-DTILE={self.tile}",
-                f"-DROWS={self.rows}",
-                f"-DGROUP={min(self.rows, 8)}",
-                f"-DDIRECT={int(direct)}",
-            ]
-        values = self._asdict() | {"slice": min(self.slice, dim), "run": self.run(dim), "sliced": int(self.slice < dim)}
+            values = {"tile": self.tile, "rows": self.rows, "group": min(self.rows, 8), "direct": int(direct)}
+            return [f"-D{name.upper()}={value}" for name, value in values.items()]
+        width = self.width(dim)
+        values = self._asdict() | {"slice": width, "run": self.run(dim), "sliced": int(width < dim)}
         return [f"-D{name.upper()}={value}" for name, value in values.items()]
 
 
-_GPU_SHAPES = {
-    64: Shape(64, 64, 64, 8, 64), 96: Shape(64, 64, 64, 8, 32), 128: Shape(64, 64, 64, 8, 64), 256: Shape(32, 64, 64, 4, 64),
-}  # fmt: skip
+_GPU_SHAPES = {128: Shape(64, 64, 64, 8, 64), 256: Shape(32, 64, 64, 4, 64)}  # by the largest head size
+_GPU_FEW_SHAPES = {8: Shape(8, 64, 64, 2, 64), 16: Shape(16, 64, 64, 4, 64)}  # by the largest number of rows
 _SMALL_SHAPE = Shape(16, 32, 32, 4, 32)  # fits 16 KiB, the least that OpenCL 1.1 lets a GPU have, at any size
 
 
@@ -70,7 +70,8 @@ def shape_of(engine: Engine, dim: int, rows: int) -> Shape:
     """
     if engine.shares_memory:
         return Shape(1 << (rows - 1).bit_length() if rows <= _FEW else _ROWS, _TILE)
-    liked = next(shape for most, shape in _GPU_SHAPES.items() if dim <= most)
+    few = (shape for most, shape in _GPU_FEW_SHAPES.items() if rows <= most)
+    liked = next(few, None) or next(shape for most, shape in _GPU_SHAPES.items() if dim <= most)
     return liked if liked.local_bytes(dim) <= int(engine.handle.local_mem_size) else _SMALL_SHAPE
 
 

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 
 
 class Operand(NamedTuple):
-    """Device memory of one call. `host` shares it as bytes where the device is a CPU; None elsewhere."""
+    """Device memory of one call.
+
+    Attributes:
+        buffer: what programs are given. host: the same as bytes where the device is a CPU; None elsewhere.
+        block, offset: the buffer that it was cut from, and where: drivers copy to and from whole buffers faster.
+    """
 
     buffer: Any
     host: Tensor | None
     nbytes: int
+    block: Any
+    offset: int
 
 
 class Lease:
@@ -41,7 +48,8 @@ class Lease:
         with engine.named("cut a buffer"):
             part = buffer.get_sub_region(region.offset, region.size)
         self._views.append(part)
-        return Operand(part, None if host is None else host[region.offset : region.offset + nbytes], nbytes)
+        seen = None if host is None else host[region.offset : region.offset + nbytes]
+        return Operand(part, seen, nbytes, buffer, region.offset)
 
     def stage(self, tensor: Tensor, dim: int | None = None) -> Operand:
         """A tensor's values, contiguous, its last dimension padded to `dim` with zeros; shared where that is possible."""
@@ -59,7 +67,7 @@ class Lease:
             if padded:
                 typed[..., last:].zero_()
         else:
-            engine.staging.upload(tensor, operand.buffer, dim or last)
+            engine.staging.upload(tensor, operand.block, operand.offset, dim or last)
         engine.copies += 1
         engine.copied += tensor.numel() * tensor.element_size()
         return operand
@@ -72,7 +80,7 @@ class Lease:
             buffer = cl.Buffer(self.engine.context, flags, hostbuf=flat.numpy())
         self._views.append(buffer)
         self._shared.append(flat)
-        return Operand(buffer, flat, flat.numel())
+        return Operand(buffer, flat, flat.numel(), buffer, 0)
 
     def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
         """Memory that becomes `tensor` (contiguous) when `finish` is called; rows of `dim` elements, cut on the way."""
@@ -90,7 +98,7 @@ class Lease:
         engine.note_time()
         for operand, tensor, dim in self._reads:
             if operand.host is None:
-                engine.staging.download(operand.buffer, tensor, dim, what)
+                engine.staging.download(operand.block, operand.offset, tensor, dim, what)
             else:
                 typed = operand.host[: operand.nbytes].view(tensor.dtype).view(*tensor.shape[:-1], dim)
                 tensor.copy_(typed[..., : tensor.shape[-1]])

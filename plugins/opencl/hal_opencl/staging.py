@@ -35,14 +35,14 @@ class Staging:
         self._free: deque[_Slot] = deque()
         self._busy: deque[tuple[Any, _Slot]] = deque()  # (event of the last command that uses it, slot), oldest first
 
-    def upload(self, tensor: Tensor, buffer: Any, dim: int) -> None:
-        """Queue a copy of a tensor of any strides; on the device its rows have `dim` elements, filled up with zeros.
+    def upload(self, tensor: Tensor, buffer: Any, offset: int, dim: int) -> None:
+        """Queue a copy of a tensor of any strides; from `offset` on its rows have `dim` elements, filled up with zeros.
 
         The tensor may change once this returns: its values are in pinned slots then, or beyond.
         """
         tensor, dim = _flat(tensor, dim)
         width, last = dim * tensor.element_size(), tensor.shape[-1]
-        rows_each, place = _SLOT // width, 0
+        rows_each, place = _SLOT // width, offset
         slot, filled = None, 0
         for piece in _pieces(tensor, rows_each):
             if slot is not None and filled + len(piece) > rows_each:
@@ -58,15 +58,15 @@ class Staging:
         if slot is not None:
             self._send(slot, buffer, place, filled * width)
 
-    def download(self, buffer: Any, tensor: Tensor, dim: int, what: str) -> None:
-        """Fill a contiguous tensor from rows of `dim` elements, once the device has done what was queued before.
+    def download(self, buffer: Any, offset: int, tensor: Tensor, dim: int, what: str) -> None:
+        """Fill a contiguous tensor from rows of `dim` elements at `offset`, once the device has done what was queued before.
 
         Raises:
             DeviceUnavailableError: `what`, the work in words, did not end in time.
         """
         tensor, dim = _flat(tensor, dim)
         width, rows_each = dim * tensor.element_size(), _SLOT // (dim * tensor.element_size())
-        place, coming = 0, deque[tuple[Any, _Slot, Tensor]]()
+        place, coming = offset, deque[tuple[Any, _Slot, Tensor]]()
         for piece in _pieces(tensor, rows_each):
             if len(coming) == _SLOTS:
                 self._receive(*coming.popleft(), dim, what)
