@@ -2,7 +2,8 @@
 
 python benchmarks/vulkan_attention.py [--record]. On a CPU's driver (lavapipe) both are timed on the host, interleaved in one
 run. On a GPU the tensors lie on the host and whole calls carry the copies; the ratio is of the device's own time, by its
-clock, to torch's on the same card where torch sees it (TF32 off, device events).
+clock, to torch's on the same card where torch sees it (TF32 off, device events). Decoding is also given as a share of the rate
+at which a sum of torch's reads that card's memory, in the same run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,26 @@ GPU_CASES = [
     (1, 16, 16, 4096, 4096, 64, "float16", False), (1, 16, 16, 4096, 4096, 128, "float16", False),
     (1, 16, 16, 4096, 4096, 64, "float32", True), (1, 32, 8, 1, 131072, 128, "float16", False),
 ]  # fmt: skip
+#: What matrices are for; Vulkan alone.
+MATRIX_CASES = [
+    (1, 16, 16, 4096, 4096, 64, "float16", True), (1, 16, 16, 4096, 4096, 128, "float16", True),
+    (1, 8, 8, 16384, 16384, 64, "float16", False), (1, 8, 8, 16384, 16384, 128, "float16", False),
+    (1, 8, 8, 16384, 16384, 128, "float16", True), (1, 16, 16, 4096, 4096, 96, "float16", False),
+    (1, 16, 16, 4096, 4096, 256, "float16", False), (1, 16, 16, 4096, 4096, 128, "bfloat16", False),
+    (1, 32, 8, 1, 131072, 64, "float16", False), (1, 32, 8, 1, 131072, 128, "bfloat16", False),
+    (1, 32, 8, 1, 131072, 128, "float32", False),
+]  # fmt: skip
+
+
+def read_rate() -> float | None:
+    """Bytes a second that torch reads of its card's memory; None where there is no card or no CUDA plugin to measure it."""
+    try:
+        from hal_cuda.calibrate import read_bandwidth
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    return read_bandwidth(torch.empty(256 << 20, dtype=torch.uint8, device="cuda"))
 
 
 def processor_ratio(torch_call: Callable[[], object], our_call: Callable[[], object], calls: int) -> str:
@@ -43,11 +64,14 @@ def processor_ratio(torch_call: Callable[[], object], our_call: Callable[[], obj
     return f"{statistics.median(spent[torch_call]) / statistics.median(spent[our_call]):.2f}x"
 
 
-def measure(device: hal.Device, case: tuple[Any, ...], calls: int) -> list[str]:
-    """A table row: the call, torch's and our times in ms, the ratio of those and of processor times, and the rate."""
+def measure(device: hal.Device, case: tuple[Any, ...], calls: int, reading: float | None) -> list[str]:
+    """A table row: the call, torch's and our times in ms, their ratio, the rate, and, on a processor's driver, the ratio of
+    processor times, on a card the share of `reading` bytes a second that decoding reaches.
+    """
     batch, heads, heads_kv, len_q, len_k, dim, dtype, causal = case
-    query = torch.randn(batch, heads, len_q, dim).to(getattr(torch, dtype))
-    key, value = (torch.randn(batch, heads_kv, len_k, dim).to(query.dtype) for _ in range(2))
+    place = "cpu" if reading is None else "cuda"  # where drawing is faster
+    query = torch.randn(batch, heads, len_q, dim, device=place).to(getattr(torch, dtype)).cpu()
+    key, value = (torch.randn(batch, heads_kv, len_k, dim, device=place).to(query.dtype).cpu() for _ in range(2))
     options = {"is_causal": causal, "enable_gqa": heads != heads_kv}
     ours = partial(hal.attention, query, key, value, backend=device.id, **options)
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -55,11 +79,10 @@ def measure(device: hal.Device, case: tuple[Any, ...], calls: int) -> list[str]:
         with torch.no_grad():
             both = {"torch": partial(attention, query, key, value, **options), "hal": ours}
             found = BenchmarkRunner(3, calls, budget=40).compare(both)
-            by_processor = processor_ratio(both["torch"], both["hal"], calls)
+            share = processor_ratio(both["torch"], both["hal"], calls)
         peer, whole = found.results["torch"].p50, found.results["hal"].p50
         inside = whole
     else:
-        by_processor = "not measured"
         session: Any = hal.session(device.id)
         whole, inside = BenchmarkRunner(3, calls, budget=20).run(ours, "hal").p50, 0.0
         times = []
@@ -67,6 +90,8 @@ def measure(device: hal.Device, case: tuple[Any, ...], calls: int) -> list[str]:
             ours()
             times.append(session.device_seconds or 0.0)
         inside, peer = statistics.median(times) * 1e3, 0.0
+        read = (key.nbytes + value.nbytes) / max(inside, 1e-9) * 1e3
+        share = f"{read / reading:.2f}" if len_q == 1 and inside and reading else ""
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = False
             there = [t.cuda() for t in (query, key, value)]
@@ -77,7 +102,7 @@ def measure(device: hal.Device, case: tuple[Any, ...], calls: int) -> list[str]:
     rate = 2 * macs / (inside * 1e9) if inside else 0.0
     return [
         name, f"{peer:.3f}", f"{whole:.3f}", f"{inside:.3f}", f"{peer / inside:.2f}x" if peer and inside else "not measured",
-        by_processor, f"{rate:.3f}",
+        f"{rate:.3f}", share,
     ]  # fmt: skip
 
 
@@ -93,12 +118,18 @@ def main(backend: str) -> None:
         return
     device = found[0]
     cases = CPU_CASES if device.fidelity is hal.Fidelity.EMULATED else GPU_CASES
-    rows = [measure(device, case, chosen.calls) for case in cases]
+    reading = read_rate() if cases is GPU_CASES else None
+    more = MATRIX_CASES if backend == "vulkan" and cases is GPU_CASES else []
+    rows = [measure(device, case, chosen.calls, reading) for case in [*cases, *more]]
     peer = "torch on the same processor, interleaved" if cases is CPU_CASES else "torch on the same card, TF32 off"
+    read = "" if reading is None else f" A sum of torch's reads {reading / 1e12:.2f} TB/s."
     publish(
         chosen, backend, f"Attention on {device.model} ({device.fidelity})",
-        ["call", "torch ms", "whole call ms", "device ms", "torch / device", "by processor time", "TFLOP/s"], rows,
-        [f"Driver: {device.driver}. Medians of {chosen.calls} calls; {peer}."],
+        [
+            "call", "torch ms", "whole call ms", "device ms", "torch / device", "TFLOP/s",
+            "by processor time" if cases is CPU_CASES else "of read rate",
+        ], rows,
+        [f"Driver: {device.driver}. Medians of {chosen.calls} calls; {peer}.{read}"],
     )  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def test_every_matrix_step_agrees_with_float64(
     if step is None:
         pytest.skip(f"{session.recorder.adapter.name} does not report what {name} needs")
     monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: step)
+    monkeypatch.setattr(ladder, "row_step", lambda adapter: None)
     shape, options = CASES[case]
     query, key, value, options = draw(shape, options, seed)
     mask = options.pop("attn_mask", None)
@@ -171,9 +172,7 @@ def test_few_rows_across_subgroups_agree_with_float64(
     want, want_lse = reference(query, key, value, mask, **options)
     assert relative_error(out, want) <= {"float32": 1e-5, "float16": 2e-3, "bfloat16": 5e-3}[dtype]
     assert relative_error(lse, want_lse) <= 1e-5
-    rows, dim = next(n for n in (1, 2, 4, 8) if n >= shape[3] * shape[1] // shape[2]), -(-shape[5] // 32) * 32
-    fits = 128 // step.subgroup * rows * (4 * dim + 8) <= step.shared
-    assert (f"forward_rows.{dtype}" in ran(session)) == fits
+    assert f"forward_rows.{dtype}" in ran(session)
 
 
 def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:

@@ -73,10 +73,11 @@ def _record(
 ) -> None:
     """The best kernel that the device and the call allow, see `ladder`."""
     step, few = ladder.matrix_step(recorder.adapter, setting.dtype), ladder.row_step(recorder.adapter)
-    if step is not None and (cut := matrix.cut(step, setting)) is not None:
-        matrix.record(commands, cut, setting, call, to, to_lse)
-    elif few is not None and (short := rows.cut(few, setting)) is not None:
+    short = None if few is None else rows.cut(few, setting, least=step is not None)
+    if short is not None:
         rows.record(commands, short, setting, call, to, to_lse)
+    elif step is not None and (cut := matrix.cut(step, setting)) is not None:
+        matrix.record(commands, cut, setting, call, to, to_lse)
     elif stream.suits(recorder, call, setting.dim):
         stream.record(commands, setting, call, to, to_lse)
     else:

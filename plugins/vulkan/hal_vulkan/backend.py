@@ -10,6 +10,7 @@ from hal_compute.backend import CAPABILITIES, ComputeBackend
 from hal_core import Capabilities, Device, DeviceUnavailableError, Numerics, Session
 
 from .detect import find
+from .ladder import matrix_step
 
 _CAPABILITIES = attrs.evolve(
     CAPABILITIES, dtypes=CAPABILITIES.dtypes | {"bfloat16"},
@@ -36,7 +37,9 @@ class VulkanBackend(ComputeBackend):
         return adapter.memory, adapter.limits["maxStorageBufferRange"]
 
     def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
-        return (1e-4, 2e-2), (5e8, 2e10) if find().adapters[device.id].is_cpu else (1e11, 2e13)
+        adapter = find().adapters[device.id]
+        fast = 2e14 if matrix_step(adapter, "float16") else 2e13
+        return (1e-4, 2e-2), (5e8, 2e10) if adapter.is_cpu else (1e11, fast)
 
     def open(self, device: Device) -> Session:
         adapter = find().adapters.get(device.id)

@@ -57,7 +57,7 @@ _FASTEST = {
     32: (4, 4, 2, 2),
     64: (4, 2, 2, 1),
     96: (8, 4, 1, 2),
-    128: (8, 4, 1, 2),
+    128: (8, 2, 1, 1),
     192: (6, 2, 1, 2),
     256: (4, 1, 1, 2),
 }
@@ -89,12 +89,15 @@ def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call
     setting.score_in_bits()
     operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
     parts, step = Parts(commands, setting, to, to_lse), cut.step
+    blocks, units = -(-setting.unit_rows // cut.rows), setting.units
+    turned = setting.causal and not cut.alone  # the longest rows of all units first
     constants = (
-        setting.dim, cut.threads, cut.keys, step.side, step.subgroup, cut.height, cut.alone, setting.changes_scores, cut.ahead
+        setting.dim, cut.threads, cut.keys, step.side, step.subgroup, cut.height, cut.alone, setting.changes_scores, cut.ahead,
+        turned,
     )  # fmt: skip
     commands.dispatch(
         f"forward_{step.name}.{setting.dtype}", [int(number) for number in constants],
         [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
-        (-(-setting.unit_rows // cut.rows), setting.units, setting.numbers["splits"]),
+        (*((units, blocks) if turned else (blocks, units)), setting.numbers["splits"]),
     )  # fmt: skip
     parts.merge()

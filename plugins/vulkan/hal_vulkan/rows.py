@@ -10,7 +10,7 @@ from .commands import Operand, VulkanCommandBuffer
 from .ladder import RowStep
 from .setting import Parts, Setting
 
-_THREADS = 128
+_SUBGROUPS = 8
 _WANTED = 256  # work groups that keep the reads of a large device busy
 
 
@@ -23,22 +23,30 @@ class Cut(NamedTuple):
     loads: int
 
     @property
+    def threads(self) -> int:
+        """Invocations of a work group."""
+        return _SUBGROUPS * self.step.subgroup
+
+    @property
     def span(self) -> int:
         """Keys that a work group reads at once."""
-        return _THREADS // self.lanes * self.loads
+        return self.threads // self.lanes * self.loads
 
 
-def cut(step: RowStep, setting: Setting) -> Cut | None:
-    """The cut of a call; None where it has too many rows for the registers or for shared memory."""
-    if setting.unit_rows > 8:
+def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
+    """The cut of a call; None where it has too many rows for the registers or for shared memory.
+
+    `least`: whether to take only as few rows as are read no faster by matrices.
+    """
+    if setting.unit_rows > (4 if least else 8):
         return None
     rows = next(rows for rows in (1, 2, 4, 8) if rows >= setting.unit_rows)
-    if _THREADS // step.subgroup * rows * (4 * setting.dim + 8) > step.shared:  # sums, a maximum and a total per subgroup
+    if _SUBGROUPS * rows * (4 * setting.dim + 8) > step.shared:  # sums, a maximum and a total per subgroup
         return None
     wide = setting.dim * (4 if setting.dtype == "float32" else 2) // 16
     lanes = min(1 << (wide - 1).bit_length(), step.subgroup)
     held = -(-wide // lanes) * (1 if setting.dtype == "float32" else 2)  # groups of 4 numbers of a row in an invocation
-    return Cut(step, rows, lanes, 8 if rows * held <= 8 else 4)
+    return Cut(step, rows, lanes, 8 if rows * held <= 4 else 4)
 
 
 def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
@@ -49,7 +57,7 @@ def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call
     parts = Parts(commands, setting, to, to_lse)
     commands.dispatch(
         f"forward_rows.{setting.dtype}",
-        (setting.dim, _THREADS, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(setting.changes_scores)),
+        (setting.dim, cut.threads, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(setting.changes_scores)),
         [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
         (1, setting.units, setting.numbers["splits"]),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from hal_compute.problem import LAYOUT, Call, Problem, mask_of
+from hal_compute.problem import LAYOUT, OPEN, Call, Problem, mask_of
 from torch import Tensor
 
 from .commands import Given, Operand, VulkanCommandBuffer
@@ -28,6 +28,11 @@ class Setting(Problem):
             self.tables[0] = commands.stage(self.mask.values, again=again)
         if self.ranges is not None:
             self.tables[1:] = commands.stage(self.ranges.index), commands.stage(self.ranges.bounds)
+
+    @property
+    def causal(self) -> bool:
+        """Whether later rows read more keys."""
+        return bool(self.numbers["upper"] < OPEN and self.numbers["lower"] == -OPEN)
 
     @property
     def changes_scores(self) -> bool:

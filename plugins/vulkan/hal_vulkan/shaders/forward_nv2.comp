@@ -21,6 +21,12 @@ layout(constant_id = 8) const int AHEAD = 1;
 
 const float SLACK = 8.0;  // float16 holds 2^15
 
+#if HALF == 2  // the conversion to bfloat16 was seen to cut the lower half off
+#define ROUNDED(x) uintBitsToFloat(floatBitsToUint(x) + 0x8000u & 0xffff0000u)
+#else
+#define ROUNDED(x) (x)
+#endif
+
 float larger(const in float x, const in float y) { return max(x, y); }
 float added(const in float x, const in float y) { return x + y; }
 float scored(const in uint row, const in uint column, const in float x, const in int first, const in int key, const in ivec2 range) {
@@ -59,7 +65,7 @@ float scored(const in uint row, const in uint column, const in float x, const in
 #define WEIGH(s)                                                                                                \
   [[unroll]] for (int r = 0; r < HEIGHT; r++) [[unroll]] for (int n = 0; n < ACROSS; n++) {                     \
     SUMS x = s[r * ACROSS + n];                                                                                 \
-    [[unroll]] for (int e = 0; e < x.length(); e++) x[e] = exp2(fma(x[e], bits, bias[r][e]));                   \
+    [[unroll]] for (int e = 0; e < x.length(); e++) x[e] = ROUNDED(exp2(fma(x[e], bits, bias[r][e])));          \
     total[r] = total[r] + x;                                                                                    \
     w[r * ACROSS + n] = LEFT(NARROW(x));                                                                        \
   }

@@ -1,12 +1,16 @@
 #version 450
 #extension GL_GOOGLE_include_directive : require
 #extension GL_KHR_shader_subgroup_basic : require
+#extension GL_KHR_shader_subgroup_vote : require
 #extension GL_KHR_shader_subgroup_shuffle : require
 #include "problem.glsl"
 
 // Attention of few query rows, bound by reading the keys once: LANES invocations share a key, 16 bytes each, and hold their
-// part of all rows of a unit and of the output in registers. A subgroup has LOADS loads of keys and of values in flight.
-// Subgroups take keys in turn; what they found is merged at the end. Online softmax: Milakov & Gimelshein 2018.
+// part of all rows of a unit and of the output in registers. A subgroup has LOADS loads of keys and of values in flight. Its
+// LOADS x ROWS scores of a key group are summed by halves, so that an invocation ends with few whole ones, weighs those and
+// hands the weights round. The output is scaled down only when a score passes its row's maximum so far by SLACK. Subgroups
+// take keys in turn; what they found is merged at the end. Online softmax: Milakov & Gimelshein 2018; the lazy scaling:
+// FlashAttention-4, 2025.
 
 layout(constant_id = 2) const int LOADS = 8;
 layout(constant_id = 3) const int ROWS = 1;
@@ -38,6 +42,10 @@ const int PIECES = (WIDE + LANES - 1) / LANES;   // of them that a lane has
 const int OWN = PIECES * HELD;                   // vec4 of a row that a lane has
 const int TOGETHER = SUBGROUP / LANES;           // keys of a load
 const int SUBGROUPS = THREADS / SUBGROUP, SPAN = SUBGROUPS * LOADS * TOGETHER;
+const int SCORES = LOADS * ROWS;                           // powers of 2
+const int WHOLE = SCORES > LANES ? SCORES / LANES : 1;     // scores that an invocation ends with
+const int COPIES = SCORES > LANES ? 1 : LANES / SCORES;    // invocations that end with the same
+const float SLACK = 8.0;
 shared vec4 outs[SUBGROUPS * ROWS * QUADS];
 shared float tops[SUBGROUPS * ROWS], totals[SUBGROUPS * ROWS];
 
@@ -48,10 +56,15 @@ void main() {
   const int key_row = unit * p.heads_per_unit / p.group * p.len_k;
   const float bits = in_bits();
   vec4 q[ROWS * OWN], o[ROWS * OWN];
-  float top[ROWS], total[ROWS];
+  float top[ROWS], own_top[WHOLE], total[WHOLE];  // maxima by row, the same in the subgroup, and for this invocation's scores
+  const int mine0 = at_lane / COPIES * WHOLE;      // the first of its scores, numbered by load and row
+  const float slack = SLACK / bits;
+  [[unroll]] for (int j = 0; j < WHOLE; j++) {
+    own_top[j] = -1e30;  // finite, so that a row without a key yet gets weights of 0
+    total[j] = 0.0;
+  }
   [[unroll]] for (int r = 0; r < ROWS; r++) {
-    top[r] = -1e30;  // finite, so that a row without a key yet gets weights of 0
-    total[r] = 0.0;
+    top[r] = -1e30;
     [[unroll]] for (int n = 0; n < PIECES; n++) {
       const int c = n * LANES + at_lane;
       const uvec4 x = c < WIDE ? query[(unit * p.unit_rows + row0 + min(r, rows - 1)) * WIDE + c] : uvec4(0);
@@ -61,14 +74,14 @@ void main() {
       }
     }
   }
-  const int low = max(p.lower, split * p.chunk), high = min(p.len_q + p.upper, min(split * p.chunk + p.chunk, p.len_k));
+  const int low = max(p.lower, 0), high = min(p.len_q + p.upper, p.len_k);
   const int inner_low = p.len_q - 1 + p.lower, inner_high = min(p.upper + 1, p.len_k);
   const int place = p.has_plan != 0 ? ranges_of(unit, row0) : 0;
   const int begin = p.has_plan != 0 ? range_index[place] : 0, end = p.has_plan != 0 ? range_index[place + 1] : 1;
   for (int range = begin; range < end; range++) {
-    ivec2 within = ivec2(max(low, 0), high);
+    ivec2 within = ivec2(low, high);
     if (p.has_plan != 0) within = ivec2(max(within.x, ranges[range].x), min(within.y, ranges[range].y));
-    [[dont_unroll]] for (int key = within.x; key < within.y; key += SPAN) {
+    [[dont_unroll]] for (int key = within.x + split * SPAN; key < within.y; key += p.splits * SPAN) {  // splits take turns
       uvec4 k[LOADS * PIECES], v[LOADS * PIECES];
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
         k[u * PIECES + n] = keys[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
@@ -80,23 +93,47 @@ void main() {
         [[unroll]] for (int n = 0; n < OWN; n++) sum = fma(wide_part(k[u * PIECES + n / HELD], n % HELD), q[r * OWN + n], sum);
         s[u * ROWS + r] = sum.x + sum.y + sum.z + sum.w;
       }
-      [[unroll]] for (int m = 1; m < LANES; m *= 2)
-        [[unroll]] for (int n = 0; n < LOADS * ROWS; n++) s[n] += subgroupShuffleXor(s[n], m);
-      if (GENERAL != 0 || key < max(inner_low, within.x) || key + SPAN > min(inner_high, within.y))
-        [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int r = 0; r < ROWS; r++)
-          s[u * ROWS + r] = score(s[u * ROWS + r], unit, row0 + min(r, rows - 1), key + mine + u * TOGETHER, within);
-      [[unroll]] for (int r = 0; r < ROWS; r++) {
-        float now = top[r];
-        [[unroll]] for (int u = 0; u < LOADS; u++) now = max(now, s[u * ROWS + r]);
-        const float factor = exp2((top[r] - now) * bits);
-        top[r] = now;
-        total[r] *= factor;
-        [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] *= factor;
-        [[unroll]] for (int u = 0; u < LOADS; u++) {
-          s[u * ROWS + r] = exp2((s[u * ROWS + r] - now) * bits);
-          total[r] += s[u * ROWS + r];
+      [[unroll]] for (int step = 1; step < 8; step++) {  // LANES is at most 128
+        const int m = LANES >> step, pairs = SCORES >> step;
+        if (m > 0 && pairs > 0) {
+          const bool upper = (lane & m) != 0;
+          [[unroll]] for (int n = 0; n < pairs; n++) {
+            const float kept = upper ? s[n + pairs] : s[n], sent = upper ? s[n] : s[n + pairs];
+            s[n] = kept + subgroupShuffleXor(sent, m);
+          }
+        } else if (m > 0) {
+          s[0] += subgroupShuffleXor(s[0], m);
         }
       }
+      bool far = false;
+      [[unroll]] for (int j = 0; j < WHOLE; j++) {
+        if (GENERAL != 0 || key < max(inner_low, within.x) || key + SPAN > min(inner_high, within.y))
+          s[j] = score(s[j], unit, row0 + min((mine0 + j) % ROWS, rows - 1), key + mine + (mine0 + j) / ROWS * TOGETHER, within);
+        far = far || s[j] > own_top[j] + slack;
+      }
+      if (subgroupAny(far)) {
+        [[unroll]] for (int r = 0; r < ROWS; r++) {
+          float now = top[r];
+          [[unroll]] for (int j = 0; j < WHOLE; j++) now = (mine0 + j) % ROWS == r ? max(now, s[j]) : now;
+          [[unroll]] for (int m = 1; m < SUBGROUP; m *= 2) now = max(now, subgroupShuffleXor(now, m));
+          const float factor = exp2((top[r] - now) * bits);
+          top[r] = now;
+          [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] *= factor;
+          [[unroll]] for (int j = 0; j < WHOLE; j++) {
+            if ((mine0 + j) % ROWS == r) {
+              own_top[j] = now;
+              total[j] *= factor;
+            }
+          }
+        }
+      }
+      float w[WHOLE];
+      [[unroll]] for (int j = 0; j < WHOLE; j++) {
+        w[j] = exp2((s[j] - own_top[j]) * bits);
+        total[j] += w[j];
+      }
+      [[unroll]] for (int n = 0; n < SCORES; n++)
+        s[n] = subgroupShuffle(w[n % WHOLE], lane / LANES * LANES + n / WHOLE * COPIES);
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < OWN; n++) {
         const vec4 x = wide_part(v[u * PIECES + n / HELD], n % HELD);
         [[unroll]] for (int r = 0; r < ROWS; r++) o[r * OWN + n] = fma(vec4(s[u * ROWS + r]), x, o[r * OWN + n]);
@@ -104,23 +141,19 @@ void main() {
     }
   }
   [[unroll]] for (int r = 0; r < ROWS; r++) {
-    float best = top[r];
-    [[unroll]] for (int m = LANES; m < SUBGROUP; m *= 2) best = max(best, subgroupShuffleXor(best, m));
-    const float factor = exp2((top[r] - best) * bits);
-    total[r] *= factor;
-    [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] *= factor;
-    [[unroll]] for (int m = LANES; m < SUBGROUP; m *= 2) {
-      total[r] += subgroupShuffleXor(total[r], m);
+    float sum = 0.0;
+    [[unroll]] for (int j = 0; j < WHOLE; j++) sum += (mine0 + j) % ROWS == r && at_lane % COPIES == 0 ? total[j] : 0.0;
+    [[unroll]] for (int m = 1; m < SUBGROUP; m *= 2) sum += subgroupShuffleXor(sum, m);
+    [[unroll]] for (int m = LANES; m < SUBGROUP; m *= 2)
       [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] += subgroupShuffleXor(o[r * OWN + n], m);
-    }
     if (lane < LANES)
       [[unroll]] for (int n = 0; n < OWN; n++) {
         const int c = (n / HELD * LANES + at_lane) * HELD + n % HELD;
         if (c < QUADS) outs[(subgroup * ROWS + r) * QUADS + c] = o[r * OWN + n];
       }
     if (lane == 0) {
-      tops[subgroup * ROWS + r] = best * bits;
-      totals[subgroup * ROWS + r] = total[r];
+      tops[subgroup * ROWS + r] = top[r] * bits;
+      totals[subgroup * ROWS + r] = sum;
     }
   }
   barrier();
