@@ -25,6 +25,27 @@ class Timeline(NamedTuple):
     handle: Any
 
 
+class _Writes:
+    """VkWriteDescriptorSet[] for pipelines of some kinds of bindings. The driver copies it, so that one serves them all."""
+
+    def __init__(self, ffi: Any, kinds: str) -> None:
+        self._buffers = ffi.new("VkDescriptorBufferInfo[]", len(kinds))
+        self._writes = ffi.new("VkWriteDescriptorSet[]", [
+            {"sType": 35, "dstBinding": n, "descriptorCount": 1, "descriptorType": DESCRIPTORS[kind],
+             "pBufferInfo": self._buffers + n}
+            for n, kind in enumerate(kinds)
+        ])  # fmt: skip
+        self._infos = [self._buffers[n] for n in range(len(kinds))]
+        self._held: list[Bound | None] = [None] * len(kinds)
+
+    def of(self, bound: Sequence[Bound]) -> Any:
+        for n, there in enumerate(bound):
+            if there is not self._held[n]:
+                info, self._held[n] = self._infos[n], there
+                info.buffer, info.offset, info.range = there.block.buffer, there.offset, there.size
+        return self._writes
+
+
 class Gpu(Compiling):
     """A logical device with one compute queue. Not thread-safe: the session holds its lock."""
 
@@ -39,6 +60,13 @@ class Gpu(Compiling):
         self._queries = self._made("VkQueryPool*", "vkCreateQueryPool", "VkQueryPoolCreateInfo*",
                                    {"sType": 11, "queryType": 2, "queryCount": 4})  # fmt: skip
         self._submitted = 0
+        reads, writes, host = 0x8 | 0x20 | 0x800, 0x40 | 0x1000, 0x2000
+        self._visible = ffi.new("VkMemoryBarrier*", {
+            "sType": 46, "srcAccessMask": writes | reads, "dstAccessMask": reads | writes | host,
+        })  # fmt: skip
+        self._writes: dict[str, _Writes] = {}
+        self._constants = ffi.new("char[]", adapter.limits["maxPushConstantsSize"])
+        self._recorded: Any = None  # the command buffer and the pipeline of the last dispatch
         # What a submission and a wait hand to the driver, made once: making structures takes longer than the calls.
         self._number, self._awaited = ffi.new("uint64_t[1]"), ffi.new("uint64_t[1]")
         self._reached, self._spins = (
@@ -94,6 +122,7 @@ class Gpu(Compiling):
             )
             self._check(lib.vkAllocateCommandBuffers(self._device, info, made), "vkAllocateCommandBuffers")
             commands = made[0]
+        self._recorded = None
         start = ffi.new("VkCommandBufferBeginInfo*", {"sType": 42})
         self._check(lib.vkBeginCommandBuffer(commands, start), "vkBeginCommandBuffer")
         return commands
@@ -101,18 +130,16 @@ class Gpu(Compiling):
     def dispatch(
         self, commands: Any, pipeline: Pipeline, bound: Sequence[Bound], push: bytes, groups: Sequence[int]
     ) -> None:
-        ffi, lib = self._ffi, self._lib
-        lib.vkCmdBindPipeline(commands, 1, pipeline.handle)
-        buffers = ffi.new("VkDescriptorBufferInfo[]", [
-            {"buffer": b.block.buffer, "offset": b.offset, "range": b.size} for b in bound
-        ])  # fmt: skip
-        writes = ffi.new("VkWriteDescriptorSet[]", [
-            {"sType": 35, "dstBinding": n, "descriptorCount": 1, "descriptorType": DESCRIPTORS[kind],
-             "pBufferInfo": buffers + n}
-            for n, kind in enumerate(pipeline.kinds)
-        ])  # fmt: skip
-        self._push(commands, 1, pipeline.layout, 0, len(bound), writes)
-        lib.vkCmdPushConstants(commands, pipeline.layout, COMPUTE_STAGE, 0, len(push), ffi.from_buffer(push))
+        lib, writes = self._lib, self._writes.get(pipeline.kinds)
+        if writes is None:
+            writes = self._writes[pipeline.kinds] = _Writes(self._ffi, pipeline.kinds)
+        if self._recorded != (commands, pipeline.handle):
+            self._recorded = commands, pipeline.handle
+            lib.vkCmdBindPipeline(commands, 1, pipeline.handle)
+        self._push(commands, 1, pipeline.layout, 0, len(bound), writes.of(bound))
+        constants = self._constants
+        self._ffi.memmove(constants, push, len(push))
+        lib.vkCmdPushConstants(commands, pipeline.layout, COMPUTE_STAGE, 0, len(push), constants)
         lib.vkCmdDispatch(commands, *groups)
 
     def copy(self, commands: Any, source: Bound, target: Bound) -> None:
@@ -127,13 +154,9 @@ class Gpu(Compiling):
 
     def barrier(self, commands: Any) -> None:
         """What was recorded before is finished and visible to shaders, copies and the host after."""
-        ffi, lib = self._ffi, self._lib
-        reads, writes, host = 0x8 | 0x20 | 0x800, 0x40 | 0x1000, 0x2000
-        memory = ffi.new("VkMemoryBarrier*", {
-            "sType": 46, "srcAccessMask": writes | reads, "dstAccessMask": reads | writes | host,
-        })  # fmt: skip
         before, after = 0x800 | 0x1000, 0x800 | 0x1000 | 0x4000
-        lib.vkCmdPipelineBarrier(commands, before, after, 0, 1, memory, 0, ffi.NULL, 0, ffi.NULL)
+        null = self._ffi.NULL
+        self._lib.vkCmdPipelineBarrier(commands, before, after, 0, 1, self._visible, 0, null, 0, null)
 
     def stamp(self, commands: Any, place: int) -> None:
         """Write time stamp `place`, 0 to 3: an even one once the device is here, an odd one after all that was recorded."""
