@@ -14,7 +14,7 @@ from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import commands  # noqa: E402
+from hal_vulkan import commands, recorder  # noqa: E402
 from hal_vulkan.pipelines import cache_path  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 
@@ -70,6 +70,27 @@ def test_a_lost_device_is_said_to_be_lost_and_opens_again(
             run(query, query, query)
     with registry.backend_of(device).open(device) as session:
         works(session)
+
+
+def test_a_lost_device_gives_all_its_memory_back(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "STREAM_FROM", 4096)
+    adapter = backend_module.find().adapters[device.id]
+    with VulkanSession(
+        device, adapter._replace(is_cpu=False)
+    ) as session:  # staging, a ring, and memory that is not mapped
+        (run, query), (small, few) = bound(session, 64), bound(session, 4)
+        run(query, query, query)
+        small(few, few, few)
+        gpu, pool, staging, ring = (getattr(session.recorder, name) for name in ("gpu", "pool", "staging", "ring"))
+        assert min(pool.reserved, staging.reserved, ring.nbytes) > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkQueueSubmit", LOST))
+            with pytest.raises(hal.DeviceUnavailableError, match="was lost"):
+                run(query, query, query)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", LOST))
+            session.close()
+    assert (pool.reserved, staging.reserved, ring.nbytes) == (0, 0, 0)
 
 
 def test_the_registry_opens_a_lost_device_again_once_its_session_is_closed(

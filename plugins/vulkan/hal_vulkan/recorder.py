@@ -216,12 +216,16 @@ class Recorder:
         self.gpu.wait(self.gpu.submitted, "finish what was queued", recording.TIMEOUT)
 
     def close(self) -> None:
+        """Destroy everything, but on a device that hangs: what is in use there stays, or the process would go with it."""
         self.shaders.save(cache_path(self.adapter))
-        with suppress(DeviceUnavailableError):
-            self.synchronize()
-            self.trim()
-            if self._card is not None:
+        try:
+            self.gpu.wait(self.gpu.submitted, "finish before it is closed", recording.GRACE)
+        except DeviceUnavailableError:
+            if not self.gpu.lost:  # nothing runs on a lost one
+                return
+        self.trim()
+        if self._card is not None:
+            with suppress(DeviceUnavailableError):
                 self._card.close()
-        if not self._stuck:  # destroying what is in use would take the process with it
-            self.pool.abandon()
-            self.gpu.close()
+        self.pool.abandon()
+        self.gpu.close()

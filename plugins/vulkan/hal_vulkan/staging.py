@@ -97,7 +97,8 @@ class StagingRing:
         """Give the memory back, once no transfer is under way; returns its bytes."""
         freed = self.nbytes
         if self._block is not None:
-            self._gpu.wait(max(self._last), "finish transfers before their memory is given back", TIMEOUT)
+            if not self._gpu.lost:
+                self._gpu.wait(max(self._last), "finish transfers before their memory is given back", TIMEOUT)
             for slot in self._slots:
                 self._gpu.drop(slot.commands)
             self._gpu.free(self._block)
