@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hal_core.testing import reference, relative_error
 from hal_core.testing.reference import request_of
 
 pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import ladder, matrix
+from hal_vulkan import build_shaders, ladder, matrix
 from hal_vulkan._vk import Adapter, MatrixShape
 
 BRAIN = ("bfloat16_matrix",)
@@ -83,10 +85,14 @@ def test_vulkan_1_2_has_no_spirv_of_1_3() -> None:
 def test_the_doctors_words_follow_the_steps() -> None:
     assert ladder.ladder(adapter(BITS)) == (
         "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; float32: tiles "
-        "in shared memory"
+        "in shared memory; few query rows: lanes that share a key"
     )
     assert ladder.ladder(adapter(())) == "tiles in shared memory"
+    assert (
+        ladder.ladder(adapter(("full_subgroups",))) == "tiles in shared memory; few query rows: lanes that share a key"
+    )
     assert "matrices" not in ladder.ladder(adapter(BITS, is_cpu=True))
+    assert "lanes" not in ladder.ladder(adapter(BITS, is_cpu=True))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
@@ -99,6 +105,27 @@ def test_cuts_fit_shared_memory_and_load_whole_tiles(dim: int, name: str, lanes:
         assert cuts, "no cut for this head size"
         assert all(c.shared_bytes(dim) <= 49152 for c in cuts)
         assert all(c.keys * dim // 8 % (lanes if alone else c.threads) == 0 for c in cuts)
+
+
+def instructions(spirv: bytes) -> Iterator[tuple[int, ...]]:
+    """(opcode, operands ...) of a module."""
+    words, at = struct.unpack(f"<{len(spirv) // 4}I", spirv), 5
+    while at < len(words):
+        count = words[at] >> 16
+        yield words[at] & 0xFFFF, *words[at + 1 : at + count]
+        at += count
+
+
+@pytest.mark.parametrize("name", ["nv2", "khr"])
+def test_bfloat16_modules_are_the_float16_ones_with_another_type(name: str) -> None:
+    half = (build_shaders.FOLDER / f"forward_{name}.float16.spv").read_bytes()
+    made = list(instructions(build_shaders.with_bfloat16(half)))
+    kinds = [operands for code, *operands in made if code == 22]  # OpTypeFloat
+    assert sorted(kind[1:] for kind in kinds) == [[16, 0], [32]]  # bfloat16 is the encoding 0
+    assert {(17, 5116), (17, 5118)} <= set(made)
+    capabilities = [code == 17 for code, *_ in made]
+    assert capabilities == sorted(capabilities, reverse=True), "capabilities come first"
+    assert len(made) == len(list(instructions(half))) + 3
 
 
 def draw(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> tuple[Any, ...]:
@@ -182,7 +209,7 @@ def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:
         before = ran(session)
         call(session, *(t.to(getattr(torch, dtype)) for t in (query, key, value)), None, {})
         (shader,) = {name for name in ran(session) - before if name.startswith("forward")}
-        step = said.split(f"{dtype}: ")[-1].split(";")[0]
+        step = said.removeprefix(dtype).split(f" {dtype}: ")[-1].split(";")[0]
         assert shader.startswith(("forward_nv2", "forward_khr")) == ("matrices" in step)
 
 

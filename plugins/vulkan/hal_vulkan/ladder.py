@@ -62,7 +62,7 @@ class RowStep(NamedTuple):
     shared: int
 
     def __str__(self) -> str:
-        return "sums across subgroups"
+        return "lanes that share a key"
 
 
 def row_step(adapter: Adapter) -> RowStep | None:
@@ -77,6 +77,6 @@ def ladder(adapter: Adapter) -> str:
     """The kernels that attention runs on this device, by dtype."""
     plain = "streams of keys, or tiles, in subgroups" if adapter.is_cpu else "tiles in shared memory"
     found = {dtype: str(matrix_step(adapter, dtype) or plain) for dtype in ("float16", "bfloat16", "float32")}
-    if len(set(found.values())) == 1:
-        return plain
-    return "; ".join(f"{dtype}: {step}" for dtype, step in found.items())
+    said = plain if set(found.values()) == {plain} else "; ".join(f"{dtype}: {step}" for dtype, step in found.items())
+    few = row_step(adapter)
+    return said if few is None else f"{said}; few query rows: {few}"
