@@ -115,7 +115,12 @@ def main() -> None:
         sys.stdout.write(f"{chosen.device} is not present here: nothing was measured\n")
         return
     columns = ["B1 H8 128x128 D64 float16", "whole us", "device us", "host us"]
-    note = f"Driver: {device.driver}. Medians of {chosen.calls} calls; the benchmark's first lines say what a column holds."
+    note = (
+        f"Driver: {device.driver}. Medians of {chosen.calls} calls. Whole: from the call to its return. Device: all recorded "
+        "commands by the device's clock, transfers included. Host: the difference, call by call. Calls with tensors on CUDA "
+        "return before the device is done: all of their time is the host's. To synchronise is to wait for both interfaces' turns "
+        "on the card."
+    )
     session: Any = hal.session(device.id)
     publish(chosen, "vulkan", f"Host time of a recorded call on {device.model} ({device.fidelity})", columns,
             rows_of(session, chosen.calls), [note])  # fmt: skip
