@@ -118,8 +118,8 @@ def main() -> None:
     note = (
         f"Driver: {device.driver}. Medians of {chosen.calls} calls. Whole: from the call to its return. Device: all recorded "
         "commands by the device's clock, transfers included. Host: the difference, call by call. Calls with tensors on CUDA "
-        "return before the device is done: all of their time is the host's. To synchronise is to wait for both interfaces' turns "
-        "on the card."
+        "return before the device is done: all of their time is the host's. To synchronise is to wait for the turns of both "
+        "interfaces on the card."
     )
     session: Any = hal.session(device.id)
     publish(chosen, "vulkan", f"Host time of a recorded call on {device.model} ({device.fidelity})", columns,
@@ -127,10 +127,7 @@ def main() -> None:
     where, few = f"on {device.model} ({device.fidelity})", max(chosen.calls // 20, 3)
     note = "Medians of whole calls, interleaved."
     if session.recorder.mapped:
-        cases, note = (
-            [(8, 8, 1024, 1024, 64), (32, 8, 1, 8192, 64), (8, 8, 64, 16384, 64)],
-            "Medians of whole calls, interleaved.",
-        )
+        cases = [(8, 8, 1024, 1024, 64), (32, 8, 1, 8192, 64), (8, 8, 64, 16384, 64)]
         columns = ["call", "copied ms", "MiB copied", "in place ms", "MiB copied", "copied / in place"]
         rows = both_ways(session, few, "IMPORT_FROM", cases, "float32")
         publish(chosen, "vulkan", f"Host memory read in place {where}", columns, rows, [note])
