@@ -157,7 +157,7 @@ def test_the_gpu_program_agrees_with_float64_on_any_device(
 ) -> None:
     """Local-memory tiles are a GPU's program; a CPU's driver runs them too, slowly."""
     gpu = SimpleNamespace(shares_memory=False, handle=SimpleNamespace(local_mem_size=room))
-    shape = attention.shape_of(gpu, dim, 75)  # type: ignore[arg-type]
+    shape = attention.shape_of(gpu, dim, 75, 140)  # type: ignore[arg-type]
     assert shape.local_bytes(dim) <= room
     monkeypatch.setattr(attention, "shape_of", lambda *arguments: shape)
     generator = torch.Generator().manual_seed(seed)
@@ -179,7 +179,7 @@ def test_the_gpu_program_for_few_rows_agrees_with_float64_on_any_device(
     session: Any, monkeypatch: pytest.MonkeyPatch, dim: int, rows: int, seed: int
 ) -> None:
     gpu = SimpleNamespace(shares_memory=False, handle=SimpleNamespace(local_mem_size=49152))
-    shape = attention.shape_of(gpu, dim, 2 * rows)  # type: ignore[arg-type]
+    shape = attention.shape_of(gpu, dim, 2 * rows, 700)  # type: ignore[arg-type]
     assert shape.rows < 64
     assert shape.local_bytes(dim) <= 49152
     monkeypatch.setattr(attention, "shape_of", lambda *arguments: shape)

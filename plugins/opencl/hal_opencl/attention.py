@@ -63,13 +63,15 @@ _GPU_FEW_SHAPES = {8: Shape(8, 64, 64, 2, 64), 16: Shape(16, 64, 64, 4, 64)}  # 
 _SMALL_SHAPE = Shape(16, 32, 32, 4, 32)  # fits 16 KiB, the least that OpenCL 1.1 lets a GPU have, at any size
 
 
-def shape_of(engine: Engine, dim: int, rows: int) -> Shape:
-    """The shape for units of so many query rows.
+def shape_of(engine: Engine, dim: int, rows: int, keys: int) -> Shape:
+    """The shape for units of so many query rows, against so many keys.
 
     Row blocks for a CPU's registers and caches; on a GPU the largest tiles that suit a head size and fit local memory.
     """
     if engine.shares_memory:
-        return Shape(1 << (rows - 1).bit_length() if rows <= _FEW else _ROWS, _TILE)
+        return Shape(
+            1 << (rows - 1).bit_length() if rows <= _FEW else _ROWS, _TILE if keys > _TILE // 2 else _TILE // 2
+        )
     few = (shape for most, shape in _GPU_FEW_SHAPES.items() if rows <= most)
     liked = next(few, None) or next(shape for most, shape in _GPU_SHAPES.items() if dim <= most)
     return liked if liked.local_bytes(dim) <= int(engine.handle.local_mem_size) else _SMALL_SHAPE
@@ -97,7 +99,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         return AttentionOutput(result.zero_() if out is None else out.zero_(), lse.fill_(-torch.inf))
     with engine.lease() as lease:
         setting = _Setting(engine, lease, call, pack=True)
-        shape = shape_of(engine, setting.dim, setting.unit_rows)
+        shape = shape_of(engine, setting.dim, setting.unit_rows, setting.len_k)
         wanted = engine.handle.max_compute_units * (2 if engine.shares_memory else 4)
         dim, splits = setting.dim, setting.split(shape.rows, shape.tile, wanted=wanted, least=4 * shape.tile)
         setting.score_in_bits()
@@ -109,7 +111,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         part_lse = lease.space(splits * rows * 4) if splits > 1 else to_lse
         options = [*setting.options, *shape.options(dim)]
         if not shape.threads and shape.rows > _FEW:
-            keys, values = _packed(setting, options, keys, values)
+            keys, values = _packed(setting, shape, keys, values)
         kernel = engine.kernel("forward_tiles" if shape.threads else "forward_rows", "forward", options)
         items = -(-setting.unit_rows // shape.rows)
         threads = shape.threads or 1
@@ -127,14 +129,14 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
     return AttentionOutput(result, lse)
 
 
-def _packed(setting: _Setting, options: list[str], keys: Operand, values: Operand) -> tuple[Operand, Operand]:
+def _packed(setting: _Setting, shape: Shape, keys: Operand, values: Operand) -> tuple[Operand, Operand]:
     """Keys as transposed float32 tiles, values as float32."""
     engine, units, len_k, dim = setting.engine, setting.batch * setting.heads_kv, setting.len_k, setting.dim
-    tiles = -(-len_k // _TILE)
-    packed = setting.lease.space(units * tiles * _TILE * dim * 4)
+    tiles = -(-len_k // shape.tile)
+    packed = setting.lease.space(units * tiles * shape.tile * dim * 4)
     half = setting.dtype == "float16"
     wide = setting.lease.space(units * len_k * dim * 4) if half else values
-    kernel = engine.kernel("forward_rows", "pack_keys", options)
+    kernel = engine.kernel("forward_rows", "pack_keys", [*setting.options, *shape.options(dim)])
     arguments = (keys.buffer, values.buffer, packed.buffer, wide.buffer, np.int32(len_k))
     engine.launch(kernel, (tiles, units), (1, 1), *arguments)
     return packed, wide

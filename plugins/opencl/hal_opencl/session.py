@@ -24,7 +24,7 @@ class OpenClSession(ComputeSession):
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Rows and keys of a tile at head_dim 64."""
-        shape = attention.shape_of(self.engine, 64, sequence_length)
+        shape = attention.shape_of(self.engine, 64, sequence_length, sequence_length)
         return {"tile_size": shape.tile, "block_q": shape.rows, "block_k": shape.tile}
 
     def _forward(self, call: Call, out: Tensor | None) -> AttentionOutput:
