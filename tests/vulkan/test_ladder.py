@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import hal_core as hal
 from hal_core.testing import reference, relative_error
 from hal_core.testing.reference import request_of
 
@@ -30,9 +31,16 @@ CASES = {
     "boolean mask": ((1, 2, 2, 30, 40, 32), {"attn_mask": torch.bool}),
     "additive mask": ((1, 2, 2, 30, 40, 32), {"attn_mask": torch.float16}),
     "negative scale": ((1, 2, 2, 30, 40, 32), {"scale": -0.2}),
+    "block plan": ((1, 2, 2, 130, 200, 32), {"plan": True}),
+    "causal block plan": ((1, 2, 1, 200, 200, 64), {"plan": True, "is_causal": True}),
     "one row of a group": ((1, 8, 2, 1, 130, 64), {}),
     "few rows, split keys": ((1, 4, 1, 2, 600, 32), {}),
 }
+#: Of blocks of 64 tokens: the second, none, all, and three with one that ends with the keys.
+PLAN = hal.BlockPlan(
+    64, 64, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3], [0, 2, 3, 0]], dtype=torch.int32)[None, None],
+    torch.tensor([1, 0, 4, 3], dtype=torch.int32)[None, None],
+)  # fmt: skip
 
 
 def adapter(
@@ -163,11 +171,16 @@ def test_every_matrix_step_agrees_with_float64(
     monkeypatch.setattr(ladder, "row_step", lambda adapter: None)
     shape, options = CASES[case]
     query, key, value, options = draw(shape, options, seed)
-    mask = options.pop("attn_mask", None)
-    out, lse = call(session, query, key, value, mask, options)
-    want, want_lse = reference(query, key, value, mask, **options)
+    mask, plan = options.pop("attn_mask", None), None
+    if options.pop("plan", False):
+        blocks = -(-shape[3] // 64)
+        plan = PLAN._replace(indices=PLAN.indices[:, :, :blocks], counts=PLAN.counts[:, :, :blocks])
+    out, lse = call(session, query, key, value, mask, options, plan)
+    want, want_lse = reference(query, key, value, mask, plan=plan, **options)
+    seen = want_lse > -torch.inf
     assert relative_error(out, want) <= 2e-3
-    assert relative_error(lse, want_lse) <= 1e-5
+    assert relative_error(lse[seen], want_lse[seen]) <= 1e-5
+    assert (lse[~seen] == -torch.inf).all()
     assert f"forward_{name}.float16" in ran(session)
 
 
@@ -213,10 +226,10 @@ def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:
         assert shader.startswith(("forward_nv2", "forward_khr")) == ("matrices" in step)
 
 
-def call(session: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
+def call(session: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any], plan: Any = None) -> Any:
     """(out, log-sum-exp) of the session's own attention."""
-    request = request_of(query, key, value, mask, return_lse=True, **options)
-    return session.compute_attention(session.prepare_attention(query, key, value, request=request), mask)
+    request = request_of(query, key, value, mask, plan=plan, return_lse=True, **options)
+    return session.compute_attention(session.prepare_attention(query, key, value, request=request, plan=plan), mask)
 
 
 def ran(session: Any) -> set[str]:
