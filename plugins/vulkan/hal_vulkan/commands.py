@@ -28,7 +28,7 @@ GRACE = 30.0
 
 #: Bytes up to which this thread copies a tensor by itself: torch shares its copies among threads from _SHARED elements on, and
 #: waking them takes longer than copying this much, far longer where they are at work elsewhere.
-PLAIN_COPY = 1 << 20
+PLAIN_COPY = 32 << 20
 _SHARED = 1 << 15
 
 Given = Sequence[Tensor | None]
