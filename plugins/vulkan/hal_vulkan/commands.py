@@ -26,9 +26,9 @@ TIMEOUT = 300.0
 #: Seconds that work which should be over already is given to end, before its memory is given back.
 GRACE = 30.0
 
-#: Bytes up to which this thread copies a tensor by itself: torch shares its copies among threads from _SHARED elements on, and
-#: waking them takes longer than copying this much, far longer where they are at work elsewhere.
-PLAIN_COPY = 32 << 20
+#: Bytes up to which this thread copies a tensor by itself, beside a card and where the device is the processor itself: torch
+#: shares its copies among threads from _SHARED elements on, and waking them takes longer, far longer where they are at work.
+PLAIN_COPY, PLAIN_COPY_ON_CPU = 1 << 20, 32 << 20
 _SHARED = 1 << 15
 
 Given = Sequence[Tensor | None]
@@ -83,6 +83,7 @@ class VulkanCommandBuffer:
         self._recorder, self.what, self._given = recorder, what, given
         self._gpu, self._card = recorder.gpu, recorder.card_of(given)
         self._place = "cpu" if self._card is None else self._card.place
+        self._plain = PLAIN_COPY_ON_CPU if recorder.mapped else PLAIN_COPY
         self._regions: list[tuple[VulkanMemoryPool, Region]] = []
         self._lent: set[Any] = set()  # VkDeviceMemory of blocks whose tensors are used where they lie
         self._imported: list[tuple[Memory, Tensor]] = []  # with the tensors, which must stay for as long
@@ -158,7 +159,7 @@ class VulkanCommandBuffer:
         if not whole:
             typed.zero_()
             typed = typed[..., : tensor.shape[-2], : tensor.shape[-1]] if len(shape) > 1 else typed[: tensor.shape[-1]]
-        own = whole and dtype == tensor.dtype and self._card is None and nbytes <= PLAIN_COPY
+        own = whole and dtype == tensor.dtype and self._card is None and nbytes <= self._plain
         self._uploads.append(_Upload(take, typed, typed.data_ptr() if own else 0, nbytes))
         if staging is not None:
             self._gpu.copy(self._commands, staging, operand.bound)
@@ -178,7 +179,7 @@ class VulkanCommandBuffer:
             if not self._recorder.streams(padded, self._card):
                 bytes_near, staging = self._near(operand, padded)
                 near = bytes_near.view(tensor.dtype).view(*tensor.shape[:-1], wide)[..., :last]
-                address = near.data_ptr() if wide == last and self._card is None and nbytes <= PLAIN_COPY else 0
+                address = near.data_ptr() if wide == last and self._card is None and nbytes <= self._plain else 0
                 if staging is not None:
                     self._downloads.append((operand.bound, staging))
         self._results.append(_Result(tensor.shape, tensor.dtype, operand, wide, near, in_place, address, nbytes))
@@ -268,7 +269,7 @@ class VulkanCommandBuffer:
                 if address and source.is_contiguous():
                     memmove(address, source.data_ptr(), nbytes)
                 else:
-                    _copy(near, source.detach())
+                    _copy(near, source.detach(), self._plain)
             for take, operand, wide in self._streamed:
                 recorder.ring.upload(take(given).detach(), operand.bound, wide, self.what)
             gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
@@ -292,7 +293,7 @@ class VulkanCommandBuffer:
         if result.address and target.is_contiguous() and target.dtype is result.dtype:
             memmove(target.data_ptr(), result.address, result.nbytes)
         elif result.near is not None:
-            _copy(target, result.near)
+            _copy(target, result.near, self._plain)
         else:
             self._recorder.ring.download(result.operand.bound, target, result.wide, self.what)
         return target
@@ -318,12 +319,12 @@ class VulkanCommandBuffer:
         return True
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """target.copy_(source); a small one by this thread, in pieces that torch does not share."""
-    if source.numel() < _SHARED or target.nbytes > PLAIN_COPY or target.is_cuda:
+def _copy(target: Tensor, source: Tensor, most: int) -> None:
+    """target.copy_(source); one of at most `most` bytes by this thread, in pieces that torch does not share."""
+    if source.numel() < _SHARED or target.nbytes > most or target.is_cuda:
         target.copy_(source)
         return
     rows = (_SHARED - 1) * source.shape[0] // source.numel()
     pieces = zip(target.split(rows), source.split(rows), strict=True) if rows else zip(target, source, strict=True)
     for there, here in pieces:
-        _copy(there, here)
+        _copy(there, here, most)
