@@ -46,12 +46,40 @@ def test_streamed_attention_agrees_with_float64(device: str, name: str, len_q: i
 
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
-def test_every_head_size_agrees_where_several_heads_and_chunks_follow_each_other(device: str, dim: int, seed: int) -> None:
+def test_every_head_size_agrees_where_several_heads_and_chunks_follow_each_other(
+    device: str, dim: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 2, 70, dim, generator=generator)
     key, value = (torch.randn(1, 2, 600, dim, generator=generator) for _ in range(2))
     out = hal.attention(query, key, value, backend=device)
     assert relative_error(out, reference(query, key, value).out) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["boolean", "additive", "hidden keys", "softcap"])
+@pytest.mark.parametrize(("len_q", "len_k"), [(70, 1030), (5, 300)])
+def test_streamed_masks_and_softcaps_agree_with_float64(
+    device: str, kind: str, len_q: int, len_k: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[object] = []
+    record = stream.record
+    monkeypatch.setattr(stream, "record", lambda *given: recorded.append(given[0]) or record(*given))
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 4, len_q, 32, generator=generator)
+    key, value = (torch.randn(2, 2, len_k, 32, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 4, len_q, len_k, generator=generator) > 0.4
+    mask[0, 1, 2] = False  # a row without a key
+    if kind == "hidden keys":
+        mask = (torch.arange(len_k) < torch.tensor([len_k - 90, 7])[:, None])[:, None, None]
+    elif kind == "additive":
+        mask = torch.randn(2, 1, len_q, len_k, generator=generator).masked_fill(~mask[:, :1], -torch.inf)
+    options: dict[str, Any] = {"softcap": 3.0} if kind == "softcap" else {"attn_mask": mask}
+    out, lse = hal.attention(query, key, value, backend=device, return_lse=True, enable_gqa=True, **options)
+    want = reference(query, key, value, options.get("attn_mask"), softcap=options.get("softcap"))
+    assert recorded
+    assert relative_error(out, want.out) <= 1e-5
+    assert relative_error(lse[lse > -torch.inf], want.lse[want.lse > -torch.inf]) <= 1e-5
+    assert bool(((lse == -torch.inf) == (want.lse == -torch.inf)).all())
 
 
 def test_the_pieces_of_a_chunk_cover_its_band_once(seed: int) -> None:

@@ -1,33 +1,32 @@
-"""Long calls without masks on a processor's driver: keys and values stream through uniform buffers (forward_stream.comp)."""
+"""Long calls on a processor's driver: keys and values stream through uniform buffers (forward_stream.comp)."""
 
 from __future__ import annotations
 
 import math
 
-from hal_compute.problem import LAYOUT, LOG2E, OPEN, Call, Problem
+from hal_compute.problem import LAYOUT, OPEN, Call
 
 from .commands import Operand, VulkanCommandBuffer
 from .recorder import Recorder
+from .setting import Setting
 
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
 _LANES = 8  # invocations of a subgroup, and of a work group
 _SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
-_FROM = (
-    1 << 16
-)  # multiply-accumulates, per float of a query that an invocation holds, from which compiling that much pays
+#: Multiply-accumulates, per float of a query that an invocation holds, from which compiling that much pays.
+_FROM = 1 << 16
 
 
 def suits(recorder: Recorder, call: Call, dim: int) -> bool:
-    """Whether forward_stream.comp is the better kernel: long calls without masks on a processor's driver."""
+    """Whether forward_stream.comp is the better kernel: long calls without a block plan on a processor's driver."""
     limits, rows = recorder.adapter.limits, call.query.shape[2]
-    plain = call.mask is None and call.plan is None and not call.request.softcap
     if rows < _LANES:
         rows *= call.query.shape[1] // call.key.shape[1]
     large = 2 * call.query.numel() * call.key.shape[2] >= _FROM * dim * _rows_each(rows)
     shuffles = limits["subgroupSize"] == _LANES and limits["subgroupOperations"] & _SHUFFLE
     can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and shuffles
     whole = dim <= 128 and _BYTES % (4 * dim) == 0  # chunks follow each other without gaps
-    return bool(plain and large and can and whole)
+    return bool(call.plan is None and large and can and whole)
 
 
 def _rows_each(rows: int) -> int:
@@ -35,7 +34,7 @@ def _rows_each(rows: int) -> int:
     return min(4, 1 << (-(-rows // _LANES) - 1).bit_length())
 
 
-def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Operand, to_lse: Operand) -> None:
+def record(commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
     """One dispatch per key head and chunk of keys that fits a uniform buffer, then the merge that writes the result."""
     dim, len_k = setting.dim, setting.len_k
     rows_each = _rows_each(setting.unit_rows)
@@ -46,7 +45,8 @@ def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Oper
     keys, values = (commands.stage(tensor, dim, rows=chunks * chunk, wide=True) for tensor in (call.key, call.value))
     part, part_lse = commands.space(rows * dim * 4), commands.filled(rows * 4, -math.inf)
     group = setting.numbers["group"] // setting.heads_per_unit  # units that read the same keys
-    scale = setting.numbers["scale"] * LOG2E
+    setting.score_in_bits()
+    bent = (int(setting.mask is not None), int(bool(call.request.softcap)))
     for number in range(chunks):
         start = number * chunk
         count = min(chunk, len_k - start)
@@ -55,15 +55,18 @@ def record(commands: VulkanCommandBuffer, setting: Problem, call: Call, to: Oper
             pieces = _pieces(setting.len_q, (start, count), (setting.numbers["lower"], setting.numbers["upper"]), tall)
         elif setting.numbers["lower"] == -OPEN and setting.numbers["upper"] == OPEN and count % 4 == 0:
             pieces = [(0, setting.unit_rows, 0)]
+        if setting.mask is not None:  # its hidden keys need what keys outside the band need
+            pieces = [(begin, end, 1) for begin, end, _ in pieces]
         fresh = True  # no barrier between units: they touch nothing of each other
         for unit in range(0, units, group):
             place = (unit // group * chunks + number) * _BYTES
             tiles = [operand.part(place, _BYTES) for operand in (keys, values)]
             for begin, end, banded in pieces:
-                pushed = setting.values(mask_batch=unit, mask_head=begin, mask_row=start, plan_batch=count, scale=scale)
+                pushed = setting.values(plan_batch=unit, plan_head=begin, block_q=start, chunk=count)
                 commands.dispatch(
-                    f"forward_stream.{setting.dtype}", (dim, _LANES, rows_each, banded), [query, *tiles, part, part_lse],
-                    pushed, LAYOUT, (-(-(end - begin) // tall), group, 1), kinds="suuss", after=fresh,
+                    f"forward_stream.{setting.dtype}", (dim, _LANES, rows_each, banded, *bent),
+                    [query, *tiles, part, part_lse, setting.tables[0]], pushed, LAYOUT,
+                    (-(-(end - begin) // tall), group, 1), kinds="suusss", after=fresh,
                 )  # fmt: skip
                 fresh = False
     groups = (-(-rows * dim // 4 // 64), 1, 1)

@@ -12,24 +12,29 @@
 layout(constant_id = 2) const int ROWS = 8;
 layout(constant_id = 3) const int BAND = 1;  // 0: every row of the dispatch reads every key of the chunk
 
+layout(constant_id = 4) const int MASKED = 0;
+layout(constant_id = 5) const int CAPPED = 0;
+
 layout(binding = 0) readonly buffer Query { STORED query[]; };
 layout(binding = 1) uniform Key { vec4 keys[4096]; };
 layout(binding = 2) uniform Value { vec4 values[4096]; };
 layout(binding = 3) buffer Part { vec4 part[]; };
 layout(binding = 4) buffer PartLse { float part_lse[]; };
+layout(binding = 5) readonly buffer Mask { float mask[]; };
 
 const int STEP = 4;  // keys between two rescalings of the output
 
 void main() {
-  // The fields that other shaders use for masks and plans say which piece this dispatch works on.
-  const int unit = p.mask_batch + int(gl_WorkGroupID.y), row_base = p.mask_head, key_base = p.mask_row, count = p.plan_batch;
+  // The fields that other shaders use for plans and splits say which piece this dispatch works on.
+  const int unit = p.plan_batch + int(gl_WorkGroupID.y), row_base = p.plan_head, key_base = p.block_q, count = p.chunk;
   const int lane = int(gl_LocalInvocationID.x), row0 = row_base + int(gl_WorkGroupID.x) * THREADS * ROWS + lane;
   vec4 q[ROWS * QUADS], o[ROWS * QUADS];
   float top[ROWS], total[ROWS];
-  int first[ROWS], last[ROWS], at[ROWS];
+  int first[ROWS], last[ROWS], at[ROWS], masked[ROWS];
   [[unroll]] for (int r = 0; r < ROWS; r++) {
     const int row = min(row0 + r * THREADS, p.unit_rows - 1), i = row % p.len_q;
     at[r] = unit * p.unit_rows + row;
+    masked[r] = MASKED != 0 ? mask_row(unit, row) + key_base : 0;
     first[r] = i + p.lower - key_base;
     last[r] = min(i + p.upper + 1, p.len_k) - key_base;
     top[r] = part_lse[at[r]] * LOG2E;  // a normalised part has the weight 2^top, in units of which its sum is 1
@@ -59,7 +64,10 @@ void main() {
     [[unroll]] for (int r = 0; r < ROWS; r++) {
       float now = top[r];
       [[unroll]] for (int j = 0; j < STEP; j++) {
-        const float x = s[r * STEP + j];
+        float x = s[r * STEP + j];
+        if (CAPPED != 0) x = bounded_tanh(x / p.softcap) * (p.softcap * LOG2E);
+        if (MASKED != 0) x += mask[masked[r] + min(key + j, count - 1)] * LOG2E;
+        s[r * STEP + j] = x;
         if (BAND != 0) s[r * STEP + j] = key + j >= first[r] && key + j < last[r] ? x : -INFINITE;
         now = max(now, s[r * STEP + j]);
       }
