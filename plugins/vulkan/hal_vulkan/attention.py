@@ -27,12 +27,17 @@ class Shape(NamedTuple):
     def shared_bytes(self, dim: int) -> int:
         """Shared memory of a work group: queries, keys or values, weights, and one number per row and invocation."""
         pitch = dim // 4 + 1
-        return 16 * (self.rows * pitch + self.tile * pitch + self.rows * (self.tile // 4 + 1)) + 4 * self.threads * self.height
+        return (
+            16 * (self.rows * pitch + self.tile * pitch + self.rows * (self.tile // 4 + 1))
+            + 4 * self.threads * self.height
+        )
 
 
 _CPU_SHAPES = (Shape(8, 8, 32, 8), Shape(8, 8, 16, 8))
 _GPU_SHAPES = {64: Shape(128, 64, 32, 4), 128: Shape(128, 32, 32, 4), 256: Shape(64, 16, 16, 4)}
-_SMALL_SHAPE = Shape(32, 8, 16, 4)  # fits 32 KiB, which every device has that this package has been seen on, at any size
+_SMALL_SHAPE = Shape(
+    32, 8, 16, 4
+)  # fits 32 KiB, which every device has that this package has been seen on, at any size
 
 
 def shape_of(is_cpu: bool, dim: int, shared: int) -> Shape:
