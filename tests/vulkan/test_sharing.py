@@ -207,6 +207,14 @@ def test_vulkan_and_every_cuda_stream_wait_for_each_other(session: Any) -> None:
     assert [round(float(mean), 3) for mean in seen] == [float(n) for n in range(12)]
 
 
+@pytest.mark.parametrize("count", [1, 8_388_609, 10_000_019])  # blocks of odd sizes beyond the pool's own
+def test_buffers_of_any_size_are_shared_whole(session: Any, count: int) -> None:
+    tensor = session.memory.to_torch(session.memory.allocate((count,), "float32"))
+    tensor.fill_(2)
+    assert float(tensor[-1]) == 2.0
+    assert float(tensor.double().sum()) == 2.0 * count
+
+
 def test_a_thread_that_never_saw_the_card_reads_in_place(session: Any, seed: int) -> None:
     memory = session.memory
     query, out = (memory.to_torch(memory.allocate((1, 1, 8, 32), "float32")) for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -68,15 +69,24 @@ class CudaCard(SharedCard):
         kinds = self._cuda.CUexternalSemaphoreHandleType
         asked.type = kinds.CU_EXTERNAL_SEMAPHORE_HANDLE_TYPE_TIMELINE_SEMAPHORE_FD
         asked.handle.fd = descriptor
-        return self._called("cuImportExternalSemaphore", asked)
+        return self._imported("cuImportExternalSemaphore", asked, descriptor)
+
+    def _imported(self, name: str, asked: Any, descriptor: int) -> Any:
+        """What CUDA makes of a file descriptor, which is CUDA's from then on."""
+        try:
+            return self._called(name, asked)
+        except DeviceUnavailableError:
+            os.close(descriptor)
+            raise
 
     def _import(self, block: Memory) -> Tensor:
         cuda = self._cuda
         asked, whole = cuda.CUDA_EXTERNAL_MEMORY_HANDLE_DESC(), cuda.CUDA_EXTERNAL_MEMORY_BUFFER_DESC()
         asked.type = cuda.CUexternalMemoryHandleType.CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD
-        asked.handle.fd, asked.size, asked.flags = self._gpu.export(block), block.nbytes, _DEDICATED
+        descriptor = asked.handle.fd = self._gpu.export(block)
+        asked.size, asked.flags = block.nbytes, _DEDICATED
         with torch.cuda.device(self._index):
-            external = self._called("cuImportExternalMemory", asked)
+            external = self._imported("cuImportExternalMemory", asked, descriptor)
             whole.offset, whole.size = 0, block.nbytes
             address = int(self._called("cuExternalMemoryGetMappedBuffer", external, whole))
         self._external[block.memory] = external, address

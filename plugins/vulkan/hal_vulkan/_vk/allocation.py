@@ -10,6 +10,7 @@ from .adapter import OPAQUE_FD, Adapter
 from .logical import LogicalDevice
 
 _DEVICE_LOCAL, _HOST_VISIBLE, _HOST_COHERENT, _HOST_CACHED = 1, 2, 4, 8
+_EXPORTED_UNIT = 2 << 20
 _HOST_ALLOCATION = 0x80  # VkExternalMemoryHandleTypeFlags
 
 
@@ -47,6 +48,8 @@ class Allocating(LogicalDevice):
             host: mapped, in the processor's caches where the device has such memory (reading from any other is slow).
             exported: that `export` can hand to another interface of the same card.
         """
+        if exported:
+            nbytes = -(-nbytes // _EXPORTED_UNIT) * _EXPORTED_UNIT  # no rest that the other interface would not map
         usage, handle = _HOST_VISIBLE | _HOST_COHERENT if host else _DEVICE_LOCAL, OPAQUE_FD if exported else 0
         buffer, needs = self._buffer(nbytes, handle)
         chain = self._ffi.NULL
