@@ -10,8 +10,9 @@ from .commands import Operand, VulkanCommandBuffer
 from .ladder import RowStep
 from .setting import Parts, Setting
 
-_SUBGROUPS = 8
-_WANTED = 256  # work groups that keep the reads of a large device busy
+_SUBGROUPS = 4
+# Work groups that keep a large device's reads busy: 3 for each of an H200's 132 multiprocessors, and no more.
+_WANTED = 392
 
 
 class Cut(NamedTuple):
@@ -34,11 +35,11 @@ class Cut(NamedTuple):
 
 
 def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
-    """The cut of a call; None where it has too many rows for the registers or for shared memory.
+    """The cut of a call; None where it has too many rows for the registers or for shared memory, or too few keys.
 
-    `least`: whether to take only as few rows as are read no faster by matrices.
+    `least`: whether to take only what is read no faster by matrices.
     """
-    if setting.unit_rows > (4 if least else 8):
+    if setting.unit_rows > (4 if least else 8) or (least and setting.dim < 96):
         return None
     rows = next(rows for rows in (1, 2, 4, 8) if rows >= setting.unit_rows)
     if _SUBGROUPS * rows * (4 * setting.dim + 8) > step.shared:  # sums, a maximum and a total per subgroup
@@ -46,7 +47,8 @@ def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
     wide = setting.dim * (4 if setting.dtype == "float32" else 2) // 16
     lanes = min(1 << (wide - 1).bit_length(), step.subgroup)
     held = -(-wide // lanes) * (1 if setting.dtype == "float32" else 2)  # groups of 4 numbers of a row in an invocation
-    return Cut(step, rows, lanes, 8 if rows * held <= 4 else 4)
+    found = Cut(step, rows, lanes, 8 if rows * held <= 8 else 4)
+    return found if setting.len_k >= found.span // _SUBGROUPS else None
 
 
 def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
