@@ -47,9 +47,15 @@ class Cut(NamedTuple):
         return 16 * (max(tiles, self.rows * pitch, ending) + weights) + 8 * tall
 
     def fits(self, dim: int) -> bool:
-        """Whether shared memory holds it, and every invocation loads as many pieces of 16 bytes of a tile."""
+        """Whether shared memory holds it, and every invocation has as many pieces of a tile and of a row of scores.
+
+        Pieces of a tile are 16 bytes. Only forward_khr.comp hands rows of scores out, by twice 4 of them.
+        """
         loaders = self.step.subgroup if self.alone else self.threads
-        return self.shared_bytes(dim) <= self.step.shared and self.keys * dim // 8 % loaders == 0
+        evenly = self.keys * dim // 8 % loaders == 0
+        if self.step.name == "khr":
+            evenly &= self.keys % (8 * self.step.subgroup // self.step.side) == 0
+        return evenly and self.shared_bytes(dim) <= self.step.shared
 
 
 # (subgroups, matrices of keys in a tile, matrices of rows in a subgroup, ahead)
