@@ -72,6 +72,15 @@ def test_a_missing_bit_costs_the_steps_that_use_it(bit: str) -> None:
     assert (step.name if step else None) == ("khr" if bit.startswith("nv2_") else None)
 
 
+@pytest.mark.parametrize("lost, left", [(0x2, None), (0x10, "nv2")])
+def test_a_missing_operation_of_subgroups_costs_the_steps_that_use_it(lost: int, left: str | None) -> None:
+    whole = adapter(BITS)
+    less = whole._replace(limits=whole.limits | {"subgroupOperations": 0x7FF & ~lost})
+    assert [step.name for step in ladder.matrix_steps(less, "float16")] == ([left] if left else [])
+    assert ladder.row_step(whole) is not None
+    assert ladder.row_step(less) is None
+
+
 def test_what_a_step_cannot_hold_goes_to_plain_tiles() -> None:
     assert ladder.matrix_step(adapter(BITS), "float32") is None
     assert ladder.matrix_step(adapter(BITS, sides=()), "float16") is None

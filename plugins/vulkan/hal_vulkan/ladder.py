@@ -1,8 +1,9 @@
 """The kernel ladder: which kernel a device runs attention with, from the features it reports. Used by the calls and by
 `hal doctor`, so that what is said is what runs.
 
-The steps, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, streams for subgroups of a
-processor's driver, plain tiles in shared memory. Every feature bit that a step's shader uses is asked for.
+The steps, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a key for few
+rows, streams for subgroups of a processor's driver, plain tiles in shared memory. Every feature bit and every operation of
+subgroups that a step's shader uses is asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ _KHR = frozenset({"cooperative_matrix", "memory_model", "float16", "full_subgrou
 _DTYPES = {"float16": frozenset[str](), "bfloat16": frozenset({"bfloat16_matrix"})}
 _NEEDS = {"nv2": _KHR | {"nv2_reductions", "nv2_conversions", "nv2_per_element_operations"}, "khr": _KHR}
 _EXTENSIONS = {"nv2": "VK_NV_cooperative_matrix2", "khr": "VK_KHR_cooperative_matrix"}
-_SHUFFLE = 0x10  # VkSubgroupFeatureFlagBits
+_VOTE, _SHUFFLE = 0x2, 0x10  # VkSubgroupFeatureFlagBits
+_OPERATIONS = {"nv2": _VOTE, "khr": _VOTE | _SHUFFLE}
 _SIDES = (16, 8)  # rows, columns and depth of the matrices that the shaders are written for
 
 
@@ -43,10 +45,17 @@ def matrix_steps(adapter: Adapter, dtype: str) -> list[MatrixStep]:
     sides = [side for side in _SIDES if (side, side, side) in shapes and side <= lanes]
     if not sides or dtype not in _DTYPES or not _DTYPES[dtype] <= adapter.features:
         return []
-    names = [name for name, needed in _NEEDS.items() if needed <= adapter.features]
+    names = [
+        name for name, needed in _NEEDS.items() if needed <= adapter.features and _does(adapter, _OPERATIONS[name])
+    ]
     if adapter.api < (1, 3, 0):
         names = [name for name in names if name != "nv2"]  # the extension's SPIR-V is of Vulkan 1.3
     return [MatrixStep(name, sides[0], lanes, shared) for name in names]
+
+
+def _does(adapter: Adapter, operations: int) -> bool:
+    """Whether subgroups do all of some operations."""
+    return adapter.limits["subgroupOperations"] & operations == operations
 
 
 def matrix_step(adapter: Adapter, dtype: str) -> MatrixStep | None:
@@ -66,11 +75,10 @@ class RowStep(NamedTuple):
 
 
 def row_step(adapter: Adapter) -> RowStep | None:
-    """The step for few rows: subgroups that are full and shuffle. A processor's driver has better ways."""
-    shuffles = adapter.limits["subgroupOperations"] & _SHUFFLE and "full_subgroups" in adapter.features
-    limits = adapter.limits
-    step = RowStep(limits["subgroupSize"], limits["maxComputeSharedMemorySize"])
-    return step if shuffles and not adapter.is_cpu else None
+    """The step for few rows: subgroups that are full, vote and shuffle. A processor's driver has better ways."""
+    if adapter.is_cpu or "full_subgroups" not in adapter.features or not _does(adapter, _VOTE | _SHUFFLE):
+        return None
+    return RowStep(adapter.limits["subgroupSize"], adapter.limits["maxComputeSharedMemorySize"])
 
 
 def ladder(adapter: Adapter) -> str:
