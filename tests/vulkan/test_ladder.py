@@ -72,7 +72,7 @@ def test_a_missing_bit_costs_the_steps_that_use_it(bit: str) -> None:
     assert (step.name if step else None) == ("khr" if bit.startswith("nv2_") else None)
 
 
-@pytest.mark.parametrize("lost, left", [(0x2, None), (0x10, "nv2")])
+@pytest.mark.parametrize(("lost", "left"), [(0x2, None), (0x10, "nv2")])
 def test_a_missing_operation_of_subgroups_costs_the_steps_that_use_it(lost: int, left: str | None) -> None:
     whole = adapter(BITS)
     less = whole._replace(limits=whole.limits | {"subgroupOperations": 0x7FF & ~lost})

@@ -1,9 +1,9 @@
 """The kernel ladder: which kernel a device runs attention with, from the features it reports. Used by the calls and by
 `hal doctor`, so that what is said is what runs.
 
-The steps, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a key for few
-rows, streams for subgroups of a processor's driver, plain tiles in shared memory. Every feature bit and every operation of
-subgroups that a step's shader uses is asked for.
+The steps, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a key
+for few rows, streams for subgroups of a processor's driver, plain tiles in shared memory. Every feature bit and every
+operation of subgroups that a step's shader uses is asked for.
 """
 
 from __future__ import annotations
