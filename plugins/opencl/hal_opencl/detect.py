@@ -15,7 +15,7 @@ NO_DRIVER = "no OpenCL driver; install pocl-opencl-icd for a CPU device (Debian:
 
 
 class Found(NamedTuple):
-    """Devices by id, with pyopencl's handles, and why there are none (or why some were left out)."""
+    """Devices by id, with pyopencl's handles, and why there are none."""
 
     handles: dict[str, Any]
     devices: tuple[Device, ...]
