@@ -352,14 +352,16 @@ def _host_time(call: Callable[[], Any]) -> float:
 
 
 def conditions(bench: Bench) -> list[str]:
-    gpu = _nvml.Gpu(0)
     versions = ", ".join(f"{name} {version}" for name, version in bench.peers.versions.items())
     notes = [*dict.fromkeys(bench.peers.notes)]
     bench.peers.notes.clear()
-    return [
-        f"{gpu.name}, driver {_nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run.",
-        f"Peers: {versions}.", *(f"{note}." for note in notes),
-    ]  # fmt: skip
+    return [board(), f"Peers: {versions}.", *(f"{note}." for note in notes)]
+
+
+def board() -> str:
+    """The GPU and its driver, and clock and power as they are now."""
+    gpu = _nvml.Gpu(0)
+    return f"{gpu.name}, driver {_nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run."
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cuda_attention import Bench, conditions
+from cuda_attention import board, open_device
 from record import parser, publish
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=8192)
     options.add_argument("--steps", type=int, default=32, help="tokens generated in one timing")
     chosen = options.parse_args()
-    bench = Bench()
+    open_device()
     import hal_nn
 
     hal_nn.register_huggingface()
@@ -84,7 +84,7 @@ def main() -> None:
         hal, sdpa = (statistics.median(times[name]) for name in ("hal", "sdpa"))
         rows.append([label, f"{hal * 1e3:.2f}", f"{sdpa * 1e3:.2f}", f"{sdpa / hal:.3f}"])
     rows.append(["decode, tokens a second", *(f"{1 / statistics.median(fresh[name]):.1f}" for name in ("hal", "sdpa")), ""])
-    publish(chosen, "cuda_model", "A billion-parameter Llama", ("", "hal", "sdpa", "sdpa / hal"), rows, conditions(bench))
+    publish(chosen, "cuda_model", "A billion-parameter Llama", ("", "hal", "sdpa", "sdpa / hal"), rows, [board()])
 
 
 if __name__ == "__main__":
