@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,13 @@ from hal_core.testing import reference, relative_error
 
 pytest.importorskip("hal_opencl.backend", exc_type=ImportError)
 cl = pytest.importorskip("pyopencl")
-from hal_opencl import detect, engine, lease  # noqa: E402
+from hal_opencl import binaries, detect, engine  # noqa: E402
 from hal_opencl.session import OpenClSession  # noqa: E402
 
 HOST_MEMORY, DEVICE_MEMORY, RESOURCES, QUEUE, NOT_AVAILABLE = -6, -4, -5, -36, -2
+
+
+SOURCE = "__kernel void nothing(__global int *x) { x[0] = 1; }"
 
 
 class Failing:
@@ -117,8 +121,8 @@ def test_memory_that_the_driver_has_not_got_is_named_and_the_session_stays_usabl
 
 def test_an_error_of_the_driver_names_what_was_asked(session: OpenClSession, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(lease, "cl", Failing("Buffer", -61))
-        with pytest.raises(hal.DeviceUnavailableError, match=r"could not share a tensor .*INVALID_BUFFER_SIZE"):
+        patch.setattr(engine, "cl", Failing("enqueue_nd_range_kernel", -54))
+        with pytest.raises(hal.DeviceUnavailableError, match=r"could not start .*INVALID_WORK_GROUP_SIZE"):
             works(session)
     assert works(session)
 
@@ -140,7 +144,11 @@ def test_binaries_are_kept_and_a_damaged_one_is_made_anew(
     from hal_opencl import binaries
 
     monkeypatch.setattr(
-        binaries, "cl", SimpleNamespace(Program=compile_anew, Error=cl.Error, program_info=cl.program_info)
+        binaries,
+        "cl",
+        SimpleNamespace(
+            Program=compile_anew, Error=cl.Error, program_info=cl.program_info, CompilerWarning=cl.CompilerWarning
+        ),
     )
     handle = detect.find().handles[device.id]
     with OpenClSession(device, handle) as again:
@@ -162,6 +170,19 @@ def test_binaries_are_kept_and_a_damaged_one_is_made_anew(
         with OpenClSession(device, handle) as again:
             assert works(again)
         assert not compiled
+
+
+def test_a_compilers_remarks_do_not_reach_the_user(session: OpenClSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Remarking(cl.Program):  # type: ignore[misc]
+        def build(self, *given: Any, **options: Any) -> Any:
+            warnings.warn("a remark", cl.CompilerWarning, stacklevel=2)
+            return super().build(*given, **options)
+
+    monkeypatch.setattr(binaries, "_source", lambda program: SOURCE)
+    monkeypatch.setattr(binaries.cl, "Program", Remarking)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert session.engine.kernel("any", "nothing").function_name == "nothing"
 
 
 def test_another_driver_has_files_of_its_own(device: hal.Device, session: OpenClSession) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -40,7 +41,9 @@ class Programs:
         built = self._load(path)
         if built is None:
             # pyopencl has a cache too, of pickles, and not for every platform: False leaves it out.
-            built = cl.Program(self._context, source).build(["-w", *options], cache_dir=False)
+            with warnings.catch_warnings():  # of remarks that compilers make about programs that are right
+                warnings.simplefilter("ignore", cl.CompilerWarning)
+                built = cl.Program(self._context, source).build(["-w", *options], cache_dir=False)
             self._save(path, built)
         return built
 
