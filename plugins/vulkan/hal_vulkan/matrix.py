@@ -10,7 +10,7 @@ from .commands import Operand, VulkanCommandBuffer
 from .ladder import MatrixStep
 from .setting import Parts, Setting
 
-_WANTED = 128  # work groups that keep a large device busy
+_WANTED = 128  # work groups that keep a large device busy; twice as many where they read short rows
 
 
 class Cut(NamedTuple):
@@ -91,7 +91,8 @@ def cut(step: MatrixStep, setting: Setting) -> Cut | None:
 
 def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
     """The step's shader, and the merge where the keys are split."""
-    setting.split(cut.rows, cut.stride, wanted=_WANTED, least=4 * cut.stride)
+    wanted = 2 * _WANTED if cut.alone and setting.dim <= 64 else _WANTED
+    setting.split(cut.rows, cut.stride, wanted=wanted, least=4 * cut.stride)
     setting.score_in_bits()
     operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
     parts, step = Parts(commands, setting, to, to_lse), cut.step

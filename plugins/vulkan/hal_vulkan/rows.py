@@ -35,7 +35,7 @@ class Cut(NamedTuple):
 
 
 def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
-    """The cut of a call; None where it has too many rows for the registers or for shared memory, or too few keys.
+    """The cut of a call; None where it has too many rows for the registers or for shared memory.
 
     `least`: whether to take only what is read no faster by matrices.
     """
@@ -47,8 +47,7 @@ def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
     wide = setting.dim * (4 if setting.dtype == "float32" else 2) // 16
     lanes = min(1 << (wide - 1).bit_length(), step.subgroup)
     held = -(-wide // lanes) * (1 if setting.dtype == "float32" else 2)  # groups of 4 numbers of a row in an invocation
-    found = Cut(step, rows, lanes, 8 if rows * held <= 8 else 4)
-    return found if setting.len_k >= found.span // _SUBGROUPS else None
+    return Cut(step, rows, lanes, 8 if rows * held <= 8 else 4)
 
 
 def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:

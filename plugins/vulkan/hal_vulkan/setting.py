@@ -11,6 +11,7 @@ from .commands import Given, Operand, VulkanCommandBuffer
 from .recorder import Recorder
 
 _SMALL_MASK = 1 << 14  # elements below which hidden tiles of a mask are not worth skipping
+_MERGERS = 64  # invocations of a work group of merge.comp
 
 
 class Setting(Problem):
@@ -62,14 +63,11 @@ class Parts:
         self.lse = to_lse if whole else commands.space(self._splits * self._rows * 4)
 
     def merge(self) -> None:
-        """Record merge.comp, if there is anything to merge."""
+        """Record merge.comp, if there is anything to merge; many splits of a result are shared by several invocations."""
         if self._splits == 1:
             return
-        setting = self._setting
-        # Few results of many splits: their invocations share the splits, so that all are read at once.
-        strands = 1 if setting.is_cpu or self._splits < 8 else 4 if self._splits < 32 else 16
-        mergers = 64 if strands < 16 else 128
+        setting, strands = self._setting, 4 if self._splits >= 8 and not self._setting.is_cpu else 1
         self._commands.dispatch(
-            f"merge.{setting.dtype}", (setting.dim, mergers, strands), [self.sums, self.lse, self._to, self._to_lse],
-            setting.values(unit_rows=self._rows), LAYOUT, (-(-self._rows * setting.dim // 4 * strands // mergers), 1, 1),
+            f"merge.{setting.dtype}", (setting.dim, _MERGERS, strands), [self.sums, self.lse, self._to, self._to_lse],
+            setting.values(unit_rows=self._rows), LAYOUT, (-(-self._rows * setting.dim // 4 * strands // _MERGERS), 1, 1),
         )  # fmt: skip

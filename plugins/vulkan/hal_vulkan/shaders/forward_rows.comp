@@ -9,7 +9,7 @@
 // part of all rows of a unit and of the output in registers. A subgroup has LOADS loads of keys and of values in flight. Its
 // LOADS x ROWS scores of a key group are summed by halves, so that an invocation ends with few whole ones, weighs those and
 // hands the weights round. The output is scaled down only when a score passes its row's maximum so far by SLACK. Subgroups
-// take keys in turn; what they found is merged at the end. There must be LOADS x SUBGROUP / LANES keys. Online softmax: Milakov & Gimelshein 2018; the lazy scaling:
+// take keys in turn; what they found is merged at the end. Online softmax: Milakov & Gimelshein 2018; the lazy scaling:
 // FlashAttention-4, 2025.
 
 layout(constant_id = 2) const int LOADS = 8;
@@ -52,7 +52,7 @@ shared float tops[SUBGROUPS * ROWS], totals[SUBGROUPS * ROWS];
 void main() {
   const int unit = int(gl_WorkGroupID.y), split = int(gl_WorkGroupID.z), row0 = int(gl_WorkGroupID.x) * ROWS;
   const int local = int(gl_LocalInvocationID.x), subgroup = int(gl_SubgroupID), lane = int(gl_SubgroupInvocationID);
-  const int rows = min(ROWS, p.unit_rows - row0), at_lane = lane % LANES;
+  const int rows = min(ROWS, p.unit_rows - row0), at_lane = lane % LANES, mine = subgroup * LOADS * TOGETHER + lane / LANES;
   const int key_row = unit * p.heads_per_unit / p.group * p.len_k;
   const float bits = in_bits();
   vec4 q[ROWS * OWN], o[ROWS * OWN];
@@ -83,12 +83,10 @@ void main() {
     if (p.has_plan != 0) within = ivec2(max(within.x, ranges[range].x), min(within.y, ranges[range].y));
     [[dont_unroll]] for (int key = within.x + split * SPAN; key < within.y; key += p.splits * SPAN) {  // splits take turns
       uvec4 k[LOADS * PIECES], v[LOADS * PIECES];
-      // The subgroup's keys from `first` on; the last ones of all once more where fewer are left, and then only those count.
-      const int first = key + subgroup * LOADS * TOGETHER, start = min(first, p.len_k - LOADS * TOGETHER) + lane / LANES;
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
-        k[u * PIECES + n] = keys[(key_row + start) * WIDE + u * TOGETHER * WIDE + min(n * LANES + at_lane, WIDE - 1)];
+        k[u * PIECES + n] = keys[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
-        v[u * PIECES + n] = values[(key_row + start) * WIDE + u * TOGETHER * WIDE + min(n * LANES + at_lane, WIDE - 1)];
+        v[u * PIECES + n] = values[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
       float s[LOADS * ROWS];
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int r = 0; r < ROWS; r++) {
         vec4 sum = vec4(0.0);
@@ -110,8 +108,7 @@ void main() {
       bool far = false;
       [[unroll]] for (int j = 0; j < WHOLE; j++) {
         if (GENERAL != 0 || key < max(inner_low, within.x) || key + SPAN > min(inner_high, within.y))
-          s[j] = score(s[j], unit, row0 + min((mine0 + j) % ROWS, rows - 1), start + (mine0 + j) / ROWS * TOGETHER,
-                       ivec2(max(within.x, first), within.y));
+          s[j] = score(s[j], unit, row0 + min((mine0 + j) % ROWS, rows - 1), key + mine + (mine0 + j) / ROWS * TOGETHER, within);
         far = far || s[j] > own_top[j] + slack;
       }
       if (subgroupAny(far)) {
