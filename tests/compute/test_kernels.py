@@ -118,6 +118,13 @@ def test_bad_arguments_are_refused_with_the_fix(device: str, name: str, argument
     assert words in str(raised.value)
 
 
+def test_tensors_without_dimensions_are_added_too(device: str) -> None:
+    total = hal.kernel("vector_add", device)(torch.tensor(1.5), torch.tensor(2.0))
+    assert total.shape == ()
+    assert float(total) == 3.5
+    assert float(hal.kernel("reduce_sum", device)(torch.tensor(2.5))) == 2.5
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 2), (64, 64, 64), (65, 1, 130)])
 def test_matmul_of_ragged_shapes(device: str, shape: tuple[int, int, int], seed: int) -> None:
     generator, (m, k, n) = torch.Generator().manual_seed(seed), shape

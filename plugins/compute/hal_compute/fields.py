@@ -39,7 +39,8 @@ def vector_add(run: Runner, a: Tensor, b: Tensor) -> Tensor:
         raise ContractError(f"vector_add was given {list(a.shape)} and {list(b.shape)}: make the shapes equal")
     out = torch.empty(a.shape)
     if a.numel():
-        run("vector_add", [a, b], [out], [a.numel()], extent=(a.numel(), 1, 1), what="add vectors")
+        *given, result = map(torch.atleast_1d, (a, b, out))  # runners cut and pad a last dimension
+        run("vector_add", given, [result], [a.numel()], extent=(a.numel(), 1, 1), what="add vectors")
     return out
 
 
@@ -49,7 +50,7 @@ def reduce_sum(run: Runner, x: Tensor) -> Tensor:
     if not x.numel():
         return torch.zeros(())
     parts = torch.empty(run.reduction_parts(x.numel()))
-    run("reduce_sum", [x], [parts], [x.numel()], extent=(len(parts), 1, 1), what="add up a tensor")
+    run("reduce_sum", [torch.atleast_1d(x)], [parts], [x.numel()], extent=(len(parts), 1, 1), what="add up a tensor")
     return parts.double().sum().float()
 
 
