@@ -209,6 +209,12 @@ def test_the_ring_stays_bounded_and_is_given_back(unmapped: Any, seed: int) -> N
     assert torch.equal(add(query.view(-1), key.view(-1)), query.view(-1) + key.view(-1))
 
 
+def test_strided_rows_longer_than_a_slot_pass_through_the_ring(unmapped: Any, seed: int) -> None:
+    add, (long, tall) = unmapped.kernel("vector_add"), draw(seed, (10000,), (3000, 2))
+    assert torch.equal(add(long[::2], long[1::2]), long[::2] + long[1::2])
+    assert torch.equal(add(tall.t(), tall.t()), 2 * tall.t())
+
+
 def test_a_recording_writes_into_the_tensor_that_it_is_given(session: Any, seed: int) -> None:
     query, key, value = draw(seed, *[(1, 2, 12, 32)] * 3)
     want = reference(query, key, value).out

@@ -40,6 +40,8 @@ class StagingRing:
     def upload(self, tensor: Tensor, target: Bound, wide: int, what: str) -> None:
         """Queue the transfer of a tensor, its rows padded with zeros to `wide` elements. It is read before this returns."""
         done = 0
+        if wide == tensor.shape[-1] and wide * tensor.element_size() > self._slot_bytes:
+            tensor = tensor.contiguous()  # a row that is too long for a slot can only be cut where it has no strides
         for piece, each in _pieces(tensor, wide, self._slot_bytes):
             slot, nbytes = self._take(what), piece.shape[0] * each * piece.element_size()
             rows = slot.host[:nbytes].view(piece.dtype).view(-1, each)
