@@ -122,6 +122,17 @@ def test_tensors_in_the_devices_memory_are_read_and_written_where_they_lie(sessi
         memory.free(buffer)
 
 
+def test_a_result_of_another_dtype_is_turned_into_it_where_it_lies(session: Any, seed: int) -> None:
+    memory = session.memory
+    query = memory.to_torch(memory.allocate((1, 2, 16, 32), "float16"))
+    out = memory.to_torch(memory.allocate((1, 2, 16, 32), "float32"))
+    (wide,) = fill(seed, query)
+    prepared = session.prepare_attention(query, query, query, request=asked(query, query))
+    for _ in range(2):  # recorded, and run again
+        assert session.compute_attention(prepared, out=out.fill_(0)).out is out
+        assert relative_error(out.cpu(), reference(wide, wide, wide).out) <= 2e-3
+
+
 def test_other_tensors_of_the_card_are_copied_there_and_counted(session: Any, seed: int) -> None:
     query, key, value = (torch.empty(1, 2, 21, 40, device=place(session)) for _ in range(3))
     key = key.transpose(1, 2).contiguous().transpose(1, 2)
@@ -188,6 +199,27 @@ def test_memory_stays_while_somebody_has_a_tensor_of_it_and_comes_back_then(sess
     memory.free(again)
     with pytest.raises(hal.ContractError, match="freed"):
         memory.free(again)
+
+
+def test_memory_that_ends_during_a_wait_comes_back_after_the_next_one(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, recorder = session.memory, session.recorder
+    held = [memory.to_torch(memory.allocate((64, 64), "float32")) for _ in range(2)]
+    each, settle = recorder.pool.in_use // 2, recorder.settle
+
+    def late() -> None:
+        settle()
+        held.clear()  # as another thread might, with work of its own behind this wait
+        gc.collect()
+
+    monkeypatch.setattr(recorder, "settle", late)
+    held.pop()
+    gc.collect()
+    memory.stats()
+    assert recorder.pool.in_use == each
+    memory.stats()
+    assert recorder.pool.in_use == 0
 
 
 def test_vulkan_and_every_cuda_stream_wait_for_each_other(session: Any) -> None:

@@ -49,7 +49,8 @@ def shape_of(is_cpu: bool, dim: int, shared: int) -> Shape:
 def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> AttentionOutput:
     """(out, log-sum-exp) of a call; None for a log-sum-exp that the request does not ask for."""
     query, key, value = call[:3]
-    given = (query, key, value, call.mask, out if recorder.lies(out) else None)
+    in_place = out is not None and out.dtype == query.dtype and recorder.lies(out)
+    given = (query, key, value, call.mask, out if in_place else None)
     name = None if call.plan is not None else recorder.key("forward", number(call.request), given)
     if (kept := recorder.find(name)) is not None:
         return _output(kept.run(given, (out if out is not None and out.dtype == query.dtype else None,)), out)

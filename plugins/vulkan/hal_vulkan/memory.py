@@ -109,9 +109,10 @@ class VulkanMemory(ComputeMemory):
 
     def _collect(self) -> None:
         """Take regions back whose last tensor is gone. Tensors end in any thread, so that they only leave a note."""
-        if self._ended:
+        ended = len(self._ended)  # a tensor that ends from here on may still have work under way after the wait
+        if ended:
             self._recorder.settle()
-        while self._ended:
+        for _ in range(ended):
             loan = self._ended.popleft()
             self._recorder.pool.free(loan.region)
             self._lingering -= loan.region.size if loan.freed else 0
