@@ -177,6 +177,25 @@ def test_a_wait_that_never_ends_gives_up_and_the_device_opens_again(
         works(again)
 
 
+def test_a_hanging_device_is_waited_for_once_and_not_for_every_recording(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session: Any = registry.backend_of(device).open(device)
+    for length in (8, 16, 24):
+        run, query = bound(session, length)
+        run(query, query, query)
+    gpu, patience = session.recorder.gpu, []
+    wait = gpu.wait
+    monkeypatch.setattr(
+        gpu, "wait", lambda number, what, seconds: patience.append(seconds) or wait(number, what, seconds)
+    )
+    monkeypatch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", 2))  # VK_TIMEOUT
+    session.close()
+    assert patience == [commands.GRACE] * 2, "one for the recordings, one for the device"
+    with pytest.raises(hal.DeviceUnavailableError, match="close the session"):
+        run(query, query, query)
+
+
 def test_every_wait_is_given_a_time_out(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, seen = session.recorder.gpu, []
     wait = gpu._lib.vkWaitSemaphores
@@ -233,6 +252,12 @@ def test_a_cache_that_is_not_this_drivers_or_is_damaged_is_left_alone(
     cache.write_bytes(good)
     with registry.backend_of(device).open(device) as session:
         assert session.recorder.gpu.cache_loaded > 0
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_the_cache_alone(session: Any, tmp_path: Path) -> None:
+    works(session)
+    (tmp_path / "file").touch()
+    session.recorder.shaders.save(tmp_path / "file" / "vulkan" / "x.pipelines")
 
 
 def test_a_tensor_over_the_range_limit_is_refused_by_the_session_too(session: Any) -> None:

@@ -176,8 +176,10 @@ class ComputeSession(ABC):
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self.memory.trim()
-                self._engine.close()
+                try:
+                    self.memory.trim()
+                finally:
+                    self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -115,8 +115,11 @@ class Recorder:
             raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
 
     def _evict(self, most: int, most_bytes: int, most_fragmented: float = 1.0) -> None:
-        while self._kept and (
-            len(self._kept) > most or self.kept_bytes > most_bytes or self.pool.fragmentation > most_fragmented
+        # A device that hangs is waited for once: what is kept for it stays until it is closed.
+        while (
+            self._kept
+            and not self._stuck
+            and (len(self._kept) > most or self.kept_bytes > most_bytes or self.pool.fragmentation > most_fragmented)
         ):
             self._drop(next(iter(self._kept)))
 
@@ -210,7 +213,7 @@ class Recorder:
     def trim(self) -> int:
         """Give kept recordings and idle memory back to the driver; returns the bytes of the memory."""
         self.forget()
-        return self.pool.trim() + self.staging.trim() + self.ring.trim()
+        return self.pool.trim() + self.staging.trim() + (0 if self._stuck else self.ring.trim())
 
     def synchronize(self) -> None:
         self.gpu.wait(self.gpu.submitted, "finish what was queued", recording.TIMEOUT)
@@ -222,7 +225,9 @@ class Recorder:
             self.gpu.wait(self.gpu.submitted, "finish before it is closed", recording.GRACE)
         except DeviceUnavailableError:
             if not self.gpu.lost:  # nothing runs on a lost one
+                self._stuck = self._stuck or f"{self.device.id} did not end what was queued"
                 return
+        self._stuck = ""
         self.trim()
         if self._card is not None:
             with suppress(DeviceUnavailableError):
