@@ -145,7 +145,7 @@ class Problem:
     """A call's geometry, and its mask and plan in the form that programs read.
 
     Attributes:
-        dim: padded head size. dtype: "float16" or "float32". mask, ranges: None where there is nothing to read.
+        dim: padded head size. dtype: the query's, by name. mask, ranges: None where there is nothing to read.
         heads_per_unit, unit_rows, units: see the module. numbers: by the names of FIELDS.
     """
 

@@ -63,7 +63,7 @@ class Allocating(LogicalDevice):
     def import_host(self, address: int, nbytes: int) -> Memory | None:
         """The program's own memory as the device's, until it is freed; None where the driver does not take it.
 
-        Both must be multiples of `host_alignment`.
+        Both must be multiples of the limit "hostPointerAlignment".
         """
         ffi = self._ffi
         properties = ffi.new("VkMemoryHostPointerPropertiesEXT*", {"sType": 1000178001})
