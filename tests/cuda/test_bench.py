@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
+import weakref
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from hal_cuda import _nvml, bench, peers
 from hal_cuda.bench import CudaBench
 from hal_cuda.chip import Chip
 from hal_cuda.rates import Rates
+from hal_cuda.session import CudaSession
 
 import hal_core as hal
 from hal_core import AttentionRequest, Causal, Device, Fidelity
@@ -145,3 +149,23 @@ def test_the_backend_offers_its_bench_to_the_core() -> None:
 
     assert isinstance(CudaBackend(), Benchmarked)
     assert not isinstance(hal.PooledMemory("cpu"), Benchmarked)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_session_of_one_measurement_is_given_back_and_one_in_use_learns_of_a_fork() -> None:
+    def opened() -> CudaSession:
+        return CudaSession(DEVICE, CHIP, lambda: Rates.assumed((9, 0), 132, None))
+
+    gone, held = weakref.ref(opened()), opened()
+    gc.collect()
+    assert gone() is None
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, held._lost.encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as told:
+        assert "was opened before this process was forked" in told.read()
+    assert not held._lost

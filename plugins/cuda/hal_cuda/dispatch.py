@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hal_core import AttentionRequest, Estimate, Quantity
 from hal_core.request import DTYPE_BYTES
@@ -90,8 +89,3 @@ def _memory(request: AttentionRequest, path: str) -> int:
     if path == "portable" and packs(request, request.len_q):
         extra = request.batch * request.heads_q * request.len_q * 128 * (request.dim_v + 1) * 4  # partial results, at most 128
     return out + request.batch * request.heads_q * request.len_q * 4 * request.lse + extra
-
-
-@lru_cache(maxsize=4096)
-def cached_choice(request: AttentionRequest, chip: Chip, rates: Any) -> Choice:
-    return choose(request, chip, rates)

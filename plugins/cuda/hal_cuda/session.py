@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -67,9 +68,8 @@ class CudaSession:
         self.memory: MemoryManager = memory or CudaMemory(chip.index, name=device.id)
         self.tiling = DenseTiling()
         self._bound: dict[AttentionRequest, Path] = {}
-        self._process = os.getpid()
-        os.register_at_fork(after_in_child=self._forked)
         self._lost = ""
+        _open.add(self)
 
     def _forked(self) -> None:
         self._lost = (
@@ -233,6 +233,18 @@ class CudaSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+#: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements open.
+_open: WeakSet[CudaSession] = WeakSet()
+
+
+def _after_fork() -> None:
+    for session in _open:
+        session._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest) -> AttentionOutput:
