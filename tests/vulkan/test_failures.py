@@ -138,6 +138,25 @@ def test_a_call_that_fails_half_way_leaves_nothing_behind(
     works(session)
 
 
+def test_a_pipeline_that_the_driver_refuses_leaves_no_layout_behind(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, (run, query), ended = session.recorder.gpu, bound(session), []
+
+    class Watching(Failing):
+        def __getattr__(self, name: str) -> Any:
+            ended.append(name)
+            return super().__getattr__(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_lib", Watching(gpu._lib, "vkCreateComputePipelines", DEVICE_MEMORY))
+        with pytest.raises(hal.MemoryLimitError, match="vkCreateComputePipelines"):
+            run(query, query, query)
+    for kind in ("PipelineLayout", "DescriptorSetLayout"):
+        assert ended.count(f"vkDestroy{kind}") == ended.count(f"vkCreate{kind}") == 1
+    works(session)
+
+
 def test_a_driver_without_room_for_recordings_gets_theirs_back(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     works(session)
     gpu, pool, refused = session.recorder.gpu, session.recorder.pool, []

@@ -93,6 +93,9 @@ class Compiling(Allocating):
         made = ffi.new("VkPipeline*")
         result = lib.vkCreateComputePipelines(device, self._cache, 1, info, ffi.NULL, made)
         lib.vkDestroyShaderModule(device, module, ffi.NULL)
+        if result:
+            lib.vkDestroyPipelineLayout(device, layout, ffi.NULL)
+            lib.vkDestroyDescriptorSetLayout(device, sets[0], ffi.NULL)
         self._check(result, "vkCreateComputePipelines")
         self._pipelines.append(Pipeline(made[0], layout, sets[0], kinds))
         return self._pipelines[-1]
