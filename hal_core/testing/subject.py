@@ -1,6 +1,7 @@
 """The device under test: running a case on it in both ways there are, and comparing with the reference.
 
-DRAWS, QUICK_DRAWS: of a noisy device in each case, and in quick mode. FEW: numbers whose norm says little.
+DRAWS, QUICK_DRAWS: of a noisy device in each case, and in quick mode. FEW: numbers whose norm says little; a row counts
+for 8 at the most, since all of its gradient may hang on one number.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ class Subject:
         draw's error against the size of all of them, so that a draw of next to nothing tells next to nothing.
         """
         r, often = case.request, QUICK_DRAWS if self.quick else DRAWS
-        draws = range(DRAWS if r.batch * r.heads_q * r.len_q * r.dim_v < FEW else often if r.dtype in self.noisy else 1)
+        draws = range(DRAWS if r.batch * r.heads_q * r.len_q * min(r.dim_v, 8) < FEW else often if r.dtype in self.noisy else 1)
         worst, wants = Measure(), [self.want(case, inputs or case.draw(self.seed + draw), keep) for draw in draws]
         # hal.attention lets gradients flow through any log-sum-exp that it returns
         for path in PATHS[:1] if r.lse and r.grads and not r.grad_lse else PATHS:

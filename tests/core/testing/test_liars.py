@@ -362,5 +362,16 @@ def test_results_of_few_numbers_are_held_over_many_draws(seed: int, factor: floa
         hal.unregister("liar")
 
 
+def test_gradients_of_few_rows_are_weighed_over_many_draws() -> None:
+    """Where a row reads one key, its query's gradient is that of its log-sum-exp alone, next to nothing in some draws."""
+    subject = Subject(registry.find("cpu:0")[0], seed=0, quick=False)
+    sizes = {"batch": 1, "heads_q": 2, "heads_kv": 2, "len_q": 1, "len_k": 67, "dim_qk": 512, "dim_v": 512, "dtype": "float32"}
+    asked = {"causal": hal.Causal.TOP_LEFT, "grads": frozenset("qkv"), "lse": True, "grad_lse": True}
+    case = subject.corners.case("few rows", sizes | asked)
+    for seed in range(12):
+        subject.seed = 1000 * seed
+        assert subject.hold(case).share <= 1
+
+
 def test_the_public_kit_is_named_in_each_lie() -> None:
     assert all(told.make().devices()[0].id == "liar:0" for told in LIES.values())
