@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 import hal_core as hal
-from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 pytest.importorskip("hal_opencl.backend", exc_type=ImportError)
@@ -40,20 +38,6 @@ class Failing:
     def _fail(self, *given: Any, **options: Any) -> None:
         kind = cl.MemoryError if self._code in (HOST_MEMORY, DEVICE_MEMORY, RESOURCES) else cl.LogicError
         raise kind(cl._cl._ErrorRecord(f"cl{self._name}", self._code, ""))
-
-
-@pytest.fixture
-def device() -> hal.Device:
-    try:
-        return registry.find("opencl:0")[0]
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
-
-
-@pytest.fixture
-def session(device: hal.Device) -> Iterator[OpenClSession]:
-    with OpenClSession(device, detect.find().handles[device.id]) as opened:
-        yield opened
 
 
 def works(session: Any) -> bool:

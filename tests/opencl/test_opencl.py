@@ -28,20 +28,6 @@ print([d.id for d in hal.devices() if d.family == "opencl"], registry.why_absent
 """
 
 
-@pytest.fixture
-def device() -> hal.Device:
-    try:
-        return registry.find("opencl:0")[0]
-    except hal.DeviceUnavailableError as absent:
-        pytest.skip(str(absent))
-
-
-@pytest.fixture
-def session(device: hal.Device) -> Any:
-    with registry.backend_of(device).open(device) as opened:
-        yield opened
-
-
 def request(tensor: torch.Tensor, **changes: Any) -> hal.AttentionRequest:
     batch, heads, length, dim = tensor.shape
     values = {"len_q": length, "len_k": length, "dim_qk": dim, "dim_v": dim, "dtype": "float32"} | changes

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pyopencl as cl
+from hal_compute.cache import keep
 
 from hal_core import cache_dir
 
@@ -66,16 +65,8 @@ class Programs:
             return None
 
     def _save(self, path: Path, built: Any) -> None:
-        """Write the binary, whole or not at all. A folder that cannot be written costs the cache alone."""
         binary = bytes(built.get_info(cl.program_info.BINARIES)[0])
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(_MAGIC + hashlib.sha256(binary).digest() + binary)
-            os.replace(partial, path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()
+        keep(path, _MAGIC + hashlib.sha256(binary).digest() + binary)
 
 
 @lru_cache(maxsize=8)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+
+from hal_compute.cache import keep
 
 from hal_core import cache_dir
 
@@ -37,17 +37,10 @@ class VulkanShaderManager:
         return list(self._made)
 
     def save(self, path: Path) -> None:
-        """Write the driver's pipeline cache, whole or not at all. A folder that cannot be written costs the cache alone."""
+        """Write the driver's pipeline cache, if it has become more."""
         if not self._unsaved:
             return
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(self._gpu.cache_data())
-            os.replace(partial, path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()
+        keep(path, self._gpu.cache_data())
         self._unsaved = False
 
 
