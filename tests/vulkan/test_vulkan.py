@@ -18,6 +18,7 @@ from hal_core.registry import registry
 from hal_core.testing import relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
+from hal_compute.pool import BLOCK  # noqa: E402
 from hal_vulkan import attention, build_shaders, commands  # noqa: E402
 from hal_vulkan.pipelines import cache_path  # noqa: E402
 
@@ -81,24 +82,29 @@ def test_every_binary_has_a_source() -> None:
 
 
 def test_a_thousand_calls_of_mixed_shapes_leave_memory_as_it_was(session: Any, seed: int) -> None:
-    generator, pool = torch.Generator().manual_seed(seed), session.recorder.pool
+    generator, recorder = torch.Generator().manual_seed(seed), session.recorder
 
     def whole(most: int) -> int:
         return int(torch.randint(1, most + 1, (), generator=generator))
 
-    reserved, fragmented = [], []
-    for n in range(1000):
-        dim, len_q, len_k = 32 * whole(4), whole(40), whole(200) * (10 if n % 5 == 0 else 1)
-        query, key = torch.zeros(1 + n % 2, 2, len_q, dim), torch.zeros(1 + n % 2, 2, len_k, dim)
+    # The same shapes in four rounds: the most that drawn shapes need at once is chance, and a later round's is no growth.
+    shapes = [(1 + n % 2, 32 * whole(4), whole(40), whole(200) * (10 if n % 5 == 0 else 1)) for n in range(250)]
+    pools = [recorder.pool] if recorder.mapped else [recorder.pool, recorder.staging]
+    reserved, fragmented, kept = [], [], []
+    for batch, dim, len_q, len_k in shapes * 4:
+        query, key = torch.zeros(batch, 2, len_q, dim), torch.zeros(batch, 2, len_k, dim)
         session.bind(request(query, len_k=len_k))(query, key, key)
-        reserved.append(pool.reserved)
+        reserved.append(sum(pool.reserved for pool in pools))
         fragmented.append(session.memory.fragmentation)
+        kept.append(recorder.kept_bytes)
     assert session.memory.stats().in_use == 0
     assert max(fragmented) <= 0.25
     assert max(reserved[500:]) <= max(reserved[:500]), "memory grows"
-    assert session.memory.stats().pooled <= (3 if session.recorder.mapped else 5) << 25
+    assert max(reserved) <= max(kept) / 0.75 + len(pools) * BLOCK, (
+        "more than what is kept, scattered, and a block begun"
+    )
     assert session.memory.trim() > 0
-    assert pool.reserved == 0
+    assert sum(pool.reserved for pool in pools) == 0
 
 
 def test_a_damaged_pipeline_cache_is_ignored(device: hal.Device) -> None:
@@ -196,7 +202,8 @@ def test_a_calibration_times_recorded_calls_and_feeds_the_estimates(
 
     monkeypatch.setattr(type(backend), "open", watched)
     calibrate(device.id)
-    assert len(begun) == 2, "62 calls of two shapes"
+    places = [place for place in device.reads if place == "cpu" or torch.cuda.is_available()]
+    assert len(begun) == 1 + len(places), "short calls from each place and long ones, each shape recorded once"
     assert backend.estimate(asked, device).time.basis == "measured"
 
 
