@@ -16,6 +16,7 @@ from hal_core.testing.reference import request_of
 pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import build_shaders, ladder, matrix
 from hal_vulkan._vk import Adapter, MatrixShape
+from hal_vulkan.pipelines import VulkanShaderManager
 
 BRAIN = ("bfloat16_matrix",)
 BITS = (
@@ -224,6 +225,19 @@ def test_few_rows_across_subgroups_agree_with_float64(
     assert relative_error(out, want) <= {"float32": 1e-5, "float16": 2e-3, "bfloat16": 5e-3}[dtype]
     assert relative_error(lse, want_lse) <= 1e-5
     assert f"forward_rows.{dtype}" in ran(session)
+
+
+def test_shaders_ask_for_the_whole_subgroups_that_they_count_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+
+    class Gpu:
+        def pipeline(self, spirv: bytes, *given: Any, full_subgroups: bool) -> None:
+            asked[name] = full_subgroups
+
+    shaders = VulkanShaderManager(Gpu())  # type: ignore[arg-type]
+    for name in ("forward_nv2.float16", "forward_khr.float16", "forward_rows.float32", "forward_tiles.float32"):
+        shaders.pipeline(name, "s", ())
+    assert [name for name, full in asked.items() if not full] == ["forward_tiles.float32"]
 
 
 def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:

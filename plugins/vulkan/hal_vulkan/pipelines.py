@@ -14,6 +14,8 @@ from hal_core import cache_dir
 from ._vk import Adapter, Gpu, Pipeline
 
 PUSH_BYTES = 80
+#: Shaders of which no invocation of a subgroup may be missing: matrices, or lanes that share a key, lie in whole ones.
+_WHOLE = ("forward_khr", "forward_nv2", "forward_rows")
 
 
 class VulkanShaderManager:
@@ -26,7 +28,7 @@ class VulkanShaderManager:
         """The shader `name` (a .spv file without its ending) with these constants; made when first asked for."""
         key = (name, kinds, *constants)
         if key not in self._made:
-            full = name.startswith(("forward_khr", "forward_nv2"))  # its matrices lie in whole subgroups
+            full = name.startswith(_WHOLE)
             self._made[key] = self._gpu.pipeline(_spirv(name), kinds, PUSH_BYTES, constants, full_subgroups=full)
             self._unsaved = True
         return self._made[key]
