@@ -64,7 +64,7 @@ class PackedHopperPath:
         out = empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
         table = torch.empty(_HEAD + _ENTRY * launch.most, dtype=torch.int32, device=query.device)
-        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), [sequences])
+        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), [sequences, query.shape[2], key.shape[2], launch.most])
         arguments: list[Any] = []
         for pointer, (shape, strides, meta) in zip((*pointers, out.data_ptr()), launch.sides, strict=True):
             arguments += [compiled.tensor_map(pointer, shape, strides, meta), *shape, *strides]
@@ -95,7 +95,8 @@ class PackedHopperPath:
             ("hopper packed", chip.index, dtype, tuple(constants.items())), lambda: compile_forward(dtype, constants)
         )
         rows = ROWS * tiling.consumers
-        signature = dict.fromkeys(("table", "cu_q", "cu_k"), "*i32") | {"sequences": "i32"}
+        numbers = dict.fromkeys(("sequences", "all_q", "all_k", "most"), "i32")
+        signature = dict.fromkeys(("table", "cu_q", "cu_k"), "*i32") | numbers
         list_tiles = chip.launcher(tile_table, signature, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
         scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
         if r.softcap is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from hal_core import (
     SequenceTables,
 )
 
-from .chip import Chip
+from .chip import Chip, Launcher
 from .kernels.attend import attend, keep_mask, merge
 from .plans import listed_once
 
@@ -125,19 +124,19 @@ def empty_result(query: Tensor, dim_v: int) -> Tensor:
 class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
-    like_query: the result has the query's shape and strides. With splits, `partial` numbers hold the partial results
-    (`partial_out` of them) and their log-sum-exp, and `merge` joins them.
+    arguments: of the kernel after its tensors; where it takes no mask, plan or tables, with a None for each of those. seed:
+    where the random words are among them. like_query: the result has the query's shape and strides. With split keys, `partial`
+    numbers hold the partial results and their log-sum-exp, and `merge` joins them.
     """
 
-    run: Callable[..., None]
+    run: Launcher
     arguments: list[Any]
+    seed: int
     grid: tuple[int, int, int]
     like_query: bool
-    splits: int = 1
     partial: int = 0
-    partial_out: int = 0
-    merge: Callable[..., None] | None = None
-    merge_arguments: list[Any] | None = None
+    merge: Launcher | None = None
+    merge_arguments: list[Any] = []  # noqa: RUF012 - never written to
     merge_grid: tuple[int, int, int] = (0, 0, 0)
 
 
@@ -162,7 +161,8 @@ class PortablePath:
         form: Any = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
         whole = not (pointers[0] | pointers[1] | pointers[2]) & 15
-        form = (form, whole, _extras(mask, plan, tables))
+        extras = _extras(mask, plan, tables)
+        form = (form, whole, extras)
         last, launch = self._last
         if launch is None or form != last:
             launch = self._launches.get(form)
@@ -173,22 +173,19 @@ class PortablePath:
             self._last = (form, launch)
         out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
-        target, target_lse = out, lse
-        if launch.splits > 1:
-            partial = torch.empty(launch.partial, dtype=torch.float32, device=out.device)
-            target, target_lse = partial[: launch.partial_out], partial[launch.partial_out :]
         arguments = launch.arguments
         if rng is not None:
             arguments = arguments.copy()
-            arguments[_SEED : _SEED + 2] = random_words(rng)
-        t = tables or _NO_TABLES
-        tensors = (
-            query, key, value, target, target_lse, mask, t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens,
-            *((None, None) if plan is None else plan[2:]),
-        )  # fmt: skip
+            arguments[launch.seed : launch.seed + 2] = random_words(rng)
+        target, target_lse = out, lse
+        if launch.merge is not None:
+            target, target_lse = torch.empty(launch.partial, dtype=torch.float32, device=query.device), None
+        tensors: tuple[Tensor | None, ...] = (query, key, value, target, target_lse)
+        if extras is not None:
+            tensors += (mask, *(tables or _NO_TABLES)[:4], *((None, None) if plan is None else plan[2:]))
         launch.run(launch.grid, tensors, arguments)
         if launch.merge is not None:
-            launch.merge(launch.merge_grid, (target, target_lse, out, lse), launch.merge_arguments)
+            launch.merge(launch.merge_grid, (target, out, lse), launch.merge_arguments)
         return AttentionOutput(out, lse)
 
     def _build(
@@ -248,8 +245,11 @@ class PortablePath:
             0 if tables is None or tables.page_table is None else tables.page_table.stride(0), *_plan_strides(plan),
             r.effective_scale, r.softcap or 1.0, r.dropout, 0, 0,
             heads_kv, len_q, len_k, r.diagonal, left or 0, right or 0, splits.chunk, splits.count,
-            *((1, 1) if plan is None else plan[:2]),
+            *((1, 1) if plan is None else plan[:2]), query.shape[2], key.shape[2] if r.page_size is None else key.shape[0],
         ]  # fmt: skip
+        seed = _SEED
+        if mask is None and plan is None and tables is None:
+            arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
         grid = (row_tiles * splits.count, heads_kv if pack else heads_q, batch)
         mask_type = "u8" if mask is None else TYPES[mask.dtype]
         chosen = (tiles.warps, mask_type, *constants.values())
@@ -259,7 +259,7 @@ class PortablePath:
             run = self._runs[chosen] = chip.launcher(attend, signature, constants, num_warps=tiles.warps)
         like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
         if not split:
-            return Launch(run, arguments, grid, like_query)
+            return Launch(run, arguments, seed, grid, like_query)
         join = self._runs.get("merge")
         if join is None:
             pdl = chip.dependent_launch
@@ -268,13 +268,14 @@ class PortablePath:
             join = self._runs["merge"] = chip.launcher(merge, signature, merge_constants, num_warps=4, launch_pdl=pdl)
         rows = batch * heads_q * len_q * splits.count
         return Launch(
-            run, arguments, grid, like_query, splits.count, rows * (dim_v + 1), rows * dim_v, join,
-            [heads_q, len_q, *out.stride()[:3], splits.count], (len_q, heads_q, batch),
+            run, arguments, seed, grid, like_query, rows * (dim_v + 1), join, [*out.stride()[:3], splits.count],
+            (len_q, heads_q, batch),
         )  # fmt: skip
 
 
 _NO_TABLES = SequenceTables()
 _POINTERS = ("q", "k", "v", "out", "lse", "mask", "cu_q", "cu_k", "page_table", "seqlens", "plan_index", "plan_count")
+_OTHERS = 7  # of the pointers: mask, tables and plan
 _SEED = _STRIDES + 3
 
 
@@ -289,8 +290,8 @@ def attend_signature(dtype: str, mask: str, split: bool) -> dict[str, str]:
 
 def merge_signature(dtype: str) -> dict[str, str]:
     """Triton types of `merge`'s run-time arguments."""
-    types = dict.fromkeys(("heads", "len_q", "o_b", "o_h", "o_m"), "i64") | {"splits": "i32"}
-    return types | {"part": "*fp32", "part_lse": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
+    types = dict.fromkeys(("o_b", "o_h", "o_m"), "i64") | {"splits": "i32"}
+    return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
 
 
 def dropout_pattern(

@@ -15,6 +15,7 @@ import interpreter
 interpreter.prepare()
 
 import torch  # noqa: E402
+from hal_cuda import portable  # noqa: E402
 from hal_cuda.hopper import schedule  # noqa: E402
 from hal_cuda.kernels.tiles import tile_table  # noqa: E402
 from hal_cuda.plans import listed_once  # noqa: E402
@@ -247,7 +248,7 @@ def test_table_lists_every_tile_of_packed_sequences() -> None:
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
     table = torch.full((8 + 8 * 16,), -1, dtype=torch.int32)
     list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
-    list_tiles((6, 1, 1), (table, *ends), [6])
+    list_tiles((6, 1, 1), (table, *ends), [6, int(ends[0][-1]), int(ends[1][-1]), 16])
     order = sorted(range(6), key=lambda s: (-lengths_k[s], s))
     want = [
         [row, int(ends[0][s]), int(ends[1][s]), lengths_q[s], lengths_k[s]]
@@ -256,3 +257,73 @@ def test_table_lists_every_tile_of_packed_sequences() -> None:
     assert table[0] == len(want)
     assert table[8:].view(-1, 8)[: len(want), :5].tolist() == want
     assert bool((table[8:].view(-1, 8)[len(want) :] == -1).all())
+
+
+#: Cumulative lengths that name tokens which are not there, of two sequences in 100 tokens.
+WRONG = [[0, 40, 1 << 30], [0, 1 << 30, 100], [-60, 40, 100], [40, -9, 100], [-(1 << 31), (1 << 31) - 1, -5], [200, 300, 400]]
+
+
+@pytest.mark.parametrize("ends", WRONG)
+def test_table_of_wrong_lengths_names_nothing_outside_the_tensors(ends: list[int]) -> None:
+    """Every entry that is counted is written, lies within the tokens, and none is written behind the table."""
+    wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
+    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    for cu_q, cu_k in ((wrong, fine), (fine, wrong), (wrong, wrong)):
+        table = torch.full((8 + 8 * 5,), -1, dtype=torch.int32)
+        list_tiles((2, 1, 1), (table, cu_q, cu_k), [2, 100, 100, 3])
+        assert 0 <= int(table[0]) <= 3
+        entries = table[8:].view(-1, 8)
+        for row, first_q, first_k, queries, keys in entries[: int(table[0]), :5].tolist():
+            assert 0 <= row < queries <= 100 - first_q <= 100
+            assert 0 <= keys <= 100 - first_k <= 100
+        assert bool((entries[3:] == -1).all())
+
+
+def test_table_of_sequences_that_overlap_ends_where_its_memory_does() -> None:
+    ends = torch.tensor([0, 1000, 0, 1000], dtype=torch.int32)
+    table = torch.full((8 + 8 * 40,), -1, dtype=torch.int32)
+    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles((3, 1, 1), (table, ends, ends), [3, 1000, 1000, 18])
+    assert int(table[0]) == 18
+    assert bool((table[8:].view(-1, 8)[:18, :5] >= 0).all() and (table[8:].view(-1, 8)[18:] == -1).all())
+
+
+def surrounded(generator: torch.Generator, tokens: int) -> Tensor:
+    """[1, 2, tokens, 32] of numbers, with NaN before, behind and between."""
+    whole = torch.full((4, tokens + 400, 32), math.nan)
+    whole[1:3, 200 : 200 + tokens] = torch.randn(2, tokens, 32, generator=generator)
+    return whole[None, 1:3, 200 : 200 + tokens]
+
+
+@pytest.mark.parametrize("ends", WRONG)
+def test_wrong_lengths_read_and_write_inside_the_tensors(
+    generator: torch.Generator, ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys behind the tensors would give NaN, and rows behind the result would change what lies there."""
+    query, key, value = (surrounded(generator, 100) for _ in range(3))
+    room = torch.full((4, 500, 32), 7.0)
+    monkeypatch.setattr(portable, "empty_result", lambda *_: room[None, 1:3, 200:300])
+    request = AttentionRequest(
+        batch=2, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=32, dim_v=32, dtype="float32", packed=True
+    )
+    wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
+    for tables in (SequenceTables(wrong, fine), SequenceTables(fine, wrong), SequenceTables(wrong, wrong)):
+        out, _ = PortablePath(request, CHIP)(query, key, value, tables=tables)
+        assert bool(torch.isfinite(out).all())
+        assert bool((room[0] == 7.0).all() and (room[3] == 7.0).all())
+        assert bool((room[:, :200] == 7.0).all() and (room[:, 300:] == 7.0).all())
+
+
+@pytest.mark.parametrize(("pages", "held"), [([[0, 999]], [32]), ([[0, -3]], [32]), ([[1, 0]], [1 << 30]), ([[1, 0]], [-4])])
+def test_wrong_page_tables_read_inside_the_cache(generator: torch.Generator, pages: list[list[int]], held: list[int]) -> None:
+    whole = torch.full((40, 2, 16, 32), math.nan)
+    whole[20:22] = torch.randn(2, 2, 16, 32, generator=generator)
+    cache = whole[20:22]
+    request = AttentionRequest(
+        batch=1, heads_q=2, heads_kv=2, len_q=1, len_k=32, dim_qk=32, dim_v=32, dtype="float32", page_size=16
+    )
+    tables = SequenceTables(
+        page_table=torch.tensor(pages, dtype=torch.int32), cache_seqlens=torch.tensor(held, dtype=torch.int32)
+    )
+    query = torch.randn(1, 2, 1, 32, generator=generator)
+    assert bool(torch.isfinite(PortablePath(request, CHIP)(query, cache, cache, tables=tables).out).all())

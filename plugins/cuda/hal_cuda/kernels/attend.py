@@ -42,12 +42,18 @@ def keep_mask(out, seed, offset, rows, columns, first_head, probability, BLOCK: 
 
 
 @triton.jit
+def within(at, low, high):
+    """The number at an address, or the nearer bound where it lies outside [low, high]: a wrong table reads no foreign memory."""
+    return tl.minimum(tl.maximum(tl.load(at), low), high)
+
+
+@triton.jit
 def attend(
     q, k, v, out, lse, mask, cu_q, cu_k, page_table, seqlens, plan_index, plan_count,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_m, l_b, l_h, l_m,
     mask_b, mask_h, mask_m, mask_n, table_b, index_b, index_h, index_m, count_b, count_h,
     scale, softcap, probability, seed, offset,
-    heads_kv, len_q, len_k, diagonal, left, right, chunk, splits, block_q, block_k,
+    heads_kv, len_q, len_k, diagonal, left, right, chunk, splits, block_q, block_k, all_q, all_k,
     GROUP: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr, BOTTOM: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
@@ -57,9 +63,10 @@ def attend(
     """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, query heads without.
 
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher then
-    knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left, right count keys around the
-    diagonal row + diagonal (+ len_k - len_q with BOTTOM). EVEN: every tile of keys is whole. out and lse are the partial results with SPLIT: float32, with the
-    split as their last but one and last dimension.
+    knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left, right
+    count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and keys that
+    there are, or pages in all_k. EVEN: every tile of keys is whole. With SPLIT out holds the partial results, float32
+    [batch, heads, len_q, splits, DV], and after them their log-sum-exp, [batch, heads, len_q, splits].
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
@@ -77,12 +84,13 @@ def attend(
     q_start, k_start = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
     tensor_batch = batch64
     if PACKED:
-        q_start, k_start = tl.load(cu_q + batch).to(tl.int64), tl.load(cu_k + batch).to(tl.int64)
-        len_q = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        len_k = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
+        first_q, first_k = within(cu_q + batch, 0, all_q), within(cu_k + batch, 0, all_k)
+        len_q = within(cu_q + batch + 1, first_q, all_q) - first_q
+        len_k = within(cu_k + batch + 1, first_k, all_k) - first_k
+        q_start, k_start = first_q.to(tl.int64), first_k.to(tl.int64)
         tensor_batch = tl.zeros([], tl.int64)
     if SEQLENS:
-        len_k = tl.load(seqlens + batch)
+        len_k = within(seqlens + batch, 0, len_k)
 
     # Rows: query tokens, or with PACK token * GROUP + head in the group.
     plan_row = 0
@@ -152,7 +160,7 @@ def attend(
         v_base += tensor_batch * v_b + k_start * v_n
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         if PLAN:
-            block = tl.load(index_at + step // steps_in_block)
+            block = tl.maximum(tl.load(index_at + step // steps_in_block), 0)
             start = block * block_k + (step % steps_in_block) * BN
             end = tl.minimum((block + 1) * block_k, high)
         else:
@@ -161,7 +169,8 @@ def attend(
         columns = start + tl.arange(0, BN)
         column_ok = columns < end
         if PAGE > 0:
-            page = tl.load(page_table + batch64 * table_b + columns // PAGE, mask=column_ok, other=0).to(tl.int64)
+            page = tl.load(page_table + batch64 * table_b + columns // PAGE, mask=column_ok, other=0)
+            page = tl.minimum(page.to(tl.uint32), (all_k - 1).to(tl.uint32)).to(tl.int64)
             slot = (columns % PAGE).to(tl.int64)
             k_row, v_row = page * k_b + slot * k_n, page * v_b + slot * v_n
         else:
@@ -221,23 +230,25 @@ def attend(
         o_at += split * DV
     tl.store(o_at[:, None] + d_v[None, :], sums.to(out.dtype.element_ty), mask=row_ok[:, None] & (d_v[None, :] < DV))
     if LSE:
-        l_at = lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m
         if SPLIT:
-            l_at += split
-        tl.store(l_at, row_lse, mask=row_ok)
+            groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
+            lse = out + groups * GROUP * len_q * splits * DV + split
+        tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)
 
 
 @triton.jit
 def merge(
-    part, part_lse, out, lse, heads, len_q, o_b, o_h, o_m, splits,
+    part, out, lse, o_b, o_h, o_m, splits,
     DV: tl.constexpr, BDV: tl.constexpr, LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Join partial results over their splits. Grid: (len_q, heads, batch).
 
-    part: float32 [batch, heads, len_q, splits, DV]. part_lse: float32 [batch, heads, len_q, splits], natural.
+    part: float32 [batch, heads, len_q, splits, DV], and after it the natural log-sum-exp [batch, heads, len_q, splits].
     """
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    place = (batch * heads + head) * len_q + row
+    rows, heads = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
+    place = (batch * heads + head) * rows + row
+    part_lse = part + tl.num_programs(2) * heads * rows * splits * DV
     d = tl.arange(0, BDV)
     most, total = float("-inf"), 0.0
     joined = tl.zeros([BDV], tl.float32)

@@ -6,32 +6,40 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_table(table, cu_q, cu_k, sequences, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def span(ends, i, there, total):
+    """First token and length of sequences i of `ends`, int32 [sequences + 1], kept inside the `total` tokens that there are."""
+    first = tl.minimum(tl.maximum(tl.load(ends + i, mask=there, other=0), 0), total)
+    end = tl.minimum(tl.load(ends + i + 1, mask=there, other=0), total)
+    return first, tl.maximum(end - first, 0)
+
+
+@triton.jit
+def tile_table(table, cu_q, cu_k, sequences, all_q, all_k, most, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """List every tile of ROWS query rows, those of the sequence with most keys first, last rows first. Grid: (sequences,).
 
-    table: int32 [8 + 8 * tiles]. The first number is how many tiles there are; from 8 on each has first row in its sequence,
-    sequence's first query, first key, queries, keys. cu_q, cu_k: int32 [sequences + 1].
+    table: int32 [8 + 8 * most]. The first number is how many tiles there are; from 8 on each has first row in its sequence,
+    sequence's first query, first key, queries, keys. cu_q, cu_k: int32 [sequences + 1], never falling. all_q, all_k: tokens
+    that there are. Where cu_q or cu_k are wrong, so are results, but nothing outside the tensors is named.
     """
     s = tl.program_id(0)
-    q_at, k_at = tl.load(cu_q + s), tl.load(cu_k + s)
-    len_q, len_k = tl.load(cu_q + s + 1) - q_at, tl.load(cu_k + s + 1) - k_at
+    q_at, len_q = span(cu_q, s, True, all_q)
+    k_at, len_k = span(cu_k, s, True, all_k)
     before, tiles = 0, 0
     for start in range(0, sequences, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        there = i < sequences
-        rows = tl.load(cu_q + i + 1, mask=there, other=0) - tl.load(cu_q + i, mask=there, other=0)
-        keys = tl.load(cu_k + i + 1, mask=there, other=0) - tl.load(cu_k + i, mask=there, other=0)
+        _, rows = span(cu_q, i, i < sequences, all_q)
+        _, keys = span(cu_k, i, i < sequences, all_k)
         count = (rows + ROWS - 1) // ROWS
         earlier = (keys > len_k) | ((keys == len_k) & (i < s))
         before += tl.sum(tl.where(earlier, count, 0), 0)
         tiles += tl.sum(count, 0)
     if s == 0:
-        tl.store(table, tiles)
+        tl.store(table, tl.minimum(tiles, most))
     mine = (len_q + ROWS - 1) // ROWS
     for start in range(0, mine, BLOCK):
         j = start + tl.arange(0, BLOCK)
         at = table + 8 + (before + j) * 8
-        there = j < mine
+        there = (j < mine) & (before + j >= 0) & (before + j < most)  # below 0: a sum of wrong lengths that ran over
         tl.store(at, (mine - 1 - j) * ROWS, mask=there)
         tl.store(at + 1, q_at, mask=there)
         tl.store(at + 2, k_at, mask=there)
