@@ -1,6 +1,6 @@
 """Attention on a CUDA device: own kernels and the dispatch beside torch's backends and the installed peers, in one run.
 
-    python benchmarks/cuda_attention.py [--record] [--only forward,ragged,decode,special,host,error,flex]
+    python benchmarks/cuda_attention.py [--record] [--only forward,ragged,packed,decode,special,host,error,flex]
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'. Ratios are
 the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them and, where
@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from hal_core.registry import registry
 from hal_core.testing import BenchmarkRunner, reference, relative_error
 
 DEVICE = "cuda:0"
-SECTIONS = ("forward", "ragged", "decode", "special", "host", "error", "flex")
+SECTIONS = ("forward", "ragged", "packed", "decode", "special", "host", "error", "flex")
 SDPA = torch.nn.functional.scaled_dot_product_attention
 TORCH = ("cuDNN", "FA2")  # peers that torch ships, which the dispatch may choose
 PEERS = (*TORCH, "FA4")
@@ -174,6 +175,53 @@ def summary(rows: list[Row]) -> list[str]:
         place = f"head size {worst.dim}, {worst.length} tokens, {'causal' if worst.causal else 'full'}"
         lines.append(f"The {what}: geometric mean {mean:.3f}, worst {worst.ratio(column, names):.3f} ({place}).")
     return lines
+
+
+def packed(bench: Bench, options: Any) -> None:
+    """Sequences side by side in a batch of 1; each result is held to float64 in its first two heads."""
+    rows, names = [], ("own", "FA2", "FA4", "FlashInfer")
+    for dim, lengths, shown, causal in (
+        (128, [2048] * 8, "8 x 2048", True), (128, [512] * 32, "32 x 512", True), (64, [512] * 32, "32 x 512", True),
+        (128, [8192] + [256] * 32, "8192, 32 x 256", False), (64, _MIXED, "32 of 17 to 1000", False),
+        (128, _MIXED, "32 of 17 to 1000", True), (256, [2048] * 8, "8 x 2048", True),
+    ):  # fmt: skip
+        tokens, longest = sum(lengths), max(lengths)
+        given = three(1, 2048 // dim, tokens, dim)
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+        request = hal.explain(
+            *given, backend=DEVICE, is_causal=causal, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest,
+            max_seqlen_k=longest,
+        ).request  # fmt: skip
+        calls: dict[str, Call] = {
+            "own": partial(_packed_out, bench.own(bench.forward_path, request), *given, hal.SequenceTables(ends, ends)),
+            **bench.peers.packed(*given, ends, longest, causal),
+        }
+        want = torch.cat([
+            reference(*(t[:, :2, end - length : end] for t in given), is_causal=causal).out
+            for length, end in zip(lengths, ends[1:].tolist(), strict=True)
+        ], 2)  # fmt: skip
+        errors = {name: relative_error(call()[:, :2], want) for name, call in calls.items()}
+        times = bench.times(calls)
+        flops = sum(2.0 * replace(request, batch=1, len_q=n, len_k=n, packed=False).visible_macs for n in lengths)
+        best = min(time for name, time in times.items() if name != "own")
+        rows.append([
+            str(dim), shown, "causal" if causal else "full",
+            *(f"{flops / times[name] / 1e9:.0f}" if name in times else "-" for name in names), f"{best / times['own']:.2f}",
+            f"{errors['own']:.2e}", f"{min(error for name, error in errors.items() if name != 'own'):.2e}",
+        ])  # fmt: skip
+    columns = ("head_dim", "sequences", "mask", *names, "best peer / own", "own error", "best peer's error")
+    notes = ["TFLOP/s, bf16, hidden size 2048; errors against float64. The own time holds the making of the table of tiles.",
+             *conditions(bench)]  # fmt: skip
+    publish(options, "cuda_attention", "Packed lengths", columns, rows, notes, "Packed lengths")
+
+
+_MIXED = [17 + 983 * (n * n % 61) // 60 for n in range(32)]
+
+
+def _packed_out(call: Callable[..., Any], *given: Any) -> Tensor:
+    query, key, value, tables = given
+    out: Tensor = call(query, key, value, None, None, tables)
+    return out
 
 
 def decode(bench: Bench, options: Any) -> None:
@@ -336,7 +384,8 @@ def flex(bench: Bench, options: Any) -> None:
 
 
 RUN = {
-    "forward": forward, "ragged": ragged, "decode": decode, "special": special, "host": host, "error": error, "flex": flex,
+    "forward": forward, "ragged": ragged, "packed": packed, "decode": decode, "special": special, "host": host, "error": error,
+    "flex": flex,
 }  # fmt: skip
 
 

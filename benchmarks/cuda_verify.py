@@ -12,15 +12,26 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionRequest, BlockPlan, Causal, SequenceTables
+from hal_core.testing import relative_error
+
+if TYPE_CHECKING:
+    from cuda_attention import Bench
 
 ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
 _HOPPER = ("hopper", "pipeline", "softmax")
 #: Kernel and the files of hal_cuda/kernels whose text its check vouches for.
 KERNELS = {
-    "hopper.forward": _HOPPER, "hopper.forward_packed": (*_HOPPER, "tiles"), "attend.attend": ("attend",),
-    "attend.merge": ("attend",), "attend.keep_mask": ("attend",), "plan.list_once": ("plan",),
+    "hopper.forward": _HOPPER, "hopper.forward_split": _HOPPER, "hopper.forward_packed": (*_HOPPER, "tiles"),
+    "tiles.tile_table": ("tiles",), "attend.attend": ("attend",), "attend.merge": ("attend",),
+    "attend.keep_mask": ("attend",), "plan.list_once": ("plan",),
 }  # fmt: skip
 
 
@@ -37,82 +48,119 @@ def changed() -> list[str]:
 
 
 def measure() -> dict[str, float]:
-    """Root mean square over 5 seeds of each kernel's relative error against float64."""
-    import torch
-    from cuda_attention import DEVICE, Bench, normal
-
-    from hal_core import AttentionRequest, Causal, SequenceTables
+    """Root mean square over 5 seeds of each kernel's relative error against float64; for tables the share that is wrong."""
+    from cuda_attention import Bench
 
     bench = Bench()
-
-    def exact(query: Any, key: Any, value: Any) -> Any:
-        """Bottom-right causal attention in float64."""
-        len_q, len_k = query.shape[2], key.shape[2]
-        wide = [t.double().repeat_interleave(8 // t.shape[1], 1) for t in (query, key, value)]
-        reach = torch.arange(len_k, device="cuda") <= torch.arange(len_q, device="cuda")[:, None] + len_k - len_q
-        scores = (wide[0] @ wide[1].mT * 128**-0.5).masked_fill(~reach, -torch.inf)
-        return torch.softmax(scores, -1) @ wide[2]
-
-    def error(path: str, heads_kv: int, len_q: int, len_k: int) -> float:
-        total = 0.0
-        for seed in range(5):
-            torch.manual_seed(seed)
-            query, key, value = normal(1, 8, len_q, 128), normal(1, heads_kv, len_k, 128), normal(1, heads_kv, len_k, 128)
-            request = AttentionRequest(
-                batch=1, heads_q=8, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=128, dim_v=128, dtype="bfloat16",
-                device=DEVICE, causal=Causal.BOTTOM_RIGHT,
-            )  # fmt: skip
-            want = exact(query, key, value)
-            total += float((bench.own(path, request)(query, key, value).double() - want).norm() / want.norm()) ** 2
-        return (total / 5) ** 0.5
-
-    def packed() -> float:
-        total, ends_q, ends_k = 0.0, [0, 300, 1300, 1500], [0, 700, 1700, 2400]
-        tables = SequenceTables(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
-        request = AttentionRequest(
-            batch=3, heads_q=8, heads_kv=4, len_q=1000, len_k=1000, dim_qk=128, dim_v=128, dtype="bfloat16", device=DEVICE,
-            causal=Causal.BOTTOM_RIGHT, packed=True,
-        )  # fmt: skip
-        for seed in range(5):
-            torch.manual_seed(seed)
-            query, key, value = normal(1, 8, 1500, 128), normal(1, 4, 2400, 128), normal(1, 4, 2400, 128)
-            got = bench.own("hopper", request)(query, key, value, None, None, tables)
-            want = torch.cat([
-                exact(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d])
-                for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
-            ], 2)  # fmt: skip
-            total += float((got.double() - want).norm() / want.norm()) ** 2
-        return (total / 5) ** 0.5
-
-    def dropped() -> float:
-        """Share of weights dropped, less the share asked for."""
-        from hal_cuda.portable import dropout_pattern
-
-        keep = dropout_pattern(bench.chip, (2, 2, 1000, 1000), 0.25, (1, 2), "cuda")
-        return abs(0.75 - float(keep.float().mean()))
-
-    def listed() -> float:
-        """Share of random plans' rows whose list is not that of the host."""
-        from hal_cuda.plans import listed_once
-
-        from hal_core import BlockPlan
-
-        indices = torch.randint(0, 40, (2, 3, 50, 200), dtype=torch.int32, device="cuda")
-        counts = torch.randint(0, 201, (2, 3, 50), dtype=torch.int32, device="cuda")
-        once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip)
-        given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
-        got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
-        wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
-        return sum(wrong) / len(wrong)
-
     checks: dict[str, Callable[[], float]] = {
-        "attend.attend": lambda: error("portable", 4, 500, 1000), "attend.merge": lambda: error("portable", 2, 1, 20000),
-        "attend.keep_mask": dropped, "plan.list_once": listed,
+        "attend.attend": lambda: max(dense(bench, "portable", 4, 500, 1000), dense(bench, "portable", 4, 1, 8000)),
+        "attend.merge": lambda: dense(bench, "portable", 1, 4, 20000), "attend.keep_mask": lambda: dropped(bench),
+        "plan.list_once": lambda: listed(bench), "tiles.tile_table": lambda: tabled(bench),
     }  # fmt: skip
     if bench.chip.capability == (9, 0):
-        checks["hopper.forward"] = lambda: error("hopper", 4, 1500, 2000)
-        checks["hopper.forward_packed"] = packed
+        checks["hopper.forward"] = lambda: dense(bench, "hopper", 4, 1500, 2000)
+        checks["hopper.forward_split"] = lambda: max(
+            dense(bench, "hopper", 4, 1500, 2000, dim, dim_v) for dim, dim_v in ((96, 96), (192, 192), (192, 128))
+        )
+        checks["hopper.forward_packed"] = lambda: packed(bench)
     return {name: check() for name, check in checks.items()}
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Bottom-right causal attention in float64."""
+    len_q, len_k = query.shape[2], key.shape[2]
+    wide = [t.double().repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (query, key, value)]
+    reach = torch.arange(len_k, device="cuda") <= torch.arange(len_q, device="cuda")[:, None] + len_k - len_q
+    scores = (wide[0] @ wide[1].mT * query.shape[3] ** -0.5).masked_fill(~reach, -torch.inf)
+    return torch.softmax(scores, -1) @ wide[2]
+
+
+def root_mean_square(error: Callable[[], float]) -> float:
+    """Of an error drawn with 5 seeds."""
+    total = 0.0
+    for seed in range(5):
+        torch.manual_seed(seed)
+        total += error() ** 2
+    return (total / 5) ** 0.5
+
+
+def dense(bench: Bench, path: str, heads_kv: int, len_q: int, len_k: int, dim: int = 128, dim_v: int = 0) -> float:
+    """Error of a path on 8 query heads; dim_v 0: as dim."""
+    from cuda_attention import DEVICE, normal
+
+    request = AttentionRequest(
+        batch=1, heads_q=8, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim_v or dim, dtype="bfloat16",
+        device=DEVICE, causal=Causal.BOTTOM_RIGHT,
+    )  # fmt: skip
+    call = bench.own(path, request)
+
+    def error() -> float:
+        given = normal(1, 8, len_q, dim), normal(1, heads_kv, len_k, dim), normal(1, heads_kv, len_k, dim_v or dim)
+        return relative_error(call(*given), exact(*given))
+
+    return root_mean_square(error)
+
+
+def packed(bench: Bench) -> float:
+    """Error of the packed Hopper kernel on three sequences, with fewer queries than keys."""
+    from cuda_attention import DEVICE, normal
+
+    ends_q, ends_k = [0, 300, 1300, 1500], [0, 700, 1700, 2400]
+    tables = SequenceTables(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
+    request = AttentionRequest(
+        batch=3, heads_q=8, heads_kv=4, len_q=1000, len_k=1000, dim_qk=128, dim_v=128, dtype="bfloat16", device=DEVICE,
+        causal=Causal.BOTTOM_RIGHT, packed=True,
+    )  # fmt: skip
+    call = bench.own("hopper", request)
+
+    def error() -> float:
+        query, key, value = normal(1, 8, 1500, 128), normal(1, 4, 2400, 128), normal(1, 4, 2400, 128)
+        want = torch.cat([
+            exact(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d])
+            for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
+        ], 2)  # fmt: skip
+        return relative_error(call(query, key, value, None, None, tables), want)
+
+    return root_mean_square(error)
+
+
+def dropped(bench: Bench) -> float:
+    """Share of weights dropped, less the share asked for."""
+    from hal_cuda.portable import dropout_pattern
+
+    keep = dropout_pattern(bench.chip, (2, 2, 1000, 1000), 0.25, (1, 2), "cuda")
+    return abs(0.75 - float(keep.float().mean()))
+
+
+def listed(bench: Bench) -> float:
+    """Share of random plans' rows whose list is not that of the host."""
+    from hal_cuda.plans import listed_once
+
+    indices = torch.randint(0, 40, (2, 3, 50, 200), dtype=torch.int32, device="cuda")
+    counts = torch.randint(0, 201, (2, 3, 50), dtype=torch.int32, device="cuda")
+    once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip)
+    given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
+    got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
+    wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
+    return sum(wrong) / len(wrong)
+
+
+def tabled(bench: Bench) -> float:
+    """Share of random sequences whose tiles are not in the table as the host lists them."""
+    from hal_cuda.kernels.tiles import tile_table
+    from hal_cuda.packed import TABLE_SIGNATURE
+
+    lengths = torch.randint(0, 700, (200,)).tolist()
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+    most = sum(lengths) // 128 + len(lengths)
+    table = torch.empty(8 + 8 * most, dtype=torch.int32, device="cuda")
+    run = bench.chip.launcher(tile_table, TABLE_SIGNATURE, {"ROWS": 128, "BLOCK": 128}, num_warps=4)
+    run((len(lengths), 1, 1), (table, ends, ends), [len(lengths), sum(lengths), sum(lengths), most])
+    got: dict[int, list[int]] = {}
+    for row, first, _, length, _, *_ in table[8:].view(-1, 8)[: int(table[0])].tolist():
+        got.setdefault(first, []).append(row if row < length else -1)
+    starts = zip(ends.tolist(), lengths, strict=False)
+    return sum(sorted(got.get(at, [])) != list(range(0, n, 128)) for at, n in starts if n) / len(lengths)
 
 
 def main() -> int:
@@ -122,8 +170,6 @@ def main() -> int:
         for name in changed():
             print(f"{name} changed since its last check on a GPU")
         return 1 if changed() else 0
-    import torch
-
     path = ROOT / "verified.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, error in measure().items():

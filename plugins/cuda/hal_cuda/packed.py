@@ -15,6 +15,10 @@ from .hopper import CACHED, LOG2E, ROWS, compile_forward, fits, kernel_constants
 from .kernels.tiles import tile_table
 from .portable import PortablePath, empty_result
 
+#: Triton types of `tile_table`'s run-time arguments.
+TABLE_SIGNATURE = {
+    **dict.fromkeys(("table", "cu_q", "cu_k"), "*i32"), **dict.fromkeys(("sequences", "all_q", "all_k", "most"), "i32"),
+}  # fmt: skip
 _HEAD, _ENTRY = 8, 8  # numbers before the first entry of a table, and of an entry
 _MOST_KEPT = 256
 
@@ -83,7 +87,7 @@ class PackedHopperPath:
         bottom = r.causal is Causal.BOTTOM_RIGHT and not same
         reach = r.diagonal + (right or 0)
         mean_q, mean_k = (max(t.shape[2] // max(sequences, 1), 1) for t in (query, key))
-        tiling = tiling_for(dim_qk, dim_v, mean_q, mean_k, right is not None)
+        tiling = tiling_for(dim_qk, dim_v, mean_q, mean_k, right is not None, left is not None, r.lse)
         constants = kernel_constants(
             tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
             shifted=right is not None and (bottom or reach % ROWS != 0),
@@ -95,9 +99,7 @@ class PackedHopperPath:
             ("hopper packed", chip.index, dtype, tuple(constants.items())), lambda: compile_forward(dtype, constants)
         )
         rows = ROWS * tiling.consumers
-        numbers = dict.fromkeys(("sequences", "all_q", "all_k", "most"), "i32")
-        signature = dict.fromkeys(("table", "cu_q", "cu_k"), "*i32") | numbers
-        list_tiles = chip.launcher(tile_table, signature, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
+        list_tiles = chip.launcher(tile_table, TABLE_SIGNATURE, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
         scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
         if r.softcap is not None:
             cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0

@@ -33,8 +33,8 @@ class Library(NamedTuple):
 
 
 LIBRARIES = (
-    Library("FlashAttention-4", "flash_attn.cute", "flash-attn-4", "full and causal calls"),
-    Library("FlashInfer", "flashinfer", "flashinfer-python", "decode"),
+    Library("FlashAttention-4", "flash_attn.cute", "flash-attn-4", "full and causal calls, packed lengths"),
+    Library("FlashInfer", "flashinfer", "flashinfer-python", "decode, packed lengths"),
     Library("cuDNN frontend", "cudnn", "nvidia-cudnn-frontend", "sliding windows"),
 )
 
@@ -97,6 +97,36 @@ class Peers:
         calls = self._flashinfer(query, key, value, tables) if "FlashInfer" in self._modules else {}
         return self._running(list(query.shape), calls)
 
+    def packed(
+        self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, causal: bool
+    ) -> dict[str, Call]:
+        """Peers over sequences side by side in a batch of 1, equally long in queries and keys.
+
+        Args:
+            query, key, value: [1, heads, tokens, dim]. ends: int32 [sequences + 1], cumulative lengths; longest: of them.
+        """
+        flash = torch.ops.aten._flash_attention_forward
+        rows = [t[0].transpose(0, 1).contiguous() for t in (query, key, value)]
+        calls: dict[str, Call] = {
+            "FA2": lambda: _packed_result(flash(*rows, ends, ends, longest, longest, 0.0, causal, False)[0])
+        }
+        if module := self._modules.get("FlashAttention-4"):
+            calls["FA4"] = lambda: _packed_result(module.flash_attn_varlen_func(
+                *rows, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal
+            )[0])  # fmt: skip
+        if "FlashInfer" in self._modules:
+            workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
+            try:
+                wrapper = self._modules["FlashInfer"].BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+                wrapper.plan(
+                    ends, ends, query.shape[1], key.shape[1], query.shape[3], causal=causal, q_data_type=query.dtype,
+                    kv_data_type=key.dtype,
+                )  # fmt: skip
+                calls["FlashInfer"] = lambda: _packed_result(wrapper.run(*rows))
+            except Exception as error:
+                self.notes.append(f"FlashInfer did not plan packed {list(query.shape)}: {_first_line(error)}")
+        return self._running(list(query.shape), calls)
+
     def _fa4(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> dict[str, Call]:
         module = self._modules.get("FlashAttention-4")
         if module is None:
@@ -157,6 +187,11 @@ def _native(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, **op
 def _unsqueezed(wrapper: Any, rows: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
     out: Tensor = wrapper.run(rows, cache)
     return out[:, :, None]
+
+
+def _packed_result(rows: Tensor) -> Tensor:
+    """[tokens, heads, dim] as [1, heads, tokens, dim]."""
+    return rows.transpose(0, 1)[None]
 
 
 def _window_graph(cudnn: Any, query: Tensor, key: Tensor, value: Tensor, left: int) -> Call:
