@@ -79,16 +79,73 @@ def test_the_registry_opens_a_lost_device_again_once_its_session_is_closed(
     assert relative_error(out, reference(query, query, query).out) <= 1e-5
 
 
-def test_what_still_runs_keeps_its_memory(session: OpenClSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "cl", Failing("enqueue_marker", QUEUE))
-        patch.setattr(engine, "_DRAIN", -1.0)
-        with pytest.raises(hal.DeviceUnavailableError, match="was lost"):
-            works(session)
-    kept = session.engine.abandoned
-    if kept:  # the programs may have ended at once
-        assert all(lease._views and (lease._shared or lease._regions) for lease in kept)
-    assert session.engine._drained(30.0)
+class Hanging:
+    """pyopencl whose programs and markers are said to run until `end` is called."""
+
+    def __init__(self) -> None:
+        self._events: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return self._start if name in ("enqueue_nd_range_kernel", "enqueue_marker") else getattr(cl, name)
+
+    def _start(self, *given: Any) -> Any:
+        self._events.append(SimpleNamespace(command_execution_status=cl.command_execution_status.RUNNING))
+        return self._events[-1]
+
+    def end(self) -> None:
+        for event in self._events:
+            event.command_execution_status = cl.command_execution_status.COMPLETE
+
+
+@pytest.fixture
+def hanging(session: OpenClSession, monkeypatch: pytest.MonkeyPatch) -> Hanging:
+    """What a session on a device that hangs speaks to; waits give up at once."""
+    driver, waited = Hanging(), session.engine.wait
+    monkeypatch.setattr(engine, "cl", driver)
+    monkeypatch.setattr(engine, "GRACE", 0.01)
+    monkeypatch.setattr(session.engine, "wait", lambda what, timeout=0.01, event=None: waited(what, timeout, event))
+    return driver
+
+
+def test_what_still_runs_keeps_its_memory_until_it_ends(
+    session: OpenClSession, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(hal.DeviceUnavailableError, match=r"did not compute attention .* within 0.01 s"):
+        works(session)
+    kept = [lease for lease, _ in session.engine._abandoned]
+    assert kept
+    assert all(lease._views and (lease._shared or lease._regions) for lease in kept)
+    with pytest.raises(hal.DeviceUnavailableError, match=r"did not end .*\(compute attention .*close the session"):
+        works(session)
+    hanging.end()
+    monkeypatch.undo()
+    assert works(session)
+    assert not session.engine._abandoned
+    assert not any(lease._views or lease._shared or lease._regions for lease in kept)
+    assert session.memory.stats().in_use == 0
+
+
+def test_a_hanging_device_is_waited_for_once_when_it_is_closed(
+    session: OpenClSession, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(hal.DeviceUnavailableError, match="did not compute attention"):
+        works(session)
+    waits, ended = [], session.engine._end_within
+
+    def wait(*given: Any) -> bool:
+        waits.append(given[1])
+        return ended(*given)
+
+    monkeypatch.setattr(engine, "_hanging", [])
+    monkeypatch.setattr(session.engine, "_end_within", wait)
+    monkeypatch.setattr(session.engine, "wait", lambda *given, **more: waits.append(given))
+    monkeypatch.setattr(session.engine.ring, "trim", lambda: waits.append("the ring"))
+    session.close()
+    assert waits == [engine.GRACE]
+    assert engine._hanging == [session.engine], (
+        "its queue is never given back: the driver could wait for it without end"
+    )
+    assert session.engine._abandoned
 
 
 @pytest.mark.parametrize(("code", "whose"), [(DEVICE_MEMORY, "device"), (RESOURCES, "device"), (HOST_MEMORY, "host")])

@@ -204,13 +204,12 @@ def test_tensors_travel_through_pinned_slots(apart: Any, dim: int, seed: int) ->
     want = torch.nn.functional.scaled_dot_product_attention(turned.double(), key.double(), value.double())
     assert relative_error(out, want) <= 1e-5
     assert apart.memory.stats().copies == 5  # query, key, value; the result and its log-sum-exp
-    ring = apart.engine.staging
-    assert 0 < len(ring._free) + len(ring._busy) <= 8
-    freed = apart.memory.trim()
-    assert freed % 8192 == 0
-    assert freed > 0
-    assert not ring._free
-    assert not ring._busy
+    ring, pool = apart.engine.ring, apart.engine.pool
+    assert ring.nbytes == 4 * 8192, "four slots, though results came while operands were still on their way"
+    kept = pool.reserved + ring.nbytes
+    assert apart.memory.stats().pooled == kept
+    assert apart.memory.trim() == kept
+    assert apart.memory.stats().pooled == 0
 
 
 def test_rows_longer_than_a_slot_travel_in_pieces(apart: Any, seed: int) -> None:
@@ -239,7 +238,44 @@ def test_a_copy_that_does_not_end_is_given_up_by_name(apart: Any, monkeypatch: p
         patched.setattr(apart.engine, "wait", lambda what, timeout=0.05, event=None: waited(what, timeout, event))
         with pytest.raises(hal.DeviceUnavailableError, match=r"did not copy operands within 0.05 s"):
             apart.bind(request(query))(query, query, query)
-    apart.engine.staging._busy.clear()  # those copies do not exist
+    ring = apart.engine.ring
+    assert len(ring._busy) * 8192 == ring.nbytes, "the device may still read them"
+    for event, _ in ring._busy:
+        event.command_execution_status = -5  # a copy that failed is over too
+    with pytest.raises(hal.DeviceUnavailableError, match="was lost"):
+        apart.bind(request(query))(query, query, query)
+    apart.engine.lost = False  # the driver that failed is gone
+    for event, _ in ring._busy:
+        event.command_execution_status = 0
+    assert bool(apart.bind(request(query))(query, query, query).isfinite().all())
+
+
+@pytest.mark.parametrize("fails", ["to start", "to end"])
+def test_slots_come_back_from_results_that_cannot_be_fetched(
+    apart: Any, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    from hal_opencl import staging
+
+    query, copy, waited = torch.randn(1, 2, 200, 64), staging.cl.enqueue_copy, apart.engine.wait
+    apart.bind(request(query))(query, query, query)
+    ring = apart.engine.ring
+
+    def start(queue: Any, target: Any, source: Any, **place: Any) -> Any:
+        if "src_offset" in place and place["src_offset"] % 65536:  # some way into a result
+            raise staging.cl.LogicError(staging.cl._cl._ErrorRecord("clEnqueueReadBuffer", -54, ""))
+        return copy(queue, target, source, **place)
+
+    def end(what: str, timeout: float = 60.0, event: Any = None) -> None:
+        if event is not None and what.startswith("compute"):  # a result's
+            raise hal.DeviceUnavailableError("it did not end")
+        waited(what, timeout, event)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging.cl, "enqueue_copy", start) if fails == "to start" else None
+        patched.setattr(apart.engine, "wait", end) if fails == "to end" else None
+        with pytest.raises(hal.DeviceUnavailableError, match="could not copy" if fails == "to start" else "did not"):
+            apart.bind(request(query))(query, query, query)
+    assert (len(ring._busy) + len(ring._free)) * 8192 == ring.nbytes
     assert bool(apart.bind(request(query))(query, query, query).isfinite().all())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,22 +140,48 @@ def test_a_call_that_fails_half_way_leaves_nothing_behind(
     works(session)
 
 
-def test_a_pipeline_that_the_driver_refuses_leaves_no_layout_behind(
-    session: Any, monkeypatch: pytest.MonkeyPatch
+class Counting:
+    """A driver whose calls are counted, and which may fail in one of them."""
+
+    def __init__(self, lib: Any, failing: str = "", result: int = DEVICE_MEMORY) -> None:
+        self._lib, self._failing, self._result, self.called = lib, failing, result, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any) -> Any:
+            self.called[name] += 1
+            return self._result if name == self._failing else getattr(self._lib, name)(*given)
+
+        return call
+
+
+@pytest.mark.parametrize("failing", ["vkAllocateMemory", "vkBindBufferMemory", "vkMapMemory", "no memory type fits"])
+def test_memory_that_is_not_had_leaves_no_buffer_behind(
+    session: Any, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    gpu, (run, query), ended = session.recorder.gpu, bound(session), []
+    gpu = session.recorder.gpu
+    lib = Counting(gpu._lib, failing)
+    monkeypatch.setattr(gpu, "_lib", lib)
+    if failing == "no memory type fits":
+        monkeypatch.setattr(gpu, "_memory_types", SimpleNamespace(memoryTypeCount=0))
+    with pytest.raises(hal.HalError):
+        gpu.allocate(4096, host=True)
+    assert lib.called["vkCreateBuffer"] == lib.called["vkDestroyBuffer"] == 1
+    assert lib.called["vkFreeMemory"] == lib.called["vkAllocateMemory"]
 
-    class Watching(Failing):
-        def __getattr__(self, name: str) -> Any:
-            ended.append(name)
-            return super().__getattr__(name)
 
+@pytest.mark.parametrize("failing", ["ComputePipelines", "PipelineLayout", "DescriptorSetLayout", "ShaderModule"])
+def test_a_pipeline_that_the_driver_refuses_leaves_nothing_behind(
+    session: Any, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    gpu, (run, query) = session.recorder.gpu, bound(session)
+    lib = Counting(gpu._lib, f"vkCreate{failing}")
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "_lib", Watching(gpu._lib, "vkCreateComputePipelines", DEVICE_MEMORY))
-        with pytest.raises(hal.MemoryLimitError, match="vkCreateComputePipelines"):
+        patch.setattr(gpu, "_lib", lib)
+        with pytest.raises(hal.MemoryLimitError, match=f"vkCreate{failing}"):
             run(query, query, query)
-    for kind in ("PipelineLayout", "DescriptorSetLayout"):
-        assert ended.count(f"vkDestroy{kind}") == ended.count(f"vkCreate{kind}") == 1
+    for kind in ("PipelineLayout", "DescriptorSetLayout", "ShaderModule"):
+        made = lib.called[f"vkCreate{kind}"] - (kind == failing)
+        assert lib.called[f"vkDestroy{kind}"] == made
     works(session)
 
 
@@ -210,7 +238,7 @@ def test_a_hanging_device_is_waited_for_once_and_not_for_every_recording(
     )
     monkeypatch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", 2))  # VK_TIMEOUT
     session.close()
-    assert patience == [commands.GRACE] * 2, "one for the recordings, one for the device"
+    assert patience == [commands.GRACE]
     with pytest.raises(hal.DeviceUnavailableError, match="close the session"):
         run(query, query, query)
 

@@ -18,7 +18,7 @@ import hal_core as hal
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import detect  # noqa: E402
+from hal_vulkan import commands, detect  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 from hal_vulkan.sharing import SharedCard  # noqa: E402
 
@@ -276,6 +276,45 @@ def test_no_recording_outlives_the_memory_that_it_reads_in_place(session: Any, s
     pool.trim()  # as the pool does by itself where it comes to its limit
     assert pool.reserved < before
     assert not session.recorder._kept
+
+
+def test_threads_that_never_saw_the_card_make_memory_and_give_it_back(session: Any) -> None:
+    memory, pool = session.memory, session.recorder.pool
+    with ThreadPoolExecutor(1) as thread:
+        buffer = thread.submit(memory.allocate, (1024,), "float32").result()
+    assert float(memory.to_torch(buffer).fill_(2).sum()) == 2048.0
+    memory.free(buffer)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(memory.trim).result() > 0
+    assert pool.reserved == 0
+
+
+@pytest.mark.parametrize("result", [2, -4])  # VK_TIMEOUT, VK_ERROR_DEVICE_LOST
+def test_memory_that_ended_is_not_waited_for_when_a_failed_device_is_closed(
+    session: Any, monkeypatch: pytest.MonkeyPatch, result: int
+) -> None:
+    query = session.memory.to_torch(session.memory.allocate((1, 1, 8, 32), "float32"))
+    fill(0, query)
+    session.bind(asked(query, query))(query, query, query)
+    session.synchronize()  # this device ends its work; only what it is asked fails from here on
+    gpu, wait, patience, given_up = session.recorder.gpu, session.recorder.gpu.wait, [], len(session.memory._ended)
+    del query
+    gc.collect()
+    assert len(session.memory._ended) > given_up
+
+    class Silent:
+        """A driver that answers no question about its progress."""
+
+        def __getattr__(self, name: str) -> Any:
+            known = name not in ("vkWaitSemaphores", "vkGetSemaphoreCounterValue")
+            return getattr(usual, name) if known else lambda *given: result
+
+    usual = gpu._lib
+    monkeypatch.setattr(gpu, "wait", lambda *given: patience.append(given[1:]) or wait(*given))
+    monkeypatch.setattr(gpu, "_lib", Silent())
+    session.close()
+    assert patience[0] == ("finish before it is closed", commands.GRACE)
+    assert (len(patience) == 1) == (result == 2), "a lost device is asked again, and answers at once"
 
 
 def test_a_tensor_outlives_the_session_that_made_its_memory(session: Any) -> None:

@@ -28,6 +28,13 @@ from .pool import DevicePool
 from .problem import Call
 
 
+class Ring(Protocol):
+    """Host memory that large tensors pass through on their way to the device. `nbytes`: of it, now."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Engine(Protocol):
     """What a session needs of an open device.
 
@@ -43,6 +50,8 @@ class Engine(Protocol):
     @property
     def pool(self) -> DevicePool: ...
     @property
+    def ring(self) -> Ring: ...
+    @property
     def device_seconds(self) -> float | None: ...
 
     def trim(self) -> int:
@@ -50,6 +59,12 @@ class Engine(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything that was queued is done."""
+
+    def stop(self) -> None:
+        """The last wait for what was queued, bounded, before memory is given back and the device closed.
+
+        On a device that still runs something afterwards, neither waits again: what is in use there stays.
+        """
 
     def close(self) -> None: ...
 
@@ -64,7 +79,7 @@ class ComputeMemory(PooledMemory):
     def stats(self) -> MemoryStats:
         host, engine, pool = super().stats(), self._engine, self._engine.pool
         return attrs.evolve(
-            host, in_use=host.in_use + pool.in_use, pooled=host.pooled + pool.reserved - pool.in_use,
+            host, in_use=host.in_use + pool.in_use, pooled=host.pooled + pool.reserved - pool.in_use + engine.ring.nbytes,
             peak=host.peak + pool.peak, allocations=host.allocations + pool.allocations, reuses=host.reuses + pool.reuses,
             copies=host.copies + engine.copies, copied=host.copied + engine.copied,
         )  # fmt: skip
@@ -177,6 +192,7 @@ class ComputeSession(ABC):
             if not self._closed:
                 self._closed = True
                 try:
+                    self._engine.stop()
                     self.memory.trim()
                 finally:
                     self._engine.close()

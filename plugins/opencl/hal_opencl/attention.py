@@ -97,7 +97,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
     lse = torch.empty(query.shape[:3], dtype=torch.float32)
     if not result.numel() or not call.key.shape[2]:
         return AttentionOutput(result.zero_() if out is None else out.zero_(), lse.fill_(-torch.inf))
-    with engine.lease() as lease:
+    with engine.lease(f"compute attention ({call.request.describe()})") as lease:
         setting = _Setting(engine, lease, call, pack=True)
         shape = shape_of(engine, setting.dim, setting.unit_rows, setting.len_k)
         wanted = engine.handle.max_compute_units * (2 if engine.shares_memory else 4)
@@ -123,7 +123,7 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
             merge = engine.kernel("merge", "merge", setting.options)
             arguments = (part.buffer, part_lse.buffer, to.buffer, to_lse.buffer, np.int32(splits))
             engine.launch(merge, (rows,), (1,) if engine.shares_memory else None, *arguments)
-        lease.finish(f"compute attention ({call.request.describe()})")
+        lease.finish()
     if out is not None and not direct:
         result = out.copy_(result)
     return AttentionOutput(result, lse)
@@ -148,7 +148,7 @@ def backward(engine: Engine, call: Call, out: Tensor, lse: Tensor, grad_out: Ten
     wanted = call.request.grads or frozenset("qkv")
     grads = [torch.empty(t.shape, dtype=t.dtype) for t in (query, key, value)]
     if query.numel() and key.numel():
-        with engine.lease() as lease:
+        with engine.lease(f"compute gradients ({call.request.describe()})") as lease:
             _launch_backward(engine, lease, call, (out, lse, grad_out, grad_lse), grads)
     else:
         for grad in grads:
@@ -178,4 +178,4 @@ def _launch_backward(engine: Engine, lease: Lease, call: Call, given: tuple[Any,
         by_key, (setting.len_k, setting.batch * setting.heads_kv), group, query, key, value, *setting.tables, whole, flowing,
         delta, to_key, to_value, problem,
     )  # fmt: skip
-    lease.finish(f"compute gradients ({call.request.describe()})")
+    lease.finish()

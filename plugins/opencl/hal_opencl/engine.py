@@ -16,14 +16,18 @@ from hal_core import Device, DeviceUnavailableError
 from .binaries import Programs
 from .detect import is_cpu
 from .lease import Lease
-from .staging import Staging
+from .staging import StagingRing
 
 #: Seconds after which a wait gives up.
 TIMEOUT = 300.0
-_DRAIN = 30.0  # likewise, after a failure
+#: Seconds that work which should be over already is given to end, after a failure and before closing.
+GRACE = 30.0
 _NO_MEMORY = {-4: "device", -6: "host"}  # CL_MEM_OBJECT_ALLOCATION_FAILURE, CL_OUT_OF_HOST_MEMORY
 #: What drivers answer once a device is gone: not available, out of resources (after a fault), invalid context or queue.
 _LOST = frozenset({-2, -5, -34, -36})
+
+
+_hanging: list[Engine] = []  # closed while something ran on: giving their queues back could wait without end
 
 
 class Engine:
@@ -31,6 +35,7 @@ class Engine:
 
     def __init__(self, device: Device, handle: Any, limit: int | None = None) -> None:
         self.device, self.handle, self.lost = device, handle, False
+        self.hangs = False  # something did not end before it was closed
         self.shares_memory = is_cpu(handle)
         with self.named("open the device"):
             self.context = cl.Context([handle])
@@ -45,8 +50,8 @@ class Engine:
             device.id, self._create, self._destroy, alignment=max(int(handle.mem_base_addr_align) // 8, 64),
             largest=int(handle.max_mem_alloc_size), limit=bound if limit is None else min(limit, bound),
         )  # fmt: skip
-        self.staging = Staging(self)
-        self.abandoned: list[Lease] = []  # of failed calls whose programs did not end
+        self.ring = StagingRing(self)
+        self._abandoned: list[tuple[Lease, list[Any]]] = []  # of failed calls, with their programs that did not end
 
     # Memory
 
@@ -64,30 +69,56 @@ class Engine:
             block[0].release()
 
     @contextmanager
-    def lease(self) -> Iterator[Lease]:
-        """Memory for one call, given back at its end."""
-        lease = Lease(self)
+    def lease(self, what: str) -> Iterator[Lease]:
+        """Memory for one call, given back at its end. `what`: the work in words, "compute attention".
+
+        Raises:
+            DeviceUnavailableError: a call that was given up still runs.
+        """
+        self._reclaim()
+        if self._abandoned and not self.lost:
+            raise DeviceUnavailableError(
+                f"{self.device.id} did not end what was given up ({self._abandoned[0][0].what}): close the session of "
+                f"{self.device.id} and open it again"
+            )
+        lease = Lease(self, what)
         try:
             yield lease
         except BaseException:
-            if self._drained(_DRAIN):
+            if self._end_within(self.launched, GRACE):
                 lease.release()
             else:  # what still runs reads and writes this memory
-                self.launched.clear()
-                self.abandoned.append(lease)
+                self._abandoned.append((lease, self.launched))
+            self.launched = []
             raise
+        self.launched = []
         lease.release()
 
-    def _drained(self, timeout: float) -> bool:
-        """Wait for the call's programs, also of a device that is said to be lost; whether they ended within `timeout`."""
-        start = time.monotonic()
-        for event in self.launched:
-            with suppress(cl.Error):  # a driver that forgot the program does not run it
-                self.queue.flush()
-                while event.command_execution_status > cl.command_execution_status.COMPLETE:
-                    if time.monotonic() - start > timeout:
-                        return False
-                    time.sleep(1e-4)
+    def _reclaim(self) -> None:
+        """Give back what failed calls have left, once their programs have ended."""
+        ended = [lease for lease, events in self._abandoned if all(map(self.ended, events))]
+        self._abandoned = [left for left in self._abandoned if left[0] not in ended]
+        for lease in ended:
+            lease.release()
+
+    @staticmethod
+    def ended(event: Any) -> bool:
+        """Whether a command is over, well or not; also of a device that is said to be lost."""
+        try:
+            return bool(event.command_execution_status <= cl.command_execution_status.COMPLETE)
+        except cl.Error:  # a driver that forgot the command does not run it
+            return True
+
+    def _end_within(self, events: Sequence[Any], timeout: float) -> bool:
+        """Wait for commands, at most `timeout` seconds in all; whether they ended."""
+        with suppress(cl.Error):  # of a lost device
+            self.queue.flush()
+        deadline = time.monotonic() + timeout
+        for event in events:
+            while not self.ended(event):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(1e-4)
         return True
 
     # Programs
@@ -140,7 +171,7 @@ class Engine:
             with self.named("read its clock"):
                 first, last = self.launched[0].profile.start, self.launched[-1].profile.end
             self.device_seconds = (last - first) * 1e-9
-        self.launched.clear()
+        self.launched = []
 
     @contextmanager
     def named(self, what: str, nbytes: int = 0) -> Iterator[None]:
@@ -175,11 +206,20 @@ class Engine:
         ) from cause
 
     def trim(self) -> int:
-        return self.pool.trim() + (0 if self.lost else self.staging.trim())
+        self._reclaim()
+        return self.pool.trim() + (0 if self.lost or self.hangs else self.ring.trim())
 
     def synchronize(self) -> None:
         self.wait("finish what was queued")
 
+    def stop(self) -> None:
+        """Wait a last time, at most `GRACE` seconds, for all that was queued, before `close`."""
+        with suppress(cl.Error):  # a lost device has no queue any more, and nothing in it
+            self.hangs = not self._end_within([cl.enqueue_marker(self.queue)], GRACE)
+
     def close(self) -> None:
+        """Give everything back, but on a device that hangs: what is in use there stays."""
         self._kernels.clear()
         self.trim()
+        if self.hangs:
+            _hanging.append(self)

@@ -28,8 +28,8 @@ class FieldRunner:
         """See `hal_compute.fields.Runner`."""
         engine = self._engine
         size = [-(-n // block) for n, block in zip(extent, _BLOCKS.get(name, (1, 1, 1)), strict=True)]
-        with engine.lease() as lease:
+        with engine.lease(what) as lease:
             buffers = [operand.buffer for operand in (*map(lease.stage, inputs), *map(lease.result, outputs))]
             numbers = *map(np.int32, integers), *map(np.float32, floats)
             engine.launch(engine.kernel("kernels", name), size, None, *buffers, *numbers)
-            lease.finish(what)
+            lease.finish()

@@ -30,10 +30,10 @@ class Operand(NamedTuple):
 
 
 class Lease:
-    """Device memory of one call."""
+    """Device memory of one call. `what` names its work for messages."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, what: str) -> None:
+        self.engine, self.what = engine, what
         self._regions: list[Region] = []
         self._views: list[Any] = []
         self._shared: list[Tensor] = []  # kept as long as the buffers over them
@@ -67,7 +67,7 @@ class Lease:
             if padded:
                 typed[..., last:].zero_()
         else:
-            engine.staging.upload(tensor, operand.block, operand.offset, dim or last)
+            engine.ring.upload(tensor, operand.block, operand.offset, dim or last)
         engine.copies += 1
         engine.copied += tensor.numel() * tensor.element_size()
         return operand
@@ -91,14 +91,14 @@ class Lease:
         self._reads.append((operand, tensor, dim or tensor.shape[-1]))
         return operand
 
-    def finish(self, what: str) -> None:
+    def finish(self) -> None:
         """Wait for the queue and bring the results home."""
         engine = self.engine
-        engine.wait(what)
+        engine.wait(self.what)
         engine.note_time()
         for operand, tensor, dim in self._reads:
             if operand.host is None:
-                engine.staging.download(operand.block, operand.offset, tensor, dim, what)
+                engine.ring.download(operand.block, operand.offset, tensor, dim, self.what)
             else:
                 typed = operand.host[: operand.nbytes].view(tensor.dtype).view(*tensor.shape[:-1], dim)
                 tensor.copy_(typed[..., : tensor.shape[-1]])
@@ -108,7 +108,6 @@ class Lease:
 
     def release(self) -> None:
         """Give everything back, once the device is done with it."""
-        self.engine.launched.clear()
         for view in self._views:
             with suppress(cl.Error):  # a lost device has nothing to give back
                 view.release()

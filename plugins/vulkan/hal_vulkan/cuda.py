@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class CudaCard(SharedCard):
         self._known, self._several = threading.local(), torch.cuda.device_count() > 1
         self._done = self._semaphore(gpu.export_timeline())
         self._wait = driver.CUDA_EXTERNAL_SEMAPHORE_WAIT_PARAMS()
+        self._context = self._called("cuDevicePrimaryCtxRetain", index)  # torch's own
 
     def _called(self, name: str, *arguments: Any) -> Any:
         """A function of CUDA's driver. Raises DeviceUnavailableError."""
@@ -63,6 +65,22 @@ class CudaCard(SharedCard):
                 f"{self._gpu.name} and {self.place} failed in {name} ({code.name}): reopen both"
             )
         return found[0] if found else None
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """The card's context in this thread, which may never have used CUDA."""
+        self._called("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self._called("cuCtxPopCurrent")
+
+    def _give_back(self, *freeing: tuple[str, Any]) -> None:
+        """Call functions that free something. What CUDA refuses, as it does after a failure, is left to it."""
+        with suppress(DeviceUnavailableError), self._current():
+            for name, argument in freeing:
+                with suppress(DeviceUnavailableError):
+                    self._called(name, argument)
 
     def _semaphore(self, descriptor: int) -> Any:
         asked = self._cuda.CUDA_EXTERNAL_SEMAPHORE_HANDLE_DESC()
@@ -85,10 +103,14 @@ class CudaCard(SharedCard):
         asked.type = cuda.CUexternalMemoryHandleType.CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD
         descriptor = asked.handle.fd = self._gpu.export(block)
         asked.size, asked.flags = block.nbytes, _DEDICATED
-        with torch.cuda.device(self._index):
+        whole.offset, whole.size = 0, block.nbytes
+        with self._current():
             external = self._imported("cuImportExternalMemory", asked, descriptor)
-            whole.offset, whole.size = 0, block.nbytes
-            address = int(self._called("cuExternalMemoryGetMappedBuffer", external, whole))
+            try:
+                address = int(self._called("cuExternalMemoryGetMappedBuffer", external, whole))
+            except DeviceUnavailableError:
+                self._give_back(("cuDestroyExternalMemory", external))
+                raise
         self._external[block.memory] = external, address
         return torch.as_tensor(Addressed(address, block.nbytes), device=self.place)
 
@@ -99,8 +121,7 @@ class CudaCard(SharedCard):
 
     def _drop(self, block: Memory) -> None:
         external, address = self._external.pop(block.memory)
-        self._called("cuMemFree", address)
-        self._called("cuDestroyExternalMemory", external)
+        self._give_back(("cuMemFree", address), ("cuDestroyExternalMemory", external))
 
     def enter(self) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -136,14 +157,15 @@ class CudaCard(SharedCard):
         self._called("cuWaitExternalSemaphoresAsync", [self._done], [self._wait], 1, raw)
 
     def settle(self) -> None:
-        torch.cuda.synchronize(self._index)
+        with suppress(RuntimeError):  # a context that failed runs nothing any more; torch tells whoever uses it
+            torch.cuda.synchronize(self._index)
 
     def close(self) -> None:
         self.settle()
-        for stream in self._streams.values():
-            self._called("cuDestroyExternalSemaphore", stream.semaphore)
-        self._called("cuDestroyExternalSemaphore", self._done)
+        semaphores = [*(stream.semaphore for stream in self._streams.values()), self._done]
+        self._give_back(*(("cuDestroyExternalSemaphore", semaphore) for semaphore in semaphores))
         self._streams.clear()
+        self._give_back(("cuDevicePrimaryCtxRelease", self._index))
 
 
 class Addressed:

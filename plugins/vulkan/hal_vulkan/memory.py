@@ -110,6 +110,8 @@ class VulkanMemory(ComputeMemory):
     def _collect(self) -> None:
         """Take regions back whose last tensor is gone. Tensors end in any thread, so that they only leave a note."""
         ended = len(self._ended)  # a tensor that ends from here on may still have work under way after the wait
+        if self._recorder.stuck:  # neither wait again nor take back what still runs
+            return
         if ended:
             self._recorder.settle()
         for _ in range(ended):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 
@@ -62,6 +62,7 @@ class Recorder:
         self._kept: OrderedDict[Hashable, VulkanCommandBuffer] = OrderedDict()
         self.kept_bytes = 0  # of memory that kept recordings hold
         self._stuck = ""
+        self._left: list[VulkanCommandBuffer] = []  # that were given up while they ran
 
     # Recordings
 
@@ -133,7 +134,10 @@ class Recorder:
         self._release(commands)
 
     def _release(self, commands: VulkanCommandBuffer) -> None:
-        if not commands.release():
+        if self._stuck:  # waited for already
+            self._left.append(commands)
+        elif not commands.release():
+            self._left.append(commands)
             self._stuck = f"{self.device.id} did not end what was given up ({commands.what})"
 
     # Memory
@@ -172,7 +176,8 @@ class Recorder:
 
     def settle(self) -> None:
         """Wait until nothing of what was queued, here or with the sharing card, can touch memory that is given back."""
-        self.synchronize()
+        if not self.gpu.lost:  # nothing runs on a lost one
+            self.synchronize()
         if self._card is not None:
             self._card.settle()
 
@@ -218,19 +223,30 @@ class Recorder:
     def synchronize(self) -> None:
         self.gpu.wait(self.gpu.submitted, "finish what was queued", recording.TIMEOUT)
 
-    def close(self) -> None:
-        """Destroy everything, but on a device that hangs: what is in use there stays, or the process would go with it."""
-        self.shaders.save(cache_path(self.adapter))
+    @property
+    def stuck(self) -> bool:
+        """Whether something that was given up still runs, so that no memory may be taken back."""
+        return bool(self._stuck)
+
+    def stop(self) -> None:
+        """Wait a last time for what was queued, before `close`; on a device that hangs what is in use stays."""
         try:
             self.gpu.wait(self.gpu.submitted, "finish before it is closed", recording.GRACE)
         except DeviceUnavailableError:
             if not self.gpu.lost:  # nothing runs on a lost one
                 self._stuck = self._stuck or f"{self.device.id} did not end what was queued"
                 return
-        self._stuck = ""
+        self._stuck, left, self._left = "", self._left, []
+        for commands in left:
+            self._release(commands)
+
+    def close(self) -> None:
+        """Destroy everything, but on a device that hangs: what is in use there stays, or the process would go with it."""
+        self.shaders.save(cache_path(self.adapter))
+        if self._stuck:
+            return
         self.trim()
         if self._card is not None:
-            with suppress(DeviceUnavailableError):
-                self._card.close()
+            self._card.close()
         self.pool.abandon()
         self.gpu.close()

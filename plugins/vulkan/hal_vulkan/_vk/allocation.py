@@ -58,7 +58,12 @@ class Allocating(LogicalDevice):
             chain = self._ffi.new(
                 "VkExportMemoryAllocateInfo*", {"sType": 1000072002, "pNext": whole, "handleTypes": handle}
             )
-        return self._bound(nbytes, buffer, needs.size, self._kind(needs.memoryTypeBits, usage, host), chain, host)
+        try:
+            kind = self._kind(needs.memoryTypeBits, usage, host)
+        except DeviceUnavailableError:
+            self._lib.vkDestroyBuffer(self._device, buffer, self._ffi.NULL)
+            raise
+        return self._bound(nbytes, buffer, needs.size, kind, chain, host)
 
     def import_host(self, address: int, nbytes: int) -> Memory | None:
         """The program's own memory as the device's, until it is freed; None where the driver does not take it.
@@ -97,7 +102,9 @@ class Allocating(LogicalDevice):
         types = [self._memory_types.memoryTypes[n].propertyFlags for n in range(self._memory_types.memoryTypeCount)]
         fit = [n for n, flags in enumerate(types) if bits >> n & 1 and flags & wanted == wanted]
         if not fit:
-            raise DeviceUnavailableError(f"{self.name} has no memory of properties {wanted:#x}: update its driver")
+            raise DeviceUnavailableError(
+                f"{self.name} has no memory of properties {wanted:#x} for buffers: update its driver"
+            )
         return next((n for n in fit if types[n] & _HOST_CACHED), fit[0]) if cached else fit[0]
 
     def _bound(self, nbytes: int, buffer: Any, size: int, kind: int, chain: Any, mapped: bool) -> Memory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,22 +62,41 @@ class Compiling(Allocating):
             constants: the specialisation constants from 0.
             full_subgroups: whether no invocation of a subgroup may be missing; needs the feature of that name.
         """
-        ffi, lib, device = self._ffi, self._lib, self._device
-        code = ffi.new("uint32_t[]", len(spirv) // 4)
-        ffi.memmove(code, spirv, len(spirv))
-        module = self._made("VkShaderModule*", "vkCreateShaderModule", "VkShaderModuleCreateInfo*",
-                            {"sType": 16, "codeSize": len(spirv), "pCode": code})  # fmt: skip
-        slots = ffi.new("VkDescriptorSetLayoutBinding[]", [
+        with ExitStack() as always, ExitStack() as undo:
+            module = self._module(spirv)
+            always.callback(self._lib.vkDestroyShaderModule, self._device, module, self._ffi.NULL)
+            slots = self._slots(kinds)
+            undo.callback(self._lib.vkDestroyDescriptorSetLayout, self._device, slots, self._ffi.NULL)
+            layout = self._layout(slots, push_bytes)
+            undo.callback(self._lib.vkDestroyPipelineLayout, self._device, layout, self._ffi.NULL)
+            handle = self._compiled(module, layout, constants, _FULL_SUBGROUPS if full_subgroups else 0)
+            undo.pop_all()
+        self._pipelines.append(Pipeline(handle, layout, slots, kinds))
+        return self._pipelines[-1]
+
+    def _module(self, spirv: bytes) -> Any:
+        code = self._ffi.new("uint32_t[]", len(spirv) // 4)
+        self._ffi.memmove(code, spirv, len(spirv))
+        return self._made("VkShaderModule*", "vkCreateShaderModule", "VkShaderModuleCreateInfo*",
+                          {"sType": 16, "codeSize": len(spirv), "pCode": code})  # fmt: skip
+
+    def _slots(self, kinds: str) -> Any:
+        slots = self._ffi.new("VkDescriptorSetLayoutBinding[]", [
             {"binding": n, "descriptorType": DESCRIPTORS[kind], "descriptorCount": 1, "stageFlags": COMPUTE_STAGE}
             for n, kind in enumerate(kinds)
         ])  # fmt: skip
-        sets = ffi.new("VkDescriptorSetLayout*")
-        sets[0] = self._made("VkDescriptorSetLayout*", "vkCreateDescriptorSetLayout", "VkDescriptorSetLayoutCreateInfo*",
-                             {"sType": 32, "flags": 1, "bindingCount": len(kinds), "pBindings": slots})  # fmt: skip
-        push = ffi.new("VkPushConstantRange*", {"stageFlags": COMPUTE_STAGE, "offset": 0, "size": push_bytes})
-        layout = self._made("VkPipelineLayout*", "vkCreatePipelineLayout", "VkPipelineLayoutCreateInfo*", {
+        return self._made("VkDescriptorSetLayout*", "vkCreateDescriptorSetLayout", "VkDescriptorSetLayoutCreateInfo*",
+                          {"sType": 32, "flags": 1, "bindingCount": len(kinds), "pBindings": slots})  # fmt: skip
+
+    def _layout(self, slots: Any, push_bytes: int) -> Any:
+        sets = self._ffi.new("VkDescriptorSetLayout[]", [slots])
+        push = self._ffi.new("VkPushConstantRange*", {"stageFlags": COMPUTE_STAGE, "offset": 0, "size": push_bytes})
+        return self._made("VkPipelineLayout*", "vkCreatePipelineLayout", "VkPipelineLayoutCreateInfo*", {
             "sType": 30, "setLayoutCount": 1, "pSetLayouts": sets, "pushConstantRangeCount": 1, "pPushConstantRanges": push,
         })  # fmt: skip
+
+    def _compiled(self, module: Any, layout: Any, constants: Sequence[int], flags: int) -> Any:
+        ffi = self._ffi
         data = ffi.new("int32_t[]", list(constants) or [0])
         places = [{"constantID": n, "offset": 4 * n, "size": 4} for n in range(len(constants))]
         entries = ffi.new("VkSpecializationMapEntry[]", places)
@@ -87,18 +106,13 @@ class Compiling(Allocating):
         entry = ffi.new("char[]", b"main")
         info = ffi.new("VkComputePipelineCreateInfo*", {
             "sType": 29, "layout": layout,
-            "stage": {"sType": 18, "flags": _FULL_SUBGROUPS if full_subgroups else 0, "stage": COMPUTE_STAGE, "module": module,
-                      "pName": entry, "pSpecializationInfo": special},
+            "stage": {"sType": 18, "flags": flags, "stage": COMPUTE_STAGE, "module": module, "pName": entry,
+                      "pSpecializationInfo": special},
         })  # fmt: skip
         made = ffi.new("VkPipeline*")
-        result = lib.vkCreateComputePipelines(device, self._cache, 1, info, ffi.NULL, made)
-        lib.vkDestroyShaderModule(device, module, ffi.NULL)
-        if result:
-            lib.vkDestroyPipelineLayout(device, layout, ffi.NULL)
-            lib.vkDestroyDescriptorSetLayout(device, sets[0], ffi.NULL)
+        result = self._lib.vkCreateComputePipelines(self._device, self._cache, 1, info, ffi.NULL, made)
         self._check(result, "vkCreateComputePipelines")
-        self._pipelines.append(Pipeline(made[0], layout, sets[0], kinds))
-        return self._pipelines[-1]
+        return made[0]
 
 
 def _checked(file: bytes) -> bytes:
