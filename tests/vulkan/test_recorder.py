@@ -13,6 +13,7 @@ from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import commands, recorder, staging  # noqa: E402
+from hal_vulkan._vk import Bound  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 
 
@@ -198,6 +199,24 @@ def test_the_staging_ring_carries_tensors_of_any_layout(
         out = unmapped.bind(request(query, key))(query, key, value)
         assert relative_error(out, reference(query, key, value).out) <= (1e-5 if dtype == torch.float32 else 2e-3)
     assert unmapped.recorder.ring.nbytes == 3 * 8192
+
+
+def test_split_keys_are_merged_in_every_run_of_a_recording(unmapped: Any, seed: int) -> None:
+    """The last work group counts the others: from zero on, in memory that held anything, and leaves zero for the next run."""
+    gpu, pool = unmapped.recorder.gpu, unmapped.recorder.pool
+    region, junk = pool.allocate(1 << 20), gpu.begin()
+    gpu.fill(junk, Bound(region.block, region.offset, region.size), 7)
+    gpu.end(junk)
+    gpu.wait(gpu.submit(junk), "fill memory", 30.0)
+    gpu.drop(junk)
+    pool.free(region)
+    for n in range(3):
+        query, key, value = draw(seed + n, (1, 8, 1, 32), (1, 2, 700, 32), (1, 2, 700, 32))
+        out = unmapped.bind(request(query, key))(query, key, value)
+        assert relative_error(out, reference(query, key, value).out) <= 1e-5
+    assert len(unmapped.recorder._kept) == 1
+    (dispatched,) = unmapped.recorder.shaders.made
+    assert dispatched[0] == "forward_rows.float32", "and nothing merges after it"
 
 
 def test_the_ring_stays_bounded_and_is_given_back(unmapped: Any, seed: int) -> None:

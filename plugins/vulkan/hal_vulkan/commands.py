@@ -120,6 +120,22 @@ class VulkanCommandBuffer:
         self._uploaded = True
         return operand
 
+    def zeroed(self, nbytes: int) -> Operand:
+        """Device memory that is zero when the commands first start; they must leave it so."""
+        operand, gpu = self.space(nbytes), self._gpu
+        if operand.host is not None:
+            operand.host.zero_()
+            return operand
+        once = gpu.begin()
+        try:
+            gpu.fill(once, operand.bound, 0)
+            gpu.barrier(once)
+            gpu.end(once)
+            gpu.wait(gpu.submit(once), f"zero memory to {self.what}", TIMEOUT)
+        finally:
+            gpu.drop(once)
+        return operand
+
     def _cut(self, pool: VulkanMemoryPool, nbytes: int) -> Operand:
         region = self._recorder.cut(pool, nbytes)
         self._regions.append((pool, region))

@@ -8,17 +8,19 @@ from hal_compute.problem import LAYOUT, Call
 
 from .commands import Operand, VulkanCommandBuffer
 from .ladder import RowStep
-from .setting import Parts, Setting
+from .setting import Setting
 
-_SUBGROUPS = 4
-# Work groups that keep a large device's reads busy: 3 for each of an H200's 132 multiprocessors, and no more.
-_WANTED = 392
+_SUBGROUPS = (6, 4, 2)  # of a work group, the best first
+# Work groups that keep a large device's reads busy: 2 for each of an H200's 132 multiprocessors, and no more.
+_WANTED = 264
+_MOST_SPLITS = 64  # of arriving.glsl, and of `Problem.split`
 
 
 class Cut(NamedTuple):
-    """How the work is cut: query rows of a work group, invocations that share a key, loads of keys in flight."""
+    """How the work is cut: subgroups and query rows of a work group, invocations that share a key, loads of keys in flight."""
 
     step: RowStep
+    subgroups: int
     rows: int
     lanes: int
     loads: int
@@ -26,12 +28,16 @@ class Cut(NamedTuple):
     @property
     def threads(self) -> int:
         """Invocations of a work group."""
-        return _SUBGROUPS * self.step.subgroup
+        return self.subgroups * self.step.subgroup
 
     @property
     def span(self) -> int:
         """Keys that a work group reads at once."""
         return self.threads // self.lanes * self.loads
+
+    def shared_bytes(self, dim: int) -> int:
+        """Shared memory of a work group: sums, a maximum and a total per subgroup, one number per split, and a flag."""
+        return self.rows * (self.subgroups * (4 * dim + 8) + 4 * _MOST_SPLITS) + 4
 
 
 def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
@@ -42,24 +48,24 @@ def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
     if setting.unit_rows > (4 if least else 8) or (least and setting.dim < 96):
         return None
     rows = next(rows for rows in (1, 2, 4, 8) if rows >= setting.unit_rows)
-    if _SUBGROUPS * rows * (4 * setting.dim + 8) > step.shared:  # sums, a maximum and a total per subgroup
-        return None
     wide = setting.dim * (4 if setting.dtype == "float32" else 2) // 16
     lanes = min(1 << (wide - 1).bit_length(), step.subgroup)
     held = -(-wide // lanes) * (1 if setting.dtype == "float32" else 2)  # groups of 4 numbers of a row in an invocation
-    return Cut(step, rows, lanes, 8 if rows * held <= 8 else 4)
+    cuts = (Cut(step, subgroups, rows, lanes, 8 if rows * held <= 4 else 4) for subgroups in _SUBGROUPS)
+    return next((cut for cut in cuts if cut.shared_bytes(setting.dim) <= step.shared), None)
 
 
 def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
-    """forward_rows.comp, and the merge where the keys are split."""
+    """forward_rows.comp, whose last work group of each block of rows merges what splits of the keys leave."""
     setting.split(cut.rows, cut.span, wanted=_WANTED, least=4 * cut.span)
     setting.score_in_bits()
     operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
-    parts = Parts(commands, setting, to, to_lse)
+    splits, blocks = setting.numbers["splits"], -(-setting.unit_rows // cut.rows)
+    parts = splits * setting.units * setting.unit_rows
+    sums, lse = commands.space(parts * setting.dim * 4), commands.space(parts * 4)
+    arrived = commands.zeroed(setting.units * blocks * 4)
     commands.dispatch(
         f"forward_rows.{setting.dtype}",
         (setting.dim, cut.threads, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(setting.changes_scores)),
-        [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
-        (1, setting.units, setting.numbers["splits"]),
+        [*operands, *setting.tables, to, to_lse, sums, lse, arrived], setting.values(), LAYOUT, (blocks, setting.units, splits),
     )  # fmt: skip
-    parts.merge()

@@ -6,13 +6,13 @@
 #include "problem.glsl"
 
 // Attention of few query rows, bound by reading the keys once: LANES invocations share a key, 16 bytes each, and hold their
-// part of all rows of a unit and of the output in registers. A subgroup has LOADS loads of keys and of values in flight. Its
-// LOADS x ROWS scores of a key group are summed by halves, so that an invocation ends with few whole ones, weighs those and
-// hands the weights round. The output is scaled down only when a score passes its row's maximum so far by SLACK. Subgroups
-// take keys in turn; what they found is merged at the end. Online softmax: Milakov & Gimelshein 2018; the lazy scaling:
-// FlashAttention-4, 2025.
+// part of all rows of a unit and of the output in registers. A subgroup has LOADS loads of keys and of values in flight: the
+// next keys are asked for once these are multiplied, the next values once these are weighed. Its LOADS x ROWS scores of a key
+// group are summed by halves, so that an invocation ends with few whole ones, weighs those and hands the weights round. The
+// output is scaled down only when a score passes its row's maximum so far by SLACK. Subgroups take keys in turn; what they
+// found is merged at the end. Online softmax: Milakov & Gimelshein 2018; the lazy scaling: FlashAttention-4, 2025.
 
-layout(constant_id = 2) const int LOADS = 8;
+layout(constant_id = 2) const int LOADS = 4;
 layout(constant_id = 3) const int ROWS = 1;
 layout(constant_id = 4) const int SUBGROUP = 32;
 layout(constant_id = 5) const int LANES = 16;   // a power of 2
@@ -24,9 +24,7 @@ layout(binding = 2) readonly buffer Value { uvec4 values[]; };
 layout(binding = 3) readonly buffer Mask { float mask[]; };
 layout(binding = 4) readonly buffer Index { int range_index[]; };
 layout(binding = 5) readonly buffer Bounds { ivec2 ranges[]; };
-layout(binding = 6) writeonly buffer Out { STORED result[]; };
-layout(binding = 7) writeonly buffer Lse { float lse[]; };
-layout(binding = 8) writeonly buffer Part { vec4 part[]; };
+#include "arriving.glsl"
 #include "score.glsl"
 
 #if HALF
@@ -48,6 +46,13 @@ const int COPIES = SCORES > LANES ? 1 : LANES / SCORES;    // invocations that e
 const float SLACK = 8.0;
 shared vec4 outs[SUBGROUPS * ROWS * QUADS];
 shared float tops[SUBGROUPS * ROWS], totals[SUBGROUPS * ROWS];
+
+// Where load `n` of this invocation lies for the keys from `key` on, the unit's first key being row `key_row`; beyond the last
+// key, the last one's.
+int place(int key_row, int key, int n) {
+  const int lane = int(gl_SubgroupInvocationID), mine = (int(gl_SubgroupID) * LOADS + n / PIECES) * TOGETHER + lane / LANES;
+  return (key_row + min(key + mine, p.len_k - 1)) * WIDE + min(n % PIECES * LANES + lane % LANES, WIDE - 1);
+}
 
 void main() {
   const int unit = int(gl_WorkGroupID.y), split = int(gl_WorkGroupID.z), row0 = int(gl_WorkGroupID.x) * ROWS;
@@ -76,25 +81,25 @@ void main() {
   }
   const int low = max(p.lower, 0), high = min(p.len_q + p.upper, p.len_k);
   const int inner_low = p.len_q - 1 + p.lower, inner_high = min(p.upper + 1, p.len_k);
-  const int place = p.has_plan != 0 ? ranges_of(unit, row0) : 0;
-  const int begin = p.has_plan != 0 ? range_index[place] : 0, end = p.has_plan != 0 ? range_index[place + 1] : 1;
+  const int index = p.has_plan != 0 ? ranges_of(unit, row0) : 0;
+  const int begin = p.has_plan != 0 ? range_index[index] : 0, end = p.has_plan != 0 ? range_index[index + 1] : 1;
   for (int range = begin; range < end; range++) {
     ivec2 within = ivec2(low, high);
     if (p.has_plan != 0) within = ivec2(max(within.x, ranges[range].x), min(within.y, ranges[range].y));
-    [[dont_unroll]] for (int key = within.x + split * SPAN; key < within.y; key += p.splits * SPAN) {  // splits take turns
-      uvec4 k[LOADS * PIECES], v[LOADS * PIECES];
-      [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
-        k[u * PIECES + n] = keys[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
-      [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int n = 0; n < PIECES; n++)
-        v[u * PIECES + n] = values[(key_row + min(key + mine + u * TOGETHER, p.len_k - 1)) * WIDE + min(n * LANES + at_lane, WIDE - 1)];
+    uvec4 k[LOADS * PIECES], v[LOADS * PIECES];
+    const int start = within.x + split * SPAN, step = p.splits * SPAN;  // splits take turns
+    [[unroll]] for (int m = 0; m < LOADS * PIECES; m++) k[m] = keys[place(key_row, start, m)];
+    [[unroll]] for (int m = 0; m < LOADS * PIECES; m++) v[m] = values[place(key_row, start, m)];
+    [[dont_unroll]] for (int key = start; key < within.y; key += step) {
       float s[LOADS * ROWS];
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int r = 0; r < ROWS; r++) {
         vec4 sum = vec4(0.0);
         [[unroll]] for (int n = 0; n < OWN; n++) sum = fma(wide_part(k[u * PIECES + n / HELD], n % HELD), q[r * OWN + n], sum);
         s[u * ROWS + r] = sum.x + sum.y + sum.z + sum.w;
       }
-      [[unroll]] for (int step = 1; step < 8; step++) {  // LANES is at most 128
-        const int m = LANES >> step, pairs = SCORES >> step;
+      [[unroll]] for (int m = 0; m < LOADS * PIECES; m++) k[m] = keys[place(key_row, key + step, m)];
+      [[unroll]] for (int fold = 1; fold < 8; fold++) {  // LANES is at most 128
+        const int m = LANES >> fold, pairs = SCORES >> fold;
         if (m > 0 && pairs > 0) {
           const bool upper = (lane & m) != 0;
           [[unroll]] for (int n = 0; n < pairs; n++) {
@@ -138,6 +143,7 @@ void main() {
         const vec4 x = wide_part(v[u * PIECES + n / HELD], n % HELD);
         [[unroll]] for (int r = 0; r < ROWS; r++) o[r * OWN + n] = fma(vec4(s[u * ROWS + r]), x, o[r * OWN + n]);
       }
+      [[unroll]] for (int m = 0; m < LOADS * PIECES; m++) v[m] = values[place(key_row, key + step, m)];
     }
   }
   [[unroll]] for (int r = 0; r < ROWS; r++) {
@@ -159,7 +165,6 @@ void main() {
   barrier();
   for (int m = local; m < rows * QUADS; m += THREADS) {
     const int r = m / QUADS, c = m % QUADS;
-    const int to = (split * int(gl_NumWorkGroups.y) + unit) * p.unit_rows + row0 + r;
     float best = -INFINITE, sum = 0.0;
     vec4 whole = vec4(0.0);
     for (int n = 0; n < SUBGROUPS; n++) if (totals[n * ROWS + r] > 0.0) best = max(best, tops[n * ROWS + r]);
@@ -169,8 +174,7 @@ void main() {
       whole += factor * outs[(n * ROWS + r) * QUADS + c];
     }
     whole *= sum > 0.0 ? 1.0 / sum : 0.0;
-    if (c == 0) lse[to] = sum > 0.0 ? (best + log2(sum)) * LN2 : -INFINITE;
-    if (p.splits > 1) part[to * QUADS + c] = whole;
-    else result[to * QUADS + c] = narrow(whole);
+    leave(unit * p.unit_rows + row0 + r, c, whole, sum > 0.0 ? best + log2(sum) : -INFINITE);
   }
+  arrive(unit * p.unit_rows + row0, rows);
 }
