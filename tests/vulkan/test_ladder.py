@@ -23,6 +23,7 @@ BITS = (
     "cooperative_matrix", "memory_model", "float16", "full_subgroups", "nv2_reductions", "nv2_conversions",
     "nv2_per_element_operations",
 )  # fmt: skip
+SCOPE = ("device_scope",)
 CASES = {
     "full": ((2, 2, 2, 64, 64, 32), {}),
     "ragged": ((1, 4, 2, 50, 37, 64), {}),
@@ -75,7 +76,7 @@ def test_a_missing_bit_costs_the_steps_that_use_it(bit: str) -> None:
 
 @pytest.mark.parametrize(("lost", "left"), [(0x2, None), (0x10, "nv2")])
 def test_a_missing_operation_of_subgroups_costs_the_steps_that_use_it(lost: int, left: str | None) -> None:
-    whole = adapter(BITS)
+    whole = adapter(BITS + SCOPE)
     less = whole._replace(limits=whole.limits | {"subgroupOperations": 0x7FF & ~lost})
     assert [step.name for step in ladder.matrix_steps(less, "float16")] == ([left] if left else [])
     assert ladder.row_step(whole) is not None
@@ -101,16 +102,17 @@ def test_vulkan_1_2_has_no_spirv_of_1_3() -> None:
 
 
 def test_the_doctors_words_follow_the_steps() -> None:
-    assert ladder.ladder(adapter(BITS)) == (
+    assert ladder.ladder(adapter(BITS + SCOPE)) == (
         "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; float32: tiles "
         "in shared memory; few query rows: lanes that share a key"
     )
     assert ladder.ladder(adapter(())) == "tiles in shared memory"
-    assert (
-        ladder.ladder(adapter(("full_subgroups",))) == "tiles in shared memory; few query rows: lanes that share a key"
-    )
+    few = "tiles in shared memory; few query rows: lanes that share a key"
+    assert ladder.ladder(adapter(("full_subgroups", "device_scope"))) == few
+    for bit in ("full_subgroups", "device_scope"):
+        assert ladder.ladder(adapter((bit,))) == "tiles in shared memory"
     assert "matrices" not in ladder.ladder(adapter(BITS, is_cpu=True))
-    assert "lanes" not in ladder.ladder(adapter(BITS, is_cpu=True))
+    assert "lanes" not in ladder.ladder(adapter(BITS + SCOPE, is_cpu=True))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])

@@ -16,6 +16,7 @@ _KHR = frozenset({"cooperative_matrix", "memory_model", "float16", "full_subgrou
 _DTYPES = {"float16": frozenset[str](), "bfloat16": frozenset({"bfloat16_matrix"})}
 _NEEDS = {"nv2": _KHR | {"nv2_reductions", "nv2_conversions", "nv2_per_element_operations"}, "khr": _KHR}
 _EXTENSIONS = {"nv2": "VK_NV_cooperative_matrix2", "khr": "VK_KHR_cooperative_matrix"}
+_ROWS = frozenset({"full_subgroups", "device_scope"})
 _VOTE, _SHUFFLE = 0x2, 0x10  # VkSubgroupFeatureFlagBits
 _OPERATIONS = {"nv2": _VOTE, "khr": _VOTE | _SHUFFLE}
 _SIDES = (16, 8)  # rows, columns and depth of the matrices that the shaders are written for
@@ -75,8 +76,11 @@ class RowStep(NamedTuple):
 
 
 def row_step(adapter: Adapter) -> RowStep | None:
-    """The step for few rows: subgroups that are full, vote and shuffle. A processor's driver has better ways."""
-    if adapter.is_cpu or "full_subgroups" not in adapter.features or not _does(adapter, _VOTE | _SHUFFLE):
+    """The step for few rows: full subgroups that vote and shuffle, work groups that see each other's memory.
+
+    A processor's driver has better ways.
+    """
+    if adapter.is_cpu or not adapter.features >= _ROWS or not _does(adapter, _VOTE | _SHUFFLE):
         return None
     return RowStep(adapter.limits["subgroupSize"], adapter.limits["maxComputeSharedMemorySize"])
 

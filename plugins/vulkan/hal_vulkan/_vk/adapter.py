@@ -173,7 +173,7 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
     found = {
         "timeline_semaphore": v12.timelineSemaphore, "float16": v12.shaderFloat16, "storage16": v11.storageBuffer16BitAccess,
         "memory_model": v12.vulkanMemoryModel, "cooperative_matrix": matrix.cooperativeMatrix,
-        "full_subgroups": sizes.computeFullSubgroups,
+        "full_subgroups": sizes.computeFullSubgroups, "device_scope": v12.vulkanMemoryModelDeviceScope,
     }  # fmt: skip
     found |= {"memory_export": "VK_KHR_external_memory_fd" in extensions,
               "timeline_export": _exports_timelines(ffi, lib, handle, extensions)}  # fmt: skip

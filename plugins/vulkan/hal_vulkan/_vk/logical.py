@@ -74,7 +74,7 @@ class LogicalDevice:
             wanted.append(b"VK_KHR_shader_bfloat16")
         v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {
             "sType": 51, "pNext": chain, "timelineSemaphore": 1, "shaderFloat16": has("float16"),
-            "vulkanMemoryModel": has("memory_model"),
+            "vulkanMemoryModel": has("memory_model"), "vulkanMemoryModelDeviceScope": has("device_scope"),
         })  # fmt: skip
         v11 = ffi.new("VkPhysicalDeviceVulkan11Features*", {
             "sType": 49, "pNext": v12, "storageBuffer16BitAccess": has("storage16"),
