@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 import pytest
 
@@ -31,8 +33,11 @@ class OnCuda(backend_module.VulkanBackend):  # type: ignore[name-defined, misc]
     def devices(self) -> list[hal.Device]:
         return [self._shown]
 
-    def room(self, device: hal.Device) -> tuple[int, int]:
-        return super().room(self._real)  # type: ignore[no-any-return]
+    def capabilities(self, device: hal.Device) -> hal.Capabilities:
+        return super().capabilities(self._real)  # type: ignore[no-any-return]
+
+    def check(self, request: hal.AttentionRequest, device: hal.Device) -> Iterable[hal.Refusal]:
+        return super().check(request, self._real)  # type: ignore[no-any-return]
 
     def assumed(self, device: hal.Device) -> tuple[tuple[float, float], tuple[float, float]]:
         return super().assumed(self._real)  # type: ignore[no-any-return]

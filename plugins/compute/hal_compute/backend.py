@@ -46,6 +46,8 @@ KERNEL_NAMES = frozenset({"vector_add", "reduce_sum", "matmul", "reaction_diffus
 class ComputeBackend(ABC):
     """The backend protocol but for finding and opening devices."""
 
+    #: Whether keys are copied to tiles of 64, so that short ones take more room than they are.
+    packs_keys = True
     #: Length of the long calls of a calibration, at 8 heads of 64.
     calibration_length = 1024
 
@@ -72,9 +74,9 @@ class ComputeBackend(ABC):
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
         """Memory, which depends on the device."""
         limit, most = self.room(device)
-        if (needed := memory(request)) > limit:
+        if (needed := self.memory(request)) > limit:
             yield Refusal(Code.MEMORY, "memory", f"{needed:,} bytes", f"{limit:,} bytes", "shorten the request")
-        if (largest := max(_operands(request))) > most:
+        if (largest := max(self._operands(request))) > most:
             yield Refusal(
                 Code.MEMORY, "memory", f"a buffer of {largest:,} bytes", f"{most:,} bytes", "split the heads or keys"
             )
@@ -88,10 +90,26 @@ class ComputeBackend(ABC):
             seconds = measured.values[call] + macs * measured.values["mac"]
             source = f"calibration of {device.id}"
             span = Quantity(seconds / 3, 3 * seconds, basis="measured", provenance="measured-silicon", source=source)
-            return Estimate(time=span, memory=memory(request))
+            return Estimate(time=span, memory=self.memory(request))
         (least, most), (slow, fast) = self.assumed(device)
         span = Quantity(least + macs / fast, most + macs / slow, basis="declared", provenance="assumed")
-        return Estimate(time=span, memory=memory(request))
+        return Estimate(time=span, memory=self.memory(request))
+
+    def memory(self, request: AttentionRequest) -> int:
+        """Most bytes that a call takes, results included; a mask that broadcasts takes less."""
+        queries, keys, mask = self._operands(request)
+        rows = request.batch * request.heads_q * request.len_q
+        return (6 if request.grads else 3) * queries + 4 * keys + mask + 64 * rows
+
+    def _operands(self, request: AttentionRequest) -> tuple[int, int, int]:
+        """Bytes of the query, the packed keys and the mask on the device."""
+        dim, len_k = max(request.dim_qk, request.dim_v), request.len_k
+        dim = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64  # as programs have it
+        if self.packs_keys:
+            len_k = -(-len_k // 64) * 64
+        queries = request.batch * request.heads_q * request.len_q
+        mask = 0 if request.mask is MaskKind.NONE else queries * request.len_k * 4
+        return queries * dim * 4, request.batch * request.heads_kv * len_k * dim * 4, mask
 
     def kernel_names(self, device: Device) -> frozenset[str]:
         """Those whose specification is installed: without one nothing says what is right."""
@@ -142,20 +160,3 @@ def _seconds(session: Any, place: str, length: int, repeats: int) -> float:
             torch.cuda.synchronize(query.device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _operands(request: AttentionRequest) -> tuple[int, int, int]:
-    """Bytes of the query, the packed keys and the mask on the device."""
-    dim = -(-max(request.dim_qk, request.dim_v) // 64) * 64
-    queries = request.batch * request.heads_q * request.len_q * dim * 4
-    keys = request.batch * request.heads_kv * (request.len_k + 64) * dim * 4
-    mask = 0 if request.mask is MaskKind.NONE else request.batch * request.heads_q * request.len_q * request.len_k * 4
-    return queries, keys, mask
-
-
-def memory(request: AttentionRequest) -> int:
-    """Most bytes that a call takes, results included; a mask that broadcasts takes less."""
-    queries, keys, mask = _operands(request)
-    return (
-        (6 if request.grads else 3) * queries + 4 * keys + mask + 64 * request.batch * request.heads_q * request.len_q
-    )

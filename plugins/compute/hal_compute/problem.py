@@ -25,7 +25,7 @@ FIELDS = (
     "mask_row", "plan_batch", "plan_head", "block_q", "chunk", "has_mask", "has_plan", "splits", "scale", "softcap",
 )  # fmt: skip
 LAYOUT = "18i2f"
-_PACK_BELOW = 32  # query rows below which the heads of a key head go into one unit
+PACK_BELOW = 32  # query rows below which the heads of a key head go into one unit
 _SKIP_BLOCK = 64  # tokens of a tile of a mask that may be skipped
 _SKIP_FROM = 1 << 14  # elements from which looking for hidden tiles pays
 
@@ -163,7 +163,7 @@ class Problem:
             self.ranges = hidden_tiles(self.mask, self.len_q)
         group = self.heads_q // self.heads_kv
         together = self.ranges is None or (self.ranges.head_stride == 0 and self.ranges.block_q >= self.len_q)
-        self.heads_per_unit = group if pack and group > 1 and self.len_q < _PACK_BELOW and together else 1
+        self.heads_per_unit = group if pack and group > 1 and self.len_q < PACK_BELOW and together else 1
         self.unit_rows = self.heads_per_unit * self.len_q
         self.units = self.batch * self.heads_q // self.heads_per_unit
         lower, upper = band(request, self.len_q, self.len_k)

@@ -49,6 +49,8 @@ def shape_of(is_cpu: bool, dim: int, shared: int) -> Shape:
 def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> AttentionOutput:
     """(out, log-sum-exp) of a call; None for a log-sum-exp that the request does not ask for."""
     query, key, value = call[:3]
+    if (most := _most_entries(recorder, call)) < len(query):
+        return _forward_by_entries(recorder, call, out, most)
     in_place = out is not None and out.dtype == query.dtype and recorder.lies(out)
     given = (query, key, value, call.mask, out if in_place else None)
     name = None if call.plan is not None else recorder.key("forward", number(call.request), given)
@@ -67,6 +69,37 @@ def forward(recorder: Recorder, call: Call, out: Tensor | None = None) -> Attent
         _record(recorder, commands, Setting(recorder, commands, call, pack=True), call, to, to_lse)
         commands.finish()
     return _output([result, lse] if call.request.lse else [result], out)
+
+
+def _most_entries(recorder: Recorder, call: Call) -> int:
+    """Batch entries that one dispatch takes: every query head of them may have a work group along one dimension."""
+    return max(min(recorder.most_groups[:2]) // max(call.query.shape[1], 1), 1)
+
+
+def _entries(call: Call, start: int, stop: int) -> Call:
+    """The call of some batch entries."""
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if len(tensor) > 1 else tensor  # one for all of the batch
+
+    mask, plan = call.mask, call.plan
+    if mask is not None and mask.dim() == 4:
+        mask = some(mask)
+    if plan is not None:
+        plan = plan._replace(indices=some(plan.indices), counts=some(plan.counts))
+    return Call(*(tensor[start:stop] for tensor in call[:3]), call.request, plan, mask)
+
+
+def _forward_by_entries(recorder: Recorder, call: Call, out: Tensor | None, most: int) -> AttentionOutput:
+    """`forward` of at most `most` batch entries at a time; all but the last run one recording."""
+    query = call.query
+    if out is None:
+        out = query.new_empty((*query.shape[:3], call.value.shape[-1]))
+    parts = [
+        forward(recorder, _entries(call, start, start + most), out[start : start + most]).lse
+        for start in range(0, len(query), most)
+    ]
+    return AttentionOutput(out, torch.cat(parts) if call.request.lse else None)
 
 
 def _output(found: list[Tensor], out: Tensor | None) -> AttentionOutput:
@@ -113,6 +146,15 @@ def backward(
     recorder: Recorder, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
 ) -> Grads:
     """Gradients of query, key and value from a given (out, lse); those that the request does not name are None."""
+    if (most := _most_entries(recorder, call)) < len(call.query):
+        given = (out, lse, grad_out, grad_lse)
+        parts = [
+            backward(
+                recorder, _entries(call, at, at + most), *(None if t is None else t[at : at + most] for t in given)
+            )
+            for at in range(0, len(call.query), most)
+        ]
+        return Grads(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
     inputs, wanted = call[:3], call.request.grads or frozenset("qkv")
     to_lse = None if grad_lse is None else grad_lse.float()
     given = (*inputs, call.mask, out, lse.float(), grad_out.to(call.query.dtype), to_lse)
@@ -141,13 +183,13 @@ def _record_backward(
     flowing_lse = commands.filled(lse.numel() * 4, 0.0) if grad_lse is None else stage(grad_lse)
     delta = commands.space(lse.numel() * 4)
     to_query, to_key, to_value = (commands.result(grad, dim) for grad in grads)
-    constants = (dim, 8 if setting.is_cpu else 32)
+    constants, most = (dim, 8 if setting.is_cpu else 32), commands.most_groups[0]
     shared = [query, key, value, *setting.tables, flowing, whole]
     commands.dispatch(
         f"backward_query.{setting.dtype}", constants, [*shared, result, flowing_lse, to_query, delta], setting.values(),
-        LAYOUT, (setting.len_q, setting.units, 1),
+        LAYOUT, (min(setting.len_q, most), setting.units, 1),
     )  # fmt: skip
     commands.dispatch(
         f"backward_key.{setting.dtype}", constants, [*shared, delta, to_key, to_value], setting.values(), LAYOUT,
-        (setting.len_k, setting.batch * setting.heads_kv, 1),
+        (min(setting.len_k, most), setting.batch * setting.heads_kv, 1),
     )  # fmt: skip

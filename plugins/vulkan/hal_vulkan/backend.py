@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 from hal_compute.backend import CAPABILITIES, ComputeBackend
 
-from hal_core import Capabilities, Device, DeviceUnavailableError, Numerics, Session
+from hal_core import (
+    AttentionRequest,
+    Capabilities,
+    Code,
+    Device,
+    DeviceUnavailableError,
+    Numerics,
+    Range,
+    Refusal,
+    Session,
+)
 
 from .detect import find
 from .ladder import matrix_step
@@ -17,10 +27,13 @@ _CAPABILITIES = attrs.evolve(
     numerics={**CAPABILITIES.numerics, "bfloat16": Numerics(relative=5e-3, lse=1e-3, gradient=2e-2)},
 )  # fmt: skip
 
+_LEAST_ROWS = 8  # of a work group, where a call has more
+
 
 class VulkanBackend(ComputeBackend):
     """All Vulkan devices of the machine, GPUs first."""
 
+    packs_keys = False
     calibration_length = 512
 
     def devices(self) -> Sequence[Device]:
@@ -30,7 +43,20 @@ class VulkanBackend(ComputeBackend):
         return find().reason
 
     def capabilities(self, device: Device) -> Capabilities:
-        return _CAPABILITIES
+        """Heads by the work groups of one dispatch: batch entries beyond the limit take several, heads cannot."""
+        limits = find().adapters[device.id].limits
+        most = min(limits[f"maxComputeWorkGroupCount{axis}"] for axis in "XY")
+        return attrs.evolve(_CAPABILITIES, heads=Range(1, most))
+
+    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
+        """Memory, and the work groups of one dispatch for the rows of a unit."""
+        from hal_compute.problem import PACK_BELOW
+
+        yield from super().check(request, device)
+        together = request.heads_q // request.heads_kv if request.len_q < PACK_BELOW else 1
+        most = _LEAST_ROWS * find().adapters[device.id].limits["maxComputeWorkGroupCountX"] // max(together, 1)
+        if request.len_q > most:
+            yield Refusal(Code.LENGTH, "len_q", f"{request.len_q:,}", f"at most {most:,}", "split the queries")
 
     def room(self, device: Device) -> tuple[int, int]:
         adapter = find().adapters[device.id]

@@ -13,7 +13,7 @@ import torch
 from hal_compute.pool import Region
 from torch import Tensor
 
-from hal_core import HalError
+from hal_core import HalError, UnsupportedError
 
 from ._vk import Bound, Memory
 from .memory import VulkanMemoryPool
@@ -106,6 +106,11 @@ class VulkanCommandBuffer:
     def uses(self, block: Memory) -> bool:
         """Whether it reads or writes somebody's tensors in a block."""
         return block.memory in self._lent
+
+    @property
+    def most_groups(self) -> tuple[int, ...]:
+        """Work groups of a dispatch, at most, along x, y and z."""
+        return self._recorder.most_groups
 
     # Recording
 
@@ -243,7 +248,16 @@ class VulkanCommandBuffer:
         Args:
             numbers: its push constants in struct's `layout`. kinds: see `Gpu.pipeline`; "" for storage buffers alone.
             after: whether it reads what was recorded before; without it no barrier is needed.
+
+        Raises:
+            UnsupportedError: more work groups than the device's limit.
         """
+        if any(wanted > most for wanted, most in zip(groups, self.most_groups, strict=True)):
+            asked, offered = (" x ".join(f"{n:,}" for n in numbers) for numbers in (groups, self.most_groups))
+            raise UnsupportedError(
+                f"{self._recorder.device.id} cannot {self.what}: {shader} needs {asked} work groups and the driver takes "
+                f"{offered}; split the batch, the heads or the queries"
+            )
         pipeline = self._recorder.shaders.pipeline(shader, kinds or "s" * len(operands), constants)
         if (self._dispatched or self._uploaded) and after:
             self._gpu.barrier(self._commands)

@@ -11,17 +11,17 @@ from .recorder import Recorder
 _THREADS = 64
 _CONSTANTS = (0, _THREADS)  # constant 0 belongs to the attention shaders
 _BLOCKS = {"matmul": (4 * _THREADS, 4, 1)}  # elements of the result that a work group makes along x, y and z
-_MOST_GROUPS = 4096  # along x: the shaders of vectors walk on from there
 
 
 class FieldRunner:
-    """Runs the shader of a kernel's name, a work group for each block of the result."""
+    """Runs the shader of a kernel's name: a work group for each block of the result, and so on in turn beyond the device's
+    limit. Shaders are told the extent along z besides."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
     def reduction_parts(self, count: int) -> int:
-        return min(-(-count // (_THREADS * 16)), 256) * _THREADS
+        return min(-(-count // (_THREADS * 16)), 256, self._recorder.most_groups[0]) * _THREADS
 
     def __call__(
         self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], integers: Sequence[int],
@@ -29,15 +29,14 @@ class FieldRunner:
     ) -> None:  # fmt: skip
         """See `hal_compute.fields.Runner`."""
         blocks = _BLOCKS.get(name, (_THREADS, 1, 1))
-        groups = [-(-n // block) for n, block in zip(extent, blocks, strict=True)]
-        if name == "vector_add":
-            groups[0] = min(groups[0], _MOST_GROUPS)
+        wanted = (-(-n // block) for n, block in zip(extent, blocks, strict=True))
+        groups = [min(pair) for pair in zip(wanted, self._recorder.most_groups, strict=True)]
         key = (name, *(tensor.shape for tensor in inputs), *integers, *floats)
         if (kept := self._recorder.find(key)) is not None:
             kept.run(inputs, outputs)
             return
         with self._recorder.call(what, inputs, key) as commands:
             operands = [*map(commands.stage, inputs), *map(commands.result, outputs)]
-            layout = f"{len(integers)}i{len(floats)}f"
-            commands.dispatch(name, _CONSTANTS, operands, [*integers, *floats], layout, groups)
+            layout = f"{len(integers) + 1}i{len(floats)}f"
+            commands.dispatch(name, _CONSTANTS, operands, [*integers, extent[2], *floats], layout, groups)
             commands.finish()

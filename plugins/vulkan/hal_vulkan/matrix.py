@@ -97,7 +97,8 @@ def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call
     operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
     parts, step = Parts(commands, setting, to, to_lse), cut.step
     blocks, units = -(-setting.unit_rows // cut.rows), setting.units
-    turned = setting.causal and not cut.alone  # the longest rows of all units first
+    fits = blocks <= commands.most_groups[1]
+    turned = setting.causal and not cut.alone and fits  # the longest rows of all units first
     constants = (
         setting.dim, cut.threads, cut.keys, step.side, step.subgroup, cut.height, cut.alone, setting.changes_scores, cut.ahead,
         turned,

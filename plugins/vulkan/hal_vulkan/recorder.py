@@ -52,6 +52,8 @@ class Recorder:
         self.gpu = Gpu(adapter, device.id, cache_path(adapter))
         self.shaders = VulkanShaderManager(self.gpu)
         self.mapped = adapter.is_cpu  # the device's memory is the host's
+        #: Work groups of a dispatch, at most, along x, y and z.
+        self.most_groups = tuple(adapter.limits[f"maxComputeWorkGroupCount{axis}"] for axis in "XYZ")
         self.copies = self.copied = 0
         self.pool = VulkanMemoryPool(
             self.gpu, device.id, host=self.mapped, limit=limit, exported=self.shares is not None, free=self._free

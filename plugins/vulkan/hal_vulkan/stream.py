@@ -13,6 +13,7 @@ from .setting import Setting
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
 _LANES = 8  # invocations of a subgroup, and of a work group
 _SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
+_SPARE = 4 << 20  # bytes of keys that may be chunks filled less than half
 #: Multiply-accumulates, per float of a query that an invocation holds, from which compiling that much pays.
 _FROM = 1 << 16
 
@@ -26,7 +27,14 @@ def suits(recorder: Recorder, call: Call, dim: int) -> bool:
     shuffles = limits["subgroupSize"] == _LANES and limits["subgroupOperations"] & _SHUFFLE
     can = recorder.adapter.is_cpu and limits["maxUniformBufferRange"] >= _BYTES and shuffles
     whole = dim <= 128 and _BYTES % (4 * dim) == 0  # chunks follow each other without gaps
-    return bool(call.plan is None and large and can and whole)
+    return bool(call.plan is None and large and can and whole) and _fits(recorder, call, _BYTES // (4 * dim))
+
+
+def _fits(recorder: Recorder, call: Call, chunk: int) -> bool:
+    """Whether keys that fill whole chunks of their buffer fit it, and do not take far more memory than they are."""
+    batch, heads, length = call.key.shape[:3]
+    nbytes = batch * heads * -(-length // chunk) * _BYTES
+    return nbytes <= recorder.pool.largest and (2 * length >= chunk or nbytes <= _SPARE)
 
 
 def _rows_each(rows: int) -> int:
@@ -69,8 +77,8 @@ def record(commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Oper
                     (-(-(end - begin) // tall), group, 1), kinds="suusss", after=fresh,
                 )  # fmt: skip
                 fresh = False
-    groups = (-(-rows * dim // 4 // 64), 1, 1)
-    pushed = setting.values(unit_rows=rows)
+    quads, wide = -(-rows * dim // 4 // 64), commands.most_groups[0]
+    pushed, groups = setting.values(unit_rows=rows), (min(quads, wide), -(-quads // wide), 1)
     commands.dispatch(f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], pushed, LAYOUT, groups)
 
 

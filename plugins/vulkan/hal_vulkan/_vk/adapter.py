@@ -121,6 +121,9 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
             "minStorageBufferOffsetAlignment", "maxComputeWorkGroupInvocations", "maxUniformBufferRange",
         )
     }  # fmt: skip
+    limits |= {
+        f"maxComputeWorkGroupCount{axis}": int(base.limits.maxComputeWorkGroupCount[n]) for n, axis in enumerate("XYZ")
+    }
     limits["hostPointerAlignment"] = int(imports.minImportedHostPointerAlignment)  # 0: host memory is not taken
     limits["subgroupSize"], limits["subgroupOperations"] = int(group.subgroupSize), int(group.supportedOperations)
     name = ffi.string(driver.driverName).decode(), ffi.string(driver.driverInfo).decode()

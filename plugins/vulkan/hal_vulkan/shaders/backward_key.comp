@@ -3,7 +3,7 @@
 #include "problem.glsl"
 #include "gradient.glsl"
 
-// The key's and the value's gradients, one work group per key row: all query heads of its group, all rows that read it. No
+// The key's and the value's gradients, a work group per key row and so on in turn: all query heads of its group, all rows that read it. No
 // sums cross work groups, so equal calls give equal bits.
 
 layout(binding = 8) readonly buffer Delta { float delta[]; };
@@ -17,8 +17,8 @@ bool in_plan(int unit, int i, int j) {
   return found;
 }
 
-void main() {
-  const int j = int(gl_WorkGroupID.x), key_unit = int(gl_WorkGroupID.y), local = int(gl_LocalInvocationID.x);
+void gradients(int key_unit, int j) {
+  const int local = int(gl_LocalInvocationID.x);
   const int key = key_unit * p.len_k + j;
   vec4 sum_key[OWN], sum_value[OWN];
   [[unroll]] for (int m = 0; m < OWN; m++) sum_key[m] = sum_value[m] = vec4(0.0);
@@ -52,4 +52,8 @@ void main() {
       grad_value[key * QUADS + quad] = narrow(sum_value[m]);
     }
   }
+}
+
+void main() {
+  for (int j = int(gl_WorkGroupID.x); j < p.len_k; j += int(gl_NumWorkGroups.x)) gradients(int(gl_WorkGroupID.y), j);
 }

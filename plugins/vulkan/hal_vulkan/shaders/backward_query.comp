@@ -3,7 +3,7 @@
 #include "problem.glsl"
 #include "gradient.glsl"
 
-// The query's gradient, one work group per query row: scores with one key per invocation, then sums with OWN float4 of the
+// The query's gradient, a work group per query row and so on in turn: scores with one key per invocation, then sums with OWN float4 of the
 // row per invocation. Writes delta = sum(grad_out * out) - grad_lse for the keys' gradients.
 
 layout(binding = 8) readonly buffer Out { STORED result[]; };
@@ -11,8 +11,8 @@ layout(binding = 9) readonly buffer GradLse { float grad_lse[]; };
 layout(binding = 10) writeonly buffer GradQuery { STORED grad_query[]; };
 layout(binding = 11) writeonly buffer Delta { float delta[]; };
 
-void main() {
-  const int i = int(gl_WorkGroupID.x), unit = int(gl_WorkGroupID.y), local = int(gl_LocalInvocationID.x);
+void gradient(int unit, int i) {
+  const int local = int(gl_LocalInvocationID.x);
   const int row = unit * p.unit_rows + i, key_unit = unit * p.heads_per_unit / p.group;
   vec4 product = vec4(0.0);
   for (int d = 0; d < QUADS; d++) product = fma(wide(grad_out[row * QUADS + d]), wide(result[row * QUADS + d]), product);
@@ -46,4 +46,8 @@ void main() {
   }
   [[unroll]] for (int m = 0; m < OWN; m++)
     if (m * THREADS + local < QUADS) grad_query[row * QUADS + m * THREADS + local] = narrow(sum[m]);
+}
+
+void main() {
+  for (int i = int(gl_WorkGroupID.x); i < p.len_q; i += int(gl_NumWorkGroups.x)) gradient(int(gl_WorkGroupID.y), i);
 }

@@ -18,7 +18,8 @@ shared float tops[THREADS], totals[THREADS];
 
 void main() {
   const int rows = p.unit_rows;  // of all units together
-  const int local = int(gl_LocalInvocationID.x), n = int(gl_WorkGroupID.x) * PLACES + local % PLACES, row = n / QUADS;
+  const int group = int(gl_WorkGroupID.y * gl_NumWorkGroups.x + gl_WorkGroupID.x);
+  const int local = int(gl_LocalInvocationID.x), n = group * PLACES + local % PLACES, row = n / QUADS;
   float top = -INFINITE, total = 0.0;
   vec4 sum = vec4(0.0);
   if (row < rows) {
