@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +21,8 @@ from hal_core import (
     Session,
 )
 from hal_core.calibration import load
+
+from . import calibrate
 
 CAPABILITIES = Capabilities(
     dtypes={"float32", "float16"},
@@ -48,7 +48,7 @@ class ComputeBackend(ABC):
 
     #: Whether keys are copied to tiles of 64, so that short ones take more room than they are.
     packs_keys = True
-    #: Length of the long calls of a calibration, at 8 heads of 64.
+    #: Tokens of the first long call of a calibration, at 8 heads of 64.
     calibration_length = 1024
 
     @abstractmethod
@@ -82,17 +82,16 @@ class ComputeBackend(ABC):
             )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """From a calibration (seconds per call and per multiply-accumulate) where there is one, assumed rates elsewhere."""
-        macs = request.visible_macs * (4 if request.grads else 1)
+        """From a calibration that has the request's dtype and place, see `calibrate.seconds`; assumed rates elsewhere."""
         measured = load(device)
-        call = _call_from(request.device.partition(":")[0])
-        if measured is not None and {call, "mac"} <= set(measured.values):
-            seconds = measured.values[call] + macs * measured.values["mac"]
+        taken = None if measured is None else calibrate.seconds(measured.values, request)
+        if taken is not None:
             source = f"calibration of {device.id}"
-            span = Quantity(seconds / 3, 3 * seconds, basis="measured", provenance="measured-silicon", source=source)
-            return Estimate(time=span, memory=self.memory(request))
-        (least, most), (slow, fast) = self.assumed(device)
-        span = Quantity(least + macs / fast, most + macs / slow, basis="declared", provenance="assumed")
+            span = Quantity(taken / 3, 3 * taken, basis="measured", provenance="measured-silicon", source=source)
+        else:
+            macs = request.visible_macs * (4 if request.grads else 1)
+            (least, most), (slow, fast) = self.assumed(device)
+            span = Quantity(least + macs / fast, most + macs / slow, basis="declared", provenance="assumed")
         return Estimate(time=span, memory=self.memory(request))
 
     def memory(self, request: AttentionRequest) -> int:
@@ -118,45 +117,7 @@ class ComputeBackend(ABC):
         return KERNEL_NAMES & frozenset(registry.kernel_specs())
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
-        """Seconds of a call without work, and per multiply-accumulate of a large one (float32, head_dim 64).
-
-        Where the device also reads tensors elsewhere than on the host, a call without work from there by itself: it orders the
-        work of two interfaces.
-        """
-        import torch
-
-        session: Any = self.open(device)
-        values: dict[str, Any] = {}
-        with session:
-            for place in device.reads:
-                if place == "cpu" or torch.cuda.is_available():
-                    progress(f"short calls from {place}", 0.1)
-                    values[_call_from(place.partition(":")[0])] = _seconds(session, place, 16, 50)
-            progress("long calls", 0.4)
-            long = _seconds(session, "cpu", self.calibration_length, 12)
-        progress("done", 1.0)
-        return values | {"mac": max(long - values["call"], 1e-9) / (8 * self.calibration_length**2 * 128)}
-
-
-def _call_from(kind: str) -> str:
-    """The calibration's name for a call without work whose tensors lie on a torch device of this kind."""
-    return "call" if kind == "cpu" else f"call from {kind}"
-
-
-def _seconds(session: Any, place: str, length: int, repeats: int) -> float:
-    """The median of `repeats` calls at 8 heads of 64 until their results can be read, after one that compiles."""
-    import torch
-
-    query = torch.randn(1, 8, length, 64, device=place)
-    run = session.bind(AttentionRequest(
-        batch=1, heads_q=8, heads_kv=8, len_q=length, len_k=length, dim_qk=64, dim_v=64, dtype="float32"
-    ))  # fmt: skip
-    run(query, query, query)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run(query, query, query)
-        if query.is_cuda:
-            torch.cuda.synchronize(query.device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        """Seconds of a call, of copies and of work in each dtype that the device has, see `calibrate.measure`."""
+        with self.open(device) as session:
+            dtypes = self.capabilities(device).dtypes
+            return dict(calibrate.measure(session, device.reads, dtypes, self.calibration_length, progress))
