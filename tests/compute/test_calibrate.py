@@ -98,7 +98,7 @@ def test_every_dtype_of_a_calibrated_device_is_estimated_from_measurements(
     except (hal.DeviceUnavailableError, hal.UnknownBackendError) as absent:
         pytest.skip(str(absent))
     backend: Any = registry.backend_of(device)
-    monkeypatch.setattr(type(backend), "calibration_length", 64)
+    monkeypatch.setattr(type(backend), "calibration_length", 16)
     monkeypatch.setattr(measuring, "_ENOUGH", 0.0)
     stored = calibrate(name)
     for dtype in backend.capabilities(device).dtypes:

@@ -243,6 +243,59 @@ def test_a_hanging_device_is_waited_for_once_and_not_for_every_recording(
         run(query, query, query)
 
 
+def test_a_recording_that_hangs_is_not_waited_for_again_and_runs_once_the_device_goes_on(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, query = bound(session)
+    run(query, query, query)
+    gpu, patience = session.recorder.gpu, []
+    wait = gpu.wait
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            gpu, "wait", lambda number, what, seconds: patience.append(seconds) or wait(number, what, seconds)
+        )
+        patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", 2))  # VK_TIMEOUT
+        with pytest.raises(hal.DeviceUnavailableError, match="did not compute attention"):
+            run(query, query, query)
+        for _ in range(2):
+            with pytest.raises(hal.DeviceUnavailableError, match=r"did not end .*compute attention.*close the session"):
+                run(query, query, query)
+        assert patience == [commands.TIMEOUT, 0.0, 0.0]
+    session.synchronize()
+    assert relative_error(run(query, query, query), reference(query, query, query).out) <= 1e-5
+
+
+def test_memory_of_a_recording_that_hung_comes_back_when_the_device_goes_on(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, query = bound(session)
+    gpu, pool = session.recorder.gpu, session.recorder.pool
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", 2))  # VK_TIMEOUT
+        with pytest.raises(hal.DeviceUnavailableError, match="did not compute attention"):
+            run(query, query, query)
+    assert pool.in_use > 0
+    session.synchronize()
+    works(session)
+    session.recorder.forget()
+    assert pool.in_use == 0
+
+
+def test_a_clock_that_starts_again_between_two_stamps_still_tells_the_time(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = session.recorder.gpu
+
+    class Stamping(Failing):
+        def _fail(self, *given: Any) -> int:
+            given[5][0], given[5][1] = 2**36 - 10, 30
+            return 0
+
+    monkeypatch.setattr(gpu, "_stamp_bits", 36)
+    monkeypatch.setattr(gpu, "_lib", Stamping(gpu._lib, "vkGetQueryPoolResults", 0))
+    assert gpu.stamped_seconds() == pytest.approx(40 * gpu.adapter.limits["timestampPeriod"] * 1e-12)
+
+
 def test_every_wait_is_given_a_time_out(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, seen = session.recorder.gpu, []
     wait = gpu._lib.vkWaitSemaphores

@@ -323,6 +323,24 @@ def test_a_tensor_outlives_the_session_that_made_its_memory(session: Any) -> Non
     assert bool((tensor == 3).all())
 
 
+def test_a_closed_sessions_memory_can_be_freed_and_not_had(session: Any) -> None:
+    memory = session.memory
+    kept, freed = (memory.allocate((64, 64), "float32") for _ in range(2))
+    tensor = memory.to_torch(kept).fill_(3)
+    query = torch.empty(1, 1, 8, 32, device=place(session))
+    session.bind(asked(query, query))(query, query, query)
+    session.close()
+    memory.free(freed)
+    memory.free(kept)
+    assert bool((tensor == 3).all())
+    del tensor, kept, freed
+    gc.collect()
+    assert memory.stats().pooled == 0
+    assert session.device_seconds is None
+    with pytest.raises(hal.DeviceUnavailableError, match=r"was closed: take a new one"):
+        memory.allocate((64,), "float32")
+
+
 def test_torchs_work_is_ordered_before_memory_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
     device = next((d for d in hal.devices() if d.family == "vulkan" and d.fidelity == "emulated"), None)
     if device is None:

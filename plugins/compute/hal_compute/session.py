@@ -172,7 +172,7 @@ class ComputeSession(ABC):
     @property
     def device_seconds(self) -> float | None:
         """What the last call's programs took by the device's clock, copies not counted; None where it has none."""
-        return self._engine.device_seconds
+        return None if self._closed else self._engine.device_seconds
 
     @property
     def closed(self) -> bool:

@@ -161,7 +161,7 @@ def _launch_backward(engine: Engine, lease: Lease, call: Call, given: tuple[Any,
     setting = _Setting(engine, lease, call, pack=False)
     dim, problem = setting.dim, setting.packed()
     query, key, value, result, flowing = (
-        lease.stage(t, dim).buffer for t in (*call[:3], out, grad_out.to(call.query.dtype))
+        lease.stage(t.to(call.query.dtype), dim).buffer for t in (*call[:3], out, grad_out)
     )
     whole = lease.stage(lse.float()).buffer
     flowing_lse = lease.stage(torch.zeros_like(lse) if grad_lse is None else grad_lse.float()).buffer

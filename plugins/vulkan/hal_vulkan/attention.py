@@ -157,7 +157,8 @@ def backward(
         return Grads(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
     inputs, wanted = call[:3], call.request.grads or frozenset("qkv")
     to_lse = None if grad_lse is None else grad_lse.float()
-    given = (*inputs, call.mask, out, lse.float(), grad_out.to(call.query.dtype), to_lse)
+    dtype = call.query.dtype  # what was given may be wider
+    given = (*inputs, call.mask, out.to(dtype), lse.float(), grad_out.to(dtype), to_lse)
     name = None if call.plan is not None else recorder.key("backward", number(call.request), given)
     if (kept := recorder.find(name)) is not None:
         grads = kept.run(given)

@@ -13,7 +13,7 @@ import torch
 from hal_compute.pool import Region
 from torch import Tensor
 
-from hal_core import HalError, UnsupportedError
+from hal_core import DeviceUnavailableError, HalError, UnsupportedError
 
 from ._vk import Bound, Memory
 from .memory import VulkanMemoryPool
@@ -94,7 +94,7 @@ class VulkanCommandBuffer:
         self._downloads: list[tuple[Bound, Bound]] = []
         self._copies = self._copied = 0
         self._dispatched = self._uploaded = False
-        self.fixed = True
+        self.fixed, self.kept = True, False  # kept: by the recorder, to be run again
         self._commands: Any = self._gpu.begin()
         self._gpu.stamp(self._commands, 2)
 
@@ -302,7 +302,7 @@ class VulkanCommandBuffer:
                     _copy(near, source.detach(), self._plain)
             for take, operand, wide in self._streamed:
                 recorder.ring.upload(take(given).detach(), operand.bound, wide, self.what)
-            gpu.wait(gpu.submit(self._commands), self.what, TIMEOUT)
+            self._wait(gpu.submit(self._commands))
         else:
             card.enter()
             if self._uploads:  # all by one launch
@@ -312,6 +312,14 @@ class VulkanCommandBuffer:
         recorder.copies += self._copies
         recorder.copied += self._copied
         return [self._fetched(result, given, into, n) for n, result in enumerate(self._results)]
+
+    def _wait(self, number: int) -> None:
+        try:
+            self._gpu.wait(number, self.what, TIMEOUT)
+        except DeviceUnavailableError:
+            if self.kept:  # it is not released now, which would wait once more
+                self._recorder.give_up(self.what)
+            raise
 
     def _fetched(self, result: _Result, given: Given, into: Given, n: int) -> Tensor:
         """A result in the tensor that it was written into, that waits for it, or that is made for it."""

@@ -16,7 +16,7 @@ from hal_compute.pool import DevicePool, Region
 from hal_compute.session import ComputeMemory
 from torch import Tensor
 
-from hal_core import Buffer, ContractError, MemoryStats, PooledMemory
+from hal_core import Buffer, ContractError, DeviceUnavailableError, MemoryStats, PooledMemory
 from hal_core.request import DTYPE_BYTES
 
 from ._vk import Bound, Gpu, Memory
@@ -77,6 +77,8 @@ class VulkanMemory(ComputeMemory):
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
         with self._device_lock:
             self._collect()
+            if self._recorder.closed:
+                raise DeviceUnavailableError(f"{self._name}'s session was closed: take a new one with hal.session()")
             card = self._recorder.card
             if card is None:
                 return super().allocate(shape, dtype)
@@ -110,7 +112,9 @@ class VulkanMemory(ComputeMemory):
     def _collect(self) -> None:
         """Take regions back whose last tensor is gone. Tensors end in any thread, so that they only leave a note."""
         ended = len(self._ended)  # a tensor that ends from here on may still have work under way after the wait
-        if self._recorder.stuck:  # neither wait again nor take back what still runs
+        if (
+            self._recorder.stuck or self._recorder.closed
+        ):  # neither wait again nor take back what still runs, or is gone
             return
         if ended:
             self._recorder.settle()

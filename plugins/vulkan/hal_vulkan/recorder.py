@@ -65,6 +65,7 @@ class Recorder:
         self.kept_bytes = 0  # of memory that kept recordings hold
         self._stuck = ""
         self._left: list[VulkanCommandBuffer] = []  # that were given up while they ran
+        self.closed = False
 
     # Recordings
 
@@ -103,7 +104,7 @@ class Recorder:
             keep = key is not None and commands.fixed and commands.nbytes <= self._room // 4
         finally:
             if keep:
-                self._kept[key] = commands
+                self._kept[key], commands.kept = commands, True
                 self.kept_bytes += commands.nbytes
             else:
                 self._release(commands)
@@ -113,8 +114,13 @@ class Recorder:
     def _room(self) -> int:
         return KEPT_BYTES if self.mapped else max(KEPT_BYTES, self.pool.limit // KEPT_PART)
 
+    def give_up(self, what: str) -> None:
+        """A wait for `what` was too long: calls are refused from now on, for as long as the device still runs it."""
+        if not self.gpu.lost:  # nothing runs on a lost one
+            self._stuck = f"{self.device.id} did not end what was given up ({what})"
+
     def _check_alive(self) -> None:
-        if self._stuck:
+        if self._stuck and not self._ended(0.0):
             raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
 
     def _evict(self, most: int, most_bytes: int, most_fragmented: float = 1.0) -> None:
@@ -140,7 +146,7 @@ class Recorder:
             self._left.append(commands)
         elif not commands.release():
             self._left.append(commands)
-            self._stuck = f"{self.device.id} did not end what was given up ({commands.what})"
+            self.give_up(commands.what)
 
     # Memory
 
@@ -232,21 +238,27 @@ class Recorder:
 
     def stop(self) -> None:
         """Wait a last time for what was queued, before `close`; on a device that hangs what is in use stays."""
+        if not self._ended(recording.GRACE) and not self._stuck:
+            self.give_up("what was queued")
+
+    def _ended(self, patience: float) -> bool:
+        """Whether nothing runs any more, after waiting for it; what was given up before goes back then."""
         try:
-            self.gpu.wait(self.gpu.submitted, "finish before it is closed", recording.GRACE)
+            self.gpu.wait(self.gpu.submitted, "finish before it is closed", patience)
         except DeviceUnavailableError:
-            if not self.gpu.lost:  # nothing runs on a lost one
-                self._stuck = self._stuck or f"{self.device.id} did not end what was queued"
-                return
+            if not self.gpu.lost:
+                return False
         self._stuck, left, self._left = "", self._left, []
         for commands in left:
             self._release(commands)
+        return True
 
     def close(self) -> None:
         """Destroy everything, but on a device that hangs: what is in use there stays, or the process would go with it."""
         self.shaders.save(cache_path(self.adapter))
         if self._stuck:
             return
+        self.closed = True
         self.trim()
         if self._card is not None:
             self._card.close()

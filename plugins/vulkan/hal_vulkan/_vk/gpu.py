@@ -160,18 +160,19 @@ class Gpu(Compiling):
 
     def stamp(self, commands: Any, place: int) -> None:
         """Write time stamp `place`, 0 to 3: an even one once the device is here, an odd one after all that was recorded."""
-        if self._timestamps:
+        if self._stamp_bits:
             self._lib.vkCmdResetQueryPool(commands, self._queries, place, 1)
             self._lib.vkCmdWriteTimestamp(commands, 0x2000 if place % 2 else 1, self._queries, place)
 
     def stamped_seconds(self, first: int = 0) -> float | None:
         """Device time between stamps `first` and `first` + 1 of the last finished submission; None without a clock."""
-        if not self._timestamps:
+        if not self._stamp_bits:
             return None
         stamps = self._ffi.new("uint64_t[2]")
         if self._lib.vkGetQueryPoolResults(self._device, self._queries, first, 2, 16, stamps, 8, 1):
             return None
-        return float(stamps[1] - stamps[0]) * self.adapter.limits["timestampPeriod"] * 1e-12
+        passed = (stamps[1] - stamps[0]) % (1 << self._stamp_bits)  # the counter may start again in between
+        return float(passed) * self.adapter.limits["timestampPeriod"] * 1e-12
 
     def end(self, commands: Any) -> None:
         self._check(self._lib.vkEndCommandBuffer(commands), "vkEndCommandBuffer")

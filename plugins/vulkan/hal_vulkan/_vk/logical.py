@@ -29,7 +29,7 @@ class LogicalDevice:
         listed = ffi.new("VkQueueFamilyProperties[]", families[0])
         lib.vkGetPhysicalDeviceQueueFamilyProperties(adapter.handle, families, listed)
         self._family = next(n for n in range(families[0]) if listed[n].queueFlags & 2)
-        self._timestamps = listed[self._family].timestampValidBits > 0
+        self._stamp_bits = int(listed[self._family].timestampValidBits)  # 0: no clock
         self._device = self._make_device()
         queue = ffi.new("VkQueue*")
         lib.vkGetDeviceQueue(self._device, self._family, 0, queue)
