@@ -112,6 +112,11 @@ class VulkanCommandBuffer:
         """Work groups of a dispatch, at most, along x, y and z."""
         return self._recorder.most_groups
 
+    def spread(self, groups: int) -> tuple[int, int, int]:
+        """So many work groups along x, or some more along x and y where they are beyond the limit of x."""
+        wide = self.most_groups[0]
+        return min(groups, wide), -(-groups // wide), 1
+
     # Recording
 
     def space(self, nbytes: int) -> Operand:

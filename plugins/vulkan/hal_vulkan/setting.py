@@ -67,7 +67,8 @@ class Parts:
         if self._splits == 1:
             return
         setting, strands = self._setting, 4 if self._splits >= 8 and not self._setting.is_cpu else 1
+        groups = self._commands.spread(-(-self._rows * setting.dim // 4 * strands // _MERGERS))
         self._commands.dispatch(
             f"merge.{setting.dtype}", (setting.dim, _MERGERS, strands), [self.sums, self.lse, self._to, self._to_lse],
-            setting.values(unit_rows=self._rows), LAYOUT, (-(-self._rows * setting.dim // 4 * strands // _MERGERS), 1, 1),
+            setting.values(unit_rows=self._rows), LAYOUT, groups,
         )  # fmt: skip

@@ -77,8 +77,7 @@ def record(commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Oper
                     (-(-(end - begin) // tall), group, 1), kinds="suusss", after=fresh,
                 )  # fmt: skip
                 fresh = False
-    quads, wide = -(-rows * dim // 4 // 64), commands.most_groups[0]
-    pushed, groups = setting.values(unit_rows=rows), (min(quads, wide), -(-quads // wide), 1)
+    pushed, groups = setting.values(unit_rows=rows), commands.spread(-(-rows * dim // 4 // 64))
     commands.dispatch(f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], pushed, LAYOUT, groups)
 
 
