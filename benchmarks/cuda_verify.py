@@ -126,7 +126,7 @@ def packed(bench: Bench) -> float:
 
 def dropped(bench: Bench) -> float:
     """Share of weights dropped, less the share asked for."""
-    from hal_cuda.portable import dropout_pattern
+    from hal_cuda.dropout import dropout_pattern
 
     keep = dropout_pattern(bench.chip, (2, 2, 1000, 1000), 0.25, (1, 2), "cuda")
     return abs(0.75 - float(keep.float().mean()))

@@ -67,7 +67,7 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     for dim_qk, dim_v, length in shapes:
         whole = dim_qk in (64, 128, 256) and dim_qk == dim_v
         for edge, flags in (edges | packed if whole else edges).items():
-            tiling = hopper.tiling_for(dim_qk, dim_v, length, length, flags.get("right", False))
+            tiling = hopper.tiling_for(dim_qk, dim_v, length, length, "right" in flags, "left" in flags, lse=True)
             settings = dict.fromkeys(("left", "right", "shifted", "half", "ragged", "softcap"), False) | {"lse": True} | flags
             constants = hopper.kernel_constants(tiling, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
             if edge in packed:
@@ -89,13 +89,15 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
         "boolean mask": {"mask": MaskKind.BOOLEAN}, "additive mask": {"mask": MaskKind.ADDITIVE}, "dropout": {"dropout": 0.1},
         "block plan": {"block_plan": (128, 128, 2)}, "window": {"window": (100, 0)}, "softcap": {"softcap": 5.0},
         "decode": {"len_q": 1, "len_k": 8192}, "paged decode": {"len_q": 1, "page_size": 16},
+        "joined decode": {"len_q": 1, "len_k": 8192},
     }  # fmt: skip
     found: dict[str, Callable[[], Any]] = {}
     for name, change in changes.items():
         request = replace(base, **change)
         before = len(_launched)
-        PortablePath(request, chip)._build(*_tensors(request))
-        for part, make in zip(("attend", "merge"), _launched[before:], strict=False):
+        PortablePath(request, chip)._build(*_tensors(request), joins=name.startswith("joined"))
+        made = _launched[-1:] if name.startswith("joined") else _launched[before:]  # behind the two that captures take
+        for part, make in zip(("attend", "merge"), made, strict=False):
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
     chip.launcher(list_once, list_once_signature(), TILE, num_warps=4)
     found[f"sm_{capability[0]}{capability[1]} list_once"] = _launched[-1]

@@ -16,7 +16,7 @@ from hal_core import AttentionRequest, Capabilities, Device, Estimate, Fidelity,
 DEVICE = Device(
     id="interpreted:0", family="cuda", vendor="NVIDIA", model="Triton's interpreter", fidelity=Fidelity.EMULATED, reads=("cpu",)
 )
-CHIP = Chip(index=0, capability=(9, 0), multiprocessors=6, shared_memory=227 << 10, torch_attention=False)
+CHIP = Chip(index=0, capability=(9, 0), multiprocessors=16, shared_memory=227 << 10, torch_attention=False)
 RATES = Rates.assumed((9, 0), 132, None)
 
 

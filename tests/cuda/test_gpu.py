@@ -223,6 +223,34 @@ def test_graph_replays_with_new_values(gpu: str, seed: int) -> None:
             assert error(out, exact(query, key, value, causal="bottom_right")[0]) <= 4e-3
 
 
+def test_decode_on_two_streams_at_once_and_in_a_graph(gpu: str, seed: int) -> None:
+    """Programs of one call are counted apart from those of another, though calls overlap and a graph is replayed beside."""
+    from hal_cuda.scratch import scratch_of
+
+    given = [
+        (draw(seed + i, 1, 8, 1, 128, torch.bfloat16), *(draw(seed + i + j, 1, 2, 20000, 128, torch.bfloat16) for j in (7, 8)))
+        for i in range(3)
+    ]
+    want = [hal.attention(*tensors, enable_gqa=True, backend=gpu) for tensors in given]
+    for tensors, out in zip(given, want, strict=True):
+        assert error(out, exact(*tensors)[0]) <= 4e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = hal.attention(*given[2], enable_gqa=True, backend=gpu)
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    got: list[list[Tensor]] = [[], []]
+    for _ in range(100):
+        for number, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[number].append(hal.attention(*given[number], enable_gqa=True, backend=gpu))
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want[number]) for number in (0, 1) for out in got[number])
+    assert error(replayed, want[2].double()) <= 1e-3
+    assert not bool(scratch_of(torch.device("cuda", 0))._arrived.any())
+
+
 def test_calls_follow_the_current_stream(gpu: str, seed: int) -> None:
     query, key, value = (draw(seed + i, 1, 4, 2048, 64, torch.bfloat16) for i in range(3))
     want = exact(query, key, value)[0]

@@ -137,7 +137,8 @@ def attention_forward(
         raise HalError(
             "output_attentions=True was given, and hal never holds the weights: use attn_implementation='eager'"
         )
-    _refuse_unknown(others)
+    if not IGNORED_ARGUMENTS.issuperset(others):
+        _refuse_unknown(others)
     if s_aux is not None and sinks is not None:
         raise HalError("s_aux and sinks were both given: pass one of them")
     sink = s_aux if sinks is None else sinks

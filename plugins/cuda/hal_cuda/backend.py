@@ -127,6 +127,7 @@ class CudaBackend:
         """Raises DeviceUnavailableError after a fork, and where CUDA numbers the GPUs otherwise than NVML."""
         import torch
 
+        from .scratch import scratch_of
         from .session import CudaSession
 
         _refuse_fork(device)
@@ -136,6 +137,8 @@ class CudaBackend:
             raise DeviceUnavailableError(
                 f"{device.id} is a {device.model} for the driver and a {name} for CUDA: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
             )
+        if not torch.cuda.is_current_stream_capturing():
+            scratch_of(torch.device("cuda", index))
         session = CudaSession(device, self.chip(device), lambda: self.rates(device))
         self._sessions[device.id] = session
         return session

@@ -47,6 +47,10 @@ class Chip:
         """Whether a kernel may be launched before the one it waits for has ended."""
         return self.capability >= (9, 0) and not compiled.INTERPRETED
 
+    def stream(self) -> int:
+        """Handle of torch's current stream there."""
+        return 0 if compiled.INTERPRETED else torch._C._cuda_getCurrentRawStream(self.index)
+
     def launcher(
         self, fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], **options: Any
     ) -> Launcher:
@@ -64,7 +68,7 @@ class Chip:
 
         def run(grid: tuple[int, int, int], tensors: Sequence[Any], arguments: list[Any]) -> None:
             pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            made(grid, current(index), pointers + arguments + tail)
+            made(grid, current(index), (*pointers, *arguments, *tail))
 
         return run
 
@@ -72,9 +76,9 @@ class Chip:
         from triton.backends.compiler import GPUTarget
 
         target = GPUTarget("cuda", 10 * self.capability[0] + self.capability[1], 32)
-        divisible = dict(_ALIGNED) if constants.get("ALIGNED") else {}
-        if divisible and constants["DV"] % 8 == 0:
-            divisible |= _ALIGNED_RESULT
+        divisible = {"part": 16} if "part" in signature else {}
+        if constants.get("ALIGNED"):
+            divisible |= _ALIGNED | (_ALIGNED_RESULT if constants["DV"] % 8 == 0 else {})
         return compiled.compile_for(fn, signature, constants, target, divisible, **options)
 
     @staticmethod

@@ -19,7 +19,7 @@ from hal_core import (
 )
 
 from .chip import Chip
-from .portable import dropout_pattern
+from .dropout import dropout_pattern
 
 
 def attend(

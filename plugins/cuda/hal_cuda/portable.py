@@ -19,8 +19,10 @@ from hal_core import (
 )
 
 from .chip import Chip, Launcher
-from .kernels.attend import attend, keep_mask, merge
+from .dropout import random_words
+from .kernels.attend import attend, merge
 from .plans import listed_once
+from .scratch import COUNTERS, PARTIAL, Scratch, scratch_of
 
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "u8",
@@ -31,6 +33,9 @@ MOST_PACKED_ROWS = 64
 MOST_PACKED_TOKENS = 16
 _STRIDES = 28  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
+#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too slowly.
+_MOST_JOINED = 1 << 15
+_JOINED = (16, 64)  # splits that it joins at once: two kernels serve all lengths
 
 
 class Tiles(NamedTuple):
@@ -125,8 +130,9 @@ class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
     arguments: of the kernel after its tensors; where it takes no mask, plan or tables, with a None for each of those. seed:
-    where the random words are among them. like_query: the result has the query's shape and strides. With split keys, `partial`
-    numbers hold the partial results and their log-sum-exp, and `merge` joins them.
+    where the random words are among them. like_query: the result has the query's shape and strides. partial: numbers that hold
+    the partial results of split keys and their log-sum-exp, or 0. joins: the last program joins them, in scratch memory; else
+    `merge` does.
     """
 
     run: Launcher
@@ -135,6 +141,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     like_query: bool
     partial: int = 0
+    joins: bool = False
     merge: Launcher | None = None
     merge_arguments: list[Any] = []  # noqa: RUF012 - never written to
     merge_grid: tuple[int, int, int] = (0, 0, 0)
@@ -145,8 +152,13 @@ class PortablePath:
 
     def __init__(self, request: AttentionRequest, chip: Chip) -> None:
         self.request, self.chip = request, chip
+        self._may_split = packs(request, 1)
         self._launches: dict[Any, Launch] = {}
-        self._runs: dict[Any, Any] = {}
+        self._runs: dict[_Chosen | str, Launcher] = {}
+        left, right = request.window or (None, None)
+        if request.causal is not Causal.NONE:
+            right = 0 if right is None else min(right, 0)
+        self._band = left, right
         self._last: tuple[Any, Launch | None] = ((), None)
 
     def __call__(
@@ -154,22 +166,24 @@ class PortablePath:
         tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:  # fmt: skip
         """Attention on tensors that the request describes; lengths are read from the tensors."""
-        if plan is not None:
-            plan = listed_once(plan, self.chip)
-        if tables is not None:
-            tables = SequenceTables(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4]))
-        form: Any = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
-        pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
-        whole = not (pointers[0] | pointers[1] | pointers[2]) & 15
-        extras = _extras(mask, plan, tables)
-        form = (form, whole, extras)
+        extras = None
+        if mask is not None or plan is not None or tables is not None:
+            plan = None if plan is None else listed_once(plan, self.chip)
+            if tables is not None:
+                tables = SequenceTables(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4]))
+            extras = _extras(mask, plan, tables)
+        scratch = self._scratch(query) if self._may_split else None
+        form = (
+            query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
+            (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, extras, scratch is None,
+        )  # fmt: skip
         last, launch = self._last
         if launch is None or form != last:
             launch = self._launches.get(form)
             if launch is None:
                 if len(self._launches) >= _MOST_LAUNCHES:
                     self._launches.clear()
-                launch = self._launches[form] = self._build(query, key, value, mask, plan, tables)
+                launch = self._launches[form] = self._build(query, key, value, mask, plan, tables, scratch is not None)
             self._last = (form, launch)
         out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
@@ -177,27 +191,36 @@ class PortablePath:
         if rng is not None:
             arguments = arguments.copy()
             arguments[launch.seed : launch.seed + 2] = random_words(rng)
-        target, target_lse = out, lse
-        if launch.merge is not None:
-            target, target_lse = torch.empty(launch.partial, dtype=torch.float32, device=query.device), None
-        tensors: tuple[Tensor | None, ...] = (query, key, value, target, target_lse)
+        partial = arrived = None
+        if launch.joins:
+            assert scratch is not None
+            partial, arrived = scratch
+        elif launch.partial:
+            partial = query.new_empty(launch.partial, dtype=torch.float32)
+        tensors: tuple[Tensor | None, ...] = (query, key, value, out, lse, partial, arrived)
         if extras is not None:
             tensors += (mask, *(tables or _NO_TABLES)[:4], *((None, None) if plan is None else plan[2:]))
         launch.run(launch.grid, tensors, arguments)
         if launch.merge is not None:
-            launch.merge(launch.merge_grid, (target, out, lse), launch.merge_arguments)
+            launch.merge(launch.merge_grid, (partial, out, lse), launch.merge_arguments)
         return AttentionOutput(out, lse)
+
+    def _scratch(self, query: Tensor) -> Scratch | None:
+        """That of the current stream; None while it is captured: a graph may be replayed on any stream."""
+        if query.is_cuda and torch._C._cuda_isCurrentStreamCapturing():
+            return None
+        return scratch_of(query.device).on(self.chip.stream())
 
     def _build(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-        tables: SequenceTables | None,
+        tables: SequenceTables | None, joins: bool,
     ) -> Launch:  # fmt: skip
-        """The launch with the largest tiles that the chip holds."""
+        """The launch with the largest tiles that the chip holds. joins: there is scratch memory."""
         len_q = self.request.len_q if self.request.packed else query.shape[2]
         tiles: Tiles | None = choose_tiles(self.request, len_q)
         while tiles is not None:
             try:
-                return self._launch(tiles, query, key, value, mask, plan, tables)
+                return self._launch(tiles, query, key, value, mask, plan, tables, joins)
             except OutOfResources:
                 tiles = shrunk(tiles)
         raise DeviceUnavailableError(
@@ -207,9 +230,9 @@ class PortablePath:
 
     def _launch(
         self, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-        tables: SequenceTables | None,
+        tables: SequenceTables | None, joins: bool,
     ) -> Launch:  # fmt: skip
-        r, chip = self.request, self.chip
+        r = self.request
         out = empty_result(query, value.shape[3])
         batch, heads_q, len_q, dim_qk = query.shape
         heads_kv, len_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
@@ -218,30 +241,20 @@ class PortablePath:
         elif r.page_size is not None:
             assert tables is not None
             len_k = tables.page_table.shape[1] * key.shape[2]
-        pack = packs(r, len_q)
-        splits = choose_splits(r, tiles, len_q, len_k, batch, chip) if pack else Splits(1, 0)
+        pack, group = packs(r, len_q), heads_q // heads_kv
+        splits = choose_splits(r, tiles, len_q, len_k, batch, self.chip) if pack else Splits(1, 0)
         split = splits.count > 1
         if plan is not None:
             row_tiles = -(-len_q // plan.block_q) * -(-plan.block_q // tiles.rows)
         else:
-            row_tiles = -(-len_q * (heads_q // heads_kv if pack else 1) // tiles.rows)
-        out_strides, lse_strides = _out_strides(out, splits.count)
-        left, right = r.window or (None, None)
-        if r.causal is not Causal.NONE:
-            right = 0 if right is None else min(right, 0)
-        constants = {
-            "GROUP": heads_q // heads_kv, "DQ": dim_qk, "DV": dim_v, "BDQ": max(16, power_of_two(dim_qk)),
-            "BDV": max(16, power_of_two(dim_v)), "BM": tiles.rows, "BN": tiles.keys, "PAGE": r.page_size or 0,
-            "MASK": {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}[r.mask],
-            "BOTTOM": r.causal is Causal.BOTTOM_RIGHT, "LEFT": left is not None, "RIGHT": right is not None,
-            "SOFTCAP": r.softcap is not None, "DROPOUT": r.dropout > 0, "PACKED": r.packed, "SEQLENS": r.page_size is not None,
-            "PLAN": plan is not None, "PACK": pack, "SPLIT": split, "LSE": r.lse or split,
-            "ALIGNED": _aligned(query, key, value),
-            "EVEN": not pack and _whole_tiles(r, len_k, tiles.keys),
-            "PDL": split and chip.dependent_launch, "STAGES": tiles.stages,
-        }  # fmt: skip
+            row_tiles = -(-len_q * (group if pack else 1) // tiles.rows)
+        partial = batch * heads_q * len_q * splits.count * (dim_v + 1) if split else 0
+        joins = split and joins and partial <= PARTIAL and batch * heads_kv * row_tiles <= COUNTERS
+        joins = joins and min(len_q * group, tiles.rows) * splits.count * dim_v <= _MOST_JOINED
+        at_once = next((parts for parts in _JOINED if joins and splits.count <= parts), 0)
+        left, right = self._band
         arguments = [
-            *query.stride(), *key.stride(), *value.stride(), *out_strides, *lse_strides, *_mask_strides(mask),
+            *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3], *_lse_strides(out), *_mask_strides(mask),
             0 if tables is None or tables.page_table is None else tables.page_table.stride(0), *_plan_strides(plan),
             r.effective_scale, r.softcap or 1.0, r.dropout, 0, 0,
             heads_kv, len_q, len_k, r.diagonal, left or 0, right or 0, splits.chunk, splits.count,
@@ -250,40 +263,80 @@ class PortablePath:
         seed = _SEED
         if mask is None and plan is None and tables is None:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
+        aligned, even = _aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
+        chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, aligned, even)
         grid = (row_tiles * splits.count, heads_kv if pack else heads_q, batch)
-        mask_type = "u8" if mask is None else TYPES[mask.dtype]
-        chosen = (tiles.warps, mask_type, *constants.values())
+        like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
+        launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
+        if at_once or not split:
+            return launch
+        merging = [*out.stride()[:3], splits.count]
+        return launch._replace(merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch))
+
+    def _kernel(self, chosen: _Chosen, dtype: torch.dtype) -> Launcher:
+        """The kernel for what was chosen; it serves every length and stride."""
         run = self._runs.get(chosen)
+        if run is not None:
+            return run
+        if chosen.joins:  # a capture of a graph does not join, and must not compile either
+            self._kernel(chosen._replace(joins=0), dtype)
+            self._merge(dtype)
+        r, (tiles, mask_type, pack, split, joins, aligned, even) = self.request, chosen
+        left, right = self._band
+        constants = {
+            "GROUP": r.heads_q // r.heads_kv, "DQ": r.dim_qk, "DV": r.dim_v, "BDQ": max(16, power_of_two(r.dim_qk)),
+            "BDV": max(16, power_of_two(r.dim_v)), "BM": tiles.rows, "BN": tiles.keys, "PAGE": r.page_size or 0,
+            "MASK": {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}[r.mask],
+            "BOTTOM": r.causal is Causal.BOTTOM_RIGHT, "LEFT": left is not None, "RIGHT": right is not None,
+            "SOFTCAP": r.softcap is not None, "DROPOUT": r.dropout > 0, "PACKED": r.packed, "SEQLENS": r.page_size is not None,
+            "PLAN": r.block_plan is not None, "PACK": pack, "SPLIT": split, "LSE": r.lse,
+            "JOIN": joins, "ALIGNED": aligned, "EVEN": even, "PDL": split and not joins and self.chip.dependent_launch,
+            "STAGES": tiles.stages, "ROWS": _rows_joined(tiles, r, joins),
+        }  # fmt: skip
+        run = self.chip.launcher(attend, attend_signature(TYPES[dtype], mask_type), constants, num_warps=tiles.warps)
+        self._runs[chosen] = run
+        return run
+
+    def _merge(self, dtype: torch.dtype) -> Launcher:
+        run = self._runs.get("merge")
         if run is None:
-            signature = attend_signature(TYPES[query.dtype], mask_type, split)
-            run = self._runs[chosen] = chip.launcher(attend, signature, constants, num_warps=tiles.warps)
-        like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
-        if not split:
-            return Launch(run, arguments, seed, grid, like_query)
-        join = self._runs.get("merge")
-        if join is None:
-            pdl = chip.dependent_launch
-            merge_constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": r.lse, "PDL": pdl}
-            signature = merge_signature(TYPES[query.dtype])
-            join = self._runs["merge"] = chip.launcher(merge, signature, merge_constants, num_warps=4, launch_pdl=pdl)
-        rows = batch * heads_q * len_q * splits.count
-        return Launch(
-            run, arguments, seed, grid, like_query, rows * (dim_v + 1), join, [*out.stride()[:3], splits.count],
-            (len_q, heads_q, batch),
-        )  # fmt: skip
+            pdl, dim_v = self.chip.dependent_launch, self.request.dim_v
+            constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
+            run = self.chip.launcher(merge, merge_signature(TYPES[dtype]), constants, num_warps=4, launch_pdl=pdl)
+            self._runs["merge"] = run
+        return run
+
+
+class _Chosen(NamedTuple):
+    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names."""
+
+    tiles: Tiles
+    mask_type: str
+    pack: bool
+    split: bool
+    joins: int
+    aligned: bool
+    even: bool
+
+
+def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
+    """Rows whose `parts` partial results fill 64 registers of a thread."""
+    return min(tiles.rows, max(64 * 32 * tiles.warps // (parts * power_of_two(request.dim_v)), 1)) if parts else 0
 
 
 _NO_TABLES = SequenceTables()
-_POINTERS = ("q", "k", "v", "out", "lse", "mask", "cu_q", "cu_k", "page_table", "seqlens", "plan_index", "plan_count")
+_POINTERS = (
+    "q", "k", "v", "out", "lse", "part", "arrived", "mask", "cu_q", "cu_k", "page_table", "seqlens", "plan_index", "plan_count",
+)  # fmt: skip
 _OTHERS = 7  # of the pointers: mask, tables and plan
 _SEED = _STRIDES + 3
 
 
-def attend_signature(dtype: str, mask: str, split: bool) -> dict[str, str]:
+def attend_signature(dtype: str, mask: str) -> dict[str, str]:
     """Triton types of `attend`'s run-time arguments."""
     types = dict.fromkeys(attend.arg_names, "i32")
-    types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "k", "v"), f"*{dtype}")
-    types |= {"out": "*fp32" if split else f"*{dtype}", "lse": "*fp32", "mask": f"*{mask}"}
+    types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
+    types |= dict.fromkeys(("lse", "part"), "*fp32") | {"mask": f"*{mask}"}
     types |= dict.fromkeys(attend.arg_names[len(_POINTERS) : len(_POINTERS) + _STRIDES], "i64")
     return types | dict.fromkeys(("scale", "softcap", "probability"), "fp32") | {"seed": "i64", "offset": "i32"}
 
@@ -294,32 +347,8 @@ def merge_signature(dtype: str) -> dict[str, str]:
     return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
 
 
-def dropout_pattern(
-    chip: Chip, shape: tuple[int, int, int, int], probability: float, rng: tuple[int, int], device: Any, first_batch: int = 0
-) -> Tensor:
-    """bool [batch, heads, len_q, len_k]: the pairs that the kernels keep under (seed, offset), from `first_batch` on."""
-    batch, heads, rows, columns = shape
-    keep = torch.empty(shape, dtype=torch.bool, device=device)
-    signature = {"out": "*u8", "seed": "i64", "offset": "i32", "rows": "i32", "columns": "i32", "probability": "fp32"}
-    signature |= {"first_head": "i32"}
-    run = chip.launcher(keep_mask, signature, {"BLOCK": 1024}, num_warps=4)
-    if keep.numel():
-        arguments = [*random_words(rng), rows, columns, first_batch * heads, probability]
-        run((batch * heads * rows, -(-columns // 1024), 1), (keep.view(torch.uint8),), arguments)
-    return keep
-
-
-def random_words(rng: tuple[int, int]) -> tuple[int, int]:
-    """(seed, offset) as the kernels take them: 63 and 32 bits, the offset's upper half mixed into the seed."""
-    seed = (rng[0] ^ rng[0] >> 63 ^ (rng[1] >> 32) * 0x9E3779B97F4A7C15) & ((1 << 63) - 1)
-    low = rng[1] & 0xFFFFFFFF
-    return seed, low - (1 << 32) if low >> 31 else low
-
-
 def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceTables | None) -> Any:
     """What else the arguments depend on."""
-    if mask is None and plan is None and tables is None:
-        return None
     table = tables.page_table if tables is not None else None
     return (
         None if mask is None else (mask.shape, mask.stride(), mask.dtype),
@@ -329,12 +358,19 @@ def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceTables 
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether loads of 16 bytes are possible: 16-bit elements, 8 of them a step, from 16-byte addresses."""
-    return all(
-        t.stride(3) == 1 and not t.data_ptr() & 15 and not any(s % (16 // t.itemsize) for s in t.stride()[:3])
-        and not any(s % 8 for s in t.stride()[:3])
-        for t in tensors
-    )  # fmt: skip
+    """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8 elements."""
+    steps = addresses = 0
+    for tensor in tensors:
+        batch, head, row, last = tensor.stride()
+        if last != 1:
+            return False
+        steps, addresses = steps | batch | head | row, addresses | tensor.data_ptr()
+    return not steps % 8 and not addresses % 16
+
+
+def _same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one shape lie in memory alike; a dimension of one element may have any stride."""
+    return all(n == 1 or a == b for n, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
 
 
 def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
@@ -344,13 +380,10 @@ def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
     return request.block_plan is None or request.block_plan[1] % keys == 0
 
 
-def _out_strides(out: Tensor, splits: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Strides of batch, head and row, of the output (or its partial results) and of the log-sum-exp."""
-    heads, length, dim = out.shape[1:]
-    if splits > 1:
-        row = splits * dim
-        return (heads * length * row, length * row, row), (heads * length * splits, length * splits, splits)
-    return out.stride()[:3], (heads * length, length, 1)
+def _lse_strides(out: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and row of the log-sum-exp."""
+    heads, length = out.shape[1:3]
+    return heads * length, length, 1
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:

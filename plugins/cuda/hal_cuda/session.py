@@ -67,7 +67,7 @@ class CudaSession:
         self.device, self.chip, self._rates, self._paths = device, chip, rates, paths
         self.memory: MemoryManager = memory or CudaMemory(chip.index, name=device.id)
         self.tiling = DenseTiling()
-        self._bound: dict[AttentionRequest, Path] = {}
+        self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
         self._lost = ""
         _open.add(self)
 
@@ -96,28 +96,19 @@ class CudaSession:
 
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
         """The fastest callable (query, key, value, mask, plan, tables, rng) for requests like this one."""
-        path = self._path(request)
-        if request.lse:
-            return path
+        return self._calls(request)[0 if request.lse else 1]
 
-        def call(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-        ) -> Tensor:  # fmt: skip
-            out: Tensor = path(query, key, value, mask, plan, tables, rng)[0]
-            return out
-
-        return call
-
-    def _path(self, request: AttentionRequest) -> Path:
+    def _calls(self, request: AttentionRequest) -> tuple[Path, Callable[..., Tensor]]:
+        """A request's path, guarded: with an AttentionOutput for its result, and with the output alone."""
         if self._lost:
             raise DeviceUnavailableError(self._lost)
-        path = self._bound.get(request)
-        if path is None:
+        calls = self._bound.get(request)
+        if calls is None:
             if len(self._bound) >= _MOST_BOUND:
                 self._bound.clear()
-            path = self._bound[request] = self._guarded(request, self._made(request))
-        return path
+            path = self._made(request)
+            calls = self._bound[request] = self._guarded(request, path, False), self._guarded(request, path, True)
+        return calls
 
     def _made(self, request: AttentionRequest) -> Path:
         name = self.path_of(request)
@@ -145,24 +136,29 @@ class CudaSession:
 
         return run
 
-    def _guarded(self, request: AttentionRequest, path: Path) -> Path:
-        """Empty tensors answered and failures named: a call returns a result whose launches were all accepted, or raises."""
+    def _guarded(self, request: AttentionRequest, path: Path, alone: bool) -> Callable[..., Any]:
+        """Empty tensors answered and failures named: a call returns a result whose launches were all accepted, or raises.
+
+        alone: the output, without the log-sum-exp.
+        """
         index = self.chip.index
         several = self.device.reads[0] != "cpu" and torch.cuda.device_count() > 1
 
         def run(
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
             tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-        ) -> AttentionOutput:  # fmt: skip
+        ) -> Any:  # fmt: skip
             if self._lost:
                 raise DeviceUnavailableError(self._lost)
-            if not (query.numel() and key.numel()):
-                return _nothing(query, key, value, mask, request)
             try:
-                if several and torch.cuda.current_device() != index:
+                if not (query.numel() and key.numel()):
+                    result = _nothing(query, key, value, mask, request)
+                elif several and torch.cuda.current_device() != index:
                     with torch.cuda.device(index):
-                        return path(query, key, value, mask, plan, tables, rng)
-                return path(query, key, value, mask, plan, tables, rng)
+                        result = path(query, key, value, mask, plan, tables, rng)
+                else:
+                    result = path(query, key, value, mask, plan, tables, rng)
+                return result[0] if alone else result
             except torch.OutOfMemoryError as error:
                 raise self._full(request) from error
             except RuntimeError as error:
@@ -200,7 +196,7 @@ class CudaSession:
             mask = mask[(None,) * (4 - mask.dim())]
         if request.dropout and rng is None:
             raise ContractError("dropout without rng was given: pass rng=(seed, offset)")
-        result = self._path(request)(given, prepared.key, prepared.value, mask, prepared.plan, prepared.tables, rng)
+        result = self._calls(request)[0](given, prepared.key, prepared.value, mask, prepared.plan, prepared.tables, rng)
         return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
 
     def compute_attention_backward(

@@ -16,10 +16,12 @@ interpreter.prepare()
 
 import torch  # noqa: E402
 from hal_cuda import portable  # noqa: E402
+from hal_cuda.dropout import dropout_pattern  # noqa: E402
 from hal_cuda.hopper import schedule  # noqa: E402
 from hal_cuda.kernels.tiles import tile_table  # noqa: E402
 from hal_cuda.plans import listed_once  # noqa: E402
-from hal_cuda.portable import PortablePath, choose_splits, choose_tiles, dropout_pattern, packs, shrunk  # noqa: E402
+from hal_cuda.portable import PortablePath, choose_splits, choose_tiles, packs, shrunk  # noqa: E402
+from hal_cuda.scratch import STREAMS, StreamScratch, scratch_of  # noqa: E402
 from interpreted_device import CHIP, InterpretedBackend  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -101,6 +103,43 @@ def test_kernel_agrees_with_float64(generator: torch.Generator, len_q: int, len_
     out, lse = run(generator, len_q, len_k, **options)
     assert out <= 2e-6
     assert lse <= 2e-6
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["by the last program", "by a second kernel"])
+@pytest.mark.parametrize(
+    ("len_q", "len_k", "options"),
+    [(1, 400, {}), (3, 700, {"heads": (6, 2)}), (2, 500, {"causal": BOTTOM, "window": (60, 0)}), (1, 300, {"heads": (8, 1)})],
+)
+def test_split_keys_are_joined(
+    generator: torch.Generator, len_q: int, len_k: int, options: dict[str, Any], joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either way, and the counters are left as they were."""
+    if not joined:
+        monkeypatch.setattr(PortablePath, "_scratch", lambda self, query: None)
+    made: list[Any] = []
+    build = PortablePath._build
+
+    def kept(*given: Any) -> Any:
+        made.append(build(*given))
+        return made[-1]
+
+    monkeypatch.setattr(PortablePath, "_build", kept)
+    for _ in range(2):
+        out, lse = run(generator, len_q, len_k, **options)
+        assert max(out, lse) <= 2e-6
+    assert made[-1].partial > 0
+    assert made[-1].joins == (made[-1].merge is None) == joined
+    assert not bool(scratch_of(torch.device("cpu"))._arrived.any())
+
+
+def test_streams_do_not_share_scratch_memory() -> None:
+    """Each has its own, the same at every call; one too many goes without."""
+    made = StreamScratch("cpu")
+    pieces = [made.on(stream) for stream in range(STREAMS)]
+    for part in (0, 1):
+        assert len({piece[part].data_ptr() for piece in pieces if piece is not None}) == STREAMS
+    assert made.on(3) is pieces[3]
+    assert made.on(1 << 40) is None
 
 
 def test_float16_rounds_once_more(generator: torch.Generator) -> None:

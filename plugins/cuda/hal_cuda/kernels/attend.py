@@ -3,7 +3,7 @@
 
 One program owns BM query rows of one key head and walks its keys in tiles of BN. With PACK the query heads of a group share
 the tile (decode: few queries, so keys are read once for the whole group); with SPLIT the keys are divided among programs,
-and `merge` joins their partial results.
+whose partial results are joined by the last of them (JOIN) or by `merge`.
 
 Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decoding) for split keys.
 """
@@ -48,8 +48,34 @@ def within(at, low, high):
 
 
 @triton.jit
+def gathered(part, lse_part, place, ok, first, splits, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr):
+    """Partial results number first to first + PARTS of rows, summed: (largest lse [rows], total weight [rows], sums [rows, BDV]).
+
+    part: float32 [..., splits, DV]; lse_part: natural, [..., splits]. place: of the rows among the leading dimensions; ok:
+    which of them exist. Read past the first-level cache: other programs of this launch may have written them.
+    """
+    d = tl.arange(0, BDV)[None, None, :]
+    some = first + tl.arange(0, PARTS)[None, :]
+    there = ok[:, None] & (some < splits)
+    at = place[:, None] * splits + some
+    each = tl.load(lse_part + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    parts = tl.load(part + at[:, :, None] * DV + d, mask=there[:, :, None] & (d < DV), other=0.0, cache_modifier=".cg")
+    most = tl.max(each, 1)
+    weight = tl.exp2((each - tl.where(most == float("-inf"), 0.0, most)[:, None]) * LOG2E)
+    return most, tl.sum(weight, 1), tl.sum(parts * weight[:, :, None], 1)
+
+
+@triton.jit
+def settled(most, total, sums):
+    """(result, natural lse) of rows; 0 and -inf where no part has a key."""
+    dead = total == 0.0
+    whole_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
+    return sums / tl.where(dead, 1.0, total)[:, None], whole_lse
+
+
+@triton.jit
 def attend(
-    q, k, v, out, lse, mask, cu_q, cu_k, page_table, seqlens, plan_index, plan_count,
+    q, k, v, out, lse, part, arrived, mask, cu_q, cu_k, page_table, seqlens, plan_index, plan_count,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_m, l_b, l_h, l_m,
     mask_b, mask_h, mask_m, mask_n, table_b, index_b, index_h, index_m, count_b, count_h,
     scale, softcap, probability, seed, offset,
@@ -57,16 +83,22 @@ def attend(
     GROUP: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr, BOTTOM: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
-    SEQLENS: tl.constexpr, PLAN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, LSE: tl.constexpr,
+    SEQLENS: tl.constexpr, PLAN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, JOIN: tl.constexpr,
+    LSE: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, query heads without.
 
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher then
     knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left, right
     count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and keys that
-    there are, or pages in all_k. EVEN: every tile of keys is whole. With SPLIT out holds the partial results, float32
-    [batch, heads, len_q, splits, DV], and after them their log-sum-exp, [batch, heads, len_q, splits].
+    there are, or pages in all_k. EVEN: every tile of keys is whole.
+
+    With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
+    log-sum-exp, [batch, heads, len_q, splits]. With JOIN, the most splits that the last program of a tile joins,
+    ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that have theirs written,
+    int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
@@ -224,16 +256,35 @@ def attend(
         keep_share = 1.0 - probability
     sums = sums * (1.0 / tl.where(dead, 1.0, total * keep_share))[:, None]
     row_lse = tl.where(dead, float("-inf"), (most + tl.log2(tl.where(dead, 1.0, total))) * LN2)
-    row_out = q_start + tokens64
-    o_at = out + tensor_batch * o_b + heads64 * o_h + row_out * o_m
     if SPLIT:
-        o_at += split * DV
-    tl.store(o_at[:, None] + d_v[None, :], sums.to(out.dtype.element_ty), mask=row_ok[:, None] & (d_v[None, :] < DV))
-    if LSE:
-        if SPLIT:
-            groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
-            lse = out + groups * GROUP * len_q * splits * DV + split
-        tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)
+        row_place = ((batch64 * tl.num_programs(1) * GROUP + heads64) * len_q + tokens64) * splits
+        lse_part = part + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * len_q * splits * DV
+        at = part + (row_place + split)[:, None] * DV + d_v[None, :]
+        tl.store(at, sums, mask=row_ok[:, None] & (d_v[None, :] < DV))
+        tl.store(lse_part + row_place + split, row_lse, mask=row_ok)
+        if JOIN > 0:
+            tl.debug_barrier()  # the whole program's results are written before it counts itself
+            counter = arrived + (batch * tl.num_programs(1) + head) * (tl.num_programs(0) // splits) + tile
+            if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+                tl.store(counter, 0)
+                for start in range(first_row, end_row, ROWS):
+                    row = start + tl.arange(0, ROWS)
+                    ok, token, row_head = row < end_row, row // GROUP, kv_head * GROUP + row % GROUP
+                    place = (batch * tl.num_programs(1) * GROUP + row_head) * len_q + token
+                    all_most, all_total, all_sums = gathered(part, lse_part, place, ok, 0, splits, DV, BDV, JOIN)
+                    joined, whole_lse = settled(all_most, all_total, all_sums)
+                    head64, token64 = row_head.to(tl.int64), token.to(tl.int64)
+                    o_at = out + batch64 * o_b + head64 * o_h + token64 * o_m
+                    where = ok[:, None] & (d_v[None, :] < DV)
+                    tl.store(o_at[:, None] + d_v[None, :], joined.to(out.dtype.element_ty), mask=where)
+                    if LSE:
+                        tl.store(lse + batch64 * l_b + head64 * l_h + token64 * l_m, whole_lse, mask=ok)
+    else:
+        row_out = q_start + tokens64
+        o_at = out + tensor_batch * o_b + heads64 * o_h + row_out * o_m
+        tl.store(o_at[:, None] + d_v[None, :], sums.to(out.dtype.element_ty), mask=row_ok[:, None] & (d_v[None, :] < DV))
+        if LSE:
+            tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)
 
 
 @triton.jit
@@ -241,33 +292,25 @@ def merge(
     part, out, lse, o_b, o_h, o_m, splits,
     DV: tl.constexpr, BDV: tl.constexpr, LSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join partial results over their splits. Grid: (len_q, heads, batch).
-
-    part: float32 [batch, heads, len_q, splits, DV], and after it the natural log-sum-exp [batch, heads, len_q, splits].
-    """
+    """Join the partial results of `attend`. Grid: (len_q, heads, batch)."""
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, heads = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
-    place = (batch * heads + head) * rows + row
-    part_lse = part + tl.num_programs(2) * heads * rows * splits * DV
-    d = tl.arange(0, BDV)
-    most, total = float("-inf"), 0.0
-    joined = tl.zeros([BDV], tl.float32)
+    place = (batch * heads + head) * rows + row + tl.zeros([1], tl.int64)
+    d = tl.arange(0, BDV)[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
+    lse_part = part + tl.num_programs(2) * heads * rows * splits * DV
+    most, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    sums = tl.zeros([1, BDV], tl.float32)
     for start in range(0, splits, 16):  # up to 16 parts their loads do not wait for each other
-        some = start + tl.arange(0, 16)
-        each = tl.load(part_lse + place * splits + some, mask=some < splits, other=float("-inf"))
-        at = part + (place * splits + some)[:, None] * DV + d[None, :]
-        parts = tl.load(at, mask=(some < splits)[:, None] & (d < DV)[None, :], other=0.0)
-        raised = tl.maximum(most, tl.max(each, 0))
+        some_most, some_total, some_sums = gathered(part, lse_part, place, place >= 0, start, splits, DV, BDV, 16)
+        raised = tl.maximum(most, some_most)
         anchor = tl.where(raised == float("-inf"), 0.0, raised)
-        weight = tl.exp2((each - anchor) * LOG2E)
-        shrink = tl.exp2((most - anchor) * LOG2E)
-        total = total * shrink + tl.sum(weight, 0)
-        joined = joined * shrink + tl.sum(parts * weight[:, None], 0)
+        shrink, grow = tl.exp2((most - anchor) * LOG2E), tl.exp2((some_most - anchor) * LOG2E)
+        total = total * shrink + some_total * grow
+        sums = sums * shrink[:, None] + some_sums * grow[:, None]
         most = raised
-    dead = total == 0.0
-    joined = joined / tl.where(dead, 1.0, total)
+    joined, whole_lse = settled(most, total, sums)
     tl.store(out + batch * o_b + head * o_h + row * o_m + d, joined.to(out.dtype.element_ty), mask=d < DV)
     if LSE:
-        tl.store(lse + place, tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2))
+        tl.store(lse + place, whole_lse)
