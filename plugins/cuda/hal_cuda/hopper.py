@@ -26,8 +26,10 @@ class Tiling(NamedTuple):
     """How a head size is run.
 
     keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. arrive: release stages by named
-    barriers. own_output: shared memory of its own for the result. stages: of keys and values. queries: stages of query
-    tiles.
+    barriers. own_output: shared memory of its own for the result. stages: of keys and of values. queries: stages of query
+    tiles. ring: stages of second parts, where keys and values share them and the `stages` of first parts; 0: they do not.
+    one_part: values of two parts are read as one that is padded. held: half of the query stays in registers, where no key hangs
+    over the end.
     """
 
     keys: int
@@ -37,6 +39,9 @@ class Tiling(NamedTuple):
     own_output: bool
     stages: int
     queries: int
+    ring: int = 0
+    one_part: bool = False
+    held: bool = False
 
 
 _RUN_TIME = ("total", "NT", "HG", "heads", "len_q", "len_k", "shift", "left", "right")
@@ -90,26 +95,38 @@ def parts(dim: int) -> tuple[int, int]:
     return (128, 64) if dim <= 192 else (256, 0)
 
 
-def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool) -> Tiling:
-    """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal.
+def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, left: bool = False, lse: bool = False) -> Tiling:
+    """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal. left: they begin
+    at one. lse: the log-sum-exp is asked for.
 
-    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty or the diagonal takes much of a row.
-    Turns pay where rows are short, or where a warpgroup has few registers.
+    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row, or
+    registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192: tiles of 128
+    keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys, shared memory gives
+    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. Head
+    size 96: a product with 32 columns of values takes as long as with 64, so two parts are read as one of 128 where the named
+    barriers gain more than its memory costs.
     """
     widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
     same = parts(dim_qk) == parts(dim_v)
+    long = len_k > 1024
     if widest == 64:
         full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * ROWS, 2 * ROWS))
-        three = full > 0.9 * narrow and (len_k > 1024 or not right)
+        three = full > 0.9 * narrow and (long or not right) and not (left and lse)
         return Tiling(128, 3 if three else 2, three, False, True, 3, 2)
     if widest == 96:
+        if len_k > (512 if right else 2048):
+            return Tiling(128, 2, False, True, True, 2, 2, one_part=True)
         return Tiling(128, 2, True, False, True, 2, 2)
     if widest == 128:
-        long = len_k > 1024
         return Tiling(128, 2, not long, long, True, 2, 2)
     if widest == 192:
+        if same and long and not left:
+            return Tiling(128, 2, True, False, False, 4, 1, ring=3)
+        if parts(dim_v) == (128, 0) and not left and len_k > (1024 if right else 512):
+            return Tiling(128, 2, False, True, False, 2, 1)
         return Tiling(64, 2, False, False, not same, 2, 2)
-    return Tiling(64, 2, True, False, not same, 2, 1)
+    turns = right or not long or len_k % 64 != 0
+    return Tiling(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0))
 
 
 class Schedule(NamedTuple):
@@ -158,11 +175,15 @@ def kernel_constants(
     softcap: bool, lse: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel's constexpr arguments."""
+    first, second = parts(dim_v)
+    if tiling.one_part:
+        first, second = power_of_two(first + second), 0
     return {
-        "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": parts(dim_v)[0],
-        "Q2": parts(dim_qk)[1], "V2": parts(dim_v)[1], "ST": tiling.stages, "QS": tiling.queries, "NC": tiling.consumers,
+        "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": first, "Q2": parts(dim_qk)[1],
+        "V2": second, "ST": tiling.stages, "S2": tiling.ring or tiling.stages, "RING": tiling.ring > 0,
+        "QS": tiling.queries, "NC": tiling.consumers,
         "LEFT": left, "RIGHT": right, "SHIFTED": shifted, "HALF": half, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse,
-        "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output,
+        "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output, "HELD": tiling.held and not ragged,
     }  # fmt: skip
 
 
@@ -261,7 +282,7 @@ class HopperPath:
             right = 0 if right is None else min(right, 0)
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
         ends_inside = right is not None and shift + right <= len_k - len_q  # no row reaches past the last key
-        tiling = tiling_for(dim_qk, dim_v, len_q, len_k, right is not None)
+        tiling = tiling_for(dim_qk, dim_v, len_q, len_k, right is not None, left is not None, r.lse)
         constants = kernel_constants(
             tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
             shifted=right is not None and (shift + right) % ROWS != 0,

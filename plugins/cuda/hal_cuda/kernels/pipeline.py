@@ -1,9 +1,9 @@
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM108
 """How the Hopper kernels' warpgroups wait for each other, and which tiles each of them takes."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Named barriers 8 to 15 are free in Triton. Each asm text needs an operand and a result, so it copies one.
 SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
@@ -51,19 +51,59 @@ def release(e, st, base: gl.constexpr, EB: gl.constexpr, NC: gl.constexpr):
 
 
 @gluon.jit
-def hand_back(it, count, kf, vf, ke, ve, c: gl.constexpr, ST: gl.constexpr, NC: gl.constexpr, PING: gl.constexpr,
-              EB: gl.constexpr, PB: gl.constexpr):  # fmt: skip
+def key_place(it, i, RING: gl.constexpr):
+    # Place in the order of loading of the keys of a row tile's tile i, `it` tiles after the first of all. RING: keys and values
+    # share their stages, in the order K0, K1, V0, K2, V1 ...: both products of a step find a stage that was read a step ago.
+    if RING:
+        place = 2 * it + gl.maximum(2 * i - 1, 0)
+    else:
+        place = it + i
+    return place
+
+
+@gluon.jit
+def value_place(it, i, count, RING: gl.constexpr):
+    # The same of the values; count: tiles of the row tile.
+    if RING:
+        place = 2 * (it + i) + 1 + (i < count - 1).to(gl.int32)
+    else:
+        place = it + i
+    return place
+
+
+@gluon.jit
+def load_tile(d, d2, s, s2, full, empty, place, batch, head, row, base: gl.constexpr, ST: gl.constexpr, S2: gl.constexpr,
+              NB: gl.constexpr, NC: gl.constexpr, EB: gl.constexpr, D: gl.constexpr, D2: gl.constexpr):  # fmt: skip
+    # Rows of keys or values into the stage that the tile ST places before has left, their second part into that of S2 before.
+    b = place % NB
+    if EB:
+        bar_sync_if(gl.to_tensor(base) + b, gl.to_tensor(128 * (NC + 1)), (place >= NB).to(gl.int32))
+    else:
+        before = place + NB - ST
+        mbarrier.wait(empty.index(before % NB), (before // NB + 1) & 1, pred=place >= ST)
+    mbarrier.expect(full.index(b), d.block_type.nbytes + (d2.block_type.nbytes if D2 else 0))
+    tma.async_copy_global_to_shared(d, [batch, head, row, 0], full.index(b), s.index(place % ST))
+    if D2:
+        if S2 != ST:
+            before = place + NB - S2
+            mbarrier.wait(empty.index(before % NB), (before // NB + 1) & 1, pred=place >= S2)
+        tma.async_copy_global_to_shared(d2, [batch, head, row, D], full.index(b), s2.index(place % S2))
+
+
+@gluon.jit
+def hand_back(it, begin, end, count, kf, vf, ke, ve, c: gl.constexpr, NB: gl.constexpr, NC: gl.constexpr, PING: gl.constexpr,
+              EB: gl.constexpr, PB: gl.constexpr, RING: gl.constexpr):  # fmt: skip
     # Tiles that this warpgroup does not read. It waits for them all the same: a skipped phase would let the next wait on
     # the stage pass at once, by parity.
-    for i in range(0, count):
-        st = (it + i) % ST
-        ph = ((it + i) // ST) & 1
-        mbarrier.wait(kf.index(st), ph)
+    for i in range(begin, end):
+        kj = key_place(it, i, RING)
+        mbarrier.wait(kf.index(kj % NB), (kj // NB) & 1)
         take_turn(c, PB, PING)
         pass_turn(c, NC, PB, PING)
-        release(ke, st, 8, EB, NC)
-        mbarrier.wait(vf.index(st), ph)
-        release(ve, st, 8 + ST, EB, NC)
+        release(ke, kj % NB, 8, EB, NC)
+        vj = value_place(it, i, count, RING)
+        mbarrier.wait(vf.index(vj % NB), (vj // NB) & 1)
+        release(ve, vj % NB, 8 + NB, EB, NC)
 
 
 @gluon.jit
