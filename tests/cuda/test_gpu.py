@@ -380,6 +380,41 @@ def test_packed_sequences_on_the_hopper_kernel(gpu: str, seed: int, dim: int, op
             agrees(hal.AttentionOutput(got.out[:, :, rows], got.lse[:, :, rows]), want, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    "ends",
+    [[0, 400, 1 << 30], [0, 1 << 30, 1000], [-600, 400, 1000], [400, -9, 1000], [0, 1000, 0, 1000], [2000, 3000, 4000]],
+)
+@pytest.mark.parametrize("path", ["hopper", "portable"])
+def test_wrong_packed_lengths_stay_inside_the_tensors(
+    gpu: str, seed: int, path: str, ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bound call does not look at them: NaN beside the keys would show in the result, and rows beside it would change."""
+    if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel needs compute capability 9.0")
+    from hal_cuda import packed, portable
+
+    def surrounded(number: int) -> Tensor:
+        whole = torch.full((1, 2, 1600, 128), math.nan, device="cuda", dtype=torch.bfloat16)
+        whole[:, :, 300:1300] = draw(seed + number, 1, 2, 1000, 128, torch.bfloat16)
+        return whole[:, :, 300:1300]
+
+    query, key, value = (surrounded(number) for number in range(3))
+    room = torch.full((1, 2, 1600, 128), 7.0, device="cuda", dtype=torch.bfloat16)
+    for module in (packed, portable):
+        monkeypatch.setattr(module, "empty_result", lambda *_: room[:, :, 300:1300])
+    fine = [1000 * n // (len(ends) - 1) for n in range(len(ends))]
+    request = AttentionRequest(
+        batch=len(ends) - 1, heads_q=2, heads_kv=2, len_q=1000, len_k=1000, dim_qk=128, dim_v=128, dtype="bfloat16",
+        device="cuda:0", packed=True, causal=Causal.BOTTOM_RIGHT,
+    )  # fmt: skip
+    call = on_path(gpu, path, request)
+    wrong, right = (torch.tensor(each, dtype=torch.int32, device="cuda") for each in (ends, fine))
+    for tables in (SequenceTables(wrong, right), SequenceTables(right, wrong), SequenceTables(wrong, wrong)):
+        out = call(query, key, value, None, None, tables, None)
+        assert bool(torch.isfinite(out[0] if isinstance(out, tuple) else out).all())
+        assert bool((room[:, :, :300] == 7.0).all() and (room[:, :, 1300:] == 7.0).all())
+
+
 def test_every_claim_has_a_path(gpu: str) -> None:
     """Whatever the capabilities accept, dispatch finds a path for."""
     from hal_cuda.backend import CudaBackend

@@ -17,6 +17,7 @@ from hal_core import (
     dense_mask,
     expand_block_plan,
 )
+from hal_core.contract import check_tables
 
 from .chip import Chip
 from .dropout import dropout_pattern
@@ -26,10 +27,14 @@ def attend(
     request: AttentionRequest, chip: Chip, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
     plan: BlockPlan | None = None, tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
 ) -> AttentionOutput:  # fmt: skip
-    """Differentiable attention; packed sequences one after another (their lengths are read on the host)."""
+    """Differentiable attention; packed sequences one after another (their lengths are read on the host).
+
+    Raises ContractError where packed lengths do not tile the tensors, also in a bound call, which did not look at them.
+    """
     if not request.packed:
         return _dense(request, chip, query, key, value, mask, plan, rng, 0)
     assert tables is not None
+    check_tables(tables, request, query, key)
     ends_q, ends_k = tables.cu_seqlens_q.tolist(), tables.cu_seqlens_k.tolist()
     parts = []
     for number in range(len(ends_q) - 1):

@@ -15,7 +15,7 @@ import interpreter
 interpreter.prepare()
 
 import torch  # noqa: E402
-from hal_cuda import portable  # noqa: E402
+from hal_cuda import composed, portable  # noqa: E402
 from hal_cuda.dropout import dropout_pattern  # noqa: E402
 from hal_cuda.hopper import schedule  # noqa: E402
 from hal_cuda.kernels.tiles import tile_table  # noqa: E402
@@ -325,6 +325,19 @@ def test_table_of_sequences_that_overlap_ends_where_its_memory_does() -> None:
     list_tiles((3, 1, 1), (table, ends, ends), [3, 1000, 1000, 18])
     assert int(table[0]) == 18
     assert bool((table[8:].view(-1, 8)[:18, :5] >= 0).all() and (table[8:].view(-1, 8)[18:] == -1).all())
+
+
+@pytest.mark.parametrize("ends", WRONG)
+def test_wrong_lengths_are_refused_where_they_are_read_on_the_host(generator: torch.Generator, ends: list[int]) -> None:
+    given = [torch.randn(1, 2, 100, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
+    request = AttentionRequest(
+        batch=2, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=8, dim_v=8, dtype="float64", packed=True
+    )
+    wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
+    for tables in (SequenceTables(wrong, fine), SequenceTables(fine, wrong)):
+        with pytest.raises(hal.ContractError, match="start at 0, never fall, end at 100"):
+            composed.attend(request, CHIP, *given, None, None, tables)
+    assert composed.attend(request, CHIP, *given, None, None, SequenceTables(fine, fine)).out.shape == (1, 2, 100, 8)
 
 
 def surrounded(generator: torch.Generator, tokens: int) -> Tensor:
