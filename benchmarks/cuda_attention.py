@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from hal_cuda import _nvml
 from hal_cuda.calibrate import on_path, read_bandwidth
+from hal_cuda.discovery import find
 from hal_cuda.peers import Peers
 from hal_cuda.rates import shipped
 from record import FOLDER, parser, publish
@@ -308,24 +309,26 @@ def _special_row(call: str, times: dict[str, float], flops: float) -> list[str]:
 
 
 def host(bench: Bench, options: Any) -> None:
-    """Host time of one call on tensors so small that the device is never waited for."""
+    """Host time of one call, 100 of them queued: the device is not waited for."""
     rows = []
-    for name, shape in (("1 x 1 x 128 x 128", (1, 1, 128, 128)), ("decode, 1 x 8 x 1 x 128", (1, 8, 1, 128))):
-        query, key, value = three(*shape)
-        bound = hal.bind(query, key, value, backend=DEVICE)
+    for name, path, heads, len_q, len_k in (
+        ("1 x 1 x 128 x 128", bench.forward_path, (1, 1), 128, 128),
+        ("decode, 32/8 heads, 1024 keys", "portable", (32, 8), 1, 1024),
+    ):  # fmt: skip
+        given = normal(1, heads[0], len_q, 128), normal(1, heads[1], len_k, 128), normal(1, heads[1], len_k, 128)
+        bound = hal.bind(*given, enable_gqa=True, backend=DEVICE)
         calls: dict[str, Call] = {
-            "bound": partial(bound, query, key, value), "hal.attention": partial(hal.attention, query, key, value),
-            "SDPA": partial(SDPA, query, key, value),
+            "bound": partial(bound, *given), "hal.attention": partial(hal.attention, *given, enable_gqa=True),
+            "SDPA": partial(SDPA, *given, enable_gqa=True),
+            "own kernel": partial(bench.own(path, bound.decision.request), *given),
         }  # fmt: skip
-        own = bench.own(bench.forward_path if shape[2] > 16 else "portable", bound.decision.request)
-        calls["own kernel"] = partial(own, query, key, value)
         best = dict.fromkeys(calls, math.inf)
         for _ in range(7):
             for label, call in calls.items():
                 best[label] = min(best[label], _host_time(call))
         rows.append([name, *(f"{best[label]:.1f}" for label in ("own kernel", "bound", "hal.attention", "SDPA"))])
     publish(options, "cuda_attention", "Host time", ("call", "own kernel", "bound", "hal.attention", "SDPA"), rows,
-            ["Microseconds of the host for one call, the least of 7 times 100."], "Host time")  # fmt: skip
+            ["Microseconds of the host for one call, head_dim 128, bf16, the least of 7 times 100."], "Host time")  # fmt: skip
 
 
 def error(bench: Bench, options: Any) -> None:
@@ -409,7 +412,7 @@ def conditions(bench: Bench) -> list[str]:
 
 def board() -> str:
     """The GPU and its driver, and clock and power as they are now."""
-    gpu = _nvml.Gpu(0)
+    gpu = find().gpus[0]
     return f"{gpu.name}, driver {_nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run."
 
 
