@@ -17,6 +17,7 @@ from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import commands, recorder  # noqa: E402
+from hal_vulkan._vk import logical  # noqa: E402
 from hal_vulkan.pipelines import cache_path  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 
@@ -167,6 +168,24 @@ def test_memory_that_is_not_had_leaves_no_buffer_behind(
         gpu.allocate(4096, host=True)
     assert lib.called["vkCreateBuffer"] == lib.called["vkDestroyBuffer"] == 1
     assert lib.called["vkFreeMemory"] == lib.called["vkAllocateMemory"]
+
+
+@pytest.mark.parametrize("failing", ["PipelineCache", "CommandPool", "Semaphore", "QueryPool", "nothing"])
+def test_a_device_that_cannot_be_opened_or_is_closed_leaves_nothing_behind(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    ffi, lib = logical.api()
+    counting = Counting(lib, f"vkCreate{failing}")
+    monkeypatch.setattr(logical, "api", lambda: (ffi, counting))
+    if failing == "nothing":
+        with registry.backend_of(device).open(device) as session:
+            works(session)
+    else:
+        with pytest.raises(hal.MemoryLimitError, match=f"vkCreate{failing}"):
+            registry.backend_of(device).open(device)
+    for kind in ("Device", "PipelineCache", "CommandPool", "Semaphore", "QueryPool", "Buffer", "ShaderModule"):
+        made = counting.called[f"vkCreate{kind}"] - (kind == failing)
+        assert counting.called[f"vkDestroy{kind}"] == made, kind
 
 
 @pytest.mark.parametrize("failing", ["ComputePipelines", "PipelineLayout", "DescriptorSetLayout", "ShaderModule"])

@@ -14,6 +14,7 @@ NO_PACKAGE = "the Python package vulkan is not installed; pip install vulkan"
 
 _NO_DRIVER = -9
 _CPU = 4  # VkPhysicalDeviceType
+_COMPUTE = 2  # VkQueueFlags
 _ORDER = {2: 0, 1: 1, 3: 2, 4: 3}  # discrete, integrated, virtual, CPU
 BFLOAT16_FEATURES = 1000141000  # VkStructureType: three bits, for the type, dot products and matrices
 OPAQUE_FD = 1  # VkExternalMemoryHandleTypeFlags and VkExternalSemaphoreHandleTypeFlags of a file descriptor
@@ -35,6 +36,7 @@ class Adapter(NamedTuple):
         uuid: of the driver and device, in hex. cache_uuid: of the pipeline caches that the driver takes.
         memory: bytes of the heap that programs work in. extensions: names.
         features: what this package may use, by name; each bit was asked for. limits: by name, see `_adapter`.
+        queue: the family of its compute queue, and the bits of that one's time stamps, 0 for none.
         matrices: products of cooperative matrices within a subgroup; none where the feature is not reported.
     """
 
@@ -50,6 +52,7 @@ class Adapter(NamedTuple):
     extensions: frozenset[str]
     features: frozenset[str]
     limits: dict[str, int]
+    queue: tuple[int, int]
     matrices: tuple[MatrixShape, ...] = ()
 
 
@@ -92,15 +95,28 @@ def adapters() -> tuple[Adapter, ...]:
     lib.vkEnumeratePhysicalDevices(_instance(), count, handles)
     found = []
     for handle in handles:
-        adapter, kind = _adapter(ffi, lib, handle)
+        queue = _compute_queue(ffi, lib, handle)
+        if queue is None:
+            continue
+        adapter, kind = _adapter(ffi, lib, handle, queue)
         if adapter.api >= (1, 2, 0) and "timeline_semaphore" in adapter.features:
             found.append((_ORDER.get(kind, 4), adapter))
     if not found:
-        raise UnavailableError("no device with Vulkan 1.2 and timeline semaphores; update the driver")
+        raise UnavailableError("no device with Vulkan 1.2, a compute queue and timeline semaphores; update the driver")
     return tuple(adapter for _, adapter in sorted(found, key=lambda pair: pair[0]))
 
 
-def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
+def _compute_queue(ffi: Any, lib: Any, handle: Any) -> tuple[int, int] | None:
+    """(family, bits of its time stamps) of the first queue that computes; None where there is none."""
+    count = ffi.new("uint32_t*")
+    lib.vkGetPhysicalDeviceQueueFamilyProperties(handle, count, ffi.NULL)
+    listed = ffi.new("VkQueueFamilyProperties[]", count[0])
+    lib.vkGetPhysicalDeviceQueueFamilyProperties(handle, count, listed)
+    found = ((n, int(listed[n].timestampValidBits)) for n in range(count[0]) if listed[n].queueFlags & _COMPUTE)
+    return next(found, None)
+
+
+def _adapter(ffi: Any, lib: Any, handle: Any, queue: tuple[int, int]) -> tuple[Adapter, int]:
     driver = ffi.new("VkPhysicalDeviceDriverProperties*", {"sType": 1000196000})
     ids = ffi.new("VkPhysicalDeviceIDProperties*", {"sType": 1000071004, "pNext": driver})
     group = ffi.new("VkPhysicalDeviceSubgroupProperties*", {"sType": 1000094000, "pNext": ids})
@@ -132,7 +148,7 @@ def _adapter(ffi: Any, lib: Any, handle: Any) -> tuple[Adapter, int]:
         handle, ffi.string(base.deviceName).decode(), _VENDORS.get(base.vendorID, f"vendor {base.vendorID:#x}"),
         base.deviceType == _CPU, (version >> 22, version >> 12 & 0x3FF, version & 0xFFF), " ".join(filter(None, name)),
         bytes(ids.driverUUID).hex() + bytes(ids.deviceUUID).hex(), bytes(base.pipelineCacheUUID), max(local), extensions,
-        features, limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)},
+        features, limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)}, queue,
         matrix_shapes(ffi, lib, _instance(), handle) if "cooperative_matrix" in features else (),
     )  # fmt: skip
     return adapter, base.deviceType

@@ -50,15 +50,21 @@ class Gpu(Compiling):
     """A logical device with one compute queue. Not thread-safe: the session holds its lock."""
 
     def __init__(self, adapter: Adapter, name: str, cache: Path | None) -> None:
-        super().__init__(adapter, name, cache)
-        ffi = self._ffi
+        """Raises DeviceUnavailableError where the driver refuses; nothing of it stays."""
+        try:
+            super().__init__(adapter, name, cache)
+            self._prepare()
+        except BaseException:
+            self._undo.close()
+            raise
+
+    def _prepare(self) -> None:
+        """The command pool, the device's timeline, its time stamps, and what calls hand to the driver again and again."""
+        ffi, adapter = self._ffi, self.adapter
         self._push = self._function("vkCmdPushDescriptorSetKHR")
-        self._commands = self._made("VkCommandPool*", "vkCreateCommandPool", "VkCommandPoolCreateInfo*",
-                                    {"sType": 39, "flags": 2, "queueFamilyIndex": self._family})  # fmt: skip
+        self._commands = self._held("CommandPool", {"sType": 39, "flags": 2, "queueFamilyIndex": self._family})
         self._done = self._timeline(exported="timeline_export" in adapter.features)
-        self._foreign: list[Timeline] = []
-        self._queries = self._made("VkQueryPool*", "vkCreateQueryPool", "VkQueryPoolCreateInfo*",
-                                   {"sType": 11, "queryType": 2, "queryCount": 4})  # fmt: skip
+        self._queries = self._held("QueryPool", {"sType": 11, "queryType": 2, "queryCount": 4})
         self._submitted = 0
         reads, writes, host = 0x8 | 0x20 | 0x800, 0x40 | 0x1000, 0x2000
         self._visible = ffi.new("VkMemoryBarrier*", {
@@ -94,15 +100,12 @@ class Gpu(Compiling):
             "sType": 1000207002, "semaphoreType": 1, "pNext": shared if exported else ffi.NULL,
         })  # fmt: skip
         handle = ffi.new("VkSemaphore*")
-        handle[0] = self._made(
-            "VkSemaphore*", "vkCreateSemaphore", "VkSemaphoreCreateInfo*", {"sType": 9, "pNext": kind}
-        )
+        handle[0] = self._held("Semaphore", {"sType": 9, "pNext": kind})
         return Timeline(handle)
 
     def foreign_timeline(self) -> Timeline:
         """A timeline that another interface signals; it lives as long as the device."""
-        self._foreign.append(self._timeline(exported=True))
-        return self._foreign[-1]
+        return self._timeline(exported=True)
 
     def export_timeline(self, timeline: Timeline | None = None) -> int:
         """A file descriptor of a foreign timeline, or of the device's own; whoever imports it owns it."""
@@ -231,9 +234,4 @@ class Gpu(Compiling):
             lib.vkDestroyPipeline(device, pipeline.handle, ffi.NULL)
             lib.vkDestroyPipelineLayout(device, pipeline.layout, ffi.NULL)
             lib.vkDestroyDescriptorSetLayout(device, pipeline.slots, ffi.NULL)
-        lib.vkDestroyPipelineCache(device, self._cache, ffi.NULL)
-        lib.vkDestroyQueryPool(device, self._queries, ffi.NULL)
-        for timeline in (self._done, *self._foreign):
-            lib.vkDestroySemaphore(device, timeline.handle[0], ffi.NULL)
-        lib.vkDestroyCommandPool(device, self._commands, ffi.NULL)
-        lib.vkDestroyDevice(device, ffi.NULL)
+        self._undo.close()

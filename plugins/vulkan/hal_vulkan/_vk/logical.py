@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import ExitStack
 from typing import Any
 
 from hal_compute.pool import OutOfMemoryError
@@ -23,16 +24,12 @@ class LogicalDevice:
     def __init__(self, adapter: Adapter, name: str) -> None:
         self.adapter, self.name, self.lost = adapter, name, False
         self._ffi, self._lib = api()
-        ffi, lib = self._ffi, self._lib
-        families = ffi.new("uint32_t*")
-        lib.vkGetPhysicalDeviceQueueFamilyProperties(adapter.handle, families, ffi.NULL)
-        listed = ffi.new("VkQueueFamilyProperties[]", families[0])
-        lib.vkGetPhysicalDeviceQueueFamilyProperties(adapter.handle, families, listed)
-        self._family = next(n for n in range(families[0]) if listed[n].queueFlags & 2)
-        self._stamp_bits = int(listed[self._family].timestampValidBits)  # 0: no clock
+        self._family, self._stamp_bits = adapter.queue  # 0 bits: no clock
+        self._undo = ExitStack()  # what destroys all that was made, the latest first
         self._device = self._make_device()
-        queue = ffi.new("VkQueue*")
-        lib.vkGetDeviceQueue(self._device, self._family, 0, queue)
+        self._undo.callback(self._lib.vkDestroyDevice, self._device, self._ffi.NULL)
+        queue = self._ffi.new("VkQueue*")
+        self._lib.vkGetDeviceQueue(self._device, self._family, 0, queue)
         self._queue = queue[0]
 
     def _function(self, name: str) -> Any:
@@ -103,6 +100,12 @@ class LogicalDevice:
         raise DeviceUnavailableError(
             f"{self.name} failed in {what} (VkResult {result}): update its driver, or report it"
         )
+
+    def _held(self, name: str, info: dict[str, Any]) -> Any:
+        """The object vkCreate`name` makes, which is destroyed with the device."""
+        handle = self._made(f"Vk{name}*", f"vkCreate{name}", f"Vk{name}CreateInfo*", info)
+        self._undo.callback(getattr(self._lib, f"vkDestroy{name}"), self._device, handle, self._ffi.NULL)
+        return handle
 
     def _made(self, kind: str, call: str, info_kind: str, info: dict[str, Any], first: Any = None) -> Any:
         """The object that vkCreate...(device, info, NULL, &object) makes."""

@@ -41,7 +41,7 @@ class Compiling(Allocating):
         if data[16:32] == self.adapter.cache_uuid:  # the header's place for it; another driver's cache is left alone
             info |= {"initialDataSize": len(data), "pInitialData": self._ffi.from_buffer(data)}
             self.cache_loaded = len(data)
-        return self._made("VkPipelineCache*", "vkCreatePipelineCache", "VkPipelineCacheCreateInfo*", info)
+        return self._held("PipelineCache", info)
 
     def cache_data(self) -> bytes:
         """The pipeline cache with a digest before it: drivers believe what they are given."""
