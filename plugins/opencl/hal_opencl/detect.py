@@ -52,7 +52,7 @@ def find() -> Found:
         for handle in listed:
             try:
                 if handle.available and handle.compiler_available:
-                    handles.append((bool(handle.type & cl.device_type.CPU), handle, _describe("opencl:", handle)))
+                    handles.append((is_cpu(handle), handle, _describe(handle)))
                 else:
                     problems.append(f"{handle.name.strip()} is not available, or has no compiler")
             except cl.Error as error:
@@ -62,16 +62,18 @@ def find() -> Found:
         return Found({}, (), missing)
     handles.sort(key=lambda found: found[0])
     devices = tuple(attrs.evolve(device, id=f"opencl:{n}") for n, (_, _, device) in enumerate(handles))
-    return Found({d.id: handle for d, (_, handle, _) in zip(devices, handles, strict=True)}, devices, "")
+    return Found({f"opencl:{n}": handle for n, (_, handle, _) in enumerate(handles)}, devices, "")
 
 
 def is_cpu(handle: Any) -> bool:
+    """Whether the device is the host's processor, and its memory the host's."""
     import pyopencl as cl
 
     return bool(handle.type & cl.device_type.CPU)
 
 
-def _describe(device_id: str, handle: Any) -> Device:
+def _describe(handle: Any) -> Device:
+    """What a device says of itself; its number is known once all are found."""
     cpu = is_cpu(handle)
     extensions = handle.extensions.split()
     features = [
@@ -83,7 +85,7 @@ def _describe(device_id: str, handle: Any) -> Device:
         "kernel: vector rows" if cpu else "kernel: local-memory tiles",
     ]
     return Device(
-        id=device_id, family="opencl", vendor=handle.vendor.strip(), model=handle.name.strip(),
+        id="opencl:", family="opencl", vendor=handle.vendor.strip(), model=handle.name.strip(),
         fidelity=Fidelity.EMULATED if cpu else Fidelity.HARDWARE, reads=("cpu",), memory=int(handle.global_mem_size),
         driver=f"{handle.platform.name.strip()} {handle.driver_version.strip()}", features=tuple(features),
     )  # fmt: skip
