@@ -33,6 +33,10 @@ HOPPER_CASES = [
     (65, 40, {}),
     (4096, 64, {"causal": "top_left"}),
     (64, 4096, {"causal": "bottom_right"}),
+    (300, 2560, {}),
+    (1900, 2500, {}),
+    (2304, 2304, {"causal": "top_left"}),
+    (2200, 2500, {"causal": "bottom_right", "softcap": 20.0}),
 ]
 
 
@@ -125,9 +129,9 @@ def test_hopper_kernel_agrees_with_float64(gpu: str, seed: int, dim: int, dtype:
 def test_hopper_kernel_takes_values_of_another_size(gpu: str, seed: int, dim_qk: int, dim_v: int) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel needs compute capability 9.0")
-    query, key = (draw(seed + i, 1, 3, 1000, dim_qk, torch.bfloat16) for i in range(2))
-    value = draw(seed + 2, 1, 3, 1000, dim_v, torch.bfloat16)
-    for options in ({}, {"causal": "top_left"}):
+    for length, options in ((1000, {}), (1000, {"causal": "top_left"}), (1300, {"causal": "top_left"}), (2048, {})):
+        query, key = (draw(seed + i, 1, 3, length, dim_qk, torch.bfloat16) for i in range(2))
+        value = draw(seed + 2, 1, 3, length, dim_v, torch.bfloat16)
         agrees(forced("hopper", gpu, query, key, value, **options), exact(query, key, value, **options), torch.bfloat16)
 
 
