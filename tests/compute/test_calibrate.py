@@ -46,10 +46,11 @@ def test_a_call_takes_what_its_own_dtype_and_place_took(
 
 
 class Known:
-    """A session whose device takes what `rates` say for each multiply-accumulate, and has a clock or none."""
+    """A session whose device takes what `rates` say for each multiply-accumulate, and `least` seconds at least."""
 
-    def __init__(self, rates: dict[str, float], clock: bool = True) -> None:
+    def __init__(self, rates: dict[str, float], clock: bool = True, least: float = 0.0) -> None:
         self.rates, self.lengths, self._clock, self.device_seconds = rates, list[int](), clock, None
+        self._least = least
 
     def bind(self, request: hal.AttentionRequest) -> Callable[..., Any]:
         self.lengths.append(request.len_q)
@@ -68,7 +69,8 @@ class Known:
         self._take(measuring.mac_in(prepared.dtype, gradients=True), prepared)
 
     def _take(self, name: str, request: hal.AttentionRequest) -> None:
-        self.device_seconds = request.visible_macs * self.rates[name] if self._clock else None
+        taken = max(request.visible_macs * self.rates[name], self._least)
+        self.device_seconds = taken if self._clock else None
 
 
 def test_every_dtype_is_measured_by_itself_in_calls_that_are_long_enough() -> None:
@@ -78,6 +80,12 @@ def test_every_dtype_is_measured_by_itself_in_calls_that_are_long_enough() -> No
     assert {name: found[name] for name in rates} == pytest.approx(rates)
     assert max(session.lengths) == 512, "the first power of two at which 1024 * n^2 * 2e-12 s are 0.5 ms"
     assert set(found) == {*rates, "call", "copied byte"}
+
+
+def test_lengths_grow_for_as_long_as_more_of_the_device_is_kept_busy() -> None:
+    session = Known({"mac": 1e-11, "gradient mac": 1e-11}, least=8e-3)
+    found = measuring.measure(session, ["cpu"], {"float32"}, 64, lambda text, share: None)
+    assert found["mac"] == pytest.approx(1e-11)
 
 
 def test_a_device_without_a_clock_is_timed_by_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

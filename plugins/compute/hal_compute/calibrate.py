@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +13,8 @@ from hal_core import AttentionRequest
 _SHORT = 16  # tokens of a call without work
 _FIRST_GRADIENTS = 128  # tokens of the first long call of gradients, at most: they are far slower
 _MOST = 8192  # tokens of a long call, at most
-_ENOUGH = 5e-4  # seconds of the device from which a long call has kept all of it busy
+_ENOUGH, _PLENTY = 5e-4, 2e-2  # seconds of the device that a long call takes at least, and that need not be more
+_BETTER = 0.8  # of the seconds for each multiply-accumulate, where twice the length keeps more of the device busy
 
 
 def call_from(kind: str) -> str:
@@ -78,12 +80,16 @@ class _Took(NamedTuple):
 
 def _long(session: Any, length: int, dtype: str, gradients: bool) -> tuple[AttentionRequest, _Took]:
     """A call that is long enough for this device, and what it took."""
+    before = math.inf
     while True:
         request = _request(length, dtype, "cpu", gradients)
         took = _timed(session, request, 9)
-        if length >= _MOST or (took.whole if took.device is None else took.device) >= _ENOUGH:
+        work = took.whole if took.device is None else took.device
+        rate = work / request.visible_macs
+        settled = work >= _ENOUGH and rate > _BETTER * before
+        if settled or work >= _PLENTY or length >= _MOST:
             return request, took
-        length *= 2
+        before, length = rate, 2 * length
 
 
 def _request(length: int, dtype: str, place: str, gradients: bool = False) -> AttentionRequest:
