@@ -16,6 +16,7 @@ from .pipeline import COMPUTE_STAGE, DESCRIPTORS, Compiling, Pipeline
 
 _TIMEOUT = 2
 _ALL_COMMANDS = 0x10000
+_SLICE = 1.0  # seconds after which a wait asks whether Python was interrupted
 _SPIN = 3e-4  # seconds of asking again and again before a wait sleeps: waking up takes some 30 microseconds
 
 
@@ -210,8 +211,10 @@ class Gpu(Compiling):
                     return
                 if perf_counter() > deadline:
                     break
-        self._awaited[0] = number
-        result = lib.vkWaitSemaphores(device, self._waiting, int(timeout * 1e9))
+        self._awaited[0], left, result = number, timeout, _TIMEOUT
+        while result == _TIMEOUT and left >= 0:  # the driver itself cannot be interrupted
+            result = lib.vkWaitSemaphores(device, self._waiting, int(min(left, _SLICE) * 1e9))
+            left -= _SLICE
         if result == _TIMEOUT:
             raise DeviceUnavailableError(
                 f"{self.name} did not {what} within {timeout:g} s: make the call smaller, or close and reopen the device"
