@@ -265,7 +265,7 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
         release(ve, vj % NB, 8 + NB, EB, NC)
         if LEFT:
             hand_back(it, skipped + n, count, count, kf, vf, ke, ve, c, NB, NC, PING, EB, PB, RING)
-        it += count
+        it += count if LEFT else skipped + n
         finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, totals(l, RL, WIDE), qe, qst, batch, head, row0, q_at, length, heads, len_q,
                c, BM, DV, V2, NC, LSE, OSEP, TABLE, SL, OL, OL2)  # fmt: skip
     tma.store_wait(0)
