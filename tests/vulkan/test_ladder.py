@@ -204,6 +204,8 @@ FEW = {
     "a window, split keys": ((1, 4, 1, 2, 600, 32), {"window": (300, 5)}),
     "a mask and a softcap": ((2, 4, 2, 1, 70, 80), {"attn_mask": torch.bool, "softcap": 3.0}),
     "wide rows": ((1, 1, 1, 2, 30, 256), {}),
+    "many splits": ((1, 4, 1, 2, 3001, 32), {}),
+    "a block plan": ((1, 4, 2, 2, 200, 32), {"plan": True}),
 }
 
 
@@ -221,9 +223,11 @@ def test_few_rows_across_subgroups_agree_with_float64(
     shape, options = FEW[case]
     query, key, value, options = draw(shape, options, seed)
     query, key, value = (t.to(getattr(torch, dtype)) for t in (query, key, value))
-    mask = options.pop("attn_mask", None)
-    out, lse = call(session, query, key, value, mask, options)
-    want, want_lse = reference(query, key, value, mask, **options)
+    mask, plan = options.pop("attn_mask", None), None
+    if options.pop("plan", False):
+        plan = PLAN._replace(indices=PLAN.indices[:, :, 3:], counts=PLAN.counts[:, :, 3:])
+    out, lse = call(session, query, key, value, mask, options, plan)
+    want, want_lse = reference(query, key, value, mask, plan=plan, **options)
     assert relative_error(out, want) <= {"float32": 1e-5, "float16": 2e-3, "bfloat16": 5e-3}[dtype]
     assert relative_error(lse, want_lse) <= 1e-5
     assert f"forward_rows.{dtype}" in ran(session)

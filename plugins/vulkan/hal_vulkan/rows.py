@@ -11,8 +11,8 @@ from .ladder import RowStep
 from .setting import Setting
 
 _SUBGROUPS = (6, 4, 2)  # of a work group, the best first
-# Work groups that keep a large device's reads busy: 2 for each of an H200's 132 multiprocessors, and no more.
-_WANTED = 264
+# Work groups that keep a large device's reads busy: 2 for each of an H200's 132 multiprocessors. One more would have all wait.
+_MOST = 264
 _MOST_SPLITS = 64  # of arriving.glsl, and of `Problem.split`
 
 
@@ -57,15 +57,16 @@ def cut(step: RowStep, setting: Setting, *, least: bool) -> Cut | None:
 
 def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call, to: Operand, to_lse: Operand) -> None:
     """forward_rows.comp, whose last work group of each block of rows merges what splits of the keys leave."""
-    setting.split(cut.rows, cut.span, wanted=_WANTED, least=4 * cut.span)
+    blocks = -(-setting.unit_rows // cut.rows)
+    whole = setting.units * blocks
+    splits = setting.split(cut.rows, cut.span, wanted=_MOST // whole * whole, least=4 * cut.span)
     setting.score_in_bits()
     operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
-    splits, blocks = setting.numbers["splits"], -(-setting.unit_rows // cut.rows)
     parts = splits * setting.units * setting.unit_rows
     sums, lse = commands.space(parts * setting.dim * 4), commands.space(parts * 4)
-    arrived = commands.zeroed(setting.units * blocks * 4)
+    arrived, general = commands.zeroed(whole * 4), setting.changes_scores or setting.ranges is not None
     commands.dispatch(
         f"forward_rows.{setting.dtype}",
-        (setting.dim, cut.threads, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(setting.changes_scores)),
+        (setting.dim, cut.threads, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(general)),
         [*operands, *setting.tables, to, to_lse, sums, lse, arrived], setting.values(), LAYOUT, (blocks, setting.units, splits),
     )  # fmt: skip

@@ -6,9 +6,9 @@ layout(binding = 6) writeonly buffer Out { STORED result[]; };
 layout(binding = 7) writeonly buffer Lse { float lse[]; };
 layout(binding = 8) coherent buffer Part { vec4 part[]; };          // [splits, rows of all units, QUADS], normalised
 layout(binding = 9) coherent buffer PartLse { float part_lse[]; };  // [splits, rows of all units], in powers of 2
-layout(binding = 10) coherent buffer Arrived { uint arrived[]; };  // groups by unit and block of rows; 0 before a dispatch and after it
+layout(binding = 10) coherent buffer Arrived { uint arrived[]; };  // groups, by unit and block of rows; 0 before and after
 
-const int MOST_SPLITS = 64, BATCH = 8;  // parts that are read at once
+const int MOST_SPLITS = 64, BATCH = 4;  // parts that are read at once
 shared float split_lse[MOST_SPLITS * ROWS];
 shared bool is_last;
 
@@ -37,15 +37,15 @@ void arrive(int first, int rows) {
   controlBarrier(gl_ScopeWorkgroup, gl_ScopeDevice, gl_StorageSemanticsBuffer | gl_StorageSemanticsShared, gl_SemanticsAcquireRelease);
   if (!is_last) return;
   const int all = int(gl_NumWorkGroups.y) * p.unit_rows;
-  for (int n = local; n < p.splits * ROWS; n += THREADS)
+  [[dont_unroll]] for (int n = local; n < p.splits * ROWS; n += THREADS)
     split_lse[n] = part_lse[n / ROWS * all + first + min(n % ROWS, rows - 1)];
   barrier();
-  for (int m = local; m < rows * QUADS; m += THREADS) {
+  [[dont_unroll]] for (int m = local; m < rows * QUADS; m += THREADS) {
     const int r = m / QUADS, quad = m % QUADS;
     float top = -INFINITE, total = 0.0;
     vec4 sum = vec4(0.0);
-    for (int n = 0; n < p.splits; n++) top = max(top, split_lse[n * ROWS + r]);
-    for (int n = 0; n < p.splits && top > -INFINITE; n += BATCH) {
+    [[dont_unroll]] for (int n = 0; n < p.splits; n++) top = max(top, split_lse[n * ROWS + r]);
+    [[dont_unroll]] for (int n = 0; n < p.splits && top > -INFINITE; n += BATCH) {
       vec4 x[BATCH];
       [[unroll]] for (int u = 0; u < BATCH; u++) x[u] = part[(min(n + u, p.splits - 1) * all + first + r) * QUADS + quad];
       [[unroll]] for (int u = 0; u < BATCH; u++) {

@@ -10,13 +10,14 @@
 // next keys are asked for once these are multiplied, the next values once these are weighed. Its LOADS x ROWS scores of a key
 // group are summed by halves, so that an invocation ends with few whole ones, weighs those and hands the weights round. The
 // output is scaled down only when a score passes its row's maximum so far by SLACK. Subgroups take keys in turn; what they
-// found is merged at the end. Online softmax: Milakov & Gimelshein 2018; the lazy scaling: FlashAttention-4, 2025.
+// found is merged at the end, in loops that stay loops: instructions that run once cost their reading from memory.
+// Online softmax: Milakov & Gimelshein 2018; the lazy scaling: FlashAttention-4, 2025.
 
 layout(constant_id = 2) const int LOADS = 4;
 layout(constant_id = 3) const int ROWS = 1;
 layout(constant_id = 4) const int SUBGROUP = 32;
 layout(constant_id = 5) const int LANES = 16;   // a power of 2
-layout(constant_id = 6) const int GENERAL = 1;  // 0: no mask, no softcap, a positive scale
+layout(constant_id = 6) const int GENERAL = 1;  // 0: no mask, no block plan, no softcap, a positive scale
 
 layout(binding = 0) readonly buffer Query { uvec4 query[]; };
 layout(binding = 1) readonly buffer Key { uvec4 keys[]; };
@@ -47,6 +48,9 @@ const float SLACK = 8.0;
 shared vec4 outs[SUBGROUPS * ROWS * QUADS];
 shared float tops[SUBGROUPS * ROWS], totals[SUBGROUPS * ROWS];
 
+// sum + dot(x, y), so that nothing is left to add up across the four.
+float dotted(vec4 x, vec4 y, float sum) { return fma(x.w, y.w, fma(x.z, y.z, fma(x.y, y.y, fma(x.x, y.x, sum)))); }
+
 // Where load `n` of this invocation lies for the keys from `key` on, the unit's first key being row `key_row`; beyond the last
 // key, the last one's.
 int place(int key_row, int key, int n) {
@@ -63,7 +67,6 @@ void main() {
   vec4 q[ROWS * OWN], o[ROWS * OWN];
   float top[ROWS], own_top[WHOLE], total[WHOLE];  // maxima by row, the same in the subgroup, and for this invocation's scores
   const int mine0 = at_lane / COPIES * WHOLE;      // the first of its scores, numbered by load and row
-  const float slack = SLACK / bits;
   [[unroll]] for (int j = 0; j < WHOLE; j++) {
     own_top[j] = -1e30;  // finite, so that a row without a key yet gets weights of 0
     total[j] = 0.0;
@@ -74,18 +77,19 @@ void main() {
       const int c = n * LANES + at_lane;
       const uvec4 x = c < WIDE ? query[(unit * p.unit_rows + row0 + min(r, rows - 1)) * WIDE + c] : uvec4(0);
       [[unroll]] for (int h = 0; h < HELD; h++) {
-        q[r * OWN + n * HELD + h] = wide_part(x, h);
+        q[r * OWN + n * HELD + h] = wide_part(x, h) * bits;
         o[r * OWN + n * HELD + h] = vec4(0.0);
       }
     }
   }
   const int low = max(p.lower, 0), high = min(p.len_q + p.upper, p.len_k);
   const int inner_low = p.len_q - 1 + p.lower, inner_high = min(p.upper + 1, p.len_k);
-  const int index = p.has_plan != 0 ? ranges_of(unit, row0) : 0;
-  const int begin = p.has_plan != 0 ? range_index[index] : 0, end = p.has_plan != 0 ? range_index[index + 1] : 1;
+  const bool planned = GENERAL != 0 && p.has_plan != 0;
+  const int index = planned ? ranges_of(unit, row0) : 0;
+  const int begin = planned ? range_index[index] : 0, end = planned ? range_index[index + 1] : 1;
   for (int range = begin; range < end; range++) {
     ivec2 within = ivec2(low, high);
-    if (p.has_plan != 0) within = ivec2(max(within.x, ranges[range].x), min(within.y, ranges[range].y));
+    if (planned) within = ivec2(max(within.x, ranges[range].x), min(within.y, ranges[range].y));
     uvec4 k[LOADS * PIECES], v[LOADS * PIECES];
     const int start = within.x + split * SPAN, step = p.splits * SPAN;  // splits take turns
     [[unroll]] for (int m = 0; m < LOADS * PIECES; m++) k[m] = keys[place(key_row, start, m)];
@@ -93,9 +97,9 @@ void main() {
     [[dont_unroll]] for (int key = start; key < within.y; key += step) {
       float s[LOADS * ROWS];
       [[unroll]] for (int u = 0; u < LOADS; u++) [[unroll]] for (int r = 0; r < ROWS; r++) {
-        vec4 sum = vec4(0.0);
-        [[unroll]] for (int n = 0; n < OWN; n++) sum = fma(wide_part(k[u * PIECES + n / HELD], n % HELD), q[r * OWN + n], sum);
-        s[u * ROWS + r] = sum.x + sum.y + sum.z + sum.w;
+        float sum = 0.0;
+        [[unroll]] for (int n = 0; n < OWN; n++) sum = dotted(wide_part(k[u * PIECES + n / HELD], n % HELD), q[r * OWN + n], sum);
+        s[u * ROWS + r] = sum;
       }
       [[unroll]] for (int m = 0; m < LOADS * PIECES; m++) k[m] = keys[place(key_row, key + step, m)];
       [[unroll]] for (int fold = 1; fold < 8; fold++) {  // LANES is at most 128
@@ -114,14 +118,14 @@ void main() {
       [[unroll]] for (int j = 0; j < WHOLE; j++) {
         if (GENERAL != 0 || key < max(inner_low, within.x) || key + SPAN > min(inner_high, within.y))
           s[j] = score(s[j], unit, row0 + min((mine0 + j) % ROWS, rows - 1), key + mine + (mine0 + j) / ROWS * TOGETHER, within);
-        far = far || s[j] > own_top[j] + slack;
+        far = far || s[j] > own_top[j] + SLACK;
       }
       if (subgroupAny(far)) {
         [[unroll]] for (int r = 0; r < ROWS; r++) {
           float now = top[r];
           [[unroll]] for (int j = 0; j < WHOLE; j++) now = (mine0 + j) % ROWS == r ? max(now, s[j]) : now;
           [[unroll]] for (int m = 1; m < SUBGROUP; m *= 2) now = max(now, subgroupShuffleXor(now, m));
-          const float factor = exp2((top[r] - now) * bits);
+          const float factor = exp2(top[r] - now);
           top[r] = now;
           [[unroll]] for (int n = 0; n < OWN; n++) o[r * OWN + n] *= factor;
           [[unroll]] for (int j = 0; j < WHOLE; j++) {
@@ -134,7 +138,7 @@ void main() {
       }
       float w[WHOLE];
       [[unroll]] for (int j = 0; j < WHOLE; j++) {
-        w[j] = exp2((s[j] - own_top[j]) * bits);
+        w[j] = exp2(s[j] - own_top[j]);
         total[j] += w[j];
       }
       [[unroll]] for (int n = 0; n < SCORES; n++)
@@ -158,17 +162,17 @@ void main() {
         if (c < QUADS) outs[(subgroup * ROWS + r) * QUADS + c] = o[r * OWN + n];
       }
     if (lane == 0) {
-      tops[subgroup * ROWS + r] = top[r] * bits;
+      tops[subgroup * ROWS + r] = top[r];
       totals[subgroup * ROWS + r] = sum;
     }
   }
   barrier();
-  for (int m = local; m < rows * QUADS; m += THREADS) {
+  [[dont_unroll]] for (int m = local; m < rows * QUADS; m += THREADS) {
     const int r = m / QUADS, c = m % QUADS;
     float best = -INFINITE, sum = 0.0;
     vec4 whole = vec4(0.0);
-    for (int n = 0; n < SUBGROUPS; n++) if (totals[n * ROWS + r] > 0.0) best = max(best, tops[n * ROWS + r]);
-    for (int n = 0; n < SUBGROUPS; n++) {
+    [[dont_unroll]] for (int n = 0; n < SUBGROUPS; n++) if (totals[n * ROWS + r] > 0.0) best = max(best, tops[n * ROWS + r]);
+    [[dont_unroll]] for (int n = 0; n < SUBGROUPS; n++) {
       const float factor = totals[n * ROWS + r] > 0.0 ? exp2(tops[n * ROWS + r] - best) : 0.0;
       sum += factor * totals[n * ROWS + r];
       whole += factor * outs[(n * ROWS + r) * QUADS + c];
