@@ -110,21 +110,15 @@ class Peers:
         calls: dict[str, Call] = {
             "FA2": lambda: _packed_result(flash(*rows, ends, ends, longest, longest, 0.0, causal, False)[0])
         }
-        if module := self._modules.get("FlashAttention-4"):
+        module = self._modules.get("FlashAttention-4")
+        if hasattr(module, "flash_attn_varlen_func"):
             calls["FA4"] = lambda: _packed_result(module.flash_attn_varlen_func(
                 *rows, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal
             )[0])  # fmt: skip
-        if "FlashInfer" in self._modules:
-            workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
-            try:
-                wrapper = self._modules["FlashInfer"].BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-                wrapper.plan(
-                    ends, ends, query.shape[1], key.shape[1], query.shape[3], causal=causal, q_data_type=query.dtype,
-                    kv_data_type=key.dtype,
-                )  # fmt: skip
-                calls["FlashInfer"] = lambda: _packed_result(wrapper.run(*rows))
-            except Exception as error:
-                self.notes.append(f"FlashInfer did not plan packed {list(query.shape)}: {_first_line(error)}")
+        elif module is not None:
+            self.notes.append("FlashAttention-4 has no call for packed lengths in this installation")
+        if "FlashInfer" in self._modules and (run := self._flashinfer_packed(query, key, ends, causal)) is not None:
+            calls["FlashInfer"] = lambda: _packed_result(run(*rows))
         return self._running(list(query.shape), calls)
 
     def _fa4(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> dict[str, Call]:
@@ -158,6 +152,23 @@ class Peers:
                 continue
             calls[name] = partial(_unsqueezed, wrapper, rows, (key, value))
         return calls
+
+    def _flashinfer_packed(self, query: Tensor, key: Tensor, ends: Tensor, causal: bool) -> Callable[..., Tensor] | None:
+        """FlashInfer's call on [tokens, heads, dim], by the kernel it prefers or else by its FlashAttention-2; None for neither."""
+        for backend in ("auto", "fa2"):
+            workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
+            try:
+                wrapper = self._modules["FlashInfer"].BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend=backend)
+                wrapper.plan(
+                    ends, ends, query.shape[1], key.shape[1], query.shape[3], causal=causal, q_data_type=query.dtype,
+                    kv_data_type=key.dtype,
+                )  # fmt: skip
+            except Exception as error:
+                dim, reason = query.shape[3], _first_line(error)[:150]
+                self.notes.append(f"FlashInfer ({backend}) did not plan packed lengths of head size {dim}: {reason}")
+                continue
+            return wrapper.run  # type: ignore[no-any-return]
+        return None
 
     def _running(self, shape: list[int], calls: Mapping[str, Call]) -> dict[str, Call]:
         """Calls that run; a sentence is noted for each that does not."""

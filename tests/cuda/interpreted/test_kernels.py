@@ -281,21 +281,40 @@ def test_conformance_of_results(check: str) -> None:
     assert result.status in ("passed", "skipped"), result.detail
 
 
-def test_table_lists_every_tile_of_packed_sequences() -> None:
-    """Longest sequences first, last rows first; empty sequences have no tile, and those without keys have theirs."""
-    lengths_q, lengths_k = [5, 0, 130, 64, 65, 1], [7, 9, 130, 0, 400, 130]
+def listed(lengths_q: list[int], lengths_k: list[int], most: int) -> tuple[int, list[list[int]], list[Tensor]]:
+    """(tiles counted, entries of the whole table, cumulative lengths)."""
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
-    table = torch.full((8 + 8 * 16,), -1, dtype=torch.int32)
+    table = torch.full((8 + 8 * most,), -1, dtype=torch.int32)
     list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
-    list_tiles((6, 1, 1), (table, *ends), [6, int(ends[0][-1]), int(ends[1][-1]), 16])
-    order = sorted(range(6), key=lambda s: (-lengths_k[s], s))
+    count = len(lengths_q)
+    list_tiles((count, 1, 1), (table, *ends), [count, int(ends[0][-1]), int(ends[1][-1]), most])
+    return int(table[0]), table[8:].view(-1, 8)[:, :5].tolist(), ends
+
+
+def test_table_lists_every_tile_of_packed_sequences() -> None:
+    """Longest sequences first; empty sequences have no tile, and those without keys have theirs."""
+    lengths_q, lengths_k = [5, 0, 130, 64, 65, 1], [7, 9, 130, 0, 400, 130]
+    tiles, entries, ends = listed(lengths_q, lengths_k, 16)
+    order = sorted((s for s in range(6) if lengths_q[s]), key=lambda s: (-lengths_k[s], s))
     want = [
         [row, int(ends[0][s]), int(ends[1][s]), lengths_q[s], lengths_k[s]]
-        for s in order for row in reversed(range(0, lengths_q[s], 64))
+        for place, s in enumerate(order)
+        for row in (reversed if (len(order) - 1 - place) % 2 == 0 else list)(range(0, lengths_q[s], 64))
     ]  # fmt: skip
-    assert table[0] == len(want)
-    assert table[8:].view(-1, 8)[: len(want), :5].tolist() == want
-    assert bool((table[8:].view(-1, 8)[len(want) :] == -1).all())
+    assert tiles == len(want)
+    assert entries[:tiles] == want
+    assert entries[tiles:] == [[-1] * 5] * (16 - tiles)
+
+
+@pytest.mark.parametrize("rows", [[1024] * 8, [2048] * 4, [3000, 100], [4096, 4096]])
+def test_table_gives_programs_below_a_diagonal_about_as_much_each(rows: list[int]) -> None:
+    """16 heads, and 132 programs that take every 132nd tile, forwards and backwards in turn: at most a tenth above the mean."""
+    tiles, entries, _ = listed(rows, rows, sum(rows) // 64 + len(rows))
+    cost = torch.tensor([row + 64 for row, *_ in entries[:tiles]], dtype=torch.float64).repeat_interleave(16)
+    number = torch.arange(len(cost))
+    program = torch.where(number // 132 % 2 == 1, 131 - number % 132, number % 132)
+    each = torch.zeros(132, dtype=torch.float64).index_add_(0, program, cost)
+    assert float(each.max() / each.mean()) <= 1.1
 
 
 #: Cumulative lengths that name tokens which are not there, of two sequences in 100 tokens.

@@ -15,7 +15,11 @@ def span(ends, i, there, total):
 
 @triton.jit
 def tile_table(table, cu_q, cu_k, sequences, all_q, all_k, most, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """List every tile of ROWS query rows, those of the sequence with most keys first, last rows first. Grid: (sequences,).
+    """List every tile of ROWS query rows, those of the sequence with most keys first. Grid: (sequences,).
+
+    Rows are listed from the last to the first, or, in every second sequence counted from the end, from the first to the last:
+    below a diagonal the last rows read most keys, and programs that take every n-th tile get about as much each where the
+    list rises and falls without a leap. A sequence that holds most of the tiles ends with its first rows, its shortest.
 
     table: int32 [8 + 8 * most]. The first number is how many tiles there are; from 8 on each has first row in its sequence,
     sequence's first query, first key, queries, keys. cu_q, cu_k: int32 [sequences + 1], never falling. all_q, all_k: tokens
@@ -24,7 +28,8 @@ def tile_table(table, cu_q, cu_k, sequences, all_q, all_k, most, ROWS: tl.conste
     s = tl.program_id(0)
     q_at, len_q = span(cu_q, s, True, all_q)
     k_at, len_k = span(cu_k, s, True, all_k)
-    before, tiles = 0, 0
+    mine = (len_q + ROWS - 1) // ROWS
+    before, tiles, behind = 0, 0, 0
     for start in range(0, sequences, BLOCK):
         i = start + tl.arange(0, BLOCK)
         _, rows = span(cu_q, i, i < sequences, all_q)
@@ -33,14 +38,15 @@ def tile_table(table, cu_q, cu_k, sequences, all_q, all_k, most, ROWS: tl.conste
         earlier = (keys > len_k) | ((keys == len_k) & (i < s))
         before += tl.sum(tl.where(earlier, count, 0), 0)
         tiles += tl.sum(count, 0)
+        behind += tl.sum(((count > 0) & ~earlier & (i != s)).to(tl.int32), 0)
     if s == 0:
         tl.store(table, tl.minimum(tiles, most))
-    mine = (len_q + ROWS - 1) // ROWS
+    falling = (behind % 2 == 0) | (2 * mine > tiles)
     for start in range(0, mine, BLOCK):
         j = start + tl.arange(0, BLOCK)
         at = table + 8 + (before + j) * 8
         there = (j < mine) & (before + j >= 0) & (before + j < most)  # below 0: a sum of wrong lengths that ran over
-        tl.store(at, (mine - 1 - j) * ROWS, mask=there)
+        tl.store(at, tl.where(falling, mine - 1 - j, j) * ROWS, mask=there)
         tl.store(at + 1, q_at, mask=there)
         tl.store(at + 2, k_at, mask=there)
         tl.store(at + 3, len_q, mask=there)
