@@ -35,9 +35,8 @@ class Shape(NamedTuple):
 
 _CPU_SHAPES = (Shape(8, 8, 32, 8), Shape(8, 8, 16, 8))
 _GPU_SHAPES = {64: Shape(128, 64, 32, 4), 128: Shape(128, 32, 32, 4), 256: Shape(64, 16, 16, 4)}
-_SMALL_SHAPE = Shape(
-    32, 8, 16, 4
-)  # fits 32 KiB, which every device has that this package has been seen on, at any size
+#: Fits 32 KiB, which every device has that this package has been seen on, at any size.
+_SMALL_SHAPE = Shape(32, 8, 16, 4)
 
 
 def shape_of(is_cpu: bool, dim: int, shared: int) -> Shape:

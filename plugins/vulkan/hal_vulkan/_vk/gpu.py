@@ -76,10 +76,8 @@ class Gpu(Compiling):
         self._recorded: Any = None  # the command buffer and the pipeline of the last dispatch
         # What a submission and a wait hand to the driver, made once: making structures takes longer than the calls.
         self._number, self._awaited = ffi.new("uint64_t[1]"), ffi.new("uint64_t[1]")
-        self._reached, self._spins = (
-            ffi.new("uint64_t[1]"),
-            not adapter.is_cpu,
-        )  # a CPU's device needs the processor itself
+        self._reached = ffi.new("uint64_t[1]")
+        self._spins = not adapter.is_cpu  # a CPU's device needs the processor itself
         self._after, self._running = ffi.new("uint64_t[1]"), ffi.new("VkCommandBuffer[1]")
         self._stages = ffi.new("uint32_t[]", [_ALL_COMMANDS])
         self._values = ffi.new("VkTimelineSemaphoreSubmitInfo*", {

@@ -22,10 +22,10 @@ class LogicalDevice:
     """A VkDevice with one compute queue."""
 
     def __init__(self, adapter: Adapter, name: str) -> None:
+        self._undo = ExitStack()  # what destroys all that was made, the latest first
         self.adapter, self.name, self.lost = adapter, name, False
         self._ffi, self._lib = api()
         self._family, self._stamp_bits = adapter.queue  # 0 bits: no clock
-        self._undo = ExitStack()  # what destroys all that was made, the latest first
         self._device = self._make_device()
         self._undo.callback(self._lib.vkDestroyDevice, self._device, self._ffi.NULL)
         queue = self._ffi.new("VkQueue*")
