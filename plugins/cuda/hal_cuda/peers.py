@@ -154,7 +154,7 @@ class Peers:
         return calls
 
     def _flashinfer_packed(self, query: Tensor, key: Tensor, ends: Tensor, causal: bool) -> Callable[..., Tensor] | None:
-        """FlashInfer's call on [tokens, heads, dim], by the kernel it prefers or else by its FlashAttention-2; None for neither."""
+        """FlashInfer's call on [tokens, heads, dim], by the kernel it prefers or else its FlashAttention-2, or None."""
         for backend in ("auto", "fa2"):
             workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
             try:
