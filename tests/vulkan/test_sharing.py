@@ -294,6 +294,7 @@ def test_memory_that_ended_is_not_waited_for_when_a_failed_device_is_closed(
     session: Any, monkeypatch: pytest.MonkeyPatch, result: int
 ) -> None:
     query = session.memory.to_torch(session.memory.allocate((1, 1, 8, 32), "float32"))
+    session.memory.free(session.memory.allocate(((8 << 20) + 1,), "float32"))  # leaves a block without a use
     fill(0, query)
     session.bind(asked(query, query))(query, query, query)
     session.synchronize()  # this device ends its work; only what it is asked fails from here on
@@ -312,7 +313,10 @@ def test_memory_that_ended_is_not_waited_for_when_a_failed_device_is_closed(
     usual = gpu._lib
     monkeypatch.setattr(gpu, "wait", lambda *given: patience.append(given[1:]) or wait(*given))
     monkeypatch.setattr(gpu, "_lib", Silent())
+    dropped, drop = [], session.recorder.card._drop
+    monkeypatch.setattr(session.recorder.card, "_drop", lambda block: dropped.append(block) or drop(block))
     session.close()
+    assert bool(dropped) == (result != 2), "giving memory back would wait for a device that hangs"
     assert patience[0] == ("finish before it is closed", commands.GRACE)
     assert (len(patience) == 1) == (result == 2), "a lost device is asked again, and answers at once"
 

@@ -224,9 +224,14 @@ class Recorder:
         return self.gpu.stamped_seconds(2) if self.gpu.submitted else None
 
     def trim(self) -> int:
-        """Give kept recordings and idle memory back to the driver; returns the bytes of the memory."""
+        """Give kept recordings and idle memory back to the driver; returns the bytes of the memory.
+
+        Nothing on a device that hangs: interfaces that share its memory wait for it before they let go.
+        """
+        if self._stuck:
+            return 0
         self.forget()
-        return self.pool.trim() + self.staging.trim() + (0 if self._stuck else self.ring.trim())
+        return self.pool.trim() + self.staging.trim() + self.ring.trim()
 
     def synchronize(self) -> None:
         self.gpu.wait(self.gpu.submitted, "finish what was queued", recording.TIMEOUT)
