@@ -278,6 +278,17 @@ def test_no_recording_outlives_the_memory_that_it_reads_in_place(session: Any, s
     assert not session.recorder._kept
 
 
+def test_memory_that_cannot_be_shared_is_not_kept(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(block: Any) -> torch.Tensor:
+        raise hal.DeviceUnavailableError("the other interface does not take it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.recorder.card, "_import", refuse)
+        with pytest.raises(hal.DeviceUnavailableError, match="does not take it"):
+            session.memory.allocate((64,), "float32")
+    assert session.recorder.pool.in_use == 0
+
+
 def test_threads_that_never_saw_the_card_make_memory_and_give_it_back(session: Any) -> None:
     memory, pool = session.memory, session.recorder.pool
     with ThreadPoolExecutor(1) as thread:
@@ -334,12 +345,13 @@ def test_a_closed_sessions_memory_can_be_freed_and_not_had(session: Any) -> None
     query = torch.empty(1, 1, 8, 32, device=place(session))
     session.bind(asked(query, query))(query, query, query)
     session.close()
+    assert (memory.stats().in_use, memory.stats().pooled) == (0, 0)
     memory.free(freed)
     memory.free(kept)
     assert bool((tensor == 3).all())
     del tensor, kept, freed
     gc.collect()
-    assert memory.stats().pooled == 0
+    assert (memory.stats().in_use, memory.stats().pooled) == (0, 0)
     assert session.device_seconds is None
     with pytest.raises(hal.DeviceUnavailableError, match=r"was closed: take a new one"):
         memory.allocate((64,), "float32")

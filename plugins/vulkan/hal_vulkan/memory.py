@@ -51,6 +51,7 @@ class VulkanMemoryPool(DevicePool):
         for block in self._blocks:
             self._gpu.free(block.handle)
         self._blocks.clear()
+        self.in_use = 0
 
 
 @attrs.define(eq=False)
@@ -88,7 +89,11 @@ class VulkanMemory(ComputeMemory):
             nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
             region = self._recorder.cut(self._recorder.pool, nbytes)
             loan = _Loan(region)
-            whole = card.lend(Bound(region.block, region.offset, region.size), partial(self._ended.append, loan))
+            try:
+                whole = card.lend(Bound(region.block, region.offset, region.size), partial(self._ended.append, loan))
+            except BaseException:
+                self._recorder.pool.free(region)
+                raise
             buffer = Buffer(whole[:nbytes].view(getattr(torch, dtype)).view(tuple(shape)), self, region.size)
             self._loans[buffer] = loan
             return buffer
@@ -112,9 +117,11 @@ class VulkanMemory(ComputeMemory):
     def _collect(self) -> None:
         """Take regions back whose last tensor is gone. Tensors end in any thread, so that they only leave a note."""
         ended = len(self._ended)  # a tensor that ends from here on may still have work under way after the wait
-        if (
-            self._recorder.stuck or self._recorder.closed
-        ):  # neither wait again nor take back what still runs, or is gone
+        if self._recorder.closed:  # its memory is gone, but for what shares it
+            self._ended.clear()
+            self._lingering = 0
+            return
+        if self._recorder.stuck:  # neither wait again nor take back what still runs
             return
         if ended:
             self._recorder.settle()
