@@ -266,3 +266,21 @@ def test_small_copies_of_any_layout_are_whole(shape: tuple[int, ...], seed: int)
         target = torch.full([*given.shape[:-1], given.shape[-1] + 3], 7.0)[..., : given.shape[-1]]
         commands._copy(target, given, 1 << 30)
         assert torch.equal(target, given.float())
+
+
+def test_steps_of_changing_lengths_push_no_recording_out(
+    session: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    query, field = draw(seed, (1, 1, 8, 32), (1, 8, 8))
+    run, step = session.bind(request(query, query)), session.kernel("ricci_flow_step")
+    run(query, query, query)
+    for n in range(recorder.KEPT + 10):
+        step(0.1 * field, 1e-6 * n)
+    kept = len(session.recorder._kept)
+    assert kept <= 2
+    made = recordings(session, monkeypatch)
+    run(query, query, query)
+    assert not made
+    for _ in range(5):
+        step(0.1 * field, 0.01)
+    assert len(made) == 2, "a length that comes again is recorded, and run from then on"

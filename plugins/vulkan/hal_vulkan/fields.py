@@ -35,7 +35,10 @@ class FieldRunner:
         if (kept := self._recorder.find(key)) is not None:
             kept.run(inputs, outputs)
             return
-        with self._recorder.call(what, inputs, key) as commands:
+        # Steps of a changing length would each leave a recording behind, and push others out.
+        again = not floats or self._recorder.last_steps.get(name) == key
+        self._recorder.last_steps[name] = key
+        with self._recorder.call(what, inputs, key if again else None) as commands:
             operands = [*map(commands.stage, inputs), *map(commands.result, outputs)]
             layout = f"{len(integers) + 1}i{len(floats)}f"
             commands.dispatch(name, _CONSTANTS, operands, [*integers, extent[2], *floats], layout, groups)

@@ -63,6 +63,7 @@ class Recorder:
         self.ring = StagingRing(self.gpu)
         self._kept: OrderedDict[Hashable, VulkanCommandBuffer] = OrderedDict()
         self.kept_bytes = 0  # of memory that kept recordings hold
+        self.last_steps: dict[str, Hashable] = {}  # key of the last call of each kernel that is told floats
         self._stuck = ""
         self._left: list[VulkanCommandBuffer] = []  # that were given up while they ran
         self.closed = False
