@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,9 +62,12 @@ def card(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = object.__new__(cuda.CudaCard)
     vars(made).update(
         _gpu=SimpleNamespace(name="vulkan:0", export=lambda block: os.open(os.devnull, os.O_RDONLY)), _cuda=driver, _index=0,
-        place="cuda:0", _context="primary", _external={"a": ("external a", 1), "b": ("external b", 2)}, _done="done",
+        place="cuda:0", _context="primary", _external={}, _done="done",
         _streams={n: SimpleNamespace(semaphore=f"stream {n}") for n in range(2)},
     )  # fmt: skip
+    for address, name in enumerate("ab", 1):
+        freeing = ("cuMemFree", address), ("cuDestroyExternalMemory", f"external {name}")
+        made._external[name] = partial(made._give_back, *freeing)
     return made
 
 

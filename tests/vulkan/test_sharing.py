@@ -357,6 +357,24 @@ def test_a_closed_sessions_memory_can_be_freed_and_not_had(session: Any) -> None
         memory.allocate((64,), "float32")
 
 
+def test_memory_that_outlives_its_session_goes_with_its_last_tensor(session: Any) -> None:
+    if session.recorder.card.kind != "cuda":
+        pytest.skip("a mapped file is unmapped by the array over it")
+    tensor = session.memory.to_torch(session.memory.allocate((1 << 26,), "float32")).fill_(1)
+    half = tensor[: 1 << 25]
+    session.close()
+    del tensor
+    gc.collect()
+    torch.cuda.synchronize()
+    before, _ = torch.cuda.mem_get_info()
+    assert float(half.sum()) == 1 << 25
+    del half
+    gc.collect()
+    torch.cuda.synchronize()
+    after, _ = torch.cuda.mem_get_info()
+    assert after - before >= 1 << 27
+
+
 def test_torchs_work_is_ordered_before_memory_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
     device = next((d for d in hal.devices() if d.family == "vulkan" and d.fidelity == "emulated"), None)
     if device is None:

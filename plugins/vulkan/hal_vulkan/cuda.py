@@ -49,7 +49,9 @@ class CudaCard(SharedCard):
             raise DeviceUnavailableError(
                 f"{gpu.name} is not {self.place}: set CUDA_DEVICE_ORDER=PCI_BUS_ID, and try again"
             )
-        self._external: dict[Any, tuple[Any, int]] = {}
+        self._external: dict[
+            Any, Callable[[], Any]
+        ] = {}  # gives a block's memory back, at the latest with its last tensor
         self._streams: dict[int, _Stream] = {}
         self._last: Any = None
         self._known, self._several = threading.local(), torch.cuda.device_count() > 1
@@ -99,29 +101,31 @@ class CudaCard(SharedCard):
 
     def _import(self, block: Memory) -> Tensor:
         cuda = self._cuda
-        asked, whole = cuda.CUDA_EXTERNAL_MEMORY_HANDLE_DESC(), cuda.CUDA_EXTERNAL_MEMORY_BUFFER_DESC()
+        asked, all_of_it = cuda.CUDA_EXTERNAL_MEMORY_HANDLE_DESC(), cuda.CUDA_EXTERNAL_MEMORY_BUFFER_DESC()
         asked.type = cuda.CUexternalMemoryHandleType.CU_EXTERNAL_MEMORY_HANDLE_TYPE_OPAQUE_FD
         descriptor = asked.handle.fd = self._gpu.export(block)
         asked.size, asked.flags = block.nbytes, _DEDICATED
-        whole.offset, whole.size = 0, block.nbytes
+        all_of_it.offset, all_of_it.size = 0, block.nbytes
         with self._current():
             external = self._imported("cuImportExternalMemory", asked, descriptor)
             try:
-                address = int(self._called("cuExternalMemoryGetMappedBuffer", external, whole))
+                address = int(self._called("cuExternalMemoryGetMappedBuffer", external, all_of_it))
             except DeviceUnavailableError:
                 self._give_back(("cuDestroyExternalMemory", external))
                 raise
-        self._external[block.memory] = external, address
-        return torch.as_tensor(Addressed(address, block.nbytes), device=self.place)
+        whole = Addressed(address, block.nbytes)
+        freeing = ("cuMemFree", address), ("cuDestroyExternalMemory", external)
+        ending = self._external[block.memory] = weakref.finalize(whole, self._give_back, *freeing)
+        ending.atexit = False
+        return torch.as_tensor(whole, device=self.place)
 
     def _alias(self, bytes_there: Tensor, ended: Callable[[], None]) -> Tensor:
-        addressed = Addressed(bytes_there.data_ptr(), bytes_there.numel())
+        addressed = Addressed(bytes_there.data_ptr(), bytes_there.numel(), bytes_there)
         weakref.finalize(addressed, ended).atexit = False
         return torch.as_tensor(addressed, device=self.place)
 
     def _drop(self, block: Memory) -> None:
-        external, address = self._external.pop(block.memory)
-        self._give_back(("cuMemFree", address), ("cuDestroyExternalMemory", external))
+        self._external.pop(block.memory)()
 
     def enter(self) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -169,7 +173,8 @@ class CudaCard(SharedCard):
 
 
 class Addressed:
-    """Device memory by its address, for torch.as_tensor; the tensor keeps this object."""
+    """Device memory by its address, for torch.as_tensor; the tensor keeps this object, and this object its `owner`."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, owner: Tensor | None = None) -> None:
+        self._owner = owner
         self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
