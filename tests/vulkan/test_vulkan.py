@@ -202,7 +202,8 @@ def test_a_calibration_times_recorded_calls_and_feeds_the_estimates(
 
     monkeypatch.setattr(type(backend), "open", watched)
     calibrate(device.id)
-    assert len(begun) < opened[-1].recorder.gpu.submitted / 5, "calls of one shape run its recording"
+    recorded = begun.count(())  # others begin a slot's commands anew
+    assert recorded < opened[-1].recorder.gpu.submitted / 5, "calls of one shape run its recording"
     assert backend.estimate(asked, device).time.basis == "measured"
 
 

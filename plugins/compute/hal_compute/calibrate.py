@@ -13,7 +13,8 @@ from hal_core import AttentionRequest
 _SHORT = 16  # tokens of a call without work
 _FIRST_GRADIENTS = 128  # tokens of the first long call of gradients, at most: they are far slower
 _MOST = 8192  # tokens of a long call, at most
-_ENOUGH, _PLENTY = 5e-4, 2e-2  # seconds of the device that a long call takes at least, and that need not be more
+_ENOUGH, _PLENTY = 5e-4, 0.1  # seconds of the device that a long call takes at least, and that need not be more
+_PATIENCE = 0.2  # seconds of equal calls
 _BETTER = 0.8  # of the seconds for each multiply-accumulate, where twice the length keeps more of the device busy
 
 
@@ -100,7 +101,10 @@ def _request(length: int, dtype: str, place: str, gradients: bool = False) -> At
 
 
 def _timed(session: Any, request: AttentionRequest, repeats: int) -> _Took:
-    """Medians of `repeats` calls of a request, or of its gradients alone where it asks for them, after one that compiles."""
+    """Medians of `repeats` calls of a request, or of its gradients alone where it asks for them, after one that compiles.
+
+    Three calls have to do where they take long.
+    """
     import torch
 
     shape, dtype = (1, request.heads_q, request.len_q, request.dim_qk), getattr(torch, request.dtype)
@@ -125,5 +129,7 @@ def _timed(session: Any, request: AttentionRequest, repeats: int) -> _Took:
             torch.cuda.synchronize(query.device)
         whole.append(time.perf_counter() - start)
         device.append(session.device_seconds)
+        if len(whole) >= 3 and sum(whole) > _PATIENCE:
+            break
     known = [taken for taken in device if taken is not None]
     return _Took(statistics.median(whole), statistics.median(known) if known else None)
