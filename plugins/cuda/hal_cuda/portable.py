@@ -152,7 +152,8 @@ class PortablePath:
 
     def __init__(self, request: AttentionRequest, chip: Chip) -> None:
         self.request, self.chip = request, chip
-        self._may_split = packs(request, 1)
+        # In a capture `merge` joins, which may round otherwise: where results must repeat, it does so everywhere.
+        self._may_join = packs(request, 1) and not request.deterministic
         self._launches: dict[Any, Launch] = {}
         self._runs: dict[_Chosen | str, Launcher] = {}
         left, right = request.window or (None, None)
@@ -172,7 +173,7 @@ class PortablePath:
             if tables is not None:
                 tables = SequenceTables(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4]))
             extras = _extras(mask, plan, tables)
-        scratch = self._scratch(query) if self._may_split else None
+        scratch = self._scratch(query) if self._may_join else None
         form = (
             query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, extras, scratch is None,
