@@ -155,7 +155,7 @@ def tabled(bench: Bench) -> float:
     most = sum(lengths) // 128 + len(lengths)
     table = torch.empty(8 + 8 * most, dtype=torch.int32, device="cuda")
     run = bench.chip.launcher(tile_table, TABLE_SIGNATURE, {"ROWS": 128, "BLOCK": 128}, num_warps=4)
-    run((len(lengths), 1, 1), (table, ends, ends), [len(lengths), sum(lengths), sum(lengths), most])
+    run((len(lengths), 1, 1), (table, ends, ends), [len(lengths), sum(lengths), sum(lengths), most, 16, 132])
     got: dict[int, list[int]] = {}
     for row, first, _, length, _, *_ in table[8:].view(-1, 8)[: int(table[0])].tolist():
         got.setdefault(first, []).append(row if row < length else -1)

@@ -17,7 +17,8 @@ from .portable import PortablePath, empty_result
 
 #: Triton types of `tile_table`'s run-time arguments.
 TABLE_SIGNATURE = {
-    **dict.fromkeys(("table", "cu_q", "cu_k"), "*i32"), **dict.fromkeys(("sequences", "all_q", "all_k", "most"), "i32"),
+    **dict.fromkeys(("table", "cu_q", "cu_k"), "*i32"),
+    **dict.fromkeys(("sequences", "all_q", "all_k", "most", "together", "programs"), "i32"),
 }  # fmt: skip
 _HEAD, _ENTRY = 8, 8  # numbers before the first entry of a table, and of an entry
 _MOST_KEPT = 256
@@ -26,13 +27,16 @@ _MOST_KEPT = 256
 class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
-    kernel: the forward. list_tiles: launches the table. most: tiles there can be. sides: of query, key, value and output
-    what their tensor maps are made from. tail: arguments after the table.
+    kernel: the forward. list_tiles: launches the table, whose numbers are in `listing`. most: tiles there can be. programs:
+    of the forward. sides: of query, key, value and output what their tensor maps are made from. tail: arguments after the
+    table.
     """
 
     kernel: compiled.Kernel
     list_tiles: Launcher
+    listing: list[Any]
     most: int
+    programs: int
     sides: tuple[tuple[tuple[int, ...], tuple[int, ...], Any], ...]
     tail: list[Any]
 
@@ -68,13 +72,12 @@ class PackedHopperPath:
         out = empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
         table = torch.empty(_HEAD + _ENTRY * launch.most, dtype=torch.int32, device=query.device)
-        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), [sequences, query.shape[2], key.shape[2], launch.most])
+        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), launch.listing)
         arguments: list[Any] = []
         for pointer, (shape, strides, meta) in zip((*pointers, out.data_ptr()), launch.sides, strict=True):
             arguments += [compiled.tensor_map(pointer, shape, strides, meta), *shape, *strides]
         arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
-        programs = min(self.chip.multiprocessors, launch.most * query.shape[1])
-        launch.kernel((programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
+        launch.kernel((launch.programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
         return AttentionOutput(out, lse)
 
     def _build(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, same: bool) -> Launch:
@@ -112,4 +115,7 @@ class PackedHopperPath:
             *[None] * len(constants),
         ]  # fmt: skip
         sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
-        return Launch(made, list_tiles, tokens // rows + sequences, sides, tail)
+        most = tokens // rows + sequences
+        programs = min(chip.multiprocessors, most * heads)
+        listing = [sequences, tokens, key.shape[2], most, together, programs]
+        return Launch(made, list_tiles, listing, most, programs, sides, tail)

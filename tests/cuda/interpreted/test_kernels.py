@@ -282,13 +282,13 @@ def test_conformance_of_results(check: str) -> None:
     assert result.status in ("passed", "skipped"), result.detail
 
 
-def listed(lengths_q: list[int], lengths_k: list[int], most: int) -> tuple[int, list[list[int]], list[Tensor]]:
+def listed(lengths_q: list[int], lengths_k: list[int], most: int, heads: int = 16) -> tuple[int, list[list[int]], list[Tensor]]:
     """(tiles counted, entries of the whole table, cumulative lengths)."""
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
     table = torch.full((8 + 8 * most,), -1, dtype=torch.int32)
     list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     count = len(lengths_q)
-    list_tiles((count, 1, 1), (table, *ends), [count, int(ends[0][-1]), int(ends[1][-1]), most])
+    list_tiles((count, 1, 1), (table, *ends), [count, int(ends[0][-1]), int(ends[1][-1]), most, heads, 132])
     return int(table[0]), table[8:].view(-1, 8)[:, :5].tolist(), ends
 
 
@@ -307,11 +307,14 @@ def test_table_lists_every_tile_of_packed_sequences() -> None:
     assert entries[tiles:] == [[-1] * 5] * (16 - tiles)
 
 
-@pytest.mark.parametrize("rows", [[1024] * 8, [2048] * 4, [3000, 100], [4096, 4096]])
-def test_table_gives_programs_below_a_diagonal_about_as_much_each(rows: list[int]) -> None:
-    """16 heads, and 132 programs that take every 132nd tile, forwards and backwards in turn: at most a tenth above the mean."""
-    tiles, entries, _ = listed(rows, rows, sum(rows) // 64 + len(rows))
-    cost = torch.tensor([row + 64 for row, *_ in entries[:tiles]], dtype=torch.float64).repeat_interleave(16)
+@pytest.mark.parametrize(
+    ("heads", "rows"),
+    [(16, [1024] * 8), (16, [2048] * 4), (16, [3000, 100]), (16, [4096, 4096]), (8, [1024] * 8), (4, [2048] * 8)],
+)
+def test_table_gives_programs_below_a_diagonal_about_as_much_each(heads: int, rows: list[int]) -> None:
+    """132 programs that take every 132nd tile, forwards and backwards in turn: at most a tenth above the mean."""
+    tiles, entries, _ = listed(rows, rows, sum(rows) // 64 + len(rows), heads)
+    cost = torch.tensor([row + 64 for row, *_ in entries[:tiles]], dtype=torch.float64).repeat_interleave(heads)
     number = torch.arange(len(cost))
     program = torch.where(number // 132 % 2 == 1, 131 - number % 132, number % 132)
     each = torch.zeros(132, dtype=torch.float64).index_add_(0, program, cost)
@@ -329,7 +332,7 @@ def test_table_of_wrong_lengths_names_nothing_outside_the_tensors(ends: list[int
     list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     for cu_q, cu_k in ((wrong, fine), (fine, wrong), (wrong, wrong)):
         table = torch.full((8 + 8 * 5,), -1, dtype=torch.int32)
-        list_tiles((2, 1, 1), (table, cu_q, cu_k), [2, 100, 100, 3])
+        list_tiles((2, 1, 1), (table, cu_q, cu_k), [2, 100, 100, 3, 16, 132])
         assert 0 <= int(table[0]) <= 3
         entries = table[8:].view(-1, 8)
         for row, first_q, first_k, queries, keys in entries[: int(table[0]), :5].tolist():
@@ -342,7 +345,7 @@ def test_table_of_sequences_that_overlap_ends_where_its_memory_does() -> None:
     ends = torch.tensor([0, 1000, 0, 1000], dtype=torch.int32)
     table = torch.full((8 + 8 * 40,), -1, dtype=torch.int32)
     list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
-    list_tiles((3, 1, 1), (table, ends, ends), [3, 1000, 1000, 18])
+    list_tiles((3, 1, 1), (table, ends, ends), [3, 1000, 1000, 18, 16, 132])
     assert int(table[0]) == 18
     assert bool((table[8:].view(-1, 8)[:18, :5] >= 0).all() and (table[8:].view(-1, 8)[18:] == -1).all())
 
