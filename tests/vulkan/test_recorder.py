@@ -201,20 +201,28 @@ def test_the_staging_ring_carries_tensors_of_any_layout(
     assert unmapped.recorder.ring.nbytes == 3 * 8192
 
 
-def test_split_keys_are_merged_in_every_run_of_a_recording(unmapped: Any, seed: int) -> None:
-    """The last work group counts the others: from zero on, in memory that held anything, and leaves zero for the next run."""
-    gpu, pool = unmapped.recorder.gpu, unmapped.recorder.pool
-    region, junk = pool.allocate(1 << 20), gpu.begin()
-    gpu.fill(junk, Bound(region.block, region.offset, region.size), 7)
-    gpu.end(junk)
-    gpu.wait(gpu.submit(junk), "fill memory", 30.0)
-    gpu.drop(junk)
-    pool.free(region)
-    for n in range(3):
-        query, key, value = draw(seed + n, (1, 8, 1, 32), (1, 2, 700, 32), (1, 2, 700, 32))
+def test_split_keys_are_merged_in_every_run_of_a_recording(
+    unmapped: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The last work group counts the others: from zero on, in memory that held anything, and leaves zero for the next."""
+    gpu = unmapped.recorder.gpu
+    allocate = gpu.allocate
+
+    def used(nbytes: int, **how: Any) -> Any:
+        block, filling = allocate(nbytes, **how), gpu.begin()
+        gpu.fill(filling, Bound(block, 0, nbytes), 7)
+        gpu.end(filling)
+        gpu.wait(gpu.submit(filling), "fill memory", 30.0)
+        gpu.drop(filling)
+        return block
+
+    monkeypatch.setattr(gpu, "allocate", used)
+    for n in range(6):
+        keys = 700 + n % 2  # two recordings in turn
+        query, key, value = draw(seed + n, (1, 8, 1, 32), (1, 2, keys, 32), (1, 2, keys, 32))
         out = unmapped.bind(request(query, key))(query, key, value)
         assert relative_error(out, reference(query, key, value).out) <= 1e-5
-    assert len(unmapped.recorder._kept) == 1
+    assert len(unmapped.recorder._kept) == 2
     (dispatched,) = unmapped.recorder.shaders.made
     assert dispatched[0] == "forward_rows.float32", "and nothing merges after it"
 

@@ -130,21 +130,11 @@ class VulkanCommandBuffer:
         self._uploaded = True
         return operand
 
-    def zeroed(self, nbytes: int) -> Operand:
-        """Device memory that is zero when the commands first start; they must leave it so."""
-        operand, gpu = self.space(nbytes), self._gpu
-        if operand.host is not None:
-            operand.host.zero_()
-            return operand
-        once = gpu.begin()
-        try:
-            gpu.fill(once, operand.bound, 0)
-            gpu.barrier(once)
-            gpu.end(once)
-            gpu.wait(gpu.submit(once), f"zero memory to {self.what}", TIMEOUT)
-        finally:
-            gpu.drop(once)
-        return operand
+    def counters(self, count: int) -> Operand:
+        """`count` numbers of 32 bits that are zero whenever the commands start; they must leave them so."""
+        shared = self._recorder.counters
+        assert 4 * count <= shared.size
+        return Operand(shared, None)
 
     def _cut(self, pool: VulkanMemoryPool, nbytes: int) -> Operand:
         region = self._recorder.cut(pool, nbytes)

@@ -31,6 +31,7 @@ IMPORT_FROM = 1 << 20
 #: Bytes from which a tensor passes through the staging ring.
 STREAM_FROM = 4 << 20
 
+_COUNTERS = 4096  # bytes
 _numbers = count()
 
 
@@ -61,6 +62,7 @@ class Recorder:
         # Where the device's memory is not mapped, operands pass through host-visible memory of the driver's.
         self.staging = VulkanMemoryPool(self.gpu, device.id, host=True, limit=limit)
         self.ring = StagingRing(self.gpu)
+        self._counters: Bound | None = None
         self._kept: OrderedDict[Hashable, VulkanCommandBuffer] = OrderedDict()
         self.kept_bytes = 0  # of memory that kept recordings hold
         self.last_steps: dict[str, Hashable] = {}  # key of the last call of each kernel that is told floats
@@ -161,6 +163,20 @@ class Recorder:
         self.forget()
         pool.trim()
         return pool.allocate(nbytes)
+
+    @property
+    def counters(self) -> Bound:
+        """Memory that all recordings share, since they run one after another: zero before each and after it."""
+        if self._counters is None:
+            made = Bound(self.gpu.allocate(_COUNTERS, host=False), 0, _COUNTERS)
+            zeroing = self.gpu.begin()
+            self.gpu.fill(zeroing, made, 0)
+            self.gpu.barrier(zeroing)
+            self.gpu.end(zeroing)
+            self.gpu.wait(self.gpu.submit(zeroing), "zero its counters", recording.TIMEOUT)
+            self.gpu.drop(zeroing)
+            self._counters = made
+        return self._counters
 
     def card_of(self, given: Given) -> SharedCard | None:
         """The card that the tensors of a call lie on; None for the host."""
@@ -269,4 +285,6 @@ class Recorder:
         if self._card is not None:
             self._card.close()
         self.pool.abandon()
+        if self._counters is not None:
+            self.gpu.free(self._counters.block)
         self.gpu.close()

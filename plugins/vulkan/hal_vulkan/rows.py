@@ -64,7 +64,8 @@ def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call
     operands = [commands.stage(tensor, setting.dim) for tensor in call[:3]]
     parts = splits * setting.units * setting.unit_rows
     sums, lse = commands.space(parts * setting.dim * 4), commands.space(parts * 4)
-    arrived, general = commands.zeroed(whole * 4), setting.changes_scores or setting.ranges is not None
+    arrived = commands.counters(whole if splits > 1 else 1)
+    general = setting.changes_scores or setting.ranges is not None
     commands.dispatch(
         f"forward_rows.{setting.dtype}",
         (setting.dim, cut.threads, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(general)),
