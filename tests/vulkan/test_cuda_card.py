@@ -114,5 +114,14 @@ def test_a_card_whose_context_failed_closes_without_an_error(monkeypatch: pytest
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert shared.settle(30.0)
     shared.close()
     assert not shared._streams
+
+
+def test_torchs_work_is_waited_for_and_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, ends = card(Driver(), monkeypatch), threading.Event()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: ends.wait(60.0))
+    assert not shared.settle(0.01)
+    ends.set()
+    assert shared.settle(30.0)

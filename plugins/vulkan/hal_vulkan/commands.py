@@ -333,15 +333,14 @@ class VulkanCommandBuffer:
 
     def release(self) -> bool:
         """Give memory and commands back, once the device is done with them; False where it is not, and they stay."""
-        gpu = self._gpu
+        gpu, patience = self._gpu, GRACE if self._card is None else TIMEOUT  # behind whatever torch has queued there
         try:
-            patience = GRACE if self._card is None else TIMEOUT  # behind whatever torch has queued there
             gpu.wait(gpu.submitted, f"finish ({self.what}) before its memory is given back", patience)
         except HalError:
             if not gpu.lost:  # still running: what it writes to must stay
                 return False
-        if self._card is not None:
-            self._card.settle()
+        if self._card is not None and not self._card.settle(patience):
+            return False
         gpu.drop(self._commands)
         for block, _ in self._imported:
             gpu.free(block)

@@ -160,12 +160,18 @@ class CudaCard(SharedCard):
         self._wait.params.fence.value = self._gpu.submit(commands, stream.timeline, value)
         self._called("cuWaitExternalSemaphoresAsync", [self._done], [self._wait], 1, raw)
 
-    def settle(self) -> None:
-        with suppress(RuntimeError):  # a context that failed runs nothing any more; torch tells whoever uses it
-            torch.cuda.synchronize(self._index)
+    def settle(self, timeout: float) -> bool:
+        done = threading.Event()
+
+        def wait() -> None:
+            with suppress(RuntimeError):  # a context that failed runs nothing any more; torch tells whoever uses it
+                torch.cuda.synchronize(self._index)
+            done.set()
+
+        threading.Thread(target=wait, daemon=True).start()  # CUDA's own wait has no time-out
+        return done.wait(timeout)
 
     def close(self) -> None:
-        self.settle()
         semaphores = [*(stream.semaphore for stream in self._streams.values()), self._done]
         self._give_back(*(("cuDestroyExternalSemaphore", semaphore) for semaphore in semaphores))
         self._streams.clear()

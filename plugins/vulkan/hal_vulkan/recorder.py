@@ -31,6 +31,8 @@ IMPORT_FROM = 1 << 20
 #: Bytes from which a tensor passes through the staging ring.
 STREAM_FROM = 4 << 20
 
+_GLANCE = 0.05  # seconds to ask whether a card is idle
+
 _COUNTERS = 4096  # bytes
 _numbers = count()
 
@@ -123,7 +125,7 @@ class Recorder:
             self._stuck = f"{self.device.id} did not end what was given up ({what})"
 
     def _check_alive(self) -> None:
-        if self._stuck and not self._ended(0.0):
+        if self.stuck:
             raise DeviceUnavailableError(f"{self._stuck}: close the session of {self.device.id} and open it again")
 
     def _evict(self, most: int, most_bytes: int, most_fragmented: float = 1.0) -> None:
@@ -203,8 +205,9 @@ class Recorder:
         """Wait until nothing of what was queued, here or with the sharing card, can touch memory that is given back."""
         if not self.gpu.lost:  # nothing runs on a lost one
             self.synchronize()
-        if self._card is not None:
-            self._card.settle()
+        if self._card is not None and not self._card.settle(recording.TIMEOUT):
+            self.give_up(f"torch's work on {self._card.place}")
+            self._check_alive()
 
     def _free(self, block: Memory) -> None:
         for key in [key for key, commands in self._kept.items() if commands.uses(block)]:
@@ -255,8 +258,8 @@ class Recorder:
 
     @property
     def stuck(self) -> bool:
-        """Whether something that was given up still runs, so that no memory may be taken back."""
-        return bool(self._stuck)
+        """Whether something that was given up still runs, so that no memory may be taken back. Asks the device anew."""
+        return bool(self._stuck) and not self._ended(0.0)
 
     def stop(self) -> None:
         """Wait a last time for what was queued, before `close`; on a device that hangs what is in use stays."""
@@ -270,6 +273,8 @@ class Recorder:
         except DeviceUnavailableError:
             if not self.gpu.lost:
                 return False
+        if self._card is not None and not self._card.settle(max(patience, _GLANCE)):
+            return False
         self._stuck, left, self._left = "", self._left, []
         for commands in left:
             self._release(commands)

@@ -88,8 +88,9 @@ class SharedCard(ABC):
         """Run recorded commands behind torch's work so far, and torch's work from now on behind them."""
 
     @abstractmethod
-    def settle(self) -> None:
-        """Wait until torch's own work on the card is done."""
+    def settle(self, timeout: float) -> bool:
+        """Wait until torch's own work on the card is done; whether it is, within `timeout` seconds."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give everything back, once all work on the card is done."""
