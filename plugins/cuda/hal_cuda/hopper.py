@@ -258,7 +258,7 @@ class HopperPath:
         made = launch.made
         arguments: list[Any] = []
         for place, pointer in enumerate((*pointers, out.data_ptr()) * launch.repeats):
-            arguments += made[place].get(pointer) or _add_map(launch, place, pointer)
+            arguments += made[place].get(pointer) or add_map(launch.sides[place], made[place], pointer)
         arguments.append(0 if lse is None else lse.data_ptr())
         arguments += launch.tail
         launch.kernel(launch.grid, self._stream(self._index), arguments)
@@ -331,10 +331,12 @@ def _key_tiles(row: int, rows: int, len_k: int, shift: int, left: int | None, ri
     return last - (0 if left is None else min(max(row + shift - left, 0) // keys, last - 1))
 
 
-def _add_map(launch: Launch, place: int, pointer: int) -> list[Any]:
-    """The arguments of one tensor: its map, which holds addresses alone and so may outlive it, its shape and its strides."""
-    shape, strides, meta = launch.sides[place]
-    kept = launch.made[place]
+def add_map(form: tuple[tuple[int, ...], tuple[int, ...], Any], kept: dict[int, list[Any]], pointer: int) -> list[Any]:
+    """The arguments of one tensor: its map, which holds addresses alone and so may outlive it, its shape and its strides.
+
+    form: shape, strides and the kernel's layout. kept: where they are found again, by address.
+    """
+    shape, strides, meta = form
     if len(kept) >= _MOST_KEPT:
         kept.clear()
     kept[pointer] = [compiled.tensor_map(pointer, shape, strides, meta), *shape, *strides]

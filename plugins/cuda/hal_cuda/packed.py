@@ -11,7 +11,7 @@ from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Causal, Seque
 
 from . import compiled
 from .chip import Chip, Launcher
-from .hopper import CACHED, LOG2E, ROWS, compile_forward, fits, kernel_constants, side, tiling_for
+from .hopper import CACHED, LOG2E, ROWS, add_map, compile_forward, fits, kernel_constants, side, tiling_for
 from .kernels.tiles import tile_table
 from .portable import PortablePath, empty_result
 
@@ -28,8 +28,8 @@ class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
     kernel: the forward. list_tiles: launches the table, whose numbers are in `listing`. most: tiles there can be. programs:
-    of the forward. sides: of query, key, value and output what their tensor maps are made from. tail: arguments after the
-    table.
+    of the forward. sides: of query, key, value and output what their tensor maps are made from, made: for each of them the
+    arguments by address. tail: arguments after the table.
     """
 
     kernel: compiled.Kernel
@@ -38,6 +38,7 @@ class Launch(NamedTuple):
     most: int
     programs: int
     sides: tuple[tuple[tuple[int, ...], tuple[int, ...], Any], ...]
+    made: tuple[dict[int, list[Any]], ...]
     tail: list[Any]
 
 
@@ -46,7 +47,7 @@ class PackedHopperPath:
 
     def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
         self.request, self.chip, self._instead = request, chip, instead
-        self._launches: dict[Any, Launch] = {}
+        self._launches: dict[Any, Launch | None] = {}
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
@@ -59,23 +60,24 @@ class PackedHopperPath:
         cu_q, cu_k = tables.cu_seqlens_q, tables.cu_seqlens_k
         pointers = [query.data_ptr(), key.data_ptr(), value.data_ptr()]
         whole = cu_q.is_contiguous() and cu_k.is_contiguous() and cu_q.dtype == cu_k.dtype == torch.int32
-        if not whole or (pointers[0] | pointers[1] | pointers[2]) & 15 or not fits(query, key, value):
-            return self._instead(query, key, value, mask, plan, tables, rng)
         same = cu_q.data_ptr() == cu_k.data_ptr()
         sequences = cu_q.shape[0] - 1
         form = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), sequences, same)
         launch = self._launches.get(form)
-        if launch is None:
+        if launch is None and form not in self._launches:
             if len(self._launches) >= _MOST_KEPT:
                 self._launches.clear()
-            launch = self._launches[form] = self._build(query, key, value, sequences, same)
+            launch = self._build(query, key, value, sequences, same) if fits(query, key, value) else None
+            self._launches[form] = launch
+        if launch is None or not whole or (pointers[0] | pointers[1] | pointers[2]) & 15:
+            return self._instead(query, key, value, mask, plan, tables, rng)
         out = empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
         table = torch.empty(_HEAD + _ENTRY * launch.most, dtype=torch.int32, device=query.device)
         launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), launch.listing)
         arguments: list[Any] = []
-        for pointer, (shape, strides, meta) in zip((*pointers, out.data_ptr()), launch.sides, strict=True):
-            arguments += [compiled.tensor_map(pointer, shape, strides, meta), *shape, *strides]
+        for place, pointer in enumerate((*pointers, out.data_ptr())):
+            arguments += launch.made[place].get(pointer) or add_map(launch.sides[place], launch.made[place], pointer)
         arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
         launch.kernel((launch.programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
         return AttentionOutput(out, lse)
@@ -118,4 +120,4 @@ class PackedHopperPath:
         most = tokens // rows + sequences
         programs = min(chip.multiprocessors, most * heads)
         listing = [sequences, tokens, key.shape[2], most, together, programs]
-        return Launch(made, list_tiles, listing, most, programs, sides, tail)
+        return Launch(made, list_tiles, listing, most, programs, sides, tuple({} for _ in sides), tail)
