@@ -16,6 +16,7 @@ from hal_core.testing.reference import request_of
 pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import build_shaders, ladder, matrix
 from hal_vulkan._vk import Adapter, MatrixShape
+from hal_vulkan.commands import VulkanCommandBuffer
 from hal_vulkan.pipelines import VulkanShaderManager
 
 BRAIN = ("bfloat16_matrix",)
@@ -231,6 +232,29 @@ def test_few_rows_across_subgroups_agree_with_float64(
     assert relative_error(out, want) <= {"float32": 1e-5, "float16": 2e-3, "bfloat16": 5e-3}[dtype]
     assert relative_error(lse, want_lse) <= 1e-5
     assert f"forward_rows.{dtype}" in ran(session)
+
+
+@pytest.mark.parametrize("heads", [1, 7, 20])
+def test_few_rows_take_no_more_work_groups_than_a_card_holds(
+    session: Any, heads: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work groups are equal parts of the call: one that has to wait for the others doubles its time."""
+    step = ladder.row_step(session.recorder.adapter._replace(is_cpu=False))
+    if step is None:
+        pytest.skip(f"{session.recorder.adapter.name} does not shuffle in full subgroups")
+    monkeypatch.setattr(ladder, "row_step", lambda adapter: step)
+    monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: None)
+    asked: list[Any] = []
+    dispatch = VulkanCommandBuffer.dispatch
+    monkeypatch.setattr(
+        VulkanCommandBuffer, "dispatch", lambda *given, **how: asked.append(given[6]) or dispatch(*given, **how)
+    )
+    query, key, value, _ = draw((1, heads, heads, 1, 30000, 32), {}, seed)
+    call(session, query, key, value, None, {})
+    ((blocks, units, splits),) = asked
+    assert (blocks, units) == (1, heads)
+    most = min(264 // heads, 64)
+    assert 0.9 * most <= splits <= most
 
 
 def test_shaders_ask_for_the_whole_subgroups_that_they_count_on(monkeypatch: pytest.MonkeyPatch) -> None:
