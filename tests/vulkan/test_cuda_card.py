@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,7 @@ class Driver:
                 stack.pop()
             else:
                 self.done.append((name, given[0]))
-            return (Code(0), "external")
+            return (Code(0), "4096")
 
         return call
 
@@ -62,7 +63,7 @@ def card(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = object.__new__(cuda.CudaCard)
     vars(made).update(
         _gpu=SimpleNamespace(name="vulkan:0", export=lambda block: os.open(os.devnull, os.O_RDONLY)), _cuda=driver, _index=0,
-        place="cuda:0", _context="primary", _external={}, _done="done",
+        place="cuda:0", _context="primary", _external={}, _seen={}, _done="done",
         _streams={n: SimpleNamespace(semaphore=f"stream {n}") for n in range(2)},
     )  # fmt: skip
     for address, name in enumerate("ab", 1):
@@ -93,6 +94,36 @@ def test_memory_that_cannot_be_mapped_is_not_kept(monkeypatch: pytest.MonkeyPatc
         shared._import(SimpleNamespace(memory="c", nbytes=64))
     assert [name for name, _ in driver.done] == ["cuImportExternalMemory", "cuDestroyExternalMemory"]
     assert "c" not in shared._external
+
+
+class Bytes:
+    """A tensor over what owns its memory."""
+
+    def __init__(self, owner: Any, first: int = 4096, size: int = 64) -> None:
+        self._owner, self._first, self._size = owner, first, size
+
+    def data_ptr(self) -> int:
+        return self._first
+
+    def numel(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> Bytes:
+        return Bytes(self, self._first + part.start, part.stop - part.start)
+
+
+def test_memory_that_is_lent_when_its_card_closes_goes_with_its_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    shared = card(driver, monkeypatch)
+    monkeypatch.setattr(torch, "as_tensor", lambda owner, device: Bytes(owner))
+    lent = shared.lend(SimpleNamespace(block=SimpleNamespace(memory="c", nbytes=64), offset=16, size=32), lambda: None)
+    shared.close()
+    gc.collect()
+    assert lent.data_ptr() == 4096
+    assert "cuMemFree" not in [name for name, _ in driver.done]
+    del lent
+    gc.collect()
+    assert driver.done[-2:] == [("cuMemFree", 4096), ("cuDestroyExternalMemory", "4096")]
 
 
 def test_closing_gives_everything_back_that_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:

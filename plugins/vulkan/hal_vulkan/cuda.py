@@ -175,6 +175,7 @@ class CudaCard(SharedCard):
         semaphores = [*(stream.semaphore for stream in self._streams.values()), self._done]
         self._give_back(*(("cuDestroyExternalSemaphore", semaphore) for semaphore in semaphores))
         self._streams.clear()
+        self._seen.clear()  # what is lent goes with its last tensor, whoever still holds this card
         self._give_back(("cuDevicePrimaryCtxRelease", self._index))
 
 
