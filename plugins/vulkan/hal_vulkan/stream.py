@@ -13,7 +13,8 @@ from .setting import Setting
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
 _LANES = 8  # invocations of a subgroup, and of a work group
 _SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
-_SPARE = 4 << 20  # bytes of keys that may be chunks filled less than half
+#: Bytes of keys, and part of the session's limit, that may be chunks filled less than half: short rows of many sequences.
+_SPARE, _SPARE_PART = 128 << 20, 16
 #: Multiply-accumulates, per float of a query that an invocation holds, from which compiling that much pays.
 _FROM = 1 << 16
 
@@ -34,7 +35,8 @@ def _fits(recorder: Recorder, call: Call, chunk: int) -> bool:
     """Whether keys that fill whole chunks of their buffer fit it, and do not take far more memory than they are."""
     batch, heads, length = call.key.shape[:3]
     nbytes = batch * heads * -(-length // chunk) * _BYTES
-    return nbytes <= recorder.pool.largest and (2 * length >= chunk or nbytes <= _SPARE)
+    spare = min(_SPARE, recorder.pool.limit // _SPARE_PART)
+    return nbytes <= recorder.pool.largest and (2 * length >= chunk or nbytes <= spare)
 
 
 def _rows_each(rows: int) -> int:
