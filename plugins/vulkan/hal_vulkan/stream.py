@@ -63,7 +63,7 @@ def record(commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Oper
         pieces = [(0, setting.unit_rows, 1)]
         if setting.heads_per_unit == 1:
             pieces = _pieces(setting.len_q, (start, count), (setting.numbers["lower"], setting.numbers["upper"]), tall)
-        elif setting.numbers["lower"] == -OPEN and setting.numbers["upper"] == OPEN and count % 4 == 0:
+        elif setting.numbers["lower"] == -OPEN and setting.numbers["upper"] == OPEN and count % 8 == 0:
             pieces = [(0, setting.unit_rows, 0)]
         if setting.mask is not None:  # its hidden keys need what keys outside the band need
             pieces = [(begin, end, 1) for begin, end, _ in pieces]
@@ -86,14 +86,14 @@ def record(commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Oper
 def _pieces(len_q: int, chunk: tuple[int, int], band: tuple[int, int], tall: int) -> list[tuple[int, int, int]]:
     """Rows (begin, end, banded) that read something of a chunk (start, count) of the keys: some or (banded 0) all of it.
 
-    Begins are multiples of `tall`. A chunk whose keys are not a multiple of 4 is banded: its end is inside a step.
+    Begins are multiples of `tall`. A chunk whose keys are not a multiple of 8 is banded: its end is inside a step.
     """
     (start, count), (lower, upper) = chunk, band
     begin, end = max(start - upper, 0) // tall * tall, min(start + count - lower, len_q)
     inner = min(max(-(-(start + count - 1 - upper) // tall) * tall, begin), max(begin, end))
     outer = min(max(start - lower + 1, inner), end)
     outer = outer if outer == end else outer // tall * tall
-    if count % 4 or outer <= inner:
+    if count % 8 or outer <= inner:
         inner = outer = begin
     found = [(begin, inner, 1), (inner, outer, 0), (outer, end, 1)]
     return [piece for piece in found if piece[0] < piece[1]]

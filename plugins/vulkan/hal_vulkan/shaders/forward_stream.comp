@@ -22,7 +22,7 @@ layout(binding = 3) buffer Part { vec4 part[]; };
 layout(binding = 4) buffer PartLse { float part_lse[]; };
 layout(binding = 5) readonly buffer Mask { float mask[]; };
 
-const int STEP = 4;  // keys between two rescalings of the output
+const int STEP = 8;  // keys between two rescalings of the output
 
 void main() {
   // The fields that other shaders use for plans and splits say which piece this dispatch works on.
