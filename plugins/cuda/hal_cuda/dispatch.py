@@ -10,8 +10,8 @@ from hal_core.request import DTYPE_BYTES
 
 from . import composed, hopper, native
 from .chip import Chip
-from .portable import packs
 from .rates import Rates
+from .tiles import packs
 
 OWN = frozenset({"hopper", "portable"})
 

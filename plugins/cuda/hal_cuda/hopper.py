@@ -13,7 +13,8 @@ from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Causal, MaskK
 
 from . import compiled
 from .chip import Chip
-from .portable import PortablePath, empty_result, packs, power_of_two
+from .portable import PortablePath, empty_result
+from .tiles import packs, power_of_two
 
 ROWS = 64  # of one consumer warpgroup
 LOG2E = 1.4426950408889634

@@ -20,8 +20,9 @@ from hal_cuda.dropout import dropout_pattern  # noqa: E402
 from hal_cuda.hopper import schedule  # noqa: E402
 from hal_cuda.kernels.tiles import tile_table  # noqa: E402
 from hal_cuda.plans import listed_once  # noqa: E402
-from hal_cuda.portable import PortablePath, choose_splits, choose_tiles, packs, shrunk  # noqa: E402
+from hal_cuda.portable import PortablePath  # noqa: E402
 from hal_cuda.scratch import STREAMS, StreamScratch, scratch_of  # noqa: E402
+from hal_cuda.tiles import choose_splits, choose_tiles, packs, shrunk  # noqa: E402
 from interpreted_device import CHIP, InterpretedBackend  # noqa: E402
 from torch import Tensor  # noqa: E402
 
