@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cuda_attention import Bench
 
 ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
-_HOPPER = ("hopper", "pipeline", "softmax", "result")
+_HOPPER = ("hopper", "pipeline", "softmax", "result", "narrow")
 #: Kernel and the files of hal_cuda/kernels whose text its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER, "hopper.forward_split": _HOPPER, "hopper.forward_packed": (*_HOPPER, "tiles"),

@@ -59,7 +59,7 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     }  # fmt: skip
     found: dict[str, Callable[[], Any]] = {}
     shapes = [(64, 64, 8192), (64, 64, 512), (128, 128, 2048), (128, 128, 8192), (256, 256, 8192), (192, 128, 8192),
-              (192, 192, 8192), (96, 96, 8192)]  # fmt: skip
+              (192, 192, 8192), (96, 96, 8192), (104, 104, 8192)]  # fmt: skip
     packed: dict[str, dict[str, Any]] = {
         "packed full": {"ragged": True}, "packed causal": {"right": True, "half": True, "ragged": True},
         "packed causal shifted": {"right": True, "shifted": True, "ragged": True},

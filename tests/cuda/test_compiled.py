@@ -14,7 +14,8 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 QUICK = (
     "sm_90 hopper 64/64 8192 full", "sm_90 hopper 64/64 8192 causal", "sm_90 hopper 128/128 8192 causal",
-    "sm_90 hopper 256/256 8192 full", "sm_90 attend causal", "sm_90 attend decode", "sm_90 merge decode", "sm_80 attend plain",
+    "sm_90 hopper 256/256 8192 full", "sm_90 hopper 96/96 8192 full", "sm_90 attend causal",
+    "sm_90 attend decode", "sm_90 merge decode", "sm_80 attend plain",
 )  # fmt: skip
 TUNED = ("64/64", "128/128", "256/256")
 

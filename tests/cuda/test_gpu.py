@@ -135,6 +135,28 @@ def test_hopper_kernel_takes_values_of_another_size(gpu: str, seed: int, dim_qk:
         agrees(forced("hopper", gpu, query, key, value, **options), exact(query, key, value, **options), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dim", [8, 72, 104, 168, 248])
+def test_hopper_kernel_takes_head_sizes_between_its_own(gpu: str, seed: int, dim: int) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel needs compute capability 9.0")
+    for options in ({}, {"causal": "top_left"}):
+        query, key, value = (draw(seed + i, 1, 3, 1100, dim, torch.bfloat16, "heads last") for i in range(3))
+        agrees(forced("hopper", gpu, query, key, value, **options), exact(query, key, value, **options), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 96, 192, 256])
+def test_hopper_kernel_follows_maxima_that_grow(gpu: str, seed: int, dim: int, dtype: torch.dtype) -> None:
+    """Keys are walked from the last to the first: by tiles of 64, a row's maximum grows by a little, by more, by very much."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel needs compute capability 9.0")
+    for growth in (-2.0, 0.5, 2.0, 20.0):
+        query, key, value = (draw(seed + i, 1, 4, 1900, dim, dtype) for i in range(3))
+        query[..., 0] = 1.0
+        key[..., 0] = torch.linspace(growth * 1900 / 64, 0.0, 1900, device="cuda") * dim**0.5
+        agrees(forced("hopper", gpu, query, key, value), exact(query, key, value), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_portable_kernel_agrees_with_float64(gpu: str, seed: int, dim: int, dtype: torch.dtype) -> None:
@@ -355,6 +377,17 @@ def test_packed_sequences_do_not_see_each_other(gpu: str, seed: int) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("same", [True, False], ids=["same lengths", "own lengths"])
 def test_packed_sequences_on_the_hopper_kernel(gpu: str, seed: int, dim: int, options: dict[str, Any], same: bool) -> None:
+    packed_agree(gpu, seed, dim, options, same)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "heads last"])
+@pytest.mark.parametrize("dim", [40, 104, 200])
+def test_packed_rows_end_where_their_head_size_does(gpu: str, seed: int, dim: int, layout: str) -> None:
+    for options in ({}, {"causal": "top_left"}):
+        packed_agree(gpu, seed, dim, options, True, layout)
+
+
+def packed_agree(gpu: str, seed: int, dim: int, options: dict[str, Any], same: bool, layout: str = "heads first") -> None:
     """Each sequence as if alone, though NaN lies behind the last one and around a sequence of its own."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel needs compute capability 9.0")
@@ -362,7 +395,7 @@ def test_packed_sequences_on_the_hopper_kernel(gpu: str, seed: int, dim: int, op
     lengths_k = lengths_q if same else [300, 129, 700, 40, 1, 500, 0]
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda() for lengths in (lengths_q, lengths_k)]
     tables = SequenceTables(ends[0], ends[0] if same else ends[1])
-    query = draw(seed, 1, 4, sum(lengths_q) + 77, dim, torch.bfloat16)
+    query = draw(seed, 1, 4, sum(lengths_q) + 77, dim, torch.bfloat16, layout)
     key, value = (draw(seed + i, 1, 2, sum(lengths_k) + 77, dim, torch.bfloat16, "heads last") for i in (1, 2))
     poison = slice(int(ends[1][4]), int(ends[1][5]))
     for tensor in (key, value):

@@ -6,6 +6,7 @@ lengths and strides. Triton's disk cache keeps binaries under a hash of their so
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -36,14 +37,14 @@ def is_gluon(fn: Any) -> bool:
 
 def compile_for(
     fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: GPUTarget,
-    divisible: Mapping[str, int] = MappingProxyType({}), **options: Any,
+    divisible: Mapping[str, int] = MappingProxyType({}), edit: Callable[[str], str] | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """A Triton CompiledKernel; needs no GPU.
 
     Args:
         fn: the jitted function. signature: Triton type of each run-time argument ("*bf16", "i64" ...), in any order.
         constants: the constexpr arguments. divisible: what arguments are known to be multiples of (pointers in bytes).
-        options: num_warps, launch_pdl, maxnreg.
+        edit: what to do to the PTX before it is assembled. options: num_warps, launch_pdl, maxnreg.
 
     Raises:
         DeviceUnavailableError: the kernel cache cannot be written.
@@ -57,11 +58,25 @@ def compile_for(
         (place,): [["tt.divisibility", divisible[name]]] for place, name in enumerate(fn.arg_names) if name in divisible
     }
     try:
-        return triton.compile(kind(fn, typed, dict(constants), attributes), target=target, options=options)
+        source = kind(fn, typed, dict(constants), attributes)
+        made = triton.compile(source, target=target, options=options)
+        if edit is not None and "ptx" in made.asm:  # it is not where Triton is told to keep binaries alone
+            options["ir_override"] = _kept(made, edit(made.asm["ptx"]))
+            made = triton.compile(source, target=target, options=options)
+        return made
     except OSError as error:
         raise DeviceUnavailableError(
             f"the kernel cache {knobs.cache.dir} cannot be used ({error}): set TRITON_CACHE_DIR to a folder that can be written"
         ) from error
+
+
+def _kept(made: Any, ptx: str) -> str:
+    """Path of PTX in Triton's cache, beside the kernel it came from: named by its text, which the path stands for in keys."""
+    from triton.runtime.cache import get_cache_manager
+
+    name = f"{made.name}.{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.ptx"
+    cache = get_cache_manager(made.hash)
+    return cache.get_file(name) or cache.put(ptx, name, binary=False)
 
 
 class Kernel:

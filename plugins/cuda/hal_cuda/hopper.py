@@ -29,8 +29,8 @@ class Tiling(NamedTuple):
     keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. arrive: release stages by named
     barriers. own_output: shared memory of its own for the result. stages: of keys and of values. queries: stages of query
     tiles. ring: stages of second parts, where keys and values share them and the `stages` of first parts; 0: they do not.
-    one_part: values of two parts are read as one that is padded. held: half of the query stays in registers, where no key hangs
-    over the end.
+    held: half of the query stays in registers, where no key hangs over the end. lazy: a row's maximum is followed in large
+    steps.
     """
 
     keys: int
@@ -41,8 +41,8 @@ class Tiling(NamedTuple):
     stages: int
     queries: int
     ring: int = 0
-    one_part: bool = False
     held: bool = False
+    lazy: bool = False
 
 
 _RUN_TIME = ("total", "NT", "HG", "heads", "len_q", "len_k", "shift", "left", "right")
@@ -96,6 +96,11 @@ def parts(dim: int) -> tuple[int, int]:
     return (128, 64) if dim <= 192 else (256, 0)
 
 
+def value_parts(dim: int) -> tuple[int, int]:
+    """The same of values. Columns behind the last are not multiplied, so that one part does up to 128."""
+    return (128, 0) if parts(dim)[1] == 32 else parts(dim)
+
+
 def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, left: bool = False, lse: bool = False) -> Tiling:
     """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal. left: they begin
     at one. lse: the log-sum-exp is asked for.
@@ -103,31 +108,30 @@ def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, lef
     Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row, or
     registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192: tiles of 128
     keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys, shared memory gives
-    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. Head
-    size 96: a product with 32 columns of values takes as long as with 64, so two parts are read as one of 128 where the named
-    barriers gain more than its memory costs.
+    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. Rows
+    that reach every key are rescaled in large steps at 192 and 256, where the result has most registers; that costs up to 7% of
+    error, and would cost more in short rows.
     """
     widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
-    same = parts(dim_qk) == parts(dim_v)
+    same = parts(dim_qk) == value_parts(dim_v)
+    whole = not left and not right
     long = len_k > 1024
     if widest == 64:
         full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * ROWS, 2 * ROWS))
         three = full > 0.9 * narrow and (long or not right) and not (left and lse)
         return Tiling(128, 3 if three else 2, three, False, True, 3, 2)
     if widest == 96:
-        if len_k > (512 if right else 2048):
-            return Tiling(128, 2, False, True, True, 2, 2, one_part=True)
-        return Tiling(128, 2, True, False, True, 2, 2)
+        return Tiling(128, 2, False, True, True, 2, 2)
     if widest == 128:
         return Tiling(128, 2, not long, long, True, 2, 2)
     if widest == 192:
         if same and long and not left:
-            return Tiling(128, 2, True, False, False, 4, 1, ring=3)
-        if parts(dim_v) == (128, 0) and not left and len_k > (1024 if right else 512):
+            return Tiling(128, 2, True, False, False, 4, 1, ring=3, lazy=whole)
+        if value_parts(dim_v) == (128, 0) and not left and len_k > (1024 if right else 512):
             return Tiling(128, 2, False, True, False, 2, 1)
         return Tiling(64, 2, False, False, not same, 2, 2)
     turns = right or not long or len_k % 64 != 0
-    return Tiling(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0))
+    return Tiling(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0), lazy=whole and long)
 
 
 class Schedule(NamedTuple):
@@ -176,15 +180,14 @@ def kernel_constants(
     softcap: bool, lse: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The kernel's constexpr arguments."""
-    first, second = parts(dim_v)
-    if tiling.one_part:
-        first, second = power_of_two(first + second), 0
+    first, second = value_parts(dim_v)
     return {
         "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": first, "Q2": parts(dim_qk)[1],
         "V2": second, "ST": tiling.stages, "S2": tiling.ring or tiling.stages, "RING": tiling.ring > 0,
         "QS": tiling.queries, "NC": tiling.consumers,
         "LEFT": left, "RIGHT": right, "SHIFTED": shifted, "HALF": half, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse,
-        "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output, "HELD": tiling.held and not ragged,
+        "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output, "HELD": tiling.held and not ragged, "VC": dim_v,
+        "LAZY": tiling.lazy,
     }  # fmt: skip
 
 
@@ -319,10 +322,14 @@ def compile_forward(dtype: str, constants: dict[str, Any]) -> Any:
     """The compiled kernel of a dtype ("bf16" or "fp16") and its constants; needs no GPU."""
     from triton.backends.compiler import GPUTarget
 
+    from .kernels import narrow
     from .kernels.hopper import forward, forward_packed, forward_split
 
+    padded, columns = constants["DV"], constants["VC"]
+    edit = (lambda ptx: narrow.products(ptx, padded, columns)) if columns < padded else None
     fn = forward_packed if "BOTTOM" in constants else forward_split if splits(constants) else forward
-    return compiled.compile_for(fn, kernel_signature(dtype, constants), constants, GPUTarget("cuda", 90, 32), num_warps=4)
+    target = GPUTarget("cuda", 90, 32)
+    return compiled.compile_for(fn, kernel_signature(dtype, constants), constants, target, edit=edit, num_warps=4)
 
 
 def _key_tiles(row: int, rows: int, len_k: int, shift: int, left: int | None, right: int | None, keys: int) -> int:

@@ -34,7 +34,7 @@ from .pipeline import (
     value_place,
 )
 from .result import finish
-from .softmax import capped, hide, largest, narrow, operand, scaled, sums, totals
+from .softmax import capped, hide, largest, level, narrow, operand, rescaled, scaled, sums, totals
 
 LEAST = gl.constexpr(-1.0e20)  # least row maximum: far above a hidden score times any scale, so hidden weights are exactly 0
 
@@ -57,7 +57,8 @@ def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, kj, t, o, o2, m, l, w, row
          cap_out, c: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, ST: gl.constexpr,
          S2: gl.constexpr, NB: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr,
          PB: gl.constexpr, SOFTCAP: gl.constexpr, Q2: gl.constexpr, V2: gl.constexpr, SL: gl.constexpr, OL: gl.constexpr,
-         OL2: gl.constexpr, PL: gl.constexpr, LL: gl.constexpr, WIDE: gl.constexpr, RING: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+         OL2: gl.constexpr, PL: gl.constexpr, LL: gl.constexpr, WIDE: gl.constexpr, RING: gl.constexpr, HELD: gl.constexpr,
+         VC: gl.constexpr, LAZY: gl.constexpr):  # fmt: skip
     # Q K^T of the keys at place kj (t * BN on) beside P V of the tile before them, then the softmax of the first.
     vj = kj + (1 if RING else -1)
     mbarrier.wait(kf.index(kj % NB), (kj // NB) & 1)
@@ -82,17 +83,19 @@ def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, kj, t, o, o2, m, l, w, row
     s = capped(s, cap_in, cap_out, SOFTCAP)
     if LEFT or RIGHT:
         s = hide(s, t, row0, len_k, shift, left, right, BM, BN, SL, LEFT, RIGHT, False)
-    mn = gl.maximum(m, largest(s, BM, BN, gl.SliceLayout(1, SL), WIDE) * scale)
+    mn = level(m, largest(s, BM, BN, gl.SliceLayout(1, SL), WIDE) * scale, LAZY)
     alpha = gl.exp2(m - mn)
     p = gl.exp2(s * scale - gl.expand_dims(mn, 1))
     l = scaled(l, alpha, LL, WIDE) + sums(p, BM, BN, LL, WIDE)
     if V2:
         o, o2, p16 = warpgroup_mma_wait(0, deps=[ot, ot2, p16])
-        o2 = o2 * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL2)), 1)
+        o2 = rescaled(o2, alpha, BM, V2, OL2, LAZY)
     else:
         o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
     release(ve, vj % NB, 8 + NB, EB, NC)
-    o = o * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
+    o = rescaled(o, alpha, BM, DV, OL, LAZY)
+    if VC < DV:  # the product leaves these columns alone (see narrow.py)
+        o = gl.where(gl.expand_dims(gl.arange(0, DV, gl.SliceLayout(0, OL)) < VC, 0), o, 0.0)
     return o, o2, mn, l, narrow(p, BM, BN, v_s.dtype, PL, WIDE)
 
 
@@ -153,7 +156,8 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
              ST: gl.constexpr, S2: gl.constexpr, NB: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SHIFTED: gl.constexpr, HALF: gl.constexpr,
              RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr,
              EB: gl.constexpr, OSEP: gl.constexpr, Q2: gl.constexpr, V2: gl.constexpr, QS: gl.constexpr,
-             TABLE: gl.constexpr, BOTTOM: gl.constexpr, RING: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+             TABLE: gl.constexpr, BOTTOM: gl.constexpr, RING: gl.constexpr, HELD: gl.constexpr,
+             VC: gl.constexpr, LAZY: gl.constexpr):  # fmt: skip
     PB: gl.constexpr = 8 + (2 * NB if EB else 0)  # named barriers: K empty at 8, V empty, then the turns
     SKIP: gl.constexpr = LEFT or (RIGHT and (SHIFTED or NC * BM > BN))
     # Keys of the first tile: where the diagonal goes through the corners of tiles, the upper of two warpgroups reads half.
@@ -238,19 +242,19 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
             for i in range(1, clear):
                 o, o2, m, l, w = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, key_place(it, skipped + i, RING), hi - 1 - i, o, o2, m, l, w, row0, keys, diagonal, left,
                                     right, scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, PING, EB, PB,
-                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL, LL, WIDE, RING, HELD)  # fmt: skip
+                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL, LL, WIDE, RING, HELD, VC, LAZY)  # fmt: skip
         edge = n
         if LEFT:
             edge = gl.minimum(gl.maximum(hi - (gl.maximum(row0 + BM - 1 + diagonal - left, 0) + BN - 1) // BN, clear), n)
         for i in range(clear, edge):
             o, o2, m, l, w = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, key_place(it, skipped + i, RING), hi - 1 - i, o, o2, m, l, w, row0, keys, diagonal, left, right,
                                 scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, S2, NB, NC, False, False, PING, EB, PB, SOFTCAP,
-                                Q2, V2, SL, OL, OL2, PL, LL, WIDE, RING, HELD)  # fmt: skip
+                                Q2, V2, SL, OL, OL2, PL, LL, WIDE, RING, HELD, VC, LAZY)  # fmt: skip
         if LEFT:
             for i in range(edge, n):
                 o, o2, m, l, w = step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, key_place(it, skipped + i, RING), hi - 1 - i, o, o2, m, l, w, row0, keys, diagonal, left, right,
                                     scale, cap_in, cap_out, c, BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, False, PING, EB, PB,
-                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL, LL, WIDE, RING, HELD)  # fmt: skip
+                                    SOFTCAP, Q2, V2, SL, OL, OL2, PL, LL, WIDE, RING, HELD, VC, LAZY)  # fmt: skip
         if OSEP:  # Q may be overwritten: the loads of the next tile but one start now
             mbarrier.arrive(qe.index(qst), count=1)
         vj = value_place(it, skipped + n - 1, count, RING)
@@ -267,7 +271,7 @@ def consumer(od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s
             hand_back(it, skipped + n, count, count, kf, vf, ke, ve, c, NB, NC, PING, EB, PB, RING)
         it += count if LEFT else skipped + n
         finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, totals(l, RL, WIDE), qe, qst, batch, head, row0, q_at, length, heads, len_q,
-               c, BM, DV, V2, NC, LSE, OSEP, TABLE, SL, OL, OL2)  # fmt: skip
+               c, BM, DV, V2, VC, NC, LSE, OSEP, TABLE, SL, OL, OL2)  # fmt: skip
     tma.store_wait(0)
     if c == 0:
         take_turn(c, PB, PING)  # leave no arrival pending
@@ -278,7 +282,7 @@ def body(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, out, out_head, out_row, table,
          GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, Q2: gl.constexpr,
          V2: gl.constexpr, ST: gl.constexpr, S2: gl.constexpr, RING: gl.constexpr, QS: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
          SHIFTED: gl.constexpr, HALF: gl.constexpr, RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr,
-         OSEP: gl.constexpr, HELD: gl.constexpr, TABLE: gl.constexpr, BOTTOM: gl.constexpr):  # fmt: skip
+         OSEP: gl.constexpr, HELD: gl.constexpr, VC: gl.constexpr, LAZY: gl.constexpr, TABLE: gl.constexpr, BOTTOM: gl.constexpr):  # fmt: skip
     NB: gl.constexpr = ST if ST == S2 else ST * S2  # barriers: a place's is its own until both its stages have gone round
     q_s = gl.allocate_shared_memory(qd.dtype, [QS * NC, 1, 1, BM, DQ], qd.layout)
     k_s = gl.allocate_shared_memory(kd.dtype, [ST, 1, 1, BN, DQ], kd.layout)
@@ -319,15 +323,15 @@ def body(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, out, out_head, out_row, table,
     if NC == 2:
         gl.warp_specialize([
             (producer, (qd, kd, vd, qd2, kd2, vd2, q_s, k_s, v_s, q_s2, k_s2, v_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, BM, BN, ST, S2, NB, NC, GROUP, LEFT, RIGHT, EB, Q2, V2, DQ, DV, QS, TABLE, BOTTOM, RING)),
-            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD)),
-            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD)),
+            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD, VC, LAZY)),
+            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD, VC, LAZY)),
         ], [4, 4], [240, 240])  # fmt: skip
     else:
         gl.warp_specialize([
             (producer, (qd, kd, vd, qd2, kd2, vd2, q_s, k_s, v_s, q_s2, k_s2, v_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, BM, BN, ST, S2, NB, NC, GROUP, LEFT, RIGHT, EB, Q2, V2, DQ, DV, QS, TABLE, BOTTOM, RING)),
-            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD)),
-            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD)),
-            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(2), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD)),
+            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(0), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD, VC, LAZY)),
+            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(1), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD, VC, LAZY)),
+            (consumer, (od, od2, lse, out, out_head, out_row, q_s, k_s, v_s, o_s, q_s2, k_s2, v_s2, o_s2, qf, qe, kf, ke, vf, ve, table, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out, gl.constexpr(2), BM, BN, DQ, DV, ST, S2, NB, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, Q2, V2, QS, TABLE, BOTTOM, RING, HELD, VC, LAZY)),
         ], [4, 4, 4], [160, 160, 160])  # fmt: skip
 
 
@@ -336,7 +340,7 @@ def forward(qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left
             GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr, Q2: gl.constexpr,
             V2: gl.constexpr, ST: gl.constexpr, S2: gl.constexpr, RING: gl.constexpr, QS: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
             SHIFTED: gl.constexpr, HALF: gl.constexpr, RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr, PING: gl.constexpr,
-            EB: gl.constexpr, OSEP: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+            EB: gl.constexpr, OSEP: gl.constexpr, HELD: gl.constexpr, VC: gl.constexpr, LAZY: gl.constexpr):  # fmt: skip
     """Grid: one program a multiprocessor (persistent) or one a tile of NC * BM rows; heads in groups of HG for L2.
 
     Descriptors are [batch, heads, length, dim] with blocks [1, 1, rows, D]. lse: float32 [batch, heads, len_q]. total: tiles.
@@ -345,9 +349,10 @@ def forward(qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left
     HALF: it is on a multiple of BN, and no row reaches past the last key.
     HELD: half of Q stays in registers, which leaves shared memory more time for K. ST, S2, QS: stages of K and V, of their
     second parts, and of Q. RING: K and V share ST and S2 stages (see `key_place`); they have the same head size, and EB is off.
+    VC: columns of V, of DV that are held. LAZY: rows are weighed against a maximum that may be too small (see `level`).
     """
     body(qd, kd, vd, od, qd, kd, vd, od, lse, lse, 0, 0, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
-         GROUP, BM, BN, DQ, DV, 0, 0, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, False, False)  # fmt: skip
+         GROUP, BM, BN, DQ, DV, 0, 0, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, VC, LAZY, False, False)  # fmt: skip
 
 
 @gluon.jit
@@ -355,13 +360,13 @@ def forward_split(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, total, NT, HG, heads,
                   cap_in, cap_out, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr,
                   Q2: gl.constexpr, V2: gl.constexpr, ST: gl.constexpr, S2: gl.constexpr, RING: gl.constexpr, QS: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr,
                   RIGHT: gl.constexpr, SHIFTED: gl.constexpr, HALF: gl.constexpr, RAG: gl.constexpr, SOFTCAP: gl.constexpr, LSE: gl.constexpr,
-                  PING: gl.constexpr, EB: gl.constexpr, OSEP: gl.constexpr, HELD: gl.constexpr):  # fmt: skip
+                  PING: gl.constexpr, EB: gl.constexpr, OSEP: gl.constexpr, HELD: gl.constexpr, VC: gl.constexpr, LAZY: gl.constexpr):  # fmt: skip
     """`forward` for head sizes between powers of two: DQ + Q2 of query and key, DV + V2 of value; V2 may be 0.
 
     qd2 and the rest are descriptors of the same tensors with blocks of the second part.
     """
     body(qd, kd, vd, od, qd2, kd2, vd2, od2, lse, lse, 0, 0, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
-         GROUP, BM, BN, DQ, DV, Q2, V2, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, False, False)  # fmt: skip
+         GROUP, BM, BN, DQ, DV, Q2, V2, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, VC, LAZY, False, False)  # fmt: skip
 
 
 @gluon.jit
@@ -369,7 +374,7 @@ def forward_packed(qd, kd, vd, od, lse, out, table, out_head, out_row, HG, heads
                    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DQ: gl.constexpr, DV: gl.constexpr,
                    Q2: gl.constexpr, V2: gl.constexpr, ST: gl.constexpr, S2: gl.constexpr, RING: gl.constexpr, QS: gl.constexpr, NC: gl.constexpr, LEFT: gl.constexpr,
                    RIGHT: gl.constexpr, SHIFTED: gl.constexpr, HALF: gl.constexpr, RAG: gl.constexpr, SOFTCAP: gl.constexpr,
-                   LSE: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr, OSEP: gl.constexpr, HELD: gl.constexpr,
+                   LSE: gl.constexpr, PING: gl.constexpr, EB: gl.constexpr, OSEP: gl.constexpr, HELD: gl.constexpr, VC: gl.constexpr, LAZY: gl.constexpr,
                    BOTTOM: gl.constexpr):  # fmt: skip
     """`forward` for sequences packed along the length, whose tiles are in `table` (see `tile_table`), longest first.
 
@@ -378,4 +383,4 @@ def forward_packed(qd, kd, vd, od, lse, out, table, out_head, out_row, HG, heads
     that ends in a sequence's last row and key.
     """
     body(qd, kd, vd, od, qd, kd, vd, od, lse, out, out_head, out_row, table, 0, 0, HG, heads, len_q, 0, shift, left, right, scale, cap_in, cap_out,
-         GROUP, BM, BN, DQ, DV, Q2, V2, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, True, BOTTOM)  # fmt: skip
+         GROUP, BM, BN, DQ, DV, Q2, V2, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, VC, LAZY, True, BOTTOM)  # fmt: skip

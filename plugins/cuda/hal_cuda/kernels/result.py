@@ -9,16 +9,20 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def put_rows(out, o, row0, end, step, BM: gl.constexpr, D: gl.constexpr, OL: gl.constexpr):
-    # Rows before the end of their sequence alone: the next sequence's follow in memory.
+def put_rows(out, o, row0, end, step, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, OL: gl.constexpr):
+    # Rows before the end of their sequence alone: the next sequence's follow in memory, as other heads do behind the columns.
     rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, OL))
-    at = gl.expand_dims(rows.to(gl.int64) * step, 1) + gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, OL)), 0)
-    gl.store(out + at, o.to(out.dtype.element_ty), mask=gl.expand_dims(rows < end, 1))
+    columns = gl.arange(0, D, gl.SliceLayout(0, OL))
+    at = gl.expand_dims(rows.to(gl.int64) * step, 1) + gl.expand_dims(columns, 0)
+    there = gl.expand_dims(rows < end, 1)
+    if COLUMNS < D:
+        there = there & gl.expand_dims(columns < COLUMNS, 0)
+    gl.store(out + at, o.to(out.dtype.element_ty), mask=there)
 
 
 @gluon.jit
 def finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, l, qe, qst, batch, head, row0, q_at, length, heads, all_rows,
-           c: gl.constexpr, BM: gl.constexpr, DV: gl.constexpr, V2: gl.constexpr, NC: gl.constexpr, LSE: gl.constexpr,
+           c: gl.constexpr, BM: gl.constexpr, DV: gl.constexpr, V2: gl.constexpr, VC: gl.constexpr, NC: gl.constexpr, LSE: gl.constexpr,
            OSEP: gl.constexpr, TABLE: gl.constexpr, SL: gl.constexpr, OL: gl.constexpr, OL2: gl.constexpr):  # fmt: skip
     # Normalise a tile of rows and write it.
     dt: gl.constexpr = o_s.dtype
@@ -45,9 +49,9 @@ def finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, l, qe, qst
     if TABLE:
         if not whole:
             out += head.to(gl.int64) * out_head
-            put_rows(out, o, q_at + row0, q_at + length, out_row, BM, DV, OL)
+            put_rows(out, o, q_at + row0, q_at + length, out_row, BM, DV, VC, OL)
             if V2:
-                put_rows(out + DV, o2, q_at + row0, q_at + length, out_row, BM, V2, OL2)
+                put_rows(out + DV, o2, q_at + row0, q_at + length, out_row, BM, V2, VC - DV, OL2)
     if LSE:
         rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
         place = (batch * heads + head).to(gl.int64) * all_rows + q_at

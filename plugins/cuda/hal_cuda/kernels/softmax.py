@@ -12,6 +12,24 @@ HIDDEN = gl.constexpr(-1.0e30)  # a hidden score: finite, because -inf - -inf is
 TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 APART = gl.constexpr("mov.b32 {$0, $1}, $2;")
+GROWTH = gl.constexpr(8.0)  # in base-2 units: weights of up to 2^8, far inside both 16-bit types
+
+
+
+def _scaling(count: int) -> tuple[str, str]:
+    """PTX, and its constraints, that multiplies `count` accumulators by their rows' factors, unless all of a warp's are 1.
+
+    Accumulators go by pairs: two of one row, two of the other row that a thread has a part in.
+    """
+    factors = range(2 * count, 3 * count)
+    products = "".join(f"mul.f32 ${place}, ${place}, ${factor}; " for place, factor in enumerate(factors))
+    one = "0f3F800000"
+    asked = f"setp.neu.f32 p, ${factors[0]}, {one}; setp.neu.or.f32 p, ${factors[2]}, {one}, p; vote.sync.any.pred q, p, -1;"
+    text = f"{{ .reg .pred p, q; {asked} @!q bra.uni DONE; {products}DONE: }}"
+    return text, ",".join(["=f"] * count + [str(place) for place in range(count)] + ["f"] * count)
+
+
+SCALE, SCALED = map(gl.constexpr, _scaling(32))
 
 
 @gluon.jit
@@ -43,6 +61,28 @@ def largest(s, BM: gl.constexpr, BN: gl.constexpr, RL: gl.constexpr, WIDE: gl.co
         s = gl.max(s.reshape([BM, 2, BN // 2]), axis=1)
         s = gl.max(s.reshape([BM, 2, BN // 4]), axis=1)
     return gl.convert_layout(gl.max(s, axis=1), RL, assert_trivial=True)
+
+
+@gluon.jit
+def level(m, new, LAZY: gl.constexpr):
+    # What the weights of a row are counted from. It follows the maximum; LAZY: once that has grown by more than GROWTH, so that
+    # most steps have nothing to rescale, and the largest weight of a row is rounded like every other.
+    grown = gl.maximum(m, new)
+    if LAZY:
+        grown = gl.where(grown > m + GROWTH, grown, m)
+    return grown
+
+
+@gluon.jit
+def rescaled(o, alpha, BM: gl.constexpr, D: gl.constexpr, OL: gl.constexpr, LAZY: gl.constexpr):
+    # The rows of o times alpha; LAZY: passed over where nothing of a warp has changed.
+    alpha = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
+    if LAZY:
+        alpha = alpha + gl.zeros([BM, D], gl.float32, OL)
+        o = gl.inline_asm_elementwise(SCALE, SCALED, [o, alpha], dtype=gl.float32, is_pure=False, pack=32)
+    else:
+        o = o * alpha
+    return o
 
 
 @gluon.jit
