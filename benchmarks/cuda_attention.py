@@ -334,7 +334,7 @@ def host(bench: Bench, options: Any) -> None:
 def error(bench: Bench, options: Any) -> None:
     """Error of the output against float64, root mean square over five draws, beside the peers'."""
     rows = []
-    for dim in (64, 128, 256):
+    for dim in (64, 96, 128, 192, 256):
         for causal in (False, True):
             squares: dict[str, float] = {}
             for seed in range(5):

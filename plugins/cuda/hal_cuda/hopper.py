@@ -108,13 +108,11 @@ def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, lef
     Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row, or
     registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192: tiles of 128
     keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys, shared memory gives
-    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. Rows
-    that reach every key are rescaled in large steps at 192 and 256, where the result has most registers; that costs up to 7% of
-    error, and would cost more in short rows.
+    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. Both
+    follow maxima in large steps, as their result is most to rescale; that adds 2 to 5% to the error.
     """
     widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
     same = parts(dim_qk) == value_parts(dim_v)
-    whole = not left and not right
     long = len_k > 1024
     if widest == 64:
         full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * ROWS, 2 * ROWS))
@@ -126,12 +124,12 @@ def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, lef
         return Tiling(128, 2, not long, long, True, 2, 2)
     if widest == 192:
         if same and long and not left:
-            return Tiling(128, 2, True, False, False, 4, 1, ring=3, lazy=whole)
+            return Tiling(128, 2, True, False, False, 4, 1, ring=3, lazy=True)
         if value_parts(dim_v) == (128, 0) and not left and len_k > (1024 if right else 512):
             return Tiling(128, 2, False, True, False, 2, 1)
         return Tiling(64, 2, False, False, not same, 2, 2)
     turns = right or not long or len_k % 64 != 0
-    return Tiling(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0), lazy=whole and long)
+    return Tiling(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0), lazy=True)
 
 
 class Schedule(NamedTuple):
