@@ -123,3 +123,8 @@ def test_matmul_of_ragged_shapes(device: str, shape: tuple[int, int, int], seed:
     assert relative_error(hal.kernel("matmul", device)(a, b), a.double() @ b.double()) <= 2e-6
     many = torch.randn(3, m, k, generator=generator)
     assert relative_error(hal.kernel("matmul", device)(many, b), many.double() @ b.double()) <= 2e-6
+
+
+def test_a_kernel_that_is_not_there_is_refused_with_those_that_are(device: str) -> None:
+    with hal.session(device) as session, pytest.raises(hal.UnsupportedError, match="no kernel 'sort': it has matmul"):
+        session.kernel("sort")

@@ -21,6 +21,7 @@ from hal_core import (
     MemoryStats,
     PooledMemory,
     SequenceTables,
+    UnsupportedError,
 )
 
 from .fields import KERNELS, Runner
@@ -160,6 +161,8 @@ class ComputeSession(ABC):
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """A kernel beside attention, see `fields.KERNELS`."""
+        if name not in KERNELS:
+            raise UnsupportedError(f"{self._device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
         function = KERNELS[name]
 
         def call(*arguments: Any, **options: Any) -> Any:
