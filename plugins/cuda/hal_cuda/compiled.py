@@ -60,7 +60,9 @@ def compile_for(
     try:
         source = kind(fn, typed, dict(constants), attributes)
         made = triton.compile(source, target=target, options=options)
-        if edit is not None and "ptx" in made.asm:  # it is not where Triton is told to keep binaries alone
+        # Right but slower without: where Triton is told, or was when this was cached, to keep binaries alone, and where it
+        # is told to take code from a folder of overrides, which goes before this one.
+        if edit is not None and "ptx" in made.asm and not knobs.compilation.override:
             options["ir_override"] = _kept(made, edit(made.asm["ptx"]))
             made = triton.compile(source, target=target, options=options)
         return made
@@ -71,7 +73,8 @@ def compile_for(
 
 
 def _kept(made: Any, ptx: str) -> str:
-    """Path of PTX in Triton's cache, beside the kernel it came from: named by its text, which the path stands for in keys."""
+    """Path of PTX kept in Triton's cache beside its kernel. Its name holds a hash of the text: Triton's key for the second
+    compilation holds the path alone."""
     from triton.runtime.cache import get_cache_manager
 
     name = f"{made.name}.{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.ptx"

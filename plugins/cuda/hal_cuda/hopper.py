@@ -72,7 +72,7 @@ def takes(request: AttentionRequest, chip: Chip) -> bool:
 
 def _fills_tiles(request: AttentionRequest) -> bool:
     """Whether packed sequences have rows enough for tiles, and head sizes of one part."""
-    return request.len_q > ROWS and not parts(request.dim_qk)[1] and not parts(request.dim_v)[1]
+    return request.len_q > ROWS and not parts(request.dim_qk)[1] and not value_parts(request.dim_v)[1]
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -97,7 +97,7 @@ def parts(dim: int) -> tuple[int, int]:
 
 
 def value_parts(dim: int) -> tuple[int, int]:
-    """The same of values. Columns behind the last are not multiplied, so that one part does up to 128."""
+    """The same of values. Products leave out padded columns (see narrow.py), so one part serves up to 128."""
     return (128, 0) if parts(dim)[1] == 32 else parts(dim)
 
 
@@ -108,8 +108,8 @@ def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, lef
     Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row, or
     registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192: tiles of 128
     keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys, shared memory gives
-    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. Both
-    follow maxima in large steps, as their result is most to rescale; that adds 2 to 5% to the error.
+    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. It
+    and 192 with shared stages follow maxima in large steps, as their result is most to rescale; that adds 2 to 5% to the error.
     """
     widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
     same = parts(dim_qk) == value_parts(dim_v)

@@ -94,7 +94,7 @@ def step(q, q2, k_s, v_s, k_s2, v_s2, kf, ke, vf, ve, kj, t, o, o2, m, l, w, row
         o, p16 = warpgroup_mma_wait(0, deps=[ot, p16])
     release(ve, vj % NB, 8 + NB, EB, NC)
     o = rescaled(o, alpha, BM, DV, OL, LAZY)
-    if VC < DV:  # the product leaves these columns alone (see narrow.py)
+    if VC < DV:  # padding, zero already: said again so that no registers carry it through the loop (see narrow.py)
         o = gl.where(gl.expand_dims(gl.arange(0, DV, gl.SliceLayout(0, OL)) < VC, 0), o, 0.0)
     return o, o2, mn, l, narrow(p, BM, BN, v_s.dtype, PL, WIDE)
 
@@ -349,7 +349,8 @@ def forward(qd, kd, vd, od, lse, total, NT, HG, heads, len_q, len_k, shift, left
     HALF: it is on a multiple of BN, and no row reaches past the last key.
     HELD: half of Q stays in registers, which leaves shared memory more time for K. ST, S2, QS: stages of K and V, of their
     second parts, and of Q. RING: K and V share ST and S2 stages (see `key_place`); they have the same head size, and EB is off.
-    VC: columns of V, of DV that are held. LAZY: rows are weighed against a maximum that may be too small (see `level`).
+    VC: columns of V; where fewer than DV, the rest is padding. LAZY: weights are counted from up to GROWTH below the row's
+    maximum (see `level`).
     """
     body(qd, kd, vd, od, qd, kd, vd, od, lse, lse, 0, 0, lse, total, NT, HG, heads, len_q, len_k, shift, left, right, scale, cap_in, cap_out,
          GROUP, BM, BN, DQ, DV, 0, 0, ST, S2, RING, QS, NC, LEFT, RIGHT, SHIFTED, HALF, RAG, SOFTCAP, LSE, PING, EB, OSEP, HELD, VC, LAZY, False, False)  # fmt: skip

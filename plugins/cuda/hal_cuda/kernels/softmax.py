@@ -15,7 +15,6 @@ APART = gl.constexpr("mov.b32 {$0, $1}, $2;")
 GROWTH = gl.constexpr(8.0)  # in base-2 units: weights of up to 2^8, far inside both 16-bit types
 
 
-
 def _scaling(count: int) -> tuple[str, str]:
     """PTX, and its constraints, that multiplies `count` accumulators by their rows' factors, unless all of a warp's are 1.
 
@@ -29,7 +28,7 @@ def _scaling(count: int) -> tuple[str, str]:
     return text, ",".join(["=f"] * count + [str(place) for place in range(count)] + ["f"] * count)
 
 
-SCALE, SCALED = map(gl.constexpr, _scaling(32))
+RESCALE, RESCALE_CONSTRAINTS = map(gl.constexpr, _scaling(32))
 
 
 @gluon.jit
@@ -79,7 +78,7 @@ def rescaled(o, alpha, BM: gl.constexpr, D: gl.constexpr, OL: gl.constexpr, LAZY
     alpha = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
     if LAZY:
         alpha = alpha + gl.zeros([BM, D], gl.float32, OL)
-        o = gl.inline_asm_elementwise(SCALE, SCALED, [o, alpha], dtype=gl.float32, is_pure=False, pack=32)
+        o = gl.inline_asm_elementwise(RESCALE, RESCALE_CONSTRAINTS, [o, alpha], dtype=gl.float32, is_pure=False, pack=32)
     else:
         o = o * alpha
     return o
