@@ -19,8 +19,8 @@ import numpy as np
 import record
 from hal_kpu import CYCLE_ACCURATE, TRANSACTIONAL, simulate_gemm
 from hal_kpu.array import DATAFLOWS, multiply
+from hal_kpu.averaged_dram import group_cost
 from hal_kpu.cycle_accurate import run_cycle_accurate
-from hal_kpu.dram import group_cost
 from hal_kpu.gemm import machine
 from hal_kpu.lowering import lower_product
 from hal_kpu.movement import Opcode

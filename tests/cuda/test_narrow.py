@@ -31,11 +31,10 @@ def test_products_with_values_are_narrowed_and_others_are_not() -> None:
 def test_the_kernel_multiplies_by_the_columns_that_there_are(dim: int, width: int) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets in this process")
-    from hal_cuda import hopper
-    from triton import __version__
+    from hal_cuda import compiled, hopper
 
-    if not __version__.startswith("3.6"):
-        pytest.skip("the kernel is for Triton 3.6")
+    if not compiled.tested():
+        pytest.skip(f"the kernel is for Triton {', '.join(compiled.TESTED_TRITON)}")
     constants = hopper.kernel_constants(
         hopper.tiling_for(dim, dim, 2048, 2048, False), dim_qk=dim, dim_v=dim, group=1, left=False, right=False, shifted=False,
         half=False, ragged=False, softcap=False, lse=False,

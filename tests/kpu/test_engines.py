@@ -121,7 +121,8 @@ def flat(program: Program) -> Program:
 
 def written_out(program: Program, profile):
     """Timing without the taking over of repeated turns, by a memory that says it is not steady."""
-    from hal_kpu.dram import AveragedMemory, Timing
+    from hal_kpu.averaged_dram import AveragedMemory
+    from hal_kpu.dram import Timing
     from hal_kpu.engines import Engines
 
     memory = AveragedMemory(Timing.of(profile))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hal_kpu.dram import AveragedMemory, BankedMemory, Timing
+from hal_kpu.averaged_dram import AveragedMemory
+from hal_kpu.dram import BankedMemory, Timing
 from hal_kpu.engines import Engines
 from hal_kpu.movement import Builder, Place, Program
 from hal_kpu.profile import load

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hal_core as hal
 from hal_core.registry import registry
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

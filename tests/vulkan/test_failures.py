@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from failing_driver import DEVICE_MEMORY, HOST_MEMORY, LOST, Counting, Failing, bound, works
 
 import hal_core as hal
 from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
-
-sys.path.insert(0, str(Path(__file__).parent))
-from failing_driver import DEVICE_MEMORY, HOST_MEMORY, LOST, Counting, Failing, bound, works
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import recorder  # noqa: E402

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_driver import Failing, bound, works
 
 import hal_core as hal
 from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
-
-sys.path.insert(0, str(Path(__file__).parent))
-from failing_driver import Failing, bound, works
 
 pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
 from hal_vulkan import commands

@@ -7,7 +7,8 @@ import functools
 import numpy as np
 
 from .array import multiply
-from .dram import AveragedMemory, BankedMemory, Timing
+from .averaged_dram import AveragedMemory
+from .dram import BankedMemory, Timing
 from .engines import Engines, Fault, TooSlow
 from .movement import Program
 from .profile import Profile

@@ -11,7 +11,8 @@ import attrs
 
 from hal_core.errors import ContractError, HalError
 
-from .dram import COARSE, AveragedMemory, Memory, MemoryCounters, Transfer
+from .averaged_dram import COARSE, AveragedMemory
+from .dram import Memory, MemoryCounters, Transfer
 from .movement import Instruction, Loop, Opcode, Program
 from .profile import Profile
 from .timeline import EngineTime, Repeat, Timeline

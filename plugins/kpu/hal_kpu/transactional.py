@@ -6,7 +6,8 @@ Loops whose state repeats are taken over exactly (`Engines`), so that a large pr
 
 from __future__ import annotations
 
-from .dram import AveragedMemory, Timing
+from .averaged_dram import AveragedMemory
+from .dram import Timing
 from .engines import Engines, Fault, TooSlow
 from .movement import Program
 from .profile import Profile

@@ -49,9 +49,8 @@ class CudaCard(SharedCard):
             raise DeviceUnavailableError(
                 f"{gpu.name} is not {self.place}: set CUDA_DEVICE_ORDER=PCI_BUS_ID, and try again"
             )
-        self._external: dict[
-            Any, Callable[[], Any]
-        ] = {}  # gives a block's memory back, at the latest with its last tensor
+        # What gives a block's memory back, at the latest with its last tensor.
+        self._external: dict[Any, Callable[[], Any]] = {}
         self._streams: dict[int, _Stream] = {}
         self._last: Any = None
         self._known, self._several = threading.local(), torch.cuda.device_count() > 1
