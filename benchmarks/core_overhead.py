@@ -57,22 +57,29 @@ def calling() -> list[tuple[str, float, float]]:
         return hal.attention(query, x, x)
 
     with torch.no_grad():
-        plain = microseconds({
-            "sdpa": lambda: F.scaled_dot_product_attention(query, key, value),
-            "hal": lambda: hal.attention(query, key, value),
-            "bound": lambda: bound(query, key, value),
-        })  # fmt: skip
+        plain = microseconds(
+            {
+                "sdpa": lambda: F.scaled_dot_product_attention(query, key, value),
+                "hal": lambda: hal.attention(query, key, value),
+                "bound": lambda: bound(query, key, value),
+            }
+        )
         grow = microseconds({"sdpa": sdpa_growing, "hal": hal_growing}, rounds=100, repeat=len(growing))
     q, k, v = (t.clone().requires_grad_() for t in (query, key, value))
     ones = torch.ones(1, 2, 4, 16)
-    forward = microseconds({
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
-        "hal": lambda: hal.attention(q, k, v),
-    })  # fmt: skip
-    both = microseconds({
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v).backward(ones),
-        "hal": lambda: hal.attention(q, k, v).backward(ones),
-    }, rounds=300)  # fmt: skip
+    forward = microseconds(
+        {
+            "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
+            "hal": lambda: hal.attention(q, k, v),
+        }
+    )
+    both = microseconds(
+        {
+            "sdpa": lambda: F.scaled_dot_product_attention(q, k, v).backward(ones),
+            "hal": lambda: hal.attention(q, k, v).backward(ones),
+        },
+        rounds=300,
+    )
     return [
         ("hal.attention beyond SDPA, tiny input, no gradient", plain["hal"] - plain["sdpa"], 8),
         ("the same, key length growing by one each call", grow["hal"] - grow["sdpa"], 10),

@@ -1,7 +1,7 @@
 """The CPU device beside torch's scaled_dot_product_attention: decode, the grid, window, softcap, memory.
 
-Functions that are compared run interleaved, in random order; a ratio is the median of the rounds' ratios, torch's time over
-the device's, so above 1 is faster than torch. The grid is run three times.
+Functions that are compared run interleaved, in random order; a ratio is the median of the rounds' ratios, torch's time
+over the device's, so above 1 is faster than torch. The grid is run three times.
 """
 
 from __future__ import annotations
@@ -34,8 +34,14 @@ def main() -> None:
     parser = record.parser(__doc__)
     parser.add_argument("--section", choices=SECTIONS, action="append", help="only this section; may be repeated")
     parser.add_argument("--runs", type=int, default=3, help="runs of the grid (3)")
-    parser.add_argument("--quiet", type=float, default=0.0, metavar="SECONDS", help="repeat a comparison for up to this long "
-                        "while other programs keep the processors busy, and keep the quietest (0)")  # fmt: skip
+    parser.add_argument(
+        "--quiet",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="repeat a comparison for up to this long "
+        "while other programs keep the processors busy, and keep the quietest (0)",
+    )
     options = parser.parse_args()
     global quiet_seconds
     quiet_seconds = options.quiet
@@ -59,11 +65,17 @@ def compare(torchs: Callable[[], Any], ours: Callable[[], Any], seconds: float) 
     others_shares.append(best[0])
     found = best[1]
     ratio = found.ratios["torch"]
-    return found.results["torch"].p50, found.results["device"].p50, f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return (
+        found.results["torch"].p50,
+        found.results["device"].p50,
+        f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+    )
 
 
 class Others:
-    """The share of this machine's processors that other programs take inside the block; 0 where the system does not say."""
+    """The share of this machine's processors that other programs take inside the block; 0 where the system does not
+    say.
+    """
 
     def __enter__(self) -> Others:
         self._before, self.share = self._ticks(), 0.0
@@ -108,9 +120,14 @@ def decode(options: argparse.Namespace) -> None:
     bandwidth = read_bandwidth()
     rows = []
     for dtype, dim, masked, bar in (
-        ("bfloat16", 128, False, "8"), ("float32", 128, False, "2.2"), ("float32", 64, False, "1.3"),
-        ("bfloat16", 64, False, ""), ("float16", 128, False, ""), ("bfloat16", 128, True, ""), ("float32", 128, True, ""),
-    ):  # fmt: skip
+        ("bfloat16", 128, False, "8"),
+        ("float32", 128, False, "2.2"),
+        ("float32", 64, False, "1.3"),
+        ("bfloat16", 64, False, ""),
+        ("float16", 128, False, ""),
+        ("bfloat16", 128, True, ""),
+        ("float32", 128, True, ""),
+    ):
         query, key, value = draw(1, 32, 1, dim, dtype), draw(1, 8, 8192, dim, dtype), draw(1, 8, 8192, dim, dtype)
         mask = (torch.arange(8192) >= 1000).view(1, 1, 1, -1) if masked else None
         bound = hal.bind(query, key, value, mask, enable_gqa=True, backend="cpu")
@@ -118,15 +135,18 @@ def decode(options: argparse.Namespace) -> None:
             lambda q=query, k=key, v=value, m=mask: sdpa(q, k, v, m, enable_gqa=True),
             lambda b=bound, q=query, k=key, v=value, m=mask: b(q, k, v, m),
             5.0,
-        )  # fmt: skip
+        )
         share = (key.nbytes + value.nbytes) / (ours / 1e3) / bandwidth
         name = f"{dtype}, head_dim {dim}" + (", padding mask" if masked else "")
         rows.append([name, f"{theirs:.2f}", f"{ours:.2f}", ratio, bar, f"{share:.2f}"])
     publish(
-        options, "Decode: batch 1, 32 heads on 8, 1 query, 8,192 keys",
-        ("case", "torch ms", "device ms", "ratio", "bar", "share of read bandwidth"), rows,
-        [f"Read bandwidth in the same run: {bandwidth / 1e9:.1f} GB/s; the bar for its share is 0.25.", NOTE], "Decode",
-    )  # fmt: skip
+        options,
+        "Decode: batch 1, 32 heads on 8, 1 query, 8,192 keys",
+        ("case", "torch ms", "device ms", "ratio", "bar", "share of read bandwidth"),
+        rows,
+        [f"Read bandwidth in the same run: {bandwidth / 1e9:.1f} GB/s; the bar for its share is 0.25.", NOTE],
+        "Decode",
+    )
 
 
 def grid(options: argparse.Namespace) -> None:
@@ -155,9 +175,13 @@ def grid(options: argparse.Namespace) -> None:
     mean = math.exp(statistics.fmean(map(math.log, counted)))
     summary = f"Geometric mean {mean:.3f} over {len(counted)} cases above 1 ms, worst {min(counted):.3f}"
     publish(
-        options, "Grid: batch 1, equal lengths", ("case", "torch ms", "device ms", "ratio", "ratio of each run"),
-        rows, [f"{summary}; the bars are 0.99 and 0.95."], "Grid",
-    )  # fmt: skip
+        options,
+        "Grid: batch 1, equal lengths",
+        ("case", "torch ms", "device ms", "ratio", "ratio of each run"),
+        rows,
+        [f"{summary}; the bars are 0.99 and 0.95."],
+        "Grid",
+    )
 
 
 def _grid_case(dtype: str, dim: int, length: int, heads: int, causal: bool) -> tuple[float, float, str]:
@@ -177,13 +201,19 @@ def window(options: argparse.Namespace) -> None:
         query, key, value = (draw(1, 8, 4096, 64, dtype) for _ in range(3))
         bound = hal.bind(query, key, value, is_causal=True, window=(255, 0), backend="cpu")
         theirs, ours, ratio = compare(
-            lambda q=query, k=key, v=value: sdpa(q, k, v, visible), lambda b=bound, q=query, k=key, v=value: b(q, k, v), 5.0
+            lambda q=query, k=key, v=value: sdpa(q, k, v, visible),
+            lambda b=bound, q=query, k=key, v=value: b(q, k, v),
+            5.0,
         )
         rows.append([dtype, f"{theirs:.1f}", f"{ours:.1f}", ratio])
     publish(
-        options, "Window: 8 heads, 4,096 x 4,096, head_dim 64, 256 keys up to the diagonal",
-        ("dtype", "torch with a mask, ms", "device ms", "ratio"), rows, [NOTE], "Window",
-    )  # fmt: skip
+        options,
+        "Window: 8 heads, 4,096 x 4,096, head_dim 64, 256 keys up to the diagonal",
+        ("dtype", "torch with a mask, ms", "device ms", "ratio"),
+        rows,
+        [NOTE],
+        "Window",
+    )
 
 
 def softcap(options: argparse.Namespace) -> None:
@@ -202,10 +232,13 @@ def softcap(options: argparse.Namespace) -> None:
                 name = f"{dtype}, softcap {cap:g}" + (", causal" if causal else "")
                 rows.append([name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}"])
     publish(
-        options, "Softcap: 8 heads, 4,096 x 4,096, head_dim 64, beside torch without a softcap",
-        ("case", "torch ms", "device ms", "device over torch"), rows,
-        ["The bar is 4 times torch's time, the aim 2."], "Softcap",
-    )  # fmt: skip
+        options,
+        "Softcap: 8 heads, 4,096 x 4,096, head_dim 64, beside torch without a softcap",
+        ("case", "torch ms", "device ms", "device over torch"),
+        rows,
+        ["The bar is 4 times torch's time, the aim 2."],
+        "Softcap",
+    )
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -228,10 +261,13 @@ def memory(options: argparse.Namespace) -> None:
         ratio = f"{peaks[1] / peaks[0]:.2f}" if None not in peaks else "not available"
         rows.append([name, *(f"{p:.1f}" if p is not None else "not available" for p in peaks), ratio])
     publish(
-        options, "Memory: 1 head, head_dim 64, float32, output included",
-        ("case", "16,384 tokens, MB", "32,768 tokens, MB", "ratio"), rows,
-        [f"Measured as: {how}. The bar for the ratio is 2.2."], "Memory",
-    )  # fmt: skip
+        options,
+        "Memory: 1 head, head_dim 64, float32, output included",
+        ("case", "16,384 tokens, MB", "32,768 tokens, MB", "ratio"),
+        rows,
+        [f"Measured as: {how}. The bar for the ratio is 2.2."],
+        "Memory",
+    )
 
 
 if __name__ == "__main__":

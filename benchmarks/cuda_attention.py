@@ -2,10 +2,10 @@
 
     python benchmarks/cuda_attention.py [--record] [--only forward,ragged,packed,decode,special,host,error,flex]
 
-Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'. Ratios are
-the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them and, where
-installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.peers); the dispatch is held to torch's two,
-which it may choose. FlexAttention, compiled for each shape, has a section of its own.
+Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
+Ratios are the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them
+and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.peers); the dispatch is held
+to torch's two, which it may choose. FlexAttention, compiled for each shape, has a section of its own.
 """
 
 from __future__ import annotations
@@ -102,37 +102,66 @@ class Row(NamedTuple):
     def shown(self) -> list[str]:
         rates = [f"{self.rate(name) / 1e12:.0f}" if name in self.times else "-" for name in ("own", "hal", *PEERS)]
         ratios = [self.ratio("own"), self.ratio("own", TORCH), self.ratio("hal", TORCH)]
-        return [str(self.dim), str(self.length), "causal" if self.causal else "full", *rates, *(f"{r:.3f}" for r in ratios)]
+        return [
+            str(self.dim),
+            str(self.length),
+            "causal" if self.causal else "full",
+            *rates,
+            *(f"{r:.3f}" for r in ratios),
+        ]
 
 
 def attention_row(bench: Bench, batch: int, heads: int, length: int, dim: int, causal: bool) -> Row:
     given = three(batch, heads, length, dim)
     request = hal.explain(*given, is_causal=causal, backend=DEVICE).request
     dispatch = hal.bind(*given, is_causal=causal, backend=DEVICE)
-    calls: dict[str, Call] = {"own": partial(bench.own(bench.forward_path, request), *given), "hal": partial(dispatch, *given)}
-    return Row(dim, length, causal, 2.0 * request.visible_macs, bench.times(calls | bench.peers.dense(*given, causal=causal)))
+    calls: dict[str, Call] = {
+        "own": partial(bench.own(bench.forward_path, request), *given),
+        "hal": partial(dispatch, *given),
+    }
+    return Row(
+        dim, length, causal, 2.0 * request.visible_macs, bench.times(calls | bench.peers.dense(*given, causal=causal))
+    )
 
 
-COLUMNS = ("head_dim", "tokens", "mask", "own", "hal", *PEERS, "best peer / own", "best of torch / own", "best of torch / hal")
+COLUMNS = (
+    "head_dim",
+    "tokens",
+    "mask",
+    "own",
+    "hal",
+    *PEERS,
+    "best peer / own",
+    "best of torch / own",
+    "best of torch / hal",
+)
 
 
 def forward(bench: Bench, options: Any) -> None:
     rows = [
         attention_row(bench, 16384 // length, 2048 // dim, length, dim, causal)
-        for dim in (64, 128, 256, 96, 192) for length in (512, 2048, 8192, 16384) for causal in (False, True)
-    ]  # fmt: skip
+        for dim in (64, 128, 256, 96, 192)
+        for length in (512, 2048, 8192, 16384)
+        for causal in (False, True)
+    ]
     a, b = normal(8192, 8192), normal(8192, 8192)
-    product = 2 * 8192**3 / statistics.median(bench.times({"product": lambda: a @ b, "again": lambda: a @ b}).values()) * 1e3
+    product = (
+        2 * 8192**3 / statistics.median(bench.times({"product": lambda: a @ b, "again": lambda: a @ b}).values()) * 1e3
+    )
     long = [row for row in rows if row.dim == 128 and not row.causal and row.length >= 8192]
     notes = [
-        "TFLOP/s, bf16, 16384 tokens, hidden size 2048 (masked pairs not counted).", *summary(rows),
+        "TFLOP/s, bf16, 16384 tokens, hidden size 2048 (masked pairs not counted).",
+        *summary(rows),
         f"cuBLAS 8192 cubed in the same run: {product / 1e12:.0f} TFLOP/s; head size 128 full over it: "
-        + ", ".join(f"{row.rate('own') / product:.2f} at {row.length}" for row in long) + ".",
-        *(f"FA4's time over that of own kernels, head size {dim}, 8k {name}: {row.ratio('own', ('FA4',)):.3f}."
-          for dim, name, row in ((r.dim, "causal" if r.causal else "full", r) for r in rows if r.length == 8192)
-          if "FA4" in row.times),
+        + ", ".join(f"{row.rate('own') / product:.2f} at {row.length}" for row in long)
+        + ".",
+        *(
+            f"FA4's time over that of own kernels, head size {dim}, 8k {name}: {row.ratio('own', ('FA4',)):.3f}."
+            for dim, name, row in ((r.dim, "causal" if r.causal else "full", r) for r in rows if r.length == 8192)
+            if "FA4" in row.times
+        ),
         *conditions(bench),
-    ]  # fmt: skip
+    ]
     publish(options, "cuda_attention", "Forward", COLUMNS, [row.shown() for row in rows], notes, "Forward")
     if options.record:
         draw_rows(rows, product)
@@ -158,19 +187,24 @@ def draw_rows(rows: list[Row], product: float) -> None:
 def ragged(bench: Bench, options: Any) -> None:
     rows = [
         attention_row(bench, 16384 // length, 2048 // dim, length, dim, causal)
-        for dim in (64, 128, 256) for length in (500, 1000, 1500, 3000) for causal in (False, True)
-    ]  # fmt: skip
+        for dim in (64, 128, 256)
+        for length in (500, 1000, 1500, 3000)
+        for causal in (False, True)
+    ]
     notes = [*summary(rows), *conditions(bench)]
-    publish(options, "cuda_attention", "Ragged lengths", COLUMNS, [row.shown() for row in rows], notes, "Ragged lengths")
+    publish(
+        options, "cuda_attention", "Ragged lengths", COLUMNS, [row.shown() for row in rows], notes, "Ragged lengths"
+    )
 
 
 def summary(rows: list[Row]) -> list[str]:
     """Geometric mean and worst of the ratios."""
     lines = []
     for column, names, what in (
-        ("own", PEERS, "best peer's time over that of own kernels"), ("own", TORCH, "best of torch over own kernels"),
+        ("own", PEERS, "best peer's time over that of own kernels"),
+        ("own", TORCH, "best of torch over own kernels"),
         ("hal", TORCH, "best of torch over the dispatch"),
-    ):  # fmt: skip
+    ):
         mean = math.exp(statistics.fmean(math.log(row.ratio(column, names)) for row in rows))
         worst = min(rows, key=partial(Row.ratio, column=column, names=names))
         place = f"head size {worst.dim}, {worst.length} tokens, {'causal' if worst.causal else 'full'}"
@@ -182,37 +216,57 @@ def packed(bench: Bench, options: Any) -> None:
     """Sequences side by side in a batch of 1; each result is held to float64 in its first two heads."""
     rows, names = [], ("own", "FA2", "FA4", "FlashInfer")
     for dim, lengths, shown, causal in (
-        (128, [2048] * 8, "8 x 2048", True), (128, [512] * 32, "32 x 512", True), (64, [512] * 32, "32 x 512", True),
-        (128, [8192] + [256] * 32, "8192, 32 x 256", False), (64, _MIXED, "32 of 17 to 1000", False),
-        (128, _MIXED, "32 of 17 to 1000", True), (256, [2048] * 8, "8 x 2048", True),
-    ):  # fmt: skip
+        (128, [2048] * 8, "8 x 2048", True),
+        (128, [512] * 32, "32 x 512", True),
+        (64, [512] * 32, "32 x 512", True),
+        (128, [8192] + [256] * 32, "8192, 32 x 256", False),
+        (64, _MIXED, "32 of 17 to 1000", False),
+        (128, _MIXED, "32 of 17 to 1000", True),
+        (256, [2048] * 8, "8 x 2048", True),
+    ):
         tokens, longest = sum(lengths), max(lengths)
         given = three(1, 2048 // dim, tokens, dim)
         ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
         request = hal.explain(
-            *given, backend=DEVICE, is_causal=causal, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest,
+            *given,
+            backend=DEVICE,
+            is_causal=causal,
+            cu_seqlens_q=ends,
+            cu_seqlens_k=ends,
+            max_seqlen_q=longest,
             max_seqlen_k=longest,
-        ).request  # fmt: skip
+        ).request
         calls: dict[str, Call] = {
             "own": partial(_packed_out, bench.own(bench.forward_path, request), *given, hal.SequenceTables(ends, ends)),
             **bench.peers.packed(*given, ends, longest, causal),
         }
-        want = torch.cat([
-            reference(*(t[:, :2, end - length : end] for t in given), is_causal=causal).out
-            for length, end in zip(lengths, ends[1:].tolist(), strict=True)
-        ], 2)  # fmt: skip
+        want = torch.cat(
+            [
+                reference(*(t[:, :2, end - length : end] for t in given), is_causal=causal).out
+                for length, end in zip(lengths, ends[1:].tolist(), strict=True)
+            ],
+            2,
+        )
         errors = {name: relative_error(call()[:, :2], want) for name, call in calls.items()}
         times = bench.times(calls)
         flops = sum(2.0 * replace(request, batch=1, len_q=n, len_k=n, packed=False).visible_macs for n in lengths)
         best = min(time for name, time in times.items() if name != "own")
-        rows.append([
-            str(dim), shown, "causal" if causal else "full",
-            *(f"{flops / times[name] / 1e9:.0f}" if name in times else "-" for name in names), f"{best / times['own']:.2f}",
-            f"{errors['own']:.2e}", f"{min(error for name, error in errors.items() if name != 'own'):.2e}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(dim),
+                shown,
+                "causal" if causal else "full",
+                *(f"{flops / times[name] / 1e9:.0f}" if name in times else "-" for name in names),
+                f"{best / times['own']:.2f}",
+                f"{errors['own']:.2e}",
+                f"{min(error for name, error in errors.items() if name != 'own'):.2e}",
+            ]
+        )
     columns = ("head_dim", "sequences", "mask", *names, "best peer / own", "own error", "best peer's error")
-    notes = ["TFLOP/s, bf16, hidden size 2048; errors against float64. The own time holds the making of the table of tiles.",
-             *conditions(bench)]  # fmt: skip
+    notes = [
+        "TFLOP/s, bf16, hidden size 2048; errors against float64. The own time holds the making of the table of tiles.",
+        *conditions(bench),
+    ]
     publish(options, "cuda_attention", "Packed lengths", columns, rows, notes, "Packed lengths")
 
 
@@ -238,8 +292,10 @@ def decode(bench: Bench, options: Any) -> None:
     rows.append(_paged_row(bench, ceiling))
     notes = [
         "Microseconds; one query, 32 query heads on 8 key heads, head_dim 128, bf16. FlashInfer: the faster of its two "
-        "kernels, on pages of 16.", f"Read ceiling {ceiling / 1e12:.2f} TB/s.", *conditions(bench),
-    ]  # fmt: skip
+        "kernels, on pages of 16.",
+        f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
+        *conditions(bench),
+    ]
     columns = ("batch", "keys", "own", "cuDNN", "FA2", "FlashInfer", "best peer / own", "share of the ceiling")
     publish(options, "cuda_attention", "Decode", columns, rows, notes, "Decode")
 
@@ -269,7 +325,13 @@ def _paged_row(bench: Bench, ceiling: float) -> list[str]:
     query, key, value = normal(64, 32, 1, 128), normal(total, 8, 16, 128), normal(total, 8, 16, 128)
     tables = hal.SequenceTables(page_table=table.cuda(), cache_seqlens=held.cuda())
     request = hal.explain(
-        query, key, value, enable_gqa=True, page_table=tables.page_table, cache_seqlens=tables.cache_seqlens, backend=DEVICE
+        query,
+        key,
+        value,
+        enable_gqa=True,
+        page_table=tables.page_table,
+        cache_seqlens=tables.cache_seqlens,
+        backend=DEVICE,
     ).request
     call = partial(bench.own("portable", request), query, key, value, None, None, tables)
     times = bench.times({"own": call, "again": call, **bench.peers.paged(query, key, value, tables)})
@@ -290,9 +352,11 @@ def special(bench: Bench, options: Any) -> None:
     kept = blocks // 10
     indices = torch.stack([torch.randperm(blocks)[:kept].sort().values for _ in range(16 * blocks)])
     plan = hal.BlockPlan(
-        128, 128, indices.view(1, 16, blocks, kept).to(torch.int32).cuda(),
+        128,
+        128,
+        indices.view(1, 16, blocks, kept).to(torch.int32).cuda(),
         torch.full((1, 16, blocks), kept, dtype=torch.int32, device="cuda"),
-    )  # fmt: skip
+    )
     request = hal.explain(*given, block_plan=plan, backend=DEVICE).request
     calls: dict[str, Call] = {"own": partial(bench.own("portable", request), *given, None, plan)}
     calls["hal, dense"] = partial(hal.bind(*given, backend=DEVICE), *given)
@@ -314,21 +378,29 @@ def host(bench: Bench, options: Any) -> None:
     for name, path, heads, len_q, len_k in (
         ("1 x 1 x 128 x 128", bench.forward_path, (1, 1), 128, 128),
         ("decode, 32/8 heads, 1024 keys", "portable", (32, 8), 1, 1024),
-    ):  # fmt: skip
+    ):
         given = normal(1, heads[0], len_q, 128), normal(1, heads[1], len_k, 128), normal(1, heads[1], len_k, 128)
         bound = hal.bind(*given, enable_gqa=True, backend=DEVICE)
         calls: dict[str, Call] = {
-            "bound": partial(bound, *given), "hal.attention": partial(hal.attention, *given, enable_gqa=True),
+            "bound": partial(bound, *given),
+            "hal.attention": partial(hal.attention, *given, enable_gqa=True),
             "SDPA": partial(SDPA, *given, enable_gqa=True),
             "own kernel": partial(bench.own(path, bound.decision.request), *given),
-        }  # fmt: skip
+        }
         best = dict.fromkeys(calls, math.inf)
         for _ in range(7):
             for label, call in calls.items():
                 best[label] = min(best[label], _host_time(call))
         rows.append([name, *(f"{best[label]:.1f}" for label in ("own kernel", "bound", "hal.attention", "SDPA"))])
-    publish(options, "cuda_attention", "Host time", ("call", "own kernel", "bound", "hal.attention", "SDPA"), rows,
-            ["Microseconds of the host for one call, head_dim 128, bf16, the least of 7 times 100."], "Host time")  # fmt: skip
+    publish(
+        options,
+        "cuda_attention",
+        "Host time",
+        ("call", "own kernel", "bound", "hal.attention", "SDPA"),
+        rows,
+        ["Microseconds of the host for one call, head_dim 128, bf16, the least of 7 times 100."],
+        "Host time",
+    )
 
 
 def error(bench: Bench, options: Any) -> None:
@@ -361,17 +433,25 @@ def flex(bench: Bench, options: Any) -> None:
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     masks: dict[str, Any] = {
-        "causal": lambda b, h, q, k: q >= k, "window": lambda b, h, q, k: (q >= k) & (q - k <= 1023),
-    }  # fmt: skip
+        "causal": lambda b, h, q, k: q >= k,
+        "window": lambda b, h, q, k: (q >= k) & (q - k <= 1023),
+    }
     rows = []
     for dim, length, heads, kind in (
-        (64, 2048, 32, "full"), (64, 8192, 32, "full"), (64, 8192, 32, "causal"), (64, 32768, 32, "window"),
-        (128, 2048, 16, "full"), (128, 8192, 16, "full"), (128, 8192, 16, "causal"),
-    ):  # fmt: skip
+        (64, 2048, 32, "full"),
+        (64, 8192, 32, "full"),
+        (64, 8192, 32, "causal"),
+        (64, 32768, 32, "window"),
+        (128, 2048, 16, "full"),
+        (128, 8192, 16, "full"),
+        (128, 8192, 16, "causal"),
+    ):
         given = three(max(16384 // length, 1), heads, length, dim)
         wanted: dict[str, Any] = {
-            "full": {}, "causal": {"is_causal": True}, "window": {"causal": "top_left", "window": (1023, 0)},
-        }[kind]  # fmt: skip
+            "full": {},
+            "causal": {"is_causal": True},
+            "window": {"causal": "top_left", "window": (1023, 0)},
+        }[kind]
         request = hal.explain(*given, backend=DEVICE, **wanted).request
         own = bench.own(bench.forward_path, request)
         block = create_block_mask(masks[kind], None, None, length, length, device="cuda") if kind in masks else None
@@ -379,17 +459,38 @@ def flex(bench: Bench, options: Any) -> None:
         difference = relative_error(own(*given), theirs())
         times = bench.times({"own": partial(own, *given), "FlexAttention": theirs})
         rates = [2.0 * request.visible_macs / 1e9 / times[name] for name in ("own", "FlexAttention")]
-        rows.append([
-            str(dim), str(length), kind, *(f"{rate:.0f}" for rate in rates), f"{rates[0] / rates[1]:.2f}", f"{difference:.1e}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(dim),
+                str(length),
+                kind,
+                *(f"{rate:.0f}" for rate in rates),
+                f"{rates[0] / rates[1]:.2f}",
+                f"{difference:.1e}",
+            ]
+        )
     columns = ("head_dim", "tokens", "mask", "own", "FlexAttention", "own / FlexAttention", "difference of the results")
-    publish(options, "cuda_attention", "FlexAttention", columns, rows, ["TFLOP/s, bf16.", *conditions(bench)], "FlexAttention")
+    publish(
+        options,
+        "cuda_attention",
+        "FlexAttention",
+        columns,
+        rows,
+        ["TFLOP/s, bf16.", *conditions(bench)],
+        "FlexAttention",
+    )
 
 
 RUN = {
-    "forward": forward, "ragged": ragged, "packed": packed, "decode": decode, "special": special, "host": host, "error": error,
+    "forward": forward,
+    "ragged": ragged,
+    "packed": packed,
+    "decode": decode,
+    "special": special,
+    "host": host,
+    "error": error,
     "flex": flex,
-}  # fmt: skip
+}
 
 
 def _host_time(call: Callable[[], Any]) -> float:

@@ -1,4 +1,5 @@
-"""A whole model on a CUDA device: prefill and decode of a Llama of about a billion parameters through hal and through SDPA.
+"""A whole model on a CUDA device: prefill and decode of a Llama of about a billion parameters through hal and through
+SDPA.
 
     python benchmarks/cuda_model.py [--record] [--tokens 8192]
 
@@ -24,10 +25,18 @@ def build(attention: str, base: Any = None) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rope_theta=500000.0, tie_word_embeddings=True,
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
         attn_implementation=attention,
-    )  # fmt: skip
+    )
     with torch.device("cuda"):
         model = LlamaForCausalLM(copy.deepcopy(config)).to(torch.bfloat16).eval()
     if base is not None:

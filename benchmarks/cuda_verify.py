@@ -1,7 +1,8 @@
-"""Hold each CUDA kernel to float64 on this GPU and write plugins/cuda/verified.json; or list what changed since the last time.
+"""Hold each CUDA kernel to float64 on this GPU and write plugins/cuda/verified.json; or list what changed since the
+last time.
 
-    python benchmarks/cuda_verify.py            check on the GPU and write
-    python benchmarks/cuda_verify.py --changed  no GPU: kernels whose source is not the one that was checked
+python benchmarks/cuda_verify.py            check on the GPU and write
+python benchmarks/cuda_verify.py --changed  no GPU: kernels whose source is not the one that was checked
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
 _HOPPER = ("hopper", "pipeline", "softmax", "result", "narrow")
 #: Kernel and the files of hal_cuda/kernels whose text its check vouches for.
 KERNELS = {
-    "hopper.forward": _HOPPER, "hopper.forward_split": _HOPPER, "hopper.forward_packed": (*_HOPPER, "tiles"),
-    "tiles.tile_table": ("tiles",), "attend.attend": ("attend",), "attend.merge": ("attend",),
-    "attend.keep_mask": ("attend",), "plan.list_once": ("plan",),
-}  # fmt: skip
+    "hopper.forward": _HOPPER,
+    "hopper.forward_split": _HOPPER,
+    "hopper.forward_packed": (*_HOPPER, "tiles"),
+    "tiles.tile_table": ("tiles",),
+    "attend.attend": ("attend",),
+    "attend.merge": ("attend",),
+    "attend.keep_mask": ("attend",),
+    "plan.list_once": ("plan",),
+}
 
 
 def source_hash(files: tuple[str, ...]) -> str:
@@ -48,15 +54,19 @@ def changed() -> list[str]:
 
 
 def measure() -> dict[str, float]:
-    """Root mean square over 5 seeds of each kernel's relative error against float64; for tables the share that is wrong."""
+    """Root mean square over 5 seeds of each kernel's relative error against float64; for tables the share that is
+    wrong.
+    """
     from cuda_attention import Bench
 
     bench = Bench()
     checks: dict[str, Callable[[], float]] = {
         "attend.attend": lambda: max(dense(bench, "portable", 4, 500, 1000), dense(bench, "portable", 4, 1, 8000)),
-        "attend.merge": lambda: dense(bench, "portable", 1, 4, 20000), "attend.keep_mask": lambda: dropped(bench),
-        "plan.list_once": lambda: listed(bench), "tiles.tile_table": lambda: tabled(bench),
-    }  # fmt: skip
+        "attend.merge": lambda: dense(bench, "portable", 1, 4, 20000),
+        "attend.keep_mask": lambda: dropped(bench),
+        "plan.list_once": lambda: listed(bench),
+        "tiles.tile_table": lambda: tabled(bench),
+    }
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
         checks["hopper.forward_split"] = lambda: max(
@@ -89,9 +99,17 @@ def dense(bench: Bench, path: str, heads_kv: int, len_q: int, len_k: int, dim: i
     from cuda_attention import DEVICE, normal
 
     request = AttentionRequest(
-        batch=1, heads_q=8, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim_v or dim, dtype="bfloat16",
-        device=DEVICE, causal=Causal.BOTTOM_RIGHT,
-    )  # fmt: skip
+        batch=1,
+        heads_q=8,
+        heads_kv=heads_kv,
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=dim,
+        dim_v=dim_v or dim,
+        dtype="bfloat16",
+        device=DEVICE,
+        causal=Causal.BOTTOM_RIGHT,
+    )
     call = bench.own(path, request)
 
     def error() -> float:
@@ -108,17 +126,29 @@ def packed(bench: Bench, dim: int) -> float:
     ends_q, ends_k = [0, 300, 1300, 1500], [0, 700, 1700, 2400]
     tables = SequenceTables(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
     request = AttentionRequest(
-        batch=3, heads_q=8, heads_kv=4, len_q=1000, len_k=1000, dim_qk=dim, dim_v=dim, dtype="bfloat16", device=DEVICE,
-        causal=Causal.BOTTOM_RIGHT, packed=True,
-    )  # fmt: skip
+        batch=3,
+        heads_q=8,
+        heads_kv=4,
+        len_q=1000,
+        len_k=1000,
+        dim_qk=dim,
+        dim_v=dim,
+        dtype="bfloat16",
+        device=DEVICE,
+        causal=Causal.BOTTOM_RIGHT,
+        packed=True,
+    )
     call = bench.own("hopper", request)
 
     def error() -> float:
         query, key, value = normal(1, 8, 1500, dim), normal(1, 4, 2400, dim), normal(1, 4, 2400, dim)
-        want = torch.cat([
-            exact(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d])
-            for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
-        ], 2)  # fmt: skip
+        want = torch.cat(
+            [
+                exact(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d])
+                for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)
+            ],
+            2,
+        )
         return relative_error(call(query, key, value, None, None, tables), want)
 
     return root_mean_square(error)
@@ -174,9 +204,11 @@ def main() -> int:
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, error in measure().items():
         known[name] = {
-            "source": source_hash(KERNELS[name]), "device": torch.cuda.get_device_name(),
-            "date": time.strftime("%Y-%m-%d", time.gmtime()), "error": float(f"{error:.3g}"),
-        }  # fmt: skip
+            "source": source_hash(KERNELS[name]),
+            "device": torch.cuda.get_device_name(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "error": float(f"{error:.3g}"),
+        }
         print(name, known[name])
     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return 0

@@ -1,4 +1,5 @@
-"""Attention on simulated KPUs: fused on the chip against scores that go through DRAM, cycles by the tile-level simulator.
+"""Attention on simulated KPUs: fused on the chip against scores that go through DRAM, cycles by the tile-level
+simulator.
 
 python benchmarks/kpu_attention.py --record
 """
@@ -30,13 +31,35 @@ def main() -> None:
                     found = compare(profile, request)
                     took = perf_counter() - start
                     ways = (found.fused, found.unfused)
-                    rows.append([
-                        name, dtype, f"{length:,}", str(causal), *(f"{s.cycles:,}" for s in ways), f"{found.speedup:.2f}x",
-                        *(f"{s.external_bytes / 1e6:.1f}" for s in ways), f"{found.fused.utilization:.0%}",
-                        *(f"{energy(s, profile).total * 1e3:.3g}" for s in ways), f"{took:.2f}",
-                    ])  # fmt: skip
-    columns = ["profile", "dtype", "tokens", "causal", "fused cycles", "unfused cycles", "cycles saved", "fused DRAM MB",
-               "unfused DRAM MB", "arrays used", "fused mJ", "unfused mJ", "simulated in s"]  # fmt: skip
+                    rows.append(
+                        [
+                            name,
+                            dtype,
+                            f"{length:,}",
+                            str(causal),
+                            *(f"{s.cycles:,}" for s in ways),
+                            f"{found.speedup:.2f}x",
+                            *(f"{s.external_bytes / 1e6:.1f}" for s in ways),
+                            f"{found.fused.utilization:.0%}",
+                            *(f"{energy(s, profile).total * 1e3:.3g}" for s in ways),
+                            f"{took:.2f}",
+                        ]
+                    )
+    columns = [
+        "profile",
+        "dtype",
+        "tokens",
+        "causal",
+        "fused cycles",
+        "unfused cycles",
+        "cycles saved",
+        "fused DRAM MB",
+        "unfused DRAM MB",
+        "arrays used",
+        "fused mJ",
+        "unfused mJ",
+        "simulated in s",
+    ]
     notes = [
         "Batch 1, 8 heads of 64. Simulated from profiles whose figures are at worst assumed; energies are not calibrated.",
         "The unfused baseline computes all pairs, also hidden ones; its softmax runs on the vector units of all arrays of the",

@@ -21,9 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kpu"))
 from model_zoo import TRANSFORMERS, build, floats
 
 COLUMNS = [
-    "model", "operators", "on the host", "MACs", "output error", "gradient error", "operators, training",
-    "on the host, training", "cycles",
-]  # fmt: skip
+    "model",
+    "operators",
+    "on the host",
+    "MACs",
+    "output error",
+    "gradient error",
+    "operators, training",
+    "on the host, training",
+    "cycles",
+]
 
 
 def main() -> None:
@@ -54,9 +61,16 @@ def measured(name: str) -> list[str]:
     gradient = gradient_error(model, inputs)
     training = hal_kpu.get_last_stats()
     return [
-        name, f"{inference.nodes}", f"{inference.nodes - inference.kpu_nodes}", f"{inference.macs:,}", f"{error:.1e}",
-        f"{gradient:.1e}", f"{training.nodes}", f"{training.nodes - training.kpu_nodes}", f"{inference.cycles:,}",
-    ]  # fmt: skip
+        name,
+        f"{inference.nodes}",
+        f"{inference.nodes - inference.kpu_nodes}",
+        f"{inference.macs:,}",
+        f"{error:.1e}",
+        f"{gradient:.1e}",
+        f"{training.nodes}",
+        f"{training.nodes - training.kpu_nodes}",
+        f"{inference.cycles:,}",
+    ]
 
 
 def gradient_error(model: torch.nn.Module, inputs: dict[str, Any]) -> float:

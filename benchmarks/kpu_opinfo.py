@@ -1,8 +1,8 @@
 """What share of PyTorch's own operator samples the KPU's torch.compile backend runs with nothing left to the host.
 
 PyTorch describes its operators for its tests in `op_db`, with samples of arguments. The first float32 sample of each is
-compiled with backend="kpu" and run. It counts where it reaches the backend as a graph with at least one operator; it scores
-where every operator lowers to DFX opcodes and the values equal eager's. Needs `pip install expecttest`.
+compiled with backend="kpu" and run. It counts where it reaches the backend as a graph with at least one operator; it
+scores where every operator lowers to DFX opcodes and the values equal eager's. Needs `pip install expecttest`.
 
     python benchmarks/kpu_opinfo.py [--record] [--only NAME ...] [--list]
 """
@@ -33,7 +33,8 @@ def main() -> None:
     given = options.parse_args()
     from torch.testing._internal import common_methods_invocations as invocations
 
-    # PyTorch seeds its generator inside some samples, which no graph can hold; here that is done outside of all of them.
+    # PyTorch seeds its generator inside some samples, which no graph can hold; here that is done outside of all of
+    # them.
     invocations.wrapper_set_seed = lambda function, *args, **kwargs: function(*args, **kwargs)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

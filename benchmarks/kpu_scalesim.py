@@ -60,9 +60,13 @@ def main() -> None:
         begun = time.perf_counter()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
             simulator = scalesim(
-                save_disk_space=True, verbose=True, config=str(config), topology=str(topology), layout=str(layout),
+                save_disk_space=True,
+                verbose=True,
+                config=str(config),
+                topology=str(topology),
+                layout=str(layout),
                 input_type_gemm=True,
-            )  # fmt: skip
+            )
             simulator.run_scale(top_path=folder)
         seconds = time.perf_counter() - begun
         report = next(Path(folder).rglob("COMPUTE_REPORT.csv")).read_text().splitlines()

@@ -1,7 +1,7 @@
 """The KPU's simulators: how long they take, how near the two timed ones are, and SCALE-Sim in the same run.
 
-SCALE-Sim 3 takes part where `--scalesim-python PATH` names a Python that can import it (numpy 1.26.4, numba 0.61.2, pandas
-2.2.3: an environment of its own).
+SCALE-Sim 3 takes part where `--scalesim-python PATH` names a Python that can import it (numpy 1.26.4, numba 0.61.2,
+pandas 2.2.3: an environment of its own).
 """
 
 from __future__ import annotations
@@ -138,10 +138,15 @@ def deviations() -> list[list[str]]:
     found.sort()
     beyond = sum(each > 0.05 for each in found)
     return [
-        [f"TRANSACTIONAL from CYCLE_ACCURATE, {CASES} products, half bandwidth-bound: median", f"{found[CASES // 2]:.2%}", ""],
-        ["  the second worst", f"{found[-2]:.2%}", ""], ["  the worst", f"{found[-1]:.2%}", "<= 5%"],
+        [
+            f"TRANSACTIONAL from CYCLE_ACCURATE, {CASES} products, half bandwidth-bound: median",
+            f"{found[CASES // 2]:.2%}",
+            "",
+        ],
+        ["  the second worst", f"{found[-2]:.2%}", ""],
+        ["  the worst", f"{found[-1]:.2%}", "<= 5%"],
         ["  beyond 5%", f"{beyond} of {CASES}", "0"],
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

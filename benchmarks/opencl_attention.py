@@ -1,4 +1,5 @@
-"""Attention through OpenCL beside torch's scaled_dot_product_attention: python benchmarks/opencl_attention.py [--record].
+"""Attention through OpenCL beside torch's scaled_dot_product_attention: python benchmarks/opencl_attention.py
+[--record].
 
 See vulkan_attention.py for what is timed.
 """

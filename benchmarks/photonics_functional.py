@@ -1,7 +1,8 @@
-"""The functional level of the optics against a float32 product and against two published simulators, interleaved in one run.
+"""The functional level of the optics against a float32 product and against two published simulators, interleaved in one
+run.
 
-aihwkit 1.1.0 (pip install --no-deps aihwkit==1.1.0) and CrossSim 3.2.0 (from source) take part where they can be imported;
-their readout codes are compared with ours as well.
+aihwkit 1.1.0 (pip install --no-deps aihwkit==1.1.0) and CrossSim 3.2.0 (from source) take part where they can be
+imported; their readout codes are compared with ours as well.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def contestants() -> dict[str, Callable[[], object]]:
     """Products of SIZE^3 by name: the same converters, a scale by row and tile, tiles 128 deep."""
     x, w = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     found: dict[str, Callable[[], object]] = {
-        "float32 product": lambda: x @ w.T, OURS: lambda: product(x[None], w[None], CHIP),
-    }  # fmt: skip
+        "float32 product": lambda: x @ w.T,
+        OURS: lambda: product(x[None], w[None], CHIP),
+    }
     if importlib.util.find_spec("aihwkit") is not None:
         from aihwkit.nn import AnalogLinearMapped
         from aihwkit.simulator.parameters.enums import NoiseManagementType
@@ -67,8 +69,9 @@ def equal_codes() -> list[str]:
     ours = (product(x[None], w[None], CHIP)[0][0] / (CHIP.lsb(128) / CHIP.gain)).round()
     said = []
     for name, module, codes in (
-        ("aihwkit", "aihwkit", yardsticks.aihwkit_codes), ("CrossSim", "simulator", yardsticks.crosssim_codes),
-    ):  # fmt: skip
+        ("aihwkit", "aihwkit", yardsticks.aihwkit_codes),
+        ("CrossSim", "simulator", yardsticks.crosssim_codes),
+    ):
         if importlib.util.find_spec(module) is None:
             said.append(f"{name} is not installed here: not compared.")
             continue
@@ -89,13 +92,15 @@ def main() -> None:
         rows.append([name, f"{statistics.median(values) * 1e3:.1f}", f"{min(values) * 1e3:.1f}", f"{ratio:.3f}", bar])
     title = f"Products of {SIZE}^3 at the functional level"
     columns = ["what", "median ms", "least ms", "time over ours, median of rounds", "bar"]
-    notes = [*equal_codes(),
-             "They sum fractions in float32, we whole numbers: a sum within its rounding of a tie may go either way.",
-             "Processor time of one thread: other work on the machine then does not count.",
-             "Ours quantises both operands in the call; aihwkit's weights are in its tiles before. Its C++ tiles do not run "
-             "with this torch (built for another one). Three ways were tried for the bar of 5 against its torch tiles: "
-             "float32 products of whole tiles (1.8), by blocks of rows that stay in the cache (2.3), and eight-bit integer "
-             "products by such blocks, the ones timed here."]
+    notes = [
+        *equal_codes(),
+        "They sum fractions in float32, we whole numbers: a sum within its rounding of a tie may go either way.",
+        "Processor time of one thread: other work on the machine then does not count.",
+        "Ours quantises both operands in the call; aihwkit's weights are in its tiles before. Its C++ tiles do not run "
+        "with this torch (built for another one). Three ways were tried for the bar of 5 against its torch tiles: "
+        "float32 products of whole tiles (1.8), by blocks of rows that stay in the cache (2.3), and eight-bit integer "
+        "products by such blocks, the ones timed here.",
+    ]
     record.publish(options, "photonics_functional", title, columns, rows, notes)
 
 

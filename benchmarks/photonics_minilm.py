@@ -1,8 +1,8 @@
 """MiniLM with attention alone on the measured photonic chip, and with its projections too, calibrated and not.
 
-Task damage beside the energy: cosine to the float64 embedding, agreement of nearest neighbours, the share of the model's
-multiply-accumulates on the optics, modelled time and energy of those, and the host's remainder. Simulated: the chip's time and
-energy are modelled from the profile of its published figures, the host's time is measured here.
+Task damage beside the energy: cosine to the float64 embedding, agreement of nearest neighbours, the share of the
+model's multiply-accumulates on the optics, modelled time and energy of those, and the host's remainder. Simulated: the
+chip's time and energy are modelled from the profile of its published figures, the host's time is measured here.
 """
 
 from __future__ import annotations
@@ -70,8 +70,19 @@ def main() -> None:
         for what, change in (("attention alone", None), ("with projections", with_projections)):
             session: Any = hal.session(device)
             rows.append([device, session.profile.name, what, *_row(model, device, change, tokens, exact, macs)])
-    columns = ["device", "profile", "on the optics", "cosine, mean", "cosine, least", "same neighbour", "share of MACs",
-               "modelled ms", "host ms, measured", "modelled J", "origin"]  # fmt: skip
+    columns = [
+        "device",
+        "profile",
+        "on the optics",
+        "cosine, mean",
+        "cosine, least",
+        "same neighbour",
+        "share of MACs",
+        "modelled ms",
+        "host ms, measured",
+        "modelled J",
+        "origin",
+    ]
     notes = [
         "Simulated. Modelled time and energy: of what ran on the chip, transfers included; the host's energy is not known.",
         f"{len(listed)} sentences of examples/demo, nearest neighbours among them, against float64. Noise: torch seed 0.",
@@ -80,9 +91,13 @@ def main() -> None:
 
 
 def _row(
-    model: Any, device: str, change: Callable[[nn.Module, str], nn.Module] | None, tokens: list[dict[str, Tensor]],
-    exact: Tensor, macs: int,
-) -> list[str]:  # fmt: skip
+    model: Any,
+    device: str,
+    change: Callable[[nn.Module, str], nn.Module] | None,
+    tokens: list[dict[str, Tensor]],
+    exact: Tensor,
+    macs: int,
+) -> list[str]:
     network = bridge.set_device(models.variant(model.network, bridge.NAME), device)
     if change is not None:
         network = change(copy.deepcopy(network), device)
@@ -97,10 +112,15 @@ def _row(
     assert record_.time is not None
     assert record_.energy is not None
     return [
-        f"{float(cosines.mean()):.4f}", f"{float(cosines.min()):.4f}", f"{agreement:.0%}", f"{record_.macs / macs:.1%}",
-        f"{record_.time.middle * 1e3:.3g}", f"{(wall - record_.wall) * 1e3:.3g}", f"{record_.energy.middle:.3g}",
+        f"{float(cosines.mean()):.4f}",
+        f"{float(cosines.min()):.4f}",
+        f"{agreement:.0%}",
+        f"{record_.macs / macs:.1%}",
+        f"{record_.time.middle * 1e3:.3g}",
+        f"{(wall - record_.wall) * 1e3:.3g}",
+        f"{record_.energy.middle:.3g}",
         f"{record_.time.basis}, {record_.time.provenance}",
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

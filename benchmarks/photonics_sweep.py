@@ -1,4 +1,5 @@
-"""Latency and energy of attention on photonic devices over lengths, modelled, against a GPU's, measured in the same run.
+"""Latency and energy of attention on photonic devices over lengths, modelled, against a GPU's, measured in the same
+run.
 
     python benchmarks/photonics_sweep.py --against cuda:0 --record
 
@@ -24,20 +25,39 @@ def main() -> None:
         found = sweep(profile_named(device.id), lengths, options.against)
         for point in found.points:
             energy = point.other_energy
-            rows.append([
-                device.id, found.profile.name, f"{point.length:,}", f"{point.photonic_time.middle * 1e3:.3g}",
-                f"{point.optics_time * 1e3:.3g}", f"{point.other_time.middle * 1e3:.3g}",
-                f"{point.other_time.middle / point.photonic_time.middle:.3f}", f"{point.photonic_energy.middle:.3g}",
-                "not available" if energy is None else f"{energy.middle:.3g}",
-                f"{point.photonic_time.basis}, {point.photonic_time.provenance}", str(point.other_time.basis),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    device.id,
+                    found.profile.name,
+                    f"{point.length:,}",
+                    f"{point.photonic_time.middle * 1e3:.3g}",
+                    f"{point.optics_time * 1e3:.3g}",
+                    f"{point.other_time.middle * 1e3:.3g}",
+                    f"{point.other_time.middle / point.photonic_time.middle:.3f}",
+                    f"{point.photonic_energy.middle:.3g}",
+                    "not available" if energy is None else f"{energy.middle:.3g}",
+                    f"{point.photonic_time.basis}, {point.photonic_time.provenance}",
+                    str(point.other_time.basis),
+                ]
+            )
         notes.append(f"{device.id}: {found.crossover('time')} {found.crossover('energy')}")
         if options.record and device.id == "lightmatter:0":
             draw(found, record.FOLDER / "photonics_sweep.png")
     models = {device.id: f"{options.against}, {device.model}" for device in hal.devices()}
     title = f"Photonic attention against {models.get(options.against, options.against)}"
-    columns = ["device", "profile", "length", "modelled ms", "optics alone, ms", f"{options.against} ms", "speed",
-               "modelled J", f"{options.against} J", "origin", "origin of the other"]  # fmt: skip
+    columns = [
+        "device",
+        "profile",
+        "length",
+        "modelled ms",
+        "optics alone, ms",
+        f"{options.against} ms",
+        "speed",
+        "modelled J",
+        f"{options.against} J",
+        "origin",
+        "origin of the other",
+    ]
     record.publish(options, "photonics_sweep", title, columns, rows, notes, "Sweep")
 
 

@@ -1,4 +1,6 @@
-"""How a benchmark leaves its record: a table on the terminal, and with --record a Markdown file under docs/benchmarks."""
+"""How a benchmark leaves its record: a table on the terminal, and with --record a Markdown file under
+docs/benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,11 @@ def publish(
     """
     facts = conditions()
     if options.json:
-        print(json.dumps({"title": title, "conditions": facts, "rows": [dict(zip(columns, row, strict=True)) for row in rows]}))
+        print(
+            json.dumps(
+                {"title": title, "conditions": facts, "rows": [dict(zip(columns, row, strict=True)) for row in rows]}
+            )
+        )
     else:
         show_table(title, columns, rows, notes)
     if not options.record:

@@ -1,9 +1,9 @@
 """Attention through Vulkan beside torch's scaled_dot_product_attention.
 
-python benchmarks/vulkan_attention.py [--record]. On a CPU's driver (lavapipe) both are timed on the host, interleaved in one
-run. On a GPU the tensors lie on the host and whole calls carry the copies; the ratio is of the device's own time, by its
-clock, to torch's on the same card where torch sees it (TF32 off, device events). Decoding is also given as a share of the rate
-at which a sum of torch's reads that card's memory, in the same run.
+python benchmarks/vulkan_attention.py [--record]. On a CPU's driver (lavapipe) both are timed on the host, interleaved
+in one run. On a GPU the tensors lie on the host and whole calls carry the copies; the ratio is of the device's own
+time, by its clock, to torch's on the same card where torch sees it (TF32 off, device events). Decoding is also given as
+a share of the rate at which a sum of torch's reads that card's memory, in the same run.
 """
 
 from __future__ import annotations
@@ -22,28 +22,41 @@ import hal_core as hal
 from hal_core.testing import BenchmarkRunner
 
 CPU_CASES = [
-    (1, 8, 8, 1024, 1024, 64, "float32", False), (1, 8, 8, 1024, 1024, 64, "float32", True),
-    (1, 8, 8, 1024, 1024, 64, "float16", False), (1, 8, 8, 1024, 1024, 128, "float32", False),
-    (16, 12, 12, 30, 30, 32, "float32", False), (1, 32, 8, 1, 8192, 64, "float32", False),
-]  # fmt: skip
+    (1, 8, 8, 1024, 1024, 64, "float32", False),
+    (1, 8, 8, 1024, 1024, 64, "float32", True),
+    (1, 8, 8, 1024, 1024, 64, "float16", False),
+    (1, 8, 8, 1024, 1024, 128, "float32", False),
+    (16, 12, 12, 30, 30, 32, "float32", False),
+    (1, 32, 8, 1, 8192, 64, "float32", False),
+]
 GPU_CASES = [
-    (1, 16, 16, 4096, 4096, 64, "float32", False), (1, 16, 16, 4096, 4096, 128, "float32", False),
-    (1, 16, 16, 4096, 4096, 64, "float16", False), (1, 16, 16, 4096, 4096, 128, "float16", False),
-    (1, 16, 16, 4096, 4096, 64, "float32", True), (1, 32, 8, 1, 131072, 128, "float16", False),
-]  # fmt: skip
+    (1, 16, 16, 4096, 4096, 64, "float32", False),
+    (1, 16, 16, 4096, 4096, 128, "float32", False),
+    (1, 16, 16, 4096, 4096, 64, "float16", False),
+    (1, 16, 16, 4096, 4096, 128, "float16", False),
+    (1, 16, 16, 4096, 4096, 64, "float32", True),
+    (1, 32, 8, 1, 131072, 128, "float16", False),
+]
 #: What matrices are for; Vulkan alone.
 MATRIX_CASES = [
-    (1, 16, 16, 4096, 4096, 64, "float16", True), (1, 16, 16, 4096, 4096, 128, "float16", True),
-    (1, 8, 8, 16384, 16384, 64, "float16", False), (1, 8, 8, 16384, 16384, 128, "float16", False),
-    (1, 8, 8, 16384, 16384, 128, "float16", True), (1, 16, 16, 4096, 4096, 96, "float16", False),
-    (1, 16, 16, 4096, 4096, 256, "float16", False), (1, 16, 16, 4096, 4096, 128, "bfloat16", False),
-    (1, 32, 8, 1, 131072, 64, "float16", False), (1, 32, 8, 1, 131072, 128, "bfloat16", False),
+    (1, 16, 16, 4096, 4096, 64, "float16", True),
+    (1, 16, 16, 4096, 4096, 128, "float16", True),
+    (1, 8, 8, 16384, 16384, 64, "float16", False),
+    (1, 8, 8, 16384, 16384, 128, "float16", False),
+    (1, 8, 8, 16384, 16384, 128, "float16", True),
+    (1, 16, 16, 4096, 4096, 96, "float16", False),
+    (1, 16, 16, 4096, 4096, 256, "float16", False),
+    (1, 16, 16, 4096, 4096, 128, "bfloat16", False),
+    (1, 32, 8, 1, 131072, 64, "float16", False),
+    (1, 32, 8, 1, 131072, 128, "bfloat16", False),
     (1, 32, 8, 1, 131072, 128, "float32", False),
-]  # fmt: skip
+]
 
 
 def read_rate() -> float | None:
-    """Bytes a second that torch reads of its card's memory; None where there is no card or no CUDA plugin to measure it."""
+    """Bytes a second that torch reads of its card's memory; None where there is no card or no CUDA plugin to measure
+    it.
+    """
     try:
         from hal_cuda.calibrate import read_bandwidth
     except ImportError:
@@ -54,7 +67,9 @@ def read_rate() -> float | None:
 
 
 def processor_ratio(torch_call: Callable[[], object], our_call: Callable[[], object], calls: int) -> str:
-    """torch's processor time over ours, of all threads: other work disturbs it less than times. Medians, calls in turn."""
+    """torch's processor time over ours, of all threads: other work disturbs it less than times. Medians, calls in
+    turn.
+    """
     spent: dict[Callable[[], object], list[float]] = {torch_call: [], our_call: []}
     for _ in range(calls):
         for call, times in spent.items():
@@ -65,8 +80,8 @@ def processor_ratio(torch_call: Callable[[], object], our_call: Callable[[], obj
 
 
 def measure(device: hal.Device, case: tuple[Any, ...], calls: int, reading: float | None) -> list[str]:
-    """A table row: the call, torch's and our times in ms, their ratio, the rate, and, on a processor's driver, the ratio of
-    processor times, on a card the share of `reading` bytes a second that decoding reaches.
+    """A table row: the call, torch's and our times in ms, their ratio, the rate, and, on a processor's driver, the
+    ratio of processor times, on a card the share of `reading` bytes a second that decoding reaches.
     """
     batch, heads, heads_kv, len_q, len_k, dim, dtype, causal = case
     place = "cpu" if reading is None else "cuda"  # where drawing is faster
@@ -101,9 +116,14 @@ def measure(device: hal.Device, case: tuple[Any, ...], calls: int, reading: floa
     name = f"B{batch} H{heads}/{heads_kv} {len_q}x{len_k} D{dim} {dtype}{' causal' if causal else ''}"
     rate = 2 * macs / (inside * 1e9) if inside else 0.0
     return [
-        name, f"{peer:.3f}", f"{whole:.3f}", f"{inside:.3f}", f"{peer / inside:.2f}x" if peer and inside else "not measured",
-        f"{rate:.3f}", share,
-    ]  # fmt: skip
+        name,
+        f"{peer:.3f}",
+        f"{whole:.3f}",
+        f"{inside:.3f}",
+        f"{peer / inside:.2f}x" if peer and inside else "not measured",
+        f"{rate:.3f}",
+        share,
+    ]
 
 
 def main(backend: str) -> None:
@@ -124,13 +144,21 @@ def main(backend: str) -> None:
     peer = "torch on the same processor, interleaved" if cases is CPU_CASES else "torch on the same card, TF32 off"
     read = "" if reading is None else f" A sum of torch's reads {reading / 1e12:.2f} TB/s."
     publish(
-        chosen, backend, f"Attention on {device.model} ({device.fidelity})",
+        chosen,
+        backend,
+        f"Attention on {device.model} ({device.fidelity})",
         [
-            "call", "torch ms", "whole call ms", "device ms", "torch / device", "TFLOP/s",
+            "call",
+            "torch ms",
+            "whole call ms",
+            "device ms",
+            "torch / device",
+            "TFLOP/s",
             "by processor time" if cases is CPU_CASES else "of read rate",
-        ], rows,
+        ],
+        rows,
         [f"Driver: {device.driver}. Medians of {chosen.calls} calls; {peer}.{read}"],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

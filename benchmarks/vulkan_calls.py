@@ -1,9 +1,11 @@
 """What a recorded call of a Vulkan device costs the host, beside the device's own time.
 
-python benchmarks/vulkan_calls.py [--record]. One small call, B1 H8 128x128 D64 float16, again and again. "whole" is the host's
-clock from the call to its return; "device" is the device's clock over all recorded commands, transfers included; "host" is
-the difference, call by call: Python, the copies between the tensors and mapped memory, submission and waiting. With tensors on
-CUDA a call returns before the device is done, so that all of its time is the host's own; "and synchronise" waits for CUDA.
+python benchmarks/vulkan_calls.py [--record]. One small call, B1 H8 128x128 D64 float16, again and again. "whole" is the
+host's clock from the call to its return; "device" is the device's clock over all recorded commands, transfers included;
+"host" is
+the difference, call by call: Python, the copies between the tensors and mapped memory, submission and waiting. With
+tensors on CUDA a call returns before the device is done, so that all of its time is the host's own; "and synchronise"
+waits for CUDA.
 """
 
 from __future__ import annotations
@@ -47,9 +49,15 @@ def row(name: str, found: list[Timed], *, waits: bool) -> list[str]:
 
 def rows_of(session: Any, calls: int) -> list[list[str]]:
     request = hal.AttentionRequest(
-        batch=1, heads_q=SHAPE[1], heads_kv=SHAPE[1], len_q=SHAPE[2], len_k=SHAPE[2], dim_qk=SHAPE[3], dim_v=SHAPE[3],
+        batch=1,
+        heads_q=SHAPE[1],
+        heads_kv=SHAPE[1],
+        len_q=SHAPE[2],
+        len_k=SHAPE[2],
+        dim_qk=SHAPE[3],
+        dim_v=SHAPE[3],
         dtype="float16",
-    )  # fmt: skip
+    )
     nothing = lambda: None  # noqa: E731 - what happens between calls
     query, key, value = (torch.randn(SHAPE).half() for _ in range(3))
     bound = session.bind(request)
@@ -77,14 +85,25 @@ def rows_of(session: Any, calls: int) -> list[list[str]]:
 
 
 def both_ways(session: Any, calls: int, setting: str, cases: Sequence[tuple[int, ...]], dtype: str) -> list[list[str]]:
-    """Whole calls with large tensors copied at once, and the other way, interleaved: `setting` says from which size on."""
+    """Whole calls with large tensors copied at once, and the other way, interleaved: `setting` says from which size
+    on.
+    """
     table, usual = [], getattr(recorder, setting)
     for heads, heads_kv, len_q, len_k, dim in cases:
         query = torch.randn(1, heads, len_q, dim).to(getattr(torch, dtype))
         key, value = (torch.randn(1, heads_kv, len_k, dim).to(query.dtype) for _ in range(2))
-        bound = session.bind(hal.AttentionRequest(
-            batch=1, heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim, dtype=dtype,
-        ))  # fmt: skip
+        bound = session.bind(
+            hal.AttentionRequest(
+                batch=1,
+                heads_q=heads,
+                heads_kv=heads_kv,
+                len_q=len_q,
+                len_k=len_k,
+                dim_qk=dim,
+                dim_v=dim,
+                dtype=dtype,
+            )
+        )
         found: dict[int, list[tuple[float, int]]] = {1 << 62: [], usual: []}
         for size in found:  # allocate, and wake what sleeps
             setattr(recorder, setting, size)
@@ -122,8 +141,14 @@ def main() -> None:
         "interfaces on the card."
     )
     session: Any = hal.session(device.id)
-    publish(chosen, "vulkan", f"Host time of a recorded call on {device.model} ({device.fidelity})", columns,
-            rows_of(session, chosen.calls), [note])  # fmt: skip
+    publish(
+        chosen,
+        "vulkan",
+        f"Host time of a recorded call on {device.model} ({device.fidelity})",
+        columns,
+        rows_of(session, chosen.calls),
+        [note],
+    )
     where, few = f"on {device.model} ({device.fidelity})", max(chosen.calls // 20, 3)
     note = "Medians of whole calls, interleaved."
     if session.recorder.mapped:

@@ -33,9 +33,11 @@ def mnist(folder: str, limit: int = 6000) -> tuple[Tensor, Tensor, Tensor, Tenso
     parts = (hal_kpu.load_mnist(split, limit=limit, root=folder) for split in ("train", "test"))
     (train, train_labels), (test, test_labels) = parts
     return (
-        torch.tensor(train).reshape(-1, 1, 28, 28), torch.tensor(train_labels),
-        torch.tensor(test).reshape(-1, 1, 28, 28), torch.tensor(test_labels),
-    )  # fmt: skip
+        torch.tensor(train).reshape(-1, 1, 28, 28),
+        torch.tensor(train_labels),
+        torch.tensor(test).reshape(-1, 1, 28, 28),
+        torch.tensor(test_labels),
+    )
 
 
 def mlp(size: int) -> nn.Module:
@@ -44,10 +46,16 @@ def mlp(size: int) -> nn.Module:
 
 def cnn(size: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * (size // 2) ** 2, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * (size // 2) ** 2, 10),
+    )
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:

@@ -1,4 +1,5 @@
-"""torch.compile(backend="kpu") for a CNN and a small transformer: outputs and gradients against eager, and the coverage.
+"""torch.compile(backend="kpu") for a CNN and a small transformer: outputs and gradients against eager, and the
+coverage.
 
     python examples/kpu_torch_compile.py [--fidelity transactional]
 
@@ -36,9 +37,16 @@ class Block(nn.Module):
 
 def cnn() -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1, groups=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1, groups=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
     return model, torch.randn(4, 3, 32, 32)
 
 

@@ -12,7 +12,9 @@ def attend(query, key, value, mask, request):
 
 class Tiny:
     def devices(self):
-        return [hal.Device(id="tiny:0", family="tiny", vendor="example", model="softmax", fidelity=hal.Fidelity.EMULATED)]
+        return [
+            hal.Device(id="tiny:0", family="tiny", vendor="example", model="softmax", fidelity=hal.Fidelity.EMULATED)
+        ]
 
     def capabilities(self, device):
         numerics = {"float32": hal.Numerics(relative=1e-5)}

@@ -45,17 +45,37 @@ def _load() -> None:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
-    causal: Causal | str | None = None, diagonal: int = 0, window: tuple[int | None, int | None] | None = None,
-    softcap: float | None = None, block_plan: BlockPlan | None = None, return_lse: bool = False,
-    backend: str | None = None, objective: str | None = None, allow_simulated: bool | None = None,
-    transfer: bool | None = None, max_error: float | None = None, deterministic: bool = False,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal: Causal | str | None = None,
+    diagonal: int = 0,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    block_plan: BlockPlan | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    objective: str | None = None,
+    allow_simulated: bool | None = None,
+    transfer: bool | None = None,
+    max_error: float | None = None,
+    deterministic: bool = False,
     rng: tuple[int, int] | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None, page_table: Tensor | None = None, cache_seqlens: Tensor | None = None,
-    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
-) -> Any:  # fmt: skip
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    page_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Any:
     """softmax(scale * query @ key^T + mask) @ value on the best device for this call.
 
     The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's.
@@ -65,25 +85,29 @@ def attention(
         key: [batch, heads_kv, len_k, dim_qk]. value: [batch, heads_kv, len_k, dim_v].
         attn_mask: bool (True: attend) or float (added to the scores), broadcastable to [batch, heads_q, len_q, len_k].
             May be combined with `is_causal`, unlike in torch.
-        dropout_p: applied whenever it is above 0, as in torch; draws from torch's default generator unless `rng` is given.
-        is_causal: top-left causal. scale: None for 1 / sqrt(dim_qk). enable_gqa: allow heads_q to be a multiple of heads_kv.
+        dropout_p: applied whenever it is above 0, as in torch; draws from torch's default generator unless `rng` is
+            given.
+        is_causal: top-left causal. scale: None for 1 / sqrt(dim_qk). enable_gqa: allow heads_q to be a multiple of
+            heads_kv.
         causal, diagonal: "none", "top_left" or "bottom_right", and an offset of the diagonal (see `Causal`).
         window: (left, right) keys around the diagonal, inclusive, None for no bound. softcap: c * tanh(score / c).
         block_plan: a `BlockPlan`; keys outside its blocks are not read.
         return_lse: give AttentionOutput(out, lse) instead of out.
         backend: backend or device that must run it; None leaves it to `use`, `configure`, HAL_BACKEND, then automatic.
-        objective: "time" (default), "energy" or "error". allow_simulated: let automatic take devices that are not hardware.
+        objective: "time" (default), "energy" or "error". allow_simulated: let automatic take devices that are not
+            hardware.
         transfer: True allows moving the tensors to a device, False forbids it; None allows it to named devices alone.
         max_error: largest acceptable relative error. deterministic: demand bitwise repeatable results.
         rng: (seed, offset) of dropout and of a simulator's noise.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences: tensors are [1, heads, total, dim], the
-            tables int32 [sequences + 1].
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences: tensors are [1, heads, total, dim],
+            the tables int32 [sequences + 1].
         page_table, cache_seqlens: paged cache: key and value are [pages, heads_kv, page_size, dim], the tables int32
             [batch, most pages] and [batch].
         key_scale, value_scale: float32 factors of an FP8 key and value.
 
     Returns:
-        [batch, heads_q, len_q, dim_v] in the query's dtype, or AttentionOutput. A row that reads no key gives 0 and -inf.
+        [batch, heads_q, len_q, dim_v] in the query's dtype, or AttentionOutput. A row that reads no key gives 0 and
+        -inf.
 
     Raises:
         ContractError: malformed input. UnsupportedError: no eligible device can, with every reason.
@@ -95,8 +119,21 @@ def attention(
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
-    options = (dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, max_error, deterministic,
-               max_seqlen_q, max_seqlen_k)  # fmt: skip
+    options = (
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal,
+        diagonal,
+        window,
+        softcap,
+        return_lse,
+        max_error,
+        deterministic,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
     wishes = (backend, objective, allow_simulated, transfer)
     if _compiling():
         return library.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, wishes)
@@ -132,11 +169,26 @@ def _find(given: Given, bits: int, options: tuple[Any, ...], wishes: tuple[Any, 
             fits = fits and m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k)
         if fits and batch_k == batch == batch_v and heads_v == heads_kv and len_v == len_k and dim_k == dim:
             static = (
-                batch, heads_q, heads_kv, len_q and (len_q - 1).bit_length() + 1, len_k and (len_k - 1).bit_length() + 1,
-                dim, dim_v, query.dtype, key.dtype, value.dtype, query.device, key.device, value.device,
-                query.stride()[3] == 1 and key.stride()[3] == 1 and value.stride()[3] == 1, kind, bits,
-                options, wishes, frame_var.get(),
-            )  # fmt: skip
+                batch,
+                heads_q,
+                heads_kv,
+                len_q and (len_q - 1).bit_length() + 1,
+                len_k and (len_k - 1).bit_length() + 1,
+                dim,
+                dim_v,
+                query.dtype,
+                key.dtype,
+                value.dtype,
+                query.device,
+                key.device,
+                value.device,
+                query.stride()[3] == 1 and key.stride()[3] == 1 and value.stride()[3] == 1,
+                kind,
+                bits,
+                options,
+                wishes,
+                frame_var.get(),
+            )
             found = _routes.get(static)
             if found is not None:
                 return found  # type: ignore[no-any-return]
@@ -180,8 +232,9 @@ def _is_cut(decision: Decision) -> bool:
     bottom = replace(top, len_q=top.len_q and top.len_q // 2 + 1, len_k=top.len_k and top.len_k // 2 + 1)
     return decision.chosen is None or any(
         {refusal.code for refusal in c.refusals} <= by_length
-        and (c.refusals or check_all(bottom, c.device, transfer=c.transfer)) for c in decision.candidates
-    )  # fmt: skip
+        and (c.refusals or check_all(bottom, c.device, transfer=c.transfer))
+        for c in decision.candidates
+    )
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
@@ -242,9 +295,15 @@ def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
 
 
 def bind(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *,
-    max_len_q: int | None = None, max_len_k: int | None = None, **keywords: Any,
-) -> Any:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    max_len_q: int | None = None,
+    max_len_k: int | None = None,
+    **keywords: Any,
+) -> Any:
     """Decide once for calls like this one; returns a callable for the fastest path.
 
     Args:
@@ -254,8 +313,8 @@ def bind(
 
     Returns:
         A callable (query, key, value, attn_mask=None, *, block_plan=None, rng=None, tables=None) -> as `attention`. It
-        reads lengths from its tensors, trusts that they lie where the example's do and the contents of tables, and has the
-        attribute `decision`. Calls that differ from the example in anything but lengths raise ContractError; after
+        reads lengths from its tensors, trusts that they lie where the example's do and the contents of tables, and has
+        the attribute `decision`. Calls that differ from the example in anything but lengths raise ContractError; after
         `unregister` of the backend they raise DeviceUnavailableError.
 
     Raises:
@@ -265,7 +324,9 @@ def bind(
     if not request.packed and request.page_size is None:
         longest = (max_len_q or request.len_q, max_len_k or request.len_k)
         if longest[0] < request.len_q or longest[1] < request.len_k:
-            raise ContractError(f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k")
+            raise ContractError(
+                f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k"
+            )
         request = replace(request, len_q=longest[0], len_k=longest[1])
     return _bound(route.Route(settled(request, policy), request))
 
@@ -275,25 +336,38 @@ def _bound(found: Route) -> Any:
     session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
     needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
-    even = not check_all(replace(request, len_q=1, len_k=1), found.decision.winner.device, transfer=True)  # no low limit
+    even = not check_all(
+        replace(request, len_q=1, len_k=1), found.decision.winner.device, transfer=True
+    )  # no low limit
 
     def bound(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *,
-        block_plan: BlockPlan | None = None, rng: tuple[int, int] | None = None, tables: SequenceTables | None = None,
-    ) -> Any:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        block_plan: BlockPlan | None = None,
+        rng: tuple[int, int] | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
         if (
-            shapes != accepted or attn_mask is not None or block_plan is not None or tables is not None
+            shapes != accepted
+            or attn_mask is not None
+            or block_plan is not None
+            or tables is not None
             or not query.dtype is key.dtype is value.dtype is dtype
             or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
-        ):  # fmt: skip
+        ):
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
             accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session:
-            raise DeviceUnavailableError(f"{device_id} was unregistered or closed after this call was bound: bind again")
+            raise DeviceUnavailableError(
+                f"{device_id} was unregistered or closed after this call was bound: bind again"
+            )
         if without_grads and grad_enabled():
             _check_no_grads(query, key, value, attn_mask)
         if needs_rng:
@@ -309,11 +383,15 @@ def _bound(found: Route) -> Any:
 
 def _check_no_grads(*tensors: Tensor | None) -> None:
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ContractError("a call bound without gradients was given a tensor that requires one: bind with such tensors")
+        raise ContractError(
+            "a call bound without gradients was given a tensor that requires one: bind with such tensors"
+        )
 
 
 def _check_bound(found: Route, even: bool, given: Given) -> None:
-    """Whether a call has the bound request's form. Raises ContractError; UnsupportedError for lengths between limits."""
+    """Whether a call has the bound request's form. Raises ContractError; UnsupportedError for lengths between
+    limits.
+    """
     request = found.request
     longest = (request.len_q, request.len_k)
     most_q, most_k = longest if request.packed else (None, None)
@@ -332,8 +410,21 @@ def _check_bound(found: Route, even: bool, given: Given) -> None:
         _ = decide(replace(request, len_q=this.len_q, len_k=this.len_k), policy).winner
 
 
-_FIXED = ("batch", "heads_q", "heads_kv", "dim_qk", "dim_v", "dtype", "device", "mask", "packed", "page_size", "cache_dtype",
-          "block_plan", "last_dim_contiguous")  # fmt: skip
+_FIXED = (
+    "batch",
+    "heads_q",
+    "heads_kv",
+    "dim_qk",
+    "dim_v",
+    "dtype",
+    "device",
+    "mask",
+    "packed",
+    "page_size",
+    "cache_dtype",
+    "block_plan",
+    "last_dim_contiguous",
+)
 
 
 def in_operator(

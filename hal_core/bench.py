@@ -1,4 +1,6 @@
-"""`hal bench`: attention on a device beside torch's own and what its backend adds, as records, and as curves and a roofline."""
+"""`hal bench`: attention on a device beside torch's own and what its backend adds, as records, and as curves and a
+roofline.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class BenchSetup(NamedTuple):
     """What a backend adds to `hal bench` on one device.
 
     Attributes:
-        calls: (request, query, key, value) -> callables by column name: the device's own kernels, and peers that are installed.
+        calls: (request, query, key, value) -> callables by column name: the device's own kernels, and peers that are
+            installed.
         conditions: () -> facts that times depend on, such as clocks and power; read after each length and kept with it.
         notes: () -> sentences below the table, such as which peers are not installed.
         flush: called before each timed call, to empty a cache. ceilings: for the roofline. None for neither.
@@ -62,19 +65,24 @@ class BenchRun(NamedTuple):
 
 
 def bench(
-    device: str, lengths: Sequence[int], shape: tuple[int, int, int], dtype: str, causal: bool,
+    device: str,
+    lengths: Sequence[int],
+    shape: tuple[int, int, int],
+    dtype: str,
+    causal: bool,
     report: Callable[[str, float], None],
-) -> BenchRun:  # fmt: skip
-    """Time `hal.attention` and a bound call on a device beside torch's scaled_dot_product_attention, on the same tensors.
+) -> BenchRun:
+    """Time `hal.attention` and a bound call on a device beside torch's scaled_dot_product_attention, on the same
+    tensors.
 
     Args:
         device: device id or backend name. lengths: tokens, queries and keys alike. shape: (batch, heads, head_dim).
         dtype, causal: the call. report: called with a text and the share done.
 
     Returns:
-        Records hold the device, its fidelity, the call's operations and bytes, for each column the median and 95th percentile
-        in milliseconds and the calls timed, and the conditions after the length was timed. Columns: "torch" is torch's
-        scaled_dot_product_attention, "hal" hal.attention, "bound" a bound call, then the backend's.
+        Records hold the device, its fidelity, the call's operations and bytes, for each column the median and 95th
+        percentile in milliseconds and the calls timed, and the conditions after the length was timed. Columns: "torch"
+        is torch's scaled_dot_product_attention, "hal" hal.attention, "bound" a bound call, then the backend's.
 
     Raises:
         ContractError: an unknown dtype. UnsupportedError: the device cannot run the call.
@@ -99,17 +107,22 @@ def bench(
             bound = bind(*tensors, **named)
             request = bound.decision.request
             calls: dict[str, Call] = {
-                "torch": partial(sdpa, *tensors, is_causal=causal), "hal": partial(attention, *tensors, **named),
-                "bound": partial(bound, *tensors), **setup.calls(request, *tensors),
-            }  # fmt: skip
+                "torch": partial(sdpa, *tensors, is_causal=causal),
+                "hal": partial(attention, *tensors, **named),
+                "bound": partial(bound, *tensors),
+                **setup.calls(request, *tensors),
+            }
             runner = BenchmarkRunner(
                 device=found.reads[0], synchronize=synchronize, flush=setup.flush, budget=SECONDS / len(calls)
             )
             timed = runner.compare(calls).results
         record: dict[str, Any] = {
-            "device": found.id, "fidelity": str(found.fidelity), "length": length, "operations": 2 * request.visible_macs,
+            "device": found.id,
+            "fidelity": str(found.fidelity),
+            "length": length,
+            "operations": 2 * request.visible_macs,
             "bytes": request.bytes_moved,
-        }  # fmt: skip
+        }
         for name, r in timed.items():
             record |= {f"{name}_p50_ms": r.p50, f"{name}_p95_ms": r.p95, f"{name}_calls": r.n_timed}
         records.append(record | {"conditions": dict(setup.conditions())})
@@ -124,9 +137,11 @@ def rate(record: Mapping[str, Any], column: str) -> float | None:
 
 
 def draw(
-    path: str | Path, panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]],
-    roofline: Mapping[str, Iterable[tuple[float, float]]], ceilings: Ceilings | None,
-) -> None:  # fmt: skip
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Iterable[tuple[float, float]]]],
+    roofline: Mapping[str, Iterable[tuple[float, float]]],
+    ceilings: Ceilings | None,
+) -> None:
     """A picture of rates: curves over lengths, and a roofline on its right.
 
     Args:

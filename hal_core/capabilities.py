@@ -9,14 +9,50 @@ import attrs
 
 from .request import AttentionRequest, Causal, MaskKind
 
-#: Why a device refuses. Stable names: programs may branch on them. DEVICE is a reason of the device's own, from its check().
-Code = enum.StrEnum("Code", [
-    "DTYPE", "CACHE_DTYPE", "HEAD_DIM", "VALUE_DIM", "BATCH", "HEADS", "LENGTH", "GROUPED_HEADS", "STRIDES", "MASK", "CAUSAL",
-    "DIAGONAL", "WINDOW", "SOFTCAP", "DROPOUT", "PACKED", "PAGED", "BLOCK_PLAN", "LSE", "BACKWARD", "MASK_GRADIENT",
-    "LSE_GRADIENT", "DETERMINISTIC", "MAX_ERROR", "MEMORY", "PLACEMENT", "FIDELITY", "UNAVAILABLE", "DEVICE",
-])  # fmt: skip
+#: Why a device refuses. Stable names: programs may branch on them. DEVICE is a reason of the device's own, from its
+#: check().
+Code = enum.StrEnum(
+    "Code",
+    [
+        "DTYPE",
+        "CACHE_DTYPE",
+        "HEAD_DIM",
+        "VALUE_DIM",
+        "BATCH",
+        "HEADS",
+        "LENGTH",
+        "GROUPED_HEADS",
+        "STRIDES",
+        "MASK",
+        "CAUSAL",
+        "DIAGONAL",
+        "WINDOW",
+        "SOFTCAP",
+        "DROPOUT",
+        "PACKED",
+        "PAGED",
+        "BLOCK_PLAN",
+        "LSE",
+        "BACKWARD",
+        "MASK_GRADIENT",
+        "LSE_GRADIENT",
+        "DETERMINISTIC",
+        "MAX_ERROR",
+        "MEMORY",
+        "PLACEMENT",
+        "FIDELITY",
+        "UNAVAILABLE",
+        "DEVICE",
+    ],
+)
 #: The codes that are not called after the request's field.
-_CODES = {"len_q": "length", "len_k": "length", "page_size": "paged", "mask_grad": "mask_gradient", "lse_grad": "lse_gradient"}
+_CODES = {
+    "len_q": "length",
+    "len_k": "length",
+    "page_size": "paged",
+    "mask_grad": "mask_gradient",
+    "lse_grad": "lse_gradient",
+}
 
 
 @attrs.frozen
@@ -94,10 +130,26 @@ class Numerics:
 
 
 #: Features a device may claim. A name that is not here is refused when the capabilities are built.
-FEATURES = frozenset({
-    "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "dropout", "packed", "paged", "fp8_cache",
-    "block_plan", "lse", "backward", "mask_grad", "lse_grad", "deterministic",
-})  # fmt: skip
+FEATURES = frozenset(
+    {
+        "grouped_heads",
+        "value_dim",
+        "strides",
+        "diagonal",
+        "window",
+        "softcap",
+        "dropout",
+        "packed",
+        "paged",
+        "fp8_cache",
+        "block_plan",
+        "lse",
+        "backward",
+        "mask_grad",
+        "lse_grad",
+        "deterministic",
+    }
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -106,7 +158,8 @@ class Capabilities:
 
     Attributes:
         dtypes: dtype names. numerics: error bounds for each of them.
-        head_dim: sizes of query and key; dim_v must be equal unless "value_dim" is claimed, then it is held to head_dim.
+        head_dim: sizes of query and key; dim_v must be equal unless "value_dim" is claimed, then it is held to
+            head_dim.
         masks, causal: kinds taken. features: names out of `FEATURES`.
         batch, heads, length: bounds; length holds for queries and keys. A zero length is empty input.
         page_sizes: page sizes of a paged cache. cache_dtypes: dtypes of a scaled cache.
@@ -134,7 +187,12 @@ class Capabilities:
 
     def refusals(self, r: AttentionRequest) -> list[Refusal]:
         """Every reason why a request falls outside; empty when it is inside."""
-        has, sizes, blocks, paged = self.features.__contains__, self.head_dim, self.block_sizes, "paged" in self.features
+        has, sizes, blocks, paged = (
+            self.features.__contains__,
+            self.head_dim,
+            self.block_sizes,
+            "paged" in self.features,
+        )
         lacks = (FEATURES - self.features).__contains__
         bound = self.numerics[r.dtype].relative if r.dtype in self.numerics else 0.0
         accurate = [d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error]
@@ -143,18 +201,38 @@ class Capabilities:
         rows: tuple[tuple[bool, str, str, str, str], ...] = (  # (refused, field, wanted, offered, fix)
             (r.dtype not in self.dtypes, "dtype", r.dtype, listing(self.dtypes), _cast(r.dtype, self.dtypes)),
             (r.dim_qk not in sizes, "head_dim", str(r.dim_qk), str(sizes), _pad(sizes, r.dim_qk)),
-            (r.dim_v != r.dim_qk and lacks("value_dim"), "value_dim", str(r.dim_v), f"the head_dim ({r.dim_qk})",
-             f"pad to {max(r.dim_v, r.dim_qk)}"),
-            (r.dim_v != r.dim_qk and has("value_dim") and r.dim_v not in sizes, "value_dim", str(r.dim_v), str(sizes),
-             _pad(sizes, r.dim_v)),
+            (
+                r.dim_v != r.dim_qk and lacks("value_dim"),
+                "value_dim",
+                str(r.dim_v),
+                f"the head_dim ({r.dim_qk})",
+                f"pad to {max(r.dim_v, r.dim_qk)}",
+            ),
+            (
+                r.dim_v != r.dim_qk and has("value_dim") and r.dim_v not in sizes,
+                "value_dim",
+                str(r.dim_v),
+                str(sizes),
+                _pad(sizes, r.dim_v),
+            ),
             (r.batch not in self.batch, "batch", str(r.batch), str(self.batch), "split the batch"),
             (r.heads_q not in self.heads, "heads", str(r.heads_q), str(self.heads), "split the heads"),
             (r.len_q not in self.length, "len_q", str(r.len_q), str(self.length), _pad(self.length, r.len_q)),
             (r.len_k not in self.length, "len_k", str(r.len_k), str(self.length), _pad(self.length, r.len_k)),
-            (r.heads_q != r.heads_kv and lacks("grouped_heads"), "grouped_heads", f"{r.heads_q}/{r.heads_kv}",
-             "equal head counts", "repeat the key and value heads"),
-            (not r.last_dim_contiguous and lacks("strides"), "strides", "a strided last dimension", "stride 1",
-             "call contiguous()"),
+            (
+                r.heads_q != r.heads_kv and lacks("grouped_heads"),
+                "grouped_heads",
+                f"{r.heads_q}/{r.heads_kv}",
+                "equal head counts",
+                "repeat the key and value heads",
+            ),
+            (
+                not r.last_dim_contiguous and lacks("strides"),
+                "strides",
+                "a strided last dimension",
+                "stride 1",
+                "call contiguous()",
+            ),
             (r.mask not in self.masks, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
             (r.causal not in self.causal, "causal", r.causal, listing(self.causal), by_mask),
             (r.diagonal != 0 and lacks("diagonal"), "diagonal", str(r.diagonal), "0", by_mask),
@@ -162,23 +240,64 @@ class Capabilities:
             (r.softcap is not None and lacks("softcap"), "softcap", str(r.softcap), "no softcap", ""),
             (r.dropout > 0 and lacks("dropout"), "dropout", str(r.dropout), "no dropout", "call eval()"),
             (r.packed and lacks("packed"), "packed", "packed lengths", "padded batches", "pad, with a mask"),
-            (r.page_size is not None and not (paged and r.page_size in self.page_sizes), "page_size", str(r.page_size),
-             f"pages of {self.page_sizes}" if paged else "no pages", "gather the pages"),
-            (r.cache_dtype is not None and not (has("fp8_cache") and r.cache_dtype in self.cache_dtypes), "cache_dtype",
-             str(r.cache_dtype), listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"),
-            (bool(plan) and not (has("block_plan") and all(size in blocks for size in plan)), "block_plan",
-             " x ".join(map(str, plan)), f"blocks of {blocks}" if has("block_plan") else "dense", "expand the plan to a mask"),
+            (
+                r.page_size is not None and not (paged and r.page_size in self.page_sizes),
+                "page_size",
+                str(r.page_size),
+                f"pages of {self.page_sizes}" if paged else "no pages",
+                "gather the pages",
+            ),
+            (
+                r.cache_dtype is not None and not (has("fp8_cache") and r.cache_dtype in self.cache_dtypes),
+                "cache_dtype",
+                str(r.cache_dtype),
+                listing({*self.cache_dtypes, r.dtype}),
+                f"convert the cache to {r.dtype}",
+            ),
+            (
+                bool(plan) and not (has("block_plan") and all(size in blocks for size in plan)),
+                "block_plan",
+                " x ".join(map(str, plan)),
+                f"blocks of {blocks}" if has("block_plan") else "dense",
+                "expand the plan to a mask",
+            ),
             (r.lse and lacks("lse"), "lse", "log-sum-exp", "the output alone", ""),
-            (bool(r.grads) and lacks("backward"), "backward", f"gradients of {', '.join(sorted(r.grads))}", "forward alone",
-             "call under torch.no_grad()"),
-            ("mask" in r.grads and lacks("mask_grad"), "mask_grad", "the mask's gradient", "a constant mask",
-             "detach the mask"),
-            (r.grad_lse and lacks("lse_grad"), "lse_grad", "gradients through the log-sum-exp", "none",
-             "ask for the log-sum-exp under torch.no_grad()"),
-            (r.deterministic and lacks("deterministic"), "deterministic", "fixed order of sums", "an order that varies", ""),
-            (r.max_error is not None and bound > r.max_error, "max_error", str(r.max_error), f"{bound:g} in {r.dtype}",
-             _cast("", accurate)),
-        )  # fmt: skip
+            (
+                bool(r.grads) and lacks("backward"),
+                "backward",
+                f"gradients of {', '.join(sorted(r.grads))}",
+                "forward alone",
+                "call under torch.no_grad()",
+            ),
+            (
+                "mask" in r.grads and lacks("mask_grad"),
+                "mask_grad",
+                "the mask's gradient",
+                "a constant mask",
+                "detach the mask",
+            ),
+            (
+                r.grad_lse and lacks("lse_grad"),
+                "lse_grad",
+                "gradients through the log-sum-exp",
+                "none",
+                "ask for the log-sum-exp under torch.no_grad()",
+            ),
+            (
+                r.deterministic and lacks("deterministic"),
+                "deterministic",
+                "fixed order of sums",
+                "an order that varies",
+                "",
+            ),
+            (
+                r.max_error is not None and bound > r.max_error,
+                "max_error",
+                str(r.max_error),
+                f"{bound:g} in {r.dtype}",
+                _cast("", accurate),
+            ),
+        )
         return [Refusal(_CODES.get(row[1], row[1]), *row[1:]) for row in rows if row[0]]
 
 

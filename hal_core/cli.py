@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hal", description="Attention on any accelerator, with reasons and honest costs.")
+    parser = argparse.ArgumentParser(
+        prog="hal", description="Attention on any accelerator, with reasons and honest costs."
+    )
     parser.add_argument("--version", action="version", version=f"hal-core {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     yes, device = {"action": "store_true"}, ("device", {"help": "device id or backend name"})
@@ -56,24 +58,50 @@ def _parser() -> argparse.ArgumentParser:
     table: tuple[tuple[Any, str, str, list[tuple[str, dict[str, Any]]]], ...] = (
         (_devices, "devices", "list the devices that are present", []),
         (_doctor, "doctor", "show every plugin: found, loaded, failed and how to mend it", []),
-        (_explain, "explain", "show which device an attention call would run on, and why", [
-            ("--shape", {"default": "1,8,1024,64", "help": "batch,heads,length,head_dim (default %(default)s)"}),
-            ("--kv-heads", {"type": int, "help": "key/value heads (default: as many as query heads)"}),
-            ("--kv-length", {"type": int, "help": "keys (default: as many as queries)"}), dtype,
-            ("--causal", {"default": "none", "choices": ["none", "top_left", "bottom_right"]}),
-            ("--window", {"help": "left,right"}), ("--softcap", {"type": float}),
-            ("--grad", yes | {"help": "with gradients of query, key and value"}),
-            ("--backend", {}), ("--objective", {"choices": ["time", "energy", "error"]}), ("--allow-simulated", yes)]),
+        (
+            _explain,
+            "explain",
+            "show which device an attention call would run on, and why",
+            [
+                ("--shape", {"default": "1,8,1024,64", "help": "batch,heads,length,head_dim (default %(default)s)"}),
+                ("--kv-heads", {"type": int, "help": "key/value heads (default: as many as query heads)"}),
+                ("--kv-length", {"type": int, "help": "keys (default: as many as queries)"}),
+                dtype,
+                ("--causal", {"default": "none", "choices": ["none", "top_left", "bottom_right"]}),
+                ("--window", {"help": "left,right"}),
+                ("--softcap", {"type": float}),
+                ("--grad", yes | {"help": "with gradients of query, key and value"}),
+                ("--backend", {}),
+                ("--objective", {"choices": ["time", "energy", "error"]}),
+                ("--allow-simulated", yes),
+            ],
+        ),
         (_calibrate, "calibrate", "measure a device; its estimates use the result", [device]),
-        (_conformance, "conformance", "hold a device to everything it claims", [
-            device, ("--quick", yes | {"help": "fewer cases"}),
-            ("--seed", {"type": int, "help": "draw the same cases again"})]),
-        (_bench, "bench", "time attention on a device against torch's own", [
-            device, ("--lengths", {"default": "128,512,2048", "help": "comma-separated (default %(default)s)"}),
-            ("--shape", {"default": "1,8,64", "help": "batch,heads,head_dim (default %(default)s)"}),
-            dtype, ("--causal", yes), ("--csv", {"help": "also write the figures to this file"}),
-            ("--plot", {"help": "also draw curves and a roofline to this file (PNG, SVG or PDF)"})]),
-    )  # fmt: skip
+        (
+            _conformance,
+            "conformance",
+            "hold a device to everything it claims",
+            [
+                device,
+                ("--quick", yes | {"help": "fewer cases"}),
+                ("--seed", {"type": int, "help": "draw the same cases again"}),
+            ],
+        ),
+        (
+            _bench,
+            "bench",
+            "time attention on a device against torch's own",
+            [
+                device,
+                ("--lengths", {"default": "128,512,2048", "help": "comma-separated (default %(default)s)"}),
+                ("--shape", {"default": "1,8,64", "help": "batch,heads,head_dim (default %(default)s)"}),
+                dtype,
+                ("--causal", yes),
+                ("--csv", {"help": "also write the figures to this file"}),
+                ("--plot", {"help": "also draw curves and a roofline to this file (PNG, SVG or PDF)"}),
+            ],
+        ),
+    )
     for run, name, text, arguments in table:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
@@ -96,7 +124,9 @@ def _shown(options: argparse.Namespace, record: Any, *tables: tuple[Any, ...]) -
 def _devices(options: argparse.Namespace) -> int:
     found = registry.devices()
     sizes = ["not said" if device.memory is None else f"{device.memory / 2**30:.1f} GiB" for device in found]
-    rows = [[d.id, d.fidelity, d.vendor, d.model, size, ", ".join(d.reads)] for d, size in zip(found, sizes, strict=True)]
+    rows = [
+        [d.id, d.fidelity, d.vendor, d.model, size, ", ".join(d.reads)] for d, size in zip(found, sizes, strict=True)
+    ]
     notes = [] if found else ["No device: `hal doctor` says why."]
     table = ("", ["device", "fidelity", "vendor", "model", "memory", "reads"], rows, notes)
     return _shown(options, [attrs.asdict(d) | {"fingerprint": d.fingerprint} for d in found], table)
@@ -113,7 +143,9 @@ def _doctor(options: argparse.Namespace) -> int:
         for device in entry.found or ():
             state = "calibrated" if load(device) else f"not calibrated (hal calibrate {device.id})"
             broken = entry.broken.get(device.id)
-            details = [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
+            details = (
+                [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
+            )
             present.append([device.id, device.fidelity, device.model, device.driver, "; ".join(details)])
         if not entry.found:
             present.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
@@ -122,9 +154,11 @@ def _doctor(options: argparse.Namespace) -> int:
         "backends": [_backend_record(entry) for entry in registry.entries()],
     }
     return _shown(
-        options, record, ("Plugins", ["plugin", "distribution", "state", "why, and what to do"], loaded),
+        options,
+        record,
+        ("Plugins", ["plugin", "distribution", "state", "why, and what to do"], loaded),
         ("Devices", ["device", "fidelity", "model", "driver", "details"], present),
-    )  # fmt: skip
+    )
 
 
 def _probe(entry: Entry) -> None:
@@ -138,12 +172,14 @@ def _probe(entry: Entry) -> None:
 
 def _backend_record(entry: Entry) -> dict[str, Any]:
     return {
-        "name": entry.spec.name, "distribution": entry.distribution, "requirements": entry.spec.requirements,
+        "name": entry.spec.name,
+        "distribution": entry.distribution,
+        "requirements": entry.spec.requirements,
         "devices": [attrs.asdict(device) for device in entry.found or ()],
         "broken": {device: attrs.asdict(failure) for device, failure in entry.broken.items()},
         "failure": None if entry.failure is None else attrs.asdict(entry.failure),
         "absent": None if entry.found else registry.why_absent(entry),
-    }  # fmt: skip
+    }
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -157,10 +193,19 @@ def _explain(options: argparse.Namespace) -> int:
         wanted = f"one of {', '.join(DTYPE_BYTES)}, and a positive softcap"
         raise ContractError(f"dtype {options.dtype!r} and softcap {cap} were given: use {wanted}")
     request = AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=kv_heads, len_q=length, len_k=kv_length, dim_qk=dim, dim_v=dim, softcap=cap,
-        dtype=options.dtype, causal=Causal(options.causal), window=None if window is None else (window[0], window[1]),
+        batch=batch,
+        heads_q=heads,
+        heads_kv=kv_heads,
+        len_q=length,
+        len_k=kv_length,
+        dim_qk=dim,
+        dim_v=dim,
+        softcap=cap,
+        dtype=options.dtype,
+        causal=Causal(options.causal),
+        window=None if window is None else (window[0], window[1]),
         grads=frozenset("qkv" if options.grad else ""),
-    )  # fmt: skip
+    )
     with use(options.backend, objective=options.objective, allow_simulated=options.allow_simulated or None):
         decision = decide(request, merged_policy(None, None, None, None))
     print(decision.to_json() if options.json else decision)
@@ -180,9 +225,13 @@ def _numbers(text: str, count: int, option: str, wanted: str) -> list[int]:
 def _calibrate(options: argparse.Namespace) -> int:
     with progress(f"calibrating {options.device}") as report:
         calibration = calibrate(options.device, report)
-    rows = [[name, json.dumps(value) if isinstance(value, list | dict) else str(value)]
-            for name, value in calibration.values.items()]  # fmt: skip
-    return _shown(options, attrs.asdict(calibration), (f"Calibration of {calibration.device}", ["measured", "value"], rows))
+    rows = [
+        [name, json.dumps(value) if isinstance(value, list | dict) else str(value)]
+        for name, value in calibration.values.items()
+    ]
+    return _shown(
+        options, attrs.asdict(calibration), (f"Calibration of {calibration.device}", ["measured", "value"], rows)
+    )
 
 
 def _conformance(options: argparse.Namespace) -> int:
@@ -213,11 +262,18 @@ def _bench(options: argparse.Namespace) -> int:
     if options.plot:
         draw_run(options.plot, title, run)
     rows = [
-        [str(r["length"]), *(f"{r[f'{n}_p50_ms']:.4g}" if f"{n}_p50_ms" in r else "-" for n in run.columns),
-         f"{r['torch_p50_ms'] / r['hal_p50_ms']:.2f}x", str(r["hal_calls"])]
+        [
+            str(r["length"]),
+            *(f"{r[f'{n}_p50_ms']:.4g}" if f"{n}_p50_ms" in r else "-" for n in run.columns),
+            f"{r['torch_p50_ms'] / r['hal_p50_ms']:.2f}x",
+            str(r["hal_calls"]),
+        ]
         for r in records
-    ]  # fmt: skip
-    facts = [f"{r['length']} tokens: {', '.join(f'{name} {value}' for name, value in r['conditions'].items())}"
-             for r in records if r["conditions"]]  # fmt: skip
+    ]
+    facts = [
+        f"{r['length']} tokens: {', '.join(f'{name} {value}' for name, value in r['conditions'].items())}"
+        for r in records
+        if r["conditions"]
+    ]
     columns = ["tokens", *(f"{name} ms" for name in run.columns), "torch / hal", "calls"]
     return _shown(options, records, (title, columns, rows, ["medians, interleaved", *facts, *run.notes]))

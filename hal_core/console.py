@@ -35,7 +35,9 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on standard error: call it with a text and the share done, 0 to 1. Quiet where stderr is no terminal."""
+    """A progress bar on standard error: call it with a text and the share done, 0 to 1. Quiet where stderr is no
+    terminal.
+    """
     if not sys.stderr.isatty():
         yield lambda text, share: None
         return

@@ -74,8 +74,8 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
 
     Args:
         backend: backend name or device id; None changes only the wishes.
-        wishes: objective, "time", "energy" or "error"; allow_simulated, let automatic selection take simulated and emulated
-            devices; transfer, allow or forbid moving tensors to the device and back.
+        wishes: objective, "time", "energy" or "error"; allow_simulated, let automatic selection take simulated and
+            emulated devices; transfer, allow or forbid moving tensors to the device and back.
 
     If the device cannot run a call, `UnsupportedError` says why; no other device is tried. Inside compiled code, pass
     `backend=` instead.
@@ -140,24 +140,30 @@ class Settings:
 settings = Settings()
 
 
-def configure(backend: str | None = None, *, memory_limit: int | Mapping[str, int] | None = None, **wishes: Any) -> None:
+def configure(
+    backend: str | None = None, *, memory_limit: int | Mapping[str, int] | None = None, **wishes: Any
+) -> None:
     """Set the process's defaults; each call replaces all of them, and no argument at all restores the initial ones.
 
     Args:
         backend, wishes: as for `use`, for every call that says nothing itself.
-        memory_limit: bytes, for every device or by device id. A call whose result and workspace would pass it, on top of
-            what the device's memory manager holds, is refused before anything is allocated.
+        memory_limit: bytes, for every device or by device id. A call whose result and workspace would pass it, on top
+            of what the device's memory manager holds, is refused before anything is allocated.
 
     HAL_BACKEND is read when a decision is made; call `configure()` after changing it in a running process.
     """
     from .registry import registry
 
-    limits = dict(memory_limit) if isinstance(memory_limit, Mapping) else {} if memory_limit is None else {"": memory_limit}
+    limits = (
+        dict(memory_limit) if isinstance(memory_limit, Mapping) else {} if memory_limit is None else {"": memory_limit}
+    )
     if any(type(limit) is not int or limit <= 0 for limit in limits.values()):
         raise ContractError(f"memory_limit {memory_limit!r} was given: pass bytes, 1 or more")
     if backend is not None:
         registry.entry(backend)
-    settings.frame = _interned(_wish("automatic" if backend is None else "configure", (backend,) if backend else (), wishes))
+    settings.frame = _interned(
+        _wish("automatic" if backend is None else "configure", (backend,) if backend else (), wishes)
+    )
     settings.name, settings.memory_limits = backend or "", limits
     registry.changed()
 

@@ -38,9 +38,15 @@ class Options(NamedTuple):
 
 
 def describe(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-    tables: SequenceTables | None, options: Options, grads: frozenset[str],
-) -> AttentionRequest:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    plan: BlockPlan | None,
+    tables: SequenceTables | None,
+    options: Options,
+    grads: frozenset[str],
+) -> AttentionRequest:
     """The exact request of a call. Raises ContractError with one sentence for the first thing that is wrong."""
     _check_tensors(query, key, value)
     batch, heads_q, len_q, dim_qk = query.shape
@@ -52,15 +58,24 @@ def describe(
     cache_dtype = None if key.dtype == query.dtype else str(key.dtype).removeprefix("torch.")
     scaled = tables is not None and tables.key_scale is not None and tables.value_scale is not None
     _refuse(
-        (page_size is None and key.shape[0] != query.shape[0],
-         f"batch {batch} of query and {key.shape[0]} of key were given: make them equal"),
-        (heads_q != heads_kv and (heads_kv == 0 or heads_q % heads_kv != 0), f"{heads}: query heads must be a multiple"),
+        (
+            page_size is None and key.shape[0] != query.shape[0],
+            f"batch {batch} of query and {key.shape[0]} of key were given: make them equal",
+        ),
+        (
+            heads_q != heads_kv and (heads_kv == 0 or heads_q % heads_kv != 0),
+            f"{heads}: query heads must be a multiple",
+        ),
         (heads_q != heads_kv and not options.enable_gqa, f"{heads}: pass enable_gqa=True for grouped heads"),
-        (cache_dtype is not None and not scaled,
-         f"query {query.dtype} and key {key.dtype} were given: cast, or pass key_scale and value_scale"),
-        (cache_dtype is None and tables is not None and not tables.key_scale is tables.value_scale is None,
-         f"key_scale or value_scale was given with {key.dtype}: they scale an FP8 key and value, leave them out"),
-    )  # fmt: skip
+        (
+            cache_dtype is not None and not scaled,
+            f"query {query.dtype} and key {key.dtype} were given: cast, or pass key_scale and value_scale",
+        ),
+        (
+            cache_dtype is None and tables is not None and not tables.key_scale is tables.value_scale is None,
+            f"key_scale or value_scale was given with {key.dtype}: they scale an FP8 key and value, leave them out",
+        ),
+    )
     shape = (batch, heads_q, len_q, len_k)
     if mask is not None:
         _check_mask(mask, shape, query, packed)
@@ -68,12 +83,26 @@ def describe(
         _check_plan(plan, shape, query)
     kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
     return AttentionRequest(
-        batch=batch, heads_q=heads_q, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim_qk, dim_v=value.shape[3],
-        dtype=str(query.dtype).removeprefix("torch."), device=str(query.device), mask=kind, packed=packed, page_size=page_size,
-        cache_dtype=cache_dtype, block_plan=None if plan is None else (plan.block_q, plan.block_k, plan.indices.shape[-1]),
+        batch=batch,
+        heads_q=heads_q,
+        heads_kv=heads_kv,
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=dim_qk,
+        dim_v=value.shape[3],
+        dtype=str(query.dtype).removeprefix("torch."),
+        device=str(query.device),
+        mask=kind,
+        packed=packed,
+        page_size=page_size,
+        cache_dtype=cache_dtype,
+        block_plan=None if plan is None else (plan.block_q, plan.block_k, plan.indices.shape[-1]),
         last_dim_contiguous=all(t.stride(3) == 1 or t.shape[3] == 1 for t in (query, key, value)),
-        grads=grads, lse=bool(options.return_lse), grad_lse=bool(options.return_lse and grads), **_checked(options),
-    )  # fmt: skip
+        grads=grads,
+        lse=bool(options.return_lse),
+        grad_lse=bool(options.return_lse and grads),
+        **_checked(options),
+    )
 
 
 def _refuse(*checks: tuple[bool, str]) -> None:
@@ -88,21 +117,31 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ContractError(f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}")
         _refuse(
             (tensor.dim() != 4, f"{name} has shape {list(tensor.shape)}: reshape it to {LAYOUT}"),
-            (tensor.layout != torch.strided, f"{name} is {tensor.layout}: pass a dense tensor, and a block_plan for sparsity"),
-            (tensor.dtype not in _FLOATS | _FP8, f"{name} is {tensor.dtype}: cast it to float32, bfloat16, float16 or float64"),
+            (
+                tensor.layout != torch.strided,
+                f"{name} is {tensor.layout}: pass a dense tensor, and a block_plan for sparsity",
+            ),
+            (
+                tensor.dtype not in _FLOATS | _FP8,
+                f"{name} is {tensor.dtype}: cast it to float32, bfloat16, float16 or float64",
+            ),
         )
     given = [[getattr(t, field) for t in (query, key, value)] for field in ("dtype", "device", "shape")]
     (q_dtype, k_dtype, v_dtype), devices, (q, k, v) = given
     _refuse(
         (q_dtype in _FP8, f"query is {q_dtype}: only key and value may be FP8, with key_scale and value_scale"),
-        (v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _FP8),
-         f"query {q_dtype}, key {k_dtype} and value {v_dtype} were given: cast them to one dtype"),
-        (not devices[0] == devices[1] == devices[2],
-         f"query on {devices[0]}, key on {devices[1]} and value on {devices[2]} were given: move them to one device"),
+        (
+            v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _FP8),
+            f"query {q_dtype}, key {k_dtype} and value {v_dtype} were given: cast them to one dtype",
+        ),
+        (
+            not devices[0] == devices[1] == devices[2],
+            f"query on {devices[0]}, key on {devices[1]} and value on {devices[2]} were given: move them to one device",
+        ),
         (k[:3] != v[:3], f"key {list(k)} and value {list(v)} were given: batch, heads and length must be equal"),
         (q[3] != k[3], f"head_dim {q[3]} of query and {k[3]} of key were given: make them equal"),
         (0 in (q[3], v[3]), "a head_dim of 0 was given: use 1 or more"),
-    )  # fmt: skip
+    )
 
 
 def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options) -> tuple[int, int, int]:
@@ -122,12 +161,16 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options
         most: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
         shapes = f"{list(cu_q.shape)} and {list(cu_k.shape)}"
         _refuse(
-            (cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
-             f"cu_seqlens_q and cu_seqlens_k of {shapes} were given: use [sequences + 1] for both"),
-            (query.shape[0] != 1 or key.shape[0] != 1,
-             f"packed query {list(query.shape)} and key {list(key.shape)} were given: use a batch of 1"),
+            (
+                cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
+                f"cu_seqlens_q and cu_seqlens_k of {shapes} were given: use [sequences + 1] for both",
+            ),
+            (
+                query.shape[0] != 1 or key.shape[0] != 1,
+                f"packed query {list(query.shape)} and key {list(key.shape)} were given: use a batch of 1",
+            ),
             (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
-        )  # fmt: skip
+        )
         return len(cu_q) - 1, int(most[0]), int(most[1])
     if pages is None:
         return batch, query.shape[2], key.shape[2]
@@ -149,12 +192,18 @@ def check_tables(tables: SequenceTables, request: AttentionRequest, query: Tenso
         ends = [] if cumulative is None else cumulative.tolist()
         steps = [after - before for before, after in itertools.pairwise(ends)]
         if ends and (ends[0] != 0 or ends[-1] != total or min(steps) < 0 or max(steps) > longest):
-            raise ContractError(f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}")
+            raise ContractError(
+                f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
+            )
     if tables.page_table is not None and tables.page_table.shape[0]:
         held, size = tables.cache_seqlens, key.shape[2]
         if int(held.min()) < 0 or int(held.max()) > request.len_k:
-            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k}, pages times page size")
-        used = torch.arange(tables.page_table.shape[1], device=held.device) < (held.unsqueeze(1) + size - 1) // max(size, 1)
+            raise ContractError(
+                f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k}, pages times page size"
+            )
+        used = torch.arange(tables.page_table.shape[1], device=held.device) < (held.unsqueeze(1) + size - 1) // max(
+            size, 1
+        )
         if bool((used & ((tables.page_table < 0) | (tables.page_table >= key.shape[0]))).any()):
             raise ContractError(f"a page_table entry outside 0 to {key.shape[0] - 1} was given: name existing pages")
 
@@ -166,11 +215,16 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
     fits = 2 <= mask.dim() <= 4 and all(given in (1, wanted) for given, wanted in pairs)
     _refuse(
         (packed, "attn_mask and packed lengths were given: use one of them"),
-        (mask.dtype not in (torch.bool, query.dtype, torch.float32),
-         f"attn_mask is {mask.dtype}: pass bool (True: attend), {query.dtype} or torch.float32"),
-        (mask.device != query.device, f"attn_mask on {mask.device} and query on {query.device} were given: move the mask"),
+        (
+            mask.dtype not in (torch.bool, query.dtype, torch.float32),
+            f"attn_mask is {mask.dtype}: pass bool (True: attend), {query.dtype} or torch.float32",
+        ),
+        (
+            mask.device != query.device,
+            f"attn_mask on {mask.device} and query on {query.device} were given: move the mask",
+        ),
         (not fits, f"attn_mask has shape {list(mask.shape)}: use one that broadcasts to {list(shape)}"),
-    )  # fmt: skip
+    )
 
 
 def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
@@ -181,9 +235,14 @@ def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
         raise ContractError(f"blocks of {block_q} x {block_k} were given: use 1 or more")
     rows, columns = -(-len_q // block_q), -(-len_k // block_k)
     fits = (
-        len(size) == 4 and counts.shape == indices.shape[:3] and size[0] in (1, batch) and size[1] in (1, heads)
-        and size[2] == rows and size[3] <= max(columns, 1) and indices.dtype == counts.dtype == torch.int32
-    )  # fmt: skip
+        len(size) == 4
+        and counts.shape == indices.shape[:3]
+        and size[0] in (1, batch)
+        and size[1] in (1, heads)
+        and size[2] == rows
+        and size[3] <= max(columns, 1)
+        and indices.dtype == counts.dtype == torch.int32
+    )
     given = f"block_plan indices {size} {indices.dtype} and counts {list(counts.shape)} {counts.dtype} were given"
     wanted = f"[1 or {batch}, 1 or {heads}, {rows}, at most {columns}]"
     _refuse(
@@ -193,12 +252,19 @@ def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
     listed = torch.arange(size[3], device=indices.device) < counts.unsqueeze(-1)
     wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
     if bool(wrong):
-        raise ContractError(f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan")
+        raise ContractError(
+            f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan"
+        )
 
 
 def _checked(o: Options) -> dict[str, Any]:
     """The request's fields of the options, each within its domain."""
-    for name, number in (("scale", o.scale), ("softcap", o.softcap), ("max_error", o.max_error), ("dropout_p", o.dropout_p)):
+    for name, number in (
+        ("scale", o.scale),
+        ("softcap", o.softcap),
+        ("max_error", o.max_error),
+        ("dropout_p", o.dropout_p),
+    ):
         if number is not None and not (isinstance(number, Real) and math.isfinite(number)):
             raise ContractError(f"{name} {number} was given: use a finite number")
     sides = o.window if isinstance(o.window, tuple | list) else ()
@@ -207,16 +273,28 @@ def _checked(o: Options) -> dict[str, Any]:
         (not 0 <= o.dropout_p < 1, f"dropout_p {o.dropout_p} was given: use 0 or more and less than 1"),
         (o.softcap is not None and o.softcap <= 0, f"softcap {o.softcap} was given: use a positive number or None"),
         (o.max_error is not None and o.max_error < 0, f"max_error {o.max_error} was given: use 0 or more, or None"),
-        (o.causal is not None and o.causal not in list(Causal),
-         f"causal {o.causal!r} was given: use 'none', 'top_left' or 'bottom_right'"),
-        (o.is_causal and o.causal not in (None, Causal.TOP_LEFT),
-         f"is_causal=True and causal={o.causal!s} were given: is_causal is top_left, pass one of them"),
-        (o.window is not None and (len(sides) != 2 or any(s is not None and (type(s) is not int or s < 0) for s in sides)),
-         f"window {o.window!r} was given: use (left, right), each 0 or more keys, None for no bound"),
-    )  # fmt: skip
+        (
+            o.causal is not None and o.causal not in list(Causal),
+            f"causal {o.causal!r} was given: use 'none', 'top_left' or 'bottom_right'",
+        ),
+        (
+            o.is_causal and o.causal not in (None, Causal.TOP_LEFT),
+            f"is_causal=True and causal={o.causal!s} were given: is_causal is top_left, pass one of them",
+        ),
+        (
+            o.window is not None
+            and (len(sides) != 2 or any(s is not None and (type(s) is not int or s < 0) for s in sides)),
+            f"window {o.window!r} was given: use (left, right), each 0 or more keys, None for no bound",
+        ),
+    )
     causal = Causal.TOP_LEFT if o.is_causal else Causal.NONE if o.causal is None else Causal(o.causal)
     return {
-        "causal": causal, "diagonal": o.diagonal, "window": tuple(sides) if any(s is not None for s in sides) else None,
-        "softcap": None if o.softcap is None else float(o.softcap), "scale": None if o.scale is None else float(o.scale),
-        "dropout": float(o.dropout_p), "deterministic": bool(o.deterministic), "max_error": o.max_error,
-    }  # fmt: skip
+        "causal": causal,
+        "diagonal": o.diagonal,
+        "window": tuple(sides) if any(s is not None for s in sides) else None,
+        "softcap": None if o.softcap is None else float(o.softcap),
+        "scale": None if o.scale is None else float(o.scale),
+        "dropout": float(o.dropout_p),
+        "deterministic": bool(o.deterministic),
+        "max_error": o.max_error,
+    }

@@ -49,13 +49,18 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     from .protocols import KernelProvider
     from .registry import registry
 
-    by_fidelity = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
+    by_fidelity = (
+        sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
+    )
     for device in by_fidelity:
         provider, session = registry.backend_of(device), cast(Any, None)
         try:
             if isinstance(provider, KernelProvider) and name in provider.kernel_names(device):
                 session = registry.session(device.id)
-        except (Exception, SystemExit) as error:  # a broken provider must not hide the others; one that was named raises
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a broken provider must not hide the others; one that was named raises
             if not isinstance(error, HalError):
                 registry.fail_entry(registry.entry(device.id), "kernel", error)
             if backend is not None:

@@ -1,4 +1,5 @@
-"""Operators for torch.compile, one pair per backend name, so that no cache of compiled code can mistake one for another.
+"""Operators for torch.compile, one pair per backend name, so that no cache of compiled code can mistake one for
+another.
 
 The selection is read while tracing, from a mirror that Dynamo guards; the operator compares it with the truth when it
 runs. Eager calls do not come through here.
@@ -39,9 +40,16 @@ OPERATORS: dict[str, Any] = {}
 
 
 def in_graph(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-    tables: tuple[Tensor | None, ...], rng: tuple[int, int] | None, options: tuple[Any, ...], wishes: tuple[Any, ...],
-) -> Any:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    plan: BlockPlan | None,
+    tables: tuple[Tensor | None, ...],
+    rng: tuple[int, int] | None,
+    options: tuple[Any, ...],
+    wishes: tuple[Any, ...],
+) -> Any:
     """What `attention` becomes while Dynamo traces it: one operator, named after the selected backend."""
     dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
     expected = mirror.key if wishes[0] is None else None
@@ -59,9 +67,31 @@ def in_graph(
     left, right = (None, None) if window is None else window
     causal = causal.value if isinstance(causal, Causal) else causal
     out, lse = operator(
-        query, key, value, mask, indices, counts, *tables, seed, blocks, left, right, window is not None, dropout_p, is_causal,
-        scale, enable_gqa, causal, diagonal, softcap, return_lse, *rest, *wishes, expected, grads,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        mask,
+        indices,
+        counts,
+        *tables,
+        seed,
+        blocks,
+        left,
+        right,
+        window is not None,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal,
+        diagonal,
+        softcap,
+        return_lse,
+        *rest,
+        *wishes,
+        expected,
+        grads,
+    )
     return AttentionOutput(out, lse) if return_lse else out
 
 
@@ -84,7 +114,9 @@ class _Call:
             if found.needs_rng and self.rng is None:
                 if self.bits:
                     name = found.decision.chosen
-                    raise ContractError(f"{name} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)")
+                    raise ContractError(
+                        f"{name} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
+                    )
                 self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
 
@@ -112,7 +144,9 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
 
 
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     call = _Call(arguments)
     # Under the selection of the forward: it may have ended, and an accelerator's backward threads never inherit it.
     then = Frame(*literal_eval(call.expected)) if call.expected else NO_FRAME
@@ -130,7 +164,9 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
             query, key, value, mask, plan, tables, out, lse, grad_out, grad_lse = given
             request = exact(found.request, query, key)
             prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
-            grads = session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=call.rng)
+            grads = session.compute_attention_backward(
+                prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=call.rng
+            )
         else:
             grads = native_backward(found.base, (*call.given, call.rng), grads, grad_out, grad_lse)
     return tuple(_gradient(grads[i], like, call.bits >> i & 1) for i, like in enumerate(arguments[:4]))

@@ -99,7 +99,9 @@ class PooledMemory:
         import torch
 
         if dtype not in DTYPE_BYTES or any(size < 0 for size in shape):
-            raise ContractError(f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}")
+            raise ContractError(
+                f"shape {tuple(shape)} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}"
+            )
         needed = math.prod(shape) * DTYPE_BYTES[dtype]
         size = max(_SMALLEST_BLOCK, 1 << max(needed - 1, 0).bit_length())
         if size > 1 << 22:  # powers of two waste too much here: whole MiB instead

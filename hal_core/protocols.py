@@ -35,11 +35,18 @@ class TilingStrategy(Protocol):
 
     needs_content: bool  # a dynamic sparse pattern reads query and key
 
-    def compute_optimal_tile_size(self, sequence_length: int, available_memory: int,
-                                  backend_constraints: Mapping[str, int]) -> int: ...  # fmt: skip
+    def compute_optimal_tile_size(
+        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
+    ) -> int: ...
     def split_into_tiles(self, tensor: Tensor, tile_size: int) -> list[Tensor]: ...
-    def plan(self, request: AttentionRequest, limits: Mapping[str, int], *,
-             query: Tensor | None = None, key: Tensor | None = None) -> TilePlan | BlockPlan: ...  # fmt: skip
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan | BlockPlan: ...
 
 
 class Session(Protocol):
@@ -49,10 +56,10 @@ class Session(Protocol):
     `plan` is the block plan, `tables` the tensors of a packed or paged call, `rng` is (seed, offset).
     Host tensors are ready on return; CUDA tensors are ordered by torch's current stream.
 
-    A session may also have `bind(request)`, returning a callable (query, key, value, mask, plan, tables, rng) that gives
-    the output tensor, or an AttentionOutput where request.lse is set: the core's fast path; `submit(prepared, mask)`
-    returning an object with `result()`; `synchronize()`; and `closed`: a session that says so is opened anew when it is asked
-    for.
+    A session may also have `bind(request)`, returning a callable (query, key, value, mask, plan, tables, rng) that
+    gives the output tensor, or an AttentionOutput where request.lse is set: the core's fast path; `submit(prepared,
+    mask)` returning an object with `result()`; `synchronize()`; and `closed`: a session that says so is opened anew
+    when it is asked for.
     """
 
     memory: MemoryManager
@@ -61,14 +68,36 @@ class Session(Protocol):
     def autograd(self, request: AttentionRequest) -> Autograd: ...
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]: ...
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *, request: AttentionRequest,
-        plan: BlockPlan | None = None, tables: SequenceTables | None = None) -> Any: ...  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Any: ...
     def compute_attention(
-        self, prepared: Any, mask: Tensor | None = None, *, query: Tensor | None = None,
-        rng: tuple[int, int] | None = None, out: Tensor | None = None) -> AttentionOutput: ...  # fmt: skip
+        self,
+        prepared: Any,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput: ...
     def compute_attention_backward(
-        self, prepared: Any, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None) -> Grads: ...  # fmt: skip
+        self,
+        prepared: Any,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
@@ -77,13 +106,15 @@ class Session(Protocol):
 class AttentionBackend(Protocol):
     """One device family. Built without arguments by the core, from the target of its BackendSpec.
 
-    `check` and `estimate` see lengths rounded up to a power of two, and the exact ones where a limit lies between: a refusal
-    by length must hold for every longer length too.
+    `check` and `estimate` see lengths rounded up to a power of two, and the exact ones where a limit lies between: a
+    refusal by length must hold for every longer length too.
     """
 
     def devices(self) -> Sequence[Device]: ...  # cheap, never raises for absent hardware
     def capabilities(self, device: Device) -> Capabilities: ...
-    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]: ...  # only what data cannot declare
+    def check(
+        self, request: AttentionRequest, device: Device
+    ) -> Iterable[Refusal]: ...  # only what data cannot declare
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate: ...
     def open(self, device: Device) -> Session: ...  # lazy, one per device, closed at exit
 
@@ -117,7 +148,9 @@ class SimpleSession:
     claimed. With autograd="native" torch differentiates the function.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, autograd: Autograd = "none", memory: MemoryManager | None = None) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], *, autograd: Autograd = "none", memory: MemoryManager | None = None
+    ) -> None:
         from .memory import PooledMemory
         from .tiling import DenseTiling
 
@@ -132,13 +165,27 @@ class SimpleSession:
         return {"tile_size": max(sequence_length, 1)}
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *, request: AttentionRequest,
-        plan: BlockPlan | None = None, tables: SequenceTables | None = None) -> tuple[Any, ...]:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> tuple[Any, ...]:
         return (query, key, value, request)
 
     def compute_attention(
-        self, prepared: Any, mask: Tensor | None = None, *, query: Tensor | None = None,
-        rng: tuple[int, int] | None = None, out: Tensor | None = None) -> AttentionOutput:  # fmt: skip
+        self,
+        prepared: Any,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput:
         prepared_query, key, value, request = prepared
         result, lse = self._fn(prepared_query if query is None else query, key, value, mask, request)
         return AttentionOutput(result if out is None else out.copy_(result), lse if request.lse else None)

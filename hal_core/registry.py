@@ -93,7 +93,10 @@ class Registry:
                     self._load_plugin(entry_point)
 
     def _load_plugin(self, entry_point: EntryPoint) -> None:
-        name, distribution = entry_point.name, f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
+        name, distribution = (
+            entry_point.name,
+            f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "",
+        )
         other, plugin = self._plugins.get(name), Plugin(name, distribution)
         self._plugins[name if other is None else f"{name} ({distribution})"] = plugin
         if off := _disabled_by(name):
@@ -126,7 +129,9 @@ class Registry:
             by = [e.distribution or "a registration at run time" for e in (other, entry)]
             why = f"backend {name!r} is offered by {by[0]} and by {by[1]}"
             # Which of the two came first is chance, so the name serves neither.
-            other.failure = LoadFailure(name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them")
+            other.failure = LoadFailure(
+                name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them"
+            )
             raise PluginError(f"{why}: uninstall or disable one of them")
         (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
         if major != core_major or minor > core_minor:
@@ -337,7 +342,9 @@ def _failed(name: str, distribution: str, stage: str, error: BaseException, fix:
     """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
     import traceback
 
-    lines = (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
+    lines = (
+        (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
+    )
     message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
     fix = fix or f"upgrade or uninstall {distribution or name}"
     if os.environ.get("HAL_STRICT") == "1":

@@ -90,7 +90,9 @@ class AttentionRequest:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of both products over all query-key pairs (masked pairs counted: a dense upper bound)."""
+        """Multiply-accumulates of both products over all query-key pairs (masked pairs counted: a dense upper
+        bound).
+        """
         return self.batch * self.heads_q * self.len_q * self.len_k * (self.dim_qk + self.dim_v)
 
     def band(self, len_q: int, len_k: int) -> tuple[int | None, int | None]:
@@ -128,13 +130,18 @@ class AttentionRequest:
         lengths = f"{self.len_q} x {self.len_k}"
         parts = (f"batch {self.batch}", f"heads {heads}", lengths, f"head_dim {dims}", self.dtype, causal)
         optional = {
-            f"diagonal {self.diagonal}": self.diagonal != 0, f"scale {self.scale}": self.scale is not None,
-            f"{self.mask} mask": self.mask is not MaskKind.NONE, f"window {self.window}": self.window is not None,
-            f"softcap {self.softcap}": self.softcap is not None, f"dropout {self.dropout:g}": self.dropout > 0,
-            "packed": self.packed, f"pages of {self.page_size}": self.page_size is not None,
+            f"diagonal {self.diagonal}": self.diagonal != 0,
+            f"scale {self.scale}": self.scale is not None,
+            f"{self.mask} mask": self.mask is not MaskKind.NONE,
+            f"window {self.window}": self.window is not None,
+            f"softcap {self.softcap}": self.softcap is not None,
+            f"dropout {self.dropout:g}": self.dropout > 0,
+            "packed": self.packed,
+            f"pages of {self.page_size}": self.page_size is not None,
             f"block plan {self.block_plan}": self.block_plan is not None,
-            f"gradients of {', '.join(sorted(self.grads))}": bool(self.grads), "log-sum-exp": self.lse,
-        }  # fmt: skip
+            f"gradients of {', '.join(sorted(self.grads))}": bool(self.grads),
+            "log-sum-exp": self.lse,
+        }
         return ", ".join(part for part in (*parts, *(text for text, given in optional.items() if given)) if part)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,8 +187,8 @@ class AttentionOutput(NamedTuple):
 
     Attributes:
         out: [batch, heads_q, len_q, dim_v], the query's dtype. 0 for a row that reads no key.
-        lse: natural log-sum-exp of the scaled scores, [batch, heads_q, len_q], float32 (float64 for float64), -inf for a
-            row that reads no key; None where it was not asked for.
+        lse: natural log-sum-exp of the scaled scores, [batch, heads_q, len_q], float32 (float64 for float64), -inf for
+            a row that reads no key; None where it was not asked for.
     """
 
     out: Any

@@ -18,7 +18,9 @@ from .request import AttentionOutput, AttentionRequest, Grads, SequenceTables
 from .selection import Decision
 from .tiling import BlockPlan
 
-Run = Callable[..., Any]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
+Run = Callable[
+    ..., Any
+]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
 
 
 class Route:
@@ -138,9 +140,16 @@ class ExplicitAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, session: Any, request: AttentionRequest,
-        plan: BlockPlan | None, tables: SequenceTables | None, rng: tuple[int, int] | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        session: Any,
+        request: AttentionRequest,
+        plan: BlockPlan | None,
+        tables: SequenceTables | None,
+        rng: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
         prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
         out, lse = session.compute_attention(prepared, mask, rng=rng)
         return out, lse
@@ -160,11 +169,20 @@ class ExplicitAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         query, key, value, mask, out, lse, indices, counts, *tables = ctx.saved_tensors
         grads = ExplicitBackward.apply(  # type: ignore[no-untyped-call]
-            query, key, value, mask, out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, ctx.session,
+            query,
+            key,
+            value,
+            mask,
+            out,
+            lse,
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse,
+            ctx.session,
             ctx.request,
             BlockPlan(ctx.blocks[0], ctx.blocks[1], indices, counts) if ctx.blocks else None,
-            SequenceTables(*tables) if ctx.has_tables else None, ctx.rng,
-        )  # fmt: skip
+            SequenceTables(*tables) if ctx.has_tables else None,
+            ctx.rng,
+        )
         return (*grads, None, None, None, None, None)
 
 
@@ -173,10 +191,20 @@ class ExplicitBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, grad_out: Tensor,
-        grad_lse: Tensor | None, session: Any, request: AttentionRequest, plan: BlockPlan | None,
-        tables: SequenceTables | None, rng: tuple[int, int] | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        session: Any,
+        request: AttentionRequest,
+        plan: BlockPlan | None,
+        tables: SequenceTables | None,
+        rng: tuple[int, int] | None,
+    ) -> tuple[Tensor | None, ...]:
         prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
         grads = session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
         return tuple(grads)
@@ -209,6 +237,8 @@ def native_backward(
     results = zip((result,) if isinstance(result, Tensor) else result, (grad_out, grad_lse), strict=False)
     pairs = [(r, grad) for r, grad in results if r is not None and grad is not None and r.requires_grad]
     needed = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    found = torch.autograd.grad([r for r, _ in pairs], [*needed.values()], [grad for _, grad in pairs], allow_unused=True)
+    found = torch.autograd.grad(
+        [r for r, _ in pairs], [*needed.values()], [grad for _, grad in pairs], allow_unused=True
+    )
     grads = dict(zip(needed, found, strict=True))
     return Grads(*(grads.get(name) for name in leaves))

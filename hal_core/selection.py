@@ -121,7 +121,13 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     import json
 
     try:
-        data = json.loads(record) if isinstance(record, str) else record.to_dict() if isinstance(record, Decision) else record
+        data = (
+            json.loads(record)
+            if isinstance(record, str)
+            else record.to_dict()
+            if isinstance(record, Decision)
+            else record
+        )
         if (format := data["format"]) > FORMAT:
             raise ContractError(f"a decision record of format {format} was given: this core reads {FORMAT}; upgrade it")
         request = AttentionRequest.from_dict(data["request"])
@@ -134,7 +140,9 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     return attrs.evolve(decide(ranked, policy), request=request)
 
 
-def merged_policy(backend: str | None, objective: str | None, allow_simulated: bool | None, transfer: bool | None) -> Policy:
+def merged_policy(
+    backend: str | None, objective: str | None, allow_simulated: bool | None, transfer: bool | None
+) -> Policy:
     """The call's arguments over `use` and `prefer`, over `configure`, over HAL_BACKEND, over automatic."""
     argument = Frame("argument", () if backend is None else (backend,), False, objective, allow_simulated, transfer)
     levels = [argument, frame_var.get(), settings.frame]
@@ -146,9 +154,13 @@ def merged_policy(backend: str | None, objective: str | None, allow_simulated: b
         return next((value for level in levels if (value := getattr(level, field)) is not None), default)
 
     return Policy(
-        origin=named.origin, names=named.names, fall_through=named.fall_through, objective=first("objective", "time"),
-        allow_simulated=first("allow_simulated", False), transfer=first("transfer", None),
-    )  # fmt: skip
+        origin=named.origin,
+        names=named.names,
+        fall_through=named.fall_through,
+        objective=first("objective", "time"),
+        allow_simulated=first("allow_simulated", False),
+        transfer=first("transfer", None),
+    )
 
 
 def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool = False) -> tuple[Refusal, ...]:
@@ -165,7 +177,9 @@ def _candidate(
     seen = Candidate(device=device, distribution=entry.distribution, priority=entry.spec.priority, transfer=moved)
     if failure := entry.failure or entry.broken.get(device.id):
         offered = f"a backend that fails ({failure.message})"
-        return attrs.evolve(seen, refusals=(Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, offered, failure.fix),))
+        return attrs.evolve(
+            seen, refusals=(Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, offered, failure.fix),)
+        )
     fix = "pass transfer=True, or move the tensors"
     elsewhere = Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix)
     placement = [elsewhere] if moved and not transfer else []
@@ -174,7 +188,9 @@ def _candidate(
         capabilities = backend.capabilities(device)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
         refusals = [*placement, *capabilities.refusals(request)] or list(backend.check(request, device))
-        if hardware_only and device.fidelity is not Fidelity.HARDWARE:  # a simulator's estimate may take long: not asked for
+        if (
+            hardware_only and device.fidelity is not Fidelity.HARDWARE
+        ):  # a simulator's estimate may take long: not asked for
             fix = f'pass allow_simulated=True or backend="{device.id}"'
             refusals.append(Refusal(Code.FIDELITY, "fidelity", "hardware", str(device.fidelity), fix))
         if refusals:
@@ -217,9 +233,14 @@ def decide(request: AttentionRequest, policy: Policy) -> Decision:
         if chosen is not None:
             break
     decision = Decision(
-        request=request, ranked=(request.len_q, request.len_k), policy=policy, chosen=chosen, reason=reason,
-        candidates=tuple(candidates), core=__version__,
-    )  # fmt: skip
+        request=request,
+        ranked=(request.len_q, request.len_k),
+        policy=policy,
+        chosen=chosen,
+        reason=reason,
+        candidates=tuple(candidates),
+        core=__version__,
+    )
     for _ in registry.call_each("hal_decision", decision=decision):
         pass
     return decision
@@ -313,4 +334,6 @@ def _show(quantity: Quantity, objective: str) -> str:
 
 
 def _plain(_: Any, __: Any, value: Any) -> Any:
-    return sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
+    return (
+        sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
+    )

@@ -61,8 +61,9 @@ class DenseTiling:
 
     needs_content = False
 
-    def compute_optimal_tile_size(self, sequence_length: int, available_memory: int,
-                                  backend_constraints: Mapping[str, int]) -> int:  # fmt: skip
+    def compute_optimal_tile_size(
+        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
+    ) -> int:
         """Largest power-of-two tile whose operands fit.
 
         Args:
@@ -85,7 +86,9 @@ class DenseTiling:
 
         if needed(minimum) > available_memory:
             given = f"a tile of {minimum} tokens at head_dim {head_dim} needs {needed(minimum):,} bytes"
-            raise ContractError(f"{given} and {available_memory:,} are available: allow a smaller minimum or more memory")
+            raise ContractError(
+                f"{given} and {available_memory:,} are available: allow a smaller minimum or more memory"
+            )
         tile, top = minimum, min(maximum, max(minimum, 1 << max(sequence_length - 1, 0).bit_length()))
         while tile * 2 <= top and needed(tile * 2) <= available_memory:
             tile *= 2
@@ -97,8 +100,14 @@ class DenseTiling:
             raise ContractError(f"tile_size {tile_size} was given: use 1 or more")
         return list(tensor.split(tile_size, dim=2))
 
-    def plan(self, request: AttentionRequest, limits: Mapping[str, int], *,
-             query: Tensor | None = None, key: Tensor | None = None) -> TilePlan:  # fmt: skip
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan:
         """Tiles for the request's lengths (the tensors' where given), skipping those that causal and window hide.
 
         `limits` may hold "available_memory" (bytes, default 1 MiB), "block_q" and "block_k".

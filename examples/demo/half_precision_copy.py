@@ -22,9 +22,13 @@ from hal_core import HalError
 
 #: Beside the weights: configuration, tokenizer and pooling.
 KEPT = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
     "1_Pooling/config.json",
-)  # fmt: skip
+)
 
 
 def copy(model: str, target: Path) -> int:

@@ -27,14 +27,28 @@ _PARTS = {
 }
 
 __all__ = [
-    "CHECKS", "BenchmarkResult", "BenchmarkRunner", "Case", "CheckResult", "Comparison", "ConformanceSuite", "Inputs", "Report",
-    "check_backend", "claimed_cases", "reference", "reference_gradients", "relative_error", "request_of", "unclaimed_cases",
-]  # fmt: skip
+    "CHECKS",
+    "BenchmarkResult",
+    "BenchmarkRunner",
+    "Case",
+    "CheckResult",
+    "Comparison",
+    "ConformanceSuite",
+    "Inputs",
+    "Report",
+    "check_backend",
+    "claimed_cases",
+    "reference",
+    "reference_gradients",
+    "relative_error",
+    "request_of",
+    "unclaimed_cases",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the part that has the name. All of a part's names are set: `reference` is a module and a function in it, and
-    importing the module alone would leave the attribute naming the module.
+    """Import the part that has the name. All of a part's names are set: `reference` is a module and a function in it,
+    and importing the module alone would leave the attribute naming the module.
     """
     for part, names in _PARTS.items():
         if name in names:

@@ -53,10 +53,12 @@ def prepared_reuse(s: Subject) -> Measure:
     prepared, tiled = (s.session.prepare_attention(*inputs[:3], size, request=case.request) for size in (None, 16))
     room = torch.empty_like(inputs.query)
     for about, call, query, options in (
-        ("computed first", prepared, inputs.query, {}), ("with another query", prepared, other, {"query": other}),
-        ("computed again", prepared, inputs.query, {}), ("with out=", prepared, inputs.query, {"out": room}),
+        ("computed first", prepared, inputs.query, {}),
+        ("with another query", prepared, other, {"query": other}),
+        ("computed again", prepared, inputs.query, {}),
+        ("with out=", prepared, inputs.query, {"out": room}),
         ("with tile_size 16", tiled, inputs.query, {}),
-    ):  # fmt: skip
+    ):
         out = s.session.compute_attention(call, rng=s.rng(case.request), **options).out
         if "out" in options and out.data_ptr() != room.data_ptr():
             raise Failure("with out=: the result is in another tensor than the given one")
@@ -130,9 +132,13 @@ def threads(s: Subject) -> Measure:
 
 
 def repeats(s: Subject) -> Measure:
-    """Equal calls give equal results, bitwise where determinism is claimed; dropout and noise follow (seed, offset) alone."""
+    """Equal calls give equal results, bitwise where determinism is claimed; dropout and noise follow (seed, offset)
+    alone.
+    """
     asked, worst = {"deterministic": True}, Measure()
-    for case, path in itertools.product((s.probe(asked, *_MASKED, _GROUPED, _GRADS), s.probe(asked, {"dropout": 0.3})), PATHS):
+    for case, path in itertools.product(
+        (s.probe(asked, *_MASKED, _GROUPED, _GRADS), s.probe(asked, {"dropout": 0.3})), PATHS
+    ):
         inputs, r = case.draw(s.seed), case.request
         first, *again = (s.run(path, case, inputs) for _ in range(4))
         if r.deterministic and not all(torch.equal(a, b) for each in again for a, b in _pairs(each, first)):
@@ -171,7 +177,11 @@ def _wrong_blocks(plan: BlockPlan, request: AttentionRequest) -> str:
     listed = torch.arange(plan.indices.shape[-1]) < plan.counts.cpu().unsqueeze(-1)
     entries = plan.indices.cpu().masked_fill(~listed, -1).sort(-1).values
     twice = (entries.diff() == 0) & (entries[..., 1:] >= 0)
-    return "a block lies outside, or is listed twice" if (entries * plan.block_k >= request.len_k).any() or twice.any() else ""
+    return (
+        "a block lies outside, or is listed twice"
+        if (entries * plan.block_k >= request.len_k).any() or twice.any()
+        else ""
+    )
 
 
 def _wrong_tiles(plan: TilePlan, request: AttentionRequest, limit: dict[str, int]) -> str:
@@ -212,7 +222,9 @@ def merges(s: Subject) -> Measure:
         mask = None if inputs.mask is None else inputs.mask[..., start:stop]
         parts.append(inputs._replace(key=inputs.key[:, :, start:stop], value=inputs.value[:, :, start:stop], mask=mask))
     found = [s.by_session(attrs.evolve(case, request=request_of(*part[:4], return_lse=True)), part) for part in parts]
-    out, lse = merge_partials(torch.stack([f.out for f in found]), torch.stack([f.lse for f in found if f.lse is not None]))
+    out, lse = merge_partials(
+        torch.stack([f.out for f in found]), torch.stack([f.lse for f in found if f.lse is not None])
+    )
     numerics, want = s.capabilities.numerics[case.request.dtype], s.want(case, inputs)
     about = f"merged from {len(parts)} parts of the keys"
     # A part's rounding and the merge's come on top of each other: twice the bound.
@@ -223,7 +235,9 @@ def merges(s: Subject) -> Measure:
     return s.worse(worst, _backward_of_parts(s, case, inputs, parts, out, lse)) if s.accepts(case.request) else worst
 
 
-def _backward_of_parts(s: Subject, case: Case, inputs: Inputs, parts: list[Inputs], out: Tensor, lse: Tensor) -> Measure:
+def _backward_of_parts(
+    s: Subject, case: Case, inputs: Inputs, parts: list[Inputs], out: Tensor, lse: Tensor
+) -> Measure:
     """Gradients of the whole from each part's backward, given the whole's (out, lse): what a ring does."""
     want, found, session = s.want(case, inputs).grads, [], s.session
     for part in parts:
@@ -236,7 +250,10 @@ def _backward_of_parts(s: Subject, case: Case, inputs: Inputs, parts: list[Input
                 raise
             return Measure()  # a native session need not have a backward of its own
     grads = (sum(g.query.double() for g in found), *(torch.cat([g[i] for g in found], 2) for i in (1, 2)))
-    about, bound = "by parts, given the whole's (out, lse)", 2 * (s.capabilities.numerics[case.request.dtype].gradient or 0)
+    about, bound = (
+        "by parts, given the whole's (out, lse)",
+        2 * (s.capabilities.numerics[case.request.dtype].gradient or 0),
+    )
     pairs = zip(Grads._fields, grads, want, strict=False)
     return s.worse(*(_bounded(f"gradient of {name} {about}", relative_error(x, w), bound) for name, x, w in pairs))
 
@@ -297,7 +314,9 @@ def leaks(s: Subject) -> Measure:
         calls += 1
     some = calls * inputs.grad_out.nbytes // 4
     names = ("bytes in use by the session's memory", "live tensors", "bytes resident")
-    for name, first, last, slack in zip(names, before, _held(s), (0, calls // 4, max(some, RESIDENT_SLACK)), strict=True):
+    for name, first, last, slack in zip(
+        names, before, _held(s), (0, calls // 4, max(some, RESIDENT_SLACK)), strict=True
+    ):
         if last - first > slack:
             raise Failure(f"{calls} calls left {last - first:,} {name} behind", float(last - first), float(slack))
     return Measure(detail=f"{calls} calls")

@@ -61,7 +61,9 @@ class BenchmarkResult:
 
 @attrs.frozen
 class Ratio:
-    """Time of a function over time of the baseline: the median of the rounds' ratios, and its 95% confidence interval."""
+    """Time of a function over time of the baseline: the median of the rounds' ratios, and its 95% confidence
+    interval.
+    """
 
     ratio: float
     low: float
@@ -86,16 +88,23 @@ class BenchmarkRunner:
 
     Args:
         warmup, timed: calls before and under the clock.
-        device: torch device that the work runs on. "cuda" is timed by device events, everything else by the host's clock.
+        device: torch device that the work runs on. "cuda" is timed by device events, everything else by the host's
+            clock.
         synchronize: called around each timed call, for devices whose work goes on after the call returns.
         flush: called before each timed call and not timed, for example to empty a cache.
         budget: seconds for one function, warm-up included; a longer one gets fewer calls, and `extra` says so.
     """
 
     def __init__(
-        self, warmup: int = 100, timed: int = 1000, *, device: str = "cpu", synchronize: Call | None = None,
-        flush: Call | None = None, budget: float = 30.0,
-    ) -> None:  # fmt: skip
+        self,
+        warmup: int = 100,
+        timed: int = 1000,
+        *,
+        device: str = "cpu",
+        synchronize: Call | None = None,
+        flush: Call | None = None,
+        budget: float = 30.0,
+    ) -> None:
         if warmup < 0 or timed < 1 or budget <= 0:
             raise ContractError(f"warmup {warmup}, timed {timed}, budget {budget} were given: use >= 0, >= 1 and > 0")
         self.warmup, self.timed, self.budget, self.device = warmup, timed, budget, device
@@ -122,7 +131,9 @@ class BenchmarkRunner:
         """
         base = baseline if baseline is not None else next(iter(functions), "")
         if len(functions) < 2 or base not in functions:
-            raise ContractError(f"{list(functions)} with baseline {base!r} were given: pass two or more, one of that name")
+            raise ContractError(
+                f"{list(functions)} with baseline {base!r} were given: pass two or more, one of that name"
+            )
         results = self._measure(functions, track_memory)
         ratios = {n: _ratio(r.times_ms, results[base].times_ms) for n, r in results.items() if n != base}
         return Comparison(baseline=base, results=results, ratios=ratios)
@@ -141,7 +152,9 @@ class BenchmarkRunner:
         order, clocked = random.Random(0), {name: list[Any]() for name in functions}
         for _ in range(timed):
             for name in order.sample(list(functions), len(functions)):
-                clocked[name].append(self._between_events(functions[name]) if self._events else self._host_ms(functions[name]))
+                clocked[name].append(
+                    self._between_events(functions[name]) if self._events else self._host_ms(functions[name])
+                )
         self._synchronize()
         made: dict[str, BenchmarkResult] = {}
         for name, fn in functions.items():
@@ -197,10 +210,19 @@ def summarize(name: str, times_ms: Iterable[float], *, n_warmup: int = 0, **fiel
     times = tuple(times_ms)
     percent = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
     return BenchmarkResult(
-        name=name, n_warmup=n_warmup, n_timed=len(times), times_ms=times, mean=statistics.fmean(times), min=min(times),
-        max=max(times), std=statistics.stdev(times) if len(times) > 1 else 0.0, p50=percent[49], p95=percent[94],
-        p99=percent[98], **fields,
-    )  # fmt: skip
+        name=name,
+        n_warmup=n_warmup,
+        n_timed=len(times),
+        times_ms=times,
+        mean=statistics.fmean(times),
+        min=min(times),
+        max=max(times),
+        std=statistics.stdev(times) if len(times) > 1 else 0.0,
+        p50=percent[49],
+        p95=percent[94],
+        p99=percent[98],
+        **fields,
+    )
 
 
 def _ratio(times: tuple[float, ...], baseline: tuple[float, ...]) -> Ratio:

@@ -84,10 +84,19 @@ class Case:
         """Keyword arguments of `hal_core.attention`, beside query, key and value."""
         r, tables = self.request, inputs.tables or SequenceTables()
         options: dict[str, Any] = {
-            "attn_mask": inputs.mask, "scale": r.scale, "causal": r.causal, "diagonal": r.diagonal, "window": r.window,
-            "softcap": r.softcap, "dropout_p": r.dropout, "enable_gqa": r.heads_q != r.heads_kv, "block_plan": inputs.plan,
-            "return_lse": r.lse, "deterministic": r.deterministic, "max_error": r.max_error,
-        }  # fmt: skip
+            "attn_mask": inputs.mask,
+            "scale": r.scale,
+            "causal": r.causal,
+            "diagonal": r.diagonal,
+            "window": r.window,
+            "softcap": r.softcap,
+            "dropout_p": r.dropout,
+            "enable_gqa": r.heads_q != r.heads_kv,
+            "block_plan": inputs.plan,
+            "return_lse": r.lse,
+            "deterministic": r.deterministic,
+            "max_error": r.max_error,
+        }
         if r.packed:
             options |= {"max_seqlen_q": r.len_q, "max_seqlen_k": r.len_k}
         return options | {name: value for name, value in tables._asdict().items() if value is not None}
@@ -102,7 +111,9 @@ class _Drawing:
 
     def inputs(self) -> Inputs:
         r, layout, tables = self.r, self.case.layout, SequenceTables()
-        len_q, len_k = [sum(lengths) for lengths in zip(*self.case.sequences, strict=True)] if r.packed else (r.len_q, r.len_k)
+        len_q, len_k = (
+            [sum(lengths) for lengths in zip(*self.case.sequences, strict=True)] if r.packed else (r.len_q, r.len_k)
+        )
         batch, held = 1 if r.packed else r.batch, self.here([k for _, k in self.case.sequences])
         query = self.laid_out(batch, r.heads_q, len_q, r.dim_qk, layout)
         if r.page_size is not None:
@@ -172,7 +183,9 @@ class _Drawing:
         rows, columns = -(-self.r.len_q // block_q), -(-self.r.len_k // block_k)
         counts = torch.randint(0, most + 1, (*lead, rows), dtype=torch.int32, **self.random)
         indices = torch.rand(*lead, rows, columns, **self.random).argsort(-1)[..., :most].int()
-        indices = indices.masked_fill(torch.arange(most) >= counts.unsqueeze(-1), columns + 7)  # past the count: ignored
+        indices = indices.masked_fill(
+            torch.arange(most) >= counts.unsqueeze(-1), columns + 7
+        )  # past the count: ignored
         return BlockPlan(block_q, block_k, indices.to(self.r.device), counts.to(self.r.device))
 
 
@@ -208,10 +221,18 @@ class Corners:
         self.dims = members(c.head_dim, (24, 33, 64, 80, 128), WIDEST)
         dim, heads = next((d for d in self.dims if d >= 32), self.dims[-1]), nearest(c.heads, 2)
         self.base = AttentionRequest(
-            batch=nearest(c.batch, 2), heads_q=heads, heads_kv=heads, len_q=nearest(c.length, 37), len_k=nearest(c.length, 53),
-            dim_qk=dim, dim_v=dim, dtype=self.dtypes[0], device=str(torch.empty(0, device=device.reads[0]).device),
-            mask=next(kind for kind in MaskKind if kind in c.masks), causal=next(kind for kind in Causal if kind in c.causal),
-        )  # fmt: skip
+            batch=nearest(c.batch, 2),
+            heads_q=heads,
+            heads_kv=heads,
+            len_q=nearest(c.length, 37),
+            len_k=nearest(c.length, 53),
+            dim_qk=dim,
+            dim_v=dim,
+            dtype=self.dtypes[0],
+            device=str(torch.empty(0, device=device.reads[0]).device),
+            mask=next(kind for kind in MaskKind if kind in c.masks),
+            causal=next(kind for kind in Causal if kind in c.causal),
+        )
         pairs = ((4, 2), (4, 1), (6, 2), (8, 4), (2, 1))
         self.grouped = [{"heads_q": q, "heads_kv": kv} for q, kv in pairs if q in c.heads and kv in c.heads][:3]
 
@@ -219,7 +240,9 @@ class Corners:
         return not self.capabilities.refusals(request)
 
     def case(self, subject: str, changes: dict[str, Any]) -> Case:
-        """The plain request with changes; "layout", "mask_shape" and "sequences" are the case's, the rest the request's."""
+        """The plain request with changes; "layout", "mask_shape" and "sequences" are the case's, the rest the
+        request's.
+        """
         own = {name: changes[name] for name in ("layout", "mask_shape", "sequences") if name in changes}
         fields = {name: value for name, value in changes.items() if name not in own}
         if "sequences" in own:
@@ -231,14 +254,20 @@ class Corners:
         return Case(subject=subject, request=request, **own)
 
     def claimed(self) -> list[Case]:
-        cases = [self.case(subject, _merged(parts)) for subject, axes in self._subjects().items() for parts in product(*axes)]
+        cases = [
+            self.case(subject, _merged(parts)) for subject, axes in self._subjects().items() for parts in product(*axes)
+        ]
         kept = {f"{case.subject} {case}": case for case in cases if self.fits(case.request)}
         return [*kept.values(), *self._combinations()]
 
     def _subjects(self) -> dict[str, list[list[dict[str, Any]]]]:
         """Axes of changes by subject. Each subject is about one thing, so that a failure names it."""
         c, base = self.capabilities, self.base
-        dtypes, masks, shapes = _each("dtype", self.dtypes), _each("mask", list(MaskKind)[1:]), _each("mask_shape", MASK_SHAPES)
+        dtypes, masks, shapes = (
+            _each("dtype", self.dtypes),
+            _each("mask", list(MaskKind)[1:]),
+            _each("mask_shape", MASK_SHAPES),
+        )
         causals, some_grouped = _each("causal", Causal), self.grouped[:1]
         kinds = [{}, *masks, *causals[1:], *([] if self.quick else [masks[0] | causals[1], masks[1] | causals[2]])]
         rich = [*kinds, {"softcap": 2.0}, *some_grouped]
@@ -265,14 +294,23 @@ class Corners:
             "mask_gradient": [masks[1:], shapes, _each("grads", (QKV | {"mask"}, frozenset({"mask"})))],
             "lse_gradient": [[{"grads": QKV, "lse": True, "grad_lse": True}], rich, dtypes],
             "dropout": [_each("dropout", (0.1, 0.5)), [{}, *grads]],
-            "packed": [[{"packed": True, "sequences": packed}], [*causals, *some_grouped, {"window": (3, 2)}],
-                       [{}, {"lse": True}, *grads]],
-            "paged": [_each("page_size", page_sizes), _each("sequences", (decode, ((3, 5), (3, 20)))),
-                      [*causals, causals[2] | {"window": (3, 2)}, *some_grouped, {"lse": True}]],
-            "fp8_cache": [_each("cache_dtype", sorted(c.cache_dtypes)), [{}, *some_grouped],
-                          [{}, *({"page_size": size, "sequences": decode} for size in page_sizes[:1])]],
+            "packed": [
+                [{"packed": True, "sequences": packed}],
+                [*causals, *some_grouped, {"window": (3, 2)}],
+                [{}, {"lse": True}, *grads],
+            ],
+            "paged": [
+                _each("page_size", page_sizes),
+                _each("sequences", (decode, ((3, 5), (3, 20)))),
+                [*causals, causals[2] | {"window": (3, 2)}, *some_grouped, {"lse": True}],
+            ],
+            "fp8_cache": [
+                _each("cache_dtype", sorted(c.cache_dtypes)),
+                [{}, *some_grouped],
+                [{}, *({"page_size": size, "sequences": decode} for size in page_sizes[:1])],
+            ],
             "block_plan": [_each("block_plan", blocks), shapes[::2], causals[:2]],
-        }  # fmt: skip
+        }
 
     def lengths(self) -> list[dict[str, Any]]:
         """Ragged pairs, both ends of the claim where they are short enough, and empty ones where they are claimed."""
@@ -288,21 +326,40 @@ class Corners:
         least, most = self.dims[0], self.dims[-1]
         windows: list[Any] = [None, (9, 0), (4, 7)]
         axes: list[list[dict[str, Any]]] = [
-            _each("dtype", self.dtypes), self.lengths(),
-            [{"dim_qk": a, "dim_v": b} for a, b in [*zip(self.dims, self.dims, strict=True), (least, most), (most, least)]],
+            _each("dtype", self.dtypes),
+            self.lengths(),
+            [
+                {"dim_qk": a, "dim_v": b}
+                for a, b in [*zip(self.dims, self.dims, strict=True), (least, most), (most, least)]
+            ],
             [{}, *map(_merged, product(_each("mask", list(MaskKind)[1:]), _each("mask_shape", MASK_SHAPES)))],
-            _each("causal", Causal), _each("window", windows), _each("softcap", (None, 3.0)),
-            _each("scale", (None, 0.2)), _each("diagonal", (0, 5)), [{}, *self.grouped], _each("layout", LAYOUTS),
-            [{}, {"lse": True}, {"grads": QKV}, {"grads": QKV | {"mask"}}, {"grads": QKV, "lse": True, "grad_lse": True}],
+            _each("causal", Causal),
+            _each("window", windows),
+            _each("softcap", (None, 3.0)),
+            _each("scale", (None, 0.2)),
+            _each("diagonal", (0, 5)),
+            [{}, *self.grouped],
+            _each("layout", LAYOUTS),
+            [
+                {},
+                {"lse": True},
+                {"grads": QKV},
+                {"grads": QKV | {"mask"}},
+                {"grads": QKV, "lse": True, "grad_lse": True},
+            ],
             _each("batch", {nearest(self.capabilities.batch, batch) for batch in (1, 3)}),
-        ]  # fmt: skip
+        ]
 
         def made(choice: Sequence[dict[str, Any]]) -> Case | None:
             """The case, or None where the device, or the meaning of attention, does not allow it."""
             case = self.case("combinations", _merged(choice))
             r = case.request
             aimless = r.diagonal != 0 and r.causal is Causal.NONE and r.window is None
-            return case if self.fits(r) and not aimless and ("mask" not in r.grads or r.mask is MaskKind.ADDITIVE) else None
+            return (
+                case
+                if self.fits(r) and not aimless and ("mask" not in r.grads or r.mask is MaskKind.ADDITIVE)
+                else None
+            )
 
         kept = [[value for value in axis if self.fits(self.case("", value).request)] for axis in axes]
         return cover([axis for axis in kept if axis], made, 1 if self.quick else 2, self.random)
@@ -346,26 +403,39 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
     caches = {"float8_e4m3fn", "float8_e5m2"} - (c.cache_dtypes if "fp8_cache" in c.features else set())
     absent: dict[str, dict[str, Any]] = {
         "grouped_heads": {"heads_q": 2 * base.heads_q, "heads_kv": base.heads_q} | _merged(corners.grouped[:1]),
-        "strides": {"layout": "strided"}, "diagonal": {"diagonal": 2}, "value_dim": {"dim_v": 2 * base.dim_v},
-        "window": {"window": (8, 0)}, "softcap": {"softcap": 10.0}, "dropout": {"dropout": 0.1}, "lse": {"lse": True},
+        "strides": {"layout": "strided"},
+        "diagonal": {"diagonal": 2},
+        "value_dim": {"dim_v": 2 * base.dim_v},
+        "window": {"window": (8, 0)},
+        "softcap": {"softcap": 10.0},
+        "dropout": {"dropout": 0.1},
+        "lse": {"lse": True},
         "packed": {"packed": True, "sequences": ((base.len_q, base.len_k), (base.len_q, base.len_q))},
-        "backward": {"grads": QKV}, "mask_grad": {"grads": frozenset({"mask"}), "mask": MaskKind.ADDITIVE},
-        "lse_grad": {"grads": QKV, "lse": True, "grad_lse": True}, "deterministic": {"deterministic": True},
-    }  # fmt: skip
+        "backward": {"grads": QKV},
+        "mask_grad": {"grads": frozenset({"mask"}), "mask": MaskKind.ADDITIVE},
+        "lse_grad": {"grads": QKV, "lse": True, "grad_lse": True},
+        "deterministic": {"deterministic": True},
+    }
     for feature in set(absent) - c.features:
         yield Code(feature.replace("_grad", "_gradient")), absent[feature]
     for code, field, values in (
-        (Code.DTYPE, "dtype", set(DTYPES) - c.dtypes), (Code.MASK, "mask", set(MaskKind) - c.masks),
-        (Code.CAUSAL, "causal", set(Causal) - c.causal), (Code.CACHE_DTYPE, "cache_dtype", caches),
-        (Code.VALUE_DIM, "dim_v", _beyond(c.head_dim, sizes)), (Code.BATCH, "batch", _beyond(c.batch, (3,))),
-        (Code.LENGTH, "len_q", _beyond(c.length, (0, 1, 37))), (Code.LENGTH, "len_k", _beyond(c.length, (0, 1, 37))),
+        (Code.DTYPE, "dtype", set(DTYPES) - c.dtypes),
+        (Code.MASK, "mask", set(MaskKind) - c.masks),
+        (Code.CAUSAL, "causal", set(Causal) - c.causal),
+        (Code.CACHE_DTYPE, "cache_dtype", caches),
+        (Code.VALUE_DIM, "dim_v", _beyond(c.head_dim, sizes)),
+        (Code.BATCH, "batch", _beyond(c.batch, (3,))),
+        (Code.LENGTH, "len_q", _beyond(c.length, (0, 1, 37))),
+        (Code.LENGTH, "len_k", _beyond(c.length, (0, 1, 37))),
         (Code.MAX_ERROR, "max_error", [c.numerics[base.dtype].relative / 2]),
         (Code.BLOCK_PLAN, "block_plan", [(size, size, 1) for size in _beyond(blocks, (3, 16, 48))]),
-    ):  # fmt: skip
+    ):
         yield from ((code, {field: value}) for value in sorted(values))
     yield from ((Code.HEAD_DIM, {"dim_qk": size, "dim_v": size}) for size in _beyond(c.head_dim, sizes))
     yield from ((Code.HEADS, {"heads_q": size, "heads_kv": size}) for size in _beyond(c.heads, (3,)))
-    yield from ((Code.PAGED, {"page_size": size, "sequences": ((1, 20), (1, 9))}) for size in _beyond(pages, (3, 16, 48)))
+    yield from (
+        (Code.PAGED, {"page_size": size, "sequences": ((1, 20), (1, 9))}) for size in _beyond(pages, (3, 16, 48))
+    )
 
 
 def _beyond(sizes: Range | Choice, wanted: Sequence[int]) -> list[int]:

@@ -1,7 +1,8 @@
 """Both sides of a device's claims: what it claims works, what it does not claim is refused.
 
 What each subject's check promises:
-    dtypes: every claimed dtype and head size is within its numerics. lengths: so are ragged, short, long and empty ones.
+    dtypes: every claimed dtype and head size is within its numerics. lengths: so are ragged, short, long and empty
+        ones.
     strides: tensors may lie in memory in any claimed way. scale: a given scale is used.
     masks: masks of every claimed kind and shape are applied, and rows without any key give 0.
     causal: diagonals lie where they were asked, for more queries than keys too. window: so do both ends of a window.
@@ -29,9 +30,27 @@ from .cases import SUBJECT_OF, Case, unclaimed_cases
 from .subject import Failure, Measure, Skip, Subject
 
 SUBJECTS = (
-    "dtypes", "lengths", "strides", "scale", "masks", "causal", "window", "softcap", "grouped_heads", "value_dim", "packed",
-    "log_sum_exp", "gradients", "mask_gradient", "lse_gradient", "dropout", "paged", "fp8_cache", "block_plan", "combinations",
-)  # fmt: skip
+    "dtypes",
+    "lengths",
+    "strides",
+    "scale",
+    "masks",
+    "causal",
+    "window",
+    "softcap",
+    "grouped_heads",
+    "value_dim",
+    "packed",
+    "log_sum_exp",
+    "gradients",
+    "mask_gradient",
+    "lse_gradient",
+    "dropout",
+    "paged",
+    "fp8_cache",
+    "block_plan",
+    "combinations",
+)
 
 
 def claim_check(subject: str) -> Callable[[Subject], Measure]:
@@ -55,7 +74,9 @@ def claim_check(subject: str) -> Callable[[Subject], Measure]:
             except Exception as error:  # whatever a device raises for a case it claims is a finding
                 failures.append(Failure(f"{case}: raised {type(error).__name__}: {error}"))
         if failures:
-            raise Failure(f"{len(failures)} of {len(accepted)} cases: {failures[0]}", failures[0].error, failures[0].bound)
+            raise Failure(
+                f"{len(failures)} of {len(accepted)} cases: {failures[0]}", failures[0].error, failures[0].bound
+            )
         left_out = f", {len(cases) - len(accepted)} refused by check()" if len(cases) > len(accepted) else ""
         return worst._replace(detail=f"{len(accepted)} cases{left_out}")
 

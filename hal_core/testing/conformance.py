@@ -1,6 +1,7 @@
 """`check_backend`: everything a device is held to, with results as values.
 
-CHECKS holds every check by name, in the order they run. A name says what is promised, so a failure names what is broken.
+CHECKS holds every check by name, in the order they run. A name says what is promised, so a failure names what is
+broken.
 """
 
 from __future__ import annotations
@@ -28,11 +29,28 @@ from .subject import Failure, Measure, Skip, Subject
 CHECKS: dict[str, Callable[[Subject], Measure]] = {
     "contract": b.contract,
     **{subject: claims.claim_check(subject) for subject in claims.SUBJECTS},
-    **{check.__name__: check for check in (
-        claims.refusals, b.prepared_reuse, b.stale_keys, b.huge_strides, b.inputs_unchanged, b.tiles, b.merges, b.repeats,
-        b.threads, b.dlpack, b.reopen, b.leaks, honesty.runs_where_it_says, honesty.estimates,
-        honesty.discovery, honesty.kernels)},
-}  # fmt: skip
+    **{
+        check.__name__: check
+        for check in (
+            claims.refusals,
+            b.prepared_reuse,
+            b.stale_keys,
+            b.huge_strides,
+            b.inputs_unchanged,
+            b.tiles,
+            b.merges,
+            b.repeats,
+            b.threads,
+            b.dlpack,
+            b.reopen,
+            b.leaks,
+            honesty.runs_where_it_says,
+            honesty.estimates,
+            honesty.discovery,
+            honesty.kernels,
+        )
+    },
+}
 
 
 class Status(enum.StrEnum):
@@ -69,7 +87,9 @@ class CheckResult:
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """All results for one device. Prints as a table; `seed` draws the same inputs again. `core` is the core's version."""
+    """All results for one device. Prints as a table; `seed` draws the same inputs again. `core` is the core's
+    version.
+    """
 
     device: Device
     core: str
@@ -86,7 +106,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; an infinite error, which JSON cannot say, is None."""
-        return {"passed": self.passed, **attrs.asdict(self, value_serializer=lambda _, __, v: None if v == math.inf else v)}
+        return {
+            "passed": self.passed,
+            **attrs.asdict(self, value_serializer=lambda _, __, v: None if v == math.inf else v),
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -103,10 +126,15 @@ class Report:
 
 
 def check_backend(
-    backend: str | AttentionBackend, *, unsupported: Mapping[str, str] | None = None,
-    expected_failure: Mapping[str, str] | None = None, quick: bool = False, seed: int | None = None,
-    checks: Sequence[str] | None = None, progress: Callable[[str, float], None] = lambda text, share: None,
-) -> Report:  # fmt: skip
+    backend: str | AttentionBackend,
+    *,
+    unsupported: Mapping[str, str] | None = None,
+    expected_failure: Mapping[str, str] | None = None,
+    quick: bool = False,
+    seed: int | None = None,
+    checks: Sequence[str] | None = None,
+    progress: Callable[[str, float], None] = lambda text, share: None,
+) -> Report:
     """Hold a device to everything it claims, to refusing everything else, and to how a device behaves.
 
     Args:
@@ -156,7 +184,10 @@ def _run(name: str, subject: Subject) -> CheckResult:
         status, measure = Status.FAILED, Measure(failure.error, failure.bound, str(failure))
     except Exception as raised:  # a device may raise anything, and the other checks must still run
         place = traceback.extract_tb(raised.__traceback__)[-1]
-        status, measure = Status.FAILED, Measure(detail=f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})")
+        status, measure = (
+            Status.FAILED,
+            Measure(detail=f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"),
+        )
     return CheckResult(name=name, status=status, seconds=time.monotonic() - start, **measure._asdict())
 
 
@@ -164,5 +195,7 @@ def _judged(result: CheckResult, expected: str | None) -> CheckResult:
     if expected is None or result.status is Status.SKIPPED:
         return result
     if result.status is Status.PASSED:
-        return attrs.evolve(result, status=Status.UNEXPECTED_PASS, detail=f"it passes, and was expected to fail: {expected}")
+        return attrs.evolve(
+            result, status=Status.UNEXPECTED_PASS, detail=f"it passes, and was expected to fail: {expected}"
+        )
     return attrs.evolve(result, status=Status.EXPECTED_FAILURE, detail=f"{expected} ({result.detail})")

@@ -1,8 +1,8 @@
 """Whether a device is what it says: where it runs, what it costs, what its discovery loads, what its kernels compute.
 
 ESTIMATE_FACTOR: how far outside its interval a time estimate may lie from the measured time, by what it is based on:
-measured ones leave room for a busy machine, the others for not knowing this machine. HOST_SLACK and LAUNCH_SLACK: seconds
-that a call may take beyond any estimate, for a busy host's scheduler and for an accelerator's launch.
+measured ones leave room for a busy machine, the others for not knowing this machine. HOST_SLACK and LAUNCH_SLACK:
+seconds that a call may take beyond any estimate, for a busy host's scheduler and for an accelerator's launch.
 DISCOVER: runs in a fresh process and prints which modules are there after discovery, and which libraries it loaded.
 """
 
@@ -53,7 +53,9 @@ def discovery(s: Subject) -> Measure:
     if not plugins:
         raise Skip("registered at run time, not found by an entry point")
     environment = os.environ | {"HAL_PLUGINS": ",".join(plugins), "HAL_DISABLE": ""}
-    done = subprocess.run([sys.executable, "-c", DISCOVER], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", DISCOVER], env=environment, capture_output=True, text=True, timeout=120
+    )
     if done.returncode:
         raise Failure(f"discovery in a fresh process failed: {done.stderr.strip().splitlines()[-1:]}")
     modules, libraries = json.loads(done.stdout)
@@ -75,7 +77,9 @@ def estimates(s: Subject) -> Measure:
         if estimate.memory < r.batch * r.heads_q * r.len_q * r.dim_v:
             raise Failure(f"{case}: a memory of {estimate.memory:,} bytes is estimated, the output alone needs more")
         if estimate.parts and abs(total - estimate.time.middle) > 0.01 * estimate.time.middle:
-            raise Failure(f"{case}: the parts add up to {total:.3g} s, the time's middle is {estimate.time.middle:.3g} s")
+            raise Failure(
+                f"{case}: the parts add up to {total:.3g} s, the time's middle is {estimate.time.middle:.3g} s"
+            )
     for small, large in itertools.pairwise(found):
         if any(a and b and b.high < a.middle for a, b in ((small.time, large.time), (small.energy, large.energy))):
             raise Failure(f"{cases[found.index(large)]}: estimated to cost less than fewer tokens")
@@ -109,12 +113,18 @@ def runs_where_it_says(s: Subject) -> Measure:
             result = s.run(path, case, inputs)
         if path == "hal.attention" and own.id not in metered.records:
             raise Failure(f"{case}: the meter saw {sorted(metered.records)} run, not {own.id}")
-        if strangers := sorted(id for id in called | set(metered.records) - {own.id} if id not in " ".join(own.features)):
+        if strangers := sorted(
+            id for id in called | set(metered.records) - {own.id} if id not in " ".join(own.features)
+        ):
             raise Failure(f"{case}, by {path}: {', '.join(strangers)} did the work, and {own.id} does not name it")
         if result.out.device != inputs.query.device:
-            raise Failure(f"{case}, by {path}: the result lies on {result.out.device}, the query on {inputs.query.device}")
+            raise Failure(
+                f"{case}, by {path}: the result lies on {result.out.device}, the query on {inputs.query.device}"
+            )
         if own.fidelity is Fidelity.HARDWARE and (elsewhere := products.devices - {own.family}):
-            raise Failure(f"{case}, by {path}: torch computed it on {', '.join(elsewhere)}, {own.family} hardware is claimed")
+            raise Failure(
+                f"{case}, by {path}: torch computed it on {', '.join(elsewhere)}, {own.family} hardware is claimed"
+            )
     return Measure()
 
 
@@ -135,10 +145,14 @@ class _Products(TorchDispatchMode):
 def _watched(s: Subject) -> Iterator[set[str]]:
     """The ids of other devices whose open sessions are asked to work inside."""
     called: set[str] = set()
-    others = [(id, session) for entry in registry.entries() for id, session in entry.sessions.items() if id != s.device.id]
+    others = [
+        (id, session) for entry in registry.entries() for id, session in entry.sessions.items() if id != s.device.id
+    ]
     with ExitStack() as undo:
         for (id, session), name in itertools.product(others, ("prepare_attention", "compute_attention")):
-            noting = Mock(wraps=getattr(session, name), side_effect=lambda *_, id=id, **__: (called.add(id), DEFAULT)[1])  # type: ignore[func-returns-value]
+            noting = Mock(
+                wraps=getattr(session, name), side_effect=lambda *_, id=id, **__: (called.add(id), DEFAULT)[1]
+            )  # type: ignore[func-returns-value]
             undo.enter_context(patch.object(session, name, noting))
         yield called
 
@@ -153,7 +167,9 @@ def kernels(s: Subject) -> Measure:
     for name, dtype in [(each, dtype) for each in names for dtype in specs[each].tolerance]:
         drawn = resolve(specs[name].sampler)(torch.Generator().manual_seed(s.seed))
         floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in drawn]
-        given = [x.to(s.corners.base.device, getattr(torch, dtype)) if f else x for x, f in zip(drawn, floats, strict=True)]
+        given = [
+            x.to(s.corners.base.device, getattr(torch, dtype)) if f else x for x, f in zip(drawn, floats, strict=True)
+        ]
         want = resolve(specs[name].reference)(*(x.double() if f else x for x, f in zip(given, floats, strict=True)))
         got, bound = s.session.kernel(name)(*given), specs[name].tolerance[dtype]
         if (numerics := s.capabilities.numerics.get(dtype)) is not None and numerics.noisy:

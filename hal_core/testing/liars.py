@@ -32,7 +32,9 @@ class DenseSession(SimpleSession):
     def __init__(self) -> None:
         super().__init__(self.attend, autograd="native")
 
-    def compute_attention(self, prepared: Any, mask: Any = None, *, query: Any = None, rng: Any = None, out: Any = None) -> Any:
+    def compute_attention(
+        self, prepared: Any, mask: Any = None, *, query: Any = None, rng: Any = None, out: Any = None
+    ) -> Any:
         first, key, value, request = prepared
         result, lse = self.attend(first if query is None else query, key, value, mask, request, rng)
         return AttentionOutput(result if out is None else out.copy_(result), lse if request.lse else None)
@@ -83,14 +85,21 @@ class DenseBackend:
 
     Args:
         name: the backend's name; its device is "<name>:0". session: makes a session. claims: what is declared.
-        fidelity, family: of the device. seconds: the most time that it estimates for a tiny call. refuses: by its check().
+        fidelity, family: of the device. seconds: the most time that it estimates for a tiny call. refuses: by its
+            check().
     """
 
     def __init__(
-        self, name: str = "honest", session: Callable[[], Any] = DenseSession, claims: Capabilities = CLAIMS, *,
-        fidelity: Fidelity = Fidelity.EMULATED, family: str = "torch", seconds: float = 1e-2,
+        self,
+        name: str = "honest",
+        session: Callable[[], Any] = DenseSession,
+        claims: Capabilities = CLAIMS,
+        *,
+        fidelity: Fidelity = Fidelity.EMULATED,
+        family: str = "torch",
+        seconds: float = 1e-2,
         refuses: Callable[[AttentionRequest], bool] = lambda request: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._claims, self._session, self._seconds, self._refuses = claims, session, seconds, refuses
         self._device = Device(id=f"{name}:0", family=family, vendor="hal-core", model="dense torch", fidelity=fidelity)
 
@@ -156,20 +165,29 @@ LIES: Mapping[str, Lie] = {
     "dropped mask": lie("masks", mask=lambda self, mask: None),
     "swapped group heads": lie("grouped_heads", grouped=lambda self, tensor, group: tensor.repeat(1, group, 1, 1)),
     "wrong causal alignment": lie("causal", visible=_top_left),
-    "wrong base of the log-sum-exp": lie("log_sum_exp", lse=lambda self, scores: torch.logsumexp(scores, -1) / math.log(2)),
+    "wrong base of the log-sum-exp": lie(
+        "log_sum_exp", lse=lambda self, scores: torch.logsumexp(scores, -1) / math.log(2)
+    ),
     "NaN in rows without keys": lie("masks", weights=lambda self, scores, dead: torch.softmax(scores / ~dead, -1)),
     "stale keys": lie("stale_keys", prepare_attention=_program_once),
     "changes its inputs": lie("inputs_unchanged", attend=_halve_keys),
     "leaks": lie("leaks", weights=_keep_weights),
-    "half a gradient": lie("gradients", grouped=lambda self, t, group: ((t + t.detach()) / 2).repeat_interleave(group, 1)),
-    "claims a dtype it lacks": lie("dtypes", options={"claims": attrs.evolve(CLAIMS, dtypes=_DOUBLE, numerics=_DOUBLE)}),
+    "half a gradient": lie(
+        "gradients", grouped=lambda self, t, group: ((t + t.detach()) / 2).repeat_interleave(group, 1)
+    ),
+    "claims a dtype it lacks": lie(
+        "dtypes", options={"claims": attrs.evolve(CLAIMS, dtypes=_DOUBLE, numerics=_DOUBLE)}
+    ),
     "refuses what it claims": lie("window", options={"refuses": lambda request: request.window is not None}),
     "ignores rng": lie("repeats", kept=lambda self, weights, r, rng: DenseSession.kept(self, weights, r, None)),
     "wavers where it claims determinism": lie(
-        "repeats", weights=lambda self, s, dead: torch.softmax(s + 1e-6 * torch.rand_like(s), -1).masked_fill(dead, 0)),
+        "repeats", weights=lambda self, s, dead: torch.softmax(s + 1e-6 * torch.rand_like(s), -1).masked_fill(dead, 0)
+    ),
     "leaves the work to another device": lie(
-        "runs_where_it_says", compute_attention=lambda self, *a, **k: session("honest:0").compute_attention(*a, **k)),
+        "runs_where_it_says", compute_attention=lambda self, *a, **k: session("honest:0").compute_attention(*a, **k)
+    ),
     "calls torch on the host hardware": lie(
-        "runs_where_it_says", options={"fidelity": Fidelity.HARDWARE, "family": "accelerator"}),
+        "runs_where_it_says", options={"fidelity": Fidelity.HARDWARE, "family": "accelerator"}
+    ),
     "estimates from thin air": lie("estimates", options={"seconds": 1e-9}),
-}  # fmt: skip
+}

@@ -14,9 +14,16 @@ from ..contract import Options, describe
 
 
 def request_of(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, plan: BlockPlan | None = None,
-    tables: SequenceTables | None = None, grads: frozenset[str] = frozenset(), **options: Any,
-) -> AttentionRequest:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    plan: BlockPlan | None = None,
+    tables: SequenceTables | None = None,
+    grads: frozenset[str] = frozenset(),
+    **options: Any,
+) -> AttentionRequest:
     """The request that `hal_core.attention` would make of this call.
 
     Args:
@@ -35,9 +42,17 @@ def request_of(
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, request: AttentionRequest | None = None,
-    plan: BlockPlan | None = None, tables: SequenceTables | None = None, keep: Tensor | None = None, **options: Any,
-) -> AttentionOutput:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    request: AttentionRequest | None = None,
+    plan: BlockPlan | None = None,
+    tables: SequenceTables | None = None,
+    keep: Tensor | None = None,
+    **options: Any,
+) -> AttentionOutput:
     """Attention in float64, dense, one plain step after the other.
 
     Args:
@@ -67,9 +82,16 @@ def reference(
 
 
 def reference_gradients(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, grad_out: Tensor,
-    grad_lse: Tensor | None = None, request: AttentionRequest | None = None, **options: Any,
-) -> Grads:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    request: AttentionRequest | None = None,
+    **options: Any,
+) -> Grads:
     """Gradients of `reference` in float64, by torch's autograd.
 
     Args:
@@ -119,7 +141,9 @@ def relative_error(x: Tensor, want: Tensor) -> float:
 def _sequences(
     request: AttentionRequest, tables: SequenceTables, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None
 ) -> Iterator[tuple[Any, ...]]:
-    """The call as plain attention problems (query, key, value, *masks): a dense batch, or each packed or paged sequence."""
+    """The call as plain attention problems (query, key, value, *masks): a dense batch, or each packed or paged
+    sequence.
+    """
     cu_q, cu_k, pages, held, key_scale, value_scale = tables
     if cu_q is None and pages is None:
         yield query, _scaled(key, key_scale), _scaled(value, value_scale), *masks
@@ -136,9 +160,14 @@ def _sequences(
 
 
 def _dense(
-    request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None,
+    request: AttentionRequest,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    keep: Tensor | None,
     planned: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     key, value = (t.double().repeat_interleave(request.heads_q // request.heads_kv, dim=1) for t in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * request.effective_scale
     if request.softcap is not None:

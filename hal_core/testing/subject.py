@@ -147,7 +147,9 @@ class Subject:
         flowing = {"grad_out": grad_out, "grad_lse": grad_lse if case.request.grad_lse else None}
         return Outcome(out, lse, reference_gradients(query, key, value, mask, **flowing, **given))
 
-    def errors(self, case: Case, inputs: Inputs, got: Outcome, want: Outcome) -> Iterator[tuple[str, float, float, float]]:
+    def errors(
+        self, case: Case, inputs: Inputs, got: Outcome, want: Outcome
+    ) -> Iterator[tuple[str, float, float, float]]:
         """(what, error, bound, norm) for everything that the case asks for. Raises Failure for a wrong shape or dtype.
 
         Where rows read one key, dq and dk cancel to 0: judged by what flowed in. A log-sum-exp near 0: absolute error.
@@ -159,13 +161,23 @@ class Subject:
         rows = (
             ("out", got.out, want.out, inputs.query.dtype, numerics.relative),
             ("log-sum-exp", got.lse, want.lse if r.lse else None, inputs.grad_lse.dtype, numerics.lse),
-            *((f"gradient of {name}", x, wanted, tensor.dtype if tensor is not None else None, numerics.gradient or 0.0)
-              for name, x, wanted, tensor in zip(Grads._fields, got.grads, want.grads, inputs[:4], strict=True)),
-        )  # fmt: skip
+            *(
+                (
+                    f"gradient of {name}",
+                    x,
+                    wanted,
+                    tensor.dtype if tensor is not None else None,
+                    numerics.gradient or 0.0,
+                )
+                for name, x, wanted, tensor in zip(Grads._fields, got.grads, want.grads, inputs[:4], strict=True)
+            ),
+        )
         for what, x, wanted, dtype, bound in (row for row in rows if row[2] is not None):
             if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (wanted.shape, dtype, inputs.query.device):
                 given = f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"{x!r}"
-                raise Failure(f"{case}: {what} is {given}, wanted is {list(wanted.shape)} {dtype} on {inputs.query.device}")
+                raise Failure(
+                    f"{case}: {what} is {given}, wanted is {list(wanted.shape)} {dtype} on {inputs.query.device}"
+                )
             cancelled = what.startswith("gradient") and float(wanted.norm()) <= 1e-12 * flowed
             error = float(x.double().norm()) / flowed if cancelled and flowed else relative_error(x, wanted)
             finite = wanted[wanted.isfinite()] if what == "log-sum-exp" else wanted.new_ones(1)
@@ -175,11 +187,14 @@ class Subject:
     def hold(self, case: Case, inputs: Inputs | None = None, keep: Tensor | None = None) -> Measure:
         """Run a case on each path and hold it to the declared numerics.
 
-        Noise, and results of few numbers, whose norm may be next to nothing, are judged over fresh draws taken together: each
-        draw's error against the size of all of them, so that a draw of next to nothing tells next to nothing.
+        Noise, and results of few numbers, whose norm may be next to nothing, are judged over fresh draws taken
+        together: each draw's error against the size of all of them, so that a draw of next to nothing tells next to
+            nothing.
         """
         r, often = case.request, QUICK_DRAWS if self.quick else DRAWS
-        draws = range(DRAWS if r.batch * r.heads_q * r.len_q * min(r.dim_v, 8) < FEW else often if r.dtype in self.noisy else 1)
+        draws = range(
+            DRAWS if r.batch * r.heads_q * r.len_q * min(r.dim_v, 8) < FEW else often if r.dtype in self.noisy else 1
+        )
         worst, wants = Measure(), [self.want(case, inputs or case.draw(self.seed + draw), keep) for draw in draws]
         # hal.attention lets gradients flow through any log-sum-exp that it returns
         for path in PATHS[:1] if r.lse and r.grads and not r.grad_lse else PATHS:
@@ -192,7 +207,9 @@ class Subject:
                 size = math.hypot(*(norm for _, norm in found)) / len(found) ** 0.5
                 errors = [error * norm / size if size else error for error, norm in found]
                 error = math.hypot(*errors) / len(errors) ** 0.5
-                spread = 3 * statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 and error < math.inf else 0.0
+                spread = (
+                    3 * statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 and error < math.inf else 0.0
+                )
                 if not error - spread <= bound:
                     wrong = f"{case}, by {path}: {what} is wrong by {error:.2g}, {bound:.2g} declared"
                     raise Failure(wrong + diagnosis(case, given, got, want, bound), error, bound)
@@ -212,7 +229,9 @@ def _leaves(inputs: Inputs, wanted: frozenset[str]) -> list[Any]:
     ]
 
 
-def _native_gradients(request: AttentionRequest, leaves: list[Any], out: Tensor, lse: Tensor | None, inputs: Inputs) -> Grads:
+def _native_gradients(
+    request: AttentionRequest, leaves: list[Any], out: Tensor, lse: Tensor | None, inputs: Inputs
+) -> Grads:
     """Torch's gradients of the leaves; those that the result does not depend on stay None."""
     if not request.grads:
         return Grads()
@@ -253,7 +272,12 @@ def _mistakes(r: AttentionRequest, inputs: Inputs) -> Iterator[tuple[str, Attent
         key, value = (t.repeat(1, r.heads_q // r.heads_kv, 1, 1) for t in (inputs.key, inputs.value))
         swapped = inputs._replace(key=key, value=value)
         yield "query head h reading key head h % heads_kv", replace(r, heads_kv=r.heads_q), swapped
-    changes: list[dict[str, Any]] = [{"diagonal": 0}, {"window": None}, {"softcap": None}, *({"causal": c} for c in Causal)]
+    changes: list[dict[str, Any]] = [
+        {"diagonal": 0},
+        {"window": None},
+        {"softcap": None},
+        *({"causal": c} for c in Causal),
+    ]
     changes += [{"scale": scale} for scale in (r.dim_qk**-0.5, max(r.dim_v, 1) ** -0.5, 1.0)]
     for change in changes:
         for field, value in change.items():

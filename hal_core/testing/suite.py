@@ -1,10 +1,10 @@
 """The conformance kit as pytest tests: one test per check.
 
-    from hal_core.testing import ConformanceSuite
+from hal_core.testing import ConformanceSuite
 
-    class TestMyDevice(ConformanceSuite):
-        backend = "mydevice"
-        unsupported = {"dlpack": "the device's memory is not addressable"}
+class TestMyDevice(ConformanceSuite):
+    backend = "mydevice"
+    unsupported = {"dlpack": "the device's memory is not addressable"}
 """
 
 from __future__ import annotations

@@ -17,8 +17,12 @@ measuring = pytest.importorskip("hal_compute.calibrate", exc_type=ImportError)
 
 OLD = {"call": 1e-3, "mac": 1e-9}  # of before dtypes, copies and gradients were measured
 NEW = OLD | {
-    "mac in float16": 1e-11, "gradient mac": 4e-9, "gradient mac in float16": 5e-9, "copied byte": 1e-8, "call from cuda": 5e-4,
-}  # fmt: skip
+    "mac in float16": 1e-11,
+    "gradient mac": 4e-9,
+    "gradient mac in float16": 5e-9,
+    "copied byte": 1e-8,
+    "call from cuda": 5e-4,
+}
 
 
 def asked(dtype: str = "float32", place: str = "cpu", length: int = 256, **options: Any) -> hal.AttentionRequest:
@@ -28,16 +32,19 @@ def asked(dtype: str = "float32", place: str = "cpu", length: int = 256, **optio
 MACS = asked().visible_macs
 
 
-@pytest.mark.parametrize(("values", "request_", "want"), [
-    (OLD, asked(), 1e-3 + MACS * 1e-9),
-    (OLD, asked(grads=frozenset("q")), 1e-3 + MACS * 4e-9),
-    (OLD, asked("float16"), None),
-    (OLD, asked(place="cuda:0"), None),
-    (NEW, asked("float16"), 1e-3 + 4 * 8 * 256 * 64 * 2 * 1e-8 + MACS * 1e-11),
-    (NEW, asked("float16", "cuda:0"), 5e-4 + MACS * 1e-11),
-    (NEW, asked("float16", "cuda:0", grads=frozenset("q")), 5e-4 + MACS * (1e-11 + 5e-9)),
-    (NEW, asked("bfloat16"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "request_", "want"),
+    [
+        (OLD, asked(), 1e-3 + MACS * 1e-9),
+        (OLD, asked(grads=frozenset("q")), 1e-3 + MACS * 4e-9),
+        (OLD, asked("float16"), None),
+        (OLD, asked(place="cuda:0"), None),
+        (NEW, asked("float16"), 1e-3 + 4 * 8 * 256 * 64 * 2 * 1e-8 + MACS * 1e-11),
+        (NEW, asked("float16", "cuda:0"), 5e-4 + MACS * 1e-11),
+        (NEW, asked("float16", "cuda:0", grads=frozenset("q")), 5e-4 + MACS * (1e-11 + 5e-9)),
+        (NEW, asked("bfloat16"), None),
+    ],
+)
 def test_a_call_takes_what_its_own_dtype_and_place_took(
     values: dict[str, float], request_: hal.AttentionRequest, want: float | None
 ) -> None:

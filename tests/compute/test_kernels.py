@@ -96,13 +96,16 @@ def test_every_field_of_a_batch_steps_by_itself(device: str, seed: int) -> None:
         assert torch.equal(flowed[n], flow(phi[n], dt))
 
 
-@pytest.mark.parametrize(("name", "arguments", "words"), [
-    ("ricci_flow_step", (torch.zeros(4, 4), 0.3), "exp(2 * min(phi)) / 4 = 0.25"),
-    ("reaction_diffusion_step", (torch.zeros(4, 4), torch.zeros(4, 4), 1.5), "between 0 and 1"),
-    ("vector_add", (torch.zeros(4), torch.zeros(5)), "make the shapes equal"),
-    ("matmul", (torch.zeros(4, 3), torch.zeros(4, 3)), "[.., K, N]"),
-    ("reduce_sum", (torch.zeros(4, dtype=torch.float64),), "pass float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("ricci_flow_step", (torch.zeros(4, 4), 0.3), "exp(2 * min(phi)) / 4 = 0.25"),
+        ("reaction_diffusion_step", (torch.zeros(4, 4), torch.zeros(4, 4), 1.5), "between 0 and 1"),
+        ("vector_add", (torch.zeros(4), torch.zeros(5)), "make the shapes equal"),
+        ("matmul", (torch.zeros(4, 3), torch.zeros(4, 3)), "[.., K, N]"),
+        ("reduce_sum", (torch.zeros(4, dtype=torch.float64),), "pass float32"),
+    ],
+)
 def test_bad_arguments_are_refused_with_the_fix(device: str, name: str, arguments: Any, words: str) -> None:
     with pytest.raises(hal.ContractError) as raised:
         hal.kernel(name, device)(*arguments)

@@ -29,7 +29,7 @@ from hal_core import (
     Refusal,
     dense_mask,
     expand_block_plan,
-)  # fmt: skip
+)
 
 NUMERICS = {
     "float64": Numerics(relative=1e-12, lse=1e-12, gradient=1e-11),
@@ -42,9 +42,15 @@ NUMERICS = {
 def full(**changes: Any) -> Capabilities:
     """Everything that `weights_of` can do, with changes."""
     claims: dict[str, Any] = {
-        "dtypes": NUMERICS, "numerics": NUMERICS, "head_dim": Range(1, 512), "masks": MaskKind, "causal": Causal,
-        "features": FEATURES - {"packed", "paged", "fp8_cache"}, "block_sizes": Range(1), "length": Range(0),
-    }  # fmt: skip
+        "dtypes": NUMERICS,
+        "numerics": NUMERICS,
+        "head_dim": Range(1, 512),
+        "masks": MaskKind,
+        "causal": Causal,
+        "features": FEATURES - {"packed", "paged", "fp8_cache"},
+        "block_sizes": Range(1),
+        "length": Range(0),
+    }
     return Capabilities(**(claims | changes))
 
 
@@ -90,9 +96,14 @@ def kept(
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest,
-    plan: BlockPlan | None = None, rng: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    request: AttentionRequest,
+    plan: BlockPlan | None = None,
+    rng: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Differentiable attention, half precision computed in float32: (out, lse)."""
     dtype = query.dtype
     if dtype in (torch.float16, torch.bfloat16):
@@ -121,9 +132,16 @@ class FakeSession:
         return {"tile_size": sequence_length}
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *, request: AttentionRequest,
-        plan: BlockPlan | None = None, tables: Any = None,
-    ) -> Any:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: Any = None,
+    ) -> Any:
         assert not self.closed, "the core used a closed session"
         assert (query.shape[2], key.shape[2]) == (request.len_q, request.len_k), "the core must pass exact lengths"
         return query, key, value, request, plan
@@ -150,9 +168,16 @@ class FakeSession:
         return result * (1 + self.backend.noise * torch.randn(result.shape, generator=drawn, dtype=result.dtype))
 
     def compute_attention_backward(
-        self, prepared: Any, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: Any = None,
-    ) -> Grads:  # fmt: skip
+        self,
+        prepared: Any,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: Any = None,
+    ) -> Grads:
         """From the given pair (out, lse) alone, as a ring needs it. Dao et al. 2022, appendix B.4, and a softcap."""
         assert self.backend.autograd == "explicit", "the core asked a session for a backward that it does not offer"
         query, key, value, request, plan = prepared
@@ -179,8 +204,11 @@ class FakeSession:
             return grad.view(batch, request.heads_kv, group, len_k, grad.shape[-1]).sum(2)
 
         grads = (
-            grad_scores @ key.repeat_interleave(group, 1), of_groups(grad_scores.mT @ query), of_groups(grad_value), grad_mask,
-        )  # fmt: skip
+            grad_scores @ key.repeat_interleave(group, 1),
+            of_groups(grad_scores.mT @ query),
+            of_groups(grad_value),
+            grad_mask,
+        )
         return Grads(
             *(
                 grad if name in request.grads else None
@@ -221,20 +249,44 @@ class FakeBackend:
     """
 
     def __init__(
-        self, name: str, *, capabilities: Capabilities | None = None, autograd: str = "native", bound: bool = False,
-        count: int = 1, fidelity: str = "hardware", reads: tuple[str, ...] = ("cpu",), device_memory: int | None = None,
-        time: Any = 1e-9, energy: Quantity | None = None, error: Quantity | None = None,
+        self,
+        name: str,
+        *,
+        capabilities: Capabilities | None = None,
+        autograd: str = "native",
+        bound: bool = False,
+        count: int = 1,
+        fidelity: str = "hardware",
+        reads: tuple[str, ...] = ("cpu",),
+        device_memory: int | None = None,
+        time: Any = 1e-9,
+        energy: Quantity | None = None,
+        error: Quantity | None = None,
         memory: Callable[[AttentionRequest], int] = lambda request: 0,
         check: Callable[[AttentionRequest, Device], Iterable[Refusal]] = lambda request, device: (),
-        open: Callable[[FakeBackend, Device], Any] | None = None, noise: float = 0.0, absent: str = "",
-    ) -> None:  # fmt: skip
+        open: Callable[[FakeBackend, Device], Any] | None = None,
+        noise: float = 0.0,
+        absent: str = "",
+    ) -> None:
         self.name, self.autograd, self.noise = name, autograd, noise
         self._capabilities = capabilities or full()
-        self._found = [] if absent else [
-            Device(id=f"{name}:{i}", family=name, vendor="fake", model=f"model {i}", fidelity=Fidelity(fidelity),
-                   reads=reads, memory=device_memory, driver="1.0")
-            for i in range(count)
-        ]  # fmt: skip
+        self._found = (
+            []
+            if absent
+            else [
+                Device(
+                    id=f"{name}:{i}",
+                    family=name,
+                    vendor="fake",
+                    model=f"model {i}",
+                    fidelity=Fidelity(fidelity),
+                    reads=reads,
+                    memory=device_memory,
+                    driver="1.0",
+                )
+                for i in range(count)
+            ]
+        )
         self._time, self.energy, self._error, self._memory, self._check = time, energy, error, memory, check
         self._open = open or (BoundSession if bound else FakeSession)
         self._absent = absent
@@ -268,9 +320,18 @@ class FakeBackend:
 
 
 def draw(
-    generator: torch.Generator, batch: int = 2, heads: int = 4, len_q: int = 7, len_k: int | None = None, dim: int = 8, *,
-    heads_kv: int | None = None, dim_v: int | None = None, dtype: torch.dtype = torch.float32, grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    generator: torch.Generator,
+    batch: int = 2,
+    heads: int = 4,
+    len_q: int = 7,
+    len_k: int | None = None,
+    dim: int = 8,
+    *,
+    heads_kv: int | None = None,
+    dim_v: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Standard normal query, key and value."""
     len_k, heads_kv, dim_v = len_k if len_k is not None else len_q, heads_kv or heads, dim_v or dim
     shapes = ((batch, heads, len_q, dim), (batch, heads_kv, len_k, dim), (batch, heads_kv, len_k, dim_v))

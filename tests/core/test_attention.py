@@ -1,4 +1,6 @@
-"""`hal.attention` and `hal.bind` on every kind of session: right in float64's eyes, repeatable, and without side effects."""
+"""`hal.attention` and `hal.bind` on every kind of session: right in float64's eyes, repeatable, and without side
+effects.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,11 @@ def device(request: pytest.FixtureRequest, fake: Fake) -> str:
     if kind == "cpu":
         return str(request.getfixturevalue("cpu"))
     if kind == "simple":
-        fake(kind, open=lambda backend, device: hal.SimpleSession(attend, autograd="native"),
-             capabilities=full(features=full().features - {"block_plan", "dropout"}))  # fmt: skip
+        fake(
+            kind,
+            open=lambda backend, device: hal.SimpleSession(attend, autograd="native"),
+            capabilities=full(features=full().features - {"block_plan", "dropout"}),
+        )
     else:
         fake(kind, bound=kind == "bound", autograd="explicit" if kind == "explicit" else "native")
     return f"{kind}:0"
@@ -69,12 +74,15 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[torch.Generator], dict[str, Any
     "softcap": ({}, lambda g: {"softcap": 1.5}),
     "boolean mask": ({"len_k": 9}, lambda g: {"attn_mask": torch.rand(2, 4, 7, 9, generator=g) < 0.5}),
     "boolean mask with a dead row": (
-        {"len_k": 9}, lambda g: {"attn_mask": (torch.rand(7, 9, generator=g) < 0.6) & (torch.arange(7) != 3)[:, None]},
+        {"len_k": 9},
+        lambda g: {"attn_mask": (torch.rand(7, 9, generator=g) < 0.6) & (torch.arange(7) != 3)[:, None]},
     ),
     "additive mask": ({"len_k": 9}, lambda g: {"attn_mask": torch.randn(2, 1, 7, 9, generator=g)}),
     "additive mask with -inf": (
         {"len_k": 9},
-        lambda g: {"attn_mask": torch.randn(7, 9, generator=g).masked_fill(torch.rand(7, 9, generator=g) < 0.4, -math.inf)},
+        lambda g: {
+            "attn_mask": torch.randn(7, 9, generator=g).masked_fill(torch.rand(7, 9, generator=g) < 0.4, -math.inf)
+        },
     ),
     "mask and causal": ({}, lambda g: {"attn_mask": torch.rand(7, 7, generator=g) < 0.7, "is_causal": True}),
     "padding mask": ({"len_k": 9}, lambda g: {"attn_mask": torch.tensor([[9], [4]])[:, None, None] > torch.arange(9)}),
@@ -84,10 +92,17 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[torch.Generator], dict[str, Any
     "block plan": ({"len_q": 11, "len_k": 13}, lambda g: {"block_plan": a_plan(g, 11, 13)}),
     "everything": (
         {"heads": 4, "heads_kv": 2, "len_q": 6, "len_k": 9, "dim_v": 12},
-        lambda g: {"enable_gqa": True, "causal": "bottom_right", "diagonal": 1, "window": (4, None), "softcap": 3.0,
-                   "scale": 0.7, "attn_mask": torch.randn(4, 6, 9, generator=g)},
+        lambda g: {
+            "enable_gqa": True,
+            "causal": "bottom_right",
+            "diagonal": 1,
+            "window": (4, None),
+            "softcap": 3.0,
+            "scale": 0.7,
+            "attn_mask": torch.randn(4, 6, 9, generator=g),
+        },
     ),
-}  # fmt: skip
+}
 
 
 def wanted(tensors: tuple[torch.Tensor, ...], options: dict[str, Any]) -> AttentionOutput:
@@ -324,9 +339,16 @@ def test_a_paged_cache_is_read_through_its_table(cpu: str, generator: torch.Gene
     page_table = torch.full((4, 3), 10**6, dtype=torch.int32)  # what is not used may hold anything
     page_table[0], page_table[2, 0], page_table[3, 0] = order[:3].int(), int(order[3]), int(order[4])
     got = hal.attention(
-        query, key, value, enable_gqa=True, page_table=page_table, cache_seqlens=torch.tensor(held, dtype=torch.int32),
-        backend=cpu, return_lse=True, **options,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        enable_gqa=True,
+        page_table=page_table,
+        cache_seqlens=torch.tensor(held, dtype=torch.int32),
+        backend=cpu,
+        return_lse=True,
+        **options,
+    )
     for n, count in enumerate(held):
         used = page_table[n, : -(-count // size)].long()
         keys, values = (t[used].transpose(0, 1).flatten(1, 2)[None, :, :count] for t in (key, value))

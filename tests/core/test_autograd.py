@@ -54,8 +54,13 @@ def test_gradients_are_those_of_float64(device: str, generator: torch.Generator,
     got = torch.autograd.grad([out, *([result.lse] if lse else [])], leaves, flowing, allow_unused=True)
     given = {key: value for key, value in options.items() if key not in ("block_plan", "enable_gqa")}
     want = reference_gradients(
-        *tensors, mask, grad_out=flowing[0], grad_lse=flowing[1] if lse else None, plan=options.get("block_plan"), **given
-    )  # fmt: skip
+        *tensors,
+        mask,
+        grad_out=flowing[0],
+        grad_lse=flowing[1] if lse else None,
+        plan=options.get("block_plan"),
+        **given,
+    )
     for gradient, wanted in zip(got, want, strict=False):
         assert gradient is not None
         assert gradient.isfinite().all()

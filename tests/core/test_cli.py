@@ -169,7 +169,9 @@ class Benched(FakeBackend):
             self.flushed += 1
 
         ceilings = Ceilings(1e12, 1e11, "measured here")
-        return BenchSetup(calls, lambda: {"MHz": 1980, "W": 571}, lambda: ["other-peer is not installed"], flush, ceilings)
+        return BenchSetup(
+            calls, lambda: {"MHz": 1980, "W": 571}, lambda: ["other-peer is not installed"], flush, ceilings
+        )
 
 
 def test_bench_shows_what_a_backend_adds(run: Run, tmp_path: Path) -> None:
@@ -215,7 +217,9 @@ def test_the_roofline_lies_under_its_ceilings(monkeypatch: pytest.MonkeyPatch, t
     """The roof rises with the bandwidth to the knee, 10 operations a byte, and is flat behind it."""
     axes = pytest.importorskip("matplotlib.axes")
     drawn: list[Any] = []
-    monkeypatch.setattr(axes.Axes, "plot", lambda self, x, y, *rest, **named: drawn.append((named["label"], list(x), list(y))))
+    monkeypatch.setattr(
+        axes.Axes, "plot", lambda self, x, y, *rest, **named: drawn.append((named["label"], list(x), list(y)))
+    )
     monkeypatch.setattr(axes.Axes, "legend", lambda self, **named: None)
     draw(tmp_path / "b.png", {}, {"own": [(4.0, 2e11), (400.0, 8e11)]}, Ceilings(1e12, 1e11, "measured here"))
     label, x, y = drawn[0]
@@ -373,7 +377,9 @@ def test_debug_shows_the_traceback_of_a_process(site: Site) -> None:
 
 
 def test_a_plugin_adds_a_command(site: Site) -> None:
-    site.add("tool", """
+    site.add(
+        "tool",
+        """
         from hal_core import ContractError, hookimpl
 
         def run(options):
@@ -387,7 +393,8 @@ def test_a_plugin_adds_a_command(site: Site) -> None:
             command = subparsers.add_parser("tool", help="a tool")
             command.add_argument("number", type=int)
             command.set_defaults(run=run)
-    """)  # fmt: skip
+    """,
+    )
     results = [site.python("-m", "hal_core", "tool", number) for number in ("0", "5", "13")]
     assert [done.returncode for done in results] == [0, 1, 2]
     assert results[1].stdout == "ran with 5\n"

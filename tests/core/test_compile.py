@@ -1,4 +1,6 @@
-"""Compiled code runs on the selected device, or refuses: never on another one, and with eager's results and gradients."""
+"""Compiled code runs on the selected device, or refuses: never on another one, and with eager's results and
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -388,7 +390,9 @@ def test_forward_and_backward_read_tensors_where_the_device_can(
     want = reference_gradients(*tensors, mask, grad_out=grad_out)
     assert all(relative_error(g, w) <= 1e-10 for g, w in zip(got, want, strict=False))
     assert len(read) >= 3
-    given = (*tensors, mask, out, grad_out) if in_graph else (*tensors, mask)  # eager backward starts on the device itself
+    given = (
+        (*tensors, mask, out, grad_out) if in_graph else (*tensors, mask)
+    )  # eager backward starts on the device itself
     assert not {part.data_ptr() for part in given} & {part.data_ptr() for part in read}
 
 

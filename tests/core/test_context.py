@@ -251,9 +251,10 @@ def test_time_is_modelled_for_a_simulated_device_and_measured_for_others(fake: F
 
 def test_energy_is_summed_with_the_worst_origin(fake: Fake, tensors: Tensors) -> None:
     stated = [
-        quantity(1.0, 2.0, "measured", "measured-silicon"), quantity(3.0, 3.0, "declared", "vendor-published"),
+        quantity(1.0, 2.0, "measured", "measured-silicon"),
+        quantity(3.0, 3.0, "declared", "vendor-published"),
         quantity(1.0, 1.0, "modelled", "measured-silicon"),
-    ]  # fmt: skip
+    ]
     backend = fake("one")
     with hal.meter() as meter:
         for energy in stated:

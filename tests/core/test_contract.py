@@ -53,7 +53,13 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "FP8 without scales": (Q, Q.to(torch.float8_e5m2), Q.to(torch.float8_e5m2), {}, "pass key_scale and value_scale"),
     "devices": (Q, t(2, 4, 5, 8, device="meta"), t(2, 4, 5, 8, device="meta"), {}, "key on meta"),
     "sparse": (Q.to_sparse(), Q, Q, {}, "query is torch.sparse_coo"),
-    "mask of a wrong length": (Q, Q, Q, {"attn_mask": torch.ones(5, 6, dtype=torch.bool)}, "attn_mask has shape [5, 6]"),
+    "mask of a wrong length": (
+        Q,
+        Q,
+        Q,
+        {"attn_mask": torch.ones(5, 6, dtype=torch.bool)},
+        "attn_mask has shape [5, 6]",
+    ),
     "mask of wrong heads": (Q, Q, Q, {"attn_mask": torch.ones(2, 3, 5, 5)}, "broadcasts to [2, 4, 5, 5]"),
     "mask of rank 1": (Q, Q, Q, {"attn_mask": torch.ones(5)}, "attn_mask has shape [5]"),
     "mask of rank 5": (Q, Q, Q, {"attn_mask": torch.ones(1, 2, 4, 5, 5)}, "attn_mask has shape"),
@@ -87,31 +93,49 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "no block plan": (Q, Q, Q, {"block_plan": (1, 1)}, "block_plan is a tuple"),
     "blocks of 0": (Q, Q, Q, {"block_plan": BlockPlan(0, 4, table(), table())}, "blocks of 0"),
     "plan of wrong rows": (
-        Q, Q, Q, {"block_plan": BlockPlan(4, 4, t(1, 1, 3, 1, dtype=torch.int32), t(1, 1, 3, dtype=torch.int32))}, "use int32",
+        Q,
+        Q,
+        Q,
+        {"block_plan": BlockPlan(4, 4, t(1, 1, 3, 1, dtype=torch.int32), t(1, 1, 3, dtype=torch.int32))},
+        "use int32",
     ),
     "plan of floats": (Q, Q, Q, {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1), t(1, 1, 2))}, "torch.float32"),
     "plan beyond the keys": (
-        Q, Q, Q, {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1, dtype=torch.int32) + 2, t(1, 1, 2, dtype=torch.int32) + 1)},
+        Q,
+        Q,
+        Q,
+        {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1, dtype=torch.int32) + 2, t(1, 1, 2, dtype=torch.int32) + 1)},
         "outside 0 to 1",
     ),
     "count over its list": (
-        Q, Q, Q, {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1, dtype=torch.int32), t(1, 1, 2, dtype=torch.int32) + 2)},
+        Q,
+        Q,
+        Q,
+        {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1, dtype=torch.int32), t(1, 1, 2, dtype=torch.int32) + 2)},
         "over its list",
     ),
     "negative count": (
-        Q, Q, Q, {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1, dtype=torch.int32), t(1, 1, 2, dtype=torch.int32) - 1)}, "count",
+        Q,
+        Q,
+        Q,
+        {"block_plan": BlockPlan(4, 4, t(1, 1, 2, 1, dtype=torch.int32), t(1, 1, 2, dtype=torch.int32) - 1)},
+        "count",
     ),
     "one cumulative length": (t(1, 4, 5, 8), t(1, 4, 5, 8), t(1, 4, 5, 8), {"cu_seqlens_q": table(0, 5)}, "pass both"),
     "scales of a cache that has none": (Q, Q, Q, {"key_scale": t(1), "value_scale": t(1)}, "key_scale"),
     "one scale": (Q, Q.to(torch.float8_e5m2), Q.to(torch.float8_e5m2), {"key_scale": t(1)}, "value_scale"),
-}  # fmt: skip
+}
 PACKED = {"max_seqlen_q": 3, "max_seqlen_k": 3}
 P = t(1, 4, 5, 8)
 BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     "no longest lengths": ({"cu_seqlens_q": table(0, 5), "cu_seqlens_k": table(0, 5)}, "max_seqlen_q and max_seqlen_k"),
-    "int64": (PACKED | {"cu_seqlens_q": table(0, 3, 5, dtype=torch.int64), "cu_seqlens_k": table(0, 3, 5)}, "cu_seqlens_q is"),
+    "int64": (
+        PACKED | {"cu_seqlens_q": table(0, 3, 5, dtype=torch.int64), "cu_seqlens_k": table(0, 3, 5)},
+        "cu_seqlens_q is",
+    ),
     "another device": (
-        PACKED | {"cu_seqlens_q": table(0, 3, 5).to("meta"), "cu_seqlens_k": table(0, 3, 5)}, "on meta and query on cpu",
+        PACKED | {"cu_seqlens_q": table(0, 3, 5).to("meta"), "cu_seqlens_k": table(0, 3, 5)},
+        "on meta and query on cpu",
     ),
     "a list": (PACKED | {"cu_seqlens_q": [0, 3, 5], "cu_seqlens_k": table(0, 3, 5)}, "cu_seqlens_q is list"),
     "other counts": (PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 2, 3, 5)}, "[sequences + 1]"),
@@ -119,23 +143,42 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     "no start at 0": (PACKED | {"cu_seqlens_q": table(1, 3, 5), "cu_seqlens_k": table(0, 3, 5)}, "start at 0"),
     "beyond the end": (PACKED | {"cu_seqlens_q": table(0, 3, 6), "cu_seqlens_k": table(0, 3, 5)}, "end at 5"),
     "falling": (PACKED | {"cu_seqlens_q": table(0, 3, 2, 5), "cu_seqlens_k": table(0, 1, 3, 5)}, "never fall"),
-    "longer than the longest": (PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 1, 5)}, "no step over 3"),
+    "longer than the longest": (
+        PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 1, 5)},
+        "no step over 3",
+    ),
     "with a mask": (
-        PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 3, 5), "attn_mask": t(3, 3)}, "use one of them",
+        PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 3, 5), "attn_mask": t(3, 3)},
+        "use one of them",
     ),
     "with pages": (
-        PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 3, 5), "page_table": t(1, 1, dtype=torch.int32),
-                  "cache_seqlens": table(3)}, "use one of them",
+        PACKED
+        | {
+            "cu_seqlens_q": table(0, 3, 5),
+            "cu_seqlens_k": table(0, 3, 5),
+            "page_table": t(1, 1, dtype=torch.int32),
+            "cache_seqlens": table(3),
+        },
+        "use one of them",
     ),
     "pages without lengths": ({"page_table": t(1, 1, dtype=torch.int32)}, "pass both"),
     "lengths without pages": ({"cache_seqlens": table(3)}, "pass both"),
-    "page table of another batch": ({"page_table": t(2, 1, dtype=torch.int32), "cache_seqlens": table(3, 3)}, "with batch 1"),
-    "pages of int64": ({"page_table": t(1, 1, dtype=torch.int64), "cache_seqlens": table(3)}, "page_table is torch.int64"),
-    "a page that is not there": ({"page_table": t(1, 1, dtype=torch.int32) + 1, "cache_seqlens": table(3)}, "outside 0 to 0"),
+    "page table of another batch": (
+        {"page_table": t(2, 1, dtype=torch.int32), "cache_seqlens": table(3, 3)},
+        "with batch 1",
+    ),
+    "pages of int64": (
+        {"page_table": t(1, 1, dtype=torch.int64), "cache_seqlens": table(3)},
+        "page_table is torch.int64",
+    ),
+    "a page that is not there": (
+        {"page_table": t(1, 1, dtype=torch.int32) + 1, "cache_seqlens": table(3)},
+        "outside 0 to 0",
+    ),
     "a negative page": ({"page_table": t(1, 1, dtype=torch.int32) - 1, "cache_seqlens": table(3)}, "outside 0 to 0"),
     "more keys than pages": ({"page_table": t(1, 1, dtype=torch.int32), "cache_seqlens": table(6)}, "use 0 to 5"),
     "negative length": ({"page_table": t(1, 1, dtype=torch.int32), "cache_seqlens": table(-1)}, "use 0 to 5"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -186,10 +229,21 @@ def test_bad_input_is_refused_after_a_good_call_of_the_same_form(everything: Fak
 def test_good_corners_are_not_refused(everything: FakeBackend) -> None:
     masks = (t(5, 5), t(1, 1, 5, 5), t(2, 1, 5, 5), t(4, 5, 5), t(1, 5), t(2, 4, 1, 1), t(5, 5) == 0)
     good = [
-        {"scale": 0.0}, {"scale": -1.0}, {"scale": 1}, {"scale": np.float32(0.5)}, {"window": (0, 0)}, {"window": [1, None]},
-        {"window": (None, None)}, {"diagonal": -7}, {"causal": "none"}, {"causal": hal.Causal.TOP_LEFT, "is_causal": True},
-        {"dropout_p": 0}, {"max_error": 0.5}, {"softcap": 5}, *({"attn_mask": mask} for mask in masks),
-    ]  # fmt: skip
+        {"scale": 0.0},
+        {"scale": -1.0},
+        {"scale": 1},
+        {"scale": np.float32(0.5)},
+        {"window": (0, 0)},
+        {"window": [1, None]},
+        {"window": (None, None)},
+        {"diagonal": -7},
+        {"causal": "none"},
+        {"causal": hal.Causal.TOP_LEFT, "is_causal": True},
+        {"dropout_p": 0},
+        {"max_error": 0.5},
+        {"softcap": 5},
+        *({"attn_mask": mask} for mask in masks),
+    ]
     for options in good:
         assert hal.attention(Q, Q, Q, **options).shape == (2, 4, 5, 8), options
 
@@ -241,11 +295,18 @@ def test_a_bound_call_takes_nothing_but_other_lengths(fake: Fake) -> None:
     ran = len(backend.ran)
     strided = t(2, 4, 8, 5).mT
     wrong: dict[str, tuple[Any, ...]] = {
-        "batch": (t(1, 4, 5, 8),) * 3, "heads": (t(2, 2, 5, 8),) * 3, "head_dim": (t(2, 4, 5, 16),) * 3,
-        "too long": (t(2, 4, 9, 8), Q, Q), "dtype": (Q.double(),) * 3, "key's dtype": (Q, Q.double(), Q.double()),
-        "strides of the query": (strided, Q, Q), "strides of the key": (Q, strided, Q), "a mask": (Q, Q, Q, t(5, 5) == 0),
-        "a gradient": (Q.clone().requires_grad_(), Q, Q), "rank": (t(4, 5, 8),) * 3,
-    }  # fmt: skip
+        "batch": (t(1, 4, 5, 8),) * 3,
+        "heads": (t(2, 2, 5, 8),) * 3,
+        "head_dim": (t(2, 4, 5, 16),) * 3,
+        "too long": (t(2, 4, 9, 8), Q, Q),
+        "dtype": (Q.double(),) * 3,
+        "key's dtype": (Q, Q.double(), Q.double()),
+        "strides of the query": (strided, Q, Q),
+        "strides of the key": (Q, strided, Q),
+        "a mask": (Q, Q, Q, t(5, 5) == 0),
+        "a gradient": (Q.clone().requires_grad_(), Q, Q),
+        "rank": (t(4, 5, 8),) * 3,
+    }
     taken = []
     for name, tensors in wrong.items():
         try:

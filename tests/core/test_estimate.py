@@ -36,8 +36,11 @@ def test_intervals_overlap_where_they_touch() -> None:
 def test_origins_are_ranked_best_first() -> None:
     assert sorted(Basis, key=lambda b: b.rank) == [Basis.MEASURED, Basis.MODELLED, Basis.DECLARED]
     assert sorted(Provenance, key=lambda p: p.rank) == [
-        Provenance.MEASURED_SILICON, Provenance.VENDOR_PUBLISHED, Provenance.PAPER_PROJECTION, Provenance.ASSUMED,
-    ]  # fmt: skip
+        Provenance.MEASURED_SILICON,
+        Provenance.VENDOR_PUBLISHED,
+        Provenance.PAPER_PROJECTION,
+        Provenance.ASSUMED,
+    ]
     assert sorted(Fidelity, key=lambda f: f.rank) == [Fidelity.HARDWARE, Fidelity.EMULATED, Fidelity.SIMULATED]
 
 

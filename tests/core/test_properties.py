@@ -24,9 +24,20 @@ st = hypothesis.strategies
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Who shall run a call. "" is automatic; the CPU stands for itself more often.
 DEVICES = (
-    *["cpu"] * 4, "full", *["explicit"] * 2, *[""] * 2, *["narrow"] * 2, "partial", "moody", "small", "model", "shut", "far",
-    "ghost", "unknown",
-)  # fmt: skip
+    *["cpu"] * 4,
+    "full",
+    *["explicit"] * 2,
+    *[""] * 2,
+    *["narrow"] * 2,
+    "partial",
+    "moody",
+    "small",
+    "model",
+    "shut",
+    "far",
+    "ghost",
+    "unknown",
+)
 Fake = Callable[..., FakeBackend]
 
 
@@ -46,11 +57,15 @@ DAMAGE: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
     "rank": lambda t, o: t.__setitem__(0, t[0].flatten(0, 1)),
     "rank of the value": lambda t, o: t.__setitem__(2, t[2].unsqueeze(0)),
     "no tensor": lambda t, o: t.__setitem__(1, None),
-    "another length": lambda t, o: t.__setitem__(2, torch.cat([t[2], t[2][:, :, :1], t[2].new_zeros(t[2].shape)[:, :, :1]], 2)),
+    "another length": lambda t, o: t.__setitem__(
+        2, torch.cat([t[2], t[2][:, :, :1], t[2].new_zeros(t[2].shape)[:, :, :1]], 2)
+    ),
     "another head size": lambda t, o: t.__setitem__(1, torch.cat([t[1], t[1]], 3)),
     "another batch": lambda t, o: t.__setitem__(0, torch.cat([t[0], t[0], t[0]])),
     "three heads too many": lambda t, o: t.__setitem__(1, torch.cat([t[1]] * 7, 1)),
-    "another dtype": lambda t, o: t.__setitem__(2, t[2].to(torch.float64 if t[0].dtype != torch.float64 else torch.float32)),
+    "another dtype": lambda t, o: t.__setitem__(
+        2, t[2].to(torch.float64 if t[0].dtype != torch.float64 else torch.float32)
+    ),
     "integers": lambda t, o: t.__setitem__(slice(None), [x.to(torch.int32) for x in t]),
     "another device": lambda t, o: t.__setitem__(1, t[1].to("meta")),
     "a mask of another shape": lambda t, o: o.update(attn_mask=torch.ones(t[0].shape[2] + 1, t[1].shape[2] + 3) > 0),
@@ -61,9 +76,11 @@ DAMAGE: dict[str, Callable[[list[Any], dict[str, Any]], None]] = {
     "dropout of 1": lambda t, o: o.update(dropout_p=1.0),
     "causal in words": lambda t, o: o.update(causal="yes please"),
     "half a table": lambda t, o: o.update(cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32)),
-    "a plan past its end": lambda t, o: o.update(block_plan=BlockPlan(1, 1, torch.zeros(1, 1, 99, 1), torch.zeros(1, 1, 99))),
+    "a plan past its end": lambda t, o: o.update(
+        block_plan=BlockPlan(1, 1, torch.zeros(1, 1, 99, 1), torch.zeros(1, 1, 99))
+    ),
     "an objective in words": lambda t, o: o.update(objective="speed"),
-}  # fmt: skip
+}
 
 
 def wider(tensors: list[Any]) -> dict[str, Any]:
@@ -78,14 +95,22 @@ def eighths(tensors: list[Any]) -> dict[str, Any]:
 
 #: What chance rarely brings together, and is called beside what it does: (who, options, gradients).
 AIMS: tuple[tuple[str, Callable[[list[Any]], dict[str, Any]], str], ...] = (
-    ("narrow", lambda t: {"window": (2, 2)}, ""), ("narrow", lambda t: {"softcap": 3.0}, ""),
-    ("narrow", lambda t: {"diagonal": 1}, ""), ("narrow", lambda t: {"deterministic": True}, ""),
-    ("narrow", lambda t: {"dropout_p": 0.2}, ""), ("narrow", lambda t: {"max_error": 1e-9}, ""),
-    ("narrow", wider, ""), ("narrow", eighths, ""), ("partial", lambda t: {"attn_mask": torch.zeros(1, 1)}, "qm"),
-    ("full", lambda t: {"dropout_p": 0.3, "rng": (1, 2)}, "qkv"), ("cpu", eighths, ""), ("narrow", lambda t: {}, ""),
-    ("explicit", lambda t: {"dropout_p": 0.3, "rng": (3, 4)}, "qkv"), ("cpu", lambda t: {"dropout_p": 0.5, "rng": (5, 6)}, ""),
+    ("narrow", lambda t: {"window": (2, 2)}, ""),
+    ("narrow", lambda t: {"softcap": 3.0}, ""),
+    ("narrow", lambda t: {"diagonal": 1}, ""),
+    ("narrow", lambda t: {"deterministic": True}, ""),
+    ("narrow", lambda t: {"dropout_p": 0.2}, ""),
+    ("narrow", lambda t: {"max_error": 1e-9}, ""),
+    ("narrow", wider, ""),
+    ("narrow", eighths, ""),
+    ("partial", lambda t: {"attn_mask": torch.zeros(1, 1)}, "qm"),
+    ("full", lambda t: {"dropout_p": 0.3, "rng": (1, 2)}, "qkv"),
+    ("cpu", eighths, ""),
+    ("narrow", lambda t: {}, ""),
+    ("explicit", lambda t: {"dropout_p": 0.3, "rng": (3, 4)}, "qkv"),
+    ("cpu", lambda t: {"dropout_p": 0.5, "rng": (5, 6)}, ""),
     ("explicit", lambda t: {"window": (2, 1), "softcap": 1.0}, "qkv"),
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -197,8 +222,11 @@ def packed(tensors: list[torch.Tensor], generator: torch.Generator) -> tuple[lis
         ends.append(torch.cat([torch.zeros(1), cuts, torch.tensor([t.shape[2]])]).int())
     longest = [int(e.diff().max()) for e in ends]
     return tensors, {
-        "cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": longest[0], "max_seqlen_k": longest[1],
-    }  # fmt: skip
+        "cu_seqlens_q": ends[0],
+        "cu_seqlens_k": ends[1],
+        "max_seqlen_q": longest[0],
+        "max_seqlen_k": longest[1],
+    }
 
 
 def paged(tensors: list[torch.Tensor], generator: torch.Generator) -> tuple[list[torch.Tensor], dict[str, Any]]:
@@ -231,8 +259,11 @@ def devices(fake: Fake) -> dict[str, FakeBackend]:
     return {
         "full": fake("full", time=1e-3),
         "explicit": fake("explicit", time=1e-3, autograd="explicit", capabilities=full(dtypes={"float32", "float64"})),
-        "narrow": fake("narrow", time=1e-9, capabilities=plain(
-            head_dim=Choice({4, 8}), batch=Range(1, 2), heads=Range(1, 4), length=Range(1, 10))),
+        "narrow": fake(
+            "narrow",
+            time=1e-9,
+            capabilities=plain(head_dim=Choice({4, 8}), batch=Range(1, 2), heads=Range(1, 4), length=Range(1, 10)),
+        ),
         "partial": fake("partial", time=1e-3, capabilities=full(features=some)),
         "moody": fake("moody", time=1e-3, check=moody),
         "small": fake("small", time=1e-3, memory=lambda r: 100 * r.len_q, device_memory=900),
@@ -240,7 +271,7 @@ def devices(fake: Fake) -> dict[str, FakeBackend]:
         "shut": fake("shut", time=1e-13, open=shut),
         "far": fake("far", time=1e-13, reads=("elsewhere",)),
         "ghost": fake("ghost", absent="no /dev/ghost0"),
-    }  # fmt: skip
+    }
 
 
 def close(x: torch.Tensor, want: torch.Tensor, bound: float, floor: float) -> bool:
@@ -271,9 +302,11 @@ class Checker:
         tensors, options = list(call.tensors), dict(call.options)
         if call.grads:
             tensors = [
-                t.detach().requires_grad_() if name in call.grads and isinstance(t, torch.Tensor) and t.dtype.itemsize > 1
-                and t.is_floating_point() else t for name, t in zip("qkv", tensors, strict=True)
-            ]  # fmt: skip
+                t.detach().requires_grad_()
+                if name in call.grads and isinstance(t, torch.Tensor) and t.dtype.itemsize > 1 and t.is_floating_point()
+                else t
+                for name, t in zip("qkv", tensors, strict=True)
+            ]
             mask = options.get("attn_mask")
             if "m" in call.grads and mask is not None and mask.is_floating_point():
                 options["attn_mask"] = mask.detach().requires_grad_()
@@ -333,9 +366,15 @@ class Checker:
         if lse is not None:
             assert close(lse, want.lse, 2 * numerics.lse, math.sqrt(lse.numel()))
         told = {
-            "dropout": request.dropout, "packed": request.packed, "paged": request.page_size, "plan": request.block_plan,
-            "FP8": request.cache_dtype, "lse": request.lse, "gradients": request.grads, "mask": mask is not None,
-        }  # fmt: skip
+            "dropout": request.dropout,
+            "packed": request.packed,
+            "paged": request.page_size,
+            "plan": request.block_plan,
+            "FP8": request.cache_dtype,
+            "lse": request.lse,
+            "gradients": request.grads,
+            "mask": mask is not None,
+        }
         self.judged.update(name for name, asked in told.items() if asked)
         if not request.grads:
             return
@@ -350,9 +389,12 @@ class Checker:
             [o for o, _ in through], leaves, [f for _, f in through], allow_unused=True, materialize_grads=True
         )
         wanted = reference_gradients(
-            *detached, None if mask is None else mask.detach(), grad_out=flowing[0],
-            grad_lse=flowing[1] if lse is not None else None, **given,
-        )  # fmt: skip
+            *detached,
+            None if mask is None else mask.detach(),
+            grad_out=flowing[0],
+            grad_lse=flowing[1] if lse is not None else None,
+            **given,
+        )
         bound = 4 * (numerics.gradient or numerics.relative)
         present = [g for g in wanted if g is not None]
         for leaf, mine, theirs in zip(leaves, got, present, strict=True):

@@ -19,23 +19,35 @@ BROKEN: dict[str, tuple[str | None, str, str, str]] = {
     "bad_syntax": ("def hal_backends(:", "", "import", "SyntaxError: invalid syntax"),
     "bad_hook": (
         "from hal_core import hookimpl\n@hookimpl\ndef hal_backends():\n    raise KeyError('drivers')",
-        "", "hook", "KeyError: 'drivers'",
+        "",
+        "hook",
+        "KeyError: 'drivers'",
     ),
     "bad_arguments": (
-        "from hal_core import hookimpl\n@hookimpl\ndef hal_backends(colour):\n    return []", "", "hook", "colour",
+        "from hal_core import hookimpl\n@hookimpl\ndef hal_backends(colour):\n    return []",
+        "",
+        "hook",
+        "colour",
     ),
     "bad_return": (
-        "from hal_core import hookimpl\n@hookimpl\ndef hal_backends():\n    return 'cuda'", "", "hook", "return a list",
+        "from hal_core import hookimpl\n@hookimpl\ndef hal_backends():\n    return 'cuda'",
+        "",
+        "hook",
+        "return a list",
     ),
     "bad_api": (
         "from hal_core import *\n@hookimpl\ndef hal_backends():\n"
         "    return [BackendSpec(name='bad_api', target='bad_api_device:Backend', api=(2, 0))]",
-        "", "api", "written for plugin contract 2.0, this core has 1.0",
+        "",
+        "api",
+        "written for plugin contract 2.0, this core has 1.0",
     ),
     "bad_minor": (
         "from hal_core import *\n@hookimpl\ndef hal_backends():\n"
         "    return [BackendSpec(name='bad_minor', target='bad_minor_device:Backend', api=(1, 99))]",
-        "", "api", "written for plugin contract 1.99, this core has 1.0",
+        "",
+        "api",
+        "written for plugin contract 1.99, this core has 1.0",
     ),
     "bad_target": (None, COUNTED, "target", "libtoy.so.7: cannot open shared object file"),
     "bad_init": (None, "Backend.__init__ = lambda self: 1 / 0", "target", "division by zero"),
@@ -44,7 +56,7 @@ BROKEN: dict[str, tuple[str | None, str, str, str]] = {
     "bad_open": (None, "Backend.open = lambda self, device: {}['firmware']", "open", "KeyError: 'firmware'"),
     "bad_check": (None, "Backend.check = lambda self, request, device: 1 / 0", "check", "division by zero"),
     "bad_estimate": (None, "Backend.estimate = lambda self, request, device: None", "check", "NoneType"),
-}  # fmt: skip
+}
 TWIN = "from hal_core import *\n@hookimpl\ndef hal_backends():\n    return [BackendSpec(name='twin', target='x:y')]"
 
 ATTEND = """
@@ -217,8 +229,10 @@ IMPORTED = (
 )
 
 
-@pytest.mark.parametrize("variables", [{"HAL_PLUGINS": "good"}, {"HAL_PLUGINS": "good, other", "HAL_DISABLE": "other"},
-                                       {"HAL_DISABLE": "other,cpu,nn"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [{"HAL_PLUGINS": "good"}, {"HAL_PLUGINS": "good, other", "HAL_DISABLE": "other"}, {"HAL_DISABLE": "other,cpu,nn"}],
+)
 def test_a_plugin_that_is_switched_off_is_not_even_imported(site: Site, variables: dict[str, str]) -> None:
     site.add("good")
     site.add("other")

@@ -89,12 +89,35 @@ def test_a_request_survives_json(changes: dict[str, object]) -> None:
 
 def test_the_description_names_everything_that_was_asked() -> None:
     request = replace(
-        BASE, causal=Causal.TOP_LEFT, mask=MaskKind.BOOLEAN, window=(4, 0), softcap=20.0, dropout=0.1, packed=True,
-        page_size=16, block_plan=(8, 8, 2), grads=frozenset({"q"}), lse=True,
-    )  # fmt: skip
+        BASE,
+        causal=Causal.TOP_LEFT,
+        mask=MaskKind.BOOLEAN,
+        window=(4, 0),
+        softcap=20.0,
+        dropout=0.1,
+        packed=True,
+        page_size=16,
+        block_plan=(8, 8, 2),
+        grads=frozenset({"q"}),
+        lse=True,
+    )
     text = request.describe()
-    for part in ("batch 2", "heads 6/3", "5 x 7", "head_dim 8/4", "float32", "causal", "boolean mask", "window (4, 0)",
-                 "softcap 20", "dropout 0.1", "packed", "pages of 16", "block plan (8, 8, 2)", "gradients of q",
-                 "log-sum-exp"):  # fmt: skip
+    for part in (
+        "batch 2",
+        "heads 6/3",
+        "5 x 7",
+        "head_dim 8/4",
+        "float32",
+        "causal",
+        "boolean mask",
+        "window (4, 0)",
+        "softcap 20",
+        "dropout 0.1",
+        "packed",
+        "pages of 16",
+        "block plan (8, 8, 2)",
+        "gradients of q",
+        "log-sum-exp",
+    ):
         assert part in text
     assert BASE.describe() == "batch 2, heads 6/3, 5 x 7, head_dim 8/4, float32"

@@ -62,9 +62,13 @@ def test_the_nearest_wish_names_the_device(local: Fake, monkeypatch: pytest.Monk
         seen.append((choose(backend="by_argument").chosen, choose(backend="by_argument").origin))
     seen.append((choose().chosen, choose().origin))
     assert seen == [
-        ("by_nobody:0", "automatic"), ("by_environment:0", "environment"), ("by_configure:0", "configure"),
-        ("by_use:0", "use"), ("by_argument:0", "argument"), ("by_configure:0", "configure"),
-    ]  # fmt: skip
+        ("by_nobody:0", "automatic"),
+        ("by_environment:0", "environment"),
+        ("by_configure:0", "configure"),
+        ("by_use:0", "use"),
+        ("by_argument:0", "argument"),
+        ("by_configure:0", "configure"),
+    ]
 
 
 def test_the_order_holds_for_calls_too(fake: Fake, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,9 +324,16 @@ def test_the_message_of_a_refusal_is_a_sentence_to_act_on(local: Fake) -> None:
     local("vk", capabilities=full(dtypes={"float16", "float32"}, head_dim=Choice({32, 64, 96, 128, 256})))
     local("able")
     request = replace(
-        REQUEST, heads_q=32, heads_kv=8, len_q=4096, len_k=4096, dim_qk=80, dim_v=80, dtype="bfloat16",
+        REQUEST,
+        heads_q=32,
+        heads_kv=8,
+        len_q=4096,
+        len_k=4096,
+        dim_qk=80,
+        dim_v=80,
+        dtype="bfloat16",
         causal=hal.Causal.TOP_LEFT,
-    )  # fmt: skip
+    )
     with pytest.raises(UnsupportedError) as caught:
         _ = choose(request, backend="vk").winner
     assert str(caught.value).splitlines() == [
@@ -496,9 +507,7 @@ def test_a_device_s_own_limit_on_lengths_is_exact(fake: Fake, order: int) -> Non
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("where", ["device", "configure"])
 def test_memory_limits_are_exact(fake: Fake, where: str, order: int) -> None:
-    backend = fake(
-        "narrow", memory=lambda r: r.len_q * 100, device_memory=5000 * 100 if where == "device" else None
-    )  # fmt: skip
+    backend = fake("narrow", memory=lambda r: r.len_q * 100, device_memory=5000 * 100 if where == "device" else None)
     if where == "configure":
         hal.configure(memory_limit={"narrow:0": 5000 * 100})
     asked = [4096, 4097, 4999, 5000, 5001, 8192, 8193][::order]

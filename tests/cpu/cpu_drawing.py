@@ -36,7 +36,14 @@ class Call(NamedTuple):
     @property
     def request(self) -> AttentionRequest:
         return request_of(
-            self.query, self.key, self.value, self.mask, plan=self.plan, tables=self.tables, grads=self.grads, **self.options
+            self.query,
+            self.key,
+            self.value,
+            self.mask,
+            plan=self.plan,
+            tables=self.tables,
+            grads=self.grads,
+            **self.options,
         )
 
     def run(self, leaves: dict[str, Tensor | None] | None = None) -> Any:
@@ -48,7 +55,9 @@ class Call(NamedTuple):
 
 
 def draw(seed: int, feature: str, dtype: str) -> Call:
-    """A call that uses `feature` ("plain", "mask", "window", ..., "packed", "paged", "fp8"), everything else by chance."""
+    """A call that uses `feature` ("plain", "mask", "window", ..., "packed", "paged", "fp8"), everything else by
+    chance.
+    """
     chance, generator = random.Random(f"{seed} {feature} {dtype}"), torch.Generator().manual_seed(seed)
     kind = getattr(torch, dtype)
 
@@ -133,15 +142,20 @@ def draw_plan(chance: random.Random, generator: torch.Generator, shape: tuple[in
 def few_numbers(call: Call, out: Tensor, want: Tensor) -> bool:
     """Whether an output of a few 16-bit numbers is within what rounding alone explains.
 
-    A norm over so few does not average, and a sum over keys may cancel to almost 0. Rounding each weight and each output
-    to unit roundoff u moves an output by at most 2u times the sum of weight times |value|.
+    A norm over so few does not average, and a sum over keys may cancel to almost 0. Rounding each weight and each
+    output to unit roundoff u moves an output by at most 2u times the sum of weight times |value|.
     """
     if out.numel() >= 64 or out.dtype not in (torch.bfloat16, torch.float16):
         return False
     terms = reference(
-        call.query, call.key, call.value.float().abs().to(call.value.dtype), call.mask, request=call.request, plan=call.plan,
+        call.query,
+        call.key,
+        call.value.float().abs().to(call.value.dtype),
+        call.mask,
+        request=call.request,
+        plan=call.plan,
         tables=call.tables,
-    ).out  # fmt: skip
+    ).out
     return bool(((out.double() - want).abs() <= torch.finfo(out.dtype).eps * terms).all())
 
 
@@ -178,6 +192,8 @@ def hold(call: Call, keep: Tensor | None = None, run: Any = None) -> None:
         # what flowed in.
         error = float((grad.double() - exact).norm())
         scale = float(exact.norm()) + 0.1 * float(grad_out.double().norm())
-        bound = max(grad_bound, torch.finfo(grad.dtype).eps)  # a float32 mask of float64 operands has a float32 gradient
+        bound = max(
+            grad_bound, torch.finfo(grad.dtype).eps
+        )  # a float32 mask of float64 operands has a float32 gradient
         assert grad.shape == exact.shape
         assert error <= bound * scale, f"gradient of {name} of {request.describe()}: {error / max(scale, 1e-300)}"

@@ -37,7 +37,11 @@ def test_many_random_calls_agree_with_float64(feature: str, seed: int) -> None:
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_many_tiles_agree_with_float64(shape: tuple[int, int], softcap: float | None, seed: int) -> None:
     torch.manual_seed(seed)
-    query, key, value = torch.randn(1, 4, shape[0], 32), torch.randn(1, 2, shape[1], 32), torch.randn(1, 2, shape[1], 32)
+    query, key, value = (
+        torch.randn(1, 4, shape[0], 32),
+        torch.randn(1, 2, shape[1], 32),
+        torch.randn(1, 2, shape[1], 32),
+    )
     options = {"softcap": softcap, "causal": Causal.BOTTOM_RIGHT, "return_lse": True, "window": (900, 0)}
     hold(Call(query, key, value, None, None, None, options, frozenset("qkv") if shape[0] > 1 else frozenset()))
 
@@ -162,7 +166,9 @@ def test_pages_of_odd_sizes_are_read_in_place(len_q: int, options: dict[str, obj
 @pytest.mark.parametrize("lengths", [(40, 40), (60, 25), (25, 60)])
 @pytest.mark.parametrize("diagonal", [-50, -3, 0, 5, 50])
 @pytest.mark.parametrize("causal", [Causal.TOP_LEFT, Causal.BOTTOM_RIGHT])
-def test_diagonals_anywhere_agree_with_float64(causal: Causal, diagonal: int, lengths: tuple[int, int], seed: int) -> None:
+def test_diagonals_anywhere_agree_with_float64(
+    causal: Causal, diagonal: int, lengths: tuple[int, int], seed: int
+) -> None:
     torch.manual_seed(seed)
     query, key, value = torch.randn(2, 4, lengths[0], 16), *(torch.randn(2, 2, lengths[1], 16) for _ in range(2))
     options = {"causal": causal, "diagonal": diagonal}

@@ -54,7 +54,14 @@ def test_sizes_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
         for name, text in (("type", kind), ("level", str(level)), ("size", size)):
             (folder / name).write_text(text + "\n")
     cpuinfo = tmp_path / "cpuinfo"
-    lines = ("vendor_id\t: Some", "model name\t: Fast 9000", "cpu MHz\t: 3100.5", "flags\t: avx2 amx_fp16", "", "cores: 1")
+    lines = (
+        "vendor_id\t: Some",
+        "model name\t: Fast 9000",
+        "cpu MHz\t: 3100.5",
+        "flags\t: avx2 amx_fp16",
+        "",
+        "cores: 1",
+    )
     cpuinfo.write_text("\n".join(lines))
     monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
     monkeypatch.setattr(machine, "_CACHES", tmp_path)

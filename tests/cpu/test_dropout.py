@@ -68,17 +68,26 @@ def test_the_asked_share_is_dropped_in_every_row_and_column(probability: float, 
 
 def test_neighbours_are_dropped_independently(seed: int) -> None:
     scratch = torch.empty(2 * 2048 * 2048, dtype=torch.int32)
-    keep = keep_mask((seed, 0), 0.5, slice(0, 1), slice(0, 1), slice(0, 2048), slice(0, 2048), scratch)[0, 0].double() - 0.5
+    keep = (
+        keep_mask((seed, 0), 0.5, slice(0, 1), slice(0, 1), slice(0, 2048), slice(0, 2048), scratch)[0, 0].double()
+        - 0.5
+    )
     for down, right in ((1, 0), (0, 1), (1, 1), (16, 0), (0, 16), (1024, 1024)):
         other = keep.roll((down, right), (0, 1))
         assert abs(float((keep * other).mean())) * 4 < 5 / 2048
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 8.0}, {"causal": hal.Causal.BOTTOM_RIGHT, "return_lse": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 8.0}, {"causal": hal.Causal.BOTTOM_RIGHT, "return_lse": True}], ids=str
+)
 def test_values_and_gradients_with_dropout_agree_with_float64(options: dict[str, object], seed: int) -> None:
     batch, heads, len_q, len_k = SHAPE
     torch.manual_seed(seed)
-    query, key, value = torch.randn(batch, heads, len_q, 16), torch.randn(batch, 2, len_k, 16), torch.randn(batch, 2, len_k, 24)
+    query, key, value = (
+        torch.randn(batch, heads, len_q, 16),
+        torch.randn(batch, 2, len_k, 16),
+        torch.randn(batch, 2, len_k, 24),
+    )
     mask = torch.randn(len_q, len_k)
     rng = (seed, 7)
     call = Call(query, key, value, mask, None, None, {"dropout_p": 0.3, **options}, frozenset({"q", "k", "v", "mask"}))

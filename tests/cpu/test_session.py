@@ -54,7 +54,9 @@ def test_requests_take_the_path_that_is_right_and_fast(request_: AttentionReques
 def test_a_plain_call_is_torchs_own_bit_for_bit(seed: int) -> None:
     torch.manual_seed(seed)
     query, key, value = (torch.randn(2, 4, 100, 32) for _ in range(3))
-    assert torch.equal(hal.attention(query, key, value, is_causal=True, backend="cpu"), sdpa(query, key, value, is_causal=True))
+    assert torch.equal(
+        hal.attention(query, key, value, is_causal=True, backend="cpu"), sdpa(query, key, value, is_causal=True)
+    )
 
 
 def test_torch_differentiates_plain_calls_and_the_core_the_others() -> None:
@@ -107,12 +109,16 @@ def test_memory_grows_with_the_lengths_and_not_their_product(backward: bool) -> 
 @pytest.mark.parametrize(
     "change",
     [
-        {"softcap": 30.0}, {"softcap": 30.0, "grads": frozenset("qkv"), "lse": True}, {"window": (100, 0)}, {"dropout": 0.1},
-        {"len_q": 1, "softcap": 30.0}, {"len_q": 1, "softcap": 30.0, "dtype": "bfloat16"},
+        {"softcap": 30.0},
+        {"softcap": 30.0, "grads": frozenset("qkv"), "lse": True},
+        {"window": (100, 0)},
+        {"dropout": 0.1},
+        {"len_q": 1, "softcap": 30.0},
+        {"len_q": 1, "softcap": 30.0, "dtype": "bfloat16"},
         {"len_q": 1, "batch": 9, "softcap": 1.0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_estimated_memory_covers_what_is_used(change: dict[str, object]) -> None:
     request = replace(AttentionRequest(2, 8, 2, 700, 900, 64, 32, "float32"), **change)
     device = hal.devices()[0]

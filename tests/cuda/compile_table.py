@@ -1,6 +1,6 @@
 """Every kernel variant compiled without a GPU: registers, spills and ptxas's warnings, for plugins/cuda/compiled.json.
 
-    python tests/cuda/compile_table.py --write     after a change that is meant to change them
+python tests/cuda/compile_table.py --write     after a change that is meant to change them
 """
 
 from __future__ import annotations
@@ -53,26 +53,43 @@ _launched: list[Callable[[], Any]] = []
 def hopper_variants() -> dict[str, Callable[[], Any]]:
     """The Gluon forward: tuned tilings times the edges they may meet."""
     edges: dict[str, dict[str, Any]] = {
-        "full": {}, "causal": {"right": True, "half": True}, "full ragged": {"ragged": True},
+        "full": {},
+        "causal": {"right": True, "half": True},
+        "full ragged": {"ragged": True},
         "causal shifted": {"right": True, "shifted": True},
-        "window": {"right": True, "left": True, "shifted": True}, "softcap": {"right": True, "softcap": True},
-    }  # fmt: skip
+        "window": {"right": True, "left": True, "shifted": True},
+        "softcap": {"right": True, "softcap": True},
+    }
     found: dict[str, Callable[[], Any]] = {}
-    shapes = [(64, 64, 8192), (64, 64, 512), (128, 128, 2048), (128, 128, 8192), (256, 256, 8192), (192, 128, 8192),
-              (192, 192, 8192), (96, 96, 8192), (104, 104, 8192)]  # fmt: skip
+    shapes = [
+        (64, 64, 8192),
+        (64, 64, 512),
+        (128, 128, 2048),
+        (128, 128, 8192),
+        (256, 256, 8192),
+        (192, 128, 8192),
+        (192, 192, 8192),
+        (96, 96, 8192),
+        (104, 104, 8192),
+    ]
     packed: dict[str, dict[str, Any]] = {
-        "packed full": {"ragged": True}, "packed causal": {"right": True, "half": True, "ragged": True},
+        "packed full": {"ragged": True},
+        "packed causal": {"right": True, "half": True, "ragged": True},
         "packed causal shifted": {"right": True, "shifted": True, "ragged": True},
-    }  # fmt: skip
+    }
     for dim_qk, dim_v, length in shapes:
         whole = dim_qk in (64, 128, 256) and dim_qk == dim_v
         for edge, flags in (edges | packed if whole else edges).items():
             tiling = hopper.tiling_for(dim_qk, dim_v, length, length, "right" in flags, "left" in flags, lse=True)
-            settings = dict.fromkeys(("left", "right", "shifted", "half", "ragged", "softcap"), False) | {"lse": True} | flags
+            settings = (
+                dict.fromkeys(("left", "right", "shifted", "half", "ragged", "softcap"), False) | {"lse": True} | flags
+            )
             constants = hopper.kernel_constants(tiling, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
             if edge in packed:
                 constants["BOTTOM"] = "shifted" in flags
-            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = lambda c=constants: hopper.compile_forward("bf16", c)  # type: ignore[misc]
+            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = lambda c=constants: hopper.compile_forward(
+                "bf16", c
+            )  # type: ignore[misc]
     return found
 
 
@@ -83,14 +100,22 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
         batch=2, heads_q=8, heads_kv=2, len_q=1024, len_k=1024, dim_qk=128, dim_v=128, dtype="bfloat16", lse=True
     )
     changes: dict[str, dict[str, Any]] = {
-        "plain": {}, "causal": {"causal": Causal.TOP_LEFT}, "head_dim 64": {"dim_qk": 64, "dim_v": 64},
-        "head_dim 256": {"dim_qk": 256, "dim_v": 256}, "head_dim 80": {"dim_qk": 80, "dim_v": 80},
+        "plain": {},
+        "causal": {"causal": Causal.TOP_LEFT},
+        "head_dim 64": {"dim_qk": 64, "dim_v": 64},
+        "head_dim 256": {"dim_qk": 256, "dim_v": 256},
+        "head_dim 80": {"dim_qk": 80, "dim_v": 80},
         "float32": {"dtype": "float32"},
-        "boolean mask": {"mask": MaskKind.BOOLEAN}, "additive mask": {"mask": MaskKind.ADDITIVE}, "dropout": {"dropout": 0.1},
-        "block plan": {"block_plan": (128, 128, 2)}, "window": {"window": (100, 0)}, "softcap": {"softcap": 5.0},
-        "decode": {"len_q": 1, "len_k": 8192}, "paged decode": {"len_q": 1, "page_size": 16},
+        "boolean mask": {"mask": MaskKind.BOOLEAN},
+        "additive mask": {"mask": MaskKind.ADDITIVE},
+        "dropout": {"dropout": 0.1},
+        "block plan": {"block_plan": (128, 128, 2)},
+        "window": {"window": (100, 0)},
+        "softcap": {"softcap": 5.0},
+        "decode": {"len_q": 1, "len_k": 8192},
+        "paged decode": {"len_q": 1, "page_size": 16},
         "joined decode": {"len_q": 1, "len_k": 8192},
-    }  # fmt: skip
+    }
     found: dict[str, Callable[[], Any]] = {}
     for name, change in changes.items():
         request = replace(base, **change)
@@ -157,7 +182,9 @@ def main() -> int:
     if chosen.write:
         rows = {name: row for name, row in (table()["variants"] if TABLE.exists() else {}).items() if name in every}
         rows |= {name: dict(each._asdict()) for name, each in found.items()}
-        TABLE.write_text(json.dumps({"triton": triton.__version__, "variants": rows}, indent=1) + "\n", encoding="utf-8")
+        TABLE.write_text(
+            json.dumps({"triton": triton.__version__, "variants": rows}, indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 

@@ -15,20 +15,33 @@ from hal_core.registry import registry
 BOUND = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 
 
-def draw(seed: int, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, layout: str = "heads first") -> Tensor:
+def draw(
+    seed: int, batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, layout: str = "heads first"
+) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (batch, length, heads, dim) if layout == "heads last" else (batch, heads, length, dim)
     drawn = torch.randn(shape, generator=generator, device="cuda").to(dtype)
     return drawn.transpose(1, 2) if layout == "heads last" else drawn
 
 
-def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Attention in float64, head by head."""
     causal = Causal(options.get("causal", "none"))
     request = AttentionRequest(
-        batch=1, heads_q=1, heads_kv=1, len_q=query.shape[2], len_k=key.shape[2], dim_qk=query.shape[3], dim_v=value.shape[3],
-        dtype="float64", causal=causal, diagonal=options.get("diagonal", 0), window=options.get("window"),
-    )  # fmt: skip
+        batch=1,
+        heads_q=1,
+        heads_kv=1,
+        len_q=query.shape[2],
+        len_k=key.shape[2],
+        dim_qk=query.shape[3],
+        dim_v=value.shape[3],
+        dtype="float64",
+        causal=causal,
+        diagonal=options.get("diagonal", 0),
+        window=options.get("window"),
+    )
     band = hal.dense_mask(request, query.shape[2], key.shape[2], device="cuda")
     group = query.shape[1] // key.shape[1]
     out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=torch.float64)

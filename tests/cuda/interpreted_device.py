@@ -14,7 +14,12 @@ from hal_cuda.session import CudaSession
 from hal_core import AttentionRequest, Capabilities, Device, Estimate, Fidelity, PooledMemory, Refusal
 
 DEVICE = Device(
-    id="interpreted:0", family="cuda", vendor="NVIDIA", model="Triton's interpreter", fidelity=Fidelity.EMULATED, reads=("cpu",)
+    id="interpreted:0",
+    family="cuda",
+    vendor="NVIDIA",
+    model="Triton's interpreter",
+    fidelity=Fidelity.EMULATED,
+    reads=("cpu",),
 )
 CHIP = Chip(index=0, capability=(9, 0), multiprocessors=16, shared_memory=227 << 10, torch_attention=False)
 RATES = Rates.assumed((9, 0), 132, None)

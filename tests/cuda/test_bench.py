@@ -25,9 +25,14 @@ import hal_core as hal
 from hal_core import AttentionRequest, Causal, Device, Fidelity
 
 DEVICE = Device(
-    id="cuda:0", family="cuda", vendor="NVIDIA", model="NVIDIA H200", fidelity=Fidelity.HARDWARE, reads=("cuda:0",),
+    id="cuda:0",
+    family="cuda",
+    vendor="NVIDIA",
+    model="NVIDIA H200",
+    fidelity=Fidelity.HARDWARE,
+    reads=("cuda:0",),
     driver="NVIDIA 580.0",
-)  # fmt: skip
+)
 CHIP = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
 REQUEST = AttentionRequest(
     batch=1, heads_q=2, heads_kv=2, len_q=64, len_k=64, dim_qk=64, dim_v=64, dtype="bfloat16", device="cuda:0"

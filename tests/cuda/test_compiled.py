@@ -13,10 +13,16 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 QUICK = (
-    "sm_90 hopper 64/64 8192 full", "sm_90 hopper 64/64 8192 causal", "sm_90 hopper 128/128 8192 causal",
-    "sm_90 hopper 256/256 8192 full", "sm_90 hopper 96/96 8192 full", "sm_90 attend causal",
-    "sm_90 attend decode", "sm_90 merge decode", "sm_80 attend plain",
-)  # fmt: skip
+    "sm_90 hopper 64/64 8192 full",
+    "sm_90 hopper 64/64 8192 causal",
+    "sm_90 hopper 128/128 8192 causal",
+    "sm_90 hopper 256/256 8192 full",
+    "sm_90 hopper 96/96 8192 full",
+    "sm_90 attend causal",
+    "sm_90 attend decode",
+    "sm_90 merge decode",
+    "sm_80 attend plain",
+)
 TUNED = ("64/64", "128/128", "256/256")
 
 
@@ -56,16 +62,21 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
     rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
     assert len(rows) <= 200
     tuned = {
-        name: row for name, row in rows.items()
-        if "hopper" in name and "packed" not in name and any(dims in name for dims in TUNED)
+        name: row
+        for name, row in rows.items()
+        if "hopper" in name
+        and "packed" not in name
+        and any(dims in name for dims in TUNED)
         and name.endswith((" full", " causal"))
-    }  # fmt: skip
+    }
     assert tuned
     assert all(row["spilled"] == 0 and row["warnings"] == 0 for row in tuned.values()), tuned
 
 
 def test_every_kernel_that_is_launched_has_a_check_on_a_gpu() -> None:
-    """`benchmarks/cuda_verify.py` knows all of them, and `--changed` tells those that no GPU has seen as they are now."""
+    """`benchmarks/cuda_verify.py` knows all of them, and `--changed` tells those that no GPU has seen as they are
+    now.
+    """
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "cuda_verify.py"
     launched = {
         f"{node.module.removeprefix('kernels.')}.{name.name}"

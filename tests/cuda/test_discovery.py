@@ -18,7 +18,11 @@ class FakeGpu(NamedTuple):
     memory: int = 1 << 37
 
 
-H100, H200, OLD = FakeGpu("NVIDIA H100", "GPU-aa11"), FakeGpu("NVIDIA H200", "GPU-ab22"), FakeGpu("V100", "GPU-cc33", (7, 0))
+H100, H200, OLD = (
+    FakeGpu("NVIDIA H100", "GPU-aa11"),
+    FakeGpu("NVIDIA H200", "GPU-ab22"),
+    FakeGpu("V100", "GPU-cc33", (7, 0)),
+)
 
 
 @pytest.mark.parametrize(

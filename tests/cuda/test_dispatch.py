@@ -41,12 +41,19 @@ def test_plain_attention_has_own_kernels_and_torch_beside_them() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mask": MaskKind.BOOLEAN}, {"mask": MaskKind.ADDITIVE}, {"dropout": 0.1}, {"block_plan": (64, 64, 4)},
-        {"packed": True, "dim_qk": 96}, {"packed": True, "len_q": 64},
-        {"page_size": 16}, {"dtype": "float32"}, {"len_q": 1}, {"scale": -1.0, "lse": True},
+        {"mask": MaskKind.BOOLEAN},
+        {"mask": MaskKind.ADDITIVE},
+        {"dropout": 0.1},
+        {"block_plan": (64, 64, 4)},
+        {"packed": True, "dim_qk": 96},
+        {"packed": True, "len_q": 64},
+        {"page_size": 16},
+        {"dtype": "float32"},
+        {"len_q": 1},
+        {"scale": -1.0, "lse": True},
         {"last_dim_contiguous": False},
     ],
-)  # fmt: skip
+)
 def test_features_that_one_kernel_alone_has_go_there(changes: dict[str, Any]) -> None:
     found = paths(**changes)
     assert "portable" in found

@@ -1,4 +1,6 @@
-"""What holds on a GPU: the kernels' own shapes against float64, and how calls live with streams, graphs and full memory."""
+"""What holds on a GPU: the kernels' own shapes against float64, and how calls live with streams, graphs and full
+memory.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_hopper_kernel_takes_head_sizes_between_its_own(gpu: str, seed: int, dim
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 192, 256])
 def test_hopper_kernel_follows_maxima_that_grow(gpu: str, seed: int, dim: int, dtype: torch.dtype) -> None:
-    """Keys are walked from the last to the first: by tiles of 64, a row's maximum grows by a little, by more, by very much."""
+    """Keys are walked from the last to the first: by tiles of 64, a row's maximum grows by a little, by more, by very
+    much.
+    """
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel needs compute capability 9.0")
     for growth in (-2.0, 0.5, 2.0, 20.0):
@@ -122,7 +126,9 @@ def test_decode_agrees_with_float64(gpu: str, seed: int, dim: int, batch: int, k
     query = draw(seed, batch, 8, tokens, dim, torch.bfloat16)
     key, value = (draw(seed + i, batch, 2, keys, dim, torch.bfloat16) for i in (1, 2))
     for options in ({"causal": "bottom_right"}, {"causal": "bottom_right", "window": (500, 0)}):
-        agrees(forced("portable", gpu, query, key, value, **options), exact(query, key, value, **options), torch.bfloat16)
+        agrees(
+            forced("portable", gpu, query, key, value, **options), exact(query, key, value, **options), torch.bfloat16
+        )
 
 
 @pytest.mark.parametrize("page", [16, 48, 256])
@@ -137,9 +143,16 @@ def test_paged_cache_of_mixed_lengths(gpu: str, seed: int, page: int, tokens: in
     query = draw(seed, len(lengths), 8, tokens, 128, torch.bfloat16)
     held = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     got = hal.attention(
-        query, key, value, causal="bottom_right", enable_gqa=True, page_table=table, cache_seqlens=held, return_lse=True,
+        query,
+        key,
+        value,
+        causal="bottom_right",
+        enable_gqa=True,
+        page_table=table,
+        cache_seqlens=held,
+        return_lse=True,
         backend=gpu,
-    )  # fmt: skip
+    )
     for s, length in enumerate(lengths):
         k, v = (t[table[s].long()].transpose(0, 1).reshape(1, 2, -1, 128)[:, :, :length] for t in (key, value))
         want = exact(query[s : s + 1], k, v, causal="bottom_right")
@@ -157,7 +170,9 @@ def test_offsets_past_two_to_the_31_elements(gpu: str, seed: int) -> None:
     value[0, -1] += 1.0
     for tokens in (1, 200):
         query = draw(seed + 1, 1, heads, tokens, dim, torch.bfloat16)
-        for path in ("hopper", "portable") if tokens > 16 and torch.cuda.get_device_capability() == (9, 0) else ("portable",):
+        for path in (
+            ("hopper", "portable") if tokens > 16 and torch.cuda.get_device_capability() == (9, 0) else ("portable",)
+        ):
             got = forced(path, gpu, query, key, value)
             want = exact(query[:, -1:], key[:, -1:], value[:, -1:])
             agrees(hal.AttentionOutput(got.out[:, -1:], got.lse[:, -1:]), want, torch.bfloat16)
@@ -180,11 +195,16 @@ def test_graph_replays_with_new_values(gpu: str, seed: int) -> None:
 
 
 def test_decode_on_two_streams_at_once_and_in_a_graph(gpu: str, seed: int) -> None:
-    """Programs of one call are counted apart from those of another, though calls overlap and a graph is replayed beside."""
+    """Programs of one call are counted apart from those of another, though calls overlap and a graph is replayed
+    beside.
+    """
     from hal_cuda.scratch import scratch_of
 
     given = [
-        (draw(seed + i, 1, 8, 1, 128, torch.bfloat16), *(draw(seed + i + j, 1, 2, 20000, 128, torch.bfloat16) for j in (7, 8)))
+        (
+            draw(seed + i, 1, 8, 1, 128, torch.bfloat16),
+            *(draw(seed + i + j, 1, 2, 20000, 128, torch.bfloat16) for j in (7, 8)),
+        )
         for i in range(3)
     ]
     want = [hal.attention(*tensors, enable_gqa=True, backend=gpu) for tensors in given]
@@ -221,7 +241,9 @@ def test_calls_follow_the_current_stream(gpu: str, seed: int) -> None:
     assert error(out, want) <= 4e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 4.0, "is_causal": True}, {"window": (50, 10)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"softcap": 4.0, "is_causal": True}, {"window": (50, 10)}]
+)
 def test_gradients_agree_with_float64(gpu: str, seed: int, options: dict[str, Any]) -> None:
     tensors = [draw(seed + i, 2, 3, 300, 64, torch.bfloat16).requires_grad_() for i in range(3)]
     hal.attention(*tensors, backend=gpu, **options).float().square().sum().backward()
@@ -239,7 +261,10 @@ def test_explain_names_every_path_with_its_time(gpu: str, seed: int) -> None:
     for name in ("own Triton kernel", "torch FlashAttention"):
         assert name in source
     query.requires_grad_()
-    assert "gradients by torch" in hal.explain(query, query, query, is_causal=True, backend=gpu).winner.estimate.time.source
+    assert (
+        "gradients by torch"
+        in hal.explain(query, query, query, is_causal=True, backend=gpu).winner.estimate.time.source
+    )
 
 
 def test_full_memory_is_named_and_the_pool_stays_usable(gpu: str, seed: int) -> None:
@@ -294,5 +319,11 @@ def test_every_claim_has_a_path(gpu: str) -> None:
     plain = AttentionRequest(
         batch=1, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=33, dim_v=65, dtype="bfloat16", device="cuda:0"
     )
-    for change in ({}, {"mask": MaskKind.ADDITIVE}, {"dtype": "float64"}, {"grads": frozenset("qkv")}, {"packed": True}):
+    for change in (
+        {},
+        {"mask": MaskKind.ADDITIVE},
+        {"dtype": "float64"},
+        {"grads": frozenset("qkv")},
+        {"packed": True},
+    ):
         assert candidates(replace(plain, **change), chip)

@@ -1,4 +1,6 @@
-"""What a GPU does with input and conditions that cannot work: forks, full memory, failed launches, tensors elsewhere."""
+"""What a GPU does with input and conditions that cannot work: forks, full memory, failed launches, tensors
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -92,9 +94,18 @@ def test_a_failed_launch_is_named_and_leaves_the_given_output_alone(gpu: str) ->
     batch = 65536 + 8
     given = normal(batch, 1, 1, 16)
     request = AttentionRequest(
-        batch=batch, heads_q=1, heads_kv=1, len_q=1, len_k=1, dim_qk=16, dim_v=16, dtype="bfloat16", device=gpu,
-        causal=Causal.BOTTOM_RIGHT, softcap=3.0,
-    )  # fmt: skip
+        batch=batch,
+        heads_q=1,
+        heads_kv=1,
+        len_q=1,
+        len_k=1,
+        dim_qk=16,
+        dim_v=16,
+        dtype="bfloat16",
+        device=gpu,
+        causal=Causal.BOTTOM_RIGHT,
+        softcap=3.0,
+    )
     with pytest.raises(hal.UnsupportedError, match="batch"):
         hal.attention(given, given, given, causal="bottom_right", softcap=3.0, backend=gpu)
     session = hal.session(gpu)

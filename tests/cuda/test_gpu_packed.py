@@ -19,9 +19,17 @@ def test_packed_sequences_do_not_see_each_other(gpu: str, seed: int) -> None:
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
     query, key, value = (draw(seed + i, 1, 4, sum(lengths), 128, torch.bfloat16) for i in range(3))
     got = hal.attention(
-        query, key, value, is_causal=True, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=700, max_seqlen_k=700,
-        return_lse=True, backend=gpu,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        is_causal=True,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=700,
+        max_seqlen_k=700,
+        return_lse=True,
+        backend=gpu,
+    )
     for start, length in zip(ends.tolist(), lengths, strict=False):
         rows = slice(start, start + length)
         want = exact(query[:, :, rows], key[:, :, rows], value[:, :, rows], causal="top_left")
@@ -32,12 +40,17 @@ def test_packed_sequences_do_not_see_each_other(gpu: str, seed: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"causal": "top_left"}, {"causal": "bottom_right"}, {"causal": "bottom_right", "diagonal": -37, "softcap": 8.0},
+        {},
+        {"causal": "top_left"},
+        {"causal": "bottom_right"},
+        {"causal": "bottom_right", "diagonal": -37, "softcap": 8.0},
         {"causal": "bottom_right", "window": (200, 0)},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("same", [True, False], ids=["same lengths", "own lengths"])
-def test_packed_sequences_on_the_hopper_kernel(gpu: str, seed: int, dim: int, options: dict[str, Any], same: bool) -> None:
+def test_packed_sequences_on_the_hopper_kernel(
+    gpu: str, seed: int, dim: int, options: dict[str, Any], same: bool
+) -> None:
     packed_agree(gpu, seed, dim, options, same)
 
 
@@ -67,9 +80,19 @@ def packed_agree(
         tensor[:, :, sum(lengths_k) :] = math.nan
         tensor[:, :, poison] = math.nan
     request = AttentionRequest(
-        batch=len(lengths_q), heads_q=4, heads_kv=2, len_q=700, len_k=700, dim_qk=dim, dim_v=dim_v or dim, dtype="bfloat16",
-        device="cuda:0", packed=True, lse=True, **{**options, "causal": Causal(options.get("causal", "none"))},
-    )  # fmt: skip
+        batch=len(lengths_q),
+        heads_q=4,
+        heads_kv=2,
+        len_q=700,
+        len_k=700,
+        dim_qk=dim,
+        dim_v=dim_v or dim,
+        dtype="bfloat16",
+        device="cuda:0",
+        packed=True,
+        lse=True,
+        **{**options, "causal": Causal(options.get("causal", "none"))},
+    )
     call = on_path(gpu, "hopper", request)
     for _ in range(3):
         got = call(query, key, value, None, None, tables, None)
@@ -90,7 +113,9 @@ def packed_agree(
 def test_wrong_packed_lengths_stay_inside_the_tensors(
     gpu: str, seed: int, path: str, ends: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bound call does not look at them: NaN beside the keys would show in the result, and rows beside it would change."""
+    """A bound call does not look at them: NaN beside the keys would show in the result, and rows beside it would
+    change.
+    """
     if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel needs compute capability 9.0")
     from hal_cuda import packed, portable
@@ -106,9 +131,18 @@ def test_wrong_packed_lengths_stay_inside_the_tensors(
         monkeypatch.setattr(module, "empty_result", lambda *_: room[:, :, 300:1300])
     fine = [1000 * n // (len(ends) - 1) for n in range(len(ends))]
     request = AttentionRequest(
-        batch=len(ends) - 1, heads_q=2, heads_kv=2, len_q=1000, len_k=1000, dim_qk=128, dim_v=128, dtype="bfloat16",
-        device="cuda:0", packed=True, causal=Causal.BOTTOM_RIGHT,
-    )  # fmt: skip
+        batch=len(ends) - 1,
+        heads_q=2,
+        heads_kv=2,
+        len_q=1000,
+        len_k=1000,
+        dim_qk=128,
+        dim_v=128,
+        dtype="bfloat16",
+        device="cuda:0",
+        packed=True,
+        causal=Causal.BOTTOM_RIGHT,
+    )
     call = on_path(gpu, path, request)
     wrong, right = (torch.tensor(each, dtype=torch.int32, device="cuda") for each in (ends, fine))
     for tables in (SequenceTables(wrong, right), SequenceTables(right, wrong), SequenceTables(wrong, wrong)):

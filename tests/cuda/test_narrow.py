@@ -36,9 +36,18 @@ def test_the_kernel_multiplies_by_the_columns_that_there_are(dim: int, width: in
     if not compiled.tested():
         pytest.skip(f"the kernel is for Triton {', '.join(compiled.TESTED_TRITON)}")
     constants = hopper.kernel_constants(
-        hopper.tiling_for(dim, dim, 2048, 2048, False), dim_qk=dim, dim_v=dim, group=1, left=False, right=False, shifted=False,
-        half=False, ragged=False, softcap=False, lse=False,
-    )  # fmt: skip
+        hopper.tiling_for(dim, dim, 2048, 2048, False),
+        dim_qk=dim,
+        dim_v=dim,
+        group=1,
+        left=False,
+        right=False,
+        shifted=False,
+        half=False,
+        ragged=False,
+        softcap=False,
+        lse=False,
+    )
     ptx = hopper.compile_forward("bf16", constants).asm["ptx"]
     products = [line for line in ptx.splitlines() if "wgmma.mma_async" in line and line.endswith(", 1;")]
     values = {line.split(".m64n")[1].split("k16")[0] for line in products}

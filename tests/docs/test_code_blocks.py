@@ -40,7 +40,13 @@ def environment(cache: Path) -> dict[str, str]:
 def run(command: list[str] | str, cache: Path, name: str) -> str:
     """Why the device that the command names is absent; "" where the command succeeded."""
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(cache), shell=isinstance(command, str), capture_output=True, text=True, timeout=900
+        command,
+        cwd=ROOT,
+        env=environment(cache),
+        shell=isinstance(command, str),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     absent = ABSENT.search(done.stderr)
     if done.returncode and absent:

@@ -1,4 +1,6 @@
-"""The plugin template is what a hardware maker copies: installed into a fresh environment, found there, and conformant."""
+"""The plugin template is what a hardware maker copies: installed into a fresh environment, found there, and
+conformant.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ TEMPLATE = ROOT / "examples" / "plugin_template"
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """A new environment with the template installed. It borrows torch and the core from this one's folder of packages."""
+    """A new environment with the template installed. It borrows torch and the core from this one's folder of
+    packages.
+    """
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder, with_pip=False)
     packages = next(folder.glob("lib/python*/site-packages"), folder / "Lib" / "site-packages")
@@ -28,10 +32,22 @@ def fresh(tmp_path_factory):
     source = folder / "template"
     shutil.copytree(TEMPLATE, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
-         "--target", str(packages), str(source)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            "--no-build-isolation",
+            "--target",
+            str(packages),
+            str(source),
+        ],
+        check=True,
+        capture_output=True,
+    )
     python = next(folder.glob("bin/python"), folder / "Scripts" / "python.exe")
     environment = {**os.environ, "HAL_CACHE": str(folder / "cache"), "HAL_PLUGINS": "template"}
 

@@ -9,7 +9,9 @@ from hal_kpu.profile import Profile, load
 
 
 def random_program(seed: int, slots: int = 0) -> Program:
-    """Loads, moves, feeds, compute and stores in two nested loops. `slots` more in each buffer: nothing else changes."""
+    """Loads, moves, feeds, compute and stores in two nested loops. `slots` more in each buffer: nothing else
+    changes.
+    """
     rng = random.Random(seed)
     b = Builder(f"random{seed}")
     size, other = 64 * rng.randint(1, 60), 64 * rng.randint(1, 60)
@@ -54,8 +56,16 @@ def random_profile(seed: int) -> Profile:
     """A machine of one array of 4 x 4 with figures drawn at random; memory from very slow to very fast."""
     rng = random.Random(seed)
     bandwidth = 10 ** rng.uniform(8.5, 11)
-    return load("t32x32").with_array(4, 4).replace(
-        dram__bandwidth=bandwidth, engines__dma_bandwidth=bandwidth * rng.choice([0.6, 1, 1, 2]),
-        dram__banks=rng.choice([4, 8, 16]), dram__page=rng.choice([1024, 4096, 8192]), dram__lookahead=rng.choice([2, 8, 16]),
-        engines__mover_bandwidth=rng.choice([16, 64, 256]), buffers__l2=1 << 17,
-    )  # fmt: skip
+    return (
+        load("t32x32")
+        .with_array(4, 4)
+        .replace(
+            dram__bandwidth=bandwidth,
+            engines__dma_bandwidth=bandwidth * rng.choice([0.6, 1, 1, 2]),
+            dram__banks=rng.choice([4, 8, 16]),
+            dram__page=rng.choice([1024, 4096, 8192]),
+            dram__lookahead=rng.choice([2, 8, 16]),
+            engines__mover_bandwidth=rng.choice([16, 64, 256]),
+            buffers__l2=1 << 17,
+        )
+    )

@@ -1,4 +1,6 @@
-"""Attention tile by tile: the online softmax against float64 for tiles of every size, gradients, and what rounding there is."""
+"""Attention tile by tile: the online softmax against float64 for tiles of every size, gradients, and what rounding
+there is.
+"""
 
 from __future__ import annotations
 

@@ -18,9 +18,12 @@ from hal_kpu.transactional import run_transactional
 from hal_core import AttentionRequest, Causal, MaskKind, dense_mask
 
 _BANDS: list[dict[str, Any]] = [
-    {}, {"causal": Causal.TOP_LEFT}, {"causal": Causal.BOTTOM_RIGHT}, {"window": (40, 20)},
+    {},
+    {"causal": Causal.TOP_LEFT},
+    {"causal": Causal.BOTTOM_RIGHT},
+    {"window": (40, 20)},
     {"causal": Causal.BOTTOM_RIGHT, "window": (70, 0)},
-]  # fmt: skip
+]
 
 
 def request(heads: int = 2, len_q: int = 96, len_k: int = 160, dim: int = 64, **changes: Any) -> AttentionRequest:

@@ -79,8 +79,11 @@ def test_report_covers_a_small_model(capsys):
 def test_profile_shows_every_figure_with_its_origin(capsys):
     found = as_json(capsys, "profile", "t64")
     assert found["figures"]["array.rows"] == {
-        "value": 32.0, "unit": "count", "provenance": "paper-projection", "source": found["figures"]["array.rows"]["source"]
-    }  # fmt: skip
+        "value": 32.0,
+        "unit": "count",
+        "provenance": "paper-projection",
+        "source": found["figures"]["array.rows"]["source"],
+    }
     assert main(["kpu", "profile", "t64"]) == 0
     assert "figures assumed" in capsys.readouterr().out
 

@@ -39,8 +39,11 @@ def test_a_program_is_the_same_after_json():
 def test_the_metadata_counts_operations_and_flops():
     metadata = perceptron().to_dict()["metadata"]
     assert metadata == {
-        "num_ops": 2, "num_tensors": 4, "total_matmul_flops": 2 * 4 * 8 * 2, "op_counts": {"matmul": 1, "maximum": 1}
-    }  # fmt: skip
+        "num_ops": 2,
+        "num_tensors": 4,
+        "total_matmul_flops": 2 * 4 * 8 * 2,
+        "op_counts": {"matmul": 1, "maximum": 1},
+    }
 
 
 def test_infinities_survive_json_and_the_text_stays_standard_json():
@@ -76,7 +79,10 @@ WRONG = {
     "never written": (lambda d: d["ops"].pop(0), r"ops\[0\] reads 'y', which no operation writes"),
     "written twice": (lambda d: d["ops"][1].update(outputs=["y"]), r"ops\[1\].outputs writes 'y'.*written by ops\[0\]"),
     "input written": (lambda d: d["ops"][1].update(outputs=["x"]), r"writes 'x', which is an input already"),
-    "unknown tensor": (lambda d: d["ops"][1].update(inputs=["q"]), r"ops\[1\].inputs\[0\] is 'q'.*not among the tensors"),
+    "unknown tensor": (
+        lambda d: d["ops"][1].update(inputs=["q"]),
+        r"ops\[1\].inputs\[0\] is 'q'.*not among the tensors",
+    ),
     "unknown output": (lambda d: d.update(outputs=["q"]), r"outputs\[0\] is 'q'"),
     "operands": (lambda d: d["ops"][0].update(inputs=["x"]), r"ops\[0\].inputs has 1 tensors, and matmul wants 2 to 3"),
     "attribute missing": (lambda d: d["ops"][1].update(opcode="transpose", attrs={}), r"no 'permutation'"),
@@ -89,10 +95,16 @@ WRONG = {
     "dtype": (lambda d: d["tensors"]["x"].update(dtype="f32"), r"tensors.x.dtype is 'f32'.*float32"),
     "level": (lambda d: d["tensors"]["x"].update(memory_level=9), r"memory_level is 9, and 0 .* to 4"),
     "key": (lambda d: d["tensors"]["x"].update(name="v"), r"tensors.x.name is 'v', and its key 'x'"),
-    "inner sizes": (lambda d: d["tensors"]["w"].update(shape=[9, 2]), r"ops\[0\] matmul cannot take .*\[4, 8\].*\[9, 2\]"),
-    "result shape": (lambda d: d["tensors"]["y"].update(shape=[2, 4]), r"tensors.y is float32\[2, 4\].*gives float32\[4, 2\]"),
+    "inner sizes": (
+        lambda d: d["tensors"]["w"].update(shape=[9, 2]),
+        r"ops\[0\] matmul cannot take .*\[4, 8\].*\[9, 2\]",
+    ),
+    "result shape": (
+        lambda d: d["tensors"]["y"].update(shape=[2, 4]),
+        r"tensors.y is float32\[2, 4\].*gives float32\[4, 2\]",
+    ),
     "result dtype": (lambda d: d["tensors"]["z"].update(dtype="float16"), r"tensors.z is float16.*gives float32"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -30,9 +30,16 @@ def pipeline(slots: int, turns: int = 20, cycles: int = 100, size: int = 12800) 
 
 
 @pytest.mark.parametrize("run", RUNNERS)
-@pytest.mark.parametrize(("slots", "cycles", "expected"), [
-    (1, 100, 20 * 200), (2, 100, 100 + 20 * 100), (2, 60, 20 * 100 + 60), (2, 150, 100 + 20 * 150), (1, 60, 20 * 160),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("slots", "cycles", "expected"),
+    [
+        (1, 100, 20 * 200),
+        (2, 100, 100 + 20 * 100),
+        (2, 60, 20 * 100 + 60),
+        (2, 150, 100 + 20 * 150),
+        (1, 60, 20 * 160),
+    ],
+)
 def test_two_slots_hide_the_shorter_of_load_and_compute_and_one_slot_adds_them(run, slots, cycles, expected):
     assert run(pipeline(slots, cycles=cycles), CALM).cycles == expected
 
@@ -230,6 +237,10 @@ def test_what_a_program_cannot_say_is_refused_where_it_is_written():
 def test_the_listing_shows_loops_and_flow():
     text = pipeline(2).listing()
     assert text.splitlines() == [
-        "PROGRAM pipeline, 1 arrays", "BUFFER tile L3 2 x 12800 B", "LOOP_BEGIN 20",
-        "  DMA_LOAD_TILE dma0: - -> tile, 12800 B", "  COMPUTE array: tile -> -, 100", "LOOP_END",
-    ]  # fmt: skip
+        "PROGRAM pipeline, 1 arrays",
+        "BUFFER tile L3 2 x 12800 B",
+        "LOOP_BEGIN 20",
+        "  DMA_LOAD_TILE dma0: - -> tile, 12800 B",
+        "  COMPUTE array: tile -> -, 100",
+        "LOOP_END",
+    ]

@@ -66,40 +66,84 @@ def draw(seed: int) -> Callable[..., Tensor]:
 
 
 ONE: dict[str, Callable[..., Any]] = {
-    "exp2": torch.exp2, "log2": lambda x: (x.abs() + 1).log2(), "log10": lambda x: (x.abs() + 1).log10(), "tan": torch.tan,
-    "isnan": lambda x: (x / 0 * 0).isnan(), "isinf": lambda x: (x / 0).isinf(), "signbit": torch.signbit,
-    "logical": lambda x: (x > 0).logical_xor(x < 1).logical_not(), "clamp": lambda x: x.clamp(-0.5, 0.5),
-    "clamp by tensors": lambda x: x.clamp(-x.abs() / 2, x.abs() / 3), "elu": F.elu, "celu": F.celu, "selu": F.selu,
-    "leaky": lambda x: F.leaky_relu(x, 0.2), "hardtanh": F.hardtanh, "hardswish": F.hardswish, "mish": F.mish,
-    "softplus": F.softplus, "gelu": F.gelu, "silu": F.silu, "logsigmoid": F.logsigmoid, "softshrink": F.softshrink,
+    "exp2": torch.exp2,
+    "log2": lambda x: (x.abs() + 1).log2(),
+    "log10": lambda x: (x.abs() + 1).log10(),
+    "tan": torch.tan,
+    "isnan": lambda x: (x / 0 * 0).isnan(),
+    "isinf": lambda x: (x / 0).isinf(),
+    "signbit": torch.signbit,
+    "logical": lambda x: (x > 0).logical_xor(x < 1).logical_not(),
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "clamp by tensors": lambda x: x.clamp(-x.abs() / 2, x.abs() / 3),
+    "elu": F.elu,
+    "celu": F.celu,
+    "selu": F.selu,
+    "leaky": lambda x: F.leaky_relu(x, 0.2),
+    "hardtanh": F.hardtanh,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "logsigmoid": F.logsigmoid,
+    "softshrink": F.softshrink,
     "pow": lambda x: torch.stack([x**2, x**3, x.abs() ** 0.5, (x.abs() + 1) ** -0.5, (x.abs() + 1) ** 1.7, 2**x]),
     "floor division": lambda x: torch.stack([x // 0.3, torch.div(x, 0.3, rounding_mode="trunc")]),
-    "frexp": lambda x: torch.frexp(x * 100), "ldexp": lambda x: torch.ldexp(x, torch.arange(6)),
-    "round to places": lambda x: (x * 100).round(decimals=-1), "angle": torch.angle,
+    "frexp": lambda x: torch.frexp(x * 100),
+    "ldexp": lambda x: torch.ldexp(x, torch.arange(6)),
+    "round to places": lambda x: (x * 100).round(decimals=-1),
+    "angle": torch.angle,
     "copysign": lambda x: torch.copysign(x, -x),
-    "hypot": lambda x: torch.hypot(x, x + 1), "fmax": lambda x: torch.fmax(x, x.sqrt()),
+    "hypot": lambda x: torch.hypot(x, x + 1),
+    "fmax": lambda x: torch.fmax(x, x.sqrt()),
     "atan2": lambda x: torch.atan2(x, x.flip(0)),
-    "sum": lambda x: x.sum((0, -1), keepdim=True), "mean": lambda x: x.mean(1), "prod": lambda x: x.prod(1),
-    "var": lambda x: torch.var_mean(x, 1), "std": lambda x: x.std(0, correction=0), "amax": lambda x: x.amax((0, 1)),
-    "max": lambda x: x.max(1), "min": lambda x: x.min(0, keepdim=True), "argmax": lambda x: x.argmax(),
-    "any": lambda x: torch.stack([(x > 1).any(1), (x > -1).all(1)]), "cumsum": lambda x: x.cumsum(1),
-    "cumprod": lambda x: x.cumprod(0), "cummax": lambda x: x.cummax(1), "logcumsumexp": lambda x: x.logcumsumexp(1),
-    "sort": lambda x: x.sort(1, descending=True), "topk": lambda x: x.topk(3), "kthvalue": lambda x: x.kthvalue(2),
-    "median": lambda x: x.median(1), "nanmedian": lambda x: x.sqrt().nanmedian(1), "softmax": lambda x: x.softmax(0),
-    "log_softmax": lambda x: x.log_softmax(1), "logsumexp": lambda x: x.logsumexp(1),
+    "sum": lambda x: x.sum((0, -1), keepdim=True),
+    "mean": lambda x: x.mean(1),
+    "prod": lambda x: x.prod(1),
+    "var": lambda x: torch.var_mean(x, 1),
+    "std": lambda x: x.std(0, correction=0),
+    "amax": lambda x: x.amax((0, 1)),
+    "max": lambda x: x.max(1),
+    "min": lambda x: x.min(0, keepdim=True),
+    "argmax": lambda x: x.argmax(),
+    "any": lambda x: torch.stack([(x > 1).any(1), (x > -1).all(1)]),
+    "cumsum": lambda x: x.cumsum(1),
+    "cumprod": lambda x: x.cumprod(0),
+    "cummax": lambda x: x.cummax(1),
+    "logcumsumexp": lambda x: x.logcumsumexp(1),
+    "sort": lambda x: x.sort(1, descending=True),
+    "topk": lambda x: x.topk(3),
+    "kthvalue": lambda x: x.kthvalue(2),
+    "median": lambda x: x.median(1),
+    "nanmedian": lambda x: x.sqrt().nanmedian(1),
+    "softmax": lambda x: x.softmax(0),
+    "log_softmax": lambda x: x.log_softmax(1),
+    "logsumexp": lambda x: x.logsumexp(1),
     "norms": lambda x: torch.stack([torch.linalg.vector_norm(x, p) for p in (0, 1, 2, 3, float("inf"))]),
-    "repeat": lambda x: x.repeat(2, 1, 3), "flip": lambda x: x.flip(0, 1), "roll": lambda x: x.roll(2, 1),
-    "diagonal": lambda x: x.diagonal(1), "diag": lambda x: x.sum(0).diag_embed(), "unfold": lambda x: x.unfold(1, 3, 2),
-    "tril": lambda x: x.tril(1), "pad": lambda x: F.pad(x, (1, -1, 2, 0), value=3.0), "split": lambda x: x.split([1, 4, 1], 1),
-    "as_strided": lambda x: x.as_strided((3, 2), (2, 3), 1), "eye": lambda x: x.sum() + torch.eye(3),
+    "repeat": lambda x: x.repeat(2, 1, 3),
+    "flip": lambda x: x.flip(0, 1),
+    "roll": lambda x: x.roll(2, 1),
+    "diagonal": lambda x: x.diagonal(1),
+    "diag": lambda x: x.sum(0).diag_embed(),
+    "unfold": lambda x: x.unfold(1, 3, 2),
+    "tril": lambda x: x.tril(1),
+    "pad": lambda x: F.pad(x, (1, -1, 2, 0), value=3.0),
+    "split": lambda x: x.split([1, 4, 1], 1),
+    "as_strided": lambda x: x.as_strided((3, 2), (2, 3), 1),
+    "eye": lambda x: x.sum() + torch.eye(3),
     "cdist": lambda x: torch.cdist(x, x.flip(0), p=3.0),
-    "searchsorted": lambda x: torch.searchsorted(x.sort(1)[0], x), "histc": lambda x: torch.histc(x, 5, -1, 1),
-    "masked_scatter": lambda x: x.masked_scatter(x > 0, x.abs()), "layer_norm": lambda x: F.layer_norm(x, (6,)),
-    "group_norm": lambda x: F.group_norm(x.view(1, 4, 6), 2), "normalize": lambda x: F.normalize(x),
+    "searchsorted": lambda x: torch.searchsorted(x.sort(1)[0], x),
+    "histc": lambda x: torch.histc(x, 5, -1, 1),
+    "masked_scatter": lambda x: x.masked_scatter(x > 0, x.abs()),
+    "layer_norm": lambda x: F.layer_norm(x, (6,)),
+    "group_norm": lambda x: F.group_norm(x.view(1, 4, 6), 2),
+    "normalize": lambda x: F.normalize(x),
     "interpolate": lambda x: F.interpolate(x.view(1, 1, 4, 6), scale_factor=2, mode="bilinear"),
     "adaptive max": lambda x: F.adaptive_max_pool2d(x.view(1, 1, 4, 6), (3, 4), return_indices=True),
-    "max_pool1d": lambda x: F.max_pool1d(x.view(1, 4, 6), 2), "avg_pool1d": lambda x: F.avg_pool1d(x.view(1, 4, 6), 3),
-}  # fmt: skip
+    "max_pool1d": lambda x: F.max_pool1d(x.view(1, 4, 6), 2),
+    "avg_pool1d": lambda x: F.avg_pool1d(x.view(1, 4, 6), 3),
+}
 
 
 @pytest.mark.parametrize("case", ONE)
@@ -108,18 +152,38 @@ def test_an_operator_of_one_tensor_agrees_with_float64(case, draw):
 
 
 SPECIAL: dict[str, tuple[Callable[..., Any], float, float]] = {
-    "erfc": (torch.erfc, -4, 4), "erfcx": (S.erfcx, -3, 30), "erfinv": (torch.erfinv, -0.999, 0.999),
-    "ndtri": (S.ndtri, 1e-3, 0.999), "log_ndtr": (S.log_ndtr, -6, 6), "lgamma": (torch.lgamma, -4.7, 50),
-    "digamma": (torch.digamma, -4.7, 50), "trigamma": (lambda x: torch.polygamma(1, x), 0.2, 20),
-    "polygamma": (lambda x: torch.polygamma(3, x), 0.2, 20), "zeta": (lambda x: S.zeta(x, x + 1), 1.2, 8),
-    "i0": (torch.i0, -9, 9), "i0e": (S.i0e, -40, 40), "i1": (S.i1, -9, 9), "i1e": (S.i1e, -40, 40),
-    "j0": (S.bessel_j0, -30, 30), "j1": (S.bessel_j1, -30, 30), "y0": (S.bessel_y0, 0.1, 30), "y1": (S.bessel_y1, 0.1, 30),
-    "k0": (S.modified_bessel_k0, 0.1, 9), "k1": (S.modified_bessel_k1, 0.1, 9),
-    "k0 scaled": (S.scaled_modified_bessel_k0, 0.1, 40), "k1 scaled": (S.scaled_modified_bessel_k1, 0.1, 40),
+    "erfc": (torch.erfc, -4, 4),
+    "erfcx": (S.erfcx, -3, 30),
+    "erfinv": (torch.erfinv, -0.999, 0.999),
+    "ndtri": (S.ndtri, 1e-3, 0.999),
+    "log_ndtr": (S.log_ndtr, -6, 6),
+    "lgamma": (torch.lgamma, -4.7, 50),
+    "digamma": (torch.digamma, -4.7, 50),
+    "trigamma": (lambda x: torch.polygamma(1, x), 0.2, 20),
+    "polygamma": (lambda x: torch.polygamma(3, x), 0.2, 20),
+    "zeta": (lambda x: S.zeta(x, x + 1), 1.2, 8),
+    "i0": (torch.i0, -9, 9),
+    "i0e": (S.i0e, -40, 40),
+    "i1": (S.i1, -9, 9),
+    "i1e": (S.i1e, -40, 40),
+    "j0": (S.bessel_j0, -30, 30),
+    "j1": (S.bessel_j1, -30, 30),
+    "y0": (S.bessel_y0, 0.1, 30),
+    "y1": (S.bessel_y1, 0.1, 30),
+    "k0": (S.modified_bessel_k0, 0.1, 9),
+    "k1": (S.modified_bessel_k1, 0.1, 9),
+    "k0 scaled": (S.scaled_modified_bessel_k0, 0.1, 40),
+    "k1 scaled": (S.scaled_modified_bessel_k1, 0.1, 40),
     "spherical j0": (S.spherical_bessel_j0, -9, 9),
-    **{f"chebyshev {kind}": (lambda x, kind=kind: getattr(S, f"chebyshev_polynomial_{kind}")(
-        x, torch.arange(40, dtype=x.dtype) % 5), -1.5, 1.5) for kind in "tuvw"},
-}  # fmt: skip
+    **{
+        f"chebyshev {kind}": (
+            lambda x, kind=kind: getattr(S, f"chebyshev_polynomial_{kind}")(x, torch.arange(40, dtype=x.dtype) % 5),
+            -1.5,
+            1.5,
+        )
+        for kind in "tuvw"
+    },
+}
 
 
 @pytest.mark.parametrize("case", SPECIAL)
@@ -204,9 +268,17 @@ def test_integers_take_the_types_that_torch_gives_them(dtype, seed):
         dtype
     )
     functions: list[Callable[..., Any]] = [
-        lambda x: x.sum(1), lambda x: x.float().mean(1), lambda x: x.cumsum(0), lambda x: x.exp(), lambda x: x > 0,
-        lambda x: x.amax(1), lambda x: x * 2.5, lambda x: x.prod(1), lambda x: x.any(1), lambda x: x.sqrt() + x,
-    ]  # fmt: skip
+        lambda x: x.sum(1),
+        lambda x: x.float().mean(1),
+        lambda x: x.cumsum(0),
+        lambda x: x.exp(),
+        lambda x: x > 0,
+        lambda x: x.amax(1),
+        lambda x: x * 2.5,
+        lambda x: x.prod(1),
+        lambda x: x.any(1),
+        lambda x: x.sqrt() + x,
+    ]
     if dtype != torch.bool:
         functions += [
             lambda x: x // 3 - x % 3,
@@ -270,10 +342,15 @@ def test_norms_in_sixteen_bits_round_no_worse_than_eager(dtype, draw):
     """Statistics are kept wide inside; only what comes out is rounded."""
     x, mean, spread = draw(4, 6, 5, 5) + 10, draw(6) + 10, draw(6).abs() + 0.1  # far from 0: what is near cancels
     functions: list[Callable[..., Tensor]] = [
-        lambda x, mean, spread: aten._native_batch_norm_legit_no_training(x, spread, spread, mean, spread, 0.1, 1e-5)[0],
-        lambda x, mean, spread: F.layer_norm(x, (5,)), lambda x, mean, spread: F.group_norm(x, 2, spread, mean),
-        lambda x, mean, spread: x.mean((0, 2)), lambda x, mean, spread: x.var(1), lambda x, mean, spread: F.gelu(x),
-    ]  # fmt: skip
+        lambda x, mean, spread: aten._native_batch_norm_legit_no_training(x, spread, spread, mean, spread, 0.1, 1e-5)[
+            0
+        ],
+        lambda x, mean, spread: F.layer_norm(x, (5,)),
+        lambda x, mean, spread: F.group_norm(x, 2, spread, mean),
+        lambda x, mean, spread: x.mean((0, 2)),
+        lambda x, mean, spread: x.var(1),
+        lambda x, mean, spread: F.gelu(x),
+    ]
     for function in functions:
         inputs = [one.to(dtype) for one in (x, mean, spread)]
         exact = function(*(one.double() for one in inputs))
@@ -285,12 +362,18 @@ def test_norms_in_sixteen_bits_round_no_worse_than_eager(dtype, draw):
 
 
 RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
-    "rand": lambda x: torch.rand(4, 6), "randn": lambda x: torch.randn(4, 6), "rand_like": torch.rand_like,
-    "randn_like": torch.randn_like, "bernoulli": lambda x: torch.bernoulli(x, 0.3), "dropout": lambda x: F.dropout(x, 0.4),
-    "normal by tensors": lambda x: torch.normal(x, x.abs()), "normal by a number": lambda x: torch.normal(x, 2.0),
-    "normal by numbers": lambda x: torch.normal(1.0, 2.0, (4, 6)), "normal in place": lambda x: x.clone().normal_(1, 2),
+    "rand": lambda x: torch.rand(4, 6),
+    "randn": lambda x: torch.randn(4, 6),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "bernoulli": lambda x: torch.bernoulli(x, 0.3),
+    "dropout": lambda x: F.dropout(x, 0.4),
+    "normal by tensors": lambda x: torch.normal(x, x.abs()),
+    "normal by a number": lambda x: torch.normal(x, 2.0),
+    "normal by numbers": lambda x: torch.normal(1.0, 2.0, (4, 6)),
+    "normal in place": lambda x: x.clone().normal_(1, 2),
     "uniform in place": lambda x: x.clone().uniform_(-1, 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", RANDOM)
@@ -316,7 +399,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "log-normal": (lambda x: x.clone().log_normal_(1.0, 0.5), 0.5, math.e),
     "whole numbers": (lambda x: torch.randint(-2, 3, x.shape).float(), 0.6, 0.0),
     "whole numbers like": (lambda x: torch.randint_like(x, 4), 0.5, 1.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DISTRIBUTIONS)

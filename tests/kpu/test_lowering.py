@@ -1,4 +1,6 @@
-"""From what an operation asks to tile movement: every MAC and byte, what fits, and that more machine is never slower."""
+"""From what an operation asks to tile movement: every MAC and byte, what fits, and that more machine is never
+slower.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,11 @@ def random_case(seed: int, largest: int) -> tuple[Product, Profile, Dataflow]:
     base = machine(rows, cols)
     bandwidth = base["dram.bandwidth"] * 10 ** rng.uniform(-2, 0.6)
     profile = base.replace(
-        dram__bandwidth=bandwidth, engines__dma_bandwidth=bandwidth, buffers__l3=base["buffers.l3"] // rng.choice([1, 4, 16]),
+        dram__bandwidth=bandwidth,
+        engines__dma_bandwidth=bandwidth,
+        buffers__l3=base["buffers.l3"] // rng.choice([1, 4, 16]),
         buffers__l2=base["buffers.l2"] // rng.choice([1, 2, 3]),
-    )  # fmt: skip
+    )
     M, N, K = (rng.randint(1, largest) for _ in range(3))
     product = Product(batch=rng.choice([1, 1, 3]), M=M, N=N, K=K, dtype=DTYPES[size], size=size, out_size=size)
     return product, profile, rng.choice(["os", "os", "ws", "is"])  # type: ignore[return-value]
@@ -87,10 +91,14 @@ def check_monotone(seed: int, largest: int, accurate: bool) -> None:
     done, (rows, cols, _) = run(profile), profile.arrays(product.dtype)
     assert done.cycles >= max(product.macs / (rows * cols), done.memory.bytes / profile.bytes_per_cycle()), seed
     for change in (
-        {"dram__bandwidth": 1.5 * profile["dram.bandwidth"], "engines__dma_bandwidth": 1.5 * profile["engines.dma_bandwidth"]},
-        {"buffers__l3": 2 * profile["buffers.l3"]}, {"buffers__l2": profile["buffers.l2"] + 3000},
+        {
+            "dram__bandwidth": 1.5 * profile["dram.bandwidth"],
+            "engines__dma_bandwidth": 1.5 * profile["engines.dma_bandwidth"],
+        },
+        {"buffers__l3": 2 * profile["buffers.l3"]},
+        {"buffers__l2": profile["buffers.l2"] + 3000},
         {"dram__activate": profile["dram.activate"] / 2},
-    ):  # fmt: skip
+    ):
         assert run(profile.replace(**change)).cycles <= done.cycles, (seed, product, dataflow, change)
 
 
@@ -109,7 +117,9 @@ def test_faster_memory_or_more_buffer_is_never_slower_in_500_cases(block, accura
 
 
 def deviation(seed: int) -> float:
-    """Of TRANSACTIONAL from CYCLE_ACCURATE on a random product; with an odd seed it is bound by the memory's bandwidth."""
+    """Of TRANSACTIONAL from CYCLE_ACCURATE on a random product; with an odd seed it is bound by the memory's
+    bandwidth.
+    """
     rng = random.Random(seed)
     rows, cols, size = rng.choice([4, 8, 16, 32]), rng.choice([4, 8, 16, 32]), rng.choice([1, 2, 4])
     M, N, K = (rng.randint(8, 160) for _ in range(3))

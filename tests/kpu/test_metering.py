@@ -1,4 +1,6 @@
-"""A compiled model inside `hal.meter`: the work of kpu:0, with modelled time and energy, also where values are behavioral."""
+"""A compiled model inside `hal.meter`: the work of kpu:0, with modelled time and energy, also where values are
+behavioral.
+"""
 
 from __future__ import annotations
 

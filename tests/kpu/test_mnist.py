@@ -1,4 +1,6 @@
-"""MNIST's loader against mirrors on this machine: good, corrupt, cut, missing and offline; and files that are there already."""
+"""MNIST's loader against mirrors on this machine: good, corrupt, cut, missing and offline; and files that are there
+already.
+"""
 
 from __future__ import annotations
 

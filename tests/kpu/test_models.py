@@ -1,4 +1,6 @@
-"""Models for reports: every named configuration runs, folders load from disk, and what is no model is refused in a sentence."""
+"""Models for reports: every named configuration runs, folders load from disk, and what is no model is refused in a
+sentence.
+"""
 
 from __future__ import annotations
 

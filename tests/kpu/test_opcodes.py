@@ -27,12 +27,32 @@ def test_there_are_no_more_opcodes_than_the_machine_may_have():
 
 
 UNARY = {
-    "neg": np.negative, "abs": np.abs, "sign": np.sign, "floor": np.floor, "ceil": np.ceil, "round": np.round,
-    "trunc": np.trunc, "reciprocal": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda x: x**-0.5, "exp": np.exp,
-    "expm1": np.expm1, "log": np.log, "log1p": np.log1p, "sin": np.sin, "cos": np.cos, "asin": np.arcsin,
-    "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh, "tanh": np.tanh, "asinh": np.arcsinh,
-    "atanh": np.arctanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-}  # fmt: skip
+    "neg": np.negative,
+    "abs": np.abs,
+    "sign": np.sign,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round": np.round,
+    "trunc": np.trunc,
+    "reciprocal": np.reciprocal,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: x**-0.5,
+    "exp": np.exp,
+    "expm1": np.expm1,
+    "log": np.log,
+    "log1p": np.log1p,
+    "sin": np.sin,
+    "cos": np.cos,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "sinh": np.sinh,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "asinh": np.arcsinh,
+    "atanh": np.arctanh,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+}
 
 
 @pytest.mark.parametrize("name", UNARY)
@@ -45,10 +65,18 @@ def test_functions_of_one_tensor_agree_with_numpy(name, seed):
 
 
 BINARY = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "maximum": np.maximum,
-    "minimum": np.minimum, "pow": np.power, "atan2": np.arctan2, "fmod": np.fmod, "remainder": np.remainder,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "pow": np.power,
+    "atan2": np.arctan2,
+    "fmod": np.fmod,
+    "remainder": np.remainder,
     "floor_divide": np.floor_divide,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BINARY)

@@ -1,4 +1,6 @@
-"""torch.compile with the KPU: outputs and gradients of real architectures, dynamic shapes, generation, what is counted."""
+"""torch.compile with the KPU: outputs and gradients of real architectures, dynamic shapes, generation, what is
+counted.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_a_model_gives_what_it_gives_without_the_kpu(name, seed):
 
 @pytest.mark.parametrize("name", fast_first(NAMES))
 def test_a_model_in_training_gets_the_gradients_it_gets_without_the_kpu(name, seed):
-    """A gradient that is zero but for rounding, as a key's bias has, is held to 1e-5 of a ten-thousandth of the whole."""
+    """A gradient that is zero but for rounding, as a key's bias has, is held to 1e-5 of a ten-thousandth of the
+    whole.
+    """
     model, inputs = build(name, seed)
     model.train()
     other = copy.deepcopy(model)
@@ -323,7 +327,9 @@ def test_an_unknown_fidelity_is_refused():
 
 @pytest.mark.parametrize("name", fast_first(FULLY_ON_KPU, ("bert",)))
 def test_a_model_is_timed_and_its_values_stay(name, seed):
-    """TRANSACTIONAL: the same values, and simulated cycles no fewer than the products alone need at the array's peak."""
+    """TRANSACTIONAL: the same values, and simulated cycles no fewer than the products alone need at the array's
+    peak.
+    """
     model, inputs = build(name, seed)
     compiled = torch.compile(model, backend="kpu_transactional")
     with torch.no_grad():

@@ -66,30 +66,56 @@ CASES = {
     "matmul by a vector": ([(2, 3, 4), (4,)], operators.matmul, torch.matmul),
     "a vector by matmul": ([(4,), (2, 4, 3)], operators.matmul, torch.matmul),
     "linear": ([(2, 3, 4), (5, 4), (5,)], operators.linear, F.linear),
-    "layer_norm": ([(2, 3, 4), (3, 4), (3, 4)], lambda x, w, b: operators.layer_norm(x, (3, 4), w, b),
-                   lambda x, w, b: F.layer_norm(x, (3, 4), w, b)),
-    "batch_norm2d": ([(2, 3, 4, 4), (3,), (3,), (3,), (3,)],
-                     lambda x, m, v, w, b: operators.batch_norm2d(x, m, operators.sqrt(v * v), w, b), batch_norm),
-    "conv2d": ([(2, 3, 9, 8), (4, 3, 3, 2), (4,)], lambda x, w, b: operators.conv2d(x, w, b, (2, 1), 1),
-               lambda x, w, b: F.conv2d(x, w, b, (2, 1), 1)),
-    "conv2d groups dilation": ([(2, 4, 9, 8), (6, 2, 3, 3)], lambda x, w: operators.conv2d(x, w, dilation=2, groups=2),
-                               lambda x, w: F.conv2d(x, w, dilation=2, groups=2)),
-    "conv2d depthwise": ([(1, 4, 6, 6), (4, 1, 3, 3)], lambda x, w: operators.conv2d(x, w, padding=1, groups=4),
-                         lambda x, w: F.conv2d(x, w, padding=1, groups=4)),
+    "layer_norm": (
+        [(2, 3, 4), (3, 4), (3, 4)],
+        lambda x, w, b: operators.layer_norm(x, (3, 4), w, b),
+        lambda x, w, b: F.layer_norm(x, (3, 4), w, b),
+    ),
+    "batch_norm2d": (
+        [(2, 3, 4, 4), (3,), (3,), (3,), (3,)],
+        lambda x, m, v, w, b: operators.batch_norm2d(x, m, operators.sqrt(v * v), w, b),
+        batch_norm,
+    ),
+    "conv2d": (
+        [(2, 3, 9, 8), (4, 3, 3, 2), (4,)],
+        lambda x, w, b: operators.conv2d(x, w, b, (2, 1), 1),
+        lambda x, w, b: F.conv2d(x, w, b, (2, 1), 1),
+    ),
+    "conv2d groups dilation": (
+        [(2, 4, 9, 8), (6, 2, 3, 3)],
+        lambda x, w: operators.conv2d(x, w, dilation=2, groups=2),
+        lambda x, w: F.conv2d(x, w, dilation=2, groups=2),
+    ),
+    "conv2d depthwise": (
+        [(1, 4, 6, 6), (4, 1, 3, 3)],
+        lambda x, w: operators.conv2d(x, w, padding=1, groups=4),
+        lambda x, w: F.conv2d(x, w, padding=1, groups=4),
+    ),
     "max_pool2d": ([(2, 3, 9, 8)], lambda x: operators.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1)),
     "avg_pool2d": ([(2, 3, 9, 8)], lambda x: operators.avg_pool2d(x, (3, 2)), lambda x: F.avg_pool2d(x, (3, 2))),
-    "adaptive_avg_pool2d": ([(2, 3, 9, 8)], lambda x: operators.adaptive_avg_pool2d(x, (4, 3)),
-                            lambda x: F.adaptive_avg_pool2d(x, (4, 3))),
+    "adaptive_avg_pool2d": (
+        [(2, 3, 9, 8)],
+        lambda x: operators.adaptive_avg_pool2d(x, (4, 3)),
+        lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
+    ),
     "attention": ([(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6)], operators.scaled_dot_product_attention, attend),
-    "attention causal": ([(2, 5, 4)] * 3, lambda q, k, v: operators.scaled_dot_product_attention(q, k, v, is_causal=True),
-                         lambda q, k, v: attend(q, k, v, causal=True)),
+    "attention causal": (
+        [(2, 5, 4)] * 3,
+        lambda q, k, v: operators.scaled_dot_product_attention(q, k, v, is_causal=True),
+        lambda q, k, v: attend(q, k, v, causal=True),
+    ),
     "attention mask": ([(2, 5, 4), (2, 7, 4), (2, 7, 4), (5, 7)], operators.scaled_dot_product_attention, attend),
-    "multi_head_attention": ([(2, 5, 8), (2, 6, 8), (2, 6, 8), (24, 8), (8, 8), (24,), (8,)],
-                             lambda q, k, v, *rest: operators.multi_head_attention(q, k, v, 2, *rest),
-                             lambda q, k, v, *rest: multi_head(q, k, v, 2, *rest)),
-    "arithmetic": ([(3, 5), (5,)], lambda a, b: (2 - a) * b + a / 3 - 1 / (b * b + 1) - (-a),
-                   lambda a, b: (2 - a) * b + a / 3 - 1 / (b * b + 1) + a),
-}  # fmt: skip
+    "multi_head_attention": (
+        [(2, 5, 8), (2, 6, 8), (2, 6, 8), (24, 8), (8, 8), (24,), (8,)],
+        lambda q, k, v, *rest: operators.multi_head_attention(q, k, v, 2, *rest),
+        lambda q, k, v, *rest: multi_head(q, k, v, 2, *rest),
+    ),
+    "arithmetic": (
+        [(3, 5), (5,)],
+        lambda a, b: (2 - a) * b + a / 3 - 1 / (b * b + 1) - (-a),
+        lambda a, b: (2 - a) * b + a / 3 - 1 / (b * b + 1) + a,
+    ),
+}
 
 
 @pytest.mark.parametrize("optimize", [True, False])

@@ -55,10 +55,18 @@ class FakeDevice:
     """Torch attention, with relative noise of a known size, known seconds and joules per multiply-accumulate."""
 
     def __init__(
-        self, name: str, fidelity: Fidelity = Fidelity.SIMULATED, *, noise: float = 0.0,
-        seconds: float = 1e-12, joules: float | None = None, masks: frozenset[MaskKind] = frozenset(MaskKind),
-        fails: bool = False, linear_error: float | None = None, compiles: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        fidelity: Fidelity = Fidelity.SIMULATED,
+        *,
+        noise: float = 0.0,
+        seconds: float = 1e-12,
+        joules: float | None = None,
+        masks: frozenset[MaskKind] = frozenset(MaskKind),
+        fails: bool = False,
+        linear_error: float | None = None,
+        compiles: str = "",
+    ) -> None:
         self.name, self.fidelity, self.noise, self.masks, self.fails = name, fidelity, noise, masks, fails
         self.seconds, self.joules, self.linear_error = seconds, joules, linear_error
         self.features = (f"torch.compile {compiles}",) if compiles else ()
@@ -68,10 +76,14 @@ class FakeDevice:
     def devices(self) -> list[Device]:
         return [
             Device(
-                id=f"{self.name}:0", family=self.name, vendor="test", model="fake", fidelity=self.fidelity,
+                id=f"{self.name}:0",
+                family=self.name,
+                vendor="test",
+                model="fake",
+                fidelity=self.fidelity,
                 features=self.features,
             )
-        ]  # fmt: skip
+        ]
 
     def compiled(self, graph: Any, example: Any) -> Any:
         """A compiler that runs the graph as it is, and says 1,000 multiply-accumulates and a quarter of a second."""
@@ -103,9 +115,13 @@ class FakeDevice:
     def capabilities(self, device: Device) -> Capabilities:
         numerics = {name: Numerics(relative=0.1, noisy=self.noise > 0) for name in ("float32", "bfloat16", "float16")}
         return Capabilities(
-            dtypes=frozenset(numerics), numerics=numerics, head_dim=Range(1, 256), masks=self.masks,
-            causal=frozenset({Causal.NONE, Causal.TOP_LEFT}), features=frozenset({"grouped_heads", "strides"}),
-        )  # fmt: skip
+            dtypes=frozenset(numerics),
+            numerics=numerics,
+            head_dim=Range(1, 256),
+            masks=self.masks,
+            causal=frozenset({Causal.NONE, Causal.TOP_LEFT}),
+            features=frozenset({"grouped_heads", "strides"}),
+        )
 
     def check(self, request: Any, device: Device) -> list[Any]:
         return []
@@ -155,8 +171,23 @@ def device() -> Iterator[Callable[..., str]]:
 
 
 WORDS = [
-    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "from", "hounds", "to", "its", "den",
-]  # fmt: skip
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "runs",
+    "from",
+    "hounds",
+    "to",
+    "its",
+    "den",
+]
 
 
 @pytest.fixture
@@ -179,9 +210,13 @@ def _save_tokenizer(folder: Path) -> None:
 def encoder(tmp_path: Path, seed: int) -> Path:
     """The folder of a small BERT."""
     config = transformers.BertConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
         max_position_embeddings=40,
-    )  # fmt: skip
+    )
     folder = tmp_path / "encoder"
     build(transformers.BertModel, config, "eager", seed).save_pretrained(folder)
     _save_tokenizer(folder)
@@ -192,9 +227,14 @@ def encoder(tmp_path: Path, seed: int) -> Path:
 def decoder(tmp_path: Path, seed: int) -> Path:
     """The folder of a small Llama with grouped heads."""
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, max_position_embeddings=40,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=40,
+    )
     folder = tmp_path / "decoder"
     build(transformers.LlamaForCausalLM, config, "eager", seed).save_pretrained(folder)
     _save_tokenizer(folder)

@@ -65,10 +65,23 @@ def test_an_ignored_argument_changes_nothing(tensors, name):
 def test_the_ignored_list_is_this_one():
     """A new name needs a reason why attention may ignore it; write it beside the list."""
     assert sorted(IGNORED_ARGUMENTS) == [
-        "cache_position", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "inputs_embeds", "layer_idx",
-        "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values",
-        "position_embeddings", "position_ids", "return_dict", "token_type_ids", "use_cache",
-    ]  # fmt: skip
+        "cache_position",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "input_ids",
+        "inputs_embeds",
+        "layer_idx",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED_ARGUMENTS))

@@ -11,12 +11,17 @@ import transformers
 import hal_core as hal
 
 LAYERS = 2
-#: Weights are drawn wide, so that attention has a large part in the logits: with the usual 0.02 a wrong mask would pass.
+#: Weights are drawn wide, so that attention has a large part in the logits: with the usual 0.02 a wrong mask would
+#: pass.
 WIDE = 0.3
 SMALL = {
-    "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 128,
     "initializer_range": WIDE,
-}  # fmt: skip
+}
 GREEDY = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": None}
 BERT = transformers.BertConfig(**SMALL, max_position_embeddings=64)
 LLAMA = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
@@ -182,13 +187,25 @@ def test_dropout_in_training_is_applied_and_repeatable(seed, pair):
 
 MISTRAL = transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=5, bos_token_id=1, eos_token_id=2)
 GEMMA2 = transformers.Gemma2Config(
-    **SMALL, num_key_value_heads=2, head_dim=16, sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=16,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    **SMALL,
+    num_key_value_heads=2,
+    head_dim=16,
+    sliding_window=5,
+    attn_logit_softcapping=2.0,
+    query_pre_attn_scalar=16,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 GPT_OSS = transformers.GptOssConfig(
-    **SMALL, num_key_value_heads=2, head_dim=16, sliding_window=5, num_local_experts=2, num_experts_per_tok=1,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    **SMALL,
+    num_key_value_heads=2,
+    head_dim=16,
+    sliding_window=5,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 SPECIAL = [
     (transformers.MistralForCausalLM, MISTRAL),  # a sliding window
     (transformers.Gemma2ForCausalLM, GEMMA2),  # softcap, and a window in every second layer

@@ -329,9 +329,7 @@ def test_all_devices_are_taken_where_none_is_named(device):
     names = [lane.name for lane in lanes.rows_for([])]
     assert names[0] == "torch sdpa"
     assert {"cpu:0", fake} <= set(names)
-    assert [lane.name for lane in lanes.rows_for(["fake", fake])] == ["torch sdpa", fake], (
-        "named twice, measured once"
-    )
+    assert [lane.name for lane in lanes.rows_for(["fake", fake])] == ["torch sdpa", fake], "named twice, measured once"
 
 
 def test_a_sum_with_an_unknown_part_is_unknown():

@@ -18,9 +18,14 @@ def result(encoder, text, device):
     noisy = device("noisy", noise=1e-2, joules=1e-12)
     bare = device("bare", masks=frozenset({MaskKind.NONE}))
     return measure.compare(
-        models.load(str(encoder), "float32"), texts.read([text]), lanes.rows_for(["cpu:0", noisy, bare]), repeats=2,
-        batch_size=4, max_length=None, command="hal compare <model> & more",
-    )  # fmt: skip
+        models.load(str(encoder), "float32"),
+        texts.read([text]),
+        lanes.rows_for(["cpu:0", noisy, bare]),
+        repeats=2,
+        batch_size=4,
+        max_length=None,
+        command="hal compare <model> & more",
+    )
 
 
 class Page(HTMLParser):
@@ -107,9 +112,14 @@ def test_the_report_takes_its_place_whole_or_not_at_all(result, tmp_path, monkey
 def test_a_page_where_nothing_ran_still_says_why(encoder, text, device):
     bare = device("bare", masks=frozenset({MaskKind.NONE}))
     result = measure.compare(
-        models.load(str(encoder), "float32"), texts.read([text]), lanes.rows_for([bare]), repeats=1, batch_size=4,
-        max_length=None, command="hal compare",
-    )  # fmt: skip
+        models.load(str(encoder), "float32"),
+        texts.read([text]),
+        lanes.rows_for([bare]),
+        repeats=1,
+        batch_size=4,
+        max_length=None,
+        command="hal compare",
+    )
     only = attrs.evolve(result, rows=tuple(row for row in result.rows if not row.ran))
     assert "boolean asked" in Page(report.render(only)).text
 
@@ -121,9 +131,17 @@ def figure(middle, low=None, high=None, basis=Basis.MEASURED):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.00123, "1.23 ms"), (0.0009996, "1 ms"), (0.99999, "1 s"), (12.34, "12.3 s"), (1234.5, "1234 s"), (0, "0 s"),
-     (3.2e-13, "0.32 ps"), (2.5e-6, "2.5 µs")],
-)  # fmt: skip
+    [
+        (0.00123, "1.23 ms"),
+        (0.0009996, "1 ms"),
+        (0.99999, "1 s"),
+        (12.34, "12.3 s"),
+        (1234.5, "1234 s"),
+        (0, "0 s"),
+        (3.2e-13, "0.32 ps"),
+        (2.5e-6, "2.5 µs"),
+    ],
+)
 def test_seconds_are_written_with_three_digits(value, text):
     assert figures.seconds(value) == text
 

@@ -252,10 +252,19 @@ def test_a_cache_that_cannot_be_written_costs_the_cache_alone(
 
 def made_up(name: str, kind: int, **more: Any) -> Any:
     values = {
-        "type": kind, "name": name, "vendor": "a vendor", "extensions": "", "max_compute_units": 4, "local_mem_size": 1 << 16,
-        "preferred_vector_width_float": 4, "global_mem_size": 1 << 30, "driver_version": "1", "available": True,
-        "compiler_available": True, "platform": SimpleNamespace(name="made up"),
-    }  # fmt: skip
+        "type": kind,
+        "name": name,
+        "vendor": "a vendor",
+        "extensions": "",
+        "max_compute_units": 4,
+        "local_mem_size": 1 << 16,
+        "preferred_vector_width_float": 4,
+        "global_mem_size": 1 << 30,
+        "driver_version": "1",
+        "available": True,
+        "compiler_available": True,
+        "platform": SimpleNamespace(name="made up"),
+    }
     return SimpleNamespace(**(values | more))
 
 
@@ -281,9 +290,11 @@ def test_devices_of_all_platforms_are_found_and_what_fails_is_left_out(monkeypat
     gpu, cpu = made_up("a GPU", cl.device_type.GPU), made_up("a CPU", cl.device_type.CPU)
     idle = made_up("asleep", cl.device_type.GPU, available=False)
     result = found(
-        monkeypatch, SimpleNamespace(name="first", get_devices=lambda: [cpu, Broken(), idle]),
-        SimpleNamespace(name="second", get_devices=fail), SimpleNamespace(name="third", get_devices=lambda: [gpu]),
-    )  # fmt: skip
+        monkeypatch,
+        SimpleNamespace(name="first", get_devices=lambda: [cpu, Broken(), idle]),
+        SimpleNamespace(name="second", get_devices=fail),
+        SimpleNamespace(name="third", get_devices=lambda: [gpu]),
+    )
     assert [(d.id, d.model) for d in result.devices] == [("opencl:0", "a GPU"), ("opencl:1", "a CPU")]
     assert result.handles["opencl:0"] is gpu
     assert result.devices[0].fidelity is hal.Fidelity.HARDWARE
@@ -321,9 +332,13 @@ print(ids)
     if not any("Portable" in d.driver for d in detect.find().devices):
         pytest.skip("PoCL is not installed; Debian: apt-get install pocl-opencl-icd")
     done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"POCL_DEVICES": "pthread pthread"}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        env=os.environ | {"POCL_DEVICES": "pthread pthread"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "'opencl:0', 'opencl:1'" in done.stdout
 
@@ -336,8 +351,12 @@ def test_kernels_are_offered_without_another_devices_plugin() -> None:
     if not detect.find().devices:
         pytest.skip(detect.find().reason)
     done = subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | {"HAL_PLUGINS": "opencl,compute"}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        env=os.environ | {"HAL_PLUGINS": "opencl,compute"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "1000.0 ['opencl'" in done.stdout

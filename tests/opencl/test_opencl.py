@@ -119,9 +119,11 @@ def test_a_closed_session_says_so(device: hal.Device) -> None:
 
 
 FAST = [(64, 49152, torch.float32), (256, 16384, torch.float16)]
-SLOW = [(d, r, t) for d, r, t in itertools.product(
-    (32, 64, 96, 128, 192, 256), (49152, 16384), (torch.float32, torch.float16)
-) if (d, r, t) not in FAST]  # fmt: skip
+SLOW = [
+    (d, r, t)
+    for d, r, t in itertools.product((32, 64, 96, 128, 192, 256), (49152, 16384), (torch.float32, torch.float16))
+    if (d, r, t) not in FAST
+]
 
 
 @pytest.mark.parametrize(
@@ -140,9 +142,19 @@ def test_the_gpu_program_agrees_with_float64_on_any_device(
     key, value = (torch.randn(1, 2, 140, dim, generator=generator).to(dtype) for _ in range(2))
     mask = torch.rand(1, 1, 75, 140, generator=generator) > 0.3
     wanted = hal.AttentionRequest(
-        batch=1, heads_q=4, heads_kv=2, len_q=75, len_k=140, dim_qk=dim, dim_v=dim, dtype=str(dtype).removeprefix("torch."),
-        causal=hal.Causal.BOTTOM_RIGHT, mask=hal.MaskKind.BOOLEAN, softcap=5.0, lse=True,
-    )  # fmt: skip
+        batch=1,
+        heads_q=4,
+        heads_kv=2,
+        len_q=75,
+        len_k=140,
+        dim_qk=dim,
+        dim_v=dim,
+        dtype=str(dtype).removeprefix("torch."),
+        causal=hal.Causal.BOTTOM_RIGHT,
+        mask=hal.MaskKind.BOOLEAN,
+        softcap=5.0,
+        lse=True,
+    )
     out, lse = session.bind(wanted)(query, key, value, mask)
     want = reference(query, key, value, mask, request=wanted)
     assert relative_error(out, want.out) <= (1e-5 if dtype == torch.float32 else 2e-3)
@@ -162,9 +174,16 @@ def test_the_gpu_program_for_few_rows_agrees_with_float64_on_any_device(
     query = torch.randn(1, 4, rows, dim, generator=generator)
     key, value = (torch.randn(1, 2, 700, dim, generator=generator) for _ in range(2))
     wanted = hal.AttentionRequest(
-        batch=1, heads_q=4, heads_kv=2, len_q=rows, len_k=700, dim_qk=dim, dim_v=dim, dtype="float32",
+        batch=1,
+        heads_q=4,
+        heads_kv=2,
+        len_q=rows,
+        len_k=700,
+        dim_qk=dim,
+        dim_v=dim,
+        dtype="float32",
         causal=hal.Causal.BOTTOM_RIGHT,
-    )  # fmt: skip
+    )
     out = session.bind(wanted)(query, key, value)
     assert relative_error(out, reference(query, key, value, request=wanted).out) <= 1e-5
 
@@ -277,10 +296,19 @@ def test_few_rows_read_the_keys_where_they_lie(
     query = torch.randn(2, 2 * group, len_q, 64, generator=generator).to(dtype)
     key, value = (torch.randn(2, 2, len_k, 64, generator=generator).to(dtype) for _ in range(2))
     wanted = hal.AttentionRequest(
-        batch=2, heads_q=2 * group, heads_kv=2, len_q=len_q, len_k=len_k, dim_qk=64, dim_v=64, lse=True,
-        dtype=str(dtype).removeprefix("torch."), causal=hal.Causal.BOTTOM_RIGHT, window=(650, 0),
+        batch=2,
+        heads_q=2 * group,
+        heads_kv=2,
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=64,
+        dim_v=64,
+        lse=True,
+        dtype=str(dtype).removeprefix("torch."),
+        causal=hal.Causal.BOTTOM_RIGHT,
+        window=(650, 0),
         softcap=7.0 if group == 2 else None,
-    )  # fmt: skip
+    )
     before = session.engine.pool.allocations
     out, lse = session.bind(wanted)(query, key, value)
     want = reference(query, key, value, request=wanted)

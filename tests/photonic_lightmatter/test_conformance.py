@@ -15,7 +15,9 @@ class TestMeasuredChip(ConformanceSuite):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["lightmatter:0", "lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4"])
+@pytest.mark.parametrize(
+    "device", ["lightmatter:0", "lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4"]
+)
 def test_every_profile_conforms(device: str) -> None:
     report = check_backend(device)
     assert report.passed, str(report)

@@ -1,8 +1,9 @@
 """The 2025 profile against what was measured on that chip, by the protocol of the fit; and against its supplement.
 
-Protocol: 4096 vectors times one 64 x 64 matrix, all standard normal, row i on core i mod 4. In alternate blocks of four rows
-one half is fitted and the other judged: raw (wanted against observed), then observed = a wanted + b by column, by a full 64 x
-64 affine map, and by one such map for each core; signal is the fitted part's power, noise the rest's.
+Protocol: 4096 vectors times one 64 x 64 matrix, all standard normal, row i on core i mod 4. In alternate blocks of four
+rows
+one half is fitted and the other judged: raw (wanted against observed), then observed = a wanted + b by column, by a
+full 64 x 64 affine map, and by one such map for each core; signal is the fitted part's power, noise the rest's.
 """
 
 from __future__ import annotations
@@ -95,15 +96,21 @@ def test_column_gains_are_those_of_the_silicon(chip: Profile) -> None:
 @pytest.mark.parametrize(
     ("mutation", "caught"),
     [
-        ("noise off", {"core"}), ("cores alike", {"full"}), ("weights exact", {"column"}), ("quantisation alone", {"raw"}),
+        ("noise off", {"core"}),
+        ("cores alike", {"full"}),
+        ("weights exact", {"column"}),
+        ("quantisation alone", {"raw"}),
     ],
-)  # fmt: skip
+)
 def test_a_model_without_one_of_its_parts_is_caught(chip: Profile, mutation: str, caught: set[str]) -> None:
     changes = {
-        "noise off": {}, "cores alike": {"noise__core_offset": 0, "noise__core_column_offset": 0},
+        "noise off": {},
+        "cores alike": {"noise__core_offset": 0, "noise__core_column_offset": 0},
         "weights exact": {"noise__weight_error": 0},
-        "quantisation alone": {k.replace(".", "__"): 0 for k in chip.figures if k.startswith("noise.") and "gain" not in k},
-    }[mutation]  # fmt: skip
+        "quantisation alone": {
+            k.replace(".", "__"): 0 for k in chip.figures if k.startswith("noise.") and "gain" not in k
+        },
+    }[mutation]
     if mutation == "quantisation alone":
         changes |= {"noise__column_gain": 1, "noise__column_gain_spread": 0}
     found = statistics(*observe(chip.replace(**changes), 1, noise=mutation != "noise off"))
@@ -160,10 +167,14 @@ def test_throughput_and_efficiency_are_the_supplements(chip: Profile) -> None:
 @pytest.mark.parametrize(
     ("profile", "length", "speed", "energy"),
     [
-        ("2025", 2048, 0.06, 0.89), ("2025", 8192, 0.10, 0.17), ("2025", 32768, 0.12, -0.04),
-        ("2025-2ghz", 2048, 0.54, -0.60), ("2025-2ghz", 8192, 0.51, -0.58), ("2025-2ghz", 32768, 0.51, -0.58),
+        ("2025", 2048, 0.06, 0.89),
+        ("2025", 8192, 0.10, 0.17),
+        ("2025", 32768, 0.12, -0.04),
+        ("2025-2ghz", 2048, 0.54, -0.60),
+        ("2025-2ghz", 8192, 0.51, -0.58),
+        ("2025-2ghz", 32768, 0.51, -0.58),
     ],
-)  # fmt: skip
+)
 def test_against_an_h200_there_is_no_crossover_in_time(profile: str, length: int, speed: float, energy: float) -> None:
     """Attention of 32 heads of 128, optics alone, against 65% of 790 TFLOP/s and 700 W."""
     from hal_core import AttentionRequest

@@ -1,4 +1,6 @@
-"""The functional level: exact codes, the gain's dB, and agreement with two published simulators where they are installed."""
+"""The functional level: exact codes, the gain's dB, and agreement with two published simulators where they are
+installed.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,8 @@ def test_codes_equal_those_of_aihwkit(draw: torch.Generator) -> None:
 
     x, w, ours = codes(draw)
     theirs = aihwkit_codes(x, w, CHIP)
-    # They sum fractions in float32, we whole numbers: a sum within that rounding of a tie between two codes may go either way.
+    # They sum fractions in float32, we whole numbers: a sum within that rounding of a tie between two codes may go
+    # either way.
     exact = x.double() @ w.double().mT * (CHIP.gain / CHIP.lsb(128))
     tied = ((exact - exact.floor() - 0.5).abs() < 1e-4) & (exact.abs() < CHIP.adc_levels)
     assert float(tied.float().mean()) < 1e-3

@@ -71,10 +71,11 @@ def test_predistortion_takes_the_weight_errors_out(generic: Profile) -> None:
 @pytest.mark.parametrize(
     ("fault", "where", "named"),
     [
-        (Fault.DEAD_INPUT, (5,), "dead input 5"), (Fault.DEAD_COLUMN, (7,), "dead column 7"),
+        (Fault.DEAD_INPUT, (5,), "dead input 5"),
+        (Fault.DEAD_COLUMN, (7,), "dead column 7"),
         (Fault.STUCK_WEIGHT, (3, 9), "stuck weight (3, 9)"),
     ],
-)  # fmt: skip
+)
 def test_a_fault_is_found_named_and_served_around_as_declared(
     generic: Profile, fault: Fault, where: tuple[int, ...], named: str
 ) -> None:

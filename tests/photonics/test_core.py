@@ -35,11 +35,16 @@ def test_nearby_seeds_are_unrelated() -> None:
 
 
 def test_noise_has_the_stated_size_at_five_sigma(generic: Profile) -> None:
-    """A column's readouts of nothing have the noise of its profile; the estimate of n readouts is off by sigma / sqrt(2 n)."""
+    """A column's readouts of nothing have the noise of its profile; the estimate of n readouts is off by sigma / sqrt(2
+    n).
+    """
     plain = generic.replace(
-        noise__readout_noise_spread=0, noise__common_noise=2, noise__column_offset=0, noise__core_offset=0,
+        noise__readout_noise_spread=0,
+        noise__common_noise=2,
+        noise__column_offset=0,
+        noise__core_offset=0,
         noise__core_column_offset=0,
-    )  # fmt: skip
+    )
     driver, parts, rows = SimulatedDriver(plain), noise_parts(plain), 4000
     codes = driver.read(torch.zeros(1, rows, 64), torch.zeros(1, 64, 64), noise=generator((7, 0))).codes[0]
     shared = codes.mean(1)
@@ -67,7 +72,9 @@ def test_noise_parts_are_their_equations(generic: Profile) -> None:
 
 
 def test_crosstalk_and_cores_have_their_structure(generic: Profile) -> None:
-    leaky = generic.replace(noise__crosstalk=0.1, noise__weight_error=0, noise__column_gain_spread=0, noise__input_ripple=0)
+    leaky = generic.replace(
+        noise__crosstalk=0.1, noise__weight_error=0, noise__column_gain_spread=0, noise__input_ripple=0
+    )
     driver = SimulatedDriver(leaky)
     one = torch.zeros(1, 2, 64)
     one[0, :, 5] = 127
@@ -104,7 +111,9 @@ def test_drift_wanders_to_its_stated_size_and_follows_temperature(generic: Profi
 
 
 def test_levels_agree_where_a_chip_is_perfect(generic: Profile, draw: torch.Generator) -> None:
-    perfect = {key.replace(".", "__"): 0 for key in generic.figures if key.startswith("noise.")} | {"noise__column_gain": 1}
+    perfect = {key.replace(".", "__"): 0 for key in generic.figures if key.startswith("noise.")} | {
+        "noise__column_gain": 1
+    }
     core = PhotonicCore.of(generic.replace(**perfect))
     a, b = torch.randn(2, 20, 150, generator=draw), torch.randn(2, 150, 30, generator=draw)
     functional, device = core.multiply(a, b, level="functional"), core.multiply(a, b)

@@ -15,7 +15,16 @@ from hal_core import AttentionRequest, Basis, Causal, Provenance
 
 
 def request(n: int = 512, **changes: object) -> AttentionRequest:
-    plain = {"batch": 2, "heads_q": 8, "heads_kv": 4, "len_q": n, "len_k": n, "dim_qk": 96, "dim_v": 64, "dtype": "float32"}
+    plain = {
+        "batch": 2,
+        "heads_q": 8,
+        "heads_kv": 4,
+        "len_q": n,
+        "len_k": n,
+        "dim_qk": 96,
+        "dim_v": 64,
+        "dtype": "float32",
+    }
     return AttentionRequest(**(plain | changes))
 
 
@@ -39,7 +48,9 @@ def test_the_time_is_its_equation(generic: Profile) -> None:
     r = request(300, batch=1, heads_kv=1)
     tiles = math.ceil(300 / 64) * math.ceil(96 / 64) + math.ceil(300 / 64) * math.ceil(64 / 64)
     assert tiles % 2, "the last round fills one core of two"
-    optics = math.ceil(tiles / 2) * (generic["time.weight_load"] + 8 * 300 / generic["time.clock"] + generic["time.flight"])
+    optics = math.ceil(tiles / 2) * (
+        generic["time.weight_load"] + 8 * 300 / generic["time.clock"] + generic["time.flight"]
+    )
     softmax = 8 * 300 * 300 / generic["time.digital_rate"]
     host = generic["time.host_latency"] + r.bytes_moved / generic["time.host_bandwidth"]
     cost = attention_cost(generic, r)
@@ -83,7 +94,9 @@ def test_work_grows_with_the_square_of_the_length(generic: Profile) -> None:
 
 def test_resident_weights_are_not_moved(generic: Profile) -> None:
     moved, resident = (product_cost(generic, 1, 10, 512, 512, resident=r) for r in (False, True))
-    assert moved.seconds["host"] - resident.seconds["host"] == pytest.approx(512 * 512 * 4 / generic["time.host_bandwidth"])
+    assert moved.seconds["host"] - resident.seconds["host"] == pytest.approx(
+        512 * 512 * 4 / generic["time.host_bandwidth"]
+    )
     assert resident.macs == 10 * 512 * 512
 
 

@@ -120,7 +120,9 @@ def test_the_meter_sums_kernels_and_attention(draw: torch.Generator) -> None:
     record = meter.records["photonic:0"]
     assert record.calls == 2
     assert record.macs == 10 * 80 * 30 + 2 * 2 * 16 * 16 * 32
-    both = linear.estimate(x, weight).time.middle + hal.explain(q, q, q, backend="photonic:0").winner.estimate.time.middle
+    both = (
+        linear.estimate(x, weight).time.middle + hal.explain(q, q, q, backend="photonic:0").winner.estimate.time.middle
+    )
     assert record.time.middle == pytest.approx(both)
     assert record.energy.middle > 0
     assert record.time.provenance == "assumed"
@@ -132,7 +134,10 @@ def test_profiles_from_the_environment_become_devices(monkeypatch: pytest.Monkey
     second = tmp_path / "second.toml"
     second.write_text((BUNDLED / "generic.toml").read_text().replace('name = "generic"', 'name = "second"'))
     monkeypatch.setenv("HAL_PHOTONIC_PROFILES", f"{BUNDLED / 'generic.toml'}:{second}")
-    assert [(d.id, d.model) for d in PhotonicBackend().devices()] == [("photonic:0", "generic"), ("photonic:1", "second")]
+    assert [(d.id, d.model) for d in PhotonicBackend().devices()] == [
+        ("photonic:0", "generic"),
+        ("photonic:1", "second"),
+    ]
 
 
 def bus(folder: Path) -> Path:
@@ -193,10 +198,12 @@ def test_the_sweep_measures_a_device_that_is_here(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--lengths", "many"], "--lengths 'many' was given"), (["--against", "published:tpu"], "published:h200"),
-        (["--against", "photonic:0"], "it is simulated"), (["--device", "cpu:0"], "not made of a photonic profile"),
+        (["--lengths", "many"], "--lengths 'many' was given"),
+        (["--against", "published:tpu"], "published:h200"),
+        (["--against", "photonic:0"], "it is simulated"),
+        (["--device", "cpu:0"], "not made of a photonic profile"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_sweep_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["photonics", "sweep", *words]) == 2
     assert said in capsys.readouterr().err

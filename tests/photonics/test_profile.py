@@ -29,13 +29,21 @@ def line_of(key: str) -> str:
 @pytest.mark.parametrize(
     ("key", "changed", "said"),
     [
-        ("gain", 'gain = 2', "converters.gain: 2 was given"),
+        ("gain", "gain = 2", "converters.gain: 2 was given"),
         ("gain", 'gain = { unit = "ratio", provenance = "assumed", source = "x" }', "converters.gain.value: missing"),
         ("gain", 'gain = { value = 2, provenance = "assumed", source = "x" }', 'unit: missing: write unit = "ratio"'),
-        ("clock", 'clock = { value = 1, unit = "GHz", provenance = "assumed", source = "x" }', "convert the value to 'Hz'"),
+        (
+            "clock",
+            'clock = { value = 1, unit = "GHz", provenance = "assumed", source = "x" }',
+            "convert the value to 'Hz'",
+        ),
         ("electrical", 'electrical = { value = -1, unit = "W", provenance = "assumed", source = "x" }', "-1 was given"),
         ("adc_bits", 'adc_bits = { value = 0, unit = "bit", provenance = "assumed", source = "x" }', "2 to 16 bit"),
-        ("adc_bits", 'adc_bits = { value = 7.5, unit = "bit", provenance = "assumed", source = "x" }', "a whole number"),
+        (
+            "adc_bits",
+            'adc_bits = { value = 7.5, unit = "bit", provenance = "assumed", source = "x" }',
+            "a whole number",
+        ),
         ("adc_bits", 'adc_bits = { value = nan, unit = "bit", provenance = "assumed", source = "x" }', "nan was given"),
         ("gain", 'gain = { value = 2, unit = "ratio", source = "x" }', "converters.gain.provenance: missing"),
         ("gain", 'gain = { value = 2, unit = "ratio", provenance = "guess", source = "x" }', "'guess' was given"),
@@ -43,11 +51,15 @@ def line_of(key: str) -> str:
         ("gain", "", "converters.gain: missing: give analogue gain"),
         ("gain", line_of("gain") + "\ngian = 1", "converters.gian: unknown key: did you mean 'gain'?"),
         ("share_adc", 'share_adc = { value = 0.9, unit = "ratio", provenance = "assumed", source = "x" }', "make it 1"),
-        ("trip", 'trip = { value = 10, unit = "degC", provenance = "assumed", source = "x" }', "thermal.trip: 10 was given"),
+        (
+            "trip",
+            'trip = { value = 10, unit = "degC", provenance = "assumed", source = "x" }',
+            "thermal.trip: 10 was given",
+        ),
         ("mechanism", 'mechanism = "magic"', "mechanism: 'magic' was given: use crossbar, mesh or ring"),
         ("vendor", "", "vendor: None was given"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_profile_names_file_key_and_what_is_wanted(tmp_path: Path, key: str, changed: str, said: str) -> None:
     path = written(tmp_path, TEXT.replace(line_of(key), changed, 1))
     with pytest.raises(ProfileError) as caught:

@@ -102,7 +102,9 @@ def test_limits_have_hysteresis(generic: Profile) -> None:
 
 
 @pytest.mark.parametrize("state", [s for s in State if s not in (State.OFF, State.TRIP)])
-@pytest.mark.parametrize(("changed", "named"), [({"temperature": math.nan}, "nan"), ({"reading_age": 60.0}, "60 s old")])
+@pytest.mark.parametrize(
+    ("changed", "named"), [({"temperature": math.nan}, "nan"), ({"reading_age": 60.0}, "60 s old")]
+)
 def test_a_broken_or_stale_sensor_is_a_trip_that_says_so(
     generic: Profile, state: State, changed: dict[str, float], named: str
 ) -> None:
@@ -123,10 +125,13 @@ def test_heat_flows_as_the_equation_says(generic: Profile) -> None:
 @pytest.mark.parametrize(
     ("health", "named"),
     [
-        (Health(1e6, 0, 0, 0), "s old"), (Health(0, -9, 0, 0), "-9.0 K"), (Health(0, 0, 3, 0), "3.0 dB"),
-        (Health(0, 0, 0, 0.02), "2.0%"), (Health(0, 0, 0, 0, laser=0.7), "70%"),
+        (Health(1e6, 0, 0, 0), "s old"),
+        (Health(0, -9, 0, 0), "-9.0 K"),
+        (Health(0, 0, 3, 0), "3.0 dB"),
+        (Health(0, 0, 0, 0.02), "2.0%"),
+        (Health(0, 0, 0, 0, laser=0.7), "70%"),
     ],
-)  # fmt: skip
+)
 def test_each_trigger_is_named(generic: Profile, health: Health, named: str) -> None:
     assert len(found := triggers(generic, health)) == 1
     assert named in found[0]
@@ -169,8 +174,12 @@ def test_a_tripped_device_refuses_with_its_state_and_the_way_out(session: Any) -
     s = session
     s.driver.inject(Fault.NAN_SENSOR)
     assert s.maintain() is State.TRIP
-    prepared = s.prepare_attention(*[torch.ones(1, 1, 2, 4)] * 3, request=hal.AttentionRequest(1, 1, 1, 2, 2, 4, 4, "float32"))
-    with pytest.raises(DeviceUnavailableError, match=r"state trip \(the temperature sensor reads nan\).*session\.reset\(\)"):
+    prepared = s.prepare_attention(
+        *[torch.ones(1, 1, 2, 4)] * 3, request=hal.AttentionRequest(1, 1, 1, 2, 2, 4, 4, "float32")
+    )
+    with pytest.raises(
+        DeviceUnavailableError, match=r"state trip \(the temperature sensor reads nan\).*session\.reset\(\)"
+    ):
         s.compute_attention(prepared)
     assert s.driver.telemetry().laser == 0
     before = len(s.recalibrations)

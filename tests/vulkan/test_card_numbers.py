@@ -10,10 +10,20 @@ from hal_vulkan import detect  # noqa: E402
 UUIDS = ["GPU-aaaa1111-2222-3333-4444-555555555555", "GPU-bbbb1111-2222-3333-4444-555555555555"]
 
 
-@pytest.mark.parametrize(("setting", "want"), [
-    (None, UUIDS), ("", []), ("1,0", UUIDS[::-1]), ("1", UUIDS[1:]), ("GPU-bb", UUIDS[1:]), ("GPU-", []), ("0,7,1", UUIDS[:1]),
-    ("0,0", UUIDS[:1]), ("-1", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "want"),
+    [
+        (None, UUIDS),
+        ("", []),
+        ("1,0", UUIDS[::-1]),
+        ("1", UUIDS[1:]),
+        ("GPU-bb", UUIDS[1:]),
+        ("GPU-", []),
+        ("0,7,1", UUIDS[:1]),
+        ("0,0", UUIDS[:1]),
+        ("-1", []),
+    ],
+)
 def test_cards_are_numbered_as_cuda_numbers_them(setting: str | None, want: list[str]) -> None:
     assert detect._visible(UUIDS, setting) == want
 

@@ -1,4 +1,6 @@
-"""CUDA's side of a shared card against a driver that keeps account: what needs a context, what fails, what is given back."""
+"""CUDA's side of a shared card against a driver that keeps account: what needs a context, what fails, what is given
+back.
+"""
 
 from __future__ import annotations
 
@@ -62,10 +64,16 @@ def card(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
     made = object.__new__(cuda.CudaCard)
     vars(made).update(
-        _gpu=SimpleNamespace(name="vulkan:0", export=lambda block: os.open(os.devnull, os.O_RDONLY)), _cuda=driver, _index=0,
-        place="cuda:0", _context="primary", _external={}, _seen={}, _done="done",
+        _gpu=SimpleNamespace(name="vulkan:0", export=lambda block: os.open(os.devnull, os.O_RDONLY)),
+        _cuda=driver,
+        _index=0,
+        place="cuda:0",
+        _context="primary",
+        _external={},
+        _seen={},
+        _done="done",
         _streams={n: SimpleNamespace(semaphore=f"stream {n}") for n in range(2)},
-    )  # fmt: skip
+    )
     for address, name in enumerate("ab", 1):
         freeing = ("cuMemFree", address), ("cuDestroyExternalMemory", f"external {name}")
         made._external[name] = partial(made._give_back, *freeing)

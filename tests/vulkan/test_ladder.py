@@ -21,9 +21,14 @@ from hal_vulkan.pipelines import VulkanShaderManager
 
 BRAIN = ("bfloat16_matrix",)
 BITS = (
-    "cooperative_matrix", "memory_model", "float16", "full_subgroups", "nv2_reductions", "nv2_conversions",
+    "cooperative_matrix",
+    "memory_model",
+    "float16",
+    "full_subgroups",
+    "nv2_reductions",
+    "nv2_conversions",
     "nv2_per_element_operations",
-)  # fmt: skip
+)
 SCOPE = ("device_scope",)
 CASES = {
     "full": ((2, 2, 2, 64, 64, 32), {}),
@@ -41,9 +46,11 @@ CASES = {
 }
 #: Of blocks of 64 tokens: the second, none, all, and three with one that ends with the keys.
 PLAN = hal.BlockPlan(
-    64, 64, torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3], [0, 2, 3, 0]], dtype=torch.int32)[None, None],
+    64,
+    64,
+    torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3], [0, 2, 3, 0]], dtype=torch.int32)[None, None],
     torch.tensor([1, 0, 4, 3], dtype=torch.int32)[None, None],
-)  # fmt: skip
+)
 
 
 def adapter(

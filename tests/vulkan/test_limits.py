@@ -1,4 +1,6 @@
-"""Calls beyond the work groups of one dispatch: entries, gradients' rows and fields go on in turn, the rest is refused."""
+"""Calls beyond the work groups of one dispatch: entries, gradients' rows and fields go on in turn, the rest is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,16 @@ def narrow(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
 def asked(query: torch.Tensor, key: torch.Tensor, **options: Any) -> hal.AttentionRequest:
     batch, heads, len_q, dim = query.shape
     return hal.AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=key.shape[1], len_q=len_q, len_k=key.shape[2], dim_qk=dim, dim_v=dim,
-        dtype=str(query.dtype).removeprefix("torch."), **options,
-    )  # fmt: skip
+        batch=batch,
+        heads_q=heads,
+        heads_kv=key.shape[1],
+        len_q=len_q,
+        len_k=key.shape[2],
+        dim_qk=dim,
+        dim_v=dim,
+        dtype=str(query.dtype).removeprefix("torch."),
+        **options,
+    )
 
 
 def drawn(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -98,10 +107,16 @@ def test_parts_of_many_keys_are_merged_beyond_a_dispatch(narrow: Any, seed: int)
     assert relative_error(out, reference(query, key, value).out) <= 1e-5
 
 
-@pytest.mark.parametrize(("name", "shapes"), [
-    ("vector_add", [(3, 1001), (3, 1001)]), ("reduce_sum", [(9, 1003)]), ("matmul", [(70, 45, 12), (70, 12, 2000)]),
-    ("reaction_diffusion_step", [(67, 11, 500), (67, 11, 500)]), ("ricci_flow_step", [(67, 11, 500)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("vector_add", [(3, 1001), (3, 1001)]),
+        ("reduce_sum", [(9, 1003)]),
+        ("matmul", [(70, 45, 12), (70, 12, 2000)]),
+        ("reaction_diffusion_step", [(67, 11, 500), (67, 11, 500)]),
+        ("ricci_flow_step", [(67, 11, 500)]),
+    ],
+)
 def test_kernels_beside_attention_go_on_in_turn(narrow: Any, name: str, shapes: Any, seed: int) -> None:
     nothing = torch.full((1 << 17,), torch.nan)
     narrow.kernel("vector_add")(nothing, nothing)  # leaves memory that nobody should read

@@ -1,4 +1,6 @@
-"""Calls recorded once and run again, tensors read where they lie, and the staging ring of devices without mapped memory."""
+"""Calls recorded once and run again, tensors read where they lie, and the staging ring of devices without mapped
+memory.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,16 @@ def draw(seed: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
 def request(query: torch.Tensor, key: torch.Tensor, **changes: Any) -> hal.AttentionRequest:
     (batch, heads, len_q, dim), dtype = query.shape, str(query.dtype).removeprefix("torch.")
     return hal.AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=key.shape[1], len_q=len_q, len_k=key.shape[2], dim_qk=dim, dim_v=dim, dtype=dtype,
+        batch=batch,
+        heads_q=heads,
+        heads_kv=key.shape[1],
+        len_q=len_q,
+        len_k=key.shape[2],
+        dim_qk=dim,
+        dim_v=dim,
+        dtype=dtype,
         **changes,
-    )  # fmt: skip
+    )
 
 
 def recordings(session: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -204,7 +213,9 @@ def test_the_staging_ring_carries_tensors_of_any_layout(
 def test_split_keys_are_merged_in_every_run_of_a_recording(
     unmapped: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """The last work group counts the others: from zero on, in memory that held anything, and leaves zero for the next."""
+    """The last work group counts the others: from zero on, in memory that held anything, and leaves zero for the
+    next.
+    """
     gpu = unmapped.recorder.gpu
     allocate = gpu.allocate
 

@@ -1,4 +1,6 @@
-"""Memory that another interface of the same card sees: CUDA on a card that has it, a file mapping of lavapipe's elsewhere."""
+"""Memory that another interface of the same card sees: CUDA on a card that has it, a file mapping of lavapipe's
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -90,9 +92,16 @@ def place(session: Any) -> str:
 def asked(query: torch.Tensor, key: torch.Tensor, **options: Any) -> hal.AttentionRequest:
     (batch, heads, len_q, dim), dtype = query.shape, str(query.dtype).removeprefix("torch.")
     return hal.AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=key.shape[1], len_q=len_q, len_k=key.shape[2], dim_qk=dim, dim_v=dim, dtype=dtype,
+        batch=batch,
+        heads_q=heads,
+        heads_kv=key.shape[1],
+        len_q=len_q,
+        len_k=key.shape[2],
+        dim_qk=dim,
+        dim_v=dim,
+        dtype=dtype,
         **options,
-    )  # fmt: skip
+    )
 
 
 def fill(seed: int, *tensors: torch.Tensor) -> list[torch.Tensor]:

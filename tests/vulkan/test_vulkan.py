@@ -87,7 +87,8 @@ def test_a_thousand_calls_of_mixed_shapes_leave_memory_as_it_was(session: Any, s
     def whole(most: int) -> int:
         return int(torch.randint(1, most + 1, (), generator=generator))
 
-    # The same shapes in four rounds: the most that drawn shapes need at once is chance, and a later round's is no growth.
+    # The same shapes in four rounds: the most that drawn shapes need at once is chance, and a later round's is no
+    # growth.
     shapes = [(1 + n % 2, 32 * whole(4), whole(40), whole(200) * (10 if n % 5 == 0 else 1)) for n in range(250)]
     pools = [recorder.pool] if recorder.mapped else [recorder.pool, recorder.staging]
     reserved, fragmented, kept = [], [], []

@@ -19,7 +19,8 @@ __all__ = ["register_huggingface", "set_device"]
 
 
 def register_huggingface() -> None:
-    """Make `attn_implementation="hal"` known to transformers. `import hal_nn.huggingface` does the same; twice is harmless.
+    """Make `attn_implementation="hal"` known to transformers. `import hal_nn.huggingface` does the same; twice is
+    harmless.
 
     Raises:
         HalError: transformers is not installed, or is older than its attention interface.

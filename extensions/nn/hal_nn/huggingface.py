@@ -33,11 +33,26 @@ NAME = "hal"
 #: Arguments that models pass on to attention and that do not change its result: what they say is already in query, key,
 #: value and mask, or concerns the layers around attention. `attention_mask` built by transformers holds the sequence
 #: limits that packed position_ids describe.
-IGNORED_ARGUMENTS = frozenset({
-    "cache_position", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "inputs_embeds", "layer_idx",
-    "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits", "past_key_values",
-    "position_embeddings", "position_ids", "return_dict", "token_type_ids", "use_cache",
-})  # fmt: skip
+IGNORED_ARGUMENTS = frozenset(
+    {
+        "cache_position",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "input_ids",
+        "inputs_embeds",
+        "layer_idx",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    }
+)
 
 #: Arguments that change the result and are not implemented: the reason, and what to do instead.
 REFUSED_ARGUMENTS = {
@@ -83,10 +98,13 @@ def set_device(model: nn.Module, device: str | None) -> nn.Module:
 def attention_mask(**arguments: Any) -> Tensor | None:
     """transformers' mask for torch's attention: boolean [batch, 1, len_q, len_k] (True: may read), or None.
 
-    None stands for causal or full attention without padding. A decoding step over a padded batch has [batch, 1, 1, len_k],
+    None stands for causal or full attention without padding. A decoding step over a padded batch has [batch, 1, 1,
+    len_k],
     and so has a padded encoder, whose rows are all alike: nothing of the size len_q * len_k is made.
     """
-    if arguments.get("mask_function") is bidirectional_mask_function and not arguments.get("allow_is_causal_skip", True):
+    if arguments.get("mask_function") is bidirectional_mask_function and not arguments.get(
+        "allow_is_causal_skip", True
+    ):
         arguments |= {"q_length": 1} if "q_length" in arguments else {}  # transformers 5.0 has another argument here
     mask: Tensor | None = sdpa_mask(**arguments)
     return mask
@@ -119,8 +137,9 @@ def attention_forward(
     Args:
         module: the attention layer; its `is_causal` holds where the argument is None, True where it has none.
         query, key, value: [batch, heads, length, head_dim]; grouped heads are not repeated.
-        attention_mask: boolean (True: may read) or additive, broadcastable to [batch, heads, len_q, len_k]. None: causal
-            from the top left where the layer is causal and len_q > 1, else full. It already holds a sliding window.
+        attention_mask: boolean (True: may read) or additive, broadcastable to [batch, heads, len_q, len_k]. None:
+            causal from the top left where the layer is causal and len_q > 1, else full. It already holds a sliding
+            window.
         softcap: c in c * tanh(score / c), before the mask.
         sliding_window: keys that a row reads, itself included. With a mask it is in the mask; without, it is applied.
         position_bias: added to the scores, [1 or batch, heads, len_q, len_k].
@@ -207,10 +226,11 @@ def _packed(
         what = "an attention_mask" if mask is not None else "a position_bias"
         raise HalError(f"{what} was given together with cu_seq_lens: pass one, or packed position_ids alone")
     return {
-        "cu_seqlens_q": cu_q.to(torch.int32), "cu_seqlens_k": cu_k.to(torch.int32),
+        "cu_seqlens_q": cu_q.to(torch.int32),
+        "cu_seqlens_k": cu_k.to(torch.int32),
         "max_seqlen_q": int(cu_q.diff().max()) if max_q is None else int(max_q),
         "max_seqlen_k": int(cu_k.diff().max()) if max_k is None else int(max_k),
-    }  # fmt: skip
+    }
 
 
 def _window(sliding_window: int, is_causal: bool) -> dict[str, Any]:
@@ -235,8 +255,8 @@ def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """Attention whose softmax holds one more logit without a value.
 
-    softmax over (scores, sink) is softmax(scores) * exp(lse) / (exp(lse) + exp(sink)), which is sigmoid(lse - sink). A row
-    that reads no key has lse -inf and stays 0.
+    softmax over (scores, sink) is softmax(scores) * exp(lse) / (exp(lse) + exp(sink)), which is sigmoid(lse - sink). A
+    row that reads no key has lse -inf and stays 0.
 
     Args:
         out: [batch, heads, len_q, dim]. lse: [batch, heads, len_q]. sink: [heads] or [batch, heads, len_q, 1].

@@ -16,7 +16,11 @@ _SIGNATURES = {
 def hal_kernels() -> list[KernelSpec]:
     return [
         KernelSpec(
-            name=name, signature=signature, reference=f"hal_compute.references:{name}",
-            sampler=f"hal_compute.references:draw_{name}", tolerance={"float32": 2e-6},
-        ) for name, signature in _SIGNATURES.items()
-    ]  # fmt: skip
+            name=name,
+            signature=signature,
+            reference=f"hal_compute.references:{name}",
+            sampler=f"hal_compute.references:draw_{name}",
+            tolerance={"float32": 2e-6},
+        )
+        for name, signature in _SIGNATURES.items()
+    ]

@@ -34,12 +34,21 @@ CAPABILITIES = Capabilities(
     masks={MaskKind.NONE, MaskKind.BOOLEAN, MaskKind.ADDITIVE},
     causal={Causal.NONE, Causal.TOP_LEFT, Causal.BOTTOM_RIGHT},
     features={
-        "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "block_plan", "lse", "backward", "lse_grad",
+        "grouped_heads",
+        "value_dim",
+        "strides",
+        "diagonal",
+        "window",
+        "softcap",
+        "block_plan",
+        "lse",
+        "backward",
+        "lse_grad",
         "deterministic",
     },
     length=Range(0, 1 << 24),
     block_sizes=Range(64, None, 64),
-)  # fmt: skip
+)
 KERNEL_NAMES = frozenset({"vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step"})
 
 
@@ -82,7 +91,9 @@ class ComputeBackend(ABC):
             )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """From a calibration that has the request's dtype and place, see `calibrate.seconds`; assumed rates elsewhere."""
+        """From a calibration that has the request's dtype and place, see `calibrate.seconds`; assumed rates
+        elsewhere.
+        """
         measured = load(device)
         taken = None if measured is None else calibrate.seconds(measured.values, request)
         if taken is not None:

@@ -1,4 +1,6 @@
-"""What a device takes for a call, for copies and for work in each dtype: measured by `hal calibrate`, read by estimates."""
+"""What a device takes for a call, for copies and for work in each dtype: measured by `hal calibrate`, read by
+estimates.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,12 @@ def measure(
 ) -> dict[str, float]:
     """Everything that `seconds` reads, at 8 heads of 64.
 
-    A call from elsewhere than the host is measured by itself: it orders the work of two interfaces. Work is timed by the
-    device's clock where it has one, in long calls from `length` tokens on.
+    A call from elsewhere than the host is measured by itself: it orders the work of two interfaces. Work is timed by
+    the device's clock where it has one, in long calls from `length` tokens on.
 
     Args:
-        session: a `ComputeSession`. reads: torch devices whose tensors it takes. progress: told a text and the share done.
+        session: a `ComputeSession`. reads: torch devices whose tensors it takes. progress: told a text and the share
+            done.
     """
     import torch
 
@@ -95,13 +98,23 @@ def _long(session: Any, length: int, dtype: str, gradients: bool) -> tuple[Atten
 
 def _request(length: int, dtype: str, place: str, gradients: bool = False) -> AttentionRequest:
     return AttentionRequest(
-        batch=1, heads_q=8, heads_kv=8, len_q=length, len_k=length, dim_qk=64, dim_v=64, dtype=dtype, device=place,
-        lse=gradients, grads=frozenset("qkv" if gradients else ""),
-    )  # fmt: skip
+        batch=1,
+        heads_q=8,
+        heads_kv=8,
+        len_q=length,
+        len_k=length,
+        dim_qk=64,
+        dim_v=64,
+        dtype=dtype,
+        device=place,
+        lse=gradients,
+        grads=frozenset("qkv" if gradients else ""),
+    )
 
 
 def _timed(session: Any, request: AttentionRequest, repeats: int) -> _Took:
-    """Medians of `repeats` calls of a request, or of its gradients alone where it asks for them, after one that compiles.
+    """Medians of `repeats` calls of a request, or of its gradients alone where it asks for them, after one that
+    compiles.
 
     Three calls have to do where they take long.
     """

@@ -18,9 +18,16 @@ class Runner(Protocol):
     """Runs one of a device's programs over tensors of the host."""
 
     def __call__(
-        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], integers: Sequence[int],
-        floats: Sequence[float] = (), *, extent: tuple[int, int, int], what: str,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        integers: Sequence[int],
+        floats: Sequence[float] = (),
+        *,
+        extent: tuple[int, int, int],
+        what: str,
+    ) -> None:
         """Fill `outputs`.
 
         Args:
@@ -73,9 +80,17 @@ def matmul(run: Runner, a: Tensor, b: Tensor) -> Tensor:
 
 
 def reaction_diffusion_step(
-    run: Runner, u: Tensor, v: Tensor, dt: float = 0.1, diffusion_u: float = 0.2, diffusion_v: float = 1.0,
-    reaction: float = 1.0, epsilon: float = 0.5, decay: float = 1.0, offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run: Runner,
+    u: Tensor,
+    v: Tensor,
+    dt: float = 0.1,
+    diffusion_u: float = 0.2,
+    diffusion_v: float = 1.0,
+    reaction: float = 1.0,
+    epsilon: float = 0.5,
+    decay: float = 1.0,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """One explicit Euler step of an activator u and an inhibitor v on a periodic grid (FitzHugh 1961, Nagumo 1962).
 
         du/dt = diffusion_u * L(u) + reaction * (u - u^3 - v)

@@ -1,4 +1,6 @@
-"""Device memory by sub-allocation: a few large blocks, regions cut from them, neighbours joined when they are given back."""
+"""Device memory by sub-allocation: a few large blocks, regions cut from them, neighbours joined when they are given
+back.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,18 @@ class DevicePool:
     """Regions of device memory within a limit. Not thread-safe: the session holds its lock."""
 
     def __init__(
-        self, name: str, create: Callable[[int], Any], destroy: Callable[[Any], None], *,
-        alignment: int, largest: int, limit: int,
-    ) -> None:  # fmt: skip
-        """create(bytes) makes a block's memory, destroy(handle) gives it back; `largest`: bytes that one region can have."""
+        self,
+        name: str,
+        create: Callable[[int], Any],
+        destroy: Callable[[Any], None],
+        *,
+        alignment: int,
+        largest: int,
+        limit: int,
+    ) -> None:
+        """create(bytes) makes a block's memory, destroy(handle) gives it back; `largest`: bytes that one region can
+        have.
+        """
         self._name, self._create, self._destroy = name, create, destroy
         self.alignment, self.largest, self.limit = alignment, largest, limit
         self._blocks: list[_Block] = []

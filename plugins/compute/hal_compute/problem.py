@@ -1,7 +1,8 @@
-"""What a call means for the programs: the visible band, the mask as numbers, sparse plans as ranges of keys, the geometry.
+"""What a call means for the programs: the visible band, the mask as numbers, sparse plans as ranges of keys, the
+geometry.
 
-A unit is what one key head is read for at once: the rows of one query head, or, where there are few rows, those of all query
-heads that share a key head. Work is cut into units, blocks of a unit's rows, and splits of the keys.
+A unit is what one key head is read for at once: the rows of one query head, or, where there are few rows, those of all
+query heads that share a key head. Work is cut into units, blocks of a unit's rows, and splits of the keys.
 """
 
 from __future__ import annotations
@@ -21,9 +22,27 @@ LOG2E = 1.4426950408889634
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 #: The numbers that programs are told, 18 of int32 and 2 of float32, in this order; strides are in elements.
 FIELDS = (
-    "len_q", "len_k", "unit_rows", "heads_per_unit", "units_per_batch", "group", "lower", "upper", "mask_batch", "mask_head",
-    "mask_row", "plan_batch", "plan_head", "block_q", "chunk", "has_mask", "has_plan", "splits", "scale", "softcap",
-)  # fmt: skip
+    "len_q",
+    "len_k",
+    "unit_rows",
+    "heads_per_unit",
+    "units_per_batch",
+    "group",
+    "lower",
+    "upper",
+    "mask_batch",
+    "mask_head",
+    "mask_row",
+    "plan_batch",
+    "plan_head",
+    "block_q",
+    "chunk",
+    "has_mask",
+    "has_plan",
+    "splits",
+    "scale",
+    "softcap",
+)
 LAYOUT = "18i2f"
 PACK_BELOW = 32  # query rows below which the heads of a key head go into one unit
 _SKIP_BLOCK = 64  # tokens of a tile of a mask that may be skipped
@@ -169,17 +188,31 @@ class Problem:
         lower, upper = band(request, self.len_q, self.len_k)
         strides = (0, 0, 0) if self.mask is None else self.mask.strides
         self.numbers: dict[str, Any] = dict.fromkeys(FIELDS, 0) | {
-            "len_q": self.len_q, "len_k": self.len_k, "unit_rows": self.unit_rows, "heads_per_unit": self.heads_per_unit,
-            "units_per_batch": self.heads_q // self.heads_per_unit, "group": group, "lower": lower, "upper": upper,
-            "mask_batch": strides[0], "mask_head": strides[1], "mask_row": strides[2], "has_mask": int(self.mask is not None),
-            "chunk": OPEN, "splits": 1, "scale": request.effective_scale, "softcap": request.softcap or 0.0,
-        }  # fmt: skip
+            "len_q": self.len_q,
+            "len_k": self.len_k,
+            "unit_rows": self.unit_rows,
+            "heads_per_unit": self.heads_per_unit,
+            "units_per_batch": self.heads_q // self.heads_per_unit,
+            "group": group,
+            "lower": lower,
+            "upper": upper,
+            "mask_batch": strides[0],
+            "mask_head": strides[1],
+            "mask_row": strides[2],
+            "has_mask": int(self.mask is not None),
+            "chunk": OPEN,
+            "splits": 1,
+            "scale": request.effective_scale,
+            "softcap": request.softcap or 0.0,
+        }
         if self.ranges is not None:
             self.numbers |= {"has_plan": 1, "block_q": self.ranges.block_q}
             self.numbers |= {"plan_batch": self.ranges.batch_stride, "plan_head": self.ranges.head_stride}
 
     def score_in_bits(self) -> None:
-        """Let the scale hold the factor log2(e), for programs whose softmax runs on powers of 2; a softcap comes before it."""
+        """Let the scale hold the factor log2(e), for programs whose softmax runs on powers of 2; a softcap comes before
+        it.
+        """
         self.numbers["scale"] *= 1.0 if self.numbers["softcap"] else LOG2E
 
     def split(self, rows: int, tile: int, *, wanted: int, least: int) -> int:

@@ -45,16 +45,24 @@ def spread(field: Tensor) -> Tensor:
 
 
 def reaction_diffusion_step(
-    u: Tensor, v: Tensor, dt: float = 0.1, diffusion_u: float = 0.2, diffusion_v: float = 1.0, reaction: float = 1.0,
-    epsilon: float = 0.5, decay: float = 1.0, offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One explicit Euler step of an activator u and an inhibitor v (FitzHugh 1961, Nagumo 1962; diffusion by Turing 1952).
+    u: Tensor,
+    v: Tensor,
+    dt: float = 0.1,
+    diffusion_u: float = 0.2,
+    diffusion_v: float = 1.0,
+    reaction: float = 1.0,
+    epsilon: float = 0.5,
+    decay: float = 1.0,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One explicit Euler step of an activator u and an inhibitor v (FitzHugh 1961, Nagumo 1962; diffusion by Turing
+    1952).
 
     du/dt = diffusion_u * spread(u) + reaction * (u - u^3 - v)
     dv/dt = diffusion_v * spread(v) + reaction * epsilon * (u - decay * v + offset)
 
-    With reaction = 0 the sums of u and v are kept, and for dt * diffusion <= 1 no new extremes appear: each new value is
-    then an average of old ones with weights of 0 or more.
+    With reaction = 0 the sums of u and v are kept, and for dt * diffusion <= 1 no new extremes appear: each new value
+    is then an average of old ones with weights of 0 or more.
     """
     new_u = u + dt * (diffusion_u * spread(u) + reaction * (u - u**3 - v))
     new_v = v + dt * (diffusion_v * spread(v) + reaction * epsilon * (u - decay * v + offset))
@@ -68,8 +76,8 @@ def draw_reaction_diffusion_step(generator: Generator) -> tuple[Tensor, Tensor]:
 def ricci_flow_step(phi: Tensor, dt: float) -> Tensor:
     """One explicit step of Ricci flow of the metric exp(2 phi) * identity on a periodic grid of unit spacing.
 
-    d phi / dt = exp(-2 phi) * Laplacian(phi), five-point Laplacian (Hamilton 1988, the Ricci flow on surfaces). The maximum
-    principle holds for dt <= exp(2 * min(phi)) / 4.
+    d phi / dt = exp(-2 phi) * Laplacian(phi), five-point Laplacian (Hamilton 1988, the Ricci flow on surfaces). The
+    maximum principle holds for dt <= exp(2 * min(phi)) / 4.
     """
     neighbours = phi.roll(1, -2) + phi.roll(-1, -2) + phi.roll(1, -1) + phi.roll(-1, -1)
     return phi + dt * torch.exp(-2 * phi) * (neighbours - 4 * phi)

@@ -80,10 +80,15 @@ class ComputeMemory(PooledMemory):
     def stats(self) -> MemoryStats:
         host, engine, pool = super().stats(), self._engine, self._engine.pool
         return attrs.evolve(
-            host, in_use=host.in_use + pool.in_use, pooled=host.pooled + pool.reserved - pool.in_use + engine.ring.nbytes,
-            peak=host.peak + pool.peak, allocations=host.allocations + pool.allocations, reuses=host.reuses + pool.reuses,
-            copies=host.copies + engine.copies, copied=host.copied + engine.copied,
-        )  # fmt: skip
+            host,
+            in_use=host.in_use + pool.in_use,
+            pooled=host.pooled + pool.reserved - pool.in_use + engine.ring.nbytes,
+            peak=host.peak + pool.peak,
+            allocations=host.allocations + pool.allocations,
+            reuses=host.reuses + pool.reuses,
+            copies=host.copies + engine.copies,
+            copied=host.copied + engine.copied,
+        )
 
     @property
     def fragmentation(self) -> float:
@@ -125,9 +130,14 @@ class ComputeSession(ABC):
         """The fastest callable for requests like this one."""
 
         def call(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-        ) -> Any:  # fmt: skip
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            plan: BlockPlan | None = None,
+            tables: SequenceTables | None = None,
+            rng: tuple[int, int] | None = None,
+        ) -> Any:
             with self._lock:
                 self._check_open()
                 result = self._forward(Call(query, key, value, request, plan, mask), None)
@@ -136,15 +146,27 @@ class ComputeSession(ABC):
         return call
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> Call:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Call:
         return Call(query, key, value, request, plan, None)
 
     def compute_attention(
-        self, prepared: Call, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        prepared: Call,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput:
         call = prepared._replace(mask=mask, query=prepared.query if query is None else query)
         with self._lock:
             self._check_open()
@@ -152,9 +174,16 @@ class ComputeSession(ABC):
         return result if prepared.request.lse else AttentionOutput(result.out)
 
     def compute_attention_backward(
-        self, prepared: Call, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads:  # fmt: skip
+        self,
+        prepared: Call,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads:
         with self._lock:
             self._check_open()
             return self._backward(prepared._replace(mask=mask), out, lse, grad_out, grad_lse)

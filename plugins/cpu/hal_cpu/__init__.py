@@ -1,4 +1,6 @@
-"""The CPU as a device of hal_core. This module holds the hook alone; nothing heavy is imported until the device is used."""
+"""The CPU as a device of hal_core. This module holds the hook alone; nothing heavy is imported until the device is
+used.
+"""
 
 from hal_core.hooks import BackendSpec, hookimpl
 

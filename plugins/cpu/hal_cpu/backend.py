@@ -38,16 +38,32 @@ CAPABILITIES = Capabilities(
     head_dim=Range(1),
     masks=frozenset(MaskKind),
     causal=frozenset(Causal),
-    features=frozenset({
-        "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "dropout", "packed", "paged", "fp8_cache",
-        "block_plan", "lse", "backward", "mask_grad", "lse_grad", "deterministic",
-    }),
+    features=frozenset(
+        {
+            "grouped_heads",
+            "value_dim",
+            "strides",
+            "diagonal",
+            "window",
+            "softcap",
+            "dropout",
+            "packed",
+            "paged",
+            "fp8_cache",
+            "block_plan",
+            "lse",
+            "backward",
+            "mask_grad",
+            "lse_grad",
+            "deterministic",
+        }
+    ),
     batch=Range(0),
     length=Range(0),
     page_sizes=Range(1),
     cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2"}),
     block_sizes=Range(1),
-)  # fmt: skip
+)
 
 
 class CpuBackend:
@@ -86,17 +102,25 @@ class CpuBackend:
         """Gradients stop at a cache: its pages and narrow numbers are not trained."""
         if request.grads and request.page_size is not None:
             yield Refusal(
-                Code.BACKWARD, "page_size", "gradients through a paged cache", "gradients of plain key and value",
+                Code.BACKWARD,
+                "page_size",
+                "gradients through a paged cache",
+                "gradients of plain key and value",
                 "gather the pages, or call under torch.no_grad()",
-            )  # fmt: skip
+            )
         if request.grads and request.cache_dtype is not None:
             yield Refusal(
-                Code.BACKWARD, "cache_dtype", f"gradients through a {request.cache_dtype} cache",
-                "gradients of key and value in the query's dtype", "convert the cache, or call under torch.no_grad()",
-            )  # fmt: skip
+                Code.BACKWARD,
+                "cache_dtype",
+                f"gradients through a {request.cache_dtype} cache",
+                "gradients of key and value in the query's dtype",
+                "convert the cache, or call under torch.no_grad()",
+            )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """Time from `hal calibrate`'s measurements, else modelled from assumed rates with a wide interval. No energy."""
+        """Time from `hal calibrate`'s measurements, else modelled from assumed rates with a wide interval. No
+        energy.
+        """
         if self._rates is None:
             stored = load(device)
             machine = this_machine()

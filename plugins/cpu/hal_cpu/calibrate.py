@@ -28,11 +28,15 @@ def measure(session: CpuSession, progress: Progress) -> dict[str, Any]:
 
     Returns:
         bandwidth: bytes read per second. products: multiply-accumulates per second of torch's matrix product, by dtype.
-        rates: of attention, by "<path> <dtype>". calls: seconds of host time, by path. spread: largest factor between an
-        estimate and the measured time over `grid`, a list of [request, seconds].
+        rates: of attention, by "<path> <dtype>". calls: seconds of host time, by path. spread: largest factor between
+        an estimate and the measured time over `grid`, a list of [request, seconds].
     """
     progress("read bandwidth", 0.0)
-    values: dict[str, Any] = {"bandwidth": read_bandwidth(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    values: dict[str, Any] = {
+        "bandwidth": read_bandwidth(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     progress("matrix products", 0.1)
     values["products"] = {dtype: _product_rate(dtype) for dtype in _DTYPES}
     values["calls"], values["rates"] = {}, {}

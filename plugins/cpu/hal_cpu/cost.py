@@ -65,20 +65,28 @@ class Rates:
         counts = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "tiled": 10}
         calls = {path: count * _ASSUMED_CALL for path, count in counts.items()}
         return cls(
-            bandwidth=_ASSUMED_BANDWIDTH * machine.cores, rates=rates, calls=calls, spread=_ASSUMED_SPREAD,
-            basis=Basis.MODELLED, provenance=Provenance.ASSUMED,
+            bandwidth=_ASSUMED_BANDWIDTH * machine.cores,
+            rates=rates,
+            calls=calls,
+            spread=_ASSUMED_SPREAD,
+            basis=Basis.MODELLED,
+            provenance=Provenance.ASSUMED,
             source="cores, frequency and vector width; `hal calibrate` measures instead",
-        )  # fmt: skip
+        )
 
     @classmethod
     def measured(cls, values: Mapping[str, Any], machine: Machine) -> Rates:
         """From what `calibrate` returned; what it did not measure keeps its assumed value."""
         assumed = cls.assumed(machine)
         return cls(
-            bandwidth=values["bandwidth"], rates={**assumed.rates, **values["rates"]},
-            calls={**assumed.calls, **values["calls"]}, spread=values["spread"],
-            basis=Basis.MEASURED, provenance=Provenance.MEASURED_SILICON, source="hal calibrate",
-        )  # fmt: skip
+            bandwidth=values["bandwidth"],
+            rates={**assumed.rates, **values["rates"]},
+            calls={**assumed.calls, **values["calls"]},
+            spread=values["spread"],
+            basis=Basis.MEASURED,
+            provenance=Provenance.MEASURED_SILICON,
+            source="hal calibrate",
+        )
 
 
 def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
@@ -98,7 +106,9 @@ def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
 
 
 def memory(request: AttentionRequest, path: Path, threads: int) -> int:
-    """Bytes that a call allocates at its peak: results and scratch. A mask's shape is not known: one per batch entry."""
+    """Bytes that a call allocates at its peak: results and scratch. A mask's shape is not known: one per batch
+    entry.
+    """
     size = _BYTES[request.dtype]
     wide = max(size, 4)
     rows = request.batch * request.heads_q * request.len_q
@@ -108,8 +118,10 @@ def memory(request: AttentionRequest, path: Path, threads: int) -> int:
     exact = replace(request, packed=False, batch=1) if request.packed or request.page_size is not None else request
     if path in ("native", "packed"):
         kernel = threads * 4 * 512 * (256 + max(request.dim_qk, request.dim_v) * 2)
-        copies = (rows + keys) * dims * 4 if widens(request) else (rows + keys) * dims * size * (
-            not request.last_dim_contiguous or request.dim_qk != request.dim_v
+        copies = (
+            (rows + keys) * dims * 4
+            if widens(request)
+            else (rows + keys) * dims * size * (not request.last_dim_contiguous or request.dim_qk != request.dim_v)
         )
         mask = request.batch * request.len_q * request.len_k * wide if request.mask is MaskKind.BOOLEAN else 0
         scratch = kernel + copies + mask

@@ -1,7 +1,7 @@
 """Few query rows against many keys: bound by reading the cache once, so the work is arranged around that read.
 
-The query heads that share a key head become rows of one product, all scores of a few heads are held at once (they are small
-next to the keys), and keys in a narrow dtype are widened chunk by chunk inside the cache.
+The query heads that share a key head become rows of one product, all scores of a few heads are held at once (they are
+small next to the keys), and keys in a narrow dtype are widened chunk by chunk inside the cache.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _attend(problem: Problem, tile: Tile, scratch: tuple[Tensor, ...], chunk: in
 
 def _nothing(problem: Problem, tile: Tile) -> tuple[Tensor, Tensor]:
     shape, dtype = (tile.pairs, problem.group * tile.row_count), problem.source.dtype
-    return torch.zeros(*shape, problem.source.value.shape[-1], dtype=dtype), torch.full((*shape, 1), -math.inf, dtype=dtype)
+    return torch.zeros(*shape, problem.source.value.shape[-1], dtype=dtype), torch.full(
+        (*shape, 1), -math.inf, dtype=dtype
+    )
 
 
 def _chunks(start: int, stop: int, count: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """Dropout whose pattern is a function of (seed, offset) and of the pair's place, not of any generator's history.
 
-Every pair (batch entry, query head, query row, key) hashes to 32 bits, so the pattern is the same in any thread, for any
-tile sizes, and when the backward pass makes it again.
+Every pair (batch entry, query head, query row, key) hashes to 32 bits, so the pattern is the same in any thread, for
+any tile sizes, and when the backward pass makes it again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ _WORD = 0xFFFFFFFF
 
 
 def keep_mask(
-    rng: tuple[int, int], probability: float, batch: slice, query_heads: slice, rows: slice, columns: Columns, scratch: Tensor
+    rng: tuple[int, int],
+    probability: float,
+    batch: slice,
+    query_heads: slice,
+    rows: slice,
+    columns: Columns,
+    scratch: Tensor,
 ) -> Tensor:
     """Which pairs are kept.
 
@@ -49,7 +55,9 @@ def keep_mask(
 
 def _row_words(rng: tuple[int, int], batch: slice, heads: slice, rows: slice) -> Tensor:
     """One well mixed int32 for every (batch entry, head, row)."""
-    words = torch.full((1, 1, 1), _mix_number(rng[0] ^ _mix_number(rng[0] >> 32)) ^ _mix_number(rng[1]), dtype=torch.int64)
+    words = torch.full(
+        (1, 1, 1), _mix_number(rng[0] ^ _mix_number(rng[0] >> 32)) ^ _mix_number(rng[1]), dtype=torch.int64
+    )
     for part, shape in ((batch, (-1, 1, 1)), (heads, (1, -1, 1)), (rows, (1, 1, -1))):
         numbers = torch.arange(part.start, part.stop).view(shape)
         words = _mix(words ^ _mix(numbers + 0x9E3779B9))

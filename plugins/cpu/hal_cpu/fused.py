@@ -1,7 +1,7 @@
 """Torch's fused CPU kernel with its log-sum-exp: no mask, causal at any offset, and the backward pass from (out, lse).
 
-The kernel is called below scaled_dot_product_attention, so its limits are minded here: a zero length kills the process, a
-strided last dimension gives NaN, value size and key size must agree.
+The kernel is called below scaled_dot_product_attention, so its limits are minded here: a zero length kills the process,
+a strided last dimension gives NaN, value size and key size must agree.
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, upper: int 
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float, upper: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    scale: float,
+    upper: int | None,
 ) -> Grads:
     """Gradients of query, key and value from a given (out, lse), shapes as in `forward`."""
     dim_qk, dim_v, len_q, len_k = query.shape[-1], value.shape[-1], query.shape[2], key.shape[2]

@@ -51,7 +51,9 @@ class Machine:
 
     @property
     def multiplies_float16(self) -> bool:
-        """Whether it has products of float16; without them torch's float16 products are far slower than float32 ones."""
+        """Whether it has products of float16; without them torch's float16 products are far slower than float32
+        ones.
+        """
         return any(name in self.simd for name in ("avx512_fp16", "amx_fp16"))
 
 

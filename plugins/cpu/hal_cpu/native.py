@@ -94,8 +94,8 @@ def _packed(request: AttentionRequest) -> Bound:
 def fitting_mask(mask: Tensor, query: Tensor) -> Tensor:
     """A mask in a shape and dtype for which torch's fused kernel is used and right.
 
-    Three dimensions would send it to the path that builds all scores; a float32 mask on float64 operands is read as if it
-    were float64.
+    Three dimensions would send it to the path that builds all scores; a float32 mask on float64 operands is read as if
+    it were float64.
     """
     if mask.dim() != 4:
         mask = mask[(None,) * (4 - mask.dim())]

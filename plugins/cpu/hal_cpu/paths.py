@@ -22,8 +22,8 @@ FEWEST_WIDENED_BYTES = 1 << 20
 def path_of(request: AttentionRequest) -> Path:
     """The path of a request, from its static fields alone. A packed sequence is asked about by itself.
 
-    native: torch's scaled_dot_product_attention. packed: the same with the heads of a group as rows. fused: torch's kernel
-    with its log-sum-exp. decode: few query rows, arranged around reading the keys. tiled: everything else.
+    native: torch's scaled_dot_product_attention. packed: the same with the heads of a group as rows. fused: torch's
+    kernel with its log-sum-exp. decode: few query rows, arranged around reading the keys. tiled: everything else.
     """
     special = bool(
         request.softcap is not None
@@ -91,11 +91,14 @@ class TileSizes(NamedTuple):
         return self.batch * self.heads
 
     @classmethod
-    def choose(cls, request: AttentionRequest, threads: int, *, one_head: bool = False, tile: int | None = None) -> TileSizes:
-        """Tiles of 512 x 512 pairs, for as many heads as twice the second-level caches of all threads hold the scores of.
+    def choose(
+        cls, request: AttentionRequest, threads: int, *, one_head: bool = False, tile: int | None = None
+    ) -> TileSizes:
+        """Tiles of 512 x 512 pairs, for as many heads as twice the second-level caches of all threads hold the scores
+        of.
 
-        Smaller tiles spend their time in calls, larger ones in memory. A window gets fewer rows: tiles are whole, and rows
-        beyond the window's width are paid for.
+        Smaller tiles spend their time in calls, larger ones in memory. A window gets fewer rows: tiles are whole, and
+        rows beyond the window's width are paid for.
 
         Args:
             request: with exact lengths.
@@ -123,14 +126,16 @@ def tiled_scratch(request: AttentionRequest, sizes: TileSizes) -> list[int]:
     """Numbers that one tile of the forward pass needs: scores, query, key, value, out, random words, slopes."""
     rows = sizes.pairs * sizes.rows * (request.heads_q // request.heads_kv)
     keys = sizes.pairs * sizes.columns
-    return _whole_lines([
-        rows * sizes.columns,
-        rows * request.dim_qk,
-        keys * request.dim_qk,
-        keys * request.dim_v,
-        rows * request.dim_v,
-        2 * rows * sizes.columns if request.dropout else 0,
-    ])  # fmt: skip
+    return _whole_lines(
+        [
+            rows * sizes.columns,
+            rows * request.dim_qk,
+            keys * request.dim_qk,
+            keys * request.dim_v,
+            rows * request.dim_v,
+            2 * rows * sizes.columns if request.dropout else 0,
+        ]
+    )
 
 
 def backward_scratch(request: AttentionRequest, sizes: TileSizes) -> list[int]:
@@ -139,15 +144,17 @@ def backward_scratch(request: AttentionRequest, sizes: TileSizes) -> list[int]:
     Gradients of scores, of query rows, the output's gradient, kept weights, slopes, and sums of key and value.
     """
     rows = sizes.pairs * sizes.rows * (request.heads_q // request.heads_kv)
-    return _whole_lines([
-        rows * sizes.columns,
-        rows * request.dim_qk,
-        rows * request.dim_v,
-        rows * sizes.columns if request.dropout else 0,
-        rows * sizes.columns if request.softcap is not None else 0,
-        sizes.pairs * request.len_k * request.dim_qk,
-        sizes.pairs * request.len_k * request.dim_v,
-    ])  # fmt: skip
+    return _whole_lines(
+        [
+            rows * sizes.columns,
+            rows * request.dim_qk,
+            rows * request.dim_v,
+            rows * sizes.columns if request.dropout else 0,
+            rows * sizes.columns if request.softcap is not None else 0,
+            sizes.pairs * request.len_k * request.dim_qk,
+            sizes.pairs * request.len_k * request.dim_v,
+        ]
+    )
 
 
 class DecodeSizes(NamedTuple):
@@ -178,12 +185,14 @@ class DecodeSizes(NamedTuple):
 def decode_scratch(request: AttentionRequest, sizes: DecodeSizes, *, direct: bool) -> list[int]:
     """Numbers that the decode path needs: query, scores, one chunk's products, one chunk of widened keys or values."""
     pairs, rows = sizes.batch * request.heads_kv, request.len_q * (request.heads_q // request.heads_kv)
-    return _whole_lines([
-        pairs * rows * request.dim_qk,
-        pairs * rows * request.len_k,
-        pairs * rows * sizes.columns,
-        0 if direct else pairs * sizes.columns * max(request.dim_qk, request.dim_v),
-    ])  # fmt: skip
+    return _whole_lines(
+        [
+            pairs * rows * request.dim_qk,
+            pairs * rows * request.len_k,
+            pairs * rows * sizes.columns,
+            0 if direct else pairs * sizes.columns * max(request.dim_qk, request.dim_v),
+        ]
+    )
 
 
 def _whole_lines(counts: Sequence[int]) -> list[int]:

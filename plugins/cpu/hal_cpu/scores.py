@@ -20,7 +20,8 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
 #: Up to this cap c * tanh(s / c) may be made from the logistic function, which torch computes five times faster: its
-#: rounding costs up to c * 2**-23 in the score. With few keys that would show in a log-sum-exp near 0, and time is short.
+#: rounding costs up to c * 2**-23 in the score. With few keys that would show in a log-sum-exp near 0, and time is
+#: short.
 LARGEST_LOGISTIC_CAP = 64.0
 FEWEST_LOGISTIC_KEYS = 128
 

@@ -45,7 +45,8 @@ def sequences(
     else:
         ends_q, ends_k = tables.cu_seqlens_q.tolist(), tables.cu_seqlens_k.tolist()
         places = [
-            (slice(0, 1), slice(ends_q[s], ends_q[s + 1]), slice(ends_k[s], ends_k[s + 1])) for s in range(len(ends_q) - 1)
+            (slice(0, 1), slice(ends_q[s], ends_q[s + 1]), slice(ends_k[s], ends_k[s + 1]))
+            for s in range(len(ends_q) - 1)
         ]
     for number, (batch, rows, columns) in enumerate(places):
         len_q, len_k = rows.stop - rows.start, columns.stop - columns.start

@@ -65,24 +65,41 @@ class CpuSession:
         attend = self._sequences if request.packed or request.page_size is not None else self._dense
 
         def call(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-        ) -> Any:  # fmt: skip
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            plan: BlockPlan | None = None,
+            tables: SequenceTables | None = None,
+            rng: tuple[int, int] | None = None,
+        ) -> Any:
             result = attend(Prepared(query, key, value, request, None, plan, tables), mask, rng)
             return result if request.lse else result.out
 
         return call
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> Prepared:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Prepared:
         return Prepared(query, key, value, request, tile_size, plan, tables)
 
     def compute_attention(
-        self, prepared: Prepared, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        prepared: Prepared,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput:
         if query is not None:
             prepared = prepared._replace(query=query)
         request = prepared.request
@@ -91,9 +108,16 @@ class CpuSession:
         return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
 
     def compute_attention_backward(
-        self, prepared: Prepared, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads:  # fmt: skip
+        self,
+        prepared: Prepared,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads:
         given = tiled_backward.Given(out, lse, grad_out, grad_lse)
         if not prepared.request.packed:
             return self._dense_backward(prepared, given, mask, rng)
@@ -104,9 +128,14 @@ class CpuSession:
         for part in sequences(prepared.request, query, None, prepared.plan, prepared.tables):
             cut = tiled_backward.Given(*(None if t is None else t[:, :, part.rows] for t in given))  # type: ignore[arg-type]
             one = Prepared(
-                query[:, :, part.rows], key[:, :, part.columns], value[:, :, part.columns], part.request,
-                prepared.tile_size, part.plan, None,
-            )  # fmt: skip
+                query[:, :, part.rows],
+                key[:, :, part.columns],
+                value[:, :, part.columns],
+                part.request,
+                prepared.tile_size,
+                part.plan,
+                None,
+            )
             found = self._dense_backward(one, cut, None, rng, part.number)
             for total, grad, place in zip(grads, found, (part.rows, part.columns, part.columns, None), strict=True):
                 if total is not None:
@@ -137,9 +166,16 @@ class CpuSession:
         return self._problem(_exact(request, query, len_k), query, source, mask, plan, rng, first_batch, tile_size)
 
     def _problem(
-        self, request: AttentionRequest, query: Tensor, source: KeyValue, mask: Tensor | None, plan: BlockPlan | None,
-        rng: tuple[int, int] | None, first_batch: int = 0, tile_size: int | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        request: AttentionRequest,
+        query: Tensor,
+        source: KeyValue,
+        mask: Tensor | None,
+        plan: BlockPlan | None,
+        rng: tuple[int, int] | None,
+        first_batch: int = 0,
+        tile_size: int | None = None,
+    ) -> AttentionOutput:
         problem = build_problem(request, query, source, mask, plan, rng, first_batch)
         out = torch.empty((*query.shape[:3], source.value.shape[-1]), dtype=query.dtype)
         if path_of(request) == "decode":
@@ -171,9 +207,13 @@ class CpuSession:
         return result
 
     def _dense_backward(
-        self, prepared: Prepared, given: tiled_backward.Given, mask: Tensor | None, rng: tuple[int, int] | None,
+        self,
+        prepared: Prepared,
+        given: tiled_backward.Given,
+        mask: Tensor | None,
+        rng: tuple[int, int] | None,
         first_batch: int = 0,
-    ) -> Grads:  # fmt: skip
+    ) -> Grads:
         query, key, value, request, tile_size, plan, _ = prepared
         wanted, len_k = request.grads or frozenset("qkv"), key.shape[2]
         if not len_k or not query.shape[2] or not query.shape[0]:
@@ -181,7 +221,9 @@ class CpuSession:
             return Grads(*(torch.zeros_like(t) if n in wanted and t is not None else None for n, t in tensors))
         if path_of(replace(request, lse=True)) == "fused" and given.grad_lse is None:
             upper = Band.of(request, query.shape[2], len_k).upper
-            found = fused.backward(query, key, value, given.out, given.lse, given.grad_out, request.effective_scale, upper)
+            found = fused.backward(
+                query, key, value, given.out, given.lse, given.grad_out, request.effective_scale, upper
+            )
             return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), found, strict=True)))
         source = KeyValue(key, value, sum_dtype(query), len_k)
         exact = _exact(request, query, len_k)

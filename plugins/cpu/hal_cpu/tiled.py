@@ -60,9 +60,7 @@ def forward(problem: Problem, memory: MemoryManager, out: Tensor, tile_size: int
 
 
 def choose_sizes(problem: Problem, tile_size: int | None) -> TileSizes:
-    return TileSizes.choose(
-        problem.request, torch.get_num_threads(), one_head=heads_differ(problem), tile=tile_size
-    )
+    return TileSizes.choose(problem.request, torch.get_num_threads(), one_head=heads_differ(problem), tile=tile_size)
 
 
 def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, out: Tensor, lse: Tensor | None) -> None:
@@ -106,7 +104,9 @@ def attend_rows(problem: Problem, sizes: TileSizes, scratch: Scratch, tile: Tile
 
 
 def scaled_query(problem: Problem, tile: Tile, memory: Tensor) -> Tensor:
-    """The tile's query rows times the rule's factor, [pairs, group * rows, dim_qk], heads of a group one after another."""
+    """The tile's query rows times the rule's factor, [pairs, group * rows, dim_qk], heads of a group one after
+    another.
+    """
     group = problem.group
     part = problem.query[tile.batch, tile.heads.start * group : tile.heads.stop * group, tile.rows]
     query = memory[: part.numel()].view(part.shape)

@@ -87,7 +87,8 @@ def visible_blocks(plan: BlockPlan, len_k: int) -> Tensor:
     """A block plan as bool [batch or 1, heads or 1, query blocks, key blocks]."""
     blocks = -(-len_k // plan.block_k)
     listed = torch.arange(plan.indices.shape[-1]) < plan.counts.unsqueeze(-1)
-    # Entries past the count, and blocks past a shorter sequence, go to a column beyond the last, which is cut off again.
+    # Entries past the count, and blocks past a shorter sequence, go to a column beyond the last, which is cut off
+    # again.
     column = torch.where(listed, plan.indices, blocks).clamp_(max=blocks).long()
     visible = torch.zeros((*plan.indices.shape[:-1], blocks + 1), dtype=torch.bool)
     return visible.scatter_(-1, column, True)[..., :blocks]

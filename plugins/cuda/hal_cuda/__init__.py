@@ -1,4 +1,6 @@
-"""NVIDIA GPUs as devices of hal_core. This module holds the hook alone; nothing heavy is imported until a device is used."""
+"""NVIDIA GPUs as devices of hal_core. This module holds the hook alone; nothing heavy is imported until a device is
+used.
+"""
 
 from hal_core.hooks import BackendSpec, hookimpl
 
@@ -9,7 +11,11 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
         BackendSpec(
             name="cuda",
             target="hal_cuda.backend:CudaBackend",
-            requirements=("an NVIDIA GPU of compute capability 8.0 or higher", "its driver", "torch 2.11 or newer with CUDA"),
+            requirements=(
+                "an NVIDIA GPU of compute capability 8.0 or higher",
+                "its driver",
+                "torch 2.11 or newer with CUDA",
+            ),
             install_hint="pip install 'hal-cuda[torch]'",
         )
     ]

@@ -1,4 +1,6 @@
-"""NVIDIA GPUs as a backend: found by NVML, described by their compute capability. Imports no torch until a GPU is there."""
+"""NVIDIA GPUs as a backend: found by NVML, described by their compute capability. Imports no torch until a GPU is
+there.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +43,31 @@ CAPABILITIES = Capabilities(
     head_dim=Range(1, 256),
     masks=frozenset(MaskKind),
     causal=frozenset(Causal),
-    features=frozenset({
-        "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "dropout", "packed", "paged", "block_plan",
-        "lse", "backward", "mask_grad", "lse_grad", "deterministic",
-    }),
+    features=frozenset(
+        {
+            "grouped_heads",
+            "value_dim",
+            "strides",
+            "diagonal",
+            "window",
+            "softcap",
+            "dropout",
+            "packed",
+            "paged",
+            "block_plan",
+            "lse",
+            "backward",
+            "mask_grad",
+            "lse_grad",
+            "deterministic",
+        }
+    ),
     batch=Range(0, 65535),
     heads=Range(1, 65535),
     length=Range(0, (1 << 31) - (1 << 16)),
     page_sizes=Range(1),
     block_sizes=Range(1, 1 << 16),
-)  # fmt: skip
+)
 
 
 class CudaBackend:
@@ -74,21 +91,31 @@ class CudaBackend:
         return CAPABILITIES
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain tensors."""
+        """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain
+        tensors.
+        """
         if request.page_size is None:
             return
         if request.grads:
             yield Refusal(
-                Code.BACKWARD, "page_size", "gradients through a paged cache", "gradients of plain key and value",
+                Code.BACKWARD,
+                "page_size",
+                "gradients through a paged cache",
+                "gradients of plain key and value",
                 "gather the pages, or call under torch.no_grad()",
-            )  # fmt: skip
+            )
         if request.dtype == "float64":
             yield Refusal(
-                Code.PAGED, "page_size", "a paged cache in float64", "float32, bfloat16 or float16 pages", "cast to float32"
+                Code.PAGED,
+                "page_size",
+                "a paged cache in float64",
+                "float32, bfloat16 or float16 pages",
+                "cast to float32",
             )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """From `hal calibrate`'s measurements, else this package's table of the same model, else scaled from datasheets.
+        """From `hal calibrate`'s measurements, else this package's table of the same model, else scaled from
+        datasheets.
 
         The time's source names every candidate path with its own time.
         """
@@ -97,7 +124,8 @@ class CudaBackend:
         return dispatch.estimate(request, self.chip(device), self.rates(device))
 
     def chip(self, device: Device) -> Chip:
-        """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to use.
+        """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to
+        use.
 
         Raises DeviceUnavailableError after a fork.
         """
@@ -144,7 +172,9 @@ class CudaBackend:
         return session
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
-        """Measure bandwidth, products, launches, every path on a grid, and energy; estimates and dispatch then use it."""
+        """Measure bandwidth, products, launches, every path on a grid, and energy; estimates and dispatch then use
+        it.
+        """
         from .calibrate import measure
         from .rates import Rates
 
@@ -162,7 +192,9 @@ class CudaBackend:
 
     def _gpu(self, device: Device) -> Gpu | None:
         """The device as its driver's management library sees it."""
-        gpus = {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
+        gpus = (
+            {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
+        )
         return gpus.get(device.id)
 
 

@@ -1,4 +1,6 @@
-"""What `hal bench cuda:0` adds: this package's own kernels and the installed peers as columns, clocks and power, ceilings."""
+"""What `hal bench cuda:0` adds: this package's own kernels and the installed peers as columns, clocks and power,
+ceilings.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ OWN = {"hopper": "own Hopper", "portable": "own Triton"}
 
 
 class CudaBench:
-    """One GPU under `hal bench`. The second-level cache is flushed before each call, so that every read comes from memory."""
+    """One GPU under `hal bench`. The second-level cache is flushed before each call, so that every read comes from
+    memory.
+    """
 
     def __init__(
         self, device: Device, chip: Chip, rates: Rates, gpu: _nvml.Gpu | None, peers: Peers | None = None
@@ -34,7 +38,9 @@ class CudaBench:
     def setup(self) -> BenchSetup:
         cache = torch.empty(256 << 20, dtype=torch.uint8, device=self._device.reads[0])
         ceilings = Ceilings(self._rates.matrix, self._rates.bandwidth, self._rates.source)
-        flush = partial(cache.random_, 0, 7)  # slower than zeros: the device is still busy when a call has been prepared
+        flush = partial(
+            cache.random_, 0, 7
+        )  # slower than zeros: the device is still busy when a call has been prepared
         return BenchSetup(self.calls, self.conditions, self.notes, flush, ceilings)
 
     def calls(self, request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call]:
@@ -50,18 +56,25 @@ class CudaBench:
         return partial(on_path(self._device, self._chip, self._rates, path, request), *given)
 
     def conditions(self) -> dict[str, Any]:
-        """Clocks in MHz and board power in watts as they are now, and the driver; nothing where NVML does not answer."""
+        """Clocks in MHz and board power in watts as they are now, and the driver; nothing where NVML does not
+        answer.
+        """
         if self._gpu is None:
             return {}
         try:
             return {
-                "SM MHz": self._gpu.clock("sm"), "memory MHz": self._gpu.clock("memory"), "W": round(self._gpu.power()),
+                "SM MHz": self._gpu.clock("sm"),
+                "memory MHz": self._gpu.clock("memory"),
+                "W": round(self._gpu.power()),
                 "driver": self._device.driver,
-            }  # fmt: skip
+            }
         except _nvml.NvmlError:
             return {}
 
     def notes(self) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in self._peers.versions.items())
-        return [f"own columns run one kernel of this package alone, hal and bound what dispatch chose; peers: {versions}",
-                "second-level cache flushed before each call", *self._peers.notes]  # fmt: skip
+        return [
+            f"own columns run one kernel of this package alone, hal and bound what dispatch chose; peers: {versions}",
+            "second-level cache flushed before each call",
+            *self._peers.notes,
+        ]

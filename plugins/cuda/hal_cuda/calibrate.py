@@ -1,4 +1,6 @@
-"""`hal calibrate cuda:0`: what this GPU reaches, on random data, by device events, with a flushed second-level cache."""
+"""`hal calibrate cuda:0`: what this GPU reaches, on random data, by device events, with a flushed second-level
+cache.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ def measure(
     with torch.cuda.device(chip.index), torch.no_grad():
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         values: dict[str, Any] = {
-            "device": device.model, "date": time.strftime("%Y-%m-%d", time.gmtime()), "driver": device.driver,
-            "torch": torch.__version__, "tokens": TOKENS, "hidden": HIDDEN,
-        }  # fmt: skip
+            "device": device.model,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "driver": device.driver,
+            "torch": torch.__version__,
+            "tokens": TOKENS,
+            "hidden": HIDDEN,
+        }
         progress("read bandwidth", 0.0)
         values["bandwidth"] = read_bandwidth(flush)
         progress("matrix rate", 0.03)
@@ -56,7 +62,9 @@ def timed(call: Callable[[], Any], flush: Tensor | None, repeats: int = 9) -> fl
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
         if flush is not None:
-            flush.random_(0, 7)  # writes more than the cache holds, and keeps the device busy while the call is prepared
+            flush.random_(
+                0, 7
+            )  # writes more than the cache holds, and keeps the device busy while the call is prepared
         start.record()
         call()
         stop.record()
@@ -76,18 +84,30 @@ def matrix_rate(flush: Tensor) -> float:
     return 2 * 8192**3 / timed(lambda: a @ b, flush)
 
 
-def request_for(batch: int, heads: int, heads_kv: int, len_q: int, len_k: int, dim: int, causal: bool) -> AttentionRequest:
+def request_for(
+    batch: int, heads: int, heads_kv: int, len_q: int, len_k: int, dim: int, causal: bool
+) -> AttentionRequest:
     return AttentionRequest(
-        batch=batch, heads_q=heads, heads_kv=heads_kv, len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim, dtype="bfloat16",
-        device="cuda", causal=Causal.TOP_LEFT if causal else Causal.NONE,
-    )  # fmt: skip
+        batch=batch,
+        heads_q=heads,
+        heads_kv=heads_kv,
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=dim,
+        dim_v=dim,
+        dtype="bfloat16",
+        device="cuda",
+        causal=Causal.TOP_LEFT if causal else Causal.NONE,
+    )
 
 
 def tensors(request: AttentionRequest) -> tuple[Tensor, Tensor, Tensor]:
     """Random query, key and value of a request."""
     r = request
     query = torch.randn(r.batch, r.heads_q, r.len_q, r.dim_qk, device="cuda", dtype=torch.bfloat16)
-    key, value = (torch.randn(r.batch, r.heads_kv, r.len_k, r.dim_qk, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    key, value = (
+        torch.randn(r.batch, r.heads_kv, r.len_k, r.dim_qk, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
     return query, key, value
 
 
@@ -121,7 +141,9 @@ def _decode(device: Device, chip: Chip, rates: Rates, bandwidth: float, flush: T
 
 
 def _energy(device: Device, chip: Chip, rates: Rates, gpu: _nvml.Gpu | None) -> dict[str, Any]:
-    """Joules a flop and a byte, from the board's counter over half a second of each; nothing where the counter is missing."""
+    """Joules a flop and a byte, from the board's counter over half a second of each; nothing where the counter is
+    missing.
+    """
     if gpu is None:
         return {}
     compute, reading = request_for(2, 16, 16, 8192, 8192, 128, False), request_for(32, 32, 8, 1, 8192, 128, False)
@@ -134,9 +156,11 @@ def _energy(device: Device, chip: Chip, rates: Rates, gpu: _nvml.Gpu | None) -> 
     except _nvml.NvmlError as error:
         return {"energy": f"not measured: {error}"}
     return {
-        "joules_per_flop": spent[0] / (2.0 * compute.visible_macs), "joules_per_byte": spent[1] / reading.bytes_moved,
-        "clock_mhz": gpu.clock("sm"), "watts": gpu.power(),
-    }  # fmt: skip
+        "joules_per_flop": spent[0] / (2.0 * compute.visible_macs),
+        "joules_per_byte": spent[1] / reading.bytes_moved,
+        "clock_mhz": gpu.clock("sm"),
+        "watts": gpu.power(),
+    }
 
 
 def _joules(gpu: _nvml.Gpu, call: Callable[[], Any]) -> float:

@@ -22,7 +22,8 @@ class Chip:
 
     Attributes:
         index: torch's CUDA index. capability: (major, minor). multiprocessors: how many.
-        shared_memory: bytes that one program may have. decode_programs: of the decode path that fit on one multiprocessor.
+        shared_memory: bytes that one program may have. decode_programs: of the decode path that fit on one
+            multiprocessor.
         torch_attention: whether torch's own fused attention runs there.
     """
 
@@ -38,9 +39,11 @@ class Chip:
         """The chip of an initialised CUDA device."""
         facts = torch.cuda.get_device_properties(index)
         return cls(
-            index=index, capability=(facts.major, facts.minor), multiprocessors=facts.multi_processor_count,
+            index=index,
+            capability=(facts.major, facts.minor),
+            multiprocessors=facts.multi_processor_count,
             shared_memory=facts.shared_memory_per_block_optin,
-        )  # fmt: skip
+        )
 
     @property
     def dependent_launch(self) -> bool:
@@ -51,9 +54,7 @@ class Chip:
         """Handle of torch's current stream there."""
         return 0 if compiled.INTERPRETED else torch._C._cuda_getCurrentRawStream(self.index)
 
-    def launcher(
-        self, fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], **options: Any
-    ) -> Launcher:
+    def launcher(self, fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], **options: Any) -> Launcher:
         """A callable (grid, tensors, arguments) that launches on torch's current stream.
 
         tensors: for the kernel's first arguments, in order; None for unused ones. arguments: the ones after them.
@@ -83,7 +84,9 @@ class Chip:
 
     @staticmethod
     def _by_triton(fn: Any, constants: Mapping[str, Any], options: Mapping[str, Any]) -> Launcher:
-        """Triton's own launch: slower, and the same in the interpreter and in versions this package was not run with."""
+        """Triton's own launch: slower, and the same in the interpreter and in versions this package was not run
+        with.
+        """
 
         def run(grid: tuple[int, int, int], tensors: Sequence[Any], arguments: list[Any]) -> None:
             given = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in tensors]

@@ -1,7 +1,8 @@
 """Compiling kernels before their launch, and launching them with little host time: what speaks to Triton's inside.
 
-A kernel is compiled for a signature written out here, never specialised on the values of arguments: one binary serves all
-lengths and strides. Triton's disk cache keeps binaries under a hash of their source, constants, options and tool chain.
+A kernel is compiled for a signature written out here, never specialised on the values of arguments: one binary serves
+all lengths and strides. Triton's disk cache keeps binaries under a hash of their source, constants, options and tool
+chain.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ def is_gluon(fn: Any) -> bool:
 
 
 def compile_for(
-    fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: GPUTarget,
-    divisible: Mapping[str, int] = MappingProxyType({}), edit: Callable[[str], str] | None = None, **options: Any,
-) -> Any:  # fmt: skip
+    fn: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    target: GPUTarget,
+    divisible: Mapping[str, int] = MappingProxyType({}),
+    edit: Callable[[str], str] | None = None,
+    **options: Any,
+) -> Any:
     """A Triton CompiledKernel; needs no GPU.
 
     Args:
@@ -60,8 +66,8 @@ def compile_for(
     try:
         source = kind(fn, typed, dict(constants), attributes)
         made = triton.compile(source, target=target, options=options)
-        # Right but slower without: where Triton is told, or was when this was cached, to keep binaries alone, and where it
-        # is told to take code from a folder of overrides, which goes before this one.
+        # Right but slower without: where Triton is told, or was when this was cached, to keep binaries alone, and where
+        # it is told to take code from a folder of overrides, which goes before this one.
         if edit is not None and "ptx" in made.asm and not knobs.compilation.override:
             options["ir_override"] = _kept(made, edit(made.asm["ptx"]))
             made = triton.compile(source, target=target, options=options)
@@ -73,8 +79,8 @@ def compile_for(
 
 
 def _kept(made: Any, ptx: str) -> str:
-    """Path of PTX kept in Triton's cache beside its kernel. Its name holds a hash of the text: Triton's key for the second
-    compilation holds the path alone."""
+    """Path of PTX kept in Triton's cache beside its kernel. Its name holds a hash of the text: Triton's key for the
+    second compilation holds the path alone."""
     from triton.runtime.cache import get_cache_manager
 
     name = f"{made.name}.{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.ptx"
@@ -100,7 +106,16 @@ class Kernel:
             cells = (cell.cell_contents for cell in launch.__closure__)
             launch = dict(zip(launch.__code__.co_freevars, cells, strict=True))["launcher"]
         self._launch, self._function = launch, compiled.function
-        self._flags = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
+        self._flags = (
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            None,
+            None,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+        )
         self.registers, self.spills = compiled.n_regs, compiled.n_spills
         self.maps = getattr(compiled.metadata, "tensordesc_meta", None)
         self.constants = [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
@@ -127,6 +142,12 @@ def tensor_map(pointer: int, shape: Sequence[int], strides: Sequence[int], meta:
     from triton.runtime import driver
 
     return driver.active.utils.fill_tma_descriptor(
-        pointer, meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"],
-        list(shape), list(strides), 0,
-    )  # fmt: skip
+        pointer,
+        meta["swizzle"],
+        meta["elem_size"],
+        TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
+        meta["block_size"],
+        list(shape),
+        list(strides),
+        0,
+    )

@@ -24,9 +24,16 @@ from .dropout import dropout_pattern
 
 
 def attend(
-    request: AttentionRequest, chip: Chip, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
-    plan: BlockPlan | None = None, tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-) -> AttentionOutput:  # fmt: skip
+    request: AttentionRequest,
+    chip: Chip,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    plan: BlockPlan | None = None,
+    tables: SequenceTables | None = None,
+    rng: tuple[int, int] | None = None,
+) -> AttentionOutput:
     """Differentiable attention; packed sequences one after another (their lengths are read on the host).
 
     Raises ContractError where packed lengths do not tile the tensors, also in a bound call, which did not look at them.
@@ -44,7 +51,8 @@ def attend(
         if plan is not None:
             blocks_q, entry = -(-one.len_q // plan.block_q), number if plan.indices.shape[0] > 1 else 0
             cut = plan._replace(
-                indices=plan.indices[entry : entry + 1, :, :blocks_q], counts=plan.counts[entry : entry + 1, :, :blocks_q]
+                indices=plan.indices[entry : entry + 1, :, :blocks_q],
+                counts=plan.counts[entry : entry + 1, :, :blocks_q],
             )
         parts.append(_dense(one, chip, query[:, :, rows], key[:, :, keys], value[:, :, keys], None, cut, rng, number))
     out = torch.cat([part.out for part in parts], dim=2)
@@ -52,9 +60,16 @@ def attend(
 
 
 def _dense(
-    request: AttentionRequest, chip: Chip, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-    plan: BlockPlan | None, rng: tuple[int, int] | None, first_batch: int,
-) -> AttentionOutput:  # fmt: skip
+    request: AttentionRequest,
+    chip: Chip,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    plan: BlockPlan | None,
+    rng: tuple[int, int] | None,
+    first_batch: int,
+) -> AttentionOutput:
     batch, heads, len_q, _ = query.shape
     heads_kv, len_k = key.shape[1:3]
     kind = _sum_dtype(query)
@@ -87,7 +102,9 @@ def _dense(
 
 
 def _sum_dtype(query: Tensor) -> torch.dtype:
-    """float32 for 16-bit tensors; float64 for float64, and for float32 where torch was told to round its products to TF32."""
+    """float32 for 16-bit tensors; float64 for float64, and for float32 where torch was told to round its products to
+    TF32.
+    """
     rounds = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return torch.float64 if query.dtype == torch.float64 or (query.dtype == torch.float32 and rounds) else torch.float32
 

@@ -24,7 +24,9 @@ class Found(NamedTuple):
 
 
 def find() -> Found:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, with the reason where there is none. Never raises for absent hardware."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, with the reason where there is none. Never raises for absent
+    hardware.
+    """
     try:
         gpus = visible([_nvml.Gpu(place) for place in range(_nvml.count())], os.environ.get("CUDA_VISIBLE_DEVICES"))
         driver, cuda = _nvml.driver_version(), _nvml.cuda_version()
@@ -41,7 +43,9 @@ def find() -> Found:
     devices, capabilities, kept, too_old = [], [], [], []
     for index, gpu in enumerate(gpus):
         if gpu.capability < LEAST_CAPABILITY:
-            too_old.append(f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]} and 8.0 is needed")
+            too_old.append(
+                f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]} and 8.0 is needed"
+            )
             continue
         devices.append(_device(index, gpu, driver))
         capabilities.append(gpu.capability)
@@ -55,10 +59,16 @@ def _absent(reason: str) -> Found:
 
 def _device(index: int, gpu: _nvml.Gpu, driver: str) -> Device:
     return Device(
-        id=f"cuda:{index}", family="cuda", vendor="NVIDIA", model=gpu.name, fidelity=Fidelity.HARDWARE,
-        reads=(f"cuda:{index}",), memory=gpu.memory, driver=f"NVIDIA {driver}",
+        id=f"cuda:{index}",
+        family="cuda",
+        vendor="NVIDIA",
+        model=gpu.name,
+        fidelity=Fidelity.HARDWARE,
+        reads=(f"cuda:{index}",),
+        memory=gpu.memory,
+        driver=f"NVIDIA {driver}",
         features=(f"compute capability {gpu.capability[0]}.{gpu.capability[1]}",),
-    )  # fmt: skip
+    )
 
 
 def visible(gpus: Sequence[_nvml.Gpu], setting: str | None) -> list[_nvml.Gpu]:

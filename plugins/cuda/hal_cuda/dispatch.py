@@ -1,4 +1,6 @@
-"""Which path runs a request, and what each candidate would take: decided from the request and the rates, never by trying."""
+"""Which path runs a request, and what each candidate would take: decided from the request and the rates, never by
+trying.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
     return [*own, *native.names(request, chip)]
 
 
-def choose(request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True) -> Choice:
+def choose(
+    request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True
+) -> Choice:
     """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone."""
     timed = [(path, seconds(path, request, rates)) for path in candidates(request, chip) if allowed(path)]
     timed.sort(key=lambda item: item[1])
@@ -70,16 +74,21 @@ def estimate(request: AttentionRequest, chip: Chip, rates: Rates) -> Estimate:
     energy = None
     if rates.joules_per_flop is not None and rates.joules_per_byte is not None and choice.path in OWN:
         joules = 2.0 * request.visible_macs * rates.joules_per_flop + request.bytes_moved * rates.joules_per_byte
-        energy = Quantity(joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})")
+        energy = Quantity(
+            joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
+        )
     return Estimate(time=time, energy=energy, memory=_memory(request, choice.path))
 
 
 def label(path: str) -> str:
     """A path's name for people."""
     return {
-        "hopper": "own Hopper kernel", "portable": "own Triton kernel", "cudnn": "torch cuDNN", "flash": "torch FlashAttention",
+        "hopper": "own Hopper kernel",
+        "portable": "own Triton kernel",
+        "cudnn": "torch cuDNN",
+        "flash": "torch FlashAttention",
         "composed": "torch operations",
-    }[path]  # fmt: skip
+    }[path]
 
 
 def _memory(request: AttentionRequest, path: str) -> int:
@@ -87,5 +96,7 @@ def _memory(request: AttentionRequest, path: str) -> int:
     out = request.batch * request.heads_q * request.len_q * request.dim_v * size
     extra = composed.scratch(request) if path == "composed" else 0
     if path == "portable" and packs(request, request.len_q):
-        extra = request.batch * request.heads_q * request.len_q * 128 * (request.dim_v + 1) * 4  # partial results, at most 128
+        extra = (
+            request.batch * request.heads_q * request.len_q * 128 * (request.dim_v + 1) * 4
+        )  # partial results, at most 128
     return out + request.batch * request.heads_q * request.len_q * 4 * request.lse + extra

@@ -12,9 +12,16 @@ from .kernels.attend import keep_mask
 
 
 def dropout_pattern(
-    chip: Chip, shape: tuple[int, int, int, int], probability: float, rng: tuple[int, int], device: Any, first_batch: int = 0
+    chip: Chip,
+    shape: tuple[int, int, int, int],
+    probability: float,
+    rng: tuple[int, int],
+    device: Any,
+    first_batch: int = 0,
 ) -> Tensor:
-    """bool [batch, heads, len_q, len_k]: the pairs that the kernels keep under (seed, offset), from `first_batch` on."""
+    """bool [batch, heads, len_q, len_k]: the pairs that the kernels keep under (seed, offset), from `first_batch`
+    on.
+    """
     batch, heads, rows, columns = shape
     keep = torch.empty(shape, dtype=torch.bool, device=device)
     signature = {"out": "*u8", "seed": "i64", "offset": "i32", "rows": "i32", "columns": "i32", "probability": "fp32"}

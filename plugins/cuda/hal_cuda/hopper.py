@@ -27,10 +27,11 @@ class Tiling(NamedTuple):
     """How a head size is run.
 
     keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. arrive: release stages by named
-    barriers. own_output: shared memory of its own for the result. stages: of keys and of values. queries: stages of query
-    tiles. ring: stages of second parts, where keys and values share them and the `stages` of first parts; 0: they do not.
-    held: half of the query stays in registers, where no key hangs over the end. lazy: a row's maximum is followed in large
-    steps.
+    barriers. own_output: shared memory of its own for the result. stages: of keys and of values. queries: stages of
+    query tiles. ring: stages of second parts, where keys and values share them and the `stages` of first parts; 0: they
+    do not.
+    held: half of the query stays in registers, where no key hangs over the end. lazy: a row's maximum is followed in
+    large steps.
     """
 
     keys: int
@@ -76,7 +77,9 @@ def _fills_tiles(request: AttentionRequest) -> bool:
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the copy engine can step through the tensors: by 16 bytes, never by 0. Addresses are looked at in each call."""
+    """Whether the copy engine can step through the tensors: by 16 bytes, never by 0. Addresses are looked at in each
+    call.
+    """
     for tensor in tensors:
         step = 16 // tensor.itemsize
         if tensor.stride(3) != 1:
@@ -88,7 +91,9 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def parts(dim: int) -> tuple[int, int]:
-    """A head size as the kernel cuts it: a power of two from 64 up, and a second part or 0. The rest is read as zeros."""
+    """A head size as the kernel cuts it: a power of two from 64 up, and a second part or 0. The rest is read as
+    zeros.
+    """
     if dim <= 64:
         return 64, 0
     if dim <= 128:
@@ -101,15 +106,18 @@ def value_parts(dim: int) -> tuple[int, int]:
     return (128, 0) if parts(dim)[1] == 32 else parts(dim)
 
 
-def tiling_for(dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, left: bool = False, lse: bool = False) -> Tiling:
-    """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal. left: they begin
-    at one. lse: the log-sum-exp is asked for.
+def tiling_for(
+    dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, left: bool = False, lse: bool = False
+) -> Tiling:
+    """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal. left: they
+    begin at one. lse: the log-sum-exp is asked for.
 
-    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row, or
-    registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192: tiles of 128
-    keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys, shared memory gives
-    the first product its operands no faster than it is done. Head size 256: so half of the query comes from registers. It
-    and 192 with shared stages follow maxima in large steps, as their result is most to rescale; that adds 2 to 5% to the error.
+    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row,
+    or registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192:
+    tiles of 128 keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys,
+    shared memory gives the first product its operands no faster than it is done. Head size 256: so half of the query
+    comes from registers. It and 192 with shared stages follow maxima in large steps, as their result is most to
+    rescale; that adds 2 to 5% to the error.
     """
     widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
     same = parts(dim_qk) == value_parts(dim_v)
@@ -146,8 +154,8 @@ def schedule(costs: Sequence[int], heads: int, multiprocessors: int, most_togeth
         costs: of the row tiles of a head, in the order they are taken. heads: batch entries times query heads.
         most_together: heads whose keys and values the second-level cache holds.
 
-    A persistent program loads its next tile while it finishes one, which pays as long as no program gets much more than the
-    others; tiles of `together` heads are taken longest first, forwards and backwards in turn.
+    A persistent program loads its next tile while it finishes one, which pays as long as no program gets much more than
+    the others; tiles of `together` heads are taken longest first, forwards and backwards in turn.
     """
     tiles = len(costs) * heads
     if tiles <= multiprocessors:
@@ -174,19 +182,48 @@ def schedule(costs: Sequence[int], heads: int, multiprocessors: int, most_togeth
 
 
 def kernel_constants(
-    tiling: Tiling, *, dim_qk: int, dim_v: int, group: int, left: bool, right: bool, shifted: bool, half: bool, ragged: bool,
-    softcap: bool, lse: bool,
-) -> dict[str, Any]:  # fmt: skip
+    tiling: Tiling,
+    *,
+    dim_qk: int,
+    dim_v: int,
+    group: int,
+    left: bool,
+    right: bool,
+    shifted: bool,
+    half: bool,
+    ragged: bool,
+    softcap: bool,
+    lse: bool,
+) -> dict[str, Any]:
     """The kernel's constexpr arguments."""
     first, second = value_parts(dim_v)
     return {
-        "GROUP": group, "BM": ROWS, "BN": tiling.keys, "DQ": parts(dim_qk)[0], "DV": first, "Q2": parts(dim_qk)[1],
-        "V2": second, "ST": tiling.stages, "S2": tiling.ring or tiling.stages, "RING": tiling.ring > 0,
-        "QS": tiling.queries, "NC": tiling.consumers,
-        "LEFT": left, "RIGHT": right, "SHIFTED": shifted, "HALF": half, "RAG": ragged, "SOFTCAP": softcap, "LSE": lse,
-        "PING": tiling.turns, "EB": tiling.arrive, "OSEP": tiling.own_output, "HELD": tiling.held and not ragged, "VC": dim_v,
+        "GROUP": group,
+        "BM": ROWS,
+        "BN": tiling.keys,
+        "DQ": parts(dim_qk)[0],
+        "DV": first,
+        "Q2": parts(dim_qk)[1],
+        "V2": second,
+        "ST": tiling.stages,
+        "S2": tiling.ring or tiling.stages,
+        "RING": tiling.ring > 0,
+        "QS": tiling.queries,
+        "NC": tiling.consumers,
+        "LEFT": left,
+        "RIGHT": right,
+        "SHIFTED": shifted,
+        "HALF": half,
+        "RAG": ragged,
+        "SOFTCAP": softcap,
+        "LSE": lse,
+        "PING": tiling.turns,
+        "EB": tiling.arrive,
+        "OSEP": tiling.own_output,
+        "HELD": tiling.held and not ragged,
+        "VC": dim_v,
         "LAZY": tiling.lazy,
-    }  # fmt: skip
+    }
 
 
 def kernel_signature(dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -221,8 +258,8 @@ def _descriptor(dtype: str, rows: int, dim: int) -> str:
 class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
-    sides: for query, key, value and output (again for second parts: `repeats` is 2), how to make their tensor map and the
-    arguments that follow it. made: for each of them the arguments by address.
+    sides: for query, key, value and output (again for second parts: `repeats` is 2), how to make their tensor map and
+    the arguments that follow it. made: for each of them the arguments by address.
     """
 
     kernel: compiled.Kernel
@@ -235,7 +272,9 @@ class Launch(NamedTuple):
 
 
 class HopperPath:
-    """A request bound to the Gluon kernel on one chip; tensors that the copy engine cannot read go to the plain path."""
+    """A request bound to the Gluon kernel on one chip; tensors that the copy engine cannot read go to the plain
+    path.
+    """
 
     def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
         self.request, self.chip, self._instead = request, chip, instead
@@ -244,9 +283,15 @@ class HopperPath:
         self._last: tuple[Any, Launch | None] = ((), None)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> AttentionOutput:
         form = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
         last, launch = self._last
         if form != last:
@@ -286,11 +331,18 @@ class HopperPath:
         ends_inside = right is not None and shift + right <= len_k - len_q  # no row reaches past the last key
         tiling = tiling_for(dim_qk, dim_v, len_q, len_k, right is not None, left is not None, r.lse)
         constants = kernel_constants(
-            tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
+            tiling,
+            dim_qk=dim_qk,
+            dim_v=dim_v,
+            group=heads // key.shape[1],
+            left=left is not None,
+            right=right is not None,
             shifted=right is not None and (shift + right) % ROWS != 0,
             half=right is not None and (shift + right) % tiling.keys == 0 and ends_inside,
-            ragged=len_k % tiling.keys != 0 and not ends_inside, softcap=r.softcap is not None, lse=r.lse,
-        )  # fmt: skip
+            ragged=len_k % tiling.keys != 0 and not ends_inside,
+            softcap=r.softcap is not None,
+            lse=r.lse,
+        )
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         key_of = ("hopper", chip.index, dtype, tuple(constants.items()))
         made = compiled.kernel(key_of, lambda: compile_forward(dtype, constants))
@@ -307,9 +359,20 @@ class HopperPath:
             cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
         out = empty_result(query, dim_v)
         tail = [
-            row_tiles * batch * heads, row_tiles, plan.together, heads, len_q, len_k, shift, left or 0, right or 0,
-            scale, cap_in, cap_out, *[None] * len(constants),
-        ]  # fmt: skip
+            row_tiles * batch * heads,
+            row_tiles,
+            plan.together,
+            heads,
+            len_q,
+            len_k,
+            shift,
+            left or 0,
+            right or 0,
+            scale,
+            cap_in,
+            cap_out,
+            *[None] * len(constants),
+        ]
         repeats = 2 if splits(constants) else 1
         sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out) * repeats, made.maps, strict=True))
         like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
@@ -338,7 +401,8 @@ def _key_tiles(row: int, rows: int, len_k: int, shift: int, left: int | None, ri
 
 
 def add_map(form: tuple[tuple[int, ...], tuple[int, ...], Any], kept: dict[int, list[Any]], pointer: int) -> list[Any]:
-    """The arguments of one tensor: its map, which holds addresses alone and so may outlive it, its shape and its strides.
+    """The arguments of one tensor: its map, which holds addresses alone and so may outlive it, its shape and its
+    strides.
 
     form: shape, strides and the kernel's layout. kept: where they are found again, by address.
     """
@@ -350,7 +414,9 @@ def add_map(form: tuple[tuple[int, ...], tuple[int, ...], Any], kept: dict[int, 
 
 
 def side(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides for a tensor map. A dimension of one element may have any stride; the map wants steps of 16 bytes."""
+    """Shape and strides for a tensor map. A dimension of one element may have any stride; the map wants steps of 16
+    bytes.
+    """
     shape, step = tuple(tensor.shape), max(16 // tensor.itemsize, power_of_two(tensor.shape[3]))
     strides = [step if n == 1 else s for n, s in zip(shape[:3], tensor.stride()[:3], strict=True)]
     return shape, (*strides, 1)

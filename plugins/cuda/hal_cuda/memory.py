@@ -20,8 +20,8 @@ Source = Literal["torch", "cupy"]
 class CudaMemory:
     """Buffers of one CUDA device.
 
-    Blocks come from a caching allocator (torch's, or CuPy's pool), so freeing gives memory back to that cache, ordered by the
-    current stream. Memory of the other allocator is taken in by `to_backend` without a copy and stays its own.
+    Blocks come from a caching allocator (torch's, or CuPy's pool), so freeing gives memory back to that cache, ordered
+    by the current stream. Memory of the other allocator is taken in by `to_backend` without a copy and stays its own.
 
     Args:
         index: torch's CUDA index. name: the device id for messages. limit: bytes, None for none.
@@ -40,8 +40,8 @@ class CudaMemory:
         """An uninitialised buffer, ready on the current stream.
 
         Args:
-            like: an array from whose allocator the block comes: CuPy's pool for a CuPy array, torch's for a torch tensor, the
-                manager's own source for anything else.
+            like: an array from whose allocator the block comes: CuPy's pool for a CuPy array, torch's for a torch
+                tensor, the manager's own source for anything else.
 
         Raises:
             ContractError: a negative size or an unknown dtype.
@@ -114,7 +114,9 @@ class CudaMemory:
             self._in_use -= buffer.reserved
 
     def to_backend(self, tensor: Any) -> Buffer:
-        """A buffer that shares the memory of a torch tensor, CuPy array or other DLPack export on this device; else a copy."""
+        """A buffer that shares the memory of a torch tensor, CuPy array or other DLPack export on this device; else a
+        copy.
+        """
         import torch
 
         if not isinstance(tensor, torch.Tensor):
@@ -138,9 +140,15 @@ class CudaMemory:
         with self._lock:
             pooled = sum(_pooled(source, self.index) for source in self._sources)
             return MemoryStats(
-                in_use=self._in_use, pooled=pooled, peak=self._peak, limit=self.limit,
-                allocations=self._allocations, reuses=self._reuses, copies=self._copies, copied=self._copied,
-            )  # fmt: skip
+                in_use=self._in_use,
+                pooled=pooled,
+                peak=self._peak,
+                limit=self.limit,
+                allocations=self._allocations,
+                reuses=self._reuses,
+                copies=self._copies,
+                copied=self._copied,
+            )
 
     def trim(self) -> int:
         """Give what the allocator keeps unused back to the driver; returns the bytes."""
@@ -190,5 +198,7 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as error:
-        raise ContractError("memory source 'cupy' was given and CuPy is not installed: pip install 'hal-cuda[cupy]'") from error
+        raise ContractError(
+            "memory source 'cupy' was given and CuPy is not installed: pip install 'hal-cuda[cupy]'"
+        ) from error
     return cupy

@@ -19,7 +19,7 @@ from .portable import PortablePath, empty_result
 TABLE_SIGNATURE = {
     **dict.fromkeys(("table", "cu_q", "cu_k"), "*i32"),
     **dict.fromkeys(("sequences", "all_q", "all_k", "most", "together", "programs"), "i32"),
-}  # fmt: skip
+}
 _HEAD, _ENTRY = 8, 8  # numbers before the first entry of a table, and of an entry
 _MOST_KEPT = 256
 
@@ -27,9 +27,9 @@ _MOST_KEPT = 256
 class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
-    kernel: the forward. list_tiles: launches the table, whose numbers are in `listing`. most: tiles there can be. programs:
-    of the forward. sides: of query, key, value and output what their tensor maps are made from, made: for each of them the
-    arguments by address. tail: arguments after the table.
+    kernel: the forward. list_tiles: launches the table, whose numbers are in `listing`. most: tiles there can be.
+    programs: of the forward. sides: of query, key, value and output what their tensor maps are made from, made: for
+    each of them the arguments by address. tail: arguments after the table.
     """
 
     kernel: compiled.Kernel
@@ -50,10 +50,18 @@ class PackedHopperPath:
         self._launches: dict[Any, Launch | None] = {}
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-    ) -> AttentionOutput:  # fmt: skip
-        """Attention of each sequence; lengths are read on the device alone, so CUDA graphs may be replayed with others."""
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> AttentionOutput:
+        """Attention of each sequence; lengths are read on the device alone, so CUDA graphs may be replayed with
+        others.
+        """
         assert tables is not None
         assert tables.cu_seqlens_q is not None
         assert tables.cu_seqlens_k is not None
@@ -94,11 +102,18 @@ class PackedHopperPath:
         mean_q, mean_k = (max(t.shape[2] // max(sequences, 1), 1) for t in (query, key))
         tiling = tiling_for(dim_qk, dim_v, mean_q, mean_k, right is not None, left is not None, r.lse)
         constants = kernel_constants(
-            tiling, dim_qk=dim_qk, dim_v=dim_v, group=heads // key.shape[1], left=left is not None, right=right is not None,
+            tiling,
+            dim_qk=dim_qk,
+            dim_v=dim_v,
+            group=heads // key.shape[1],
+            left=left is not None,
+            right=right is not None,
             shifted=right is not None and (bottom or reach % ROWS != 0),
-            half=right is not None and same and reach <= 0 and reach % tiling.keys == 0, ragged=True,
-            softcap=r.softcap is not None, lse=r.lse,
-        ) | {"BOTTOM": bottom}  # fmt: skip
+            half=right is not None and same and reach <= 0 and reach % tiling.keys == 0,
+            ragged=True,
+            softcap=r.softcap is not None,
+            lse=r.lse,
+        ) | {"BOTTOM": bottom}
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         made = compiled.kernel(
             ("hopper packed", chip.index, dtype, tuple(constants.items())), lambda: compile_forward(dtype, constants)
@@ -113,9 +128,19 @@ class PackedHopperPath:
             together *= 2
         out = empty_result(query, dim_v)
         tail = [
-            out.stride(1), out.stride(2), together, heads, tokens, r.diagonal, left or 0, right or 0, scale, cap_in, cap_out,
+            out.stride(1),
+            out.stride(2),
+            together,
+            heads,
+            tokens,
+            r.diagonal,
+            left or 0,
+            right or 0,
+            scale,
+            cap_in,
+            cap_out,
             *[None] * len(constants),
-        ]  # fmt: skip
+        ]
         sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
         most = tokens // rows + sequences
         programs = min(chip.multiprocessors, most * heads)

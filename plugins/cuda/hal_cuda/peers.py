@@ -1,6 +1,7 @@
 """Other attention kernels, to be timed beside this package's own. For benchmarks alone: none of them is a dependency.
 
-Torch's cuDNN and FlashAttention-2 are always there; FlashAttention-4, FlashInfer and cuDNN's own frontend where installed.
+Torch's cuDNN and FlashAttention-2 are always there; FlashAttention-4, FlashInfer and cuDNN's own frontend where
+installed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 class Library(NamedTuple):
-    """An optional library: its name, the module that is imported, the distribution that holds it, what it is timed for."""
+    """An optional library: its name, the module that is imported, the distribution that holds it, what it is timed
+    for.
+    """
 
     name: str
     module: str
@@ -58,10 +61,13 @@ class Peers:
                 self.versions[library.name] = _version(library)
 
     def dense(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> dict[str, Call]:
-        """Peers that run a full or top-left causal call on [batch, heads, length, dim] of equal head counts, by name."""
-        return self._running(list(query.shape), _torch_calls(query, key, value, is_causal=causal) | self._fa4(
-            query, key, value, causal=causal
-        ))  # fmt: skip
+        """Peers that run a full or top-left causal call on [batch, heads, length, dim] of equal head counts, by
+        name.
+        """
+        return self._running(
+            list(query.shape),
+            _torch_calls(query, key, value, is_causal=causal) | self._fa4(query, key, value, causal=causal),
+        )
 
     def window(self, query: Tensor, key: Tensor, value: Tensor, left: int) -> dict[str, Call]:
         """Peers that let each query read its own key and the `left` keys before it."""
@@ -93,7 +99,9 @@ class Peers:
         return self._running(list(query.shape), calls)
 
     def paged(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceTables) -> dict[str, Call]:
-        """Peers of one query token on pages [pages, heads, page size, dim]: FlashInfer, on either of its two kernels."""
+        """Peers of one query token on pages [pages, heads, page size, dim]: FlashInfer, on either of its two
+        kernels.
+        """
         calls = self._flashinfer(query, key, value, tables) if "FlashInfer" in self._modules else {}
         return self._running(list(query.shape), calls)
 
@@ -103,7 +111,8 @@ class Peers:
         """Peers over sequences side by side in a batch of 1, equally long in queries and keys.
 
         Args:
-            query, key, value: [1, heads, tokens, dim]. ends: int32 [sequences + 1], cumulative lengths; longest: of them.
+            query, key, value: [1, heads, tokens, dim]. ends: int32 [sequences + 1], cumulative lengths; longest: of
+                them.
         """
         flash = torch.ops.aten._flash_attention_forward
         rows = [t[0].transpose(0, 1).contiguous() for t in (query, key, value)]
@@ -112,9 +121,16 @@ class Peers:
         }
         module = self._modules.get("FlashAttention-4")
         if hasattr(module, "flash_attn_varlen_func"):
-            calls["FA4"] = lambda: _packed_result(module.flash_attn_varlen_func(
-                *rows, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal
-            )[0])  # fmt: skip
+            calls["FA4"] = lambda: _packed_result(
+                module.flash_attn_varlen_func(
+                    *rows,
+                    cu_seqlens_q=ends,
+                    cu_seqlens_k=ends,
+                    max_seqlen_q=longest,
+                    max_seqlen_k=longest,
+                    causal=causal,
+                )[0]
+            )
         elif module is not None:
             self.notes.append("FlashAttention-4 has no call for packed lengths in this installation")
         if "FlashInfer" in self._modules and (run := self._flashinfer_packed(query, key, ends, causal)) is not None:
@@ -144,25 +160,42 @@ class Peers:
                     workspace, "HND", use_tensor_cores=tensor_cores
                 )
                 wrapper.plan(
-                    ends.to(query.device), indices, last.to(query.device), query.shape[1], key.shape[1], query.shape[3], page,
-                    q_data_type=query.dtype, kv_data_type=key.dtype,
-                )  # fmt: skip
+                    ends.to(query.device),
+                    indices,
+                    last.to(query.device),
+                    query.shape[1],
+                    key.shape[1],
+                    query.shape[3],
+                    page,
+                    q_data_type=query.dtype,
+                    kv_data_type=key.dtype,
+                )
             except Exception as error:
                 self.notes.append(f"{name} did not plan {list(query.shape)}: {_first_line(error)}")
                 continue
             calls[name] = partial(_unsqueezed, wrapper, rows, (key, value))
         return calls
 
-    def _flashinfer_packed(self, query: Tensor, key: Tensor, ends: Tensor, causal: bool) -> Callable[..., Tensor] | None:
+    def _flashinfer_packed(
+        self, query: Tensor, key: Tensor, ends: Tensor, causal: bool
+    ) -> Callable[..., Tensor] | None:
         """FlashInfer's call on [tokens, heads, dim], by the kernel it prefers or else its FlashAttention-2, or None."""
         for backend in ("auto", "fa2"):
             workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
             try:
-                wrapper = self._modules["FlashInfer"].BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend=backend)
+                wrapper = self._modules["FlashInfer"].BatchPrefillWithRaggedKVCacheWrapper(
+                    workspace, "NHD", backend=backend
+                )
                 wrapper.plan(
-                    ends, ends, query.shape[1], key.shape[1], query.shape[3], causal=causal, q_data_type=query.dtype,
+                    ends,
+                    ends,
+                    query.shape[1],
+                    key.shape[1],
+                    query.shape[3],
+                    causal=causal,
+                    q_data_type=query.dtype,
                     kv_data_type=key.dtype,
-                )  # fmt: skip
+                )
             except Exception as error:
                 dim, reason = query.shape[3], _first_line(error)[:150]
                 self.notes.append(f"FlashInfer ({backend}) did not plan packed lengths of head size {dim}: {reason}")
@@ -214,9 +247,16 @@ def _window_graph(cudnn: Any, query: Tensor, key: Tensor, value: Tensor, left: i
     graph = cudnn.pygraph(io_data_type=kind, intermediate_data_type=wide, compute_data_type=wide, handle=handle)
     given = [graph.tensor_like(t) for t in (query, key, value)]
     out, _ = graph.sdpa(
-        name="window", q=given[0], k=given[1], v=given[2], generate_stats=False, attn_scale=query.shape[3] ** -0.5,
-        diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT, diagonal_band_left_bound=left + 1, diagonal_band_right_bound=0,
-    )  # fmt: skip
+        name="window",
+        q=given[0],
+        k=given[1],
+        v=given[2],
+        generate_stats=False,
+        attn_scale=query.shape[3] ** -0.5,
+        diagonal_alignment=cudnn.diagonal_alignment.TOP_LEFT,
+        diagonal_band_left_bound=left + 1,
+        diagonal_band_right_bound=0,
+    )
     result = torch.empty_like(query)
     out.set_output(True).set_dim(result.size()).set_stride(result.stride())
     graph.validate()

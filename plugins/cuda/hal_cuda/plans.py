@@ -12,8 +12,8 @@ from .chip import Chip, Launcher
 from .kernels.plan import list_once
 
 _POINTERS = ("index", "count", "out", "out_count")
-#: Entries of a list taken at a time, and how many of those before them they are compared with at a time. Small: lists are short
-#: as a rule, and then a row waits for memory and little else.
+#: Entries of a list taken at a time, and how many of those before them they are compared with at a time. Small: lists
+#: are short as a rule, and then a row waits for memory and little else.
 TILE = {"BLOCK": 32, "AGAINST": 64}
 
 
@@ -26,13 +26,18 @@ def listed_once(plan: BlockPlan, chip: Chip) -> BlockPlan:
     if indices.shape[3] <= 1 and counts.is_contiguous():
         return plan
     once = BlockPlan(
-        plan.block_q, plan.block_k, torch.empty_like(indices, memory_format=torch.contiguous_format),
+        plan.block_q,
+        plan.block_k,
+        torch.empty_like(indices, memory_format=torch.contiguous_format),
         torch.empty_like(counts, memory_format=torch.contiguous_format),
-    )  # fmt: skip
+    )
     batch, heads, rows, most = indices.shape
     if indices.numel():
-        _launcher(chip)((rows, heads, batch), (indices, counts, once.indices, once.counts),
-                        [*indices.stride(), *counts.stride(), most])  # fmt: skip
+        _launcher(chip)(
+            (rows, heads, batch),
+            (indices, counts, once.indices, once.counts),
+            [*indices.stride(), *counts.stride(), most],
+        )
     return once
 
 

@@ -26,12 +26,17 @@ from .scratch import COUNTERS, PARTIAL, Scratch, scratch_of
 from .tiles import Splits, Tiles, choose_splits, choose_tiles, packs, power_of_two, shrunk
 
 TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "u8",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.bool: "u8",
     torch.int32: "i32",
-}  # fmt: skip
+}
 _STRIDES = 28  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
-#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too slowly.
+#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too
+#: slowly.
 _MOST_JOINED = 1 << 15
 _JOINED = (16, 64)  # splits that it joins at once: two kernels serve all lengths
 
@@ -47,10 +52,10 @@ def empty_result(query: Tensor, dim_v: int) -> Tensor:
 class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
-    arguments: of the kernel after its tensors; where it takes no mask, plan or tables, with a None for each of those. seed:
-    where the random words are among them. like_query: the result has the query's shape and strides. partial: numbers that hold
-    the partial results of split keys and their log-sum-exp, or 0. joins: the last program joins them, in scratch memory; else
-    `merge` does.
+    arguments: of the kernel after its tensors; where it takes no mask, plan or tables, with a None for each of those.
+    seed: where the random words are among them. like_query: the result has the query's shape and strides. partial:
+    numbers that hold the partial results of split keys and their log-sum-exp, or 0. joins: the last program joins them,
+    in scratch memory; else `merge` does.
     """
 
     run: Launcher
@@ -81,9 +86,15 @@ class PortablePath:
         self._last: tuple[Any, Launch | None] = ((), None)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> AttentionOutput:
         """Attention on tensors that the request describes; lengths are read from the tensors."""
         extras = None
         if mask is not None or plan is not None or tables is not None:
@@ -93,9 +104,16 @@ class PortablePath:
             extras = _extras(mask, plan, tables)
         scratch = self._scratch(query) if self._may_join else None
         form = (
-            query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(),
-            (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15, extras, scratch is None,
-        )  # fmt: skip
+            query.shape,
+            query.stride(),
+            key.shape,
+            key.stride(),
+            value.shape,
+            value.stride(),
+            (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
+            extras,
+            scratch is None,
+        )
         last, launch = self._last
         if launch is None or form != last:
             launch = self._launches.get(form)
@@ -131,9 +149,15 @@ class PortablePath:
         return scratch_of(query.device).on(self.chip.stream())
 
     def _build(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-        tables: SequenceTables | None, joins: bool,
-    ) -> Launch:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        plan: BlockPlan | None,
+        tables: SequenceTables | None,
+        joins: bool,
+    ) -> Launch:
         """The launch with the largest tiles that the chip holds. joins: there is scratch memory."""
         len_q = self.request.len_q if self.request.packed else query.shape[2]
         tiles: Tiles | None = choose_tiles(self.request, len_q)
@@ -148,9 +172,16 @@ class PortablePath:
         )
 
     def _launch(
-        self, tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None,
-        tables: SequenceTables | None, joins: bool,
-    ) -> Launch:  # fmt: skip
+        self,
+        tiles: Tiles,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        plan: BlockPlan | None,
+        tables: SequenceTables | None,
+        joins: bool,
+    ) -> Launch:
         r = self.request
         out = empty_result(query, value.shape[3])
         batch, heads_q, len_q, dim_qk = query.shape
@@ -173,12 +204,31 @@ class PortablePath:
         at_once = next((parts for parts in _JOINED if joins and splits.count <= parts), 0)
         left, right = self._band
         arguments = [
-            *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3], *_lse_strides(out), *_mask_strides(mask),
-            0 if tables is None or tables.page_table is None else tables.page_table.stride(0), *_plan_strides(plan),
-            r.effective_scale, r.softcap or 1.0, r.dropout, 0, 0,
-            heads_kv, len_q, len_k, r.diagonal, left or 0, right or 0, splits.chunk, splits.count,
-            *((1, 1) if plan is None else plan[:2]), query.shape[2], key.shape[2] if r.page_size is None else key.shape[0],
-        ]  # fmt: skip
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *out.stride()[:3],
+            *_lse_strides(out),
+            *_mask_strides(mask),
+            0 if tables is None or tables.page_table is None else tables.page_table.stride(0),
+            *_plan_strides(plan),
+            r.effective_scale,
+            r.softcap or 1.0,
+            r.dropout,
+            0,
+            0,
+            heads_kv,
+            len_q,
+            len_k,
+            r.diagonal,
+            left or 0,
+            right or 0,
+            splits.chunk,
+            splits.count,
+            *((1, 1) if plan is None else plan[:2]),
+            query.shape[2],
+            key.shape[2] if r.page_size is None else key.shape[0],
+        ]
         seed = _SEED
         if mask is None and plan is None and tables is None:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
@@ -190,7 +240,9 @@ class PortablePath:
         if at_once or not split:
             return launch
         merging = [*out.stride()[:3], splits.count]
-        return launch._replace(merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch))
+        return launch._replace(
+            merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch)
+        )
 
     def _kernel(self, chosen: _Chosen, dtype: torch.dtype) -> Launcher:
         """The kernel for what was chosen; it serves every length and stride."""
@@ -203,15 +255,33 @@ class PortablePath:
         r, (tiles, mask_type, pack, split, joins, aligned, even) = self.request, chosen
         left, right = self._band
         constants = {
-            "GROUP": r.heads_q // r.heads_kv, "DQ": r.dim_qk, "DV": r.dim_v, "BDQ": max(16, power_of_two(r.dim_qk)),
-            "BDV": max(16, power_of_two(r.dim_v)), "BM": tiles.rows, "BN": tiles.keys, "PAGE": r.page_size or 0,
+            "GROUP": r.heads_q // r.heads_kv,
+            "DQ": r.dim_qk,
+            "DV": r.dim_v,
+            "BDQ": max(16, power_of_two(r.dim_qk)),
+            "BDV": max(16, power_of_two(r.dim_v)),
+            "BM": tiles.rows,
+            "BN": tiles.keys,
+            "PAGE": r.page_size or 0,
             "MASK": {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}[r.mask],
-            "BOTTOM": r.causal is Causal.BOTTOM_RIGHT, "LEFT": left is not None, "RIGHT": right is not None,
-            "SOFTCAP": r.softcap is not None, "DROPOUT": r.dropout > 0, "PACKED": r.packed, "SEQLENS": r.page_size is not None,
-            "PLAN": r.block_plan is not None, "PACK": pack, "SPLIT": split, "LSE": r.lse,
-            "JOIN": joins, "ALIGNED": aligned, "EVEN": even, "PDL": split and not joins and self.chip.dependent_launch,
-            "STAGES": tiles.stages, "ROWS": _rows_joined(tiles, r, joins),
-        }  # fmt: skip
+            "BOTTOM": r.causal is Causal.BOTTOM_RIGHT,
+            "LEFT": left is not None,
+            "RIGHT": right is not None,
+            "SOFTCAP": r.softcap is not None,
+            "DROPOUT": r.dropout > 0,
+            "PACKED": r.packed,
+            "SEQLENS": r.page_size is not None,
+            "PLAN": r.block_plan is not None,
+            "PACK": pack,
+            "SPLIT": split,
+            "LSE": r.lse,
+            "JOIN": joins,
+            "ALIGNED": aligned,
+            "EVEN": even,
+            "PDL": split and not joins and self.chip.dependent_launch,
+            "STAGES": tiles.stages,
+            "ROWS": _rows_joined(tiles, r, joins),
+        }
         run = self.chip.launcher(attend, attend_signature(TYPES[dtype], mask_type), constants, num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
@@ -245,8 +315,21 @@ def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
 
 _NO_TABLES = SequenceTables()
 _POINTERS = (
-    "q", "k", "v", "out", "lse", "part", "arrived", "mask", "cu_q", "cu_k", "page_table", "seqlens", "plan_index", "plan_count",
-)  # fmt: skip
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    "part",
+    "arrived",
+    "mask",
+    "cu_q",
+    "cu_k",
+    "page_table",
+    "seqlens",
+    "plan_index",
+    "plan_count",
+)
 _OTHERS = 7  # of the pointers: mask, tables and plan
 _SEED = _STRIDES + 3
 
@@ -277,7 +360,9 @@ def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceTables 
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8 elements."""
+    """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8
+    elements.
+    """
     steps = addresses = 0
     for tensor in tensors:
         batch, head, row, last = tensor.stride()

@@ -32,9 +32,10 @@ class Rates:
     """A device's speed.
 
     Attributes:
-        bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch: seconds of
-            the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with path, dim, causal,
-            length, rate. joules_per_flop, joules_per_byte: None where not measured. basis, provenance, source: of all of it.
+        bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
+            seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
+            path, dim, causal, length, rate. joules_per_flop, joules_per_byte: None where not measured. basis,
+            provenance, source: of all of it.
     """
 
     bandwidth: float
@@ -52,11 +53,17 @@ class Rates:
     def of(cls, values: Mapping[str, Any], source: str) -> Rates:
         """From what `hal calibrate` or the shipped table hold."""
         return cls(
-            bandwidth=values["bandwidth"], matrix=values["matrix"], launch=values["launch"],
-            decode_share=values["decode_share"], grid=tuple(values["grid"]),
-            joules_per_flop=values.get("joules_per_flop"), joules_per_byte=values.get("joules_per_byte"),
-            basis=Basis.MEASURED, provenance=Provenance.MEASURED_SILICON, source=source,
-        )  # fmt: skip
+            bandwidth=values["bandwidth"],
+            matrix=values["matrix"],
+            launch=values["launch"],
+            decode_share=values["decode_share"],
+            grid=tuple(values["grid"]),
+            joules_per_flop=values.get("joules_per_flop"),
+            joules_per_byte=values.get("joules_per_byte"),
+            basis=Basis.MEASURED,
+            provenance=Provenance.MEASURED_SILICON,
+            source=source,
+        )
 
     @classmethod
     def assumed(cls, capability: tuple[int, int], multiprocessors: int, shipped: Rates | None) -> Rates:
@@ -65,10 +72,17 @@ class Rates:
         matrix = 2.0 * per_cycle * multiprocessors * 1.5e9
         grid = shipped.grid if shipped is not None and capability == (9, 0) else ()
         return cls(
-            bandwidth=2e12 if per_cycle >= 1024 else 7e11, matrix=matrix, launch=8e-6, decode_share=0.8,
-            grid=tuple(dict(row, rate=row["rate"] * multiprocessors / 132) for row in grid), joules_per_flop=None,
-            joules_per_byte=None, basis=Basis.MODELLED, provenance=Provenance.ASSUMED, source="scaled from datasheets",
-        )  # fmt: skip
+            bandwidth=2e12 if per_cycle >= 1024 else 7e11,
+            matrix=matrix,
+            launch=8e-6,
+            decode_share=0.8,
+            grid=tuple(dict(row, rate=row["rate"] * multiprocessors / 132) for row in grid),
+            joules_per_flop=None,
+            joules_per_byte=None,
+            basis=Basis.MODELLED,
+            provenance=Provenance.ASSUMED,
+            source="scaled from datasheets",
+        )
 
     def rate(self, path: str, request: AttentionRequest) -> Rate:
         """Operations a second of a path on a request's lengths, between the nearest lengths measured."""

@@ -1,4 +1,6 @@
-"""Memory that launches on a stream leave to those after them: partial results, and counters of programs that wrote theirs."""
+"""Memory that launches on a stream leave to those after them: partial results, and counters of programs that wrote
+theirs.
+"""
 
 from __future__ import annotations
 

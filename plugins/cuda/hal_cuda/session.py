@@ -53,7 +53,8 @@ class Prepared(NamedTuple):
 
 
 class CudaSession:
-    """An open GPU. Calls are ordered by torch's current stream and may come from any thread of the process that opened it.
+    """An open GPU. Calls are ordered by torch's current stream and may come from any thread of the process that opened
+    it.
 
     Args:
         device: what was found. chip: its facts. rates: () -> what paths take. memory: None for torch's allocator.
@@ -61,9 +62,13 @@ class CudaSession:
     """
 
     def __init__(
-        self, device: Device, chip: Chip, rates: Callable[[], Rates], memory: MemoryManager | None = None,
+        self,
+        device: Device,
+        chip: Chip,
+        rates: Callable[[], Rates],
+        memory: MemoryManager | None = None,
         paths: frozenset[str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.device, self.chip, self._rates, self._paths = device, chip, rates, paths
         self.memory: MemoryManager = memory or CudaMemory(chip.index, name=device.id)
         self.tiling = DenseTiling()
@@ -137,7 +142,8 @@ class CudaSession:
         return run
 
     def _guarded(self, request: AttentionRequest, path: Path, alone: bool) -> Callable[..., Any]:
-        """Empty tensors answered and failures named: a call returns a result whose launches were all accepted, or raises.
+        """Empty tensors answered and failures named: a call returns a result whose launches were all accepted, or
+        raises.
 
         alone: the output, without the log-sum-exp.
         """
@@ -145,9 +151,14 @@ class CudaSession:
         several = self.device.reads[0] != "cpu" and torch.cuda.device_count() > 1
 
         def run(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-        ) -> Any:  # fmt: skip
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            plan: BlockPlan | None = None,
+            tables: SequenceTables | None = None,
+            rng: tuple[int, int] | None = None,
+        ) -> Any:
             if self._lost:
                 raise DeviceUnavailableError(self._lost)
             try:
@@ -163,7 +174,9 @@ class CudaSession:
                 raise self._full(request) from error
             except RuntimeError as error:
                 if isinstance(error, torch.AcceleratorError) or str(error).startswith(_LAUNCH_FAILED):
-                    full = "out of memory" in str(error)  # the driver's: a kernel's code and stack lie in the same memory
+                    full = "out of memory" in str(
+                        error
+                    )  # the driver's: a kernel's code and stack lie in the same memory
                     raise (self._full(request) if full else self._not_started(request, error)) from error
                 raise
 
@@ -181,16 +194,28 @@ class CudaSession:
         return MemoryLimitError(self.device.id, needed, total - free, total)
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> Prepared:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Prepared:
         """Tiles are the device's own choice; `tile_size` does not change a result, so it is left aside."""
         return Prepared(query, key, value, request, plan, tables)
 
     def compute_attention(
-        self, prepared: Prepared, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        prepared: Prepared,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput:
         request, given = prepared.request, prepared.query if query is None else query
         if mask is not None and mask.dim() != 4:
             mask = mask[(None,) * (4 - mask.dim())]
@@ -200,9 +225,16 @@ class CudaSession:
         return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
 
     def compute_attention_backward(
-        self, prepared: Prepared, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads:  # fmt: skip
+        self,
+        prepared: Prepared,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads:
         raise UnsupportedError(
             f"a backward from a given output was asked of {self.device.id}, and it differentiates its forward alone: call "
             "hal.attention with tensors that require gradients"
@@ -231,7 +263,8 @@ class CudaSession:
         self.close()
 
 
-#: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements open.
+#: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements
+#: open.
 _open: WeakSet[CudaSession] = WeakSet()
 
 
@@ -243,7 +276,9 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _nothing(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest) -> AttentionOutput:
+def _nothing(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest
+) -> AttentionOutput:
     """What rows without a key give: 0 and -inf. Connected to its inputs, so that gradients are 0 and not missing."""
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_zeros((*query.shape[:3], value.shape[3]))

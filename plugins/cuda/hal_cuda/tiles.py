@@ -29,7 +29,9 @@ def packs(request: AttentionRequest, len_q: int) -> bool:
 
 
 def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
-    """Tiles measured on Hopper; `shrunk` gives the next smaller ones where a chip's shared memory does not hold them."""
+    """Tiles measured on Hopper; `shrunk` gives the next smaller ones where a chip's shared memory does not hold
+    them.
+    """
     wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
     plain = request.mask is MaskKind.NONE
     if packs(request, len_q):
@@ -47,7 +49,9 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
     else:
         tiles = Tiles(64, 64, 4, 3)
     rows, keys = min(tiles.rows, max(16, power_of_two(len_q))), tiles.keys
-    if request.block_plan is not None:  # a tile lies in one block of rows; blocks of odd sizes waste least in small tiles
+    if (
+        request.block_plan is not None
+    ):  # a tile lies in one block of rows; blocks of odd sizes waste least in small tiles
         block_q, block_k = request.block_plan[:2]
         rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
         keys = min(keys, max(16, power_of_two(block_k)))

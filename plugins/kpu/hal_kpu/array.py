@@ -47,7 +47,9 @@ class Wavefront:
 
     @property
     def compute_cycles(self) -> int:
-        """Index of the last cycle with a firing when the tiles run one after the other, counted from 0 (as SCALE-Sim)."""
+        """Index of the last cycle with a firing when the tiles run one after the other, counted from 0 (as
+        SCALE-Sim).
+        """
         return int(self.tile_cycles.sum()) - 1
 
 
@@ -96,7 +98,9 @@ def multiply(
 
 
 class _Registers:
-    """One moving register of every PE, [rows, cols, tiles], with its bits. Two copies: before and after a clock edge."""
+    """One moving register of every PE, [rows, cols, tiles], with its bits. Two copies: before and after a clock
+    edge.
+    """
 
     def __init__(
         self, shape: tuple[int, int, int], dtype: np.dtype[Any], down: bool, late: list[tuple[int, int]]
@@ -108,7 +112,9 @@ class _Registers:
         self._late = [(at, np.zeros(shape[2], dtype), np.zeros(shape[2], np.uint8)) for at in late]
 
     def clock(self, edge: Array | int, edge_bits: NDArray[np.uint8], passing: Array | None = None) -> None:
-        """Move one PE on; the edge takes [lanes, tiles] from a streamer. `passing`: what the PEs send, if not the value."""
+        """Move one PE on; the edge takes [lanes, tiles] from a streamer. `passing`: what the PEs send, if not the
+        value.
+        """
         value = self.value if passing is None else passing
         if self._down:
             self._next[1:], self._next_bits[1:] = value[:-1], self.bits[:-1]
@@ -158,7 +164,9 @@ def _split(number: int, shape: tuple[int, int], itemsize: int) -> Iterator[slice
 
 
 def _skew(stream: Array, length: int) -> Array:
-    """What a streamer sends in each cycle, lane i from cycle i on: [lanes, steps, groups] -> [length, lanes, groups]."""
+    """What a streamer sends in each cycle, lane i from cycle i on: [lanes, steps, groups] -> [length, lanes,
+    groups].
+    """
     lanes, steps, groups = stream.shape
     sent = np.zeros((length, lanes, groups), stream.dtype)
     for lane in range(lanes):
@@ -219,7 +227,9 @@ def _output_stationary(a: Array, b: Array, rows: int, cols: int, delays: tuple[t
 def _operand_stationary(
     a: Array, b: Array, rows: int, cols: int, delays: tuple[tuple[str, int, int], ...]
 ) -> Wavefront:
-    """b is shifted in from the top and stays; a goes right, partial sums go down and leave at the bottom as they are done."""
+    """b is shifted in from the top and stays; a goes right, partial sums go down and leave at the bottom as they are
+    done.
+    """
     (batch, M, K), N = a.shape, b.shape[2]
     deep_tiles, right_tiles = -(-K // rows), -(-N // cols)
     length = M + rows + cols - 2 + 2 * len(delays)

@@ -1,13 +1,15 @@
 """Attention as the array and the vector unit compute it: QK^T, online softmax and PV, one tile of keys after the other.
 
-Scores and weights never leave the chip. A row of queries carries three things from key tile to key tile: the largest score so
-far, the sum of its weights, and the unnormalised output. Products take operands in the request's dtype and add up in float32,
+Scores and weights never leave the chip. A row of queries carries three things from key tile to key tile: the largest
+score so far, the sum of its weights, and the unnormalised output. Products take operands in the request's dtype and add
+up in float32,
 everything between them is float32: weights are rounded to the dtype before PV, as the array reads them.
 
-Rows do not depend on each other, so all rows that see a key tile are computed in one batched product. That changes no value.
+Rows do not depend on each other, so all rows that see a key tile are computed in one batched product. That changes no
+value.
 
-Source: Milakov & Gimelshein 2018, algorithm 3 (online softmax); Dao et al. 2022, algorithms 1 and 4 (tiles, and gradients from
-the output and the log-sum-exp).
+Source: Milakov & Gimelshein 2018, algorithm 3 (online softmax); Dao et al. 2022, algorithms 1 and 4 (tiles, and
+gradients from the output and the log-sum-exp).
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ def forward(call: Operands, block_k: int) -> AttentionOutput:
         block_k: keys in a tile.
 
     Returns:
-        out [batch, heads_q, len_q, dim_v] in the query's dtype; lse [batch, heads_q, len_q] float32, always. A row that reads
-        no key gives 0 and -inf.
+        out [batch, heads_q, len_q, dim_v] in the query's dtype; lse [batch, heads_q, len_q] float32, always. A row that
+        reads no key gives 0 and -inf.
     """
     query, value = call.query, call.value
     out = torch.zeros((*query.shape[:3], value.shape[-1]), dtype=query.dtype)
@@ -102,11 +104,12 @@ def backward(
     """Gradients from a given (out, lse), weights made again tile by tile.
 
     Args:
-        out, grad_out: [batch, heads_q, len_q, dim_v]. lse: float32 [batch, heads_q, len_q]. grad_lse: of it; None for zero.
+        out, grad_out: [batch, heads_q, len_q, dim_v]. lse: float32 [batch, heads_q, len_q]. grad_lse: of it; None for
+            zero.
 
     Returns:
-        Gradients of what the request names (query, key and value where it names nothing), each in its tensor's shape and
-        dtype. A row that reads no key adds 0.
+        Gradients of what the request names (query, key and value where it names nothing), each in its tensor's shape
+        and dtype. A row that reads no key adds 0.
     """
     request, scale = call.request, call.request.effective_scale
     wanted = request.grads or frozenset("qkv")
@@ -132,10 +135,11 @@ def backward(
             query[at] += scale * _product(grad, _tile(call.key, place))
             key[held] += scale * _gathered(grad, call.query[at], call)
     return Grads(
-        query.to(call.query.dtype) if "q" in wanted else None, key.to(call.key.dtype) if "k" in wanted else None,
+        query.to(call.query.dtype) if "q" in wanted else None,
+        key.to(call.key.dtype) if "k" in wanted else None,
         value.to(call.value.dtype) if "v" in wanted else None,
         mask.to(call.mask.dtype) if mask is not None and call.mask is not None else None,
-    )  # fmt: skip
+    )
 
 
 # Tiles
@@ -155,8 +159,10 @@ def _parts(call: Operands, block_k: int) -> Iterator[tuple[slice, slice, slice]]
         for h in range(0, heads_kv, heads):
             for r in range(0, len_q, rows):
                 yield (
-                    slice(b, min(b + batches, batch)), slice(h, min(h + heads, heads_kv)), slice(r, min(r + rows, len_q))
-                )  # fmt: skip
+                    slice(b, min(b + batches, batch)),
+                    slice(h, min(h + heads, heads_kv)),
+                    slice(r, min(r + rows, len_q)),
+                )
 
 
 def _key_tiles(call: Operands, batch: slice, heads: slice, rows: slice, block_k: int) -> Iterator[Place]:

@@ -1,4 +1,6 @@
-"""Attention fused on the chip against its baseline: three operations, with scores and weights written to DRAM and read back."""
+"""Attention fused on the chip against its baseline: three operations, with scores and weights written to DRAM and read
+back.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ class Comparison:
     """The counters of both, on one machine.
 
     Attributes:
-        request: the call. fused: one program. unfused: QK^T, softmax and PV one after the other; all pairs are computed,
-            also those that causal or window hide.
+        request: the call. fused: one program. unfused: QK^T, softmax and PV one after the other; all pairs are
+            computed, also those that causal or window hide.
     """
 
     request: AttentionRequest
@@ -45,18 +47,26 @@ class Comparison:
         """Plain values for JSON."""
         both = {"fused": self.fused, "unfused": self.unfused}
         return {
-            "request": self.request.to_dict(), "profile": self.profile.name, "fidelity": "simulated", "basis": "modelled",
-            "provenance": str(self.profile.provenance()), "speedup": self.speedup,
+            "request": self.request.to_dict(),
+            "profile": self.profile.name,
+            "fidelity": "simulated",
+            "basis": "modelled",
+            "provenance": str(self.profile.provenance()),
+            "speedup": self.speedup,
             **{name: _plain(stats, self.profile) for name, stats in both.items()},
-        }  # fmt: skip
+        }
 
 
 def _plain(stats: ExecutionStats, profile: Profile) -> dict[str, Any]:
     return {
-        "cycles": stats.cycles, "seconds": stats.seconds, "macs": stats.total_macs, "external_bytes": stats.external_bytes,
-        "utilization": stats.utilization, "energy": energy(stats, profile).to_dict(),
+        "cycles": stats.cycles,
+        "seconds": stats.seconds,
+        "macs": stats.total_macs,
+        "external_bytes": stats.external_bytes,
+        "utilization": stats.utilization,
+        "energy": energy(stats, profile).to_dict(),
         "execution_backend": stats.execution_backend,
-    }  # fmt: skip
+    }
 
 
 def compare(profile: Profile, request: AttentionRequest, fidelity: str = "transactional") -> Comparison:
@@ -72,7 +82,8 @@ def run(program: Program, profile: Profile, fidelity: str) -> Run:
 
 
 def unfused(profile: Profile, request: AttentionRequest, fidelity: str = "transactional") -> ExecutionStats:
-    """QK^T, softmax and PV as operations of their own, each from DRAM to DRAM, scores and weights in the request's dtype.
+    """QK^T, softmax and PV as operations of their own, each from DRAM to DRAM, scores and weights in the request's
+    dtype.
 
     Scale, mask and cap are part of the softmax's pass over the scores, as they are in the fused program.
     """
@@ -82,10 +93,19 @@ def unfused(profile: Profile, request: AttentionRequest, fidelity: str = "transa
     query, key, value = heads * r.len_q * r.dim_qk, heads * r.len_k * r.dim_qk, heads * r.len_k * r.dim_v
     works = (
         ("QK^T", _product(r, r.len_k, r.dim_qk, (query + key) * size, pairs * size)),
-        ("softmax", Work(engine="vector", elements=pairs, passes=softmax_passes(r), reads_bytes=pairs * size,
-                         writes_bytes=pairs * size, dtype=r.dtype)),
+        (
+            "softmax",
+            Work(
+                engine="vector",
+                elements=pairs,
+                passes=softmax_passes(r),
+                reads_bytes=pairs * size,
+                writes_bytes=pairs * size,
+                dtype=r.dtype,
+            ),
+        ),
         ("PV", _product(r, r.dim_v, r.len_k, (pairs + value) * size, heads * r.len_q * r.dim_v * size)),
-    )  # fmt: skip
+    )
     for label, work in works:
         program = lower(work, profile)
         stats.add(None if program is None else run(program, profile, fidelity), label)
@@ -95,6 +115,12 @@ def unfused(profile: Profile, request: AttentionRequest, fidelity: str = "transa
 def _product(r: AttentionRequest, outputs: int, length: int, reads: int, writes: int) -> Work:
     """A product of every head: [len_q, length] @ [length, outputs]."""
     return Work(
-        engine="array", batch=r.batch * r.heads_q, M=r.len_q, N=outputs, K=length, reads_bytes=reads, writes_bytes=writes,
+        engine="array",
+        batch=r.batch * r.heads_q,
+        M=r.len_q,
+        N=outputs,
+        K=length,
+        reads_bytes=reads,
+        writes_bytes=writes,
         dtype=r.dtype,
-    )  # fmt: skip
+    )

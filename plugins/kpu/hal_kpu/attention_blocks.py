@@ -1,7 +1,8 @@
-"""How attention is cut for a machine: tiles of scores, blocks of query rows, and the rounds in which all arrays work in step.
+"""How attention is cut for a machine: tiles of scores, blocks of query rows, and the rounds in which all arrays work in
+step.
 
-An array works through one block of query rows of one head at a time. A block holds as many rows as its L3 has room for and as
-keep all arrays busy, so that a tile of keys and values comes from DRAM once for all of them.
+An array works through one block of query rows of one head at a time. A block holds as many rows as its L3 has room for
+and as keep all arrays busy, so that a tile of keys and values comes from DRAM once for all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _SOFTMAX, _MASK, _CAP = 10, 1, 8
 FADE, DIVIDE = 2, 1
 
 
-#: Keys in a tile of scores where an array has fewer columns and L2 has room: a longer PV hides more of the wave's way out.
+#: Keys in a tile of scores where an array has fewer columns and L2 has room: a longer PV hides more of the wave's way
+#: out.
 _KEYS = 64
 #: Elements of dim_qk that a piece of queries or keys in L2 should hold at least.
 _PIECE = 8
@@ -95,8 +97,8 @@ def longest_head(profile: Profile, dtype: str) -> int:
 def row_tiles(profile: Profile, request: AttentionRequest) -> int:
     """Tiles of rows in a query block: of those that fit the L3, the number that takes least time over all rounds.
 
-    A round takes, for each tile of keys, the longer of loading it and of computing it with the tiles of rows that see it; and
-    at its ends its queries' way in and one tile's way through.
+    A round takes, for each tile of keys, the longer of loading it and of computing it with the tiles of rows that see
+    it; and at its ends its queries' way in and one tile's way through.
     """
     r, blocks, held = request, Blocks.of(profile, request.dtype), profile.count("buffers.l3")
     wave, parts, lanes = blocks.rows + blocks.cols - 2, -(-r.dim_v // blocks.cols), profile["engines.vector_lanes"]
@@ -122,8 +124,10 @@ class Round(NamedTuple):
     """What all arrays do in step. Where their blocks differ, each does, and counts, what the costliest of them does.
 
     Attributes:
-        rows: of a block. active: arrays that have work. heads: key heads among them: arrays of one head share what it loads.
-        seen: for each tile of keys that the block sees, how many of its tiles of rows see it. first: the first such tile.
+        rows: of a block. active: arrays that have work. heads: key heads among them: arrays of one head share what it
+            loads.
+        seen: for each tile of keys that the block sees, how many of its tiles of rows see it. first: the first such
+            tile.
     """
 
     rows: int

@@ -5,8 +5,8 @@ For every tile of keys and every tile of a block's rows that sees it (`attention
     array   S = Q K^T          vector  weights of S, with the largest score and the sum so far
     array   W V                vector  the output so far, faded, plus it
 
-The array takes the next tile's QK^T before this one's WV, so that it does not wait for the vector unit. Scores and weights stay
-in L2; DRAM sees query, key, value and output alone. Blocks run on all arrays in step, the costliest first.
+The array takes the next tile's QK^T before this one's WV, so that it does not wait for the vector unit. Scores and
+weights stay in L2; DRAM sees query, key, value and output alone. Blocks run on all arrays in step, the costliest first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def fused(profile: Profile, request: AttentionRequest) -> Program:
 
 
 class _Writer:
-    """Writes the rounds of one request into a program; what an instruction moves is that of all active arrays in step."""
+    """Writes the rounds of one request into a program; what an instruction moves is that of all active arrays in
+    step.
+    """
 
     def __init__(self, profile: Profile, request: AttentionRequest) -> None:
         r, b = request, Blocks.of(profile, request.dtype)
@@ -43,12 +45,16 @@ class _Writer:
         size, region = b.dtype_bytes, self.program.region
         queries, keys = r.batch * r.heads_q * r.len_q, r.batch * r.heads_kv * r.len_k
         self.base = {
-            "queries": region(queries * r.dim_qk * size), "keys": region(keys * r.dim_qk * size),
-            "values": region(keys * r.dim_v * size), "output": region(queries * r.dim_v * size),
-        }  # fmt: skip
+            "queries": region(queries * r.dim_qk * size),
+            "keys": region(keys * r.dim_qk * size),
+            "values": region(keys * r.dim_v * size),
+            "output": region(queries * r.dim_v * size),
+        }
 
     def _pieces(self, most: int) -> list[int]:
-        """Lengths of the pieces of dim_qk in which queries and keys pass L2: as few as hold at most so many elements."""
+        """Lengths of the pieces of dim_qk in which queries and keys pass L2: as few as hold at most so many
+        elements.
+        """
         dim = self.request.dim_qk
         number = -(-dim // max(most, 1))
         return [dim // number + (i < dim % number) for i in range(number)]
@@ -57,15 +63,21 @@ class _Writer:
         r, b, arrays = self.request, self.blocks, self.blocks.arrays
         size, rows, deep = b.dtype_bytes, self.block_tiles * b.rows, max(self.pieces[0], b.keys)
         for name, level, slots, held in (
-            ("queries", "L3", self.query_blocks, rows * r.dim_qk * size), ("keys", "L3", 2, b.keys * r.dim_qk * size),
-            ("values", "L3", 2, b.keys * r.dim_v * size), ("sums", "L3", 1, rows * (r.dim_v + 2) * SUM_BYTES),
+            ("queries", "L3", self.query_blocks, rows * r.dim_qk * size),
+            ("keys", "L3", 2, b.keys * r.dim_qk * size),
+            ("values", "L3", 2, b.keys * r.dim_v * size),
+            ("sums", "L3", 1, rows * (r.dim_v + 2) * SUM_BYTES),
             ("output", "L3", self.block_tiles, b.rows * r.dim_v * size),
-            ("query", "L2", 2, b.rows * self.pieces[0] * size), ("key", "L2", 2, b.cols * self.pieces[0] * size),
-            ("value", "L2", 1, b.keys * b.cols * size), ("scores", "L2", b.wide + 1, b.rows * b.cols * SUM_BYTES),
-            ("weights", "L2", 2, b.rows * b.keys * size), ("mixed", "L2", 1, b.rows * b.cols * SUM_BYTES),
-            ("row lanes", "L1", 2, b.rows * deep * size), ("column lanes", "L1", 2, b.cols * deep * size),
+            ("query", "L2", 2, b.rows * self.pieces[0] * size),
+            ("key", "L2", 2, b.cols * self.pieces[0] * size),
+            ("value", "L2", 1, b.keys * b.cols * size),
+            ("scores", "L2", b.wide + 1, b.rows * b.cols * SUM_BYTES),
+            ("weights", "L2", 2, b.rows * b.keys * size),
+            ("mixed", "L2", 1, b.rows * b.cols * SUM_BYTES),
+            ("row lanes", "L1", 2, b.rows * deep * size),
+            ("column lanes", "L1", 2, b.cols * deep * size),
             ("outputs", "PE", 2, 0),
-        ):  # fmt: skip
+        ):
             self.program.buffer(name, level, slots, held * arrays)  # type: ignore[arg-type]
 
     def whole(self) -> Program:
@@ -106,8 +118,9 @@ class _Writer:
         for tile in range(tiles):
             elements = self.active * self.blocks.rows * r.dim_v
             taken = [Take("queries")] if tile == tiles - 1 else []
-            self.program.vector(taken, "output", operations=DIVIDE * elements, size=elements * (SUM_BYTES + size),
-                                label="divide")  # fmt: skip
+            self.program.vector(
+                taken, "output", operations=DIVIDE * elements, size=elements * (SUM_BYTES + size), label="divide"
+            )
 
     def _rows(self, left: int) -> None:
         """The remaining tiles of rows of a tile of keys."""
@@ -154,9 +167,12 @@ class _Writer:
             self._array_tile(release and column == b.wide - 1)
         taken = [Take("scores", offset=offset) for offset in range(b.wide - 1, -1, -1)]
         program.vector(
-            taken, "weights", operations=pairs * self.passes, size=pairs * SUM_BYTES + b.rows * b.keys * size,
+            taken,
+            "weights",
+            operations=pairs * self.passes,
+            size=pairs * SUM_BYTES + b.rows * b.keys * size,
             label="online softmax",
-        )  # fmt: skip
+        )
 
     def _array_tile(self, release: bool) -> None:
         """QK^T of as many keys as the array has columns."""
@@ -165,14 +181,25 @@ class _Writer:
         for number, deep in enumerate(self.pieces):
             ends = number == last
             program.move(Take("queries", keep=True), "query", b.rows * deep * size, mover=0, label="query tile")
-            program.move(Take("keys", keep=not (ends and release)), "key", b.cols * deep * size, mover=1, reorder="transpose",
-                         label="key tile")  # fmt: skip
+            program.move(
+                Take("keys", keep=not (ends and release)),
+                "key",
+                b.cols * deep * size,
+                mover=1,
+                reorder="transpose",
+                label="key tile",
+            )
             program.feed_rows("query", "row lanes", b.rows * deep * size, deep)
             program.feed_cols("key", "column lanes", b.cols * deep * size, deep)
             program.compute(
-                ["row lanes", "column lanes"], "outputs" if ends else (), steps=deep,
-                total=self.request.dim_qk if ends else 0, array=(b.rows, b.cols), macs=pairs * deep, label="QK^T",
-            )  # fmt: skip
+                ["row lanes", "column lanes"],
+                "outputs" if ends else (),
+                steps=deep,
+                total=self.request.dim_qk if ends else 0,
+                array=(b.rows, b.cols),
+                macs=pairs * deep,
+                label="QK^T",
+            )
         program.drain("outputs", "scores", pairs * SUM_BYTES, b.cols, label="scores")
 
     def _mix(self, release: bool) -> None:
@@ -182,13 +209,19 @@ class _Writer:
         for part in range(self.parts):
             wide = min(b.cols, self.request.dim_v - part * b.cols)
             ends, elements = part == last, b.rows * wide * self.active
-            program.move(Take("values", keep=not (ends and release)), "value", b.keys * wide * size, mover=1,
-                         label="value tile")  # fmt: skip
+            program.move(
+                Take("values", keep=not (ends and release)), "value", b.keys * wide * size, mover=1, label="value tile"
+            )
             program.feed_rows(Take("weights", keep=not ends), "row lanes", b.rows * b.keys * size, b.keys)
             program.feed_cols("value", "column lanes", b.keys * wide * size, b.keys)
             program.compute(
-                ["row lanes", "column lanes"], "outputs", steps=b.keys, total=b.keys, array=(b.rows, b.cols),
-                macs=elements * b.keys, label="WV",
-            )  # fmt: skip
+                ["row lanes", "column lanes"],
+                "outputs",
+                steps=b.keys,
+                total=b.keys,
+                array=(b.rows, b.cols),
+                macs=elements * b.keys,
+                label="WV",
+            )
             program.drain("outputs", "mixed", elements * SUM_BYTES, b.cols, label="mixed values")
             program.vector("mixed", operations=elements * FADE, size=elements * 3 * SUM_BYTES, label="fade and add")

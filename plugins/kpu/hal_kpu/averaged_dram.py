@@ -21,8 +21,8 @@ class GroupCost:
     """Of transfers that are interleaved, in cycles and refreshes apart.
 
     Attributes:
-        whole: from one group's last byte to the next one's, where groups wait in line. alone: from readiness to the last
-            byte, where the memory waited.
+        whole: from one group's last byte to the next one's, where groups wait in line. alone: from readiness to the
+            last byte, where the memory waited.
         ends: of each transfer, as a share of `whole`. ports: the least at each transfer's channel.
         bus: of the bytes themselves. hits, misses: page visits. reopens: share of the groups that the memory
             waited for which find a page closed that was open before.
@@ -68,7 +68,9 @@ def _pages(timing: Timing, place: Place, base: int) -> Iterator[int]:
 
 
 def _turns(place: Place) -> int:
-    """Turns of the innermost loop to look at: no more than it has, nor than a tile that goes on along its rows stays there."""
+    """Turns of the innermost loop to look at: no more than it has, nor than a tile that goes on along its rows stays
+    there.
+    """
     turns = _TURNS if place.rows > 32 else 3 * _TURNS  # short ones meet bursts at more offsets
     step = abs(sum(place.steps[-1:]))
     if place.counts:
@@ -81,7 +83,8 @@ def _turns(place: Place) -> int:
 def _samples(timing: Timing, place: Place) -> Place:
     """What stands for all places that cost the same but for where in a page they begin.
 
-    Its steps are where the innermost loop begins in the samples `_OUTER` of the loops around it, then that loop's own step.
+    Its steps are where the innermost loop begins in the samples `_OUTER` of the loops around it, then that loop's own
+    step.
     """
     counts = place.counts or (1 << 30,) * len(place.steps)
     outer = [
@@ -206,10 +209,15 @@ class AveragedMemory:
         self.activate = max(self.activate, -(-(alone - ticks(cost.whole)) // COARSE))
         self._reach = max(self._reach, *(ticks(port) for port in cost.ports))
         return _Ticks(
-            ticks(cost.whole), alone, [ticks(end * cost.whole) for end in cost.ends],
-            [math.ceil(end * alone) for end in cost.ends], [ticks(port) for port in cost.ports],
-            cost.bus, cost.hits, cost.misses,
-        )  # fmt: skip
+            ticks(cost.whole),
+            alone,
+            [ticks(end * cost.whole) for end in cost.ends],
+            [math.ceil(end * alone) for end in cost.ends],
+            [ticks(port) for port in cost.ports],
+            cost.bus,
+            cost.hits,
+            cost.misses,
+        )
 
     def state(self, base: int) -> tuple[int, ...]:
         """What its future depends on, relative to a cycle; a port free for long counts as free."""

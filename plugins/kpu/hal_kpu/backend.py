@@ -1,4 +1,6 @@
-"""The KPU as a device of hal_core: simulated from a profile, its time and energy modelled by the tile-level simulator."""
+"""The KPU as a device of hal_core: simulated from a profile, its time and energy modelled by the tile-level
+simulator.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,21 @@ _NUMERICS = {
     "bfloat16": Numerics(relative=6e-3, lse=1e-4, gradient=2e-2),
     "float16": Numerics(relative=1e-3, lse=1e-4, gradient=5e-3),
 }
-_FEATURES = frozenset({
-    "grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "lse", "backward", "mask_grad", "lse_grad",
-    "deterministic",
-})  # fmt: skip
+_FEATURES = frozenset(
+    {
+        "grouped_heads",
+        "value_dim",
+        "strides",
+        "diagonal",
+        "window",
+        "softcap",
+        "lse",
+        "backward",
+        "mask_grad",
+        "lse_grad",
+        "deterministic",
+    }
+)
 
 
 class KPUDevices:
@@ -55,31 +68,47 @@ class KPUDevices:
         p = self.profile
         return [
             Device(
-                id="kpu:0", family="kpu", vendor=p.vendor, model=p.name.upper(), fidelity=Fidelity.SIMULATED,
+                id="kpu:0",
+                family="kpu",
+                vendor=p.vendor,
+                model=p.name.upper(),
+                fidelity=Fidelity.SIMULATED,
                 driver=f"simulated from profile {p.name}",
                 features=(f"figures at worst {p.provenance()}", "energy not calibrated", "torch.compile kpu"),
             )
-        ]  # fmt: skip
+        ]
 
     def capabilities(self, device: Device) -> Capabilities:
         return Capabilities(
-            dtypes=frozenset(_NUMERICS), numerics=_NUMERICS, masks=frozenset(MaskKind), causal=frozenset(Causal),
-            features=_FEATURES, batch=Range(0), length=Range(0),
+            dtypes=frozenset(_NUMERICS),
+            numerics=_NUMERICS,
+            masks=frozenset(MaskKind),
+            causal=frozenset(Causal),
+            features=_FEATURES,
+            batch=Range(0),
+            length=Range(0),
             head_dim=Range(1, max(longest_head(self.profile, dtype) for dtype in _NUMERICS)),
-        )  # fmt: skip
+        )
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        """A refusal where one array's operands do not fit the L3 beside it, which depends on dtype and both head sizes."""
+        """A refusal where one array's operands do not fit the L3 beside it, which depends on dtype and both head
+        sizes.
+        """
         blocks = Blocks.of(self.profile, request.dtype)
         needed, held = room(blocks, request.dim_qk, request.dim_v), self.profile.count("buffers.l3")
         if needed > held:
             yield Refusal(
-                Code.DEVICE, "L3", f"{needed:,} bytes beside one array", f"{held:,} bytes",
+                Code.DEVICE,
+                "L3",
+                f"{needed:,} bytes beside one array",
+                f"{held:,} bytes",
                 f"use a head_dim of {longest_head(self.profile, request.dtype)} or less, or a narrower dtype",
-            )  # fmt: skip
+            )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """Modelled from the profile: the fused program's time in the tile-level simulator, energy from uncalibrated tables."""
+        """Modelled from the profile: the fused program's time in the tile-level simulator, energy from uncalibrated
+        tables.
+        """
         r = request
         output = r.batch * r.heads_q * r.len_q * (r.dim_v * 4 + 8)
         return attention_cost(self.profile, r).estimate(memory=output + r.batch * r.heads_q * r.len_q * 4)

@@ -1,4 +1,6 @@
-"""`hal kpu`: profiles, products, attention, timelines and a model's coverage. Everything heavy is imported when it runs."""
+"""`hal kpu`: profiles, products, attention, timelines and a model's coverage. Everything heavy is imported when it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -36,31 +38,73 @@ def add_commands(subparsers: Any) -> None:
     shape: list[tuple[str, dict[str, Any]]] = [
         ("--shape", {"default": _SHAPE, "help": "batch,heads,length,head_dim (default %(default)s)"}),
         ("--kv-heads", whole | {"help": "key/value heads (default: as many as query heads)"}),
-        ("--kv-length", whole | {"help": "keys (default: as many as queries)"}), ("--causal", yes),
-    ]  # fmt: skip
+        ("--kv-length", whole | {"help": "keys (default: as many as queries)"}),
+        ("--causal", yes),
+    ]
     array: list[tuple[str, dict[str, Any]]] = [
         ("--rows", whole | {"default": 32, "help": "of the array (default %(default)s)"}),
         ("--cols", whole | {"default": 32, "help": "of the array (default %(default)s)"}),
-        ("--dataflow", {"default": "os", "choices": ("os", "ws", "is"),
-                        "help": "what stays in the array: outputs, weights or inputs (default %(default)s)"}),
-    ]  # fmt: skip
+        (
+            "--dataflow",
+            {
+                "default": "os",
+                "choices": ("os", "ws", "is"),
+                "help": "what stays in the array: outputs, weights or inputs (default %(default)s)",
+            },
+        ),
+    ]
     size: list[tuple[str, dict[str, Any]]] = [(name, {"type": int}) for name in "MNK"]
     table: tuple[tuple[Any, str, str, list[tuple[str, dict[str, Any]]]], ...] = (
-        (_profile, "profile", "check a profile and show where each figure is from",
-         [("profile", {"metavar": "NAME|FILE", "help": "a bundled profile, or a TOML file"})]),
-        (_gemm, "gemm", "cycles, energy and roofline of a matrix product", [*size, *array, memory, kind, fidelity, plot]),
-        (_attention, "attention", "attention fused on the chip against scores that go through DRAM",
-         [*shape, machine, dtype, fidelity, plot]),
-        (_trace, "trace", "write a timeline as Chrome trace JSON, for ui.perfetto.dev", [
-            ("--gemm", {"metavar": "M,N,K", "help": "trace this product on one array instead of attention"}), *shape, *array,
-            ("--profile", {"metavar": "NAME|FILE", "help": "of the machine (default t64; for a product as gemm's)"}), dtype,
-            fidelity, ("--out", {"type": Path, "default": Path("kpu-trace.json"), "help": "file (default %(default)s)"})]),
-        (_report, "report", "what share of a model torch.compile puts on the KPU", [
-            ("model", {"metavar": "MODEL", "help": "a model's folder, minilm, or a small configuration: bert, gpt2 ..."}),
-            ("--length", whole | {"default": 32, "help": "tokens (default %(default)s)"}),
-            ("--batch", whole | {"default": 1, "help": "texts or images (default %(default)s)"}),
-            ("--fidelity", {"default": "behavioral", "choices": ("behavioral", *_FIDELITIES)})]),
-    )  # fmt: skip
+        (
+            _profile,
+            "profile",
+            "check a profile and show where each figure is from",
+            [("profile", {"metavar": "NAME|FILE", "help": "a bundled profile, or a TOML file"})],
+        ),
+        (
+            _gemm,
+            "gemm",
+            "cycles, energy and roofline of a matrix product",
+            [*size, *array, memory, kind, fidelity, plot],
+        ),
+        (
+            _attention,
+            "attention",
+            "attention fused on the chip against scores that go through DRAM",
+            [*shape, machine, dtype, fidelity, plot],
+        ),
+        (
+            _trace,
+            "trace",
+            "write a timeline as Chrome trace JSON, for ui.perfetto.dev",
+            [
+                ("--gemm", {"metavar": "M,N,K", "help": "trace this product on one array instead of attention"}),
+                *shape,
+                *array,
+                (
+                    "--profile",
+                    {"metavar": "NAME|FILE", "help": "of the machine (default t64; for a product as gemm's)"},
+                ),
+                dtype,
+                fidelity,
+                ("--out", {"type": Path, "default": Path("kpu-trace.json"), "help": "file (default %(default)s)"}),
+            ],
+        ),
+        (
+            _report,
+            "report",
+            "what share of a model torch.compile puts on the KPU",
+            [
+                (
+                    "model",
+                    {"metavar": "MODEL", "help": "a model's folder, minilm, or a small configuration: bert, gpt2 ..."},
+                ),
+                ("--length", whole | {"default": 32, "help": "tokens (default %(default)s)"}),
+                ("--batch", whole | {"default": 1, "help": "texts or images (default %(default)s)"}),
+                ("--fidelity", {"default": "behavioral", "choices": ("behavioral", *_FIDELITIES)}),
+            ],
+        ),
+    )
     for run, name, text, arguments in table:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
@@ -109,9 +153,16 @@ def _product(options: argparse.Namespace, M: int, N: int, K: int) -> tuple[str, 
     with progress("gemm") as show:
         show(title, 0.0)
         stats = simulate_gemm(
-            M, N, K, rows=rows, cols=cols, dataflow=dataflow, fidelity=FIDELITIES.index(options.fidelity),
-            dtype=options.dtype, profile=options.profile,
-        )  # fmt: skip
+            M,
+            N,
+            K,
+            rows=rows,
+            cols=cols,
+            dataflow=dataflow,
+            fidelity=FIDELITIES.index(options.fidelity),
+            dtype=options.dtype,
+            profile=options.profile,
+        )
     return title, stats, machine(rows, cols, options.profile)
 
 
@@ -132,10 +183,16 @@ def _attention(options: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict() | {"report": made.to_dict()}, indent=2))
     else:
         rows = [
-            [name, f"{s.cycles:,}", f"{s.seconds * 1e3:.4g}", f"{s.external_bytes / 1e6:,.4g}", f"{s.utilization:.1%}",
-             f"{energy(s, profile).total * 1e3:.3g}"]
+            [
+                name,
+                f"{s.cycles:,}",
+                f"{s.seconds * 1e3:.4g}",
+                f"{s.external_bytes / 1e6:,.4g}",
+                f"{s.utilization:.1%}",
+                f"{energy(s, profile).total * 1e3:.3g}",
+            ]
             for name, s in (("fused", found.fused), ("scores through DRAM", found.unfused))
-        ]  # fmt: skip
+        ]
         note = f"Fused takes {1 / found.speedup:.1%} of the baseline's cycles ({found.speedup:.2f}x)."
         columns = ["", "cycles", "ms", "DRAM, MB", "arrays used", "energy, mJ"]
         show_table(

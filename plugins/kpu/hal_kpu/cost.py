@@ -1,8 +1,8 @@
 """What attention and products cost on a machine: cycles of the tile-level simulator, energy of its counters.
 
-The simulator runs a movement program whose tiles are those of the values (`attention_program`, `lowering`). What lies outside
-the chip (the host, a driver, the way to the KPU's DRAM) is not modelled and not counted; nor are gradients, nor the bytes of a
-mask, whose shape a request does not say.
+The simulator runs a movement program whose tiles are those of the values (`attention_program`, `lowering`). What lies
+outside the chip (the host, a driver, the way to the KPU's DRAM) is not modelled and not counted; nor are gradients, nor
+the bytes of a mask, whose shape a request does not say.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from .work import Work
 
 #: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
 SPREAD = {
-    Provenance.MEASURED_SILICON: 0.1, Provenance.VENDOR_PUBLISHED: 0.25, Provenance.PAPER_PROJECTION: 0.25,
+    Provenance.MEASURED_SILICON: 0.1,
+    Provenance.VENDOR_PUBLISHED: 0.25,
+    Provenance.PAPER_PROJECTION: 0.25,
     Provenance.ASSUMED: 0.5,
-}  # fmt: skip
-#: What an estimate simulates at most: tiles of scores (the root of their number in a head), and heads for each array. A larger
-#: call takes its time from one of this size, by the pairs that both compute.
+}
+#: What an estimate simulates at most: tiles of scores (the root of their number in a head), and heads for each array. A
+#: larger call takes its time from one of this size, by the pairs that both compute.
 LONGEST, ROUNDS = 96, 2
 
 
@@ -63,9 +65,12 @@ class Cost:
         source = f"profile {self.profile.name}, tile-level simulation"
         return Estimate(
             time=_quantity(self.seconds, time, source),
-            energy=_quantity(self.energy.total * self.scale, self.energy.provenance, f"{source}, energies not calibrated"),
-            memory=memory, parts=busy | {"waiting for tiles": self.seconds - busy["array"]},
-        )  # fmt: skip
+            energy=_quantity(
+                self.energy.total * self.scale, self.energy.provenance, f"{source}, energies not calibrated"
+            ),
+            memory=memory,
+            parts=busy | {"waiting for tiles": self.seconds - busy["array"]},
+        )
 
 
 def _quantity(middle: float, provenance: Provenance, source: str) -> Quantity:
@@ -111,9 +116,15 @@ def product_cost(profile: Profile, batch: int, rows: int, outputs: int, length: 
 def _product_cost(profile: Profile, batch: int, rows: int, outputs: int, length: int, dtype: str) -> Cost:
     size, stats = DTYPE_BYTES[dtype], new_stats(profile)
     work = Work(
-        engine="array", batch=batch, M=rows, N=outputs, K=length, reads_bytes=batch * (rows + outputs) * length * size,
-        writes_bytes=batch * rows * outputs * size, dtype=dtype,
-    )  # fmt: skip
+        engine="array",
+        batch=batch,
+        M=rows,
+        N=outputs,
+        K=length,
+        reads_bytes=batch * (rows + outputs) * length * size,
+        writes_bytes=batch * rows * outputs * size,
+        dtype=dtype,
+    )
     program = lower(work, profile)
     stats.add(None if program is None else run_transactional(program, profile))
     return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
@@ -123,14 +134,25 @@ def tiled(profile: Profile, request: AttentionRequest) -> AttentionRequest:
     """The request with lengths filled up to whole tiles, and without what does not change its cost."""
     r, blocks = request, Blocks.of(profile, request.dtype)
     return replace(
-        r, len_q=-(-r.len_q // blocks.rows) * blocks.rows, len_k=-(-r.len_k // blocks.keys) * blocks.keys, scale=None,
-        softcap=None if r.softcap is None else 1.0, grads=frozenset(), lse=False, grad_lse=False, device="cpu",
-        last_dim_contiguous=True, deterministic=False, max_error=None,
-    )  # fmt: skip
+        r,
+        len_q=-(-r.len_q // blocks.rows) * blocks.rows,
+        len_k=-(-r.len_k // blocks.keys) * blocks.keys,
+        scale=None,
+        softcap=None if r.softcap is None else 1.0,
+        grads=frozenset(),
+        lse=False,
+        grad_lse=False,
+        device="cpu",
+        last_dim_contiguous=True,
+        deterministic=False,
+        max_error=None,
+    )
 
 
 def _shortened(profile: Profile, request: AttentionRequest) -> AttentionRequest:
-    """The request itself, or one of the same proportions with at most `LONGEST` squared tiles of scores, and fewer heads."""
+    """The request itself, or one of the same proportions with at most `LONGEST` squared tiles of scores, and fewer
+    heads.
+    """
     r, blocks = request, Blocks.of(profile, request.dtype)
     heads, share = r.batch * r.heads_kv, r.heads_q // max(r.heads_kv, 1)
     if heads * share > ROUNDS * blocks.arrays:

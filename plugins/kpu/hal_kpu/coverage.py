@@ -1,4 +1,6 @@
-"""What share of a compiled model the KPU ran: nodes, multiply-accumulates, bytes and time, and what was left to the host."""
+"""What share of a compiled model the KPU ran: nodes, multiply-accumulates, bytes and time, and what was left to the
+host.
+"""
 
 from __future__ import annotations
 
@@ -91,13 +93,17 @@ class Coverage:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of nodes, MACs, bytes and time on the KPU, each 0 to 1; 1 where there was nothing to share, 0 where nothing ran."""
+        """Of nodes, MACs, bytes and time on the KPU, each 0 to 1; 1 where there was nothing to share, 0 where nothing
+        ran.
+        """
         if not self.graphs:
             return dict.fromkeys(("nodes", "macs", "bytes", "time"), 0.0)
         pairs = {
-            "nodes": (self.kpu_nodes, self.nodes), "macs": (self.kpu_macs, self.macs),
-            "bytes": (self.kpu_bytes, self.bytes), "time": (self.kpu_seconds, self.seconds),
-        }  # fmt: skip
+            "nodes": (self.kpu_nodes, self.nodes),
+            "macs": (self.kpu_macs, self.macs),
+            "bytes": (self.kpu_bytes, self.bytes),
+            "time": (self.kpu_seconds, self.seconds),
+        }
         return {name: part / whole if whole else 1.0 for name, (part, whole) in pairs.items()}
 
     @property
@@ -110,8 +116,11 @@ class Coverage:
         fields = attrs.asdict(self, filter=lambda field, _: field.name not in ("execution", "fallback", "opcodes"))
         listed = [{"operator": name, "reason": reason, "count": count} for name, reason, count in self.fallback]
         return fields | {
-            "fallback": listed, "opcodes": dict(self.opcodes), "shares": self.shares, "cycles": self.cycles
-        }  # fmt: skip
+            "fallback": listed,
+            "opcodes": dict(self.opcodes),
+            "shares": self.shares,
+            "cycles": self.cycles,
+        }
 
     def rows(self) -> list[list[str]]:
         """Lines of a table: what, on the KPU, of all, share."""

@@ -33,9 +33,12 @@ def stepped_cycles(rows: int, cols: int, total: int, preload: int) -> int:
 
 
 def run_cycle_accurate(
-    program: Program, profile: Profile, fault: Fault | None = None, skip_refresh: int | None = None,
+    program: Program,
+    profile: Profile,
+    fault: Fault | None = None,
+    skip_refresh: int | None = None,
     reuse_above: int = REUSE_ABOVE,
-) -> Run:  # fmt: skip
+) -> Run:
     """Time a movement program.
 
     Args:
@@ -50,12 +53,21 @@ def run_cycle_accurate(
     memory = AveragedMemory(Timing.of(profile)) if reuse else BankedMemory(Timing.of(profile), skip_refresh)
     timeline = Engines(program, profile, memory, stepped_cycles, fault).run()
     refreshes = tuple(memory.refreshes(timeline.makespan)) if isinstance(memory, BankedMemory) else ()
-    return Run(program=program, profile=profile, fidelity="cycle_accurate", timeline=timeline, memory=memory.counters,
-               refreshes=refreshes, reused=reuse)  # fmt: skip
+    return Run(
+        program=program,
+        profile=profile,
+        fidelity="cycle_accurate",
+        timeline=timeline,
+        memory=memory.counters,
+        refreshes=refreshes,
+        reused=reuse,
+    )
 
 
 def accurate_below(program: Program, profile: Profile, limit: int) -> int | None:
-    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as possible."""
+    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as
+    possible.
+    """
     memory = BankedMemory(Timing.of(profile))
     try:
         cycles = Engines(program, profile, memory, stepped_cycles, limit=limit).run().makespan

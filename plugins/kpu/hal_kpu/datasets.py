@@ -26,9 +26,15 @@ class MNIST:
     classes = tuple("0123456789")
 
     def __init__(
-        self, split: str = "test", normalize: bool = True, flatten: bool = False, limit: int | None = None, *,
-        root: str | Path | None = None, mirrors: Sequence[str] = MIRRORS,
-    ) -> None:  # fmt: skip
+        self,
+        split: str = "test",
+        normalize: bool = True,
+        flatten: bool = False,
+        limit: int | None = None,
+        *,
+        root: str | Path | None = None,
+        mirrors: Sequence[str] = MIRRORS,
+    ) -> None:
         self.split = split
         self.images, self.labels = load_mnist(split, normalize, flatten, limit, root=root, mirrors=mirrors)
 

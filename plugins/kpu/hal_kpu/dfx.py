@@ -1,4 +1,5 @@
-"""DFX: the operator-level program of a KPU. A list of operations in running order over named tensors, with JSON both ways.
+"""DFX: the operator-level program of a KPU. A list of operations in running order over named tensors, with JSON both
+ways.
 
     {"name": "main", "version": "1.0",
      "tensors": {"x": {"name": "x", "shape": [4, 8], "dtype": "float32", "memory_level": 0, "is_const": false}, ...},
@@ -84,7 +85,9 @@ class TensorSpec:
 
 @attrs.frozen
 class DFXOp:
-    """One operation: an opcode of `hal_kpu.opcodes.OPCODES`, names of the tensors it reads and writes, and its attributes."""
+    """One operation: an opcode of `hal_kpu.opcodes.OPCODES`, names of the tensors it reads and writes, and its
+    attributes.
+    """
 
     opcode: str
     inputs: tuple[str, ...] = attrs.field(converter=_names)

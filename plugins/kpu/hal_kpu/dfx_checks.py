@@ -12,9 +12,19 @@ if TYPE_CHECKING:
 Failure: TypeAlias = type[Exception]
 
 DTYPE_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 _KINDS = {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "an object"}
 _TENSOR_FIELDS = {"name": str, "shape": list, "dtype": str, "memory_level": int, "is_const": bool}
 _OP_FIELDS = {"opcode": str, "inputs": list, "outputs": list, "attrs": dict}
@@ -210,7 +220,9 @@ def _cycle(program: DFXProgram, writer: Mapping[str, int]) -> list[str]:
 
 
 def _check_shapes(program: DFXProgram, failure: Failure) -> None:
-    """Run every operation on torch's meta device, where no value is computed, and compare what it gives with the specs."""
+    """Run every operation on torch's meta device, where no value is computed, and compare what it gives with the
+    specs.
+    """
     import torch
 
     from .opcodes import OPCODES

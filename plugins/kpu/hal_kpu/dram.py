@@ -1,13 +1,14 @@
-"""DRAM shared by the DMA channels: banks, open pages, refresh, and an arbitration that cannot make faster memory slower.
+"""DRAM shared by the DMA channels: banks, open pages, refresh, and an arbitration that cannot make faster memory
+slower.
 
 The banked memory and the averaged one (averaged_dram.py) serve transfers in the order of the program; transfers written
-`together` are interleaved, the one with the fewest bytes served first, so equal ones get half each. Every time is a maximum of
-sums of what came before:
+`together` are interleaved, the one with the fewest bytes served first, so equal ones get half each. Every time is a
+maximum of sums of what came before:
 
 * a page visit starts when the bus is free, its bank open and its bank not in refresh;
 * the bank of a visit may be opened once the visit `lookahead` places before has ended;
-* every bank is refreshed once in a `refresh_interval`, the banks evenly spread over it; the bus waits for each of them for
-  its part of `refresh_time`.
+* every bank is refreshed once in a `refresh_interval`, the banks evenly spread over it; the bus waits for each of them
+  for its part of `refresh_time`.
 
 So a later event cannot make another one earlier (a greedy arbiter could: who comes first would change).
 Operands that stream together lie in different groups of banks (`movement.Builder.region`).
@@ -107,11 +108,14 @@ class Timing:
         return Timing(
             bytes_per_cycle=profile.bytes_per_cycle("dram.bandwidth"),
             channel=profile.bytes_per_cycle("engines.dma_bandwidth"),
-            burst=profile.count("dram.burst"), page=profile.count("dram.page"), banks=profile.count("dram.banks"),
-            lookahead=profile.count("dram.lookahead"), activate=activate,
+            burst=profile.count("dram.burst"),
+            page=profile.count("dram.page"),
+            banks=profile.count("dram.banks"),
+            lookahead=profile.count("dram.lookahead"),
+            activate=activate,
             interval=profile.cycles("dram.refresh_interval"),
             refresh=profile.cycles("dram.refresh_time") / profile.count("dram.banks"),
-        )  # fmt: skip
+        )
 
 
 class BankedMemory:
@@ -173,7 +177,9 @@ class BankedMemory:
         return [(start // TICKS, -(-end // TICKS)) for start, end in zip(starts, ends, strict=True)]
 
     def _between_refreshes(self, start: int, work: int) -> tuple[int, int]:
-        """(start, end) of `work` on the bus from `start` on: at the end of every interval it waits for one bank's refresh."""
+        """(start, end) of `work` on the bus from `start` on: at the end of every interval it waits for one bank's
+        refresh.
+        """
         interval, part = self._interval, self._interval - self._window
         turn, inside = divmod(start, interval)
         if self._whole:

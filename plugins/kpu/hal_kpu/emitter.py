@@ -135,7 +135,9 @@ class Emitter:
         return self.sum(x, axes, keepdims) / count
 
     def matmul(self, a: Value, b: Value, start: Value | None = None) -> Value:
-        """a[..., M, K] @ b[..., K, N] (+ start). A transposition of an operand is done by the streamer, not the mover."""
+        """a[..., M, K] @ b[..., K, N] (+ start). A transposition of an operand is done by the streamer, not the
+        mover.
+        """
         flags = {}
         sides = []
         for side, value in (("transpose_a", a), ("transpose_b", b)):

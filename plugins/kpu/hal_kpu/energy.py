@@ -1,4 +1,6 @@
-"""Energy as counted actions times a table, by memory level; static energy apart. No table is calibrated, and it says so."""
+"""Energy as counted actions times a table, by memory level; static energy apart. No table is calibrated, and it says
+so.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ class Energy:
     """Joules of one execution.
 
     Attributes:
-        levels: reading and writing, by memory level ("dram", "l3", "l2", "l1"). movers: through what moves bytes ("dma",
-            "mover", "streamer"). compute: multiply-accumulates ("mac_fp32" ...) and the vector unit.
+        levels: reading and writing, by memory level ("dram", "l3", "l2", "l1"). movers: through what moves bytes
+            ("dma", "mover", "streamer"). compute: multiply-accumulates ("mac_fp32" ...) and the vector unit.
         static: power that is drawn whether or not it works, times the time.
         table: where the figures are from. node: process node. provenance: the worst of them. calibrated: always False.
     """
@@ -51,9 +53,12 @@ class Energy:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, joules."""
         return {
-            **attrs.asdict(self), "provenance": str(self.provenance), "dynamic": self.dynamic, "total": self.total,
+            **attrs.asdict(self),
+            "provenance": str(self.provenance),
+            "dynamic": self.dynamic,
+            "total": self.total,
             "unit": "J",
-        }  # fmt: skip
+        }
 
 
 def energy(stats: ExecutionStats, profile: Profile) -> Energy:
@@ -71,10 +76,13 @@ def energy(stats: ExecutionStats, profile: Profile) -> Energy:
     compute["vector"] = stats.vector_operations * profile["energy.vector"] * 1e-12
     table = profile.figure("energy.dram")
     return Energy(
-        levels={key: moved[key] for key in LEVELS}, movers={key: moved[key] for key in MOVERS}, compute=compute,
-        static=profile["power.static"] * stats.seconds, table=f"{profile.name}: {table.source}",
+        levels={key: moved[key] for key in LEVELS},
+        movers={key: moved[key] for key in MOVERS},
+        compute=compute,
+        static=profile["power.static"] * stats.seconds,
+        table=f"{profile.name}: {table.source}",
         provenance=profile.provenance("energy", "power.static"),
-    )  # fmt: skip
+    )
 
 
 def mac_of(dtype: str) -> str:

@@ -74,7 +74,9 @@ def check_fit(program: Program, profile: Profile) -> None:
 
 
 def tile_cycles(rows: int, cols: int, total: int, preload: int) -> int:
-    """Cycles of one array tile: rows of a stationary operand, the stream, and the wave leaving (SCALE-Sim's closed forms)."""
+    """Cycles of one array tile: rows of a stationary operand, the stream, and the wave leaving (SCALE-Sim's closed
+    forms).
+    """
     return preload + total + rows + cols - 2
 
 
@@ -183,8 +185,13 @@ class Engines:
             name: EngineTime(self._busy[i], self._free[i] - self._busy[i], makespan - self._free[i])
             for i, name in enumerate(self._engines)
         }
-        return Timeline(makespan=makespan, engines=engines, entries=self._entries, instructions=self._instructions,
-                        reused=self._reused)  # fmt: skip
+        return Timeline(
+            makespan=makespan,
+            engines=engines,
+            entries=self._entries,
+            instructions=self._instructions,
+            reused=self._reused,
+        )
 
     # what is looked up once
 
@@ -195,8 +202,15 @@ class Engines:
         steps = list(_steps(body))
         buffers = {buffer for step in steps for buffer in (*step.gives, *(take[0] for take in step.takes))}
         engines = {step.engine for step in steps if step.engine >= 0}
-        return _Turn(item.count, body, sorted(engines), sorted(buffers), any(step.queue == 0 for step in steps),
-                     any(step.engine < 0 for step in steps), self._uneven(item))  # fmt: skip
+        return _Turn(
+            item.count,
+            body,
+            sorted(engines),
+            sorted(buffers),
+            any(step.queue == 0 for step in steps),
+            any(step.engine < 0 for step in steps),
+            self._uneven(item),
+        )
 
     def _uneven(self, loop: Loop) -> bool:
         """Whether turns of a loop differ by more than where the state before them differs."""

@@ -1,4 +1,6 @@
-"""Chebyshev polynomials of all four kinds, plain and shifted, by their trigonometric forms (Abramowitz and Stegun 22.3)."""
+"""Chebyshev polynomials of all four kinds, plain and shifted, by their trigonometric forms (Abramowitz and Stegun
+22.3).
+"""
 
 from __future__ import annotations
 

@@ -13,24 +13,50 @@ from .fx_registry import lowers
 aten, prims = torch.ops.aten, torch.ops.prims
 
 _UNARY = {
-    "neg": aten.neg, "abs": aten.abs, "sign": aten.sign, "floor": aten.floor, "ceil": aten.ceil, "round": aten.round,
-    "trunc": aten.trunc, "not": aten.bitwise_not, "reciprocal": aten.reciprocal, "sqrt": aten.sqrt, "rsqrt": aten.rsqrt,
-    "exp": aten.exp, "expm1": aten.expm1, "log": aten.log, "log1p": aten.log1p, "sin": aten.sin, "cos": aten.cos,
-    "asin": aten.asin, "acos": aten.acos, "atan": aten.atan, "sinh": aten.sinh, "cosh": aten.cosh, "tanh": aten.tanh,
-    "asinh": aten.asinh, "acosh": aten.acosh, "atanh": aten.atanh, "erf": aten.erf, "sigmoid": aten.sigmoid,
-}  # fmt: skip
+    "neg": aten.neg,
+    "abs": aten.abs,
+    "sign": aten.sign,
+    "floor": aten.floor,
+    "ceil": aten.ceil,
+    "round": aten.round,
+    "trunc": aten.trunc,
+    "not": aten.bitwise_not,
+    "reciprocal": aten.reciprocal,
+    "sqrt": aten.sqrt,
+    "rsqrt": aten.rsqrt,
+    "exp": aten.exp,
+    "expm1": aten.expm1,
+    "log": aten.log,
+    "log1p": aten.log1p,
+    "sin": aten.sin,
+    "cos": aten.cos,
+    "asin": aten.asin,
+    "acos": aten.acos,
+    "atan": aten.atan,
+    "sinh": aten.sinh,
+    "cosh": aten.cosh,
+    "tanh": aten.tanh,
+    "asinh": aten.asinh,
+    "acosh": aten.acosh,
+    "atanh": aten.atanh,
+    "erf": aten.erf,
+    "sigmoid": aten.sigmoid,
+}
 _BINARY = {
-    "mul": [aten.mul.Tensor, aten.mul.Scalar], "div": [aten.div.Tensor, aten.div.Scalar],
-    "atan2": [aten.atan2.default], "fmod": [aten.fmod.Tensor, aten.fmod.Scalar],
+    "mul": [aten.mul.Tensor, aten.mul.Scalar],
+    "div": [aten.div.Tensor, aten.div.Scalar],
+    "atan2": [aten.atan2.default],
+    "fmod": [aten.fmod.Tensor, aten.fmod.Scalar],
     "remainder": [aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor],
     "floor_divide": [aten.floor_divide.default],
-    "maximum": [aten.maximum.default], "minimum": [aten.minimum.default],
+    "maximum": [aten.maximum.default],
+    "minimum": [aten.minimum.default],
     "and": [aten.bitwise_and.Tensor, aten.bitwise_and.Scalar, aten.bitwise_and.Scalar_Tensor],
     "or": [aten.bitwise_or.Tensor, aten.bitwise_or.Scalar, aten.bitwise_or.Scalar_Tensor],
     "xor": [aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar, aten.bitwise_xor.Scalar_Tensor],
     "shift_left": [aten.bitwise_left_shift.Tensor, aten.bitwise_left_shift.Tensor_Scalar],
     "shift_right": [aten.bitwise_right_shift.Tensor, aten.bitwise_right_shift.Tensor_Scalar],
-}  # fmt: skip
+}
 
 
 def _register_tables() -> None:
@@ -252,7 +278,9 @@ def ldexp(e: Emitter, x: Value, exponent: Value) -> Value:
 
 @lowers(aten.frexp.Tensor)
 def frexp(e: Emitter, x: Value) -> tuple[Value, Value]:
-    """x = mantissa 2^exponent with 0.5 <= |mantissa| < 1. The logarithm may be one off, which the mantissa then shows."""
+    """x = mantissa 2^exponent with 0.5 <= |mantissa| < 1. The logarithm may be one off, which the mantissa then
+    shows.
+    """
     size = e.one("abs", x)
     special = e.one("or", e.one("compare", size, 0, predicate="eq"), e.one("not", _is_finite(e, size)))
     safe = e.one("where", special, e.one("fill", shape=(), scalar=0.5, dtype=str(x.dtype).removeprefix("torch.")), size)

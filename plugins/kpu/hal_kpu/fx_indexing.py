@@ -146,9 +146,15 @@ def _row(e: Emitter, x: Value) -> tuple[Value, int]:
 
 @lowers(aten.searchsorted.Tensor)
 def searchsorted(
-    e: Emitter, ordered: Value, x: Value, *, out_int32: bool = False, right: bool = False, side: str | None = None,
+    e: Emitter,
+    ordered: Value,
+    x: Value,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
     sorter: Value | None = None,
-) -> Value:  # fmt: skip
+) -> Value:
     """How many of the ordered numbers lie before each of x: all are compared."""
     if sorter is not None:
         ordered = e.one("gather", ordered, sorter, axis=ordered.ndim - 1)
@@ -178,7 +184,7 @@ def histc(e: Emitter, x: Value, bins: int = 100, low: Number = 0, high: Number =
     place = e.one("floor", (flat - ends[0]) * float(bins) / (ends[1] - ends[0]))
     inside = e.one(
         "and", e.one("compare", flat, ends[0], predicate="ge"), e.one("compare", flat, ends[1], predicate="le")
-    )  # fmt: skip
+    )
     place = e.cast(e.one("minimum", e.one("maximum", place, 0.0), float(bins - 1)), torch.int64)
     zero = e.one("fill", shape=(bins,), scalar=0, dtype=kind)
     return e.one("scatter", zero, place, e.cast(inside, x.dtype), axis=0, combine="add")

@@ -90,10 +90,19 @@ def batch_norm_no_stats(
 
 @lowers(aten._native_batch_norm_legit_functional.default)
 def batch_norm_training(
-    e: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value, variance: Value, training: bool,
-    momentum: float, eps: float,
-) -> tuple[Value, Value, Value, Value, Value]:  # fmt: skip
-    """(result, mean, 1/deviation, new running mean, new running variance): the running variance divides by count - 1."""
+    e: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value,
+    variance: Value,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Value, Value, Value, Value, Value]:
+    """(result, mean, 1/deviation, new running mean, new running variance): the running variance divides by count -
+    1.
+    """
     if not training:
         out, first, second = batch_norm_inference(e, x, weight, bias, mean, variance, momentum, eps)
         return out, first, second, mean, variance

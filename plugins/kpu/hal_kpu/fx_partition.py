@@ -170,9 +170,12 @@ class CompiledGraph:
         seen: dict[Any, str | None] = {}
         left_out = {node: reason for node in operators if (reason := why_not(node, seen)) is not None}
         self.record = GraphRecord(
-            kind=kind, frame=frame, nodes=len(operators), kpu_nodes=len(operators) - len(left_out),
+            kind=kind,
+            frame=frame,
+            nodes=len(operators),
+            kpu_nodes=len(operators) - len(left_out),
             fallback=tuple(HostOp(str(node.target), reason) for node, reason in left_out.items()),
-        )  # fmt: skip
+        )
         self._fidelity = fidelity
         self._rest: GraphModule | None = None
         self.partitions: list[Partition] = []

@@ -38,23 +38,40 @@ def mv(e: Emitter, a: Value, x: Value) -> Value:
 
 
 def _window(
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], transposed: bool,
-    output_padding: Sequence[int], groups: int, space: int,
-) -> dict[str, object]:  # fmt: skip
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    space: int,
+) -> dict[str, object]:
     def full(sizes: Sequence[int]) -> tuple[int, ...]:
         return tuple(sizes) * (space if len(sizes) == 1 else 1)
 
     return {
-        "stride": full(stride), "padding": full(padding), "dilation": full(dilation), "transposed": transposed,
-        "output_padding": full(output_padding or [0]), "groups": groups,
-    }  # fmt: skip
+        "stride": full(stride),
+        "padding": full(padding),
+        "dilation": full(dilation),
+        "transposed": transposed,
+        "output_padding": full(output_padding or [0]),
+        "groups": groups,
+    }
 
 
 @lowers(aten.convolution.default)
 def convolution(
-    e: Emitter, x: Value, w: Value, bias: Value | None, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    x: Value,
+    w: Value,
+    bias: Value | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Value:
     window = _window(stride, padding, dilation, transposed, output_padding, groups, w.ndim - 2)
     batched = e.reshape(x, (1, *x.shape)) if x.ndim == w.ndim - 1 else x
     out = e.one("convolution", batched, w, *(() if bias is None else (bias,)), **window)
@@ -63,10 +80,19 @@ def convolution(
 
 @lowers(aten.convolution_backward.default)
 def convolution_backward(
-    e: Emitter, grad: Value, x: Value, w: Value, bias_sizes: Sequence[int] | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
+    e: Emitter,
+    grad: Value,
+    x: Value,
+    w: Value,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
     mask: Sequence[bool],
-) -> tuple[Value | None, ...]:  # fmt: skip
+) -> tuple[Value | None, ...]:
     if x.ndim != w.ndim:
         raise NotLowered("without a batch axis")
     window = _window(stride, padding, dilation, transposed, output_padding, groups, w.ndim - 2)
@@ -87,9 +113,16 @@ def product_sum(e: Emitter, start: Value, a: Value, b: Value, *, beta: Number = 
 
 @lowers(aten._trilinear.default)
 def trilinear(
-    e: Emitter, a: Value, b: Value, c: Value, new_a: Sequence[int], new_b: Sequence[int], new_c: Sequence[int],
-    summed: Sequence[int], unroll: int = 1,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    a: Value,
+    b: Value,
+    c: Value,
+    new_a: Sequence[int],
+    new_b: Sequence[int],
+    new_c: Sequence[int],
+    summed: Sequence[int],
+    unroll: int = 1,
+) -> Value:
     """Three factors with axes of size 1 put in, multiplied and summed."""
 
     def widened(x: Value, axes: Sequence[int]) -> Value:

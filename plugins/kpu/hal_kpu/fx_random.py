@@ -1,4 +1,6 @@
-"""ATen's further distributions, from uniform and normal numbers: torch's distributions, though not eager's very numbers."""
+"""ATen's further distributions, from uniform and normal numbers: torch's distributions, though not eager's very
+numbers.
+"""
 
 from __future__ import annotations
 

@@ -160,11 +160,12 @@ def diagonal(e: Emitter, x: Value, offset: int = 0, first: int = 0, second: int 
     length = max(0, min(x.shape[first] - down, x.shape[second] - right))
     rest = [axis for axis in range(x.ndim) if axis not in (first, second)]
     return e.one(
-        "strided", x,
+        "strided",
+        x,
         shape=(*(x.shape[axis] for axis in rest), length),
         strides=(*(strides[axis] for axis in rest), strides[first] + strides[second]),
         offset=down * strides[first] + right * strides[second] if length else 0,
-    )  # fmt: skip
+    )
 
 
 @lowers(aten.unfold.default)

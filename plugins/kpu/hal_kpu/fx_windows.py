@@ -25,22 +25,39 @@ def _batched(e: Emitter, x: Value, rank: int = 4) -> tuple[Value, bool]:
 
 @lowers(aten.max_pool2d_with_indices.default)
 def max_pool2d(
-    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
-) -> tuple[Value, ...]:  # fmt: skip
+    e: Emitter,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> tuple[Value, ...]:
     x, added = _batched(e, x)
     out = e.many(
-        "max_pool", x, kernel=_pair(kernel), stride=_pair(stride or kernel), padding=_pair(padding),
-        dilation=_pair(dilation), ceil_mode=ceil_mode,
-    )  # fmt: skip
+        "max_pool",
+        x,
+        kernel=_pair(kernel),
+        stride=_pair(stride or kernel),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        ceil_mode=ceil_mode,
+    )
     return tuple(e.reshape(part, part.shape[1:]) for part in out) if added else out
 
 
 @lowers(aten.max_pool2d_with_indices_backward.default)
 def max_pool2d_backward(
-    e: Emitter, grad: Value, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], ceil_mode: bool, places: Value,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    grad: Value,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    places: Value,
+) -> Value:
     """Each gradient is added where its largest element was."""
     *lead, height, width = x.shape
     planes = (math.prod(lead), height * width)
@@ -59,16 +76,26 @@ def _average(
     divisor: int | None,
 ) -> dict[str, object]:
     return {
-        "kernel": _pair(kernel), "stride": _pair(stride or kernel), "padding": _pair(padding), "ceil_mode": ceil_mode,
-        "count_include_pad": include, "divisor": divisor,
-    }  # fmt: skip
+        "kernel": _pair(kernel),
+        "stride": _pair(stride or kernel),
+        "padding": _pair(padding),
+        "ceil_mode": ceil_mode,
+        "count_include_pad": include,
+        "divisor": divisor,
+    }
 
 
 @lowers(aten.avg_pool2d.default)
 def avg_pool2d(
-    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Value:
     x, added = _batched(e, x)
     out = e.one("avg_pool", x, **_average(kernel, stride, padding, ceil_mode, count_include_pad, divisor_override))
     return e.reshape(out, out.shape[1:]) if added else out
@@ -76,9 +103,16 @@ def avg_pool2d(
 
 @lowers(aten.avg_pool2d_backward.default)
 def avg_pool2d_backward(
-    e: Emitter, grad: Value, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    grad: Value,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Value:
     options = _average(kernel, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return e.one("avg_pool_grad", grad, x, **options)
 
@@ -100,9 +134,15 @@ def adaptive_avg_pool2d_backward(e: Emitter, grad: Value, x: Value) -> Value:
 
 @lowers(aten.avg_pool3d.default)
 def avg_pool3d(
-    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Value:
     """Means of means: over height and width, then over depth. Only where every window has the same count."""
     if ceil_mode or divisor_override or (any(padding) and not count_include_pad):
         raise NotLowered("with windows of different counts")
@@ -165,15 +205,22 @@ def adaptive_max_pool(e: Emitter, x: Value, output_size: Sequence[int]) -> tuple
 
 @lowers(aten.max_pool3d_with_indices.default)
 def max_pool3d(
-    e: Emitter, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
-    dilation: Sequence[int] = (1,), ceil_mode: bool = False,
-) -> tuple[Value, Value]:  # fmt: skip
+    e: Emitter,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil_mode: bool = False,
+) -> tuple[Value, Value]:
     """Height and width first; then, over depth, the best of those, which carries its place along."""
     x, added = _batched(e, x, 5)
     full = [tuple(s) * (3 if len(s) == 1 else 1) for s in (kernel, stride or kernel, padding, dilation)]
     n, c, depth, height, width = x.shape
-    over, deep = ({key: part[1:] for key, part in zip(_WINDOW_NAMES, full, strict=True)},
-                  {key: (part[0], one) for key, part, one in zip(_WINDOW_NAMES, full, (1, 1, 0, 1), strict=True)})  # fmt: skip
+    over, deep = (
+        {key: part[1:] for key, part in zip(_WINDOW_NAMES, full, strict=True)},
+        {key: (part[0], one) for key, part, one in zip(_WINDOW_NAMES, full, (1, 1, 0, 1), strict=True)},
+    )
     flat, place = e.many("max_pool", e.reshape(x, (n, c * depth, height, width)), **over, ceil_mode=ceil_mode)
     rows, columns = flat.shape[2:]
     layers = e.reshape(flat, (n, c, depth, rows * columns))

@@ -27,8 +27,9 @@ class GemmStats(ExecutionStats):
 
     Attributes:
         shape: (M, N, K) of one product. array: (rows, cols). dataflow: "os", "ws" or "is".
-        compute_cycles: index of the last cycle with a firing PE, counted from 0, tiles one after the other and fed in time:
-            what SCALE-Sim prints as "Total Cycles". From the PEs in CYCLE_ACCURATE, from the closed form in TRANSACTIONAL.
+        compute_cycles: index of the last cycle with a firing PE, counted from 0, tiles one after the other and fed in
+            time: what SCALE-Sim prints as "Total Cycles". From the PEs in CYCLE_ACCURATE, from the closed form in
+                TRANSACTIONAL.
         drain_cycles: outputs leaving the array after the last firing of their tile, all tiles together; beside the next
             tile's compute but for the last one.
         cycles: the whole machine's, DRAM to DRAM.
@@ -54,10 +55,20 @@ def machine(rows: int, cols: int, profile: Profile | str | None = None) -> Profi
 
 
 def simulate_gemm(
-    M: int, N: int, K: int, *, rows: int = 32, cols: int = 32, dataflow: Dataflow = "os", fidelity: int = CYCLE_ACCURATE,  # noqa: N803
-    a: ArrayLike | None = None, b: ArrayLike | None = None, batch: int = 1, dtype: str = "float32",
+    M: int,  # noqa: N803
+    N: int,  # noqa: N803
+    K: int,  # noqa: N803
+    *,
+    rows: int = 32,
+    cols: int = 32,
+    dataflow: Dataflow = "os",
+    fidelity: int = CYCLE_ACCURATE,
+    a: ArrayLike | None = None,
+    b: ArrayLike | None = None,
+    batch: int = 1,
+    dtype: str = "float32",
     profile: Profile | str | None = None,
-) -> GemmStats:  # fmt: skip
+) -> GemmStats:
     """[M, K] by [K, N] on one rows x cols array.
 
     Args:
@@ -77,24 +88,51 @@ def simulate_gemm(
 
 
 def simulate_conv2d(
-    batch: int, in_channels: int, height: int, width: int, out_channels: int, kernel: int | tuple[int, int], *,
-    stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
-    groups: int = 1, rows: int = 32, cols: int = 32, dataflow: Dataflow = "os", fidelity: int = CYCLE_ACCURATE,
-    x: ArrayLike | None = None, weight: ArrayLike | None = None, dtype: str = "float32",
+    batch: int,
+    in_channels: int,
+    height: int,
+    width: int,
+    out_channels: int,
+    kernel: int | tuple[int, int],
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    rows: int = 32,
+    cols: int = 32,
+    dataflow: Dataflow = "os",
+    fidelity: int = CYCLE_ACCURATE,
+    x: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    dtype: str = "float32",
     profile: Profile | str | None = None,
-) -> GemmStats:  # fmt: skip
+) -> GemmStats:
     """A convolution as `groups` products [batch x positions, window] by [window, channels] on one rows x cols array.
 
     Args:
-        x: [batch, in_channels, height, width]. weight: [out_channels, in_channels / groups, *kernel]. Drawn where left out.
+        x: [batch, in_channels, height, width]. weight: [out_channels, in_channels / groups, *kernel]. Drawn where left
+            out.
 
     Returns:
         As `simulate_gemm`; product is [batch, out_channels, out_height, out_width].
     """
     pairs = [(item, item) if isinstance(item, int) else tuple(item) for item in (kernel, stride, padding, dilation)]
     size, step, pad, spacing = pairs
-    _check(dataflow, batch=batch, in_channels=in_channels, height=height, width=width, out_channels=out_channels, rows=rows,
-           cols=cols, groups=groups, kernel=min(size), stride=min(step), dilation=min(spacing))  # fmt: skip
+    _check(
+        dataflow,
+        batch=batch,
+        in_channels=in_channels,
+        height=height,
+        width=width,
+        out_channels=out_channels,
+        rows=rows,
+        cols=cols,
+        groups=groups,
+        kernel=min(size),
+        stride=min(step),
+        dilation=min(spacing),
+    )
     if in_channels % groups or out_channels % groups:
         raise ContractError(
             f"{in_channels} to {out_channels} channels in {groups} groups: both are wanted as multiples"
@@ -111,8 +149,16 @@ def simulate_conv2d(
     matrix = filters.reshape(groups, out_channels // groups, -1).transpose(0, 2, 1)
     _, M, K = gathered.shape
     share = min(1.0, data.size / gathered.size)
-    product = Product(batch=groups, M=M, N=matrix.shape[2], K=K, dtype=data.dtype.name, size=data.itemsize,
-                      out_size=data.itemsize, a_share=share)  # fmt: skip
+    product = Product(
+        batch=groups,
+        M=M,
+        N=matrix.shape[2],
+        K=K,
+        dtype=data.dtype.name,
+        size=data.itemsize,
+        out_size=data.itemsize,
+        a_share=share,
+    )
     done = _simulate(product, gathered, matrix, machine(rows, cols, profile), dataflow, check_fidelity(fidelity))
     if done.product is not None:
         shaped = done.product.reshape(groups, batch, extent[0], extent[1], -1).transpose(1, 0, 4, 2, 3)
@@ -125,9 +171,13 @@ def _simulate(
 ) -> GemmStats:
     rows, cols, _ = profile.arrays(product.dtype)
     stats = GemmStats(
-        clock_hz=profile["clock.frequency"], profile=profile.name, execution_backend=FIDELITIES[fidelity],
-        shape=(product.M, product.N, product.K), array=(rows, cols), dataflow=dataflow,
-    )  # fmt: skip
+        clock_hz=profile["clock.frequency"],
+        profile=profile.name,
+        execution_backend=FIDELITIES[fidelity],
+        shape=(product.M, product.N, product.K),
+        array=(rows, cols),
+        dataflow=dataflow,
+    )
     if fidelity == BEHAVIORAL:
         wide = np.result_type(a, b, np.int32) if a.dtype.kind in "biu" else a.dtype
         stats.product = a.astype(wide) @ b.astype(wide)

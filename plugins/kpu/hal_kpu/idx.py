@@ -1,6 +1,8 @@
-"""IDX, the file format of MNIST: big-endian sizes after a magic number, then the values; gzip where the name ends in .gz.
+"""IDX, the file format of MNIST: big-endian sizes after a magic number, then the values; gzip where the name ends in
+.gz.
 
-    byte 0, 1: zero    byte 2: type of the values    byte 3: number of dimensions    then each size as uint32, then values
+    byte 0, 1: zero    byte 2: type of the values    byte 3: number of dimensions    then each size as uint32, then
+        values
 
 Source: LeCun, Cortes and Burges, "The MNIST database of handwritten digits", section "File formats".
 """

@@ -71,7 +71,9 @@ class Matmul(Kernel):
 
 
 class Linear(Kernel):
-    """linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; the bias joins the sums before they are rounded."""
+    """linear(x [..., K], weight [N, K], bias [N] or None) -> [..., N]; the bias joins the sums before they are
+    rounded.
+    """
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         start = perf_counter()

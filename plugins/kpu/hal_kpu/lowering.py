@@ -1,8 +1,8 @@
 """From what an operation asks (`Work`) to the movement program that does it, cut to a machine's buffers.
 
-The schedule is the fastest of all that fit, by the tile-level simulator: the operand that stays, the height of its panel,
-double or single buffers, the depth of a piece. More buffer only adds schedules to choose from, and a faster machine runs
-each of them no slower (`engines`), so neither makes an operation slower.
+The schedule is the fastest of all that fit, by the tile-level simulator: the operand that stays, the height of its
+panel, double or single buffers, the depth of a piece. More buffer only adds schedules to choose from, and a faster
+machine runs each of them no slower (`engines`), so neither makes an operation slower.
 """
 
 from __future__ import annotations
@@ -46,15 +46,20 @@ def lower(work: Work, profile: Profile, dataflow: Dataflow = "os", accurate: boo
     operations = work.elements * work.passes if work.engine == "vector" else 0
     return streamed(
         Stream(
-            reads=work.reads_bytes, writes=work.writes_bytes, operations=operations, dtype=work.dtype,
+            reads=work.reads_bytes,
+            writes=work.writes_bytes,
+            operations=operations,
+            dtype=work.dtype,
             reorder="identity" if work.engine == "vector" else "shuffle",
         ),
         profile,
-    )  # fmt: skip
+    )
 
 
 def product_of(work: Work) -> Product:
-    """The product that an array operation is. One whose b (or a) is the same for the whole batch is one taller product."""
+    """The product that an array operation is. One whose b (or a) is the same for the whole batch is one taller
+    product.
+    """
     size, batch, M, N, K = itemsize(work.dtype), work.batch, work.M, work.N, work.K
     out = max(1, round(work.writes_bytes / (batch * M * N))) if work.writes_bytes else size
     a, b, read = M * K * size, K * N * size, work.reads_bytes or batch * (M + N) * K * size

@@ -1,7 +1,7 @@
 """Output-stationary products: sums stay in the PEs over all of K, tiles of a and b stream by.
 
-One operand's panel may stay in L3 while the other operand streams past it: every tile of the panel goes to the end of its
-queue after use, until the last use frees it. A tile of output leaves while the next one is computed.
+One operand's panel may stay in L3 while the other operand streams past it: every tile of the panel goes to the end of
+its queue after use, until the last use frees it. A tile of output leaves while the next one is computed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ class _Outputs:
         staying, streaming = max(1, t.panel * pieces) * t.slots, (pieces if t.panel > 1 else 1) * t.slots
         a_slots, w_slots = (staying, streaming) if self.by_rows else (streaming, staying)
         for name, level, slots, size in (
-            ("a L3", "L3", a_slots, a), ("b L3", "L3", w_slots, w), ("c L3", "L3", t.slots, out),
-            ("a L2", "L2", t.slots, a), ("b L2", "L2", t.slots, w), ("c L2", "L2", t.slots, out),
-            ("a L1", "L1", t.slots, a), ("b L1", "L1", t.slots, w), ("sums", "PE", t.slots, out),
-        ):  # fmt: skip
+            ("a L3", "L3", a_slots, a),
+            ("b L3", "L3", w_slots, w),
+            ("c L3", "L3", t.slots, out),
+            ("a L2", "L2", t.slots, a),
+            ("b L2", "L2", t.slots, w),
+            ("c L2", "L2", t.slots, out),
+            ("a L1", "L1", t.slots, a),
+            ("b L1", "L1", t.slots, w),
+            ("sums", "PE", t.slots, out),
+        ):
             b.buffer(name, level, slots, size)  # type: ignore[arg-type]
 
     def _moves(self, x: int, y: int) -> dict[str, int]:

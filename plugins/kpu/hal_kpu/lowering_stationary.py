@@ -1,7 +1,8 @@
 """Products with a stationary operand: its tiles are shifted into the PEs, the other operand streams past, sums move on.
 
 Written for stationary weights (b). Stationary inputs are the same schedule of the transposed product: a and b, M and N,
-rows and columns of the operands change places. Sums over K are added up in L3, or in DRAM where a strip of output does not
+rows and columns of the operands change places. Sums over K are added up in L3, or in DRAM where a strip of output does
+not
 fit there: each part is then loaded again, added to, and stored.
 """
 
@@ -46,10 +47,16 @@ class _Stationary:
         if not self.resident:
             b.buffer("part L3", "L3", t.slots, sums)
         for name, level, slots, size in (
-            ("x L3", "L3", t.slots, x), ("w L3", "L3", t.slots, w), ("c L3", "L3", t.slots, part),
-            ("x L2", "L2", t.slots, x), ("w L2", "L2", t.slots, w), ("c L2", "L2", t.slots, sums),
-            ("x L1", "L1", t.slots, x), ("w L1", "L1", t.slots, w), ("sums", "PE", t.slots, sums),
-        ):  # fmt: skip
+            ("x L3", "L3", t.slots, x),
+            ("w L3", "L3", t.slots, w),
+            ("c L3", "L3", t.slots, part),
+            ("x L2", "L2", t.slots, x),
+            ("w L2", "L2", t.slots, w),
+            ("c L2", "L2", t.slots, sums),
+            ("x L1", "L1", t.slots, x),
+            ("w L1", "L1", t.slots, w),
+            ("sums", "PE", t.slots, sums),
+        ):
             b.buffer(name, level, slots, size)  # type: ignore[arg-type]
 
     def _moves(self, step: int, lane: int, k: int) -> dict[str, int]:
@@ -57,8 +64,10 @@ class _Stationary:
         p = self.product
         down, right = (lane, step) if self.inputs else (step, lane)
         return {
-            "a": (down * p.K + k) * p.size, "b": (k * p.N + right) * p.size, "c": (down * p.N + right) * p.out_size,
-        }  # fmt: skip
+            "a": (down * p.K + k) * p.size,
+            "b": (k * p.N + right) * p.size,
+            "c": (down * p.N + right) * p.out_size,
+        }
 
     def program(self) -> Program:
         p, t = self.product, self.tiling
@@ -85,8 +94,19 @@ class _Stationary:
             with writer.turns(count, **self._moves(deep, 0, 0), sums=t.batches * deep * wide * SUM_BYTES):
                 self._part(step, deep, lane, wide, k, tall, first, last, first_k, last_k)
 
-    def _part(self, step: int, deep: int, lane: int, wide: int, k: int, tall: int, first: bool, last: bool, first_k: bool,
-              last_k: bool) -> None:  # fmt: skip
+    def _part(
+        self,
+        step: int,
+        deep: int,
+        lane: int,
+        wide: int,
+        k: int,
+        tall: int,
+        first: bool,
+        last: bool,
+        first_k: bool,
+        last_k: bool,
+    ) -> None:
         """`deep` vectors past one stationary tile."""
         p, t, writer, array = self.product, self.tiling, self.writer, self.array
         b, size = writer.builder, p.size * t.batches * deep * tall
@@ -96,9 +116,15 @@ class _Stationary:
         b.move("x L3", "x L2", size, mover=0, reorder="shuffle" if share < 1 else "identity")
         b.feed_rows("x L2", "x L1", size, deep)
         b.compute(
-            ("x L1", "w L1") if first else ("x L1",), "sums", steps=deep, total=self.steps if last else 0,
-            preload=array[0] if first else 0, held=array[0] if last else 0, array=array, macs=t.batches * deep * tall * wide,
-        )  # fmt: skip
+            ("x L1", "w L1") if first else ("x L1",),
+            "sums",
+            steps=deep,
+            total=self.steps if last else 0,
+            preload=array[0] if first else 0,
+            held=array[0] if last else 0,
+            array=array,
+            macs=t.batches * deep * tall * wide,
+        )
         sums, out = (t.batches * deep * wide * each for each in (SUM_BYTES, p.out_size))
         b.drain("sums", "c L2", sums, deep)
         row, col, rows, cols = (lane, step, wide, deep) if self.inputs else (step, lane, deep, wide)

@@ -1,4 +1,6 @@
-"""Operations without a product: tiles stream from DRAM through the vector units, or through the block movers, and back."""
+"""Operations without a product: tiles stream from DRAM through the vector units, or through the block movers, and
+back.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,11 @@ def streamed(stream: Stream, profile: Profile) -> Program:
     totals = stream.reads, stream.writes, stream.operations
     slots = 2 if parts > 1 else 1
     for name, level, total in (
-        ("in L3", "L3", stream.reads), ("in L2", "L2", stream.reads), ("out L2", "L2", stream.writes),
+        ("in L3", "L3", stream.reads),
+        ("in L2", "L2", stream.reads),
+        ("out L2", "L2", stream.writes),
         ("out L3", "L3", stream.writes),
-    ):  # fmt: skip
+    ):
         builder.buffer(name, level, slots, -(-total // parts))  # type: ignore[arg-type]
     edges = sorted({0, parts, *(total % parts for total in totals)})  # the first total % parts pieces are one larger
     at = [source, target]

@@ -19,8 +19,8 @@ DEVICE = "kpu:0"
 def meter_run(run: Run) -> None:
     """Add a compiled graph's run to the meter of the current context; nothing where there is none, or no kpu:0.
 
-    Time and energy are modelled on the machine of kpu:0, at tile level also where values were BEHAVIORAL: the host's clock
-    is not the device's, nor is what the host ran.
+    Time and energy are modelled on the machine of kpu:0, at tile level also where values were BEHAVIORAL: the host's
+    clock is not the device's, nor is what the host ran.
     """
     meter = meter_var.get()
     if meter is None or not run.plans:

@@ -65,10 +65,15 @@ FILES = {
 
 
 def load_mnist(
-    split: str = "test", normalize: bool = True, flatten: bool = False, limit: int | None = None, *,
-    root: str | Path | None = None, mirrors: Sequence[str] = MIRRORS,
+    split: str = "test",
+    normalize: bool = True,
+    flatten: bool = False,
+    limit: int | None = None,
+    *,
+    root: str | Path | None = None,
+    mirrors: Sequence[str] = MIRRORS,
     files: dict[str, tuple[DataFile, DataFile]] | None = None,
-) -> tuple[NDArray[np.generic], NDArray[np.int64]]:  # fmt: skip
+) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
     """Handwritten digits, 28 x 28.
 
     Args:
@@ -82,7 +87,8 @@ def load_mnist(
         (images, labels): float32 or uint8, and int64 [n].
 
     Raises:
-        ContractError: an unknown split, or a negative limit. DatasetError: the files are not here, and no mirror gave them.
+        ContractError: an unknown split, or a negative limit. DatasetError: the files are not here, and no mirror gave
+            them.
     """
     known = files or FILES
     if split not in known:
@@ -172,7 +178,8 @@ def _downloaded(file: DataFile, folder: Path, mirrors: Sequence[str], refused: l
 
 @contextmanager
 def _fetched(url: str, target: Path, show: Callable[[str, float], None]) -> Iterator[Path]:
-    """Download to a temporary file beside the target, with its ending; gone afterwards, or left aside where it is wrong.
+    """Download to a temporary file beside the target, with its ending; gone afterwards, or left aside where it is
+    wrong.
 
     Raises:
         OSError, HTTPException: no answer, an error, or fewer bytes than promised.

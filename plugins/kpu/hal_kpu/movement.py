@@ -79,8 +79,8 @@ class Take:
 class Place:
     """Where a tile lies in DRAM: `rows` pieces of `row_bytes`, `pitch` bytes apart, from byte `base` on.
 
-    `steps`: how far it moves with each turn of the loops around the instruction, outermost first. `counts`: how often they
-    turn, where that is known; the averaged memory then looks at no place that does not come.
+    `steps`: how far it moves with each turn of the loops around the instruction, outermost first. `counts`: how often
+    they turn, where that is known; the averaged memory then looks at no place that does not come.
     """
 
     base: int
@@ -200,9 +200,9 @@ class Builder:
     """Writes a program, instruction by instruction; what cannot be is refused where it is written.
 
     Engines: "dma0", "dma1", ... (channels), "mover0", ... (block movers), "rows", "cols", "drain" (streamers),
-    "array", "vector". All channels share the DRAM, which serves them in the order of the program. An order in which each
-    tile is given before it is taken, and each slot is freed before it is needed, is simulated fastest; any other works
-    as long as the engines can run it.
+    "array", "vector". All channels share the DRAM, which serves them in the order of the program. An order in which
+    each tile is given before it is taken, and each slot is freed before it is needed, is simulated fastest; any other
+    works as long as the engines can run it.
     """
 
     def __init__(self, name: str, arrays: int = 1, dtype: str = "float32") -> None:
@@ -224,8 +224,8 @@ class Builder:
         return name
 
     def region(self, size: int, align: int = 1 << 16) -> int:
-        """First byte of a new region of `size` bytes in DRAM. Regions take turns in the groups of banks (`BANK_GROUPS`):
-        streams from different groups do not close each other's pages."""
+        """First byte of a new region of `size` bytes in DRAM. Regions take turns in the groups of banks
+        (`BANK_GROUPS`): streams from different groups do not close each other's pages."""
         base = self._regions % BANK_GROUPS * GROUP_BYTES + self._end
         self._regions += 1
         self._end += -(-size // align) * align
@@ -273,8 +273,17 @@ class Builder:
         """A buffer -> DRAM."""
         self._dma(Opcode.DMA_STORE_TILE, (takes,), (), size, channel, place, label, late)
 
-    def _dma(self, opcode: Opcode, takes: Sequence[str | Take], gives: Sequence[str], size: int, channel: int,
-             place: Place | None, label: str, late: bool = False) -> None:  # fmt: skip
+    def _dma(
+        self,
+        opcode: Opcode,
+        takes: Sequence[str | Take],
+        gives: Sequence[str],
+        size: int,
+        channel: int,
+        place: Place | None,
+        label: str,
+        late: bool = False,
+    ) -> None:
         place = place or Place(0, size)
         if place.bytes != size:
             raise ProgramError(
@@ -284,11 +293,28 @@ class Builder:
             raise ProgramError(
                 f"program {self.name}: a late store shares no group of transfers: write it outside together()"
             )
-        self._add(opcode, f"dma{channel}", takes, gives, bytes=size, place=place, together=self._together, late=late,
-                  label=label)  # fmt: skip
+        self._add(
+            opcode,
+            f"dma{channel}",
+            takes,
+            gives,
+            bytes=size,
+            place=place,
+            together=self._together,
+            late=late,
+            label=label,
+        )
 
-    def move(self, takes: str | Take | Sequence[str | Take], gives: str | Sequence[str], size: int, *, mover: int = 0,
-             reorder: Reorder = "identity", label: str = "") -> None:  # fmt: skip
+    def move(
+        self,
+        takes: str | Take | Sequence[str | Take],
+        gives: str | Sequence[str],
+        size: int,
+        *,
+        mover: int = 0,
+        reorder: Reorder = "identity",
+        label: str = "",
+    ) -> None:
         """Block mover: a tile from buffers to buffers."""
         self._add(Opcode(f"BM_{reorder.upper()}_TILE"), f"mover{mover}", takes, gives, bytes=size, label=label)
 
@@ -300,22 +326,53 @@ class Builder:
         """Streamer: a tile into the lanes of the columns, `steps` elements a lane."""
         self._add(Opcode.STR_FEED_COLS, "cols", takes, gives, bytes=size, steps=steps, label=label)
 
-    def compute(self, takes: Sequence[str | Take], gives: Sequence[str] | str = (), *, steps: int, total: int = 0,
-                preload: int = 0, held: int = 0, array: tuple[int, int], macs: int = 0, label: str = "") -> None:  # fmt: skip
+    def compute(
+        self,
+        takes: Sequence[str | Take],
+        gives: Sequence[str] | str = (),
+        *,
+        steps: int,
+        total: int = 0,
+        preload: int = 0,
+        held: int = 0,
+        array: tuple[int, int],
+        macs: int = 0,
+        label: str = "",
+    ) -> None:
         """The arrays: `steps` operand vectors of a tile; the last part of a tile says its `total` of steps.
 
         Where an operand is stationary, the first part says the rows to `preload`, the last part the rows `held`.
         """
-        self._add(Opcode.COMPUTE, "array", takes, gives, steps=steps, total=total, preload=preload, held=held, array=array,
-                  macs=macs, label=label)  # fmt: skip
+        self._add(
+            Opcode.COMPUTE,
+            "array",
+            takes,
+            gives,
+            steps=steps,
+            total=total,
+            preload=preload,
+            held=held,
+            array=array,
+            macs=macs,
+            label=label,
+        )
 
     def drain(self, takes: str | Take, gives: str, size: int, steps: int, label: str = "") -> None:
         """Streamer: outputs out of the arrays, `steps` cycles."""
         self._add(Opcode.STR_DRAIN_OUTPUT, "drain", takes, gives, bytes=size, steps=steps, label=label)
 
-    def vector(self, takes: str | Take | Sequence[str | Take], gives: str | Sequence[str] = (), *, operations: int,
-               size: int = 0, label: str = "") -> None:  # fmt: skip
-        """The vector units: `operations` = elements x passes over them. size: bytes read and written, for the record."""
+    def vector(
+        self,
+        takes: str | Take | Sequence[str | Take],
+        gives: str | Sequence[str] = (),
+        *,
+        operations: int,
+        size: int = 0,
+        label: str = "",
+    ) -> None:
+        """The vector units: `operations` = elements x passes over them. size: bytes read and written, for the
+        record.
+        """
         self._add(Opcode.VECTOR, "vector", takes, gives, operations=operations, bytes=size, label=label)
 
     def barrier(self) -> None:
@@ -326,11 +383,22 @@ class Builder:
         """The finished program."""
         if len(self._open) != 1:
             raise ProgramError(f"program {self.name}: {len(self._open) - 1} loops are still open: close them")
-        return Program(name=self.name, arrays=self.arrays, buffers=tuple(self._buffers.values()), body=tuple(self._open[0]),
-                       dtype=self.dtype)  # fmt: skip
+        return Program(
+            name=self.name,
+            arrays=self.arrays,
+            buffers=tuple(self._buffers.values()),
+            body=tuple(self._open[0]),
+            dtype=self.dtype,
+        )
 
-    def _add(self, opcode: Opcode, engine: str, takes: str | Take | Sequence[str | Take], gives: str | Sequence[str],
-             **rest: Any) -> None:  # fmt: skip
+    def _add(
+        self,
+        opcode: Opcode,
+        engine: str,
+        takes: str | Take | Sequence[str | Take],
+        gives: str | Sequence[str],
+        **rest: Any,
+    ) -> None:
         taken = (takes,) if isinstance(takes, str | Take) else takes
         tiles = tuple(Take(take) if isinstance(take, str) else take for take in taken)
         given = (gives,) if isinstance(gives, str) else tuple(gives)

@@ -41,10 +41,17 @@ def _convolution(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor,
     bias = inputs[2] if len(inputs) == 3 else None
     return (
         torch.convolution(
-            x, w, bias, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]),
-            attrs["transposed"], list(attrs["output_padding"]), attrs["groups"],
+            x,
+            w,
+            bias,
+            list(attrs["stride"]),
+            list(attrs["padding"]),
+            list(attrs["dilation"]),
+            attrs["transposed"],
+            list(attrs["output_padding"]),
+            attrs["groups"],
         ),
-    )  # fmt: skip
+    )
 
 
 def _window_work(
@@ -70,9 +77,16 @@ def _convolution_grad(which: int) -> Opcode:
     def value(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
         mask = [index == which for index in range(3)]
         grads = torch.ops.aten.convolution_backward.default(
-            *inputs, None, list(attrs["stride"]), list(attrs["padding"]), list(attrs["dilation"]),
-            attrs["transposed"], list(attrs["output_padding"]), attrs["groups"], mask,
-        )  # fmt: skip
+            *inputs,
+            None,
+            list(attrs["stride"]),
+            list(attrs["padding"]),
+            list(attrs["dilation"]),
+            attrs["transposed"],
+            list(attrs["output_padding"]),
+            attrs["groups"],
+            mask,
+        )
         return (grads[which],)
 
     def work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:

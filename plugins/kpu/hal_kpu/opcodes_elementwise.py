@@ -14,27 +14,63 @@ from torch import Tensor
 from .work import Attributes, Opcode, vector_work
 
 _UNARY: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "neg": (1, torch.neg), "abs": (1, torch.abs), "sign": (1, torch.sign),
-    "floor": (1, torch.floor), "ceil": (1, torch.ceil), "round": (1, torch.round), "trunc": (1, torch.trunc),
-    "not": (1, torch.bitwise_not), "reciprocal": (4, torch.reciprocal), "sqrt": (5, torch.sqrt), "rsqrt": (4, torch.rsqrt),
-    "exp": (6, torch.exp), "expm1": (7, torch.expm1), "log": (7, torch.log), "log1p": (8, torch.log1p),
-    "sin": (8, torch.sin), "cos": (8, torch.cos), "asin": (9, torch.asin), "acos": (9, torch.acos), "atan": (9, torch.atan),
-    "sinh": (9, torch.sinh), "cosh": (9, torch.cosh), "tanh": (9, torch.tanh),
-    "asinh": (10, torch.asinh), "acosh": (10, torch.acosh), "atanh": (10, torch.atanh),
-    "erf": (9, torch.erf), "sigmoid": (9, torch.sigmoid),
-}  # fmt: skip
+    "neg": (1, torch.neg),
+    "abs": (1, torch.abs),
+    "sign": (1, torch.sign),
+    "floor": (1, torch.floor),
+    "ceil": (1, torch.ceil),
+    "round": (1, torch.round),
+    "trunc": (1, torch.trunc),
+    "not": (1, torch.bitwise_not),
+    "reciprocal": (4, torch.reciprocal),
+    "sqrt": (5, torch.sqrt),
+    "rsqrt": (4, torch.rsqrt),
+    "exp": (6, torch.exp),
+    "expm1": (7, torch.expm1),
+    "log": (7, torch.log),
+    "log1p": (8, torch.log1p),
+    "sin": (8, torch.sin),
+    "cos": (8, torch.cos),
+    "asin": (9, torch.asin),
+    "acos": (9, torch.acos),
+    "atan": (9, torch.atan),
+    "sinh": (9, torch.sinh),
+    "cosh": (9, torch.cosh),
+    "tanh": (9, torch.tanh),
+    "asinh": (10, torch.asinh),
+    "acosh": (10, torch.acosh),
+    "atanh": (10, torch.atanh),
+    "erf": (9, torch.erf),
+    "sigmoid": (9, torch.sigmoid),
+}
 
 _BINARY: dict[str, tuple[int, Callable[..., Tensor]]] = {
-    "add": (1, torch.add), "sub": (1, torch.sub), "mul": (1, torch.mul), "div": (5, torch.true_divide),
-    "maximum": (1, torch.maximum), "minimum": (1, torch.minimum), "pow": (14, torch.pow), "atan2": (14, torch.atan2),
-    "fmod": (7, torch.fmod), "remainder": (8, torch.remainder), "floor_divide": (6, torch.floor_divide),
-    "and": (1, torch.bitwise_and), "or": (1, torch.bitwise_or), "xor": (1, torch.bitwise_xor),
-    "shift_left": (1, torch.bitwise_left_shift), "shift_right": (1, torch.bitwise_right_shift),
-}  # fmt: skip
+    "add": (1, torch.add),
+    "sub": (1, torch.sub),
+    "mul": (1, torch.mul),
+    "div": (5, torch.true_divide),
+    "maximum": (1, torch.maximum),
+    "minimum": (1, torch.minimum),
+    "pow": (14, torch.pow),
+    "atan2": (14, torch.atan2),
+    "fmod": (7, torch.fmod),
+    "remainder": (8, torch.remainder),
+    "floor_divide": (6, torch.floor_divide),
+    "and": (1, torch.bitwise_and),
+    "or": (1, torch.bitwise_or),
+    "xor": (1, torch.bitwise_xor),
+    "shift_left": (1, torch.bitwise_left_shift),
+    "shift_right": (1, torch.bitwise_right_shift),
+}
 
 _PREDICATES: dict[str, Callable[..., Tensor]] = {
-    "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge
-}  # fmt: skip
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+}
 _TENSORS_ONLY = {"maximum", "minimum", "atan2"}  # torch's functions that take no number
 
 

@@ -49,7 +49,9 @@ def _concat(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]
 
 
 def _pad(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
-    """`widths` as torch.nn.functional.pad: (before, after) of the last axis first; negative ones cut. Filled by `fill`."""
+    """`widths` as torch.nn.functional.pad: (before, after) of the last axis first; negative ones cut. Filled by
+    `fill`.
+    """
     return (F.pad(inputs[0], list(attrs["widths"]), value=attrs.get("fill", 0)),)
 
 
@@ -65,7 +67,8 @@ def _gather(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]
 def _scatter(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
     """(x, int64 index, source) -> x with source carried to the places named, as torch.scatter.
 
-    combine: "replace", or "add", "mul", "max", "min", "mean" with what lies there already (`include_self`, else without).
+    combine: "replace", or "add", "mul", "max", "min", "mean" with what lies there already (`include_self`, else
+        without).
     """
     x, index, source = inputs
     if attrs["combine"] == "replace":
@@ -133,9 +136,12 @@ def _combine_work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:
     moved = traffic(inputs, outputs)
     source = inputs[-1].nbytes
     return Work(
-        engine="mover", elements=max(spec.numel for spec in inputs), dtype=moved["dtype"],
-        reads_bytes=moved["reads_bytes"], writes_bytes=moved["writes_bytes"] + source,
-    )  # fmt: skip
+        engine="mover",
+        elements=max(spec.numel for spec in inputs),
+        dtype=moved["dtype"],
+        reads_bytes=moved["reads_bytes"],
+        writes_bytes=moved["writes_bytes"] + source,
+    )
 
 
 def _fill_work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:

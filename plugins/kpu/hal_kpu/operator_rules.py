@@ -103,9 +103,19 @@ def _keep(e: Emitter, scores: Value, mask: Value) -> Value:
 
 
 def _multi_head(
-    e: Emitter, query: Value, key: Value, value: Value, in_weight: Value, out_weight: Value, in_bias: Value | None,
-    out_bias: Value | None, mask: Value | None, *, heads: int, is_causal: bool,
-) -> Value:  # fmt: skip
+    e: Emitter,
+    query: Value,
+    key: Value,
+    value: Value,
+    in_weight: Value,
+    out_weight: Value,
+    in_bias: Value | None,
+    out_bias: Value | None,
+    mask: Value | None,
+    *,
+    heads: int,
+    is_causal: bool,
+) -> Value:
     """query, key, value [batch, length, width]; in_weight [3 width, width] as torch.nn.MultiheadAttention's."""
     width = query.shape[-1]
 
@@ -122,17 +132,33 @@ def _multi_head(
 
 
 RULES: dict[str, Rule] = {
-    "add": _binary("add"), "sub": _binary("sub"), "mul": _binary("mul"), "div": _binary("div"),
+    "add": _binary("add"),
+    "sub": _binary("sub"),
+    "mul": _binary("mul"),
+    "div": _binary("div"),
     "cast": lambda e, x, *, dtype: e.one("cast", x, dtype=dtype),
-    "relu": fx_elementwise.relu, "gelu": fx_elementwise.gelu, "silu": fx_elementwise.silu,
-    "sigmoid": _opcode("sigmoid"), "tanh": _opcode("tanh"), "exp": _opcode("exp"), "log": _opcode("log"),
-    "sqrt": _opcode("sqrt"), "softmax": _opcode("softmax"), "sum": _sum, "mean": _mean,
+    "relu": fx_elementwise.relu,
+    "gelu": fx_elementwise.gelu,
+    "silu": fx_elementwise.silu,
+    "sigmoid": _opcode("sigmoid"),
+    "tanh": _opcode("tanh"),
+    "exp": _opcode("exp"),
+    "log": _opcode("log"),
+    "sqrt": _opcode("sqrt"),
+    "softmax": _opcode("softmax"),
+    "sum": _sum,
+    "mean": _mean,
     "reshape": lambda e, x, *, shape: e.reshape(x, shape),
     "transpose": lambda e, x, *, axes: e.transpose(x, axes),
-    "matmul": _matmul, "linear": _linear, "layer_norm": _layer_norm, "batch_norm2d": _batch_norm, "conv2d": _conv2d,
+    "matmul": _matmul,
+    "linear": _linear,
+    "layer_norm": _layer_norm,
+    "batch_norm2d": _batch_norm,
+    "conv2d": _conv2d,
     "max_pool2d": lambda e, x, **window: e.many("max_pool", x, dilation=(1, 1), **window)[0],
     "avg_pool2d": _opcode("avg_pool"),
     "adaptive_avg_pool2d": fx_windows.adaptive_avg_pool2d,
     "concat": lambda e, *parts, axis: fx_shapes.cat(e, parts, axis),
-    "scaled_dot_product_attention": _attention, "multi_head_attention": _multi_head,
-}  # fmt: skip
+    "scaled_dot_product_attention": _attention,
+    "multi_head_attention": _multi_head,
+}

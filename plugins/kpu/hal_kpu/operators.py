@@ -1,8 +1,9 @@
-"""The operators of the tracing API. On tensors with values they compute at once; inside a traced function they are recorded.
+"""The operators of the tracing API. On tensors with values they compute at once; inside a traced function they are
+recorded.
 
-Types are kept: an operator of int8 gives int8, of float16 float16, and its sums are kept in that type too. Functions that
-need fractions (exp, softmax, mean, ...) refuse integers, and two tensors of different types are refused: `Tensor.cast` is
-the way. Layouts are torch's: images [batch, channels, height, width], linear weights [out, in].
+Types are kept: an operator of int8 gives int8, of float16 float16, and its sums are kept in that type too. Functions
+that need fractions (exp, softmax, mean, ...) refuse integers, and two tensors of different types are refused:
+`Tensor.cast` is the way. Layouts are torch's: images [batch, channels, height, width], linear weights [out, in].
 """
 
 from __future__ import annotations
@@ -29,9 +30,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _described(operands: Sequence[Tensor | None]) -> str:
-    return ", ".join(
-        f"{str(one.dtype).removeprefix('torch.')}{list(one.shape)}" for one in operands if one is not None
-    )  # fmt: skip
+    return ", ".join(f"{str(one.dtype).removeprefix('torch.')}{list(one.shape)}" for one in operands if one is not None)
 
 
 def apply(op: str, *operands: Tensor | None, **settings: Any) -> tuple[Tensor, ...]:
@@ -293,13 +292,24 @@ def scaled_dot_product_attention(
 
 
 def multi_head_attention(
-    query: Any, key: Any, value: Any, num_heads: int, in_proj_weight: Any, out_proj_weight: Any,
-    in_proj_bias: Any = None, out_proj_bias: Any = None, attn_mask: Any = None, is_causal: bool = False,
-) -> Tensor:  # fmt: skip
-    """query, key, value [batch, length, width]; weights as torch.nn.MultiheadAttention's: [3 width, width], [width, width]."""
-    operands = [None if one is None else _tensor(one) for one in (
-        query, key, value, in_proj_weight, out_proj_weight, in_proj_bias, out_proj_bias, attn_mask
-    )]  # fmt: skip
+    query: Any,
+    key: Any,
+    value: Any,
+    num_heads: int,
+    in_proj_weight: Any,
+    out_proj_weight: Any,
+    in_proj_bias: Any = None,
+    out_proj_bias: Any = None,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """query, key, value [batch, length, width]; weights as torch.nn.MultiheadAttention's: [3 width, width], [width,
+    width].
+    """
+    operands = [
+        None if one is None else _tensor(one)
+        for one in (query, key, value, in_proj_weight, out_proj_weight, in_proj_bias, out_proj_bias, attn_mask)
+    ]
     width = _tensor(query).shape[-1]
     if builtins.any(one is None for one in operands[:5]) or num_heads < 1 or width % num_heads:
         raise ContractError(

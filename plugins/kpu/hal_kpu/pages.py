@@ -37,7 +37,8 @@ def page_visits(
 def burst_order(
     places: tuple[tuple[int, int, int, int], ...], page: int, burst: int
 ) -> tuple[tuple[int, int, int], ...]:
-    """(transfer, page after its first, bursts) of a group: always the transfer with the fewest bursts so far, 4 at a time.
+    """(transfer, page after its first, bursts) of a group: always the transfer with the fewest bursts so far, 4 at a
+    time.
 
     places: (offset in the page, row_bytes, rows, pitch) of each transfer.
     """

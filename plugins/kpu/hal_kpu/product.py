@@ -89,8 +89,10 @@ class Writer:
         self.builder = Builder(name, tiling.arrays, product.dtype)
         p = product
         sizes = {
-            "a": p.batch * p.M * p.K * p.size, "b": p.batch * p.K * p.N * p.size, "c": p.batch * p.M * p.N * p.out_size,
-        }  # fmt: skip
+            "a": p.batch * p.M * p.K * p.size,
+            "b": p.batch * p.K * p.N * p.size,
+            "c": p.batch * p.M * p.N * p.out_size,
+        }
         self.base = {name: self.builder.region(size) for name, size in sizes.items()}
         self._steps: list[tuple[int, int, int, int]] = []
         self._counts: list[int] = []

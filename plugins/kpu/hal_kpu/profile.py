@@ -43,7 +43,9 @@ FIGURES: dict[str, dict[str, Kind]] = {
     "array": {
         "rows": Kind("count", 1, 4096, "rows of processing elements in one array", whole=True),
         "cols": Kind("count", 1, 4096, "columns of processing elements in one array", whole=True),
-        "tiles": Kind("count", 1, 1e5, "arrays of all kinds, each with its L3, L2, block movers and vector unit", whole=True),
+        "tiles": Kind(
+            "count", 1, 1e5, "arrays of all kinds, each with its L3, L2, block movers and vector unit", whole=True
+        ),
         "tiles_int8": Kind("count", 1, 1e5, "arrays that work on integers", whole=True),
         "tiles_bf16": Kind("count", 1, 1e5, "arrays that work on 16-bit floats", whole=True),
         "tiles_matrix": Kind("count", 1, 1e5, "arrays that work on float32", whole=True),
@@ -89,7 +91,7 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "tdp": Kind("W", 0, 1e5, "thermal design power"),
         "static": Kind("W", 0, 1e5, "drawn whether or not it works"),
     },
-}  # fmt: skip
+}
 _HEAD = ("name", "title", "vendor")
 
 
@@ -161,7 +163,9 @@ class Profile:
         return self[key] * self["clock.frequency"]
 
     def replace(self, **values: float) -> Profile:
-        """The same profile with figures changed by "section__key"; changed ones count as assumed. For what-if studies."""
+        """The same profile with figures changed by "section__key"; changed ones count as assumed. For what-if
+        studies.
+        """
         figures = dict(self.figures)
         for name, value in values.items():
             key = name.replace("__", ".")
@@ -175,8 +179,16 @@ class Profile:
 
     def with_array(self, rows: int, cols: int) -> Profile:
         """One array of rows x cols for every dtype, with this profile's memories."""
-        return self.replace(array__rows=rows, array__cols=cols, array__matrix_rows=rows, array__matrix_cols=cols,
-                            array__tiles=1, array__tiles_int8=1, array__tiles_bf16=1, array__tiles_matrix=1)  # fmt: skip
+        return self.replace(
+            array__rows=rows,
+            array__cols=cols,
+            array__matrix_rows=rows,
+            array__matrix_cols=cols,
+            array__tiles=1,
+            array__tiles_int8=1,
+            array__tiles_bf16=1,
+            array__tiles_matrix=1,
+        )
 
 
 def names() -> list[str]:

@@ -1,9 +1,10 @@
 """Pages that a program comes back to and finds closed, by itself: for the tile-level simulator.
 
-Which page a bank holds depends on the order of the visits alone, never on their time, and the order is the program's. So
-the program is walked through the banks once, without a clock: a matrix of nine pages in the eight banks of its group has
-two pages in one bank, and what comes back to both of them opens each again every time, although a tile by itself, or one
-loop by itself, never meets the other page.
+Which page a bank holds depends on the order of the visits alone, never on their time, and the order is the program's.
+So
+the program is walked through the banks once, without a clock: a matrix of nine pages in the eight banks of its group
+has two pages in one bank, and what comes back to both of them opens each again every time, although a tile by itself,
+or one loop by itself, never meets the other page.
 
 Left out are regions of more than `_FAR` times as many pages as their group has banks (most of their tiles open pages of
 their own, which `dram.group_cost` measures), so that the walk stays short.
@@ -55,7 +56,8 @@ _Group: TypeAlias = tuple[Place, ...]
 
 @functools.lru_cache(maxsize=1 << 10)
 def reopenings(program: Program, page: int, burst: int, banks: int) -> dict[tuple[_Group, int | None], Reopening]:
-    """By the places of a group of transfers, what it finds closed: in each turn of its innermost loop, and in all (None).
+    """By the places of a group of transfers, what it finds closed: in each turn of its innermost loop, and in all
+    (None).
 
     Of a loop that was not walked to its end, single turns are not told.
 
@@ -103,7 +105,8 @@ def _transfers(body: Sequence[Instruction | Loop]) -> Iterator[tuple[_Group, tup
     """Each group of transfers, in the order the memory serves them.
 
     Yields:
-        Its places, their first bytes, how many turns it stands for, and its turn of the innermost loop if all are walked.
+        Its places, their first bytes, how many turns it stands for, and its turn of the innermost loop if all are
+        walked.
     """
     group: list[tuple[Place, int]] = []
     late: tuple[_Group, tuple[int, ...], float, int | None] | None = None

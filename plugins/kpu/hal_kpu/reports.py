@@ -19,10 +19,26 @@ from .profile import Profile
 from .stats import LEVELS, ExecutionStats
 
 _COUNTERS = (
-    "cycles", "compute_cycles", "memory_cycles", "drain_cycles", "busy_cycles", "stall_cycles", "idle_cycles",
-    "ops_executed", "total_macs", "vector_operations", "external_bytes", "memory_bytes", "page_hits", "page_misses", "seconds",
-    "gflops", "utilization", "efficiency", "memory_bandwidth_gbps",
-)  # fmt: skip
+    "cycles",
+    "compute_cycles",
+    "memory_cycles",
+    "drain_cycles",
+    "busy_cycles",
+    "stall_cycles",
+    "idle_cycles",
+    "ops_executed",
+    "total_macs",
+    "vector_operations",
+    "external_bytes",
+    "memory_bytes",
+    "page_hits",
+    "page_misses",
+    "seconds",
+    "gflops",
+    "utilization",
+    "efficiency",
+    "memory_bandwidth_gbps",
+)
 #: What a vector unit's lane may read and write in a cycle: two operands and a result in float32.
 _VECTOR_BYTES = 12
 
@@ -32,9 +48,9 @@ class Roof:
     """One memory level against the roofline model.
 
     Attributes:
-        level: "dram", "l3", "l2" or "l1". bytes: read and written there. bandwidth: B/s that what reads and writes it can
-            move together. intensity: operations a byte. achieved: operations a second. roof: the most that compute and this
-            level allow at this intensity.
+        level: "dram", "l3", "l2" or "l1". bytes: read and written there. bandwidth: B/s that what reads and writes it
+            can move together. intensity: operations a byte. achieved: operations a second. roof: the most that compute
+            and this level allow at this intensity.
 
     Source: Williams, Waterman & Patterson 2009 (Roofline); by level: Yang, Kurth & Williams 2020.
     """
@@ -71,15 +87,21 @@ class Report:
         """Plain values for JSON: seconds, bytes, joules, operations a second."""
         stats = self.stats
         return {
-            "title": self.title, "profile": stats.profile, "fidelity": "simulated", "basis": "modelled",
-            "provenance": str(self.profile.provenance()), "execution_backend": stats.execution_backend,
-            "timing_reused": stats.timing_reused, "clock_hz": stats.clock_hz,
+            "title": self.title,
+            "profile": stats.profile,
+            "fidelity": "simulated",
+            "basis": "modelled",
+            "provenance": str(self.profile.provenance()),
+            "execution_backend": stats.execution_backend,
+            "timing_reused": stats.timing_reused,
+            "clock_hz": stats.clock_hz,
             "counters": {name: getattr(stats, name) for name in _COUNTERS},
             "engines": {name: attrs.asdict(time) for name, time in sorted(stats.engines.items())},
-            "traffic": dict(stats.traffic), "peak": self.peak,
+            "traffic": dict(stats.traffic),
+            "peak": self.peak,
             "roofline": [attrs.asdict(roof) | {"share": roof.share} for roof in self.roofs],
             "energy": self.energy.to_dict(),
-        }  # fmt: skip
+        }
 
     def show(self) -> None:
         """Print the tables."""
@@ -92,10 +114,17 @@ class Report:
         ]
         show_table("Cycles by engine", ["engine", "busy", "stall", "idle", "busy"], rows)
         rows = [
-            [r.level, _amount(r.bytes, "B"), _amount(r.bandwidth, "B/s"), f"{r.intensity:.3g}", _amount(r.achieved, "op/s"),
-             _amount(r.roof, "op/s"), f"{r.share:.1%}"]
+            [
+                r.level,
+                _amount(r.bytes, "B"),
+                _amount(r.bandwidth, "B/s"),
+                f"{r.intensity:.3g}",
+                _amount(r.achieved, "op/s"),
+                _amount(r.roof, "op/s"),
+                f"{r.share:.1%}",
+            ]
             for r in self.roofs
-        ]  # fmt: skip
+        ]
         columns = ["level", "moved", "bandwidth", "op/B", "achieved", "roof", "of the roof"]
         show_table(f"Roofline by memory level, peak {_amount(self.peak, 'op/s')}", columns, rows)
         whole = self.energy.total
@@ -170,7 +199,9 @@ def report(title: str, stats: ExecutionStats, profile: Profile) -> Report:
 
 
 def level_bandwidth(program: Program, profile: Profile) -> dict[str, float]:
-    """Bytes in a cycle that the engines of a program can read and write together, by memory level, all arrays in step."""
+    """Bytes in a cycle that the engines of a program can read and write together, by memory level, all arrays in
+    step.
+    """
     engines = {instruction.engine for instruction, _ in program.instructions()}
     movers = sum(name.startswith("mover") for name in engines) * profile["engines.mover_bandwidth"] * program.arrays
     dram = profile.bytes_per_cycle()

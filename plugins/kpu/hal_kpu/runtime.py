@@ -1,4 +1,6 @@
-"""Runs DFX programs at a fidelity: BEHAVIORAL values, TRANSACTIONAL and CYCLE_ACCURATE times; and the process's settings."""
+"""Runs DFX programs at a fidelity: BEHAVIORAL values, TRANSACTIONAL and CYCLE_ACCURATE times; and the process's
+settings.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def get_runtime() -> KPURuntime:
 
 
 def time_work(work: Work, profile: Profile, fidelity: int, dataflow: Dataflow = "os") -> Run | None:
-    """Timing of one operation; equal operations are timed once. None: it moves nothing, or the fidelity is BEHAVIORAL."""
+    """Timing of one operation; equal operations are timed once. None: it moves nothing, or the fidelity is
+    BEHAVIORAL.
+    """
     if fidelity == BEHAVIORAL:
         return None
     return (_transactional if fidelity == TRANSACTIONAL else _cycle_accurate)(work, profile, dataflow)
@@ -157,8 +161,8 @@ class KPURuntime:
     """Executes programs.
 
     Args:
-        fidelity: BEHAVIORAL (values), TRANSACTIONAL (and tile-level times), CYCLE_ACCURATE (and page-level times; products
-            take their values from the PEs, stepped cycle by cycle). None: the process's.
+        fidelity: BEHAVIORAL (values), TRANSACTIONAL (and tile-level times), CYCLE_ACCURATE (and page-level times;
+            products take their values from the PEs, stepped cycle by cycle). None: the process's.
         profile: a `Profile`, a name or a path; None: t64.
         dataflow: of products: "os", "ws" or "is".
     """

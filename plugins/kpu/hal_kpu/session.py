@@ -1,4 +1,6 @@
-"""An open KPU: attention and matrix products with their values, and the cycles that the simulated machine needs for them."""
+"""An open KPU: attention and matrix products with their values, and the cycles that the simulated machine needs for
+them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from .profile import Profile
 
 
 class KPUSession:
-    """An open device. Methods may be called from any thread: nothing is kept between calls but the timing model's cache.
+    """An open device. Methods may be called from any thread: nothing is kept between calls but the timing model's
+    cache.
 
     Attributes:
         device, profile: what is simulated. memory: host buffers that travel by DLPack. tiling: square tiles.
@@ -49,16 +52,28 @@ class KPUSession:
         return {"block_q": blocks.rows, "block_k": blocks.keys}
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> Operands:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Operands:
         """Bind operands to a request. The machine chooses its own tiles; `tile_size` changes nothing."""
         return Operands(query, key, value, None, request)
 
     def compute_attention(
-        self, prepared: Operands, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        prepared: Operands,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput:
         """Attention tile by tile; see `attention.forward`. `rng` changes nothing: the machine draws no numbers."""
         call = prepared._replace(mask=mask, query=prepared.query if query is None else query)
         with torch.no_grad():
@@ -67,9 +82,16 @@ class KPUSession:
         return AttentionOutput(result.out if out is None else out.copy_(result.out), lse)
 
     def compute_attention_backward(
-        self, prepared: Operands, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads:  # fmt: skip
+        self,
+        prepared: Operands,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads:
         """Gradients from a given (out, lse); see `attention.backward`."""
         with torch.no_grad():
             return backward(prepared._replace(mask=mask), self._block_k(prepared), out, lse, grad_out, grad_lse)

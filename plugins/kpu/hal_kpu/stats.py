@@ -22,7 +22,8 @@ class Run:
     Attributes:
         program, profile: what ran where. fidelity: "transactional" or "cycle_accurate".
         timeline: when. memory: what the DRAM did. refreshes: of each bank (banked memory; else empty).
-        reused: the timing of equal tiles was taken over from one that was simulated in less detail than the fidelity says.
+        reused: the timing of equal tiles was taken over from one that was simulated in less detail than the fidelity
+            says.
     """
 
     program: Program
@@ -202,6 +203,11 @@ def traffic(program: Program) -> dict[str, int]:
     drains = program.total("bytes", Opcode.STR_DRAIN_OUTPUT)
     vector = program.total("bytes", Opcode.VECTOR)
     return {
-        "dram": loads, "l3": loads + moves, "l2": moves + feeds + drains + vector, "l1": 2 * feeds,
-        "dma": loads, "mover": moves, "streamer": feeds + drains,
-    }  # fmt: skip
+        "dram": loads,
+        "l3": loads + moves,
+        "l2": moves + feeds + drains + vector,
+        "l1": 2 * feeds,
+        "dma": loads,
+        "mover": moves,
+        "streamer": feeds + drains,
+    }

@@ -1,4 +1,6 @@
-"""`Tensor`: data for the KPU's tracing API. Holds a torch tensor of any type, or stands for one while a function is traced."""
+"""`Tensor`: data for the KPU's tracing API. Holds a torch tensor of any type, or stands for one while a function is
+traced.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ class Tensor:
     """An operand of the tracing API.
 
     Args:
-        data: a torch tensor, a NumPy array, numbers in lists, or another Tensor. Types are kept: integers and halves too.
+        data: a torch tensor, a NumPy array, numbers in lists, or another Tensor. Types are kept: integers and halves
+            too.
         name: for programs and messages.
         dtype: converts, where it is given. Without it Python's floats become float32, its integers int64.
 

@@ -1,7 +1,7 @@
 """The torch.compile backends: `backend="kpu"`, `kpu_behavioral`, `kpu_transactional` and `kpu_cycle_accurate`.
 
-Dynamo's graphs become ATen graphs (forward, backward, inference), their operators DFX opcodes, and the rest stays on the
-host. "kpu" runs at the fidelity that `hal_kpu.set_fidelity` chose.
+Dynamo's graphs become ATen graphs (forward, backward, inference), their operators DFX opcodes, and the rest stays on
+the host. "kpu" runs at the fidelity that `hal_kpu.set_fidelity` chose.
 """
 
 from __future__ import annotations
@@ -27,11 +27,25 @@ __all__ = ["FXToKPUConverter", "KPUBackend", "decompositions", "get_last_stats",
 
 aten = torch.ops.aten
 _FURTHER = [
-    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten._upsample_nearest_exact1d,
-    aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
-    aten.upsample_linear1d, aten.upsample_trilinear3d, aten.grid_sampler_2d, aten.adaptive_max_pool2d,
-    aten.native_batch_norm, aten.batch_norm_backward, aten.addmv, aten.addbmm, aten.dist, aten.index_reduce,
-]  # fmt: skip
+    aten.upsample_nearest1d,
+    aten.upsample_nearest2d,
+    aten.upsample_nearest3d,
+    aten._upsample_nearest_exact1d,
+    aten._upsample_nearest_exact2d,
+    aten._upsample_nearest_exact3d,
+    aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d,
+    aten.upsample_linear1d,
+    aten.upsample_trilinear3d,
+    aten.grid_sampler_2d,
+    aten.adaptive_max_pool2d,
+    aten.native_batch_norm,
+    aten.batch_norm_backward,
+    aten.addmv,
+    aten.addbmm,
+    aten.dist,
+    aten.index_reduce,
+]
 
 
 @functools.cache
@@ -91,9 +105,11 @@ kpu_behavioral = KPUBackend(0)
 kpu_transactional = KPUBackend(1)
 kpu_cycle_accurate = KPUBackend(2)
 _BACKENDS = {
-    "kpu": kpu, "kpu_behavioral": kpu_behavioral, "kpu_transactional": kpu_transactional,
+    "kpu": kpu,
+    "kpu_behavioral": kpu_behavioral,
+    "kpu_transactional": kpu_transactional,
     "kpu_cycle_accurate": kpu_cycle_accurate,
-}  # fmt: skip
+}
 
 
 def register_kpu_backend() -> None:

@@ -1,7 +1,7 @@
 """A timeline as Chrome trace JSON, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-A process is a chip, a thread is one engine's queue. Times are microseconds of the simulated clock; `args` keeps the exact
-cycles, so that the spans of an engine add up to its busy cycles and the last end is the makespan.
+A process is a chip, a thread is one engine's queue. Times are microseconds of the simulated clock; `args` keeps the
+exact cycles, so that the spans of an engine add up to its busy cycles and the last end is the makespan.
 
 Source: "Trace Event Format" (Chromium project), sections "Complete Events" and "Metadata Events".
 """
@@ -29,12 +29,13 @@ def chrome_trace(
     """The trace of programs that run one after the other.
 
     Args:
-        timelines: (name of the program, what happened in cycles). profile: whose clock it is. chip: number of the process.
+        timelines: (name of the program, what happened in cycles). profile: whose clock it is. chip: number of the
+            process.
         limit: most spans.
 
     Returns:
-        A JSON object: `traceEvents`, and under `otherData` the profile, the clock in Hz, and by program its first cycle,
-        makespan and busy cycles by engine.
+        A JSON object: `traceEvents`, and under `otherData` the profile, the clock in Hz, and by program its first
+        cycle, makespan and busy cycles by engine.
 
     Raises:
         ContractError: more spans than `limit`: a smaller shape is wanted, because part of a trace would not add up.
@@ -50,18 +51,28 @@ def chrome_trace(
     events, about, begin = _names(queue, profile, chip), [], 0
     for name, timeline in timelines:
         for span in sorted(timeline.spans(), key=lambda span: (span.start, queue[span.engine])):
-            events.append({
-                "ph": "X", "pid": chip, "tid": queue[span.engine], "name": span.name, "cat": span.kind,
-                "ts": (begin + span.start) * scale, "dur": (span.end - span.start) * scale,
-                "args": {"start": begin + span.start, "cycles": span.end - span.start, "bytes": span.bytes},
-            })  # fmt: skip
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": chip,
+                    "tid": queue[span.engine],
+                    "name": span.name,
+                    "cat": span.kind,
+                    "ts": (begin + span.start) * scale,
+                    "dur": (span.end - span.start) * scale,
+                    "args": {"start": begin + span.start, "cycles": span.end - span.start, "bytes": span.bytes},
+                }
+            )
         busy = {engine: time.busy for engine, time in timeline.engines.items()}
         about.append({"program": name, "start": begin, "makespan": timeline.makespan, "busy": busy})
         begin += timeline.makespan
     other = {
-        "profile": profile.name, "fidelity": "simulated", "clock_hz": profile["clock.frequency"], "cycles": begin,
+        "profile": profile.name,
+        "fidelity": "simulated",
+        "clock_hz": profile["clock.frequency"],
+        "cycles": begin,
         "programs": about,
-    }  # fmt: skip
+    }
     return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": other}
 
 

@@ -79,7 +79,9 @@ class CompiledFunction:
         return self.stats
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's result, computed by the program. Timed too where the fidelity is TRANSACTIONAL or CYCLE_ACCURATE."""
+        """The function's result, computed by the program. Timed too where the fidelity is TRANSACTIONAL or
+        CYCLE_ACCURATE.
+        """
         fidelity = self._fidelity_now()
         special, given = self._specialize(args, kwargs)
         if fidelity == 0:

@@ -27,7 +27,9 @@ def run_transactional(program: Program, profile: Profile, fault: Fault | None = 
 
 
 def cycles_below(program: Program, profile: Profile, limit: int) -> int | None:
-    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as possible."""
+    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as
+    possible.
+    """
     try:
         cycles = Engines(program, profile, AveragedMemory(Timing.of(profile)), limit=limit).run().makespan
     except TooSlow:

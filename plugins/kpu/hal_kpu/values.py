@@ -1,4 +1,5 @@
-"""Values of products from the PEs: inside `array_values`, torch's matrix products and convolutions run on the stepped array.
+"""Values of products from the PEs: inside `array_values`, torch's matrix products and convolutions run on the stepped
+array.
 
 Whatever an opcode does besides, bias and shapes for instance, stays torch's. Convolutions become products over gathered
 windows, their gradients too. Complex products stay torch's: no array of the machine multiplies them.
@@ -143,8 +144,14 @@ def _transposed(mode: _ArrayMode, x: Tensor, w: Tensor, conv: _Convolution) -> T
     reach = [d * (k - 1) for d, k in zip(conv.dilation, w.shape[2:], strict=True)]
     before = [r - p for r, p in zip(reach, conv.padding, strict=True)]
     after = [b + more for b, more in zip(before, conv.output_padding, strict=True)]
-    return _direct(mode, _pad(_spread(x, conv.stride), before, after), _flipped(w, conv.groups), [1] * len(reach),
-                   conv.dilation, conv.groups)  # fmt: skip
+    return _direct(
+        mode,
+        _pad(_spread(x, conv.stride), before, after),
+        _flipped(w, conv.groups),
+        [1] * len(reach),
+        conv.dilation,
+        conv.groups,
+    )
 
 
 @attrs.frozen
@@ -177,9 +184,19 @@ def _axes(how: Sequence[Any], number: int) -> list[Any]:
 
 
 def _convolution_backward(
-    mode: _ArrayMode, grad: Tensor, x: Tensor, w: Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, mask: Sequence[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    mode: _ArrayMode,
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     conv = _Convolution(*_axes((stride, padding, dilation, transposed, output_padding, groups), x.dim() - 2))
     grad_x = _input_gradient(mode, grad, x, w, conv).to(x.dtype) if mask[0] else None
     grad_w = _weight_gradient(mode, grad, x, w, conv).to(w.dtype) if mask[1] else None
@@ -214,7 +231,12 @@ def _weight_gradient(mode: _ArrayMode, grad: Tensor, x: Tensor, w: Tensor, conv:
 
 
 _RULES: dict[Any, Callable[..., Any]] = {
-    aten.mm.default: _mm, aten.bmm.default: _bmm, aten.mv.default: _mv, aten.dot.default: _dot,
-    aten.addmm.default: _addmm, aten.baddbmm.default: _baddbmm, aten.convolution.default: _convolution,
+    aten.mm.default: _mm,
+    aten.bmm.default: _bmm,
+    aten.mv.default: _mv,
+    aten.dot.default: _dot,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
-}  # fmt: skip
+}

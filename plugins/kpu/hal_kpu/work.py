@@ -26,7 +26,8 @@ class Work:
         engine: "array": `batch` products of [M, K] by [K, N] on the PE array. "vector": `passes` operations on each of
             `elements` on the vector unit. "mover": the block mover copies, permutes or gathers bytes. "none": a new
             name for the same bytes, or no bytes at all.
-        reads_bytes, writes_bytes: each operand and result once, as they cross the outermost buffer when nothing is kept.
+        reads_bytes, writes_bytes: each operand and result once, as they cross the outermost buffer when nothing is
+            kept.
         dtype: of the operands that are computed with.
     """
 

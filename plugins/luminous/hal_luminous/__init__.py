@@ -1,4 +1,6 @@
-"""A hypothetical Luminous Computing micro-ring bank as a simulated device of hal_core. This module holds the hook alone."""
+"""A hypothetical Luminous Computing micro-ring bank as a simulated device of hal_core. This module holds the hook
+alone.
+"""
 
 from hal_core.hooks import BackendSpec, hookimpl
 

@@ -116,9 +116,18 @@ def forward(engine: Engine, call: Call, out: Tensor | None = None) -> AttentionO
         items = -(-setting.unit_rows // shape.rows)
         threads = shape.threads or 1
         engine.launch(
-            kernel, (items * threads, setting.units, splits), (threads, 1, 1), queries.buffer, keys.buffer, values.buffer,
-            *setting.tables, to.buffer, part_lse.buffer, part.buffer, setting.packed(),
-        )  # fmt: skip
+            kernel,
+            (items * threads, setting.units, splits),
+            (threads, 1, 1),
+            queries.buffer,
+            keys.buffer,
+            values.buffer,
+            *setting.tables,
+            to.buffer,
+            part_lse.buffer,
+            part.buffer,
+            setting.packed(),
+        )
         if splits > 1:
             merge = engine.kernel("merge", "merge", setting.options)
             arguments = (part.buffer, part_lse.buffer, to.buffer, to_lse.buffer, np.int32(splits))
@@ -171,11 +180,34 @@ def _launch_backward(engine: Engine, lease: Lease, call: Call, given: tuple[Any,
     by_key = engine.kernel("backward", "backward_key", setting.options)
     group = (1, 1) if engine.shares_memory else None
     engine.launch(
-        by_query, (setting.len_q, setting.units), group, query, key, value, *setting.tables, result, whole, flowing,
-        flowing_lse, to_query, delta, problem,
-    )  # fmt: skip
+        by_query,
+        (setting.len_q, setting.units),
+        group,
+        query,
+        key,
+        value,
+        *setting.tables,
+        result,
+        whole,
+        flowing,
+        flowing_lse,
+        to_query,
+        delta,
+        problem,
+    )
     engine.launch(
-        by_key, (setting.len_k, setting.batch * setting.heads_kv), group, query, key, value, *setting.tables, whole, flowing,
-        delta, to_key, to_value, problem,
-    )  # fmt: skip
+        by_key,
+        (setting.len_k, setting.batch * setting.heads_kv),
+        group,
+        query,
+        key,
+        value,
+        *setting.tables,
+        whole,
+        flowing,
+        delta,
+        to_key,
+        to_value,
+        problem,
+    )
     lease.finish()

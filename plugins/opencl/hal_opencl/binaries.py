@@ -25,9 +25,17 @@ class Programs:
     def __init__(self, context: Any, handle: Any) -> None:
         self._context, self._handle = context, handle
         platform = handle.platform
-        self._driver = "\0".join((
-            platform.vendor, platform.name, platform.version, handle.vendor, handle.name, handle.version, handle.driver_version
-        ))  # fmt: skip
+        self._driver = "\0".join(
+            (
+                platform.vendor,
+                platform.name,
+                platform.version,
+                handle.vendor,
+                handle.name,
+                handle.version,
+                handle.driver_version,
+            )
+        )
 
     def build(self, program: str, options: Sequence[str]) -> Any:
         """programs/<program>.cl with options: from the cache where it holds an intact binary that the driver takes.

@@ -85,7 +85,13 @@ def _describe(handle: Any) -> Device:
         "kernel: vector rows" if cpu else "kernel: local-memory tiles",
     ]
     return Device(
-        id="opencl:", family="opencl", vendor=handle.vendor.strip(), model=handle.name.strip(),
-        fidelity=Fidelity.EMULATED if cpu else Fidelity.HARDWARE, reads=("cpu",), memory=int(handle.global_mem_size),
-        driver=f"{handle.platform.name.strip()} {handle.driver_version.strip()}", features=tuple(features),
-    )  # fmt: skip
+        id="opencl:",
+        family="opencl",
+        vendor=handle.vendor.strip(),
+        model=handle.name.strip(),
+        fidelity=Fidelity.EMULATED if cpu else Fidelity.HARDWARE,
+        reads=("cpu",),
+        memory=int(handle.global_mem_size),
+        driver=f"{handle.platform.name.strip()} {handle.driver_version.strip()}",
+        features=tuple(features),
+    )

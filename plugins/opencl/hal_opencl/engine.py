@@ -47,9 +47,13 @@ class Engine:
         self.device_seconds: float | None = None  # of the last finished call's programs
         bound = int(handle.global_mem_size)
         self.pool = DevicePool(
-            device.id, self._create, self._destroy, alignment=max(int(handle.mem_base_addr_align) // 8, 64),
-            largest=int(handle.max_mem_alloc_size), limit=bound if limit is None else min(limit, bound),
-        )  # fmt: skip
+            device.id,
+            self._create,
+            self._destroy,
+            alignment=max(int(handle.mem_base_addr_align) // 8, 64),
+            largest=int(handle.max_mem_alloc_size),
+            limit=bound if limit is None else min(limit, bound),
+        )
         self.ring = StagingRing(self)
         self._abandoned: list[tuple[Lease, list[Any]]] = []  # of failed calls, with their programs that did not end
 
@@ -181,7 +185,8 @@ class Engine:
             nbytes: of memory that is asked for; where it is 0, an error for want of resources means a lost device.
 
         Raises:
-            OutOfMemoryError: the driver has no memory. DeviceUnavailableError: any other error, and always after a loss.
+            OutOfMemoryError: the driver has no memory. DeviceUnavailableError: any other error, and always after a
+                loss.
         """
         if self.lost:
             self._lose(what)

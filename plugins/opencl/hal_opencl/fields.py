@@ -22,9 +22,16 @@ class FieldRunner:
         return min(int(self._engine.handle.max_compute_units) * 64, count)
 
     def __call__(
-        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], integers: Sequence[int],
-        floats: Sequence[float] = (), *, extent: tuple[int, int, int], what: str,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        integers: Sequence[int],
+        floats: Sequence[float] = (),
+        *,
+        extent: tuple[int, int, int],
+        what: str,
+    ) -> None:
         """See `hal_compute.fields.Runner`."""
         engine = self._engine
         size = [-(-n // block) for n, block in zip(extent, _BLOCKS.get(name, (1, 1, 1)), strict=True)]

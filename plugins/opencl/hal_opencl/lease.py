@@ -52,7 +52,9 @@ class Lease:
         return Operand(part, seen, nbytes, buffer, region.offset)
 
     def stage(self, tensor: Tensor, dim: int | None = None) -> Operand:
-        """A tensor's values, contiguous, its last dimension padded to `dim` with zeros; shared where that is possible."""
+        """A tensor's values, contiguous, its last dimension padded to `dim` with zeros; shared where that is
+        possible.
+        """
         engine = self.engine
         last = tensor.shape[-1]
         padded = dim is not None and dim != last

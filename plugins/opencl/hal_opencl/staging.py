@@ -1,5 +1,5 @@
-"""Copies between the host's memory and a device's own, through a ring of pinned slots: the copy into one slot runs while the
-device reads another, and pinned memory stays bounded whatever the tensors' size."""
+"""Copies between the host's memory and a device's own, through a ring of pinned slots: the copy into one slot runs
+while the device reads another, and pinned memory stays bounded whatever the tensors' size."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class StagingRing:
             self._send(slot, buffer, place, filled * width)
 
     def download(self, buffer: Any, offset: int, tensor: Tensor, dim: int, what: str) -> None:
-        """Fill a contiguous tensor from rows of `dim` elements at `offset`, once the device has done what was queued before.
+        """Fill a contiguous tensor from rows of `dim` elements at `offset`, once the device has done what was queued
+        before.
 
         Raises:
             DeviceUnavailableError: `what`, the work in words, did not end in time.
@@ -151,7 +152,9 @@ class StagingRing:
 
 
 def _flat(tensor: Tensor, dim: int) -> tuple[Tensor, int]:
-    """Where rows need no filling up, and lie one after another or are too long for a slot: the elements as rows of one."""
+    """Where rows need no filling up, and lie one after another or are too long for a slot: the elements as rows of
+    one.
+    """
     if dim == tensor.shape[-1] and (tensor.is_contiguous() or dim * tensor.element_size() > _SLOT):
         return tensor.contiguous().view(-1, 1), 1
     return tensor, dim

@@ -14,13 +14,27 @@ if TYPE_CHECKING:
     from .profile import Profile, ProfileError, load
 
 _WHERE = {
-    "ProfileBackend": "backend", "register_profile": "backend", "PhotonicCore": "core", "Driver": "driver",
-    "Fault": "driver", "SimulatedDriver": "driver", "Profile": "profile", "ProfileError": "profile", "load": "profile",
-}  # fmt: skip
+    "ProfileBackend": "backend",
+    "register_profile": "backend",
+    "PhotonicCore": "core",
+    "Driver": "driver",
+    "Fault": "driver",
+    "SimulatedDriver": "driver",
+    "Profile": "profile",
+    "ProfileError": "profile",
+    "load": "profile",
+}
 __all__ = [
-    "Driver", "Fault", "PhotonicCore", "Profile", "ProfileBackend", "ProfileError", "SimulatedDriver", "load",
+    "Driver",
+    "Fault",
+    "PhotonicCore",
+    "Profile",
+    "ProfileBackend",
+    "ProfileError",
+    "SimulatedDriver",
+    "load",
     "register_profile",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -49,14 +63,20 @@ def hal_kernels() -> list[KernelSpec]:
     place = "hal_photonics.kernels"
     return [
         KernelSpec(
-            name="matmul", signature="matmul(a[..., M, K], b[..., K, N]) -> [..., M, N]",
-            reference=f"{place}:matmul_reference", sampler=f"{place}:sample_matmul", tolerance={"float32": 1e-5},
+            name="matmul",
+            signature="matmul(a[..., M, K], b[..., K, N]) -> [..., M, N]",
+            reference=f"{place}:matmul_reference",
+            sampler=f"{place}:sample_matmul",
+            tolerance={"float32": 1e-5},
         ),
         KernelSpec(
-            name="linear", signature="linear(x[..., K], weight[N, K], bias[N] or None) -> [..., N]",
-            reference=f"{place}:linear_reference", sampler=f"{place}:sample_linear", tolerance={"float32": 1e-5},
+            name="linear",
+            signature="linear(x[..., K], weight[N, K], bias[N] or None) -> [..., N]",
+            reference=f"{place}:linear_reference",
+            sampler=f"{place}:sample_linear",
+            tolerance={"float32": 1e-5},
         ),
-    ]  # fmt: skip
+    ]
 
 
 @hookimpl

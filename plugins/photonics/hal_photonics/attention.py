@@ -1,7 +1,7 @@
 """Attention with both products on the optics: scale, softcap, masks, softmax and sums are digital.
 
-QK^T: keys are held as weights, queries stream. PV: values are held, softmax weights stream. The weights exp(s - max) reach
-the optics unnormalised, between 0 and 1, and the sum that divides them is exact.
+QK^T: keys are held as weights, queries stream. PV: values are held, softmax weights stream. The weights exp(s - max)
+reach the optics unnormalised, between 0 and 1, and the sum that divides them is exact.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ def exact_product(inputs: Tensor, weights: Tensor, window: Any = None) -> Tensor
 
 
 def attend(
-    product: Product, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest,
+    product: Product,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    request: AttentionRequest,
     tile_size: int | None = None,
-) -> AttentionOutput:  # fmt: skip
+) -> AttentionOutput:
     """Attention by a product.
 
     Args:
@@ -81,7 +86,9 @@ def _parts(batch: int, heads_kv: int, share: int, len_q: int, len_k: int, tile_s
         for h in range(0, heads_kv, heads):
             for r in range(0, len_q, rows):
                 yield _Part(
-                    slice(b, min(b + batches, batch)), slice(h, min(h + heads, heads_kv)), slice(r, min(r + rows, len_q))
+                    slice(b, min(b + batches, batch)),
+                    slice(h, min(h + heads, heads_kv)),
+                    slice(r, min(r + rows, len_q)),
                 )
 
 

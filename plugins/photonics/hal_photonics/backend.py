@@ -58,10 +58,14 @@ class ProfileBackend:
 
     def _device(self, index: int, profile: Profile) -> Device:
         return Device(
-            id=f"{self.name}:{index}", family="photonic", vendor=profile.vendor, model=profile.name,
-            fidelity=Fidelity.SIMULATED, driver=f"simulated from profile {profile.digest}",
+            id=f"{self.name}:{index}",
+            family="photonic",
+            vendor=profile.vendor,
+            model=profile.name,
+            fidelity=Fidelity.SIMULATED,
+            driver=f"simulated from profile {profile.digest}",
             features=(f"{profile.mechanism}", *self._remarks(profile)),
-        )  # fmt: skip
+        )
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
         worst = profile.origin("array", "converters", "noise", "time", "power")
@@ -73,15 +77,20 @@ class ProfileBackend:
     def capabilities(self, device: Device) -> Capabilities:
         p = self.profile_of(device)
         numerics = Numerics(
-            relative=p["declared.attention_error"], lse=p["declared.lse_error"], noisy=True,
+            relative=p["declared.attention_error"],
+            lse=p["declared.lse_error"],
+            noisy=True,
             gradient=0.02 if self.straight_through else None,
-        )  # fmt: skip
+        )
         dtypes = ("float32", "bfloat16", "float16")
         return Capabilities(
-            dtypes=frozenset(dtypes), numerics=dict.fromkeys(dtypes, numerics), head_dim=Range(1, 1024),
-            masks=frozenset(MaskKind), causal=frozenset(Causal),
+            dtypes=frozenset(dtypes),
+            numerics=dict.fromkeys(dtypes, numerics),
+            head_dim=Range(1, 1024),
+            masks=frozenset(MaskKind),
+            causal=frozenset(Causal),
             features=_FEATURES | (_GRADIENTS if self.straight_through else frozenset()),
-        )  # fmt: skip
+        )
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
         """A refusal while the open chip does not serve: its state, and what leads out of it."""
@@ -105,9 +114,13 @@ class ProfileBackend:
         stored, declared = self._stored[place], self.profile_of(device)["declared.attention_error"]
         if stored is None:
             return None
-        measured = 10 ** (-stored.values["SNR after, dB" if self.profile_of(device).calibrated else "SNR before, dB"] / 20)
+        measured = 10 ** (
+            -stored.values["SNR after, dB" if self.profile_of(device).calibrated else "SNR before, dB"] / 20
+        )
         origin = self.profile_of(device).origin("noise").provenance
-        return Quantity(min(measured, declared), declared, Basis.MODELLED, origin, f"hal calibrate {device.id}, simulated")
+        return Quantity(
+            min(measured, declared), declared, Basis.MODELLED, origin, f"hal calibrate {device.id}, simulated"
+        )
 
     def open(self, device: Device) -> Any:
         from .session import open_simulated

@@ -83,8 +83,12 @@ def encode(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 
 
 def product(
-    inputs: Tensor, weights: Tensor, converters: Converters, *, dither: torch.Generator | None = None,
-) -> tuple[Tensor, float]:  # fmt: skip
+    inputs: Tensor,
+    weights: Tensor,
+    converters: Converters,
+    *,
+    dither: torch.Generator | None = None,
+) -> tuple[Tensor, float]:
     """inputs @ weights^T through the converters.
 
     Args:
@@ -119,8 +123,8 @@ class _HeldTile:
     """The weights of one tile along the reduction, encoded.
 
     Attributes:
-        place: of the tile. weights: their codes. factor: readout codes of a product of 1. scale: [batch, 1, N], of a readout
-            code beside the input's. longest: norm of the longest row of codes, times the factor.
+        place: of the tile. weights: their codes. factor: readout codes of a product of 1. scale: [batch, 1, N], of a
+            readout code beside the input's. longest: norm of the longest row of codes, times the factor.
     """
 
     def __init__(self, weights: Tensor, place: slice, rows: int, c: Converters) -> None:

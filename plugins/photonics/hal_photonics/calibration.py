@@ -2,8 +2,9 @@
 
 1 dark: no light; the mean code of each column in each core is its offset.
 2 vector sweep: one input at a time over its range; the inverse of its response, a 7th-order polynomial, straightens it.
-3 one-hot weights: one input at a time at full scale over weight codes; least squares give each cell's gain and offset, which
-  are then taken out of the weight codes themselves. (A digital correction of the products would cost as much as they do.)
+3 one-hot weights: one input at a time at full scale over weight codes; least squares give each cell's gain and offset,
+  which are then taken out of the weight codes themselves. (A digital correction of the products would cost as much as
+  they do.)
 4 random probes: what is left of gains and offsets by ridge regression.
 Validated on weights that no step has seen.
 """
@@ -66,12 +67,17 @@ class CalibrationReport:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "SNR before, dB": round(self.before, 2), "SNR after, dB": round(self.after, 2),
-            "bits before": round(bits(self.before), 2), "bits after": round(bits(self.after), 2),
-            "gain kept on unseen weights": round(self.kept, 3), "clip rate": self.clip_rate,
-            "before": drawing(self.before), "after": drawing(self.after),
-            "faults": list(self.faults), "temperature, degC": round(self.temperature, 2),
-        }  # fmt: skip
+            "SNR before, dB": round(self.before, 2),
+            "SNR after, dB": round(self.after, 2),
+            "bits before": round(bits(self.before), 2),
+            "bits after": round(bits(self.after), 2),
+            "gain kept on unseen weights": round(self.kept, 3),
+            "clip rate": self.clip_rate,
+            "before": drawing(self.before),
+            "after": drawing(self.after),
+            "faults": list(self.faults),
+            "temperature, degC": round(self.temperature, 2),
+        }
 
 
 def bits(snr: float) -> float:
@@ -114,20 +120,27 @@ def calibrate(
     # A mesh's weights share their phases: there is no error of a single cell to take out.
     healthy = (cell_gain.abs() > 0.3) & (profile.mechanism != "mesh")
     corrections = corrections._replace(
-        column_gain=column_gain, cell_gain=torch.where(healthy, cell_gain, 1.0),
+        column_gain=column_gain,
+        cell_gain=torch.where(healthy, cell_gain, 1.0),
         cell_offset=torch.where(healthy, offset / column_gain.unsqueeze(1), 0.0),
-    )  # fmt: skip
+    )
     progress("random probes", 0.7)
     corrections = _random_probes(driver, corrections, noise, seed + 1)
     progress("validation", 0.85)
     raw, core = PhotonicCore(driver), PhotonicCore(driver, corrections)
     figures = {
-        "fitted_before": probe_snr(raw, seed + 1, noise), "fitted_after": probe_snr(core, seed + 1, noise),
-        "before": probe_snr(raw, seed + 2, noise), "after": probe_snr(core, seed + 2, noise),
-    }  # fmt: skip
+        "fitted_before": probe_snr(raw, seed + 1, noise),
+        "fitted_after": probe_snr(core, seed + 1, noise),
+        "before": probe_snr(raw, seed + 2, noise),
+        "after": probe_snr(core, seed + 2, noise),
+    }
     sensed = driver.telemetry()
     report = CalibrationReport(
-        **figures, faults=faults, clip_rate=core.clip_rate, temperature=sensed.temperature, clock=sensed.clock,
+        **figures,
+        faults=faults,
+        clip_rate=core.clip_rate,
+        temperature=sensed.temperature,
+        clock=sensed.clock,
         laser=sensed.laser,
     )
     progress("done", 1.0)
@@ -150,7 +163,9 @@ def probe_snr(core: PhotonicCore, seed: int, noise: torch.Generator, rows: int =
 
 def _dark(driver: Driver, noise: torch.Generator) -> Tensor:
     cores, columns, inputs = (driver.profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
-    codes = driver.read(torch.zeros(1, cores, inputs), torch.zeros(1, columns, inputs), noise=noise, averages=_DARK).codes
+    codes = driver.read(
+        torch.zeros(1, cores, inputs), torch.zeros(1, columns, inputs), noise=noise, averages=_DARK
+    ).codes
     return codes[0]
 
 

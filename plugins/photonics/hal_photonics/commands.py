@@ -1,4 +1,6 @@
-"""`hal photonics`: check a profile, list cards, sweep lengths against a GPU. Everything heavy is imported when it runs."""
+"""`hal photonics`: check a profile, list cards, sweep lengths against a GPU. Everything heavy is imported when it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +40,23 @@ def _profile(options: argparse.Namespace) -> int:
 
     p = load(options.file)
     derived = {
-        "peak throughput, TOPS": f"{cost.throughput(p) / 1e12:.4g}", "efficiency, TOPS/W": f"{cost.efficiency(p) / 1e12:.3g}",
+        "peak throughput, TOPS": f"{cost.throughput(p) / 1e12:.4g}",
+        "efficiency, TOPS/W": f"{cost.efficiency(p) / 1e12:.3g}",
         "effective bits of one readout": f"{imperfections.effective_bits(p):.2f}",
         **{f"noise: {name}, LSB": f"{value:.3g}" for name, value in imperfections.noise_parts(p)._asdict().items()},
-    }  # fmt: skip
+    }
     if options.json:
         figures = {
-            key: {"value": f.value, "unit": f.unit, "provenance": f.origin, "source": f.source} for key, f in p.figures.items()
+            key: {"value": f.value, "unit": f.unit, "provenance": f.origin, "source": f.source}
+            for key, f in p.figures.items()
         }
         head = {"name": p.name, "vendor": p.vendor, "mechanism": p.mechanism}
         print(json.dumps({**head, "figures": figures, "derived": derived}, indent=2))
         return 0
     rows = [[key, f"{f.value:g}", f.unit, str(f.origin), f.source] for key, f in p.figures.items()]
-    show_table(f"{p.vendor} {p.name}: {p.title} ({p.mechanism})", ["figure", "value", "unit", "provenance", "source"], rows)
+    show_table(
+        f"{p.vendor} {p.name}: {p.title} ({p.mechanism})", ["figure", "value", "unit", "provenance", "source"], rows
+    )
     show_table("What follows", ["figure", "value"], [[name, value] for name, value in derived.items()])
     counts = Counter(f.origin for f in p.figures.values())
     print(f"{p.path}: good. {', '.join(f'{count} figures {origin}' for origin, count in counts.items())}.")
@@ -95,17 +101,35 @@ def _sweep(options: argparse.Namespace) -> int:
     batch, heads, dim = _numbers(options.shape, "--shape", 3, "batch,heads,head_dim")
     with progress("sweep") as report:
         found = sweep(
-            profile_named(options.device), lengths, options.against, batch=batch, heads=heads, head_dim=dim, progress=report
+            profile_named(options.device),
+            lengths,
+            options.against,
+            batch=batch,
+            heads=heads,
+            head_dim=dim,
+            progress=report,
         )
     sentences = [found.crossover("time"), found.crossover("energy")]
     if options.json:
         import attrs
 
         points = [attrs.asdict(point) for point in found.points]
-        print(json.dumps({"profile": found.profile.name, "against": found.against, "shape": found.shape, "points": points,
-                          "crossover": sentences}, indent=2))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "profile": found.profile.name,
+                    "against": found.against,
+                    "shape": found.shape,
+                    "points": points,
+                    "crossover": sentences,
+                },
+                indent=2,
+            )
+        )
     else:
-        show_table(f"{found.profile.title} (simulated) against {found.against}, {found.shape}", *_table(found), sentences)
+        show_table(
+            f"{found.profile.title} (simulated) against {found.against}, {found.shape}", *_table(found), sentences
+        )
     if options.plot is not None:
         draw(found, options.plot)
         if not options.json:
@@ -119,12 +143,32 @@ def _table(found: Any) -> tuple[list[str], list[list[str]]]:
         speed, optics = p.other_time.middle / p.photonic_time.middle, p.other_time.middle / p.optics_time
         energy = "not available" if p.other_energy is None else f"{p.other_energy.middle:.3g}"
         change = "" if p.other_energy is None else f"{p.photonic_energy.middle / p.other_energy.middle - 1:+.0%}"
-        rows.append([
-            f"{p.length:,}", f"{p.photonic_time.middle * 1e3:.3g}", f"{p.optics_time * 1e3:.3g}",
-            f"{p.other_time.middle * 1e3:.3g}",
-            f"{speed:.2f}x ({optics:.2f}x)", f"{p.photonic_energy.middle:.3g}", f"{p.optics_energy:.3g}", energy, change,
-            f"{p.photonic_time.basis}, {p.photonic_time.provenance}", f"{p.other_time.basis}, {p.other_time.provenance}",
-        ])  # fmt: skip
-    columns = ["length", "time, ms", "optics alone", found.against, "speed (optics)", "energy, J", "optics alone",
-               found.against, "energy change", "origin", "origin of the other"]  # fmt: skip
+        rows.append(
+            [
+                f"{p.length:,}",
+                f"{p.photonic_time.middle * 1e3:.3g}",
+                f"{p.optics_time * 1e3:.3g}",
+                f"{p.other_time.middle * 1e3:.3g}",
+                f"{speed:.2f}x ({optics:.2f}x)",
+                f"{p.photonic_energy.middle:.3g}",
+                f"{p.optics_energy:.3g}",
+                energy,
+                change,
+                f"{p.photonic_time.basis}, {p.photonic_time.provenance}",
+                f"{p.other_time.basis}, {p.other_time.provenance}",
+            ]
+        )
+    columns = [
+        "length",
+        "time, ms",
+        "optics alone",
+        found.against,
+        "speed (optics)",
+        "energy, J",
+        "optics alone",
+        found.against,
+        "energy change",
+        "origin",
+        "origin of the other",
+    ]
     return columns, rows

@@ -95,9 +95,7 @@ class PhotonicCore:
         with self._lock:
             self.readouts = self.clipped = 0
 
-    def multiply(
-        self, a: Tensor, b: Tensor, *, rng: tuple[int, int] | None = None, level: Level = "device"
-    ) -> Tensor:
+    def multiply(self, a: Tensor, b: Tensor, *, rng: tuple[int, int] | None = None, level: Level = "device") -> Tensor:
         """a @ b.
 
         Args:
@@ -118,15 +116,22 @@ class PhotonicCore:
         check_finite(a=a, b=b)
         lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         inputs = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:]).float()
-        weights = b.transpose(-1, -2).expand(*lead, b.shape[-1], b.shape[-2]).reshape(-1, b.shape[-1], b.shape[-2]).float()
+        weights = (
+            b.transpose(-1, -2).expand(*lead, b.shape[-1], b.shape[-2]).reshape(-1, b.shape[-1], b.shape[-2]).float()
+        )
         result = self.product(inputs, weights, generator(rng), level)
         return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
 
     def product(
-        self, inputs: Tensor, weights: Tensor, noise: torch.Generator | None, level: Level = "device",
+        self,
+        inputs: Tensor,
+        weights: Tensor,
+        noise: torch.Generator | None,
+        level: Level = "device",
         width: int | None = None,
-    ) -> Tensor:  # fmt: skip
-        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite. Noise is drawn from `noise` in a fixed order.
+    ) -> Tensor:
+        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite. Noise is drawn from `noise` in a fixed
+        order.
 
         width: of the tiles along K, where they are to be narrower than the array.
         """

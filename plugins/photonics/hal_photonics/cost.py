@@ -1,9 +1,10 @@
-"""Time and energy of products and of attention, every part apart. Parts are the model: totals are their sums, nothing else.
+"""Time and energy of products and of attention, every part apart. Parts are the model: totals are their sums, nothing
+else.
 
     T = ceil(tiles / cores) (t_w + rows / f) + T_softmax + T_host        E = P T by part
 
-Converters and laser work while vectors stream and weights load, so they have energy and no time of their own. The chip's
-power while it waits for the host is not published and not counted.
+Converters and laser work while vectors stream and weights load, so they have energy and no time of their own. The
+chip's power while it waits for the host is not published and not counted.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from .profile import Origin, Profile
 TIME_PARTS = ("weights", "stream", "softmax", "host", "derating")
 ENERGY_PARTS = ("weights", "stream", "ADC", "DAC", "laser", "digital", "softmax", "host")
 _SHARES = {
-    "weights": "power.share_weights", "stream": "power.share_stream", "ADC": "power.share_adc", "DAC": "power.share_dac",
+    "weights": "power.share_weights",
+    "stream": "power.share_stream",
+    "ADC": "power.share_adc",
+    "DAC": "power.share_dac",
     "digital": "power.share_digital",
-}  # fmt: skip
+}
 #: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
 SPREAD = {Origin.SILICON: 0.1, Origin.PAPER: 0.25, Origin.ASSUMED: 0.5}
 
@@ -55,8 +59,8 @@ class Cost:
     """What work costs on a profile.
 
     Attributes:
-        seconds, joules: by part, in the order of TIME_PARTS and ENERGY_PARTS. time_origin, energy_origin: the worst origin of
-            the figures used. macs: done on the optics. source: the profile and its state, for people.
+        seconds, joules: by part, in the order of TIME_PARTS and ENERGY_PARTS. time_origin, energy_origin: the worst
+            origin of the figures used. macs: done on the optics. source: the profile and its state, for people.
     """
 
     seconds: Mapping[str, float]
@@ -84,8 +88,9 @@ class Cost:
         return Estimate(
             time=_quantity(self.time, self.time_origin, self.source),
             energy=_quantity(self.energy, self.energy_origin, self.source),
-            memory=memory, parts=dict(self.seconds),
-        )  # fmt: skip
+            memory=memory,
+            parts=dict(self.seconds),
+        )
 
 
 def _quantity(middle: float, origin: Origin, source: str) -> Quantity:
@@ -100,7 +105,9 @@ def product_work(profile: Profile, batch: int, rows: int, outputs: int, length: 
 
 
 def attention_work(profile: Profile, request: AttentionRequest) -> Work:
-    """Of QK^T with keys held, and PV with values held; rows that causal and window hide from a whole tile are not streamed."""
+    """Of QK^T with keys held, and PV with values held; rows that causal and window hide from a whole tile are not
+    streamed.
+    """
     r = request
     outputs, inputs = profile.count("array.outputs"), profile.count("array.inputs")
     share, heads = r.heads_q // max(r.heads_kv, 1), r.batch * r.heads_kv
@@ -131,14 +138,22 @@ def _tile_rows(request: AttentionRequest, size: int) -> tuple[int, ...]:
 
 
 def cost(
-    profile: Profile, work: Work, *, softmax: int = 0, transferred: int = 0, calls: int = 1, duty: float = 1.0,
-    state: str = "", host: bool = True,
-) -> Cost:  # fmt: skip
+    profile: Profile,
+    work: Work,
+    *,
+    softmax: int = 0,
+    transferred: int = 0,
+    calls: int = 1,
+    duty: float = 1.0,
+    state: str = "",
+    host: bool = True,
+) -> Cost:
     """Time and energy of work.
 
     Args:
         softmax: elements. transferred: bytes to and from the host. calls: started from the host.
-        duty: share of the time the chip may work. state: of the chip, where it is not ready. host: count softmax and host.
+        duty: share of the time the chip may work. state: of the chip, where it is not ready. host: count softmax and
+            host.
     """
     p = profile
     rounds = -(-work.loads // p.count("array.cores"))
@@ -148,11 +163,12 @@ def cost(
     loading -= p["time.overlap"] * min(loading, streaming)
     optics = loading + streaming
     seconds = {
-        "weights": loading, "stream": streaming,
+        "weights": loading,
+        "stream": streaming,
         "softmax": softmax / p["time.digital_rate"] if host else 0.0,
         "host": (calls * p["time.host_latency"] + transferred / p["time.host_bandwidth"]) if host else 0.0,
         "derating": optics * (1 / duty - 1),
-    }  # fmt: skip
+    }
     watts = {part: p["power.electrical"] * p[key] for part, key in _SHARES.items()}
     watts["laser"] = p["power.laser"] / p["power.laser_efficiency"]
     joules = {part: watts[part] * optics for part in ENERGY_PARTS if part in watts}
@@ -160,20 +176,26 @@ def cost(
     origins = {
         "weights": p.origin("time.weight_load", "time.overlap", "array"),
         "stream": p.origin("time.clock", "time.flight", "array"),
-        "softmax": p.origin("time.digital_rate"), "host": p.origin("time.host_latency", "time.host_bandwidth"),
-        "ADC": p.origin("power.electrical", "power.share_adc"), "DAC": p.origin("power.electrical", "power.share_dac"),
+        "softmax": p.origin("time.digital_rate"),
+        "host": p.origin("time.host_latency", "time.host_bandwidth"),
+        "ADC": p.origin("power.electrical", "power.share_adc"),
+        "DAC": p.origin("power.electrical", "power.share_dac"),
         "laser": p.origin("power.laser", "power.laser_efficiency"),
         "digital": p.origin("power.electrical", "power.share_digital"),
         "derating": p.origin("thermal.derated_duty"),
-    }  # fmt: skip
+    }
     used = [origins[part] for part in TIME_PARTS if seconds[part]]
     total = p.origin("power.electrical", "power.laser")  # how the total is split between its parts does not change it
     spent = [total, *used, *([p.origin("power.host")] if seconds["host"] else [])]
     return Cost(
-        seconds=seconds, joules={part: joules[part] for part in ENERGY_PARTS}, origins=origins,
-        time_origin=_worst(used), energy_origin=_worst(spent), macs=work.macs,
+        seconds=seconds,
+        joules={part: joules[part] for part in ENERGY_PARTS},
+        origins=origins,
+        time_origin=_worst(used),
+        energy_origin=_worst(spent),
+        macs=work.macs,
         source=f"profile {p.name}" + (f", {state}" if state else ""),
-    )  # fmt: skip
+    )
 
 
 def _worst(origins: Iterable[Origin]) -> Origin:
@@ -183,7 +205,9 @@ def _worst(origins: Iterable[Origin]) -> Origin:
 def attention_cost(
     profile: Profile, request: AttentionRequest, *, duty: float = 1.0, state: str = "", host: bool = True
 ) -> Cost:
-    """Of one attention call: both products on the optics, softmax in the control die, operands and result over the host."""
+    """Of one attention call: both products on the optics, softmax in the control die, operands and result over the
+    host.
+    """
     r = request
     pairs = r.visible_macs // max(r.dim_qk + r.dim_v, 1)
     return cost(
@@ -192,9 +216,17 @@ def attention_cost(
 
 
 def product_cost(
-    profile: Profile, batch: int, rows: int, outputs: int, length: int, *, dtype: str = "float32", resident: bool = False,
-    duty: float = 1.0, state: str = "",
-) -> Cost:  # fmt: skip
+    profile: Profile,
+    batch: int,
+    rows: int,
+    outputs: int,
+    length: int,
+    *,
+    dtype: str = "float32",
+    resident: bool = False,
+    duty: float = 1.0,
+    state: str = "",
+) -> Cost:
     """Of `batch` products [rows, length] @ [length, outputs]. resident: the weights are with the device already."""
     size = DTYPE_BYTES.get(dtype, 4)
     moved = batch * (rows * length + rows * outputs + (0 if resident else outputs * length)) * size

@@ -112,7 +112,9 @@ class SimulatedDriver:
         cells = chip.realised(weights / c.weight_levels, columns)
         light, cells = self._damaged(light, cells, columns)
         scale = c.gain / c.lsb(width)
-        code = torch.matmul(light, (cells * (chip.gain * self.drift.gain)[columns].unsqueeze(1) * scale).transpose(-1, -2))
+        code = torch.matmul(
+            light, (cells * (chip.gain * self.drift.gain)[columns].unsqueeze(1) * scale).transpose(-1, -2)
+        )
         cores = len(chip.offset)
         if chip.core_weight is not None:
             for core in range(min(cores, rows)):
@@ -168,7 +170,8 @@ class SimulatedDriver:
             return Telemetry(sensed, self._reading_age, self._light(), self._clock)
 
     def advance(self, seconds: float, *, load: float = 0.0) -> None:
-        """Let time pass: dT/dt = (P R_th - (T - T_a)) / tau, solved exactly for a constant load (0 to 1); drift follows.
+        """Let time pass: dT/dt = (P R_th - (T - T_a)) / tau, solved exactly for a constant load (0 to 1); drift
+        follows.
 
         Raises:
             ContractError: negative time, or a load outside 0 to 1.

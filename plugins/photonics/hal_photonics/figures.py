@@ -53,7 +53,9 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "weight_error": Kind("ratio", 0, 1, "static error of a weight cell over full scale, rms", default=0.0),
         "weight_error_spread": Kind("ratio", 0, 2, "how the weight error differs by column, sd over mean", default=0.0),
         "core_weight_error": Kind("ratio", 0, 1, "part of it that differs between the cores, rms", default=0.0),
-        "input_bow": Kind("code", 0, 1e4, "integral non-linearity of an input before it is linearised, rms", default=0.0),
+        "input_bow": Kind(
+            "code", 0, 1e4, "integral non-linearity of an input before it is linearised, rms", default=0.0
+        ),
         "input_ripple": Kind("code", 0, 1e4, "what a 7th-order fit leaves of it, rms", default=0.0),
         "crosstalk": Kind("ratio", 0, 0.5, "share of a neighbouring input that leaks into an input", default=0.0),
     },
@@ -115,7 +117,9 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "sensor_timeout": Kind("s", 1e-6, 1e6, "a reading older than this counts as a failed sensor"),
     },
     "declared": {
-        "attention_error": Kind("ratio", 0, 100, "||x - reference|| / ||reference|| of attention, normal inputs", default=1.0),
+        "attention_error": Kind(
+            "ratio", 0, 100, "||x - reference|| / ||reference|| of attention, normal inputs", default=1.0
+        ),
         "lse_error": Kind("ratio", 0, 100, "the same of the log-sum-exp", default=0.6),
     },
     "calibration": {
@@ -127,4 +131,4 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "faults_tolerated": Kind("count", 0, 1e6, "dead channels and stuck cells it still serves with", whole=True),
         "duration": Kind("s", 0, 1e5, "of one calibration on the device"),
     },
-}  # fmt: skip
+}

@@ -43,7 +43,9 @@ class NoiseParts(NamedTuple):
 def noise_parts(profile: Profile) -> NoiseParts:
     """Shot 2 q I B, thermal 4 k T B / R and relative intensity noise I^2 10^(RIN/10) B, beside what was measured."""
     full, band = profile["light.full_scale_current"], profile["light.bandwidth"]
-    codes = profile["converters.gain"] * ((1 << (profile.count("converters.adc_bits") - 1)) - 1) / full  # codes per ampere
+    codes = (
+        profile["converters.gain"] * ((1 << (profile.count("converters.adc_bits") - 1)) - 1) / full
+    )  # codes per ampere
     current = _BIAS * full
     shot = math.sqrt(2 * ELECTRON * current * band)
     thermal = math.sqrt(4 * BOLTZMANN * profile["light.temperature"] * band / profile["light.load"])
@@ -122,9 +124,13 @@ class Imperfections:
         error = self.weight[columns, :width]
         if profile.mechanism == "ring":
             return ring.realised(
-                weights, span=profile["ring.span"], fwhm=profile["ring.fwhm"], shift=profile["ring.shift"],
-                temperature_error=error, crosstalk=profile["ring.thermal_crosstalk"],
-            )  # fmt: skip
+                weights,
+                span=profile["ring.span"],
+                fwhm=profile["ring.fwhm"],
+                shift=profile["ring.shift"],
+                temperature_error=error,
+                crosstalk=profile["ring.thermal_crosstalk"],
+            )
         if profile.mechanism == "mesh":
             size = max(profile.count("array.outputs"), profile.count("array.inputs"))
             share = MESH_PAIR * mesh.relative_error(size, profile["mesh.phase_error"])
@@ -135,7 +141,8 @@ class Imperfections:
     def _mesh_direction(self, weights: Tensor, columns: Tensor) -> Tensor:
         """Where the meshes' error points: mean 0, variance 1, the same for the same weights, unrelated for others.
 
-        The phases' errors are fixed, but each weight matrix uses other phases, so no calibration of cells takes this out.
+        The phases' errors are fixed, but each weight matrix uses other phases, so no calibration of cells takes this
+        out.
         """
         width = weights.shape[-1]
         turns = self._turns[columns, :width]

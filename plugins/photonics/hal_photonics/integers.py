@@ -1,4 +1,6 @@
-"""Exact products of converter codes: in float32 where it holds every sum, in eight-bit integers where those are faster."""
+"""Exact products of converter codes: in float32 where it holds every sum, in eight-bit integers where those are
+faster.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,11 @@ class HeldWeights:
     """Weight codes held for exact products with blocks of input codes.
 
     Args:
-        codes: [batch, N, K], whole numbers up to the weight's levels, float32. rows: input rows that will be multiplied.
+        codes: [batch, N, K], whole numbers up to the weight's levels, float32. rows: input rows that will be
+            multiplied.
 
-    For large products an input code is split into 16 high + low, each of which fits eight bits, as the weight codes do; the
-    two products are sums of int32.
+    For large products an input code is split into 16 high + low, each of which fits eight bits, as the weight codes do;
+    the two products are sums of int32.
     """
 
     def __init__(self, codes: Tensor, rows: int, converters: Converters) -> None:

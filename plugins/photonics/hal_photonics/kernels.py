@@ -1,4 +1,6 @@
-"""Matrix products on the optics beside attention: `matmul` and `linear`, with what they mean in float64 and what they cost."""
+"""Matrix products on the optics beside attention: `matmul` and `linear`, with what they mean in float64 and what they
+cost.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def sample_linear(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Kernel(ABC):
-    """A kernel of an open chip. Inside `hal_core.meter` each call adds its modelled time and energy to the device's record."""
+    """A kernel of an open chip. Inside `hal_core.meter` each call adds its modelled time and energy to the device's
+    record.
+    """
 
     def __init__(self, session: PhotonicSession) -> None:
         self._session = session
@@ -56,12 +60,21 @@ class Kernel(ABC):
     @abstractmethod
     def __call__(self, *operands: Any, **options: Any) -> Tensor: ...
 
-    def _product_cost(self, batch: int, rows: int, outputs: int, length: int, dtype: torch.dtype, resident: bool) -> Cost:
+    def _product_cost(
+        self, batch: int, rows: int, outputs: int, length: int, dtype: torch.dtype, resident: bool
+    ) -> Cost:
         session = self._session
         return product_cost(
-            session.profile, batch, rows, outputs, length, dtype=str(dtype).removeprefix("torch."), resident=resident,
-            duty=session.supervisor.duty, state="" if session.state == "ready" else str(session.state),
-        )  # fmt: skip
+            session.profile,
+            batch,
+            rows,
+            outputs,
+            length,
+            dtype=str(dtype).removeprefix("torch."),
+            resident=resident,
+            duty=session.supervisor.duty,
+            state="" if session.state == "ready" else str(session.state),
+        )
 
     def _metered(self, start: float, *operands: Any) -> None:
         meter = meter_var.get()
@@ -98,7 +111,9 @@ class Linear(Kernel):
         start = perf_counter()
         self._session.require_service()
         if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-            raise ContractError(f"x {list(x.shape)} and weight {list(weight.shape)} were given: pass [..., K] and [N, K]")
+            raise ContractError(
+                f"x {list(x.shape)} and weight {list(weight.shape)} were given: pass [..., K] and [N, K]"
+            )
         check_finite(x=x, weight=weight)
         rows = x.reshape(1, -1, x.shape[-1]).float()
         with torch.no_grad():
@@ -111,7 +126,9 @@ class Linear(Kernel):
 
     def _cost(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[int, Cost]:
         rows, outputs = x.numel() // max(x.shape[-1], 1), weight.shape[0]
-        return rows * outputs * x.element_size(), self._product_cost(1, rows, outputs, x.shape[-1], x.dtype, resident=True)
+        return rows * outputs * x.element_size(), self._product_cost(
+            1, rows, outputs, x.shape[-1], x.dtype, resident=True
+        )
 
 
 KERNELS: dict[str, type[Kernel]] = {"matmul": Matmul, "linear": Linear}

@@ -51,8 +51,8 @@ def _rotations(theta: Tensor, phi: Tensor) -> Tensor:
 def decompose(unitary: Tensor) -> Mesh:
     """The Clements decomposition of a unitary [N, N].
 
-    Elements below the diagonal are nulled diagonal by diagonal, alternately from the right (by inverse rotations) and from
-    the left; the left ones are then moved through the remaining diagonal, D' T' = T^-1 D.
+    Elements below the diagonal are nulled diagonal by diagonal, alternately from the right (by inverse rotations) and
+    from the left; the left ones are then moved through the remaining diagonal, D' T' = T^-1 D.
     """
     u = unitary.to(torch.complex128).clone()
     size = len(u)

@@ -1,6 +1,6 @@
 """Photonic cards on the PCI bus. No vendor publishes a driver, and no ids are invented here: the user names them.
 
-    HAL_PHOTONIC_PCI_IDS=1234:5678,1234:5679        vendor:device, as `lspci -nn` prints them
+HAL_PHOTONIC_PCI_IDS=1234:5678,1234:5679        vendor:device, as `lspci -nn` prints them
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     [array]
     cores = { value = 4, unit = "count", provenance = "silicon", source = "Nature 640, 368 (2025)" }
 
-A user's own chip is such a file: `hal photonics profile FILE` checks it, `hal_photonics.register_profile` makes it a device.
+A user's own chip is such a file: `hal photonics profile FILE` checks it, `hal_photonics.register_profile` makes it a
+device.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from hal_core.capabilities import listing
 from .figures import FIGURES, MECHANISMS, Kind
 
 _HEAD = {
-    "name": "a short name", "title": "one line", "vendor": "who makes it", "mechanism": listing(list(MECHANISMS)),
-}  # fmt: skip
+    "name": "a short name",
+    "title": "one line",
+    "vendor": "who makes it",
+    "mechanism": listing(list(MECHANISMS)),
+}
 _HEAD_OPTIONAL = {"notes", "sources", "chip", "linearised", "calibrated"}
 
 
@@ -40,8 +44,10 @@ class Origin(enum.StrEnum):
     @property
     def provenance(self) -> Provenance:
         return {
-            "silicon": Provenance.MEASURED_SILICON, "paper": Provenance.PAPER_PROJECTION, "assumed": Provenance.ASSUMED
-        }[self.value]  # fmt: skip
+            "silicon": Provenance.MEASURED_SILICON,
+            "paper": Provenance.PAPER_PROJECTION,
+            "assumed": Provenance.ASSUMED,
+        }[self.value]
 
 
 class ProfileError(ContractError):
@@ -96,10 +102,14 @@ class Profile:
 
     def raw(self) -> Profile:
         """The same chip without this project's calibration."""
-        return attrs.evolve(self, calibrated=False, name=f"{self.name}-raw", title=f"{self.title}, as its vendor left it")
+        return attrs.evolve(
+            self, calibrated=False, name=f"{self.name}-raw", title=f"{self.title}, as its vendor left it"
+        )
 
     def replace(self, **values: float) -> Profile:
-        """The same profile with figures changed by "section__key"; changed ones count as assumed. For what-if studies."""
+        """The same profile with figures changed by "section__key"; changed ones count as assumed. For what-if
+        studies.
+        """
         figures = dict(self.figures)
         for name, value in values.items():
             key = name.replace("__", ".")

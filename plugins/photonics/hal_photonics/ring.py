@@ -1,10 +1,12 @@
 """Micro-ring resonators as weights: the drop port's Lorentzian, and what temperature does to it.
 
-A weight w in [-1, 1] is the difference of drop and through port, w = 2 T - 1, T = 1 / (1 + (2 D / FWHM)^2), with the detuning
+A weight w in [-1, 1] is the difference of drop and through port, w = 2 T - 1, T = 1 / (1 + (2 D / FWHM)^2), with the
+detuning
 
     D = D0 + shift * dT + sum over neighbours of c_k * P_k        (shift 8.6 GHz/K, 0.069 nm/K)
 
-Sources: Tait et al. 2017, Sci. Rep. 7, 7430 (broadcast and weight); Zhang et al. 2022, Optica 9, 579 (8.5 bit by dithering).
+Sources: Tait et al. 2017, Sci. Rep. 7, 7430 (broadcast and weight); Zhang et al. 2022, Optica 9, 579 (8.5 bit by
+dithering).
 """
 
 from __future__ import annotations

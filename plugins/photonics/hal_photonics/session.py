@@ -37,7 +37,9 @@ _UPKEEP_STEP = 1.0  # s of simulated time between two looks at the sensors
 
 
 class Prepared(NamedTuple):
-    """Operands bound to a request. The simulation has nothing to program ahead: weights are loaded when they are used."""
+    """Operands bound to a request. The simulation has nothing to program ahead: weights are loaded when they are
+    used.
+    """
 
     query: Tensor
     key: Tensor
@@ -58,9 +60,13 @@ class PhotonicSession:
     """
 
     def __init__(
-        self, device: Device, driver: Driver, *, straight_through: bool = False,
+        self,
+        device: Device,
+        driver: Driver,
+        *,
+        straight_through: bool = False,
         changed: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.device, self.driver, self.profile = device, driver, driver.profile
         self.memory, self.tiling = PooledMemory("cpu", name=device.id), DenseTiling()
         self.supervisor = Supervisor(self.profile)
@@ -119,10 +125,12 @@ class PhotonicSession:
         assert report is not None
         pilot = probe_snr(self.core, _PILOT_SEED, torch.Generator().manual_seed(_PILOT_SEED), _PILOT_ROWS)
         return Health(
-            age=sensed.clock - report.clock, temperature_change=sensed.temperature - report.temperature,
-            pilot_drop=self._pilot - pilot, clip_rate=self.core.clip_rate,
+            age=sensed.clock - report.clock,
+            temperature_change=sensed.temperature - report.temperature,
+            pilot_drop=self._pilot - pilot,
+            clip_rate=self.core.clip_rate,
             laser=sensed.laser / max(report.laser, 1e-9),
-        )  # fmt: skip
+        )
 
     def _observe(self) -> State:
         before, state = self.state, self.supervisor.observe(self.driver.telemetry())
@@ -182,15 +190,27 @@ class PhotonicSession:
         return {"block_k": self.profile.count("array.outputs"), "inputs": self.profile.count("array.inputs")}
 
     def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, *,
-        request: AttentionRequest, plan: BlockPlan | None = None, tables: SequenceTables | None = None,
-    ) -> Prepared:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tile_size: int | None = None,
+        *,
+        request: AttentionRequest,
+        plan: BlockPlan | None = None,
+        tables: SequenceTables | None = None,
+    ) -> Prepared:
         return Prepared(query, key, value, request, tile_size)
 
     def compute_attention(
-        self, prepared: Prepared, mask: Tensor | None = None, *,
-        query: Tensor | None = None, rng: tuple[int, int] | None = None, out: Tensor | None = None,
-    ) -> AttentionOutput:  # fmt: skip
+        self,
+        prepared: Prepared,
+        mask: Tensor | None = None,
+        *,
+        query: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        out: Tensor | None = None,
+    ) -> AttentionOutput:
         """Attention on the chip.
 
         Args:
@@ -217,9 +237,16 @@ class PhotonicSession:
         return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
 
     def compute_attention_backward(
-        self, prepared: Prepared, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: tuple[int, int] | None = None,
-    ) -> Grads:  # fmt: skip
+        self,
+        prepared: Prepared,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads:
         raise UnsupportedError(
             f"{self.device.id} has no backward of its own: register it with straight_through=True for gradients of exact "
             "attention at the chip's output"
@@ -271,6 +298,8 @@ def _valued(values: Tensor, differentiable: Tensor) -> Tensor:
     return result
 
 
-def open_simulated(device: Device, profile: Profile, *, straight_through: bool, changed: Callable[[], None]) -> PhotonicSession:
+def open_simulated(
+    device: Device, profile: Profile, *, straight_through: bool, changed: Callable[[], None]
+) -> PhotonicSession:
     """A session on a fresh simulated chip."""
     return PhotonicSession(device, SimulatedDriver(profile), straight_through=straight_through, changed=changed)

@@ -22,7 +22,9 @@ _ORIGIN = "published"
 
 
 class PublishedGpu(NamedTuple):
-    """A GPU by its published figures: peak FLOP/s of dense bf16, the share that attention reaches, W, s of starting a call."""
+    """A GPU by its published figures: peak FLOP/s of dense bf16, the share that attention reaches, W, s of starting a
+    call.
+    """
 
     name: str
     peak: float
@@ -35,10 +37,14 @@ class PublishedGpu(NamedTuple):
 #: "published:<name>".
 GPUS = {
     "h200": PublishedGpu(
-        "NVIDIA H200", 790e12, 0.65, 700, 8e-6,
+        "NVIDIA H200",
+        790e12,
+        0.65,
+        700,
+        8e-6,
         "790 TFLOP/s sustained bf16 product, 65% of it in attention, 700 W board power, 8 us to start a call",
     ),
-}  # fmt: skip
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -84,9 +90,15 @@ class Sweep:
 
 
 def sweep(
-    profile: Profile, lengths: Sequence[int], against: str, *, batch: int = 1, heads: int = 32, head_dim: int = 128,
+    profile: Profile,
+    lengths: Sequence[int],
+    against: str,
+    *,
+    batch: int = 1,
+    heads: int = 32,
+    head_dim: int = 128,
     progress: Callable[[str, float], None] = lambda text, share: None,
-) -> Sweep:  # fmt: skip
+) -> Sweep:
     """Model a profile, and measure or look up the other side.
 
     Args:
@@ -104,11 +116,19 @@ def sweep(
         estimate = whole.estimate()
         assert estimate.energy is not None
         time_, energy = other_side(request)
-        points.append(Point(
-            length=length, photonic_time=estimate.time, photonic_energy=estimate.energy, optics_time=alone.time,
-            optics_energy=alone.energy, other_time=time_, other_energy=energy, parts=dict(whole.seconds),
-            energy_parts=dict(whole.joules),
-        ))  # fmt: skip
+        points.append(
+            Point(
+                length=length,
+                photonic_time=estimate.time,
+                photonic_energy=estimate.energy,
+                optics_time=alone.time,
+                optics_energy=alone.energy,
+                other_time=time_,
+                other_energy=energy,
+                parts=dict(whole.seconds),
+                energy_parts=dict(whole.joules),
+            )
+        )
     progress("done", 1.0)
     shape = f"batch {batch}, {heads} heads, head size {head_dim}"
     return Sweep(profile=profile, against=against, shape=shape, points=tuple(points))
@@ -120,7 +140,9 @@ Other = Callable[[AttentionRequest], tuple[Quantity, Quantity | None]]
 def _published(against: str) -> Other:
     name = against.partition(":")[2]
     if name not in GPUS:
-        raise ContractError(f"--against {against!r} was given: use published:{' or published:'.join(GPUS)}, or a device id")
+        raise ContractError(
+            f"--against {against!r} was given: use published:{' or published:'.join(GPUS)}, or a device id"
+        )
     gpu = GPUS[name]
 
     def look_up(request: AttentionRequest) -> tuple[Quantity, Quantity]:
@@ -201,7 +223,9 @@ def draw(found: Sweep, path: Path) -> None:
         mine = [getattr(point, ours) for point in found.points]
         panel.fill_between(lengths, [q.low for q in mine], [q.high for q in mine], alpha=0.2, color="C0")
         panel.plot(lengths, [q.middle for q in mine], "o-", color="C0", label=f"{found.profile.name} (modelled)")
-        panel.plot(lengths, [getattr(point, alone) for point in found.points], "--", color="C0", label="its optics alone")
+        panel.plot(
+            lengths, [getattr(point, alone) for point in found.points], "--", color="C0", label="its optics alone"
+        )
         for number, part in enumerate(getattr(found.points[0], parts)):
             values = [getattr(point, parts)[part] for point in found.points]
             if any(values):
@@ -217,6 +241,7 @@ def draw(found: Sweep, path: Path) -> None:
         panel.legend(fontsize=7)
     figure.suptitle(
         f"Attention on {found.profile.title} (simulated), {found.shape}\n"
-        f"{found.crossover('time')} {found.crossover('energy')}", fontsize=9,
-    )  # fmt: skip
+        f"{found.crossover('time')} {found.crossover('energy')}",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=150)

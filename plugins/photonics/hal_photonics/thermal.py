@@ -2,8 +2,8 @@
 
     OFF -> WARMUP -> CALIBRATING -> READY <-> DERATED <-> THROTTLED;  any -> TRIP -> COOLDOWN -> CALIBRATING
 
-TRIP is latched: the laser is off, and only `reset` leads on, through COOLDOWN and a calibration. A broken or stale sensor
-is a TRIP, because nobody knows how warm the chip is.
+TRIP is latched: the laser is off, and only `reset` leads on, through COOLDOWN and a calibration. A broken or stale
+sensor is a TRIP, because nobody knows how warm the chip is.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class Supervisor:
             return self.signal(Signal.LASER_FAILED, f"the laser gives {sensed.laser:.0%} of its power")
         gap = p["thermal.hysteresis"]
         for limit, above, below in (
-            ("throttle", Signal.ABOVE_THROTTLE, Signal.BELOW_THROTTLE), ("derate", Signal.ABOVE_DERATE, Signal.BELOW_DERATE),
-        ):  # fmt: skip
+            ("throttle", Signal.ABOVE_THROTTLE, Signal.BELOW_THROTTLE),
+            ("derate", Signal.ABOVE_DERATE, Signal.BELOW_DERATE),
+        ):
             bound = p[f"thermal.{limit}"]
             if hot >= bound:
                 return self.signal(above, f"{hot:.1f} degC, {limit} starts at {bound:g}")
@@ -148,7 +149,7 @@ class Supervisor:
             State.THROTTLED: f"let it cool {calm}, and use another device meanwhile",
             State.TRIP: f"mend the cause, call session.reset(); it calibrates again once it is {cool}",
             State.COOLDOWN: f"wait until it is {cool}; it calibrates then",
-        }.get(self.state, "")  # fmt: skip
+        }.get(self.state, "")
 
 
 class Health(NamedTuple):

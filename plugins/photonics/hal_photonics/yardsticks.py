@@ -1,4 +1,6 @@
-"""The same product by two published simulators: aihwkit (IBM) and CrossSim (Sandia). Imported where they are installed."""
+"""The same product by two published simulators: aihwkit (IBM) and CrossSim (Sandia). Imported where they are
+installed.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from .setting import Parts, Setting
 
 
 class Shape(NamedTuple):
-    """How forward_tiles.comp cuts the work: invocations of a group, its query rows, keys of a tile, rows per invocation."""
+    """How forward_tiles.comp cuts the work: invocations of a group, its query rows, keys of a tile, rows per
+    invocation.
+    """
 
     threads: int
     rows: int
@@ -134,10 +136,13 @@ def _record_tiles(
     operands = [commands.stage(tensor, dim) for tensor in call[:3]]
     parts = Parts(commands, setting, to, to_lse)
     commands.dispatch(
-        f"forward_tiles.{setting.dtype}", (dim, shape.threads, shape.rows, shape.tile, shape.height),
-        [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
+        f"forward_tiles.{setting.dtype}",
+        (dim, shape.threads, shape.rows, shape.tile, shape.height),
+        [*operands, *setting.tables, to, parts.lse, parts.sums],
+        setting.values(),
+        LAYOUT,
         (-(-setting.unit_rows // shape.rows), setting.units, setting.numbers["splits"]),
-    )  # fmt: skip
+    )
     parts.merge()
 
 
@@ -186,10 +191,18 @@ def _record_backward(
     constants, most = (dim, 8 if setting.is_cpu else 32), commands.most_groups[0]
     shared = [query, key, value, *setting.tables, flowing, whole]
     commands.dispatch(
-        f"backward_query.{setting.dtype}", constants, [*shared, result, flowing_lse, to_query, delta], setting.values(),
-        LAYOUT, (min(setting.len_q, most), setting.units, 1),
-    )  # fmt: skip
+        f"backward_query.{setting.dtype}",
+        constants,
+        [*shared, result, flowing_lse, to_query, delta],
+        setting.values(),
+        LAYOUT,
+        (min(setting.len_q, most), setting.units, 1),
+    )
     commands.dispatch(
-        f"backward_key.{setting.dtype}", constants, [*shared, delta, to_key, to_value], setting.values(), LAYOUT,
+        f"backward_key.{setting.dtype}",
+        constants,
+        [*shared, delta, to_key, to_value],
+        setting.values(),
+        LAYOUT,
         (min(setting.len_k, most), setting.batch * setting.heads_kv, 1),
-    )  # fmt: skip
+    )

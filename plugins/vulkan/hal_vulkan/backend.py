@@ -23,9 +23,10 @@ from .detect import find
 from .ladder import matrix_step
 
 _CAPABILITIES = attrs.evolve(
-    CAPABILITIES, dtypes=CAPABILITIES.dtypes | {"bfloat16"},
+    CAPABILITIES,
+    dtypes=CAPABILITIES.dtypes | {"bfloat16"},
     numerics={**CAPABILITIES.numerics, "bfloat16": Numerics(relative=5e-3, lse=1e-3, gradient=2e-2)},
-)  # fmt: skip
+)
 
 _LEAST_ROWS = 8  # of a work group, where a call has more
 

@@ -1,9 +1,11 @@
 """Builds the SPIR-V beside the shaders: python -m hal_vulkan.build_shaders. Nothing is compiled at run time.
 
-Needs glslangValidator, found by HAL_GLSLANG (one or more paths, as in PATH) and on PATH. The committed files were made by
-the versions of `needed_version`; another version orders its words otherwise, so that a comparison would mean nothing.
+Needs glslangValidator, found by HAL_GLSLANG (one or more paths, as in PATH) and on PATH. The committed files were made
+by the versions of `needed_version`; another version orders its words otherwise, so that a comparison would mean
+nothing.
 
-Attention shaders are built for each dtype: NAME.float32.spv and so on; those on cooperative matrices for the matrices' own.
+Attention shaders are built for each dtype: NAME.float32.spv and so on; those on cooperative matrices for the matrices'
+own.
 """
 
 from __future__ import annotations
@@ -93,7 +95,9 @@ def why_not(source: Path) -> str | None:
 
 
 def build(source: Path, folder: Path) -> list[Path]:
-    """Compile a shader into `folder`; the files made. Raises RuntimeError with what is missing or the compiler's message."""
+    """Compile a shader into `folder`; the files made. Raises RuntimeError with what is missing or the compiler's
+    message.
+    """
     if reason := why_not(source):
         raise RuntimeError(reason)
     made = []

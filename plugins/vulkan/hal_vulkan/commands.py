@@ -26,8 +26,9 @@ TIMEOUT = 300.0
 #: Seconds that work which should be over already is given to end, before its memory is given back.
 GRACE = 30.0
 
-#: Bytes up to which this thread copies a tensor by itself, beside a card and where the device is the processor itself: torch
-#: shares its copies among threads from _SHARED elements on, and waking them takes longer, far longer where they are at work.
+#: Bytes up to which this thread copies a tensor by itself, beside a card and where the device is the processor itself:
+#: torch shares its copies among threads from _SHARED elements on, and waking them takes longer, far longer where they
+#: are at work.
 PLAIN_COPY, PLAIN_COPY_ON_CPU = 1 << 20, 32 << 20
 _SHARED = 1 << 15
 
@@ -74,8 +75,8 @@ class _Result(NamedTuple):
 class VulkanCommandBuffer:
     """Commands in order, with a barrier before every dispatch that reads what the one before wrote.
 
-    While it is recorded, `stage` and `result` say where tensors come in and go out; `finish` runs it. Where all that came
-    in belongs to the call's tensors it is `fixed`, and `run` does the same again for others of the same shapes.
+    While it is recorded, `stage` and `result` say where tensors come in and go out; `finish` runs it. Where all that
+    came in belongs to the call's tensors it is `fixed`, and `run` does the same again for others of the same shapes.
     """
 
     def __init__(self, recorder: Recorder, what: str, given: Given) -> None:
@@ -145,9 +146,14 @@ class VulkanCommandBuffer:
         return Operand(Bound(region.block, region.offset, region.size), host)
 
     def stage(
-        self, tensor: Tensor, dim: int | None = None, *, rows: int | None = None, wide: bool = False,
+        self,
+        tensor: Tensor,
+        dim: int | None = None,
+        *,
+        rows: int | None = None,
+        wide: bool = False,
         again: Take | None = None,
-    ) -> Operand:  # fmt: skip
+    ) -> Operand:
         """A tensor's values, contiguous: read where they lie if they can be, else by one counted copy.
 
         Args:
@@ -210,7 +216,9 @@ class VulkanCommandBuffer:
         return again or (lambda given: tensor)
 
     def _lying(self, tensor: Tensor) -> Operand | None:
-        """The tensor's own memory where shaders can use it: shared with CUDA, or the host's on a CPU; None elsewhere."""
+        """The tensor's own memory where shaders can use it: shared with CUDA, or the host's on a CPU; None
+        elsewhere.
+        """
         recorder = self._recorder
         if self._card is not None:
             if (bound := self._card.bound_of(tensor)) is not None:
@@ -235,9 +243,17 @@ class VulkanCommandBuffer:
         self._copied += tensor.numel() * tensor.element_size()
 
     def dispatch(
-        self, shader: str, constants: Sequence[int], operands: Sequence[Operand], numbers: Sequence[float], layout: str,
-        groups: Sequence[int], *, kinds: str = "", after: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        shader: str,
+        constants: Sequence[int],
+        operands: Sequence[Operand],
+        numbers: Sequence[float],
+        layout: str,
+        groups: Sequence[int],
+        *,
+        kinds: str = "",
+        after: bool = True,
+    ) -> None:
         """Record a shader.
 
         Args:

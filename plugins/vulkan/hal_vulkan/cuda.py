@@ -1,4 +1,6 @@
-"""CUDA's side of a card that Vulkan drives too: memory that both see, and the order of their work. Needs cuda-bindings."""
+"""CUDA's side of a card that Vulkan drives too: memory that both see, and the order of their work. Needs
+cuda-bindings.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class _Stream(NamedTuple):
 
 
 class CudaCard(SharedCard):
-    """The CUDA device of the same card. Vulkan waits for torch's current stream and the stream for Vulkan, not the host."""
+    """The CUDA device of the same card. Vulkan waits for torch's current stream and the stream for Vulkan, not the
+    host.
+    """
 
     kind = "cuda"
 

@@ -1,4 +1,6 @@
-"""Which Vulkan devices there are, or why there are none. Nothing here raises for absent hardware, or initialises CUDA."""
+"""Which Vulkan devices there are, or why there are none. Nothing here raises for absent hardware, or initialises
+CUDA.
+"""
 
 from __future__ import annotations
 
@@ -38,17 +40,26 @@ def _describe(device_id: str, adapter: Adapter) -> Device:
     limits, (index, why) = adapter.limits, cuda_index(adapter)
     shared = [f"memory shared with cuda:{index}" if index is not None else f"no memory shared with CUDA: {why}"]
     features = [
-        f"vendor {adapter.vendor}", f"Vulkan {'.'.join(map(str, adapter.api))}", f"subgroups of {limits['subgroupSize']}",
+        f"vendor {adapter.vendor}",
+        f"Vulkan {'.'.join(map(str, adapter.api))}",
+        f"subgroups of {limits['subgroupSize']}",
         f"{limits['maxComputeSharedMemorySize'] >> 10} KiB shared memory",
-        f"{limits['maxStorageBufferRange'] >> 20} MiB per buffer range", *sorted(adapter.features),
-        *(shared if adapter.vendor == "NVIDIA" else []), f"kernel: {ladder(adapter)}",
-    ]  # fmt: skip
+        f"{limits['maxStorageBufferRange'] >> 20} MiB per buffer range",
+        *sorted(adapter.features),
+        *(shared if adapter.vendor == "NVIDIA" else []),
+        f"kernel: {ladder(adapter)}",
+    ]
     return Device(
-        id=device_id, family="vulkan", vendor=adapter.vendor, model=adapter.name,
+        id=device_id,
+        family="vulkan",
+        vendor=adapter.vendor,
+        model=adapter.name,
         fidelity=Fidelity.EMULATED if adapter.is_cpu else Fidelity.HARDWARE,
-        reads=("cpu",) if index is None else ("cpu", f"cuda:{index}"), memory=adapter.memory, driver=adapter.driver,
+        reads=("cpu",) if index is None else ("cpu", f"cuda:{index}"),
+        memory=adapter.memory,
+        driver=adapter.driver,
         features=tuple(features),
-    )  # fmt: skip
+    )
 
 
 def cuda_index(adapter: Adapter) -> tuple[int | None, str]:
@@ -85,7 +96,9 @@ def _uuids() -> list[str]:
 
 
 def _visible(uuids: list[str], setting: str | None) -> list[str]:
-    """The GPUs that CUDA numbers 0, 1, ...: a setting lists places or beginnings of UUIDs, up to the first unknown one."""
+    """The GPUs that CUDA numbers 0, 1, ...: a setting lists places or beginnings of UUIDs, up to the first unknown
+    one.
+    """
     if setting is None:
         return uuids
     chosen: list[str] = []

@@ -14,8 +14,8 @@ _BLOCKS = {"matmul": (4 * _THREADS, 4, 1)}  # elements of the result that a work
 
 
 class FieldRunner:
-    """Runs the shader of a kernel's name: a work group for each block of the result, and so on in turn beyond the device's
-    limit. Shaders are told the extent along z besides."""
+    """Runs the shader of a kernel's name: a work group for each block of the result, and so on in turn beyond the
+    device's limit. Shaders are told the extent along z besides."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -24,9 +24,16 @@ class FieldRunner:
         return min(-(-count // (_THREADS * 16)), 256, self._recorder.most_groups[0]) * _THREADS
 
     def __call__(
-        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], integers: Sequence[int],
-        floats: Sequence[float] = (), *, extent: tuple[int, int, int], what: str,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        integers: Sequence[int],
+        floats: Sequence[float] = (),
+        *,
+        extent: tuple[int, int, int],
+        what: str,
+    ) -> None:
         """See `hal_compute.fields.Runner`."""
         blocks = _BLOCKS.get(name, (_THREADS, 1, 1))
         wanted = (-(-n // block) for n, block in zip(extent, blocks, strict=True))

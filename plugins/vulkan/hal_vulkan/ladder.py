@@ -1,9 +1,9 @@
 """The kernel ladder: which kernel a device runs attention with, from the features it reports. Used by the calls and by
 `hal doctor`, so that what is said is what runs.
 
-The steps, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a key
-for few rows, streams for subgroups of a processor's driver, plain tiles in shared memory. Every feature bit and every
-operation of subgroups that a step's shader uses is asked for.
+The steps, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a
+key for few rows, streams for subgroups of a processor's driver, plain tiles in shared memory. Every feature bit and
+every operation of subgroups that a step's shader uses is asked for.
 """
 
 from __future__ import annotations
@@ -60,13 +60,17 @@ def _does(adapter: Adapter, operations: int) -> bool:
 
 
 def matrix_step(adapter: Adapter, dtype: str) -> MatrixStep | None:
-    """The matrix step that calls take; None on a processor's driver, which would compute a matrix element by element."""
+    """The matrix step that calls take; None on a processor's driver, which would compute a matrix element by
+    element.
+    """
     steps = [] if adapter.is_cpu else matrix_steps(adapter, dtype)
     return steps[0] if steps else None
 
 
 class RowStep(NamedTuple):
-    """forward_rows.comp, for few query rows. `subgroup`: its invocations. `shared`: bytes that a work group may have."""
+    """forward_rows.comp, for few query rows. `subgroup`: its invocations. `shared`: bytes that a work group may
+    have.
+    """
 
     subgroup: int
     shared: int

@@ -16,8 +16,8 @@ _WANTED = 128  # work groups that keep a large device busy; twice as many where 
 class Cut(NamedTuple):
     """How the work is cut: invocations of a work group, keys of a tile, matrices of rows in a subgroup.
 
-    `alone`: subgroups share their rows and have keys of their own, for calls of few rows. `ahead`: the scores of the next
-    tile are made beside this one's weights, with two sets of tiles in shared memory (1) or one (2).
+    `alone`: subgroups share their rows and have keys of their own, for calls of few rows. `ahead`: the scores of the
+    next tile are made beside this one's weights, with two sets of tiles in shared memory (1) or one (2).
     """
 
     step: MatrixStep
@@ -100,12 +100,23 @@ def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call
     fits = blocks <= commands.most_groups[1]
     turned = setting.causal and not cut.alone and fits  # the longest rows of all units first
     constants = (
-        setting.dim, cut.threads, cut.keys, step.side, step.subgroup, cut.height, cut.alone, setting.changes_scores, cut.ahead,
+        setting.dim,
+        cut.threads,
+        cut.keys,
+        step.side,
+        step.subgroup,
+        cut.height,
+        cut.alone,
+        setting.changes_scores,
+        cut.ahead,
         turned,
-    )  # fmt: skip
+    )
     commands.dispatch(
-        f"forward_{step.name}.{setting.dtype}", [int(number) for number in constants],
-        [*operands, *setting.tables, to, parts.lse, parts.sums], setting.values(), LAYOUT,
+        f"forward_{step.name}.{setting.dtype}",
+        [int(number) for number in constants],
+        [*operands, *setting.tables, to, parts.lse, parts.sums],
+        setting.values(),
+        LAYOUT,
         (*((units, blocks) if turned else (blocks, units)), setting.numbers["splits"]),
-    )  # fmt: skip
+    )
     parts.merge()

@@ -29,9 +29,15 @@ class VulkanMemoryPool(DevicePool):
     """Regions that shaders can bind. Not thread-safe: the session holds its lock."""
 
     def __init__(
-        self, gpu: Gpu, name: str, *, host: bool, limit: int | None, exported: bool = False,
+        self,
+        gpu: Gpu,
+        name: str,
+        *,
+        host: bool,
+        limit: int | None,
+        exported: bool = False,
         free: Callable[[Memory], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A pool of the device's memory.
 
         Args:
@@ -40,11 +46,13 @@ class VulkanMemoryPool(DevicePool):
         """
         self._gpu, adapter = gpu, gpu.adapter
         super().__init__(
-            name, lambda nbytes: gpu.allocate(nbytes, host=host, exported=exported), free or gpu.free,
+            name,
+            lambda nbytes: gpu.allocate(nbytes, host=host, exported=exported),
+            free or gpu.free,
             alignment=max(adapter.limits["minStorageBufferOffsetAlignment"], 256),
             largest=adapter.limits["maxStorageBufferRange"],
             limit=adapter.memory if limit is None else min(limit, adapter.memory),
-        )  # fmt: skip
+        )
 
     def abandon(self) -> None:
         """Give every block back, those too of which somebody has a tensor: what shares the memory keeps it alive."""
@@ -63,7 +71,8 @@ class _Loan:
 
 
 class VulkanMemory(ComputeMemory):
-    """Buffers that travel by DLPack: CUDA tensors in the device's own memory where the card is shared, on the host elsewhere.
+    """Buffers that travel by DLPack: CUDA tensors in the device's own memory where the card is shared, on the host
+    elsewhere.
 
     All memory of the device is counted in; what recordings keep counts as pooled.
     """
@@ -138,12 +147,15 @@ class VulkanMemory(ComputeMemory):
             in_use = sum(pool.in_use for pool in pools) - recorder.kept_bytes - self._lingering
             reserved = sum(pool.reserved for pool in pools) + recorder.ring.nbytes
             return attrs.evolve(
-                host, in_use=host.in_use + in_use, pooled=host.pooled + reserved - in_use,
+                host,
+                in_use=host.in_use + in_use,
+                pooled=host.pooled + reserved - in_use,
                 peak=host.peak + sum(pool.peak for pool in pools),
                 allocations=host.allocations + sum(pool.allocations for pool in pools),
                 reuses=host.reuses + sum(pool.reuses for pool in pools),
-                copies=host.copies + recorder.copies, copied=host.copied + recorder.copied,
-            )  # fmt: skip
+                copies=host.copies + recorder.copies,
+                copied=host.copied + recorder.copied,
+            )
 
     def trim(self) -> int:
         with self._device_lock:

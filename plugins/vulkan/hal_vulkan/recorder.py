@@ -22,11 +22,13 @@ from .pipelines import VulkanShaderManager, cache_path
 from .sharing import SharedCard
 from .staging import StagingRing
 
-#: Recordings that are kept with their memory, and the bytes of them all; on a card this part of its memory where that is more.
+#: Recordings that are kept with their memory, and the bytes of them all; on a card this part of its memory where that
+#: is more.
 KEPT, KEPT_BYTES, KEPT_PART = 128, 256 << 20, 64
 #: Fragmentation of the device's memory from which recordings that lie in the way are dropped.
 FRAGMENTED = 0.25
-#: Bytes from which a tensor on the host is read where it lies, where the device can: below, importing costs more than a copy.
+#: Bytes from which a tensor on the host is read where it lies, where the device can: below, importing costs more than a
+#: copy.
 IMPORT_FROM = 1 << 20
 #: Bytes from which a tensor passes through the staging ring.
 STREAM_FROM = 4 << 20
@@ -78,8 +80,8 @@ class Recorder:
         """What a recording depends on besides the device.
 
         Args:
-            number: see `number`. given: query, key, value, mask and the rest: their shapes count, and the places of those that
-                are read where they lie.
+            number: see `number`. given: query, key, value, mask and the rest: their shapes count, and the places of
+                those that are read where they lie.
         """
         shapes = tuple([None if t is None else t.shape for t in given])
         mask = None if given[3] is None else (given[3].stride(), given[3].dtype)
@@ -99,7 +101,8 @@ class Recorder:
     def call(self, what: str, given: Given = (), key: Hashable = None) -> Iterator[VulkanCommandBuffer]:
         """Record and run a call; see `VulkanCommandBuffer`. It is kept for `key` if it can be, else given back.
 
-        Kept recordings are dropped, the one used longest ago first, where they become too many, too large or too scattered.
+        Kept recordings are dropped, the one used longest ago first, where they become too many, too large or too
+        scattered.
         """
         self._check_alive()
         commands = VulkanCommandBuffer(self, what, given)
@@ -217,11 +220,15 @@ class Recorder:
         self.gpu.free(block)
 
     def streams(self, nbytes: int, card: SharedCard | None) -> bool:
-        """Whether a tensor passes through the staging ring: large, and between the host and memory that is not mapped."""
+        """Whether a tensor passes through the staging ring: large, and between the host and memory that is not
+        mapped.
+        """
         return nbytes >= STREAM_FROM and not self.mapped and card is None
 
     def import_host(self, tensor: Tensor) -> Bound | None:
-        """The tensor's own memory as the device's, where that is a CPU that takes it and the tensor is large and aligned."""
+        """The tensor's own memory as the device's, where that is a CPU that takes it and the tensor is large and
+        aligned.
+        """
         limits = self.adapter.limits
         page, nbytes = limits["hostPointerAlignment"], tensor.numel() * tensor.element_size()
         if not (self.mapped and page and IMPORT_FROM <= nbytes <= self.pool.largest and tensor.is_contiguous()):
@@ -240,7 +247,9 @@ class Recorder:
 
     @property
     def device_seconds_in_all(self) -> float | None:
-        """What all recorded commands of the last call took by the device's clock, copies counted; None where it has none."""
+        """What all recorded commands of the last call took by the device's clock, copies counted; None where it has
+        none.
+        """
         return self.gpu.stamped_seconds(2) if self.gpu.submitted else None
 
     def trim(self) -> int:
@@ -281,7 +290,9 @@ class Recorder:
         return True
 
     def close(self) -> None:
-        """Destroy everything, but on a device that hangs: what is in use there stays, or the process would go with it."""
+        """Destroy everything, but on a device that hangs: what is in use there stays, or the process would go with
+        it.
+        """
         self.shaders.save(cache_path(self.adapter))
         if self._stuck:
             return

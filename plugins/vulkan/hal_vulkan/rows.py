@@ -11,13 +11,16 @@ from .ladder import RowStep
 from .setting import Setting
 
 _SUBGROUPS = (6, 4, 2)  # of a work group, the best first
-# Work groups that keep a large device's reads busy: 2 for each of an H200's 132 multiprocessors. One more would have all wait.
+# Work groups that keep a large device's reads busy: 2 for each of an H200's 132 multiprocessors. One more would have
+# all wait.
 _MOST = 264
 _MOST_SPLITS = 64  # of arriving.glsl, and of `Problem.split`
 
 
 class Cut(NamedTuple):
-    """How the work is cut: subgroups and query rows of a work group, invocations that share a key, loads of keys in flight."""
+    """How the work is cut: subgroups and query rows of a work group, invocations that share a key, loads of keys in
+    flight.
+    """
 
     step: RowStep
     subgroups: int
@@ -69,5 +72,8 @@ def record(commands: VulkanCommandBuffer, cut: Cut, setting: Setting, call: Call
     commands.dispatch(
         f"forward_rows.{setting.dtype}",
         (setting.dim, cut.threads, cut.loads, cut.rows, cut.step.subgroup, cut.lanes, int(general)),
-        [*operands, *setting.tables, to, to_lse, sums, lse, arrived], setting.values(), LAYOUT, (blocks, setting.units, splits),
-    )  # fmt: skip
+        [*operands, *setting.tables, to, to_lse, sums, lse, arrived],
+        setting.values(),
+        LAYOUT,
+        (blocks, setting.units, splits),
+    )

@@ -38,9 +38,14 @@ class VulkanSession(ComputeSession):
         record, lock, recorder, this = super().bind(request), self._lock, self.recorder, number(request)
 
         def call(
-            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None, rng: tuple[int, int] | None = None,
-        ) -> Any:  # fmt: skip
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            plan: BlockPlan | None = None,
+            tables: SequenceTables | None = None,
+            rng: tuple[int, int] | None = None,
+        ) -> Any:
             if mask is None and plan is None:
                 given = (query, key, value, None, None)
                 with lock:

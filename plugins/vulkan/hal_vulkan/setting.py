@@ -1,4 +1,6 @@
-"""What the shaders of one call share: its mask and ranges on the device, and the parts that splits of the keys leave."""
+"""What the shaders of one call share: its mask and ranges on the device, and the parts that splits of the keys
+leave.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +65,18 @@ class Parts:
         self.lse = to_lse if whole else commands.space(self._splits * self._rows * 4)
 
     def merge(self) -> None:
-        """Record merge.comp, if there is anything to merge; many splits of a result are shared by several invocations."""
+        """Record merge.comp, if there is anything to merge; many splits of a result are shared by several
+        invocations.
+        """
         if self._splits == 1:
             return
         setting, strands = self._setting, 4 if self._splits >= 8 and not self._setting.is_cpu else 1
         groups = self._commands.spread(-(-self._rows * setting.dim // 4 * strands // _MERGERS))
         self._commands.dispatch(
-            f"merge.{setting.dtype}", (setting.dim, _MERGERS, strands), [self.sums, self.lse, self._to, self._to_lse],
-            setting.values(unit_rows=self._rows), LAYOUT, groups,
-        )  # fmt: skip
+            f"merge.{setting.dtype}",
+            (setting.dim, _MERGERS, strands),
+            [self.sums, self.lse, self._to, self._to_lse],
+            setting.values(unit_rows=self._rows),
+            LAYOUT,
+            groups,
+        )

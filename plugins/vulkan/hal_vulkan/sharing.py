@@ -1,4 +1,6 @@
-"""Memory of a Vulkan device that torch sees through another interface of the same card, and the order of both's work."""
+"""Memory of a Vulkan device that torch sees through another interface of the same card, and the order of both's
+work.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,15 @@ class SharedCard(ABC):
         return seen.bytes[bound.offset : bound.offset + bound.size]
 
     def lend(self, bound: Bound, ended: Callable[[], None]) -> Tensor:
-        """A range as uint8 [size] of a storage of its own; `ended` is called, in any thread, when its last tensor is gone."""
+        """A range as uint8 [size] of a storage of its own; `ended` is called, in any thread, when its last tensor is
+        gone.
+        """
         return self._alias(self.view(bound), ended)
 
     def bound_of(self, tensor: Tensor) -> Bound | None:
-        """Where a contiguous tensor lies in this memory; None where it lies elsewhere, or not as shaders can read it."""
+        """Where a contiguous tensor lies in this memory; None where it lies elsewhere, or not as shaders can read
+        it.
+        """
         first = tensor.data_ptr()
         for seen in self._seen.values():
             if seen.first <= first < seen.last:

@@ -38,7 +38,9 @@ class StagingRing:
         return self._count * self._slot_bytes if self._block is not None else 0
 
     def upload(self, tensor: Tensor, target: Bound, wide: int, what: str) -> None:
-        """Queue the transfer of a tensor, its rows padded with zeros to `wide` elements. It is read before this returns."""
+        """Queue the transfer of a tensor, its rows padded with zeros to `wide` elements. It is read before this
+        returns.
+        """
         done = 0
         if wide == tensor.shape[-1] and wide * tensor.element_size() > self._slot_bytes:
             tensor = tensor.contiguous()  # a row that is too long for a slot can only be cut where it has no strides
@@ -109,7 +111,9 @@ class StagingRing:
 
 
 def _pieces(tensor: Tensor, wide: int, most: int) -> Iterator[tuple[Tensor, int]]:
-    """A tensor in order: (views of two dimensions, elements that each of their rows takes), at most `most` bytes each."""
+    """A tensor in order: (views of two dimensions, elements that each of their rows takes), at most `most` bytes
+    each.
+    """
     if tensor.is_contiguous() and wide == tensor.shape[-1]:
         parts: Iterable[Tensor] = [tensor.view(-1, 1)]
         wide = 1

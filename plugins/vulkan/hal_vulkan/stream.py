@@ -13,7 +13,8 @@ from .setting import Setting
 _BYTES = 1 << 16  # of keys, and of values, that a uniform buffer holds
 _LANES = 8  # invocations of a subgroup, and of a work group
 _SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
-#: Bytes of keys, and part of the session's limit, that may be chunks filled less than half: short rows of many sequences.
+#: Bytes of keys, and part of the session's limit, that may be chunks filled less than half: short rows of many
+#: sequences.
 _SPARE, _SPARE_PART = 128 << 20, 16
 #: Multiply-accumulates, per float of a query that an invocation holds, from which compiling that much pays.
 _FROM = 1 << 16
@@ -74,17 +75,23 @@ def record(commands: VulkanCommandBuffer, setting: Setting, call: Call, to: Oper
             for begin, end, banded in pieces:
                 pushed = setting.values(plan_batch=unit, plan_head=begin, block_q=start, chunk=count)
                 commands.dispatch(
-                    f"forward_stream.{setting.dtype}", (dim, _LANES, rows_each, banded, *bent),
-                    [query, *tiles, part, part_lse, setting.tables[0]], pushed, LAYOUT,
-                    (-(-(end - begin) // tall), group, 1), kinds="suusss", after=fresh,
-                )  # fmt: skip
+                    f"forward_stream.{setting.dtype}",
+                    (dim, _LANES, rows_each, banded, *bent),
+                    [query, *tiles, part, part_lse, setting.tables[0]],
+                    pushed,
+                    LAYOUT,
+                    (-(-(end - begin) // tall), group, 1),
+                    kinds="suusss",
+                    after=fresh,
+                )
                 fresh = False
     pushed, groups = setting.values(unit_rows=rows), commands.spread(-(-rows * dim // 4 // 64))
     commands.dispatch(f"merge.{setting.dtype}", (dim, 64), [part, part_lse, to, to_lse], pushed, LAYOUT, groups)
 
 
 def _pieces(len_q: int, chunk: tuple[int, int], band: tuple[int, int], tall: int) -> list[tuple[int, int, int]]:
-    """Rows (begin, end, banded) that read something of a chunk (start, count) of the keys: some or (banded 0) all of it.
+    """Rows (begin, end, banded) that read something of a chunk (start, count) of the keys: some or (banded 0) all of
+    it.
 
     Begins are multiples of `tall`. A chunk whose keys are not a multiple of 8 is banded: its end is inside a step.
     """

@@ -1,4 +1,6 @@
-"""Cases come from the claims: everything claimed is asked for, and everything else is a request that must be refused."""
+"""Cases come from the claims: everything claimed is asked for, and everything else is a request that must be
+refused.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,34 @@ from hal_core.testing.cases import DTYPES, LAYOUTS
 
 DEVICE = hal.Device(id="x:0", family="x", vendor="", model="", fidelity=hal.Fidelity.HARDWARE)
 EVERYTHING: dict[str, Any] = {
-    "dtypes": DTYPES, "numerics": {name: Numerics(1e-5, gradient=1e-5) for name in DTYPES}, "head_dim": Range(1, 256),
-    "masks": MaskKind, "causal": Causal, "features": FEATURES, "length": Range(0), "page_sizes": Range(1),
-    "cache_dtypes": {"float8_e4m3fn", "float8_e5m2"}, "block_sizes": Range(1),
-}  # fmt: skip
+    "dtypes": DTYPES,
+    "numerics": {name: Numerics(1e-5, gradient=1e-5) for name in DTYPES},
+    "head_dim": Range(1, 256),
+    "masks": MaskKind,
+    "causal": Causal,
+    "features": FEATURES,
+    "length": Range(0),
+    "page_sizes": Range(1),
+    "cache_dtypes": {"float8_e4m3fn", "float8_e5m2"},
+    "block_sizes": Range(1),
+}
 LITTLE: dict[str, Any] = {
-    "dtypes": {"float16"}, "numerics": {"float16": Numerics(1e-3)}, "head_dim": Choice({32, 64}), "length": Range(16, 128, 16),
-    "batch": Range(1, 1), "heads": Range(1, 4),
-}  # fmt: skip
+    "dtypes": {"float16"},
+    "numerics": {"float16": Numerics(1e-3)},
+    "head_dim": Choice({32, 64}),
+    "length": Range(16, 128, 16),
+    "batch": Range(1, 1),
+    "heads": Range(1, 4),
+}
 
 
 def claims(base: dict[str, Any] = EVERYTHING, **changes: Any) -> Capabilities:
     return Capabilities(**(base | changes))
 
 
-@pytest.mark.parametrize("capabilities", [claims(), claims(LITTLE), claims(length=Range(1)), claims(features=())], ids=repr)
+@pytest.mark.parametrize(
+    "capabilities", [claims(), claims(LITTLE), claims(length=Range(1)), claims(features=())], ids=repr
+)
 def test_claimed_cases_are_inside_and_unclaimed_ones_outside_for_the_reason_given(capabilities: Capabilities) -> None:
     cases = claimed_cases(capabilities, DEVICE)
     assert cases
@@ -63,7 +78,20 @@ def test_a_feature_that_is_not_claimed_is_asked_for_to_be_refused(feature: str) 
 
 
 def test_practically_every_two_claims_meet(seed: int) -> None:
-    fields = ("dtype", "mask", "causal", "softcap", "window", "scale", "dim_qk", "heads_kv", "lse", "grads", "batch", "len_k")
+    fields = (
+        "dtype",
+        "mask",
+        "causal",
+        "softcap",
+        "window",
+        "scale",
+        "dim_qk",
+        "heads_kv",
+        "lse",
+        "grads",
+        "batch",
+        "len_k",
+    )
     cases = [c for c in claimed_cases(claims(), DEVICE, seed=seed) if c.subject == "combinations"]
     values = {name: {getattr(c.request, name) for c in cases} for name in fields}
     wanted = {(a, x, b, y) for a, b in combinations(fields, 2) for x in values[a] for y in values[b]}

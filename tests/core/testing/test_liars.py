@@ -23,8 +23,16 @@ SLOW = {"leaks", "estimates"}
 #: Checks that a lie may fail besides its own. Lies that are not here must fail their own check alone.
 ALSO = {
     "wrong scale": {"combinations"},
-    "dropped mask": {"combinations", "gradients", "grouped_heads", "log_sum_exp", "lse_gradient", "mask_gradient", "merges",
-                     "softcap"},
+    "dropped mask": {
+        "combinations",
+        "gradients",
+        "grouped_heads",
+        "log_sum_exp",
+        "lse_gradient",
+        "mask_gradient",
+        "merges",
+        "softcap",
+    },
     "swapped group heads": {"combinations", "gradients", "log_sum_exp", "lse_gradient", "merges"},
     "wrong causal alignment": {"combinations", "gradients", "log_sum_exp", "lse_gradient", "window"},
     "wrong base of the log-sum-exp": {"combinations", "lse_gradient", "merges"},
@@ -34,27 +42,42 @@ ALSO = {
     "ignores rng": {"dropout"},
     "fails open": {"packed"},
     "closes other sessions": {"runs_where_it_says"},
-}  # fmt: skip
+}
 #: Lies that break nearly everything: what matters is that their own check says so.
 BROAD = {"NaN in rows without keys", "changes its inputs", "hidden generator", "more noise than declared"}
 SAYS = {
-    "wrong scale": "result of scale", "dropped mask": "dropping the mask", "swapped group heads": "key head h % heads_kv",
+    "wrong scale": "result of scale",
+    "dropped mask": "dropping the mask",
+    "swapped group heads": "key head h % heads_kv",
     "wrong causal alignment": "causal top_left where bottom_right was asked",
     "wrong base of the log-sum-exp": "base-2 logarithm",
-    "NaN in rows without keys": "rows that read no key are NaN", "stale keys": "changed in place",
-    "leaks": "left", "changes its inputs": "key was changed in place", "claims a dtype it lacks": "float64",
+    "NaN in rows without keys": "rows that read no key are NaN",
+    "stale keys": "changed in place",
+    "leaks": "left",
+    "changes its inputs": "key was changed in place",
+    "claims a dtype it lacks": "float64",
     "half a gradient": "gradient of key",
-    "leaves the work to another device": "honest:0 did the work", "refuses what it claims": "claimed, and check() refuses",
-    "calls torch on the host hardware": "accelerator hardware is claimed", "ignores rng": "rng is ignored",
-    "wavers where it claims determinism": "determinism is claimed", "estimates from thin air": "measured",
-    "tiles that overlap": "lie in [2] tiles", "tiles that leave out": "lie in [0] tiles",
-    "tiles that are not full": "is called full", "memory handed out twice": "handed out again",
-    "copies nobody counts": "copied the memory, and stats() counts 0", "memory that is never given back": "are in use",
-    "fails open": "not refused with 'packed'", "ignores the given log-sum-exp": "given the whole's",
-    "more noise than declared": "out is wrong by", "hidden generator": "repeated", "closes other sessions": "is closed",
-    "delegates by the public function": "bound:0 did the work", "one dropout for all heads": "another head",
+    "leaves the work to another device": "honest:0 did the work",
+    "refuses what it claims": "claimed, and check() refuses",
+    "calls torch on the host hardware": "accelerator hardware is claimed",
+    "ignores rng": "rng is ignored",
+    "wavers where it claims determinism": "determinism is claimed",
+    "estimates from thin air": "measured",
+    "tiles that overlap": "lie in [2] tiles",
+    "tiles that leave out": "lie in [0] tiles",
+    "tiles that are not full": "is called full",
+    "memory handed out twice": "handed out again",
+    "copies nobody counts": "copied the memory, and stats() counts 0",
+    "memory that is never given back": "are in use",
+    "fails open": "not refused with 'packed'",
+    "ignores the given log-sum-exp": "given the whole's",
+    "more noise than declared": "out is wrong by",
+    "hidden generator": "repeated",
+    "closes other sessions": "is closed",
+    "delegates by the public function": "bound:0 did the work",
+    "one dropout for all heads": "another head",
     "half the dropout": "was dropped",
-}  # fmt: skip
+}
 
 
 class OverlappingTiles(hal.DenseTiling):
@@ -120,9 +143,16 @@ class ExplicitSession(DenseSession):
         return lse
 
     def compute_attention_backward(
-        self, prepared: Any, out: Tensor, lse: Tensor, grad_out: Tensor, mask: Tensor | None = None, *,
-        grad_lse: Tensor | None = None, rng: Any = None,
-    ) -> hal.Grads:  # fmt: skip
+        self,
+        prepared: Any,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: Any = None,
+    ) -> hal.Grads:
         query, key, value, r = prepared
         group = r.heads_q // r.heads_kv
         q, go, (k, v) = query.float(), grad_out.float(), (self.grouped(t.float(), group) for t in (key, value))
@@ -215,9 +245,11 @@ def of(check: str, session: Any = DenseSession, **options: Any) -> Lie:
 
 EXPLICIT = attrs.evolve(CLAIMS, features=CLAIMS.features - {"softcap", "dropout"})
 NOISY = attrs.evolve(
-    CLAIMS, dtypes={"float32"}, numerics={"float32": hal.Numerics(0.021, noisy=True)},
+    CLAIMS,
+    dtypes={"float32"},
+    numerics={"float32": hal.Numerics(0.021, noisy=True)},
     features=CLAIMS.features - {"backward", "mask_grad", "lse_grad", "deterministic", "dropout"},
-)  # fmt: skip
+)
 MORE = {
     "tiles that overlap": lie("tiles", tiling=property(lambda self: OverlappingTiles(), lambda self, value: None)),
     "tiles that leave out": lie("tiles", tiling=property(lambda self: MissingTiles(), lambda self, value: None)),
@@ -229,14 +261,20 @@ MORE = {
     "ignores the given log-sum-exp": of("merges", IgnoresGivenLse, claims=EXPLICIT),
     "more noise than declared": of("dtypes", LouderSession, claims=NOISY),
     "hidden generator": of("repeats", HiddenGenerator, claims=NOISY),
-    "delegates by the public function": of("runs_where_it_says", Delegates, claims=attrs.evolve(
-        CLAIMS, features=CLAIMS.features - {"window", "diagonal", "dropout"})),
+    "delegates by the public function": of(
+        "runs_where_it_says",
+        Delegates,
+        claims=attrs.evolve(CLAIMS, features=CLAIMS.features - {"window", "diagonal", "dropout"}),
+    ),
     "closes other sessions": of("reopen", ClosesAll),
     "one dropout for all heads": lie(
-        "dropout", kept=lambda self, w, r, rng: DenseSession.kept(self, w[:1, :1], r, rng).expand(w.shape)),
-    "half the dropout": lie("dropout", kept=lambda self, w, r, rng: DenseSession.kept(
-        self, w, dataclasses.replace(r, dropout=r.dropout / 2), rng)),
-}  # fmt: skip
+        "dropout", kept=lambda self, w, r, rng: DenseSession.kept(self, w[:1, :1], r, rng).expand(w.shape)
+    ),
+    "half the dropout": lie(
+        "dropout",
+        kept=lambda self, w, r, rng: DenseSession.kept(self, w, dataclasses.replace(r, dropout=r.dropout / 2), rng),
+    ),
+}
 
 
 def with_memory(memory: Any) -> DenseSession:
@@ -318,8 +356,10 @@ def numbers(generator: torch.Generator) -> tuple[Tensor, int]:
     return torch.randn(5, 3, generator=generator), 7
 
 
-@pytest.mark.parametrize(("provided", "factor", "finding"), [
-    ({"double"}, 2.0, "double"), ({"double"}, 2.1, "is wrong by 0.05"), ({"halve"}, 2.0, "no plugin specifies")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("provided", "factor", "finding"),
+    [({"double"}, 2.0, "double"), ({"double"}, 2.1, "is wrong by 0.05"), ({"halve"}, 2.0, "no plugin specifies")],
+)
 def test_kernels_are_held_to_their_reference(
     provided: set[str], factor: float, finding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,9 +370,12 @@ def test_kernels_are_held_to_their_reference(
     targets = {"kernels:double": lambda x, n: double(x), "kernels:numbers": numbers}
     monkeypatch.setattr("hal_core.testing.honesty.resolve", targets.get)
     spec = hal.KernelSpec(
-        name="double", signature="double(x[M, N], n) -> [M, N]", reference="kernels:double", sampler="kernels:numbers",
+        name="double",
+        signature="double(x[M, N], n) -> [M, N]",
+        reference="kernels:double",
+        sampler="kernels:numbers",
         tolerance={"float32": 1e-6, "bfloat16": 1e-2},
-    )  # fmt: skip
+    )
     monkeypatch.setitem(registry._specs, "double", spec)
     kind = type("KernelSession", (DenseSession,), {"kernel": lambda self, name: lambda x, n: factor * x})
     report = check_backend(Provider("provider", kind), checks=["kernels"])
@@ -351,7 +394,16 @@ def test_results_of_few_numbers_are_held_over_many_draws(seed: int, factor: floa
     hal.register(lie("value_dim", attend=off).make(), name="liar")
     try:
         subject = Subject(registry.find("liar")[0], seed=seed, quick=False)
-        sizes = {"batch": 1, "heads_q": 2, "heads_kv": 2, "len_q": 1, "len_k": 67, "dim_qk": 64, "dim_v": 1, "dtype": "float32"}
+        sizes = {
+            "batch": 1,
+            "heads_q": 2,
+            "heads_kv": 2,
+            "len_q": 1,
+            "len_k": 67,
+            "dim_qk": 64,
+            "dim_v": 1,
+            "dtype": "float32",
+        }
         case = subject.corners.case("few", sizes)
         if factor == 1:
             assert subject.hold(case).share <= 1
@@ -363,9 +415,20 @@ def test_results_of_few_numbers_are_held_over_many_draws(seed: int, factor: floa
 
 
 def test_gradients_of_few_rows_are_weighed_over_many_draws() -> None:
-    """Where a row reads one key, its query's gradient is that of its log-sum-exp alone, next to nothing in some draws."""
+    """Where a row reads one key, its query's gradient is that of its log-sum-exp alone, next to nothing in some
+    draws.
+    """
     subject = Subject(registry.find("cpu:0")[0], seed=0, quick=False)
-    sizes = {"batch": 1, "heads_q": 2, "heads_kv": 2, "len_q": 1, "len_k": 67, "dim_qk": 512, "dim_v": 512, "dtype": "float32"}
+    sizes = {
+        "batch": 1,
+        "heads_q": 2,
+        "heads_kv": 2,
+        "len_q": 1,
+        "len_k": 67,
+        "dim_qk": 512,
+        "dim_v": 512,
+        "dtype": "float32",
+    }
     asked = {"causal": hal.Causal.TOP_LEFT, "grads": frozenset("qkv"), "lse": True, "grad_lse": True}
     case = subject.corners.case("few rows", sizes | asked)
     for seed in range(12):

@@ -43,8 +43,11 @@ def by_pairs(q: Tensor, k: Tensor, v: Tensor, sees: Any, score: Any) -> tuple[Te
     return out, lse
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"mask": "boolean"},
-                                     {"mask": "additive"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"mask": "boolean"}, {"mask": "additive"}],
+    ids=str,
+)
 def test_agrees_with_torch_in_float64(seed: int, options: dict[str, Any]) -> None:
     q, k, v = qkv(seed, heads_kv=2 if "enable_gqa" in options else 4)
     (mask,) = draw(seed + 1, (2, 1, 5, 7))
@@ -138,7 +141,8 @@ def test_a_block_plan_shows_its_blocks_and_nothing_else(seed: int) -> None:
 def test_packed_sequences_are_attended_alone(seed: int) -> None:
     q, k, v = draw(seed, (1, 4, 9, 8), (1, 2, 8, 8), (1, 2, 8, 6))
     tables = hal.SequenceTables(
-        cu_seqlens_q=torch.tensor([0, 4, 4, 9], dtype=torch.int32), cu_seqlens_k=torch.tensor([0, 3, 5, 8], dtype=torch.int32)
+        cu_seqlens_q=torch.tensor([0, 4, 4, 9], dtype=torch.int32),
+        cu_seqlens_k=torch.tensor([0, 3, 5, 8], dtype=torch.int32),
     )
     out, lse = reference(q, k, v, tables=tables, causal="bottom_right")
     for rows, keys in ((slice(0, 4), slice(0, 3)), (slice(4, 9), slice(5, 8))):
@@ -229,7 +233,9 @@ def test_relative_error() -> None:
 
 def test_importing_the_kit_imports_neither_torch_nor_pytest() -> None:
     code = "import sys, hal_core.testing; print([m for m in ('torch', 'pytest', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_every_public_name_is_there() -> None:

@@ -77,9 +77,7 @@ def test_a_misspelled_expectation_fails() -> None:
 
 def test_a_subclass_gives_one_test_for_each_check(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
-        "from hal_core.testing import ConformanceSuite\n"
-        "class TestIt(ConformanceSuite):\n"
-        "    backend = 'nowhere'\n"
+        "from hal_core.testing import ConformanceSuite\nclass TestIt(ConformanceSuite):\n    backend = 'nowhere'\n"
     )
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     listed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stdout

@@ -1,4 +1,6 @@
-"""The plain Triton kernels and everything around them, in Triton's interpreter. Run by tests/cuda/test_interpreted.py."""
+"""The plain Triton kernels and everything around them, in Triton's interpreter. Run by
+tests/cuda/test_interpreted.py.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,18 @@ BOTTOM, TOP = Causal.BOTTOM_RIGHT, Causal.TOP_LEFT
 
 
 def run(
-    generator: torch.Generator, len_q: int, len_k: int, *, dim: int = 24, dim_v: int = 0, heads: tuple[int, int] = (4, 2),
-    dtype: str = "float32", mask: str = "none", plan: BlockPlan | None = None, **options: Any,
-) -> tuple[float, float]:  # fmt: skip
+    generator: torch.Generator,
+    len_q: int,
+    len_k: int,
+    *,
+    dim: int = 24,
+    dim_v: int = 0,
+    heads: tuple[int, int] = (4, 2),
+    dtype: str = "float32",
+    mask: str = "none",
+    plan: BlockPlan | None = None,
+    **options: Any,
+) -> tuple[float, float]:
     """Errors of the output and of the log-sum-exp against float64; rows without keys are asserted on."""
     kind = getattr(torch, dtype)
     shapes = ((2, heads[0], len_q, dim), (2, heads[1], len_k, dim), (2, heads[1], len_k, dim_v or dim))
@@ -39,9 +50,19 @@ def run(
         given = torch.randn(1, heads[0], len_q, len_k, generator=generator)
         given[..., 1::4, :] = -math.inf
     request = AttentionRequest(
-        batch=2, heads_q=heads[0], heads_kv=heads[1], len_q=len_q, len_k=len_k, dim_qk=dim, dim_v=dim_v or dim, dtype=dtype,
-        lse=True, mask=MaskKind(mask), block_plan=plan and (plan.block_q, plan.block_k, plan.indices.shape[-1]), **options,
-    )  # fmt: skip
+        batch=2,
+        heads_q=heads[0],
+        heads_kv=heads[1],
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=dim,
+        dim_v=dim_v or dim,
+        dtype=dtype,
+        lse=True,
+        mask=MaskKind(mask),
+        block_plan=plan and (plan.block_q, plan.block_k, plan.indices.shape[-1]),
+        **options,
+    )
     out, lse = PortablePath(request, CHIP)(query, key, value, given, plan, None, (5, 1 << 40))
     scores = query.double() @ key.double().repeat_interleave(heads[0] // heads[1], 1).mT * request.effective_scale
     if request.softcap:
@@ -85,7 +106,9 @@ def error(got: Tensor, want: Tensor) -> float:
         (1, 300, {"heads": (1, 1)}),
     ],
 )
-def test_kernel_agrees_with_float64(generator: torch.Generator, len_q: int, len_k: int, options: dict[str, Any]) -> None:
+def test_kernel_agrees_with_float64(
+    generator: torch.Generator, len_q: int, len_k: int, options: dict[str, Any]
+) -> None:
     out, lse = run(generator, len_q, len_k, **options)
     assert out <= 2e-6
     assert lse <= 2e-6
@@ -94,10 +117,20 @@ def test_kernel_agrees_with_float64(generator: torch.Generator, len_q: int, len_
 @pytest.mark.parametrize("joined", [True, False], ids=["by the last program", "by a second kernel"])
 @pytest.mark.parametrize(
     ("len_q", "len_k", "options"),
-    [(1, 200, {}), (3, 260, {"heads": (6, 2)}), (2, 300, {"causal": BOTTOM, "window": (60, 0)}), (1, 130, {"heads": (8, 1)})],
+    [
+        (1, 200, {}),
+        (3, 260, {"heads": (6, 2)}),
+        (2, 300, {"causal": BOTTOM, "window": (60, 0)}),
+        (1, 130, {"heads": (8, 1)}),
+    ],
 )
 def test_split_keys_are_joined(
-    generator: torch.Generator, len_q: int, len_k: int, options: dict[str, Any], joined: bool, monkeypatch: pytest.MonkeyPatch
+    generator: torch.Generator,
+    len_q: int,
+    len_k: int,
+    options: dict[str, Any],
+    joined: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Either way, and the counters are left as they were."""
     if not joined:
@@ -122,7 +155,15 @@ def test_split_keys_are_joined(
 def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Generator, deterministic: bool) -> None:
     query, key = (torch.randn(1, 2, length, 16, generator=generator) for length in (1, 70))
     request = AttentionRequest(
-        batch=1, heads_q=2, heads_kv=2, len_q=1, len_k=70, dim_qk=16, dim_v=16, dtype="float32", deterministic=deterministic
+        batch=1,
+        heads_q=2,
+        heads_kv=2,
+        len_q=1,
+        len_k=70,
+        dim_qk=16,
+        dim_v=16,
+        dtype="float32",
+        deterministic=deterministic,
     )
     path = PortablePath(request, CHIP)
     path(query, key, key)
@@ -184,7 +225,15 @@ def test_strides_are_taken_as_they_are(generator: torch.Generator) -> None:
     wide = torch.randn(2, 31, 3, 2 * 24 + 5, generator=generator)
     tensors = [wide[..., i : i + 48 : 2].transpose(1, 2) for i in (0, 1, 3)]
     request = AttentionRequest(
-        batch=2, heads_q=3, heads_kv=3, len_q=31, len_k=31, dim_qk=24, dim_v=24, dtype="float32", last_dim_contiguous=False
+        batch=2,
+        heads_q=3,
+        heads_kv=3,
+        len_q=31,
+        len_k=31,
+        dim_qk=24,
+        dim_v=24,
+        dtype="float32",
+        last_dim_contiguous=False,
     )
     got = PortablePath(request, CHIP)(*tensors).out
     want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in tensors))
@@ -202,9 +251,18 @@ def test_paged_cache_reads_its_own_pages(generator: torch.Generator, spread: boo
     for tokens in (1, 20):
         query = torch.randn(3, 4, tokens, 24, generator=generator)
         request = AttentionRequest(
-            batch=3, heads_q=4, heads_kv=2, len_q=tokens, len_k=80, dim_qk=24, dim_v=24, dtype="float32", page_size=16,
-            causal=BOTTOM, lse=True,
-        )  # fmt: skip
+            batch=3,
+            heads_q=4,
+            heads_kv=2,
+            len_q=tokens,
+            len_k=80,
+            dim_qk=24,
+            dim_v=24,
+            dtype="float32",
+            page_size=16,
+            causal=BOTTOM,
+            lse=True,
+        )
         tables = SequenceTables(page_table=table, cache_seqlens=held)
         got = PortablePath(request, CHIP)(query, key, value, None, None, tables).out
         for s, length in enumerate(held.tolist()):
@@ -256,9 +314,19 @@ def test_nothing_to_read_gives_zeros_with_gradients(generator: torch.Generator, 
     shapes = ((1, 2, len_q, 8), (1, 2, len_k, 8), (1, 2, len_k, 8), (1, 1, 1, len_k))
     tensors = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     request = AttentionRequest(
-        batch=1, heads_q=2, heads_kv=2, len_q=len_q, len_k=len_k, dim_qk=8, dim_v=8, dtype="float32", lse=True,
-        mask=MaskKind.ADDITIVE, grads=frozenset({"q", "k", "v", "mask"}), grad_lse=True,
-    )  # fmt: skip
+        batch=1,
+        heads_q=2,
+        heads_kv=2,
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=8,
+        dim_v=8,
+        dtype="float32",
+        lse=True,
+        mask=MaskKind.ADDITIVE,
+        grads=frozenset({"q", "k", "v", "mask"}),
+        grad_lse=True,
+    )
     device = InterpretedBackend().devices()[0]
     out, lse = InterpretedBackend().open(device).bind(request)(*tensors)
     assert not bool(out.any())
@@ -274,7 +342,9 @@ def test_conformance(check: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["dtypes", "lengths", "masks", "causal", "gradients", "mask_gradient", "lse_gradient"])
+@pytest.mark.parametrize(
+    "check", ["dtypes", "lengths", "masks", "causal", "gradients", "mask_gradient", "lse_gradient"]
+)
 def test_conformance_of_results(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
     assert result.status in ("passed", "skipped"), result.detail

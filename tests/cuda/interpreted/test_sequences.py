@@ -16,7 +16,9 @@ import hal_core as hal
 from hal_core import AttentionRequest, SequenceTables
 
 
-def listed(lengths_q: list[int], lengths_k: list[int], most: int, heads: int = 16) -> tuple[int, list[list[int]], list[Tensor]]:
+def listed(
+    lengths_q: list[int], lengths_k: list[int], most: int, heads: int = 16
+) -> tuple[int, list[list[int]], list[Tensor]]:
     """(tiles counted, entries of the whole table, cumulative lengths)."""
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
     table = torch.full((8 + 8 * most,), -1, dtype=torch.int32)
@@ -35,7 +37,7 @@ def test_table_lists_every_tile_of_packed_sequences() -> None:
         [row, int(ends[0][s]), int(ends[1][s]), lengths_q[s], lengths_k[s]]
         for place, s in enumerate(order)
         for row in (reversed if (len(order) - 1 - place) % 2 == 0 else list)(range(0, lengths_q[s], 64))
-    ]  # fmt: skip
+    ]
     assert tiles == len(want)
     assert entries[:tiles] == want
     assert entries[tiles:] == [[-1] * 5] * (16 - tiles)
@@ -56,7 +58,14 @@ def test_table_gives_programs_below_a_diagonal_about_as_much_each(heads: int, ro
 
 
 #: Cumulative lengths that name tokens which are not there, of two sequences in 100 tokens.
-WRONG = [[0, 40, 1 << 30], [0, 1 << 30, 100], [-60, 40, 100], [40, -9, 100], [-(1 << 31), (1 << 31) - 1, -5], [200, 300, 400]]
+WRONG = [
+    [0, 40, 1 << 30],
+    [0, 1 << 30, 100],
+    [-60, 40, 100],
+    [40, -9, 100],
+    [-(1 << 31), (1 << 31) - 1, -5],
+    [200, 300, 400],
+]
 
 
 @pytest.mark.parametrize("ends", WRONG)
@@ -123,8 +132,12 @@ def test_wrong_lengths_read_and_write_inside_the_tensors(
         assert bool((room[:, :200] == 7.0).all() and (room[:, 300:] == 7.0).all())
 
 
-@pytest.mark.parametrize(("pages", "held"), [([[0, 999]], [32]), ([[0, -3]], [32]), ([[1, 0]], [1 << 30]), ([[1, 0]], [-4])])
-def test_wrong_page_tables_read_inside_the_cache(generator: torch.Generator, pages: list[list[int]], held: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("pages", "held"), [([[0, 999]], [32]), ([[0, -3]], [32]), ([[1, 0]], [1 << 30]), ([[1, 0]], [-4])]
+)
+def test_wrong_page_tables_read_inside_the_cache(
+    generator: torch.Generator, pages: list[list[int]], held: list[int]
+) -> None:
     whole = torch.full((40, 2, 16, 32), math.nan)
     whole[20:22] = torch.randn(2, 2, 16, 32, generator=generator)
     cache = whole[20:22]

@@ -1,4 +1,6 @@
-"""The report's charts as inline SVG. Colours and fonts come from the page's style sheet, so light and dark both work."""
+"""The report's charts as inline SVG. Colours and fonts come from the page's style sheet, so light and dark both
+work.
+"""
 
 from __future__ import annotations
 

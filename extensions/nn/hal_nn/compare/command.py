@@ -23,29 +23,45 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors, or 'minilm'")
     parser.add_argument(
-        "--text", metavar="FILE", action="append", type=Path, default=[],
+        "--text",
+        metavar="FILE",
+        action="append",
+        type=Path,
+        default=[],
         help="a UTF-8 file, or a folder of *.txt: texts divided by blank lines, or one a line; may be repeated "
         "(default: a short sample)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--devices", metavar="LIST", action="append", default=[],
+        "--devices",
+        metavar="LIST",
+        action="append",
+        default=[],
         help="device ids or backend names, divided by commas; may be repeated (default: every device there is)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--linear", metavar="LIST", action="append", default=[],
+        "--linear",
+        metavar="LIST",
+        action="append",
+        default=[],
         help="devices that run the model's linear layers too, in rows of their own; 'all' for those that can",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--compiled", metavar="LIST", action="append", default=[],
+        "--compiled",
+        metavar="LIST",
+        action="append",
+        default=[],
         help="devices that run the whole model by torch.compile, in rows of their own; 'all' for those that can",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--repeats", metavar="N", type=positive, default=3, help="timed runs of each device (default: 3)"
     )
     parser.add_argument(
-        "--budget", metavar="SECONDS", type=positive, default=20,
+        "--budget",
+        metavar="SECONDS",
+        type=positive,
+        default=20,
         help="a device whose repeats would take longer is timed once (default: 20)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--batch", metavar="N", type=positive, default=8, help="texts in a batch; 1 needs no padding mask"
     )
@@ -81,9 +97,15 @@ def run(arguments: argparse.Namespace) -> int:
     rows = lanes.rows_for(*([name for words in given for name in words.split(",") if name] for given in listed))
     model = models.load(arguments.model, arguments.dtype)
     comparison = measure.compare(
-        model, read, rows, repeats=arguments.repeats, batch_size=arguments.batch, max_length=arguments.max_length,
-        command=command_line(), budget=arguments.budget,
-    )  # fmt: skip
+        model,
+        read,
+        rows,
+        repeats=arguments.repeats,
+        batch_size=arguments.batch,
+        max_length=arguments.max_length,
+        command=command_line(),
+        budget=arguments.budget,
+    )
     if arguments.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:

@@ -1,4 +1,6 @@
-"""The rows of a comparison while they are measured: which device, how much of the model it runs, and with which network."""
+"""The rows of a comparison while they are measured: which device, how much of the model it runs, and with which
+network.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from .metrics import Tally
 from .models import variant
 
 BASELINE = "torch sdpa"
-#: How a device says that it has a torch.compile backend: an entry of `Device.features`, with the backend's name behind it.
+#: How a device says that it has a torch.compile backend: an entry of `Device.features`, with the backend's name behind
+#: it.
 COMPILES = "torch.compile "
 
 
@@ -42,7 +45,8 @@ class Lane:
     """One row while it is being measured.
 
     Attributes:
-        name, device, place, baseline, scope: as in `Row`. network: the model's variant. refusals: reasons met, in order.
+        name, device, place, baseline, scope: as in `Row`. network: the model's variant. refusals: reasons met, in
+            order.
         refused_batches: how many. once: whether it is timed once, being slow. tallies: accuracy by repeat.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
         records: the meter's, by group.
@@ -122,10 +126,15 @@ def _widened(names: Sequence[str], scope: Scope, listed: Sequence[Device]) -> li
         chosen = list({device.id: device for name in names for device in registry.find(name)}.values())
     lacks = "no linear kernel" if scope is Scope.LINEAR else "no torch.compile backend"
     return [
-        Lane(device.id + _MARKS[scope], device, _place(device), scope=scope,
-             refusals=[] if device.id in able else [f"{device.id} has {lacks}: it runs attention alone"])
+        Lane(
+            device.id + _MARKS[scope],
+            device,
+            _place(device),
+            scope=scope,
+            refusals=[] if device.id in able else [f"{device.id} has {lacks}: it runs attention alone"],
+        )
         for device in chosen
-    ]  # fmt: skip
+    ]
 
 
 def linear_devices() -> set[str]:

@@ -33,16 +33,23 @@ from .texts import TextFile
 
 
 def compare(
-    model: Model, files: Sequence[TextFile], lanes: list[Lane], *, repeats: int, batch_size: int,
-    max_length: int | None, command: str, budget: float = math.inf,
-) -> Comparison:  # fmt: skip
+    model: Model,
+    files: Sequence[TextFile],
+    lanes: list[Lane],
+    *,
+    repeats: int,
+    batch_size: int,
+    max_length: int | None,
+    command: str,
+    budget: float = math.inf,
+) -> Comparison:
     """Run the model on the text once per lane and repeat, in turn, and gather what came out.
 
-    Each batch runs through the float64 reference, then once through every lane to warm up (metered, so that devices state
-    their own time and energy), then `repeats` times through every lane, the order rotated: slow drifts of the machine
-    reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would take longer
-    than `budget` seconds, judged by its first warm-up, is timed once: in the metered pass of the other batches, but for a
-    compiled model, which compiles and plans for new lengths there.
+    Each batch runs through the float64 reference, then once through every lane to warm up (metered, so that devices
+    state their own time and energy), then `repeats` times through every lane, the order rotated: slow drifts of the
+    machine reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would
+    take longer than `budget` seconds, judged by its first warm-up, is timed once: in the metered pass of the other
+    batches, but for a compiled model, which compiles and plans for new lengths there.
 
     Raises:
         HalError: the text does not fit the model.
@@ -104,7 +111,9 @@ def _reference(model: Model, network: Any, batch: Batch) -> tuple[Outputs, int]:
 
 
 def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
-    """One metered pass, timed where the lane is timed once; refusals are kept, also those of later batches, which differ."""
+    """One metered pass, timed where the lane is timed once; refusals are kept, also those of later batches, which
+    differ.
+    """
     if lane.network is None or (lane.refusals and not lane.refused_batches):
         return None
     try:
@@ -186,30 +195,57 @@ def _keep(lane: Lane, group: int, repeat: int, wall: float, inside: float) -> No
 
 
 def _gathered(
-    model: Model, files: Sequence[TextFile], tokens: Tokens, lanes: list[Lane], reference: Tally, macs: dict[int, int],
-    repeats: int, batch_size: int, command: str,
-) -> Comparison:  # fmt: skip
+    model: Model,
+    files: Sequence[TextFile],
+    tokens: Tokens,
+    lanes: list[Lane],
+    reference: Tally,
+    macs: dict[int, int],
+    repeats: int,
+    batch_size: int,
+    command: str,
+) -> Comparison:
     groups, first = [], 0
     attention = next((lane.macs for lane in lanes if not lane.refusals and lane.scope is Scope.ATTENTION), {})
     for index, file in enumerate(files):
         lengths = tokens.lengths[first : first + len(file.texts)]
         first += len(file.texts)
-        groups.append(Group(
-            name=file.name, sha256=file.sha256, texts=len(file.texts), tokens=sum(lengths), longest=max(lengths),
-            cut=tokens.cut[index], macs=macs[index], attention_macs=attention.get(index, 0),
-        ))  # fmt: skip
+        groups.append(
+            Group(
+                name=file.name,
+                sha256=file.sha256,
+                texts=len(file.texts),
+                tokens=sum(lengths),
+                longest=max(lengths),
+                cut=tokens.cut[index],
+                macs=macs[index],
+                attention_macs=attention.get(index, 0),
+            )
+        )
     return Comparison(
-        command=command, created=datetime.now(UTC).isoformat(timespec="seconds"), versions=versions(), machine=machine(),
-        model=model.describe(), groups=tuple(groups), batches=len(tokens.batches), batch_size=batch_size,
-        repeats=repeats, rows=tuple(_row(lane, files, reference) for lane in lanes),
-    )  # fmt: skip
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        machine=machine(),
+        model=model.describe(),
+        groups=tuple(groups),
+        batches=len(tokens.batches),
+        batch_size=batch_size,
+        repeats=repeats,
+        rows=tuple(_row(lane, files, reference) for lane in lanes),
+    )
 
 
 def _row(lane: Lane, files: Sequence[TextFile], reference: Tally) -> Row:
     row = Row(
-        name=lane.name, device=lane.device, place=lane.place, baseline=lane.baseline, scope=str(lane.scope),
-        refusals=tuple(lane.refusals), refused_batches=lane.refused_batches,
-    )  # fmt: skip
+        name=lane.name,
+        device=lane.device,
+        place=lane.place,
+        baseline=lane.baseline,
+        scope=str(lane.scope),
+        refusals=tuple(lane.refusals),
+        refused_batches=lane.refused_batches,
+    )
     if lane.refusals:
         return row
     every = range(len(files))
@@ -235,7 +271,7 @@ def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
         decisions=reference.decisions,
         perplexity=None if reference.perplexity is None else figure(lambda tally: tally.perplexity or 0.0),
         reference_perplexity=reference.perplexity,
-    )  # fmt: skip
+    )
 
 
 def _error_origin(lane: Lane) -> tuple[Basis, Provenance, str]:
@@ -256,12 +292,15 @@ def _costs(lane: Lane, groups: Sequence[int]) -> Costs:
     records = [record for group in groups for record in lane.records[group]]
     on_device = None if lane.baseline else _summed([record.time for record in records])
     return Costs(
-        wall=wall, inside=inside, remainder=remainder,
+        wall=wall,
+        inside=inside,
+        remainder=remainder,
         on_device=on_device or inside,
         total=remainder.plus(on_device) if on_device else wall,
         energy=None if lane.baseline else _summed([record.energy for record in records]),
-        macs=sum(lane.macs[group] for group in groups), calls=sum(lane.calls[group] for group in groups),
-    )  # fmt: skip
+        macs=sum(lane.macs[group] for group in groups),
+        calls=sum(lane.calls[group] for group in groups),
+    )
 
 
 def _summed(quantities: Sequence[Any]) -> Figure | None:

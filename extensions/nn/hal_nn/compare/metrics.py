@@ -20,8 +20,8 @@ class Outputs:
     Attributes:
         hidden: one [texts, length, hidden] for the embeddings and for each layer.
         vectors: [texts, hidden], float64: the embedding, or a causal model's last token.
-        tokens: int64 [texts, length], the most likely next token. losses: float64 [texts, length - 1], of the token that
-            follows. Both None for an embedding model.
+        tokens: int64 [texts, length], the most likely next token. losses: float64 [texts, length - 1], of the token
+            that follows. Both None for an embedding model.
     """
 
     hidden: tuple[Tensor, ...]

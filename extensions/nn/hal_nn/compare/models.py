@@ -108,9 +108,13 @@ def load(name: str, dtype: str) -> Model:
     quiet.disable_progress_bar()
     try:
         network, report = auto.from_pretrained(
-            path, use_safetensors=True, dtype=getattr(torch, dtype), attn_implementation="eager",
-            output_loading_info=True, **options,
-        )  # fmt: skip
+            path,
+            use_safetensors=True,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            output_loading_info=True,
+            **options,
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -126,9 +130,15 @@ def load(name: str, dtype: str) -> Model:
     config = network.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return Model(
-        name=name, path=path, kind=kind, network=network.eval(), tokenizer=tokenizer, pooling=_pooling(path),
-        stored=stored_dtypes(path), positions=positions,
-    )  # fmt: skip
+        name=name,
+        path=path,
+        kind=kind,
+        network=network.eval(),
+        tokenizer=tokenizer,
+        pooling=_pooling(path),
+        stored=stored_dtypes(path),
+        positions=positions,
+    )
 
 
 def find(name: str) -> Path:
@@ -186,8 +196,10 @@ def _pooling(path: Path) -> Pooling:
         return "mean"
     settings = json.loads(file.read_text(encoding="utf-8"))
     flags: dict[str, Pooling] = {
-        "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken",
-    }  # fmt: skip
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_lasttoken": "lasttoken",
+    }
     modes = [mode for flag, mode in flags.items() if settings.get(flag)] or [settings.get("pooling_mode")]
     if len(modes) != 1 or modes[0] not in flags.values():
         raise HalError(f"{file} asks for a pooling that compare does not do: use one of mean, cls or lasttoken")
@@ -225,10 +237,23 @@ class Float64Throughout(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_CASTS = frozenset({
-    Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.type_as, Tensor.softmax, Tensor.sum,
-    Tensor.mean, torch.softmax, torch.sum, torch.mean, torch.nn.functional.softmax,
-})  # fmt: skip
+_CASTS = frozenset(
+    {
+        Tensor.to,
+        Tensor.type,
+        Tensor.float,
+        Tensor.half,
+        Tensor.bfloat16,
+        Tensor.type_as,
+        Tensor.softmax,
+        Tensor.sum,
+        Tensor.mean,
+        torch.softmax,
+        torch.sum,
+        torch.mean,
+        torch.nn.functional.softmax,
+    }
+)
 
 
 def _widened(value: Any) -> Any:

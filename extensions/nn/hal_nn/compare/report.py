@@ -73,11 +73,15 @@ def _header(comparison: Comparison) -> str:
         f"{model['heads']}/{model['key_value_heads']}" if model["key_value_heads"] != model["heads"] else model["heads"]
     )
     facts = [
-        (f"{model['layers']}", "layers"), (f"{grouped} x {model['head_dim']}", "heads x head size"),
-        (f"{model['parameters'] / 1e6:.3g} M", f"parameters, stored as {model['stored_dtype']}"), (model["dtype"], "run in"),
-        (f"{texts}", "texts"), (f"{comparison.tokens:,}", "tokens"), (macs(comparison.macs), "in one pass"),
+        (f"{model['layers']}", "layers"),
+        (f"{grouped} x {model['head_dim']}", "heads x head size"),
+        (f"{model['parameters'] / 1e6:.3g} M", f"parameters, stored as {model['stored_dtype']}"),
+        (model["dtype"], "run in"),
+        (f"{texts}", "texts"),
+        (f"{comparison.tokens:,}", "tokens"),
+        (macs(comparison.macs), "in one pass"),
         (percent(share), "of it attention"),
-    ]  # fmt: skip
+    ]
     listed = "".join(f"<li><b>{escape(str(value))}</b><span>{escape(what)}</span></li>" for value, what in facts)
     note = f'<p class="note">{escape(model["note"])}</p>' if model["note"] else ""
     lead = headline(comparison).partition(": ")[2]
@@ -140,15 +144,22 @@ def _error_chart(ran: Sequence[Row]) -> str:
     for row in ran:
         assert row.accuracy is not None
         found = row.accuracy
-        marks.append(Mark(
-            label=row.name, colour=tones[row.name], modelled=found.worst.basis is not Basis.MEASURED,
-            parts=(found.mean, found.worst), text=ratio(found.worst.middle),
-        ))  # fmt: skip
+        marks.append(
+            Mark(
+                label=row.name,
+                colour=tones[row.name],
+                modelled=found.worst.basis is not Basis.MEASURED,
+                parts=(found.mean, found.worst),
+                text=ratio(found.worst.middle),
+            )
+        )
     picture = dots(marks, "relative error of the hidden states by device")
     return _figure(
-        "Error", "‖h - reference‖ / ‖reference‖ of a text's last hidden states, against the float64 run", picture,
+        "Error",
+        "‖h - reference‖ / ‖reference‖ of a text's last hidden states, against the float64 run",
+        picture,
         "Hollow: mean over texts. Filled: worst text. Bars: range over repeats. Dashed: a simulator's error model.",
-    )  # fmt: skip
+    )
 
 
 def _time_chart(ran: Sequence[Row]) -> str:
@@ -157,10 +168,15 @@ def _time_chart(ran: Sequence[Row]) -> str:
         assert row.costs is not None
         costs = row.costs
         line = costs.total.middle if row.baseline and line is None else line
-        marks.append(Mark(
-            label=row.name, colour=tones[row.name], modelled=costs.on_device.basis is not Basis.MEASURED,
-            parts=(costs.remainder, costs.on_device), text=seconds(costs.total.middle),
-        ))  # fmt: skip
+        marks.append(
+            Mark(
+                label=row.name,
+                colour=tones[row.name],
+                modelled=costs.on_device.basis is not Basis.MEASURED,
+                parts=(costs.remainder, costs.on_device),
+                text=seconds(costs.total.middle),
+            )
+        )
     picture = bars(marks, seconds, "seconds of one pass by device", line=line)
     key = (
         f'<span class="key" style="background:{colour("neutral")}"></span>the rest of the model, on the host '
@@ -175,11 +191,16 @@ def _energy_chart(ran: Sequence[Row]) -> str:
     for row in ran:
         assert row.costs is not None
         energy = row.costs.energy
-        marks.append(Mark(
-            label=row.name, colour=tones[row.name], modelled=energy is not None and energy.basis is not Basis.MEASURED,
-            parts=() if energy is None else (energy,), text="" if energy is None else joules(energy.middle),
-            note="not available: no meter, no published power",
-        ))  # fmt: skip
+        marks.append(
+            Mark(
+                label=row.name,
+                colour=tones[row.name],
+                modelled=energy is not None and energy.basis is not Basis.MEASURED,
+                parts=() if energy is None else (energy,),
+                text="" if energy is None else joules(energy.middle),
+                note="not available: no meter, no published power",
+            )
+        )
     picture = bars(marks, joules, "joules of each device's part")
     caption = "The host's energy for the rest of the model is not available: nothing here meters it."
     return _figure("Energy of the device's part", "What ran on the device, over all text", picture, caption)
@@ -211,7 +232,7 @@ def _share_chart(comparison: Comparison, ran: Sequence[Row]) -> str:
         "How much of the model is attention",
         "Its share of the multiply-accumulates (grey), and of the measured time (coloured), by text file",
         shares(rows, "attention's share of work and time"),
-    )  # fmt: skip
+    )
 
 
 def _badge(figure: Figure) -> str:
@@ -251,39 +272,67 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         device = row.device
         detail = "scaled_dot_product_attention" if device is None else f"{device.vendor} {device.model}".strip()
         name = f"{escape(row.name)} <span class='badge {row.fidelity}'>{row.fidelity}</span><small>{escape(detail)}</small>"
-        accuracy.append([
-            name, _value(found.worst, ratio), _value(found.mean, ratio), _value(found.cosine, cosine),
-            _value(found.agreement, percent),
-            *([_value(found.perplexity, plain)] if causal else []),
-        ])  # fmt: skip
-        time.append([name, *(_value(figure, seconds) for figure in (
-            costs.wall, costs.inside, costs.remainder, costs.on_device, costs.total))])  # fmt: skip
-        energy.append([
-            name, f"{costs.calls:,}", _counted(macs(costs.macs)), _counted(percent(comparison.share(row))),
-            _value(costs.energy, joules),
-            _value(None, joules), _value(None, joules),
-        ])  # fmt: skip
+        accuracy.append(
+            [
+                name,
+                _value(found.worst, ratio),
+                _value(found.mean, ratio),
+                _value(found.cosine, cosine),
+                _value(found.agreement, percent),
+                *([_value(found.perplexity, plain)] if causal else []),
+            ]
+        )
+        time.append(
+            [
+                name,
+                *(
+                    _value(figure, seconds)
+                    for figure in (costs.wall, costs.inside, costs.remainder, costs.on_device, costs.total)
+                ),
+            ]
+        )
+        energy.append(
+            [
+                name,
+                f"{costs.calls:,}",
+                _counted(macs(costs.macs)),
+                _counted(percent(comparison.share(row))),
+                _value(costs.energy, joules),
+                _value(None, joules),
+                _value(None, joules),
+            ]
+        )
     task = _task(comparison, ran)
     reference = next((row.accuracy.reference_perplexity for row in ran if row.accuracy), None)
     of_reference = f" (the float64 run's perplexity: {plain(reference)})" if reference is not None else ""
     texts = [
-        [escape(group.name), f"{group.texts}", f"{group.tokens:,}", f"{group.longest}", macs(group.macs),
-         escape(percent(group.attention_macs / group.macs))]
+        [
+            escape(group.name),
+            f"{group.texts}",
+            f"{group.tokens:,}",
+            f"{group.longest}",
+            macs(group.macs),
+            escape(percent(group.attention_macs / group.macs)),
+        ]
         for group in comparison.groups
-    ]  # fmt: skip
+    ]
     return (
         "<h2>All numbers</h2>"
-        + _table(f"Error against float64{of_reference}", ["device", "worst text", "mean", "lowest cosine", *task], accuracy)
+        + _table(
+            f"Error against float64{of_reference}", ["device", "worst text", "mean", "lowest cosine", *task], accuracy
+        )
         + _table(
             f"Time of one pass, median of {comparison.repeats} with the range",
-            ["device", "wall", "its part", "the rest, on the host", "on the device", "total"], time,
+            ["device", "wall", "its part", "the rest, on the host", "on the device", "total"],
+            time,
         )
         + _table(
             "Work and energy of one pass",
-            ["device", "calls", "work on it", "of the model", "energy on it", "of the rest", "total"], energy,
+            ["device", "calls", "work on it", "of the model", "energy on it", "of the rest", "total"],
+            energy,
         )
         + _table("Text", ["file", "texts", "tokens", "longest", "model's work", "of it attention"], texts)
-    )  # fmt: skip
+    )
 
 
 def _task(comparison: Comparison, ran: Sequence[Row]) -> list[str]:
@@ -307,18 +356,30 @@ def _refused(comparison: Comparison) -> str:
 
 _TERMS = (
     ("measured", "read off a clock, or computed from values that really came out of the device."),
-    ("modelled", "what a device's model says. The provenance names the figures behind it: measured silicon, a vendor's "
-     "publication, a paper's projection, or an assumption."),
-    ("hardware, emulated, simulated", "a real device; real values in the host's time; values, time and energy out of a model."),
+    (
+        "modelled",
+        "what a device's model says. The provenance names the figures behind it: measured silicon, a vendor's "
+        "publication, a paper's projection, or an assumption.",
+    ),
+    (
+        "hardware, emulated, simulated",
+        "a real device; real values in the host's time; values, time and energy out of a model.",
+    ),
     ("reference", "the same weights and text in float64 from end to end, eager attention, on the host."),
     ("torch sdpa", "the same model on torch's own scaled_dot_product_attention: what one has today."),
     ("its part", "attention; where a row says so also the linear layers, or all that torch.compile put on the device."),
-    ("the rest, on the host", "wall time of the whole model less wall time in the device's part; measured on this host."),
+    (
+        "the rest, on the host",
+        "wall time of the whole model less wall time in the device's part; measured on this host.",
+    ),
     ("on the device", "time of its part; for a simulated device the time its model states, summed over the calls."),
     ("total", "the rest and the time on the device. Its origin is the worse of the two."),
-    ("work", "multiply-accumulates of all matrix products, counted from the shapes, padding and masked pairs included."),
+    (
+        "work",
+        "multiply-accumulates of all matrix products, counted from the shapes, padding and masked pairs included.",
+    ),
     ("not available", "no meter and no published power: nothing is guessed."),
-)  # fmt: skip
+)
 
 
 def _terms(comparison: Comparison) -> str:

@@ -31,9 +31,12 @@ class Figure:
 
     @classmethod
     def over(
-        cls, values: Sequence[float], basis: Basis = Basis.MEASURED, provenance: Provenance = Provenance.MEASURED_SILICON,
+        cls,
+        values: Sequence[float],
+        basis: Basis = Basis.MEASURED,
+        provenance: Provenance = Provenance.MEASURED_SILICON,
         source: str = HOST_CLOCK,
-    ) -> Figure:  # fmt: skip
+    ) -> Figure:
         """The median and the range of repeated values."""
         return cls(statistics.median(values), min(values), max(values), basis, provenance, source)
 
@@ -63,8 +66,8 @@ class Accuracy:
 
     Attributes:
         worst, mean: over texts, of ||h - reference|| / ||reference||, h the last hidden states of a text's real tokens.
-        cosine, cosine_mean: lowest and mean over texts, between the text's vector and the reference's: the embedding, or
-            for a causal model the last token's hidden state.
+        cosine, cosine_mean: lowest and mean over texts, between the text's vector and the reference's: the embedding,
+            or for a causal model the last token's hidden state.
         layers: the mean error after the embeddings and after each layer, first repeat.
         agreement: share of texts with the reference's nearest neighbour, or of positions with its next token.
         decisions: how many texts or positions that is.

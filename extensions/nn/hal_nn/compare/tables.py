@@ -70,10 +70,16 @@ def file_names(comparison: Comparison) -> dict[str, str]:
 def _show_text(comparison: Comparison) -> None:
     names = file_names(comparison)
     rows = [
-        [names[group.name], str(group.texts), f"{group.tokens:,}", str(group.longest), macs(group.macs),
-         percent(group.attention_macs / group.macs)]
+        [
+            names[group.name],
+            str(group.texts),
+            f"{group.tokens:,}",
+            str(group.longest),
+            macs(group.macs),
+            percent(group.attention_macs / group.macs),
+        ]
         for group in comparison.groups
-    ]  # fmt: skip
+    ]
     cut = [
         f"{names[group.name]}: {group.cut} texts were cut to {group.longest} tokens."
         for group in comparison.groups
@@ -111,10 +117,17 @@ def _show_time(comparison: Comparison, ran: list[Row]) -> None:
     for row in ran:
         costs = row.costs
         assert costs is not None
-        rows.append([
-            row.name, varied(costs.wall, seconds), varied(costs.inside, seconds), varied(costs.remainder, seconds),
-            varied(costs.on_device, seconds), varied(costs.total, seconds), costs.on_device.origin,
-        ])  # fmt: skip
+        rows.append(
+            [
+                row.name,
+                varied(costs.wall, seconds),
+                varied(costs.inside, seconds),
+                varied(costs.remainder, seconds),
+                varied(costs.on_device, seconds),
+                varied(costs.total, seconds),
+                costs.on_device.origin,
+            ]
+        )
     if any(row.device is not None and row.device.fidelity == Fidelity.SIMULATED for row in ran):
         notes.append(
             "A simulated device's wall time is the simulation's; its total is the rest, on this host, plus the modelled time."

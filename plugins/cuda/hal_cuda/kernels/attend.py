@@ -75,19 +75,92 @@ def settled(most, total, sums):
 
 @triton.jit
 def attend(
-    q, k, v, out, lse, part, arrived, mask, cu_q, cu_k, page_table, seqlens, plan_index, plan_count,
-    q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, o_b, o_h, o_m, l_b, l_h, l_m,
-    mask_b, mask_h, mask_m, mask_n, table_b, index_b, index_h, index_m, count_b, count_h,
-    scale, softcap, probability, seed, offset,
-    heads_kv, len_q, len_k, diagonal, left, right, chunk, splits, block_q, block_k, all_q, all_k,
-    GROUP: tl.constexpr, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, MASK: tl.constexpr, BOTTOM: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PACKED: tl.constexpr,
-    SEQLENS: tl.constexpr, PLAN: tl.constexpr, PACK: tl.constexpr, SPLIT: tl.constexpr, JOIN: tl.constexpr,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    part,
+    arrived,
+    mask,
+    cu_q,
+    cu_k,
+    page_table,
+    seqlens,
+    plan_index,
+    plan_count,
+    q_b,
+    q_h,
+    q_m,
+    q_d,
+    k_b,
+    k_h,
+    k_n,
+    k_d,
+    v_b,
+    v_h,
+    v_n,
+    v_d,
+    o_b,
+    o_h,
+    o_m,
+    l_b,
+    l_h,
+    l_m,
+    mask_b,
+    mask_h,
+    mask_m,
+    mask_n,
+    table_b,
+    index_b,
+    index_h,
+    index_m,
+    count_b,
+    count_h,
+    scale,
+    softcap,
+    probability,
+    seed,
+    offset,
+    heads_kv,
+    len_q,
+    len_k,
+    diagonal,
+    left,
+    right,
+    chunk,
+    splits,
+    block_q,
+    block_k,
+    all_q,
+    all_k,
+    GROUP: tl.constexpr,
+    DQ: tl.constexpr,
+    DV: tl.constexpr,
+    BDQ: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PAGE: tl.constexpr,
+    MASK: tl.constexpr,
+    BOTTOM: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PACKED: tl.constexpr,
+    SEQLENS: tl.constexpr,
+    PLAN: tl.constexpr,
+    PACK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    JOIN: tl.constexpr,
     LSE: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, query heads without.
 
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher then
@@ -243,7 +316,9 @@ def attend(
         if DROPOUT:
             place = tl.zeros([BM, BN], tl.int32)
             number = batch * (heads_kv * GROUP) + heads
-            keep = kept(seed, offset, place + number[:, None], place + tokens[:, None], place + columns[None, :], probability)
+            keep = kept(
+                seed, offset, place + number[:, None], place + tokens[:, None], place + columns[None, :], probability
+            )
             weights = tl.where(keep, weights, 0.0)
         sums = sums * shrink[:, None]
         sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums, input_precision="ieee")  # float32 without TF32
@@ -282,16 +357,27 @@ def attend(
     else:
         row_out = q_start + tokens64
         o_at = out + tensor_batch * o_b + heads64 * o_h + row_out * o_m
-        tl.store(o_at[:, None] + d_v[None, :], sums.to(out.dtype.element_ty), mask=row_ok[:, None] & (d_v[None, :] < DV))
+        tl.store(
+            o_at[:, None] + d_v[None, :], sums.to(out.dtype.element_ty), mask=row_ok[:, None] & (d_v[None, :] < DV)
+        )
         if LSE:
             tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)
 
 
 @triton.jit
 def merge(
-    part, out, lse, o_b, o_h, o_m, splits,
-    DV: tl.constexpr, BDV: tl.constexpr, LSE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    part,
+    out,
+    lse,
+    o_b,
+    o_h,
+    o_m,
+    splits,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    LSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Join the partial results of `attend`. Grid: (len_q, heads, batch)."""
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, heads = tl.num_programs(0).to(tl.int64), tl.num_programs(1)

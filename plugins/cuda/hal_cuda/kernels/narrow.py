@@ -1,8 +1,10 @@
-"""Products as wide as the values. Tensors in Triton are powers of two wide; the tensor cores take any multiple of 8 columns.
+"""Products as wide as the values. Tensors in Triton are powers of two wide; the tensor cores take any multiple of 8
+columns.
 
-The kernel holds padded values and keeps accumulators behind the last column at zero. In its PTX the products then lose those
-columns: their accumulators leave the list of registers. Shared memory stays as it was, in groups of 64 columns one after the
-other, of which the last is read in part. Values of two parts (136 to 184) stay padded.
+The kernel holds padded values and keeps accumulators behind the last column at zero. In its PTX the products then lose
+those
+columns: their accumulators leave the list of registers. Shared memory stays as it was, in groups of 64 columns one
+after the other, of which the last is read in part. Values of two parts (136 to 184) stay padded.
 """
 
 from __future__ import annotations

@@ -52,8 +52,9 @@ def release(e, st, base: gl.constexpr, EB: gl.constexpr, NC: gl.constexpr):
 
 @gluon.jit
 def key_place(it, i, RING: gl.constexpr):
-    # Place in the order of loading of the keys of a row tile's tile i, `it` tiles after the first of all. RING: keys and values
-    # share their stages, in the order K0, K1, V0, K2, V1 ...: both products of a step find a stage that was read a step ago.
+    # Place in the order of loading of the keys of a row tile's tile i, `it` tiles after the first of all. RING: keys
+    # and values share their stages, in the order K0, K1, V0, K2, V1 ...: both products of a step find a stage that was
+    # read a step ago.
     if RING:
         place = 2 * it + gl.maximum(2 * i - 1, 0)
     else:
@@ -72,9 +73,28 @@ def value_place(it, i, count, RING: gl.constexpr):
 
 
 @gluon.jit
-def load_tile(d, d2, s, s2, full, empty, place, batch, head, row, base: gl.constexpr, ST: gl.constexpr, S2: gl.constexpr,
-              NB: gl.constexpr, NC: gl.constexpr, EB: gl.constexpr, D: gl.constexpr, D2: gl.constexpr):  # fmt: skip
-    # Rows of keys or values into the stage that the tile ST places before has left, their second part into that of S2 before.
+def load_tile(
+    d,
+    d2,
+    s,
+    s2,
+    full,
+    empty,
+    place,
+    batch,
+    head,
+    row,
+    base: gl.constexpr,
+    ST: gl.constexpr,
+    S2: gl.constexpr,
+    NB: gl.constexpr,
+    NC: gl.constexpr,
+    EB: gl.constexpr,
+    D: gl.constexpr,
+    D2: gl.constexpr,
+):
+    # Rows of keys or values into the stage that the tile ST places before has left, their second part into that of S2
+    # before.
     b = place % NB
     if EB:
         bar_sync_if(gl.to_tensor(base) + b, gl.to_tensor(128 * (NC + 1)), (place >= NB).to(gl.int32))
@@ -91,10 +111,25 @@ def load_tile(d, d2, s, s2, full, empty, place, batch, head, row, base: gl.const
 
 
 @gluon.jit
-def hand_back(it, begin, end, count, kf, vf, ke, ve, c: gl.constexpr, NB: gl.constexpr, NC: gl.constexpr, PING: gl.constexpr,
-              EB: gl.constexpr, PB: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    # Tiles that this warpgroup does not read. It waits for them all the same: a skipped phase would let the next wait on
-    # the stage pass at once, by parity.
+def hand_back(
+    it,
+    begin,
+    end,
+    count,
+    kf,
+    vf,
+    ke,
+    ve,
+    c: gl.constexpr,
+    NB: gl.constexpr,
+    NC: gl.constexpr,
+    PING: gl.constexpr,
+    EB: gl.constexpr,
+    PB: gl.constexpr,
+    RING: gl.constexpr,
+):
+    # Tiles that this warpgroup does not read. It waits for them all the same: a skipped phase would let the next wait
+    # on the stage pass at once, by parity.
     for i in range(begin, end):
         kj = key_place(it, i, RING)
         mbarrier.wait(kf.index(kj % NB), (kj // NB) & 1)
@@ -125,8 +160,11 @@ def rounds_of(total):
 
 
 @gluon.jit
-def tile_at(r, total, table, NT, HG, heads, len_q, len_k, shift, ROWS: gl.constexpr, TABLE: gl.constexpr, BOTTOM: gl.constexpr):
-    # Tile of round r: batch entry, head, first row, where its sequence begins in queries and keys, its lengths, its diagonal.
+def tile_at(
+    r, total, table, NT, HG, heads, len_q, len_k, shift, ROWS: gl.constexpr, TABLE: gl.constexpr, BOTTOM: gl.constexpr
+):
+    # Tile of round r: batch entry, head, first row, where its sequence begins in queries and keys, its lengths, its
+    # diagonal.
     P = gl.num_programs(0)
     pos = gl.program_id(0)
     if r % 2 == 1:
@@ -159,7 +197,9 @@ def tile_at(r, total, table, NT, HG, heads, len_q, len_k, shift, ROWS: gl.conste
 
 
 @gluon.jit
-def key_tiles(row, ROWS: gl.constexpr, len_k, shift, left, right, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def key_tiles(
+    row, ROWS: gl.constexpr, len_k, shift, left, right, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
     # Tiles [first, last) of keys that rows [row, row + ROWS) may read; at least one, which masks then hide.
     end = gl.maximum(len_k, 1)
     if RIGHT:

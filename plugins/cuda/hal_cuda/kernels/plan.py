@@ -9,13 +9,26 @@ import triton.language as tl
 
 @triton.jit
 def list_once(
-    index, count, out, out_count, index_b, index_h, index_m, index_n, count_b, count_h, count_m, most,
-    BLOCK: tl.constexpr, AGAINST: tl.constexpr,
-):  # fmt: skip
+    index,
+    count,
+    out,
+    out_count,
+    index_b,
+    index_h,
+    index_m,
+    index_n,
+    count_b,
+    count_h,
+    count_m,
+    most,
+    BLOCK: tl.constexpr,
+    AGAINST: tl.constexpr,
+):
     """Copy the blocks that each row of a plan lists, leaving out those listed before, in their order.
 
-    Grid: (query blocks, heads, batch entries) of the plan. out: [batch, heads, query blocks, most], out_count without the last
-    dimension, both contiguous. Entries are compared with all before them: few, next to the products of one block.
+    Grid: (query blocks, heads, batch entries) of the plan. out: [batch, heads, query blocks, most], out_count without
+    the last dimension, both contiguous. Entries are compared with all before them: few, next to the products of one
+    block.
     """
     row, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     source = index + batch * index_b + head * index_h + row.to(tl.int64) * index_m

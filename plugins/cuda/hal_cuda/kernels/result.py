@@ -21,9 +21,41 @@ def put_rows(out, o, row0, end, step, BM: gl.constexpr, D: gl.constexpr, COLUMNS
 
 
 @gluon.jit
-def finish(od, od2, lse, out, out_head, out_row, o_s, o_s2, o, o2, m, l, qe, qst, batch, head, row0, q_at, length, heads, all_rows,
-           c: gl.constexpr, BM: gl.constexpr, DV: gl.constexpr, V2: gl.constexpr, VC: gl.constexpr, NC: gl.constexpr, LSE: gl.constexpr,
-           OSEP: gl.constexpr, TABLE: gl.constexpr, SL: gl.constexpr, OL: gl.constexpr, OL2: gl.constexpr):  # fmt: skip
+def finish(
+    od,
+    od2,
+    lse,
+    out,
+    out_head,
+    out_row,
+    o_s,
+    o_s2,
+    o,
+    o2,
+    m,
+    l,
+    qe,
+    qst,
+    batch,
+    head,
+    row0,
+    q_at,
+    length,
+    heads,
+    all_rows,
+    c: gl.constexpr,
+    BM: gl.constexpr,
+    DV: gl.constexpr,
+    V2: gl.constexpr,
+    VC: gl.constexpr,
+    NC: gl.constexpr,
+    LSE: gl.constexpr,
+    OSEP: gl.constexpr,
+    TABLE: gl.constexpr,
+    SL: gl.constexpr,
+    OL: gl.constexpr,
+    OL2: gl.constexpr,
+):
     # Normalise a tile of rows and write it.
     dt: gl.constexpr = o_s.dtype
     oat = qst * NC + c

@@ -1,8 +1,9 @@
 # ruff: noqa: N803, E741
 """Between the two products of the Hopper kernels: scores masked, and turned into weights that the second product reads.
 
-WIDE (tiles of 128 keys): a thread's operations are laid out so that few wait for each other, its part of a row's sum is kept
-apart until the end, and weights go from one step to the next by pairs in whole numbers. In tiles of 64 keys that does not pay.
+WIDE (tiles of 128 keys): a thread's operations are laid out so that few wait for each other, its part of a row's sum is
+kept apart until the end, and weights go from one step to the next by pairs in whole numbers. In tiles of 64 keys that
+does not pay.
 """
 
 from triton.experimental import gluon
@@ -16,7 +17,8 @@ GROWTH = gl.constexpr(8.0)  # in base-2 units: weights of up to 2^8, far inside 
 
 
 def _scaling(count: int) -> tuple[str, str]:
-    """PTX, and its constraints, that multiplies `count` accumulators by their rows' factors, unless all of a warp's are 1.
+    """PTX, and its constraints, that multiplies `count` accumulators by their rows' factors, unless all of a warp's are
+    1.
 
     Accumulators go by pairs: two of one row, two of the other row that a thread has a part in.
     """
@@ -32,8 +34,21 @@ RESCALE, RESCALE_CONSTRAINTS = map(gl.constexpr, _scaling(32))
 
 
 @gluon.jit
-def hide(s, t, row0, len_k, shift, left, right, BM: gl.constexpr, BN: gl.constexpr, SL: gl.constexpr,
-         LEFT: gl.constexpr, RIGHT: gl.constexpr, RAG: gl.constexpr):  # fmt: skip
+def hide(
+    s,
+    t,
+    row0,
+    len_k,
+    shift,
+    left,
+    right,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    SL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+    RAG: gl.constexpr,
+):
     cols = t * BN + gl.arange(0, BN, gl.SliceLayout(0, SL))
     rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
     if RIGHT:
@@ -64,8 +79,8 @@ def largest(s, BM: gl.constexpr, BN: gl.constexpr, RL: gl.constexpr, WIDE: gl.co
 
 @gluon.jit
 def level(m, new, LAZY: gl.constexpr):
-    # What the weights of a row are counted from. It follows the maximum; LAZY: once that has grown by more than GROWTH, so that
-    # most steps have nothing to rescale, and the largest weight of a row is rounded like every other.
+    # What the weights of a row are counted from. It follows the maximum; LAZY: once that has grown by more than GROWTH,
+    # so that most steps have nothing to rescale, and the largest weight of a row is rounded like every other.
     grown = gl.maximum(m, new)
     if LAZY:
         grown = gl.where(grown > m + GROWTH, grown, m)
@@ -78,7 +93,9 @@ def rescaled(o, alpha, BM: gl.constexpr, D: gl.constexpr, OL: gl.constexpr, LAZY
     alpha = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
     if LAZY:
         alpha = alpha + gl.zeros([BM, D], gl.float32, OL)
-        o = gl.inline_asm_elementwise(RESCALE, RESCALE_CONSTRAINTS, [o, alpha], dtype=gl.float32, is_pure=False, pack=32)
+        o = gl.inline_asm_elementwise(
+            RESCALE, RESCALE_CONSTRAINTS, [o, alpha], dtype=gl.float32, is_pure=False, pack=32
+        )
     else:
         o = o * alpha
     return o
@@ -110,7 +127,8 @@ def totals(l, RL: gl.constexpr, WIDE: gl.constexpr):
 
 @gluon.jit
 def narrow(p, BM: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, PL: gl.constexpr, WIDE: gl.constexpr):
-    # Weights in 16 bits. A loop that carries 16-bit values takes an instruction more for each pair, so WIDE carries pairs.
+    # Weights in 16 bits. A loop that carries 16-bit values takes an instruction more for each pair, so WIDE carries
+    # pairs.
     if WIDE:
         low, high = gl.split(p.reshape([BM, BN // 2, 2]))
         asm: gl.constexpr = TO_FP16 if gl.float16 == KIND else TO_BF16

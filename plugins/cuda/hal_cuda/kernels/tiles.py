@@ -7,25 +7,30 @@ import triton.language as tl
 
 @triton.jit
 def span(ends, i, there, total):
-    """First token and length of sequences i of `ends`, int32 [sequences + 1], kept inside the `total` tokens that there are."""
+    """First token and length of sequences i of `ends`, int32 [sequences + 1], kept inside the `total` tokens that there
+    are.
+    """
     first = tl.minimum(tl.maximum(tl.load(ends + i, mask=there, other=0), 0), total)
     end = tl.minimum(tl.load(ends + i + 1, mask=there, other=0), total)
     return first, tl.maximum(end - first, 0)
 
 
 @triton.jit
-def tile_table(table, cu_q, cu_k, sequences, all_q, all_k, most, together, programs, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def tile_table(
+    table, cu_q, cu_k, sequences, all_q, all_k, most, together, programs, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """List every tile of ROWS query rows, those of the sequence with most keys first. Grid: (sequences,).
 
-    Rows are listed from the last to the first, or, in every second sequence counted from the end, from the first to the last:
-    below a diagonal the last rows read most keys, and programs that take every n-th tile, forwards and backwards in turn, get
-    about as much each where the list rises and falls without a leap. Where a sequence is about one round of them, two follow
-    each other in the same direction. A sequence that holds most of the tiles ends with its first rows, its shortest.
+    Rows are listed from the last to the first, or, in every second sequence counted from the end, from the first to the
+    last: below a diagonal the last rows read most keys, and programs that take every n-th tile, forwards and backwards
+    in turn, get about as much each where the list rises and falls without a leap. Where a sequence is about one round
+    of them, two follow each other in the same direction. A sequence that holds most of the tiles ends with its first
+    rows, its shortest.
 
-    table: int32 [8 + 8 * most]. The first number is how many tiles there are; from 8 on each has first row in its sequence,
-    sequence's first query, first key, queries, keys. cu_q, cu_k: int32 [sequences + 1], never falling. all_q, all_k: tokens
-    that there are. together: heads that take a tile one after the other; programs: that share the tiles out. Where cu_q or
-    cu_k are wrong, so are results, but nothing outside the tensors is named.
+    table: int32 [8 + 8 * most]. The first number is how many tiles there are; from 8 on each has first row in its
+    sequence, sequence's first query, first key, queries, keys. cu_q, cu_k: int32 [sequences + 1], never falling. all_q,
+    all_k: tokens that there are. together: heads that take a tile one after the other; programs: that share the tiles
+    out. Where cu_q or cu_k are wrong, so are results, but nothing outside the tensors is named.
     """
     s = tl.program_id(0)
     q_at, len_q = span(cu_q, s, True, all_q)

@@ -19,9 +19,14 @@ _ORDER = {2: 0, 1: 1, 3: 2, 4: 3}  # discrete, integrated, virtual, CPU
 BFLOAT16_FEATURES = 1000141000  # VkStructureType: three bits, for the type, dot products and matrices
 OPAQUE_FD = 1  # VkExternalMemoryHandleTypeFlags and VkExternalSemaphoreHandleTypeFlags of a file descriptor
 NV2_FEATURES = (
-    "workgroup_scope", "flexible_dimensions", "reductions", "conversions", "per_element_operations", "tensor_addressing",
+    "workgroup_scope",
+    "flexible_dimensions",
+    "reductions",
+    "conversions",
+    "per_element_operations",
+    "tensor_addressing",
     "block_loads",
-)  # fmt: skip
+)
 
 
 class UnavailableError(Exception):
@@ -132,11 +137,17 @@ def _adapter(ffi: Any, lib: Any, handle: Any, queue: tuple[int, int]) -> tuple[A
     heaps = [memory.memoryHeaps[n] for n in range(memory.memoryHeapCount)]
     local = [int(h.size) for h in heaps if h.flags & 1] or [int(h.size) for h in heaps]
     limits = {
-        name: int(getattr(base.limits, name)) for name in (
-            "maxStorageBufferRange", "maxTexelBufferElements", "maxComputeSharedMemorySize", "maxPushConstantsSize",
-            "minStorageBufferOffsetAlignment", "maxComputeWorkGroupInvocations", "maxUniformBufferRange",
+        name: int(getattr(base.limits, name))
+        for name in (
+            "maxStorageBufferRange",
+            "maxTexelBufferElements",
+            "maxComputeSharedMemorySize",
+            "maxPushConstantsSize",
+            "minStorageBufferOffsetAlignment",
+            "maxComputeWorkGroupInvocations",
+            "maxUniformBufferRange",
         )
-    }  # fmt: skip
+    }
     limits |= {
         f"maxComputeWorkGroupCount{axis}": int(base.limits.maxComputeWorkGroupCount[n]) for n, axis in enumerate("XYZ")
     }
@@ -145,18 +156,33 @@ def _adapter(ffi: Any, lib: Any, handle: Any, queue: tuple[int, int]) -> tuple[A
     name = ffi.string(driver.driverName).decode(), ffi.string(driver.driverInfo).decode()
     features = _features(ffi, lib, handle, extensions)
     adapter = Adapter(
-        handle, ffi.string(base.deviceName).decode(), _VENDORS.get(base.vendorID, f"vendor {base.vendorID:#x}"),
-        base.deviceType == _CPU, (version >> 22, version >> 12 & 0x3FF, version & 0xFFF), " ".join(filter(None, name)),
-        bytes(ids.driverUUID).hex() + bytes(ids.deviceUUID).hex(), bytes(base.pipelineCacheUUID), max(local), extensions,
-        features, limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)}, queue,
+        handle,
+        ffi.string(base.deviceName).decode(),
+        _VENDORS.get(base.vendorID, f"vendor {base.vendorID:#x}"),
+        base.deviceType == _CPU,
+        (version >> 22, version >> 12 & 0x3FF, version & 0xFFF),
+        " ".join(filter(None, name)),
+        bytes(ids.driverUUID).hex() + bytes(ids.deviceUUID).hex(),
+        bytes(base.pipelineCacheUUID),
+        max(local),
+        extensions,
+        features,
+        limits | {"timestampPeriod": int(base.limits.timestampPeriod * 1000)},
+        queue,
         matrix_shapes(ffi, lib, _instance(), handle) if "cooperative_matrix" in features else (),
-    )  # fmt: skip
+    )
     return adapter, base.deviceType
 
 
 _VENDORS = {
-    0x1002: "AMD", 0x10DE: "NVIDIA", 0x8086: "Intel", 0x13B5: "Arm", 0x5143: "Qualcomm", 0x106B: "Apple", 0x10005: "Mesa",
-}  # fmt: skip
+    0x1002: "AMD",
+    0x10DE: "NVIDIA",
+    0x8086: "Intel",
+    0x13B5: "Arm",
+    0x5143: "Qualcomm",
+    0x106B: "Apple",
+    0x10005: "Mesa",
+}
 
 
 def _extensions(ffi: Any, lib: Any, handle: Any) -> frozenset[str]:
@@ -168,7 +194,9 @@ def _extensions(ffi: Any, lib: Any, handle: Any) -> frozenset[str]:
 
 
 def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> frozenset[str]:
-    """The features that are reported, bit by bit; extension structures are passed only where the extension is listed."""
+    """The features that are reported, bit by bit; extension structures are passed only where the extension is
+    listed.
+    """
     raw = ffi.new("char[48]")
     chain = ffi.NULL
     has_nv2 = "VK_NV_cooperative_matrix2" in extensions
@@ -190,12 +218,18 @@ def _features(ffi: Any, lib: Any, handle: Any, extensions: frozenset[str]) -> fr
     features = ffi.new("VkPhysicalDeviceFeatures2*", {"sType": 1000059000, "pNext": v11})
     lib.vkGetPhysicalDeviceFeatures2(handle, features)
     found = {
-        "timeline_semaphore": v12.timelineSemaphore, "float16": v12.shaderFloat16, "storage16": v11.storageBuffer16BitAccess,
-        "memory_model": v12.vulkanMemoryModel, "cooperative_matrix": matrix.cooperativeMatrix,
-        "full_subgroups": sizes.computeFullSubgroups, "device_scope": v12.vulkanMemoryModelDeviceScope,
-    }  # fmt: skip
-    found |= {"memory_export": "VK_KHR_external_memory_fd" in extensions,
-              "timeline_export": _exports_timelines(ffi, lib, handle, extensions)}  # fmt: skip
+        "timeline_semaphore": v12.timelineSemaphore,
+        "float16": v12.shaderFloat16,
+        "storage16": v11.storageBuffer16BitAccess,
+        "memory_model": v12.vulkanMemoryModel,
+        "cooperative_matrix": matrix.cooperativeMatrix,
+        "full_subgroups": sizes.computeFullSubgroups,
+        "device_scope": v12.vulkanMemoryModelDeviceScope,
+    }
+    found |= {
+        "memory_export": "VK_KHR_external_memory_fd" in extensions,
+        "timeline_export": _exports_timelines(ffi, lib, handle, extensions),
+    }
     types, _, matrices = struct.unpack("3I", bytes(ffi.buffer(brain, 28))[16:28])
     found["bfloat16_matrix"] = types and matrices
     if has_nv2:

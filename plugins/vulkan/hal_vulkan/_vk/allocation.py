@@ -15,7 +15,9 @@ _HOST_ALLOCATION = 0x80  # VkExternalMemoryHandleTypeFlags
 
 
 class Memory(NamedTuple):
-    """One allocation of `nbytes`: VkDeviceMemory, a VkBuffer over all of it, and its bytes where mapped (None elsewhere)."""
+    """One allocation of `nbytes`: VkDeviceMemory, a VkBuffer over all of it, and its bytes where mapped (None
+    elsewhere).
+    """
 
     memory: Any
     buffer: Any
@@ -80,9 +82,14 @@ class Allocating(LogicalDevice):
         if not bits or needs.size > nbytes:
             self._lib.vkDestroyBuffer(self._device, buffer, ffi.NULL)
             return None
-        chain = ffi.new("VkImportMemoryHostPointerInfoEXT*", {
-            "sType": 1000178000, "handleType": _HOST_ALLOCATION, "pHostPointer": pointer,
-        })  # fmt: skip
+        chain = ffi.new(
+            "VkImportMemoryHostPointerInfoEXT*",
+            {
+                "sType": 1000178000,
+                "handleType": _HOST_ALLOCATION,
+                "pHostPointer": pointer,
+            },
+        )
         return self._bound(nbytes, buffer, nbytes, (bits & -bits).bit_length() - 1, chain, False)
 
     def _buffer(self, nbytes: int, handle: int) -> tuple[Any, Any]:
@@ -90,9 +97,17 @@ class Allocating(LogicalDevice):
         ffi = self._ffi
         outside = ffi.new("VkExternalMemoryBufferCreateInfo*", {"sType": 1000072000, "handleTypes": handle})
         usage = 0x10 | 0x20 | 1 | 2  # uniform, storage, copy source and target
-        buffer = self._made("VkBuffer*", "vkCreateBuffer", "VkBufferCreateInfo*", {
-            "sType": 12, "size": nbytes, "usage": usage, "pNext": outside if handle else ffi.NULL,
-        })  # fmt: skip
+        buffer = self._made(
+            "VkBuffer*",
+            "vkCreateBuffer",
+            "VkBufferCreateInfo*",
+            {
+                "sType": 12,
+                "size": nbytes,
+                "usage": usage,
+                "pNext": outside if handle else ffi.NULL,
+            },
+        )
         needs = ffi.new("VkMemoryRequirements*")
         self._lib.vkGetBufferMemoryRequirements(self._device, buffer, needs)
         return buffer, needs

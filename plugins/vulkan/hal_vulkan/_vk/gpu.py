@@ -27,15 +27,25 @@ class Timeline(NamedTuple):
 
 
 class _Writes:
-    """VkWriteDescriptorSet[] for pipelines of some kinds of bindings. The driver copies it, so that one serves them all."""
+    """VkWriteDescriptorSet[] for pipelines of some kinds of bindings. The driver copies it, so that one serves them
+    all.
+    """
 
     def __init__(self, ffi: Any, kinds: str) -> None:
         self._buffers = ffi.new("VkDescriptorBufferInfo[]", len(kinds))
-        self._writes = ffi.new("VkWriteDescriptorSet[]", [
-            {"sType": 35, "dstBinding": n, "descriptorCount": 1, "descriptorType": DESCRIPTORS[kind],
-             "pBufferInfo": self._buffers + n}
-            for n, kind in enumerate(kinds)
-        ])  # fmt: skip
+        self._writes = ffi.new(
+            "VkWriteDescriptorSet[]",
+            [
+                {
+                    "sType": 35,
+                    "dstBinding": n,
+                    "descriptorCount": 1,
+                    "descriptorType": DESCRIPTORS[kind],
+                    "pBufferInfo": self._buffers + n,
+                }
+                for n, kind in enumerate(kinds)
+            ],
+        )
         self._infos = [self._buffers[n] for n in range(len(kinds))]
         self._held: list[Bound | None] = [None] * len(kinds)
 
@@ -60,7 +70,9 @@ class Gpu(Compiling):
             raise
 
     def _prepare(self) -> None:
-        """The command pool, the device's timeline, its time stamps, and what calls hand to the driver again and again."""
+        """The command pool, the device's timeline, its time stamps, and what calls hand to the driver again and
+        again.
+        """
         ffi, adapter = self._ffi, self.adapter
         self._push = self._function("vkCmdPushDescriptorSetKHR")
         self._commands = self._held("CommandPool", {"sType": 39, "flags": 2, "queueFamilyIndex": self._family})
@@ -68,9 +80,14 @@ class Gpu(Compiling):
         self._queries = self._held("QueryPool", {"sType": 11, "queryType": 2, "queryCount": 4})
         self._submitted = 0
         reads, writes, host = 0x8 | 0x20 | 0x800, 0x40 | 0x1000, 0x2000
-        self._visible = ffi.new("VkMemoryBarrier*", {
-            "sType": 46, "srcAccessMask": writes | reads, "dstAccessMask": reads | writes | host,
-        })  # fmt: skip
+        self._visible = ffi.new(
+            "VkMemoryBarrier*",
+            {
+                "sType": 46,
+                "srcAccessMask": writes | reads,
+                "dstAccessMask": reads | writes | host,
+            },
+        )
         self._writes: dict[str, _Writes] = {}
         self._constants = ffi.new("char[]", adapter.limits["maxPushConstantsSize"])
         self._recorded: Any = None  # the command buffer and the pipeline of the last dispatch
@@ -80,24 +97,48 @@ class Gpu(Compiling):
         self._spins = not adapter.is_cpu  # a CPU's device needs the processor itself
         self._after, self._running = ffi.new("uint64_t[1]"), ffi.new("VkCommandBuffer[1]")
         self._stages = ffi.new("uint32_t[]", [_ALL_COMMANDS])
-        self._values = ffi.new("VkTimelineSemaphoreSubmitInfo*", {
-            "sType": 1000207003, "signalSemaphoreValueCount": 1, "pSignalSemaphoreValues": self._number,
-            "pWaitSemaphoreValues": self._after,
-        })  # fmt: skip
-        self._submission = ffi.new("VkSubmitInfo*", {
-            "sType": 4, "pNext": self._values, "commandBufferCount": 1, "pCommandBuffers": self._running,
-            "signalSemaphoreCount": 1, "pSignalSemaphores": self._done.handle, "pWaitDstStageMask": self._stages,
-        })  # fmt: skip
-        self._waiting = ffi.new("VkSemaphoreWaitInfo*", {
-            "sType": 1000207004, "semaphoreCount": 1, "pSemaphores": self._done.handle, "pValues": self._awaited,
-        })  # fmt: skip
+        self._values = ffi.new(
+            "VkTimelineSemaphoreSubmitInfo*",
+            {
+                "sType": 1000207003,
+                "signalSemaphoreValueCount": 1,
+                "pSignalSemaphoreValues": self._number,
+                "pWaitSemaphoreValues": self._after,
+            },
+        )
+        self._submission = ffi.new(
+            "VkSubmitInfo*",
+            {
+                "sType": 4,
+                "pNext": self._values,
+                "commandBufferCount": 1,
+                "pCommandBuffers": self._running,
+                "signalSemaphoreCount": 1,
+                "pSignalSemaphores": self._done.handle,
+                "pWaitDstStageMask": self._stages,
+            },
+        )
+        self._waiting = ffi.new(
+            "VkSemaphoreWaitInfo*",
+            {
+                "sType": 1000207004,
+                "semaphoreCount": 1,
+                "pSemaphores": self._done.handle,
+                "pValues": self._awaited,
+            },
+        )
 
     def _timeline(self, *, exported: bool) -> Timeline:
         ffi = self._ffi
         shared = ffi.new("VkExportSemaphoreCreateInfo*", {"sType": 1000077000, "handleTypes": OPAQUE_FD})
-        kind = ffi.new("VkSemaphoreTypeCreateInfo*", {
-            "sType": 1000207002, "semaphoreType": 1, "pNext": shared if exported else ffi.NULL,
-        })  # fmt: skip
+        kind = ffi.new(
+            "VkSemaphoreTypeCreateInfo*",
+            {
+                "sType": 1000207002,
+                "semaphoreType": 1,
+                "pNext": shared if exported else ffi.NULL,
+            },
+        )
         handle = ffi.new("VkSemaphore*")
         handle[0] = self._held("Semaphore", {"sType": 9, "pNext": kind})
         return Timeline(handle)
@@ -161,7 +202,9 @@ class Gpu(Compiling):
         self._lib.vkCmdPipelineBarrier(commands, before, after, 0, 1, self._visible, 0, null, 0, null)
 
     def stamp(self, commands: Any, place: int) -> None:
-        """Write time stamp `place`, 0 to 3: an even one once the device is here, an odd one after all that was recorded."""
+        """Write time stamp `place`, 0 to 3: an even one once the device is here, an odd one after all that was
+        recorded.
+        """
         if self._stamp_bits:
             self._lib.vkCmdResetQueryPool(commands, self._queries, place, 1)
             self._lib.vkCmdWriteTimestamp(commands, 0x2000 if place % 2 else 1, self._queries, place)

@@ -69,24 +69,52 @@ class LogicalDevice:
             chain = ffi.cast("void*", raw)
             keep.append(raw)
             wanted.append(b"VK_KHR_shader_bfloat16")
-        v12 = ffi.new("VkPhysicalDeviceVulkan12Features*", {
-            "sType": 51, "pNext": chain, "timelineSemaphore": 1, "shaderFloat16": has("float16"),
-            "vulkanMemoryModel": has("memory_model"), "vulkanMemoryModelDeviceScope": has("device_scope"),
-        })  # fmt: skip
-        v11 = ffi.new("VkPhysicalDeviceVulkan11Features*", {
-            "sType": 49, "pNext": v12, "storageBuffer16BitAccess": has("storage16"),
-        })  # fmt: skip
+        v12 = ffi.new(
+            "VkPhysicalDeviceVulkan12Features*",
+            {
+                "sType": 51,
+                "pNext": chain,
+                "timelineSemaphore": 1,
+                "shaderFloat16": has("float16"),
+                "vulkanMemoryModel": has("memory_model"),
+                "vulkanMemoryModelDeviceScope": has("device_scope"),
+            },
+        )
+        v11 = ffi.new(
+            "VkPhysicalDeviceVulkan11Features*",
+            {
+                "sType": 49,
+                "pNext": v12,
+                "storageBuffer16BitAccess": has("storage16"),
+            },
+        )
         features = ffi.new("VkPhysicalDeviceFeatures2*", {"sType": 1000059000, "pNext": v11})
         priority = ffi.new("float[]", [1.0])
-        queue = ffi.new("VkDeviceQueueCreateInfo*", {
-            "sType": 2, "queueFamilyIndex": self._family, "queueCount": 1, "pQueuePriorities": priority,
-        })  # fmt: skip
+        queue = ffi.new(
+            "VkDeviceQueueCreateInfo*",
+            {
+                "sType": 2,
+                "queueFamilyIndex": self._family,
+                "queueCount": 1,
+                "pQueuePriorities": priority,
+            },
+        )
         names = [ffi.new("char[]", name) for name in wanted]
         pointers = ffi.new("char*[]", names)
-        return self._made("VkDevice*", "vkCreateDevice", "VkDeviceCreateInfo*", {
-            "sType": 3, "pNext": features, "queueCreateInfoCount": 1, "pQueueCreateInfos": queue,
-            "enabledExtensionCount": len(names), "ppEnabledExtensionNames": pointers,
-        }, first=adapter.handle)  # fmt: skip
+        return self._made(
+            "VkDevice*",
+            "vkCreateDevice",
+            "VkDeviceCreateInfo*",
+            {
+                "sType": 3,
+                "pNext": features,
+                "queueCreateInfoCount": 1,
+                "pQueueCreateInfos": queue,
+                "enabledExtensionCount": len(names),
+                "ppEnabledExtensionNames": pointers,
+            },
+            first=adapter.handle,
+        )
 
     def _check(self, result: int, what: str, nbytes: int = 0) -> None:
         """Raise what a VkResult means; `what` was being done, `nbytes` asked for. The sentences name the way out."""

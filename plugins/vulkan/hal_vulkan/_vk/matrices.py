@@ -10,7 +10,9 @@ _SUBGROUP = 3  # VkScopeKHR
 
 
 class MatrixShape(NamedTuple):
-    """A product of [rows, depth] and [depth, columns] of `inputs`, added to [rows, columns] of `sums`: names of dtypes."""
+    """A product of [rows, depth] and [depth, columns] of `inputs`, added to [rows, columns] of `sums`: names of
+    dtypes.
+    """
 
     rows: int
     columns: int

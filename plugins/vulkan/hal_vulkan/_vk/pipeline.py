@@ -77,38 +77,74 @@ class Compiling(Allocating):
     def _module(self, spirv: bytes) -> Any:
         code = self._ffi.new("uint32_t[]", len(spirv) // 4)
         self._ffi.memmove(code, spirv, len(spirv))
-        return self._made("VkShaderModule*", "vkCreateShaderModule", "VkShaderModuleCreateInfo*",
-                          {"sType": 16, "codeSize": len(spirv), "pCode": code})  # fmt: skip
+        return self._made(
+            "VkShaderModule*",
+            "vkCreateShaderModule",
+            "VkShaderModuleCreateInfo*",
+            {"sType": 16, "codeSize": len(spirv), "pCode": code},
+        )
 
     def _slots(self, kinds: str) -> Any:
-        slots = self._ffi.new("VkDescriptorSetLayoutBinding[]", [
-            {"binding": n, "descriptorType": DESCRIPTORS[kind], "descriptorCount": 1, "stageFlags": COMPUTE_STAGE}
-            for n, kind in enumerate(kinds)
-        ])  # fmt: skip
-        return self._made("VkDescriptorSetLayout*", "vkCreateDescriptorSetLayout", "VkDescriptorSetLayoutCreateInfo*",
-                          {"sType": 32, "flags": 1, "bindingCount": len(kinds), "pBindings": slots})  # fmt: skip
+        slots = self._ffi.new(
+            "VkDescriptorSetLayoutBinding[]",
+            [
+                {"binding": n, "descriptorType": DESCRIPTORS[kind], "descriptorCount": 1, "stageFlags": COMPUTE_STAGE}
+                for n, kind in enumerate(kinds)
+            ],
+        )
+        return self._made(
+            "VkDescriptorSetLayout*",
+            "vkCreateDescriptorSetLayout",
+            "VkDescriptorSetLayoutCreateInfo*",
+            {"sType": 32, "flags": 1, "bindingCount": len(kinds), "pBindings": slots},
+        )
 
     def _layout(self, slots: Any, push_bytes: int) -> Any:
         sets = self._ffi.new("VkDescriptorSetLayout[]", [slots])
         push = self._ffi.new("VkPushConstantRange*", {"stageFlags": COMPUTE_STAGE, "offset": 0, "size": push_bytes})
-        return self._made("VkPipelineLayout*", "vkCreatePipelineLayout", "VkPipelineLayoutCreateInfo*", {
-            "sType": 30, "setLayoutCount": 1, "pSetLayouts": sets, "pushConstantRangeCount": 1, "pPushConstantRanges": push,
-        })  # fmt: skip
+        return self._made(
+            "VkPipelineLayout*",
+            "vkCreatePipelineLayout",
+            "VkPipelineLayoutCreateInfo*",
+            {
+                "sType": 30,
+                "setLayoutCount": 1,
+                "pSetLayouts": sets,
+                "pushConstantRangeCount": 1,
+                "pPushConstantRanges": push,
+            },
+        )
 
     def _compiled(self, module: Any, layout: Any, constants: Sequence[int], flags: int) -> Any:
         ffi = self._ffi
         data = ffi.new("int32_t[]", list(constants) or [0])
         places = [{"constantID": n, "offset": 4 * n, "size": 4} for n in range(len(constants))]
         entries = ffi.new("VkSpecializationMapEntry[]", places)
-        special = ffi.new("VkSpecializationInfo*", {
-            "mapEntryCount": len(constants), "pMapEntries": entries, "dataSize": 4 * len(constants), "pData": data,
-        })  # fmt: skip
+        special = ffi.new(
+            "VkSpecializationInfo*",
+            {
+                "mapEntryCount": len(constants),
+                "pMapEntries": entries,
+                "dataSize": 4 * len(constants),
+                "pData": data,
+            },
+        )
         entry = ffi.new("char[]", b"main")
-        info = ffi.new("VkComputePipelineCreateInfo*", {
-            "sType": 29, "layout": layout,
-            "stage": {"sType": 18, "flags": flags, "stage": COMPUTE_STAGE, "module": module, "pName": entry,
-                      "pSpecializationInfo": special},
-        })  # fmt: skip
+        info = ffi.new(
+            "VkComputePipelineCreateInfo*",
+            {
+                "sType": 29,
+                "layout": layout,
+                "stage": {
+                    "sType": 18,
+                    "flags": flags,
+                    "stage": COMPUTE_STAGE,
+                    "module": module,
+                    "pName": entry,
+                    "pSpecializationInfo": special,
+                },
+            },
+        )
         made = ffi.new("VkPipeline*")
         result = self._lib.vkCreateComputePipelines(self._device, self._cache, 1, info, ffi.NULL, made)
         self._check(result, "vkCreateComputePipelines")
