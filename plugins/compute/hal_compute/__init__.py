@@ -1,7 +1,6 @@
 """What devices that run compute programs share. This module holds the hook alone, the kernels that they offer."""
 
-from hal_core.hooks import hookimpl
-from hal_core.kernels import KernelSpec
+from hal_core.plugin_api import KernelSpec, hookimpl
 
 _SIGNATURES = {
     "vector_add": "vector_add(a[...], b[...]) -> [...]",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
     Causal,
@@ -20,7 +20,7 @@ from hal_core import (
     Refusal,
     Session,
 )
-from hal_core.calibration import load
+from hal_core.plugin_api import load_calibration as load
 
 from . import calibrate
 
@@ -123,7 +123,7 @@ class ComputeBackend(ABC):
 
     def kernel_names(self, device: Device) -> frozenset[str]:
         """Those whose specification is installed: without one nothing says what is right."""
-        from hal_core.registry import registry
+        from hal_core.plugin_api import registry
 
         return KERNEL_NAMES & frozenset(registry.kernel_specs())
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hal_core import AttentionRequest
+from hal_core.plugin_api import AttentionRequest
 
 _SHORT = 16  # tokens of a call without work
 _FIRST_GRADIENTS = 128  # tokens of the first long call of gradients, at most: they are far slower

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hal_core import ContractError
+from hal_core.plugin_api import ContractError
 
 
 class Runner(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from hal_core import ContractError, HalError, MemoryLimitError
+from hal_core.plugin_api import ContractError, HalError, MemoryLimitError
 
 BLOCK = 32 << 20
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, BlockPlan, Causal
+from hal_core.plugin_api import AttentionRequest, BlockPlan, Causal
 
 OPEN = 1 << 30  # stands for no bound
 LOG2E = 1.4426950408889634

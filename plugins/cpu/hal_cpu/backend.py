@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
     Causal,
@@ -19,7 +19,7 @@ from hal_core import (
     Range,
     Refusal,
 )
-from hal_core.calibration import load
+from hal_core.plugin_api import load_calibration as load
 
 from .cost import Rates, estimate
 from .machine import this_machine

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, MaskKind
+from hal_core.plugin_api import AttentionRequest, MaskKind
 
 from .cost import Rates, estimate
 from .machine import this_machine

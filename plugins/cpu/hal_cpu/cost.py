@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from hal_core import AttentionRequest, Basis, Estimate, MaskKind, Provenance, Quantity
+from hal_core.plugin_api import AttentionRequest, Basis, Estimate, MaskKind, Provenance, Quantity
 
 from .machine import Machine
 from .paths import (

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hal_core import AttentionOutput
-from hal_core.protocols import MemoryManager
+from hal_core.plugin_api import AttentionOutput, MemoryManager
 
 from .keyvalue import KeyValue
 from .machine import this_machine

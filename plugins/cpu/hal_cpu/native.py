@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from hal_core import AttentionRequest, MaskKind
+from hal_core.plugin_api import AttentionRequest, MaskKind
 
 from .heads import pack_heads, pack_mask, unpack_heads
 from .paths import doubles, path_of, sees_less, widens

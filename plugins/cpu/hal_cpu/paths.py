@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from hal_core import AttentionRequest, Causal, MaskKind
+from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
 from .machine import this_machine
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, Causal
+from hal_core.plugin_api import AttentionRequest, Causal
 
 from .keyvalue import Columns
 

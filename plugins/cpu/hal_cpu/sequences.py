@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hal_core import AttentionRequest, BlockPlan, SequenceTables
+from hal_core.plugin_api import AttentionRequest, BlockPlan, SequenceTables
 
 
 class Sequence(NamedTuple):

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionOutput
-from hal_core.protocols import MemoryManager
+from hal_core.plugin_api import AttentionOutput, MemoryManager
 
 from .dropout import keep_mask
 from .keyvalue import Columns

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import Grads
-from hal_core.protocols import MemoryManager
+from hal_core.plugin_api import Grads, MemoryManager
 
 from .keyvalue import Columns
 from .paths import TileSizes, backward_scratch, tiled_scratch

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, BlockPlan, DenseTiling
+from hal_core.plugin_api import AttentionRequest, BlockPlan, DenseTiling
 
 from .keyvalue import Columns, KeyValue
 from .machine import this_machine

@@ -2,7 +2,7 @@
 used.
 """
 
-from hal_core.hooks import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, hookimpl
 
 
 @hookimpl

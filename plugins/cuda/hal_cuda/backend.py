@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
     Causal,
@@ -20,12 +20,12 @@ from hal_core import (
     Range,
     Refusal,
 )
-from hal_core.calibration import load
+from hal_core.plugin_api import load_calibration as load
 
 from .discovery import Found, find
 
 if TYPE_CHECKING:
-    from hal_core.bench import BenchSetup
+    from hal_core.plugin_api import BenchSetup
 
     from ._nvml import Gpu
     from .chip import Chip

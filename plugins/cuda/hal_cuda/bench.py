@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, Causal, Device
-from hal_core.bench import BenchSetup, Call, Ceilings
+from hal_core.plugin_api import AttentionRequest, BenchSetup, Call, Causal, Ceilings, Device
 
 from . import _nvml, dispatch
 from .calibrate import on_path

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, Causal, Device
+from hal_core.plugin_api import AttentionRequest, Causal, Device
 
 from . import _nvml, dispatch
 from .chip import Chip

@@ -17,7 +17,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from hal_core import DeviceUnavailableError
+from hal_core.plugin_api import DeviceUnavailableError
 
 #: Versions whose launcher and Gluon dialect this package was run with. Others take Triton's own, slower launch.
 TESTED_TRITON = ("3.6",)

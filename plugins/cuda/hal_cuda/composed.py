@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
     BlockPlan,
     MaskKind,
     SequenceTables,
+    check_tables,
     dense_mask,
     expand_block_plan,
 )
-from hal_core.contract import check_tables
 
 from .chip import Chip
 from .dropout import dropout_pattern

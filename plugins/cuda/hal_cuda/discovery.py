@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hal_core import Device, Fidelity
+from hal_core.plugin_api import Device, Fidelity
 
 from . import _nvml
 

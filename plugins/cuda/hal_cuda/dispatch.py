@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hal_core import AttentionRequest, Estimate, Quantity
-from hal_core.request import DTYPE_BYTES
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate, Quantity
 
 from . import composed, hopper, native
 from .chip import Chip

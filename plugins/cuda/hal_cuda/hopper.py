@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
 
 from . import compiled
 from .chip import Chip

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hal_core import Buffer, ContractError, MemoryLimitError, MemoryStats
-from hal_core.request import DTYPE_BYTES
+from hal_core.plugin_api import DTYPE_BYTES, Buffer, ContractError, MemoryLimitError, MemoryStats
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hal_core import AttentionRequest, Causal, MaskKind
+from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
 from .chip import Chip
 

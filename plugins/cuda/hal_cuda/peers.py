@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hal_core import SequenceTables
+from hal_core.plugin_api import SequenceTables
 
 Call = Callable[[], Any]
 

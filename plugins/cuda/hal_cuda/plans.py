@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import torch
 
-from hal_core import BlockPlan
+from hal_core.plugin_api import BlockPlan
 
 from .chip import Chip, Launcher
 from .kernels.plan import list_once

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
     BlockPlan,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from hal_core import AttentionRequest, Basis, Causal, Provenance
+from hal_core.plugin_api import AttentionRequest, Basis, Causal, Provenance
 
 MEASURED = Path(__file__).with_name("measured.json")
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
     BlockPlan,

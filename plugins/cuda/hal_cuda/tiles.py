@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hal_core import AttentionRequest, Causal, MaskKind
+from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
 from .chip import Chip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hal_core.hooks import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, hookimpl
 
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {

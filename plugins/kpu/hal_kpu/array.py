@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 Dataflow: TypeAlias = Literal["os", "ws", "is"]
 Array: TypeAlias = NDArray[Any]

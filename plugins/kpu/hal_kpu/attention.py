@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionOutput, AttentionRequest, Grads, MaskKind
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, Grads, MaskKind
 
 #: Scores worked on at once on the host: what stays in a processor core's cache.
 _CHUNK = 1 << 20

@@ -8,8 +8,7 @@ from typing import Any
 
 import attrs
 
-from hal_core import AttentionRequest
-from hal_core.request import DTYPE_BYTES
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest
 
 from .attention_blocks import softmax_passes
 from .attention_program import fused

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 import attrs
 
-from hal_core import AttentionRequest
-from hal_core.request import DTYPE_BYTES
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest
 
 from .profile import Profile
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from hal_core import AttentionRequest
+from hal_core.plugin_api import AttentionRequest
 
 from .attention_blocks import DIVIDE, FADE, SUM_BYTES, Blocks, Round, room, rounds, row_tiles, softmax_passes
 from .movement import Builder, Place, Program, Take

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
     Causal,
@@ -20,8 +20,8 @@ from hal_core import (
     Numerics,
     Range,
     Refusal,
+    registry,
 )
-from hal_core.registry import registry
 
 from .attention_blocks import Blocks, longest_head, room
 from .cost import attention_cost

@@ -115,7 +115,7 @@ def add_commands(subparsers: Any) -> None:
 def _profile(options: argparse.Namespace) -> int:
     import attrs
 
-    from hal_core.console import show_table
+    from hal_core.plugin_api import show_table
 
     from .profile import load
 
@@ -143,7 +143,7 @@ def _gemm(options: argparse.Namespace) -> int:
 
 def _product(options: argparse.Namespace, M: int, N: int, K: int) -> tuple[str, Any, Any]:  # noqa: N803
     """(title, counters, profile) of a matrix product on one array."""
-    from hal_core.console import progress
+    from hal_core.plugin_api import progress
 
     from .gemm import machine, simulate_gemm
     from .runtime import FIDELITIES
@@ -167,7 +167,7 @@ def _product(options: argparse.Namespace, M: int, N: int, K: int) -> tuple[str, 
 
 
 def _attention(options: argparse.Namespace) -> int:
-    from hal_core.console import progress, show_table
+    from hal_core.plugin_api import progress, show_table
 
     from .attention_baseline import compare
     from .energy import energy
@@ -238,7 +238,7 @@ def _fused(options: argparse.Namespace) -> tuple[str, Any, Any]:
 
 def _request(options: argparse.Namespace) -> Any:
     """The attention call that the options describe."""
-    from hal_core import AttentionRequest, Causal, ContractError
+    from hal_core.plugin_api import AttentionRequest, Causal, ContractError
 
     from .attention_blocks import Blocks, longest_head, room
     from .profile import load
@@ -257,7 +257,7 @@ def _request(options: argparse.Namespace) -> Any:
 
 
 def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
-    from hal_core import ContractError
+    from hal_core.plugin_api import ContractError
 
     words = text.split(",")
     if len(words) != count or not all(word.strip().isdigit() and int(word) > 0 for word in words):
@@ -268,7 +268,7 @@ def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
 def _report(options: argparse.Namespace) -> int:
     import torch
 
-    from hal_core.console import progress, show_table
+    from hal_core.plugin_api import progress, show_table
 
     from .coverage import measure
     from .models import load_model
@@ -300,7 +300,7 @@ def _shown(options: argparse.Namespace, made: Any) -> int:
 
 
 def _drawn(options: argparse.Namespace, made: Any) -> None:
-    from hal_core.errors import HalError
+    from hal_core.plugin_api import HalError
 
     if options.plot is None:
         return

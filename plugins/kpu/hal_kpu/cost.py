@@ -12,8 +12,7 @@ from functools import lru_cache
 
 import attrs
 
-from hal_core import AttentionRequest, Basis, Estimate, Provenance, Quantity
-from hal_core.request import DTYPE_BYTES
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Estimate, Provenance, Quantity
 
 from .attention_blocks import Blocks
 from .attention_program import fused

@@ -21,7 +21,7 @@ from typing import Any
 
 import attrs
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 from .dfx_checks import DTYPE_BYTES, check_program, read_program
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from hal_core import Provenance
+from hal_core.plugin_api import Provenance
 
 from .profile import Profile
 from .stats import LEVELS, MOVERS, ExecutionStats

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from hal_core.errors import ContractError, HalError
+from hal_core.plugin_api import ContractError, HalError
 
 from .averaged_dram import COARSE, AveragedMemory
 from .dram import Memory, MemoryCounters, Transfer

@@ -221,7 +221,7 @@ class FXToKPUConverter:
         self.gm, self.example_inputs, self.fidelity = gm, tuple(example_inputs), fidelity
 
     def convert(self) -> DFXProgram:
-        from hal_core.errors import UnsupportedError
+        from hal_core.plugin_api import UnsupportedError
 
         missing = sorted({str(n.target) for n in self.gm.graph.nodes if is_operator(n) and n.target not in LOWERINGS})
         if missing:

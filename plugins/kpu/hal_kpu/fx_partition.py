@@ -19,7 +19,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils.flop_counter import flop_registry
 
-from hal_core.context import meter_var
+from hal_core.plugin_api import meter_var
 
 from .coverage import RECORDER, GraphRecord, HostOp, Run
 from .dfx import DFXProgram

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 from .array import DATAFLOWS, Dataflow, multiply
 from .cycle_accurate import run_cycle_accurate

@@ -62,7 +62,7 @@ class OpGraph:
         if tensor._graph is self:
             return str(tensor.name)
         if tensor.is_symbolic():
-            from hal_core.errors import ContractError
+            from hal_core.plugin_api import ContractError
 
             raise ContractError(
                 f"{tensor!r} belongs to another traced function: return it from there and pass it here."

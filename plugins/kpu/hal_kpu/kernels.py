@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hal_core import ContractError, Estimate
-from hal_core.context import meter_var
+from hal_core.plugin_api import ContractError, Estimate, meter_var
 
 if TYPE_CHECKING:
     from .session import KPUSession

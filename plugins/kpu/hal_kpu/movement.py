@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 BANK_GROUPS, GROUP_BYTES = 4, 1 << 44
 """A byte address says the group of banks that it lies in: address // GROUP_BYTES."""

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 from .emitter import Emitter, Value
 from .graph import current_graph

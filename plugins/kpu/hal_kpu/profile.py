@@ -17,9 +17,7 @@ from typing import Any
 
 import attrs
 
-from hal_core.capabilities import listing
-from hal_core.device import Provenance
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError, Provenance, listing
 
 FOLDER = Path(__file__).resolve().parent / "profiles"
 

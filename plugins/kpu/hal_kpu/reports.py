@@ -10,8 +10,7 @@ from typing import Any
 
 import attrs
 
-from hal_core.console import show_table
-from hal_core.errors import HalError
+from hal_core.plugin_api import HalError, show_table
 
 from .energy import Energy, energy
 from .movement import Opcode, Program

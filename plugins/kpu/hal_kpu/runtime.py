@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 from .array import Dataflow
 from .cycle_accurate import run_cycle_accurate

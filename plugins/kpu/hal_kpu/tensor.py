@@ -11,7 +11,7 @@ import attrs
 import numpy as np
 import torch
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 from .dfx_checks import DTYPE_BYTES
 

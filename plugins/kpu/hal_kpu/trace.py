@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hal_core import ContractError
-from hal_core.calibration import write_whole
+from hal_core.plugin_api import ContractError, write_whole
 
 from .profile import Profile
 from .timeline import Timeline

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from hal_core.errors import ContractError
+from hal_core.plugin_api import ContractError
 
 from .dfx import DFXProgram
 from .executor import Executor

@@ -1,6 +1,6 @@
 """OpenCL devices of hal_core. This module holds the hook alone; no driver is loaded until the device is used."""
 
-from hal_core.hooks import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, hookimpl
 
 
 @hookimpl

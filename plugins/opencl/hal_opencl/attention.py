@@ -9,7 +9,7 @@ import torch
 from hal_compute.problem import Call, Problem
 from torch import Tensor
 
-from hal_core import AttentionOutput, Grads
+from hal_core.plugin_api import AttentionOutput, Grads
 
 from .engine import Engine
 from .lease import Lease, Operand

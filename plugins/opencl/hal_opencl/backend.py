@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hal_compute.backend import ComputeBackend
 
-from hal_core import Device, DeviceUnavailableError, Session
+from hal_core.plugin_api import Device, DeviceUnavailableError, Session
 
 from .detect import find, is_cpu
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyopencl as cl
 from hal_compute.cache import keep
 
-from hal_core import cache_dir
+from hal_core.plugin_api import cache_dir
 
 _MAGIC = b"hal-opencl 1\n"
 _DIGEST = 32  # bytes of a SHA-256

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from hal_core import Device, Fidelity, cache_dir
+from hal_core.plugin_api import Device, Fidelity, cache_dir
 
 NO_DRIVER = "no OpenCL driver; install pocl-opencl-icd for a CPU device (Debian: apt-get install pocl-opencl-icd)"
 

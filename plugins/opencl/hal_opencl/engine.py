@@ -11,7 +11,7 @@ import pyopencl as cl
 import torch
 from hal_compute.pool import DevicePool, OutOfMemoryError
 
-from hal_core import Device, DeviceUnavailableError
+from hal_core.plugin_api import Device, DeviceUnavailableError
 
 from .binaries import Programs
 from .detect import is_cpu

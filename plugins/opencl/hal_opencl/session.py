@@ -8,7 +8,7 @@ from hal_compute.problem import Call
 from hal_compute.session import ComputeSession
 from torch import Tensor
 
-from hal_core import AttentionOutput, Device, Grads
+from hal_core.plugin_api import AttentionOutput, Device, Grads
 
 from . import attention
 from .engine import Engine

@@ -12,7 +12,7 @@ import pyopencl as cl
 import torch
 from torch import Tensor
 
-from hal_core import HalError
+from hal_core.plugin_api import HalError
 
 if TYPE_CHECKING:
     from .engine import Engine

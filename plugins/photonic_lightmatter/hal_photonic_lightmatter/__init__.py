@@ -1,6 +1,6 @@
 """Lightmatter's published photonic processors as simulated devices of hal_core. This module holds the hook alone."""
 
-from hal_core.hooks import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, hookimpl
 
 
 @hookimpl

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal_core.hooks import BackendSpec, hookimpl
-from hal_core.kernels import KernelSpec
+from hal_core.plugin_api import BackendSpec, KernelSpec, hookimpl
 
 if TYPE_CHECKING:
     from .backend import ProfileBackend, register_profile

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionOutput, AttentionRequest, MaskKind, dense_mask
-from hal_core.tiling import visible_keys
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, MaskKind, dense_mask, visible_keys
 
 #: inputs [batch, M, K], weights [batch, N, K], window of the keys along K or None -> [batch, M, N]
 Product = Callable[[Tensor, Tensor, Any], Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 import hal_core as hal
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionRequest,
     Basis,
     Calibration,
@@ -25,10 +25,10 @@ from hal_core import (
     Quantity,
     Range,
     Refusal,
+    cache_dir,
+    load_calibration,
+    registry,
 )
-from hal_core.calibration import cache_dir
-from hal_core.calibration import load as load_calibration
-from hal_core.registry import registry
 
 from . import pcie
 from .cost import attention_cost

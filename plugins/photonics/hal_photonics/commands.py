@@ -33,7 +33,7 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from hal_core.console import show_table
+    from hal_core.plugin_api import show_table
 
     from . import cost, imperfections
     from .profile import load
@@ -64,7 +64,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _cards(options: argparse.Namespace) -> int:
-    from hal_core.console import show_table
+    from hal_core.plugin_api import show_table
 
     from .pcie import IDS_VARIABLE, cards, configured_ids
 
@@ -84,7 +84,7 @@ def _cards(options: argparse.Namespace) -> int:
 
 
 def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
-    from hal_core import ContractError
+    from hal_core.plugin_api import ContractError
 
     words = text.split(",")
     if not all(word.strip().isdigit() and int(word) > 0 for word in words) or (count and len(words) != count):
@@ -93,7 +93,7 @@ def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from hal_core.console import progress, show_table
+    from hal_core.plugin_api import progress, show_table
 
     from .sweep import draw, profile_named, sweep
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import ContractError
+from hal_core.plugin_api import ContractError
 
 from .blockfloat import Converters, encode, may_clip, product
 from .driver import Driver, Reading, SimulatedDriver

@@ -16,9 +16,7 @@ from typing import NamedTuple
 
 import attrs
 
-from hal_core import AttentionRequest, Basis, Estimate, Quantity
-from hal_core.request import DTYPE_BYTES
-from hal_core.tiling import visible_keys
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Estimate, Quantity, visible_keys
 
 from .blockfloat import narrowed
 from .profile import Origin, Profile

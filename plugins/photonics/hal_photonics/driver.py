@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hal_core import ContractError
+from hal_core.plugin_api import ContractError
 
 from .blockfloat import Converters
 from .imperfections import Drift, Imperfections

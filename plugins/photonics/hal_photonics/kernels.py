@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hal_core import ContractError, Estimate
-from hal_core.context import meter_var
+from hal_core.plugin_api import ContractError, Estimate, meter_var
 
 from .core import check_finite, drawn, generator
 from .cost import Cost, product_cost

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from hal_core import ContractError
+from hal_core.plugin_api import ContractError
 
 IDS_VARIABLE = "HAL_PHOTONIC_PCI_IDS"
 _BUS = Path("/sys/bus/pci/devices")

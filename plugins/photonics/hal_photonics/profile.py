@@ -20,8 +20,7 @@ from typing import Any
 
 import attrs
 
-from hal_core import ContractError, Provenance
-from hal_core.capabilities import listing
+from hal_core.plugin_api import ContractError, Provenance, listing
 
 from .figures import FIGURES, MECHANISMS, Kind
 

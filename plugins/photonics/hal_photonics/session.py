@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
     BlockPlan,

@@ -11,8 +11,16 @@ from typing import Any, NamedTuple
 import attrs
 
 import hal_core as hal
-from hal_core import AttentionRequest, Basis, ContractError, Fidelity, HalError, Provenance, Quantity
-from hal_core.registry import registry
+from hal_core.plugin_api import (
+    AttentionRequest,
+    Basis,
+    ContractError,
+    Fidelity,
+    HalError,
+    Provenance,
+    Quantity,
+    registry,
+)
 
 from .backend import ProfileBackend
 from .cost import attention_cost

@@ -8,7 +8,7 @@ import torch
 from hal_compute.problem import LAYOUT, Call, padded_dim
 from torch import Tensor
 
-from hal_core import AttentionOutput, Grads
+from hal_core.plugin_api import AttentionOutput, Grads
 
 from . import ladder, matrix, rows, stream
 from .commands import Given, Operand, VulkanCommandBuffer

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 from hal_compute.backend import CAPABILITIES, ComputeBackend
 
-from hal_core import (
+from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
     Code,

@@ -13,7 +13,7 @@ import torch
 from hal_compute.pool import Region
 from torch import Tensor
 
-from hal_core import DeviceUnavailableError, HalError, UnsupportedError
+from hal_core.plugin_api import DeviceUnavailableError, HalError, UnsupportedError
 
 from ._vk import Bound, Memory
 from .memory import VulkanMemoryPool

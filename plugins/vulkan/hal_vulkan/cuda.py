@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import DeviceUnavailableError, UnsupportedError
+from hal_core.plugin_api import DeviceUnavailableError, UnsupportedError
 
 from ._vk import Gpu, Memory, Timeline
 from .sharing import SharedCard

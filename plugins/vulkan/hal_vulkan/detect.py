@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from hal_core import Device, Fidelity
+from hal_core.plugin_api import Device, Fidelity
 
 from ._vk import Adapter, UnavailableError, adapters
 from .ladder import ladder

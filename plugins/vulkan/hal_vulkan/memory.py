@@ -16,8 +16,7 @@ from hal_compute.pool import DevicePool, Region
 from hal_compute.session import ComputeMemory
 from torch import Tensor
 
-from hal_core import Buffer, ContractError, DeviceUnavailableError, MemoryStats, PooledMemory
-from hal_core.request import DTYPE_BYTES
+from hal_core.plugin_api import DTYPE_BYTES, Buffer, ContractError, DeviceUnavailableError, MemoryStats, PooledMemory
 
 from ._vk import Bound, Gpu, Memory
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hal_compute.cache import keep
 
-from hal_core import cache_dir
+from hal_core.plugin_api import cache_dir
 
 from ._vk import Adapter, Gpu, Pipeline
 

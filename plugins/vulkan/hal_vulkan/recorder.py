@@ -12,7 +12,7 @@ import torch
 from hal_compute.pool import Region
 from torch import Tensor
 
-from hal_core import AttentionRequest, Device, DeviceUnavailableError, MemoryLimitError
+from hal_core.plugin_api import AttentionRequest, Device, DeviceUnavailableError, MemoryLimitError
 
 from . import commands as recording
 from ._vk import Adapter, Bound, Gpu, Memory

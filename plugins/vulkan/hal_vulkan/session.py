@@ -9,8 +9,7 @@ from hal_compute.problem import Call
 from hal_compute.session import ComputeSession
 from torch import Tensor
 
-from hal_core import AttentionOutput, AttentionRequest, BlockPlan, Device, Grads, SequenceTables
-from hal_core.route import moved_to
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Device, Grads, SequenceTables, moved_to
 
 from . import attention
 from ._vk import Adapter

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, E501, E741, SIM102
+# ruff: noqa: N803, E741, SIM102
 """The end of a row tile in the Hopper kernels: its rows normalised and written, with their log-sum-exp."""
 
 from triton.experimental import gluon

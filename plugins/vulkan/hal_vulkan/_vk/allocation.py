@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from hal_core import DeviceUnavailableError
+from hal_core.plugin_api import DeviceUnavailableError
 
 from .adapter import OPAQUE_FD, Adapter
 from .logical import LogicalDevice

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from hal_core import DeviceUnavailableError
+from hal_core.plugin_api import DeviceUnavailableError
 
 from .adapter import OPAQUE_FD, Adapter
 from .allocation import Bound

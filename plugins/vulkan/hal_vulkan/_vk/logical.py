@@ -8,7 +8,7 @@ from typing import Any
 
 from hal_compute.pool import OutOfMemoryError
 
-from hal_core import DeviceUnavailableError
+from hal_core.plugin_api import DeviceUnavailableError
 
 from .adapter import BFLOAT16_FEATURES, NV2_FEATURES, Adapter, api
 
