@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..profiles.profile import Profile
 from . import mesh, ring
-from .profile import Profile
 
 ELECTRON, BOLTZMANN = 1.602176634e-19, 1.380649e-23  # C, J/K
 #: Balanced detection sees about half of the full-scale light, whatever the signs.

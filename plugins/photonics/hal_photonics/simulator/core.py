@@ -10,9 +10,11 @@ from torch import Tensor
 
 from hal_core.plugin_api import ContractError
 
-from .blockfloat import Converters, encode, may_clip, product
-from .driver import Driver, Reading, SimulatedDriver
-from .profile import Profile
+from ..profiles.profile import Profile
+from ..runtime.driver import Driver, Reading
+from .blockfloat import encode, product
+from .chip import SimulatedDriver
+from .converters import Converters
 
 Level = Literal["functional", "device"]
 
@@ -154,7 +156,7 @@ class PhotonicCore:
             x = corrections.sent_inputs(x, c.input_levels)
             w = corrections.sent_weights(w, c.weight_levels)
         reading = self.driver.read(x, w, noise=noise)
-        if may_clip(c):
+        if c.may_clip:
             with self._lock:
                 self.readouts += reading.codes.numel()
                 self.clipped += reading.clipped
