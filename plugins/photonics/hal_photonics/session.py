@@ -229,7 +229,8 @@ class PhotonicSession:
         inputs = core.converters.inputs
 
         def product(x: Tensor, w: Tensor, window: Any) -> Tensor:
-            return core.product(x, w, noise, width=narrowed(window, inputs))
+            tiles = list(core.converters.tiles(x.shape[-1], narrowed(window, inputs)))
+            return core.product(x, w, noise, tiles=tiles)
 
         with torch.no_grad():
             result = attend(product, query, key, value, mask, request, tile_size)

@@ -62,13 +62,12 @@ class SimulatedDriver:
         batch, rows, width = inputs.shape
         outputs = weights.shape[1]
         columns = torch.arange(outputs) % len(chip.gain)
-        light = chip.bent(inputs / c.input_levels, self.linearised) * self._light()
+        light = chip.bent(inputs / c.input_levels, self.linearised).mul_(self._light())
         cells = chip.realised(weights / c.weight_levels, columns)
         light, cells = self._damaged(light, cells, columns)
         scale = c.gain / c.lsb(width)
-        code = torch.matmul(
-            light, (cells * (chip.gain * self.drift.gain)[columns].unsqueeze(1) * scale).transpose(-1, -2)
-        )
+        cells.mul_((chip.gain * self.drift.gain)[columns].unsqueeze(1)).mul_(scale)
+        code = torch.matmul(light, cells.transpose(-1, -2))
         cores = len(chip.offset)
         if chip.core_weight is not None:
             for core in range(min(cores, rows)):
