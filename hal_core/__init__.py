@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     # isort: split
     from .tiling import dense_mask, expand_block_plan, merge_partials, slice_mask
 
-__version__ = "0.1.0"
+from .version import __version__
 
 
 #: What is imported when it is first used.
