@@ -14,6 +14,8 @@ import pytest
 
 from hal_core.version import __version__
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one worker builds the wheels
+
 EVERY = tree.distributions()
 NAMES = [distribution.name for distribution in EVERY]
 SERIES = ".".join(__version__.split(".")[:2])

@@ -9,6 +9,8 @@ import subprocess
 import distributions as tree
 import pytest
 
+pytestmark = pytest.mark.xdist_group("wheels")  # one worker builds and installs them
+
 MODEL = """
 import sys, transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
