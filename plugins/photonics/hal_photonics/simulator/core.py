@@ -251,3 +251,14 @@ def check_finite(**operands: Tensor) -> None:
                 raise ContractError(
                     f"{name} holds {value} at {place}: a converter has no code for it; pass finite values"
                 )
+
+
+def not_finite(tensor: Tensor) -> Tensor | None:
+    """Which heads of [batch, heads, length, dim] hold a NaN or an infinity, [batch, heads]; None for none."""
+    bad = ~torch.isfinite(tensor.sum((-1, -2), dtype=torch.float64))
+    return bad if bool(bad.any()) else None
+
+
+def without(tensor: Tensor, heads: Tensor) -> Tensor:
+    """A copy of [batch, heads, length, dim] in which some heads, [batch, heads], are 0."""
+    return tensor.masked_fill(heads.unsqueeze(-1).unsqueeze(-1), 0)
