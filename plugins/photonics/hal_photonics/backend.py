@@ -30,7 +30,7 @@ from hal_core.plugin_api import (
     register,
 )
 
-from .cost import attention_cost, passes_of
+from .cost import attention_cost, call_memory, passes_of
 from .discovery import BUNDLED as BUNDLED
 from .discovery import cards, profiles
 from .profiles.profile import Profile, load, word
@@ -113,7 +113,7 @@ class ProfileBackend:
         session, profile = self._opened(device), self.profile_of(device)
         duty, state = (1.0, "") if session is None else (session.supervisor.duty, str(session.state))
         cost = attention_cost(profile, request, duty=duty, state="" if state == "ready" else state)
-        memory = _memory(request)
+        memory = call_memory(profile, request)
         return attrs.evolve(cost.estimate(memory=memory), error=self._error(device, passes_of(request)))
 
     def _error(self, device: Device, passes: int) -> Quantity | None:
@@ -181,11 +181,3 @@ def register_profile(path: str | Path, name: str, *, straight_through: bool = Fa
     backend = ProfileBackend(name, [load(path)], straight_through=straight_through)
     register(backend)
     return backend.devices()[0]
-
-
-def _memory(request: AttentionRequest) -> int:
-    """Bytes of the output, and of the scores, weights and noise worked on at once, in float32."""
-    r = request
-    output = r.batch * r.heads_q * r.len_q * (r.dim_v + 1) * 4
-    scores = min(r.batch * r.heads_q * r.len_q * r.len_k, 1 << 21)
-    return output + 5 * 4 * scores + 4 * r.batch * r.heads_kv * r.len_k * (r.dim_qk + r.dim_v)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import attrs
 from hal_simulation import ProductSize, modelled, worst
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate, Provenance, TilePlan
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, Estimate, MaskKind, Provenance, TilePlan
 
 from .profiles.profile import Profile
-from .tiling import narrowed
+from .tiling import heads_at_once, narrowed, rows_at_once
 
 #: Parts of time (s) and energy (J), in the order of every table.
 TIME_PARTS = ("weights", "stream", "softmax", "host", "derating")
@@ -32,6 +32,10 @@ _SHARES = {
     "DAC": "power.share_dac",
     "digital": "power.share_digital",
 }
+#: Tensors of the size of a weight tile that a mechanism needs to realise one.
+_CELLS = {"crossbar": 2, "mesh": 6.4, "ring": 7.2}
+#: Size of a pool's block over what was asked for, on average.
+_POOLED = 1.03
 #: Row ranges that the cost of a plan is summed over at most.
 _MOST_RANGES = 4096
 
@@ -102,8 +106,8 @@ def product_work(profile: Profile, size: ProductSize) -> Work:
 def attention_work(profile: Profile, request: AttentionRequest, plan: TilePlan | None = None) -> Work:
     """The work of QK^T with keys held and of PV with values held.
 
-    Rows that causal and window hide from a whole tile are not streamed. With a tiling that the caller brought, tiles are
-    loaded anew for each of its row ranges.
+    Rows that causal and window hide from a whole tile are not streamed. With a tiling that the caller brought, tiles
+    are loaded anew for each of its row ranges.
 
     Args:
         plan: of the request's tiling at its exact lengths; None: from its block sizes.
@@ -126,8 +130,8 @@ def attention_work(profile: Profile, request: AttentionRequest, plan: TilePlan |
 def tiles_seen(request: AttentionRequest, size: int) -> tuple[int, int]:
     """Of tiles of `size` keys: how many are seen by some query row, and the sum over them of the rows that do.
 
-    Row r sees some of the keys a to b (excluded) if r + low < b and r + high >= a. The number of these rows is linear in
-    the tile's number between a few points, so the time does not depend on the lengths.
+    Row r sees some of the keys a to b (excluded) if r + low < b and r + high >= a. The number of these rows is linear
+    in the tile's number between a few points, so the time does not depend on the lengths.
     """
     len_q, len_k = request.len_q, request.len_k
     if not len_q or not len_k:
@@ -301,3 +305,62 @@ def throughput(profile: Profile) -> float:
 def efficiency(profile: Profile) -> float:
     """Peak operations per joule of electrical energy."""
     return throughput(profile) / profile["power.electrical"]
+
+
+def call_memory(profile: Profile, request: AttentionRequest) -> int:
+    """Bytes that the simulation of one call allocates at its peak, the output included.
+
+    What is programmed and the results live through the call. On top comes the largest row range: its scores, with what
+    one readout or one step of the softmax needs beside them.
+    """
+    r = request
+    size, inputs = DTYPE_BYTES.get(r.dtype, 4), profile.count("array.inputs")
+    group_size, tiles = r.heads_q // max(r.heads_kv, 1), -(-r.dim_qk // inputs)
+    held = int(4 * _POOLED * r.batch * r.heads_kv * r.len_k * (r.dim_qk + tiles + r.dim_v))
+    results = r.batch * r.heads_q * r.len_q * (size * r.dim_v + (4 if r.lse else 0))
+    batch, heads = (min(most, have) for most, have in zip(heads_at_once(r), (r.batch, r.heads_kv), strict=True))
+    peak = 0
+    for rows, keys in _largest_ranges(r):
+        products = batch * heads
+        streamed, scores = group_size * rows, products * group_size * rows * keys
+        visible = rows * keys if r.causal is not Causal.NONE or r.window is not None else 0
+        converted = 4 * products * streamed * r.dim_qk if size < 4 else 0
+        mask = min(r.mask_batch, batch) * min(r.mask_heads, heads * group_size) * rows * keys
+        masking = {MaskKind.ADDITIVE: 5 * mask, MaskKind.BOOLEAN: mask}.get(r.mask, 0)
+        softmax = 8 * scores + max(4 * scores if r.softcap is not None else 0, masking, visible)
+        first = converted + _stream_memory(profile, products, streamed, keys, r.dim_qk, held=True)
+        second = 4 * scores + _stream_memory(
+            profile, products, streamed, r.dim_v, min(keys, narrowed(r.window, inputs)), held=False
+        )
+        peak = max(peak, visible + max(first, softmax, second), 9 * visible)
+    programming = 4 * r.len_k * min(r.dim_qk, inputs) * (2 if size == 4 else 3)
+    return held + max(results + peak, programming)
+
+
+def _largest_ranges(request: AttentionRequest) -> set[tuple[int, int]]:
+    """(query rows, keys) of the row ranges among which the one with most scores is."""
+    r = request
+    rows = rows_at_once(r) if r.tiling is None or r.tiling[1] < 1 else r.tiling[1]
+    plan = TilePlan.equal(r, rows, max(r.len_k, 1))
+    count = -(-r.len_q // rows)
+    found = set()
+    for number in {0, 1, count // 2, count - 2, count - 1} & set(range(count)):
+        start, stop = number * rows, min((number + 1) * rows, r.len_q)
+        found.add((stop - start, max(plan.visible(stop - 1)[1] - plan.visible(start)[0], 1)))
+    return found
+
+
+def _stream_memory(profile: Profile, products: int, rows: int, outputs: int, length: int, *, held: bool) -> int:
+    """Bytes at the peak of streaming products [rows, length] through weights [outputs, length], their sum included.
+
+    Args:
+        held: the weights are encoded already.
+    """
+    width = min(length, profile.count("array.inputs"))
+    codes, streamed, weights = products * rows * outputs, products * rows * width, products * outputs * width
+    corrected = int(profile.calibrated)
+    before = (1 + corrected) * streamed + (corrected + (not held)) * weights
+    bent = (2 + bool(profile["noise.crosstalk"])) * streamed
+    cells = streamed + _CELLS[profile.mechanism] * weights
+    read = 2 * codes + streamed + weights
+    return int(4 * (codes + before + max(bent, cells, read)))

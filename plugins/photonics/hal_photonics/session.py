@@ -175,8 +175,8 @@ class PhotonicSession(ChipController, SessionBase):
     def compute_attention_backward(self, prepared: Any, *given: Any, **named: Any) -> Grads:
         """Always refused: gradients go the native way."""
         raise UnsupportedError(
-            f"{self.device.id} has no backward of its own: register it with straight_through=True for gradients of exact "
-            "attention at the chip's output"
+            f"{self.device.id} has no backward of its own: register it with straight_through=True for gradients of "
+            "exact attention at the chip's output"
         )
 
     def cost(self, prepared: Prepared) -> Estimate:

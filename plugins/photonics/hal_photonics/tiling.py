@@ -1,8 +1,9 @@
 """How attention is cut into the tiles of the photonic core.
 
-QK^T holds keys as weights, `outputs` keys by `inputs` of the head's dimensions in one tile. PV holds values, so its tiles
-are `inputs` keys wide: they lie along the reduction, and the range of a readout, with its noise, belongs to a whole tile.
-A plan is therefore a cut of the keys into the tiles of PV. Its row ranges are the queries whose scores are kept at once.
+QK^T holds keys as weights, `outputs` keys by `inputs` of the head's dimensions in one tile. PV holds values, so its
+tiles are `inputs` keys wide: they lie along the reduction, and the range of a readout, with its noise, belongs to a
+whole tile. A plan is therefore a cut of the keys into the tiles of PV. Its row ranges are the queries whose scores are
+kept at once.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def parts(request: AttentionRequest, plan: TilePlan) -> Iterator[Part]:
 def _seen(
     request: AttentionRequest, start: int, stop: int, spans: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[int, int], ...]:
-    """The tiles without keys behind the last one that some row sees; one key, which is masked, where no row sees any."""
+    """The tiles up to the last key that some row sees; one key, which is masked, where no row sees any."""
     len_q, len_k = request.len_q, request.len_k
     first, last = visible_keys(request, start, len_q, len_k)[0], visible_keys(request, stop - 1, len_q, len_k)[1]
     seen = tuple((k_start, min(k_stop, last)) for k_start, k_stop in spans if k_start < last)

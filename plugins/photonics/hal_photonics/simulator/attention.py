@@ -74,7 +74,7 @@ class Products(Protocol):
     """The two products of attention."""
 
     def scores(self, query: Tensor, part: Part) -> Tensor:
-        """QK^T: the part's query [batch, heads_q, rows, dim_qk] -> a new tensor [batch, heads_q, rows, keys], float32."""
+        """QK^T of the part's query [batch, heads_q, rows, dim]: a new tensor [batch, heads_q, rows, keys], float32."""
         ...
 
     def mixed(self, weights: Tensor, part: Part) -> Tensor:
@@ -166,11 +166,16 @@ def _masked(scores: Tensor, mask: Tensor | None, visible: Tensor | None, request
     if request.mask is MaskKind.BOOLEAN and mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
-        hidden = mask == -torch.inf
-        # A finite value hides nothing, however low: neither its conversion nor its sum may become -inf.
-        finite = mask.clamp_min(_LOWEST).float().masked_fill(hidden, 0)
-        scores = (scores + finite).clamp_min_(_LOWEST).masked_fill_(hidden, -torch.inf)
+        scores = _added(scores, mask)
     return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+
+
+def _added(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores plus an additive mask. Only -inf hides a key: a finite value stays finite, however low."""
+    hidden = mask == -torch.inf
+    if mask.dtype is torch.float64:  # whose range is larger
+        mask = mask.clamp_min(_LOWEST)
+    return (scores + mask.float().masked_fill(hidden, 0)).clamp_min_(_LOWEST).masked_fill_(hidden, -torch.inf)
 
 
 def _visible_pairs(band: tuple[int | None, int | None], rows: slice, keys: slice) -> Tensor | None:
