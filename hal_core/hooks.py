@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import attrs
 import pluggy
@@ -41,6 +42,35 @@ class BackendSpec:
     priority: int = 0
 
 
+class Table(NamedTuple):
+    """A table that a command prints.
+
+    Attributes:
+        title: a heading; "" for none. columns: the names of the columns.
+        rows: one sequence of texts per row, as many as there are columns. notes: sentences below the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+class CommandResult(NamedTuple):
+    """What a command returns: it never prints.
+
+    Attributes:
+        data: what `--json` prints: dicts, lists, texts, numbers, booleans and None.
+        tables, text: what is printed without `--json`: the tables, and then the sentences.
+        exit_code: 0 for success, 1 where a check failed.
+    """
+
+    data: Any
+    tables: Sequence[Table] = ()
+    text: Sequence[str] = ()
+    exit_code: int = 0
+
+
 class Hooks:
     """Signatures of the hooks; an implementation may take fewer arguments."""
 
@@ -62,4 +92,9 @@ class Hooks:
 
     @hookspec
     def hal_commands(self, subparsers: Any) -> None:
-        """Add subcommands to `hal`: subparsers is argparse's; set_defaults(run=function of the namespace)."""
+        """Add subcommands to `hal`.
+
+        `subparsers` is what argparse's `add_subparsers` returned. Each command calls `set_defaults(run=f)`, where
+        `f(args) -> CommandResult`; `--json` is added to every command by hal-cli, and `args.progress(text, share)`
+        shows the progress of long work.
+        """

@@ -9,9 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bench import BenchSetup as BenchSetup
-    from .bench import Call as Call
-    from .bench import Ceilings as Ceilings
     from .calibration import Calibration as Calibration
     from .calibration import cache_dir as cache_dir
     from .calibration import write_whole as write_whole
@@ -39,6 +36,8 @@ if TYPE_CHECKING:
     from .errors import PluginError as PluginError
     from .errors import UnsupportedError as UnsupportedError
     from .hooks import BackendSpec as BackendSpec
+    from .hooks import CommandResult as CommandResult
+    from .hooks import Table as Table
     from .hooks import hookimpl as hookimpl
     from .kernels import KernelSpec as KernelSpec
     from .memory import Buffer as Buffer
@@ -65,10 +64,12 @@ if TYPE_CHECKING:
     from .tiling import dense_mask as dense_mask
     from .tiling import expand_block_plan as expand_block_plan
     from .tiling import merge_partials as merge_partials
+    from .testing.bench_setup import BenchSetup as BenchSetup
+    from .testing.bench_setup import Call as Call
+    from .testing.bench_setup import Ceilings as Ceilings
     from .tiling import visible_keys as visible_keys
 
 _WHERE = {
-    "bench": ("BenchSetup", "Call", "Ceilings"),
     "calibration": ("Calibration", "cache_dir", "write_whole"),
     "capabilities": ("Capabilities", "Choice", "Code", "Numerics", "Range", "Refusal", "listing"),
     "console": ("progress", "show_table"),
@@ -83,7 +84,7 @@ _WHERE = {
         "PluginError",
         "UnsupportedError",
     ),
-    "hooks": ("BackendSpec", "hookimpl"),
+    "hooks": ("BackendSpec", "CommandResult", "Table", "hookimpl"),
     "kernels": ("KernelSpec",),
     "memory": ("Buffer", "MemoryStats", "PooledMemory"),
     "protocols": ("AttentionBackend", "MemoryManager", "Session", "SimpleSession", "TilingStrategy"),
@@ -98,6 +99,7 @@ _WHERE = {
         "SequenceTables",
     ),
     "route": ("moved_to",),
+    "testing.bench_setup": ("BenchSetup", "Call", "Ceilings"),
     "tiling": (
         "BlockPlan",
         "DenseTiling",
