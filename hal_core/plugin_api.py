@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .buffers import MemoryStats as MemoryStats
     from .calibration import Calibration as Calibration
     from .calibration import cache_dir as cache_dir
+    from .calibration import calibrate as calibrate
     from .calibration import write_whole as write_whole
     from .capability import FEATURES as FEATURES
     from .capability import Capabilities as Capabilities
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .capability import Range as Range
     from .capability import Refusal as Refusal
     from .capability import listing as listing
+    from .console import progress as progress
+    from .console import show_table as show_table
     from .decision import Candidate as Candidate
     from .decision import Decision as Decision
     from .decision import PolicyChoice as PolicyChoice
@@ -50,7 +53,9 @@ if TYPE_CHECKING:
     from .hooks import hookimpl as hookimpl
     from .options import Meter as Meter
     from .options import current_meter as current_meter
+    from .options import merged_policy as merged_policy
     from .options import meter as meter
+    from .options import meter_var as meter_var
     from .options import use as use
     from .plans import BlockPlan as BlockPlan
     from .plans import Tile as Tile
@@ -72,6 +77,7 @@ if TYPE_CHECKING:
     from .request import MaskKind as MaskKind
     from .request import SequenceMetadata as SequenceMetadata
     from .selection import check_all as check_all
+    from .selection import decide as decide
     from .selection import tiling_limits as tiling_limits
     from .testing.bench_setup import BenchSetup as BenchSetup
     from .testing.bench_setup import Call as Call
@@ -100,12 +106,13 @@ _NAMES = {
     "capability": "FEATURES Capabilities Choice Code Numerics Range Refusal listing",
     "decision": "Candidate Decision PolicyChoice",
     "protocols": "AttentionBackend Autograd MemoryManager Progress Session TilingStrategy",
+    "console": "progress show_table",
     "hooks": "API_VERSION BackendSpec CommandResult KernelSpec Table hookimpl",
     "access": "current_caller",
     "registry": "kernel",
-    "selection": "check_all tiling_limits",
-    "options": "Meter current_meter meter use",
-    "calibration": "Calibration cache_dir write_whole",
+    "selection": "check_all decide tiling_limits",
+    "options": "Meter current_meter merged_policy meter_var meter use",
+    "calibration": "Calibration cache_dir calibrate write_whole",
     "toolkit.session": "SessionBase SimpleSession checked_buffer",
     "toolkit.memory": "PooledMemory",
     "toolkit.tiling": "DenseTiling",
