@@ -157,8 +157,8 @@ def configure(
 
     Args:
         backend, overrides: as for `use`, for every call that says nothing itself.
-        memory_limit: bytes, for every device or by device id. A call whose result and workspace would exceed it, on top of
-            what the device's memory manager holds, is refused before anything is allocated.
+        memory_limit: bytes, for every device or by device id. A call whose result and workspace would exceed it, on top
+            of what the device's memory manager holds, is refused before anything is allocated.
 
     HAL_BACKEND is read when a decision is made; call `configure()` after changing it in a running process.
     """

@@ -106,7 +106,9 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether a tensor's memory is what its shape and strides say: a plain tensor, a parameter, or one that torch traces."""
+    """Whether a tensor's memory is what its shape and strides say: a plain tensor, a parameter, or one that torch
+    traces.
+    """
     return type(tensor) in _PLAIN or not isinstance(tensor, Tensor) or hasattr(tensor, "fake_mode")
 
 
