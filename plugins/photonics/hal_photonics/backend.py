@@ -31,8 +31,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, call_memory, passes_of
-from .discovery import BUNDLED as BUNDLED
-from .discovery import cards, profiles
+from .discovery import BUNDLED as BUNDLED, cards, profiles
 from .profiles.profile import Profile, load, word
 
 if TYPE_CHECKING:

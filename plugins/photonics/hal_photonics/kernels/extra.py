@@ -11,31 +11,10 @@ from torch import Tensor
 from hal_core.plugin_api import DTYPE_BYTES, Estimate
 
 from ..cost import product_cost
-from ..simulator.core import check_finite, drawn, generator
+from ..simulator.core import check_finite, check_operands, drawn, generator
 
 if TYPE_CHECKING:
     from ..session import PhotonicSession
-
-
-def matmul_reference(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N] in float64."""
-    return a.double() @ b.double()
-
-
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] @ weight [N, K]^T + bias [N] in float64."""
-    return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-
-
-def sample_matmul(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Operands of `matmul`."""
-    return torch.randn(70, 150, generator=generator), torch.randn(150, 40, generator=generator)
-
-
-def sample_linear(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Operands of `linear`."""
-    x, weight = torch.randn(3, 17, 150, generator=generator), torch.randn(40, 150, generator=generator)
-    return x, weight, torch.randn(40, generator=generator)
 
 
 class Product(MeteredKernel):
@@ -62,7 +41,8 @@ class Matmul(Product):
     def run(self, *operands: Any, **options: Any) -> Tensor:
         self._session.require_service()
         a, b = operands
-        return self._session.core.multiply(a, b, rng=drawn(options.get("rng")))
+        with torch.no_grad():
+            return self._session.core.multiply(a, b, rng=drawn(options.get("rng")))
 
     def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
         return self._product_cost(matmul_size(*operands), resident=False)
@@ -75,6 +55,7 @@ class Linear(Product):
         self._session.require_service()
         linear_size(*operands)
         x, weight, bias = (*operands, None)[:3]
+        check_operands(x=x, weight=weight)
         check_finite(x=x, weight=weight)
         rows = x.reshape(1, -1, x.shape[-1]).float()
         with torch.no_grad():
