@@ -20,8 +20,9 @@ def session() -> Any:
     return hal.session("photonic:0")
 
 
-def prepared(session: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-    r = AttentionRequest(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], "float32")
+def prepared(session: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **changes: Any) -> Any:
+    sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    r = AttentionRequest(*sizes, "float32", **changes)
     return session.prepare_attention(q, k, v, request=r)
 
 
@@ -52,9 +53,10 @@ def test_what_was_programmed_stays_when_the_callers_tensors_change(session: Any,
 
 def test_queries_of_another_length_stream_through_prepared_keys(session: Any, draw: torch.Generator) -> None:
     q, k, v = (torch.randn(1, 2, 60, 16, generator=draw) for _ in range(3))
-    call = prepared(session, q, k, v)
+    causal = hal.Causal.BOTTOM_RIGHT
+    call, short = prepared(session, q, k, v, causal=causal), prepared(session, q[:, :, :7], k, v, causal=causal)
     one = session.compute_attention(call, query=q[:, :, :7], rng=(1, 2)).out
-    assert torch.equal(one, session.compute_attention(prepared(session, q[:, :, :7], k, v), rng=(1, 2)).out)
+    assert torch.equal(one, session.compute_attention(short, rng=(1, 2)).out)
 
 
 def test_a_memory_manager_that_gives_less_is_a_plugin_error(

@@ -157,3 +157,9 @@ def test_what_a_prepared_call_costs_is_its_estimate_at_the_exact_lengths(draw: t
     narrow = request(heads_kv=2, len_q=100, len_k=100, tiling=("dense(16x16)", 16, 16))
     both = found.time.middle + attention_cost(session.profile, narrow).time
     assert meter.records["photonic:0"].time.middle == pytest.approx(both, rel=1e-6)
+    with hal.meter() as meter:
+        hal.attention(q, k, v, backend="photonic:0", tiling=Uneven())
+    uneven = request(heads_kv=2, len_q=100, len_k=100, tiling=("uneven", 0, 0))
+    want = attention_cost(session.profile, uneven, Uneven().plan(uneven, {})).time
+    assert meter.records["photonic:0"].time.middle == pytest.approx(want, rel=1e-6)
+    assert want > 4 * found.time.middle

@@ -173,8 +173,6 @@ def _masked(scores: Tensor, mask: Tensor | None, visible: Tensor | None, request
 def _added(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores plus an additive mask. Only -inf hides a key: a finite value stays finite, however low."""
     hidden = mask == -torch.inf
-    if mask.dtype is torch.float64:  # whose range is larger
-        mask = mask.clamp_min(_LOWEST)
     return (scores + mask.float().masked_fill(hidden, 0)).clamp_min_(_LOWEST).masked_fill_(hidden, -torch.inf)
 
 
