@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hal_photonics import register_profile
+from hal_photonics.backend import BUNDLED
 
 import hal_core as hal
 from hal_core import AttentionRequest, MaskKind, PluginError
@@ -128,3 +130,18 @@ def test_the_peak_of_a_call_is_its_estimate(device: str, name: str, draw: torch.
     )  # fmt: skip
     stated = registry.backend_of(found).estimate(asked, found).memory
     assert abs(stated - peak) <= 0.1 * peak + 65536, f"{stated:,} stated, {peak:,} allocated"
+
+
+def test_with_gradients_the_estimate_counts_what_torch_keeps_for_them(draw: torch.Generator) -> None:
+    device = register_profile(BUNDLED / "generic.toml", "trained", straight_through=True)
+    try:
+        q, k, v = (torch.randn(1, 2, 1100, 32, generator=draw).requires_grad_() for _ in range(3))
+        hal.attention(q, k, v, is_causal=True, backend=device.id)
+        hal.session(device.id).memory.trim()
+        peak = peak_of(lambda: hal.attention(q, k, v, is_causal=True, backend=device.id))
+        sizes = (1, 2, 2, 1100, 1100, 32, 32, "float32")
+        asked = AttentionRequest(*sizes, causal=hal.Causal.TOP_LEFT, grads=frozenset("qkv"))
+        stated = registry.backend_of(device).estimate(asked, device).memory
+        assert abs(stated - peak) <= 0.1 * peak + 65536, f"{stated:,} stated, {peak:,} allocated"
+    finally:
+        hal.unregister("trained")

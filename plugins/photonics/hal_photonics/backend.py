@@ -123,7 +123,11 @@ class ProfileBackend:
         stored, profile = load_calibration(device), self.profile_of(device)
         declared = profile["declared.attention_error"]
         ratio = None if stored is None else stored.values.get(f"SNR {'after' if profile.calibrated else 'before'}, dB")
-        if type(ratio) not in (int, float) or not -_MOST_DECIBELS <= ratio <= _MOST_DECIBELS:
+        if (
+            not isinstance(ratio, int | float)
+            or isinstance(ratio, bool)
+            or not -_MOST_DECIBELS <= ratio <= _MOST_DECIBELS
+        ):
             return None  # no calibration, or one that somebody has edited
         measured = 10 ** (-ratio / 20) / math.sqrt(passes)
         source = f"hal calibrate {device.id}, simulated"

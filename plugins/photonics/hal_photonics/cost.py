@@ -334,7 +334,21 @@ def call_memory(profile: Profile, request: AttentionRequest) -> int:
         )
         peak = max(peak, visible + max(first, softmax, second), 9 * visible)
     programming = 4 * r.len_k * min(r.dim_qk, inputs) * (2 if size == 4 else 3)
-    return held + max(results + peak, programming)
+    return held + max(results + peak, programming, results + _differentiable_memory(r) if r.grads else 0)
+
+
+def _differentiable_memory(request: AttentionRequest) -> int:
+    """Bytes of exact attention beside the chip's: torch keeps the softmax weights of all row ranges for gradients."""
+    r = request
+    ranges = _largest_ranges(r)
+    mean = sum(rows * keys for rows, keys in ranges) / max(sum(rows for rows, _ in ranges), 1)
+    batch, heads = heads_at_once(r)
+    pairs = int(r.len_q * mean)
+    part = min(batch, r.batch) * min(heads, r.heads_kv) * r.heads_q // r.heads_kv * max(n * k for n, k in ranges)
+    visible = pairs * r.batch * r.heads_kv // (min(batch, r.batch) * min(heads, r.heads_kv))
+    kept = visible if r.causal is not Causal.NONE or r.window is not None else 0
+    outputs = 3 * r.batch * r.heads_q * r.len_q * r.dim_v
+    return 4 * (r.batch * r.heads_q * pairs + part + outputs) + kept
 
 
 def _largest_ranges(request: AttentionRequest) -> set[tuple[int, int]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hal_core.plugin_api import DTYPE_BYTES, Estimate
 
 from ..cost import product_cost
-from ..simulator.core import check_finite, check_operands, drawn, generator
+from ..simulator.core import drawn
 
 if TYPE_CHECKING:
     from ..session import PhotonicSession
@@ -53,16 +53,8 @@ class Linear(Product):
 
     def run(self, *operands: Any, **options: Any) -> Tensor:
         self._session.require_service()
-        linear_size(*operands)
-        x, weight, bias = (*operands, None)[:3]
-        check_operands(x=x, weight=weight)
-        check_finite(x=x, weight=weight)
-        rows = x.reshape(1, -1, x.shape[-1]).float()
         with torch.no_grad():
-            noise = generator(drawn(options.get("rng")))
-            flat = self._session.core.product(rows, weight.float().unsqueeze(0), noise)
-        result = flat.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
-        return result if bias is None else result + bias.to(result.dtype)
+            return self._session.core.linear(*operands, rng=drawn(options.get("rng")))
 
     def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
         return self._product_cost(linear_size(*operands), resident=True)

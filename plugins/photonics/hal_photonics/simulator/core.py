@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from hal_simulation import matmul_size
+from hal_simulation import linear_size, matmul_size
 from torch import Tensor
 
 from hal_core.plugin_api import ContractError
@@ -136,6 +136,28 @@ class PhotonicCore:
         weights = held.expand(*lead, *held.shape[-2:]).reshape(-1, *held.shape[-2:]).float()
         result = self.product(inputs, weights, generator(rng), level)
         return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: tuple[int, int] | None = None
+    ) -> Tensor:
+        """x [..., K] @ weight [N, K]^T + bias [N]; weight is held, the bias is added digitally.
+
+        Args:
+            rng: (seed, offset) of the noise; None for a chip without noise (its static errors stay).
+
+        Returns:
+            [..., N], x's dtype.
+
+        Raises:
+            ContractError: a NaN or an infinity in x or weight, with its position; operands that do not fit.
+        """
+        linear_size(x, weight, bias)
+        check_operands(x=x, weight=weight)
+        check_finite(x=x, weight=weight)
+        rows = x.reshape(1, -1, x.shape[-1]).float()
+        flat = self.product(rows, weight.float().unsqueeze(0), generator(rng))
+        result = flat.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+        return result if bias is None else result + bias.to(result.dtype)
 
     def product(
         self,
