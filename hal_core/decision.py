@@ -183,7 +183,9 @@ class Decision:
         """Candidates to show one by one, and lines that name those that automatic selection leaves out as not
         hardware.
         """
-        shown, able, unable = [], [], []
+        shown: list[Candidate] = []
+        able: list[Candidate] = []
+        unable: list[Candidate] = []
         for candidate in self.candidates:
             codes = {refusal.code for refusal in candidate.refusals}
             (shown if Code.FIDELITY not in codes else able if len(codes) == 1 else unable).append(candidate)
