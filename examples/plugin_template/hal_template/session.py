@@ -13,7 +13,7 @@ BLOCK = 128
 
 class TemplateSession(SessionBase):
     def __init__(self) -> None:
-        super().__init__(tiling=DenseTiling(BLOCK, cut_by="template"))
+        super().__init__(tiling=DenseTiling(cut_by="template"))
 
     def prepare_attention(
         self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, **call: Any
