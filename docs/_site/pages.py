@@ -22,6 +22,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = {"plugins": "devices", "libs": "libraries", "extensions": "extensions"}
+#: Pages that are a tab of their own: a navigation of one line would only narrow them.
+WITHOUT_SIDEBAR = {"index.md", "guide.md", "plugins.md"}
 LINK = re.compile(r"(?<!!)\[([^\]\[]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 PUBLIC = re.compile(r"^\[\[public ([\w.]+)(?: beside ([\w.]+))?\]\]$", re.MULTILINE)
 
@@ -101,6 +103,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    if page.file.src_uri in WITHOUT_SIDEBAR:
+        page.meta.setdefault("hide", ["navigation"])
     elsewhere = sources()
     back = {target: source for source, target in elsewhere.items()}
     here = page.file.src_uri
