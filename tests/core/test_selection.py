@@ -202,7 +202,9 @@ def test_automatic_never_takes_what_is_not_hardware_unless_allowed(local: Fake, 
 
 def test_where_only_a_model_could_the_message_says_how_to_allow_it(local: Fake) -> None:
     local("model", fidelity="simulated")
-    with pytest.raises(UnsupportedError, match='not hardware, left out: model:0   -> pass allow_simulated=True, or name one'):
+    with pytest.raises(
+        UnsupportedError, match="not hardware, left out: model:0   -> pass allow_simulated=True, or name one"
+    ):
         _ = choose().winner
 
 
