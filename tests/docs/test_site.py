@@ -67,6 +67,18 @@ def test_links_of_a_readme_lead_to_pages_of_the_site():
     assert shown == "[a](../guide.md#cost) [b](cpu.md) c [d](https://example.org) [e](nowhere.md)"
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/plugins.md"])
+def test_names_in_a_page_are_names_of_the_code(page):
+    import hal_core
+
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w./])hal\.(\w+)", text)) - {"plugins"}  # the entry-point group "hal.plugins"
+    assert [name for name in sorted(named) if not hasattr(hal_core, name)] == []
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*/**/*.py") if "tests" not in path.parts)
+    variables = set(re.findall(r"HAL_[A-Z]+", text))
+    assert [name for name in sorted(variables) if name not in source] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

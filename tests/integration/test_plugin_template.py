@@ -58,6 +58,57 @@ def test_imports_the_plugin_api_alone():
                 assert node.module == "hal_core.plugin_api" or (node.module, names) == ("hal_core", ["plugin_api"])
 
 
+@pytest.fixture
+def registered(monkeypatch):
+    """The template's backend registered in this process, as examples/register_at_run_time.py does."""
+    import hal_core as hal
+
+    monkeypatch.syspath_prepend(str(TEMPLATE))
+    hal.register(hal.BackendSpec(name="template", target="hal_template.backend:TemplateBackend"))
+    yield hal
+    hal.unregister("template")
+
+
+def equal_tiles(block_q: int, block_k: int, len_q: int, len_k: int) -> set[tuple[int, int, int, int]]:
+    """(q_start, q_stop, k_start, k_stop) of equal blocks over all pairs."""
+    rows = [(q, min(q + block_q, len_q)) for q in range(0, len_q, block_q)]
+    keys = [(k, min(k + block_k, len_k)) for k in range(0, len_k, block_k)]
+    return {(*q, *k) for q in rows for k in keys}
+
+
+@pytest.mark.parametrize("sizes", [None, (16, 24), (128, 1)])
+@pytest.mark.parametrize("causal", ["none", "top_left", "bottom_right"])
+def test_follows_its_own_tiling_and_one_that_the_caller_brings(registered, seed, sizes, causal, monkeypatch):
+    torch = pytest.importorskip("torch")
+    session = registered.session("template:0")
+    from hal_core.testing import reference, relative_error
+
+    tiles, inner = set(), session._tile
+    monkeypatch.setattr(session, "_tile", lambda plan, tile, *rest: (tiles.add(tile[:4]), inner(plan, tile, *rest)))
+
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 4, 70, 32, generator=generator)
+    key, value = torch.randn(2, 2, 2, 90, 32, generator=generator).unbind(0)
+    tiling = registered.DenseTiling(*sizes) if sizes else None
+    call = {"causal": causal, "enable_gqa": True, "backend": "template", "tiling": tiling}
+    out, lse = registered.attention(query, key, value, return_lse=True, **call)
+    want = reference(query, key, value, causal=causal)
+    assert relative_error(out, want.out) <= 1e-5
+    assert relative_error(lse, want.lse) <= 1e-5
+    expected = {"none": equal_tiles(*(sizes or (128, 128)), 70, 90)}.get(causal)
+    assert expected is None or tiles == expected
+    if sizes:
+        assert f"tiles of {sizes[0]} x {sizes[1]}" in str(registered.explain(query, key, value, **call))
+
+
+def test_refuses_a_tiling_with_blocks_that_it_does_not_claim(registered):
+    torch = pytest.importorskip("torch")
+
+    query = torch.zeros(1, 1, 8, 32)
+    with pytest.raises(registered.UnsupportedError, match="tiles of 1 to 128"):
+        registered.attention(query, query, query, backend="template", tiling=registered.DenseTiling(256))
+
+
 @pytest.mark.xdist_group("template")
 def test_is_discovered(fresh):
     done = fresh("devices", "--json")
