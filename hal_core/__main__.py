@@ -3,9 +3,9 @@
 import sys
 
 try:
-    from hal_cli.main import main
+    from hal_cli import main
 except ModuleNotFoundError as error:
-    if error.name not in ("hal_cli", "hal_cli.main"):
+    if error.name != "hal_cli":
         raise
     sys.exit("the hal command is not installed: pip install 'hal-core[cli]'")
 
