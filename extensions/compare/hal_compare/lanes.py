@@ -204,7 +204,7 @@ def make_networks(network: Any, lanes: Sequence[Lane]) -> None:
 def _network_of(lane: Lane, network: Any) -> Any:
     if lane.scope is Scope.COMPILED:
         assert lane.device is not None
-        return torch.compile(variant(network, "sdpa"), backend=dynamo_backend(lane.device))
+        return torch.compile(variant(network, "sdpa"), backend=dynamo_backend(lane.device) or "")
     own = variant(network, attention_clock.TORCH if lane.baseline else attention_clock.HAL)
     if lane.device is not None:
         huggingface.set_device(own, lane.device.id)

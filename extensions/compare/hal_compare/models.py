@@ -193,9 +193,10 @@ def check_size(path: Path) -> None:
             f"{path / 'config.json'} asks for {layers:,} layers, and the weights there hold {tensors:,} tensors: "
             "give the folder of a complete model"
         )
+    auto: Any = transformers.AutoModel
     try:
         with torch.device("meta"):
-            wanted = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
+            wanted = sum(p.numel() for p in auto.from_config(config).parameters())
     except Exception:  # a model that cannot be built this way is judged when it is loaded
         return
     if wanted > 4 * elements:
@@ -286,10 +287,11 @@ def _pooling(path: Path) -> Pooling:
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "lasttoken",
     }
-    modes = [mode for flag, mode in flags.items() if settings.get(flag)] or [settings.get("pooling_mode")]
-    if len(modes) != 1 or modes[0] not in flags.values():
+    named = settings.get("pooling_mode")
+    modes = [mode for flag, mode in flags.items() if settings.get(flag)] or [m for m in flags.values() if m == named]
+    if len(modes) != 1:
         raise HalError(f"{file} asks for a pooling that compare does not do: use one of mean, cls or lasttoken")
-    return next(mode for mode in flags.values() if mode == modes[0])
+    return modes[0]
 
 
 def variant(network: Any, attention: str) -> Any:
