@@ -16,6 +16,70 @@ def test_the_command_runs_and_imports_torch_only_when_it_must(site: Site) -> Non
         assert site.python("-c", code.format(command)).returncode == 0
 
 
+def test_help_imports_neither_torch_nor_a_backend(site: Site) -> None:
+    site.add("good")
+    code = (
+        "import sys; from hal_cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(', '.join({'torch', 'good_device'} & set(sys.modules)) or 0)"
+    )
+    done = site.python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_hal_cli_the_core_says_what_to_install(site: Site) -> None:
+    code = "import sys, runpy; sys.modules['hal_cli'] = None; runpy.run_module('hal_core', run_name='__main__')"
+    done = site.python("-c", code)
+    assert done.returncode == 1
+    assert done.stderr == "the hal command is not installed: pip install 'hal-core[cli]'\n"
+
+
+def test_the_old_names_give_the_new_objects_with_a_warning(site: Site) -> None:
+    done = site.python(
+        "-W",
+        "always",
+        "-c",
+        "import hal_core.cli, hal_core.bench, hal_cli, hal_cli.bench, hal_core.plugin_api as api\n"
+        "assert hal_core.cli.main is hal_cli.main\n"
+        "assert hal_core.bench.BenchSetup is api.BenchSetup\n"
+        "assert hal_core.bench.bench is hal_cli.bench.bench\n",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("DeprecationWarning") == 3
+    assert "hal_cli.command_line" in done.stderr
+
+
+RESULT = """
+from hal_core.plugin_api import CommandResult, Table, hookimpl
+
+def run(args):
+    args.progress("half way", 0.5)
+    rows = [["x", str(args.number)]]
+    return CommandResult({"number": args.number}, [Table("A title", ["name", "number"], rows)], ["a sentence"], 3)
+
+@hookimpl
+def hal_commands(subparsers):
+    command = subparsers.add_parser("tool", help="a tool")
+    command.add_argument("number", type=int)
+    command.set_defaults(run=run)
+"""
+
+
+def test_a_plugin_s_command_returns_data_and_has_json_without_asking(site: Site) -> None:
+    site.add("tool", RESULT)
+    shown, data = (site.python("-m", "hal_core", "tool", "7", *more) for more in ([], ["--json"]))
+    assert (shown.returncode, data.returncode) == (3, 3)
+    assert (shown.stderr, data.stderr) == ("", ""), "short work writes no progress"
+    assert [line.split() for line in shown.stdout.splitlines() if "─" not in line] == [
+        ["A", "title"],
+        ["name", "number"],
+        ["x", "7"],
+        [],
+        ["a", "sentence"],
+    ]
+    assert json.loads(data.stdout) == {"number": 7}
+
+
 def test_debug_shows_the_traceback_of_a_process(site: Site) -> None:
     plain, debug = (site.python("-m", "hal_core", "calibrate", "nobody", HAL_DEBUG=value) for value in ("0", "1"))
     assert (plain.returncode, plain.stderr.count("\n"), "Traceback" in plain.stderr) == (2, 1, False)
