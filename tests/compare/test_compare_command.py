@@ -61,7 +61,7 @@ def test_one_table_fits_the_terminal_and_names_error_task_time_energy_and_origin
     words = set(printed.split())
     for line in ("torch sdpa hardware", "cpu:0 hardware", f"{noisy} simulated", "modelled, paper-projection"):
         assert words.issuperset(line.split())
-    columns = ["device", "kind", "error", "same", "neighbour", "time", "energy", "measured", "not", "available"]
+    columns = ["device", "kind", "error", "task", "kept", "time", "energy", "measured", "not", "available"]
     assert words.issuperset(columns), "a word is broken"
     assert re.search(r"bare:0 refused \d of 2 batches:\n +mask .*boolean asked", printed)
 

@@ -99,9 +99,10 @@ def show_table(table: Table) -> None:
         for row in rows:
             drawn.add_row(*(Text(cell) for cell in row))
         console.print(drawn)
-    for note in table.notes:
+    for note in ("", *table.notes):
         print(wrapped(note, room))
-    print()
+    if table.notes:
+        print()
 
 
 def column_widths(lines: Sequence[Sequence[str]], room: int) -> list[int] | None:

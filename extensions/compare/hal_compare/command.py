@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
 
     if arguments.report is not None:
         report.check_target(arguments.report)
+    models.find(arguments.model)
     read = texts.read(arguments.text)
     every = ["all"] if arguments.all else []
     rows = lanes.rows_for(

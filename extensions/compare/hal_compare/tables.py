@@ -24,7 +24,7 @@ def summary(comparison: Comparison) -> Table:
         kept = percent(found.agreement.middle)
         cells = [varied(found.worst, ratio), kept, varied(costs.on_device, seconds), energy, origins(row)]
         rows.append([row.name, row.fidelity, *cells])
-    columns = ["device", "kind", "error", task(comparison), "time", "energy", "where the numbers are from"]
+    columns = ["device", "kind", "error", "task kept", "time", "energy", "origin"]
     return Table(headline(comparison), columns, rows, _summary_notes(comparison))
 
 
@@ -35,10 +35,9 @@ def _summary_notes(comparison: Comparison) -> list[str]:
     noun = "positions whose next token" if comparison.model["kind"] == "causal" else "texts whose nearest neighbour"
     share = sum(group.attention_macs for group in comparison.groups) / comparison.macs
     notes = [
-        f"Error: of the worst text's hidden states, relative to a float64 run. {task(comparison).capitalize()}: {noun} "
-        "is the float64 run's.",
-        f"Time and energy: of the device's part of one pass over the text, median of {comparison.repeats} ± half the "
-        f"range. {scopes(ran)} Attention is {percent(share)} of the model's work.",
+        f"Error: of the worst text's hidden states, relative to a float64 run. Task kept: {noun} is the float64 run's.",
+        f"Time and energy: of {_parts(ran)} in one pass over the text, median of {comparison.repeats} ± half the range. "
+        f"Attention is {percent(share)} of the model's work.",
     ]
     kinds = {row.fidelity for row in ran}
     if Fidelity.EMULATED in kinds:
@@ -196,9 +195,13 @@ def _once(comparison: Comparison, ran: Sequence[Row]) -> list[str]:
 
 def scopes(ran: Sequence[Row]) -> str:
     """What each row's part of the model is, in one sentence."""
+    return f"The device's part is {_parts(ran).removesuffix(',')}."
+
+
+def _parts(ran: Sequence[Row]) -> str:
     wide = {row.scope: row.name for row in ran if row.scope != "attention"}
-    others = "".join(f"; of {name.partition(' ')[2]!r} {scope}" for scope, name in wide.items())
-    return f"A row's part is attention{others}."
+    others = "".join(f", of {name.partition(' ')[2]!r} rows {scope}" for scope, name in wide.items())
+    return f"attention{others}{',' if others else ''}"
 
 
 def _energy(comparison: Comparison, ran: Sequence[Row]) -> Table:
