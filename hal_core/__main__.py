@@ -1,12 +1,9 @@
 """`python -m hal_core` is the `hal` command, where hal-cli is installed."""
 
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 
-try:
-    from hal_cli import main
-except ModuleNotFoundError as error:
-    if error.name != "hal_cli":
-        raise
+if find_spec("hal_cli") is None:
     sys.exit("the hal command is not installed: pip install 'hal-core[cli]'")
-
-sys.exit(main())
+sys.exit(import_module("hal_cli").main())

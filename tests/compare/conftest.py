@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import hal_core as hal  # noqa: E402
 from hal_core import Capabilities, Causal, Device, Estimate, Fidelity, MaskKind, Numerics, Quantity, Range  # noqa: E402
-from hal_core.context import meter_var  # noqa: E402
+from hal_core.plugin_api import current_meter  # noqa: E402
 
 
 def build(kind: Any, config: Any, seed: int) -> Any:
@@ -67,7 +67,7 @@ class FakeDevice:
         @torch.compiler.disable
         def run(*inputs: Any) -> Any:
             start, result = perf_counter(), graph(*inputs)
-            if (meter := meter_var.get()) is not None:
+            if (meter := current_meter()) is not None:
                 stated = Quantity(0.25, 0.25, "modelled", "assumed", "a test")
                 meter.add(self.devices()[0], perf_counter() - start, stated, None, 1000, 0)
             return result
@@ -82,7 +82,7 @@ class FakeDevice:
         start, product = perf_counter(), torch.nn.functional.linear(x, weight)
         error = torch.randn(product.shape, generator=torch.Generator().manual_seed(1))
         product = product + (self.linear_error or 0.0) * product.norm() / error.norm() * error
-        if (meter := meter_var.get()) is not None:
+        if (meter := current_meter()) is not None:
             macs = x.numel() * weight.shape[0]
             stated = Quantity(macs * self.seconds, macs * self.seconds, "modelled", "paper-projection", "a test")
             meter.add(self.devices()[0], perf_counter() - start, stated, None, macs, 0)

@@ -48,6 +48,9 @@ def test_hal_nn_alone_neither_warns_nor_needs_hal_compare():
 
 
 def test_without_hal_compare_the_old_name_says_what_to_install():
-    code = "import sys; sys.modules['hal_compare'] = None\ntry:\n    import hal_nn.compare\nexcept ImportError as e: print(e)"
+    code = (
+        "import sys; sys.modules['hal_compare'] = None\n"
+        "try:\n    import hal_nn.compare\nexcept ImportError as error: print(error)"
+    )
     done = python(code)
     assert "pip install hal-compare" in done.stdout, done.stderr

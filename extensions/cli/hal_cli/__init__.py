@@ -11,5 +11,4 @@ from __future__ import annotations
 
 from .command_line import main
 
-__version__ = "0.1.0"
 __all__ = ["main"]

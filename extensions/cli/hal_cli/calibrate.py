@@ -9,10 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
-
-from hal_core.calibration import calibrate
-from hal_core.plugin_api import Calibration, CommandResult, HalError, Table, cache_dir
+from hal_core.plugin_api import Calibration, CommandResult, HalError, Table, cache_dir, calibrate
 
 #: Other processes' load per core above which a measurement is called disturbed.
 _BUSY = 0.5
@@ -30,7 +27,7 @@ def shown(calibration: Calibration, warnings: list[str]) -> CommandResult:
     """A calibration as a table with one row for each number or short list of numbers."""
     rows = [[name, value] for name, value in flattened(calibration.values)]
     table = Table(f"Calibration of {calibration.device}", ["measured", "value"], rows)
-    data: dict[str, Any] = attrs.asdict(calibration) | ({"warnings": warnings} if warnings else {})
+    data: dict[str, Any] = calibration._asdict() | ({"warnings": warnings} if warnings else {})
     return CommandResult(data, [table], warnings)
 
 

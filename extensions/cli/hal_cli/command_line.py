@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import hal_core as hal
-from hal_core.plugin_api import CommandResult, HalError
-from hal_core.registry import registry
+from hal_core.plugin_api import CommandResult, HalError, registry
 
 from . import commands
 from .output import quiet_output, show

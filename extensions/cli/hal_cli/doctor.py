@@ -9,8 +9,17 @@ from typing import Any
 import attrs
 
 import hal_core as hal
-from hal_core.plugin_api import AttentionRequest, CommandResult, Device, DeviceUnavailableError, Table, load_calibration
-from hal_core.registry import Entry, registry
+from hal_core.plugin_api import (
+    AttentionRequest,
+    CommandResult,
+    Device,
+    DeviceUnavailableError,
+    Table,
+    decide,
+    load_calibration,
+    merged_policy,
+    registry,
+)
 
 
 def run(options: argparse.Namespace) -> CommandResult:
@@ -20,7 +29,7 @@ def run(options: argparse.Namespace) -> CommandResult:
             options.progress(f"opening {device.id}", 0.0)
             _probe(device)
     data = {
-        "plugins": [attrs.asdict(plugin) for plugin in registry.plugins()],
+        "plugins": [attrs.asdict(plugin) for plugin in registry.plugin_list()],
         "backends": [_backend(entry) for entry in registry.entries()],
     }
     plugins = Table("Plugins", ["plugin", "distribution", "state", "why, and what to do"], _plugin_rows())
@@ -33,12 +42,12 @@ def _probe(device: Device) -> None:
     with suppress(DeviceUnavailableError):
         hal.session(device.id)
     for dtype in ("float32", "float16", "bfloat16"):
-        hal.check_all(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), device)
+        decide(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), merged_policy(device.id))
 
 
 def _plugin_rows() -> list[list[str]]:
     rows = []
-    for plugin in registry.plugins():
+    for plugin in registry.plugin_list():
         bad = plugin.failure
         state = "loaded" if bad is None else "disabled" if bad.stage == "disabled" else f"failed ({bad.stage})"
         rows.append([plugin.name, plugin.distribution, state, "" if bad is None else f"{bad.message} -> {bad.fix}"])
@@ -50,7 +59,7 @@ def _device_rows() -> list[list[str]]:
     for entry in registry.entries():
         for device in entry.found or ():
             state = "calibrated" if load_calibration(device) else f"not calibrated (hal calibrate {device.id})"
-            broken = entry.broken.get(device.id)
+            broken = entry.broken.get(device.id) or entry.request_failures.get(device.id)
             details = (
                 [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
             )
@@ -60,13 +69,18 @@ def _device_rows() -> list[list[str]]:
     return rows
 
 
-def _backend(entry: Entry) -> dict[str, Any]:
+def _failure(entry: Any) -> Any:
+    """Why a backend is out of service, or what its check or estimate last failed with."""
+    return entry.failure or next(iter(entry.request_failures.values()), None)
+
+
+def _backend(entry: Any) -> dict[str, Any]:
     return {
         "name": entry.spec.name,
         "distribution": entry.distribution,
         "requirements": entry.spec.requirements,
         "devices": [attrs.asdict(device) for device in entry.found or ()],
         "broken": {device: attrs.asdict(failure) for device, failure in entry.broken.items()},
-        "failure": None if entry.failure is None else attrs.asdict(entry.failure),
+        "failure": None if (failure := _failure(entry)) is None else attrs.asdict(failure),
         "absent": None if entry.found else registry.why_absent(entry),
     }

@@ -6,8 +6,15 @@ import argparse
 import math
 
 import hal_core as hal
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, CommandResult, ContractError
-from hal_core.selection import decide, merged_policy
+from hal_core.plugin_api import (
+    DTYPE_BYTES,
+    AttentionRequest,
+    Causal,
+    CommandResult,
+    ContractError,
+    decide,
+    merged_policy,
+)
 
 from .parser import whole_numbers
 

@@ -6,5 +6,3 @@
 
 Importing this package imports neither torch nor transformers.
 """
-
-__version__ = "0.1.0"

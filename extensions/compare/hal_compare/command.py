@@ -12,10 +12,10 @@ from typing import Any
 from hal_core.plugin_api import CommandResult
 
 DESCRIPTION = """\
-Run one model on real text, once per device, and print error against float64, what the error does to the task, time and
-energy, side by side, each with its origin. The row "torch sdpa" is the same model on torch's own attention, timed in turn
-with the others. One row per device family is compared, with attention alone on the device; --all takes every device, its
-linear layers and its torch.compile backend too.
+Run one model on real text, once per device, and print error against float64, what the error does to the task, time
+and energy, side by side, each with its origin. The row "torch sdpa" is the same model on torch's own attention, timed
+in turn with the others. One row per device family is compared, with attention alone on the device; --all takes every
+device, its linear layers and its torch.compile backend too.
 """
 
 

@@ -15,8 +15,7 @@ from torch import nn
 
 import hal_core as hal
 from hal_core import Device, DeviceUnavailableError, HalError
-from hal_core.protocols import KernelProvider
-from hal_core.registry import registry
+from hal_core.plugin_api import find_devices, registry
 
 from . import attention_clock
 from .batches import Batch
@@ -99,7 +98,7 @@ def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequenc
     lanes: dict[str, Lane] = {}
     for name in _chosen(names):
         try:
-            found = registry.find(name)
+            found = find_devices(name)
         except DeviceUnavailableError as error:
             lanes[name] = Lane(name, None, "", refusals=[str(error)])
             continue
@@ -142,7 +141,7 @@ def _widened(names: Sequence[str], scope: Scope, listed: Sequence[Device]) -> li
     if not names:
         return []
     able = linear_devices() if scope is Scope.LINEAR else {d.id for d in hal.devices() if dynamo_backend(d)}
-    named = list({device.id: device for name in names if name != "all" for device in registry.find(name)}.values())
+    named = list({device.id: device for name in names if name != "all" for device in find_devices(name)}.values())
     if lacking := [device.id for device in named if device.id not in able]:
         what = "no linear kernel" if scope is Scope.LINEAR else "no torch.compile backend"
         option = "--linear" if scope is Scope.LINEAR else "--compiled"
@@ -157,15 +156,15 @@ def linear_devices() -> set[str]:
     """Ids of the devices that provide the kernel `linear`."""
     found = set()
     for device in hal.devices():
-        provider = registry.backend_of(device)
-        if isinstance(provider, KernelProvider) and "linear" in provider.kernel_names(device):
+        kernel_names = getattr(registry.backend_of(device), "kernel_names", None)  # optional, of a backend
+        if kernel_names is not None and "linear" in kernel_names(device):
             found.add(device.id)
     return found
 
 
 def is_noisy(device: Device, dtype: str) -> bool:
     """Whether the device declares random errors for the dtype."""
-    numerics = registry.backend_of(device).capabilities(device).numerics
+    numerics = hal.capabilities(device.id).numerics
     return dtype in numerics and numerics[dtype].noisy
 
 

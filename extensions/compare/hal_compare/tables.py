@@ -36,8 +36,8 @@ def _summary_notes(comparison: Comparison) -> list[str]:
     share = sum(group.attention_macs for group in comparison.groups) / comparison.macs
     notes = [
         f"Error: of the worst text's hidden states, relative to a float64 run. Task kept: {noun} is the float64 run's.",
-        f"Time and energy: of {_parts(ran)} in one pass over the text, median of {comparison.repeats} ± half the range. "
-        f"Attention is {percent(share)} of the model's work.",
+        f"Time and energy: of {_parts(ran)} in one pass over the text, median of {comparison.repeats} ± half the "
+        f"range. Attention is {percent(share)} of the model's work.",
     ]
     kinds = {row.fidelity for row in ran}
     if Fidelity.EMULATED in kinds:
