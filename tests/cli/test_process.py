@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
 
+import pytest
 from installed import Site
 
 
@@ -15,6 +21,34 @@ def test_the_command_runs_and_imports_torch_only_when_it_must(site: Site) -> Non
     code = "import sys; from hal_cli import main; main(['{0}']); sys.exit('torch' in sys.modules)"
     for command in ("devices", "explain"):
         assert site.python("-c", code.format(command)).returncode == 0
+
+
+#: Plugins whose estimates import torch, so that `hal explain` is slow where they are installed: to be mended there.
+IMPORT_TORCH = {"vulkan", "photonic", "lightmatter", "luminous"}
+PLUGINS = [(point.name, point.dist.name) for point in sorted(entry_points(group="hal.plugins")) if point.dist]
+
+
+def marks(plugin: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(reason="its estimates import torch")] if plugin in IMPORT_TORCH else []
+
+
+@pytest.mark.parametrize(
+    "plugin", [pytest.param(f"{distribution}:{name}", marks=marks(name)) for name, distribution in PLUGINS]
+)
+def test_an_installed_plugin_needs_no_torch_to_list_and_explain(plugin: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from hal_cli import main\n"
+        "for words in (['devices'], ['devices', '--json'], ['explain', '--allow-simulated']): main(words)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HAL_PLUGINS": plugin, "HAL_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_imports_neither_torch_nor_a_backend(site: Site) -> None:
