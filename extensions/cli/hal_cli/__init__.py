@@ -9,6 +9,6 @@ Importing this package imports neither torch nor a plugin.
 
 from __future__ import annotations
 
-from .main import main
+from .command_line import main
 
 __all__ = ["main"]
