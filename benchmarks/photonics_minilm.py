@@ -16,8 +16,8 @@ from typing import Any
 import hal_nn.huggingface as bridge
 import record
 import torch
-from hal_nn.compare import models, texts
-from hal_nn.compare.lanes import LinearOnDevice
+from hal_compare import models, texts
+from hal_compare.lanes import LinearOnDevice
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
