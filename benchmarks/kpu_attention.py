@@ -9,9 +9,9 @@ from __future__ import annotations
 from time import perf_counter
 
 import record
-from hal_kpu.attention_baseline import compare
-from hal_kpu.energy import energy
-from hal_kpu.profile import load
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.attention.baseline import compare
+from hal_kpu.simulator.energy import energy
 
 from hal_core import AttentionRequest, Causal
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import record
 from hal_kpu import CYCLE_ACCURATE, TRANSACTIONAL, simulate_gemm
-from hal_kpu.array import DATAFLOWS, multiply
-from hal_kpu.averaged_dram import group_cost
-from hal_kpu.cycle_accurate import run_cycle_accurate
-from hal_kpu.gemm import machine
-from hal_kpu.lowering import lower_product
-from hal_kpu.movement import Opcode
-from hal_kpu.product import Product
-from hal_kpu.transactional import run_transactional
+from hal_kpu.simulator.array import DATAFLOWS, multiply
+from hal_kpu.simulator.cycle_accurate import run_cycle_accurate
+from hal_kpu.simulator.dram.averaged import group_cost
+from hal_kpu.simulator.movement import Opcode
+from hal_kpu.simulator.products.gemm import machine
+from hal_kpu.simulator.products.lowering import lower_product
+from hal_kpu.simulator.products.product import Product
+from hal_kpu.simulator.transactional import run_transactional
 
 SIZE, ROUNDS, CASES = 512, 3, 200
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from hal_kpu.movement import Builder, Place, Program
-from hal_kpu.profile import Profile, load
+from hal_kpu.profiles.profile import Profile, load
+from hal_kpu.simulator.movement import Builder, Place, Program
 
 
 def random_program(seed: int, slots: int = 0) -> Program:

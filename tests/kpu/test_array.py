@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hal_kpu.array import DATAFLOWS, accumulator_dtype, multiply
+from hal_kpu.simulator.array import DATAFLOWS, accumulator_dtype, multiply
 
 from hal_core.errors import ContractError
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hal_kpu.gemm import simulate_gemm
+from hal_kpu.simulator.products.gemm import simulate_gemm
 
 from hal_core.cli import main
 

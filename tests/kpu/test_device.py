@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hal_kpu.attention_blocks import longest_head
 from hal_kpu.backend import KPUDevices
-from hal_kpu.profile import load
+from hal_kpu.profiles.profile import load
+from hal_kpu.tiling import longest_head
 
 import hal_core as hal
 from hal_core import ContractError, UnsupportedError

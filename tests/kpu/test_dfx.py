@@ -7,7 +7,9 @@ import json
 import math
 
 import pytest
-from hal_kpu.dfx import DFXError, DFXOp, DFXProgram, TensorSpec
+from hal_kpu.frontend.dfx.program import DFXProgram
+from hal_kpu.frontend.dfx.records import DFXError, DFXOp
+from hal_kpu.simulator.opcodes.specs import TensorSpec
 
 
 def perceptron() -> DFXProgram:

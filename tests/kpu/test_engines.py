@@ -6,11 +6,11 @@ import itertools
 
 import attrs
 import pytest
-from hal_kpu.cycle_accurate import run_cycle_accurate
-from hal_kpu.engines import BufferTooSmallError, DeadlockError, Fault
-from hal_kpu.movement import Builder, Opcode, Place, Program, ProgramError
-from hal_kpu.profile import load
-from hal_kpu.transactional import run_transactional
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.cycle_accurate import run_cycle_accurate
+from hal_kpu.simulator.engines import BufferTooSmallError, DeadlockError, Fault
+from hal_kpu.simulator.movement import Builder, Opcode, Place, Program, ProgramError
+from hal_kpu.simulator.transactional import run_transactional
 
 from .programs import random_profile, random_program
 
@@ -110,7 +110,7 @@ def test_no_run_beats_its_bounds_and_nothing_faster_or_larger_is_slower(run, blo
 
 def flat(program: Program) -> Program:
     """The program with its loops written out: nothing can be taken over."""
-    from hal_kpu.movement import Loop
+    from hal_kpu.simulator.movement import Loop
 
     def unroll(body, at):
         for item in body:
@@ -128,9 +128,9 @@ def flat(program: Program) -> Program:
 
 def written_out(program: Program, profile):
     """Timing without the taking over of repeated turns, by a memory that says it is not steady."""
-    from hal_kpu.averaged_dram import AveragedMemory
-    from hal_kpu.dram import Timing
-    from hal_kpu.engines import Engines
+    from hal_kpu.simulator.dram.averaged import AveragedMemory
+    from hal_kpu.simulator.dram.banked import Timing
+    from hal_kpu.simulator.engines import Engines
 
     memory = AveragedMemory(Timing.of(profile))
     memory.steady = False

@@ -8,18 +8,18 @@ import random
 
 import attrs
 import pytest
-from hal_kpu.array import DATAFLOWS, Dataflow
-from hal_kpu.cycle_accurate import run_cycle_accurate
-from hal_kpu.engines import BufferTooSmallError, check_fit
-from hal_kpu.gemm import machine
-from hal_kpu.lowering import _candidates, itemsize, lower, lower_product, product_of
-from hal_kpu.lowering_outputs import output_stationary
-from hal_kpu.movement import Opcode
-from hal_kpu.product import Product, Tiling, runs, spread
-from hal_kpu.profile import Profile, load
-from hal_kpu.stats import ExecutionStats, Run
-from hal_kpu.transactional import run_transactional
-from hal_kpu.work import Work
+from hal_kpu.profiles.profile import Profile, load
+from hal_kpu.simulator.array import DATAFLOWS, Dataflow
+from hal_kpu.simulator.cycle_accurate import run_cycle_accurate
+from hal_kpu.simulator.engines import BufferTooSmallError, check_fit
+from hal_kpu.simulator.movement import Opcode
+from hal_kpu.simulator.opcodes.work import Work
+from hal_kpu.simulator.products.gemm import machine
+from hal_kpu.simulator.products.lowering import _candidates, itemsize, lower, lower_product, product_of
+from hal_kpu.simulator.products.output_stationary import output_stationary
+from hal_kpu.simulator.products.product import Product, Tiling, runs, spread
+from hal_kpu.simulator.stats import ExecutionStats, Run
+from hal_kpu.simulator.transactional import run_transactional
 
 DTYPES = {1: "int8", 2: "bfloat16", 4: "float32"}
 

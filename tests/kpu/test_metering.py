@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hal_kpu.cost import SPREAD
-from hal_kpu.coverage import measure
-from hal_kpu.profile import load
+from hal_kpu.frontend.fx.coverage import measure
+from hal_kpu.profiles.profile import load
 from torch import nn
 
 import hal_core as hal
@@ -55,7 +55,7 @@ def test_without_a_meter_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
     def timed(*given: object) -> None:
         raise AssertionError("timed without a meter")
 
-    monkeypatch.setattr("hal_kpu.fx_partition.Plan.time", timed)
+    monkeypatch.setattr("hal_kpu.frontend.fx.partition.Plan.time", timed)
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(nn.Linear(4, 4), backend="kpu")(torch.randn(2, 4))

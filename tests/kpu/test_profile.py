@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from hal_kpu import profile
-from hal_kpu.profile import FIGURES, FOLDER, ProfileError
+from hal_kpu.profiles import profile
+from hal_kpu.profiles.profile import FIGURES, FOLDER, ProfileError
 
 from hal_core.device import Provenance
 

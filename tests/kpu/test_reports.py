@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from hal_kpu.attention_program import fused
-from hal_kpu.cost import ROUNDS, SPREAD, attention_cost, new_stats, tiled
-from hal_kpu.energy import energy
-from hal_kpu.profile import load, names
-from hal_kpu.reports import report
-from hal_kpu.transactional import run_transactional
+from hal_kpu.cost import ROUNDS, SPREAD, attention_cost, tiled
+from hal_kpu.profiles.profile import load, names
+from hal_kpu.simulator.attention.program import fused
+from hal_kpu.simulator.energy import energy
+from hal_kpu.simulator.report import report
+from hal_kpu.simulator.stats import new_stats
+from hal_kpu.simulator.transactional import run_transactional
 
 from hal_core import AttentionRequest, Causal
 

@@ -23,9 +23,9 @@ from hal_core.plugin_api import (
     registry,
 )
 
-from .attention_blocks import Blocks, longest_head, room
 from .cost import attention_cost
-from .profile import Profile, load
+from .profiles.profile import Profile, load
+from .tiling import Blocks, longest_head, room
 
 if TYPE_CHECKING:
     from .session import KPUSession

@@ -14,14 +14,14 @@ import attrs
 
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Estimate, Provenance, Quantity
 
-from .attention_blocks import Blocks
-from .attention_program import fused
-from .energy import Energy, energy
-from .lowering import lower
-from .profile import Profile
-from .stats import ExecutionStats
-from .transactional import run_transactional
-from .work import Work
+from .profiles.profile import Profile
+from .simulator.attention.program import fused
+from .simulator.energy import Energy, energy
+from .simulator.opcodes.work import Work
+from .simulator.products.lowering import lower
+from .simulator.stats import ExecutionStats, new_stats
+from .simulator.transactional import run_transactional
+from .tiling import Blocks
 
 #: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
 SPREAD = {
@@ -75,11 +75,6 @@ class Cost:
 def _quantity(middle: float, provenance: Provenance, source: str) -> Quantity:
     spread = SPREAD[provenance]
     return Quantity(middle * (1 - spread), middle * (1 + spread), Basis.MODELLED, provenance, source)
-
-
-def new_stats(profile: Profile, fidelity: str = "transactional") -> ExecutionStats:
-    """Empty counters of runs on a machine."""
-    return ExecutionStats(clock_hz=profile["clock.frequency"], profile=profile.name, execution_backend=fidelity)
 
 
 def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:

@@ -22,12 +22,12 @@ from hal_core.plugin_api import (
     UnsupportedError,
 )
 
-from .attention import Operands, backward, forward
-from .attention_baseline import Comparison, compare
-from .attention_blocks import Blocks
 from .cost import Cost, product_cost
-from .kernels import KERNELS, Kernel
-from .profile import Profile
+from .kernels.extra import KERNELS, Kernel
+from .profiles.profile import Profile
+from .simulator.attention.baseline import Comparison, compare
+from .simulator.attention.values import Operands, backward, forward
+from .tiling import Blocks
 
 
 class KPUSession:
@@ -111,7 +111,7 @@ class KPUSession:
         """A callable of `hal_kpu.kernels`."""
         if name not in KERNELS:
             raise UnsupportedError(f"{self.device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
-        return KERNELS[name](self)
+        return KERNELS[name](self.device, self.profile)
 
     def close(self) -> None:
         self.memory.trim()
