@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, runtime_checkable
 
-from .attention import attention, bind
-from .device import Device
+from .device_info import Device
 from .errors import ContractError, HalError
+from .frontend.api import attention, bind
 from .registry import registry
 from .request import DTYPE_BYTES, AttentionRequest
 

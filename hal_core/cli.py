@@ -18,11 +18,11 @@ import attrs
 from . import __version__
 from .calibration import calibrate, load, write_whole
 from .console import progress, show_table
-from .context import use
 from .errors import ContractError, DeviceUnavailableError, HalError
+from .options import merged_policy, use
 from .registry import Entry, registry
 from .request import DTYPE_BYTES, AttentionRequest, Causal
-from .selection import check_all, decide, merged_policy
+from .selection import check_all, decide
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def _devices(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     loaded, present = [], []
-    for plugin in registry.plugins():
+    for plugin in registry.plugin_list():
         bad = plugin.failure
         state = "loaded" if bad is None else "disabled" if bad.stage == "disabled" else f"failed ({bad.stage})"
         loaded.append([plugin.name, plugin.distribution, state, "" if bad is None else f"{bad.message} -> {bad.fix}"])
@@ -150,7 +150,7 @@ def _doctor(options: argparse.Namespace) -> int:
         if not entry.found:
             present.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
     record = {
-        "plugins": [attrs.asdict(plugin) for plugin in registry.plugins()],
+        "plugins": [attrs.asdict(plugin) for plugin in registry.plugin_list()],
         "backends": [_backend_record(entry) for entry in registry.entries()],
     }
     return _shown(

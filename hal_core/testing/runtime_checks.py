@@ -23,9 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import Basis, Causal, Fidelity, MaskKind, meter
-from ..kernels import resolve
 from ..protocols import KernelProvider
-from ..registry import registry
+from ..registry import registry, resolve
 from .benchmark import BenchmarkRunner
 from .cases import QKV
 from .reference import relative_error
@@ -49,7 +48,7 @@ print(json.dumps([sorted(sys.modules), sorted(libraries() - before)]))
 def discovery(s: Subject) -> Measure:
     """Finding the plugin imports neither torch nor a driver."""
     entry = registry.entry(s.device.id)
-    plugins = [p.name for p in registry.plugins() if p.distribution and p.distribution == entry.distribution]
+    plugins = [p.name for p in registry.plugin_list() if p.distribution and p.distribution == entry.distribution]
     if not plugins:
         raise Skip("registered at run time, not found by an entry point")
     environment = os.environ | {"HAL_PLUGINS": ",".join(plugins), "HAL_DISABLE": ""}

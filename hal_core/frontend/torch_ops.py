@@ -7,19 +7,20 @@ runs. Eager calls do not come through here.
 
 from __future__ import annotations
 
-from ast import literal_eval
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import in_operator
-from .context import NO_FRAME, Frame, frame_var, meter_var, mirror, settings
-from .errors import ContractError
-from .registry import registry
-from .request import AttentionOutput, Causal, SequenceTables
-from .route import exact, metered, moved_to, native_backward
-from .tiling import BlockPlan
+from ..decision import Policy
+from ..errors import ContractError
+from ..options import by_key, meter_var, mirror, policy_var, settings
+from ..plans import BlockPlan
+from ..registry import registry
+from ..request import AttentionOutput, Causal
+from .dispatch import in_operator
+from .execution import BoundAttention
+from .operands import TENSORS, Operands
 
 AUTOMATIC = "automatic"
 _TENSORS = (
@@ -31,12 +32,21 @@ _STATIC = (
     "SymInt[]? blocks, SymInt? window_left, SymInt? window_right, bool windowed, float dropout_p, bool is_causal, "
     "float? scale, bool enable_gqa, str? causal, SymInt diagonal, float? softcap, bool return_lse, float? max_error, "
     "bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend, str? objective, "
-    "bool? allow_simulated, bool? transfer, str? expected, int grads"
+    "bool? allow_simulated, bool? transfer, str? tiling, str? expected, int grads"
 )
-_TENSOR_COUNT = _TENSORS.count(",") + 1
+_TENSOR_COUNT = TENSORS + 1  # and rng
 _STATIC_COUNT = _STATIC.count(",") + 1
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
+_tilings: dict[str, Any] = {}
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _registered(tiling: Any) -> str:
+    """The text by which operators find a tiling. Dynamo runs this while it traces and keeps the result."""
+    key = f"{type(tiling).__module__}.{type(tiling).__qualname__}:{tiling.name}"
+    _tilings[key] = tiling
+    return key
 
 
 def in_graph(
@@ -48,12 +58,13 @@ def in_graph(
     tables: tuple[Tensor | None, ...],
     rng: tuple[int, int] | None,
     options: tuple[Any, ...],
-    wishes: tuple[Any, ...],
+    overrides: tuple[Any, ...],
 ) -> Any:
     """What `attention` becomes while Dynamo traces it: one operator, named after the selected backend."""
     dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
-    expected = mirror.key if wishes[0] is None else None
-    name = wishes[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
+    *given, tiling = overrides
+    expected = mirror.key if given[0] is None else None
+    name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
     family = name.partition(":")[0]
     operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
     grads = 0
@@ -88,7 +99,8 @@ def in_graph(
         softcap,
         return_lse,
         *rest,
-        *wishes,
+        *given,
+        None if tiling is None else _registered(tiling),
         expected,
         grads,
     )
@@ -99,18 +111,18 @@ class _Call:
     """An operator's flat arguments, put back into the eager call's form."""
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
-        query, key, value, mask, indices, counts, *named, seed = arguments[:_TENSOR_COUNT]
-        blocks, left, right, windowed, *static, self.expected, self.bits = arguments[_TENSOR_COUNT:]
+        *tensors, seed = arguments[:_TENSOR_COUNT]
+        blocks, left, right, windowed, *static, tiling, self.expected, self.bits = arguments[_TENSOR_COUNT:]
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
-        self.wishes, self.rng = tuple(static[-4:]), None if seed is None else tuple(seed.tolist())
-        plan = None if indices is None else BlockPlan(blocks[0], blocks[1], indices, counts)
-        tables = SequenceTables(*named) if any(table is not None for table in named) else None
-        mask = None if mask is None else mask.detach()[(None,) * (4 - mask.dim())]
-        self.given = (query.detach(), key.detach(), value.detach(), mask, plan, tables)
+        self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
+        self.rng = None if seed is None else tuple(seed.tolist())
+        given = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks and (blocks[0], blocks[1]))
+        mask = given.mask if given.mask is None else given.mask[(None,) * (4 - given.mask.dim())]
+        self.operands = given._replace(mask=mask)
 
-    def route(self, expected: str | None) -> Any:
+    def bound(self, expected: str | None) -> BoundAttention:
         with torch.no_grad():
-            found = in_operator(self.given, self.bits, self.options, self.wishes, expected)
+            found = in_operator(self.operands, self.bits, self.options, self.overrides, expected)
             if found.needs_rng and self.rng is None:
                 if self.bits:
                     name = found.decision.chosen
@@ -123,13 +135,13 @@ class _Call:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(arguments)
-    found = call.route(call.expected)
+    found = call.bound(call.expected)
     with torch.no_grad():
-        given, meter = (*call.given, call.rng), meter_var.get()
-        result = found.base(*given) if meter is None else metered(meter, found, given, found.base)
+        given, meter = (*call.operands, call.rng), meter_var.get()
+        result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
-    out, query = result.contiguous(), call.given[0]
+    out, query = result.contiguous(), call.operands.query
     if not call.bits:
         return out, query.new_empty(0, dtype=torch.float32)
     # torch differentiates this session's own forward: nobody reads the log-sum-exp that the graph was promised
@@ -148,27 +160,15 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     call = _Call(arguments)
-    # Under the selection of the forward: it may have ended, and an accelerator's backward threads never inherit it.
-    then = Frame(*literal_eval(call.expected)) if call.expected else NO_FRAME
-    token = frame_var.set(frame_var.get() if call.expected is None else then)
+    # Under the policy of the forward: it may have ended, and an accelerator's backward threads never inherit it.
+    policy: Policy = policy_var.get() if call.expected is None else by_key[call.expected]
+    token = policy_var.set(policy)
     try:
-        found = call.route(None)
+        found = call.bound(None)
     finally:
-        frame_var.reset(token)
-    session, grads = found.session, found.request.grads
-    winner, given = found.decision.winner, [*call.given, out, lse, grad_out, grad_lse]
+        policy_var.reset(token)
     with torch.no_grad():
-        if found.explicit:
-            if winner.transfer:
-                given = [moved_to(winner.device.reads[0], part) for part in given]
-            query, key, value, mask, plan, tables, out, lse, grad_out, grad_lse = given
-            request = exact(found.request, query, key)
-            prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
-            grads = session.compute_attention_backward(
-                prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=call.rng
-            )
-        else:
-            grads = native_backward(found.base, (*call.given, call.rng), grads, grad_out, grad_lse)
+        grads = found.backward(call.operands, out, lse, grad_out, grad_lse, call.rng)
     return tuple(_gradient(grads[i], like, call.bits >> i & 1) for i, like in enumerate(arguments[:4]))
 
 

@@ -1,7 +1,7 @@
 """An honest device in torch, and devices made from it that lie in one thing each: the kit's own test.
 
-Each of LIES says which check must find it; "leaves the work to another device" needs the device "honest:0" registered.
-To see what a finding looks like: `print(check_backend(LIES["wrong scale"].make()))`.
+Each of FAULTS says which check must find it; "leaves the work to another device" needs the device "honest:0" registered.
+To see what a finding looks like: `print(check_backend(FAULTS["wrong scale"].make()))`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import AttentionOutput, AttentionRequest, Causal, Device, Fidelity, MaskKind, SimpleSession, dense_mask, session
-from ..capabilities import FEATURES, Capabilities, Code, Numerics, Range, Refusal
-from ..device import Basis, Estimate, Provenance, Quantity
+from ..capability import FEATURES, Capabilities, Code, Numerics, Range, Refusal
+from ..device_info import Basis, Estimate, Provenance, Quantity
 
 _FEATURES: Any = FEATURES - {"packed", "paged", "fp8_cache", "block_plan"}
 _NUMERICS: Any = {"float32": Numerics(1e-5, gradient=1e-5), "bfloat16": Numerics(4e-3, gradient=1e-2)}
@@ -48,9 +48,12 @@ class DenseSession(SimpleSession):
         if mask is not None:
             visible = visible & (mask if mask.dtype == torch.bool else mask != -torch.inf)
             scores = scores if mask.dtype == torch.bool else scores + mask.float().masked_fill(~visible, 0)
-        dead = ~visible.any(-1, keepdim=True)
-        scores = scores.masked_fill(~visible, -torch.inf).masked_fill(dead, 0)
-        lse, weights = self.lse(scores).masked_fill(dead.squeeze(-1), -torch.inf), self.weights(scores, dead)
+        fully_masked = ~visible.any(-1, keepdim=True)
+        scores = scores.masked_fill(~visible, -torch.inf).masked_fill(fully_masked, 0)
+        lse, weights = (
+            self.lse(scores).masked_fill(fully_masked.squeeze(-1), -torch.inf),
+            self.weights(scores, fully_masked),
+        )
         if r.dropout:
             weights = weights * self.kept(weights, r, rng) / (1 - r.dropout)
         return (weights @ v).to(query.dtype), lse
@@ -71,8 +74,8 @@ class DenseSession(SimpleSession):
     def lse(self, scores: Tensor) -> Tensor:
         return torch.logsumexp(scores, -1)
 
-    def weights(self, scores: Tensor, dead: Tensor) -> Tensor:
-        return torch.softmax(scores, -1).masked_fill(dead, 0)
+    def weights(self, scores: Tensor, fully_masked: Tensor) -> Tensor:
+        return torch.softmax(scores, -1).masked_fill(fully_masked, 0)
 
     def kept(self, weights: Tensor, r: AttentionRequest, rng: tuple[int, int] | None) -> Tensor:
         seed, offset = rng or (0, 0)
@@ -122,17 +125,17 @@ class DenseBackend:
 
 
 @attrs.frozen
-class Lie:
+class Fault:
     """A lying device: the check that must find it, and its backend, named "liar"."""
 
     check: str
     make: Callable[[], DenseBackend]
 
 
-def lie(check: str, *, options: Mapping[str, Any] | None = None, **steps: Any) -> Lie:
+def fault(check: str, *, options: Mapping[str, Any] | None = None, **steps: Any) -> Fault:
     """A lie told by replaced steps of the session, or by the backend's options; `check` must find it."""
     kind: Any = type("LyingSession", (DenseSession,), steps)
-    return Lie(check, lambda: DenseBackend("liar", kind, **(options or {})))
+    return Fault(check, lambda: DenseBackend("liar", kind, **(options or {})))
 
 
 def _top_left(self: DenseSession, r: AttentionRequest, *sizes: int) -> Tensor:
@@ -154,40 +157,45 @@ def _halve_keys(self: DenseSession, query: Tensor, key: Tensor, *rest: Any) -> A
     return found
 
 
-def _keep_weights(self: Any, scores: Tensor, dead: Tensor) -> Tensor:
+def _keep_weights(self: Any, scores: Tensor, fully_masked: Tensor) -> Tensor:
     self.kept_weights = [*getattr(self, "kept_weights", ()), scores.detach()]
-    return DenseSession.weights(self, scores, dead)
+    return DenseSession.weights(self, scores, fully_masked)
 
 
 _DOUBLE: Any = {**_NUMERICS, "float64": Numerics(1e-12, 1e-12, 1e-12)}
-LIES: Mapping[str, Lie] = {
-    "wrong scale": lie("scale", scale=lambda self, r: r.dim_qk**-0.5),
-    "dropped mask": lie("masks", mask=lambda self, mask: None),
-    "swapped group heads": lie("grouped_heads", grouped=lambda self, tensor, group: tensor.repeat(1, group, 1, 1)),
-    "wrong causal alignment": lie("causal", visible=_top_left),
-    "wrong base of the log-sum-exp": lie(
+FAULTS: Mapping[str, Fault] = {
+    "wrong scale": fault("scale", scale=lambda self, r: r.dim_qk**-0.5),
+    "dropped mask": fault("masks", mask=lambda self, mask: None),
+    "swapped group heads": fault("grouped_heads", grouped=lambda self, tensor, group: tensor.repeat(1, group, 1, 1)),
+    "wrong causal alignment": fault("causal", visible=_top_left),
+    "wrong base of the log-sum-exp": fault(
         "log_sum_exp", lse=lambda self, scores: torch.logsumexp(scores, -1) / math.log(2)
     ),
-    "NaN in rows without keys": lie("masks", weights=lambda self, scores, dead: torch.softmax(scores / ~dead, -1)),
-    "stale keys": lie("stale_keys", prepare_attention=_program_once),
-    "changes its inputs": lie("inputs_unchanged", attend=_halve_keys),
-    "leaks": lie("leaks", weights=_keep_weights),
-    "half a gradient": lie(
+    "NaN in rows without keys": fault(
+        "masks", weights=lambda self, scores, fully_masked: torch.softmax(scores / ~fully_masked, -1)
+    ),
+    "stale keys": fault("stale_keys", prepare_attention=_program_once),
+    "changes its inputs": fault("inputs_unchanged", attend=_halve_keys),
+    "leaks": fault("leaks", weights=_keep_weights),
+    "half a gradient": fault(
         "gradients", grouped=lambda self, t, group: ((t + t.detach()) / 2).repeat_interleave(group, 1)
     ),
-    "claims a dtype it lacks": lie(
+    "claims a dtype it lacks": fault(
         "dtypes", options={"claims": attrs.evolve(CLAIMS, dtypes=_DOUBLE, numerics=_DOUBLE)}
     ),
-    "refuses what it claims": lie("window", options={"refuses": lambda request: request.window is not None}),
-    "ignores rng": lie("repeats", kept=lambda self, weights, r, rng: DenseSession.kept(self, weights, r, None)),
-    "wavers where it claims determinism": lie(
-        "repeats", weights=lambda self, s, dead: torch.softmax(s + 1e-6 * torch.rand_like(s), -1).masked_fill(dead, 0)
+    "refuses what it claims": fault("window", options={"refuses": lambda request: request.window is not None}),
+    "ignores rng": fault("repeats", kept=lambda self, weights, r, rng: DenseSession.kept(self, weights, r, None)),
+    "wavers where it claims determinism": fault(
+        "repeats",
+        weights=lambda self, s, fully_masked: torch.softmax(s + 1e-6 * torch.rand_like(s), -1).masked_fill(
+            fully_masked, 0
+        ),
     ),
-    "leaves the work to another device": lie(
+    "leaves the work to another device": fault(
         "runs_where_it_says", compute_attention=lambda self, *a, **k: session("honest:0").compute_attention(*a, **k)
     ),
-    "calls torch on the host hardware": lie(
+    "calls torch on the host hardware": fault(
         "runs_where_it_says", options={"fidelity": Fidelity.HARDWARE, "family": "accelerator"}
     ),
-    "estimates from thin air": lie("estimates", options={"seconds": 1e-9}),
+    "estimates from thin air": fault("estimates", options={"seconds": 1e-9}),
 }

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import hal_core as hal
-from hal_core.capabilities import Code
+from hal_core.capability import Code
 from hal_core.registry import registry
 from hal_core.testing import CHECKS, check_backend
-from hal_core.testing.liars import CLAIMS, LIES, DenseBackend, DenseSession, Lie, lie
+from hal_core.testing.faulty_backends import CLAIMS, FAULTS, DenseBackend, DenseSession, Fault, fault
 from hal_core.testing.subject import Failure, Subject
 
 SLOW = {"leaks", "estimates"}
@@ -239,8 +239,8 @@ class ClosesAll(DenseSession):
         ClosesAll.state = "closed"
 
 
-def of(check: str, session: Any = DenseSession, **options: Any) -> Lie:
-    return Lie(check, lambda: DenseBackend("liar", session, **options))
+def of(check: str, session: Any = DenseSession, **options: Any) -> Fault:
+    return Fault(check, lambda: DenseBackend("liar", session, **options))
 
 
 EXPLICIT = attrs.evolve(CLAIMS, features=CLAIMS.features - {"softcap", "dropout"})
@@ -251,9 +251,9 @@ NOISY = attrs.evolve(
     features=CLAIMS.features - {"backward", "mask_grad", "lse_grad", "deterministic", "dropout"},
 )
 MORE = {
-    "tiles that overlap": lie("tiles", tiling=property(lambda self: OverlappingTiles(), lambda self, value: None)),
-    "tiles that leave out": lie("tiles", tiling=property(lambda self: MissingTiles(), lambda self, value: None)),
-    "tiles that are not full": lie("tiles", tiling=property(lambda self: CallsAllFull(), lambda self, value: None)),
+    "tiles that overlap": fault("tiles", tiling=property(lambda self: OverlappingTiles(), lambda self, value: None)),
+    "tiles that leave out": fault("tiles", tiling=property(lambda self: MissingTiles(), lambda self, value: None)),
+    "tiles that are not full": fault("tiles", tiling=property(lambda self: CallsAllFull(), lambda self, value: None)),
     "memory handed out twice": of("dlpack", lambda: with_memory(HastyMemory())),
     "copies nobody counts": of("dlpack", lambda: with_memory(SecretCopies())),
     "memory that is never given back": of("dlpack", lambda: with_memory(LosesCount())),
@@ -267,10 +267,10 @@ MORE = {
         claims=attrs.evolve(CLAIMS, features=CLAIMS.features - {"window", "diagonal", "dropout"}),
     ),
     "closes other sessions": of("reopen", ClosesAll),
-    "one dropout for all heads": lie(
+    "one dropout for all heads": fault(
         "dropout", kept=lambda self, w, r, rng: DenseSession.kept(self, w[:1, :1], r, rng).expand(w.shape)
     ),
-    "half the dropout": lie(
+    "half the dropout": fault(
         "dropout",
         kept=lambda self, w, r, rng: DenseSession.kept(self, w, dataclasses.replace(r, dropout=r.dropout / 2), rng),
     ),
@@ -291,10 +291,10 @@ def bound() -> Iterator[None]:
     hal.unregister("bound")
 
 
-@pytest.mark.parametrize("name", [*LIES, *MORE])
+@pytest.mark.parametrize("name", [*FAULTS, *MORE])
 @pytest.mark.usefixtures("honest", "bound")
 def test_each_lie_is_found_by_name(name: str, seed: int) -> None:
-    told = (LIES | MORE)[name]
+    told = (FAULTS | MORE)[name]
     names = [check for check in CHECKS if check == told.check or check not in SLOW]
     report = check_backend(told.make(), checks=names, quick=True, seed=seed)
     failed = {result.name for result in report.results if not result.passed}
@@ -305,8 +305,8 @@ def test_each_lie_is_found_by_name(name: str, seed: int) -> None:
 
 
 def test_there_are_enough_public_lies() -> None:
-    assert len(LIES) >= 10
-    assert {lie.check for lie in LIES.values()} <= set(CHECKS)
+    assert len(FAULTS) >= 10
+    assert {lie.check for lie in FAULTS.values()} <= set(CHECKS)
 
 
 def test_an_honest_device_passes_everything(seed: int) -> None:
@@ -368,7 +368,7 @@ def test_kernels_are_held_to_their_reference(
             return frozenset(provided)
 
     targets = {"kernels:double": lambda x, n: double(x), "kernels:numbers": numbers}
-    monkeypatch.setattr("hal_core.testing.honesty.resolve", targets.get)
+    monkeypatch.setattr("hal_core.testing.runtime_checks.resolve", targets.get)
     spec = hal.KernelSpec(
         name="double",
         signature="double(x[M, N], n) -> [M, N]",
@@ -391,7 +391,7 @@ def test_results_of_few_numbers_are_held_over_many_draws(seed: int, factor: floa
         out, lse = DenseSession.attend(self, *given)
         return out * factor, lse
 
-    hal.register(lie("value_dim", attend=off).make(), name="liar")
+    hal.register(fault("value_dim", attend=off).make(), name="liar")
     try:
         subject = Subject(registry.find("liar")[0], seed=seed, quick=False)
         sizes = {
@@ -437,4 +437,4 @@ def test_gradients_of_few_rows_are_weighed_over_many_draws() -> None:
 
 
 def test_the_public_kit_is_named_in_each_lie() -> None:
-    assert all(told.make().devices()[0].id == "liar:0" for told in LIES.values())
+    assert all(told.make().devices()[0].id == "liar:0" for told in FAULTS.values())

@@ -1,4 +1,4 @@
-"""The public door: every input is checked here, once, and described as an `AttentionRequest`."""
+"""Every input of a call is checked here, once, and described as an `AttentionRequest`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ContractError
-from .request import AttentionRequest, Causal, MaskKind, SequenceTables
-from .tiling import BlockPlan
+from ..errors import ContractError
+from ..plans import BlockPlan
+from ..request import AttentionRequest, Causal, MaskKind, SequenceMetadata
+from .operands import Operands
 
 LAYOUT = "[batch, heads, length, head_dim]"
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+_PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
+_LARGEST = 1 << 48  # of a whole number that stands for tokens
 
 
-class Options(NamedTuple):
+class CallOptions(NamedTuple):
     """The static arguments of a call, as given."""
 
     dropout_p: float = 0.0
@@ -37,17 +40,9 @@ class Options(NamedTuple):
     max_seqlen_k: int | None = None
 
 
-def describe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    plan: BlockPlan | None,
-    tables: SequenceTables | None,
-    options: Options,
-    grads: frozenset[str],
-) -> AttentionRequest:
+def build_request(operands: Operands, options: CallOptions, grads: frozenset[str]) -> AttentionRequest:
     """The exact request of a call. Raises ContractError with one sentence for the first thing that is wrong."""
+    query, key, value, mask, plan, tables = operands
     _check_tensors(query, key, value)
     batch, heads_q, len_q, dim_qk = query.shape
     heads_kv, len_k, packed, page_size = key.shape[1], key.shape[2], False, None
@@ -79,6 +74,9 @@ def describe(
     shape = (batch, heads_q, len_q, len_k)
     if mask is not None:
         _check_mask(mask, shape, query, packed)
+        mask_batch, mask_heads = (1, 1, *mask.shape)[-4:-2]
+    else:
+        mask_batch = mask_heads = 1
     if plan is not None:
         _check_plan(plan, shape, query)
     kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
@@ -93,6 +91,8 @@ def describe(
         dtype=str(query.dtype).removeprefix("torch."),
         device=str(query.device),
         mask=kind,
+        mask_batch=mask_batch,
+        mask_heads=mask_heads,
         packed=packed,
         page_size=page_size,
         cache_dtype=cache_dtype,
@@ -103,6 +103,11 @@ def describe(
         grad_lse=bool(options.return_lse and grads),
         **_checked(options),
     )
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor's memory is what its shape and strides say: a plain tensor, a parameter, or one that torch traces."""
+    return type(tensor) in _PLAIN or not isinstance(tensor, Tensor) or hasattr(tensor, "fake_mode")
 
 
 def _refuse(*checks: tuple[bool, str]) -> None:
@@ -116,6 +121,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise ContractError(f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}")
         _refuse(
+            (
+                not is_plain(tensor),
+                f"{name} is a {type(tensor).__name__}, a tensor subclass: pass a plain torch tensor",
+            ),
+            (tensor.is_nested, f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k"),
+            (tensor.device.type == "meta", f"{name} is on the meta device and holds no data: move it to a real device"),
             (tensor.dim() != 4, f"{name} has shape {list(tensor.shape)}: reshape it to {LAYOUT}"),
             (
                 tensor.layout != torch.strided,
@@ -144,13 +155,20 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     )
 
 
-def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options) -> tuple[int, int, int]:
+def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallOptions) -> tuple[int, int, int]:
     """(batch, len_q, len_k) of a call with tables; lengths may be upper bounds."""
     for name, table in zip(t._fields[:4], t[:4], strict=True):
         if table is not None and (not isinstance(table, Tensor) or table.dtype != torch.int32):
             raise ContractError(f"{name} is {getattr(table, 'dtype', type(table).__name__)}: pass an int32 tensor")
         if table is not None and table.device != query.device:
             raise ContractError(f"{name} on {table.device} and query on {query.device} were given: move the table")
+    for name, factor in zip(t._fields[4:], t[4:], strict=True):
+        wide = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1], 1, 1)
+        sizes = zip(reversed(getattr(factor, "shape", ())), reversed(wide), strict=False)
+        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and factor.dim() <= 4
+        if factor is not None and not (fits and all(size in (1, most) for size, most in sizes)):
+            what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
+            raise ContractError(f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}")
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     _refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
@@ -171,7 +189,11 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options
             ),
             (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
         )
-        return len(cu_q) - 1, int(most[0]), int(most[1])
+        if not all(type(n) is int and 0 <= n < _LARGEST for n in most):
+            raise ContractError(
+                f"max_seqlen_q {most[0]!r} and max_seqlen_k {most[1]!r} were given: pass lengths of 0 or more"
+            )
+        return len(cu_q) - 1, most[0], most[1]
     if pages is None:
         return batch, query.shape[2], key.shape[2]
     if pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,):
@@ -180,7 +202,7 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceTables, options: Options
     return batch, query.shape[2], pages.shape[1] * key.shape[2]
 
 
-def check_tables(tables: SequenceTables, request: AttentionRequest, query: Tensor, key: Tensor) -> None:
+def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Tensor, key: Tensor) -> None:
     """Check the contents of packed or paged tables; reads them, so it waits for an accelerator.
 
     Raises ContractError where an entry would make a device read outside its memory.
@@ -201,9 +223,8 @@ def check_tables(tables: SequenceTables, request: AttentionRequest, query: Tenso
             raise ContractError(
                 f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k}, pages times page size"
             )
-        used = torch.arange(tables.page_table.shape[1], device=held.device) < (held.unsqueeze(1) + size - 1) // max(
-            size, 1
-        )
+        pages = (held.unsqueeze(1) + size - 1) // max(size, 1)
+        used = torch.arange(tables.page_table.shape[1], device=held.device) < pages
         if bool((used & ((tables.page_table < 0) | (tables.page_table >= key.shape[0]))).any()):
             raise ContractError(f"a page_table entry outside 0 to {key.shape[0] - 1} was given: name existing pages")
 
@@ -213,11 +234,13 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
         raise ContractError(f"attn_mask is a {type(mask).__name__}: pass a tensor")
     pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
     fits = 2 <= mask.dim() <= 4 and all(given in (1, wanted) for given, wanted in pairs)
+    floats = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
     _refuse(
         (packed, "attn_mask and packed lengths were given: use one of them"),
+        (not is_plain(mask), f"attn_mask is a {type(mask).__name__}, a tensor subclass: pass a plain torch tensor"),
         (
             mask.dtype not in (torch.bool, query.dtype, torch.float32),
-            f"attn_mask is {mask.dtype}: pass bool (True: attend), {query.dtype} or torch.float32",
+            f"attn_mask is {mask.dtype}: pass bool (True: attend), or {floats}, which is added to the scores",
         ),
         (
             mask.device != query.device,
@@ -230,9 +253,12 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
 def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
     if not isinstance(plan, BlockPlan):
         raise ContractError(f"block_plan is a {type(plan).__name__}: pass a hal_core.BlockPlan")
-    (batch, heads, len_q, len_k), (block_q, block_k, indices, counts), size = shape, plan, list(plan.indices.shape)
-    if block_q < 1 or block_k < 1:
-        raise ContractError(f"blocks of {block_q} x {block_k} were given: use 1 or more")
+    (batch, heads, len_q, len_k), (block_q, block_k, indices, counts) = shape, plan
+    if not isinstance(indices, Tensor) or not isinstance(counts, Tensor):
+        raise ContractError(f"block_plan with indices {type(indices).__name__} was given: pass int32 tensors")
+    size = list(indices.shape)
+    if type(block_q) is not int or type(block_k) is not int or min(block_q, block_k) < 1:
+        raise ContractError(f"blocks of {block_q!r} x {block_k!r} were given: use whole numbers of 1 or more")
     rows, columns = -(-len_q // block_q), -(-len_k // block_k)
     fits = (
         len(size) == 4
@@ -257,25 +283,43 @@ def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
         )
 
 
-def _checked(o: Options) -> dict[str, Any]:
+def _is_finite(number: Any) -> bool:
+    try:
+        return isinstance(number, Real) and math.isfinite(number)
+    except OverflowError:  # a whole number above every float
+        return False
+
+
+def _is_whole(number: Any) -> bool:
+    return type(number) is int and abs(number) < _LARGEST
+
+
+def _short(value: Any) -> str:
+    """The value as text, cut where it is long: a number may have ten thousand digits."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return f"of {value.bit_length()} bits"
+    text = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _checked(o: CallOptions) -> dict[str, Any]:
     """The request's fields of the options, each within its domain."""
-    for name, number in (
-        ("scale", o.scale),
-        ("softcap", o.softcap),
-        ("max_error", o.max_error),
-        ("dropout_p", o.dropout_p),
-    ):
-        if number is not None and not (isinstance(number, Real) and math.isfinite(number)):
-            raise ContractError(f"{name} {number} was given: use a finite number")
+    for name in ("scale", "softcap", "max_error", "dropout_p"):
+        number = getattr(o, name)
+        if not _is_finite(number) and (number is not None or name == "dropout_p"):
+            raise ContractError(f"{name} {_short(number)} was given: pass a finite Python number")
+    for name in ("is_causal", "enable_gqa", "return_lse", "deterministic"):
+        if getattr(o, name) not in (True, False):
+            raise ContractError(f"{name} {_short(getattr(o, name))} was given: pass True or False")
     sides = o.window if isinstance(o.window, tuple | list) else ()
     _refuse(
-        (type(o.diagonal) is not int, f"diagonal {o.diagonal} was given: use a whole number"),
+        (not _is_whole(o.diagonal), f"diagonal {_short(o.diagonal)} was given: use a whole number of tokens"),
         (not 0 <= o.dropout_p < 1, f"dropout_p {o.dropout_p} was given: use 0 or more and less than 1"),
         (o.softcap is not None and o.softcap <= 0, f"softcap {o.softcap} was given: use a positive number or None"),
         (o.max_error is not None and o.max_error < 0, f"max_error {o.max_error} was given: use 0 or more, or None"),
         (
             o.causal is not None and o.causal not in list(Causal),
-            f"causal {o.causal!r} was given: use 'none', 'top_left' or 'bottom_right'",
+            f"causal {_short(o.causal)} was given: use 'none', 'top_left' or 'bottom_right'",
         ),
         (
             o.is_causal and o.causal not in (None, Causal.TOP_LEFT),
@@ -283,8 +327,8 @@ def _checked(o: Options) -> dict[str, Any]:
         ),
         (
             o.window is not None
-            and (len(sides) != 2 or any(s is not None and (type(s) is not int or s < 0) for s in sides)),
-            f"window {o.window!r} was given: use (left, right), each 0 or more keys, None for no bound",
+            and (len(sides) != 2 or any(s is not None and (not _is_whole(s) or s < 0) for s in sides)),
+            f"window {_short(o.window)} was given: use (left, right), each 0 or more keys, None for no bound",
         ),
     )
     causal = Causal.TOP_LEFT if o.is_causal else Causal.NONE if o.causal is None else Causal(o.causal)

@@ -7,38 +7,35 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
-from .capabilities import Code
-from .context import frame_var, meter_var
-from .errors import ContractError, DeviceUnavailableError, SelectionChangedError
-from .registry import registry
-from .request import AttentionRequest, Causal, SequenceTables
-from .selection import Decision, Policy, check_all, decide, merged_policy, settled
+from ..decision import Decision, Policy
+from ..errors import ContractError, DeviceUnavailableError
+from ..options import merged_policy, meter_var
+from ..plans import BlockPlan, TilePlan
+from ..protocols import TilingStrategy
+from ..registry import registry
+from ..request import AttentionRequest, Causal, SequenceMetadata
+from ..selection import check_all, cut_request, decide, tiling_limits
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from . import contract, library, route
-    from .route import Route
-    from .tiling import BlockPlan
+    from . import dispatch, execution, torch_ops, validation
+    from .execution import BoundAttention
+    from .operands import GRADS, Operands
 else:
-    torch = contract = route = library = None
+    torch = dispatch = execution = torch_ops = validation = Operands = GRADS = None
 
 _compiling = _grad_enabled = _autocast = cast(Any, None)
-Given = tuple[Any, Any, Any, Any, Any, Any]  # query, key, value, mask, block plan, tables
-_routes: dict[Any, Any] = {}
-_MOST_ROUTES = 4096
-_CUT = object()  # stands for a bucket of lengths through which a limit runs: decided length by length
-_GRADS = [frozenset(n for bit, n in enumerate(("q", "k", "v", "mask")) if bits >> bit & 1) for bits in range(16)]
-registry.on_change.append(_routes.clear)
 
 
 def _load() -> None:
     """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
-    global torch, contract, library, route, _compiling, _grad_enabled, _autocast
+    global torch, dispatch, execution, torch_ops, validation, Operands, GRADS, _compiling, _grad_enabled, _autocast
     import torch
 
-    from . import contract, library, route
+    from . import dispatch, execution, torch_ops, validation
+    from .operands import GRADS, Operands
 
     _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
     _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
@@ -75,6 +72,7 @@ def attention(
     cache_seqlens: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    tiling: TilingStrategy | None = None,
 ) -> Any:
     """softmax(scale * query @ key^T + mask) @ value on the best device for this call.
 
@@ -92,6 +90,7 @@ def attention(
         causal, diagonal: "none", "top_left" or "bottom_right", and an offset of the diagonal (see `Causal`).
         window: (left, right) keys around the diagonal, inclusive, None for no bound. softcap: c * tanh(score / c).
         block_plan: a `BlockPlan`; keys outside its blocks are not read.
+        tiling: a `TilingStrategy` that cuts the work instead of the device's own; one that gives a `BlockPlan` is sparse.
         return_lse: give AttentionOutput(out, lse) instead of out.
         backend: backend or device that must run it; None leaves it to `use`, `configure`, HAL_BACKEND, then automatic.
         objective: "time" (default), "energy" or "error". allow_simulated: let automatic take devices that are not
@@ -112,7 +111,7 @@ def attention(
     Raises:
         ContractError: malformed input. UnsupportedError: no eligible device can, with every reason.
         UnknownBackendError, DeviceUnavailableError: the named backend does not exist, or not here.
-        MemoryLimitError: a configured limit would be passed.
+        MemoryLimitError: a configured limit would be exceeded.
     """
     if _compiling is None:
         _load()
@@ -134,10 +133,14 @@ def attention(
         max_seqlen_q,
         max_seqlen_k,
     )
-    wishes = (backend, objective, allow_simulated, transfer)
+    overrides = (backend, objective, allow_simulated, transfer, tiling)
     if _compiling():
-        return library.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, wishes)
-    tables = None if named.count(None) == 6 else SequenceTables(*named)
+        return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
+    if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
+        attn_mask, options = _causal_bias(attn_mask, options)
+    if tiling is not None and block_plan is not None:
+        raise ContractError("tiling and block_plan were given: pass one of them")
+    tables = None if named.count(None) == 6 else SequenceMetadata(*named)
     bits = 0
     if _grad_enabled():
         try:
@@ -147,94 +150,26 @@ def attention(
         except AttributeError:  # no tensor: refused below, with a sentence
             bits = 0
     given = (query, key, value, attn_mask, block_plan, tables)
-    found = _find(given, bits, options, wishes)
+    found = dispatch.find(given, bits, options, overrides)
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
     if found.needs_rng:
-        rng = _drawn(rng)
+        rng = draw_rng(rng)
     meter = meter_var.get()
-    return found.run(*given, rng) if meter is None else route.metered(meter, found, (*given, rng), found.run)
+    return found.run(*given, rng) if meter is None else found.metered(meter, found.run, (*given, rng))
 
 
-def _find(given: Given, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...]) -> Route:
-    """The route of a call: from the cache by its static fields and bucketed lengths, or decided now."""
-    query, key, value, mask, plan, tables = given
-    static, kind, fits = None, None, plan is None and tables is None
-    try:
-        batch, heads_q, len_q, dim = query.shape
-        batch_k, heads_kv, len_k, dim_k = key.shape
-        batch_v, heads_v, len_v, dim_v = value.shape
-        if mask is not None:
-            kind, (m0, m1, m2, m3) = (mask.dtype, mask.device), mask.shape
-            fits = fits and m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k)
-        if fits and batch_k == batch == batch_v and heads_v == heads_kv and len_v == len_k and dim_k == dim:
-            static = (
-                batch,
-                heads_q,
-                heads_kv,
-                len_q and (len_q - 1).bit_length() + 1,
-                len_k and (len_k - 1).bit_length() + 1,
-                dim,
-                dim_v,
-                query.dtype,
-                key.dtype,
-                value.dtype,
-                query.device,
-                key.device,
-                value.device,
-                query.stride()[3] == 1 and key.stride()[3] == 1 and value.stride()[3] == 1,
-                kind,
-                bits,
-                options,
-                wishes,
-                frame_var.get(),
-            )
-            found = _routes.get(static)
-            if found is not None:
-                return found  # type: ignore[no-any-return]
-    except (ValueError, AttributeError, TypeError):  # a wrong rank or an unhashable option: described below, not cached
-        static = None
-    request = contract.describe(*given, contract.Options(*options), _GRADS[bits])
-    if tables is not None:
-        contract.check_tables(tables, request, query, key)
-    return _decided(request, wishes, static)
+def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """torch's CausalBias, whose memory is not initialised, as the causal option it means; any other mask as it is."""
+    from torch.nn.attention.bias import CausalBias, CausalVariant
 
-
-def _decided(request: AttentionRequest, wishes: tuple[Any, ...], static: Any) -> Route:
-    bucket = _bucketed(request)
-    place = (bucket, frame_var.get(), wishes)
-    found = _routes.get(place)
-    if found is None:
-        decision = settled(bucket, merged_policy(*wishes))
-        found = _remember(place, _CUT if _is_cut(decision) else route.Route(decision, bucket))
-    if found is _CUT:
-        own: Any = (request, *place)
-        return _routes.get(own) or _remember(own, route.Route(settled(request, merged_policy(*wishes)), request))  # type: ignore[no-any-return]
-    return found if static is None else _remember(static, found)  # type: ignore[no-any-return]
-
-
-def _remember(place: Any, found: Any) -> Any:
-    if len(_routes) >= _MOST_ROUTES:
-        _routes.clear()
-    _routes[place] = found
-    return found
-
-
-def _bucketed(request: AttentionRequest) -> AttentionRequest:
-    """Lengths rounded up to powers of two, so that growing lengths meet few decisions."""
-    len_q, len_k = (n and 1 << (n - 1).bit_length() for n in (request.len_q, request.len_k))
-    return request if (len_q, len_k) == (request.len_q, request.len_k) else replace(request, len_q=len_q, len_k=len_k)
-
-
-def _is_cut(decision: Decision) -> bool:
-    """Whether exact lengths must decide: nobody can, or a device against which nothing else speaks refuses one end."""
-    top, by_length = decision.request, {Code.LENGTH, Code.MEMORY, Code.DEVICE}
-    bottom = replace(top, len_q=top.len_q and top.len_q // 2 + 1, len_k=top.len_k and top.len_k // 2 + 1)
-    return decision.chosen is None or any(
-        {refusal.code for refusal in c.refusals} <= by_length
-        and (c.refusals or check_all(bottom, c.device, transfer=c.transfer))
-        for c in decision.candidates
-    )
+    if not isinstance(mask, CausalBias):
+        return mask, options
+    given = validation.CallOptions(*options)
+    if given.is_causal or given.causal not in (None, Causal.NONE):
+        raise ContractError("a CausalBias as attn_mask and is_causal or causal were given: pass one of them")
+    upper = mask.variant == CausalVariant.UPPER_LEFT
+    return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
@@ -246,17 +181,17 @@ def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return [t.to(target) if t is not None and t.dtype in kinds else t for t in (query, key, value, mask)]
 
 
-def _drawn(rng: Any) -> tuple[int, int]:
+def draw_rng(rng: Any) -> tuple[int, int]:
     """The given (seed, offset), or a fresh pair from torch's default generator, so torch.manual_seed governs it."""
     if rng is None:
         seed, offset = torch.randint(0, 2**62, (2,)).tolist()
         return seed, offset
-    if isinstance(rng, tuple | list) and len(rng) == 2 and all(isinstance(n, int) and n >= 0 for n in rng):
+    if isinstance(rng, tuple | list) and len(rng) == 2 and all(isinstance(n, int) and 0 <= n < 1 << 63 for n in rng):
         return rng[0], rng[1]
     raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
 
 
-_WISHES = ("backend", "objective", "allow_simulated", "transfer")
+_OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
 
 
 def _described(
@@ -265,20 +200,33 @@ def _described(
     """The exact request and policy of a call given as `attention` takes it."""
     if _compiling is None:
         _load()
-    known = {*contract.Options._fields, *_WISHES, *SequenceTables._fields, "block_plan", "rng"}
+    fields = validation.CallOptions._fields
+    known = {*fields, *_OVERRIDES, *SequenceMetadata._fields, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
         raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(sorted(known))}")
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
-    named = [keywords.get(name) for name in SequenceTables._fields]
-    tables = SequenceTables(*named) if any(table is not None for table in named) else None
-    options = contract.Options(**{name: keywords[name] for name in contract.Options._fields if name in keywords})
-    tensors = zip(("q", "k", "v", "mask"), (query, key, value, attn_mask), strict=True)
-    grads = frozenset(name for name, t in tensors if torch.is_grad_enabled() and getattr(t, "requires_grad", False))
-    request = contract.describe(query, key, value, attn_mask, keywords.get("block_plan"), tables, options, grads)
-    if tables is not None:
-        contract.check_tables(tables, request, query, key)
-    return request, merged_policy(*(keywords.get(name) for name in _WISHES))
+    options = validation.CallOptions(**{name: keywords[name] for name in fields if name in keywords})
+    if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
+        attn_mask, changed = _causal_bias(attn_mask, (*options,))
+        options = validation.CallOptions(*changed)
+    if keywords.get("tiling") is not None and keywords.get("block_plan") is not None:
+        raise ContractError("tiling and block_plan were given: pass one of them")
+    tables = SequenceMetadata(**{name: keywords[name] for name in SequenceMetadata._fields if name in keywords})
+    operands = Operands(query, key, value, attn_mask, keywords.get("block_plan"), tables if any_given(tables) else None)
+    grads = frozenset[str]()
+    if torch.is_grad_enabled():
+        tensors = zip(GRADS, operands, strict=False)
+        grads = frozenset(name for name, t in tensors if isinstance(t, torch.Tensor) and t.requires_grad)
+    request = validation.build_request(operands, options, grads)
+    if operands.tables is not None:
+        validation.check_tables(operands.tables, request, query, key)
+    policy = merged_policy(*(keywords.get(name) for name in _OVERRIDES))
+    return replace(request, options=policy.options or ()), policy
+
+
+def any_given(tables: SequenceMetadata) -> bool:
+    return any(table is not None for table in tables)
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **keywords: Any) -> Decision:
@@ -290,8 +238,29 @@ def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
         ContractError, UnknownBackendError, DeviceUnavailableError: as `attention`.
     """
     request, policy = _described(query, key, value, attn_mask, keywords)
-    decision = settled(_bucketed(request), policy)
-    return attrs.evolve(settled(request, policy) if _is_cut(decision) else decision, request=request)
+    decision = dispatch.decide_exact(request, policy)
+    return attrs.evolve(decision, request=request, plan=_plan_text(request, decision))
+
+
+def _plan_text(request: AttentionRequest, decision: Decision) -> str:
+    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen."""
+    if decision.chosen is None:
+        return ""
+    session, tiling = registry.session(decision.chosen), decision.policy.tiling
+    capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
+    if tiling is not None and request.block_plan is None:
+        if tiling.needs_content:
+            return f"blocks of {tiling.block_q} x {tiling.block_k}, at most {tiling.max_blocks} a row, by {tiling.name}"
+        strategy, request = tiling, cut_request(request, tiling, capabilities)
+    elif request.block_plan is not None or request.packed or request.page_size is not None:
+        return ""
+    else:
+        strategy = session.tiling
+    plan = strategy.plan(request, tiling_limits(capabilities))
+    if isinstance(plan, TilePlan):
+        plan.check(strategy.name)
+        return f"{plan} ({strategy.name})"
+    return f"blocks of {plan.block_q} x {plan.block_k}, at most {plan.indices.shape[-1]} a row, by {strategy.name}"
 
 
 def bind(
@@ -328,11 +297,11 @@ def bind(
                 f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k"
             )
         request = replace(request, len_q=longest[0], len_k=longest[1])
-    return _bound(route.Route(settled(request, policy), request))
+    return _bound(dispatch.bind_request(request, policy))
 
 
-def _bound(found: Route) -> Any:
-    run, request, entry, without_grads = found.run, found.request, found.entry, not found.request.grads
+def _bound(found: BoundAttention) -> Any:
+    request, entry, without_grads, state = found.request, found.entry, not found.request.grads, found.state
     session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
     needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
@@ -348,7 +317,7 @@ def _bound(found: Route) -> Any:
         *,
         block_plan: BlockPlan | None = None,
         rng: tuple[int, int] | None = None,
-        tables: SequenceTables | None = None,
+        tables: SequenceMetadata | None = None,
     ) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
@@ -364,18 +333,18 @@ def _bound(found: Route) -> Any:
             accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        if entry.sessions.get(device_id) is not session:
+        if entry.sessions.get(device_id) is not session or state.closed:
             raise DeviceUnavailableError(
                 f"{device_id} was unregistered or closed after this call was bound: bind again"
             )
         if without_grads and grad_enabled():
             _check_no_grads(query, key, value, attn_mask)
         if needs_rng:
-            rng = _drawn(rng)
+            rng = draw_rng(rng)
         meter = current_meter()
         if meter is not None:
-            return route.metered(meter, found, (query, key, value, attn_mask, block_plan, tables, rng), run)
-        return run(query, key, value, attn_mask, block_plan, tables, rng)
+            return found.metered(meter, found.run, (query, key, value, attn_mask, block_plan, tables, rng))
+        return found.run(query, key, value, attn_mask, block_plan, tables, rng)
 
     bound.decision = found.decision  # type: ignore[attr-defined]
     return bound
@@ -388,16 +357,14 @@ def _check_no_grads(*tensors: Tensor | None) -> None:
         )
 
 
-def _check_bound(found: Route, even: bool, given: Given) -> None:
-    """Whether a call has the bound request's form. Raises ContractError; UnsupportedError for lengths between
-    limits.
-    """
+def _check_bound(found: BoundAttention, even: bool, given: tuple[Any, ...]) -> None:
+    """Raise ContractError where a call has not the bound request's form, UnsupportedError for lengths between limits."""
     request = found.request
     longest = (request.len_q, request.len_k)
     most_q, most_k = longest if request.packed else (None, None)
-    options = contract.Options(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
-    this = contract.describe(*given, options, frozenset())
-    for field in _FIXED:
+    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
+    this = validation.build_request(Operands(*given), options, frozenset())
+    for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)
         if now != wanted and not (field == "last_dim_contiguous" and now):
             raise ContractError(f"{field} {now} was given to a call bound for {wanted}: bind again")
@@ -422,24 +389,6 @@ _FIXED = (
     "packed",
     "page_size",
     "cache_dtype",
-    "block_plan",
     "last_dim_contiguous",
+    "block_plan",
 )
-
-
-def in_operator(
-    given: Given, bits: int, options: tuple[Any, ...], wishes: tuple[Any, ...], expected: str | None
-) -> Route:
-    """The route of an operator of a compiled graph, which was traced under the selection `expected`.
-
-    Raises:
-        SelectionChangedError: the selection is another one now. The graph holds one device's operator.
-    """
-    if _compiling is None:
-        _load()
-    if expected is not None and frame_var.get().key != expected:
-        raise SelectionChangedError(
-            "compiled attention runs under another hal.use() than it was compiled under (another task or thread): pass "
-            "backend= inside the compiled function, or enter hal.use() where it is called"
-        )
-    return _find(given, bits, options, wishes)
