@@ -1,22 +1,25 @@
-"""How attention is cut for a machine: tiles of scores, blocks of query rows, and the rounds in which all arrays work in
-step.
+"""How attention is cut for a machine: `KPUTiling`, and the rounds in which all arrays work in step.
 
-An array works through one block of query rows of one head at a time. A block holds as many rows as its L3 has room for
+A plan has blocks of query rows and tiles of keys. An array works through one block of query rows of one head at a time. A block holds as many rows as its L3 has room for
 and as keep all arrays busy, so that a tile of keys and values comes from DRAM once for all of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, DenseTiling, TilePlan
 
 from .profiles.profile import Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUM_BYTES = 4  # float32, what the processing elements and the vector unit keep
 #: Operations of the vector unit on one score: scale, largest, difference, exponential (6), sum. A mask adds 1, a cap 8.
@@ -108,7 +111,7 @@ def row_tiles(profile: Profile, request: AttentionRequest) -> int:
 
     def time(size: int) -> float:
         total = 0.0
-        for each, times in _cut(r, blocks, size):
+        for each, times in _rounds(r, Cut(blocks, size * blocks.rows, blocks.keys, size)):
             tiles = sum(max(seen * step, each.heads * loaded) * many for seen, many in Counter(each.seen).items())
             total += times * (tiles + array + vector + each.active * each.rows * r.dim_qk * element)
         return total
@@ -117,6 +120,102 @@ def row_tiles(profile: Profile, request: AttentionRequest) -> int:
     sizes = {-(-tiles // number) for number in range(1, tiles + 1)}
     fit = [size for size in sizes if room(blocks, r.dim_qk, r.dim_v, size, 2) <= held]
     return min(fit, key=lambda size: (time(size), -size), default=1)
+
+
+class Cut(NamedTuple):
+    """How the machine works through equal blocks: `TilePlan.block_q` rows by `TilePlan.block_k` keys.
+
+    A block that the buffers do not hold is worked through in equal pieces that fit.
+
+    Attributes:
+        blocks: the arrays, and how many keys one tile of scores is computed with: block_k filled up to whole array tiles.
+        block_q, block_k: rows and keys from one piece to the next. row_tiles: array tiles that block_q rows take.
+    """
+
+    blocks: Blocks
+    block_q: int
+    block_k: int
+    row_tiles: int
+
+
+def own_cut(profile: Profile, request: AttentionRequest) -> Cut:
+    """The machine's own choice for a request."""
+    blocks, tiles = Blocks.of(profile, request.dtype), row_tiles(profile, request)
+    return Cut(blocks, tiles * blocks.rows, blocks.keys, tiles)
+
+
+def cut_of(profile: Profile, request: AttentionRequest) -> Cut:
+    """The cut of a request: that of the tiling that it names, or the machine's own."""
+    if request.tiling is None:
+        return own_cut(profile, request)
+    return cut_into(profile, request, *request.tiling[1:])
+
+
+@lru_cache(maxsize=4096)
+def cut_into(profile: Profile, request: AttentionRequest, block_q: int, block_k: int) -> Cut:
+    """How the machine works through blocks of block_q rows by block_k keys."""
+    blocks, l2, l3 = Blocks.of(profile, request.dtype), profile.count("buffers.l2"), profile.count("buffers.l3")
+    block_q, block_k = min(block_q, max(request.len_q, 1)), min(block_k, max(request.len_k, 1))
+    rows, keys = block_q, block_k
+    while rows > blocks.rows or keys > blocks.cols:
+        piece = attrs.evolve(blocks, keys=-(-keys // blocks.cols) * blocks.cols)
+        if piece.staged(l2) < 1 and keys > blocks.cols:
+            keys = _smaller(block_k, keys)
+        elif room(piece, request.dim_qk, request.dim_v, -(-rows // blocks.rows)) <= l3:
+            break
+        elif rows > blocks.rows:
+            rows = _smaller(block_q, rows)
+        else:
+            keys = _smaller(block_k, keys)
+    tile = attrs.evolve(blocks, keys=-(-keys // blocks.cols) * blocks.cols)
+    return Cut(tile, rows, keys, -(-rows // blocks.rows))
+
+
+def _smaller(block: int, piece: int) -> int:
+    """The next smaller equal piece of a block."""
+    number = -(-block // piece) + 1
+    return -(-block // number)
+
+
+class KPUTiling(DenseTiling):
+    """The machine's own cut: as many query rows in a block as take least time, and tiles of keys that fit L2.
+
+    Args:
+        profile: of the machine. block_q, block_k: fixed block sizes instead of the machine's choice.
+    """
+
+    def __init__(self, profile: Profile, block_q: int | None = None, block_k: int | None = None) -> None:
+        super().__init__(block_q, block_k, cut_by="kpu")
+        self.profile = profile
+        fixed = "" if block_q is None else f" {self.block_q}x{self.block_k}"
+        self.name = f"kpu({profile.name}-{hash(profile) & 0xFFFFFFFF:08x}{fixed})"
+
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan:
+        """Equal blocks for the buffers of the profile, within "minimum" and "maximum" of `limits`."""
+        if self.block_q is not None and self.block_k is not None:
+            sizes = self.block_q, self.block_k
+        else:
+            cut = own_cut(self.profile, request)
+            sizes = cut.block_q, cut.block_k
+        low, high = limits.get("minimum", 1), limits.get("maximum", max(sizes))
+        return TilePlan.equal(request, *(max(low, min(size, high)) for size in sizes), cut_by=self.cut_by)
+
+    def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[KPUTiling]:
+        """This cut, and those with half and twice the rows or keys in a block."""
+        best = self.plan(request, limits)
+        sizes = [(best.block_q, best.block_k)]
+        sizes += [(best.block_q * 2, best.block_k), (max(best.block_q // 2, 1), best.block_k)]
+        sizes += [(best.block_q, best.block_k * 2), (best.block_q, max(best.block_k // 2, 1))]
+        low, high = limits.get("minimum", 1), limits.get("maximum", max(max(pair) for pair in sizes))
+        others = dict.fromkeys(pair for pair in sizes if low <= min(pair) and max(pair) <= high)
+        return [KPUTiling(self.profile, *pair) for pair in others]
 
 
 class Round(NamedTuple):
@@ -138,34 +237,35 @@ class Round(NamedTuple):
 
 def rounds(profile: Profile, request: AttentionRequest) -> list[tuple[Round, int]]:
     """All rounds in order, equal ones together: (round, how often)."""
-    return _cut(request, Blocks.of(profile, request.dtype), row_tiles(profile, request))
+    return _rounds(request, cut_of(profile, request))
 
 
-def _cut(r: AttentionRequest, blocks: Blocks, tiles: int) -> list[tuple[Round, int]]:
-    """The rounds of query blocks of so many tiles of rows."""
-    size, share = tiles * blocks.rows, r.heads_q // max(r.heads_kv, 1)
-    found = [_block(r, blocks, start, min(start + size, r.len_q)) for start in range(0, r.len_q, size)]
-    queue = [(head // share, block) for head in range(r.batch * r.heads_q) for block in found if block.seen]
+def _rounds(r: AttentionRequest, cut: Cut) -> list[tuple[Round, int]]:
+    """The rounds of a cut: query blocks of all heads, the costliest first, as many at once as there are arrays."""
+    size, group_size, arrays = cut.block_q, r.heads_q // max(r.heads_kv, 1), cut.blocks.arrays
+    found = [_block(r, cut, start, min(start + size, r.len_q)) for start in range(0, r.len_q, size)]
+    queue = [(head // group_size, block) for head in range(r.batch * r.heads_q) for block in found if block.seen]
     queue.sort(key=lambda item: -sum(item[1].seen))  # stable: blocks of a head stay together where they cost the same
-    together = [queue[start : start + blocks.arrays] for start in range(0, len(queue), blocks.arrays)]
+    together = [queue[start : start + arrays] for start in range(0, len(queue), arrays)]
     made = [part[0][1]._replace(active=len(part), heads=len({head for head, _ in part})) for part in together]
     return [(key, len(list(group))) for key, group in groupby(made)]
 
 
-def _block(request: AttentionRequest, blocks: Blocks, start: int, stop: int) -> Round:
+def _block(request: AttentionRequest, cut: Cut, start: int, stop: int) -> Round:
     """One query block: which tiles of keys its tiles of rows see."""
-    low, high = request.band(request.len_q, request.len_k)
+    (low, high), rows = request.band(request.len_q, request.len_k), cut.blocks.rows
+    tiles = -(-request.len_k // cut.block_k)
     if low is None and high is None:
-        return Round(stop - start, 0, 0, (-(-(stop - start) // blocks.rows),) * -(-request.len_k // blocks.keys), 0)
+        return Round(stop - start, 0, 0, (-(-(stop - start) // rows),) * tiles, 0)
     seen, first = [], None
-    for tile in range(-(-request.len_k // blocks.keys)):
-        keys = tile * blocks.keys, min((tile + 1) * blocks.keys, request.len_k)
+    for tile in range(tiles):
+        keys = tile * cut.block_k, min((tile + 1) * cut.block_k, request.len_k)
         top = start if high is None else max(start, keys[0] - high)
         bottom = stop if low is None else min(stop, keys[1] - low)
         if top >= bottom:
             continue
         first = tile if first is None else first
-        seen.append(-(-(bottom - start) // blocks.rows) - (top - start) // blocks.rows)
+        seen.append(-(-(bottom - start) // rows) - (top - start) // rows)
     return Round(stop - start, 0, 0, tuple(seen), first or 0)
 
 

@@ -16,7 +16,7 @@ from itertools import groupby
 from hal_core.plugin_api import AttentionRequest
 
 from ...profiles.profile import Profile
-from ...tiling import DIVIDE, FADE, SUM_BYTES, Blocks, Round, room, rounds, row_tiles, softmax_passes
+from ...tiling import DIVIDE, FADE, SUM_BYTES, Round, cut_of, room, rounds, softmax_passes
 from ..movement import Builder, Place, Program, Take
 
 
@@ -31,9 +31,10 @@ class _Writer:
     """
 
     def __init__(self, profile: Profile, request: AttentionRequest) -> None:
-        r, b = request, Blocks.of(profile, request.dtype)
+        r, self.cut = request, cut_of(profile, request)
+        b = self.cut.blocks
         self.request, self.blocks, self.profile = r, b, profile
-        self.block_tiles = row_tiles(profile, r)
+        self.block_tiles = self.cut.row_tiles
         two = room(b, r.dim_qk, r.dim_v, self.block_tiles, 2) <= profile.count("buffers.l3")
         self.query_blocks = 2 if two else 1  # the next one is loaded while the other is worked on
         self.passes = softmax_passes(r)
