@@ -7,12 +7,12 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from hal_photonics.calibration import bits, calibrate, probe_snr
-from hal_photonics.core import Corrections, PhotonicCore
-from hal_photonics.driver import Fault, SimulatedDriver
-from hal_photonics.imperfections import odd_polynomial
-from hal_photonics.profile import Profile
+from hal_photonics.calibrate import bits, calibrate, probe_snr
+from hal_photonics.profiles.profile import Profile
 from hal_photonics.session import PhotonicSession
+from hal_photonics.simulator.chip import Fault, SimulatedDriver
+from hal_photonics.simulator.core import Corrections, PhotonicCore
+from hal_photonics.simulator.imperfections import odd_polynomial
 
 import hal_core as hal
 from hal_core import DeviceUnavailableError

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 import torch
-from hal_photonics.core import PhotonicCore, generator
-from hal_photonics.driver import SimulatedDriver
-from hal_photonics.imperfections import BOLTZMANN, ELECTRON, effective_bits, noise_parts
-from hal_photonics.profile import Profile
+from hal_photonics.profiles.profile import Profile
+from hal_photonics.simulator.chip import SimulatedDriver
+from hal_photonics.simulator.core import PhotonicCore, generator
+from hal_photonics.simulator.imperfections import BOLTZMANN, ELECTRON, effective_bits, noise_parts
 
 from hal_core import ContractError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_photonics import pcie, register_profile
+from hal_photonics import discovery, register_profile
 from hal_photonics.backend import BUNDLED
-from hal_photonics.kernels import linear_reference
+from hal_photonics.kernels.extra import linear_reference
 
 import hal_core as hal
 from hal_core import ContractError, UnsupportedError
@@ -54,7 +54,7 @@ def test_attention_is_attention_within_the_declared_noise(draw: torch.Generator)
 
 
 def test_the_chunks_of_a_long_call_are_one_result(draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hal_photonics import attention
+    from hal_photonics.kernels import attention
 
     q, k, v = torch.randn(2, 6, 40, 16, generator=draw), *(torch.randn(2, 3, 50, 16, generator=draw) for _ in range(2))
     request = hal.AttentionRequest(2, 6, 3, 40, 50, 16, 16, "float32", causal=hal.Causal.BOTTOM_RIGHT, lse=True)
@@ -152,18 +152,17 @@ def bus(folder: Path) -> Path:
 def test_cards_are_found_by_the_users_ids_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = bus(tmp_path)
     monkeypatch.delenv("HAL_PHOTONIC_PCI_IDS", raising=False)
-    assert pcie.cards(place) == []
+    assert discovery.cards(place) == []
     monkeypatch.setenv("HAL_PHOTONIC_PCI_IDS", "1234:abcd, ffff:0000")
-    assert pcie.cards(place) == [pcie.Card("0000:01:00.0", "1234:abcd")]
-    assert "no public driver" in pcie.cards(place)[0].remark
-    monkeypatch.setattr(pcie, "_BUS", place)
-    monkeypatch.setattr(pcie.cards, "__defaults__", (place,))
+    assert discovery.cards(place) == [discovery.Card("0000:01:00.0", "1234:abcd")]
+    assert "no public driver" in discovery.cards(place)[0].remark
+    monkeypatch.setattr(discovery, "_BUS", place)
     from hal_photonics.backend import PhotonicBackend
 
     assert any("no public driver" in feature for feature in PhotonicBackend().devices()[0].features)
     monkeypatch.setenv("HAL_PHOTONIC_PCI_IDS", "lightmatter")
     with pytest.raises(ContractError, match="write vendor:device in hexadecimal"):
-        pcie.cards(place)
+        discovery.cards(place)
 
 
 def test_the_cards_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

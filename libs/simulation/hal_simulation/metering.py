@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from hal_core.plugin_api import Device, Estimate, meter_var
+from hal_core.plugin_api import Device, Estimate, current_meter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class MeteredKernel(ABC):
         """Run the kernel, and add its cost to the meter of the current context, where there is one."""
         start = perf_counter()
         result = self.run(*operands, **options)
-        if (meter := meter_var.get()) is not None:
+        if (meter := current_meter()) is not None:
             estimate, macs = self.cost(*operands, **options)
             meter.add(self.device, perf_counter() - start, estimate.time, estimate.energy, macs, 0)
         return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,11 @@ from hal_core.plugin_api import (
     registry,
 )
 
-from . import pcie
 from .cost import attention_cost
-from .profile import Profile, load
+from .discovery import BUNDLED as BUNDLED
+from .discovery import cards, profiles
+from .profiles.profile import Profile, load, word
 
-#: Profiles of the generic device: files, divided by the system's path separator. The bundled one where it is not set.
-PROFILES_VARIABLE = "HAL_PHOTONIC_PROFILES"
-BUNDLED = Path(__file__).parent / "profiles"
 _FEATURES = frozenset({"grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "lse"})
 _GRADIENTS = frozenset({"backward", "mask_grad", "lse_grad"})
 
@@ -68,7 +65,7 @@ class ProfileBackend:
         )
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
-        worst = profile.origin("array", "converters", "noise", "time", "power")
+        worst = word(profile.provenance("array", "converters", "noise", "time", "power"))
         return (f"figures at worst {worst}", *(() if profile.calibrated else ("not calibrated by us",)))
 
     def profile_of(self, device: Device) -> Profile:
@@ -117,7 +114,7 @@ class ProfileBackend:
         measured = 10 ** (
             -stored.values["SNR after, dB" if self.profile_of(device).calibrated else "SNR before, dB"] / 20
         )
-        origin = self.profile_of(device).origin("noise").provenance
+        origin = self.profile_of(device).provenance("noise")
         return Quantity(
             min(measured, declared), declared, Basis.MODELLED, origin, f"hal calibrate {device.id}, simulated"
         )
@@ -131,8 +128,8 @@ class ProfileBackend:
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
         """Signal-to-noise and bits before and after, on weights that the fit has not seen."""
-        from .calibration import calibrate
-        from .driver import SimulatedDriver
+        from .calibrate import calibrate
+        from .simulator.chip import SimulatedDriver
 
         self._stored.clear()
         session: Any = registry.opened(device.id)
@@ -165,12 +162,10 @@ class PhotonicBackend(ProfileBackend):
     """The generic device: simulated from profile files, and told of cards whose PCI ids the user configured."""
 
     def __init__(self) -> None:
-        listed = [part for part in os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep) if part]
-        files = [Path(part) for part in listed] or [BUNDLED / "generic.toml"]
-        super().__init__("photonic", [load(file) for file in files])
+        super().__init__("photonic", profiles())
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
-        return (*super()._remarks(profile), *(card.remark for card in pcie.cards()))
+        return (*super()._remarks(profile), *(card.remark for card in cards()))
 
 
 def register_profile(path: str | Path, name: str, *, straight_through: bool = False) -> Device:

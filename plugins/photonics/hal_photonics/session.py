@@ -23,14 +23,15 @@ from hal_core.plugin_api import (
     UnsupportedError,
 )
 
-from .attention import attend, exact_product
-from .blockfloat import narrowed
-from .calibration import CalibrationReport, calibrate, probe_snr
-from .core import PhotonicCore, check_finite, drawn, generator
-from .driver import Driver, SimulatedDriver
-from .kernels import KERNELS, Kernel
-from .profile import Profile
-from .thermal import Health, Signal, State, Supervisor, triggers
+from .calibrate import CalibrationReport, calibrate, probe_snr
+from .kernels.attention import attend, exact_product
+from .kernels.extra import KERNELS, Product
+from .profiles.profile import Profile
+from .runtime.driver import Driver
+from .simulator.chip import SimulatedDriver
+from .simulator.core import PhotonicCore, check_finite, drawn, generator
+from .simulator.thermal import Health, Signal, State, Supervisor, triggers
+from .tiling import narrowed
 
 _PILOT_SEED, _PILOT_ROWS = 0x9107, 256
 _UPKEEP_STEP = 1.0  # s of simulated time between two looks at the sensors
@@ -228,7 +229,8 @@ class PhotonicSession:
         inputs = core.converters.inputs
 
         def product(x: Tensor, w: Tensor, window: Any) -> Tensor:
-            return core.product(x, w, noise, width=narrowed(window, inputs))
+            tiles = list(core.converters.tiles(x.shape[-1], narrowed(window, inputs)))
+            return core.product(x, w, noise, tiles=tiles)
 
         with torch.no_grad():
             result = attend(product, query, key, value, mask, request, tile_size)
@@ -254,8 +256,8 @@ class PhotonicSession:
 
     # Kernels
 
-    def kernel(self, name: str) -> Kernel:
-        """A callable of `hal_photonics.kernels`."""
+    def kernel(self, name: str) -> Product:
+        """A callable of `hal_photonics.kernels.extra`."""
         if name not in KERNELS:
             raise UnsupportedError(f"{self.device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
         return KERNELS[name](self)
@@ -294,7 +296,7 @@ class _Valued(torch.autograd.Function):
 
 
 def _valued(values: Tensor, differentiable: Tensor) -> Tensor:
-    result: Tensor = _Valued.apply(values, differentiable)
+    result: Tensor = _Valued.apply(values, differentiable)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -4,13 +4,10 @@ faster.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .blockfloat import Converters
+from .converters import Converters
 
 #: float32 holds every whole number up to here, so sums of codes below it are exact in any order.
 _EXACT = 1 << 24

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blockfloat import Converters
+from .converters import Converters
 
 
 def aihwkit_configuration(c: Converters, width: int) -> Any:
@@ -39,7 +39,7 @@ def aihwkit_tile(w: Tensor, c: Converters) -> Any:
 def aihwkit_codes(x: Tensor, w: Tensor, c: Converters) -> Tensor:
     """Readout codes [rows, outputs] of x [rows, K] @ w [outputs, K]^T."""
     with torch.no_grad():
-        out = aihwkit_tile(w, c).forward(x)
+        out: Tensor = aihwkit_tile(w, c).forward(x)
     return (out / (c.lsb(w.shape[1]) / c.gain)).round()
 
 

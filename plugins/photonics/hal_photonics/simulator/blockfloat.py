@@ -1,4 +1,4 @@
-"""The functional level: a matrix product in adaptive block floating point, as the converters leave it.
+"""The functional level: a matrix product in adaptive block floating point, with the converters' resolution.
 
 Along the reduction the operands are cut into tiles of K. Per row and tile there is one bfloat16 scale; what is left are
 integer codes, multiplied exactly, read out by an analogue-to-digital converter and summed digitally:
@@ -14,57 +14,14 @@ Source: the number formats of Nature 640, 368 (2025); adaptive block floating po
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from .converters import Converters
 from .integers import HeldWeights
-from .profile import Profile
 
-#: Rows that are read out together: their codes stay in a core's cache.
+#: Rows that are read out together; their codes fit a processor core's cache.
 BLOCK = 256
-#: Inputs for which the readout's range is set at least.
-NARROWEST = 32
-
-
-class Converters(NamedTuple):
-    """Resolutions in bits, sign included, the analogue gain, and the longest tile along the reduction."""
-
-    input_bits: int
-    weight_bits: int
-    adc_bits: int
-    gain: float
-    inputs: int
-
-    @classmethod
-    def of(cls, profile: Profile) -> Converters:
-        bits = (profile.count(f"converters.{name}_bits") for name in ("input", "weight", "adc"))
-        return cls(*bits, profile["converters.gain"], profile.count("array.inputs"))
-
-    @property
-    def input_levels(self) -> int:
-        return (1 << (self.input_bits - 1)) - 1
-
-    @property
-    def weight_levels(self) -> int:
-        return (1 << (self.weight_bits - 1)) - 1
-
-    @property
-    def adc_levels(self) -> int:
-        return (1 << (self.adc_bits - 1)) - 1
-
-    def lsb(self, width: int) -> float:
-        """One readout code, in products of full scale, for a tile of `width` inputs. The range follows the tile down to
-        `NARROWEST` inputs: below, a few aligned products of full scale would clip."""
-        return max(width, min(NARROWEST, self.inputs)) / self.adc_levels
-
-    def tiles(self, length: int, width: int | None = None) -> Iterator[slice]:
-        """Tiles of a reduction of `length`, `width` wide, at most as wide as the array."""
-        step = min(width or self.inputs, self.inputs)
-        for start in range(0, length, step):
-            yield slice(start, min(start + step, length))
 
 
 def encode(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -111,7 +68,7 @@ def product(
                 code.add_(torch.rand(code.shape, generator=dither).sub_(0.5))
             code.round_()
             readouts += code.numel()
-            # |x . w| <= |x| |w|: mostly nothing can clip, and nobody need look.
+            # |x . w| <= |x| |w| shows for most blocks that nothing can clip.
             if code.numel() and float(x.norm(dim=-1).max()) * tile.longest + 1 > c.adc_levels:
                 clipped += int((code.abs() > c.adc_levels).sum())
                 code.clamp_(-c.adc_levels, c.adc_levels)
@@ -134,19 +91,3 @@ class _HeldTile:
         self.scale = (scale * (lsb / c.gain)).transpose(-1, -2).contiguous()
         self.longest = self.factor * float(codes.norm(dim=-1).max()) if codes.numel() else 0.0
         self.weights = HeldWeights(codes, rows, c)
-
-
-def narrowed(window: tuple[int | None, int | None] | None, inputs: int) -> int:
-    """The reduction tile of PV: as wide as the array, narrower for a window of fewer keys, down to `NARROWEST`.
-
-    The readout's range is set for a whole tile, so the noise of one that a row hardly reads would drown its few keys.
-    """
-    if window is None or None in window:
-        return inputs
-    keys = sum(side for side in window if side is not None) + 1
-    return min(max(1 << (keys - 1).bit_length(), NARROWEST), inputs)
-
-
-def may_clip(converters: Converters) -> bool:
-    """Whether the largest sum, K products of full scale, lies above the largest code (it is G times it)."""
-    return converters.gain > 1

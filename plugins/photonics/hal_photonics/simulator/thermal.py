@@ -12,8 +12,8 @@ import enum
 import math
 from typing import NamedTuple
 
-from .driver import Telemetry
-from .profile import Profile
+from ..profiles.profile import Profile
+from ..runtime.driver import Telemetry
 
 
 class State(enum.StrEnum):

@@ -35,8 +35,9 @@ def add_commands(subparsers: Any) -> None:
 def _profile(options: argparse.Namespace) -> int:
     from hal_core.plugin_api import show_table
 
-    from . import cost, imperfections
-    from .profile import load
+    from . import cost
+    from .profiles.profile import load, word
+    from .simulator import imperfections
 
     p = load(options.file)
     derived = {
@@ -47,18 +48,18 @@ def _profile(options: argparse.Namespace) -> int:
     }
     if options.json:
         figures = {
-            key: {"value": f.value, "unit": f.unit, "provenance": f.origin, "source": f.source}
+            key: {"value": f.value, "unit": f.unit, "provenance": word(f.provenance), "source": f.source}
             for key, f in p.figures.items()
         }
         head = {"name": p.name, "vendor": p.vendor, "mechanism": p.mechanism}
         print(json.dumps({**head, "figures": figures, "derived": derived}, indent=2))
         return 0
-    rows = [[key, f"{f.value:g}", f.unit, str(f.origin), f.source] for key, f in p.figures.items()]
+    rows = [[key, f"{f.value:g}", f.unit, word(f.provenance), f.source] for key, f in p.figures.items()]
     show_table(
         f"{p.vendor} {p.name}: {p.title} ({p.mechanism})", ["figure", "value", "unit", "provenance", "source"], rows
     )
     show_table("What follows", ["figure", "value"], [[name, value] for name, value in derived.items()])
-    counts = Counter(f.origin for f in p.figures.values())
+    counts = Counter(word(f.provenance) for f in p.figures.values())
     print(f"{p.path}: good. {', '.join(f'{count} figures {origin}' for origin, count in counts.items())}.")
     return 0
 
@@ -66,7 +67,7 @@ def _profile(options: argparse.Namespace) -> int:
 def _cards(options: argparse.Namespace) -> int:
     from hal_core.plugin_api import show_table
 
-    from .pcie import IDS_VARIABLE, cards, configured_ids
+    from .discovery import IDS_VARIABLE, cards, configured_ids
 
     wanted, found = configured_ids(), cards()
     if options.json:
@@ -95,7 +96,7 @@ def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
 def _sweep(options: argparse.Namespace) -> int:
     from hal_core.plugin_api import progress, show_table
 
-    from .sweep import draw, profile_named, sweep
+    from .benchmark import draw, profile_named, sweep
 
     lengths = _numbers(options.lengths, "--lengths", 0, "lengths")
     batch, heads, dim = _numbers(options.shape, "--shape", 3, "batch,heads,head_dim")

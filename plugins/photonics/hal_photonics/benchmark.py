@@ -24,7 +24,7 @@ from hal_core.plugin_api import (
 
 from .backend import ProfileBackend
 from .cost import attention_cost
-from .profile import Profile
+from .profiles.profile import Profile
 
 _ORIGIN = "published"
 
@@ -200,7 +200,7 @@ def profile_named(name: str) -> Profile:
         HalError: neither.
     """
     if Path(name).suffix == ".toml":
-        from .profile import load
+        from .profiles.profile import load
 
         return load(name)
     device = registry.find(name)[0]

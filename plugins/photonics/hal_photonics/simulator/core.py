@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from hal_simulation import matmul_size
 from torch import Tensor
 
 from hal_core.plugin_api import ContractError
 
-from .blockfloat import Converters, encode, may_clip, product
-from .driver import Driver, Reading, SimulatedDriver
-from .profile import Profile
+from ..profiles.profile import Profile
+from ..runtime.driver import Driver, Reading
+from .blockfloat import encode, product
+from .chip import SimulatedDriver
+from .converters import Converters
 
 Level = Literal["functional", "device"]
 
 
 class Corrections(NamedTuple):
-    """What a calibration found, by physical place.
+    """What a calibration measured, by physical place.
 
     Attributes:
-        offset: [cores, columns], codes. column_gain: [columns], relative to the drawing.
+        offset: [cores, columns], codes. column_gain: [columns], relative to the design.
         cell_gain, cell_offset: [columns, inputs]: a cell set to w gives cell_gain * w + cell_offset, in full scale.
         inverse: [inputs, 7] coefficients of x, x^2 ... x^7: the input to send for a wanted one, in full scale.
     """
@@ -34,7 +38,7 @@ class Corrections(NamedTuple):
 
     @classmethod
     def none(cls, profile: Profile) -> Corrections:
-        """Of a chip as it is drawn: nothing is corrected."""
+        """The corrections of a chip without errors."""
         cores, columns, inputs = (profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
         inverse = torch.zeros(inputs, 7)
         inverse[:, 0] = 1
@@ -42,27 +46,39 @@ class Corrections(NamedTuple):
         return cls(torch.zeros(cores, columns), torch.ones(columns), ones, torch.zeros(columns, inputs), inverse)
 
     def sent_inputs(self, codes: Tensor, levels: int) -> Tensor:
-        """Input codes [..., K] bent so that straight ones arrive."""
+        """The input codes [..., K] to send so that the given ones arrive."""
         coefficients = self.inverse[: codes.shape[-1]]
         x = codes / levels
         total = coefficients[:, 6] * x
         for power in range(5, -1, -1):
-            total = (total + coefficients[:, power]) * x
+            total.add_(coefficients[:, power]).mul_(x)
         return total.clamp_(-1, 1).mul_(levels).round_()
 
     def sent_weights(self, codes: Tensor, levels: int) -> Tensor:
-        """Weight codes [..., N, K] pre-distorted so that the wanted weights come out."""
+        """The weight codes [..., N, K] to load so that the cells hold the given ones."""
         columns = torch.arange(codes.shape[-2]) % len(self.column_gain)
         width = codes.shape[-1]
-        wanted = (codes / levels - self.cell_offset[columns, :width]) / self.cell_gain[columns, :width]
+        wanted = (codes / levels).sub_(self.cell_offset[columns, :width]).div_(self.cell_gain[columns, :width])
         return wanted.clamp_(-1, 1).mul_(levels).round_()
 
     def read_outputs(self, codes: Tensor) -> Tensor:
-        """Codes [batch, rows, N] with offsets and column gains taken out; in place."""
+        """Codes [batch, rows, N] with offsets and column gains taken out, in place."""
         cores, count = self.offset.shape
         columns = torch.arange(codes.shape[-1]) % count
         rows = torch.arange(codes.shape[-2]) % cores
         return codes.sub_(self.offset[:, columns][rows]).div_(self.column_gain[columns])
+
+
+class WeightTile(NamedTuple):
+    """Weights of one tile along the reduction, as codes.
+
+    Attributes:
+        place: of the tile along K. codes: [batch, N, width], whole numbers as float32. scales: [batch, N, 1], float32.
+    """
+
+    place: slice
+    codes: Tensor
+    scales: Tensor
 
 
 class PhotonicCore:
@@ -84,14 +100,16 @@ class PhotonicCore:
 
     @classmethod
     def of(cls, profile: Profile) -> PhotonicCore:
-        """A simulated one, uncalibrated."""
+        """A simulated chip without calibration."""
         return cls(SimulatedDriver(profile))
 
     @property
     def clip_rate(self) -> float:
+        """The share of readouts at the rails."""
         return self.clipped / max(self.readouts, 1)
 
     def reset_counts(self) -> None:
+        """Set `readouts` and `clipped` to 0."""
         with self._lock:
             self.readouts = self.clipped = 0
 
@@ -100,25 +118,22 @@ class PhotonicCore:
 
         Args:
             a: [..., M, K], streamed. b: [..., K, N], held as weights. Leading dimensions as for torch.matmul.
-            rng: (seed, offset) of the noise; None for a noiseless chip (its static errors stay).
+            rng: (seed, offset) of the noise; None for a chip without noise (its static errors stay).
             level: "functional" for block floating point alone, "device" for the chip.
 
         Returns:
             [..., M, N], a's dtype.
 
         Raises:
-            ContractError: a NaN or an infinity, with its position; shapes that do not fit.
+            ContractError: a NaN or an infinity, with its position; operands whose shapes or dtypes do not fit.
         """
-        if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
-            raise ContractError(
-                f"a {list(a.shape)} and b {list(b.shape)} were given: pass [..., M, K] and [..., K, N] with one K"
-            )
+        matmul_size(a, b)
+        check_operands(a=a, b=b)
         check_finite(a=a, b=b)
         lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         inputs = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:]).float()
-        weights = (
-            b.transpose(-1, -2).expand(*lead, b.shape[-1], b.shape[-2]).reshape(-1, b.shape[-1], b.shape[-2]).float()
-        )
+        held = b.transpose(-1, -2)
+        weights = held.expand(*lead, *held.shape[-2:]).reshape(-1, *held.shape[-2:]).float()
         result = self.product(inputs, weights, generator(rng), level)
         return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
 
@@ -128,33 +143,64 @@ class PhotonicCore:
         weights: Tensor,
         noise: torch.Generator | None,
         level: Level = "device",
-        width: int | None = None,
+        *,
+        tiles: Sequence[slice] | None = None,
+        passes: int = 1,
     ) -> Tensor:
-        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite. Noise is drawn from `noise` in a fixed
-        order.
+        """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite.
 
-        width: of the tiles along K, where they are to be narrower than the array.
+        Args:
+            noise: where noise is drawn from, in a fixed order; None for none.
+            tiles: the cut along K, each tile at most as wide as the array; None for tiles as wide as the array.
+            passes: of the optics, averaged.
+
+        Returns:
+            [batch, M, N], float32.
         """
         if level == "functional":
             return product(inputs, weights, self.converters)[0]
+        places = list(self.converters.tiles(inputs.shape[-1])) if tiles is None else tiles
+        loaded = (self.load(weights, place) for place in places)
+        return self.stream(inputs, weights.shape[1], loaded, noise, passes=passes)
+
+    def load(self, weights: Tensor, place: slice) -> WeightTile:
+        """The tile `place` along K of weights [batch, N, K], encoded."""
+        return WeightTile(place, *encode(weights[..., place], self.converters.weight_levels))
+
+    def stream(
+        self,
+        inputs: Tensor,
+        outputs: int,
+        tiles: Iterable[WeightTile],
+        noise: torch.Generator | None,
+        *,
+        passes: int = 1,
+    ) -> Tensor:
+        """Stream inputs through tiles of weights; sums over the tiles are digital. Arguments as for `product`.
+
+        Args:
+            inputs: [batch, M, K]. outputs: N of every tile.
+
+        Returns:
+            [batch, M, N], float32.
+        """
         c = self.converters
-        total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], weights.shape[1])
-        for tile in c.tiles(inputs.shape[-1], width):
-            x, x_scale = encode(inputs[..., tile], c.input_levels)
-            w, w_scale = encode(weights[..., tile], c.weight_levels)
-            code = self._read(x, w, noise).codes
+        total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], outputs)
+        for tile in tiles:
+            x, x_scale = encode(inputs[..., tile.place], c.input_levels)
+            code = self._read(x, tile.codes, noise, passes).codes
             # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
-            scale = w_scale * (c.lsb(x.shape[-1]) / c.gain)
+            scale = tile.scales * (c.lsb(x.shape[-1]) / c.gain)
             total.addcmul_(code.mul_(x_scale), scale.transpose(-1, -2))
         return total
 
-    def _read(self, x: Tensor, w: Tensor, noise: torch.Generator | None) -> Reading:
+    def _read(self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1) -> Reading:
         c, corrections = self.converters, self.corrections
         if corrections is not None:
             x = corrections.sent_inputs(x, c.input_levels)
             w = corrections.sent_weights(w, c.weight_levels)
-        reading = self.driver.read(x, w, noise=noise)
-        if may_clip(c):
+        reading = self.driver.read(x, w, noise=noise, averages=passes)
+        if c.may_clip:
             with self._lock:
                 self.readouts += reading.codes.numel()
                 self.clipped += reading.clipped
@@ -162,9 +208,15 @@ class PhotonicCore:
 
 
 def generator(rng: tuple[int, int] | None) -> torch.Generator | None:
-    """The noise of (seed, offset): the same pair gives the same numbers in any thread."""
+    """The noise of (seed, offset): the same pair gives the same numbers in any thread. None for no noise.
+
+    Raises:
+        ContractError: `rng` is not a pair of whole numbers.
+    """
     if rng is None:
         return None
+    if not isinstance(rng, tuple | list) or len(rng) != 2 or not all(isinstance(part, int) for part in rng):
+        raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers")
     seed, offset = rng
     mixed = (seed * 0x9E3779B97F4A7C15 + offset * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
     mixed = ((mixed ^ (mixed >> 31)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
@@ -172,17 +224,25 @@ def generator(rng: tuple[int, int] | None) -> torch.Generator | None:
 
 
 def drawn(rng: tuple[int, int] | None) -> tuple[int, int]:
-    """(seed, offset) as given, or out of torch's default generator."""
+    """(seed, offset) as given, or drawn from torch's default generator."""
     if rng is not None:
         return rng
     seed, offset = torch.randint(0, 2**62, (2,)).tolist()
     return seed, offset
 
 
-def check_finite(**operands: Tensor) -> None:
-    """Raise ContractError for the first NaN or infinity: which operand, where."""
+def check_operands(**operands: Tensor) -> None:
+    """Raise ContractError unless all operands are floating-point tensors of one dtype in the host's memory."""
     for name, tensor in operands.items():
-        # One pass: a sum over anything not finite is not finite. It may also overflow, so the place decides.
+        if not tensor.is_floating_point() or tensor.device.type != "cpu":
+            given = f"{name} of {str(tensor.dtype).removeprefix('torch.')} on {tensor.device} was given"
+            raise ContractError(f"{given}: pass a floating-point tensor on the CPU")
+
+
+def check_finite(**operands: Tensor) -> None:
+    """Raise ContractError for the first NaN or infinity, with its operand and position."""
+    for name, tensor in operands.items():
+        # One pass: a sum over anything not finite is not finite. It may also overflow, so the elements decide.
         if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
             places = (~torch.isfinite(tensor)).nonzero()
             if len(places):

@@ -1,6 +1,6 @@
-"""What makes one chip differ from its drawing: static errors, noise and drift, drawn once from the chip's number.
+"""What makes one chip differ from its design: static errors, noise and drift, drawn once from the chip's number.
 
-All of it is in the units of the readout: codes (LSB) for offsets and noise, full scale for weights and inputs.
+Offsets and noise are in codes of the readout (LSB), weights and inputs in full scale.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..profiles.profile import Profile
 from . import mesh, ring
-from .profile import Profile
 
 ELECTRON, BOLTZMANN = 1.602176634e-19, 1.380649e-23  # C, J/K
 #: Balanced detection sees about half of the full-scale light, whatever the signs.
@@ -33,10 +33,12 @@ class NoiseParts(NamedTuple):
 
     @property
     def own(self) -> float:
+        """The parts of a single readout."""
         return math.hypot(self.readout, self.shot, self.thermal)
 
     @property
     def shared(self) -> float:
+        """The parts that all columns of a core have in common."""
         return math.hypot(self.rin, self.common)
 
 
@@ -87,7 +89,7 @@ class Imperfections:
         parts = noise_parts(profile)
         self.gain = n["column_gain"] * (1 + n["column_gain_spread"] / n["column_gain"] * normal(outputs))
         shared = normal(cores, 1)
-        if cores > 1:  # a mean over the cores is part of the column's offset
+        if cores > 1:  # the mean over the cores is part of the column's offset
             shared = (shared - shared.mean()) / shared.std(correction=0)
         self.offset = n["core_offset"] * shared + n["core_column_offset"] * normal(cores, outputs)
         self.offset = self.offset + n["column_offset"] * normal(outputs)
@@ -105,21 +107,30 @@ class Imperfections:
         self.crosstalk = n["crosstalk"]
 
     def bent(self, inputs: Tensor, linearised: bool) -> Tensor:
-        """The light that inputs [..., K] in full scale become: non-linearity and crosstalk."""
+        """The light that inputs [..., K] in full scale become, by non-linearity and crosstalk.
+
+        Returns `inputs` itself where there is neither.
+        """
         width = inputs.shape[-1]
         ripple = self.ripple[:width]
-        light = inputs + ripple * torch.sin((8 * math.pi) * inputs) if bool(ripple.any()) else inputs
+        light = inputs
+        if bool(ripple.any()):
+            light = (inputs * (8 * math.pi)).sin_().mul_(ripple).add_(inputs)
         if not linearised and bool(self.bow.any()):
-            light = light + odd_polynomial(self.bow[:width], inputs)
+            light = odd_polynomial(self.bow[:width], inputs).add_(light)
         if self.crosstalk:
             leaked = torch.zeros_like(light)
             leaked[..., 1:] += light[..., :-1]
             leaked[..., :-1] += light[..., 1:]
-            light = light + self.crosstalk * leaked
+            light = leaked.mul_(self.crosstalk).add_(light)
         return light
 
     def realised(self, weights: Tensor, columns: Tensor) -> Tensor:
-        """What the cells make of weights [..., N, K] in full scale. columns: [N], which column each row uses."""
+        """The weights that the cells hold when they are set to weights [..., N, K] in full scale; a new tensor.
+
+        Args:
+            columns: [N], the physical column of each row.
+        """
         width, profile = weights.shape[-1], self.profile
         error = self.weight[columns, :width]
         if profile.mechanism == "ring":
@@ -139,10 +150,10 @@ class Imperfections:
         return weights + error
 
     def _mesh_direction(self, weights: Tensor, columns: Tensor) -> Tensor:
-        """Where the meshes' error points: mean 0, variance 1, the same for the same weights, unrelated for others.
+        """The direction of the meshes' error: mean 0, variance 1; equal for equal weights, unrelated for others.
 
-        The phases' errors are fixed, but each weight matrix uses other phases, so no calibration of cells takes this
-        out.
+        The errors of the phases are fixed, but each weight matrix uses other phases, so a calibration of cells cannot
+        remove them.
         """
         width = weights.shape[-1]
         turns = self._turns[columns, :width]
@@ -160,8 +171,8 @@ def odd_polynomial(coefficients: Tensor, x: Tensor) -> Tensor:
     square = x * x
     total = coefficients[:, 3] * square
     for power in (2, 1):
-        total = (total + coefficients[:, power]) * square
-    return (total + coefficients[:, 0]) * x
+        total.add_(coefficients[:, power]).mul_(square)
+    return total.add_(coefficients[:, 0]).mul_(x)
 
 
 def _bow(coefficients: Tensor) -> Tensor:
@@ -172,7 +183,7 @@ def _bow(coefficients: Tensor) -> Tensor:
 
 
 class Drift:
-    """Gains and offsets of columns that wander: an Ornstein-Uhlenbeck process in time, and a share by temperature.
+    """Drift of the columns' gains and offsets: an Ornstein-Uhlenbeck process in time, and a part by temperature.
 
     theta(t + dt) = theta(t) exp(-dt / tau) + sigma sqrt(1 - exp(-2 dt / tau)) xi
     """
@@ -184,6 +195,7 @@ class Drift:
         self._gain, self._offset = torch.zeros(columns), torch.zeros(columns)
 
     def advance(self, seconds: float, temperature: float) -> None:
+        """Let time pass, at the end of which the array has this temperature, degC."""
         p, self.temperature = self._profile, temperature
         keep = math.exp(-seconds / p["drift.relaxation"])
         kick = math.sqrt(1 - keep * keep)

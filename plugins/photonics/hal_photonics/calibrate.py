@@ -19,10 +19,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from .blockfloat import encode
-from .core import Corrections, PhotonicCore
-from .driver import Driver
-from .profile import Profile
+from .profiles.profile import Profile
+from .runtime.driver import Driver
+from .simulator.blockfloat import encode
+from .simulator.core import Corrections, PhotonicCore
 
 Progress = Callable[[str, float], None]
 _DARK, _SWEEP, _ONE_HOT = 4096, 1024, 1024  # readouts averaged

@@ -1,7 +1,4 @@
-"""What stands between the core and a chip: the driver protocol, and the driver of a simulated chip.
-
-A card with a public driver would bring its own `Driver`; everything above this file would stay as it is.
-"""
+"""The driver of a simulated chip: readouts with its errors, its sensors, its time, and faults that can be injected."""
 
 from __future__ import annotations
 
@@ -9,61 +6,17 @@ import enum
 import math
 import threading
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hal_core.plugin_api import ContractError
 
-from .blockfloat import Converters
+from ..profiles.profile import Profile
+from ..runtime.driver import Reading, Telemetry
+from .converters import Converters
 from .imperfections import Drift, Imperfections
 from .integers import integer_product
-from .profile import Profile
-
-
-class Telemetry(NamedTuple):
-    """What the sensors say.
-
-    Attributes:
-        temperature: of the array, degC; NaN from a broken sensor. reading_age: seconds since that was measured.
-        laser: optical power over nominal. clock: seconds the device has been on.
-    """
-
-    temperature: float
-    reading_age: float
-    laser: float
-    clock: float
-
-
-class Reading(NamedTuple):
-    """Readouts [batch, rows, outputs], whole codes as float32, and how many of them were at the rails."""
-
-    codes: Tensor
-    clipped: int
-
-
-class Driver(Protocol):
-    """One chip. `read` may be called from any thread; it depends on its arguments and the chip's state alone."""
-
-    profile: Profile
-
-    def read(
-        self, inputs: Tensor, weights: Tensor, *, noise: torch.Generator | None, averages: int = 1, ideal: bool = False
-    ) -> Reading:
-        """Load weight codes and stream input codes.
-
-        Args:
-            inputs: whole numbers as float32, [batch, rows, K]; row r runs on core r mod cores.
-            weights: likewise, [batch, outputs, K]; output i runs on column i mod columns, in as many loads as it takes.
-            noise: where readout noise is drawn from; None for the chip's own randomness (a simulated one: no noise).
-            averages: readouts to average over. ideal: leave the readout's range open, for diagnosis.
-        """
-        ...
-
-    def telemetry(self) -> Telemetry: ...
-    def laser(self, on: bool) -> None: ...
-    def close(self) -> None: ...
 
 
 class Fault(enum.StrEnum):
@@ -78,7 +31,7 @@ class Fault(enum.StrEnum):
 
 
 class SimulatedDriver:
-    """A chip out of its profile. Deterministic: the same profile, chip number and calls give the same codes.
+    """A chip simulated from its profile. Deterministic: equal profiles, chip numbers and calls give equal codes.
 
     Time passes only through `advance`, so a result depends on the noise that a call is given and on nothing hidden.
     """
@@ -89,7 +42,8 @@ class SimulatedDriver:
         self._temperature = profile["thermal.ambient"]
         self.drift = Drift(profile, self.working_temperature)
         self._clock, self._reading_age, self._on = 0.0, 0.0, True
-        self._faults: dict[Fault, tuple[int, ...] | float] = {}
+        self._faults: dict[Fault, tuple[int, ...]] = {}
+        self._laser_left = 1.0
         self._lock = threading.Lock()
         self._converters = Converters.of(profile)
 
@@ -108,13 +62,12 @@ class SimulatedDriver:
         batch, rows, width = inputs.shape
         outputs = weights.shape[1]
         columns = torch.arange(outputs) % len(chip.gain)
-        light = chip.bent(inputs / c.input_levels, self.linearised) * self._light()
+        light = chip.bent(inputs / c.input_levels, self.linearised).mul_(self._light())
         cells = chip.realised(weights / c.weight_levels, columns)
         light, cells = self._damaged(light, cells, columns)
         scale = c.gain / c.lsb(width)
-        code = torch.matmul(
-            light, (cells * (chip.gain * self.drift.gain)[columns].unsqueeze(1) * scale).transpose(-1, -2)
-        )
+        cells.mul_((chip.gain * self.drift.gain)[columns].unsqueeze(1)).mul_(scale)
+        code = torch.matmul(light, cells.transpose(-1, -2))
         cores = len(chip.offset)
         if chip.core_weight is not None:
             for core in range(min(cores, rows)):
@@ -140,24 +93,21 @@ class SimulatedDriver:
     def _damaged(self, light: Tensor, cells: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Dead inputs, dead columns and stuck cells applied."""
         for fault, where in self._faults.items():
-            if fault is Fault.DEAD_INPUT and where[0] < light.shape[-1]:  # type: ignore[index]
+            if fault is Fault.DEAD_INPUT and where[0] < light.shape[-1]:
                 light = light.clone()
-                light[..., where[0]] = 0  # type: ignore[index]
+                light[..., where[0]] = 0
             elif fault is Fault.DEAD_COLUMN:
-                cells = torch.where((columns == where[0]).unsqueeze(1), 0.0, cells)  # type: ignore[index]
-            elif fault is Fault.STUCK_WEIGHT and where[1] < cells.shape[-1]:  # type: ignore[index]
+                cells = cells.masked_fill(columns.eq(where[0]).unsqueeze(1), 0.0)
+            elif fault is Fault.STUCK_WEIGHT and where[1] < cells.shape[-1]:
                 cells = cells.clone()
-                cells[:, columns == where[0], where[1]] = 0.9  # type: ignore[index]
+                cells[:, columns.eq(where[0]), where[1]] = 0.9
         return light, cells
 
     def _light(self) -> float:
-        if not self._on:
-            return 0.0
-        left = self._faults.get(Fault.LASER_LOSS)
-        return 1.0 if left is None else float(left)  # type: ignore[arg-type]
+        return self._laser_left if self._on else 0.0
 
     def ideal_codes(self, inputs: Tensor, weights: Tensor) -> Tensor:
-        """What a chip without errors would read, before rounding: for tests and calibration targets."""
+        """What a chip without errors would read, before rounding; for tests."""
         c = self._converters
         factor = c.gain / (c.input_levels * c.weight_levels * c.lsb(inputs.shape[-1]))
         return integer_product(inputs, weights, c) * factor
@@ -199,17 +149,26 @@ class SimulatedDriver:
         self._on = on
 
     def inject(self, fault: Fault | str, where: Iterable[int] | float = ()) -> None:
-        """Break something.
+        """Inject a fault.
 
         Args:
-            fault: see `Fault`. where: (input,), (column,) or (column, input); for LASER_LOSS the share that is left.
+            fault: see `Fault`. where: (input,), (column,) or (column, input); for LASER_LOSS the share of
+                the power that is left.
         """
         fault = Fault(fault)
-        self._faults[fault] = float(where) if isinstance(where, int | float) else tuple(where)
+        if fault is Fault.LASER_LOSS:
+            if not isinstance(where, int | float):
+                raise ContractError(f"laser_loss at {where!r} was given: pass the share of the power that is left")
+            self._laser_left = float(where)
+        elif isinstance(where, int | float):
+            raise ContractError(f"{fault} at {where!r} was given: pass the numbers of the place as a tuple")
+        else:
+            self._faults[fault] = tuple(where)
 
     def heal(self) -> None:
-        """Take every injected fault back."""
+        """Remove every injected fault."""
         self._faults.clear()
+        self._laser_left = 1.0
         self._reading_age = 0.0
 
     def close(self) -> None:

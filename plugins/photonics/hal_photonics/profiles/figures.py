@@ -1,35 +1,19 @@
-"""The figures a photonic device's profile consists of: their units, what values are possible, and what they mean."""
+"""The figures of a photonic profile: their units, their possible values, and what they mean."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
+from hal_simulation import Kind, Schema
+
+#: How a weight is held: cells of a crossbar, two interferometer meshes, or micro-rings.
 MECHANISMS = ("crossbar", "mesh", "ring")
-
-
-class Kind(NamedTuple):
-    """What one figure of a profile must be.
-
-    Attributes:
-        unit: the one unit it is given in. low, high: the values that are possible, both included.
-        whole: whether it must be a whole number. default: of a figure that may be left out; None where it may not.
-        meaning: one line for people. of: the mechanism it belongs to, "" for all.
-    """
-
-    unit: str
-    low: float
-    high: float
-    meaning: str
-    whole: bool = False
-    default: float | None = None
-    of: str = ""
 
 
 _INF = math.inf
 
-#: Every figure by section and key.
-FIGURES: dict[str, dict[str, Kind]] = {
+#: Every figure by section and key. The variant of a figure is the mechanism that has it.
+FIGURES: Schema = {
     "array": {
         "cores": Kind("count", 1, 1024, "tensor cores that work at once", whole=True),
         "outputs": Kind("count", 1, 4096, "rows of a weight tile: dot products at once in a core", whole=True),
@@ -74,14 +58,16 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "offset_temperature": Kind("LSB/K", -1e4, 1e4, "change of the offset by temperature", default=0.0),
     },
     "mesh": {
-        "phase_error": Kind("rad", 0, math.pi, "error of every phase after calibration, rms", of="mesh"),
+        "phase_error": Kind("rad", 0, math.pi, "error of every phase after calibration, rms", variant="mesh"),
     },
     "ring": {
-        "fwhm": Kind("Hz", 1e6, 1e13, "full width of a resonance at half maximum", of="ring"),
-        "shift": Kind("Hz/K", 0, 1e12, "shift of a resonance by temperature", of="ring"),
-        "temperature_error": Kind("K", 0, 100, "error of a ring's temperature, rms", of="ring"),
-        "thermal_crosstalk": Kind("ratio", 0, 1, "share of a heater's shift that reaches its neighbour", of="ring"),
-        "span": Kind("FWHM", 0.5, 100, "detuning at which a weight counts as fully off resonance", of="ring"),
+        "fwhm": Kind("Hz", 1e6, 1e13, "full width of a resonance at half maximum", variant="ring"),
+        "shift": Kind("Hz/K", 0, 1e12, "shift of a resonance by temperature", variant="ring"),
+        "temperature_error": Kind("K", 0, 100, "error of a ring's temperature, rms", variant="ring"),
+        "thermal_crosstalk": Kind(
+            "ratio", 0, 1, "share of a heater's shift that reaches its neighbour", variant="ring"
+        ),
+        "span": Kind("FWHM", 0.5, 100, "detuning at which a weight counts as fully off resonance", variant="ring"),
     },
     "time": {
         "clock": Kind("Hz", 1, 1e13, "vectors a core takes in a second"),
@@ -93,7 +79,7 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "overlap": Kind("ratio", 0, 1, "share of weight loading hidden behind streaming (double buffer)", default=0.0),
     },
     "power": {
-        "electrical": Kind("W", 0, 1e5, "at full load, laser and host apart"),
+        "electrical": Kind("W", 0, 1e5, "at full load, without laser and host"),
         "laser": Kind("W", 0, 1e5, "optical power, as supplied"),
         "laser_efficiency": Kind("ratio", 1e-4, 1, "optical over electrical power of the laser", default=1.0),
         "host": Kind("W", 0, 1e5, "of the host while it feeds the device"),

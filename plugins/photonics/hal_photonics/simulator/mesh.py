@@ -82,8 +82,8 @@ def decompose(unitary: Tensor) -> Mesh:
         moved.append((m, theta, first - second + math.pi))
     order = right + moved
     modes = torch.tensor([[m, m + 1] for m, _, _ in order], dtype=torch.int64).view(-1, 2)
-    theta, phi = (torch.tensor([entry[i] for entry in order], dtype=torch.float64) for i in (1, 2))
-    return Mesh(modes, theta, phi, torch.tensor(phases, dtype=torch.float64))
+    thetas, phis = (torch.tensor([entry[i] for entry in order], dtype=torch.float64) for i in (1, 2))
+    return Mesh(modes, thetas, phis, torch.tensor(phases, dtype=torch.float64))
 
 
 def _one(theta: float, phi: float) -> Tensor:
