@@ -1,14 +1,24 @@
-"""`hal kpu`: profiles, products, attention, timelines and a model's coverage. Everything heavy is imported when it
-runs.
+"""`hal kpu`: profiles, products, attention, timelines and a model's coverage.
+
+Commands return data; whoever called them prints it. What is heavy is imported when a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hal_core.plugin_api import CommandResult, ContractError, HalError, Table
+
+if TYPE_CHECKING:
+    from hal_core.plugin_api import AttentionRequest
+
+    from .profiles.profile import Profile
+    from .simulator.report import Report
+    from .simulator.stats import ExecutionStats
 
 _SHAPE, _MACHINE = "1,8,512,64", "t64"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -108,102 +118,90 @@ def add_commands(subparsers: Any) -> None:
     for run, name, text, arguments in table:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
-        for flag, settings in [*arguments, ("--json", yes | {"help": "print JSON"})]:
+        for flag, settings in arguments:
             command.add_argument(flag, **settings)
 
 
-def _profile(options: argparse.Namespace) -> int:
+def _profile(options: argparse.Namespace) -> CommandResult:
     import attrs
-
-    from hal_core.plugin_api import show_table
 
     from .profiles.profile import load
 
     p = load(options.profile)
-    if options.json:
-        figures = {key: attrs.asdict(figure) for key, figure in p.figures}
-        head = {"name": p.name, "title": p.title, "vendor": p.vendor, "notes": p.notes}
-        print(json.dumps({**head, "figures": figures}, indent=2))
-        return 0
-    rows = [[key, f"{f.value:g}", f.unit, str(f.provenance), f.source] for key, f in p.figures]
-    show_table(f"{p.vendor} {p.name}: {p.title}", ["figure", "value", "unit", "provenance", "source"], rows)
-    counts = Counter(str(f.provenance) for _, f in p.figures)
-    if p.notes:
-        print(p.notes)
-    print(f"{p.path}: good. {', '.join(f'{count} figures {origin}' for origin, count in counts.items())}.")
-    return 0
+    figures = {key: attrs.asdict(figure) for key, figure in p.figures.items()}
+    data = {"name": p.name, "title": p.title, "vendor": p.vendor, "notes": p.notes, "figures": figures}
+    rows = [[key, f"{f.value:g}", f.unit, str(f.provenance), f.source] for key, f in p.figures.items()]
+    columns = ["figure", "value", "unit", "provenance", "source"]
+    counts = Counter(str(figure.provenance) for figure in p.figures.values())
+    origins = ", ".join(f"{count} figures {origin}" for origin, count in counts.items())
+    text = [*([p.notes] if p.notes else []), f"{p.path}: valid. {origins}."]
+    return CommandResult(data, [Table(f"{p.vendor} {p.name}: {p.title}", columns, rows)], text)
 
 
-def _gemm(options: argparse.Namespace) -> int:
+def _gemm(options: argparse.Namespace) -> CommandResult:
     from .simulator.report import report
 
     title, stats, profile = _product(options, options.M, options.N, options.K)
-    return _shown(options, report(title, stats, profile))
+    made = report(title, stats, profile)
+    return CommandResult(made.to_dict(), made.tables(), _drawn(options, made))
 
 
-def _product(options: argparse.Namespace, M: int, N: int, K: int) -> tuple[str, Any, Any]:  # noqa: N803
+def _product(
+    options: argparse.Namespace,
+    M: int,  # noqa: N803
+    N: int,  # noqa: N803
+    K: int,  # noqa: N803
+) -> tuple[str, ExecutionStats, Profile]:
     """(title, counters, profile) of a matrix product on one array."""
-    from hal_core.plugin_api import progress
-
     from .simulator.fidelity import FIDELITIES
     from .simulator.products.gemm import machine, simulate_gemm
 
     rows, cols, dataflow = options.rows, options.cols, options.dataflow
     title = f"{M} x {N} x {K} {options.dtype} on {rows} x {cols}, {dataflow}"
-    with progress("gemm") as show:
-        show(title, 0.0)
-        stats = simulate_gemm(
-            M,
-            N,
-            K,
-            rows=rows,
-            cols=cols,
-            dataflow=dataflow,
-            fidelity=FIDELITIES.index(options.fidelity),
-            dtype=options.dtype,
-            profile=options.profile,
-        )
+    options.progress(title, 0.0)
+    stats = simulate_gemm(
+        M,
+        N,
+        K,
+        rows=rows,
+        cols=cols,
+        dataflow=dataflow,
+        fidelity=FIDELITIES.index(options.fidelity),
+        dtype=options.dtype,
+        profile=options.profile,
+    )
     return title, stats, machine(rows, cols, options.profile)
 
 
-def _attention(options: argparse.Namespace) -> int:
-    from hal_core.plugin_api import progress, show_table
-
+def _attention(options: argparse.Namespace) -> CommandResult:
     from .profiles.profile import load
     from .simulator.attention.baseline import compare
     from .simulator.energy import energy
     from .simulator.report import report
 
     profile, request = load(options.profile or _MACHINE), _request(options)
-    with progress("attention") as show:
-        show("fused and unfused", 0.0)
-        found = compare(profile, request, options.fidelity)
+    options.progress("fused and unfused", 0.0)
+    found = compare(profile, request, options.fidelity)
     made = report(f"attention, {request.describe()}", found.fused, profile)
-    if options.json:
-        print(json.dumps(found.to_dict() | {"report": made.to_dict()}, indent=2))
-    else:
-        rows = [
-            [
-                name,
-                f"{s.cycles:,}",
-                f"{s.seconds * 1e3:.4g}",
-                f"{s.external_bytes / 1e6:,.4g}",
-                f"{s.utilization:.1%}",
-                f"{energy(s, profile).total * 1e3:.3g}",
-            ]
-            for name, s in (("fused", found.fused), ("scores through DRAM", found.unfused))
+    rows = [
+        [
+            name,
+            f"{s.cycles:,}",
+            f"{s.seconds * 1e3:.4g}",
+            f"{s.external_bytes / 1e6:,.4g}",
+            f"{s.utilization:.1%}",
+            f"{energy(s, profile).total * 1e3:.3g}",
         ]
-        note = f"Fused takes {1 / found.speedup:.1%} of the baseline's cycles ({found.speedup:.2f}x)."
-        columns = ["", "cycles", "ms", "DRAM, MB", "arrays used", "energy, mJ"]
-        show_table(
-            f"Attention on {profile.name}, simulated ({options.fidelity}): {request.describe()}", columns, rows, [note]
-        )
-        made.show()
-    _drawn(options, made)
-    return 0
+        for name, s in (("fused", found.fused), ("scores through DRAM", found.unfused))
+    ]
+    note = f"Fused takes {1 / found.speedup:.1%} of the baseline's cycles ({found.speedup:.2f}x)."
+    columns = ["", "cycles", "ms", "DRAM, MB", "arrays used", "energy, mJ"]
+    title = f"Attention on {profile.name}, simulated ({options.fidelity}): {request.describe()}"
+    tables = [Table(title, columns, rows, [note]), *made.tables()]
+    return CommandResult(found.to_dict() | {"report": made.to_dict()}, tables, _drawn(options, made))
 
 
-def _trace(options: argparse.Namespace) -> int:
+def _trace(options: argparse.Namespace) -> CommandResult:
     from .simulator.trace import chrome_trace, write_trace
 
     if options.gemm is not None:
@@ -212,18 +210,13 @@ def _trace(options: argparse.Namespace) -> int:
         title, stats, profile = _fused(options)
     timelines = [(part.label or title, part.run.timeline) for part in stats.parts if part.run is not None]
     trace = chrome_trace(timelines, profile)
-    path = write_trace(options.out, trace)
-    if options.json:
-        print(json.dumps({"file": str(path), "events": len(trace["traceEvents"]), **trace["otherData"]}, indent=2))
-    else:
-        print(
-            f"{title}: {stats.cycles:,} cycles in {len(trace['traceEvents']):,} events (simulated, {stats.execution_backend})."
-        )
-        print(f"trace: {path} (open it at ui.perfetto.dev)")
-    return 0
+    path, events = write_trace(options.out, trace), len(trace["traceEvents"])
+    counted = f"{stats.cycles:,} cycles in {events:,} events (simulated, {stats.execution_backend})"
+    text = [f"{title}: {counted}.", f"trace: {path} (open it at ui.perfetto.dev)"]
+    return CommandResult({"file": str(path), "events": events, **trace["otherData"]}, text=text)
 
 
-def _fused(options: argparse.Namespace) -> tuple[str, Any, Any]:
+def _fused(options: argparse.Namespace) -> tuple[str, ExecutionStats, Profile]:
     """(title, counters, profile) of fused attention."""
     from .profiles.profile import load
     from .simulator.attention.baseline import run
@@ -236,15 +229,15 @@ def _fused(options: argparse.Namespace) -> tuple[str, Any, Any]:
     return f"attention, {request.describe()}", stats, profile
 
 
-def _request(options: argparse.Namespace) -> Any:
+def _request(options: argparse.Namespace) -> AttentionRequest:
     """The attention call that the options describe."""
-    from hal_core.plugin_api import AttentionRequest, Causal, ContractError
+    from hal_core.plugin_api import AttentionRequest, Causal
 
     from .profiles.profile import load
     from .tiling import Blocks, longest_head, room
 
     batch, heads, length, dim = _numbers(options.shape, "--shape", 4, "batch,heads,length,head_dim")
-    kv_heads, keys = options.kv_heads or heads, options.kv_length or length
+    kv_heads, keys = (n if n is not None else m for n, m in ((options.kv_heads, heads), (options.kv_length, length)))
     if kv_heads < 1 or keys < 1 or heads % kv_heads:
         given = f"{heads} query heads, {kv_heads} key heads and {keys} keys were given"
         raise ContractError(f"{given}: use 1 or more of each, and query heads that are a multiple of key heads")
@@ -257,58 +250,39 @@ def _request(options: argparse.Namespace) -> Any:
 
 
 def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
-    from hal_core.plugin_api import ContractError
-
     words = text.split(",")
-    if len(words) != count or not all(word.strip().isdigit() and int(word) > 0 for word in words):
+    if len(words) != count or not all(re.fullmatch(r" *[0-9]{1,18} *", word) and int(word) > 0 for word in words):
         raise ContractError(f"{option} {text!r} was given: pass {wanted} as whole numbers of 1 or more")
     return [int(word) for word in words]
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> CommandResult:
     import torch
-
-    from hal_core.plugin_api import progress, show_table
 
     from .frontend.fx.coverage import measure
     from .frontend.models import load_model
 
-    with progress("report") as show:
-        show(f"loading {options.model}", 0.0)
-        loaded = load_model(options.model, length=options.length, batch=options.batch)
-        torch._dynamo.reset()
-        compiled = torch.compile(loaded.network, backend=f"kpu_{options.fidelity}")
-        show("compiling and running", 0.3)
-        with torch.no_grad(), measure() as measurement:
-            compiled(**loaded.inputs)
-        found = measurement.coverage()
-    if options.json:
-        print(json.dumps({"model": options.model, "description": loaded.description, **found.to_dict()}, indent=2))
-        return 0
+    options.progress(f"loading {options.model}", 0.0)
+    loaded = load_model(options.model, length=options.length, batch=options.batch)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(loaded.network, backend=f"kpu_{options.fidelity}")
+    options.progress("compiling and running", 0.3)
+    with torch.no_grad(), measure() as measurement:
+        compiled(**loaded.inputs)
+    found = measurement.coverage()
+    data = {"model": options.model, "description": loaded.description, **found.to_dict()}
     title, notes = f"{options.model} on the KPU, simulated ({found.fidelity})", [loaded.description, *found.notes()]
-    show_table(title, ["", "on the KPU", "of all", "share"], found.rows(), notes)
-    return 0
+    return CommandResult(data, [Table(title, ["", "on the KPU", "of all", "share"], found.rows(), notes)])
 
 
-def _shown(options: argparse.Namespace, made: Any) -> int:
-    if options.json:
-        print(json.dumps(made.to_dict(), indent=2))
-    else:
-        made.show()
-    _drawn(options, made)
-    return 0
-
-
-def _drawn(options: argparse.Namespace, made: Any) -> None:
-    from hal_core.plugin_api import HalError
-
+def _drawn(options: argparse.Namespace, made: Report) -> list[str]:
+    """Draw the report where `--plot` asks for it: the sentence that says so."""
     if options.plot is None:
-        return
+        return []
     try:
         made.draw(options.plot)
     except ValueError as error:
         raise HalError(
             f"{options.plot} cannot be drawn ({error}): choose a name that ends in .png, .svg or .pdf"
         ) from None
-    if not options.json:
-        print(f"plot: {options.plot}")
+    return [f"plot: {options.plot}"]

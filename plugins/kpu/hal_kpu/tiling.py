@@ -1,13 +1,15 @@
 """How attention is cut for a machine: `KPUTiling`, and the rounds in which all arrays work in step.
 
-A plan has blocks of query rows and tiles of keys. An array works through one block of query rows of one head at a time. A block holds as many rows as its L3 has room for
-and as keep all arrays busy, so that a tile of keys and values comes from DRAM once for all of them.
+A plan has blocks of query rows and tiles of keys. An array works through one block of query rows of one head at a
+time. A block holds as many rows as fit its L3 and keep all arrays busy, so that a tile of keys and values comes from
+DRAM once for all of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +30,9 @@ _SOFTMAX, _MASK, _CAP = 10, 1, 8
 FADE, DIVIDE = 2, 1
 
 
+#: A larger call is represented, where its cut is chosen and its time estimated, by one of at most so many tiles of
+#: scores (the root of their number in a head), and of at most so many heads for each array.
+LONGEST, ROUNDS = 96, 2
 #: Keys in a tile of scores where an array has fewer columns and L2 has room: a longer PV hides more of the wave's way
 #: out.
 _KEYS = 64
@@ -128,7 +133,7 @@ class Cut(NamedTuple):
     A block that the buffers do not hold is worked through in equal pieces that fit.
 
     Attributes:
-        blocks: the arrays, and how many keys one tile of scores is computed with: block_k filled up to whole array tiles.
+        blocks: the arrays, and the keys that a tile of scores is computed with: block_k filled up to whole array tiles.
         block_q, block_k: rows and keys from one piece to the next. row_tiles: array tiles that block_q rows take.
     """
 
@@ -177,6 +182,56 @@ def _smaller(block: int, piece: int) -> int:
     return -(-block // number)
 
 
+def steps_of(profile: Profile, request: AttentionRequest) -> tuple[int, int]:
+    """(rows of a block that lengths are filled up to, keys of a tile) of a request's cut."""
+    if request.tiling is None:
+        blocks = Blocks.of(profile, request.dtype)
+        return blocks.rows, blocks.keys
+    cut = cut_into(profile, request, *request.tiling[1:])
+    return cut.blocks.rows if cut.block_q % cut.blocks.rows == 0 else 1, cut.block_k
+
+
+def filled_up(profile: Profile, request: AttentionRequest) -> AttentionRequest:
+    """The request with lengths filled up to whole tiles, and without what does not change its time."""
+    r, (rows, keys) = request, steps_of(profile, request)
+    return replace(
+        r,
+        len_q=-(-r.len_q // rows) * rows,
+        len_k=-(-r.len_k // keys) * keys,
+        mask_batch=1,
+        mask_heads=1,
+        tiling=None if r.tiling is None else ("", *r.tiling[1:]),
+        options=(),
+        scale=None,
+        softcap=None if r.softcap is None else 1.0,
+        grads=frozenset(),
+        lse=False,
+        grad_lse=False,
+        device="cpu",
+        last_dim_contiguous=True,
+        deterministic=False,
+        max_error=None,
+    )
+
+
+def shortened(profile: Profile, request: AttentionRequest, longest: int | None = None) -> AttentionRequest:
+    """The filled-up request itself, or one of the same proportions of at most `longest` squared tiles of scores
+    (`LONGEST`), and with fewer heads.
+    """
+    r, (rows, keys), longest = request, steps_of(profile, request), longest or LONGEST
+    heads, group = r.batch * r.heads_kv, r.heads_q // max(r.heads_kv, 1)
+    most = ROUNDS * Blocks.of(profile, r.dtype).arrays
+    if heads * group > most:
+        heads = max(most // group, 1)
+        r = replace(r, batch=1, heads_q=heads * group, heads_kv=heads)
+    tiles = r.len_q // rows * (r.len_k // keys)
+    if tiles > longest**2:
+        part = longest / tiles**0.5
+        len_q, len_k = (max(round(n * part / step), 1) * step for n, step in ((r.len_q, rows), (r.len_k, keys)))
+        r = replace(r, len_q=len_q, len_k=len_k)
+    return r
+
+
 class KPUTiling(DenseTiling):
     """The machine's own cut: as many query rows in a block as take least time, and tiles of keys that fit L2.
 
@@ -188,7 +243,7 @@ class KPUTiling(DenseTiling):
         super().__init__(block_q, block_k, cut_by="kpu")
         self.profile = profile
         fixed = "" if block_q is None else f" {self.block_q}x{self.block_k}"
-        self.name = f"kpu({profile.name}-{hash(profile) & 0xFFFFFFFF:08x}{fixed})"
+        self.name = f"kpu({profile.name}-{profile.digest[:8]}{fixed})"
 
     def plan(
         self,
@@ -202,7 +257,8 @@ class KPUTiling(DenseTiling):
         if self.block_q is not None and self.block_k is not None:
             sizes = self.block_q, self.block_k
         else:
-            cut = own_cut(self.profile, request)
+            alike = shortened(self.profile, filled_up(self.profile, replace(request, tiling=None)))
+            cut = own_cut(self.profile, alike)
             sizes = cut.block_q, cut.block_k
         low, high = limits.get("minimum", 1), limits.get("maximum", max(sizes))
         return TilePlan.equal(request, *(max(low, min(size, high)) for size in sizes), cut_by=self.cut_by)

@@ -134,8 +134,8 @@ class CompiledFunction:
         except TypeError:
             unhashable = next(name for name, value in taken.items() if not _is_hashable(value))
             raise ContractError(
-                f"argument {unhashable!r} of {self._function.__name__} is a {type(taken[unhashable]).__name__}, and tensors, "
-                f"lists of them, or plain values are wanted."
+                f"argument {unhashable!r} of {self._function.__name__} is a {type(taken[unhashable]).__name__}, "
+                f"and tensors, lists of them, or plain values are wanted."
             ) from None
         if special is None:
             special = self._cache[key] = self._trace(bound)
@@ -169,8 +169,8 @@ class CompiledFunction:
         items = list(results.values()) if isinstance(results, dict) else results
         if not isinstance(items, (list, tuple)) or not all(isinstance(item, Tensor) for item in items):
             raise ContractError(
-                f"{self._function.__name__} returned {type(results).__name__}, and a Tensor, or a tuple, list or dict of "
-                f"them, is wanted."
+                f"{self._function.__name__} returned {type(results).__name__}, and a Tensor, or a tuple, list or dict "
+                f"of them, is wanted."
             )
         graph.outputs.extend(graph.name_of(item) for item in items)
         if isinstance(results, dict):

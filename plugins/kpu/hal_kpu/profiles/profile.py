@@ -1,4 +1,4 @@
-"""A KPU as a file: every figure with its unit, its provenance and its source.
+"""The profile of a KPU: a TOML file in which every figure has its unit, its provenance and its source.
 
     [array]
     rows = { value = 32, unit = "count", provenance = "paper-projection", source = "machine" }
@@ -9,35 +9,19 @@
 from __future__ import annotations
 
 import functools
-import math
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import attrs
+from hal_simulation import Kind, ProfileError, Schema
+from hal_simulation import Profile as ProfileFile
 
-from hal_core.plugin_api import ContractError, Provenance, listing
+from hal_core.plugin_api import listing
 
 FOLDER = Path(__file__).resolve().parent
 
-
-class ProfileError(ContractError):
-    """A profile that cannot be used. Says the file, the key and what is wanted."""
-
-
-@attrs.frozen
-class Kind:
-    """What a figure must be: its unit, its range, its meaning."""
-
-    unit: str
-    low: float
-    high: float
-    meaning: str
-    whole: bool = False
-
-
-FIGURES: dict[str, dict[str, Kind]] = {
+#: Every figure by section and key, and what it must be.
+FIGURES: Schema = {
     "array": {
         "rows": Kind("count", 1, 4096, "rows of processing elements in one array", whole=True),
         "cols": Kind("count", 1, 4096, "columns of processing elements in one array", whole=True),
@@ -90,58 +74,26 @@ FIGURES: dict[str, dict[str, Kind]] = {
         "static": Kind("W", 0, 1e5, "drawn whether or not it works"),
     },
 }
-_HEAD = ("name", "title", "vendor")
 
 
-@attrs.frozen
-class Figure:
-    """One number of a profile with where it comes from."""
-
-    value: float
-    unit: str
-    provenance: Provenance
-    source: str
-
-
-@attrs.frozen(kw_only=True)
-class Profile:
+@attrs.frozen(kw_only=True, eq=False)
+class Profile(ProfileFile):
     """A checked profile, hashable: two profiles with equal figures time equal work equally.
 
-    Attributes:
-        name, title, vendor, notes: for people.
-        figures: (("section.key", `Figure`), ...) in the order of `FIGURES`, complete.
+    `profile["section.key"]` is a value in its unit; `profile.figures` has each with its provenance and source.
     """
 
-    name: str
-    title: str
-    vendor: str
-    figures: tuple[tuple[str, Figure], ...]
-    notes: str = attrs.field(default="", eq=False)
-    path: str = attrs.field(default="", eq=False)
-    _values: Mapping[str, float] = attrs.field(init=False, eq=False, repr=False)
-    _hash: int = attrs.field(init=False, eq=False, repr=False)
+    SCHEMA: ClassVar[Schema] = FIGURES
 
-    def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "_values", {key: figure.value for key, figure in self.figures})
-        object.__setattr__(self, "_hash", hash((self.name, tuple(self._values.values()))))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __getitem__(self, key: str) -> float:
-        """Value of "section.key" in its unit."""
-        return self._values[key]
-
-    def figure(self, key: str) -> Figure:
-        return dict(self.figures)[key]
-
-    def count(self, key: str) -> int:
-        return int(self._values[key])
-
-    def provenance(self, *keys: str) -> Provenance:
-        """The worst provenance among figures; "section" stands for its whole section, nothing for all."""
-        found = [f.provenance for k, f in self.figures if not keys or k in keys or k.partition(".")[0] in keys]
-        return max(found, key=list(Provenance).index, default=Provenance.ASSUMED)
+    def check(self, where: str) -> None:
+        """Raise ProfileError where figures contradict each other: arrays, bursts and pages, refreshes."""
+        for key in ("int8", "bf16", "matrix"):
+            if self[f"array.tiles_{key}"] > self["array.tiles"]:
+                raise ProfileError(f"{where}: array.tiles_{key}: more than array.tiles: count every array there")
+        if self["dram.page"] < self["dram.burst"]:
+            raise ProfileError(f"{where}: dram.page: shorter than dram.burst: a page holds at least one burst")
+        if self["dram.refresh_time"] >= self["dram.refresh_interval"]:
+            raise ProfileError(f"{where}: dram.refresh_time: as long as dram.refresh_interval: use a shorter one")
 
     def arrays(self, dtype: str) -> tuple[int, int, int]:
         """(rows, columns, number) of the arrays that multiply this dtype ("int8", "bfloat16", "float32", ...)."""
@@ -159,21 +111,6 @@ class Profile:
     def cycles(self, key: str) -> float:
         """A figure in seconds as cycles of the clock."""
         return self[key] * self["clock.frequency"]
-
-    def replace(self, **values: float) -> Profile:
-        """The same profile with figures changed by "section__key"; changed ones count as assumed. For what-if
-        studies.
-        """
-        figures = dict(self.figures)
-        for name, value in values.items():
-            key = name.replace("__", ".")
-            if key not in figures:
-                raise ProfileError(f"profile {self.name}: no figure {key!r}: use one of {', '.join(figures)}")
-            section, _, short = key.partition(".")
-            kind = FIGURES[section][short]
-            _check_value(f"profile {self.name}", key, kind, value)
-            figures[key] = Figure(float(value), kind.unit, Provenance.ASSUMED, "changed in a what-if study")
-        return attrs.evolve(self, figures=tuple(figures.items()))
 
     def with_array(self, rows: int, cols: int) -> Profile:
         """One array of rows x cols for every dtype, with this profile's memories."""
@@ -202,90 +139,12 @@ def load(name_or_path: str | Path) -> Profile:
     """
     text = str(name_or_path)
     if text.lower() in names():
-        return _read(FOLDER / f"{text.lower()}.toml")
+        return _bundled(text.lower())
     if not text.endswith(".toml"):
         raise ProfileError(f"{text!r} is no profile: use {listing(names())}, or the path of a .toml file")
-    return _parse_file(Path(text))
+    return Profile.load(Path(text))
 
 
 @functools.cache
-def _read(path: Path) -> Profile:
-    return _parse_file(path)
-
-
-def _parse_file(path: Path) -> Profile:
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProfileError(f"{path}: {error.strerror}: pass a profile, a TOML file") from None
-    except UnicodeDecodeError:
-        raise ProfileError(f"{path}: not UTF-8 text: pass a profile, a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ProfileError(f"{path}: not TOML ({error}): mend the line") from None
-    return parse(data, str(path))
-
-
-def parse(data: dict[str, Any], where: str) -> Profile:
-    """Check what a TOML file held. `where` names it in messages."""
-    _check_keys(where, "", data, [*_HEAD, "notes", "sources", *FIGURES])
-    for key in (*_HEAD, *(k for k in ("notes",) if k in data)):
-        if not isinstance(data.get(key), str) or not data[key]:
-            raise ProfileError(f"{where}: {key}: {data.get(key)!r} was given: text is wanted")
-    sources = data.get("sources", {})
-    if not isinstance(sources, dict) or not all(isinstance(value, str) for value in sources.values()):
-        raise ProfileError(f"{where}: sources: {sources!r} was given: a table of names to text is wanted")
-    figures: dict[str, Figure] = {}
-    for section, kinds in FIGURES.items():
-        given = data.get(section, {})
-        if not isinstance(given, dict):
-            raise ProfileError(f"{where}: {section}: {given!r} was given: a table [{section}] is wanted")
-        _check_keys(where, f"{section}.", given, list(kinds))
-        for key, kind in kinds.items():
-            if key not in given:
-                raise ProfileError(f"{where}: {section}.{key}: missing: give {kind.meaning}, in {kind.unit}")
-            figures[f"{section}.{key}"] = _figure(where, f"{section}.{key}", kind, given[key], sources)
-    for key in ("int8", "bf16", "matrix"):
-        if figures[f"array.tiles_{key}"].value > figures["array.tiles"].value:
-            raise ProfileError(f"{where}: array.tiles_{key}: more than array.tiles: count every array there")
-    if figures["dram.page"].value < figures["dram.burst"].value:
-        raise ProfileError(f"{where}: dram.page: shorter than dram.burst: a page holds at least one burst")
-    if figures["dram.refresh_time"].value >= figures["dram.refresh_interval"].value:
-        raise ProfileError(f"{where}: dram.refresh_time: as long as dram.refresh_interval: a shorter one is wanted")
-    return Profile(
-        figures=tuple(figures.items()), notes=data.get("notes", ""), path=where, **{k: data[k] for k in _HEAD}
-    )
-
-
-def _figure(where: str, key: str, kind: Kind, given: Any, sources: Mapping[str, str]) -> Figure:
-    form = f'{{ value = ..., unit = "{kind.unit}", provenance = "...", source = "..." }}'
-    if not isinstance(given, dict):
-        raise ProfileError(f"{where}: {key}: {given!r} was given: {form} is wanted")
-    _check_keys(where, f"{key}.", given, ["value", "unit", "provenance", "source"])
-    for part in ("value", "unit", "provenance", "source"):
-        if part not in given:
-            raise ProfileError(f"{where}: {key}: {part} is missing: {form} is wanted")
-    _check_value(where, key, kind, given["value"])
-    if given["unit"] != kind.unit:
-        raise ProfileError(f"{where}: {key}: unit {given['unit']!r} was given: {kind.unit!r} is wanted")
-    origins = [origin.value for origin in Provenance]
-    if given["provenance"] not in origins:
-        raise ProfileError(f"{where}: {key}: provenance {given['provenance']!r} was given: use {listing(origins)}")
-    if not isinstance(given["source"], str) or not given["source"]:
-        raise ProfileError(
-            f"{where}: {key}: source {given['source']!r} was given: text or a name under [sources] is wanted"
-        )
-    source = sources.get(given["source"], given["source"])
-    return Figure(float(given["value"]), kind.unit, Provenance(given["provenance"]), source)
-
-
-def _check_value(where: str, key: str, kind: Kind, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not kind.low <= value <= kind.high or (kind.whole and value != int(value)):
-        wanted = f"a {'whole ' if kind.whole else ''}number from {kind.low:g} to {kind.high:g} {kind.unit}"
-        raise ProfileError(f"{where}: {key}: {value!r} was given: {wanted} is wanted ({kind.meaning})")
-
-
-def _check_keys(where: str, prefix: str, given: Mapping[str, Any], known: list[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ProfileError(f"{where}: {prefix}{key}: unknown: use {listing(known)}")
+def _bundled(name: str) -> Profile:
+    return Profile.load(FOLDER / f"{name}.toml")

@@ -1,4 +1,4 @@
-"""`KPURuntime`: runs DFX programs at a fidelity, BEHAVIORAL for values, TRANSACTIONAL and CYCLE_ACCURATE for times too."""
+"""`KPURuntime`: runs DFX programs at a fidelity, BEHAVIORAL for values, the others for times too."""
 
 from __future__ import annotations
 
@@ -77,10 +77,9 @@ def _in_order(program: DFXProgram, inputs: Mapping[str, Any] | Sequence[Any]) ->
         strange = [name for name in inputs if name not in program.inputs]
         absent = [name for name in program.inputs if name not in inputs]
         if strange or absent:
-            raise ContractError(
-                f"program {program.name} takes {', '.join(program.inputs) or 'nothing'}; "
-                f"{', '.join([*(f'{n} is missing' for n in absent), *(f'{n} is unknown' for n in strange)])}: give each once"
-            )
+            wrong = ", ".join([*(f"{name} is missing" for name in absent), *(f"{name} is unknown" for name in strange)])
+            takes = f"program {program.name} takes {', '.join(program.inputs) or 'nothing'}"
+            raise ContractError(f"{takes}; {wrong}: give each once")
         values = [inputs[name] for name in program.inputs]
     else:
         values = list(inputs)

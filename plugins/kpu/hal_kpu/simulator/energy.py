@@ -74,7 +74,7 @@ def energy(stats: ExecutionStats, profile: Profile) -> Energy:
         kind = mac_of(dtype)
         compute[kind] = compute.get(kind, 0.0) + macs * profile[f"energy.{kind}"] * 1e-12
     compute["vector"] = stats.vector_operations * profile["energy.vector"] * 1e-12
-    table = profile.figure("energy.dram")
+    table = profile.figures["energy.dram"]
     return Energy(
         levels={key: moved[key] for key in LEVELS},
         movers={key: moved[key] for key in MOVERS},

@@ -67,9 +67,9 @@ def check_fit(program: Program, profile: Profile) -> None:
         used[buffer.level] += need
         if used[buffer.level] > size:
             raise BufferTooSmallError(
-                f"program {program.name} on {profile.name}: {buffer.level} holds {size:,} B beside {program.arrays} arrays, "
-                f"{used[buffer.level]:,} B are needed, {need:,} B of them for buffer {buffer.name!r} ({buffer.slots} slots of "
-                f"{buffer.slot_bytes:,} B): use smaller tiles or fewer slots"
+                f"program {program.name} on {profile.name}: {buffer.level} holds {size:,} B beside {program.arrays} "
+                f"arrays, {used[buffer.level]:,} B are needed, {need:,} B of them for buffer {buffer.name!r} "
+                f"({buffer.slots} slots of {buffer.slot_bytes:,} B): use smaller tiles or fewer slots"
             )
 
 

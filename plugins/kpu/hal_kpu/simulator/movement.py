@@ -409,7 +409,7 @@ class Builder:
             need, buffer = rest.get("bytes", 0), self._buffers[name]
             if len(given) == 1 and opcode is not Opcode.VECTOR and need > buffer.slot_bytes:
                 raise ProgramError(
-                    f"program {self.name}: {opcode} gives {need} B to buffer {name!r} in {buffer.level}, whose slots hold "
-                    f"{buffer.slot_bytes} B: split the tile or make the slots larger"
+                    f"program {self.name}: {opcode} gives {need} B to buffer {name!r} in {buffer.level}, whose slots "
+                    f"hold {buffer.slot_bytes} B: split the tile or make the slots larger"
                 )
         self._open[-1].append(Instruction(opcode, engine, tiles, given, **rest))

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from hal_core.plugin_api import HalError, show_table
+from hal_core.plugin_api import HalError, Table
 
 from ..profiles.profile import Profile
 from .energy import Energy, energy
@@ -102,17 +102,15 @@ class Report:
             "energy": self.energy.to_dict(),
         }
 
-    def show(self) -> None:
-        """Print the tables."""
-        stats, total = self.stats, self.stats.cycles
-        head = f"{self.title} on {self.profile.name} (simulated, {stats.execution_backend})"
-        show_table(head, ["counter", "value"], [[name, _shown(getattr(stats, name))] for name in _COUNTERS])
-        rows = [
-            [name, f"{t.busy:,}", f"{t.stall:,}", f"{t.idle:,}", f"{t.busy / max(total, 1):.1%}"]
+    def tables(self) -> list[Table]:
+        """Counters, cycles by engine, roofline and energy, for people."""
+        stats, whole = self.stats, self.energy.total
+        counters = [[name, _shown(getattr(stats, name))] for name in _COUNTERS]
+        engines = [
+            [name, f"{t.busy:,}", f"{t.stall:,}", f"{t.idle:,}", f"{t.busy / max(stats.cycles, 1):.1%}"]
             for name, t in sorted(stats.engines.items())
         ]
-        show_table("Cycles by engine", ["engine", "busy", "stall", "idle", "busy"], rows)
-        rows = [
+        roofs = [
             [
                 r.level,
                 _amount(r.bytes, "B"),
@@ -124,15 +122,31 @@ class Report:
             ]
             for r in self.roofs
         ]
-        columns = ["level", "moved", "bandwidth", "op/B", "achieved", "roof", "of the roof"]
-        show_table(f"Roofline by memory level, peak {_amount(self.peak, 'op/s')}", columns, rows)
-        whole = self.energy.total
-        rows = [[name, _amount(j, "J"), f"{j / whole:.1%}" if whole else ""] for name, j in self.energy.parts().items()]
+        parts = [
+            [name, _amount(j, "J"), f"{j / whole:.1%}" if whole else ""] for name, j in self.energy.parts().items()
+        ]
         notes = [
-            f"Energy from counted actions x table ({self.energy.table}); process node: {self.energy.node}; calibrated: false.",
+            f"Energy from counted actions x table ({self.energy.table}); process node: {self.energy.node}; "
+            "calibrated: false.",
             f"Modelled from a profile whose worst figures are {self.profile.provenance()}: no KPU was measured.",
         ]
-        show_table("Energy by level", ["part", "energy", "share"], [*rows, ["total", _amount(whole, "J"), ""]], notes)
+        title = f"{self.title} on {self.profile.name} (simulated, {stats.execution_backend})"
+        levels = ["level", "moved", "bandwidth", "op/B", "achieved", "roof", "of the roof"]
+        peak = _amount(self.peak, "op/s")
+        return [
+            Table(title, ["counter", "value"], counters),
+            Table("Cycles by engine", ["engine", "busy", "stall", "idle", "busy share"], engines),
+            Table(f"Roofline by memory level, peak {peak}", levels, roofs),
+            Table("Energy by level", ["part", "energy", "share"], [*parts, ["total", _amount(whole, "J"), ""]], notes),
+        ]
+
+    def summary(self) -> str:
+        """The tables as plain text."""
+        return "\n\n".join(map(_text, self.tables()))
+
+    def show(self) -> None:
+        """Print the tables to standard output."""
+        print(self.summary())
 
     def draw(self, path: str | Path) -> Path:
         """Roofline and energy as a picture. The file's ending says which kind.
@@ -235,3 +249,10 @@ def _amount(value: float, unit: str) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
+
+
+def _text(table: Table) -> str:
+    lines = [list(table.columns), *map(list, table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([table.title, *rows, *table.notes])

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hal_core.plugin_api import ContractError, HalError, cache_dir, progress
+from hal_core.plugin_api import ContractError, HalError, Progress, cache_dir
 
 from .idx import IdxError, read_idx
 
@@ -61,6 +61,10 @@ FILES = {
 }
 
 
+def _silent(text: str, share: float) -> None:
+    """No progress is shown."""
+
+
 def load_mnist(
     split: str = "test",
     normalize: bool = True,
@@ -70,6 +74,7 @@ def load_mnist(
     root: str | Path | None = None,
     mirrors: Sequence[str] = MIRRORS,
     files: dict[str, tuple[DataFile, DataFile]] | None = None,
+    progress: Progress = _silent,
 ) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
     """Handwritten digits, 28 x 28.
 
@@ -79,6 +84,7 @@ def load_mnist(
         root: folder that holds the files, in itself or as torchvision's MNIST/raw, packed or not; what is missing is
             downloaded to MNIST/raw. None for HAL_KPU_DATA, or the project's cache. mirrors: URLs, tried in order.
         files: what is wanted of each split, for data that is laid out like MNIST; None for MNIST itself.
+        progress: called with what is downloaded, and the share of it that is here, 0 to 1.
 
     Returns:
         (images, labels): float32 or uint8, and int64 [n].
@@ -93,7 +99,7 @@ def load_mnist(
     if limit is not None and (not isinstance(limit, int) or limit < 0):
         raise ContractError(f"limit {limit!r} was given: pass a whole number from 0 on, or None for all")
     folder = data_root(root)
-    images, labels = (_values(file, folder, mirrors)[:limit] for file in known[split])
+    images, labels = (_values(file, folder, mirrors, progress)[:limit] for file in known[split])
     images = images.reshape(len(images), -1) if flatten else images[:, None]
     if normalize:
         images = images.astype(np.float32) / np.float32(255)
@@ -105,7 +111,7 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get(ROOT_VARIABLE) or cache_dir() / "datasets").expanduser()
 
 
-def _values(file: DataFile, root: Path, mirrors: Sequence[str]) -> NDArray[np.generic]:
+def _values(file: DataFile, root: Path, mirrors: Sequence[str], progress: Progress) -> NDArray[np.generic]:
     """A file's values: from where it lies, else from the first mirror that gives it whole."""
     raw, refused = root / "MNIST" / "raw", []
     for folder in dict.fromkeys((raw, root)):
@@ -117,7 +123,7 @@ def _values(file: DataFile, root: Path, mirrors: Sequence[str]) -> NDArray[np.ge
                 return _checked(file, path)
             except IdxError as error:
                 refused.append(f"{error}; it was left aside as {_left_aside(path).name}")
-    return _downloaded(file, raw, mirrors, refused)
+    return _downloaded(file, raw, mirrors, refused, progress)
 
 
 def _checked(file: DataFile, path: Path) -> NDArray[np.generic]:
@@ -145,7 +151,9 @@ def _left_aside(path: Path) -> Path:
     return aside
 
 
-def _downloaded(file: DataFile, folder: Path, mirrors: Sequence[str], refused: list[str]) -> NDArray[np.generic]:
+def _downloaded(
+    file: DataFile, folder: Path, mirrors: Sequence[str], refused: list[str], progress: Progress
+) -> NDArray[np.generic]:
     """The values from the first mirror that gives the file with the right MD5; it then lies in `folder`."""
     target = folder / file.name
     try:
@@ -153,18 +161,17 @@ def _downloaded(file: DataFile, folder: Path, mirrors: Sequence[str], refused: l
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DatasetError(f"{folder} cannot be made ({error.strerror}): pass root= or set {ROOT_VARIABLE}") from None
-    with progress(f"MNIST, {file.name}") as show:
-        for mirror in mirrors:
-            url = f"{mirror.rstrip('/')}/{file.name}"
-            try:
-                with _fetched(url, target, show) as part:
-                    values = _checked(file, part)
-                    os.replace(part, target)
-                    return values
-            except IdxError as error:
-                refused.append(f"{url}: {error}")
-            except (OSError, HTTPException, ValueError) as error:
-                refused.append(f"{url}: {str(error) or type(error).__name__}")
+    for mirror in mirrors:
+        url = f"{mirror.rstrip('/')}/{file.name}"
+        try:
+            with _fetched(url, target, progress) as part:
+                values = _checked(file, part)
+                os.replace(part, target)
+                return values
+        except IdxError as error:
+            refused.append(f"{url}: {error}")
+        except (OSError, HTTPException, ValueError) as error:
+            refused.append(f"{url}: {str(error) or type(error).__name__}")
     reasons = "; ".join(refused) or "no mirror was given"
     where = f"{mirrors[0].rstrip('/')}/" if mirrors else MIRRORS[0]
     raise DatasetError(
@@ -174,7 +181,7 @@ def _downloaded(file: DataFile, folder: Path, mirrors: Sequence[str], refused: l
 
 
 @contextmanager
-def _fetched(url: str, target: Path, show: Callable[[str, float], None]) -> Iterator[Path]:
+def _fetched(url: str, target: Path, progress: Progress) -> Iterator[Path]:
     """Download to a temporary file beside the target, with its ending; gone afterwards, or left aside where it is
     wrong.
 
@@ -189,7 +196,7 @@ def _fetched(url: str, target: Path, show: Callable[[str, float], None]) -> Iter
             while chunk := answer.read(_CHUNK):
                 file.write(chunk)
                 done += len(chunk)
-                show(url, min(done / promised, 1.0) if promised else 0.0)
+                progress(url, min(done / promised, 1.0) if promised else 0.0)
         if promised and done != promised:
             raise OSError(f"{done:,} of {promised:,} bytes came")
         yield part

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+from functorch.compile import make_boxed_func
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext
@@ -75,7 +75,7 @@ class KPUBackend:
         frame = getattr(CompileContext.current_compile_id(), "frame_id", None)
 
         def compiler(kind: str) -> Callable[..., Any]:
-            def compile_graph(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            def compile_graph(graph: GraphModule, inputs: Sequence[Any]) -> Any:
                 return make_boxed_func(CompiledGraph(graph, kind, frame, self._fidelity_now))
 
             return compile_graph

@@ -135,7 +135,8 @@ class Coverage:
 
     def notes(self) -> list[str]:
         """What the table does not say: breaks, bytes across, and each operator left to the host with its reason."""
-        head = f"{self.graphs} graph runs, {self.graph_breaks} graph breaks, {self.boundary_bytes:,} bytes between KPU and host"
+        ran = f"{self.graphs} graph runs, {self.graph_breaks} graph breaks"
+        head = f"{ran}, {self.boundary_bytes:,} bytes between KPU and host"
         basis = {
             "modelled": f"KPU time is modelled ({self.fidelity}, simulated); the host's is this machine's clock",
             "measured": "time is this machine's clock over values it computes itself: no model of the KPU's time",

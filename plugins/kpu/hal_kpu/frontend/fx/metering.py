@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from hal_core.plugin_api import HalError, meter_var, registry
+from hal_core.plugin_api import HalError, current_meter, find_devices, open_session
 
 from ...cost import Cost
+from ...profiles.profile import Profile
 from ...runtime.settings import current_profile
 from ...runtime.timing import time_program
 from ...simulator.energy import energy
@@ -22,15 +21,17 @@ def meter_run(run: Run) -> None:
     Time and energy are modelled on the machine of kpu:0, at tile level also where values were BEHAVIORAL: the host's
     clock is not the device's, nor is what the host ran.
     """
-    meter = meter_var.get()
+    meter = current_meter()
     if meter is None or not run.plans:
         return
     try:
-        device = registry.find(DEVICE)[0]
+        device, session = find_devices(DEVICE)[0], open_session(DEVICE)
     except HalError:
         return
-    backend: Any = registry.backend_of(device)
-    profile, fidelity = backend.profile, run.fidelity or TRANSACTIONAL
+    profile = getattr(session, "profile", None)
+    if not isinstance(profile, Profile):
+        return
+    fidelity = run.fidelity or TRANSACTIONAL
     for plan in run.plans:
         kept = profile == current_profile()  # the plan keeps its time on the process's machine
         stats = plan.time(fidelity) if kept else time_program(plan.program, fidelity, profile)

@@ -19,7 +19,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 from torch.utils.flop_counter import flop_registry
 
-from hal_core.plugin_api import meter_var
+from hal_core.plugin_api import current_meter
 
 from ...runtime.settings import current_profile
 from ...simulator.values import array_values
@@ -153,7 +153,7 @@ class CompiledGraph:
         if fidelity:
             run.timings = [plan.time(fidelity) for plan in run.plans]
         RECORDER.add(run, fidelity)
-        if meter_var.get() is not None:
+        if current_meter() is not None:
             from .metering import meter_run
 
             meter_run(run)

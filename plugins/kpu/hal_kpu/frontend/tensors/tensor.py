@@ -156,7 +156,8 @@ class Tensor:
         """
         if self.data is None:
             raise ContractError(
-                f"the values of {self!r} were asked for while tracing, when there are none yet: return it and read the result."
+                f"the values of {self!r} were asked for while tracing, when there are none yet: "
+                f"return it and read the result."
             )
         return self.data
 

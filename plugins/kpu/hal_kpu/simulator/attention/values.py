@@ -88,9 +88,14 @@ def _areas(request: AttentionRequest, part: Part) -> list[tuple[str, int]]:
 
 
 def workspace_size(request: AttentionRequest, block_k: int) -> int:
-    """float32 elements of the workspace that `forward` needs for a call cut into tiles of block_k keys."""
+    """float32 elements of the workspace that `forward` needs for a call cut into tiles of block_k keys.
+
+    Filled up to a sixteenth of the next power of two, or to a MiB, so that a pool of size classes has nothing to add.
+    """
     areas = _areas(request, part_of(request, block_k))
-    return -(-sum(count * (1 if dtype == "bool" else DTYPE_BYTES[dtype]) for dtype, count in areas) // 4)
+    needed = sum(count * (1 if dtype == "bool" else DTYPE_BYTES[dtype]) for dtype, count in areas)
+    step = min(max(1 << max(needed - 1, 0).bit_length() >> 4, 1 << 14), 1 << 20)
+    return -(-needed // step) * step // 4
 
 
 def described(call: Operands) -> AttentionRequest:

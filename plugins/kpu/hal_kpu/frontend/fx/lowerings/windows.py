@@ -120,7 +120,8 @@ def avg_pool2d_backward(
 @lowers(aten._adaptive_avg_pool2d.default)
 def adaptive_avg_pool2d(e: Emitter, x: Value, output_size: Sequence[int]) -> Value:
     x, added = _batched(e, x)
-    if tuple(output_size) == (1, 1) and math.prod(x.shape[-2:]):
+    height, width = x.shape[-2:]
+    if tuple(output_size) == (1, 1) and height * width:
         out = e.mean(x, (2, 3), keepdims=True)
     else:
         out = e.one("avg_pool", x, output_size=tuple(output_size))
