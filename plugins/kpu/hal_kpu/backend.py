@@ -104,7 +104,7 @@ class KPUDevices:
             batch=Range(0),
             length=Range(0),
             head_dim=Range(1, max(longest_head(self.profile, dtype) for dtype in _NUMERICS)),
-            tile_sizes=Range(1),
+            tile_sizes=Range(min(min(self.profile.arrays(dtype)[:2]) for dtype in _NUMERICS)),
             options=OPTIONS,
         )
 

@@ -22,7 +22,7 @@ from .simulator.opcodes.work import Work
 from .simulator.products.lowering import lower
 from .simulator.stats import ExecutionStats, new_stats
 from .simulator.transactional import run_transactional
-from .tiling import filled_up, shortened, steps_of
+from .tiling import filled_up, machine_of, shortened, steps_of
 
 #: What an estimate simulates at fidelity "cycle_accurate", which steps every DRAM page; see `tiling.LONGEST`.
 LONGEST_EXACT = 24
@@ -73,7 +73,7 @@ def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
 
     Cheap: one simulation serves all requests that are cut into equal tiles.
     """
-    machine, fidelity = machine_of(profile, request)
+    machine, fidelity = machine_of(profile, request), fidelity_of(request)
     work = filled_up(machine, request)
     short = shortened(machine, work, None if fidelity == "transactional" else LONGEST_EXACT)
     found = _attention_cost(machine, short, fidelity)
@@ -82,16 +82,9 @@ def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
     return attrs.evolve(found, scale=work.visible_macs / short.visible_macs)
 
 
-def machine_of(profile: Profile, request: AttentionRequest) -> tuple[Profile, str]:
-    """The machine at the clock, and the fidelity, that a request's options ask for."""
-    options = dict(request.options)
-    clock = options.get("clock_mhz")
-    return profile if clock is None else _clocked(profile, clock), options.get("fidelity", "transactional")
-
-
-@lru_cache(maxsize=64)
-def _clocked(profile: Profile, mhz: int) -> Profile:
-    return profile.replace(clock__frequency=mhz * 1e6)
+def fidelity_of(request: AttentionRequest) -> str:
+    """The simulator that a request's options ask for."""
+    return str(dict(request.options).get("fidelity", "transactional"))
 
 
 @lru_cache(maxsize=4096)
@@ -103,7 +96,7 @@ def _attention_cost(profile: Profile, request: AttentionRequest, fidelity: str) 
 
 def attention_memory(profile: Profile, request: AttentionRequest) -> int:
     """Bytes that a call allocates on the host at its peak: output, log-sum-exp and the workspace of the simulation."""
-    r, machine = request, machine_of(profile, request)[0]
+    r, machine = request, machine_of(profile, request)
     rows = r.batch * r.heads_q * r.len_q
     return rows * (r.dim_v * DTYPE_BYTES[r.dtype] + 4) + 4 * workspace_size(r, steps_of(machine, r)[1])
 

@@ -25,7 +25,7 @@ from hal_core.plugin_api import (
     UnsupportedError,
 )
 
-from .cost import Cost, attention_cost, attention_memory, machine_of, product_cost
+from .cost import Cost, attention_cost, attention_memory, fidelity_of, product_cost
 from .kernels.extra import KERNELS, ProductKernel
 from .profiles.profile import Profile
 from .simulator.attention.baseline import Comparison, compare
@@ -158,5 +158,6 @@ class KPUSession(SessionBase):
 
     def _products(self, request: AttentionRequest) -> AbstractContextManager[Any]:
         """Where matrix products take their values: at fidelity "cycle_accurate" from the PEs, stepped one by one."""
-        machine, fidelity = machine_of(self.profile, request)
-        return array_values(machine, "os") if fidelity == "cycle_accurate" else nullcontext()
+        if fidelity_of(request) != "cycle_accurate":
+            return nullcontext()
+        return array_values(self.profile, "os", dtype=request.dtype)

@@ -224,12 +224,25 @@ def shortened(profile: Profile, request: AttentionRequest, longest: int | None =
     if heads * group > most:
         heads = max(most // group, 1)
         r = replace(r, batch=1, heads_q=heads * group, heads_kv=heads)
-    tiles = r.len_q // rows * (r.len_k // keys)
-    if tiles > longest**2:
-        part = longest / tiles**0.5
-        len_q, len_k = (max(round(n * part / step), 1) * step for n, step in ((r.len_q, rows), (r.len_k, keys)))
-        r = replace(r, len_q=len_q, len_k=len_k)
+    down, right = r.len_q // rows, r.len_k // keys
+    if down * right > longest**2:
+        part = longest / (down * right) ** 0.5
+        down, right = (max(round(tiles * part), 1) for tiles in (down, right))
+        if min(down, right) == 1:  # the shorter side cannot be shortened any further
+            down, right = (min(tiles, 8 * longest) for tiles in (down, right))
+        r = replace(r, len_q=down * rows, len_k=right * keys)
     return r
+
+
+def machine_of(profile: Profile, request: AttentionRequest) -> Profile:
+    """The machine at the clock that a request's options ask for."""
+    clock = dict(request.options).get("clock_mhz")
+    return profile if clock is None else _clocked(profile, clock)
+
+
+@lru_cache(maxsize=64)
+def _clocked(profile: Profile, mhz: int) -> Profile:
+    return profile.replace(clock__frequency=mhz * 1e6)
 
 
 class KPUTiling(DenseTiling):
@@ -257,8 +270,8 @@ class KPUTiling(DenseTiling):
         if self.block_q is not None and self.block_k is not None:
             sizes = self.block_q, self.block_k
         else:
-            alike = shortened(self.profile, filled_up(self.profile, replace(request, tiling=None)))
-            cut = own_cut(self.profile, alike)
+            machine = machine_of(self.profile, request)
+            cut = own_cut(machine, shortened(machine, filled_up(machine, replace(request, tiling=None))))
             sizes = cut.block_q, cut.block_k
         low, high = limits.get("minimum", 1), limits.get("maximum", max(sizes))
         return TilePlan.equal(request, *(max(low, min(size, high)) for size in sizes), cut_by=self.cut_by)

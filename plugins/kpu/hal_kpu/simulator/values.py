@@ -36,16 +36,21 @@ class Counted:
 
 
 @contextmanager
-def array_values(profile: Profile, dataflow: Dataflow = "os") -> Iterator[Counted]:
-    """Products inside run on one array of the profile, tile after tile, every PE stepped."""
-    mode = _ArrayMode(profile, dataflow)
+def array_values(profile: Profile, dataflow: Dataflow = "os", *, dtype: str | None = None) -> Iterator[Counted]:
+    """Products inside run on one array of the profile, tile after tile, every PE stepped.
+
+    Args:
+        dtype: of the operands, which chooses the kind of array, where they are held in a wider type; None: their own.
+    """
+    mode = _ArrayMode(profile, dataflow, dtype)
     with mode:
         yield mode.counted
 
 
 class _ArrayMode(TorchDispatchMode):
-    def __init__(self, profile: Profile, dataflow: Dataflow) -> None:
+    def __init__(self, profile: Profile, dataflow: Dataflow, dtype: str | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
         self.profile, self.dataflow, self.counted = profile, dataflow, Counted()
 
     def __torch_dispatch__(
@@ -60,7 +65,7 @@ class _ArrayMode(TorchDispatchMode):
 
     def product(self, a: Tensor, b: Tensor, exact: bool = False) -> Tensor:
         """[batch, M, K] by [batch, K, N], in the operands' type; in the accumulators' type where `exact`."""
-        rows, cols, _ = self.profile.arrays(str(a.dtype).removeprefix("torch."))
+        rows, cols, _ = self.profile.arrays(self.dtype or str(a.dtype).removeprefix("torch."))
         wide = [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (a, b)]
         done = multiply(wide[0].numpy(), wide[1].numpy(), rows, cols, self.dataflow)
         self.counted.products += 1
@@ -77,6 +82,10 @@ def _mm(mode: _ArrayMode, a: Tensor, b: Tensor) -> Tensor:
 
 def _bmm(mode: _ArrayMode, a: Tensor, b: Tensor) -> Tensor:
     return mode.product(a, b)
+
+
+def _bmm_out(mode: _ArrayMode, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return out.copy_(mode.product(a, b))
 
 
 def _mv(mode: _ArrayMode, a: Tensor, v: Tensor) -> Tensor:
@@ -233,6 +242,7 @@ def _weight_gradient(mode: _ArrayMode, grad: Tensor, x: Tensor, w: Tensor, conv:
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.bmm.default: _bmm,
+    aten.bmm.out: _bmm_out,
     aten.mv.default: _mv,
     aten.dot.default: _dot,
     aten.addmm.default: _addmm,
