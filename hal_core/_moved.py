@@ -13,8 +13,10 @@ from typing import Any
 #: Old module name: where its names are now, looked through in order.
 _PLACES = {
     "attention": "frontend.api",
-    "bench": "testing.bench_setup",
+    "bench": "testing.bench_setup hal_cli.bench hal_cli.bench_picture",
     "capabilities": "capability",
+    "cli": "hal_cli.main",
+    "console": "hal_cli.output hal_cli.progress",
     "context": "options",
     "contract": "frontend.validation",
     "device": "device_info",
@@ -51,4 +53,6 @@ class _Alias(ModuleType):
 def install() -> None:
     for old, places in _PLACES.items():
         name = f"hal_core.{old}"
-        sys.modules.setdefault(name, _Alias(name, [f"hal_core.{place}" for place in places.split()]))
+        sys.modules.setdefault(
+            name, _Alias(name, [p if p.startswith("hal_") else f"hal_core.{p}" for p in places.split()])
+        )

@@ -1,7 +1,8 @@
 """Who may use what: a policy file read before any plugin is discovered. Without a file everything is allowed.
 
-The file is named by HAL_ACCESS, or is /etc/hal/access.toml. It holds a table for callers named by `hal_core.caller`, and one
-for everybody else; patterns are shell-style. What is not listed is denied, and so is everything where the file is damaged:
+The file is named by HAL_ACCESS, or is /etc/hal/access.toml. It holds a table for callers named by `hal_core.caller`,
+and one for everybody else; patterns are shell-style. What is not listed is denied, and so is everything where the file
+is damaged:
 
     [default]
     devices = ["cpu:*"]
@@ -65,7 +66,9 @@ class AccessPolicy:
             self.problem = f"the access policy {path} cannot be used ({error}), so everything is denied"
 
     def why_not(self, kind: str, name: str) -> str:
-        """ "" where the current caller may use `name` ("devices", "kernels") or register ("register"); else one sentence."""
+        """ "" where the current caller may use `name` ("devices", "kernels") or register ("register"); else one
+        sentence.
+        """
         if self.path is None:
             return ""
         who = _caller.get()

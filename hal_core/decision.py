@@ -1,4 +1,6 @@
-"""Why a call runs where it runs, as data: the policy that chose, every candidate, and the decision. Nothing here decides."""
+"""Why a call runs where it runs, as data: the policy that chose, every candidate, and the decision. Nothing here
+decides.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,9 @@ class Decision:
 
     @property
     def winner(self) -> Candidate:
-        """The chosen candidate. Raises UnsupportedError where there is none, MemoryLimitError where memory alone refuses."""
+        """The chosen candidate. Raises UnsupportedError where there is none, MemoryLimitError where memory alone
+        refuses.
+        """
         for candidate in self.candidates:
             if candidate.device.id == self.chosen:
                 return candidate
@@ -176,8 +180,12 @@ class Decision:
         return "\n".join([*lines, *folded, f"{can}Nothing was run."])
 
     def _folded(self) -> tuple[list[Candidate], list[str]]:
-        """Candidates to show one by one, and lines that name those that automatic selection leaves out as not hardware."""
-        shown, able, unable = [], [], []
+        """Candidates to show one by one, and lines that name those that automatic selection leaves out as not
+        hardware.
+        """
+        shown: list[Candidate] = []
+        able: list[Candidate] = []
+        unable: list[Candidate] = []
         for candidate in self.candidates:
             codes = {refusal.code for refusal in candidate.refusals}
             (shown if Code.FIDELITY not in codes else able if len(codes) == 1 else unable).append(candidate)

@@ -1,4 +1,6 @@
-"""The hooks of a plugin and what they return. An entry point of the group `hal.plugins` names a light module with them."""
+"""The hooks of a plugin and what they return. An entry point of the group `hal.plugins` names a light module with
+them.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,12 @@ class KernelSpec:
 
 
 class Table(NamedTuple):
-    """A table that a command returns: a title, column names, rows of texts, and sentences below it."""
+    """A table that a command prints.
+
+    Attributes:
+        title: a heading; "" for none. columns: the names of the columns.
+        rows: one sequence of texts per row, as many as there are columns. notes: sentences below the table.
+    """
 
     title: str
     columns: Sequence[str]
@@ -69,7 +76,13 @@ class Table(NamedTuple):
 
 
 class CommandResult(NamedTuple):
-    """What a command returns: `data` for --json, tables and sentences for people, and the exit status."""
+    """What a command returns: it never prints.
+
+    Attributes:
+        data: what `--json` prints: dicts, lists, texts, numbers, booleans and None.
+        tables, text: what is printed without `--json`: the tables, and then the sentences.
+        exit_code: 0 for success, 1 where a check failed.
+    """
 
     data: Any
     tables: Sequence[Table] = ()
@@ -104,6 +117,9 @@ class Hooks:
 
     @hookspec
     def hal_commands(self, subparsers: Any) -> None:
-        """Add subcommands to `hal`. `subparsers` is argparse's; set_defaults(run=f), where f takes the namespace and
-        returns a `CommandResult`.
+        """Add subcommands to `hal`.
+
+        `subparsers` is what argparse's `add_subparsers` returned. Each command calls `set_defaults(run=f)`, where
+        `f(args) -> CommandResult`; `--json` is added to every command by hal-cli, and `args.progress(text, share)`
+        shows the progress of long work.
         """

@@ -74,13 +74,14 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
     _origin = "use"
 
     def __init__(self, backend: str | None = None, **overrides: Any) -> None:
-        self._depth, self._was_entered = 0, False
+        self._depth, self._was_entered = 0, True
         self.overrides = _overrides(self._origin, () if backend is None else (backend,), overrides)
+        self._was_entered = False
 
     def __enter__(self) -> Self:
+        self._was_entered = True
         for name in self.overrides.names:
             registry.entry(name)
-        self._was_entered = True
         try:
             self._depth += 1
             _apply((*_entered.get(), self))
@@ -133,9 +134,10 @@ class prefer(use):  # noqa: N801
     _origin = "prefer"
 
     def __init__(self, backends: Sequence[str], **overrides: Any) -> None:
-        super().__init__(None, **overrides)
         if isinstance(backends, str) or not backends:
+            self._was_entered = True
             raise ContractError(f"prefer({backends!r}) was given: pass a list of backend names")
+        super().__init__(None, **overrides)
         self.overrides = attrs.evolve(self.overrides, names=backends)
 
 
@@ -157,8 +159,8 @@ def configure(
 
     Args:
         backend, overrides: as for `use`, for every call that says nothing itself.
-        memory_limit: bytes, for every device or by device id. A call whose result and workspace would exceed it, on top of
-            what the device's memory manager holds, is refused before anything is allocated.
+        memory_limit: bytes, for every device or by device id. A call whose result and workspace would exceed it, on top
+            of what the device's memory manager holds, is refused before anything is allocated.
 
     HAL_BACKEND is read when a decision is made; call `configure()` after changing it in a running process.
     """
