@@ -177,8 +177,8 @@ def cut_into(profile: Profile, request: AttentionRequest, block_q: int, block_k:
 
 
 def _smaller(block: int, piece: int) -> int:
-    """The next smaller equal piece of a block."""
-    number = -(-block // piece) + 1
+    """The next smaller equal piece of a block; `piece` is 2 or more."""
+    number = -(-block // (piece - 1))  # the fewest pieces of which each is smaller
     return -(-block // number)
 
 
