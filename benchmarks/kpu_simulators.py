@@ -156,7 +156,8 @@ def main() -> None:
     rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
     notes = [
         "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not calibrated.",
-        "The whole run of CYCLE_ACCURATE holds the choice of the schedule, every DRAM page visit, and the PEs with values.",
+        "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs with "
+        "values.",
     ]
     record.publish(
         options, "kpu", "Simulators of the KPU", ["what", "measured", "bar"], rows, notes, section="Simulators"

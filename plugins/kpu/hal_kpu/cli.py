@@ -103,7 +103,7 @@ def add_commands(subparsers: Any) -> None:
         (
             _report,
             "report",
-            "what share of a model torch.compile puts on the KPU",
+            "how much of a model torch.compile runs on the KPU",
             [
                 (
                     "model",

@@ -89,8 +89,8 @@ class KPUSession(SessionBase):
         """Bind operands to a request and a plan. Host tensors are read where they lie.
 
         Args:
-            tile_size: rows and keys of square blocks; None for the machine's own cut. plan: a tiling's plan of equal
-                blocks, which goes before both.
+            tile_size: rows and keys of square blocks; None for the machine's own cut.
+            plan: a tiling's plan of equal blocks, which takes precedence.
 
         Raises:
             UnsupportedError: a plan of uneven ranges.

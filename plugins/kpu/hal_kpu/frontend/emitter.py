@@ -1,6 +1,6 @@
 """Writes a DFX program by running it: each operation is computed as it is emitted, and its result gives shape and type.
 
-On torch's meta device nothing is computed and shapes alone are found. Operations nobody needs are left out at the end.
+On torch's meta device only shapes are computed. Operations whose results are unused are removed at the end.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Emitter:
     """Collects operations. `one` and `many` emit; `reshape`, `cast` and the like leave out what changes nothing.
 
     Args:
-        optimize: whether products read transposed operands themselves, and what nobody reads is left out.
+        optimize: fold transpositions into the products that read them, and remove operations whose results are unused.
     """
 
     def __init__(self, name: str = "main", optimize: bool = True) -> None:
@@ -160,7 +160,7 @@ class Emitter:
         return inputs[0] if found else None
 
     def program(self, outputs: Sequence[Value]) -> DFXProgram:
-        """The program that gives `outputs`, without operations that nobody needs."""
+        """The program that computes `outputs`, without operations whose results are unused."""
         needed = {value.name for value in outputs}
         kept: list[DFXOp] = []
         for op in reversed(self._ops):

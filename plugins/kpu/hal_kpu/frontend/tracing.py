@@ -34,7 +34,7 @@ class CompiledFunction:
     """A function that runs on the KPU. Traced once for each set of shapes and types it is called with.
 
     Tensors that it closes over are weights: read at each run, from the Tensor object that was there when it was traced.
-    Other arguments, such as numbers, are fixed at tracing, and another value traces anew.
+    Other arguments, such as numbers, are constants of the trace: another value is traced separately.
 
     Attributes:
         graph, dfx: of the last call; None before the first.
@@ -204,7 +204,7 @@ def compile(func: Callable[..., Any] | None = None, *, fidelity: int | None = 0,
 
     Args:
         fidelity: BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2); None: what `set_fidelity` says at each call.
-        optimize: whether transpositions go into the products that read them, and what nobody reads is left out.
+        optimize: fold transpositions into the products that read them, and remove operations whose results are unused.
     """
     from ..simulator.fidelity import check_fidelity
 

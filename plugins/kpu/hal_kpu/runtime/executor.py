@@ -12,7 +12,7 @@ from ..simulator.opcodes.table import OPCODES
 
 
 class Executor:
-    """A program with its names resolved to places in a list; a tensor is let go after its last use.
+    """A program with its names resolved to places in a list. A tensor is released after its last use.
 
     `run(inputs)` takes tensors in the order of program.inputs and gives those of program.outputs.
     """

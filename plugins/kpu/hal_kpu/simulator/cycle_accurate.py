@@ -65,7 +65,7 @@ def run_cycle_accurate(
 
 
 def accurate_below(program: Program, profile: Profile, limit: int) -> int | None:
-    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as
+    """Cycles of a program if they stay below `limit` (0: no limit), else None, returned as early as
     possible.
     """
     memory = BankedMemory(Timing.of(profile))

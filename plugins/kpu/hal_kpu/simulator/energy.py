@@ -1,5 +1,5 @@
-"""Energy as counted actions times a table, by memory level; static energy apart. No table is calibrated, and it says
-so.
+"""Energy as counted actions times a table, by memory level, with static energy as a part of its own. No table is
+calibrated, which every result states.
 """
 
 from __future__ import annotations

@@ -429,7 +429,7 @@ class Engines:
     def _skip(
         self, turn: _Turn, mark: _Mark, times: int, period: int, newest: Sequence[int], freed: Sequence[int]
     ) -> None:
-        """Take over `times` repetitions of what happened since a mark, `period` cycles apart."""
+        """Repeat `times` times what happened since a mark, every `period` cycles."""
         self._entries.append(Repeat(mark.entries, len(self._entries), times, period))
         self._reused += times * (self._done - mark.done)
         self._done += times * (self._done - mark.done)

@@ -36,7 +36,7 @@ class ProgramError(ContractError):
 
 
 class Opcode(enum.StrEnum):
-    """What an engine can be told."""
+    """The instructions of the engines."""
 
     DMA_LOAD_TILE = "DMA_LOAD_TILE"
     DMA_STORE_TILE = "DMA_STORE_TILE"

@@ -22,7 +22,7 @@ class Run:
     Attributes:
         program, profile: what ran where. fidelity: "transactional" or "cycle_accurate".
         timeline: when. memory: what the DRAM did. refreshes: of each bank (banked memory; else empty).
-        reused: the timing of equal tiles was taken over from one that was simulated in less detail than the fidelity
+        reused: the timing of equal tiles was reused from one that was simulated in less detail than the fidelity
             says.
     """
 

@@ -60,7 +60,7 @@ class Timeline:
         engines: busy, stall and idle cycles by engine.
         entries: (instruction number, start, end), or `Repeat`, in no particular order of time.
         instructions: by number.
-        reused: instructions whose timing was taken over from an exact repetition.
+        reused: instructions whose timing was copied from an exact repetition.
     """
 
     makespan: int

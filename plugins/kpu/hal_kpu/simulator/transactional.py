@@ -1,7 +1,8 @@
 """TRANSACTIONAL: tile-level events on the same engines, buffers and memory order, without stepping the PEs.
 
 An array tile takes the cycles of its closed form and a transfer the time of its pages on average, refreshes included.
-Loops whose state repeats are taken over exactly (`Engines`), so that a large product costs no more than a small one.
+Iterations that repeat an earlier state are reused exactly (`Engines`), so that a large product costs no more than a
+small one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def run_transactional(program: Program, profile: Profile, fault: Fault | None = 
 
 
 def cycles_below(program: Program, profile: Profile, limit: int) -> int | None:
-    """Cycles of a program where they stay below `limit` (0: whatever they are), else None, told as early as
+    """Cycles of a program if they stay below `limit` (0: no limit), else None, returned as early as
     possible.
     """
     try:

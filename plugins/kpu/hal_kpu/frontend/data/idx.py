@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hal_core.plugin_api import ContractError, HalError, listing
 
-#: The third byte of the magic number, and the big-endian type that it stands for.
+#: The third byte of the magic number, and the big-endian type that it encodes.
 TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 

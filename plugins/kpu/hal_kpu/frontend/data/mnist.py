@@ -84,7 +84,7 @@ def load_mnist(
         root: folder that holds the files, in itself or as torchvision's MNIST/raw, packed or not; what is missing is
             downloaded to MNIST/raw. None for HAL_KPU_DATA, or the project's cache. mirrors: URLs, tried in order.
         files: what is wanted of each split, for data that is laid out like MNIST; None for MNIST itself.
-        progress: called with what is downloaded, and the share of it that is here, 0 to 1.
+        progress: called with the URL that is downloaded and the fraction of it that has arrived, 0 to 1.
 
     Returns:
         (images, labels): float32 or uint8, and int64 [n].
@@ -145,7 +145,7 @@ def _checked(file: DataFile, path: Path) -> NDArray[np.generic]:
 
 
 def _left_aside(path: Path) -> Path:
-    """Rename a file that is not what it should be, so that nobody reads it again and nothing is lost."""
+    """Rename a file that failed its checks, so that it is not read again and nothing is lost."""
     aside = path.with_name(path.name + ".corrupt")
     os.replace(path, aside)
     return aside

@@ -117,7 +117,7 @@ def _check_order(program: Program) -> None:
 
 
 def _cycle(program: Program, writer: Mapping[str, int]) -> list[str]:
-    """Operations that wait on each other in a ring, as places; empty where there is none."""
+    """The operations of a dependency cycle, as places; empty where there is none."""
     needs = [sorted({writer[name] for name in op.inputs if name in writer}) for op in program.ops]
     state = [0] * len(needs)  # 0 unseen, 1 on the path, 2 done
     for start in range(len(needs)):

@@ -16,7 +16,7 @@ _OP_FIELDS = {"opcode": str, "inputs": list, "outputs": list, "attrs": dict}
 
 
 def read_program(data: Any, version: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Take a program's dictionary apart: (head, tensors, ops), every field of the type it must have.
+    """The parts of a program's dictionary, (head, tensors, ops), with every field of the type it must have.
 
     Raises:
         DFXError: a field that is missing or of another type, or a version this program cannot read.

@@ -42,7 +42,7 @@ def _tuples(value: Any) -> Any:
 
 @attrs.frozen
 class DFXOp:
-    """One operation: an opcode of `hal_kpu.opcodes.OPCODES`, names of the tensors it reads and writes, and its
+    """One operation: an opcode of `hal_kpu.OPCODES`, names of the tensors it reads and writes, and its
     attributes.
     """
 

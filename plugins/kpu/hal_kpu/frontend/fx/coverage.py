@@ -1,4 +1,4 @@
-"""What share of a compiled model the KPU ran: nodes, multiply-accumulates, bytes and time, and what was left to the
+"""How much of a compiled model the KPU ran: nodes, multiply-accumulates, bytes and time, and what was left to the
 host.
 """
 
@@ -32,7 +32,7 @@ class GraphRecord:
 
     Attributes:
         kind: "forward", "backward" or "inference". frame: which piece of the user's code it is of.
-        nodes: operators in it; sizes, checks and the taking apart of tuples are not counted. kpu_nodes: of those, on
+        nodes: operators in it; sizes, checks and the unpacking of tuples are not counted. kpu_nodes: of those, on
             the KPU. fallback: the others.
     """
 
@@ -56,7 +56,7 @@ class Run:
 
 @attrs.frozen(kw_only=True)
 class Coverage:
-    """What share of some runs was the KPU's.
+    """How much of some runs the KPU did.
 
     Attributes:
         graphs: runs of compiled graphs. graph_breaks: pieces that the model was compiled in, less one.

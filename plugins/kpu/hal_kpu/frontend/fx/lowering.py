@@ -46,7 +46,7 @@ _CHECKS = {
 
 
 def is_operator(node: Node) -> bool:
-    """Whether a node computes tensors. Sizes, checks and the taking apart of tuples are the host's control flow."""
+    """Whether a node computes tensors. Sizes, checks and the unpacking of tuples are the host's control flow."""
     if node.op != "call_function" or node.target is operator.getitem:
         return False
     if isinstance(node.target, OpOverload):
@@ -198,7 +198,7 @@ def _call(emitter: Emitter, node: Node, env: dict[Node, Any]) -> Any:
         return LOWERINGS[node.target](emitter, *args, **kwargs)
     if not isinstance(node.target, OpOverload):
         assert callable(node.target)
-        return node.target(*args, **kwargs)  # Python's arithmetic on sizes, or taking a tuple apart
+        return node.target(*args, **kwargs)  # Python's arithmetic on sizes, or unpacking a tuple
     if node.target.overloadpacket.__name__.startswith("sym_"):
         return node.target(*(item.tensor if isinstance(item, Value) else item for item in args), **kwargs)
     if node.target is aten._assert_scalar.default:

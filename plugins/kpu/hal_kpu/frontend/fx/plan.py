@@ -26,7 +26,7 @@ class Plan:
         self._timed: tuple[Any, ExecutionStats] | None = None
 
     def time(self, fidelity: int) -> ExecutionStats:
-        """What a run costs at a timed fidelity on the process's machine; worked out once."""
+        """What a run costs at a timed fidelity on the process's machine; computed once."""
         machine = (fidelity, current_profile())
         if self._timed is None or self._timed[0] != machine:
             self._timed = machine, time_program(self.program, fidelity, machine[1])

@@ -115,7 +115,7 @@ class DFXEmitter:
     """`DFXEmitter().emit(graph)` gives the program: inputs first, then constants, in the graph's order.
 
     Args:
-        optimize: whether transpositions go into the products that read them, and what nobody reads is left out.
+        optimize: fold transpositions into the products that read them, and remove operations whose results are unused.
     """
 
     def __init__(self, optimize: bool = True) -> None:

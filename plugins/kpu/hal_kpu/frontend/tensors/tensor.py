@@ -1,4 +1,4 @@
-"""`Tensor`: data for the KPU's tracing API. Holds a torch tensor of any type, or stands for one while a function is
+"""`Tensor`: data for the KPU's tracing API. Holds a torch tensor of any type, or is a symbol while a function is
 traced.
 """
 
@@ -95,7 +95,7 @@ class Tensor:
 
     @classmethod
     def symbolic(cls, meta: TensorMeta, graph: object) -> Tensor:
-        """What stands for a tensor of `graph` while a function is traced."""
+        """The symbol of a tensor of `graph` while a function is traced."""
         tensor = cls.__new__(cls)
         tensor.data, tensor.name, tensor._graph, tensor._meta = None, meta.name, graph, meta
         return tensor
@@ -145,7 +145,7 @@ class Tensor:
         return self.size
 
     def is_symbolic(self) -> bool:
-        """Whether it stands for a tensor while a function is traced, and has no values."""
+        """Whether it is a symbol of a function that is being traced, and has no values."""
         return self.data is None
 
     def values(self) -> torch.Tensor:

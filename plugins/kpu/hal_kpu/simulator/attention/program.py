@@ -1,6 +1,6 @@
 """Fused attention as a movement program: which tiles move where, and what the array and the vector unit do with them.
 
-For every tile of keys and every tile of a block's rows that sees it (`attention_blocks` has the cutting):
+For every tile of keys and every tile of a block's rows that sees it (`tiling` has the cutting):
 
     array   S = Q K^T          vector  weights of S, with the largest score and the sum so far
     array   W V                vector  the output so far, faded, plus it

@@ -245,7 +245,7 @@ def _finish_scores(call: Operands, place: Place, scores: Tensor, space: _Workspa
 def backward(
     call: Operands, block_k: int, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None
 ) -> Grads:
-    """Gradients from a given (out, lse), weights made again tile by tile.
+    """Gradients from a given (out, lse), the weights recomputed tile by tile.
 
     Args:
         out, grad_out: [batch, heads_q, len_q, dim_v]. lse: float32 [batch, heads_q, len_q]. grad_lse: of it; None for
@@ -271,7 +271,7 @@ def backward(
             weights = scores.sub_(level[at]).exp_()
             arriving = grad_out[at].to(call.query.dtype)
             grad = weights * (_product(arriving, _tile(call.value, place).transpose(-1, -2)) - delta[at])
-            grad.masked_fill_(unread[at], 0)  # also where a value that nobody reads is infinite or NaN
+            grad.masked_fill_(unread[at], 0)  # also where a hidden value is infinite or NaN
             held, tile = (place.batch, place.heads, place.keys), weights.to(call.query.dtype)
             value[held] += _gathered(tile, arriving, call)
             if mask is not None:
@@ -306,7 +306,7 @@ def _parts(request: AttentionRequest, block_k: int) -> Iterator[tuple[slice, sli
 
 
 def _key_tiles(call: Operands, batch: slice, heads: slice, rows: slice, block_k: int) -> Iterator[Place]:
-    """Tiles of keys in order, each with those of the rows that see some of it; tiles that nobody sees are left out."""
+    """Tiles of keys in order, each with the rows that read some of it; tiles that no row reads are left out."""
     len_q, len_k = call.query.shape[2], call.key.shape[2]
     low, high = call.request.band(len_q, len_k)
     query_heads = _query_heads(call, heads)

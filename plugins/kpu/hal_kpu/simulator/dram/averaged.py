@@ -81,7 +81,7 @@ def _turns(place: Place) -> int:
 
 
 def _samples(timing: Timing, place: Place) -> Place:
-    """What stands for all places that cost the same but for where in a page they begin.
+    """The representative of all places that differ only in where in a page they begin.
 
     Its steps are where the innermost loop begins in the samples `_OUTER` of the loops around it, then that loop's own
     step.

@@ -48,7 +48,7 @@ def scalar_tensor(e: Emitter, number: Number, *, dtype: torch.dtype | None = Non
 
 @lowers(aten.empty.memory_format, aten.empty_strided.default, aten.empty_permuted.default)
 def empty(e: Emitter, shape: Sequence[int], *order: Any, dtype: torch.dtype | None = None, **options: Any) -> Value:
-    """Zeros: memory whose content nobody may rely on."""
+    """Zeros, for memory whose content is undefined."""
     _on_host(options)
     return e.one("fill", shape=tuple(shape), scalar=0, dtype=_name(dtype))
 
