@@ -6,7 +6,7 @@
 # BOOTSTRAP=python3.12   the interpreter that .venv is built from
 
 BOOTSTRAP ?= python3
-FOLDERS := . $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml extensions/*/pyproject.toml)))
+FOLDERS := . $(patsubst %/pyproject.toml,%,$(sort $(wildcard libs/*/pyproject.toml plugins/*/pyproject.toml extensions/*/pyproject.toml)))
 PROJECTS := $(addsuffix /pyproject.toml,$(FOLDERS))
 SYSTEM_PACKAGES := $(wildcard plugins/*/system-packages.txt)
 

@@ -1,4 +1,4 @@
-"""OpenCL devices of hal_core. This module holds the hook alone; no driver is loaded until the device is used."""
+"""OpenCL devices of hal_core: the plugin's hook. No driver is loaded until a device is used."""
 
 from hal_core.plugin_api import BackendSpec, hookimpl
 

@@ -1,4 +1,4 @@
-"""OpenCL devices: what they are, what they run, what a call would cost."""
+"""The OpenCL backend: devices, capabilities, estimates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hal_compute.backend import ComputeBackend
 
 from hal_core.plugin_api import Device, DeviceUnavailableError, Session
 
-from .detect import find, is_cpu
+from . import cost
+from .discovery import find
 
 
 class OpenClBackend(ComputeBackend):
@@ -25,11 +26,13 @@ class OpenClBackend(ComputeBackend):
         return int(handle.global_mem_size), int(handle.max_mem_alloc_size)
 
     def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
-        handle = find().handles[device.id]
-        units = handle.max_compute_units
-        return (5e-5, 2e-3), (2e9 * units, 4e10 * units) if is_cpu(handle) else (2e9 * units, 1e11 * units)
+        return cost.assumed(find().handles[device.id])
+
+    def loaded_before_fork(self) -> bool:
+        return find().process.forked
 
     def open(self, device: Device) -> Session:
+        find().process.check(device.id)
         handle = find().handles.get(device.id)
         if handle is None:
             raise DeviceUnavailableError(f"{device.id} is not present: {find().reason or 'see `hal devices`'}")

@@ -1,4 +1,4 @@
-"""Vulkan devices: what they are, what they run, what a call would cost."""
+"""The Vulkan backend: devices, capabilities, estimates."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hal_core.plugin_api import (
     Session,
 )
 
-from .detect import find
-from .ladder import matrix_step
+from . import cost
+from .discovery import find
 
 _CAPABILITIES = attrs.evolve(
     CAPABILITIES,
@@ -28,7 +28,7 @@ _CAPABILITIES = attrs.evolve(
     numerics={**CAPABILITIES.numerics, "bfloat16": Numerics(relative=5e-3, lse=1e-3, gradient=2e-2)},
 )
 
-_LEAST_ROWS = 8  # of a work group, where a call has more
+_LEAST_ROWS = 8  # of a work group, for calls with more rows
 
 
 class VulkanBackend(ComputeBackend):
@@ -44,13 +44,13 @@ class VulkanBackend(ComputeBackend):
         return find().reason
 
     def capabilities(self, device: Device) -> Capabilities:
-        """Heads by the work groups of one dispatch: batch entries beyond the limit take several, heads cannot."""
+        """Heads are bounded by the work groups of one dispatch. Batch entries beyond it take several dispatches."""
         limits = find().adapters[device.id].limits
         most = min(limits[f"maxComputeWorkGroupCount{axis}"] for axis in "XY")
         return attrs.evolve(_CAPABILITIES, heads=Range(1, most))
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        """Memory, and the work groups of one dispatch for the rows of a unit."""
+        """Memory, and the work groups of one dispatch, which bound the rows of a unit."""
         from hal_compute.problem import PACK_BELOW
 
         yield from super().check(request, device)
@@ -64,11 +64,13 @@ class VulkanBackend(ComputeBackend):
         return adapter.memory, adapter.limits["maxStorageBufferRange"]
 
     def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
-        adapter = find().adapters[device.id]
-        fast = 2e14 if matrix_step(adapter, "float16") else 2e13
-        return (1e-4, 2e-2), (5e8, 2e10) if adapter.is_cpu else (1e11, fast)
+        return cost.assumed(find().adapters[device.id])
+
+    def loaded_before_fork(self) -> bool:
+        return find().process.forked
 
     def open(self, device: Device) -> Session:
+        find().process.check(device.id)
         adapter = find().adapters.get(device.id)
         if adapter is None:
             raise DeviceUnavailableError(f"{device.id} is not present: {find().reason or 'see `hal devices`'}")
