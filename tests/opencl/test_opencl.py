@@ -20,7 +20,6 @@ from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_opencl.backend", exc_type=ImportError)
 from hal_opencl import discovery, tiling  # noqa: E402
-from hal_opencl.kernels import attention  # noqa: E402
 
 WHY = """
 import hal_core as hal
@@ -136,7 +135,7 @@ def test_the_gpu_program_agrees_with_float64_on_any_device(
     """Local-memory tiles are a GPU's program; a CPU's driver runs them too, slowly."""
     shape = tiling.shape_of(room, dim, 75, 140)
     assert shape.local_bytes(dim) <= room
-    monkeypatch.setattr(attention, "shape_for", lambda *arguments: shape)
+    monkeypatch.setattr(session.tiling, "shape", lambda *arguments: shape)
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 4, 75, dim, generator=generator).to(dtype)
     key, value = (torch.randn(1, 2, 140, dim, generator=generator).to(dtype) for _ in range(2))
@@ -168,7 +167,7 @@ def test_the_gpu_program_for_few_rows_agrees_with_float64_on_any_device(
     shape = tiling.shape_of(49152, dim, 2 * rows, 700)
     assert shape.rows < 64
     assert shape.local_bytes(dim) <= 49152
-    monkeypatch.setattr(attention, "shape_for", lambda *arguments: shape)
+    monkeypatch.setattr(session.tiling, "shape", lambda *arguments: shape)
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 4, rows, dim, generator=generator)
     key, value = (torch.randn(1, 2, 700, dim, generator=generator) for _ in range(2))
@@ -198,7 +197,7 @@ def apart(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(engine, "is_cpu", lambda handle: False)
     monkeypatch.setattr(staging, "_SLOT", 8192)
-    monkeypatch.setattr(attention, "shape_for", lambda *arguments: tiling.Shape(16, 64))
+    monkeypatch.setattr(tiling, "shape_of", lambda *arguments: tiling.Shape(16, 64))
     with session.OpenClSession(device, discovery.find().handles[device.id]) as opened:
         yield opened
 

@@ -55,8 +55,6 @@ KERNEL_NAMES = frozenset({"vector_add", "reduce_sum", "matmul", "reaction_diffus
 class ComputeBackend(ABC):
     """The backend protocol, except for finding and opening devices."""
 
-    #: Whether keys are copied to tiles of 64, which takes more memory than short keys have.
-    packs_keys = True
     #: Tokens of the first long call of a calibration, with 8 heads of 64.
     calibration_length = 1024
 
@@ -95,15 +93,17 @@ class ComputeBackend(ABC):
                 'use multiprocessing.get_context("spawn")',
             )
         limit, most = self.room(device)
-        if (needed := self.memory(request)) > limit:
+        if (needed := self.memory(request, device)) > limit:
             yield Refusal(Code.MEMORY, "memory", f"{needed:,} bytes", f"{limit:,} bytes", "shorten the request")
-        if (largest := max(self._operands(request))) > most:
+        if (largest := self.largest_buffer(request, device)) > most:
             yield Refusal(
                 Code.MEMORY, "memory", f"a buffer of {largest:,} bytes", f"{most:,} bytes", "split the heads or keys"
             )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """Time from a calibration that has the request's dtype and place (see `calibrate.seconds`), or from assumed rates."""
+        """Time from a calibration that has the request's dtype and place (see `calibrate.seconds`), or from assumed
+        rates.
+        """
         measured = load(device)
         taken = None if measured is None else calibrate.seconds(measured.values, request)
         if taken is not None:
@@ -113,29 +113,18 @@ class ComputeBackend(ABC):
             macs = request.visible_macs * (4 if request.grads else 1)
             (least, most), (slow, fast) = self.assumed(device)
             span = Quantity(least + macs / fast, most + macs / slow, basis="declared", provenance="assumed")
-        return Estimate(time=span, memory=self.memory(request))
+        return Estimate(time=span, memory=self.memory(request, device))
 
-    def memory(self, request: AttentionRequest) -> int:
-        """The most bytes that a call allocates, results included. A mask that broadcasts takes less."""
-        queries, keys, mask = self._operands(request)
-        rows = request.batch * request.heads_q * request.len_q
-        return (6 if request.grads else 3) * queries + 4 * keys + mask + 64 * rows
+    @abstractmethod
+    def memory(self, request: AttentionRequest, device: Device) -> int:
+        """The most bytes that a call allocates, results included."""
 
-    def _operands(self, request: AttentionRequest) -> tuple[int, int, int]:
-        """Bytes of the query, the packed keys and the mask on the device."""
-        dim, len_k = max(request.dim_qk, request.dim_v), request.len_k
-        dim = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64  # as programs have it
-        if self.packs_keys:
-            len_k = -(-len_k // 64) * 64
-        queries = request.batch * request.heads_q * request.len_q
-        mask = 0 if request.mask is MaskKind.NONE else queries * request.len_k * 4
-        return queries * dim * 4, request.batch * request.heads_kv * len_k * dim * 4, mask
+    @abstractmethod
+    def largest_buffer(self, request: AttentionRequest, device: Device) -> int:
+        """Bytes of the largest buffer that the call's programs read or write."""
 
     def kernel_names(self, device: Device) -> frozenset[str]:
-        """Kernels whose specification is installed: without one nothing states the right result."""
-        from hal_core.plugin_api import registry
-
-        return KERNEL_NAMES & frozenset(registry.kernel_specs())
+        return KERNEL_NAMES
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
         """Seconds of a call, of copies and of work in each of the device's dtypes, see `calibrate.measure`."""

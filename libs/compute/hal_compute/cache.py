@@ -55,8 +55,8 @@ def _warn(folder: Path, reason: str) -> None:
     if folder not in _refused:
         _refused.add(folder)
         warnings.warn(
-            f"compiled programs are not cached: {folder} {reason}; run chmod 700 on it, or set HAL_CACHE to a folder of "
-            "your own",
+            f"compiled programs are not cached: {folder} {reason}; run chmod 700 on it, or set HAL_CACHE to a folder "
+            "of your own",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -1,4 +1,5 @@
-"""Kernels beside attention: vectors, matrices, and fields on periodic grids. Inputs and results are float32 on the host.
+"""Kernels beside attention: vectors, matrices, and fields on periodic grids. Inputs and results are float32 on the
+host.
 
 This module checks the arguments and allocates the results; the device's `Runner` runs the program of the same name.
 """

@@ -19,8 +19,8 @@ class OutOfMemoryError(MemoryLimitError):
     def __init__(self, name: str, whose: str, what: str, nbytes: int, limit: int) -> None:
         HalError.__init__(
             self,
-            f"{name} is out of {whose} memory in {what} ({nbytes:,} bytes asked): nothing was run; close other programs "
-            f"that use it, call trim(), or shorten the request",
+            f"{name} is out of {whose} memory in {what} ({nbytes:,} bytes asked): nothing was run; close other "
+            f"programs that use it, call trim(), or shorten the request",
         )
         self.requested, self.in_use, self.limit = nbytes, 0, limit
 
@@ -54,15 +54,21 @@ class DevicePool:
         alignment: int,
         largest: int,
         limit: int,
+        block: int = BLOCK,
+        borrows: bool = False,
     ) -> None:
         """Start empty.
 
         Args:
             create: allocates a block of so many bytes and returns its handle. destroy: frees it.
             alignment, largest: bytes, of every region. limit: bytes of all blocks.
+            block: bytes of a block, at least. borrows: whether blocks are buffers of the session's memory manager.
         """
         self._name, self._create, self._destroy = name, create, destroy
         self.alignment, self.largest, self.limit = alignment, largest, limit
+        self.block, self.borrows = min(block, largest), borrows
+        #: Bytes of the buffers that the blocks are; 0 unless it borrows them.
+        self.borrowed = 0
         self._blocks: list[_Block] = []
         self.in_use = self.peak = self.allocations = self.reuses = 0
 
@@ -93,7 +99,7 @@ class DevicePool:
                     block.free[place : place + 1] = [(offset + size, free - size)] if free > size else []
                     self.reuses += 1
                     return self._take(block, offset, size)
-        wanted = max(size, min(BLOCK, self.largest))
+        wanted = max(size, self.block)
         if self.reserved + wanted > self.limit:
             self.trim()
             wanted = size

@@ -1,8 +1,4 @@
-"""A call as the numbers and tables that attention programs read: visible band, mask, key ranges, sizes.
-
-Programs cut the work into units, blocks of a unit's rows, and splits of the keys. A unit has the query rows that read one
-key head together: those of one query head, or, where there are few, those of all query heads that share the key head.
-"""
+"""A call as the numbers and tables that attention programs read: visible band, mask, key ranges."""
 
 from __future__ import annotations
 
@@ -15,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, BlockPlan, Causal
+from hal_core.plugin_api import AttentionRequest, BlockPlan, Causal, TilePlan
+
+from .sizes import OPEN, Sizes
 
 #: Allocates an uninitialised host tensor of a shape and dtype from the session's memory, for the length of the call.
 Scratch = Callable[[Sequence[int], str], Tensor]
 
-OPEN = 1 << 30  # no bound
-#: Head sizes that programs exist for. Others are padded with zeros, which change no score.
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 #: The programs' parameters: 18 of int32, then 2 of float32. Strides are in elements.
 PARAMETERS = (
     "len_q",
@@ -47,8 +42,6 @@ PARAMETERS = (
     "softcap",
 )
 LAYOUT = "18i2f"
-PACK_BELOW = 32  # query rows below which the heads of a key head go into one unit
-MOST_SPLITS = 64  # of the keys of a row
 _SKIP_BLOCK = 64  # tokens of a tile of a mask that is skipped where every element is -inf
 _SKIP_FROM = 1 << 14  # elements of a mask below which hidden tiles are not looked for
 _TILES_AT_ONCE = 1 << 12
@@ -62,7 +55,7 @@ class Call(NamedTuple):
     key: Tensor
     value: Tensor
     request: AttentionRequest
-    plan: BlockPlan | None
+    plan: TilePlan | BlockPlan | None
     mask: Tensor | None
 
 
@@ -77,11 +70,11 @@ class Ranges(NamedTuple):
     """Key ranges that query blocks read.
 
     Attributes:
-        index: int32 [blocks + 1], where each query block's ranges begin. bounds: int32 [ranges, 2], (start, stop).
+        offsets: int32 [blocks + 1], where each query block's ranges begin. bounds: int32 [ranges, 2], (start, stop).
         batch_stride, head_stride: in query blocks; 0: broadcast. block_q: query rows in a block.
     """
 
-    index: Tensor
+    offsets: Tensor
     bounds: Tensor
     batch_stride: int
     head_stride: int
@@ -187,9 +180,9 @@ def _ranges(
         starts, stops = (edges == 1).nonzero()[:, 1], (edges == -1).nonzero()[:, 1]
         counts.append((edges == 1).sum(-1))
         bounds.append(torch.stack((starts * block_k, (stops * block_k).clamp(max=len_k)), 1))
-    index = scratch((batch * heads * blocks_q + 1,), "float32").view(torch.int32)
-    index[0] = 0
-    torch.cumsum(torch.cat(counts), 0, dtype=torch.int32, out=index[1:])
+    offsets = scratch((batch * heads * blocks_q + 1,), "float32").view(torch.int32)
+    offsets[0] = 0
+    torch.cumsum(torch.cat(counts), 0, dtype=torch.int32, out=offsets[1:])
     total = sum(map(len, bounds))
     ranges = scratch((max(total, 1), 2), "float32").view(torch.int32)
     ranges[:1] = 0  # a range that is never read, where there is none
@@ -197,64 +190,7 @@ def _ranges(
     for part in bounds:
         ranges[at : at + len(part)] = part
         at += len(part)
-    return Ranges(index, ranges, heads * blocks_q if batch > 1 else 0, blocks_q if heads > 1 else 0, block_q)
-
-
-def padded_dim(request: AttentionRequest) -> int:
-    """The head size of the program that serves a request: at least dim_qk and dim_v."""
-    return next(dim for dim in HEAD_DIMS if dim >= max(request.dim_qk, request.dim_v))
-
-
-def splits_of(blocks: int, len_k: int, tile: int, *, wanted: int, least: int) -> tuple[int, int]:
-    """(keys of a split, number of splits): enough splits that `blocks` blocks of query rows become about `wanted`.
-
-    Args:
-        tile: keys of a tile; splits have whole tiles. least: the fewest keys of a split.
-    """
-    if not 0 < blocks < wanted or len_k <= least:
-        return OPEN, 1
-    parts = min(-(-wanted // blocks), -(-len_k // least), MOST_SPLITS)
-    keys = -(-len_k // parts)
-    chunk = -(-keys // tile) * tile
-    return chunk, -(-len_k // chunk)
-
-
-class Sizes(NamedTuple):
-    """The sizes of a call that decide which program runs and how it cuts the work.
-
-    Attributes:
-        dim: padded head size. heads_per_unit, unit_rows, units: see the module.
-        range_rows: query rows that share key ranges; 0 where there are none, or all rows of a head share them.
-    """
-
-    batch: int
-    heads_q: int
-    heads_kv: int
-    len_q: int
-    len_k: int
-    dim: int
-    dtype: str
-    heads_per_unit: int
-    unit_rows: int
-    units: int
-    range_rows: int = 0
-
-    @classmethod
-    def of(cls, request: AttentionRequest, *, pack: bool, range_rows: int = 0, per_head: bool = False) -> Sizes:
-        """The sizes of a request.
-
-        Args:
-            pack: whether a unit may hold several heads. range_rows: query rows that share key ranges, 0 without ranges.
-            per_head: whether key ranges differ between heads.
-        """
-        batch, heads_q, heads_kv, len_q = request.batch, request.heads_q, request.heads_kv, request.len_q
-        group = heads_q // max(heads_kv, 1)
-        together = not range_rows or (range_rows >= len_q and not per_head)
-        per_unit = group if pack and group > 1 and len_q < PACK_BELOW and together else 1
-        units = batch * heads_q // per_unit
-        rows = range_rows if range_rows < len_q else 0
-        sizes = (batch, heads_q, heads_kv, len_q, request.len_k, padded_dim(request), request.dtype)
-        return cls(*sizes, per_unit, per_unit * len_q, units, rows)
+    return Ranges(offsets, ranges, heads * blocks_q if batch > 1 else 0, blocks_q if heads > 1 else 0, block_q)
 
 
 class Problem:
@@ -273,16 +209,12 @@ class Problem:
         )
         self.mask = None if call.mask is None else mask_of(call.mask, len_k, scratch)
         self.ranges: Ranges | None = None
-        if call.plan is not None:
+        if isinstance(call.plan, BlockPlan):
             self.ranges = ranges_of(call.plan, len_k, scratch)
         elif self.mask is not None:
             self.ranges = hidden_tiles(self.mask, len_q, scratch)
-        shared = (
-            {}
-            if self.ranges is None
-            else {"range_rows": self.ranges.block_q, "per_head": bool(self.ranges.head_stride)}
-        )
-        self.sizes = sizes = Sizes.of(request, pack=pack, **shared)
+        rows, per_head = (0, False) if self.ranges is None else (self.ranges.block_q, self.ranges.head_stride > 0)
+        self.sizes = sizes = Sizes.of(request, pack=pack, range_rows=rows, per_head=per_head)
         lower, upper = band(request, len_q, len_k)
         strides = (0, 0, 0) if self.mask is None else self.mask.strides
         self.parameters: dict[str, Any] = dict.fromkeys(PARAMETERS, 0) | {

@@ -23,8 +23,8 @@ class ProcessGuard:
         """Raise DeviceUnavailableError in a forked process. `name`: the device's id."""
         if self.forked:
             raise DeviceUnavailableError(
-                f"{name} cannot be used in a forked process, because its driver was loaded before the fork: use the spawn "
-                'start method (multiprocessing.get_context("spawn"))'
+                f"{name} cannot be used in a forked process, because its driver was loaded before the fork: use the "
+                'spawn start method (multiprocessing.get_context("spawn"))'
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -12,12 +12,14 @@ from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
     BlockPlan,
-    DenseTiling,
     Device,
     DeviceUnavailableError,
     Grads,
     MemoryManager,
-    SequenceTables,
+    SequenceMetadata,
+    SessionBase,
+    TilePlan,
+    TilingStrategy,
     UnsupportedError,
 )
 
@@ -47,17 +49,16 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-class ComputeSession(ABC):
+class ComputeSession(SessionBase, ABC):
     """An open device. Calls from several threads take turns. A subclass adds the device's programs.
 
     `lock` may be shared with `memory`. In a fork of the process that opened the session every call raises
     DeviceUnavailableError, and `close` gives nothing back: the driver's threads are not there.
     """
 
-    def __init__(self, engine: Engine, memory: MemoryManager, lock: DeviceLock) -> None:
-        self._engine, self._device, self._lock, self._closed = engine, engine.device, lock, False
-        self.memory = memory
-        self.tiling = DenseTiling()
+    def __init__(self, engine: Engine, memory: MemoryManager, tiling: TilingStrategy, lock: DeviceLock) -> None:
+        super().__init__(memory, tiling)
+        self._engine, self._device, self._lock = engine, engine.device, lock
 
     @abstractmethod
     def _forward(self, call: Call, out: Tensor | None) -> AttentionOutput:
@@ -71,9 +72,6 @@ class ComputeSession(ABC):
     def _runner(self) -> Runner:
         """Runs the kernels beside attention."""
 
-    @abstractmethod
-    def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]: ...
-
     def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
         return "explicit"
 
@@ -85,8 +83,8 @@ class ComputeSession(ABC):
             key: Tensor,
             value: Tensor,
             mask: Tensor | None = None,
-            plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None,
+            plan: TilePlan | BlockPlan | None = None,
+            tables: SequenceMetadata | None = None,
             rng: tuple[int, int] | None = None,
         ) -> Any:
             with self._lock:
@@ -104,8 +102,8 @@ class ComputeSession(ABC):
         tile_size: int | None = None,
         *,
         request: AttentionRequest,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        plan: TilePlan | BlockPlan | None = None,
+        tables: SequenceMetadata | None = None,
     ) -> Call:
         return Call(query, key, value, request, plan, None)
 
@@ -155,36 +153,26 @@ class ComputeSession(ABC):
     @property
     def device_seconds(self) -> float | None:
         """Device time of the last call's programs, without copies; None without a clock."""
-        return None if self._closed else self._engine.device_seconds
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
+        return None if self.closed else self._engine.device_seconds
 
     def synchronize(self) -> None:
         with self._lock:
-            if not self._closed:
+            if not self.closed:
                 self._engine.synchronize()
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise DeviceUnavailableError(f"{self._device.id}'s session was closed: take a new one with hal.session()")
 
     def close(self) -> None:
         if self._lock.forked:
-            self._closed = True
+            self.closed = True
             return
         with self._lock:
-            if not self._closed:
-                self._closed = True
+            if not self.closed:
+                self.closed = True
                 try:
                     self._engine.stop()
                     self.memory.trim()
                 finally:
                     self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -10,6 +10,8 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
             name="opencl",
             target="hal_opencl.backend:OpenClBackend",
             requirements=("an OpenCL driver",),
-            install_hint="a GPU vendor's driver brings one; for a CPU device on Debian: apt-get install pocl-opencl-icd",
+            install_hint=(
+                "a GPU vendor's driver brings one; for a CPU device on Debian: apt-get install pocl-opencl-icd"
+            ),
         )
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hal_compute.backend import ComputeBackend
+import attrs
+from hal_compute.backend import CAPABILITIES, ComputeBackend
 
-from hal_core.plugin_api import Device, DeviceUnavailableError, Session
+from hal_core.plugin_api import AttentionRequest, Capabilities, Choice, Device, DeviceUnavailableError, Session
 
 from . import cost
-from .discovery import find
+from .discovery import find, is_cpu
+from .tiling import TILE_SIZES, tiling_of
 
 
 class OpenClBackend(ComputeBackend):
@@ -27,6 +29,18 @@ class OpenClBackend(ComputeBackend):
 
     def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
         return cost.assumed(find().handles[device.id])
+
+    def capabilities(self, device: Device) -> Capabilities:
+        """A CPU's kernel is built for the block sizes of a caller's tiling; a GPU's has its own."""
+        cpu = is_cpu(find().handles[device.id])
+        return attrs.evolve(CAPABILITIES, tile_sizes=Choice(TILE_SIZES)) if cpu else CAPABILITIES
+
+    def memory(self, request: AttentionRequest, device: Device) -> int:
+        handle = find().handles[device.id]
+        return cost.memory(request, tiling_of(handle), max(int(handle.mem_base_addr_align) // 8, 64))
+
+    def largest_buffer(self, request: AttentionRequest, device: Device) -> int:
+        return cost.largest_buffer(request, tiling_of(find().handles[device.id]))
 
     def loaded_before_fork(self) -> bool:
         return find().process.forked

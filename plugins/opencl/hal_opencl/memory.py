@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 import pyopencl as cl
-import torch
-from hal_compute.memory import ComputeMemory
-from hal_compute.pool import DevicePool
+from hal_compute.cost import HOST_BLOCK
+from hal_compute.memory import ComputeMemory, HostBlock
+from hal_compute.pool import BLOCK, DevicePool
 
 from .runtime.engine import Engine
 from .runtime.staging import StagingRing
@@ -30,6 +30,8 @@ class OpenClMemory(ComputeMemory):
             alignment=max(int(handle.mem_base_addr_align) // 8, 64),
             largest=int(handle.max_mem_alloc_size),
             limit=bound if limit is None else min(limit, bound),
+            block=HOST_BLOCK if engine.shares_memory else BLOCK,
+            borrows=engine.shares_memory,
         )
         self.ring = StagingRing(engine)
 
@@ -41,22 +43,32 @@ class OpenClMemory(ComputeMemory):
     def kept(self) -> tuple[int, int]:
         return 0, self.ring.nbytes
 
-    def _create(self, nbytes: int) -> tuple[Any, Any]:
-        """(cl.Buffer, the same memory as a tensor where the device is a CPU)."""
+    def _create(self, nbytes: int) -> tuple[Any, HostBlock | None]:
+        """(cl.Buffer, the host memory that it is where the device is a CPU)."""
         engine = self._engine
-        with engine.named(f"allocate {nbytes:,} bytes", nbytes):
-            if not engine.shares_memory:
+        if not engine.shares_memory:
+            with engine.named(f"allocate {nbytes:,} bytes", nbytes):
                 return cl.Buffer(engine.context, cl.mem_flags.READ_WRITE, nbytes), None
-            host = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-            flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
-            return cl.Buffer(engine.context, flags, hostbuf=host.numpy()), host
+        host = self.allocate_block(nbytes)
+        try:
+            with engine.named(f"allocate {nbytes:,} bytes", nbytes):
+                flags = cl.mem_flags.READ_WRITE | cl.mem_flags.USE_HOST_PTR
+                buffer = cl.Buffer(engine.context, flags, hostbuf=host.bytes.numpy()[:nbytes])
+        except BaseException:
+            self.free(host.buffer)
+            raise
+        self.pool.borrowed += host.buffer.reserved
+        return buffer, host
 
-    @staticmethod
-    def _destroy(block: tuple[Any, Any]) -> None:
+    def _destroy(self, block: tuple[Any, HostBlock | None]) -> None:
+        buffer, host = block
         with suppress(cl.Error):  # a lost device has nothing to free
-            block[0].release()
+            buffer.release()
+        if host is not None:
+            self.pool.borrowed -= host.buffer.reserved
+            self.free(host.buffer)
 
     def trim(self) -> int:
         engine = self._engine
         engine.reclaim()
-        return super().trim() + self.pool.trim() + (0 if engine.lost or engine.hangs else self.ring.trim())
+        return super().trim() + (0 if engine.lost or engine.hangs else self.ring.trim())

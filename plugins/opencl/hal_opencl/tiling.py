@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hal_compute.sizes import HEAD_DIMS, Sizes, splits_of
+
+from hal_core.plugin_api import AttentionRequest, DenseTiling, TilePlan
+
+from .discovery import is_cpu
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Block sizes of a caller's tiling that forward_rows.cl can be built for.
+TILE_SIZES = (32, 64)
 ROWS_TILE = 64  # keys in a tile of forward_rows.cl
 ROWS_HEIGHT = 16  # query rows of one of its work items, in groups of 8
 FEW_ROWS = 8  # rows up to which it reads the keys where they lie
@@ -68,8 +80,8 @@ def shape_of(local_memory: int | None, dim: int, rows: int, keys: int) -> Shape:
     """The shape for units of `rows` query rows against `keys` keys.
 
     Args:
-        local_memory: bytes that a work group may have on a GPU, for which the largest tiles are chosen that suit the head
-            size; None for a CPU, whose row blocks suit registers and caches.
+        local_memory: bytes that a work group may have on a GPU, for which the largest tiles are chosen that suit the
+            head size; None for a CPU, whose row blocks suit registers and caches.
         dim: padded head size.
     """
     if local_memory is None:
@@ -78,3 +90,55 @@ def shape_of(local_memory: int | None, dim: int, rows: int, keys: int) -> Shape:
     few = (shape for most, shape in _GPU_FEW_SHAPES.items() if rows <= most)
     liked = next(few, None) or next(shape for most, shape in _GPU_SHAPES.items() if dim <= most)
     return liked if liked.local_bytes(dim) <= local_memory else _SMALL_SHAPE
+
+
+class OpenClTiling(DenseTiling):
+    """The cut that the device's kernels follow: blocks of query rows against tiles of keys, by the sizes of a call."""
+
+    def __init__(self, local_memory: int | None, units: int) -> None:
+        """`local_memory`: see `shape_of`. `units`: compute units of the device."""
+        super().__init__(cut_by="opencl")
+        self.local_memory, self.units = local_memory, units
+        self.name = "opencl(cpu)" if local_memory is None else f"opencl({local_memory})"
+
+    def shape(self, sizes: Sizes, plan: TilePlan | None = None) -> Shape:
+        """The shape for a call; `plan`: a plan of equal blocks that the caller brought."""
+        if plan is None:
+            return shape_of(self.local_memory, sizes.dim, sizes.unit_rows, sizes.len_k)
+        return Shape(plan.block_q, plan.block_k)
+
+    def splits(self, shape: Shape, sizes: Sizes) -> tuple[int, int]:
+        """(keys of a split, number of splits), see `splits_of`."""
+        blocks, wanted = -(-sizes.unit_rows // shape.rows), self.units * (2 if self.local_memory is None else 4)
+        return splits_of(blocks * sizes.units, sizes.len_k, shape.tile, wanted=wanted, least=4 * shape.tile)
+
+    def compute_optimal_tile_size(
+        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
+    ) -> int:
+        """Keys of a tile for a sequence; `backend_constraints`: "head_dim", 64 where it is missing."""
+        return self.shape_at(backend_constraints.get("head_dim", 64), sequence_length, sequence_length).tile
+
+    def shape_at(self, head_dim: int, rows: int, keys: int) -> Shape:
+        """The shape for so many query rows and keys of any head size."""
+        dim = next((dim for dim in HEAD_DIMS if dim >= head_dim), HEAD_DIMS[-1])
+        return shape_of(self.local_memory, dim, max(rows, 1), keys)
+
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan:
+        """The blocks of query rows and keys that the kernels read, without what causal and window hide.
+
+        Where query heads that share a key head are packed, a block has the rows of several heads.
+        """
+        shape = self.shape(Sizes.of(request, pack=True))
+        return TilePlan.equal(request, shape.rows, shape.tile, cut_by=self.cut_by)
+
+
+def tiling_of(handle: Any) -> OpenClTiling:
+    """The tiling of a device."""
+    return OpenClTiling(None if is_cpu(handle) else int(handle.local_mem_size), int(handle.max_compute_units))

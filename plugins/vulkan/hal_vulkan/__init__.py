@@ -1,4 +1,6 @@
-"""Vulkan devices of hal_core: the plugin's hook, and public names on demand. No driver is loaded until a device is used."""
+"""Vulkan devices of hal_core: the plugin's hook, and public names on demand. No driver is loaded until a device is
+used.
+"""
 
 from importlib import import_module
 from typing import Any

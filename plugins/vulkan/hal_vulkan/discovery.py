@@ -98,7 +98,9 @@ def _uuids() -> list[str]:
 
 
 def _visible(uuids: list[str], setting: str | None) -> list[str]:
-    """The GPUs in CUDA's order: CUDA_VISIBLE_DEVICES lists numbers or beginnings of UUIDs; the first unknown one ends it."""
+    """The GPUs in CUDA's order: CUDA_VISIBLE_DEVICES lists numbers or beginnings of UUIDs; the first unknown one ends
+    it.
+    """
     if setting is None:
         return uuids
     chosen: list[str] = []

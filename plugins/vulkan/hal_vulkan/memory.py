@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import attrs
 import torch
@@ -30,7 +29,8 @@ class _Loan:
 
 
 class VulkanMemory(ComputeMemory):
-    """Buffers that travel by DLPack: CUDA tensors in the device's own memory where the card is shared, else on the host.
+    """Buffers that travel by DLPack: CUDA tensors in the device's own memory where the card is shared, else on the
+    host.
 
     All of the device's memory is counted; what recordings keep counts as pooled.
     """
@@ -38,7 +38,6 @@ class VulkanMemory(ComputeMemory):
     def __init__(self, recorder: Recorder, limit: int | None, lock: DeviceLock) -> None:
         super().__init__(recorder.device.id, limit)
         self._recorder, self._device_lock = recorder, lock
-        self._loans: WeakKeyDictionary[Buffer, _Loan] = WeakKeyDictionary()
         self._ended: deque[_Loan] = deque()  # loans of which no tensor is alive
         self._lingering = 0  # bytes of freed buffers of which a tensor is alive
 
@@ -61,14 +60,12 @@ class VulkanMemory(ComputeMemory):
             except BaseException:
                 self._recorder.pool.free(region)
                 raise
-            buffer = Buffer(whole[:nbytes].view(getattr(torch, dtype)).view(tuple(shape)), self, region.size)
-            self._loans[buffer] = loan
-            return buffer
+            return Buffer(whole[:nbytes].view(getattr(torch, dtype)).view(tuple(shape)), self, region.size, loan)
 
     def free(self, buffer: Buffer) -> None:
         with self._device_lock:
-            loan = self._loans.pop(buffer, None)
-            if loan is None:
+            loan = buffer.block
+            if not isinstance(loan, _Loan) or buffer.freed:
                 super().free(buffer)
                 return
             loan.freed = True
@@ -113,4 +110,6 @@ class VulkanMemory(ComputeMemory):
     def trim(self) -> int:
         with self._device_lock:
             self._collect()
-            return super().trim() + self._recorder.trim()
+            if self._recorder.stuck:
+                return 0
+            return self._recorder.trim() + super().trim()

@@ -1,8 +1,8 @@
 """Which kernel a device runs attention with, from the features it reports. Calls and `hal doctor` both ask here.
 
-The paths, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a key
-(for few rows), streams of keys (on a CPU's driver), tiles in shared memory. A path needs every feature bit and every
-subgroup operation that its shader uses.
+The paths, best first: matrices of VK_NV_cooperative_matrix2, matrices of VK_KHR_cooperative_matrix, lanes that share a
+key (for few rows), streams of keys (on a CPU's driver), tiles in shared memory. A path needs every feature bit and
+every subgroup operation that its shader uses.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ _ROWS = frozenset({"full_subgroups", "device_scope"})
 _VOTE, _SHUFFLE = 0x2, 0x10  # VkSubgroupFeatureFlagBits
 _OPERATIONS = {"nv2": _VOTE, "khr": _VOTE | _SHUFFLE}
 _SIDES = (16, 8)  # rows, columns and depth of the matrices that the shaders are written for
+
+
+#: Bytes from which a host tensor is read where it lies, where the device can: importing a smaller one costs more than a
+#: copy.
+IMPORT_FROM = 1 << 20
 
 
 class MatrixStep(NamedTuple):
@@ -75,7 +80,8 @@ class RowStep(NamedTuple):
 
 
 def row_step(adapter: Adapter) -> RowStep | None:
-    """The step for few rows: it needs full subgroups that vote and shuffle, and work groups that see each other's memory.
+    """The step for few rows: it needs full subgroups that vote and shuffle, and work groups that see each other's
+    memory.
 
     None on a CPU's driver, where other kernels are faster.
     """

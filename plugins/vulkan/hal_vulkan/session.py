@@ -10,31 +10,37 @@ from hal_compute.processes import DeviceLock
 from hal_compute.session import ComputeSession
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Device, Grads, SequenceTables, moved_to
+from hal_core.plugin_api import (
+    AttentionOutput,
+    AttentionRequest,
+    BlockPlan,
+    Device,
+    Grads,
+    SequenceMetadata,
+    TilePlan,
+    moved_to,
+)
 
 from .kernels import attention
 from .kernels.extra import ExtraKernelRunner
 from .memory import VulkanMemory
 from .runtime._vk import Adapter
 from .runtime.recorder import Recorder, number
-from .tiling import tile_cut
+from .tiling import VulkanTiling
 
 
 class VulkanSession(ComputeSession):
     """An open device. Calls from several threads take turns."""
 
-    memory: VulkanMemory
-
     def __init__(self, device: Device, adapter: Adapter, limit: int | None = None) -> None:
         self.recorder, lock = Recorder(device, adapter, limit), DeviceLock(device.id)
-        memory = VulkanMemory(self.recorder, limit, lock)
-        super().__init__(self.recorder, memory, lock)
-        self.recorder.memory = memory
+        memory = self.recorder.memory = VulkanMemory(self.recorder, limit, lock)
+        self._cuts = VulkanTiling(adapter, self.recorder.pool.limit)
+        super().__init__(self.recorder, memory, self._cuts, lock)
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Rows and keys of a tile at head_dim 64."""
-        adapter = self.recorder.adapter
-        cut = tile_cut(adapter.is_cpu, 64, adapter.limits["maxComputeSharedMemorySize"])
+        cut = self._cuts.tiles(64)
         return {"tile_size": cut.keys, "block_q": cut.rows, "block_k": cut.keys}
 
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
@@ -46,8 +52,8 @@ class VulkanSession(ComputeSession):
             key: Tensor,
             value: Tensor,
             mask: Tensor | None = None,
-            plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None,
+            plan: TilePlan | BlockPlan | None = None,
+            tables: SequenceMetadata | None = None,
             rng: tuple[int, int] | None = None,
         ) -> Any:
             if mask is None and plan is None:
@@ -61,7 +67,7 @@ class VulkanSession(ComputeSession):
         return call
 
     def _forward(self, call: Call, out: Tensor | None) -> AttentionOutput:
-        return attention.forward(self.recorder, self._with_host_tables(call), out)
+        return attention.forward(self.recorder, self._cuts, self._with_host_tables(call), out)
 
     def _backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Grads:
         return attention.backward(self.recorder, self._with_host_tables(call), out, lse, grad_out, grad_lse)
@@ -72,7 +78,7 @@ class VulkanSession(ComputeSession):
         if not tables:
             return call
         for table in tables:
-            self.memory.count_copy(table.nbytes)
+            self.recorder.memory.count_copy(table.nbytes)
         return call._replace(mask=moved_to("cpu", call.mask), plan=moved_to("cpu", call.plan))
 
     def _runner(self) -> ExtraKernelRunner:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-from hal_compute.problem import MOST_SPLITS, Sizes
+from hal_compute.sizes import HEAD_DIMS, MOST_SPLITS, Sizes, splits_of
+
+from hal_core.plugin_api import AttentionRequest, DenseTiling, TilePlan
 
 from .paths import MatrixStep, RowStep, matrix_step, row_step
 from .runtime._vk import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TileCut(NamedTuple):
@@ -37,8 +43,19 @@ def tile_cut(is_cpu: bool, dim: int, shared: int) -> TileCut:
     return next((cut for cut in liked if cut.shared_bytes(dim) <= shared), _SMALL_TILES)
 
 
+#: Block sizes of a caller's tiling that forward_tiles.comp can be specialised for.
+TILE_SIZES = (16, 32)
+
+
+def foreign_cut(block_q: int, block_k: int) -> TileCut:
+    """Blocks of a caller's tiling: an invocation has 8 rows and an eighth of their keys."""
+    return TileCut(block_q, block_q, block_k, 8)
+
+
 class RowCut(NamedTuple):
-    """forward_rows.comp: subgroups and query rows of a work group, invocations that share a key, loads of keys in flight."""
+    """forward_rows.comp: subgroups and query rows of a work group, invocations that share a key, loads of keys in
+    flight.
+    """
 
     step: RowStep
     subgroups: int
@@ -80,12 +97,13 @@ def row_cut(step: RowStep, sizes: Sizes, *, least: bool) -> RowCut | None:
 
 
 class MatrixCut(NamedTuple):
-    """forward_nv2.comp and forward_khr.comp: invocations of a work group, keys of a tile, matrices of rows in a subgroup.
+    """forward_nv2.comp and forward_khr.comp: invocations of a work group, keys of a tile, matrices of rows in a
+    subgroup.
 
     Attributes:
         alone: subgroups share their rows and have keys of their own, for calls of few rows.
-        ahead: the scores of the next tile are computed beside this tile's weights, with two sets of tiles in shared memory
-            (1) or one (2).
+        ahead: the scores of the next tile are computed beside this tile's weights, with two sets of tiles in shared
+            memory (1) or one (2).
     """
 
     step: MatrixStep
@@ -115,7 +133,8 @@ class MatrixCut(NamedTuple):
         return 16 * (max(tiles, self.rows * pitch, ending) + weights) + 8 * tall
 
     def fits(self, dim: int) -> bool:
-        """Whether shared memory is large enough, and every invocation has equal pieces of a tile and of a row of scores.
+        """Whether shared memory is large enough, and every invocation has equal pieces of a tile and of a row of
+        scores.
 
         Pieces of a tile are 16 bytes. Only forward_khr.comp distributes rows of scores, in pieces of twice 4.
         """
@@ -155,10 +174,34 @@ def matrix_cut(step: MatrixStep, sizes: Sizes) -> MatrixCut | None:
     return next((cut for cut in fitting if sizes.range_rows % cut.rows == 0), None)
 
 
+# Work groups that keep a large device busy: twice as many where they read short rows; for few rows, two for each of an
+# H200's 132 multiprocessors. A further dispatch would serialise the others.
+_MATRIX_GROUPS, _ROW_GROUPS = 128, 264
+
+
+def matrix_splits(cut: MatrixCut, sizes: Sizes) -> tuple[int, int]:
+    """(keys of a split, number of splits) of forward_nv2.comp and forward_khr.comp."""
+    blocks, wanted = -(-sizes.unit_rows // cut.rows), _MATRIX_GROUPS * (2 if cut.alone and sizes.dim <= 64 else 1)
+    return splits_of(blocks * sizes.units, sizes.len_k, cut.stride, wanted=wanted, least=4 * cut.stride)
+
+
+def tile_splits(cut: TileCut, sizes: Sizes, *, is_cpu: bool) -> tuple[int, int]:
+    """(keys of a split, number of splits) of forward_tiles.comp."""
+    blocks, (wanted, least) = -(-sizes.unit_rows // cut.rows), (4, 256) if is_cpu else (512, 128)
+    return splits_of(blocks * sizes.units, sizes.len_k, cut.keys, wanted=wanted, least=least)
+
+
+def row_splits(cut: RowCut, sizes: Sizes) -> tuple[int, int]:
+    """(keys of a split, number of splits) of forward_rows.comp."""
+    groups = sizes.units * -(-sizes.unit_rows // cut.rows)
+    return splits_of(groups, sizes.len_k, cut.keys, wanted=_ROW_GROUPS // groups * groups, least=4 * cut.keys)
+
+
 STREAM_BYTES = 1 << 16  # of keys, and of values, in a uniform buffer
 STREAM_LANES = 8  # invocations of a subgroup, and of a work group
 _SHUFFLE = 0x10  # VK_SUBGROUP_FEATURE_SHUFFLE_BIT
-#: At most, bytes of keys, and share of the session's limit, in chunks filled less than half: short rows of many sequences.
+#: At most, bytes of keys, and share of the session's limit, in chunks filled less than half: short rows of many
+#: sequences.
 _SPARE, _SPARE_PART = 128 << 20, 16
 #: Multiply-accumulates, per float of a query that an invocation holds, from which compiling so large a shader pays.
 _STREAM_FROM = 1 << 16
@@ -210,15 +253,54 @@ def _rows_each(rows: int) -> int:
 Cut = TileCut | RowCut | MatrixCut | StreamCut
 
 
-def best_cut(adapter: Adapter, sizes: Sizes, limit: int, *, planned: bool) -> Cut:
-    """The cut, and by its type the kernel, that serves a call best.
+class VulkanTiling(DenseTiling):
+    """The cut that the device's kernels follow: blocks of query rows against tiles of keys, by the sizes of a call."""
 
-    Args:
-        limit: bytes that the session may have. planned: whether the call has a block plan.
-    """
-    matrices, few = matrix_step(adapter, sizes.dtype), row_step(adapter)
-    cut: Cut | None = None if few is None else row_cut(few, sizes, least=matrices is not None)
-    if cut is None and matrices is not None:
-        cut = matrix_cut(matrices, sizes)
-    cut = cut or stream_cut(adapter, sizes, limit, planned=planned)
-    return cut or tile_cut(adapter.is_cpu, sizes.dim, adapter.limits["maxComputeSharedMemorySize"])
+    def __init__(self, adapter: Adapter, limit: int) -> None:
+        """`limit`: bytes that the session may have."""
+        super().__init__(cut_by="vulkan")
+        self._adapter, self._limit = adapter, limit
+        self.shared = adapter.limits["maxComputeSharedMemorySize"]
+        self.name = f"vulkan({adapter.name}, {self.shared})"
+
+    def cut(self, sizes: Sizes, *, planned: bool = False, plan: TilePlan | None = None) -> Cut:
+        """The cut, and by its type the kernel, that serves a call best.
+
+        Args:
+            planned: whether the call has a block plan. plan: equal blocks of a tiling that the caller brought.
+        """
+        if plan is not None:
+            return foreign_cut(plan.block_q, plan.block_k)
+        adapter = self._adapter
+        matrices, few = matrix_step(adapter, sizes.dtype), row_step(adapter)
+        cut: Cut | None = None if few is None else row_cut(few, sizes, least=matrices is not None)
+        if cut is None and matrices is not None:
+            cut = matrix_cut(matrices, sizes)
+        cut = cut or stream_cut(adapter, sizes, self._limit, planned=planned)
+        return cut or tile_cut(adapter.is_cpu, sizes.dim, self.shared)
+
+    def compute_optimal_tile_size(
+        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
+    ) -> int:
+        """Keys of a tile in shared memory. `backend_constraints`: "head_dim", 64 where it is missing."""
+        return self.tiles(backend_constraints.get("head_dim", 64)).keys
+
+    def tiles(self, head_dim: int) -> TileCut:
+        """The tiles in shared memory for a head size."""
+        dim = next((dim for dim in HEAD_DIMS if dim >= head_dim), HEAD_DIMS[-1])
+        return tile_cut(self._adapter.is_cpu, dim, self.shared)
+
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan:
+        """The blocks of query rows and keys that the kernels read, without what causal and window hide.
+
+        Where query heads that share a key head are packed, a block has the rows of several heads.
+        """
+        cut = self.cut(Sizes.of(request, pack=True), planned=request.block_plan is not None)
+        return TilePlan.equal(request, cut.rows, cut.keys, cut_by=self.cut_by)

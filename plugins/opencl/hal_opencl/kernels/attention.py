@@ -6,19 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from hal_compute.problem import Call, Problem, splits_of
+from hal_compute.problem import Call, Problem
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, Grads
+from hal_core.plugin_api import AttentionOutput, Grads, TilePlan
 
-from ..runtime.engine import Engine
 from ..runtime.lease import Lease, Operand
-from ..tiling import Shape, shape_of
-
-
-def shape_for(engine: Engine, dim: int, rows: int, keys: int) -> Shape:
-    """The shape that suits a device, see `shape_of`."""
-    return shape_of(None if engine.shares_memory else int(engine.handle.local_mem_size), dim, rows, keys)
+from ..tiling import OpenClTiling, Shape
 
 
 class _DeviceProblem(Problem):
@@ -29,33 +23,39 @@ class _DeviceProblem(Problem):
         self.lease = lease
         self.options = [f"-DHEAD_DIM={self.sizes.dim}", f"-DHALF={int(self.sizes.dtype == 'float16')}"]
         unused = lease.space(64)
-        staged = [self.mask and self.mask.values, self.ranges and self.ranges.index, self.ranges and self.ranges.bounds]
+        staged = [
+            self.mask and self.mask.values,
+            self.ranges and self.ranges.offsets,
+            self.ranges and self.ranges.bounds,
+        ]
         self.tables = tuple((unused if tensor is None else lease.stage(tensor)).buffer for tensor in staged)
 
 
-def forward(lease: Lease, call: Call, out: Tensor | None = None) -> AttentionOutput:
-    """(out, log-sum-exp) of a call. The log-sum-exp is always there, since the programs compute it."""
-    query, value = call.query, call.value
-    result = out if out is not None and out.is_contiguous() and out.dtype == query.dtype else None
-    if result is None:
-        result = torch.empty((*query.shape[:3], value.shape[-1]), dtype=query.dtype, device="cpu")
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
-    if result.numel() and call.key.shape[2]:
-        with lease:
-            _launch_forward(lease, call, result, lse)
-    else:
-        result.zero_()
-        lse.fill_(-torch.inf)
-    return AttentionOutput(result if out is None or out is result else out.copy_(result), lse)
+def forward(lease: Lease, tiling: OpenClTiling, call: Call, out: Tensor | None = None) -> AttentionOutput:
+    """(out, log-sum-exp) of a call; the log-sum-exp is None where the request does not ask for it."""
+    query = call.query
+    shape, rows = (*query.shape[:3], call.value.shape[-1]), query.shape[:3]
+    in_place = out is not None and out.is_contiguous() and out.dtype == query.dtype
+    result = torch.empty(shape, dtype=query.dtype, device="cpu") if out is None else out
+    lse = torch.empty(rows, dtype=torch.float32, device="cpu") if call.request.lse else None
+    if not result.numel() or not call.key.shape[2]:
+        return AttentionOutput(result.zero_(), None if lse is None else lse.fill_(-torch.inf))
+    with lease:
+        to = result if out is None or in_place else lease.scratch(shape, str(query.dtype).removeprefix("torch."))
+        to_lse = lease.scratch(rows, "float32") if lse is None else lse
+        _launch_forward(lease, tiling, call, to, to_lse)
+        if to is not result:
+            result.copy_(to)
+    return AttentionOutput(result, lse)
 
 
-def _launch_forward(lease: Lease, call: Call, result: Tensor, lse: Tensor) -> None:
-    engine, problem = lease.engine, _DeviceProblem(lease, call, pack=True)
-    sizes = problem.sizes
-    dim, shape = sizes.dim, shape_for(engine, sizes.dim, sizes.unit_rows, sizes.len_k)
+def _launch_forward(lease: Lease, tiling: OpenClTiling, call: Call, result: Tensor, lse: Tensor) -> None:
+    plan = call.plan if isinstance(call.plan, TilePlan) else None  # of the caller's tiling
+    engine, problem = lease.engine, _DeviceProblem(lease, call, pack=plan is None)
+    sizes, dim = problem.sizes, problem.sizes.dim
+    shape = tiling.shape(sizes, plan)
     blocks, rows = -(-sizes.unit_rows // shape.rows), sizes.units * sizes.unit_rows
-    wanted = engine.handle.max_compute_units * (2 if engine.shares_memory else 4)
-    chunk, splits = splits_of(blocks * sizes.units, sizes.len_k, shape.tile, wanted=wanted, least=4 * shape.tile)
+    chunk, splits = tiling.splits(shape, sizes)
     problem.split(chunk, splits)
     queries, keys, values = (lease.stage(tensor, dim) for tensor in call[:3])
     to, to_lse = lease.result(result, dim), lease.result(lse)
@@ -97,24 +97,44 @@ def _packed(problem: _DeviceProblem, shape: Shape, keys: Operand, values: Operan
 def backward(lease: Lease, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Grads:
     """Gradients of query, key and value from a given (out, lse); None for those that the request does not name."""
     wanted = call.request.grads or frozenset("qkv")
-    grads = [torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in call[:3]]
+    grads = [
+        torch.empty(t.shape, dtype=t.dtype, device="cpu") if name in wanted else None
+        for name, t in zip("qkv", call[:3], strict=True)
+    ]
     if call.query.numel() and call.key.numel():
         with lease:
-            _launch_backward(lease, call, (out, lse, grad_out, grad_lse), grads)
+            dtype = str(call.query.dtype).removeprefix("torch.")
+            to = [
+                lease.scratch(t.shape, dtype) if grad is None else grad for t, grad in zip(call[:3], grads, strict=True)
+            ]
+            _launch_backward(lease, call, (out, lse, grad_out, grad_lse), to)
     else:
         for grad in grads:
-            grad.zero_()
-    return Grads(*(grad if name in wanted else None for name, grad in zip("qkv", grads, strict=True)))
+            if grad is not None:
+                grad.zero_()
+    return Grads(*grads)
+
+
+def _converted(lease: Lease, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype."""
+    if tensor.dtype == dtype:
+        return tensor
+    return lease.scratch(tensor.shape, str(dtype).removeprefix("torch.")).copy_(tensor)
 
 
 def _launch_backward(lease: Lease, call: Call, given: tuple[Any, ...], grads: list[Tensor]) -> None:
     out, lse, grad_out, grad_lse = given
     engine, problem = lease.engine, _DeviceProblem(lease, call, pack=False)
     sizes, dim, parameters = problem.sizes, problem.sizes.dim, problem.packed()
-    operands = (lease.stage(t.to(call.query.dtype), dim).buffer for t in (*call[:3], out, grad_out))
+    dtype = call.query.dtype  # the given tensors may be wider
+    operands = (lease.stage(_converted(lease, t, dtype), dim).buffer for t in (*call[:3], out, grad_out))
     query, key, value, result, grad_result = operands
-    row_lse = lease.stage(lse.float()).buffer
-    grad_row_lse = lease.stage(torch.zeros_like(lse) if grad_lse is None else grad_lse.float()).buffer
+    row_lse = lease.stage(_converted(lease, lse, torch.float32)).buffer
+    no_gradient = grad_lse is None
+    given_lse = (
+        lease.scratch(lse.shape, "float32").zero_() if no_gradient else _converted(lease, grad_lse, torch.float32)
+    )
+    grad_row_lse = lease.stage(given_lse).buffer
     rows = lease.space(3 * lse.numel() * 4).buffer  # what the keys' gradients need of each row, see backward.cl
     to_query, to_key, to_value = (lease.result(grad, dim).buffer for grad in grads)
     group = (1, 1) if engine.shares_memory else None

@@ -13,6 +13,8 @@ from typing import Any
 import pyopencl as cl
 from hal_compute.cache import keep, private_folder, read
 
+_NO_CACHE: Any = False  # pyopencl's own cache holds pickles, and not for every platform
+
 
 class Programs:
     """Compiled programs of one device. A file's name is a digest of the driver, device, source and options."""
@@ -42,10 +44,9 @@ class Programs:
         path = self.path(source, options)
         built = self._load(path)
         if built is None:
-            # pyopencl's own cache holds pickles, and not for every platform: False switches it off.
             with warnings.catch_warnings():  # compilers remark on correct programs too
                 warnings.simplefilter("ignore", cl.CompilerWarning)
-                built = cl.Program(self._context, source).build(["-w", *options], cache_dir=False)
+                built = cl.Program(self._context, source).build(["-w", *options], cache_dir=_NO_CACHE)
             self._save(path, built)
         return built
 

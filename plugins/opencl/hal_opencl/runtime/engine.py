@@ -134,13 +134,14 @@ class Engine:
                     self._lose(what)
                 if status < 0:
                     raise DeviceUnavailableError(
-                        f"{self.device.id} failed to {what} (OpenCL status {status}): close and reopen the device, and make "
-                        "the call smaller if it happens again"
+                        f"{self.device.id} failed to {what} (OpenCL status {status}): close and reopen the device, and "
+                        "make the call smaller if it happens again"
                     )
                 passed = time.monotonic() - start
                 if passed > timeout:
                     raise DeviceUnavailableError(
-                        f"{self.device.id} did not {what} within {timeout:g} s: make the call smaller, or reopen the device"
+                        f"{self.device.id} did not {what} within {timeout:g} s: make the call smaller, or reopen "
+                        "the device"
                     )
                 if passed > 5e-4:
                     time.sleep(min(max(passed * 0.02, 2e-5), 0.01))
@@ -178,8 +179,8 @@ class Engine:
             if error.code in _LOST:
                 self._lose(what, error)
             raise DeviceUnavailableError(
-                f"{self.device.id} could not {what} ({text[0] if text else type(error).__name__}): see `hal doctor`, and "
-                "update the driver if it happens again"
+                f"{self.device.id} could not {what} ({text[0] if text else type(error).__name__}): see `hal doctor`, "
+                "and update the driver if it happens again"
             ) from error
 
     def _lose(self, what: str, cause: BaseException | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Device memory of one call: operands are copied there, results are copied back, and all of it is released at the end."""
+"""Device memory of one call: operands are copied there, results copied back, and all of it is released at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Operand(NamedTuple):
 class Lease:
     """Device memory of one call, a context manager.
 
-    Whatever ends the call, also an interrupt, its memory is released, or kept until the programs that use it have ended.
+    Whatever ends the call, also an interrupt, its memory is released, or kept until the programs that use it have
+    ended.
     """
 
     def __init__(self, engine: Engine, memory: OpenClMemory, what: str) -> None:
@@ -83,11 +84,13 @@ class Lease:
         with engine.named("cut a buffer"):
             part = buffer.get_sub_region(region.offset, region.size)
         self._views.append(part)
-        seen = None if host is None else host[region.offset : region.offset + nbytes]
+        seen = None if host is None else host.bytes[region.offset : region.offset + nbytes]
         return Operand(part, seen, nbytes, buffer, region.offset)
 
     def stage(self, tensor: Tensor, dim: int | None = None) -> Operand:
-        """A tensor's values, contiguous, the last dimension padded to `dim` with zeros. Shared where possible, else copied."""
+        """A tensor's values, contiguous, the last dimension padded to `dim` with zeros. Shared where possible, else
+        copied.
+        """
         engine = self.engine
         last = tensor.shape[-1]
         padded = dim is not None and dim != last
@@ -117,7 +120,9 @@ class Lease:
         return Operand(buffer, flat, flat.numel(), buffer, 0)
 
     def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
-        """Memory whose values `finish` copies to `tensor` (contiguous). Its rows have `dim` elements; the first are read."""
+        """Memory whose values `finish` copies to `tensor` (contiguous). Its rows have `dim` elements; the first are
+        read.
+        """
         if self.engine.shares_memory and dim in (None, tensor.shape[-1]):
             return self.share(tensor)
         rows = tensor.numel() // max(tensor.shape[-1], 1)

@@ -19,6 +19,7 @@ from hal_core.plugin_api import HalError
 from .engine import Engine
 
 _SLOT = 4 << 20  # bytes
+_BYTES: Any = np.uint8
 _SLOTS = 4
 
 
@@ -90,7 +91,7 @@ class StagingRing:
         self._busy.append((self._copy(slot, buffer, slot.host.numpy()[:nbytes], dst_offset=place), slot))
         return nbytes
 
-    def _copy(self, slot: _Slot, target: Any, source: Any, **place: int) -> Any:
+    def _copy(self, slot: _Slot, target: Any, source: Any, **place: Any) -> Any:
         """Queue a copy to or from a slot and return its event; the slot is free again where that fails."""
         try:
             with self._engine.named("copy operands or results"):
@@ -121,8 +122,8 @@ class StagingRing:
         with engine.named(f"pin {_SLOT:,} bytes", _SLOT):
             flags = cl.mem_flags.READ_WRITE | cl.mem_flags.ALLOC_HOST_PTR
             buffer = cl.Buffer(engine.context, flags, _SLOT)
-            both = cl.map_flags.READ | cl.map_flags.WRITE
-            host, _ = cl.enqueue_map_buffer(engine.queue, buffer, both, 0, (_SLOT,), np.uint8, is_blocking=True)
+            both: Any = cl.map_flags.READ | cl.map_flags.WRITE
+            host, _ = cl.enqueue_map_buffer(engine.queue, buffer, both, 0, (_SLOT,), _BYTES, is_blocking=True)
         self._made += 1
         return _Slot(buffer, host.base, torch.from_numpy(host))
 

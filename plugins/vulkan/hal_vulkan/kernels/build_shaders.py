@@ -1,4 +1,5 @@
-"""Build the SPIR-V files beside the shaders: python -m hal_vulkan.kernels.build_shaders. Nothing is compiled at run time.
+"""Build the SPIR-V files beside the shaders: python -m hal_vulkan.kernels.build_shaders. Nothing is compiled at run
+time.
 
 Needs glslangValidator, from HAL_GLSLANG (one or more paths, as in PATH) or PATH. The committed files were made by the
 versions of `needed_version`; the output of another version has its words in another order and cannot be compared.

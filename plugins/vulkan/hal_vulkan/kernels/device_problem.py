@@ -1,4 +1,6 @@
-"""What the shaders of one call share: its mask and key ranges on the device, and the parts that splits of the keys leave."""
+"""What the shaders of one call share: its mask and key ranges on the device, and the parts that splits of the keys
+leave.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ class DeviceProblem(Problem):
             again = partial(_mask_values, len_k=self.sizes.len_k, scratch=commands.scratch) if small else None
             self.tables[0] = commands.stage(values, again=again)
         if self.ranges is not None:
-            self.tables[1:] = commands.stage(self.ranges.index), commands.stage(self.ranges.bounds)
+            self.tables[1:] = commands.stage(self.ranges.offsets), commands.stage(self.ranges.bounds)
 
 
 def _mask_values(given: Given, len_k: int, scratch: Scratch) -> Tensor:

@@ -14,8 +14,8 @@ _BLOCKS = {"matmul": (4 * _THREADS, 4, 1)}  # elements of the result per work gr
 
 
 class ExtraKernelRunner:
-    """Runs the shader named like the kernel: one work group per block of the result; beyond the device's limit each takes
-    several blocks. After its own parameters a shader gets the extent along z.
+    """Runs the shader named like the kernel: one work group per block of the result; beyond the device's limit each
+    takes several blocks. After its own parameters a shader gets the extent along z.
     """
 
     def __init__(self, recorder: Recorder) -> None:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from hal_compute.problem import LAYOUT, Call, splits_of
+from hal_compute.problem import LAYOUT, Call
 
 from ..runtime.command_buffer import Operand
-from ..tiling import MatrixCut, RowCut, TileCut
+from ..tiling import MatrixCut, RowCut, TileCut, matrix_splits, row_splits, tile_splits
 from .device_problem import DeviceProblem, Parts
-
-# Work groups that keep a large device busy: twice as many where they read short rows; for few rows, two for each of an
-# H200's 132 multiprocessors. A further dispatch would serialise the others.
-_MATRIX_GROUPS, _ROW_GROUPS = 128, 264
 
 
 def record_tiles(cut: TileCut, problem: DeviceProblem, call: Call, to: Operand, to_lse: Operand) -> None:
     """forward_tiles.comp, and the merge where the keys are split."""
     sizes, commands = problem.sizes, problem.commands
     blocks = -(-sizes.unit_rows // cut.rows)
-    wanted, least = (4, 256) if problem.is_cpu else (512, 128)
-    problem.split(*splits_of(blocks * sizes.units, sizes.len_k, cut.keys, wanted=wanted, least=least))
+    problem.split(*tile_splits(cut, sizes, is_cpu=problem.is_cpu))
     operands = [commands.stage(tensor, sizes.dim) for tensor in call[:3]]
     parts = Parts(problem, to, to_lse)
     commands.dispatch(
@@ -36,8 +31,7 @@ def record_matrices(cut: MatrixCut, problem: DeviceProblem, call: Call, to: Oper
     """forward_nv2.comp or forward_khr.comp, and the merge where the keys are split."""
     sizes, commands, step = problem.sizes, problem.commands, cut.step
     blocks, units = -(-sizes.unit_rows // cut.rows), sizes.units
-    wanted = 2 * _MATRIX_GROUPS if cut.alone and sizes.dim <= 64 else _MATRIX_GROUPS
-    problem.split(*splits_of(blocks * units, sizes.len_k, cut.stride, wanted=wanted, least=4 * cut.stride))
+    problem.split(*matrix_splits(cut, sizes))
     operands = [commands.stage(tensor, sizes.dim) for tensor in call[:3]]
     parts = Parts(problem, to, to_lse)
     # A causal call starts the longest rows of all units first.
@@ -62,8 +56,7 @@ def record_rows(cut: RowCut, problem: DeviceProblem, call: Call, to: Operand, to
     sizes, commands = problem.sizes, problem.commands
     blocks = -(-sizes.unit_rows // cut.rows)
     groups = sizes.units * blocks
-    wanted = _ROW_GROUPS // groups * groups
-    chunk, splits = splits_of(groups, sizes.len_k, cut.keys, wanted=wanted, least=4 * cut.keys)
+    chunk, splits = row_splits(cut, sizes)
     problem.split(chunk, splits)
     operands = [commands.stage(tensor, sizes.dim) for tensor in call[:3]]
     parts = splits * sizes.units * sizes.unit_rows

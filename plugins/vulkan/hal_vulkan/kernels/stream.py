@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hal_compute.problem import LAYOUT, OPEN, Call
+from hal_compute.problem import LAYOUT, Call
+from hal_compute.sizes import OPEN
 
 from ..runtime.command_buffer import Operand
 from ..tiling import STREAM_BYTES, STREAM_LANES, StreamCut

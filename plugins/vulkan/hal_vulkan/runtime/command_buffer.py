@@ -20,8 +20,9 @@ from ._vk import Bound, Memory
 from .open_device import OpenDevice
 from .pool import VulkanMemoryPool
 
-#: Bytes up to which the calling thread copies a tensor alone, beside a card and where the device is the processor: torch
-#: shares copies of _SHARED elements and more among threads, and waking them takes longer, above all while they are busy.
+#: Bytes up to which the calling thread copies a tensor alone, beside a card and where the device is the processor:
+#: torch shares copies of _SHARED elements and more among threads, and waking them takes longer, above all while they
+#: are busy.
 PLAIN_COPY, PLAIN_COPY_ON_CPU = 1 << 20, 32 << 20
 _SHARED = 1 << 15
 
@@ -68,8 +69,8 @@ class _Result(NamedTuple):
 class VulkanCommandBuffer:
     """Commands in order, with a barrier before every dispatch that reads what an earlier one wrote.
 
-    During recording `stage` and `result` state the inputs and results; `finish` runs the commands. If every input is one
-    of the call's tensors, the commands are `fixed`, and `run` runs them again on other tensors of the same shapes.
+    During recording `stage` and `result` state the inputs and results; `finish` runs the commands. If every input is
+    one of the call's tensors, the commands are `fixed`, and `run` runs them again on other tensors of the same shapes.
     """
 
     def __init__(self, device: OpenDevice, what: str, given: Given) -> None:
@@ -143,10 +144,7 @@ class VulkanCommandBuffer:
     def _cut(self, pool: VulkanMemoryPool, nbytes: int) -> Operand:
         region = self._device.cut(pool, nbytes)
         self._regions.append((pool, region))
-        host = None
-        if region.block.mapped is not None:
-            host = torch.frombuffer(region.block.mapped, dtype=torch.uint8, count=nbytes, offset=region.offset)
-        return Operand(Bound(region.block, region.offset, region.size), host)
+        return Operand(Bound(region.block, region.offset, region.size), pool.host(region, nbytes))
 
     def stage(
         self,
@@ -160,7 +158,8 @@ class VulkanCommandBuffer:
         """A tensor's values, contiguous: read in place if possible, else by one counted copy.
 
         Args:
-            dim, rows: sizes of the last dimension and of the one before it, padded with zeros. wide: convert to float32.
+            dim, rows: sizes of the last dimension and of the one before it, padded with zeros. wide: convert to
+                float32.
             again: makes the tensor from another call's tensors, where it is not one of this call's; without it these
                 commands cannot be kept.
         """
@@ -192,7 +191,7 @@ class VulkanCommandBuffer:
         return operand
 
     def result(self, tensor: Tensor, dim: int | None = None) -> Operand:
-        """Memory whose values become `tensor` in `finish`; its rows have `dim` elements, of which the first are read."""
+        """Memory whose values `finish` copies to `tensor`. Its rows have `dim` elements; the first are read."""
         last = tensor.shape[-1]
         wide, near, in_place, address, nbytes = dim or last, None, None, 0, tensor.nbytes
         if wide == last and (lying := self._lying(tensor)) is not None:
@@ -229,7 +228,9 @@ class VulkanCommandBuffer:
         return None if bound is None else Operand(bound, None)
 
     def _near(self, operand: Operand, nbytes: int) -> tuple[Tensor, Bound | None]:
-        """(bytes that torch reads and writes, their place in staging memory where they are not the operand's own memory)."""
+        """(bytes that torch reads and writes, their place in staging memory where they are not the operand's own
+        memory).
+        """
         if self._card is not None:
             return self._card.view(operand.bound)[:nbytes], None
         if operand.host is not None:
@@ -349,7 +350,9 @@ class VulkanCommandBuffer:
         return target
 
     def release(self) -> bool:
-        """Release memory and commands once the device no longer uses them; False, and nothing is released, if it still does."""
+        """Release memory and commands once the device no longer uses them; False, and nothing is released, if it still
+        does.
+        """
         gpu, patience = self._gpu, waits.GRACE if self._card is None else waits.TIMEOUT  # after torch's own work there
         try:
             gpu.wait(gpu.submitted, f"finish ({self.what}) before its memory is given back", patience)
@@ -370,7 +373,7 @@ class VulkanCommandBuffer:
 
 
 def _copy(target: Tensor, source: Tensor, most: int) -> None:
-    """target.copy_(source); up to `most` bytes by this thread alone, in pieces that torch does not share among threads."""
+    """target.copy_(source); up to `most` bytes by this thread, in pieces that torch does not share among threads."""
     if source.numel() < _SHARED or target.nbytes > most or target.is_cuda:
         target.copy_(source)
         return

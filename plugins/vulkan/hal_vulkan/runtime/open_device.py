@@ -13,15 +13,13 @@ from torch import Tensor
 
 from hal_core.plugin_api import Device, DeviceUnavailableError, MemoryLimitError
 
+from ..paths import IMPORT_FROM
 from ._vk import Adapter, Bound, Gpu, Memory
 from .pipelines import VulkanShaderManager, cache_path
 from .pool import VulkanMemoryPool
 from .sharing import SharedCard
 from .staging import StagingRing
 
-#: Bytes from which a host tensor is read where it lies, where the device can: importing a smaller one costs more than a
-#: copy.
-IMPORT_FROM = 1 << 20
 #: Bytes from which a tensor passes through the staging ring.
 STREAM_FROM = 4 << 20
 
@@ -33,9 +31,11 @@ class OpenDevice(ABC):
     """An open device, without the recordings of its calls. Not thread-safe: the session holds its lock.
 
     Attributes:
-        mapped: whether the device's memory is the host's. shares: index of the CUDA device that is the same card, or None.
+        mapped: whether the device's memory is the host's. shares: index of the CUDA device that is the same card, or
+            None.
         most_groups: at most, work groups of a dispatch along x, y and z.
-        memory: the session's memory manager, for scratch memory on the host and for counting copies. Set by the session.
+        memory: the session's memory manager, for scratch memory on the host and for counting copies. Set by the
+            session.
     """
 
     memory: ComputeMemory
@@ -49,8 +49,15 @@ class OpenDevice(ABC):
         self.shaders = VulkanShaderManager(self.gpu)
         self.mapped = adapter.is_cpu
         self.most_groups = tuple(adapter.limits[f"maxComputeWorkGroupCount{axis}"] for axis in "XYZ")
+        borrows = self.mapped and self.shares is None and adapter.limits["hostPointerAlignment"] > 0
         self.pool = VulkanMemoryPool(
-            self.gpu, device.id, host=self.mapped, limit=limit, exported=self.shares is not None, free=self._free
+            self.gpu,
+            device.id,
+            host=self.mapped,
+            limit=limit,
+            exported=self.shares is not None,
+            free=self._free,
+            memory=(lambda: self.memory) if borrows else None,
         )
         # Where the device's memory is not mapped, operands pass through host-visible memory of the driver's.
         self.staging = VulkanMemoryPool(self.gpu, device.id, host=True, limit=limit)
@@ -106,11 +113,13 @@ class OpenDevice(ABC):
         self.gpu.free(block)
 
     def streams(self, nbytes: int, card: SharedCard | None) -> bool:
-        """Whether a tensor passes through the staging ring: a large one between the host and memory that is not mapped."""
+        """Whether a tensor passes through the staging ring: a large one, between host and memory that is not mapped."""
         return nbytes >= STREAM_FROM and not self.mapped and card is None
 
     def import_host(self, tensor: Tensor) -> Bound | None:
-        """The tensor's own memory as the device's; None where the device is no CPU, or the tensor is small or unaligned."""
+        """The tensor's own memory as the device's; None where the device is no CPU, or the tensor is small or
+        unaligned.
+        """
         limits = self.adapter.limits
         page, nbytes = limits["hostPointerAlignment"], tensor.numel() * tensor.element_size()
         if not (self.mapped and page and IMPORT_FROM <= nbytes <= self.pool.largest and tensor.is_contiguous()):
@@ -146,7 +155,9 @@ class OpenDevice(ABC):
         return tensor is not None and self._card is not None and self._card.bound_of(tensor) is not None
 
     def settle(self) -> None:
-        """Wait until nothing that was submitted, here or to the sharing card, can touch memory that is about to be freed."""
+        """Wait until nothing that was submitted, here or to the sharing card, can touch memory that is about to be
+        freed.
+        """
         if not self.gpu.lost:  # nothing runs on a lost one
             self.synchronize()
         if self._card is not None and not self._card.settle(waits.TIMEOUT):
@@ -199,14 +210,14 @@ class OpenDevice(ABC):
         self.gpu.wait(self.gpu.submitted, "finish what was queued", waits.TIMEOUT)
 
     def trim(self) -> int:
-        """Release kept recordings and idle memory; returns the bytes of the memory.
+        """Release kept recordings and the staging ring; returns the ring's bytes.
 
         On a device that hangs nothing is released: interfaces that share its memory would wait for it.
         """
         if self._stuck:
             return 0
         self.forget()
-        return self.pool.trim() + self.staging.trim() + self.ring.trim()
+        return self.ring.trim()
 
     def stop(self) -> None:
         """Wait a last time for what was submitted, before `close`. On a device that hangs, what is in use stays."""
@@ -220,6 +231,8 @@ class OpenDevice(ABC):
             return
         self.closed = True
         self.trim()
+        self.pool.trim()
+        self.staging.trim()
         if self._card is not None:
             self._card.close()
         self.pool.abandon()

@@ -45,7 +45,7 @@ class VulkanShaderManager:
 
 
 def cache_path(adapter: Adapter) -> Path | None:
-    """The file of the pipeline cache of this driver and device (a new driver has another UUID), see `private_folder`."""
+    """The file of the pipeline cache of this driver and device, see `private_folder`. A new driver has another UUID."""
     folder = private_folder("vulkan")
     return None if folder is None else folder / f"{adapter.uuid}.pipelines"
 

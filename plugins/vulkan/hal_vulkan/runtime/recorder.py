@@ -43,8 +43,8 @@ class Recorder(OpenDevice):
         """What a recording depends on besides the device.
 
         Args:
-            number: see `number`. given: query, key, value, mask and the rest, of which the shapes count, and the addresses
-                of those that are read where they lie.
+            number: see `number`. given: query, key, value, mask and the rest, of which the shapes count, and the
+                addresses of those that are read where they lie.
         """
         shapes = tuple([None if t is None else t.shape for t in given])
         mask = None if given[3] is None else (given[3].stride(), given[3].dtype)

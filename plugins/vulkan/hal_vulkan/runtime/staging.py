@@ -37,7 +37,7 @@ class StagingRing:
         return self._count * self._slot_bytes if self._block is not None else 0
 
     def upload(self, tensor: Tensor, target: Bound, wide: int, what: str) -> None:
-        """Submit the transfer of a tensor, its rows padded with zeros to `wide` elements. It has been read on return."""
+        """Submit the transfer of a tensor, rows padded with zeros to `wide` elements. It has been read on return."""
         done = 0
         for piece, each in pieces(tensor, wide, self._slot_bytes):
             slot, nbytes = self._take(what), piece.shape[0] * each * piece.element_size()

@@ -2,8 +2,7 @@
 
 Built on the cffi layer of the `vulkan` package (`ffi` and `lib`, generated from the 1.3.275 headers), so that it can be
 replaced without touching anything else. Structures newer than that are raw bytes here. One file per layer, each on the
-one
-before: matrices, adapter, logical, allocation, pipeline, gpu.
+one before it: matrices, adapter, logical, allocation, pipeline, gpu.
 """
 
 from .adapter import Adapter, UnavailableError, adapters

@@ -258,7 +258,8 @@ class Gpu(Compiling):
             left -= _SLICE
         if result == _TIMEOUT:
             raise DeviceUnavailableError(
-                f"{self.name} did not {what} within {timeout:g} s: make the call smaller, or close and reopen the device"
+                f"{self.name} did not {what} within {timeout:g} s: make the call smaller, or close and reopen the "
+                "device"
             )
         if result:
             self._check(result, what)
