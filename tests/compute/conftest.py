@@ -20,16 +20,17 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def _programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HAL_CACHE of all tests that do not look at it."""
     return tmp_path_factory.mktemp("programs")
 
 
 @pytest.fixture(autouse=True)
-def _shared_programs(request: pytest.FixtureRequest, _programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _shared_programs(request: pytest.FixtureRequest, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are compiled once for all tests, except for those that ask for `own_cache`."""
     cache = pytest.importorskip("hal_compute.cache", exc_type=ImportError)
     if "own_cache" not in request.fixturenames:
-        monkeypatch.setattr(cache, "cache_dir", lambda: _programs)
+        monkeypatch.setattr(cache, "cache_dir", lambda: programs)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_memory_that_the_driver_has_not_got_is_named_and_the_session_stays_usabl
     works(session)
 
 
-@pytest.mark.parametrize("name", ["vkCreateBuffer", "vkBindBufferMemory", "vkMapMemory", "vkAllocateCommandBuffers"])
+@pytest.mark.parametrize("name", ["vkCreateBuffer", "vkBindBufferMemory", "vkAllocateCommandBuffers"])
 def test_a_call_that_fails_half_way_leaves_nothing_behind(
     session: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -9,7 +9,6 @@ from hal_compute.cost import (
     mask_bytes,
     padded_operands,
     part_bytes,
-    pooled_bytes,
     result_bytes,
     workspace_bytes,
 )
@@ -19,6 +18,8 @@ from hal_core.plugin_api import AttentionRequest
 
 from .discovery import is_cpu
 from .tiling import OpenClTiling
+
+_SCRATCH_ALIGNMENT = 64
 
 
 def assumed(handle: Any) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -45,14 +46,16 @@ def memory(request: AttentionRequest, tiling: OpenClTiling, alignment: int) -> i
     if not all((request.batch, request.heads_q, request.len_q, request.len_k)):
         return result_bytes(request)
     rows = request.batch * request.heads_q * request.len_q * 4
-    mask = pooled_bytes(mask_bytes(request)) if mask_bytes(request) else 0
-    lse = 0 if request.lse or request.grads else pooled_bytes(rows) - rows  # it is a result only if it is asked for
-    forward = mask + lse + workspace_bytes(workspaces(request, tiling), alignment)
+    asked = request.lse or bool(request.grads)
+    mask = [mask_bytes(request)] if mask_bytes(request) else []
+    results = result_bytes(request) - (0 if asked else rows)
+    forward = workspace_bytes([*mask, *([] if asked else [rows])], _SCRATCH_ALIGNMENT)
+    forward += workspace_bytes(workspaces(request, tiling), alignment)
     if not request.grads:
-        return result_bytes(request) + forward
+        return results + forward
     regions = [64, *padded_operands(request, backward=True), 3 * rows]
-    backward = mask + gradient_bytes(request) + pooled_bytes(rows) + workspace_bytes(regions, alignment)
-    return result_bytes(request) + max(forward, backward)
+    backward = workspace_bytes([*mask, rows], _SCRATCH_ALIGNMENT) + workspace_bytes(regions, alignment)
+    return results + max(forward, gradient_bytes(request) + backward)
 
 
 def largest_buffer(request: AttentionRequest, tiling: OpenClTiling) -> int:

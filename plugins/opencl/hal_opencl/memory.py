@@ -33,15 +33,41 @@ class OpenClMemory(ComputeMemory):
             block=HOST_BLOCK if engine.shares_memory else BLOCK,
             borrows=engine.shares_memory,
         )
+        #: Host memory of calls: what a mask or a plan becomes, and results that are not asked for.
+        self.scratch = DevicePool(
+            engine.device.id,
+            self._create_scratch,
+            self._destroy_scratch,
+            alignment=64,
+            largest=1 << 62,
+            limit=1 << 62,
+            block=HOST_BLOCK,
+            borrows=True,
+        )
         self.ring = StagingRing(engine)
 
     @property
     def pools(self) -> Sequence[DevicePool]:
-        return (self.pool,)
+        return self.pool, self.scratch
 
     @property
     def kept(self) -> tuple[int, int]:
         return 0, self.ring.nbytes
+
+    def _create_scratch(self, nbytes: int) -> HostBlock:
+        host = self.allocate_block(nbytes)
+        self.scratch.borrowed += host.buffer.reserved
+        return host
+
+    def _destroy_scratch(self, host: HostBlock) -> None:
+        self.scratch.borrowed -= host.buffer.reserved
+        self.free(host.buffer)
+
+    def free_lost(self) -> None:
+        """Free what an interrupt left in the pools. For a time when no call is under way: calls take turns."""
+        for pool in self.pools:
+            if pool.in_use:
+                pool.free_all()
 
     def _create(self, nbytes: int) -> tuple[Any, HostBlock | None]:
         """(cl.Buffer, the host memory that it is where the device is a CPU)."""

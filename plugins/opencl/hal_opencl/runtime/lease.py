@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
@@ -9,10 +10,8 @@ from typing import Any, NamedTuple, Self
 import pyopencl as cl
 import torch
 from hal_compute import waits
-from hal_compute.pool import Region
+from hal_compute.pool import DevicePool, Region
 from torch import Tensor
-
-from hal_core.plugin_api import Buffer
 
 from ..memory import OpenClMemory
 from .engine import Engine
@@ -43,16 +42,16 @@ class Lease:
     def __init__(self, engine: Engine, memory: OpenClMemory, what: str) -> None:
         """`what`: the work for messages, "compute attention"."""
         self.engine, self.memory, self.what = engine, memory, what
-        self._regions: list[Region] = []
+        self._regions: list[tuple[DevicePool, Region]] = []
         self._views: list[Any] = []
         self._shared: list[Tensor] = []  # kept as long as the buffers over them
-        self._buffers: list[Buffer] = []
         self._reads: list[tuple[Operand, Tensor, int]] = []
 
     def __enter__(self) -> Self:
         """Raises DeviceUnavailableError while a call that was given up still runs."""
         self.engine.check_idle()
-        self._free_lost_regions()
+        if not self.engine.abandoned:
+            self.memory.free_lost()
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
@@ -63,23 +62,23 @@ class Lease:
             engine.abandon(self.what, events, self.release)  # what still runs reads and writes this memory
             return
         self.release()
-        self._free_lost_regions()
-
-    def _free_lost_regions(self) -> None:
-        """Free what an interrupt left in the pool: calls take turns, so without abandoned ones nothing is in use."""
-        if self.memory.pool.in_use and not self.engine.abandoned:
-            self.memory.pool.free_all()
+        if not engine.abandoned:
+            self.memory.free_lost()
 
     def scratch(self, shape: Sequence[int], dtype: str) -> Tensor:
         """An uninitialised host tensor, for the length of the call."""
-        self._buffers.append(self.memory.allocate_host(tuple(shape), dtype))
-        return self._buffers[-1].tensor  # type: ignore[no-any-return]
+        kind: torch.dtype = getattr(torch, dtype)
+        nbytes, pool = math.prod(shape) * kind.itemsize, self.memory.scratch
+        region = pool.allocate(nbytes)
+        self._regions.append((pool, region))
+        host: Tensor = region.block.bytes[region.offset : region.offset + nbytes]
+        return host.view(kind).view(tuple(shape))
 
     def space(self, nbytes: int) -> Operand:
         """Uninitialised memory."""
         engine = self.engine
         region = self.memory.pool.allocate(nbytes)
-        self._regions.append(region)
+        self._regions.append((self.memory.pool, region))
         buffer, host = region.block
         with engine.named("cut a buffer"):
             part = buffer.get_sub_region(region.offset, region.size)
@@ -149,11 +148,8 @@ class Lease:
         for view in self._views:
             with suppress(cl.Error):  # a lost device has nothing to release
                 view.release()
-        for region in self._regions:
-            self.memory.pool.free(region)
-        for held in self._buffers:
-            self.memory.free(held)
-        self._buffers.clear()
+        for pool, region in self._regions:
+            pool.free(region)
         self._views.clear()
         self._shared.clear()
         self._regions.clear()
