@@ -1,4 +1,4 @@
-"""What devices that run compute programs share. This module holds the hook alone, the kernels that they offer."""
+"""What devices that run compute programs share: the plugin's hook with the kernels that they offer."""
 
 from hal_core.plugin_api import KernelSpec, hookimpl
 

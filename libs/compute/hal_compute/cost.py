@@ -69,15 +69,22 @@ def pooled_bytes(nbytes: int) -> int:
     return size
 
 
-def workspace_bytes(regions: Sequence[int], alignment: int) -> int:
-    """Bytes that a CPU's pool takes from torch's allocator for the regions of one call, in this order."""
-    total, left = 0, 0
-    for nbytes in regions:
-        size = max(-(-nbytes // alignment), 1) * alignment
-        if size <= left:  # the rest of a block that small regions share
-            left -= size
-            continue
-        block = max(size, HOST_BLOCK)
-        total += pooled_bytes(block_bytes(block))
-        left = max(left, block - size)
-    return total
+def workspace_bytes(alignment: int, *calls: Sequence[int]) -> int:
+    """Bytes that a CPU's pool takes from torch's allocator.
+
+    Args:
+        alignment: of its regions.
+        calls: bytes of the regions of each call, in turn; a call reuses the blocks of earlier ones.
+    """
+    blocks: list[int] = []
+    for regions in calls:
+        left = list(blocks)
+        for nbytes in regions:
+            size = max(-(-nbytes // alignment), 1) * alignment
+            place = next((n for n, rest in enumerate(left) if rest >= size), None)
+            if place is None:
+                blocks.append(max(size, HOST_BLOCK))
+                left.append(blocks[-1])
+                place = len(left) - 1
+            left[place] -= size
+    return sum(pooled_bytes(block_bytes(block)) for block in blocks)

@@ -26,14 +26,6 @@ def draw_reduce_sum(generator: Generator) -> tuple[Tensor]:
     return (_randn(5, 1003, generator=generator) + 0.5,)
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b
-
-
-def draw_matmul(generator: Generator) -> tuple[Tensor, Tensor]:
-    return _randn(2, 33, 70, generator=generator), _randn(2, 70, 45, generator=generator)
-
-
 def spread(field: Tensor) -> Tensor:
     """The nine-point average (1/6 for edge neighbours, 1/12 for corners) minus the middle, on a periodic grid.
 

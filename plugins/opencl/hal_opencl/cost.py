@@ -49,13 +49,12 @@ def memory(request: AttentionRequest, tiling: OpenClTiling, alignment: int) -> i
     asked = request.lse or bool(request.grads)
     mask = [mask_bytes(request)] if mask_bytes(request) else []
     results = result_bytes(request) - (0 if asked else rows)
-    forward = workspace_bytes([*mask, *([] if asked else [rows])], _SCRATCH_ALIGNMENT)
-    forward += workspace_bytes(workspaces(request, tiling), alignment)
-    if not request.grads:
-        return results + forward
-    regions = [64, *padded_operands(request, backward=True), 3 * rows]
-    backward = workspace_bytes([*mask, rows], _SCRATCH_ALIGNMENT) + workspace_bytes(regions, alignment)
-    return results + max(forward, gradient_bytes(request) + backward)
+    scratch, regions = [[*mask, *([] if asked else [rows])]], [workspaces(request, tiling)]
+    if request.grads:
+        results += gradient_bytes(request)
+        scratch.append([*mask, rows])
+        regions.append([64, *padded_operands(request, backward=True), 3 * rows])
+    return results + workspace_bytes(_SCRATCH_ALIGNMENT, *scratch) + workspace_bytes(alignment, *regions)
 
 
 def largest_buffer(request: AttentionRequest, tiling: OpenClTiling) -> int:

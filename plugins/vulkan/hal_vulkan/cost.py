@@ -78,15 +78,8 @@ class CallMemory:
         regions = [*self._copied([out]), *lse, 256, *self._tables()]
         if isinstance(cut, StreamCut):
             packed = sizes.batch * sizes.heads_kv * cut.chunks * STREAM_BYTES
-            return [
-                *regions,
-                *self._copied([query]),
-                packed,
-                packed,
-                *part_bytes(sizes, 1),
-                self.rows * sizes.dim * 4,
-                self.rows * 8,
-            ]
+            operands = self._copied([query, (key[0], packed), (value[0], packed)])
+            return [*regions, *operands, self.rows * sizes.dim * 4, self.rows * 8]
         regions += self._copied([query, key, value])
         if isinstance(cut, RowCut):
             _, splits = row_splits(cut, sizes)
@@ -112,10 +105,13 @@ class CallMemory:
         if not all((request.batch, request.heads_q, request.len_q, request.len_k)):
             return result
         mask = pooled_bytes(mask_bytes(request)) if mask_bytes(request) else 0
-        forward = mask + workspace_bytes(self.forward(), _ALIGNMENT)
+        result += mask
         if not request.grads:
-            return result + forward
-        return result + max(forward, mask + gradient_bytes(request) + workspace_bytes(self.backward(), _ALIGNMENT))
+            return result + workspace_bytes(_ALIGNMENT, self.forward())
+        result += gradient_bytes(request)
+        if len(self._copied(self.tensors)) == len(self.tensors):  # the recording of the forward pass is kept
+            return result + workspace_bytes(_ALIGNMENT, self.forward() + self.backward())
+        return result + workspace_bytes(_ALIGNMENT, self.forward(), self.backward())
 
     def largest_buffer(self) -> int:
         """Bytes of the largest buffer that a program reads or writes."""

@@ -17,10 +17,13 @@ _NO_CACHE: Any = False  # pyopencl's own cache holds pickles, and not for every 
 
 
 class Programs:
-    """Compiled programs of one device. A file's name is a digest of the driver, device, source and options."""
+    """Compiled programs of one device, kept for all its sessions. A file's name is a digest of the driver, device,
+    source and options.
+    """
 
     def __init__(self, context: Any, handle: Any) -> None:
         self._context, self._handle = context, handle
+        self._built: dict[tuple[str, ...], Any] = {}
         platform = handle.platform
         self._driver = "\0".join(
             (
@@ -40,6 +43,9 @@ class Programs:
         Raises:
             pyopencl.Error: the driver cannot compile it.
         """
+        key = (program, *options)
+        if key in self._built:
+            return self._built[key]
         source = _source(program)
         path = self.path(source, options)
         built = self._load(path)
@@ -48,6 +54,7 @@ class Programs:
                 warnings.simplefilter("ignore", cl.CompilerWarning)
                 built = cl.Program(self._context, source).build(["-w", *options], cache_dir=_NO_CACHE)
             self._save(path, built)
+        self._built[key] = built
         return built
 
     def path(self, source: str, options: Sequence[str]) -> Path | None:

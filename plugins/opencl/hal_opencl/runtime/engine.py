@@ -21,6 +21,19 @@ _NO_MEMORY = {-4: "device", -6: "host"}  # CL_MEM_OBJECT_ALLOCATION_FAILURE, CL_
 _LOST = frozenset({-2, -5, -34, -36})
 
 
+#: (context, programs) by device. Drivers do not give back all memory of a program that has run, so that programs are
+#: kept for the next session of their device.
+_contexts: dict[int, tuple[Any, Programs]] = {}
+
+
+def _opened_once(handle: Any) -> tuple[Any, Programs]:
+    found = _contexts.get(handle.int_ptr)
+    if found is None:
+        context = cl.Context([handle])
+        found = _contexts.setdefault(handle.int_ptr, (context, Programs(context, handle)))
+    return found
+
+
 _hanging: list[Engine] = []  # closed while something still ran: releasing their queues might never return
 
 
@@ -32,9 +45,8 @@ class Engine:
         self.hangs = False  # something had not ended when the session was closed
         self.shares_memory = is_cpu(handle)
         with self.named("open the device"):
-            self.context = cl.Context([handle])
+            self.context, self._programs = _opened_once(handle)
             self.queue = cl.CommandQueue(self.context, properties=cl.command_queue_properties.PROFILING_ENABLE)
-            self._programs = Programs(self.context, handle)
         self._kernels: dict[tuple[str, ...], dict[str, Any]] = {}
         self.launched: list[Any] = []  # events of the call's programs
         self.device_seconds: float | None = None  # of the programs of the last finished call
@@ -185,6 +197,7 @@ class Engine:
 
     def _lose(self, what: str, cause: BaseException | None = None) -> NoReturn:
         self.lost = True
+        _contexts.pop(self.handle.int_ptr, None)  # the next session opens the device anew
         raise DeviceUnavailableError(
             f"{self.device.id} was lost and could not {what}: close its session and open it again"
         ) from cause
