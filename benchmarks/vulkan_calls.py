@@ -136,9 +136,9 @@ def main() -> None:
     columns = ["B1 H8 128x128 D64 float16", "whole us", "device us", "host us"]
     note = (
         f"Driver: {device.driver}. Medians of {chosen.calls} calls. Whole: from the call to its return. Device: all "
-        "commands by the device's clock, transfers included. Host: the difference, call by call. Calls with tensors on CUDA "
-        "return before the device is done: all of their time is the host's. To synchronise is to wait for the turns of both "
-        "interfaces on the card."
+        "recorded commands by the device's clock, transfers included. Host: the difference, call by call. Calls with "
+        "tensors on CUDA return before the device is done: all of their time is the host's. To synchronise is to wait "
+        "for the turns of both interfaces on the card."
     )
     session: Any = hal.session(device.id)
     publish(

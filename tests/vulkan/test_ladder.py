@@ -112,8 +112,8 @@ def test_vulkan_1_2_has_no_spirv_of_1_3() -> None:
 
 def test_the_doctors_words_follow_the_steps() -> None:
     assert paths.kernel_names(adapter(BITS + SCOPE)) == (
-        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; float32: tiles "
-        "in shared memory; few query rows: lanes that share a key"
+        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; "
+        "float32: tiles in shared memory; few query rows: lanes that share a key"
     )
     assert paths.kernel_names(adapter(())) == "tiles in shared memory"
     few = "tiles in shared memory; few query rows: lanes that share a key"

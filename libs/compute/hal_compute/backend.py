@@ -19,8 +19,8 @@ from hal_core.plugin_api import (
     Range,
     Refusal,
     Session,
+    load_calibration as load,
 )
-from hal_core.plugin_api import load_calibration as load
 
 from . import calibrate
 
