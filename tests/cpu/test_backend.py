@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hal_cpu import machine
+from hal_cpu import discovery
 from hal_cpu.backend import CpuBackend
 from hal_cpu.cost import Rates, estimate
 
@@ -37,9 +37,9 @@ def test_there_is_no_device_without_torch(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_system_that_says_nothing_gives_assumed_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "absent")
-    monkeypatch.setattr(machine, "_CACHES", tmp_path / "absent")
-    found = machine.this_machine.__wrapped__()
+    monkeypatch.setattr(discovery, "_CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(discovery, "_CACHES", tmp_path / "absent")
+    found = discovery.this_machine.__wrapped__()
     assert not found.frequency_known
     assert found.l2 > 0
     assert found.l3 > found.l2
@@ -63,9 +63,9 @@ def test_sizes_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "cores: 1",
     )
     cpuinfo.write_text("\n".join(lines))
-    monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
-    monkeypatch.setattr(machine, "_CACHES", tmp_path)
-    found = machine.this_machine.__wrapped__()
+    monkeypatch.setattr(discovery, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(discovery, "_CACHES", tmp_path)
+    found = discovery.this_machine.__wrapped__()
     assert (found.model, found.l2, found.l3, found.frequency) == ("Fast 9000", 2 << 20, 30 << 20, 3100.5e6)
     assert found.simd == ("avx2", "amx_fp16")
     assert found.multiplies_float16
@@ -93,7 +93,7 @@ def test_a_stored_calibration_is_used() -> None:
 
 @pytest.mark.parametrize("path", [{}, {"softcap": 5.0}, {"lse": True}, {"len_q": 1, "heads_kv": 2}], ids=str)
 def test_more_work_is_never_estimated_cheaper(path: dict[str, object]) -> None:
-    rates = Rates.assumed(machine.this_machine())
+    rates = Rates.assumed(discovery.this_machine())
     small = replace(REQUEST, **path)
     for field, value in (("batch", 9), ("len_k", 9999), ("dim_v", 300)):
         large = replace(small, **{field: value})

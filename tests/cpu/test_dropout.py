@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_cpu.dropout import keep_mask
+from hal_cpu.kernels.dropout import keep_mask
 from torch import Tensor
 
 import hal_core as hal

@@ -22,7 +22,7 @@ from hal_core.plugin_api import (
 from hal_core.plugin_api import load_calibration as load
 
 from .cost import Rates, estimate
-from .machine import this_machine
+from .discovery import this_machine
 
 if TYPE_CHECKING:
     from .session import CpuSession

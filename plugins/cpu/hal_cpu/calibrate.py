@@ -13,7 +13,7 @@ from torch import Tensor
 from hal_core.plugin_api import AttentionRequest, MaskKind
 
 from .cost import Rates, estimate
-from .machine import this_machine
+from .discovery import this_machine
 from .paths import path_of
 from .session import CpuSession
 

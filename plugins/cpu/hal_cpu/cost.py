@@ -10,17 +10,10 @@ import attrs
 
 from hal_core.plugin_api import AttentionRequest, Basis, Estimate, MaskKind, Provenance, Quantity
 
-from .machine import Machine
-from .paths import (
-    DecodeSizes,
-    Path,
-    TileSizes,
-    backward_scratch,
-    decode_scratch,
-    path_of,
-    tiled_scratch,
-    widens,
-)
+from .discovery import Machine
+from .kernels.workspace import backward_scratch, decode_scratch, tiled_scratch
+from .paths import Path, path_of, widens
+from .tiling import DecodeSizes, TileSizes
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 

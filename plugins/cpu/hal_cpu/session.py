@@ -21,13 +21,14 @@ from hal_core.plugin_api import (
     SequenceTables,
 )
 
-from . import decode, fused, native, tiled, tiled_backward
-from .heads import pack_heads, unpack_heads
-from .keyvalue import KeyValue
+from .kernels import decode, fused, native, tiled, tiled_backward
+from .kernels.heads import pack_heads, unpack_heads
+from .kernels.keyvalue import KeyValue
+from .kernels.problem import build_problem
+from .kernels.scores import Band
+from .kernels.sequences import sequences
 from .paths import MOST_PACKED_ROWS, path_of
-from .scores import Band
-from .sequences import sequences
-from .tiles import CacheTiling, build_problem
+from .tiling import CpuTiling
 
 
 class Prepared(NamedTuple):
@@ -47,7 +48,7 @@ class CpuSession:
 
     def __init__(self, device: Device, limit: int | None = None) -> None:
         self.memory = PooledMemory("cpu", name=device.id, limit=limit)
-        self.tiling = CacheTiling()
+        self.tiling = CpuTiling()
 
     def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
         """native where torch's own attention is called once; explicit elsewhere."""

@@ -13,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from hal_core.plugin_api import AttentionRequest, MaskKind
 
+from ..paths import doubles, path_of, sees_less, widens
 from .heads import pack_heads, pack_mask, unpack_heads
-from .paths import doubles, path_of, sees_less, widens
 
 Bound = Callable[..., Any]
 

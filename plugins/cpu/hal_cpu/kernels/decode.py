@@ -14,12 +14,13 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionOutput, MemoryManager
 
+from ..discovery import this_machine
+from ..tiling import DecodeSizes
 from .keyvalue import KeyValue
-from .machine import this_machine
-from .paths import DecodeSizes, decode_scratch
+from .problem import Problem, Tile
 from .scores import LN2, hide, mask_tile
 from .tiled import scaled_query, tile_shape
-from .tiles import Problem, Tile
+from .workspace import decode_scratch
 
 #: Keys of one partial product of weights and values: long enough for the product, short enough to share among threads.
 VALUE_RUN = 1024

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionOutput, MemoryManager
 
+from ..tiling import TileSizes
 from .dropout import keep_mask
 from .keyvalue import Columns
-from .paths import TileSizes, tiled_scratch
+from .problem import Problem, Tile, column_chunks, head_groups, heads_differ, row_tiles
 from .scores import LN2, hide, mask_tile
-from .tiles import Problem, Tile, column_chunks, head_groups, heads_differ, row_tiles
+from .workspace import tiled_scratch
 
 
 class Scratch(NamedTuple):

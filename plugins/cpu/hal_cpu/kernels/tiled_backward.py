@@ -12,11 +12,12 @@ from torch import Tensor
 
 from hal_core.plugin_api import Grads, MemoryManager
 
+from ..tiling import TileSizes
 from .keyvalue import Columns
-from .paths import TileSizes, backward_scratch, tiled_scratch
+from .problem import Problem, Tile, column_chunks, head_groups, row_tiles
 from .scores import LOG2E, mask_tile
 from .tiled import Scratch, choose_sizes, kept, scaled_query, tile_scores, tile_shape
-from .tiles import Problem, Tile, column_chunks, head_groups, row_tiles
+from .workspace import backward_scratch, tiled_scratch
 
 
 class Given(NamedTuple):

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, BlockPlan, DenseTiling
+from hal_core.plugin_api import AttentionRequest, BlockPlan
 
+from ..tiling import TileSizes
 from .keyvalue import Columns, KeyValue
-from .machine import this_machine
-from .paths import TileSizes
 from .scores import Band, ScoreRule, split_heads
-
-
-class CacheTiling(DenseTiling):
-    """Square tiles whose operands stay in one core's second-level cache."""
-
-    def compute_optimal_tile_size(
-        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
-    ) -> int:
-        """As DenseTiling, with available_memory bounded by the second-level cache."""
-        fits = min(available_memory, this_machine().l2)
-        return super().compute_optimal_tile_size(sequence_length, fits, backend_constraints)
 
 
 class Problem(NamedTuple):
