@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from hal_core.bench import Call, Ceilings, draw
 from hal_cuda import _nvml
 from hal_cuda.calibrate import on_path, read_bandwidth
 from hal_cuda.discovery import find
@@ -28,7 +29,6 @@ from record import FOLDER, parser, publish
 from torch import Tensor
 
 import hal_core as hal
-from hal_core.bench import Call, Ceilings, draw
 from hal_core.registry import registry
 from hal_core.testing import BenchmarkRunner, reference, relative_error
 

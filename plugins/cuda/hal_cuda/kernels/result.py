@@ -10,7 +10,8 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def put_rows(out, o, row0, end, step, BM: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, OL: gl.constexpr):
-    # Rows before the end of their sequence alone: the next sequence's follow in memory, as other heads do behind the columns.
+    # Rows before the end of their sequence alone: the next sequence's follow in memory, as other heads do behind the
+    # columns.
     rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, OL))
     columns = gl.arange(0, D, gl.SliceLayout(0, OL))
     at = gl.expand_dims(rows.to(gl.int64) * step, 1) + gl.expand_dims(columns, 0)
