@@ -23,6 +23,7 @@ from hal_core.plugin_api import load_calibration as load
 
 from .cost import Rates, estimate
 from .discovery import this_machine
+from .tiling import LARGEST_BLOCK
 
 if TYPE_CHECKING:
     from .session import CpuSession
@@ -63,6 +64,7 @@ CAPABILITIES = Capabilities(
     page_sizes=Range(1),
     cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2"}),
     block_sizes=Range(1),
+    tile_sizes=Range(0, LARGEST_BLOCK),
 )
 
 

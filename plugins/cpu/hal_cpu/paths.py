@@ -31,6 +31,7 @@ def path_of(request: AttentionRequest) -> Path:
         or request.page_size is not None
         or request.block_plan is not None
         or request.dropout
+        or request.tiling is not None
         or "mask" in request.grads
         or request.grad_lse
         or request.effective_scale <= 0  # torch's kernel multiplies the mask's -inf by it
@@ -39,7 +40,7 @@ def path_of(request: AttentionRequest) -> Path:
     shifted = causal and (request.causal is Causal.BOTTOM_RIGHT or request.diagonal != 0)
     tiled = special or (masked and (causal or request.lse))
     rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
-    if not (request.grads or request.dropout or request.block_plan):
+    if not (request.grads or request.dropout or request.block_plan or request.tiling):
         if rows <= MOST_DECODE_ROWS and (tiled or (shifted and rows) or (not causal and _worth_streaming(request))):
             return "decode"
         if not tiled and not causal and not request.lse and rows <= MOST_PACKED_ROWS and _worth_packing(request):
@@ -75,3 +76,9 @@ def _worth_streaming(request: AttentionRequest) -> bool:
 def widens(request: AttentionRequest) -> bool:
     """Whether float16 is computed in float32: without float16 products torch's kernel takes twice float32's time."""
     return request.dtype == "float16" and not this_machine().multiplies_float16
+
+
+def reads_in_place(request: AttentionRequest) -> bool:
+    """Whether keys and values are read where they lie, with nothing converted or gathered."""
+    plain = request.dtype in ("float32", "float64") and request.cache_dtype is None and request.page_size is None
+    return plain and request.last_dim_contiguous

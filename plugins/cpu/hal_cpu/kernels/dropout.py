@@ -24,7 +24,8 @@ def keep_mask(
     query_heads: slice,
     rows: slice,
     columns: Columns,
-    scratch: Tensor,
+    words: Tensor,
+    row_words: Tensor,
 ) -> Tensor:
     """Which pairs are kept.
 
@@ -32,44 +33,49 @@ def keep_mask(
         rng: (seed, offset), any integers.
         probability: of dropping a pair.
         batch, query_heads, rows, columns: the tile's place in the whole call.
-        scratch: int32 memory of at least 2 * pairs numbers.
+        words: int32 memory of at least 2 * pairs numbers. row_words: int64 memory of at least 3 * batch * heads * rows
+            numbers.
 
     Returns:
-        bool [batch, query_heads, rows, columns].
+        bool [batch, query_heads, rows, columns], in the second half of the used words.
     """
-    row = _row_words(rng, batch, query_heads, rows)
-    column = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns
-    column = _mix(column * 0x9E3779B1 + _mix_number(rng[1] ^ 0x5BF03635)).to(torch.int32)
+    row = _row_words(rng, batch, query_heads, rows, row_words)
+    column = torch.arange(columns.start, columns.stop) if isinstance(columns, slice) else columns.keys
+    column = column * 0x9E3779B1 + _mix_number(rng[1] ^ 0x5BF03635)
+    column = _mix(column, torch.empty_like(column)).to(torch.int32)
     shape = (*row.shape, len(column))
     count = row.numel() * len(column)
-    words, shifted = scratch[:count].view(shape), scratch[count : 2 * count].view(shape)
-    torch.bitwise_xor(row.unsqueeze(-1), column, out=words)
+    pairs, shifted = words[:count].view(shape), words[count : 2 * count].view(shape)
+    torch.bitwise_xor(row.unsqueeze(-1), column, out=pairs)
     # The shifts drag the sign along, and xor with a dragged sign would clear it: every weight would be kept.
     for shift, factor in ((16, _FIRST), (15, _SECOND)):
-        torch.bitwise_right_shift(words, shift, out=shifted)
-        words.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
-    torch.bitwise_right_shift(words, 16, out=shifted)
-    words.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
-    return words >= round(probability * (1 << 32)) - (1 << 31)
+        torch.bitwise_right_shift(pairs, shift, out=shifted)
+        pairs.bitwise_xor_(shifted.bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
+    torch.bitwise_right_shift(pairs, 16, out=shifted)
+    pairs.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
+    keep = words[count : 2 * count].view(torch.bool)[:count].view(shape)
+    return torch.ge(pairs, round(probability * (1 << 32)) - (1 << 31), out=keep)
 
 
-def _row_words(rng: tuple[int, int], batch: slice, heads: slice, rows: slice) -> Tensor:
-    """One well mixed int32 for every (batch entry, head, row)."""
-    words = torch.full(
-        (1, 1, 1), _mix_number(rng[0] ^ _mix_number(rng[0] >> 32)) ^ _mix_number(rng[1]), dtype=torch.int64
-    )
-    for part, shape in ((batch, (-1, 1, 1)), (heads, (1, -1, 1)), (rows, (1, 1, -1))):
-        numbers = torch.arange(part.start, part.stop).view(shape)
-        words = _mix(words ^ _mix(numbers + 0x9E3779B9))
-    return words.to(torch.int32)
+def _row_words(rng: tuple[int, int], batch: slice, heads: slice, rows: slice, memory: Tensor) -> Tensor:
+    """One well mixed int32 for every (batch entry, head, row), in `memory`."""
+    shape = (batch.stop - batch.start, heads.stop - heads.start, rows.stop - rows.start)
+    count = shape[0] * shape[1] * shape[2]
+    words, temporary = memory[:count].view(shape), memory[count : 2 * count].view(shape)
+    words.fill_(_mix_number(rng[0] ^ _mix_number(rng[0] >> 32)) ^ _mix_number(rng[1]))
+    for part, view in ((batch, (-1, 1, 1)), (heads, (1, -1, 1)), (rows, (1, 1, -1))):
+        numbers = torch.arange(part.start, part.stop).add_(0x9E3779B9)
+        words.bitwise_xor_(_mix(numbers, torch.empty_like(numbers)).view(view))
+        _mix(words, temporary)
+    return memory[2 * count : 3 * count].view(torch.int32)[:count].view(shape).copy_(words)
 
 
-def _mix(words: Tensor) -> Tensor:
-    """lowbias32 on unsigned words held in int64."""
-    words = words & _WORD
-    words = ((words ^ (words >> 16)) * _FIRST) & _WORD
-    words = ((words ^ (words >> 15)) * (_SECOND & _WORD)) & _WORD
-    return words ^ (words >> 16)
+def _mix(words: Tensor, temporary: Tensor) -> Tensor:
+    """lowbias32 on unsigned words held in int64, in place; `temporary` is memory of the same shape."""
+    words.bitwise_and_(_WORD)
+    for shift, factor in ((16, _FIRST), (15, _SECOND & _WORD)):
+        words.bitwise_xor_(torch.bitwise_right_shift(words, shift, out=temporary)).mul_(factor).bitwise_and_(_WORD)
+    return words.bitwise_xor_(torch.bitwise_right_shift(words, 16, out=temporary))
 
 
 def _mix_number(word: int) -> int:

@@ -1,4 +1,4 @@
-"""How a problem is cut: groups of heads, query blocks, and the key chunks that each one reads."""
+"""One dense batch of attention as the tiled and the decode kernel see it, and its walk over a plan's tiles."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, BlockPlan
+from hal_core.plugin_api import AttentionRequest, BlockPlan, TilePlan
 
+from ..memory import Workspace
 from ..tiling import TileSizes
-from .keyvalue import Columns, KeyValue
+from .keyvalue import Columns, KeyValue, Picked
 from .scores import Band, ScoreRule, split_heads
 
 
 class Problem(NamedTuple):
-    """One dense batch of attention, lengths exact, as the tiled and the decode path see it.
+    """One dense batch of attention, lengths exact.
 
     Attributes:
-        request: the call, with exact lengths.
+        request: the call, with exact lengths. plan: its cut.
         query: [batch, heads_q, len_q, dim_qk].
         source: key and value.
         mask: split_heads form, or None.
@@ -30,6 +31,7 @@ class Problem(NamedTuple):
     """
 
     request: AttentionRequest
+    plan: TilePlan
     query: Tensor
     source: KeyValue
     mask: Tensor | None
@@ -41,71 +43,91 @@ class Problem(NamedTuple):
 
     @property
     def group(self) -> int:
+        """Query heads that share a key head."""
         return self.query.shape[1] // self.source.key.shape[1]
 
     @property
     def heads_kv(self) -> int:
         return self.source.key.shape[1]
 
+    @property
+    def heads_differ(self) -> bool:
+        """Whether a block plan has a pattern of its own for each head or batch entry."""
+        return self.visible is not None and (self.visible.shape[0] > 1 or self.visible.shape[1] > 1)
 
-def build_problem(
-    request: AttentionRequest,
-    query: Tensor,
-    source: KeyValue,
-    mask: Tensor | None,
-    plan: BlockPlan | None = None,
-    rng: tuple[int, int] | None = None,
-    first_batch: int = 0,
-) -> Problem:
-    heads_kv = source.key.shape[1]
-    return Problem(
-        request,
-        query,
-        source,
-        None if mask is None else split_heads(mask, heads_kv, query.shape[1] // heads_kv),
-        Band.of(request, query.shape[2], source.length),
-        ScoreRule.of(request),
-        None if plan is None else visible_blocks(plan, source.length),
-        rng,
-        first_batch,
-    )
+    def sizes(self) -> TileSizes:
+        """How many heads are worked on at once, and the largest tile."""
+        return TileSizes.of(self.request, self.plan, torch.get_num_threads(), one_head=self.heads_differ)
+
+    @classmethod
+    def of(
+        cls,
+        request: AttentionRequest,
+        plan: TilePlan,
+        query: Tensor,
+        source: KeyValue,
+        mask: Tensor | None,
+        visible: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+        first_batch: int = 0,
+    ) -> Problem:
+        heads_kv = source.key.shape[1]
+        return cls(
+            request,
+            plan,
+            query,
+            source,
+            None if mask is None else split_heads(mask, heads_kv, query.shape[1] // heads_kv),
+            Band(*request.band(query.shape[2], source.length)),
+            ScoreRule.of(request),
+            visible,
+            rng,
+            first_batch,
+        )
 
 
-def visible_blocks(plan: BlockPlan, len_k: int) -> Tensor:
-    """A block plan as bool [batch or 1, heads or 1, query blocks, key blocks]."""
-    blocks = -(-len_k // plan.block_k)
-    listed = torch.arange(plan.indices.shape[-1]) < plan.counts.unsqueeze(-1)
-    # Entries past the count, and blocks past a shorter sequence, go to a column beyond the last, which is cut off
-    # again.
-    column = torch.where(listed, plan.indices, blocks).clamp_(max=blocks).long()
-    visible = torch.zeros((*plan.indices.shape[:-1], blocks + 1), dtype=torch.bool)
-    return visible.scatter_(-1, column, True)[..., :blocks]
+def visible_blocks(plan: BlockPlan, len_k: int, workspace: Workspace) -> Tensor:
+    """A block plan as bool [batch or 1, heads or 1, query blocks, key blocks], in the workspace's memory."""
+    blocks, shape = -(-len_k // plan.block_k), plan.indices.shape
+    column = workspace.copy(plan.indices, torch.int64)
+    listed = workspace.take(shape, torch.bool)
+    torch.lt(torch.arange(shape[-1]), plan.counts.unsqueeze(-1), out=listed)
+    # Entries past the count, and blocks past a shorter sequence, go to a column beyond the last, which is cut off.
+    torch.where(listed, column, torch.full((), blocks), out=column)
+    visible = workspace.take((*shape[:-1], blocks + 1), torch.bool).zero_()
+    return visible.scatter_(-1, column.clamp_(max=blocks), True)[..., :blocks]
 
 
 class Tile(NamedTuple):
-    """Key/value heads `heads` of batch entries `batch`; query rows `rows` of each head in their groups."""
+    """Key heads `heads` of batch entries `batch`; query rows `rows` of each query head in their groups.
+
+    `spans` are the key ranges that the plan gives to the rows.
+    """
 
     batch: slice
     heads: slice
     rows: slice
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def pairs(self) -> int:
-        """Batch entries times key/value heads."""
+        """Batch entries times key heads."""
         return int((self.batch.stop - self.batch.start) * (self.heads.stop - self.heads.start))
 
     @property
     def row_count(self) -> int:
         return int(self.rows.stop - self.rows.start)
 
+    def shape(self, group: int) -> tuple[int, int, int, int]:
+        """(batch, heads_kv, group, rows)."""
+        return self.batch.stop - self.batch.start, self.heads.stop - self.heads.start, group, self.row_count
 
-def heads_differ(problem: Problem) -> bool:
-    """Whether a block plan has a pattern of its own for each head or batch entry."""
-    return problem.visible is not None and (problem.visible.shape[0] > 1 or problem.visible.shape[1] > 1)
+    def query_heads(self, group: int) -> slice:
+        return slice(self.heads.start * group, self.heads.stop * group)
 
 
 def head_groups(problem: Problem, sizes: TileSizes) -> Iterator[tuple[slice, slice]]:
-    """(batch entries, key/value heads) that are worked on together."""
+    """(batch entries, key heads) that are worked on together."""
     for b in range(0, problem.query.shape[0], sizes.batch):
         for h in range(0, problem.heads_kv, sizes.heads):
             yield (
@@ -114,49 +136,67 @@ def head_groups(problem: Problem, sizes: TileSizes) -> Iterator[tuple[slice, sli
             )
 
 
-def row_tiles(problem: Problem, sizes: TileSizes, batch: slice, heads: slice) -> Iterator[Tile]:
-    len_q = problem.query.shape[2]
-    for q in range(0, len_q, sizes.rows):
-        yield Tile(batch, heads, slice(q, min(q + sizes.rows, len_q)))
+def row_tiles(problem: Problem, batch: slice, heads: slice) -> Iterator[Tile]:
+    """The plan's row ranges in order."""
+    for start, stop, spans in problem.plan.rows():
+        yield Tile(batch, heads, slice(start, stop), spans)
 
 
-def column_chunks(problem: Problem, sizes: TileSizes, tile: Tile) -> Iterator[tuple[Columns, Tensor | None]]:
-    """The key chunks that a tile's rows read, each with the hidden pairs.
+def column_chunks(problem: Problem, tile: Tile) -> Iterator[tuple[Columns, Tensor | None]]:
+    """The key chunks that a tile's rows read: the plan's key ranges without what causal and window hide from all rows.
 
-    Hidden pairs are bool, broadcastable to [batch, heads_kv, group, rows, columns]; None where all are visible.
+    Each comes with the pairs that a block plan hides, bool, broadcastable to [batch, heads_kv, group, rows, columns];
+    None where there are none.
     """
-    start, stop = problem.band.range(tile.rows, problem.source.length)
+    first, last = problem.band.range(tile.rows, problem.source.length)
     if problem.visible is not None:
-        yield from _planned_chunks(problem, sizes, tile, start, stop)
+        yield from _planned_chunks(problem, problem.visible, tile, first, last)
         return
-    for k in range(start, stop, sizes.columns):
-        columns = slice(k, min(k + sizes.columns, stop))
-        yield columns, problem.band.hidden(tile.rows, columns)
+    for start, stop in tile.spans:
+        start, stop = max(start, first), min(stop, last)
+        if start < stop:
+            yield slice(start, stop), None
 
 
 def _planned_chunks(
-    problem: Problem, sizes: TileSizes, tile: Tile, start: int, stop: int
+    problem: Problem, whole: Tensor, tile: Tile, start: int, stop: int
 ) -> Iterator[tuple[Columns, Tensor | None]]:
-    assert problem.visible is not None
     assert problem.request.block_plan is not None
     block_q, block_k, _ = problem.request.block_plan
-    visible = problem.visible[:, :, tile.rows.start // block_q]  # [batch or 1, heads or 1, key blocks]
+    visible = whole[:, :, tile.rows.start // block_q]  # [batch or 1, heads or 1, key blocks]
     if visible.shape[0] > 1:
         visible = visible[tile.batch]
     if visible.shape[1] > 1:
-        visible = visible[:, tile.heads.start * problem.group : tile.heads.stop * problem.group]
+        visible = visible[:, tile.query_heads(problem.group)]
     first, last = start // block_k, -(-stop // block_k)
     wanted = visible.flatten(0, 1)[:, first:last]
     used = wanted.any(0)
     uniform = bool((wanted == used).all())
-    for part in (used.nonzero().squeeze(1) + first).split(max(sizes.columns // block_k, 1)):
-        columns = (part.unsqueeze(1) * block_k + torch.arange(block_k)).flatten()
-        columns = columns[(columns >= start) & (columns < stop)]
-        if not len(columns):
+    blocks = (used.nonzero().squeeze(1) + first).tolist()
+    most = max(problem.plan.block_k // block_k, 1)
+    for place in range(0, len(blocks), most):
+        columns = _picked(blocks[place : place + most], block_k, start, stop)
+        if columns is None:
             continue
-        hidden = problem.band.hidden(tile.rows, columns)
-        if not uniform:  # heads of one group with patterns of their own
-            absent = ~visible[..., columns // block_k]  # [1, group, columns]
-            absent = absent.view(1, 1, -1, 1, len(columns))
-            hidden = absent if hidden is None else hidden | absent
-        yield columns, hidden
+        if uniform:
+            yield columns, None
+            continue
+        # Heads of one group have patterns of their own.
+        absent = ~visible[..., columns.keys // block_k]  # [1, group, columns]
+        yield columns, absent.view(1, 1, -1, 1, len(columns.keys))
+
+
+def _picked(blocks: list[int], size: int, start: int, stop: int) -> Picked | None:
+    """The keys of blocks from `start` to `stop`, neighbouring blocks as one run; None for no key."""
+    runs: list[slice] = []
+    for block in blocks:
+        a, b = max(block * size, start), min((block + 1) * size, stop)
+        if a >= b:
+            continue
+        if runs and runs[-1].stop == a:
+            runs[-1] = slice(runs[-1].start, b)
+        else:
+            runs.append(slice(a, b))
+    if not runs:
+        return None
+    return Picked(torch.cat([torch.arange(run.start, run.stop) for run in runs]), tuple(runs))

@@ -1,20 +1,21 @@
-"""From products of query and key to base-2 scores: scale, softcap, mask, causal and window, on one tile at a time.
+"""From products of query and key to scores and weights: scale, softcap, mask, causal and window, one tile at a time.
 
-Scores are kept in base 2 (natural scores times log2 e) because torch's exp2 is several times faster than its exp.
+Scores are kept in base 2 (natural scores times log2 e) because torch's exp2 is several times faster than its exp. Under
+an additive mask they stay natural until the row's maximum is subtracted: the lowest finite number of a dtype, which
+Hugging Face writes into masks, would become -inf when it is multiplied by log2 e.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal
+from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
-from .keyvalue import Columns
+from .keyvalue import Columns, bounds, width
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -46,69 +47,100 @@ class Band(NamedTuple):
         stop = len_k if self.upper is None else min(rows.stop + self.upper, len_k)
         return start, max(stop, 0)
 
-    def hidden(self, rows: slice, columns: Columns) -> Tensor | None:
-        """Boolean [rows, columns], True where hidden; None where every pair is visible."""
-        if self.lower is None and self.upper is None:
+    def hides(self, rows: slice, keys: tuple[int, int]) -> bool:
+        """Whether some pair of the rows and of the keys from keys[0] to keys[1] (excluded) is hidden."""
+        start, stop = keys
+        above = self.upper is not None and stop - 1 > rows.start + self.upper
+        below = self.lower is not None and start < rows.stop - 1 + self.lower
+        return above or below
+
+
+class HiddenPairs:
+    """Booleans that say which pairs of a tile causal and window hide, in one buffer that all tiles of a call share.
+
+    Along a diagonal all tiles are alike, so the booleans are written only when they differ from the last tile's.
+
+    Args:
+        band: what causal and window leave. memory: bool, for rows and columns of the largest tile.
+    """
+
+    def __init__(self, band: Band, memory: Tensor) -> None:
+        self._band, self._memory = band, memory
+        self._written: tuple[object, ...] = ()
+
+    def of(self, rows: slice, columns: Columns) -> Tensor | None:
+        """Boolean [rows, columns], True where hidden; None where every pair is visible. Valid until the next call."""
+        lower, upper = self._band
+        start, stop = bounds(columns)
+        if not self._band.hides(rows, (start, stop)):
             return None
-        if isinstance(columns, slice):
-            if (self.upper is None or columns.stop - 1 <= rows.start + self.upper) and (
-                self.lower is None or columns.start >= rows.stop - 1 + self.lower
-            ):
-                return None
-            shift = rows.start - columns.start
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            return _hidden(*shape, *(None if edge is None else edge + shift for edge in self))
-        distance = columns - torch.arange(rows.start, rows.stop).unsqueeze(1)
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if self.upper is not None:
-            hidden |= distance > self.upper
-        if self.lower is not None:
-            hidden |= distance < self.lower
+        shape = (rows.stop - rows.start, width(columns))
+        hidden = self._memory[: shape[0] * shape[1]].view(shape)
+        now = (rows.start - start, *shape) if isinstance(columns, slice) else ()
+        if now and now == self._written:
+            return hidden
+        self._written = now
+        key = torch.arange(start, stop) if isinstance(columns, slice) else columns.keys
+        row = torch.arange(rows.start, rows.stop).unsqueeze(1)
+        if upper is not None:
+            torch.gt(key, row + upper, out=hidden)
+        if lower is not None:
+            if upper is None:
+                torch.lt(key, row + lower, out=hidden)
+            else:
+                hidden.logical_not_().logical_and_(key >= row + lower).logical_not_()
         return hidden
 
 
-@functools.lru_cache(maxsize=8)  # along a diagonal all tiles are alike
-def _hidden(rows: int, columns: int, lower: int | None, upper: int | None) -> Tensor:
-    above = torch.ones(rows, columns, dtype=torch.bool)
-    hidden = torch.zeros_like(above) if upper is None else above.triu(upper + 1)
-    return hidden if lower is None else hidden | above.tril(lower - 1)
-
-
 class ScoreRule(NamedTuple):
-    """How a product becomes a base-2 score.
+    """How a product becomes a score, and scores become weights.
 
     Attributes:
         factor: multiplies the query before the product.
         cap: the softcap, or None. logistic: whether it is made from the logistic function.
+        scale: of the request. unit: what natural scores are multiplied by: log2 e, or 1 under an additive mask.
     """
 
     factor: float
     cap: float | None
     logistic: bool
     scale: float
+    unit: float
 
     @classmethod
     def of(cls, request: AttentionRequest) -> ScoreRule:
         """The rule of a request with exact lengths."""
         scale, cap = request.effective_scale, request.softcap
+        unit = 1.0 if request.mask is MaskKind.ADDITIVE else LOG2E
         if cap is None:
-            return cls(scale * LOG2E, None, False, scale)
+            return cls(scale * unit, None, False, scale, unit)
         logistic = cap <= LARGEST_LOGISTIC_CAP and request.len_k >= FEWEST_LOGISTIC_KEYS
-        return cls((2 if logistic else 1) * scale / cap, cap, logistic, scale)
+        return cls((2 if logistic else 1) * scale / cap, cap, logistic, scale, unit)
 
     def apply_cap(self, products: Tensor, slope: Tensor | None = None) -> Tensor:
-        """Products to base-2 scores, in place; `slope`, if given, receives the derivative 1 - tanh²."""
+        """Products to scores, in place; `slope`, if given, receives the derivative 1 - tanh²."""
         if self.cap is None:
             return products
         if self.logistic:  # tanh(x) = 2 * logistic(2x) - 1
             products.sigmoid_().sub_(0.5)
             if slope is not None:
                 torch.mul(products, products, out=slope).mul_(-4).add_(1)
-            return products.mul_(2 * self.cap * LOG2E)
+            return products.mul_(2 * self.cap * self.unit)
         products.tanh_()
         if slope is not None:
             torch.mul(products, products, out=slope).neg_().add_(1)
-        return products.mul_(self.cap * LOG2E)
+        return products.mul_(self.cap * self.unit)
+
+    def exponentials(self, scores: Tensor, anchor: Tensor) -> Tensor:
+        """exp(score - anchor) of natural scores, in place; the anchor is in the scores' unit."""
+        scores.sub_(anchor)
+        return (scores.mul_(LOG2E) if self.unit == 1.0 else scores).exp2_()
+
+    def log_sum_exp(self, top: Tensor, total: Tensor) -> Tensor:
+        """Natural log-sum-exp of a maximum in the scores' unit and a sum of exponentials; overwrites `total`."""
+        if self.unit == 1.0:
+            return total.log_().add_(top)
+        return total.log2_().add_(top).mul_(LN2)
 
 
 def split_heads(mask: Tensor, heads_kv: int, group: int) -> Tensor:
@@ -117,8 +149,8 @@ def split_heads(mask: Tensor, heads_kv: int, group: int) -> Tensor:
     return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (heads_kv, group))
 
 
-def mask_tile(mask: Tensor, batch: slice, heads: slice, rows: slice, columns: Columns) -> Tensor:
-    """The part of a `split_heads` mask that a tile needs; dimensions of size 1 stay."""
+def mask_tile(mask: Tensor, batch: slice, heads: slice, rows: slice, columns: slice) -> Tensor:
+    """The part of a `split_heads` mask that a tile needs, a view; dimensions of size 1 stay."""
     whole = slice(None)
     part = mask[
         batch if mask.shape[0] > 1 else whole,
@@ -126,17 +158,19 @@ def mask_tile(mask: Tensor, batch: slice, heads: slice, rows: slice, columns: Co
         :,
         rows if mask.shape[3] > 1 else whole,
     ]
-    if mask.shape[4] == 1:
-        return part
-    return part[..., columns] if isinstance(columns, slice) else part.index_select(4, columns)
+    return part if mask.shape[4] == 1 else part[..., columns]
 
 
-def hide(scores: Tensor, mask: Tensor | None, hidden: Tensor | None) -> None:
-    """Apply a mask tile and hidden pairs to base-2 scores [batch, heads_kv, group, rows, columns], in place."""
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            scores.masked_fill_(~mask, -math.inf)
-        else:
-            scores.add_(mask.to(scores.dtype), alpha=LOG2E)
-    if hidden is not None:
-        scores.masked_fill_(hidden, -math.inf)
+def apply_mask(scores: Tensor, mask: Tensor, unit: float, room: Tensor) -> None:
+    """Apply a mask tile to scores [batch, heads_kv, group, rows, columns], in place.
+
+    Args:
+        mask: boolean, or additive in natural units. unit: of the scores.
+        room: flat memory in the scores' dtype for a converted tile; used where an additive mask has another dtype.
+    """
+    if mask.dtype == torch.bool:
+        torch.where(mask, scores, torch.full((), -math.inf, dtype=scores.dtype), out=scores)
+        return
+    if mask.dtype != scores.dtype:
+        mask = room[: mask.numel()].view(mask.shape).copy_(mask)
+    scores.add_(mask, alpha=unit)

@@ -6,101 +6,113 @@ Source: Milakov & Gimelshein 2018 (online softmax); Rabe & Staats 2021; Dao et a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, MemoryManager
+from hal_core.plugin_api import MemoryManager
 
+from ..memory import Workspace
 from ..tiling import TileSizes
 from .dropout import keep_mask
-from .keyvalue import Columns
-from .problem import Problem, Tile, column_chunks, head_groups, heads_differ, row_tiles
-from .scores import LN2, hide, mask_tile
-from .workspace import tiled_scratch
+from .keyvalue import Columns, Room, runs, width
+from .problem import Problem, Tile, column_chunks, head_groups, row_tiles
+from .scores import HiddenPairs, apply_mask, mask_tile
+from .workspace import TiledParts
 
 
-class Scratch(NamedTuple):
-    """Flat memory for one tile, reused by every tile."""
+class Scratch:
+    """Flat memory for one tile, reused by every tile. Parts as in `TiledParts`, in the dtype that sums are made in."""
 
-    scores: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    words: Tensor | None
-
-    @classmethod
-    def carve(cls, block: Tensor, sizes: list[int]) -> Scratch:
-        scores, query, key, value, out, words = block.split(sizes)
-        return cls(scores, query, key, value, out, words.view(torch.int32) if sizes[5] else None)
+    def __init__(self, problem: Problem, memory: Tensor, parts: TiledParts) -> None:
+        self.scores, self.query, self.out, key, value, pages, self.statistics, hidden, self.mask, *random = (
+            memory.split(list(parts))
+        )
+        self.random, self.row_words = random
+        stored = pages.view(torch.uint8)
+        self.key, self.value = Room(key, stored), Room(value, stored)
+        self.hidden = HiddenPairs(problem.band, hidden.view(torch.bool))
 
 
-def forward(problem: Problem, memory: MemoryManager, out: Tensor, tile_size: int | None = None) -> AttentionOutput:
+def forward(problem: Problem, memory: MemoryManager, out: Tensor, lse: Tensor | None) -> None:
     """Attention of a dense batch.
 
     Args:
         memory: where the scratch of one tile comes from; its limit is checked before anything is computed.
-        out: [batch, heads_q, len_q, dim_v], written.
-
-    Returns:
-        (out, lse), lse where the request asks for it.
+        out: [batch, heads_q, len_q, dim_v], written. lse: [batch, heads_q, len_q], written; None: not asked for.
     """
-    sizes = choose_sizes(problem, tile_size)
-    parts = tiled_scratch(problem.request, sizes)
-    dtype = problem.source.dtype
-    lse = torch.empty(problem.query.shape[:3], dtype=dtype) if problem.request.lse else None
-    buffer = memory.allocate((sum(parts),), str(dtype).removeprefix("torch."))
-    try:
-        _run(problem, sizes, Scratch.carve(buffer.tensor, parts), out, lse)
-    finally:
-        memory.free(buffer)
-    return AttentionOutput(out, lse)
-
-
-def choose_sizes(problem: Problem, tile_size: int | None) -> TileSizes:
-    return TileSizes.choose(problem.request, torch.get_num_threads(), one_head=heads_differ(problem), tile=tile_size)
+    sizes = problem.sizes()
+    parts = TiledParts.of(problem.request, sizes)
+    with Workspace(memory) as workspace:
+        _run(problem, sizes, Scratch(problem, workspace.take((sum(parts),), problem.source.dtype), parts), out, lse)
 
 
 def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, out: Tensor, lse: Tensor | None) -> None:
-    group = problem.group
     for batch, heads in head_groups(problem, sizes):
-        query_heads = slice(heads.start * group, heads.stop * group)
-        for tile in row_tiles(problem, sizes, batch, heads):
-            result, level = attend_rows(problem, sizes, scratch, tile)
-            shape = (batch.stop - batch.start, query_heads.stop - query_heads.start, tile.row_count)
-            out[batch, query_heads, tile.rows] = result.view(*shape, -1)
+        for tile in row_tiles(problem, batch, heads):
+            result, top, total = attend_rows(problem, scratch, tile)
+            place = (batch, tile.query_heads(problem.group), tile.rows)
+            shape = (batch.stop - batch.start, -1, tile.row_count)
+            out[place] = result.view(*shape, result.shape[-1])
             if lse is not None:
-                lse[batch, query_heads, tile.rows] = level.view(shape)
+                lse[place] = problem.rule.log_sum_exp(top, total).view(shape)
 
 
-def attend_rows(problem: Problem, sizes: TileSizes, scratch: Scratch, tile: Tile) -> tuple[Tensor, Tensor]:
+def attend_rows(problem: Problem, scratch: Scratch, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     """One block of query rows against all its keys.
 
     Returns:
-        (out, lse): [pairs, group * rows, dim_v], in scratch memory, and natural log-sum-exp [pairs, group * rows, 1].
+        (out, top, total) in scratch memory: [pairs, group * rows, dim_v], and the scores' maximum (in the rule's unit)
+        and the sum of exponentials below it, [pairs, group * rows, 1]. A row without a key has -inf and 0.
     """
     query = scaled_query(problem, tile, scratch.query)
     many, rows = query.shape[:2]
     dim_v = problem.source.value.shape[-1]
     out = scratch.out[: many * rows * dim_v].view(many, rows, dim_v).zero_()
-    top = query.new_full((many, rows, 1), -math.inf)
-    total = query.new_zeros((many, rows, 1))
-    for columns, hidden in column_chunks(problem, sizes, tile):
-        scores = tile_scores(problem, tile, columns, hidden, query, scratch)
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        anchor = new_top.masked_fill(new_top == -math.inf, 0)  # rows without a key so far: exp2(-inf - 0) = 0
-        weights = scores.sub_(anchor).exp2_()
-        shrink = torch.exp2(top - anchor)
-        total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+    top, new_top, anchor, shrink, total, part = scratch.statistics[: 6 * many * rows].view(6, many, rows, 1)
+    top.fill_(-math.inf)
+    total.zero_()
+    for columns, absent in column_chunks(problem, tile):
+        scores = tile_scores(problem, tile, columns, absent, query, scratch)
+        torch.amax(scores, -1, keepdim=True, out=new_top)
+        torch.maximum(top, new_top, out=new_top)
+        _finite(new_top, anchor)
+        weights = problem.rule.exponentials(scores, anchor)
+        problem.rule.exponentials(shrink.copy_(top), anchor)
+        torch.sum(weights, -1, keepdim=True, out=part)
+        total.mul_(shrink).add_(part)
         if problem.request.dropout:
             weights.mul_(kept(problem, tile, columns, scratch))
         value = problem.source.values(tile.batch, tile.heads, columns, scratch.value)
         out.mul_(shrink).baddbmm_(weights, value)
-        top = new_top
-    out.div_(torch.where(total == 0, 1, total))
-    return out, (top + total.log2()) * LN2
+        top, new_top = new_top, top
+    torch.add(total, (total == 0), out=part)
+    out.div_(part)
+    return out, top, total
+
+
+def sums_of_rows(problem: Problem, scratch: Scratch, tile: Tile, query: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum of a tile's scores and the sum of exponentials below it, as in `attend_rows`, without the values."""
+    many, rows = query.shape[:2]
+    top, new_top, anchor, shrink, total, part = scratch.statistics[: 6 * many * rows].view(6, many, rows, 1)
+    top.fill_(-math.inf)
+    total.zero_()
+    for columns, absent in column_chunks(problem, tile):
+        scores = tile_scores(problem, tile, columns, absent, query, scratch)
+        torch.amax(scores, -1, keepdim=True, out=new_top)
+        torch.maximum(top, new_top, out=new_top)
+        _finite(new_top, anchor)
+        problem.rule.exponentials(scores, anchor)
+        problem.rule.exponentials(shrink.copy_(top), anchor)
+        torch.sum(scores, -1, keepdim=True, out=part)
+        total.mul_(shrink).add_(part)
+        top, new_top = new_top, top
+    return top, total
+
+
+def _finite(top: Tensor, anchor: Tensor) -> None:
+    """`anchor` = `top`, or 0 for rows without a key so far: exp(-inf - 0) = 0."""
+    anchor.copy_(top).masked_fill_(top == -math.inf, 0)
 
 
 def scaled_query(problem: Problem, tile: Tile, memory: Tensor) -> Tensor:
@@ -108,52 +120,60 @@ def scaled_query(problem: Problem, tile: Tile, memory: Tensor) -> Tensor:
     another.
     """
     group = problem.group
-    part = problem.query[tile.batch, tile.heads.start * group : tile.heads.stop * group, tile.rows]
-    query = memory[: part.numel()].view(part.shape)
+    part = problem.query[tile.batch, tile.query_heads(group), tile.rows]
+    query: Tensor = memory[: part.numel()].view(part.shape)
     query.copy_(part).mul_(problem.rule.factor)
-    return query.view(tile.pairs, group * tile.row_count, -1)
+    return query.view(tile.pairs, group * tile.row_count, part.shape[-1])
 
 
 def tile_scores(
     problem: Problem,
     tile: Tile,
     columns: Columns,
-    hidden: Tensor | None,
+    absent: Tensor | None,
     query: Tensor,
     scratch: Scratch,
     slope: Tensor | None = None,
 ) -> Tensor:
-    """Base-2 scores [pairs, group * rows, columns] in scratch memory, -inf where hidden."""
+    """Scores [pairs, group * rows, columns] in scratch memory, -inf where hidden."""
     key = problem.source.keys(tile.batch, tile.heads, columns, scratch.key)
     shape = (*query.shape[:2], key.shape[1])
-    scores = scratch.scores[: math.prod(shape)].view(shape)
+    scores: Tensor = scratch.scores[: math.prod(shape)].view(shape)
     torch.bmm(query, key.mT, out=scores)
     problem.rule.apply_cap(scores, slope)
-    if problem.mask is not None or hidden is not None:
-        mask = None
-        if problem.mask is not None:
-            mask = mask_tile(problem.mask, tile.batch, tile.heads, tile.rows, columns)
-        hide(scores.view(*tile_shape(problem, tile), shape[2]), mask, hidden)
+    hidden = scratch.hidden.of(tile.rows, columns)
+    if problem.mask is None and hidden is None and absent is None:
+        return scores
+    whole = scores.view(*tile.shape(problem.group), shape[2])
+    if problem.mask is not None:
+        for place, run in runs(columns):
+            mask = mask_tile(problem.mask, tile.batch, tile.heads, tile.rows, run)
+            apply_mask(whole[..., place], mask, problem.rule.unit, scratch.mask)
+    for pairs in (hidden, absent):
+        if pairs is not None:
+            whole.masked_fill_(pairs, -math.inf)
     return scores
-
-
-def tile_shape(problem: Problem, tile: Tile) -> tuple[int, int, int, int]:
-    """(batch, heads_kv, group, rows) of a tile."""
-    return (
-        tile.batch.stop - tile.batch.start,
-        tile.heads.stop - tile.heads.start,
-        problem.group,
-        tile.row_count,
-    )
 
 
 def kept(problem: Problem, tile: Tile, columns: Columns, scratch: Scratch) -> Tensor:
     """What dropout multiplies weights [pairs, group * rows, columns] with: 0, or 1 / (1 - probability)."""
     assert problem.rng is not None
-    assert scratch.words is not None
     probability = problem.request.dropout
     batch = slice(tile.batch.start + problem.first_batch, tile.batch.stop + problem.first_batch)
-    heads = slice(tile.heads.start * problem.group, tile.heads.stop * problem.group)
-    keep = keep_mask(problem.rng, probability, batch, heads, tile.rows, columns, scratch.words)
-    factors = keep.to(problem.source.dtype).mul_(1 / (1 - probability) if probability < 1 else 0)
+    pairs = tile.pairs * problem.group * tile.row_count * width(columns)
+    words = scratch.random.view(torch.int32)
+    keep = keep_mask(
+        problem.rng,
+        probability,
+        batch,
+        tile.query_heads(problem.group),
+        tile.rows,
+        columns,
+        words,
+        scratch.row_words.view(torch.int64),
+    )
+    # `keep` lies behind the first `pairs` words, so the factors fit before it, or in the second half in float64.
+    first = 0 if problem.source.dtype == torch.float32 else pairs
+    factors: Tensor = scratch.random[first : first + pairs].view(keep.shape).copy_(keep)
+    factors.mul_(1 / (1 - probability) if probability < 1 else 0)
     return factors.view(tile.pairs, problem.group * tile.row_count, -1)

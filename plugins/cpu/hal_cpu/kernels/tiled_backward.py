@@ -1,23 +1,27 @@
-"""Gradients tile by tile from a given (out, lse): weights are made again, never kept.
+"""Gradients tile by tile from a given (out, lse): weights are computed again, never kept.
 
 Source: Dao et al. 2022 (FlashAttention), algorithm 4; the log-sum-exp's own gradient joins the row sums.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import Grads, MemoryManager
+from hal_core.plugin_api import Grads, MaskKind, MemoryManager
 
-from ..tiling import TileSizes
-from .keyvalue import Columns
+from ..memory import Workspace
+from .keyvalue import Columns, runs
 from .problem import Problem, Tile, column_chunks, head_groups, row_tiles
-from .scores import LOG2E, mask_tile
-from .tiled import Scratch, choose_sizes, kept, scaled_query, tile_scores, tile_shape
-from .workspace import backward_scratch, tiled_scratch
+from .scores import mask_tile
+from .tiled import Scratch, kept, scaled_query, sums_of_rows, tile_scores
+from .workspace import BackwardParts, TiledParts
+
+#: A log-sum-exp below this says the row's weights too coarsely in float32: they are normalised anew.
+LOWEST_EXACT_LSE = -256.0
 
 
 class Given(NamedTuple):
@@ -29,37 +33,45 @@ class Given(NamedTuple):
     grad_lse: Tensor | None
 
 
-class Sums(NamedTuple):
-    """Flat memory of the backward pass beside the forward's scratch; see paths.backward_scratch."""
+class Parts(NamedTuple):
+    """Flat memory of the backward pass beside the forward's scratch; fields as in `BackwardParts`."""
 
     grad_scores: Tensor
-    grad_rows: Tensor
+    grad_query: Tensor
     grad_out: Tensor
     dropped: Tensor
     slope: Tensor
     key: Tensor
     value: Tensor
+    chunk: Tensor
+    mask: Tensor
 
 
 class Rows(NamedTuple):
-    """One block of query rows, [pairs, group * rows, ...]: what its chunks share."""
+    """One block of query rows, [pairs, group * rows, ...]: what its chunks share.
+
+    Attributes:
+        query, grad_out, delta: operands of the products; delta is sum(out * grad_out) - grad_lse.
+        level: what scores are reduced by before the exponential, in the rule's unit. norm: what weights are divided by;
+            None for 1. grad_query: sum over the chunks.
+    """
 
     query: Tensor
     grad_out: Tensor
     delta: Tensor
     level: Tensor
-    sums: Tensor
+    norm: Tensor | None
+    grad_query: Tensor
 
 
-def backward(problem: Problem, memory: MemoryManager, given: Given, tile_size: int | None = None) -> Grads:
+def backward(problem: Problem, memory: MemoryManager, given: Given) -> Grads:
     """Gradients of what the request asks for; of query, key and value where it does not say.
 
-    A row that read no key gives 0 to all of them.
+    A row that read no key gives 0 to all of them. The mask's gradient has the dtype that sums are made in.
     """
     wanted = problem.request.grads or frozenset("qkv")
-    sizes = choose_sizes(problem, tile_size)
-    forward_parts = tiled_scratch(problem.request, sizes)
-    parts = backward_scratch(problem.request, sizes)
+    sizes = problem.sizes()
+    forward_parts, parts = TiledParts.of(problem.request, sizes), BackwardParts.of(problem.request, sizes)
     source, mask = problem.source, problem.mask
     grads = Grads(
         torch.zeros_like(problem.query) if "q" in wanted else None,
@@ -67,87 +79,96 @@ def backward(problem: Problem, memory: MemoryManager, given: Given, tile_size: i
         torch.zeros_like(source.value) if "v" in wanted else None,
         torch.zeros(mask.shape, dtype=source.dtype) if "mask" in wanted and mask is not None else None,
     )
-    total = sum(forward_parts) + sum(parts)
-    buffer = memory.allocate((total,), str(source.dtype).removeprefix("torch."))
-    try:
-        scratch, sums = buffer.tensor.split([sum(forward_parts), sum(parts)])
-        _run(problem, sizes, Scratch.carve(scratch, forward_parts), Sums(*sums.split(parts)), given, grads)
-        del scratch, sums
-    finally:
-        memory.free(buffer)
+    with Workspace(memory) as workspace:
+        block = workspace.take((sum(forward_parts) + sum(parts),), source.dtype)
+        _run(problem, block, forward_parts, parts, given, grads)
+        del block
     return grads
 
 
-def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, sums: Sums, given: Given, grads: Grads) -> None:
-    source, group, rule = problem.source, problem.group, problem.rule
-    for batch, heads in head_groups(problem, sizes):
-        pairs = (batch.stop - batch.start) * (heads.stop - heads.start)
+def _run(
+    problem: Problem, block: Tensor, forward_parts: TiledParts, parts: BackwardParts, given: Given, grads: Grads
+) -> None:
+    first, second = block.split([sum(forward_parts), sum(parts)])
+    scratch, sums = Scratch(problem, first, forward_parts), Parts(*second.split(list(parts)))
+    source, rule = problem.source, problem.rule
+    for batch, heads in head_groups(problem, problem.sizes()):
+        entries = batch.stop - batch.start
+        pairs = entries * (heads.stop - heads.start)
         key_sum, value_sum = (
-            memory[: pairs * source.length * whole.shape[-1]].view(pairs, source.length, -1).zero_()
-            for memory, whole in ((sums.key, source.key), (sums.value, source.value))
+            None
+            if grad is None
+            else memory[: pairs * source.length * grad.shape[-1]].view(pairs, source.length, -1).zero_()
+            for memory, grad in ((sums.key, grads.key), (sums.value, grads.value))
         )
-        for tile in row_tiles(problem, sizes, batch, heads):
+        for tile in row_tiles(problem, batch, heads):
             rows = _rows(problem, tile, scratch, sums, given)
-            for columns, hidden in column_chunks(problem, sizes, tile):
-                _chunk(problem, tile, columns, hidden, rows, scratch, sums, (key_sum, value_sum), grads)
+            for columns, absent in column_chunks(problem, tile):
+                _chunk(problem, tile, columns, absent, rows, scratch, sums, (key_sum, value_sum), grads)
             if grads.query is not None:
-                shape = (batch.stop - batch.start, (heads.stop - heads.start) * group, tile.row_count, -1)
-                query_heads = slice(heads.start * group, heads.stop * group)
-                grads.query[batch, query_heads, tile.rows] = rows.sums.mul_(rule.scale).view(shape)
-        if grads.key is not None:
+                shape = (entries, -1, tile.row_count, rows.grad_query.shape[-1])
+                place = (batch, tile.query_heads(problem.group), tile.rows)
+                grads.query[place] = rows.grad_query.mul_(rule.scale).view(shape)
+        if key_sum is not None:
             key_sum.mul_(rule.scale / rule.factor if rule.factor else 0.0)
-            grads.key[batch, heads] = key_sum.view(batch.stop - batch.start, -1, *key_sum.shape[1:])
-        if grads.value is not None:
-            grads.value[batch, heads] = value_sum.view(batch.stop - batch.start, -1, *value_sum.shape[1:])
+            grads.key[batch, heads] = key_sum.view(entries, -1, *key_sum.shape[1:])
+        if value_sum is not None:
+            grads.value[batch, heads] = value_sum.view(entries, -1, *value_sum.shape[1:])
 
 
-def _rows(problem: Problem, tile: Tile, scratch: Scratch, sums: Sums, given: Given) -> Rows:
+def _zeros(memory: Tensor, *shape: int) -> Tensor:
+    return memory[: math.prod(shape)].view(shape).zero_()
+
+
+def _rows(problem: Problem, tile: Tile, scratch: Scratch, sums: Parts, given: Given) -> Rows:
     query = scaled_query(problem, tile, scratch.query)
     many, count, dim_qk = query.shape
-    heads = slice(tile.heads.start * problem.group, tile.heads.stop * problem.group)
-    place = (tile.batch, heads, tile.rows)
+    place = (tile.batch, tile.query_heads(problem.group), tile.rows)
+    lse = given.lse[place].to(query.dtype).reshape(many, count, 1)
+    norm = None
+    if problem.request.mask is MaskKind.ADDITIVE and bool(((lse < LOWEST_EXACT_LSE) & (lse > -torch.inf)).any()):
+        top, total = sums_of_rows(problem, scratch, tile, query)
+        level, norm = top.masked_fill(top == -torch.inf, 0), total + (total == 0)
+    else:
+        # A row without a key: its scores are all -inf, so any finite level makes its weights 0.
+        level = lse.masked_fill(lse == -torch.inf, 0).mul_(problem.rule.unit)
     part = given.grad_out[place]
     grad_out = sums.grad_out[: part.numel()].view(part.shape).copy_(part)
     out = scratch.out[: part.numel()].view(part.shape).copy_(given.out[place])
     delta = out.mul_(grad_out).sum(-1)
     if given.grad_lse is not None:
         delta -= given.grad_lse[place]
-    lse = given.lse[place].to(query.dtype)
-    # A row without a key: its scores are all -inf, so any finite level makes its weights 0.
-    level = lse.masked_fill(lse == -torch.inf, 0) * LOG2E
-    return Rows(
-        query,
-        grad_out.view(many, count, -1),
-        delta.reshape(many, count, 1),
-        level.reshape(many, count, 1),
-        sums.grad_rows[: many * count * dim_qk].view(many, count, dim_qk).zero_(),
-    )
+    grad_query = sums.grad_query[: many * count * dim_qk].view(many, count, dim_qk).zero_()
+    return Rows(query, grad_out.view(many, count, -1), delta.reshape(many, count, 1), level, norm, grad_query)
 
 
 def _chunk(
     problem: Problem,
     tile: Tile,
     columns: Columns,
-    hidden: Tensor | None,
+    absent: Tensor | None,
     rows: Rows,
     scratch: Scratch,
-    sums: Sums,
-    totals: tuple[Tensor, Tensor],
+    sums: Parts,
+    totals: tuple[Tensor | None, Tensor | None],
     grads: Grads,
 ) -> None:
     """Add what one chunk of keys gives to the sums of query rows, keys, values and mask."""
-    shape = _score_shape(problem, tile, columns, rows)
-    size = shape.numel()
+    key_total, value_total = totals
+    shape = (*rows.query.shape[:2], sum(run.stop - run.start for _, run in runs(columns)))
+    size = shape[0] * shape[1] * shape[2]
     slope = sums.slope[:size].view(shape) if problem.request.softcap is not None else None
-    scores = tile_scores(problem, tile, columns, hidden, rows.query, scratch, slope)
-    weights = scores.sub_(rows.level).exp2_()
+    scores = tile_scores(problem, tile, columns, absent, rows.query, scratch, slope)
+    weights = problem.rule.exponentials(scores, rows.level)
+    if rows.norm is not None:
+        weights.div_(rows.norm)
     keep = kept(problem, tile, columns, scratch) if problem.request.dropout else None
-    if grads.value is not None:
+    if value_total is not None:
         used = weights
         if keep is not None:
             used = torch.mul(weights, keep, out=sums.dropped[:size].view(shape))
-        _add(totals[1], columns, used.mT, rows.grad_out)
-    if grads.query is None and grads.key is None and grads.mask is None:
+        _add(value_total, columns, used.mT, rows.grad_out, sums.chunk)
+    if grads.query is None and key_total is None and grads.mask is None:
         return
     value = problem.source.values(tile.batch, tile.heads, columns, scratch.value)
     grad = torch.bmm(rows.grad_out, value.mT, out=sums.grad_scores[:size].view(shape))
@@ -155,34 +176,33 @@ def _chunk(
         grad.mul_(keep)
     grad.sub_(rows.delta).mul_(weights)
     if grads.mask is not None:
-        _add_mask(problem, tile, columns, grad, grads.mask)
+        _add_mask(problem, tile, columns, grad, grads.mask, sums.mask)
     if slope is not None:
         grad.mul_(slope)
     if grads.query is not None:
-        rows.sums.baddbmm_(grad, problem.source.keys(tile.batch, tile.heads, columns, scratch.key))
-    if grads.key is not None:
-        _add(totals[0], columns, grad.mT, rows.query)
+        rows.grad_query.baddbmm_(grad, problem.source.keys(tile.batch, tile.heads, columns, scratch.key))
+    if key_total is not None:
+        _add(key_total, columns, grad.mT, rows.query, sums.chunk)
 
 
-def _score_shape(problem: Problem, tile: Tile, columns: Columns, rows: Rows) -> torch.Size:
-    count = columns.stop - columns.start if isinstance(columns, slice) else len(columns)
-    return torch.Size((*rows.query.shape[:2], count))
-
-
-def _add(total: Tensor, columns: Columns, left: Tensor, right: Tensor) -> None:
+def _add(total: Tensor, columns: Columns, left: Tensor, right: Tensor, memory: Tensor) -> None:
     """total[:, columns] += left @ right."""
     if isinstance(columns, slice):
         total[:, columns].baddbmm_(left, right)
-    else:
-        total.index_add_(1, columns, torch.bmm(left, right))
+        return
+    shape = (left.shape[0], left.shape[1], right.shape[2])
+    part = memory[: shape[0] * shape[1] * shape[2]].view(shape)
+    total.index_add_(1, columns.keys, torch.bmm(left, right, out=part))
 
 
-def _add_mask(problem: Problem, tile: Tile, columns: Columns, grad: Tensor, total: Tensor) -> None:
+def _add_mask(problem: Problem, tile: Tile, columns: Columns, grad: Tensor, total: Tensor, memory: Tensor) -> None:
     """Add gradients of scores to the mask's, summed over the dimensions along which the mask broadcasts."""
-    whole = grad.view(*tile_shape(problem, tile), grad.shape[-1])
+    whole = grad.view(*tile.shape(problem.group), grad.shape[-1])
     broadcast = [d for d in range(5) if total.shape[d] == 1 and whole.shape[d] > 1]
-    part = whole.sum(broadcast, keepdim=True) if broadcast else whole
-    if isinstance(columns, slice) or total.shape[4] == 1:
-        mask_tile(total, tile.batch, tile.heads, tile.rows, columns).add_(part)
-    else:
-        mask_tile(total, tile.batch, tile.heads, tile.rows, slice(None)).index_add_(4, columns, part)
+    for place, run in runs(columns):
+        part = whole[..., place]
+        if broadcast:
+            shape = [1 if d in broadcast else size for d, size in enumerate(part.shape)]
+            room = memory[: torch.Size(shape).numel()].view(shape)
+            part = torch.sum(part, broadcast, keepdim=True, out=room)
+        mask_tile(total, tile.batch, tile.heads, tile.rows, run).add_(part)
