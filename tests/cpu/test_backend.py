@@ -22,7 +22,8 @@ REQUEST = AttentionRequest(1, 8, 8, 256, 256, 64, 64, "float32")
 
 def test_devices_and_estimates_need_no_torch() -> None:
     script = (
-        "import sys; from hal_cpu.backend import CpuBackend; from hal_core import AttentionRequest as R; b = CpuBackend();"
+        "import sys; from hal_cpu.backend import CpuBackend; from hal_core import AttentionRequest as R;"
+        "b = CpuBackend();"
         "d = b.devices()[0]; b.capabilities(d); b.estimate(R(1, 8, 8, 64, 64, 64, 64, 'float32'), d);"
         "print(d.id, 'torch' in sys.modules)"
     )
@@ -113,3 +114,51 @@ def test_calibration_measures_what_estimates_need() -> None:
         assert values["calls"][path] > 0
         assert values["rates"][f"{path} float32"] > 0
     assert values["bandwidth"] > 0
+
+
+GOOD = {"bandwidth": 1e9, "rates": {"native float32": 1e6}, "calls": {"native": 1e-3}, "spread": 1.5}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"bandwidth": 0} | {k: v for k, v in GOOD.items() if k != "bandwidth"},
+        GOOD | {"rates": {"native float32": 0}},
+        GOOD | {"rates": {"native float32": "fast"}},
+        GOOD | {"rates": {"native float32": float("nan")}},
+        GOOD | {"calls": {"native": -1e-3}},
+        GOOD | {"calls": [1]},
+        GOOD | {"spread": 0.5},
+        GOOD | {"spread": None},
+        GOOD | {"bandwidth": True},
+        GOOD | {"bandwidth": 10**400},
+    ],
+    ids=str,
+)
+def test_a_damaged_calibration_is_named_and_not_used(values: dict[str, object]) -> None:
+    device = hal.device("cpu:0")
+    save(device, values)
+    backend = CpuBackend()
+    with pytest.warns(RuntimeWarning, match=r"calibration .*cpu-0.*\.json.* is not used") as warned:
+        given = [backend.estimate(REQUEST, device) for _ in range(3)]
+    assert len(warned) == 1
+    assert all(each.time.basis is Basis.MODELLED for each in given)
+
+
+def test_times_that_scatter_are_measured_again_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hal_cpu import calibrate
+
+    tries = iter([[0.008, 0.5, 0.5], [0.008, 0.4, 0.4], [0.008, 0.5, 0.3]])
+    monkeypatch.setattr(calibrate, "_times", lambda call, budget, most: next(tries))
+    with pytest.warns(RuntimeWarning, match=r"calls of a call took 8 to 500 ms: other programs"):
+        assert calibrate._steady(lambda: None, 0.1, "a call") == 0.008
+    assert next(tries, None) is None
+
+
+def test_steady_times_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hal_cpu import calibrate
+
+    tries = iter([[0.010, 0.011, 0.012]])
+    monkeypatch.setattr(calibrate, "_times", lambda call, budget, most: next(tries))
+    assert calibrate._steady(lambda: None, 0.1, "a call") == 0.010

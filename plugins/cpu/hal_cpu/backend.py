@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from hal_core.plugin_api import (
     Numerics,
     Range,
     Refusal,
+    cache_dir,
 )
 from hal_core.plugin_api import load_calibration as load
 
@@ -124,9 +126,7 @@ class CpuBackend:
         energy.
         """
         if self._rates is None:
-            stored = load(device)
-            machine = this_machine()
-            self._rates = Rates.assumed(machine) if stored is None else Rates.measured(stored.values, machine)
+            self._rates = _stored_rates(device) or Rates.assumed(this_machine())
         return estimate(request, self._rates, this_machine().cores)
 
     def open(self, device: Device) -> CpuSession:
@@ -141,6 +141,20 @@ class CpuBackend:
         values = measure(self.open(device), progress)
         self._rates = Rates.measured(values, this_machine())
         return values
+
+
+def _stored_rates(device: Device) -> Rates | None:
+    """Rates of the stored calibration; None where there is none, or, with a warning that names it, an unusable one."""
+    stored = load(device)
+    if stored is None:
+        return None
+    try:
+        return Rates.measured(stored.values, this_machine())
+    except ValueError as error:
+        file = cache_dir() / "calibration" / f"{device.id.replace(':', '-')}-{device.fingerprint}.json"
+        why = f"the calibration {file} of {device.id} is not used ({error})"
+        warnings.warn(f"{why}: run `hal calibrate {device.id}`", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def _torch_version() -> str | None:

@@ -10,7 +10,7 @@ import attrs
 
 from hal_core.plugin_api import AttentionRequest, Basis, Estimate, Provenance, Quantity
 
-from .discovery import Machine
+from .discovery import Machine, this_machine
 from .kernels.footprint import peak_memory
 from .paths import path_of
 
@@ -68,7 +68,12 @@ class Rates:
 
     @classmethod
     def measured(cls, values: Mapping[str, Any], machine: Machine) -> Rates:
-        """From what `calibrate` returned; what it did not measure keeps its assumed value."""
+        """From what `calibrate` returned; what it did not measure keeps its assumed value.
+
+        Raises:
+            ValueError: the values are not those of a calibration.
+        """
+        check_values(values)
         assumed = cls.assumed(machine)
         return cls(
             bandwidth=values["bandwidth"],
@@ -79,6 +84,25 @@ class Rates:
             provenance=Provenance.MEASURED_SILICON,
             source="hal calibrate",
         )
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for stored values that estimates cannot be made from: absent, no numbers, or not above 0."""
+    for name in ("bandwidth", "spread"):
+        _check_positive(name, values.get(name))
+    if values["spread"] < 1:
+        raise ValueError(f"spread is {values['spread']!r}: a factor of at least 1 is wanted")
+    for name in ("rates", "calls"):
+        table = values.get(name)
+        if not isinstance(table, Mapping):
+            raise ValueError(f"{name} is {table!r}: a table of numbers is wanted")
+        for key, value in table.items():
+            _check_positive(f"{name}.{key}", value)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
+        raise ValueError(f"{name} is {value!r}: a positive number is wanted")
 
 
 def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
@@ -94,4 +118,4 @@ def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
     middle = time.middle / seconds if seconds else 1.0
     parts = {"host": host, "compute": max(compute - reading, 0.0), "memory": reading}
     parts = {name: part * middle for name, part in parts.items()}
-    return Estimate(time=time, memory=peak_memory(request, threads), parts=parts)
+    return Estimate(time=time, memory=peak_memory(request, threads, this_machine().multiplies_bfloat16), parts=parts)

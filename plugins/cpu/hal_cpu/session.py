@@ -249,6 +249,7 @@ class CpuSession(SessionBase):
                 room.copy_(found.out)
             if lse is not None and found.lse is not lse:
                 lse.copy_(found.lse)
+            del found  # its memory serves the next sequence
         return result
 
     def _dense_backward(
@@ -273,10 +274,8 @@ class CpuSession(SessionBase):
         with Workspace(self.memory) as workspace:
             visible = None if blocks is None else visible_blocks(blocks, len_k, workspace)
             problem = Problem.of(exact, plan, query, source, mask, visible, rng, first_batch)
-            found = tiled_backward.backward(problem, self.memory, given)
+            found = tiled_backward.backward(problem, self.memory, given, () if mask is None else mask.shape)
             del visible, problem
-        if found.mask is not None and mask is not None:
-            found = found._replace(mask=found.mask.view(mask.shape).to(mask.dtype))
         return found
 
 

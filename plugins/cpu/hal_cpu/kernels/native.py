@@ -59,8 +59,8 @@ def bind(request: AttentionRequest, memory: MemoryManager) -> Bound:
 def readable(query: Tensor) -> bool:
     """Whether torch's kernel takes a query as it lies.
 
-    The kernel lays its output out like the query and writes rows with stride 1. Where other dimensions have stride 1 too
-    (rows that overlap in memory), torch may give the output another order, and rows would be written over each other.
+    The kernel lays its output out like the query and writes rows with stride 1. Where other dimensions have stride 1 as
+    well (rows that overlap in memory), torch may give the output another order, and rows would overwrite each other.
     """
     strides = query.stride()
     return strides[-1] == 1 and all(

@@ -55,9 +55,9 @@ class Problem(NamedTuple):
         """Whether a block plan has a pattern of its own for each head or batch entry."""
         return self.visible is not None and (self.visible.shape[0] > 1 or self.visible.shape[1] > 1)
 
-    def sizes(self) -> TileSizes:
+    def sizes(self, *, one_head: bool = False) -> TileSizes:
         """How many heads are worked on at once, and the largest tile."""
-        return TileSizes.of(self.request, self.plan, torch.get_num_threads(), one_head=self.heads_differ)
+        return TileSizes.of(self.request, self.plan, torch.get_num_threads(), one_head=one_head)
 
     @classmethod
     def of(
@@ -126,8 +126,9 @@ class Tile(NamedTuple):
         return slice(self.heads.start * group, self.heads.stop * group)
 
 
-def head_groups(problem: Problem, sizes: TileSizes) -> Iterator[tuple[slice, slice]]:
+def head_groups(problem: Problem) -> Iterator[tuple[slice, slice]]:
     """(batch entries, key heads) that are worked on together."""
+    sizes = problem.sizes(one_head=problem.heads_differ)
     for b in range(0, problem.query.shape[0], sizes.batch):
         for h in range(0, problem.heads_kv, sizes.heads):
             yield (

@@ -13,7 +13,6 @@ from torch import Tensor
 from hal_core.plugin_api import MemoryManager
 
 from ..memory import Workspace
-from ..tiling import TileSizes
 from .dropout import keep_mask
 from .keyvalue import Columns, Room, runs, width
 from .problem import Problem, Tile, column_chunks, head_groups, row_tiles
@@ -41,14 +40,13 @@ def forward(problem: Problem, memory: MemoryManager, out: Tensor, lse: Tensor | 
         memory: where the scratch of one tile comes from; its limit is checked before anything is computed.
         out: [batch, heads_q, len_q, dim_v], written. lse: [batch, heads_q, len_q], written; None: not asked for.
     """
-    sizes = problem.sizes()
-    parts = TiledParts.of(problem.request, sizes)
+    parts = TiledParts.of(problem.request, problem.sizes())
     with Workspace(memory) as workspace:
-        _run(problem, sizes, Scratch(problem, workspace.take((sum(parts),), problem.source.dtype), parts), out, lse)
+        _run(problem, Scratch(problem, workspace.take((sum(parts),), problem.source.dtype), parts), out, lse)
 
 
-def _run(problem: Problem, sizes: TileSizes, scratch: Scratch, out: Tensor, lse: Tensor | None) -> None:
-    for batch, heads in head_groups(problem, sizes):
+def _run(problem: Problem, scratch: Scratch, out: Tensor, lse: Tensor | None) -> None:
+    for batch, heads in head_groups(problem):
         for tile in row_tiles(problem, batch, heads):
             result, top, total = attend_rows(problem, scratch, tile)
             place = (batch, tile.query_heads(problem.group), tile.rows)

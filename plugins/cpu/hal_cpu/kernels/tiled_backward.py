@@ -6,6 +6,7 @@ Source: Dao et al. 2022 (FlashAttention), algorithm 4; the log-sum-exp's own gra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,10 +65,10 @@ class Rows(NamedTuple):
     grad_query: Tensor
 
 
-def backward(problem: Problem, memory: MemoryManager, given: Given) -> Grads:
+def backward(problem: Problem, memory: MemoryManager, given: Given, mask_shape: Sequence[int] = ()) -> Grads:
     """Gradients of what the request asks for; of query, key and value where it does not say.
 
-    A row that read no key gives 0 to all of them. The mask's gradient has the dtype that sums are made in.
+    A row that read no key gives 0 to all of them. `mask_shape` is the shape of the mask's gradient.
     """
     wanted = problem.request.grads or frozenset("qkv")
     sizes = problem.sizes()
@@ -77,13 +78,18 @@ def backward(problem: Problem, memory: MemoryManager, given: Given) -> Grads:
         torch.zeros_like(problem.query) if "q" in wanted else None,
         torch.zeros_like(source.key) if "k" in wanted else None,
         torch.zeros_like(source.value) if "v" in wanted else None,
-        torch.zeros(mask.shape, dtype=source.dtype) if "mask" in wanted and mask is not None else None,
+        torch.zeros(mask.shape, dtype=mask.dtype) if "mask" in wanted and mask is not None else None,
     )
     with Workspace(memory) as workspace:
+        sums = grads
+        if mask is not None and grads.mask is not None and mask.dtype != source.dtype:
+            sums = grads._replace(mask=workspace.take(mask.shape, source.dtype).zero_())
         block = workspace.take((sum(forward_parts) + sum(parts),), source.dtype)
-        _run(problem, block, forward_parts, parts, given, grads)
-        del block
-    return grads
+        _run(problem, block, forward_parts, parts, given, sums)
+        if sums.mask is not grads.mask:
+            grads.mask.copy_(sums.mask)
+        del block, sums
+    return grads._replace(mask=None if grads.mask is None else grads.mask.view(mask_shape))
 
 
 def _run(
@@ -92,7 +98,7 @@ def _run(
     first, second = block.split([sum(forward_parts), sum(parts)])
     scratch, sums = Scratch(problem, first, forward_parts), Parts(*second.split(list(parts)))
     source, rule = problem.source, problem.rule
-    for batch, heads in head_groups(problem, problem.sizes()):
+    for batch, heads in head_groups(problem):
         entries = batch.stop - batch.start
         pairs = entries * (heads.stop - heads.start)
         key_sum, value_sum = (
