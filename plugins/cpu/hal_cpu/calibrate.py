@@ -67,7 +67,7 @@ def measure(session: CpuSession, progress: Progress) -> dict[str, Any]:
     values["spread"] = min(worst, _MOST_SPREAD)
     if worst > _MOST_SPREAD:
         warnings.warn(
-            f"estimates miss measured times by a factor of up to {worst:.3g}; {_MOST_SPREAD:g} is stored as the spread. "
+            f"estimates miss measured times by a factor of up to {worst:.3g}; {_MOST_SPREAD:g} is stored. "
             "Other programs probably used the processor: calibrate again when the machine is quiet.",
             RuntimeWarning,
             stacklevel=2,
