@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from contextvars import ContextVar
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, cast
@@ -19,6 +20,8 @@ from .hooks import API_VERSION, BackendSpec, KernelSpec
 from .plugins import LoadFailure, Plugin, Plugins, failed
 from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
 from .toolkit.kernels import KERNELS
+
+_loading: ContextVar[bool] = ContextVar("hal_loading", default=False)
 
 
 class Entry:
@@ -61,12 +64,17 @@ class Registry:
 
     def discover(self) -> None:
         """Read the access policy and load the entry points, once. Imports light modules, never a backend's target."""
-        if not self._discovered:
-            with self._lock:
-                if not self._discovered:
+        if self._discovered or _loading.get():  # a plugin that asks while it is imported sees what is there by then
+            return
+        with self._lock:
+            if not self._discovered:
+                token = _loading.set(True)
+                try:
                     self.access = read_policy()
                     self.plugins.load(self._add_all)
                     self._discovered = True
+                finally:
+                    _loading.reset(token)
 
     def _add_all(self, distribution: str, backends: list[BackendSpec], kernels: list[KernelSpec]) -> None:
         before = (dict(self._entries), dict(self._specs))
@@ -89,12 +97,15 @@ class Registry:
         if other is not None:
             by = [e.distribution or "a registration at run time" for e in (other, entry)]
             why = f"backend {name!r} is offered by {by[0]} and by {by[1]}"
-            if not other.distribution.startswith(f"hal-{name} "):  # no plugin displaces the backend that has the name
-                # Entry-point order is arbitrary, so both are disabled.
-                other.failure = LoadFailure(
-                    name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them"
-                )
-            raise PluginError(f"{why}: uninstall or disable one of them")
+            failure = LoadFailure(name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them")
+            own = f"hal-{name} "  # no plugin displaces the backend of the distribution that has its name
+            if other.distribution.startswith(own) or not entry.distribution.startswith(own):
+                if not other.distribution.startswith(own):
+                    other.failure = failure  # entry-point order is arbitrary, so both are disabled
+                raise PluginError(f"{why}: uninstall or disable one of them")
+            for plugin in self.plugins.by_name.values():
+                if plugin.distribution == other.distribution:
+                    plugin.failure = failure
         (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
         if major != core_major or minor > core_minor:
             fix = "upgrade hal-core" if (major, minor) > API_VERSION else f"upgrade {entry.distribution or name}"

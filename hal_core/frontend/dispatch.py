@@ -73,7 +73,12 @@ def find(
             found = _bound.get(static)
             if found is not None and not found.state.closed and (found.expires is None or not found.is_stale):
                 return found  # type: ignore[no-any-return]
-    except (ValueError, AttributeError, TypeError):  # a wrong rank or an unhashable option: described below, not cached
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ):  # a wrong rank, a nested tensor or an unhashable option: described below, not cached
         static = None
     given = Operands(*operands)
     request = build_request(given, CallOptions(*options), _GRAD_SETS[bits])
@@ -85,11 +90,11 @@ def find(
 def _decided(request: AttentionRequest, overrides: Overrides, static: Any) -> BoundAttention:
     policy = merged_policy(*overrides)
     request = replace(request, options=policy.options or ())
-    place: tuple[Any, ...] = (bucketed(request), policy)
+    place: Any = (bucketed(request), policy)
     found = _kept(place)
     if found is None:
         decision = settled(*place)
-        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(*place, decision))
+        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(place[0], policy, decision))
     if found is _SENTINEL:
         place = (request, policy, "exact")
         return _kept(place) or _keep(place, bind_request(request, policy))  # type: ignore[no-any-return]
