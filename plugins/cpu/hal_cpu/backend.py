@@ -20,8 +20,8 @@ from hal_core.plugin_api import (
     Range,
     Refusal,
     cache_dir,
+    load_calibration as load,
 )
-from hal_core.plugin_api import load_calibration as load
 
 from .cost import Rates, estimate
 from .discovery import this_machine

@@ -198,7 +198,7 @@ class CpuSession(SessionBase):
         lse: Tensor | None = None,
     ) -> AttentionOutput:
         """Attention by this project's own kernels, which follow the plan."""
-        query, request = prepared.query, _exact(prepared.request, prepared.query, source.length)
+        query, request = prepared.query, _exact(prepared.request, prepared.query, source.length, mask)
         plan = self._plan(request, prepared)
         if out is None:
             out = torch.empty((*query.shape[:3], source.value.shape[-1]), dtype=query.dtype)
@@ -269,7 +269,7 @@ class CpuSession(SessionBase):
             upper, scale = Band(*request.band(query.shape[2], len_k)).upper, request.effective_scale
             grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, self.memory)
             return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), grads, strict=True)))
-        source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k)
+        source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k, mask)
         plan, blocks = self._plan(exact, prepared), _block_plan(prepared.plan)
         with Workspace(self.memory) as workspace:
             visible = None if blocks is None else visible_blocks(blocks, len_k, workspace)
@@ -288,11 +288,13 @@ def _block_plan(plan: TilePlan | BlockPlan | None) -> BlockPlan | None:
     return plan if isinstance(plan, BlockPlan) else None
 
 
-def _exact(request: AttentionRequest, query: Tensor, len_k: int) -> AttentionRequest:
-    """The request with the tensors' lengths."""
-    if (request.len_q, request.len_k) == (query.shape[2], len_k):
+def _exact(request: AttentionRequest, query: Tensor, len_k: int, mask: Tensor | None) -> AttentionRequest:
+    """The request with the tensors' lengths, and the mask's batch entries and heads."""
+    batch, heads = (1, 1) if mask is None else (1, 1, *mask.shape)[-4:-2]
+    stated = (request.len_q, request.len_k, request.mask_batch, request.mask_heads)
+    if stated == (query.shape[2], len_k, batch, heads):
         return request
-    return replace(request, len_q=query.shape[2], len_k=len_k)
+    return replace(request, len_q=query.shape[2], len_k=len_k, mask_batch=batch, mask_heads=heads)
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:

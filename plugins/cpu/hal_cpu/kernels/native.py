@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.nn.functional import pad, scaled_dot_product_attention as sdpa
 
 from hal_core.plugin_api import AttentionRequest, MaskKind, MemoryManager
 
