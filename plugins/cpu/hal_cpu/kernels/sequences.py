@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, BlockPlan, SequenceTables
+from hal_core.plugin_api import AttentionRequest, BlockPlan, SequenceMetadata
 
 
 class Sequence(NamedTuple):
@@ -35,7 +35,7 @@ class Sequence(NamedTuple):
 
 
 def sequences(
-    request: AttentionRequest, query: Tensor, mask: Tensor | None, plan: BlockPlan | None, tables: SequenceTables
+    request: AttentionRequest, query: Tensor, mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata
 ) -> Iterator[Sequence]:
     """The sequences in order. Reads the tables' contents."""
     paged = request.page_size is not None
