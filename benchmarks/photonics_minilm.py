@@ -84,8 +84,8 @@ def main() -> None:
         "origin",
     ]
     notes = [
-        "Simulated. Modelled time and energy: of what ran on the chip, transfers included; the host's energy is not known.",
-        f"{len(listed)} sentences of examples/demo, nearest neighbours among them, against float64. Noise: torch seed 0.",
+        "Simulated. Modelled time and energy: of what ran on the chip, with transfers; the host's energy is not known.",
+        f"{len(listed)} sentences of examples/demo, neighbours among them, against float64. Noise: torch seed 0.",
     ]
     record.publish(options, "photonics_minilm", "MiniLM on photonic devices", columns, rows, notes)
 
