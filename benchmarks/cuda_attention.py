@@ -4,7 +4,7 @@
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
 Ratios are the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them
-and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.peers); the dispatch is held
+and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.benchmark); the dispatch is held
 to torch's two, which it may choose. FlexAttention, compiled for each shape, has a section of its own.
 """
 
@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from hal_cuda import _nvml
+from hal_cuda.benchmark import Peers
 from hal_cuda.calibrate import on_path, read_bandwidth
+from hal_cuda.cost import shipped
 from hal_cuda.discovery import find
-from hal_cuda.peers import Peers
-from hal_cuda.rates import shipped
+from hal_cuda.runtime import nvml
 from record import FOLDER, parser, publish
 from torch import Tensor
 
@@ -514,7 +514,7 @@ def conditions(bench: Bench) -> list[str]:
 def board() -> str:
     """The GPU and its driver, and clock and power as they are now."""
     gpu = find().gpus[0]
-    return f"{gpu.name}, driver {_nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run."
+    return f"{gpu.name}, driver {nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run."
 
 
 def main() -> None:

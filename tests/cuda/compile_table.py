@@ -13,16 +13,19 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
-from hal_cuda import hopper
-from hal_cuda.chip import Chip
-from hal_cuda.kernels.plan import list_once
-from hal_cuda.plans import TILE, list_once_signature
-from hal_cuda.portable import PortablePath
+from hal_cuda.discovery import Chip
+from hal_cuda.kernels.hopper.launch import compile_forward, config_of
+from hal_cuda.kernels.portable import launch
+from hal_cuda.kernels.portable.block_plans import TILE, list_once, list_once_signature
+from hal_cuda.runtime.launch import compiled
+from hal_cuda.tiling import hopper_tiles
 from triton.backends.compiler import GPUTarget
 
 from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
@@ -39,15 +42,12 @@ class Figures(NamedTuple):
     warnings: int
 
 
-class _Recording(Chip):
-    """A chip that notes what would be launched."""
-
-    def launcher(self, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
-        _launched.append(lambda: self._compiled(fn, signature, constants, options))
-        return None
-
-
 _launched: list[Callable[[], Any]] = []
+
+
+def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+    """In place of `launcher`: notes what would be launched."""
+    _launched.append(lambda: compiled(chip, fn, signature, constants, options))
 
 
 def hopper_variants() -> dict[str, Callable[[], Any]]:
@@ -80,22 +80,20 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     for dim_qk, dim_v, length in shapes:
         whole = dim_qk in (64, 128, 256) and dim_qk == dim_v
         for edge, flags in (edges | packed if whole else edges).items():
-            tiling = hopper.tiling_for(dim_qk, dim_v, length, length, "right" in flags, "left" in flags, lse=True)
+            tiles = hopper_tiles(dim_qk, dim_v, length, length, "right" in flags, "left" in flags, lse=True)
             settings = (
                 dict.fromkeys(("left", "right", "shifted", "half", "ragged", "softcap"), False) | {"lse": True} | flags
             )
-            constants = hopper.kernel_constants(tiling, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
             if edge in packed:
-                constants["BOTTOM"] = "shifted" in flags
-            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = lambda c=constants: hopper.compile_forward(
-                "bf16", c
-            )  # type: ignore[misc]
+                settings |= {"packed": True, "bottom": "shifted" in flags}
+            config = config_of(tiles, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
+            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = partial(compile_forward, "bf16", config)
     return found
 
 
 def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """The plain Triton kernels: one of each feature."""
-    chip = _Recording(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
     base = AttentionRequest(
         batch=2, heads_q=8, heads_kv=2, len_q=1024, len_k=1024, dim_qk=128, dim_v=128, dtype="bfloat16", lse=True
     )
@@ -120,11 +118,12 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
     for name, change in changes.items():
         request = replace(base, **change)
         before = len(_launched)
-        PortablePath(request, chip)._build(*_tensors(request), joins=name.startswith("joined"))
+        with mock.patch.object(launch, "launcher", _recorded):
+            launch.PortablePath(request, chip)._build(*_tensors(request), joins=name.startswith("joined"))
         made = _launched[-1:] if name.startswith("joined") else _launched[before:]  # behind the two that captures take
         for part, make in zip(("attend", "merge"), made, strict=False):
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
-    chip.launcher(list_once, list_once_signature(), TILE, num_warps=4)
+    _recorded(chip, list_once, list_once_signature(), TILE, num_warps=4)
     found[f"sm_{capability[0]}{capability[1]} list_once"] = _launched[-1]
     return found
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 from hal_cuda.backend import CAPABILITIES, CudaBackend
-from hal_cuda.chip import Chip
-from hal_cuda.dispatch import estimate
-from hal_cuda.rates import Rates
+from hal_cuda.cost import Rates, estimate
+from hal_cuda.discovery import Chip
+from hal_cuda.paths import choose
 from hal_cuda.session import CudaSession
 
 from hal_core import AttentionRequest, Capabilities, Device, Estimate, Fidelity, PooledMemory, Refusal
@@ -38,7 +38,7 @@ class InterpretedBackend:
         return CudaBackend().check(request, device)
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        return estimate(request, CHIP, RATES)
+        return estimate(request, choose(request, CHIP, RATES), RATES)
 
     def open(self, device: Device) -> CudaSession:
         return CudaSession(device, CHIP, lambda: RATES, memory=PooledMemory("cpu"))

@@ -78,13 +78,14 @@ def test_every_kernel_that_is_launched_has_a_check_on_a_gpu() -> None:
     now.
     """
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "cuda_verify.py"
-    launched = {
-        f"{node.module.removeprefix('kernels.')}.{name.name}"
-        for source in sorted(script.parents[1].glob("plugins/cuda/hal_cuda/*.py"))
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("kernels.")
-        for name in node.names
-    }
+    launched = set()
+    for source in script.parents[1].glob("plugins/cuda/hal_cuda/kernels/*/*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launcher":
+                assert isinstance(node.args[1], ast.Name)
+                launched.add(f"{source.parent.name}.{node.args[1].id}")
+            elif isinstance(node, ast.ImportFrom) and node.module == "forward":
+                launched |= {f"{source.parent.name}.{name.name}" for name in node.names}
     spec = importlib.util.spec_from_file_location("cuda_verify", script)
     assert spec is not None
     assert spec.loader is not None
@@ -92,6 +93,9 @@ def test_every_kernel_that_is_launched_has_a_check_on_a_gpu() -> None:
     spec.loader.exec_module(verify)
     assert set(verify.KERNELS) == launched
     found = subprocess.run([sys.executable, str(script), "--changed"], capture_output=True, text=True, check=False)
+    assert all(
+        (verify.ROOT / "hal_cuda" / "kernels" / f"{f}.py").exists() for files in verify.KERNELS.values() for f in files
+    )
     told = [line.partition(" changed since")[0] for line in found.stdout.splitlines()]
     assert told == verify.changed(), found.stderr
     assert found.returncode == bool(told)

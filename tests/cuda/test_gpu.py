@@ -198,7 +198,7 @@ def test_decode_on_two_streams_at_once_and_in_a_graph(gpu: str, seed: int) -> No
     """Programs of one call are counted apart from those of another, though calls overlap and a graph is replayed
     beside.
     """
-    from hal_cuda.scratch import scratch_of
+    from hal_cuda.runtime.scratch import scratch_of
 
     given = [
         (
@@ -311,7 +311,7 @@ def test_cupy_pool_serves_buffers_within_its_limit(gpu: str) -> None:
 def test_every_claim_has_a_path(gpu: str) -> None:
     """Whatever the capabilities accept, dispatch finds a path for."""
     from hal_cuda.backend import CudaBackend
-    from hal_cuda.dispatch import candidates
+    from hal_cuda.paths import candidates
 
     backend = registry.backend_of(gpu)
     assert isinstance(backend, CudaBackend)

@@ -118,7 +118,8 @@ def test_wrong_packed_lengths_stay_inside_the_tensors(
     """
     if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel needs compute capability 9.0")
-    from hal_cuda import packed, portable
+    from hal_cuda.kernels.hopper import packed
+    from hal_cuda.kernels.portable import launch as portable
 
     def surrounded(number: int) -> Tensor:
         whole = torch.full((1, 2, 1600, 128), math.nan, device="cuda", dtype=torch.bfloat16)

@@ -22,14 +22,13 @@ from hal_core.plugin_api import (
 )
 from hal_core.plugin_api import load_calibration as load
 
-from .discovery import Found, find
+from .discovery import Chip, Found, find
 
 if TYPE_CHECKING:
     from hal_core.plugin_api import BenchSetup
 
-    from ._nvml import Gpu
-    from .chip import Chip
-    from .rates import Rates
+    from .cost import Rates
+    from .runtime.nvml import Gpu
     from .session import CudaSession
 
 CAPABILITIES = Capabilities(
@@ -119,9 +118,10 @@ class CudaBackend:
 
         The time's source names every candidate path with its own time.
         """
-        from . import dispatch
+        from . import cost, paths
 
-        return dispatch.estimate(request, self.chip(device), self.rates(device))
+        rates = self.rates(device)
+        return cost.estimate(request, paths.choose(request, self.chip(device), rates), rates)
 
     def chip(self, device: Device) -> Chip:
         """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to
@@ -129,8 +129,6 @@ class CudaBackend:
 
         Raises DeviceUnavailableError after a fork.
         """
-        from .chip import Chip
-
         if device.id not in self._chips:
             _refuse_fork(device)
             self._chips[device.id] = Chip.of(int(device.id.partition(":")[2]))
@@ -138,7 +136,7 @@ class CudaBackend:
 
     def rates(self, device: Device) -> Rates:
         """What the estimates and the choice of paths go by."""
-        from .rates import Rates, shipped
+        from .cost import Rates, shipped
 
         if device.id not in self._rates:
             stored, table = load(device), shipped()
@@ -155,7 +153,7 @@ class CudaBackend:
         """Raises DeviceUnavailableError after a fork, and where CUDA numbers the GPUs otherwise than NVML."""
         import torch
 
-        from .scratch import scratch_of
+        from .runtime.scratch import scratch_of
         from .session import CudaSession
 
         _refuse_fork(device)
@@ -176,7 +174,7 @@ class CudaBackend:
         it.
         """
         from .calibrate import measure
-        from .rates import Rates
+        from .cost import Rates
 
         values = measure(device, self.chip(device), self._gpu(device), progress)
         self._rates[device.id] = Rates.of(values, "hal calibrate")
@@ -186,7 +184,7 @@ class CudaBackend:
 
     def benchmark(self, device: Device) -> BenchSetup:
         """Own kernels and installed peers as columns of `hal bench`, with clocks and power."""
-        from .bench import CudaBench
+        from .benchmark import CudaBench
 
         return CudaBench(device, self.chip(device), self.rates(device), self._gpu(device)).setup()
 

@@ -27,13 +27,14 @@ from hal_core.plugin_api import (
     UnsupportedError,
 )
 
-from . import composed, dispatch, native
-from .chip import Chip
-from .hopper import HopperPath
+from . import cost, paths
+from .cost import Rates
+from .discovery import Chip
+from .kernels import composed
+from .kernels.hopper.launch import HopperPath
+from .kernels.hopper.packed import PackedHopperPath
+from .kernels.portable.launch import PortablePath
 from .memory import CudaMemory
-from .packed import PackedHopperPath
-from .portable import PortablePath
-from .rates import Rates
 
 Path = Callable[..., AttentionOutput]
 _MOST_BOUND = 512
@@ -93,11 +94,11 @@ class CudaSession:
         return {"tile_size": rows, "programs": -(-sequence_length // rows) * batch_size * num_heads}
 
     def path_of(self, request: AttentionRequest) -> str:
-        """The name of the path that runs a request (see `dispatch.label`)."""
+        """The name of the path that runs a request (see `cost.label`)."""
         allowed = self._paths
         if allowed is None:
-            return dispatch.choose(request, self.chip, self._rates()).path
-        return dispatch.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
+            return paths.choose(request, self.chip, self._rates()).path
+        return paths.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
 
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
         """The fastest callable (query, key, value, mask, plan, tables, rng) for requests like this one."""
@@ -127,7 +128,7 @@ class CudaSession:
         return self._native(name, request)
 
     def _native(self, name: str, request: AttentionRequest) -> Path:
-        attend = native.bind(name, request)
+        attend = paths.bind_torch(name, request)
         if request.grads:
             instead: Path = lambda *given: composed.attend(request, self.chip, *given)  # noqa: E731
         else:
@@ -190,7 +191,7 @@ class CudaSession:
 
     def _full(self, request: AttentionRequest) -> MemoryLimitError:
         free, total = torch.cuda.mem_get_info(self.chip.index)
-        needed = dispatch.estimate(request, self.chip, self._rates()).memory
+        needed = cost.memory(request, self.path_of(request))
         return MemoryLimitError(self.device.id, needed, total - free, total)
 
     def prepare_attention(

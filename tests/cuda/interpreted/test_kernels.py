@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hal_cuda.dropout import dropout_pattern
-from hal_cuda.hopper import schedule
-from hal_cuda.plans import listed_once
-from hal_cuda.portable import PortablePath
-from hal_cuda.scratch import STREAMS, StreamScratch, scratch_of
-from hal_cuda.tiles import choose_splits, choose_tiles, packs, shrunk
+from hal_cuda.kernels.hopper.schedule import schedule
+from hal_cuda.kernels.portable.block_plans import listed_once
+from hal_cuda.kernels.portable.dropout import dropout_pattern
+from hal_cuda.kernels.portable.launch import PortablePath
+from hal_cuda.runtime.scratch import STREAMS, StreamScratch, scratch_of
+from hal_cuda.tiling import choose_splits, choose_tiles, packs, shrunk
 from interpreted_device import CHIP, InterpretedBackend
 from torch import Tensor
 

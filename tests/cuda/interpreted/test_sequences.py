@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
-from hal_cuda import composed, portable
-from hal_cuda.kernels.tiles import tile_table
-from hal_cuda.portable import PortablePath
+from hal_cuda.kernels import composed
+from hal_cuda.kernels.hopper.tile_table import tile_table
+from hal_cuda.kernels.portable import launch as portable
+from hal_cuda.kernels.portable.launch import PortablePath
+from hal_cuda.runtime.launch import launcher
 from interpreted_device import CHIP
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def listed(
     """(tiles counted, entries of the whole table, cumulative lengths)."""
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
     table = torch.full((8 + 8 * most,), -1, dtype=torch.int32)
-    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles = launcher(CHIP, tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     count = len(lengths_q)
     list_tiles((count, 1, 1), (table, *ends), [count, int(ends[0][-1]), int(ends[1][-1]), most, heads, 132])
     return int(table[0]), table[8:].view(-1, 8)[:, :5].tolist(), ends
@@ -72,7 +74,7 @@ WRONG = [
 def test_table_of_wrong_lengths_names_nothing_outside_the_tensors(ends: list[int]) -> None:
     """Every entry that is counted is written, lies within the tokens, and none is written behind the table."""
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
-    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles = launcher(CHIP, tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     for cu_q, cu_k in ((wrong, fine), (fine, wrong), (wrong, wrong)):
         table = torch.full((8 + 8 * 5,), -1, dtype=torch.int32)
         list_tiles((2, 1, 1), (table, cu_q, cu_k), [2, 100, 100, 3, 16, 132])
@@ -87,7 +89,7 @@ def test_table_of_wrong_lengths_names_nothing_outside_the_tensors(ends: list[int
 def test_table_of_sequences_that_overlap_ends_where_its_memory_does() -> None:
     ends = torch.tensor([0, 1000, 0, 1000], dtype=torch.int32)
     table = torch.full((8 + 8 * 40,), -1, dtype=torch.int32)
-    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles = launcher(CHIP, tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     list_tiles((3, 1, 1), (table, ends, ends), [3, 1000, 1000, 18, 16, 132])
     assert int(table[0]) == 18
     assert bool((table[8:].view(-1, 8)[:18, :5] >= 0).all() and (table[8:].view(-1, 8)[18:] == -1).all())

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceTables
 
-from . import compiled
-from .chip import Chip, Launcher
-from .hopper import CACHED, LOG2E, ROWS, add_map, compile_forward, fits, kernel_constants, side, tiling_for
-from .kernels.tiles import tile_table
-from .portable import PortablePath, empty_result
+from ...discovery import Chip
+from ...runtime import binaries
+from ...runtime.launch import Launcher, launcher
+from ...tiling import WARPGROUP_ROWS, hopper_tiles
+from ..portable.launch import PortablePath, empty_result
+from .launch import CACHED, LOG2E, add_map, compile_forward, config_of, fits, side
+from .tile_table import tile_table
 
 #: Triton types of `tile_table`'s run-time arguments.
 TABLE_SIGNATURE = {
@@ -32,7 +34,7 @@ class Launch(NamedTuple):
     each of them the arguments by address. tail: arguments after the table.
     """
 
-    kernel: compiled.Kernel
+    kernel: binaries.Kernel
     list_tiles: Launcher
     listing: list[Any]
     most: int
@@ -100,26 +102,26 @@ class PackedHopperPath:
         bottom = r.causal is Causal.BOTTOM_RIGHT and not same
         reach = r.diagonal + (right or 0)
         mean_q, mean_k = (max(t.shape[2] // max(sequences, 1), 1) for t in (query, key))
-        tiling = tiling_for(dim_qk, dim_v, mean_q, mean_k, right is not None, left is not None, r.lse)
-        constants = kernel_constants(
-            tiling,
+        tiles = hopper_tiles(dim_qk, dim_v, mean_q, mean_k, right is not None, left is not None, r.lse)
+        config = config_of(
+            tiles,
             dim_qk=dim_qk,
             dim_v=dim_v,
             group=heads // key.shape[1],
             left=left is not None,
             right=right is not None,
-            shifted=right is not None and (bottom or reach % ROWS != 0),
-            half=right is not None and same and reach <= 0 and reach % tiling.keys == 0,
+            shifted=right is not None and (bottom or reach % WARPGROUP_ROWS != 0),
+            half=right is not None and same and reach <= 0 and reach % tiles.keys == 0,
             ragged=True,
             softcap=r.softcap is not None,
             lse=r.lse,
-        ) | {"BOTTOM": bottom}
-        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
-        made = compiled.kernel(
-            ("hopper packed", chip.index, dtype, tuple(constants.items())), lambda: compile_forward(dtype, constants)
+            packed=True,
+            bottom=bottom,
         )
-        rows = ROWS * tiling.consumers
-        list_tiles = chip.launcher(tile_table, TABLE_SIGNATURE, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
+        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
+        made = binaries.kernel(("hopper", chip.index, dtype, config), lambda: compile_forward(dtype, config))
+        rows = WARPGROUP_ROWS * tiles.consumers
+        list_tiles = launcher(chip, tile_table, TABLE_SIGNATURE, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
         scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
         if r.softcap is not None:
             cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
@@ -139,7 +141,7 @@ class PackedHopperPath:
             scale,
             cap_in,
             cap_out,
-            *[None] * len(constants),
+            None,
         ]
         sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
         most = tokens // rows + sequences

@@ -18,12 +18,14 @@ from hal_core.plugin_api import (
     SequenceTables,
 )
 
-from .chip import Chip, Launcher
+from ...discovery import Chip
+from ...runtime.launch import Launcher, current_stream, dependent_launch, launcher
+from ...runtime.scratch import COUNTERS, PARTIAL, Scratch, scratch_of
+from ...tiling import Splits, Tiles, choose_splits, choose_tiles, packs, power_of_two, shrunk
+from .attend import attend
+from .block_plans import listed_once
 from .dropout import random_words
-from .kernels.attend import attend, merge
-from .plans import listed_once
-from .scratch import COUNTERS, PARTIAL, Scratch, scratch_of
-from .tiles import Splits, Tiles, choose_splits, choose_tiles, packs, power_of_two, shrunk
+from .merge import merge
 
 TYPES = {
     torch.float32: "fp32",
@@ -146,7 +148,7 @@ class PortablePath:
         """That of the current stream; None while it is captured: a graph may be replayed on any stream."""
         if query.is_cuda and torch._C._cuda_isCurrentStreamCapturing():
             return None
-        return scratch_of(query.device).on(self.chip.stream())
+        return scratch_of(query.device).on(current_stream(self.chip))
 
     def _build(
         self,
@@ -278,20 +280,22 @@ class PortablePath:
             "JOIN": joins,
             "ALIGNED": aligned,
             "EVEN": even,
-            "PDL": split and not joins and self.chip.dependent_launch,
+            "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
             "ROWS": _rows_joined(tiles, r, joins),
         }
-        run = self.chip.launcher(attend, attend_signature(TYPES[dtype], mask_type), constants, num_warps=tiles.warps)
+        signature = attend_signature(TYPES[dtype], mask_type)
+        run = launcher(self.chip, attend, signature, constants, num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
 
     def _merge(self, dtype: torch.dtype) -> Launcher:
         run = self._runs.get("merge")
         if run is None:
-            pdl, dim_v = self.chip.dependent_launch, self.request.dim_v
+            pdl, dim_v = dependent_launch(self.chip), self.request.dim_v
             constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
-            run = self.chip.launcher(merge, merge_signature(TYPES[dtype]), constants, num_warps=4, launch_pdl=pdl)
+            signature = merge_signature(TYPES[dtype])
+            run = launcher(self.chip, merge, signature, constants, num_warps=4, launch_pdl=pdl)
             self._runs["merge"] = run
         return run
 

@@ -34,37 +34,27 @@ RESCALE, RESCALE_CONSTRAINTS = map(gl.constexpr, _scaling(32))
 
 
 @gluon.jit
-def hide(
-    s,
-    t,
-    row0,
-    len_k,
-    shift,
-    left,
-    right,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    SL: gl.constexpr,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    RAG: gl.constexpr,
-):
+def hide(s, t, row0, tile, work, SL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, RAGGED: gl.constexpr):
+    # Scores of a tile of keys with those hidden that lie beyond the diagonals or behind the last key. t: the tile's
+    # place, in tiles as wide as s.
+    BM: gl.constexpr = s.shape[0]
+    BN: gl.constexpr = s.shape[1]
     cols = t * BN + gl.arange(0, BN, gl.SliceLayout(0, SL))
     rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
     if RIGHT:
-        s = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows + (shift + right), 1), s, HIDDEN)
+        s = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows + (tile.shift + work.right), 1), s, HIDDEN)
     if LEFT:
-        s = gl.where(gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (shift - left), 1), s, HIDDEN)
-    if RAG:  # not a sum: behind the last key of a packed sequence lies another, or anything
-        s = gl.where(gl.expand_dims(cols < len_k, 0), s, HIDDEN)
+        s = gl.where(gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (tile.shift - work.left), 1), s, HIDDEN)
+    if RAGGED:  # not a sum: behind the last key of a packed sequence lies another, or anything
+        s = gl.where(gl.expand_dims(cols < tile.len_k, 0), s, HIDDEN)
     return s
 
 
 @gluon.jit
-def capped(s, cap_in, cap_out, SOFTCAP: gl.constexpr):
+def capped(s, scaling, C: gl.constexpr):
     # cap_out * tanh(s * scale / cap), in base-2 units; cap_in = 2 * log2(e) * scale / cap.
-    if SOFTCAP:
-        s = cap_out - (2.0 * cap_out) / (gl.exp2(s * cap_in) + 1.0)
+    if C.softcap:
+        s = scaling.cap_out - (2.0 * scaling.cap_out) / (gl.exp2(s * scaling.cap_in) + 1.0)
     return s
 
 

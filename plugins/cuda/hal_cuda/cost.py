@@ -1,4 +1,4 @@
-"""How long each path takes: measured tables, interpolated, and what is assumed of chips that were not measured."""
+"""What a request costs on each path: measured tables, interpolated, and what is assumed of chips not measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from hal_core.plugin_api import AttentionRequest, Basis, Causal, Provenance
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Causal, Estimate, Provenance, Quantity
 
-MEASURED = Path(__file__).with_name("measured.json")
+from .tiling import packs
+
+MEASURED = Path(__file__).with_name("profiles") / "measured.json"
+#: Paths whose kernels are this package's own.
+OWN = frozenset({"hopper", "portable"})
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
 _ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "composed": 0.05}
 #: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
@@ -117,3 +121,73 @@ def shipped() -> tuple[str, Rates] | None:
         return None
     values = json.loads(MEASURED.read_text(encoding="utf-8"))
     return values["device"], Rates.of(values, f"measured on {values['device']}, {values['date']}")
+
+
+class Choice(NamedTuple):
+    """The chosen path and every candidate's seconds, fastest first."""
+
+    path: str
+    seconds: tuple[tuple[str, float], ...]
+
+
+def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
+    """Middle of a path's time."""
+    flops = 2.0 * request.visible_macs
+    if request.grads:
+        flops *= 3.5  # forward, and five products for the forward's two
+    if path == "composed":
+        flops = 2.0 * request.macs * (3.5 if request.grads else 1.0)
+    decoding = packs(request, request.len_q)
+    share = rates.decode_share if path == "portable" else 0.8 * rates.decode_share
+    reading = request.bytes_moved / (rates.bandwidth * share)
+    if decoding and path != "composed":
+        return rates.launch * (1.0 if path == "portable" else 1.2) + reading
+    slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
+    launch = rates.launch * (1.0 if path in OWN else 1.3)  # what no length hides: equal rates go to the own kernels
+    return launch + max(flops * slower / rates.rate(path, request).flops, reading)
+
+
+def estimate(request: AttentionRequest, choice: Choice, rates: Rates) -> Estimate:
+    """What a request costs on the path that was chosen; the time's source names every path with its own time."""
+    middle = choice.seconds[0][1]
+    spread = 1.3 if packs(request, request.len_q) else rates.rate(choice.path, request).spread
+    others = ", ".join(f"{label(path)} {value * 1e3:.4g} ms" for path, value in choice.seconds)
+    source = f"{'gradients by ' if request.grads else ''}{others} ({rates.source})"
+    time = Quantity(middle / spread, middle * (2 - 1 / spread), rates.basis, rates.provenance, source)
+    energy = None
+    if rates.joules_per_flop is not None and rates.joules_per_byte is not None and choice.path in OWN:
+        joules = 2.0 * request.visible_macs * rates.joules_per_flop + request.bytes_moved * rates.joules_per_byte
+        energy = Quantity(
+            joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
+        )
+    return Estimate(time=time, energy=energy, memory=memory(request, choice.path))
+
+
+def label(path: str) -> str:
+    """A path's name for people."""
+    return {
+        "hopper": "own Hopper kernel",
+        "portable": "own Triton kernel",
+        "cudnn": "torch cuDNN",
+        "flash": "torch FlashAttention",
+        "composed": "torch operations",
+    }[path]
+
+
+def memory(request: AttentionRequest, path: str) -> int:
+    """Bytes that a call allocates at its peak, output included, inputs not."""
+    size = DTYPE_BYTES[request.dtype]
+    out = request.batch * request.heads_q * request.len_q * request.dim_v * size
+    extra = composed_scratch(request) if path == "composed" else 0
+    if path == "portable" and packs(request, request.len_q):
+        extra = (
+            request.batch * request.heads_q * request.len_q * 128 * (request.dim_v + 1) * 4
+        )  # partial results, at most 128
+    return out + request.batch * request.heads_q * request.len_q * 4 * request.lse + extra
+
+
+def composed_scratch(request: AttentionRequest) -> int:
+    """Bytes of scores and weights at their peak."""
+    size = 8 if request.dtype == "float64" else 4
+    kept = 4 if request.grads else 3
+    return request.batch * request.heads_q * request.len_q * request.len_k * size * kept

@@ -19,8 +19,8 @@ from hal_core.plugin_api import (
     expand_block_plan,
 )
 
-from .chip import Chip
-from .dropout import dropout_pattern
+from ..discovery import Chip
+from .portable.dropout import dropout_pattern
 
 
 def attend(
@@ -107,10 +107,3 @@ def _sum_dtype(query: Tensor) -> torch.dtype:
     """
     rounds = query.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return torch.float64 if query.dtype == torch.float64 or (query.dtype == torch.float32 and rounds) else torch.float32
-
-
-def scratch(request: AttentionRequest) -> int:
-    """Bytes of scores and weights at their peak."""
-    size = 8 if request.dtype == "float64" else 4
-    kept = 4 if request.grads else 3
-    return request.batch * request.heads_q * request.len_q * request.len_k * size * kept
