@@ -1,14 +1,20 @@
-# make demo   sets up .venv and runs a real transformer on every installed device
-# make test   sets up .venv, lints, and runs the tests
+# make demo       sets up .venv and runs a real transformer on every installed device
+# make test       sets up .venv, lints, and runs the tests
+# make test-all   the slow tests too
+# make lint       ruff check, ruff format --check, mypy --strict
+# make docs       builds the documentation site into out/site
+# make wheels     builds a wheel of every distribution into dist/
+# make bench      runs every benchmark and records its figures in docs/benchmarks
 #
 # PYTHON=python3   use an environment that has torch and the test tools already: nothing is downloaded, this project's
 #                  packages are installed into it without an index (for machines without a network)
 # BOOTSTRAP=python3.12   the interpreter that .venv is built from
 
 BOOTSTRAP ?= python3
-FOLDERS := . $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml extensions/*/pyproject.toml)))
+FOLDERS := . $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml libs/*/pyproject.toml extensions/*/pyproject.toml)))
 PROJECTS := $(addsuffix /pyproject.toml,$(FOLDERS))
-SYSTEM_PACKAGES := $(wildcard plugins/*/system-packages.txt)
+SYSTEM_PACKAGES := $(wildcard plugins/*/system-packages.txt libs/*/system-packages.txt)
+WORKERS ?= 2
 
 ifdef PYTHON
 RUN := $(PYTHON)
@@ -18,12 +24,12 @@ RUN := .venv/bin/python
 READY := .venv/.installed
 endif
 
-.PHONY: demo test test-all lint bench venv model clean
+.PHONY: demo test test-all lint docs wheels bench venv model clean
 .DEFAULT_GOAL := test
 
 venv: $(READY)
 
-.venv/.installed: constraints.txt $(PROJECTS) $(SYSTEM_PACKAGES)
+.venv/.installed: constraints.txt hal_core/version.py $(PROJECTS) $(SYSTEM_PACKAGES)
 	@$(MAKE) --no-print-directory system-packages
 	$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make BOOTSTRAP=python3.12")'
 	$(BOOTSTRAP) -m venv .venv
@@ -47,7 +53,7 @@ ifneq ($(SYSTEM_PACKAGES),)
 	else echo "not installed: $$missing(devices that need them will be absent; as root: apt-get install $$missing)"; fi
 endif
 
-out/.installed: $(PROJECTS)
+out/.installed: hal_core/version.py $(PROJECTS)
 	@mkdir -p out
 	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation $(addprefix -e ,$(FOLDERS))
 	@touch $@
@@ -61,19 +67,33 @@ ifndef PYTHON
 	@$(RUN) -m pip install --quiet --no-deps --require-hashes -r examples/demo/requirements.txt
 endif
 
+# pytest-xdist runs WORKERS processes (tests/conftest.py gives each one thread). Without it the tests run in one process.
 test: $(READY) model lint
-	$(RUN) -m pytest -m "not slow" tests
+	$(RUN) -m pytest $(call parallel) -m "not slow" tests
 
 test-all: $(READY) model lint
-	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest tests
+	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest $(call parallel) tests
+
+parallel = $$($(RUN) -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadgroup")
 
 lint: $(READY)
 	@if $(RUN) -c 'import ruff, mypy' 2>/dev/null; then \
-		$(RUN) -m ruff check . && $(RUN) -m mypy; \
+		$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy; \
 	else echo "ruff and mypy are not installed here: lint is skipped"; fi
+
+docs: $(READY)
+	$(RUN) -m mkdocs build --strict --quiet --site-dir out/site
+	@echo "out/site/index.html"
+
+# setuptools copies whatever lies in build/ into a wheel, deleted files of an earlier build too.
+wheels: $(READY)
+	rm -rf dist $(addsuffix /build,$(FOLDERS))
+	$(RUN) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist $(addprefix ./,$(FOLDERS))
+	@rm -rf $(addsuffix /build,$(FOLDERS))
+	@ls dist
 
 bench: $(READY)
 	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(RUN) $$script --record || exit 1; done
 
 clean:
-	rm -rf .venv out build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv out dist $(addsuffix /build,$(FOLDERS)) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from hal_core.bench import Call, Ceilings, draw
 from hal_cuda.benchmark import Peers
 from hal_cuda.calibrate import on_path, read_bandwidth
 from hal_cuda.cost import shipped
@@ -28,7 +29,6 @@ from record import FOLDER, parser, publish
 from torch import Tensor
 
 import hal_core as hal
-from hal_core.bench import Call, Ceilings, draw
 from hal_core.registry import registry
 from hal_core.testing import BenchmarkRunner, reference, relative_error
 
@@ -237,7 +237,9 @@ def packed(bench: Bench, options: Any) -> None:
             max_seqlen_k=longest,
         ).request
         calls: dict[str, Call] = {
-            "own": partial(_packed_out, bench.own(bench.forward_path, request), *given, hal.SequenceTables(ends, ends)),
+            "own": partial(
+                _packed_out, bench.own(bench.forward_path, request), *given, hal.SequenceMetadata(ends, ends)
+            ),
             **bench.peers.packed(*given, ends, longest, causal),
         }
         want = torch.cat(
@@ -323,7 +325,7 @@ def _paged_row(bench: Bench, ceiling: float) -> list[str]:
         table[s, :count] = order[start : start + count]
         start += count
     query, key, value = normal(64, 32, 1, 128), normal(total, 8, 16, 128), normal(total, 8, 16, 128)
-    tables = hal.SequenceTables(page_table=table.cuda(), cache_seqlens=held.cuda())
+    tables = hal.SequenceMetadata(page_table=table.cuda(), cache_seqlens=held.cuda())
     request = hal.explain(
         query,
         key,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, BlockPlan, Causal, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, SequenceMetadata
 from hal_core.testing import relative_error
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def packed(bench: Bench, dim: int) -> float:
     from cuda_attention import DEVICE, normal
 
     ends_q, ends_k = [0, 300, 1300, 1500], [0, 700, 1700, 2400]
-    tables = SequenceTables(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
+    tables = SequenceMetadata(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
     request = AttentionRequest(
         batch=3,
         heads_q=8,

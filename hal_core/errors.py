@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .selection import Decision
-
 
 class HalError(Exception):
     """Base of all errors raised on purpose. The command line prints it and exits with 2."""
 
 
-class ContractError(HalError, ValueError):
-    """Malformed input: a wrong rank, shape, dtype or value. No device could run it."""
+class ContractError(HalError, ValueError, RuntimeError):
+    """Malformed input: a wrong rank, shape, dtype or value. No device could run it.
+
+    Both a ValueError and a RuntimeError: torch raises RuntimeError for the same mistakes.
+    """
 
 
 class UnsupportedError(HalError, RuntimeError):
-    """A well-formed request that no eligible device runs. Carries the `Decision` with every reason.
+    """A well-formed request that no eligible device runs.
 
     Attributes:
-        decision: the decision record, or None where no device was consulted.
+        decision: the `hal_core.Decision` with every reason, or None where no device was consulted.
     """
 
-    def __init__(self, message: str, decision: Decision | None = None) -> None:
+    def __init__(self, message: str, decision: object = None) -> None:
         super().__init__(message)
         self.decision = decision
 
@@ -36,17 +34,22 @@ class DeviceUnavailableError(HalError, RuntimeError):
     """A backend is installed, but the device that was named is not present or cannot be used."""
 
 
-class MemoryLimitError(HalError, MemoryError):
-    """A request would pass the memory limit. Nothing was allocated.
+class AccessDeniedError(HalError, PermissionError):
+    """The access policy does not allow this caller the device, kernel or registration. Nothing was run."""
+
+
+class MemoryLimitError(UnsupportedError, MemoryError):
+    """A request would exceed the memory limit. Nothing was allocated.
 
     Attributes:
         requested, in_use, limit: bytes.
     """
 
-    def __init__(self, device: str, requested: int, in_use: int, limit: int) -> None:
+    def __init__(self, device: str, requested: int, in_use: int, limit: int, decision: object = None) -> None:
         super().__init__(
             f"{device} cannot allocate {requested:,} bytes: {in_use:,} in use of a limit of {limit:,}. Nothing was "
-            f"allocated. Free buffers, call trim(), shorten the request, or raise hal.configure(memory_limit=...)."
+            f"allocated. Free buffers, call trim(), shorten the request, or raise hal.configure(memory_limit=...).",
+            decision,
         )
         self.requested, self.in_use, self.limit = requested, in_use, limit
 

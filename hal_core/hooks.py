@@ -1,19 +1,18 @@
-"""The five hooks of a plugin. An entry point of the group `hal.plugins` names a light module that implements them."""
+"""The hooks of a plugin and what they return. An entry point of the group `hal.plugins` names a light module with them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import attrs
 import pluggy
 
-if TYPE_CHECKING:
-    from .kernels import KernelSpec
-    from .request import AttentionRequest
-    from .selection import Candidate, Decision
+from .decision import Candidate, Decision, PolicyChoice
+from .request import AttentionRequest
 
 #: (major, minor) of the plugin contract. A plugin needs the same major, and a minor that is not newer.
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 ENTRY_POINT_GROUP = "hal.plugins"
 
 hookspec = pluggy.HookspecMarker("hal")
@@ -37,8 +36,56 @@ class BackendSpec:
     target: str = attrs.field(validator=attrs.validators.matches_re(r"[\w.]+:[\w.]+"))
     api: tuple[int, int] = API_VERSION
     requirements: tuple[str, ...] = ()
-    install_hint: str = ""
-    priority: int = 0
+    install_hint: str = attrs.field(default="", validator=attrs.validators.instance_of(str))
+    priority: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
+
+
+@attrs.frozen(kw_only=True)
+class KernelSpec:
+    """What the name of a kernel beside attention means. Every provider of the name is held to its reference.
+
+    Attributes:
+        name: for example "matmul".
+        signature: the call as text, "matmul(a[M, K], b[K, N]) -> [M, N]".
+        reference: "module:attr" of a float64 implementation on torch tensors.
+        sampler: "module:attr" of a function (generator) -> argument tuple that draws fresh inputs.
+        tolerance: largest ||x - reference|| / ||reference|| by dtype name.
+    """
+
+    name: str
+    signature: str
+    reference: str
+    sampler: str
+    tolerance: Mapping[str, float]
+
+
+class Table(NamedTuple):
+    """A table that a command prints.
+
+    Attributes:
+        title: a heading; "" for none. columns: the names of the columns.
+        rows: one sequence of texts per row, as many as there are columns. notes: sentences below the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+class CommandResult(NamedTuple):
+    """What a command returns: it never prints.
+
+    Attributes:
+        data: what `--json` prints: dicts, lists, texts, numbers, booleans and None.
+        tables, text: what is printed without `--json`: the tables, and then the sentences.
+        exit_code: 0 for success, 1 where a check failed.
+    """
+
+    data: Any
+    tables: Sequence[Table] = ()
+    text: Sequence[str] = ()
+    exit_code: int = 0
 
 
 class Hooks:
@@ -50,16 +97,27 @@ class Hooks:
 
     @hookspec
     def hal_kernels(self) -> list[KernelSpec]:  # type: ignore[empty-body]
-        """Specifications of kernels beside attention."""
+        """Specifications of this plugin's own kernels beside attention."""
 
     @hookspec(firstresult=True)
-    def hal_policy(self, request: AttentionRequest, candidates: list[Candidate]) -> str | None:
-        """The device id to use among candidates that support the request; None leaves it to the next policy."""
+    def hal_policy(self, request: AttentionRequest, candidates: list[Candidate]) -> str | PolicyChoice | None:
+        """The device to use among candidates that support the request; None leaves it to the next policy."""
 
     @hookspec
     def hal_decision(self, decision: Decision) -> None:
         """Called with every new decision. Observers cannot change it."""
 
     @hookspec
+    def hal_call(self, decision: Decision, seconds: float) -> None:
+        """Called after attention ran, with its duration: the host's time until the result was ready on the host, or the
+        device's own time where the session reports it later from events. Observers cannot change the result.
+        """
+
+    @hookspec
     def hal_commands(self, subparsers: Any) -> None:
-        """Add subcommands to `hal`: subparsers is argparse's; set_defaults(run=function of the namespace)."""
+        """Add subcommands to `hal`.
+
+        `subparsers` is what argparse's `add_subparsers` returned. Each command calls `set_defaults(run=f)`, where
+        `f(args) -> CommandResult`; `--json` is added to every command by hal-cli, and `args.progress(text, share)`
+        shows the progress of long work.
+        """

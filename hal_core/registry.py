@@ -1,178 +1,117 @@
-"""Which plugins, backends and devices there are. One broken plugin never breaks another.
-
-pluggy validates hooks and marks them; calling is done here one implementation at a time, because a pluggy call stops at
-the first implementation that raises, and its loader at the first import that fails.
-"""
+"""Which backends, devices, sessions and kernels there are. One broken device never breaks another."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from operator import attrgetter
+from typing import Any, cast
 
-import attrs
-import pluggy
-
-from .capabilities import listing
-from .device import Device
-from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBackendError
-from .hooks import API_VERSION, ENTRY_POINT_GROUP, BackendSpec, Hooks
-from .kernels import KernelSpec, resolve
-from .protocols import Absent, AttentionBackend, Session
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+from .access import AccessPolicy, read_policy
+from .capability import Capabilities, listing
+from .device_info import Device
+from .errors import ContractError, DeviceUnavailableError, HalError, PluginError, UnknownBackendError, UnsupportedError
+from .hooks import API_VERSION, BackendSpec, KernelSpec
+from .plugins import LoadFailure, Plugin, Plugins, failed
+from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
+from .toolkit.kernels import KERNELS
 
 
-@attrs.frozen
-class LoadFailure:
-    """Something of a plugin that failed, kept instead of raised.
+class Entry:
+    """A backend's place in the registry.
 
     Attributes:
-        name: plugin or backend. distribution: "hal-x 1.0", "" for run-time registrations.
-        stage: "disabled", "import", "hook", "api", "duplicate", "target", "devices", "open".
-        message: one sentence. traceback: the whole of it, "" where nothing was raised. fix: what to do.
+        found: its devices; None until they were looked for. sessions: open ones by device id.
+        broken: devices that did not open. request_failures: the last exception of check() or estimate(), by device id.
     """
 
-    name: str
-    distribution: str
-    stage: str
-    message: str
-    traceback: str = ""
-    fix: str = ""
-
-
-@attrs.define
-class Plugin:
-    """An entry point that was found, loaded or not."""
-
-    name: str
-    distribution: str
-    failure: LoadFailure | None = None
-
-
-@attrs.define(eq=False)
-class Entry:
-    """A backend's place in the registry."""
-
-    spec: BackendSpec
-    distribution: str = ""
-    backend: AttentionBackend | None = None
-    failure: LoadFailure | None = None
-    found: tuple[Device, ...] | None = None
-    sessions: dict[str, Session] = attrs.field(factory=dict)
-    broken: dict[str, LoadFailure] = attrs.field(factory=dict)  # devices that did not open
+    def __init__(self, spec: BackendSpec, distribution: str = "", backend: AttentionBackend | None = None) -> None:
+        self.spec, self.distribution, self.backend = spec, distribution, backend
+        self.failure: LoadFailure | None = None
+        self.found: tuple[Device, ...] | None = None
+        self.sessions: dict[str, Session] = {}
+        self.broken: dict[str, LoadFailure] = {}
+        self.request_failures: dict[str, LoadFailure] = {}
+        self.lock = threading.RLock()  # held while devices are looked for and opened; other backends go on
 
 
 class Registry:
-    """Discovery, isolation, run-time registration and open sessions. Thread-safe."""
+    """Discovery, run-time registration, open sessions and kernels. Thread-safe.
+
+    Attributes:
+        plugins: every plugin. access: the access policy. memory_limits: bytes by device id, "" for every device.
+        on_change: called when devices or settings change; caches of decisions clear themselves here.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}
-        self._plugins: dict[str, Plugin] = {}
-        self._specs: dict[str, KernelSpec] = {}
-        self._manager = pluggy.PluginManager("hal")
-        self._manager.add_hookspecs(Hooks)
+        self._specs: dict[str, tuple[KernelSpec, str]] = {spec.name: (spec, "hal-core") for spec in KERNELS}
         self._discovered = False
-        self.on_change: list[Callable[[], None]] = []  # caches of decisions clear themselves here
+        self.plugins = Plugins()
+        self.access = AccessPolicy(None)
+        self.memory_limits: dict[str, int] = {}
+        self.on_change: list[Callable[[], None]] = []
 
     # Discovery
 
     def discover(self) -> None:
-        """Load the entry points once. Imports light modules, never a backend's target."""
-        with self._lock:
-            if not self._discovered:
-                self._discovered = True
-                from importlib.metadata import entry_points  # slow to import, so on first use
+        """Read the access policy and load the entry points, once. Imports light modules, never a backend's target."""
+        if not self._discovered:
+            with self._lock:
+                if not self._discovered:
+                    self.access = read_policy()
+                    self.plugins.load(self._add_all)
+                    self._discovered = True
 
-                for entry_point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-                    self._load_plugin(entry_point)
-
-    def _load_plugin(self, entry_point: EntryPoint) -> None:
-        name, distribution = (
-            entry_point.name,
-            f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "",
-        )
-        other, plugin = self._plugins.get(name), Plugin(name, distribution)
-        self._plugins[name if other is None else f"{name} ({distribution})"] = plugin
-        if off := _disabled_by(name):
-            plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=f"change {off}")
-            return
-        stage, before = "duplicate", (dict(self._entries), dict(self._specs))
+    def _add_all(self, distribution: str, backends: list[BackendSpec], kernels: list[KernelSpec]) -> None:
+        before = (dict(self._entries), dict(self._specs))
         try:
-            if other is not None:
-                raise PluginError(f"the plugin name {name!r} is taken by {other.distribution} and by {distribution}")
-            stage = "import"
-            module = entry_point.load()
-            stage = "hook"
-            self._manager.register(module, name)
-            specs = self._call(name, "hal_backends", api_version=API_VERSION) or []
-            if not isinstance(specs, list) or not all(isinstance(spec, BackendSpec) for spec in specs):
-                raise PluginError(f"hal_backends of {name!r} returned {specs!r}: return a list of BackendSpec")
-            for spec in specs:
+            for spec in backends:
                 self._add(Entry(spec, distribution))
-            for kernel in self._call(name, "hal_kernels") or []:
-                self._specs.setdefault(kernel.name, kernel)
-        except (Exception, SystemExit) as error:  # a plugin may raise anything; it is kept, shown and rolled back
+            for kernel_spec in kernels:
+                if (other := self._specs.get(kernel_spec.name)) is not None:
+                    by = f"{other[1]} and by {distribution}"
+                    raise PluginError(
+                        f"kernel {kernel_spec.name!r} is specified by {by}: one of them must rename its own"
+                    )
+                self._specs[kernel_spec.name] = (kernel_spec, distribution)
+        except BaseException:
             self._entries, self._specs = before
-            if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
-                self._manager.unregister(name=name)
-            plugin.failure = _failed(name, distribution, stage, error)
+            raise
 
     def _add(self, entry: Entry) -> None:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
         if other is not None:
             by = [e.distribution or "a registration at run time" for e in (other, entry)]
             why = f"backend {name!r} is offered by {by[0]} and by {by[1]}"
-            # Which of the two came first is chance, so the name serves neither.
-            other.failure = LoadFailure(
-                name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them"
-            )
+            if not other.distribution.startswith(f"hal-{name} "):  # no plugin displaces the backend that has the name
+                # Entry-point order is arbitrary, so both are disabled.
+                other.failure = LoadFailure(
+                    name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them"
+                )
             raise PluginError(f"{why}: uninstall or disable one of them")
         (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
         if major != core_major or minor > core_minor:
             fix = "upgrade hal-core" if (major, minor) > API_VERSION else f"upgrade {entry.distribution or name}"
             why = f"written for plugin contract {major}.{minor}, this core has {core_major}.{core_minor}"
-            entry.failure = _failed(name, entry.distribution, "api", PluginError(why), fix)
+            entry.failure = failed(name, entry.distribution, "api", PluginError(why), fix)
         self._entries[name] = entry
 
-    def _call(self, plugin: str, hook: str, **arguments: Any) -> Any:
-        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            if implementation.plugin_name == plugin:
-                return implementation.function(*(arguments[name] for name in implementation.argnames))
-        return None
-
     def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
+        """(plugin, result) of a hook of every working plugin."""
         self.discover()
-        for plugin in [name for name, p in self._plugins.items() if p.failure is None]:
-            try:
-                result = self._call(plugin, hook, **arguments)
-            except (Exception, SystemExit) as error:  # the others must still be called
-                self.fail_plugin(plugin, hook, error)
-                continue
-            if result is not None:
-                yield plugin, result
-
-    def fail_plugin(self, name: str, hook: str, error: BaseException) -> None:
-        """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
-        plugin = self._plugins[name]
-        plugin.failure = _failed(name, plugin.distribution, f"hook {hook}", error)
-
-    def fail_entry(self, entry: Entry, stage: str, error: BaseException, fix: str = "") -> None:
-        """Take a backend that raised where it must not out of service, with the reason kept."""
-        entry.found = ()
-        entry.failure = _failed(entry.spec.name, entry.distribution, stage, error, fix)
+        return self.plugins.call_each(hook, **arguments)
 
     # Looking up
 
-    def plugins(self) -> list[Plugin]:
+    def plugin_list(self) -> list[Plugin]:
         self.discover()
-        return list(self._plugins.values())
+        return list(self.plugins.by_name.values())
 
     def entries(self) -> list[Entry]:
         """Backends, highest priority first."""
@@ -181,24 +120,30 @@ class Registry:
 
     def kernel_specs(self) -> dict[str, KernelSpec]:
         self.discover()
-        return dict(self._specs)
+        return {name: spec for name, (spec, _) in self._specs.items()}
 
     def devices_of(self, entry: Entry) -> tuple[Device, ...]:
         """The entry's devices; empty, with `entry.failure` set, where its target fails. Tried once."""
-        with self._lock:
-            if entry.found is None and entry.failure is None:
-                stage = "target"
-                try:
-                    entry.backend = entry.backend or resolve(entry.spec.target)()
-                    stage = "devices"
-                    found = tuple(entry.backend.devices())
-                    if wrong := [d.id for d in found if not d.id.startswith(f"{entry.spec.name}:")]:
-                        raise PluginError(f"device ids {wrong} were given: begin them with '{entry.spec.name}:'")
-                    entry.found = found
-                except (Exception, SystemExit) as error:  # cached as a refusal and not tried again
-                    self.fail_entry(entry, stage, error, entry.spec.install_hint)
-            entry.found = entry.found or ()
+        if entry.found is None:
+            with entry.lock:
+                if entry.found is None:
+                    entry.found = self._look_for(entry)
         return entry.found
+
+    def _look_for(self, entry: Entry) -> tuple[Device, ...]:
+        stage = "target"
+        try:
+            if entry.failure is not None:
+                return ()
+            entry.backend = entry.backend or resolve(entry.spec.target)()
+            stage = "devices"
+            found = tuple(entry.backend.devices())
+            if wrong := [d for d in found if not isinstance(d, Device) or not d.id.startswith(f"{entry.spec.name}:")]:
+                raise PluginError(f"devices {wrong} were given: give Device records with ids '{entry.spec.name}:...'")
+            return found
+        except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
+            entry.failure = failed(entry.spec.name, entry.distribution, stage, error, entry.spec.install_hint)
+            return ()
 
     def devices(self) -> list[Device]:
         """Every device that is present and works, hardware, emulated and simulated."""
@@ -223,8 +168,11 @@ class Registry:
         backend = name.partition(":")[0]
         if backend in self._entries:
             return self._entries[backend]
-        if backend in self._plugins and (failure := self._plugins[backend].failure) is not None:
-            raise UnknownBackendError(f"backend {name!r} is not available, {failure.message}: {failure.fix}")
+        plugin = self.plugins.by_name.get(backend)
+        if plugin is not None and plugin.failure is not None:
+            raise UnknownBackendError(
+                f"backend {name!r} is not available, {plugin.failure.message}: {plugin.failure.fix}"
+            )
         from difflib import get_close_matches
 
         question = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(backend, self._entries, 1))
@@ -238,10 +186,14 @@ class Registry:
             return f"{name} is installed but cannot be used, {entry.failure.message}: {entry.failure.fix}"
         if entry.found:
             return f"{name} is not present: {entry.spec.name} has {listing([d.id for d in entry.found])}"
-        if isinstance(entry.backend, Absent):
-            return f"{name} is installed but has no device: {entry.backend.why_absent()}"
         needs = f"it needs {listing(entry.spec.requirements)}" if entry.spec.requirements else "none was found"
-        return f"{name} is installed but has no device, {needs}. {entry.spec.install_hint}".rstrip()
+        reason = f"{needs}. {entry.spec.install_hint}".rstrip()
+        if isinstance(entry.backend, Absent):
+            try:
+                reason = f"{entry.backend.why_absent()}"
+            except Exception as error:
+                reason = f"{reason} (its why_absent() failed: {error!r})"
+        return f"{name} is installed but has no device: {reason}"
 
     def backend_of(self, device: Device | str) -> AttentionBackend:
         entry = self.entry(device if isinstance(device, str) else device.id)
@@ -250,6 +202,10 @@ class Registry:
             raise DeviceUnavailableError(self.why_absent(entry))
         return entry.backend
 
+    def memory_limit(self, device_id: str) -> int | None:
+        """The configured limit of a device in bytes; None for none."""
+        return self.memory_limits.get(device_id, self.memory_limits.get(""))
+
     # Sessions
 
     def session(self, name: str) -> Session:
@@ -257,18 +213,23 @@ class Registry:
 
         Raises:
             UnknownBackendError, DeviceUnavailableError: also when opening failed before; it is not tried again.
+            AccessDeniedError: the access policy does not allow the device.
         """
         device, entry = self.find(name)[0], self.entry(name)
-        with self._lock:
+        self.access.demand("devices", device.id)
+        with entry.lock:
             if getattr(entry.sessions.get(device.id), "closed", False):  # by its user, after the device was lost say
                 del entry.sessions[device.id]
                 self.changed()
             if device.id not in entry.sessions and device.id not in entry.broken:
                 try:
-                    entry.sessions[device.id] = self.backend_of(device).open(device)
-                except (Exception, SystemExit) as error:
+                    session = self.backend_of(device).open(device)
+                    if missing := [n for n in _SESSION if not hasattr(session, n)]:
+                        raise PluginError(f"open() gave {session!r}, which has no {listing(missing)}: give a Session")
+                    entry.sessions[device.id] = session
+                except (Exception, SystemExit, GeneratorExit) as error:
                     fix = entry.spec.install_hint or "see `hal doctor`"
-                    entry.broken[device.id] = _failed(device.id, entry.distribution, "open", error, fix)
+                    entry.broken[device.id] = failed(device.id, entry.distribution, "open", error, fix)
             if failure := entry.broken.get(device.id):
                 raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
             return entry.sessions[device.id]
@@ -282,77 +243,133 @@ class Registry:
 
     def register(self, what: BackendSpec | AttentionBackend, name: str | None = None) -> None:
         """Add a backend: its spec, or the object itself (its name is `name`, or the first part of its device ids)."""
+        self.discover()
+        if isinstance(what, BackendSpec):
+            entry = Entry(what)
+        else:
+            if name is None:
+                name = next((device.id.partition(":")[0] for device in what.devices()), "")
+            if not name:
+                raise PluginError("a backend without devices was given: pass its name")
+            kind = type(what)
+            entry = Entry(BackendSpec(name=name, target=f"{kind.__module__}:{kind.__name__}"), backend=what)
+        self.access.demand("register", entry.spec.name)
         with self._lock:
-            self.discover()
-            if isinstance(what, BackendSpec):
-                entry = Entry(what)
-            else:
-                if name is None:
-                    name = next((device.id.partition(":")[0] for device in what.devices()), "")
-                if not name:
-                    raise PluginError("a backend without devices was given: pass its name")
-                kind = type(what)
-                entry = Entry(BackendSpec(name=name, target=f"{kind.__module__}:{kind.__name__}"), backend=what)
             if entry.spec.name in self._entries:
                 raise PluginError(f"backend {entry.spec.name!r} is registered already: unregister it first")
             self._add(entry)
-            self.changed()
+        self.changed()
 
     def unregister(self, name: str) -> None:
         """Remove a backend; its sessions are closed and calls bound to it raise."""
         with self._lock:
             entry = self.entry(name)
             del self._entries[entry.spec.name]
-            self.changed()
-            _close(entry)
+        self.changed()
+        _close(entry)
 
     def changed(self) -> None:
         for callback in self.on_change:
             callback()
 
     def refresh(self, name: str) -> None:
-        """Forget decisions, for example after a calibration of device `name`."""
-        self.entry(name)
+        """Forget decisions and failures of the backend of device `name`, for example after a calibration."""
+        self.entry(name).request_failures.clear()
         self.changed()
 
     def close(self) -> None:
-        """Close every session. Called at exit; later use opens them again."""
-        with self._lock:
-            self.changed()
-            _close(*self._entries.values())
+        """Close every session. Runs at exit."""
+        for entry in list(self._entries.values()):
+            _close(entry)
+
+    def forked(self) -> None:
+        """In a child process: sessions belong to the parent, and locks may be held by threads that are gone."""
+        self._lock = threading.RLock()
+        for entry in self._entries.values():
+            entry.lock, entry.sessions = threading.RLock(), {}
+        self.changed()
 
 
-def _close(*entries: Entry) -> None:
-    with ExitStack() as closing:  # one that raises does not keep the others open
-        for entry in entries:
-            sessions, entry.sessions = entry.sessions, {}
-            for session in sessions.values():
-                closing.callback(session.close)
+_SESSION = ("memory", "tiling", "autograd", "prepare_attention", "compute_attention", "close")
 
 
-def _disabled_by(name: str) -> str:
-    """The environment variable that switches a plugin off; "" for none. Read before anything is imported."""
-    allowed, denied = (os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE"))
-    if allowed is not None and name not in [word.strip() for word in allowed.split(",")]:
-        return "HAL_PLUGINS"
-    return "HAL_DISABLE" if denied and name in [word.strip() for word in denied.split(",")] else ""
+def _close(entry: Entry) -> None:
+    """Close the entry's sessions, the last opened first; an error of one does not keep the others open."""
+    with ExitStack() as closing:
+        while entry.sessions:
+            closing.callback(entry.sessions.popitem()[1].close)
 
 
-def _failed(name: str, distribution: str, stage: str, error: BaseException, fix: str = "") -> LoadFailure:
-    """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
-    import traceback
-
-    lines = (
-        (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
-    )
-    message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
-    fix = fix or f"upgrade or uninstall {distribution or name}"
-    if os.environ.get("HAL_STRICT") == "1":
-        raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
-    return LoadFailure(name, distribution, stage, message, trace, fix)
+def resolve(target: str) -> Any:
+    """The object that "module:attr" names. Raises whatever its import raises."""
+    module, _, attribute = target.partition(":")
+    return attrgetter(attribute)(import_module(module))
 
 
 #: The process's registry.
 registry = Registry()
 atexit.register(registry.close)
+os.register_at_fork(after_in_child=registry.forked)
 devices, session, register, unregister = registry.devices, registry.session, registry.register, registry.unregister
+
+
+def device(name: str) -> Device:
+    """The device of an id, or the first device of a backend. Raises UnknownBackendError, DeviceUnavailableError."""
+    return registry.find(name)[0]
+
+
+def capabilities(name: str) -> Capabilities:
+    """What a device can do, as data. Raises UnknownBackendError, DeviceUnavailableError."""
+    return registry.backend_of(name).capabilities(device(name))
+
+
+def memory(name: str) -> MemoryManager:
+    """The memory manager of a device, which is opened for it. Raises as `session`."""
+    return registry.session(name).memory
+
+
+def set_memory_limits(limits: int | Mapping[str, int] | None) -> None:
+    """See `hal_core.configure`. Raises ContractError for a limit below 1, UnknownBackendError for an unknown device."""
+    by_device = dict(limits) if isinstance(limits, Mapping) else {} if limits is None else {"": limits}
+    if any(type(limit) is not int or limit <= 0 for limit in by_device.values()):
+        raise ContractError(f"memory_limit {limits!r} was given: pass bytes, 1 or more")
+    for name in filter(None, by_device):
+        registry.entry(name)
+    registry.memory_limits = by_device
+
+
+def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
+    """The kernel `name` on a device.
+
+    Args:
+        name: a kernel name that the core or an installed plugin specifies.
+        backend: device or backend name; None for the first device, hardware before simulated, that provides it.
+
+    Raises:
+        UnknownBackendError: no such backend. UnsupportedError: nobody there provides the kernel.
+        AccessDeniedError: the access policy does not allow the kernel.
+    """
+    registry.discover()
+    registry.access.demand("kernels", name)
+    by_fidelity = (
+        sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
+    )
+    for found in by_fidelity:
+        provider, opened = registry.backend_of(found), cast(Any, None)
+        try:
+            if isinstance(provider, KernelProvider) and name in provider.kernel_names(found):
+                opened = registry.session(found.id)
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a broken provider must not hide the others; one that was named raises
+            if not isinstance(error, HalError):
+                entry = registry.entry(found.id)
+                entry.request_failures[found.id] = failed(entry.spec.name, entry.distribution, "kernel", error)
+            if backend is not None:
+                raise
+        if opened is not None:
+            return opened.kernel(name)  # type: ignore[no-any-return]
+    known = ", ".join(sorted(registry.kernel_specs())) or "none"
+    where = f"on {backend}" if backend is not None else "on any installed device"
+    raise UnsupportedError(f"kernel {name!r} is not provided {where}: specified kernels are {known}")

@@ -41,6 +41,7 @@ class AttentionRequest:
         device: torch device of the tensors ("cpu", "cuda:0").
         last_dim_contiguous: whether query, key and value all have stride 1 in their last dimension.
         mask: kind of `attn_mask`; broadcast to [batch, heads_q, len_q, len_k].
+        mask_batch, mask_heads: over how many batch entries and heads the mask runs; 1 where it broadcasts.
         causal, diagonal: see `Causal`.
         window: (left, right), both inclusive, None for open: row i reads keys i + offset - left to i + offset + right,
             with the offset of `causal` (of TOP_LEFT where causal is NONE).
@@ -51,6 +52,8 @@ class AttentionRequest:
         page_size: tokens in a page of a paged key/value cache; None for no paging.
         cache_dtype: dtype of key and value where it is not `dtype` (an FP8 cache with scales); None otherwise.
         block_plan: (block_q, block_k, max_blocks) of a block-sparse plan; None for dense.
+        tiling: (name, block_q, block_k) of a tiling that the caller brings, 0 for uneven ranges; None: the device's own.
+        options: device options as (name, value), sorted by name.
         grads: subset of {"q", "k", "v", "mask"} that needs gradients.
         lse: whether the log-sum-exp is returned. grad_lse: whether gradients flow through it.
         deterministic: bitwise equal results for equal inputs are required.
@@ -68,6 +71,8 @@ class AttentionRequest:
     device: str = "cpu"
     last_dim_contiguous: bool = True
     mask: MaskKind = MaskKind.NONE
+    mask_batch: int = 1
+    mask_heads: int = 1
     causal: Causal = Causal.NONE
     diagonal: int = 0
     window: tuple[int | None, int | None] | None = None
@@ -78,6 +83,8 @@ class AttentionRequest:
     page_size: int | None = None
     cache_dtype: str | None = None
     block_plan: tuple[int, int, int] | None = None
+    tiling: tuple[str, int, int] | None = None
+    options: tuple[tuple[str, Any], ...] = ()
     grads: frozenset[str] = frozenset()
     lse: bool = False
     grad_lse: bool = False
@@ -139,6 +146,8 @@ class AttentionRequest:
             "packed": self.packed,
             f"pages of {self.page_size}": self.page_size is not None,
             f"block plan {self.block_plan}": self.block_plan is not None,
+            f"tiling {self.tiling}": self.tiling is not None,
+            ", ".join(f"{name}={value}" for name, value in self.options): bool(self.options),
             f"gradients of {', '.join(sorted(self.grads))}": bool(self.grads),
             "log-sum-exp": self.lse,
         }
@@ -151,9 +160,11 @@ class AttentionRequest:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AttentionRequest:
         """Read `to_dict`'s form, also after JSON made lists of tuples."""
-        pairs = {name: tuple(values[name]) for name in ("window", "block_plan") if values.get(name) is not None}
+        names = ("window", "block_plan", "tiling")
+        tuples = {name: tuple(values[name]) for name in names if values.get(name) is not None}
         kinds = {"mask": MaskKind(values["mask"]), "causal": Causal(values["causal"])}
-        return cls(**(values | pairs | kinds | {"grads": frozenset(values["grads"])}))
+        options = tuple((name, value) for name, value in values.get("options", ()))
+        return cls(**(values | tuples | kinds | {"grads": frozenset(values["grads"]), "options": options}))
 
 
 def _clipped_sum(first: int, count: int, limit: int) -> int:
@@ -164,7 +175,7 @@ def _clipped_sum(first: int, count: int, limit: int) -> int:
     return ramp * (2 * first + low + high - 1) // 2 + (count - high) * limit
 
 
-class SequenceTables(NamedTuple):
+class SequenceMetadata(NamedTuple):
     """Tensors that say where each sequence of a packed or paged call lies. Unused ones are None.
 
     Attributes:

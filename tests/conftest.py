@@ -14,6 +14,15 @@ _VARIABLES = ("HAL_BACKEND", "HAL_PLUGINS", "HAL_DISABLE", "HAL_STRICT", "HAL_DE
 for _name in _VARIABLES:  # plugins are discovered once in a process, perhaps while test files are imported
     os.environ.pop(_name, None)
 
+# Workers of pytest-xdist are started after this line and must collect equal names in equal order: the order of a set of
+# strings, which may be part of either, depends on this variable.
+os.environ.setdefault("PYTHONHASHSEED", "0")
+
+# Several workers (pytest-xdist) share the cores: one thread of arithmetic each, for the processes that tests start too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(_name, "1")
+
 
 def pytest_configure() -> None:
     """Hypothesis: `make test-all` sets HYPOTHESIS_PROFILE=thorough; failures are printed, so no database is kept."""
@@ -27,10 +36,17 @@ def pytest_configure() -> None:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "normal"))
 
 
+def _number(request: pytest.FixtureRequest) -> int:
+    """A number from the test's own name, without the "@group" that pytest-xdist appends."""
+    group = request.node.get_closest_marker("xdist_group")
+    name = request.node.nodeid.removesuffix(f"@{group.args[0]}") if group else request.node.nodeid
+    return zlib.crc32(name.encode())
+
+
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     """A number from the test's own name: fresh data for each test, the same in every run. Printed on failure."""
-    number = zlib.crc32(request.node.nodeid.encode())
+    number = _number(request)
     print(f"seed {number}")
     return number
 
@@ -43,7 +59,7 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_process(request: pytest.FixtureRequest, _caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """HAL_CACHE in a temporary folder, none of the caller's variables, and the initial settings afterwards."""
-    cache = _caches / f"{zlib.crc32(request.node.nodeid.encode()):08x}"  # made by whoever writes there
+    cache = _caches / f"{_number(request):08x}"  # made by whoever writes there
     monkeypatch.setenv("HAL_CACHE", str(cache))
     for name in _VARIABLES:
         monkeypatch.delenv(name, raising=False)

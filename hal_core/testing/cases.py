@@ -18,7 +18,18 @@ import attrs
 import torch
 from torch import Tensor
 
-from .. import AttentionRequest, BlockPlan, Capabilities, Causal, Choice, Code, Device, MaskKind, Range, SequenceTables
+from .. import (
+    AttentionRequest,
+    BlockPlan,
+    Capabilities,
+    Causal,
+    Choice,
+    Code,
+    Device,
+    MaskKind,
+    Range,
+    SequenceMetadata,
+)
 
 QKV = frozenset({"q", "k", "v"})
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -36,7 +47,7 @@ class Inputs(NamedTuple):
     value: Tensor
     mask: Tensor | None
     plan: BlockPlan | None
-    tables: SequenceTables | None
+    tables: SequenceMetadata | None
     grad_out: Tensor
     grad_lse: Tensor
 
@@ -82,7 +93,7 @@ class Case:
 
     def options(self, inputs: Inputs) -> dict[str, Any]:
         """Keyword arguments of `hal_core.attention`, beside query, key and value."""
-        r, tables = self.request, inputs.tables or SequenceTables()
+        r, tables = self.request, inputs.tables or SequenceMetadata()
         options: dict[str, Any] = {
             "attn_mask": inputs.mask,
             "scale": r.scale,
@@ -110,7 +121,7 @@ class _Drawing:
         self.random: dict[str, Any] = {"generator": generator}
 
     def inputs(self) -> Inputs:
-        r, layout, tables = self.r, self.case.layout, SequenceTables()
+        r, layout, tables = self.r, self.case.layout, SequenceMetadata()
         len_q, len_k = (
             [sum(lengths) for lengths in zip(*self.case.sequences, strict=True)] if r.packed else (r.len_q, r.len_k)
         )

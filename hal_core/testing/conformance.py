@@ -20,10 +20,10 @@ from typing import Any
 import attrs
 
 from .. import AttentionBackend, ContractError, Device, __version__
-from ..capabilities import listing
+from ..capability import listing
 from ..registry import registry
 from . import behaviour as b
-from . import claims, honesty
+from . import claims, runtime_checks
 from .subject import Failure, Measure, Skip, Subject
 
 CHECKS: dict[str, Callable[[Subject], Measure]] = {
@@ -44,10 +44,10 @@ CHECKS: dict[str, Callable[[Subject], Measure]] = {
             b.dlpack,
             b.reopen,
             b.leaks,
-            honesty.runs_where_it_says,
-            honesty.estimates,
-            honesty.discovery,
-            honesty.kernels,
+            runtime_checks.runs_where_it_says,
+            runtime_checks.estimates,
+            runtime_checks.discovery,
+            runtime_checks.kernels,
         )
     },
 }

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import AttentionOutput, AttentionRequest, BlockPlan, Causal, ContractError, Grads, SequenceTables
-from ..contract import Options, describe
+from .. import AttentionOutput, AttentionRequest, BlockPlan, Causal, ContractError, Grads, SequenceMetadata
+from ..frontend.operands import Operands
+from ..frontend.validation import CallOptions, build_request
 
 
 def request_of(
@@ -20,7 +21,7 @@ def request_of(
     mask: Tensor | None = None,
     *,
     plan: BlockPlan | None = None,
-    tables: SequenceTables | None = None,
+    tables: SequenceMetadata | None = None,
     grads: frozenset[str] = frozenset(),
     **options: Any,
 ) -> AttentionRequest:
@@ -38,7 +39,8 @@ def request_of(
     if tables is not None and tables.cu_seqlens_q is not None:
         longest = (int(cumulative.diff().max()) for cumulative in tables[:2])
         options = dict(zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True)) | options
-    return describe(query, key, value, mask, plan, tables, Options(**{"enable_gqa": True, **options}), grads)
+    operands = Operands(query, key, value, mask, plan, tables)
+    return build_request(operands, CallOptions(**{"enable_gqa": True, **options}), grads)
 
 
 def reference(
@@ -49,7 +51,7 @@ def reference(
     *,
     request: AttentionRequest | None = None,
     plan: BlockPlan | None = None,
-    tables: SequenceTables | None = None,
+    tables: SequenceMetadata | None = None,
     keep: Tensor | None = None,
     **options: Any,
 ) -> AttentionOutput:
@@ -75,7 +77,7 @@ def reference(
     if request.dropout > 0 and keep is None:
         raise ContractError(f"dropout {request.dropout:g} was given without `keep`: pass the weights that were kept")
     planned = None if plan is None else _planned_pairs(plan, request.len_q, request.len_k)
-    tables = tables or SequenceTables()
+    tables = tables or SequenceMetadata()
     parts = [_dense(request, *part) for part in _sequences(request, tables, query, key, value, mask, keep, planned)]
     axis = 2 if request.packed else 0
     return AttentionOutput(torch.cat([out for out, _ in parts], axis), torch.cat([lse for _, lse in parts], axis))
@@ -139,7 +141,12 @@ def relative_error(x: Tensor, want: Tensor) -> float:
 
 
 def _sequences(
-    request: AttentionRequest, tables: SequenceTables, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None
+    request: AttentionRequest,
+    tables: SequenceMetadata,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *masks: Tensor | None,
 ) -> Iterator[tuple[Any, ...]]:
     """The call as plain attention problems (query, key, value, *masks): a dense batch, or each packed or paged
     sequence.
@@ -183,12 +190,16 @@ def _dense(
         scores = scores + mask.double().masked_fill(hidden, 0)
     visible = visible.expand(scores.shape)
     scores = scores.masked_fill(~visible, -math.inf)
-    dead = ~visible.any(-1, keepdim=True)
+    fully_masked = ~visible.any(-1, keepdim=True)
     # amax has no identity: an empty row of scores gets one column of -inf for it.
-    peak = torch.nn.functional.pad(scores.detach(), (0, 1), value=-math.inf).amax(-1, keepdim=True).masked_fill(dead, 0)
+    peak = (
+        torch.nn.functional.pad(scores.detach(), (0, 1), value=-math.inf)
+        .amax(-1, keepdim=True)
+        .masked_fill(fully_masked, 0)
+    )
     weights = torch.exp(scores - peak)
-    total = weights.sum(-1, keepdim=True).masked_fill(dead, 1)
-    lse = (peak + total.log()).masked_fill(dead, -math.inf).squeeze(-1)
+    total = weights.sum(-1, keepdim=True).masked_fill(fully_masked, 1)
+    lse = (peak + total.log()).masked_fill(fully_masked, -math.inf).squeeze(-1)
     kept = keep.double() / (1 - request.dropout) if request.dropout > 0 and keep is not None else 1
     return weights / total * kept @ value, lse
 

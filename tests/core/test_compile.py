@@ -418,7 +418,7 @@ def test_packed_sequences_travel_through_the_operator(cpu: str, generator: torch
         tables = {"cu_seqlens_q": e, "cu_seqlens_k": e, "max_seqlen_q": 5, "max_seqlen_k": 5}
         return hal.attention(q, k, v, **tables, is_causal=True, backend="cpu")
 
-    want = reference(query, key, value, tables=hal.SequenceTables(ends, ends), is_causal=True).out
+    want = reference(query, key, value, tables=hal.SequenceMetadata(ends, ends), is_causal=True).out
     assert relative_error(compiled(call)(query, key, value, ends), want) <= 1e-5
 
 

@@ -12,7 +12,7 @@ from installed import Site
 
 import hal_core as hal
 from hal_core import UnsupportedError
-from hal_core.kernels import resolve
+from hal_core.registry import resolve
 
 Fake = Callable[..., FakeBackend]
 

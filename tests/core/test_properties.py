@@ -13,9 +13,10 @@ from fakes import FakeBackend, full, kept, plain
 from fakes import draw as draw_tensors
 
 import hal_core as hal
-from hal_core import BlockPlan, Choice, Code, Range, Refusal, SequenceTables
+from hal_core import BlockPlan, Choice, Code, Range, Refusal, SequenceMetadata
+from hal_core.decision import Policy
+from hal_core.options import merged_policy
 from hal_core.registry import registry
-from hal_core.selection import Policy, merged_policy
 from hal_core.testing import reference, reference_gradients
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed here")
@@ -348,9 +349,9 @@ class Checker:
         out, lse = result if call.lse else (result, None)
         request, winner = decision.request, decision.winner
         numerics = registry.backend_of(winner.device).capabilities(winner.device).numerics[request.dtype]
-        named = {name: options[name] for name in SequenceTables._fields if name in options}
+        named = {name: options[name] for name in SequenceMetadata._fields if name in options}
         given: dict[str, Any] = {"request": request, "plan": options.get("block_plan")}
-        given["tables"] = SequenceTables(**named) if named else None
+        given["tables"] = SequenceMetadata(**named) if named else None
         if request.dropout:
             if winner.device.vendor != "fake":  # nobody but a fake tells which weights it keeps: they must repeat
                 again = hal.attention(*tensors, return_lse=call.lse, **options)

@@ -75,12 +75,13 @@ def run(**wish):
 DECIDE = """
 import json, hal_core as hal
 from hal_core.registry import registry
-from hal_core.selection import decide, merged_policy
+from hal_core.options import merged_policy
+from hal_core.selection import decide
 def run(**wish):
     wishes = (wish.get(name) for name in ("backend", "objective", "allow_simulated", "transfer"))
     return decide(hal.AttentionRequest(1, 2, 2, 3, 3, 4, 4, "float32"), merged_policy(*wishes))
 def kept():
-    return [p.failure for p in registry.plugins() if p.failure and p.failure.stage != "disabled"]
+    return [p.failure for p in registry.plugin_list() if p.failure and p.failure.stage != "disabled"]
 """
 
 

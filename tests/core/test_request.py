@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hal_core import AttentionRequest, Causal, MaskKind
-from hal_core.tiling import visible_keys
+from hal_core.plans import visible_keys
 
 BASE = AttentionRequest(batch=2, heads_q=6, heads_kv=3, len_q=5, len_k=7, dim_qk=8, dim_v=4, dtype="float32")
 

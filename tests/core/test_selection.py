@@ -23,7 +23,9 @@ from hal_core import (
     UnknownBackendError,
     UnsupportedError,
 )
-from hal_core.selection import Decision, decide, merged_policy
+from hal_core.decision import Decision
+from hal_core.options import merged_policy
+from hal_core.selection import decide
 
 Fake = Callable[..., FakeBackend]
 

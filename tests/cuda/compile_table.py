@@ -28,7 +28,7 @@ from hal_cuda.runtime.launch import compiled
 from hal_cuda.tiling import hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceMetadata
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -140,7 +140,7 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
     if r.page_size is not None:
         key = torch.empty(64, r.heads_kv, r.page_size, r.dim_qk, dtype=kind)
         held = torch.ones(r.batch, dtype=torch.int32)
-        tables = SequenceTables(page_table=torch.zeros(r.batch, 64, dtype=torch.int32), cache_seqlens=held)
+        tables = SequenceMetadata(page_table=torch.zeros(r.batch, 64, dtype=torch.int32), cache_seqlens=held)
     return query, key, key, mask, plan, tables
 
 

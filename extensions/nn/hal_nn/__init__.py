@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hal_core import __version__ as __version__
+
 if TYPE_CHECKING:
     from torch import nn
 
-__version__ = "0.1.0"
 __all__ = ["register_huggingface", "set_device"]
 
 

@@ -5,7 +5,6 @@ from hal_core.plugin_api import KernelSpec, hookimpl
 _SIGNATURES = {
     "vector_add": "vector_add(a[...], b[...]) -> [...]",
     "reduce_sum": "reduce_sum(x[...]) -> []",
-    "matmul": "matmul(a[..., M, K], b[..., K, N]) -> [..., M, N]",
     "reaction_diffusion_step": "reaction_diffusion_step(u[..., H, W], v[..., H, W], ...) -> (u, v)",
     "ricci_flow_step": "ricci_flow_step(phi[..., H, W], dt) -> [..., H, W]",
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hal_core.plugin_api import AttentionRequest, BenchSetup, Call, Causal, Ceilings, Device, SequenceTables
+from hal_core.plugin_api import AttentionRequest, BenchSetup, Call, Causal, Ceilings, Device, SequenceMetadata
 
 from . import paths
 from .calibrate import on_path
@@ -99,10 +99,10 @@ class Peers:
             ]
             table = torch.arange(batch * length // 16, dtype=torch.int32, device=key.device).view(batch, -1)
             held = torch.full((batch,), length, dtype=torch.int32, device=key.device)
-            calls |= self._flashinfer(query, pages[0], pages[1], SequenceTables(page_table=table, cache_seqlens=held))
+            calls |= self._flashinfer(query, pages[0], pages[1], SequenceMetadata(page_table=table, cache_seqlens=held))
         return self._running(list(query.shape), calls)
 
-    def paged(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceTables) -> dict[str, Call]:
+    def paged(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceMetadata) -> dict[str, Call]:
         """Peers of one query token on pages [pages, heads, page size, dim]: FlashInfer, on either of its two
         kernels.
         """
@@ -148,7 +148,7 @@ class Peers:
         rows = [t.transpose(1, 2).contiguous() for t in (query, key, value)]
         return {"FA4": lambda: module.flash_attn_func(*rows, **options)[0].transpose(1, 2)}
 
-    def _flashinfer(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceTables) -> dict[str, Call]:
+    def _flashinfer(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceMetadata) -> dict[str, Call]:
         """Both kernels that FlashInfer has for decode, planned as its users plan them: once for many layers."""
         calls: dict[str, Call] = {}
         table, held = tables.page_table.cpu(), tables.cache_seqlens.cpu()

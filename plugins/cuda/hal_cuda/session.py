@@ -23,7 +23,7 @@ from hal_core.plugin_api import (
     Grads,
     MemoryLimitError,
     MemoryManager,
-    SequenceTables,
+    SequenceMetadata,
     UnsupportedError,
 )
 
@@ -50,7 +50,7 @@ class Prepared(NamedTuple):
     value: Tensor
     request: AttentionRequest
     plan: BlockPlan | None
-    tables: SequenceTables | None
+    tables: SequenceMetadata | None
 
 
 class CudaSession:
@@ -157,7 +157,7 @@ class CudaSession:
             value: Tensor,
             mask: Tensor | None = None,
             plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None,
+            tables: SequenceMetadata | None = None,
             rng: tuple[int, int] | None = None,
         ) -> Any:
             if self._lost:
@@ -203,7 +203,7 @@ class CudaSession:
         *,
         request: AttentionRequest,
         plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        tables: SequenceMetadata | None = None,
     ) -> Prepared:
         """Tiles are the device's own choice; `tile_size` does not change a result, so it is left aside."""
         return Prepared(query, key, value, request, plan, tables)

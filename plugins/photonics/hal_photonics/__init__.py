@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal_core.plugin_api import BackendSpec, KernelSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, hookimpl
 
 if TYPE_CHECKING:
     from .backend import ProfileBackend, register_profile
@@ -54,27 +54,6 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
             requirements=("torch 2.11 or newer",),
             install_hint="pip install 'hal-photonics[torch]'",
         )
-    ]
-
-
-@hookimpl
-def hal_kernels() -> list[KernelSpec]:
-    place = "hal_photonics.kernels"
-    return [
-        KernelSpec(
-            name="matmul",
-            signature="matmul(a[..., M, K], b[..., K, N]) -> [..., M, N]",
-            reference=f"{place}:matmul_reference",
-            sampler=f"{place}:sample_matmul",
-            tolerance={"float32": 1e-5},
-        ),
-        KernelSpec(
-            name="linear",
-            signature="linear(x[..., K], weight[N, K], bias[N] or None) -> [..., N]",
-            reference=f"{place}:linear_reference",
-            sampler=f"{place}:sample_linear",
-            tolerance={"float32": 1e-5},
-        ),
     ]
 
 

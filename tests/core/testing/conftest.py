@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hal_core as hal
-from hal_core.testing.liars import DenseBackend
+from hal_core.testing.faulty_backends import DenseBackend
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,7 @@ def test_practically_every_two_claims_meet(seed: int) -> None:
 def test_tensors_are_as_the_request_says(seed: int) -> None:
     for case in claimed_cases(claims(), DEVICE, seed=seed):
         inputs, r = case.draw(seed), case.request
-        tensors = {"attn_mask", "block_plan", *hal.SequenceTables._fields}
+        tensors = {"attn_mask", "block_plan", *hal.SequenceMetadata._fields}
         options = {name: value for name, value in case.options(inputs).items() if name not in tensors}
         made = request_of(*inputs[:4], plan=inputs.plan, tables=inputs.tables, grads=r.grads, **options)
         assert made.to_dict() | {"grad_lse": r.grad_lse} == r.to_dict(), str(case)

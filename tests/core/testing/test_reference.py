@@ -140,7 +140,7 @@ def test_a_block_plan_shows_its_blocks_and_nothing_else(seed: int) -> None:
 
 def test_packed_sequences_are_attended_alone(seed: int) -> None:
     q, k, v = draw(seed, (1, 4, 9, 8), (1, 2, 8, 8), (1, 2, 8, 6))
-    tables = hal.SequenceTables(
+    tables = hal.SequenceMetadata(
         cu_seqlens_q=torch.tensor([0, 4, 4, 9], dtype=torch.int32),
         cu_seqlens_k=torch.tensor([0, 3, 5, 8], dtype=torch.int32),
     )
@@ -158,7 +158,7 @@ def test_a_paged_cache_is_read_through_its_table_up_to_each_length(seed: int) ->
     for s, (first, second) in enumerate(table.tolist()):
         for cache, rows in ((pages, k), (values, v)):
             cache[first], cache[second, :, :2] = rows[s, :, :4], rows[s, :, 4:]
-    tables = hal.SequenceTables(page_table=table, cache_seqlens=torch.tensor([6, 5], dtype=torch.int32))
+    tables = hal.SequenceMetadata(page_table=table, cache_seqlens=torch.tensor([6, 5], dtype=torch.int32))
     out, _ = reference(q, pages, values, tables=tables)
     assert relative_error(out[:1], reference(q[:1], k[:1], v[:1]).out) <= 1e-14
     assert relative_error(out[1:], reference(q[1:], k[1:, :, :5], v[1:, :, :5]).out) <= 1e-14
@@ -168,7 +168,7 @@ def test_an_fp8_cache_is_multiplied_by_its_scales(seed: int) -> None:
     q, k, v = qkv(seed)
     key, value = (t.to(torch.float8_e4m3fn) for t in (k, v))
     scales = [t.abs().float() for t in draw(seed + 1, (2, 4, 1, 1), (2, 4, 1, 1))]
-    out, _ = reference(q, key, value, tables=hal.SequenceTables(key_scale=scales[0], value_scale=scales[1]))
+    out, _ = reference(q, key, value, tables=hal.SequenceMetadata(key_scale=scales[0], value_scale=scales[1]))
     assert relative_error(out, reference(q, key.double() * scales[0], value.double() * scales[1]).out) <= 1e-14
 
 

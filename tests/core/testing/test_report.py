@@ -12,7 +12,7 @@ import hal_core as hal
 from hal_core.registry import registry
 from hal_core.testing import CHECKS, check_backend
 from hal_core.testing.conformance import Status
-from hal_core.testing.liars import LIES, DenseBackend, DenseSession
+from hal_core.testing.faulty_backends import FAULTS, DenseBackend, DenseSession
 
 QUICK: dict[str, Any] = {"quick": True}
 
@@ -22,7 +22,7 @@ def status(report: Any, name: str) -> Status:
 
 
 def test_passes_skips_and_failures(seed: int) -> None:
-    report = check_backend(LIES["wrong scale"].make(), checks=["masks", "scale", "paged"], seed=seed, **QUICK)
+    report = check_backend(FAULTS["wrong scale"].make(), checks=["masks", "scale", "paged"], seed=seed, **QUICK)
     assert [r.name for r in report.results] == ["masks", "scale", "paged"]
     assert [r.status for r in report.results] == [Status.PASSED, Status.FAILED, Status.SKIPPED]
     assert not report.passed
@@ -42,7 +42,7 @@ def test_unsupported_is_not_run_and_is_no_failure(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_expected_failure_passes_and_keeps_the_finding() -> None:
-    report = check_backend(LIES["wrong scale"].make(), checks=["scale"], expected_failure={"scale": "known"}, **QUICK)
+    report = check_backend(FAULTS["wrong scale"].make(), checks=["scale"], expected_failure={"scale": "known"}, **QUICK)
     assert status(report, "scale") is Status.EXPECTED_FAILURE
     assert report["scale"].detail.startswith("known (2 of 2 cases")
     assert report.passed
@@ -103,7 +103,7 @@ def test_a_device_that_cannot_be_opened_fails_every_check_that_needs_it() -> Non
 
 
 def test_json_is_strict_even_for_an_infinite_error() -> None:
-    report = check_backend(LIES["NaN in rows without keys"].make(), checks=["masks"], **QUICK)
+    report = check_backend(FAULTS["NaN in rows without keys"].make(), checks=["masks"], **QUICK)
     assert report["masks"].error == math.inf
 
     def refuse(constant: str) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 import hal_core as hal
 from hal_core.testing import CHECKS, ConformanceSuite
-from hal_core.testing.liars import LIES, DenseBackend
+from hal_core.testing.faulty_backends import FAULTS, DenseBackend
 
 
 def suite(**attributes: Any) -> ConformanceSuite:
@@ -20,7 +20,7 @@ def suite(**attributes: Any) -> ConformanceSuite:
 
 @pytest.fixture
 def liar() -> Any:
-    hal.register(LIES["wrong scale"].make())
+    hal.register(FAULTS["wrong scale"].make())
     yield
     hal.unregister("liar")
 

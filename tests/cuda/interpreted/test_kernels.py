@@ -19,7 +19,7 @@ from interpreted_device import CHIP, InterpretedBackend
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceMetadata
 from hal_core.testing import check_backend
 
 BOTTOM, TOP = Causal.BOTTOM_RIGHT, Causal.TOP_LEFT
@@ -263,7 +263,7 @@ def test_paged_cache_reads_its_own_pages(generator: torch.Generator, spread: boo
             causal=BOTTOM,
             lse=True,
         )
-        tables = SequenceTables(page_table=table, cache_seqlens=held)
+        tables = SequenceMetadata(page_table=table, cache_seqlens=held)
         got = PortablePath(request, CHIP)(query, key, value, None, None, tables).out
         for s, length in enumerate(held.tolist()):
             if not length:

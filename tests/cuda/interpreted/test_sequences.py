@@ -15,7 +15,7 @@ from interpreted_device import CHIP
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, SequenceTables
+from hal_core import AttentionRequest, SequenceMetadata
 
 
 def listed(
@@ -102,10 +102,10 @@ def test_wrong_lengths_are_refused_where_they_are_read_on_the_host(generator: to
         batch=2, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=8, dim_v=8, dtype="float64", packed=True
     )
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
-    for tables in (SequenceTables(wrong, fine), SequenceTables(fine, wrong)):
+    for tables in (SequenceMetadata(wrong, fine), SequenceMetadata(fine, wrong)):
         with pytest.raises(hal.ContractError, match="start at 0, never fall, end at 100"):
             composed.attend(request, CHIP, *given, None, None, tables)
-    assert composed.attend(request, CHIP, *given, None, None, SequenceTables(fine, fine)).out.shape == (1, 2, 100, 8)
+    assert composed.attend(request, CHIP, *given, None, None, SequenceMetadata(fine, fine)).out.shape == (1, 2, 100, 8)
 
 
 def surrounded(generator: torch.Generator, tokens: int) -> Tensor:
@@ -127,7 +127,7 @@ def test_wrong_lengths_read_and_write_inside_the_tensors(
         batch=2, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=32, dim_v=32, dtype="float32", packed=True
     )
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
-    for tables in (SequenceTables(wrong, fine), SequenceTables(fine, wrong), SequenceTables(wrong, wrong)):
+    for tables in (SequenceMetadata(wrong, fine), SequenceMetadata(fine, wrong), SequenceMetadata(wrong, wrong)):
         out, _ = PortablePath(request, CHIP)(query, key, value, tables=tables)
         assert bool(torch.isfinite(out).all())
         assert bool((room[0] == 7.0).all() and (room[3] == 7.0).all())
@@ -146,7 +146,7 @@ def test_wrong_page_tables_read_inside_the_cache(
     request = AttentionRequest(
         batch=1, heads_q=2, heads_kv=2, len_q=1, len_k=32, dim_qk=32, dim_v=32, dtype="float32", page_size=16
     )
-    tables = SequenceTables(
+    tables = SequenceMetadata(
         page_table=torch.tensor(pages, dtype=torch.int32), cache_seqlens=torch.tensor(held, dtype=torch.int32)
     )
     query = torch.randn(1, 2, 1, 32, generator=generator)

@@ -13,7 +13,7 @@ from hal_core.plugin_api import (
     AttentionRequest,
     BlockPlan,
     MaskKind,
-    SequenceTables,
+    SequenceMetadata,
     check_tables,
     dense_mask,
     expand_block_plan,
@@ -31,7 +31,7 @@ def attend(
     value: Tensor,
     mask: Tensor | None = None,
     plan: BlockPlan | None = None,
-    tables: SequenceTables | None = None,
+    tables: SequenceMetadata | None = None,
     rng: tuple[int, int] | None = None,
 ) -> AttentionOutput:
     """Differentiable attention; packed sequences one after another (their lengths are read on the host).

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceTables
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata
 
 from ...discovery import Chip
 from ...runtime import binaries
@@ -58,7 +58,7 @@ class PackedHopperPath:
         value: Tensor,
         mask: Tensor | None = None,
         plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        tables: SequenceMetadata | None = None,
         rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:
         """Attention of each sequence; lengths are read on the device alone, so CUDA graphs may be replayed with

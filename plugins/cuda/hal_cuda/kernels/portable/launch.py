@@ -15,7 +15,7 @@ from hal_core.plugin_api import (
     Causal,
     DeviceUnavailableError,
     MaskKind,
-    SequenceTables,
+    SequenceMetadata,
 )
 
 from ...discovery import Chip
@@ -94,7 +94,7 @@ class PortablePath:
         value: Tensor,
         mask: Tensor | None = None,
         plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        tables: SequenceMetadata | None = None,
         rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:
         """Attention on tensors that the request describes; lengths are read from the tensors."""
@@ -102,7 +102,9 @@ class PortablePath:
         if mask is not None or plan is not None or tables is not None:
             plan = None if plan is None else listed_once(plan, self.chip)
             if tables is not None:
-                tables = SequenceTables(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4]))
+                tables = SequenceMetadata(
+                    *(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4])
+                )
             extras = _extras(mask, plan, tables)
         scratch = self._scratch(query) if self._may_join else None
         form = (
@@ -157,7 +159,7 @@ class PortablePath:
         value: Tensor,
         mask: Tensor | None,
         plan: BlockPlan | None,
-        tables: SequenceTables | None,
+        tables: SequenceMetadata | None,
         joins: bool,
     ) -> Launch:
         """The launch with the largest tiles that the chip holds. joins: there is scratch memory."""
@@ -181,7 +183,7 @@ class PortablePath:
         value: Tensor,
         mask: Tensor | None,
         plan: BlockPlan | None,
-        tables: SequenceTables | None,
+        tables: SequenceMetadata | None,
         joins: bool,
     ) -> Launch:
         r = self.request
@@ -317,7 +319,7 @@ def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
     return min(tiles.rows, max(64 * 32 * tiles.warps // (parts * power_of_two(request.dim_v)), 1)) if parts else 0
 
 
-_NO_TABLES = SequenceTables()
+_NO_TABLES = SequenceMetadata()
 _POINTERS = (
     "q",
     "k",
@@ -353,7 +355,7 @@ def merge_signature(dtype: str) -> dict[str, str]:
     return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
 
 
-def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceTables | None) -> Any:
+def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
     """What else the arguments depend on."""
     table = tables.page_table if tables is not None else None
     return (

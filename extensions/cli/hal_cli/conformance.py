@@ -1,0 +1,17 @@
+"""`hal conformance`: hold a device to everything it claims."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import hal_core as hal
+from hal_core.plugin_api import CommandResult
+
+
+def run(options: argparse.Namespace) -> CommandResult:
+    """Run the conformance kit; exit code 1 where the device fails."""
+    report = hal.testing.check_backend(
+        options.device, quick=options.quick, seed=options.seed, progress=options.progress
+    )
+    return CommandResult(json.loads(report.to_json()), (), str(report).splitlines(), 0 if report.passed else 1)

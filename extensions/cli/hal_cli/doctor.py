@@ -1,0 +1,80 @@
+"""`hal doctor`: what became of every plugin, backend and device, and what to do about what failed."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from typing import Any
+
+import attrs
+
+import hal_core as hal
+from hal_core.plugin_api import (
+    AttentionRequest,
+    CommandResult,
+    Device,
+    DeviceUnavailableError,
+    Table,
+    load_calibration,
+    registry,
+)
+from hal_core.registry import Entry
+
+
+def run(options: argparse.Namespace) -> CommandResult:
+    """Load every plugin, open every device, and ask each about a small call."""
+    for entry in registry.entries():
+        for device in registry.devices_of(entry):
+            options.progress(f"opening {device.id}", 0.0)
+            _probe(device)
+    data = {
+        "plugins": [attrs.asdict(plugin) for plugin in registry.plugin_list()],
+        "backends": [_backend(entry) for entry in registry.entries()],
+    }
+    plugins = Table("Plugins", ["plugin", "distribution", "state", "why, and what to do"], _plugin_rows())
+    devices = Table("Devices", ["device", "fidelity", "model", "driver", "details"], _device_rows())
+    return CommandResult(data, [plugins, devices])
+
+
+def _probe(device: Device) -> None:
+    """Open a device and ask it about a small call, so that what fails there is known; the registry keeps it."""
+    with suppress(DeviceUnavailableError):
+        hal.session(device.id)
+    for dtype in ("float32", "float16", "bfloat16"):
+        hal.check_all(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), device)
+
+
+def _plugin_rows() -> list[list[str]]:
+    rows = []
+    for plugin in registry.plugin_list():
+        bad = plugin.failure
+        state = "loaded" if bad is None else "disabled" if bad.stage == "disabled" else f"failed ({bad.stage})"
+        rows.append([plugin.name, plugin.distribution, state, "" if bad is None else f"{bad.message} -> {bad.fix}"])
+    return rows
+
+
+def _device_rows() -> list[list[str]]:
+    rows = []
+    for entry in registry.entries():
+        for device in entry.found or ():
+            state = "calibrated" if load_calibration(device) else f"not calibrated (hal calibrate {device.id})"
+            broken = entry.broken.get(device.id)
+            details = (
+                [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
+            )
+            rows.append([device.id, str(device.fidelity), device.model, device.driver, "; ".join(details)])
+        if not entry.found:
+            rows.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])
+    return rows
+
+
+def _backend(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.spec.name,
+        "distribution": entry.distribution,
+        "requirements": entry.spec.requirements,
+        "devices": [attrs.asdict(device) for device in entry.found or ()],
+        "broken": {device: attrs.asdict(failure) for device, failure in entry.broken.items()},
+        "failure": None if entry.failure is None else attrs.asdict(entry.failure),
+        "absent": None if entry.found else registry.why_absent(entry),
+    }

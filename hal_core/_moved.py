@@ -1,0 +1,58 @@
+"""Old module names, importable for one minor version with a DeprecationWarning that names the new place.
+
+They are aliases in sys.modules, not files: a module `hal_core.memory` on disk would replace the function of that name.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+#: Old module name: where its names are now, looked through in order.
+_PLACES = {
+    "attention": "frontend.api",
+    "bench": "testing.bench_setup hal_cli.bench hal_cli.bench_picture",
+    "capabilities": "capability",
+    "cli": "hal_cli.main",
+    "console": "hal_cli.output hal_cli.progress",
+    "context": "options",
+    "contract": "frontend.validation",
+    "device": "device_info",
+    "kernels": "hooks registry",
+    "library": "frontend.torch_ops",
+    "memory": "buffers toolkit.memory",
+    "route": "frontend.execution",
+    "tiling": "plans toolkit.tiling toolkit.masks",
+}
+
+
+def warn(old: str, new: str) -> None:
+    import warnings
+
+    warnings.warn(f"{old} has moved: use {new}", DeprecationWarning, stacklevel=3)
+
+
+class _Alias(ModuleType):
+    def __init__(self, name: str, places: list[str]) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
+        self._places = places
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for place in self._places:
+                if hasattr(module := import_module(place), name):
+                    public = hasattr(sys.modules["hal_core"], name)
+                    warn(f"{self.__name__}.{name}", f"hal_core.{name}" if public else f"{place}.{name}")
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+def install() -> None:
+    for old, places in _PLACES.items():
+        name = f"hal_core.{old}"
+        sys.modules.setdefault(
+            name, _Alias(name, [p if p.startswith("hal_") else f"hal_core.{p}" for p in places.split()])
+        )

@@ -1,0 +1,224 @@
+"""Why a call runs where it runs, as data: the policy that chose, every candidate, and the decision. Nothing here decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import attrs
+
+from .capability import Code, Refusal
+from .device_info import Device, Estimate, Fidelity, Quantity
+from .errors import ContractError, MemoryLimitError, UnsupportedError
+from .request import AttentionRequest
+
+FORMAT = 2
+OBJECTIVES = ("time", "energy", "error")
+
+
+def _identity(tiling: Any) -> tuple[type, str] | None:
+    return None if tiling is None else (type(tiling), tiling.name)
+
+
+def _texts(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(values)
+
+
+@attrs.frozen(cache_hash=True)
+class Policy:
+    """How to choose. A level of overrides leaves fields at None; `merged` over all levels, none is None but transfer.
+
+    Attributes:
+        origin: which level names the devices: "argument", "use", "prefer", "configure", "environment" or "automatic".
+        names: devices or backends, in order; empty for automatic. fall_through: whether later names may serve.
+        objective: "time", "energy" or "error". allow_simulated, transfer, options, tiling: see `hal_core.use`.
+    """
+
+    origin: str = "automatic"
+    names: tuple[str, ...] = attrs.field(default=(), converter=_texts)
+    fall_through: bool = False
+    objective: str | None = None
+    allow_simulated: bool | None = None
+    transfer: bool | None = None
+    options: tuple[tuple[str, Any], ...] | None = None
+    tiling: Any = attrs.field(default=None, eq=_identity)  # equal names of one type give equal plans
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("allow_simulated", "transfer"):
+            if type(value := getattr(self, name)) not in (bool, type(None)):
+                raise ContractError(f"{name}={value!r} was given: use True, False or None")
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise ContractError(f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'")
+        if self.tiling is not None and not isinstance(getattr(self.tiling, "name", None), str):
+            raise ContractError(
+                f"tiling {self.tiling!r} was given: pass a TilingStrategy, which has a name and a plan()"
+            )
+
+    @property
+    def key(self) -> str:
+        """A text that two policies share only if they mean the same; "" for no overrides at all."""
+        plain = attrs.astuple(self, filter=lambda a, _: a.name != "tiling")
+        return "" if self == NO_POLICY else f"{plain} {_identity(self.tiling)}"
+
+    def over(self, outer: Policy) -> Policy:
+        """This level's overrides, and the outer level's where this one has none."""
+        named = self if self.names else outer
+        changes: dict[str, Any] = {f: getattr(outer, f) for f in _INHERITED if getattr(self, f) is None}
+        return attrs.evolve(self, origin=named.origin, names=named.names, fall_through=named.fall_through, **changes)
+
+
+NO_POLICY = Policy()
+_INHERITED = ("objective", "allow_simulated", "transfer", "options", "tiling")
+
+
+class PolicyChoice(NamedTuple):
+    """What a `hal_policy` hook may return instead of a device id.
+
+    Attributes:
+        device: the id of a candidate. seconds: for how long the decision may be reused; 0: ask again at the next call.
+    """
+
+    device: str
+    seconds: float
+
+
+@attrs.frozen(kw_only=True)
+class Candidate:
+    """A device as it stood in a decision: every refusal, or its estimate."""
+
+    device: Device
+    distribution: str
+    refusals: tuple[Refusal, ...] = ()
+    estimate: Estimate | None = None
+    error: Quantity | None = None
+    priority: int = 0
+    transfer: bool = False
+    limit: tuple[int, int] | None = None  # bytes in use and the limit, where memory alone refuses
+    provisional: bool = False  # the backend failed on this request: ask it again at the next call
+
+    def figure(self, objective: str) -> Quantity | None:
+        if objective == "error":
+            return self.error
+        return getattr(self.estimate, objective) if self.estimate else None
+
+
+@attrs.frozen(kw_only=True)
+class Decision:
+    """Why a call runs where it runs. Prints as text, travels as JSON, and can be replayed.
+
+    Attributes:
+        request: the call. ranked: (len_q, len_k), the bounds that estimates are for. policy: how the choice was made.
+        chosen: device id; None where no device can. reason: one sentence. candidates: every device that was considered.
+        core: version of the core. others: devices that were not asked for and could run the request.
+        seconds: for how long the decision may be reused; None for as long as devices and settings stay.
+        plan: the cut of the work at the exact lengths, as text; "" where it was not asked for.
+    """
+
+    request: AttentionRequest
+    ranked: tuple[int, int]
+    policy: Policy
+    chosen: str | None
+    reason: str
+    candidates: tuple[Candidate, ...]
+    core: str
+    others: tuple[str, ...] = ()
+    seconds: float | None = None
+    plan: str = ""
+
+    @property
+    def origin(self) -> str:
+        return self.policy.origin
+
+    @property
+    def objective(self) -> str:
+        return self.policy.objective or "time"
+
+    @property
+    def winner(self) -> Candidate:
+        """The chosen candidate. Raises UnsupportedError where there is none, MemoryLimitError where memory alone refuses."""
+        for candidate in self.candidates:
+            if candidate.device.id == self.chosen:
+                return candidate
+        if self.policy.names and len(self.candidates) == 1 and (limit := self.candidates[0].limit) is not None:
+            estimate = self.candidates[0].estimate
+            raise MemoryLimitError(self.candidates[0].device.id, estimate.memory if estimate else 0, *limit, self)
+        raise UnsupportedError(self.refusal_text(), self)
+
+    def __str__(self) -> str:
+        head = f"{self.chosen or 'no device'} for {self.request.describe()}: {self.reason}"
+        if self.ranked != (self.request.len_q, self.request.len_k):
+            head += f"\n  ranked for lengths up to {self.ranked[0]} x {self.ranked[1]}"
+        if self.plan:
+            head += f"\n  {self.plan}"
+        lines = []
+        shown, folded = self._folded()
+        for candidate in shown:
+            mark = "*" if candidate.device.id == self.chosen else " "
+            lines.append(f" {mark} {candidate.device.id:12} {candidate.device.fidelity:9} {_figures(candidate)}")
+            lines += [f"     {refusal}" for refusal in candidate.refusals]
+        return "\n".join([head, *lines, *(f"   {line}" for line in folded)])
+
+    def refusal_text(self) -> str:
+        """The text of an UnsupportedError: every reason of every candidate, and which other devices could."""
+        described, lines = self.request.describe(), []
+        shown, folded = self._folded()
+        for candidate in shown:
+            what = f" cannot run this attention ({described}):" if candidate.refusals else f": {self.reason}"
+            lines.append(f"{candidate.device.id}{what}")
+            asked = {r: f"{r.wanted} asked, {r.offered} offered" for r in candidate.refusals}
+            width, wide = max((len(r.field) for r in asked), default=0), max(map(len, asked.values()), default=0)
+            for refusal, text in asked.items():
+                fix = f"   -> {refusal.fix}" if refusal.fix else ""
+                lines.append(f"  {refusal.field:{width}}   {text:{wide}}{fix}".rstrip())
+        if not self.candidates:
+            lines.append(f"{self.reason} ({described}): install a plugin, for example hal-cpu.")
+        can = f"Other devices that can: {', '.join(self.others) or 'none'}. " if self.policy.names else ""
+        return "\n".join([*lines, *folded, f"{can}Nothing was run."])
+
+    def _folded(self) -> tuple[list[Candidate], list[str]]:
+        """Candidates to show one by one, and lines that name those that automatic selection leaves out as not hardware."""
+        shown, able, unable = [], [], []
+        for candidate in self.candidates:
+            codes = {refusal.code for refusal in candidate.refusals}
+            (shown if Code.FIDELITY not in codes else able if len(codes) == 1 else unable).append(candidate)
+        rows = (
+            (able, "not hardware, left out", "pass allow_simulated=True, or name one with backend="),
+            (unable, "not hardware, and unable", "name one with backend= to see why"),
+        )
+        return shown, [
+            f"{what}: {', '.join(c.device.id for c in group)}   -> {fix}" for group, what, fix in rows if group
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = attrs.asdict(self, value_serializer=_plain, filter=lambda a, _: a.name != "request")
+        return {"format": FORMAT, "request": self.request.to_dict(), **plain}
+
+    def to_json(self, indent: int | None = 2) -> str:
+        from json import dumps
+
+        return dumps(self.to_dict(), indent=indent)
+
+
+def _figures(candidate: Candidate) -> str:
+    if candidate.refusals or candidate.estimate is None:
+        return "refused"
+    energy = candidate.estimate.energy
+    joules = figure_text(energy, "energy") if energy else "not available"
+    moved = ", tensors moved" if candidate.transfer else ""
+    return f"time {figure_text(candidate.estimate.time, 'time')}, energy {joules}{moved}"
+
+
+def figure_text(quantity: Quantity, objective: str) -> str:
+    """An interval with its unit and origin: "1.2 to 1.4 ms (modelled, assumed)"."""
+    scale, unit = {"time": (1e3, " ms"), "energy": (1e3, " mJ"), "error": (1.0, "")}[objective]
+    low, high = quantity.low * scale, quantity.high * scale
+    interval = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+    return f"{interval}{unit} ({quantity.basis}, {quantity.provenance})"
+
+
+def _plain(_: Any, field: Any, value: Any) -> Any:
+    if field is not None and field.name == "tiling":
+        return getattr(value, "name", None)
+    return (
+        sorted(value) if isinstance(value, frozenset) else str(value) if isinstance(value, Fidelity | Code) else value
+    )

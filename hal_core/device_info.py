@@ -1,0 +1,141 @@
+"""What a device is, and what it says a call would cost: facts, and numbers with their origin."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+
+import attrs
+
+
+class Ranked(enum.StrEnum):
+    """Names in an order, best first."""
+
+    @property
+    def rank(self) -> int:
+        """0 for the best. What is made of several has the highest rank among them."""
+        return list(type(self)).index(self)
+
+
+class Fidelity(Ranked):
+    """How real a device is. Shown beside every result."""
+
+    HARDWARE = "hardware"
+    EMULATED = "emulated"  # real values, the host's time (a driver that runs a GPU's programs on the CPU)
+    SIMULATED = "simulated"  # values from a model of a device; its time and energy are modelled
+
+
+def _fidelity(value: Fidelity | str) -> Fidelity:
+    return Fidelity(value)
+
+
+@attrs.frozen(kw_only=True)
+class Device:
+    """One device a backend found.
+
+    Attributes:
+        id: "<backend>:<index>", for example "cpu:0". Unique in a process.
+        family: the kind of device ("cpu", "cuda", "photonic").
+        vendor, model: as the driver reports them.
+        fidelity: hardware, emulated or simulated.
+        reads: torch device strings whose tensors it reads where they lie; "cuda" matches every index, "cuda:1" one.
+        memory: bytes of memory the device works in; None where the driver does not say.
+        driver: driver or library name and version.
+        features: named hardware features, shown by `hal doctor`.
+    """
+
+    id: str
+    family: str
+    vendor: str
+    model: str
+    fidelity: Fidelity = attrs.field(converter=_fidelity)
+    reads: tuple[str, ...] = ("cpu",)
+    memory: int | None = None
+    driver: str = ""
+    features: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A key that changes when the device, its model or its driver does; calibrations are stored under it."""
+        from hashlib import sha256
+
+        parts = (self.family, self.vendor, self.model, self.driver, *sorted(self.features))
+        return sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def reads_from(self, torch_device: str) -> bool:
+        """Whether tensors on `torch_device` ("cpu", "cuda:0") need no transfer."""
+        return torch_device in self.reads or torch_device.partition(":")[0] in self.reads
+
+
+class Basis(Ranked):
+    """How a number was obtained, best first."""
+
+    MEASURED = "measured"
+    MODELLED = "modelled"
+    DECLARED = "declared"
+
+
+class Provenance(Ranked):
+    """Where the figures behind a number come from, best first."""
+
+    MEASURED_SILICON = "measured-silicon"
+    VENDOR_PUBLISHED = "vendor-published"
+    PAPER_PROJECTION = "paper-projection"
+    ASSUMED = "assumed"
+
+
+def _basis(value: Basis | str) -> Basis:
+    return Basis(value)
+
+
+def _provenance(value: Provenance | str) -> Provenance:
+    return Provenance(value)
+
+
+@attrs.frozen
+class Quantity:
+    """An interval in SI units (seconds, joules, or a ratio for errors).
+
+    Attributes:
+        low, high: the interval, both finite, 0 <= low <= high.
+        basis, provenance: see `Basis` and `Provenance`.
+        source: a citation or a calibration's name, for people.
+    """
+
+    low: float
+    high: float
+    basis: Basis = attrs.field(converter=_basis)
+    provenance: Provenance = attrs.field(converter=_provenance)
+    source: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        if not (0 <= self.low <= self.high < math.inf):
+            raise ValueError(f"an interval of {self.low} to {self.high} was given: use 0 <= low <= high, both finite")
+
+    @property
+    def middle(self) -> float:
+        """The arithmetic middle of the interval."""
+        return (self.low + self.high) / 2
+
+    def overlaps(self, other: Quantity) -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+@attrs.frozen(kw_only=True)
+class Estimate:
+    """What a request would cost on a device, before it runs.
+
+    Attributes:
+        time: seconds. Where the request's tensors lie elsewhere, moving them there and the result back is included.
+        energy: joules; None where nothing honest can be said.
+        error: ||x - reference|| / ||reference|| of the output; None for the device's declared numerics.
+        memory: bytes that the call allocates at its peak, the output included, the inputs not.
+        parts: seconds by name, adding up to the middle of `time`, where the device models its parts.
+    """
+
+    time: Quantity
+    energy: Quantity | None = None
+    error: Quantity | None = None
+    memory: int = 0
+    parts: Mapping[str, float] = attrs.field(factory=dict)

@@ -1,0 +1,394 @@
+"""`attention`, `bind` and `explain`: what a user calls. The first tensor imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+
+from ..decision import Decision, Policy
+from ..errors import ContractError, DeviceUnavailableError
+from ..options import merged_policy, meter_var
+from ..plans import BlockPlan, TilePlan
+from ..protocols import TilingStrategy
+from ..registry import registry
+from ..request import AttentionRequest, Causal, SequenceMetadata
+from ..selection import check_all, cut_request, decide, tiling_limits
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from . import dispatch, execution, torch_ops, validation
+    from .execution import BoundAttention
+    from .operands import GRADS, Operands
+else:
+    torch = dispatch = execution = torch_ops = validation = Operands = GRADS = None
+
+_compiling = _grad_enabled = _autocast = cast(Any, None)
+
+
+def _load() -> None:
+    """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
+    global torch, dispatch, execution, torch_ops, validation, Operands, GRADS, _compiling, _grad_enabled, _autocast
+    import torch
+
+    from . import dispatch, execution, torch_ops, validation
+    from .operands import GRADS, Operands
+
+    _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+    _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    causal: Causal | str | None = None,
+    diagonal: int = 0,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    block_plan: BlockPlan | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    objective: str | None = None,
+    allow_simulated: bool | None = None,
+    transfer: bool | None = None,
+    max_error: float | None = None,
+    deterministic: bool = False,
+    rng: tuple[int, int] | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    page_table: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    tiling: TilingStrategy | None = None,
+) -> Any:
+    """softmax(scale * query @ key^T + mask) @ value on the best device for this call.
+
+    The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's.
+
+    Args:
+        query: [batch, heads_q, len_q, dim_qk], any strides.
+        key: [batch, heads_kv, len_k, dim_qk]. value: [batch, heads_kv, len_k, dim_v].
+        attn_mask: bool (True: attend) or float (added to the scores), broadcastable to [batch, heads_q, len_q, len_k].
+            May be combined with `is_causal`, unlike in torch.
+        dropout_p: applied whenever it is above 0, as in torch; draws from torch's default generator unless `rng` is
+            given.
+        is_causal: top-left causal. scale: None for 1 / sqrt(dim_qk). enable_gqa: allow heads_q to be a multiple of
+            heads_kv.
+        causal, diagonal: "none", "top_left" or "bottom_right", and an offset of the diagonal (see `Causal`).
+        window: (left, right) keys around the diagonal, inclusive, None for no bound. softcap: c * tanh(score / c).
+        block_plan: a `BlockPlan`; keys outside its blocks are not read.
+        tiling: a `TilingStrategy` that cuts the work instead of the device's own; one that gives a `BlockPlan` is sparse.
+        return_lse: give AttentionOutput(out, lse) instead of out.
+        backend: backend or device that must run it; None leaves it to `use`, `configure`, HAL_BACKEND, then automatic.
+        objective: "time" (default), "energy" or "error". allow_simulated: let automatic take devices that are not
+            hardware.
+        transfer: True allows moving the tensors to a device, False forbids it; None allows it to named devices alone.
+        max_error: largest acceptable relative error. deterministic: demand bitwise repeatable results.
+        rng: (seed, offset) of dropout and of a simulator's noise.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences: tensors are [1, heads, total, dim],
+            the tables int32 [sequences + 1].
+        page_table, cache_seqlens: paged cache: key and value are [pages, heads_kv, page_size, dim], the tables int32
+            [batch, most pages] and [batch].
+        key_scale, value_scale: float32 factors of an FP8 key and value.
+
+    Returns:
+        [batch, heads_q, len_q, dim_v] in the query's dtype, or AttentionOutput. A row that reads no key gives 0 and
+        -inf.
+
+    Raises:
+        ContractError: malformed input. UnsupportedError: no eligible device can, with every reason.
+        UnknownBackendError, DeviceUnavailableError: the named backend does not exist, or not here.
+        MemoryLimitError: a configured limit would be exceeded.
+    """
+    if _compiling is None:
+        _load()
+    if _autocast():
+        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
+    named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
+    options = (
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal,
+        diagonal,
+        window,
+        softcap,
+        return_lse,
+        max_error,
+        deterministic,
+        max_seqlen_q,
+        max_seqlen_k,
+    )
+    overrides = (backend, objective, allow_simulated, transfer, tiling)
+    if _compiling():
+        return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
+    if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
+        attn_mask, options = _causal_bias(attn_mask, options)
+    if tiling is not None and block_plan is not None:
+        raise ContractError("tiling and block_plan were given: pass one of them")
+    tables = None if named.count(None) == 6 else SequenceMetadata(*named)
+    bits = 0
+    if _grad_enabled():
+        try:
+            bits = query.requires_grad + 2 * key.requires_grad + 4 * value.requires_grad
+            if attn_mask is not None and attn_mask.requires_grad:
+                bits += 8
+        except AttributeError:  # no tensor: refused below, with a sentence
+            bits = 0
+    given = (query, key, value, attn_mask, block_plan, tables)
+    found = dispatch.find(given, bits, options, overrides)
+    if attn_mask is not None and attn_mask.dim() != 4:
+        given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
+    if found.needs_rng:
+        rng = draw_rng(rng)
+    meter = meter_var.get()
+    return found.run(*given, rng) if meter is None else found.metered(meter, found.run, (*given, rng))
+
+
+def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """torch's CausalBias, whose memory is not initialised, as the causal option it means; any other mask as it is."""
+    from torch.nn.attention.bias import CausalBias, CausalVariant
+
+    if not isinstance(mask, CausalBias):
+        return mask, options
+    given = validation.CallOptions(*options)
+    if given.is_causal or given.causal not in (None, Causal.NONE):
+        raise ContractError("a CausalBias as attn_mask and is_causal or causal were given: pass one of them")
+    upper = mask.variant == CausalVariant.UPPER_LEFT
+    return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
+
+
+def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
+    """Cast as torch's autocast casts scaled_dot_product_attention's tensors; float64 stays."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return [query, key, value, mask]
+    kinds, target = (torch.float32, torch.float16, torch.bfloat16), torch.get_autocast_dtype(kind)
+    return [t.to(target) if t is not None and t.dtype in kinds else t for t in (query, key, value, mask)]
+
+
+def draw_rng(rng: Any) -> tuple[int, int]:
+    """The given (seed, offset), or a fresh pair from torch's default generator, so torch.manual_seed governs it."""
+    if rng is None:
+        seed, offset = torch.randint(0, 2**62, (2,)).tolist()
+        return seed, offset
+    if isinstance(rng, tuple | list) and len(rng) == 2 and all(isinstance(n, int) and 0 <= n < 1 << 63 for n in rng):
+        return rng[0], rng[1]
+    raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
+
+
+_OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
+
+
+def _described(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, keywords: dict[str, Any]
+) -> tuple[AttentionRequest, Policy]:
+    """The exact request and policy of a call given as `attention` takes it."""
+    if _compiling is None:
+        _load()
+    fields = validation.CallOptions._fields
+    known = {*fields, *_OVERRIDES, *SequenceMetadata._fields, "block_plan", "rng"}
+    if unknown := sorted(set(keywords) - known):
+        raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(sorted(known))}")
+    if _autocast():
+        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
+    options = validation.CallOptions(**{name: keywords[name] for name in fields if name in keywords})
+    if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
+        attn_mask, changed = _causal_bias(attn_mask, (*options,))
+        options = validation.CallOptions(*changed)
+    if keywords.get("tiling") is not None and keywords.get("block_plan") is not None:
+        raise ContractError("tiling and block_plan were given: pass one of them")
+    tables = SequenceMetadata(**{name: keywords[name] for name in SequenceMetadata._fields if name in keywords})
+    operands = Operands(query, key, value, attn_mask, keywords.get("block_plan"), tables if any_given(tables) else None)
+    grads = frozenset[str]()
+    if torch.is_grad_enabled():
+        tensors = zip(GRADS, operands, strict=False)
+        grads = frozenset(name for name, t in tensors if isinstance(t, torch.Tensor) and t.requires_grad)
+    request = validation.build_request(operands, options, grads)
+    if operands.tables is not None:
+        validation.check_tables(operands.tables, request, query, key)
+    policy = merged_policy(*(keywords.get(name) for name in _OVERRIDES))
+    return replace(request, options=policy.options or ()), policy
+
+
+def any_given(tables: SequenceMetadata) -> bool:
+    return any(table is not None for table in tables)
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **keywords: Any) -> Decision:
+    """The decision that `attention` with the same arguments takes, with every candidate's refusals or estimate.
+
+    Nothing is run. Where no device can, `Decision.chosen` is None.
+
+    Raises:
+        ContractError, UnknownBackendError, DeviceUnavailableError: as `attention`.
+    """
+    request, policy = _described(query, key, value, attn_mask, keywords)
+    decision = dispatch.decide_exact(request, policy)
+    return attrs.evolve(decision, request=request, plan=_plan_text(request, decision))
+
+
+def _plan_text(request: AttentionRequest, decision: Decision) -> str:
+    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen."""
+    if decision.chosen is None:
+        return ""
+    session, tiling = registry.session(decision.chosen), decision.policy.tiling
+    capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
+    if tiling is not None and request.block_plan is None:
+        if tiling.needs_content:
+            return f"blocks of {tiling.block_q} x {tiling.block_k}, at most {tiling.max_blocks} a row, by {tiling.name}"
+        strategy, request = tiling, cut_request(request, tiling, capabilities)
+    elif request.block_plan is not None or request.packed or request.page_size is not None:
+        return ""
+    else:
+        strategy = session.tiling
+    plan = strategy.plan(request, tiling_limits(capabilities))
+    if isinstance(plan, TilePlan):
+        plan.check(strategy.name)
+        return f"{plan} ({strategy.name})"
+    return f"blocks of {plan.block_q} x {plan.block_k}, at most {plan.indices.shape[-1]} a row, by {strategy.name}"
+
+
+def bind(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    max_len_q: int | None = None,
+    max_len_k: int | None = None,
+    **keywords: Any,
+) -> Any:
+    """Decide once for calls like this one; returns a callable for the fastest path.
+
+    Args:
+        query, key, value, attn_mask, and keywords: an example call, as for `attention`. Only shapes, dtypes and devices
+            of its tensors count.
+        max_len_q, max_len_k: longest lengths that calls will have; the example's where not given.
+
+    Returns:
+        A callable (query, key, value, attn_mask=None, *, block_plan=None, rng=None, tables=None) -> as `attention`. It
+        reads lengths from its tensors, trusts that they lie where the example's do and the contents of tables, and has
+        the attribute `decision`. Calls that differ from the example in anything but lengths raise ContractError; after
+        `unregister` of the backend they raise DeviceUnavailableError.
+
+    Raises:
+        As `attention`.
+    """
+    request, policy = _described(query, key, value, attn_mask, keywords)
+    if not request.packed and request.page_size is None:
+        longest = (max_len_q or request.len_q, max_len_k or request.len_k)
+        if longest[0] < request.len_q or longest[1] < request.len_k:
+            raise ContractError(
+                f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k"
+            )
+        request = replace(request, len_q=longest[0], len_k=longest[1])
+    return _bound(dispatch.bind_request(request, policy))
+
+
+def _bound(found: BoundAttention) -> Any:
+    request, entry, without_grads, state = found.request, found.entry, not found.request.grads, found.state
+    session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
+    needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
+    accepted: tuple[Any, ...] = ()
+    even = not check_all(
+        replace(request, len_q=1, len_k=1), found.decision.winner.device, transfer=True
+    )  # no low limit
+
+    def bound(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        block_plan: BlockPlan | None = None,
+        rng: tuple[int, int] | None = None,
+        tables: SequenceMetadata | None = None,
+    ) -> Any:
+        nonlocal accepted
+        shapes = (query.shape, key.shape, value.shape)
+        if (
+            shapes != accepted
+            or attn_mask is not None
+            or block_plan is not None
+            or tables is not None
+            or not query.dtype is key.dtype is value.dtype is dtype
+            or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+        ):
+            _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
+            accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
+            if attn_mask is not None and attn_mask.dim() != 4:
+                attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        if entry.sessions.get(device_id) is not session or state.closed:
+            raise DeviceUnavailableError(
+                f"{device_id} was unregistered or closed after this call was bound: bind again"
+            )
+        if without_grads and grad_enabled():
+            _check_no_grads(query, key, value, attn_mask)
+        if needs_rng:
+            rng = draw_rng(rng)
+        meter = current_meter()
+        if meter is not None:
+            return found.metered(meter, found.run, (query, key, value, attn_mask, block_plan, tables, rng))
+        return found.run(query, key, value, attn_mask, block_plan, tables, rng)
+
+    bound.decision = found.decision  # type: ignore[attr-defined]
+    return bound
+
+
+def _check_no_grads(*tensors: Tensor | None) -> None:
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise ContractError(
+            "a call bound without gradients was given a tensor that requires one: bind with such tensors"
+        )
+
+
+def _check_bound(found: BoundAttention, even: bool, given: tuple[Any, ...]) -> None:
+    """Raise ContractError where a call has not the bound request's form, UnsupportedError for lengths between limits."""
+    request = found.request
+    longest = (request.len_q, request.len_k)
+    most_q, most_k = longest if request.packed else (None, None)
+    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
+    this = validation.build_request(Operands(*given), options, frozenset())
+    for field in _FIXED if found.tiling is None else _FIXED[:-1]:
+        now, wanted = getattr(this, field), getattr(request, field)
+        if now != wanted and not (field == "last_dim_contiguous" and now):
+            raise ContractError(f"{field} {now} was given to a call bound for {wanted}: bind again")
+    if this.len_q > longest[0] or this.len_k > longest[1]:
+        raise ContractError(
+            f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: bind with max_len_q, max_len_k"
+        )
+    if not even or 0 in (this.len_q, this.len_k):
+        policy = attrs.evolve(found.decision.policy, names=(found.decision.winner.device.id,), fall_through=False)
+        _ = decide(replace(request, len_q=this.len_q, len_k=this.len_k), policy).winner
+
+
+_FIXED = (
+    "batch",
+    "heads_q",
+    "heads_kv",
+    "dim_qk",
+    "dim_v",
+    "dtype",
+    "device",
+    "mask",
+    "packed",
+    "page_size",
+    "cache_dtype",
+    "last_dim_contiguous",
+    "block_plan",
+)

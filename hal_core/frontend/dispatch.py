@@ -1,0 +1,166 @@
+"""Which device runs a call: from a cache by its static fields and bucketed lengths, or decided now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..capability import Code
+from ..decision import Decision, Policy
+from ..errors import PluginError, SelectionChangedError
+from ..options import merged_policy, policy_var
+from ..registry import registry
+from ..request import AttentionRequest
+from ..selection import check_all, settled
+from .execution import BoundAttention
+from .operands import GRADS, Operands
+from .validation import CallOptions, build_request, check_tables, is_plain
+
+Overrides = tuple[Any, ...]  # backend, objective, allow_simulated, transfer, tiling
+_bound: dict[Any, Any] = {}
+_MOST_BOUND = 4096
+_SENTINEL = object()  # support changes inside this length bucket: exact lengths decide
+_GRAD_SETS = [frozenset(n for bit, n in enumerate(GRADS) if bits >> bit & 1) for bits in range(16)]
+registry.on_change.append(_bound.clear)
+
+
+def find(
+    operands: Operands | tuple[Any, ...], bits: int, options: tuple[Any, ...], overrides: Overrides
+) -> BoundAttention:
+    """The bound attention of a call.
+
+    Args:
+        operands: the six of `Operands`. bits: which of query, key, value and mask need gradients, 1 for the first.
+        options: the fields of `CallOptions`. overrides: backend, objective, allow_simulated, transfer, tiling.
+    """
+    query, key, value, mask, plan, tables = operands
+    static, kind, fits = None, None, plan is None and tables is None
+    try:
+        batch, heads_q, len_q, dim = query.shape
+        batch_k, heads_kv, len_k, dim_k = key.shape
+        batch_v, heads_v, len_v, dim_v = value.shape
+        if mask is not None:
+            m0, m1, m2, m3 = mask.shape
+            kind = (mask.dtype, mask.device, m0, m1)
+            fits = fits and m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k)
+            fits = fits and (type(mask) is Tensor or is_plain(mask))
+        if query.__class__ is not Tensor or key.__class__ is not Tensor or value.__class__ is not Tensor:
+            fits = fits and is_plain(query) and is_plain(key) and is_plain(value)
+        if fits and batch_k == batch == batch_v and heads_v == heads_kv and len_v == len_k and dim_k == dim:
+            static = (
+                batch,
+                heads_q,
+                heads_kv,
+                len_q and (len_q - 1).bit_length() + 1,
+                len_k and (len_k - 1).bit_length() + 1,
+                dim,
+                dim_v,
+                query.dtype,
+                key.dtype,
+                value.dtype,
+                query.device,
+                key.device,
+                value.device,
+                query.stride()[3] == 1 and key.stride()[3] == 1 and value.stride()[3] == 1,
+                kind,
+                bits,
+                options,
+                overrides,
+                policy_var.get(),
+            )
+            found = _bound.get(static)
+            if found is not None and not found.state.closed and (found.expires is None or not found.is_stale):
+                return found  # type: ignore[no-any-return]
+    except (ValueError, AttributeError, TypeError):  # a wrong rank or an unhashable option: described below, not cached
+        static = None
+    given = Operands(*operands)
+    request = build_request(given, CallOptions(*options), _GRAD_SETS[bits])
+    if tables is not None:
+        check_tables(tables, request, query, key)
+    return _decided(request, overrides, static)
+
+
+def _decided(request: AttentionRequest, overrides: Overrides, static: Any) -> BoundAttention:
+    policy = merged_policy(*overrides)
+    request = replace(request, options=policy.options or ())
+    place: tuple[Any, ...] = (bucketed(request), policy)
+    found = _kept(place)
+    if found is None:
+        decision = settled(*place)
+        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(*place, decision))
+    if found is _SENTINEL:
+        place = (request, policy, "exact")
+        return _kept(place) or _keep(place, bind_request(request, policy))  # type: ignore[no-any-return]
+    return found if static is None else _keep(static, found)  # type: ignore[no-any-return]
+
+
+def _kept(place: Any) -> Any:
+    found = _bound.get(place)
+    if found is None or found is _SENTINEL or not (found.state.closed or found.is_stale):
+        return found
+    return None
+
+
+def _keep(place: Any, found: Any) -> Any:
+    if len(_bound) >= _MOST_BOUND:
+        _bound.clear()
+    _bound[place] = found
+    return found
+
+
+def bind_request(request: AttentionRequest, policy: Policy, decision: Decision | None = None) -> BoundAttention:
+    """Decide, and bind the chosen session. Automatic selection passes over a session that fails its capabilities' claims.
+
+    Raises:
+        UnsupportedError: no device can. PluginError: the named device's session does not do what its capabilities claim.
+    """
+    excluded: dict[str, str] = {}
+    while True:
+        chosen = decision or settled(request, policy, excluded)
+        try:
+            return BoundAttention(chosen, request)
+        except PluginError as error:
+            if policy.names or chosen.chosen is None:
+                raise
+            excluded[chosen.chosen], decision = str(error), None
+
+
+def bucketed(request: AttentionRequest) -> AttentionRequest:
+    """Lengths rounded up to powers of two, so that growing lengths meet few decisions."""
+    len_q, len_k = (n and 1 << (n - 1).bit_length() for n in (request.len_q, request.len_k))
+    return request if (len_q, len_k) == (request.len_q, request.len_k) else replace(request, len_q=len_q, len_k=len_k)
+
+
+def decide_exact(request: AttentionRequest, policy: Policy) -> Decision:
+    """The decision that a call with this request would run under."""
+    decision = settled(bucketed(request), policy)
+    return settled(request, policy) if _changes_inside(decision) else decision
+
+
+def _changes_inside(decision: Decision) -> bool:
+    """True if one decision is not valid for the whole length bucket. Asks for no estimate."""
+    top, by_length = decision.request, {Code.LENGTH, Code.MEMORY, Code.DEVICE}
+    bottom = replace(top, len_q=top.len_q and top.len_q // 2 + 1, len_k=top.len_k and top.len_k // 2 + 1)
+    return decision.chosen is None or any(
+        {refusal.code for refusal in c.refusals} <= by_length
+        and (c.refusals or check_all(bottom, c.device, transfer=c.transfer))
+        for c in decision.candidates
+    )
+
+
+def in_operator(
+    operands: Operands, bits: int, options: tuple[Any, ...], overrides: Overrides, expected: str | None
+) -> BoundAttention:
+    """The bound attention of an operator of a compiled graph, which was traced under the policy whose key is `expected`.
+
+    Raises:
+        SelectionChangedError: the policy is another one now. The graph holds one device's operator.
+    """
+    if expected is not None and policy_var.get().key != expected:
+        raise SelectionChangedError(
+            "compiled attention runs under another hal.use() than it was compiled under (another task or thread): pass "
+            "backend= inside the compiled function, or enter hal.use() where it is called"
+        )
+    return find(operands, bits, options, overrides)

@@ -1,0 +1,224 @@
+"""Operators for torch.compile, one pair per backend name, so that no cache of compiled code can mistake one for
+another.
+
+The selection is read while tracing, from a mirror that Dynamo guards; the operator compares it with the truth when it
+runs. Eager calls do not come through here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decision import Policy
+from ..errors import ContractError
+from ..options import by_key, meter_var, mirror, policy_var, settings
+from ..plans import BlockPlan
+from ..registry import registry
+from ..request import AttentionOutput, Causal
+from .dispatch import in_operator
+from .execution import BoundAttention
+from .operands import TENSORS, Operands
+
+AUTOMATIC = "automatic"
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? block_indices, Tensor? block_counts, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, Tensor? cache_seqlens, Tensor? key_scale, "
+    "Tensor? value_scale, Tensor? rng"
+)
+_STATIC = (
+    "SymInt[]? blocks, SymInt? window_left, SymInt? window_right, bool windowed, float dropout_p, bool is_causal, "
+    "float? scale, bool enable_gqa, str? causal, SymInt diagonal, float? softcap, bool return_lse, float? max_error, "
+    "bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend, str? objective, "
+    "bool? allow_simulated, bool? transfer, str? tiling, str? expected, int grads"
+)
+_TENSOR_COUNT = TENSORS + 1  # and rng
+_STATIC_COUNT = _STATIC.count(",") + 1
+_library = torch.library.Library("hal", "FRAGMENT")
+OPERATORS: dict[str, Any] = {}
+_tilings: dict[str, Any] = {}
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _registered(tiling: Any) -> str:
+    """The text by which operators find a tiling. Dynamo runs this while it traces and keeps the result."""
+    key = f"{type(tiling).__module__}.{type(tiling).__qualname__}:{tiling.name}"
+    _tilings[key] = tiling
+    return key
+
+
+def in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    plan: BlockPlan | None,
+    tables: tuple[Tensor | None, ...],
+    rng: tuple[int, int] | None,
+    options: tuple[Any, ...],
+    overrides: tuple[Any, ...],
+) -> Any:
+    """What `attention` becomes while Dynamo traces it: one operator, named after the selected backend."""
+    dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
+    *given, tiling = overrides
+    expected = mirror.key if given[0] is None else None
+    name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
+    family = name.partition(":")[0]
+    operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
+    grads = 0
+    if torch.is_grad_enabled():
+        grads = int(query.requires_grad) + 2 * int(key.requires_grad) + 4 * int(value.requires_grad)
+        grads += 8 if mask is not None and mask.requires_grad else 0
+    seed = None if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+    if seed is None and dropout_p > 0:
+        seed = torch.randint(0, 2**62, (2,), dtype=torch.int64)
+    blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
+    left, right = (None, None) if window is None else window
+    causal = causal.value if isinstance(causal, Causal) else causal
+    out, lse = operator(
+        query,
+        key,
+        value,
+        mask,
+        indices,
+        counts,
+        *tables,
+        seed,
+        blocks,
+        left,
+        right,
+        window is not None,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        causal,
+        diagonal,
+        softcap,
+        return_lse,
+        *rest,
+        *given,
+        None if tiling is None else _registered(tiling),
+        expected,
+        grads,
+    )
+    return AttentionOutput(out, lse) if return_lse else out
+
+
+class _Call:
+    """An operator's flat arguments, put back into the eager call's form."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        *tensors, seed = arguments[:_TENSOR_COUNT]
+        blocks, left, right, windowed, *static, tiling, self.expected, self.bits = arguments[_TENSOR_COUNT:]
+        self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
+        self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
+        self.rng = None if seed is None else tuple(seed.tolist())
+        given = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks and (blocks[0], blocks[1]))
+        mask = given.mask if given.mask is None else given.mask[(None,) * (4 - given.mask.dim())]
+        self.operands = given._replace(mask=mask)
+
+    def bound(self, expected: str | None) -> BoundAttention:
+        with torch.no_grad():
+            found = in_operator(self.operands, self.bits, self.options, self.overrides, expected)
+            if found.needs_rng and self.rng is None:
+                if self.bits:
+                    name = found.decision.chosen
+                    raise ContractError(
+                        f"{name} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
+                    )
+                self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
+        return found
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _Call(arguments)
+    found = call.bound(call.expected)
+    with torch.no_grad():
+        given, meter = (*call.operands, call.rng), meter_var.get()
+        result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
+    if isinstance(result, tuple):
+        return result[0].contiguous(), result[1].contiguous()
+    out, query = result.contiguous(), call.operands.query
+    if not call.bits:
+        return out, query.new_empty(0, dtype=torch.float32)
+    # torch differentiates this session's own forward: nobody reads the log-sum-exp that the graph was promised
+    return out, query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, value, bits, return_lse = arguments[0], arguments[2], arguments[-1], arguments[_TENSOR_COUNT + 11]
+    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    wanted = return_lse or bits
+    return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    call = _Call(arguments)
+    # Under the policy of the forward: it may have ended, and an accelerator's backward threads never inherit it.
+    policy: Policy = policy_var.get() if call.expected is None else by_key[call.expected]
+    token = policy_var.set(policy)
+    try:
+        found = call.bound(None)
+    finally:
+        policy_var.reset(token)
+    with torch.no_grad():
+        grads = found.backward(call.operands, out, lse, grad_out, grad_lse, call.rng)
+    return tuple(_gradient(grads[i], like, call.bits >> i & 1) for i, like in enumerate(arguments[:4]))
+
+
+def _gradient(grad: Tensor | None, like: Tensor | None, wanted: int) -> Tensor:
+    if not wanted or like is None:
+        return torch.empty(0)
+    return like.new_zeros(like.shape) if grad is None else grad.to(like.device).reshape(like.shape).contiguous()
+
+
+def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    asked = [like if arguments[-1] >> i & 1 else None for i, like in enumerate(arguments[:4])]
+    return tuple(torch.empty(0) if like is None else like.new_empty(like.shape) for like in asked)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.static = inputs[_TENSOR_COUNT:]
+    ctx.save_for_backward(*inputs[:_TENSOR_COUNT], *output)
+    ctx.set_materialize_grads(False)
+
+
+def define(name: str) -> None:
+    """Define the operators hal::<name>_forward and hal::<name>_backward, once."""
+    if name in OPERATORS:
+        return
+    forward, backward = f"{name}_forward", f"{name}_backward"
+    random = (torch.Tag.nondeterministic_seeded,)  # a noisy device draws: two equal calls are not one
+    _library.define(f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)", tags=random)
+    results = f"Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}"
+    _library.define(f"{backward}({results}, {_STATIC}) -> (Tensor, Tensor, Tensor, Tensor)")
+    for operator, run, fake in ((forward, _forward, _fake_forward), (backward, _backward, _fake_backward)):
+        _library.impl(operator, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hal::{operator}", fake, lib=_library)
+    backward_operator = getattr(torch.ops.hal, backward).default
+
+    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = backward_operator(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
+        grads = [grad if ctx.static[-1] >> i & 1 else None for i, grad in enumerate(found)]
+        return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
+
+    torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
+    OPERATORS[name] = getattr(torch.ops.hal, forward).default
+
+
+def _define_all() -> None:
+    for entry in registry.entries():
+        define(entry.spec.name)
+
+
+define(AUTOMATIC)
+_define_all()
+registry.on_change.append(_define_all)

@@ -1,0 +1,276 @@
+"""What the caller asked for around a call: `use`, `prefer`, `configure`, and `meter`.
+
+`use`, `prefer` and `meter` live in ContextVars: asyncio tasks inherit them, threads do not (run a thread's function in
+`contextvars.copy_context()` to hand them on). `configure` is for the whole process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self
+
+import attrs
+
+from .decision import NO_POLICY, Policy
+from .device_info import Device, Estimate, Quantity
+from .errors import ContractError
+from .registry import registry, set_memory_limits
+
+#: The overrides of `use` and `prefer` in force, merged; equal policies are one object, so caches hash an identity.
+policy_var: ContextVar[Policy] = ContextVar("hal_policy", default=NO_POLICY)
+_entered: ContextVar[tuple[use, ...]] = ContextVar("hal_use", default=())
+_interned: dict[Policy, Policy] = {NO_POLICY: NO_POLICY}
+by_key: dict[str, Policy] = {"": NO_POLICY}  # a compiled graph names its policy by key
+
+
+class _Mirror(threading.local):
+    """What Dynamo guards on: it cannot trace a ContextVar. The attribute is per thread, the ContextVar the truth."""
+
+    def __init__(self) -> None:
+        self.key = ""
+        self.names: tuple[str, ...] = ()
+
+
+mirror = _Mirror()
+
+
+def intern(policy: Policy) -> Policy:
+    found = _interned.setdefault(policy, policy)
+    by_key[found.key] = found
+    return found
+
+
+def _apply(entered: tuple[use, ...]) -> None:
+    """Put what the entered blocks say, the innermost first, in force."""
+    policy = NO_POLICY
+    for block in entered:
+        policy = block.overrides.over(policy)
+    policy = intern(policy)
+    _entered.set(entered)
+    policy_var.set(policy)
+    mirror.key, mirror.names = policy.key, policy.names
+
+
+class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
+    """Run the attention calls inside on one device, and nowhere else.
+
+    Args:
+        backend: backend name or device id; None changes only the overrides.
+        overrides: objective, "time", "energy" or "error"; allow_simulated, let automatic selection take simulated and
+            emulated devices; transfer, allow or forbid moving tensors to the device and back; options, a mapping of the
+            device's own options (see `Capabilities.options`); tiling, a `TilingStrategy` that cuts the work.
+
+    If the device cannot run a call, `UnsupportedError` says why; no other device is tried. Inside compiled code, pass
+    `backend=` instead. Blocks may end in any order, as those of interleaved generators do.
+
+    Raises:
+        ContractError: an unknown or malformed override. UnknownBackendError: no such backend (on entering).
+    """
+
+    _origin = "use"
+
+    def __init__(self, backend: str | None = None, **overrides: Any) -> None:
+        self._depth, self._was_entered = 0, False
+        self.overrides = _overrides(self._origin, () if backend is None else (backend,), overrides)
+
+    def __enter__(self) -> Self:
+        for name in self.overrides.names:
+            registry.entry(name)
+        self._was_entered = True
+        try:
+            self._depth += 1
+            _apply((*_entered.get(), self))
+            return self
+        except BaseException:  # an interrupt before the block began
+            self._leave()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._depth:
+            self._depth -= 1
+            inner_first = _entered.get()[::-1]
+            if self in inner_first:
+                at = len(inner_first) - 1 - inner_first.index(self)
+                _apply((*_entered.get()[:at], *_entered.get()[at + 1 :]))
+
+    def __del__(self) -> None:
+        if getattr(self, "_depth", 0):  # an interrupt came between the block's end and __exit__
+            self._leave()
+        elif not getattr(self, "_was_entered", True):
+            import warnings
+
+            call = f"hal.{self._origin}({', '.join(map(repr, self.overrides.names))})"
+            warnings.warn(
+                f"{call} was never entered and changed nothing: write `with {call}:`", RuntimeWarning, stacklevel=2
+            )
+
+
+def _overrides(origin: str, names: tuple[str, ...], given: Mapping[str, Any]) -> Policy:
+    known = ("allow_simulated", "objective", "options", "tiling", "transfer")
+    if unknown := sorted(set(given) - set(known)):
+        raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(known)}")
+    options = given.get("options")
+    if options is not None:
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise ContractError(f"options={options!r} were given: pass a mapping of names to values")
+        given = {**given, "options": tuple(sorted(options.items()))}
+    return Policy(origin, names, origin == "prefer", **given)
+
+
+class prefer(use):  # noqa: N801
+    """Like `use`, with a list: the first device that supports a call runs it, decided before anything is launched.
+
+    Where none of them does, `UnsupportedError` gives the reasons of all.
+    """
+
+    _origin = "prefer"
+
+    def __init__(self, backends: Sequence[str], **overrides: Any) -> None:
+        super().__init__(None, **overrides)
+        if isinstance(backends, str) or not backends:
+            raise ContractError(f"prefer({backends!r}) was given: pass a list of backend names")
+        self.overrides = attrs.evolve(self.overrides, names=backends)
+
+
+class Settings:
+    """Process-wide settings; change them with `configure`."""
+
+    def __init__(self) -> None:
+        self.policy = NO_POLICY
+        self.name = ""  # the configured backend, a plain attribute for Dynamo to guard
+
+
+settings = Settings()
+
+
+def configure(
+    backend: str | None = None, *, memory_limit: int | Mapping[str, int] | None = None, **overrides: Any
+) -> None:
+    """Set the process's defaults; each call replaces all of them, and no argument at all restores the initial ones.
+
+    Args:
+        backend, overrides: as for `use`, for every call that says nothing itself.
+        memory_limit: bytes, for every device or by device id. A call whose result and workspace would exceed it, on top of
+            what the device's memory manager holds, is refused before anything is allocated.
+
+    HAL_BACKEND is read when a decision is made; call `configure()` after changing it in a running process.
+    """
+    policy = _overrides("automatic" if backend is None else "configure", (backend,) if backend else (), overrides)
+    if backend is not None:
+        registry.entry(backend)
+    set_memory_limits(memory_limit)
+    settings.policy, settings.name = intern(policy), backend or ""
+    registry.changed()
+
+
+def merged_policy(
+    backend: str | None = None,
+    objective: str | None = None,
+    allow_simulated: bool | None = None,
+    transfer: bool | None = None,
+    tiling: Any = None,
+) -> Policy:
+    """The call's arguments over `use` and `prefer`, over `configure`, over HAL_BACKEND, over automatic."""
+    names = () if backend is None else (backend,)
+    policy = Policy("argument", names, False, objective, allow_simulated, transfer, None, tiling)
+    variable = os.environ.get("HAL_BACKEND")
+    environment = Policy("environment", (variable,)) if variable else NO_POLICY
+    defaults = Policy(objective="time", allow_simulated=False, options=())
+    for outer in (policy_var.get(), settings.policy, environment, defaults):
+        policy = policy.over(outer)
+    return policy
+
+
+@attrs.define
+class MeterRecord:
+    """What ran on one device inside a `meter`.
+
+    Attributes:
+        device: the device. calls: attention calls.
+        wall: seconds by the host's clock, the device synchronised after each call; measured.
+        time: seconds the device itself is said to need, for a simulated device; None where `wall` is the time.
+        energy: joules; None where the device states none. Sums over the calls, with the worst origin met.
+        macs: multiply-accumulates of visible pairs. transferred: bytes moved to the device and back.
+    """
+
+    device: Device
+    calls: int = 0
+    wall: float = 0.0
+    time: Quantity | None = None
+    energy: Quantity | None = None
+    macs: int = 0
+    transferred: int = 0
+
+
+class Meter:
+    """Sums of the calls inside `with hal.meter() as m`, per device id, in `m.records`.
+
+    `costs` holds what sessions said of calls that are running now, by call and thread.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, MeterRecord] = {}
+        self.costs: dict[tuple[int, int], Estimate] = {}
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        device: Device,
+        wall: float,
+        time: Quantity | None,
+        energy: Quantity | None,
+        macs: int,
+        transferred: int,
+    ) -> None:
+        with self._lock:
+            if (record := self.records.get(device.id)) is None:
+                self.records[device.id] = MeterRecord(device, 1, wall, time, energy, macs, transferred)
+                return
+            record.calls, record.wall = record.calls + 1, record.wall + wall
+            record.time, record.energy = _sum(record.time, time), _sum(record.energy, energy)
+            record.macs, record.transferred = record.macs + macs, record.transferred + transferred
+
+    @property
+    def wall(self) -> float:
+        """Seconds over all devices."""
+        return sum(record.wall for record in self.records.values())
+
+
+def _sum(total: Quantity | None, part: Quantity | None) -> Quantity | None:
+    """Interval sum. A call without a figure makes the sum None: a partial sum would look like a total."""
+    if part is None or total is None:
+        return None
+    basis = max(total.basis, part.basis, key=lambda b: b.rank)
+    provenance = max(total.provenance, part.provenance, key=lambda p: p.rank)
+    source = total.source if total.source == part.source else "several"
+    return Quantity(total.low + part.low, total.high + part.high, basis, provenance, source)
+
+
+meter_var: ContextVar[Meter | None] = ContextVar("hal_meter", default=None)
+
+
+def current_meter() -> Meter | None:
+    """The innermost `meter` around the caller; None where nothing is metered."""
+    return meter_var.get()
+
+
+@contextmanager
+def meter() -> Iterator[Meter]:
+    """Sum time, energy and work of the attention calls inside, per device.
+
+    A metered call is synchronised before and after, so it costs more than an unmetered one. Meters nest: the innermost
+    one counts. Compiled code is metered where its operators run.
+    """
+    current = Meter()
+    token = meter_var.set(current)
+    try:
+        yield current
+    finally:
+        meter_var.reset(token)

@@ -1,0 +1,194 @@
+"""Which plugins there are. One broken plugin never breaks another.
+
+pluggy validates hooks and marks them; calling is done here one implementation at a time, because a pluggy call stops at
+the first implementation that raises, and its loader at the first import that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from .errors import HalError, PluginError
+from .hooks import API_VERSION, ENTRY_POINT_GROUP, BackendSpec, Hooks, KernelSpec
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+IMPORT_SECONDS = 30.0  # a hook module imports neither torch nor a driver
+
+
+class LoadFailure:
+    """Something of a plugin that failed, kept instead of raised.
+
+    Attributes:
+        name: plugin or backend. distribution: "hal-x 1.0", "" for run-time registrations.
+        stage: "disabled", "import", "hook", "api", "duplicate", "target", "devices", "open".
+        message: one sentence. traceback: the whole of it, "" where nothing was raised. fix: what to do.
+    """
+
+    def __init__(
+        self, name: str, distribution: str, stage: str, message: str, traceback: str = "", fix: str = ""
+    ) -> None:
+        self.name, self.distribution, self.stage = name, distribution, stage
+        self.message, self.traceback, self.fix = message, traceback, fix
+
+
+class Plugin:
+    """An entry point that was found, loaded or not."""
+
+    def __init__(self, name: str, distribution: str, failure: LoadFailure | None = None) -> None:
+        self.name, self.distribution, self.failure = name, distribution, failure
+
+
+class Plugins:
+    """Loads the entry points, each by itself, and calls their hooks, each by itself.
+
+    Attributes:
+        by_name: every plugin that was found.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Plugin] = {}
+        self._manager = pluggy.PluginManager("hal")
+        self._manager.add_hookspecs(Hooks)
+
+    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], Callable[[], None]]) -> None:
+        """Import every allowed entry point and hand what it offers to `add(distribution, backends, kernels)`.
+
+        Entry points of the distribution that a plugin's name stands for (hal-NAME) come first, then by name. What `add`
+        raises is kept as the plugin's failure.
+        """
+        from importlib.metadata import entry_points  # slow to import, so on first use
+
+        found = sorted(
+            entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (not _is_known(e), e.name, _distribution(e))
+        )
+        for entry_point in found:
+            name, distribution = entry_point.name, _distribution(entry_point)
+            other, plugin = self.by_name.get(name), Plugin(name, distribution)
+            self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
+            if off := _disabled_by(entry_point):
+                plugin.failure = LoadFailure(
+                    name, distribution, "disabled", f"switched off by {off}", fix=f"change {off}"
+                )
+                continue
+            stage = "duplicate"
+            try:
+                if other is not None and other.failure is None:
+                    raise PluginError(
+                        f"the plugin name {name!r} is taken by {other.distribution} and by {distribution}"
+                    )
+                stage = "import"
+                module = _within(IMPORT_SECONDS, entry_point.load, f"importing {entry_point.value}")
+                stage = "hook"
+                self._manager.register(module, name)
+                backends = _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION))
+                add(distribution, backends, _list_of(KernelSpec, name, self.call(name, "hal_kernels")))
+            except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
+                if isinstance(error, KeyboardInterrupt) and stage != "import":
+                    raise
+                if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
+                    self._manager.unregister(name=name)
+                plugin.failure = failed(name, distribution, stage, error)
+
+    def call(self, plugin: str, hook: str, **arguments: Any) -> Any:
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            if implementation.plugin_name == plugin:
+                return implementation.function(*(arguments[name] for name in implementation.argnames))
+        return None
+
+    def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
+        for plugin in self.having(hook):
+            try:
+                result = self.call(plugin, hook, **arguments)
+            except (Exception, SystemExit, GeneratorExit) as error:  # the others must still be called
+                self.fail(plugin, hook, error)
+                continue
+            if result is not None:
+                yield plugin, result
+
+    def having(self, hook: str) -> list[str]:
+        """The working plugins that implement a hook."""
+        implementing = [i.plugin_name for i in getattr(self._manager.hook, hook).get_hookimpls()]
+        return [name for name, plugin in self.by_name.items() if plugin.failure is None and name in implementing]
+
+    def fail(self, name: str, hook: str, error: BaseException) -> None:
+        """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
+        plugin = self.by_name[name]
+        plugin.failure = failed(name, plugin.distribution, f"hook {hook}", error)
+
+
+def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
+    """The function's result, computed in a thread: one that hangs is left behind, and its exits are not the process's."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome[:] = [function(), None]
+        except BaseException as error:
+            outcome[:] = [None, error]
+
+    thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise PluginError(f"{what} did not finish in {seconds:g} s")
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _list_of(kind: type, plugin: str, given: Any) -> list[Any]:
+    if not isinstance(given or [], list) or not all(isinstance(item, kind) for item in given or []):
+        raise PluginError(f"a hook of {plugin!r} returned {given!r}: return a list of {kind.__name__}")
+    return given or []
+
+
+def _distribution(entry_point: EntryPoint) -> str:
+    return f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).casefold()
+
+
+def _is_known(entry_point: EntryPoint) -> bool:
+    """Whether the distribution is the one that the plugin's plain name stands for: hal-NAME."""
+    return entry_point.dist is not None and _normal(entry_point.dist.name) == f"hal-{_normal(entry_point.name)}"
+
+
+def _disabled_by(entry_point: EntryPoint) -> str:
+    """The environment variable that switches a plugin off; "" for none. Read before anything is imported.
+
+    HAL_PLUGINS lists what may load: "distribution:name", or "name" for the plugin of the distribution hal-NAME.
+    HAL_DISABLE lists what may not: "distribution:name", or "name" for that plugin of any distribution.
+    """
+    lists = {variable: os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")}
+    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in lists.values())
+    name = _normal(entry_point.name)
+    full = f"{_normal(entry_point.dist.name) if entry_point.dist else ''}:{name}"
+    if lists["HAL_PLUGINS"] is not None and full not in allowed and not (name in allowed and _is_known(entry_point)):
+        return "HAL_PLUGINS"
+    return "HAL_DISABLE" if full in denied or name in denied else ""
+
+
+def failed(name: str, distribution: str, stage: str, error: BaseException, fix: str = "") -> LoadFailure:
+    """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
+    import traceback
+
+    lines = (
+        (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
+    )
+    message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
+    fix = fix or f"upgrade or uninstall {distribution or name}"
+    if os.environ.get("HAL_STRICT") == "1":
+        raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
+    return LoadFailure(name, distribution, stage, message, trace, fix)

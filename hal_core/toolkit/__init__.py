@@ -1,0 +1,1 @@
+"""What plugins build on: sessions, a pooled memory manager, a dense tiling, masks and merging, shared kernel specs."""

@@ -1,0 +1,25 @@
+"""What `matmul` and `linear` compute, in the precision of their inputs (float64 for a reference), and fresh inputs for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., M, K] @ b [..., K, N]."""
+    return a @ b
+
+
+def sample_matmul(generator: Generator) -> tuple[Tensor, Tensor]:
+    return torch.randn(70, 150, generator=generator), torch.randn(150, 40, generator=generator)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] @ weight [N, K]^T + bias [N]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def sample_linear(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = torch.randn(3, 17, 150, generator=generator), torch.randn(40, 150, generator=generator)
+    return x, weight, torch.randn(40, generator=generator)

@@ -1,0 +1,149 @@
+"""A memory manager over torch's allocator: a pool that reuses blocks within a limit."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from ..buffers import Buffer, MemoryStats
+from ..errors import ContractError, MemoryLimitError
+from ..request import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SMALLEST_BLOCK = 512
+
+
+class _Block:
+    """Memory of one size class, and the typed view that it was last handed out as.
+
+    `alone` is the use count of its storage while nobody but the block holds it.
+    """
+
+    __slots__ = ("alone", "count", "form", "size", "storage", "view")
+
+    def __init__(self, size: int, view: Any) -> None:
+        import torch
+
+        self.size, self.view, self.form = size, view, cast(Any, None)
+        self.storage = view.untyped_storage()._cdata
+        self.count = torch._C._storage_Use_Count
+        self.alone = self.count(self.storage)
+
+
+class PooledMemory:
+    """Blocks by size class, reused, within a limit.
+
+    A freed block goes back to the pool only if nobody else holds its memory any more (a DLPack consumer may outlive the
+    buffer); otherwise its last holder frees it. Thread-safe.
+    """
+
+    def __init__(self, torch_device: str = "cpu", *, name: str = "", limit: int | None = None) -> None:
+        self._device, self._name, self.limit = torch_device, name or torch_device, limit
+        self._free: dict[int, list[_Block]] = {}
+        self._lock = threading.Lock()
+        self._in_use = self._pooled = self._peak = self._allocations = self._reuses = self._copies = self._copied = 0
+
+    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """An uninitialised buffer.
+
+        Raises:
+            ContractError: a negative size or an unknown dtype.
+            MemoryLimitError: it would exceed the limit, pooled blocks given back first.
+        """
+        form = (tuple(shape), dtype)
+        if dtype not in DTYPE_BYTES or min(form[0], default=0) < 0:
+            raise ContractError(
+                f"shape {form[0]} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}"
+            )
+        needed = math.prod(form[0]) * DTYPE_BYTES[dtype]
+        size = max(_SMALLEST_BLOCK, 1 << max(needed - 1, 0).bit_length())
+        if size > 1 << 16:  # powers of two waste too much here: steps of an eighth, and of whole MiB from 8 MiB on
+            step = max(size >> 4, 1 << 14) if size <= 1 << 23 else 1 << 20
+            size = -(-needed // step) * step
+        with self._lock:
+            pool = self._free.get(size)
+            if not pool and self.limit is not None:
+                if self._in_use + self._pooled + size > self.limit:
+                    self._drop_pool()
+                if self._in_use + size > self.limit:
+                    raise MemoryLimitError(self._name, size, self._in_use, self.limit)
+            if pool:
+                block = pool.pop()
+                self._pooled -= size
+                self._reuses += 1
+            else:
+                block = self._new_block(size)
+            self._allocations += 1
+            self._in_use += size
+            if self._in_use > self._peak:
+                self._peak = self._in_use
+        if block.form != form:
+            block.view, block.form = _typed(block.view, *form), form
+        return Buffer(block.view.detach(), self, size, block, form)
+
+    def _new_block(self, size: int) -> _Block:
+        import torch
+
+        with torch.inference_mode(False):  # or autograd could not use the memory later
+            return _Block(size, torch.empty(size, dtype=torch.uint8, device=self._device))
+
+    def free(self, buffer: Buffer) -> None:
+        """Give a buffer back. Freeing twice raises ContractError."""
+        if buffer.owner is not self:
+            raise ContractError("this buffer belongs to another memory manager: free it there")
+        if buffer.freed:
+            raise ContractError("this buffer was freed: allocate a new one")
+        buffer.release()
+        block = buffer.block
+        if block is None:  # memory that came in through to_backend is its tensor's
+            return
+        with self._lock:
+            self._in_use -= block.size
+            if block.count(block.storage) == block.alone:  # it is the last: nobody else reads this memory
+                self._free.setdefault(block.size, []).append(block)
+                self._pooled += block.size
+
+    def to_backend(self, tensor: Tensor) -> Buffer:
+        """A buffer that shares the tensor's memory where it lies on this device, a counted copy otherwise."""
+        if str(tensor.device) == str(self._device) or tensor.device.type == self._device:
+            return Buffer(tensor.detach(), self, 0)
+        buffer = self.allocate(tensor.shape, str(tensor.dtype).removeprefix("torch."))
+        buffer.tensor.copy_(tensor)
+        self.count_copy(buffer.nbytes)
+        return buffer
+
+    def to_torch(self, buffer: Buffer) -> Tensor:
+        """A tensor that shares the buffer's memory."""
+        return buffer.tensor  # type: ignore[no-any-return]
+
+    def count_copy(self, nbytes: int) -> None:
+        with self._lock:
+            self._copies += 1
+            self._copied += nbytes
+
+    def stats(self) -> MemoryStats:
+        with self._lock:
+            used = (self._in_use, self._pooled, self._peak, self.limit)
+            return MemoryStats(*used, self._allocations, self._reuses, self._copies, self._copied)
+
+    def trim(self) -> int:
+        """Drop every pooled block and reset the peak; returns the bytes given back."""
+        with self._lock:
+            self._peak = self._in_use
+            return self._drop_pool()
+
+    def _drop_pool(self) -> int:
+        given_back, self._pooled = self._pooled, 0
+        self._free.clear()
+        return given_back
+
+
+def _typed(memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """[shape] of dtype at the start of the tensor's storage."""
+    import torch
+
+    return torch.empty(0, dtype=getattr(torch, dtype), device=memory.device).set_(memory.untyped_storage(), 0, shape)
