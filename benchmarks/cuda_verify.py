@@ -180,12 +180,14 @@ def dropped(bench: Bench) -> float:
 def listed(bench: Bench) -> float:
     """Share of random plans' rows whose list is not that of the host."""
     from hal_cuda.kernels.portable.block_plans import listed_once
+    from hal_cuda.memory import CudaMemory, borrowing
 
     indices = torch.randint(0, 40, (2, 3, 50, 200), dtype=torch.int32, device="cuda")
     counts = torch.randint(0, 201, (2, 3, 50), dtype=torch.int32, device="cuda")
-    once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip)
+    with borrowing(CudaMemory(0)) as borrow:
+        once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip, borrow)
+        got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
     given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
-    got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
     wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
     return sum(wrong) / len(wrong)
 

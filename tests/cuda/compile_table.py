@@ -24,11 +24,13 @@ from hal_cuda.discovery import Chip
 from hal_cuda.kernels.hopper.launch import compile_forward, config_of
 from hal_cuda.kernels.portable import launch
 from hal_cuda.kernels.portable.block_plans import TILE, list_once, list_once_signature
+from hal_cuda.memory import StreamWorkspaces
+from hal_cuda.runtime.context import Context
 from hal_cuda.runtime.launch import compiled
-from hal_cuda.tiling import hopper_tiles
+from hal_cuda.tiling import CudaTiling, hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceMetadata
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -94,6 +96,8 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
 def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """The plain Triton kernels: one of each feature."""
     chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     base = AttentionRequest(
         batch=2, heads_q=8, heads_kv=2, len_q=1024, len_k=1024, dim_qk=128, dim_v=128, dtype="bfloat16", lse=True
     )
@@ -119,7 +123,8 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
         request = replace(base, **change)
         before = len(_launched)
         with mock.patch.object(launch, "launcher", _recorded):
-            launch.PortablePath(request, chip)._build(*_tensors(request), joins=name.startswith("joined"))
+            path = launch.PortablePath(request, context)
+            path._build(*_tensors(request), joins=name.startswith("joined"), cut=None)
         made = _launched[-1:] if name.startswith("joined") else _launched[before:]  # behind the two that captures take
         for part, make in zip(("attend", "merge"), made, strict=False):
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make

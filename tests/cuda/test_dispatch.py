@@ -36,7 +36,7 @@ def paths(chip: Chip = HOPPER, **changes: Any) -> list[str]:
 
 
 def estimate(request: AttentionRequest, chip: Chip, rates: Rates) -> Estimate:
-    return cost.estimate(request, choose(request, chip, rates), rates)
+    return cost.estimate(request, choose(request, chip, rates), rates, chip)
 
 
 def test_plain_attention_has_own_kernels_and_torch_beside_them() -> None:

@@ -61,9 +61,8 @@ def timed(call: Callable[[], Any], flush: Tensor | None, repeats: int = 9) -> fl
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
         if flush is not None:
-            flush.random_(
-                0, 7
-            )  # writes more than the cache holds, and keeps the device busy while the call is prepared
+            # Writes more than the cache holds, and keeps the device busy while the call is prepared.
+            flush.random_(0, 7)
         start.record()
         call()
         stop.record()

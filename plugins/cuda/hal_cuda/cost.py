@@ -11,9 +11,19 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Causal, Estimate, Provenance, Quantity
+from hal_core.plugin_api import (
+    DTYPE_BYTES,
+    AttentionRequest,
+    Basis,
+    Causal,
+    Estimate,
+    MaskKind,
+    Provenance,
+    Quantity,
+)
 
-from .tiling import packs
+from .discovery import Chip
+from .tiling import choose_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
@@ -147,7 +157,7 @@ def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
     return launch + max(flops * slower / rates.rate(path, request).flops, reading)
 
 
-def estimate(request: AttentionRequest, choice: Choice, rates: Rates) -> Estimate:
+def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip) -> Estimate:
     """What a request costs on the path that was chosen; the time's source names every path with its own time."""
     middle = choice.seconds[0][1]
     spread = 1.3 if packs(request, request.len_q) else rates.rate(choice.path, request).spread
@@ -160,7 +170,7 @@ def estimate(request: AttentionRequest, choice: Choice, rates: Rates) -> Estimat
         energy = Quantity(
             joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
         )
-    return Estimate(time=time, energy=energy, memory=memory(request, choice.path))
+    return Estimate(time=time, energy=energy, memory=memory(request, choice.path, chip))
 
 
 def label(path: str) -> str:
@@ -174,20 +184,70 @@ def label(path: str) -> str:
     }[path]
 
 
-def memory(request: AttentionRequest, path: str) -> int:
-    """Bytes that a call allocates at its peak, output included, inputs not."""
-    size = DTYPE_BYTES[request.dtype]
-    out = request.batch * request.heads_q * request.len_q * request.dim_v * size
-    extra = composed_scratch(request) if path == "composed" else 0
-    if path == "portable" and packs(request, request.len_q):
-        extra = (
-            request.batch * request.heads_q * request.len_q * 128 * (request.dim_v + 1) * 4
-        )  # partial results, at most 128
-    return out + request.batch * request.heads_q * request.len_q * 4 * request.lse + extra
+def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
+    """Bytes that a call allocates at its peak, output included, inputs not.
+
+    Where gradients are asked for, it is the forward's peak, which holds what torch keeps for the backward. Packed
+    lengths count as if every sequence were the longest, a block plan as if it ran over batch entries and heads.
+    """
+    r, rows = request, request.batch * request.heads_q * request.len_q
+    result = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + (8 if r.dtype == "float64" else 4) * r.lse)
+    if path == "composed":
+        return result + (_differentiable_memory(r) if r.grads else _in_place_memory(r))
+    if path == "portable":
+        split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
+        lists = 0
+        if r.block_plan is not None and r.block_plan[2] > 1:
+            lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
+        return result + lists + (0 if split.joined else 4 * split.partial)
+    if path == "hopper":
+        return result + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
+    return result + 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
 
 
-def composed_scratch(request: AttentionRequest) -> int:
-    """Bytes of scores and weights at their peak."""
-    size = 8 if request.dtype == "float64" else 4
-    kept = 4 if request.grads else 3
-    return request.batch * request.heads_q * request.len_q * request.len_k * size * kept
+def _in_place_memory(request: AttentionRequest) -> int:
+    """What `kernels.composed` borrows where torch differentiates nothing; packed sequences follow each other."""
+    r, size = request, 8 if request.dtype == "float64" else 4
+    batch = 1 if r.packed else r.batch
+    rows, keys = batch * r.heads_q * r.len_q, batch * r.heads_kv * r.len_k
+    pairs = rows * r.len_k
+    needed = pairs * size + (2 + r.lse) * rows * size + pairs * (r.dropout > 0)
+    if DTYPE_BYTES[r.dtype] != size:
+        needed += (rows * (r.dim_qk + r.dim_v) + keys * (r.dim_qk + r.dim_v)) * size
+    if r.window is not None or r.causal is not Causal.NONE:
+        needed += r.len_q * r.len_k + 8 * (r.len_q + r.len_k)
+    return needed
+
+
+def _differentiable_memory(request: AttentionRequest) -> int:
+    """What torch's operations of `kernels.composed` hold at their peak, in the order of its statements."""
+    r, size = request, 8 if request.dtype == "float64" else 4
+    rows, keys, cells = r.batch * r.heads_q * r.len_q, r.batch * r.heads_kv * r.len_k, r.len_q * r.len_k
+    pairs, cast = rows * r.len_k, DTYPE_BYTES[r.dtype] != size
+    scores = pairs * size
+    repeated = (
+        r.batch * r.heads_q * r.len_k * size if r.heads_q != r.heads_kv else 0
+    )  # torch.matmul copies grouped keys
+    kept = (rows * r.dim_qk + keys * r.dim_qk) * size * cast + repeated * r.dim_qk
+    peaks = [kept + 2 * scores]
+    if r.softcap is not None:
+        peaks.append(kept + 3 * scores)
+        kept += scores
+    if r.mask is MaskKind.BOOLEAN:
+        kept += r.mask_batch * r.mask_heads * cells
+    if r.window is not None or r.causal is not Causal.NONE:
+        peaks.append(kept + scores + 11 * cells)  # distances in int64
+        kept += 2 * cells
+    if r.block_plan is not None:
+        peaks.append(kept + scores + 3 * pairs)
+        kept += pairs
+    peaks.append(kept + 2 * scores)
+    kept += 2 * scores
+    if r.dropout:
+        peaks.append(kept + 2 * scores + pairs)
+        kept += scores + pairs
+    kept += keys * r.dim_v * size * cast + repeated * r.dim_v + rows * r.dim_v * size
+    peaks.append(kept + rows * r.dim_v * size)
+    if r.lse:
+        peaks.append(kept + scores)
+    return max(peaks)

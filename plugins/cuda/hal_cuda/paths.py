@@ -21,6 +21,8 @@ TORCH_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH
 
 def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
     """Every path that is right for a request."""
+    if request.tiling is not None:  # torch's paths cut by themselves, the Hopper kernel has sizes of its own
+        return ["portable"]
     if request.grads:
         return [*torch_names(request, chip), "composed"]
     if request.dtype == "float64":
@@ -38,6 +40,15 @@ def choose(
     if len(timed) > 1 and timed[0][0] == "composed":  # memory of all scores: only where nothing else is right
         timed = [*timed[1:], timed[0]]
     return Choice(timed[0][0], tuple(timed))
+
+
+def path_of_lengths(path: str, request: AttentionRequest) -> str:
+    """The path that serves a request of exact lengths which is bound to `path`: torch's backends disagree about the
+    diagonal of unequal lengths, so those go to another one.
+    """
+    if path in TORCH_BACKENDS and request.causal is not Causal.NONE and request.len_q != request.len_k:
+        return "composed" if request.grads else "portable"
+    return path
 
 
 def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:

@@ -2,15 +2,97 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, DenseTiling, MaskKind, TilePlan
 
 from .discovery import Chip
+from .memory import COUNTERS, PARTIAL
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Rows (tokens times heads of a group) up to which a group shares one tile.
 MOST_PACKED_ROWS = 64
 MOST_PACKED_TOKENS = 16
+#: Query rows of a consumer warpgroup of the Hopper kernel.
+WARPGROUP_ROWS = 64
+#: Block sizes of a tiling that the caller brings, which the portable kernel is compiled for.
+FOREIGN_SIZES = (32, 64, 128)
+#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too
+#: slowly.
+_MOST_JOINED = 1 << 15
+_JOINED = (16, 64)  # splits that it joins at once: two kernels serve all lengths
+
+
+class CudaTiling(DenseTiling):
+    """The device's own cut of the work: equal blocks whose sizes were measured to be fast for each kernel.
+
+    The kernels take their block sizes from the plan. Where torch's own attention serves a request, the plan is one block
+    over everything, cut by "torch".
+
+    Args:
+        chip: the device.
+        path_of: the name of the path that serves a request (see `paths.choose`).
+    """
+
+    def __init__(self, chip: Chip, path_of: Callable[[AttentionRequest], str]) -> None:
+        super().__init__(cut_by="cuda")
+        self.name = "cuda"
+        self._chip, self._path_of = chip, path_of
+        self._too_large: dict[AttentionRequest, Tiles] = {}
+
+    def compute_optimal_tile_size(
+        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
+    ) -> int:
+        """The largest power of two of query rows, from 16 to 128, whose operands fit; see `DenseTiling`."""
+        bounds = {"minimum": 16, "maximum": 128, **backend_constraints}
+        return super().compute_optimal_tile_size(sequence_length, available_memory, bounds)
+
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan:
+        """Equal blocks as the kernel that serves the request is cut: block_q query rows against block_k keys.
+
+        `limits` bound a tiling that the caller brings; the device's own tiles are within its kernels' limits already.
+        """
+        return self.plan_for(self._path_of(request), request)
+
+    def plan_for(self, path: str, request: AttentionRequest) -> TilePlan:
+        """The plan of a request on one path: "hopper", "portable", or one that torch cuts."""
+        if path == "hopper":
+            tiles = hopper_tiles_of(request)
+            return TilePlan.equal(request, WARPGROUP_ROWS * tiles.consumers, tiles.keys, cut_by="cuda")
+        if path == "portable":
+            rows, keys, *_ = self.tiles(request)
+            group = request.heads_q // request.heads_kv if packs(request, request.len_q) else 1
+            return TilePlan.equal(request, max(rows // group, 1), keys, cut_by="cuda")
+        return TilePlan.equal(request, max(request.len_q, 1), max(request.len_k, 1), cut_by="torch")
+
+    def tiles(self, request: AttentionRequest) -> Tiles:
+        """Tiles of the portable kernel: those measured, or the largest smaller ones that were not too large."""
+        return self._too_large.get(request) or choose_tiles(request, request.len_q)
+
+    def shrink(self, request: AttentionRequest, tiles: Tiles) -> bool:
+        """Remember that tiles do not fit the chip's shared memory. False where there are no smaller ones."""
+        smaller = shrunk(tiles)
+        if smaller is not None:
+            self._too_large[request] = smaller
+        return smaller is not None
+
+    def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:
+        """Cuts worth trying, the device's own first, then the sizes that the portable kernel may be compiled for."""
+        fitting = [
+            (q, k) for q in FOREIGN_SIZES for k in FOREIGN_SIZES if not foreign_excess(request, q, k, self._chip)
+        ]
+        others = [] if self._path_of(request) not in ("hopper", "portable") else fitting
+        return [self, *(DenseTiling(q, k) for q, k in others)]
 
 
 class Tiles(NamedTuple):
@@ -25,7 +107,7 @@ class Tiles(NamedTuple):
 def packs(request: AttentionRequest, len_q: int) -> bool:
     """Whether the query heads of a group share a tile."""
     few = len_q <= MOST_PACKED_TOKENS and len_q * (request.heads_q // request.heads_kv) <= MOST_PACKED_ROWS
-    return few and not request.packed and request.block_plan is None
+    return few and not request.packed and request.block_plan is None and request.tiling is None
 
 
 def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
@@ -49,13 +131,33 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
     else:
         tiles = Tiles(64, 64, 4, 3)
     rows, keys = min(tiles.rows, max(16, power_of_two(len_q))), tiles.keys
-    if (
-        request.block_plan is not None
-    ):  # a tile lies in one block of rows; blocks of odd sizes waste least in small tiles
+    if request.block_plan is not None:
+        # A tile lies in one block of rows; blocks of odd sizes waste least in small tiles.
         block_q, block_k = request.block_plan[:2]
         rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
         keys = min(keys, max(16, power_of_two(block_k)))
     return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
+
+
+def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles) -> Tiles:
+    """Tiles of the portable kernel with a plan's block sizes.
+
+    Args:
+        request: with exact lengths. own: the device's own tiles for it, whose warps and stages hold for their sizes.
+    """
+    group = request.heads_q // request.heads_kv if packs(request, request.len_q) else 1
+    rows = max(16, power_of_two(plan.block_q * group))
+    if (rows, plan.block_k) == (own.rows, own.keys):
+        return own
+    stages = 2 if request.dtype == "float32" or max(request.dim_qk, request.dim_v) > 128 else 3
+    return Tiles(rows, plan.block_k, 4 if rows <= 64 else 8, stages)
+
+
+def foreign_excess(request: AttentionRequest, block_q: int, block_k: int, chip: Chip) -> int:
+    """Bytes by which the operands of one tile of these sizes pass the chip's shared memory; 0 where they fit."""
+    dim_qk, dim_v = (max(16, power_of_two(dim)) for dim in (request.dim_qk, request.dim_v))
+    needed = (block_q * dim_qk + block_k * (dim_qk + dim_v)) * DTYPE_BYTES[request.dtype]
+    return max(needed - chip.shared_memory, 0)
 
 
 def shrunk(tiles: Tiles) -> Tiles | None:
@@ -93,12 +195,37 @@ def choose_splits(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: in
     return Splits(-(-steps // steps_each), steps_each * tiles.keys)
 
 
+class KeySplit(NamedTuple):
+    """How the keys of a request's tiles are divided among programs.
+
+    splits: programs and keys of each. partial: numbers that hold their partial results and log-sum-exp; 0: keys are not
+    divided. joined: the most splits that the last program of a tile joins in the stream's workspace; 0: a second kernel
+    joins them.
+    """
+
+    splits: Splits
+    partial: int
+    joined: int
+
+
+def split_keys(
+    request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip, may_join: bool
+) -> KeySplit:
+    """The division of the keys for exact lengths. may_join: there is a workspace."""
+    if not packs(request, len_q):
+        return KeySplit(Splits(1, 0), 0, 0)
+    splits, group = choose_splits(request, tiles, len_q, len_k, batch, chip), request.heads_q // request.heads_kv
+    if splits.count == 1:
+        return KeySplit(splits, 0, 0)
+    partial = batch * request.heads_q * len_q * splits.count * (request.dim_v + 1)
+    programs = batch * request.heads_kv * -(-len_q * group // tiles.rows)
+    fits = partial <= PARTIAL and programs <= COUNTERS
+    fits = fits and min(len_q * group, tiles.rows) * splits.count * request.dim_v <= _MOST_JOINED
+    return KeySplit(splits, partial, next((n for n in _JOINED if may_join and fits and splits.count <= n), 0))
+
+
 def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
-
-
-#: Query rows of a consumer warpgroup of the Hopper kernel.
-WARPGROUP_ROWS = 64
 
 
 class HopperTiles(NamedTuple):
@@ -172,3 +299,11 @@ def hopper_tiles(
         return HopperTiles(64, 2, False, False, not same, 2, 2)
     turns = right or not long or len_k % 64 != 0
     return HopperTiles(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0), lazy=True)
+
+
+def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
+    """The Hopper kernel's tiles for a request's lengths."""
+    left, right = request.window or (None, None)
+    ends = right is not None or request.causal is not Causal.NONE
+    dims = (request.dim_qk, request.dim_v)
+    return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)

@@ -11,7 +11,7 @@ from hal_cuda.kernels.hopper.tile_table import tile_table
 from hal_cuda.kernels.portable import launch as portable
 from hal_cuda.kernels.portable.launch import PortablePath
 from hal_cuda.runtime.launch import launcher
-from interpreted_device import CHIP
+from interpreted_device import CHIP, CONTEXT
 from torch import Tensor
 
 import hal_core as hal
@@ -104,8 +104,13 @@ def test_wrong_lengths_are_refused_where_they_are_read_on_the_host(generator: to
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
     for tables in (SequenceMetadata(wrong, fine), SequenceMetadata(fine, wrong)):
         with pytest.raises(hal.ContractError, match="start at 0, never fall, end at 100"):
-            composed.attend(request, CHIP, *given, None, None, tables)
-    assert composed.attend(request, CHIP, *given, None, None, SequenceMetadata(fine, fine)).out.shape == (1, 2, 100, 8)
+            composed.attend(request, CONTEXT, *given, None, None, tables)
+    assert composed.attend(request, CONTEXT, *given, None, None, SequenceMetadata(fine, fine)).out.shape == (
+        1,
+        2,
+        100,
+        8,
+    )
 
 
 def surrounded(generator: torch.Generator, tokens: int) -> Tensor:
@@ -128,7 +133,7 @@ def test_wrong_lengths_read_and_write_inside_the_tensors(
     )
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
     for tables in (SequenceMetadata(wrong, fine), SequenceMetadata(fine, wrong), SequenceMetadata(wrong, wrong)):
-        out, _ = PortablePath(request, CHIP)(query, key, value, tables=tables)
+        out, _ = PortablePath(request, CONTEXT)(query, key, value, tables=tables)
         assert bool(torch.isfinite(out).all())
         assert bool((room[0] == 7.0).all() and (room[3] == 7.0).all())
         assert bool((room[:, :200] == 7.0).all() and (room[:, 300:] == 7.0).all())
@@ -150,4 +155,4 @@ def test_wrong_page_tables_read_inside_the_cache(
         page_table=torch.tensor(pages, dtype=torch.int32), cache_seqlens=torch.tensor(held, dtype=torch.int32)
     )
     query = torch.randn(1, 2, 1, 32, generator=generator)
-    assert bool(torch.isfinite(PortablePath(request, CHIP)(query, cache, cache, tables=tables).out).all())
+    assert bool(torch.isfinite(PortablePath(request, CONTEXT)(query, cache, cache, tables=tables).out).all())

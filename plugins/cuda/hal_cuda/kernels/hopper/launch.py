@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata, TilePlan
 
-from ...discovery import Chip
 from ...runtime import binaries
-from ...tiling import WARPGROUP_ROWS, HopperTiles, hopper_tiles, packs, parts, power_of_two, value_parts
+from ...runtime.context import Context
+from ...tiling import WARPGROUP_ROWS, HopperTiles, hopper_tiles_of, packs, parts, power_of_two, value_parts
 from ..portable.launch import PortablePath, empty_result
 from .config import Config
 from .schedule import OVERHEAD, key_tiles, schedule
@@ -133,8 +134,9 @@ class HopperPath:
     path.
     """
 
-    def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
-        self.request, self.chip, self._instead = request, chip, instead
+    def __init__(self, request: AttentionRequest, context: Context, instead: PortablePath) -> None:
+        self.request, self.chip, self._context, self._instead = request, context.chip, context, instead
+        chip = context.chip
         self._launches: dict[Any, Launch | None] = {}
         self._stream, self._index, self._lse = torch._C._cuda_getCurrentRawStream, chip.index, request.lse
         self._last: tuple[Any, Launch | None] = ((), None)
@@ -145,7 +147,7 @@ class HopperPath:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
-        plan: BlockPlan | None = None,
+        plan: BlockPlan | TilePlan | None = None,
         tables: SequenceMetadata | None = None,
         rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:
@@ -177,7 +179,7 @@ class HopperPath:
             self._launches[form] = self._build(query, key, value) if steps_fit else None
         return self._launches[form]
 
-    def _build(self, query: Tensor, key: Tensor, value: Tensor) -> Launch:
+    def _build(self, query: Tensor, key: Tensor, value: Tensor) -> Launch | None:
         r, chip = self.request, self.chip
         batch, heads, len_q, dim_qk = query.shape
         len_k, dim_v = key.shape[2], value.shape[3]
@@ -186,7 +188,10 @@ class HopperPath:
             right = 0 if right is None else min(right, 0)
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
         ends_inside = right is not None and shift + right <= len_k - len_q  # no row reaches past the last key
-        tiles = hopper_tiles(dim_qk, dim_v, len_q, len_k, right is not None, left is not None, r.lse)
+        exact = replace(r, len_q=len_q, len_k=len_k)
+        tiles = hopper_tiles_of(exact)
+        if not follows(tiles, self._context.tiling.plan_for("hopper", exact)):
+            return None
         config = config_of(
             tiles,
             dim_qk=dim_qk,
@@ -234,6 +239,11 @@ class HopperPath:
         sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out) * repeats, made.maps, strict=True))
         like_query = dim_qk == dim_v and out.stride() == torch.empty_like(query).stride()
         return Launch(made, (plan.programs, 1, 1), sides, tuple({} for _ in sides), tail, like_query, repeats)
+
+
+def follows(tiles: HopperTiles, plan: TilePlan) -> bool:
+    """Whether the tiles have a plan's block sizes. Where they do not, the portable kernel serves the call."""
+    return (plan.block_q, plan.block_k) == (WARPGROUP_ROWS * tiles.consumers, tiles.keys)
 
 
 def compile_forward(dtype: str, config: Config) -> Any:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata, TilePlan
 
-from ...discovery import Chip
+from ...memory import borrowing
 from ...runtime import binaries
+from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
-from ...tiling import WARPGROUP_ROWS, hopper_tiles
+from ...tiling import WARPGROUP_ROWS, hopper_tiles_of
 from ..portable.launch import PortablePath, empty_result
-from .launch import CACHED, LOG2E, add_map, compile_forward, config_of, fits, side
+from .launch import CACHED, LOG2E, add_map, compile_forward, config_of, fits, follows, side
 from .tile_table import tile_table
 
 #: Triton types of `tile_table`'s run-time arguments.
@@ -47,8 +49,8 @@ class Launch(NamedTuple):
 class PackedHopperPath:
     """A packed request bound to the Gluon kernel; tensors that the copy engine cannot read go to the plain path."""
 
-    def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
-        self.request, self.chip, self._instead = request, chip, instead
+    def __init__(self, request: AttentionRequest, context: Context, instead: PortablePath) -> None:
+        self.request, self.chip, self._context, self._instead = request, context.chip, context, instead
         self._launches: dict[Any, Launch | None] = {}
 
     def __call__(
@@ -57,7 +59,7 @@ class PackedHopperPath:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
-        plan: BlockPlan | None = None,
+        plan: BlockPlan | TilePlan | None = None,
         tables: SequenceMetadata | None = None,
         rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:
@@ -77,23 +79,27 @@ class PackedHopperPath:
         if launch is None and form not in self._launches:
             if len(self._launches) >= _MOST_KEPT:
                 self._launches.clear()
-            launch = self._build(query, key, value, sequences, same) if fits(query, key, value) else None
-            self._launches[form] = launch
+            launch = self._launches[form] = self._build(query, key, value, sequences, same)
         if launch is None or not whole or (pointers[0] | pointers[1] | pointers[2]) & 15:
             return self._instead(query, key, value, mask, plan, tables, rng)
         out = empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
-        table = torch.empty(_HEAD + _ENTRY * launch.most, dtype=torch.int32, device=query.device)
-        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), launch.listing)
         arguments: list[Any] = []
         for place, pointer in enumerate((*pointers, out.data_ptr())):
             arguments += launch.made[place].get(pointer) or add_map(launch.sides[place], launch.made[place], pointer)
-        arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
-        launch.kernel((launch.programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
+        with borrowing(self._context.memory) as borrow:
+            table = borrow((_HEAD + _ENTRY * launch.most,), torch.int32)
+            launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), launch.listing)
+            arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
+            launch.kernel((launch.programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
         return AttentionOutput(out, lse)
 
-    def _build(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, same: bool) -> Launch:
-        """same: queries and keys have the same lengths, which makes both diagonals one."""
+    def _build(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, same: bool) -> Launch | None:
+        """None where the copy engine cannot read the tensors. same: queries and keys have the same lengths, which makes
+        both diagonals one.
+        """
+        if not fits(query, key, value):
+            return None
         r, chip = self.request, self.chip
         heads, tokens, dim_qk, dim_v = query.shape[1], query.shape[2], query.shape[3], value.shape[3]
         left, right = r.window or (None, None)
@@ -102,7 +108,10 @@ class PackedHopperPath:
         bottom = r.causal is Causal.BOTTOM_RIGHT and not same
         reach = r.diagonal + (right or 0)
         mean_q, mean_k = (max(t.shape[2] // max(sequences, 1), 1) for t in (query, key))
-        tiles = hopper_tiles(dim_qk, dim_v, mean_q, mean_k, right is not None, left is not None, r.lse)
+        mean = replace(r, len_q=mean_q, len_k=mean_k)
+        tiles = hopper_tiles_of(mean)
+        if not follows(tiles, self._context.tiling.plan_for("hopper", mean)):
+            return None
         config = config_of(
             tiles,
             dim_qk=dim_qk,

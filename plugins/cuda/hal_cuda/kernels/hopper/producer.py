@@ -61,20 +61,21 @@ def producer(inputs: Inputs, staged: Staged, barriers: Barriers, work: Work, C: 
         tile = tile_at(r, total, work, C)
         first, last = key_tiles(tile.row, ROWS, tile, work, C)
         load_queries(inputs, staged, barriers, r, tile, C)
-        batch, head = tile.batch, tile.head // C.group
         count = last - first
         for i in range(count):
             row = tile.first_key + (last - 1 - i) * C.keys
-            load_keys(inputs, staged, barriers, key_place(loaded, i, C), (batch, head, row), C)
+            place = key_place(loaded, i, C)
+            load_keys(inputs, staged, barriers, place, (tile.batch, tile.head // C.group, row), C)
             if C.shared_ring:
                 if i > 0:
                     place = value_place(loaded, i - 1, count, C)
-                    load_values(inputs, staged, barriers, place, (batch, head, row + C.keys), C)
+                    load_values(inputs, staged, barriers, place, (tile.batch, tile.head // C.group, row + C.keys), C)
             else:
-                load_values(inputs, staged, barriers, loaded + i, (batch, head, row), C)
+                load_values(inputs, staged, barriers, loaded + i, (tile.batch, tile.head // C.group, row), C)
         if C.shared_ring:
-            row = tile.first_key + first * C.keys
-            load_values(inputs, staged, barriers, value_place(loaded, count - 1, count, C), (batch, head, row), C)
+            place = value_place(loaded, count - 1, count, C)
+            at = (tile.batch, tile.head // C.group, tile.first_key + first * C.keys)
+            load_values(inputs, staged, barriers, place, at, C)
         loaded += count
     if C.named:  # leave no arrival pending
         for j in range(gl.maximum(loaded - NB, 0), loaded):

@@ -15,6 +15,7 @@ import triton.language as tl
 from hal_core.plugin_api import BlockPlan
 
 from ...discovery import Chip
+from ...memory import Borrowed
 from ...runtime.launch import Launcher, launcher
 
 _POINTERS = ("index", "count", "out", "out_count")
@@ -66,7 +67,7 @@ def list_once(
     tl.store(out_count + target, kept)
 
 
-def listed_once(plan: BlockPlan, chip: Chip) -> BlockPlan:
+def listed_once(plan: BlockPlan, chip: Chip, borrow: Borrowed) -> BlockPlan:
     """The same plan with each row's blocks named once and side by side in memory: int32 of the given sizes, contiguous.
 
     A row that lists a block twice means it once, as `hal_core.expand_block_plan` has it.
@@ -77,8 +78,8 @@ def listed_once(plan: BlockPlan, chip: Chip) -> BlockPlan:
     once = BlockPlan(
         plan.block_q,
         plan.block_k,
-        torch.empty_like(indices, memory_format=torch.contiguous_format),
-        torch.empty_like(counts, memory_format=torch.contiguous_format),
+        borrow(indices.shape, torch.int32),
+        borrow(counts.shape, torch.int32),
     )
     batch, heads, rows, most = indices.shape
     if indices.numel():

@@ -47,12 +47,15 @@ def dropout_pattern(
     rng: tuple[int, int],
     device: Any,
     first_batch: int = 0,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """bool [batch, heads, len_q, len_k]: the pairs that the kernels keep under (seed, offset), from `first_batch`
-    on.
+    """bool [batch, heads, len_q, len_k]: the pairs that the kernels keep under (seed, offset).
+
+    first_batch: number of the first batch entry. out: where the pattern is written; None: in a new tensor.
     """
     batch, heads, rows, columns = shape
-    keep = torch.empty(shape, dtype=torch.bool, device=device)
+    keep = torch.empty(shape, dtype=torch.bool, device=device) if out is None else out
     signature = {"out": "*u8", "seed": "i64", "offset": "i32", "rows": "i32", "columns": "i32", "probability": "fp32"}
     signature |= {"first_head": "i32"}
     run = launcher(chip, keep_mask, signature, {"BLOCK": 1024}, num_warps=4)
