@@ -47,7 +47,9 @@ class InterpretedBackend:
         return attrs.evolve(CAPABILITIES, dtypes=CAPABILITIES.dtypes - {"bfloat16"})
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        return CudaBackend().check(request, device)
+        backend = CudaBackend()
+        backend._chips[device.id] = CHIP
+        return backend.check(request, device)
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
         return estimate(request, choose(request, CHIP, RATES), RATES, CHIP)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal, Device
+from hal_core.plugin_api import AttentionRequest, Causal, Device, DeviceUnavailableError
 
 from . import paths
 from .cost import OWN, Rates
@@ -23,6 +23,8 @@ from .session import CudaSession
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1000, 1500, 2048, 3000, 8192, 16384)  # some fill their tiles, some do not
 DIMS = (64, 96, 128, 192, 256)
+#: Largest range of the middle half of a measurement's times, as a share of their median; how often one is tried.
+MOST_SPREAD, ATTEMPTS = 0.5, 3
 
 
 def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable[[str, float], None]) -> dict[str, Any]:
@@ -55,9 +57,35 @@ def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable
 
 
 def timed(call: Callable[[], Any], flush: Tensor | None, repeats: int = 9) -> float:
-    """Median seconds of a call on the device, after two warm-up calls."""
+    """Median seconds of a call on the device, after two warm-up calls; measured anew where its times vary much.
+
+    Raises:
+        DeviceUnavailableError: the times vary much each time: other work uses the GPU or the host.
+    """
     for _ in range(2):
         call()
+    return steady(lambda: _times(call, flush, repeats))
+
+
+def steady(measure: Callable[[], list[float]]) -> float:
+    """The median of a measurement whose middle half lies within `MOST_SPREAD` of it; seconds.
+
+    Raises:
+        DeviceUnavailableError: no attempt gave one.
+    """
+    for _ in range(ATTEMPTS):
+        times = sorted(measure())
+        median, low, high = statistics.median(times), times[len(times) // 4], times[-1 - len(times) // 4]
+        if high - low <= MOST_SPREAD * median:
+            return median
+    raise DeviceUnavailableError(
+        f"equal calls took between {times[0] * 1e3:.3g} and {times[-1] * 1e3:.3g} ms, {ATTEMPTS} times over, so other "
+        "work uses the GPU or the host: run hal calibrate again when both are idle; nothing was stored"
+    )
+
+
+def _times(call: Callable[[], Any], flush: Tensor | None, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls on the device."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
         if flush is not None:
@@ -67,7 +95,7 @@ def timed(call: Callable[[], Any], flush: Tensor | None, repeats: int = 9) -> fl
         call()
         stop.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
+    return [start.elapsed_time(stop) / 1e3 for start, stop in events]
 
 
 def read_bandwidth(flush: Tensor) -> float:

@@ -212,7 +212,7 @@ def _in_place_memory(request: AttentionRequest) -> int:
     rows, keys = batch * r.heads_q * r.len_q, batch * r.heads_kv * r.len_k
     pairs = rows * r.len_k
     needed = pairs * size + (2 + r.lse) * rows * size + pairs * (r.dropout > 0)
-    if DTYPE_BYTES[r.dtype] != size:
+    if r.packed or DTYPE_BYTES[r.dtype] != size:  # copies of the operands, and the result before it is copied
         needed += (rows * (r.dim_qk + r.dim_v) + keys * (r.dim_qk + r.dim_v)) * size
     if r.window is not None or r.causal is not Causal.NONE:
         needed += r.len_q * r.len_k + 8 * (r.len_q + r.len_k)
@@ -220,14 +220,16 @@ def _in_place_memory(request: AttentionRequest) -> int:
 
 
 def _differentiable_memory(request: AttentionRequest) -> int:
-    """What torch's operations of `kernels.composed` hold at their peak, in the order of its statements."""
+    """What torch's operations of `kernels.composed` hold at their peak, in the order of its statements.
+
+    Packed sequences follow each other, and torch keeps for the backward what those before have left.
+    """
     r, size = request, 8 if request.dtype == "float64" else 4
-    rows, keys, cells = r.batch * r.heads_q * r.len_q, r.batch * r.heads_kv * r.len_k, r.len_q * r.len_k
+    batch = 1 if r.packed else r.batch
+    rows, keys, cells = batch * r.heads_q * r.len_q, batch * r.heads_kv * r.len_k, r.len_q * r.len_k
     pairs, cast = rows * r.len_k, DTYPE_BYTES[r.dtype] != size
     scores = pairs * size
-    repeated = (
-        r.batch * r.heads_q * r.len_k * size if r.heads_q != r.heads_kv else 0
-    )  # torch.matmul copies grouped keys
+    repeated = batch * r.heads_q * r.len_k * size * (r.heads_q != r.heads_kv)  # torch.matmul copies grouped keys
     kept = (rows * r.dim_qk + keys * r.dim_qk) * size * cast + repeated * r.dim_qk
     peaks = [kept + 2 * scores]
     if r.softcap is not None:
@@ -247,7 +249,11 @@ def _differentiable_memory(request: AttentionRequest) -> int:
         peaks.append(kept + 2 * scores + pairs)
         kept += scores + pairs
     kept += keys * r.dim_v * size * cast + repeated * r.dim_v + rows * r.dim_v * size
-    peaks.append(kept + rows * r.dim_v * size)
+    peaks.append(kept + rows * r.dim_v * size * cast)
     if r.lse:
         peaks.append(kept + scores)
-    return max(peaks)
+    if not r.packed:
+        return max(peaks)
+    left = kept - rows * r.dim_v * size - scores * (not r.lse)  # the log-sum-exp's backward reads the scores
+    results = rows * r.dim_v * DTYPE_BYTES[r.dtype] + rows * size * r.lse
+    return left * (r.batch - 1) + max(peaks) + results * (r.batch - 1)

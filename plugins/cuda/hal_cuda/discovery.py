@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attrs
 
@@ -129,7 +129,7 @@ class Chip:
         """The chip of an initialised CUDA device."""
         import torch
 
-        facts = torch.cuda.get_device_properties(index)
+        facts: Any = torch.cuda.get_device_properties(index)
         return cls(
             index=index,
             capability=(facts.major, facts.minor),

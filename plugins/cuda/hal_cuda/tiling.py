@@ -172,7 +172,7 @@ def shrunk(tiles: Tiles) -> Tiles | None:
 class Splits(NamedTuple):
     """Programs that share the keys of a tile, and keys of each."""
 
-    count: int
+    programs: int
     chunk: int
 
 
@@ -215,13 +215,13 @@ def split_keys(
     if not packs(request, len_q):
         return KeySplit(Splits(1, 0), 0, 0)
     splits, group = choose_splits(request, tiles, len_q, len_k, batch, chip), request.heads_q // request.heads_kv
-    if splits.count == 1:
+    if splits.programs == 1:
         return KeySplit(splits, 0, 0)
-    partial = batch * request.heads_q * len_q * splits.count * (request.dim_v + 1)
+    partial = batch * request.heads_q * len_q * splits.programs * (request.dim_v + 1)
     programs = batch * request.heads_kv * -(-len_q * group // tiles.rows)
     fits = partial <= PARTIAL and programs <= COUNTERS
-    fits = fits and min(len_q * group, tiles.rows) * splits.count * request.dim_v <= _MOST_JOINED
-    return KeySplit(splits, partial, next((n for n in _JOINED if may_join and fits and splits.count <= n), 0))
+    fits = fits and min(len_q * group, tiles.rows) * splits.programs * request.dim_v <= _MOST_JOINED
+    return KeySplit(splits, partial, next((n for n in _JOINED if may_join and fits and splits.programs <= n), 0))
 
 
 def power_of_two(number: int) -> int:

@@ -289,7 +289,7 @@ def test_splits_cover_every_key() -> None:
         assert packs(request, 1)
         tiles = choose_tiles(request, 1)
         splits = choose_splits(request, tiles, 1, keys, 1, CHIP)
-        assert (splits.count - 1) * splits.chunk < keys <= splits.count * splits.chunk
+        assert (splits.programs - 1) * splits.chunk < keys <= splits.programs * splits.chunk
 
 
 def test_tiles_shrink_to_nothing_left() -> None:

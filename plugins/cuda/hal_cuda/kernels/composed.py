@@ -170,11 +170,14 @@ def _in_place(
         if request.dropout:
             assert rng is not None
             keep = borrow(shape, torch.bool)
-            scores.mul_(dropout_pattern(context.chip, shape, request.dropout, rng, query.device, first_batch, out=keep))
+            dropout_pattern(context.chip, shape, request.dropout, rng, query.device, first_batch, out=keep)
+            torch.where(keep, scores, scores.new_zeros(()), out=scores)
         total.clamp_(min=0.5).mul_(1 - request.dropout)  # 1 or more, but for fully masked rows
         sums = out if out.dtype == kind and out.is_contiguous() else borrow(out.shape, kind)
         torch.bmm(by_key_head, values, out=sums.view(*folded, dim_v))
-        torch.div(sums, total, out=out)
+        sums.div_(total)
+        if sums is not out:
+            out.copy_(sums)
 
 
 def _empty_result(request: AttentionRequest, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
 """Flash-attention forward for Hopper in Gluon: bf16 and fp16, full, causal, sliding window, softcap, any lengths, packed
 or not.
 

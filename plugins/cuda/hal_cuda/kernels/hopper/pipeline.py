@@ -1,4 +1,5 @@
 # ruff: noqa: N803, SIM108
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
 """How the Hopper kernels' warpgroups wait for each other, and which tiles each of them takes."""
 
 from triton.experimental import gluon

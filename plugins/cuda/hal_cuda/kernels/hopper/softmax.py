@@ -1,4 +1,5 @@
 # ruff: noqa: N803, E741
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
 """Between the two products of the Hopper kernels: scores masked, and turned into weights that the second product reads.
 
 WIDE (tiles of 128 keys): a thread's operations are laid out so that few wait for each other, its part of a row's sum is

@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
 """Attention in plain Triton: every feature, any strides, compute capability 8.0 and up; also runs in Triton's interpreter.
 
 One program owns BM query rows of one key head and walks its keys in tiles of BN. With PACK the query heads of a group share

@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
 """Dropout as the kernels draw it: which pairs are kept, the random words, and the pattern as a tensor."""
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class PortablePath:
             len_k = tables.page_table.shape[1] * key.shape[2]
         pack, group = packs(r, len_q), heads_q // heads_kv
         splits, partial, at_once = split_keys(r, tiles, len_q, len_k, batch, self.chip, joins)
-        split = splits.count > 1
+        split = splits.programs > 1
         if plan is not None:
             row_tiles = -(-len_q // plan.block_q) * -(-plan.block_q // tiles.rows)
         else:
@@ -256,7 +256,7 @@ class PortablePath:
             left or 0,
             right or 0,
             splits.chunk,
-            splits.count,
+            splits.programs,
             *((1, 1) if plan is None else plan[:2]),
             query.shape[2],
             key.shape[2] if r.page_size is None else key.shape[0],
@@ -266,12 +266,12 @@ class PortablePath:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
         aligned, even = _aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
         chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, aligned, even)
-        grid = (row_tiles * splits.count, heads_kv if pack else heads_q, batch)
+        grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
         like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
         if at_once or not split:
             return launch
-        merging = [*out.stride()[:3], splits.count]
+        merging = [*out.stride()[:3], splits.programs]
         return launch._replace(
             merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch)
         )

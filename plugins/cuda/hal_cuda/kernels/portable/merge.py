@@ -1,4 +1,5 @@
 # ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
 """Partial results of split keys, joined: by the last program of a tile in `attend`, or by a kernel of its own.
 
 Source: Dao et al. 2023 (Flash-Decoding).
