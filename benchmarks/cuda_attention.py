@@ -4,8 +4,8 @@
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
 Ratios are the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them
-and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.benchmark); the dispatch is held
-to torch's two, which it may choose. FlexAttention, compiled for each shape, has a section of its own.
+and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.benchmark); the dispatch is
+held to torch's two, which it may choose. FlexAttention, compiled for each shape, has a section of its own.
 """
 
 from __future__ import annotations
@@ -516,7 +516,8 @@ def conditions(bench: Bench) -> list[str]:
 def board() -> str:
     """The GPU and its driver, and clock and power as they are now."""
     gpu = find().gpus[0]
-    return f"{gpu.name}, driver {nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run."
+    clock = f"SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run"
+    return f"{gpu.name}, driver {nvml.driver_version()}, {clock}."
 
 
 def main() -> None:

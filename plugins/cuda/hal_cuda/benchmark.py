@@ -124,9 +124,10 @@ class Peers:
             "FA2": lambda: _packed_result(flash(*rows, ends, ends, longest, longest, 0.0, causal, False)[0])
         }
         module = self._modules.get("FlashAttention-4")
-        if hasattr(module, "flash_attn_varlen_func"):
+        varlen = getattr(module, "flash_attn_varlen_func", None)
+        if varlen is not None:
             calls["FA4"] = lambda: _packed_result(
-                module.flash_attn_varlen_func(
+                varlen(
                     *rows,
                     cu_seqlens_q=ends,
                     cu_seqlens_k=ends,

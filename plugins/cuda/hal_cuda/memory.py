@@ -202,8 +202,8 @@ class StreamWorkspaces:
     A workspace stays with its stream's handle until the session closes; torch ends none of its streams.
 
     Args:
-        memory: where the workspaces come from, at the first use or in `prepare`, neither of which may lie in the capture
-            of a graph.
+        memory: where the workspaces come from, at the first use or in `prepare`, neither of which may lie in the
+            capture of a graph.
     """
 
     def __init__(self, memory: MemoryManager) -> None:

@@ -29,8 +29,8 @@ _JOINED = (16, 64)  # splits that it joins at once: two kernels serve all length
 class CudaTiling(DenseTiling):
     """The device's own cut of the work: equal blocks whose sizes were measured to be fast for each kernel.
 
-    The kernels take their block sizes from the plan. Where torch's own attention serves a request, the plan is one block
-    over everything, cut by "torch".
+    The kernels take their block sizes from the plan. Where torch's own attention serves a request, the plan is one
+    block over everything, cut by "torch".
 
     Args:
         chip: the device.

@@ -1,1 +1,1 @@
-"""The device's own kernels and their launches. Importing one imports Triton; nothing is imported before it is needed."""
+"""The device's own kernels and their launches. Importing one imports Triton, so each is imported when it is needed."""

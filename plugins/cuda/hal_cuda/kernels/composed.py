@@ -209,7 +209,7 @@ def _hide_band(scores: Tensor, request: AttentionRequest, borrow: Borrowed) -> N
 
 def _hide_blocks(scores: Tensor, plan: BlockPlan, borrow: Borrowed) -> None:
     """Hide what a block plan leaves out, one row of blocks after the other."""
-    len_q, len_k = scores.shape[2:]
+    len_k = scores.shape[3]
     blocks_k = -(-len_k // plan.block_k)
     hidden, (batch, heads, rows, most) = scores.new_full((), -math.inf), plan.indices.shape
     # One block beyond the last stands for entries past the count.

@@ -74,8 +74,7 @@ def compile_for(
         return made
     except OSError as error:
         raise DeviceUnavailableError(
-            f"the kernel cache {knobs.cache.dir} cannot be used ({error}): set TRITON_CACHE_DIR to a folder that can be "
-            "written"
+            f"the kernel cache {knobs.cache.dir} cannot be used ({error}): set TRITON_CACHE_DIR to a writable folder"
         ) from error
 
 

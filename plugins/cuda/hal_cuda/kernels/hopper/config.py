@@ -16,9 +16,10 @@ class Config(NamedTuple):
         group: query heads of a key head. rows: query rows of a consumer warpgroup. keys: keys of a tile.
         dim_qk, dim_v: first part of a head size, a power of two. dim_qk2, dim_v2: its second part; 0: there is none.
         value_columns: columns of the values; where fewer than dim_v + dim_v2, the rest is padding (see narrow.py).
-        stages, stages2: shared-memory stages of keys and values, and of their second parts. query_stages: of query tiles.
-        barriers: barriers of the stages: ST where both parts have as many stages, else the product, because a tile's
-            barrier is its own until both its stages have gone round.
+        stages, stages2: shared-memory stages of keys and values, and of their second parts.
+        query_stages: stages of query tiles.
+        barriers: barriers of the stages: `stages` where both parts have as many, else the product of both numbers,
+            because a tile's barrier is its own until both its stages have gone round.
         shared_ring: keys and values share their stages (see `key_place`); they have the same head size.
         consumers: warpgroups that compute, 2 or 3.
         turns: consumer warpgroups take turns at the tensor cores.

@@ -1,7 +1,6 @@
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
-"""Flash-attention forward for Hopper in Gluon: bf16 and fp16, full, causal, sliding window, softcap, any lengths, packed
-or not.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Flash-attention forward for Hopper in Gluon: bf16 and fp16, full, causal, window, softcap, packed.
 
 One producer warpgroup feeds Q, K and V tiles by the tensor memory accelerator; the consumer warpgroups own 64 query
 rows each and share the K and V tiles. Keys are walked from the last tile backwards; tiles on an edge (diagonal, window,

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Which thread of a warpgroup holds which elements of a tile."""
 
 from triton.experimental import gluon

@@ -1,5 +1,5 @@
 # ruff: noqa: N803, SIM108
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """How the Hopper kernels' warpgroups wait for each other, and which tiles each of them takes."""
 
 from triton.experimental import gluon
@@ -156,7 +156,8 @@ def tile_at(r, total, work, C: gl.constexpr):
     if r % 2 == 1:
         pos = P - 1 - pos
     t = r * P + pos
-    # Heads in groups of `together`, so that their K and V stay in L2; in a group, the longest tiles of every head first.
+    # Heads in groups of `together`, so that their K and V stay in L2; in a group, the longest tiles of every head come
+    # first.
     row_tiles, together, heads, shift = work.row_tiles, work.together, work.heads, work.shift
     len_q, len_k = work.len_q, work.len_k
     if C.packed:

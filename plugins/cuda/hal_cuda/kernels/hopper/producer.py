@@ -1,5 +1,5 @@
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """The warpgroup of the Hopper kernel that loads: query, key and value tiles, by the tensor memory accelerator."""
 
 from triton.experimental import gluon

@@ -1,5 +1,5 @@
 # ruff: noqa: N803, E741
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Between the two products of the Hopper kernels: scores masked, and turned into weights that the second product reads.
 
 WIDE (tiles of 128 keys): a thread's operations are laid out so that few wait for each other, its part of a row's sum is
@@ -26,7 +26,8 @@ def _scaling(count: int) -> tuple[str, str]:
     factors = range(2 * count, 3 * count)
     products = "".join(f"mul.f32 ${place}, ${place}, ${factor}; " for place, factor in enumerate(factors))
     one = "0f3F800000"
-    asked = f"setp.neu.f32 p, ${factors[0]}, {one}; setp.neu.or.f32 p, ${factors[2]}, {one}, p; vote.sync.any.pred q, p, -1;"
+    asked = f"setp.neu.f32 p, ${factors[0]}, {one}; setp.neu.or.f32 p, ${factors[2]}, {one}, p; "
+    asked += "vote.sync.any.pred q, p, -1;"
     text = f"{{ .reg .pred p, q; {asked} @!q bra.uni DONE; {products}DONE: }}"
     return text, ",".join(["=f"] * count + [str(place) for place in range(count)] + ["f"] * count)
 

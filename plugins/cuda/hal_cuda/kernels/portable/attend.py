@@ -1,10 +1,11 @@
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
-"""Attention in plain Triton: every feature, any strides, compute capability 8.0 and up; also runs in Triton's interpreter.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="attr-defined"
+"""Attention in Triton: every feature, any strides, compute capability 8.0 and up; also runs in Triton's interpreter.
 
-One program owns BM query rows of one key head and walks its keys in tiles of BN. With PACK the query heads of a group share
-the tile (decode: few queries, so keys are read once for the whole group); with SPLIT the keys are divided among programs,
-whose partial results are joined by the last of them (JOIN) or by `merge`.
+One program owns BM query rows of one key head and walks its keys in tiles of BN. With PACK the query heads of a group
+share the tile (decode: few queries, so keys are read once for the whole group); with SPLIT the keys are divided among
+programs, whose partial results are joined by the last of them (JOIN) or by `merge`.
 
 Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decoding) for split keys.
 """
@@ -18,7 +19,7 @@ from .merge import LN2, LOG2E, gathered, settled
 
 @triton.jit
 def within(at, low, high):
-    """The number at an address, or the nearer bound where it lies outside [low, high]: a wrong table reads no foreign memory."""
+    """The number at an address, clamped to [low, high], so that a wrong table reads no foreign memory."""
     return tl.minimum(tl.maximum(tl.load(at), low), high)
 
 
@@ -110,17 +111,17 @@ def attend(
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, query heads without.
+    """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, else query heads.
 
-    Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher then
-    knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left, right
-    count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and keys that
-    there are, or pages in all_k. EVEN: every tile of keys is whole.
+    Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher
+    then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
+    right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
+    keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
 
     With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
     log-sum-exp, [batch, heads, len_q, splits]. With JOIN, the most splits that the last program of a tile joins,
-    ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that have theirs written,
-    int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
+    ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that have theirs
+    written, int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1

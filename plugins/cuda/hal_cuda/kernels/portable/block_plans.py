@@ -1,5 +1,5 @@
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Block plans as the attention kernel reads them: each block of a row once, entries side by side in memory.
 
 They are made ready on the device, without waiting for it.

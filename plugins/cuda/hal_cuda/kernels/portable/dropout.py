@@ -1,5 +1,5 @@
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Dropout as the kernels draw it: which pairs are kept, the random words, and the pattern as a tensor."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ...runtime.launch import launcher
 def kept(seed, offset, head, row, column, probability):
     """Whether dropout keeps a pair: a function of (seed, offset) and of the pair's place alone.
 
-    seed: int64. offset: int32. head: batch entry * heads + query head. row, column: places in the sequence. int32 blocks of
-    one shape.
+    seed: int64. offset: int32. head: batch entry * heads + query head. row, column: places in the sequence. int32
+    blocks of one shape.
     """
     last = (row * 0 + offset).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, column.to(tl.uint32), row.to(tl.uint32), head.to(tl.uint32), last)
@@ -29,9 +29,9 @@ def kept(seed, offset, head, row, column, probability):
 
 @triton.jit
 def keep_mask(out, seed, offset, rows, columns, first_head, probability, BLOCK: tl.constexpr):
-    """out[head, row, column] = kept: the pattern as a tensor, for gradients by torch. Grid: (heads * rows, blocks of columns).
+    """out[head, row, column] = kept: the pattern as a tensor, for gradients by torch.
 
-    Heads are numbered from first_head: batch entry * heads + query head.
+    Grid: (heads * rows, blocks of columns). Heads are numbered from first_head: batch entry * heads + query head.
     """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0) % rows

@@ -1,5 +1,5 @@
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, allow-any-generics
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Partial results of split keys, joined: by the last program of a tile in `attend`, or by a kernel of its own.
 
 Source: Dao et al. 2023 (Flash-Decoding).
@@ -14,10 +14,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def gathered(part, lse_part, place, ok, first, splits, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr):
-    """Partial results number first to first + PARTS of rows, summed: (largest lse [rows], total weight [rows], sums [rows, BDV]).
+    """Sum the partial results number first to first + PARTS of rows.
 
-    part: float32 [..., splits, DV]; lse_part: natural, [..., splits]. place: of the rows among the leading dimensions; ok:
-    which of them exist. Read past the first-level cache: other programs of this launch may have written them.
+    Gives (largest lse [rows], total weight [rows], sums [rows, BDV]). part: float32 [..., splits, DV]; lse_part:
+    natural, [..., splits]. place: of the rows among the leading dimensions; ok: which of them exist. They are
+    read past the first-level cache: other programs of this launch may have written them.
     """
     d = tl.arange(0, BDV)[None, None, :]
     some = first + tl.arange(0, PARTS)[None, :]
