@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -27,10 +28,10 @@ from hal_cuda.kernels.portable.block_plans import TILE, list_once, list_once_sig
 from hal_cuda.memory import StreamWorkspaces
 from hal_cuda.runtime.context import Context
 from hal_cuda.runtime.launch import compiled
-from hal_cuda.tiling import CudaTiling, hopper_tiles
+from hal_cuda.tiling import FOREIGN_SIZES, CudaTiling, foreign_excess, hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata, TilePlan
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -130,6 +131,33 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
     _recorded(chip, list_once, list_once_signature(), TILE, num_warps=4)
     found[f"sm_{capability[0]}{capability[1]} list_once"] = _launched[-1]
+    return found
+
+
+def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
+    """The portable kernel with the tiles of a caller that an H200 accepts, and the shared memory of one program."""
+    chip, found = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), {}
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
+    for dtype, dim in product(("bfloat16", "float32"), (64, 128, 256)):
+        for block_q, block_k in product(FOREIGN_SIZES, FOREIGN_SIZES):
+            request = AttentionRequest(
+                batch=1,
+                heads_q=8,
+                heads_kv=2,
+                len_q=1024,
+                len_k=1024,
+                dim_qk=dim,
+                dim_v=dim,
+                dtype=dtype,
+                tiling=("theirs", block_q, block_k),
+            )
+            if foreign_excess(request, block_q, block_k, chip):
+                continue
+            path, cut = launch.PortablePath(request, context), TilePlan.equal(request, block_q, block_k)
+            with mock.patch.object(launch, "launcher", _recorded):
+                path._build(*_tensors(request), joins=False, cut=cut)
+            found[f"{dtype} {dim} {block_q} x {block_k}"] = _launched[-1], chip.shared_memory
     return found
 
 

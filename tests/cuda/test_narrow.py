@@ -27,7 +27,10 @@ def test_products_with_values_are_narrowed_and_others_are_not() -> None:
     assert narrow.products("\n".join(given), 128, 96) == "\n".join(wanted)
 
 
-@pytest.mark.parametrize(("dim", "width"), [(96, 96), (128, 128), (104, 104), (40, 40)])
+@pytest.mark.parametrize(
+    ("dim", "width"),
+    [(104, 104), pytest.param(96, 96, marks=pytest.mark.slow), pytest.param(40, 40, marks=pytest.mark.slow)],
+)
 def test_the_kernel_multiplies_by_the_columns_that_there_are(dim: int, width: int) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets in this process")

@@ -139,8 +139,8 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
     return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
 
 
-def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles) -> Tiles:
-    """Tiles of the portable kernel with a plan's block sizes.
+def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles, chip: Chip) -> Tiles:
+    """Tiles of the portable kernel with a plan's block sizes, and as many stages as the chip's shared memory holds.
 
     Args:
         request: with exact lengths. own: the device's own tiles for it, whose warps and stages hold for their sizes.
@@ -149,15 +149,19 @@ def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles) -> Tile
     rows = max(16, power_of_two(plan.block_q * group))
     if (rows, plan.block_k) == (own.rows, own.keys):
         return own
-    stages = 2 if request.dtype == "float32" or max(request.dim_qk, request.dim_v) > 128 else 3
-    return Tiles(rows, plan.block_k, 4 if rows <= 64 else 8, stages)
+    fitting = (n for n in (3, 2) if shared_bytes(request, rows, plan.block_k, n) <= chip.shared_memory)
+    return Tiles(rows, plan.block_k, 4 if rows <= 64 else 8, next(fitting, 1))
+
+
+def shared_bytes(request: AttentionRequest, rows: int, keys: int, stages: int) -> int:
+    """Shared memory that the portable kernel takes for the operands of a tile, bytes."""
+    dim_qk, dim_v = (max(16, power_of_two(dim)) for dim in (request.dim_qk, request.dim_v))
+    return (rows * dim_qk + stages * keys * (dim_qk + dim_v)) * DTYPE_BYTES[request.dtype]
 
 
 def foreign_excess(request: AttentionRequest, block_q: int, block_k: int, chip: Chip) -> int:
-    """Bytes by which the operands of one tile of these sizes pass the chip's shared memory; 0 where they fit."""
-    dim_qk, dim_v = (max(16, power_of_two(dim)) for dim in (request.dim_qk, request.dim_v))
-    needed = (block_q * dim_qk + block_k * (dim_qk + dim_v)) * DTYPE_BYTES[request.dtype]
-    return max(needed - chip.shared_memory, 0)
+    """Bytes by which the operands of one tile of these sizes exceed the chip's shared memory; 0 where they fit."""
+    return max(shared_bytes(request, block_q, block_k, 1) - chip.shared_memory, 0)
 
 
 def shrunk(tiles: Tiles) -> Tiles | None:

@@ -117,7 +117,16 @@ COMPOSED: dict[str, dict[str, Any]] = {
 #: Requests whose path is a kernel of the package.
 PORTABLE: dict[str, dict[str, Any]] = {
     "plain": {"dtype": "float32"},
-    "split keys": {"dtype": "float32", "len_q": 1, "len_k": 3000, "batch": 1, "deterministic": True},
+    "split keys": {
+        "dtype": "float32",
+        "batch": 1,
+        "heads_kv": 4,
+        "len_q": 16,
+        "len_k": 3000,
+        "dim_qk": 128,
+        "dim_v": 128,
+        "deterministic": True,
+    },
     "block plan": {"dtype": "float32", "block_plan": (2, 2, 60)},
 }
 

@@ -194,7 +194,7 @@ class PortablePath:
         request, tiling = self._exact(query, key), self._context.tiling
         while True:
             own = tiling.tiles(request)
-            tiles: Tiles | None = tiles_of_plan(request, cut or tiling.plan_for("portable", request), own)
+            tiles: Tiles | None = tiles_of_plan(request, cut or tiling.plan_for("portable", request), own, self.chip)
             while tiles is not None:
                 try:
                     return self._launch(tiles, query, key, value, mask, plan, tables, joins)
