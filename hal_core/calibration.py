@@ -54,8 +54,8 @@ def _path(device: Device) -> Path:
 def load(device: Device) -> Calibration | None:
     """The device's calibration; None where there is none for this model and driver.
 
-    A file that cannot be used (damaged, of another format, with values that are not positive finite numbers where numbers
-    stand) counts as none, and is named in one warning. Read once, and again after `refresh`.
+    A file that cannot be used (damaged, of another format, with values that are not positive finite numbers where
+    numbers stand) counts as none, and is named in one warning. Read once, and again after `refresh`.
     """
     path = _path(device)
     if (key := str(path)) not in _loaded:

@@ -142,8 +142,8 @@ class Capabilities:
         batch, heads, length: bounds; length holds for queries and keys. A zero length is empty input.
         page_sizes: page sizes of a paged cache. cache_dtypes: dtypes of a scaled cache.
         block_sizes: block sizes of a block plan, for queries and keys.
-        tile_sizes: block sizes of a tiling that the caller brings, for queries and keys; 0 among them: row and key ranges
-            of any size. Empty: the device's own tiling alone.
+        tile_sizes: block sizes of a tiling that the caller brings, for queries and keys; 0 among them: row and key
+            ranges of any size. Empty: the device's own tiling alone.
         options: what `hal.use(device, options={name: value})` may set, by name: a `Range` or a tuple of values.
     """
 

@@ -1,4 +1,6 @@
-"""Why a call runs where it runs, as data: the policy that chose, every candidate, and the decision. Nothing here decides."""
+"""Why a call runs where it runs, as data: the policy that chose, every candidate, and the decision. Nothing here
+decides.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,7 @@ class Policy:
         origin: which level names the devices: "argument", "use", "prefer", "configure", "environment" or "automatic".
         names: devices or backends, in order; empty for automatic. fall_through: whether later names may serve.
         objective: "time", "energy" or "error". allow_simulated, transfer, options, tiling: see `hal_core.use`.
+        caller: see `hal_core.caller`.
     """
 
     origin: str = "automatic"
@@ -42,6 +45,7 @@ class Policy:
     transfer: bool | None = None
     options: tuple[tuple[str, Any], ...] | None = None
     tiling: Any = attrs.field(default=None, eq=_identity)  # equal names of one type give equal plans
+    caller: str | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("allow_simulated", "transfer"):
@@ -68,7 +72,7 @@ class Policy:
 
 
 NO_POLICY = Policy()
-_INHERITED = ("objective", "allow_simulated", "transfer", "options", "tiling")
+_INHERITED = ("objective", "allow_simulated", "transfer", "options", "tiling", "caller")
 
 
 class PolicyChoice(NamedTuple):
@@ -135,7 +139,9 @@ class Decision:
 
     @property
     def winner(self) -> Candidate:
-        """The chosen candidate. Raises UnsupportedError where there is none, MemoryLimitError where memory alone refuses."""
+        """The chosen candidate. Raises UnsupportedError where there is none, MemoryLimitError where memory alone
+        refuses.
+        """
         for candidate in self.candidates:
             if candidate.device.id == self.chosen:
                 return candidate
@@ -176,8 +182,12 @@ class Decision:
         return "\n".join([*lines, *folded, f"{can}Nothing was run."])
 
     def _folded(self) -> tuple[list[Candidate], list[str]]:
-        """Candidates to show one by one, and lines that name those that automatic selection leaves out as not hardware."""
-        shown, able, unable = [], [], []
+        """Candidates to show one by one, and lines that name those that automatic selection leaves out as not
+        hardware.
+        """
+        shown: list[Candidate] = []
+        able: list[Candidate] = []
+        unable: list[Candidate] = []
         for candidate in self.candidates:
             codes = {refusal.code for refusal in candidate.refusals}
             (shown if Code.FIDELITY not in codes else able if len(codes) == 1 else unable).append(candidate)

@@ -1,4 +1,6 @@
-"""The hooks of a plugin and what they return. An entry point of the group `hal.plugins` names a light module with them."""
+"""The hooks of a plugin and what they return. An entry point of the group `hal.plugins` names a light module with
+them.
+"""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pluggy
 
 from .errors import HalError, PluginError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 IMPORT_SECONDS = 30.0  # a hook module imports neither torch nor a driver
 
 
+@attrs.frozen
 class LoadFailure:
     """Something of a plugin that failed, kept instead of raised.
 
@@ -33,18 +35,21 @@ class LoadFailure:
         message: one sentence. traceback: the whole of it, "" where nothing was raised. fix: what to do.
     """
 
-    def __init__(
-        self, name: str, distribution: str, stage: str, message: str, traceback: str = "", fix: str = ""
-    ) -> None:
-        self.name, self.distribution, self.stage = name, distribution, stage
-        self.message, self.traceback, self.fix = message, traceback, fix
+    name: str
+    distribution: str
+    stage: str
+    message: str
+    traceback: str = ""
+    fix: str = ""
 
 
+@attrs.define
 class Plugin:
     """An entry point that was found, loaded or not."""
 
-    def __init__(self, name: str, distribution: str, failure: LoadFailure | None = None) -> None:
-        self.name, self.distribution, self.failure = name, distribution, failure
+    name: str
+    distribution: str
+    failure: LoadFailure | None = None
 
 
 class Plugins:
@@ -59,7 +64,7 @@ class Plugins:
         self._manager = pluggy.PluginManager("hal")
         self._manager.add_hookspecs(Hooks)
 
-    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], Callable[[], None]]) -> None:
+    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None]) -> None:
         """Import every allowed entry point and hand what it offers to `add(distribution, backends, kernels)`.
 
         Entry points of the distribution that a plugin's name stands for (hal-NAME) come first, then by name. What `add`
@@ -127,7 +132,9 @@ class Plugins:
 
 
 def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
-    """The function's result, computed in a thread: one that hangs is left behind, and its exits are not the process's."""
+    """The function's result, computed in a thread: one that hangs is left behind, and its exits are not the
+    process's.
+    """
     outcome: list[Any] = []
 
     def run() -> None:

@@ -122,8 +122,8 @@ class Session(Protocol):
 class AttentionBackend(Protocol):
     """One device family. Built without arguments by the core, from the target of its BackendSpec.
 
-    `check` and `estimate` see lengths rounded up to a power of two, and the exact ones where a limit lies between: a refusal
-    by length must hold for every longer length too.
+    `check` and `estimate` see lengths rounded up to a power of two, and the exact ones where a limit lies between: a
+    refusal by length must hold for every longer length too.
     """
 
     def devices(self) -> Sequence[Device]: ...  # cheap, never raises for absent hardware

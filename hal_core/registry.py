@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from contextvars import ContextVar
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, cast
@@ -19,6 +20,8 @@ from .hooks import API_VERSION, BackendSpec, KernelSpec
 from .plugins import LoadFailure, Plugin, Plugins, failed
 from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
 from .toolkit.kernels import KERNELS
+
+_loading: ContextVar[bool] = ContextVar("hal_loading", default=False)
 
 
 class Entry:
@@ -61,12 +64,17 @@ class Registry:
 
     def discover(self) -> None:
         """Read the access policy and load the entry points, once. Imports light modules, never a backend's target."""
-        if not self._discovered:
-            with self._lock:
-                if not self._discovered:
+        if self._discovered or _loading.get():  # a plugin that asks while it is imported sees what is there by then
+            return
+        with self._lock:
+            if not self._discovered:
+                token = _loading.set(True)
+                try:
                     self.access = read_policy()
                     self.plugins.load(self._add_all)
                     self._discovered = True
+                finally:
+                    _loading.reset(token)
 
     def _add_all(self, distribution: str, backends: list[BackendSpec], kernels: list[KernelSpec]) -> None:
         before = (dict(self._entries), dict(self._specs))

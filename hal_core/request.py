@@ -52,7 +52,8 @@ class AttentionRequest:
         page_size: tokens in a page of a paged key/value cache; None for no paging.
         cache_dtype: dtype of key and value where it is not `dtype` (an FP8 cache with scales); None otherwise.
         block_plan: (block_q, block_k, max_blocks) of a block-sparse plan; None for dense.
-        tiling: (name, block_q, block_k) of a tiling that the caller brings, 0 for uneven ranges; None: the device's own.
+        tiling: (name, block_q, block_k) of a tiling that the caller brings, 0 for uneven ranges; None: the device's
+            own.
         options: device options as (name, value), sorted by name.
         grads: subset of {"q", "k", "v", "mask"} that needs gradients.
         lse: whether the log-sum-exp is returned. grad_lse: whether gradients flow through it.

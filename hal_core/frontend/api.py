@@ -90,7 +90,8 @@ def attention(
         causal, diagonal: "none", "top_left" or "bottom_right", and an offset of the diagonal (see `Causal`).
         window: (left, right) keys around the diagonal, inclusive, None for no bound. softcap: c * tanh(score / c).
         block_plan: a `BlockPlan`; keys outside its blocks are not read.
-        tiling: a `TilingStrategy` that cuts the work instead of the device's own; one that gives a `BlockPlan` is sparse.
+        tiling: a `TilingStrategy` that cuts the work instead of the device's own; one that gives a `BlockPlan` is
+            sparse.
         return_lse: give AttentionOutput(out, lse) instead of out.
         backend: backend or device that must run it; None leaves it to `use`, `configure`, HAL_BACKEND, then automatic.
         objective: "time" (default), "energy" or "error". allow_simulated: let automatic take devices that are not
@@ -358,7 +359,9 @@ def _check_no_grads(*tensors: Tensor | None) -> None:
 
 
 def _check_bound(found: BoundAttention, even: bool, given: tuple[Any, ...]) -> None:
-    """Raise ContractError where a call has not the bound request's form, UnsupportedError for lengths between limits."""
+    """Raise ContractError where a call has not the bound request's form, UnsupportedError for lengths between
+    limits.
+    """
     request = found.request
     longest = (request.len_q, request.len_k)
     most_q, most_k = longest if request.packed else (None, None)

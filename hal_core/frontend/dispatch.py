@@ -85,11 +85,11 @@ def find(
 def _decided(request: AttentionRequest, overrides: Overrides, static: Any) -> BoundAttention:
     policy = merged_policy(*overrides)
     request = replace(request, options=policy.options or ())
-    place: tuple[Any, ...] = (bucketed(request), policy)
+    place: Any = (bucketed(request), policy)
     found = _kept(place)
     if found is None:
         decision = settled(*place)
-        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(*place, decision))
+        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(place[0], policy, decision))
     if found is _SENTINEL:
         place = (request, policy, "exact")
         return _kept(place) or _keep(place, bind_request(request, policy))  # type: ignore[no-any-return]
@@ -111,10 +111,12 @@ def _keep(place: Any, found: Any) -> Any:
 
 
 def bind_request(request: AttentionRequest, policy: Policy, decision: Decision | None = None) -> BoundAttention:
-    """Decide, and bind the chosen session. Automatic selection passes over a session that fails its capabilities' claims.
+    """Decide, and bind the chosen session. Automatic selection passes over a session that fails its capabilities'
+    claims.
 
     Raises:
-        UnsupportedError: no device can. PluginError: the named device's session does not do what its capabilities claim.
+        UnsupportedError: no device can. PluginError: the named device's session does not do what its capabilities
+            claim.
     """
     excluded: dict[str, str] = {}
     while True:
@@ -153,7 +155,8 @@ def _changes_inside(decision: Decision) -> bool:
 def in_operator(
     operands: Operands, bits: int, options: tuple[Any, ...], overrides: Overrides, expected: str | None
 ) -> BoundAttention:
-    """The bound attention of an operator of a compiled graph, which was traced under the policy whose key is `expected`.
+    """The bound attention of an operator of a compiled graph, which was traced under the policy whose key is
+    `expected`.
 
     Raises:
         SelectionChangedError: the policy is another one now. The graph holds one device's operator.

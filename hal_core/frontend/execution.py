@@ -51,7 +51,7 @@ class BoundAttention:
         self.entry, self.session = registry.entry(device.id), registry.session(device.id)
         self.state: Any = self.session if hasattr(self.session, "closed") else _Open
         capabilities = self.backend.capabilities(device)
-        self.tiling = decision.policy.tiling if request.block_plan is None else None
+        self.tiling: Any = decision.policy.tiling if request.block_plan is None else None
         self.request = request = cut_request(request, self.tiling, capabilities)
         self._limits, self._plans = tiling_limits(capabilities), dict[AttentionRequest, Any]()
         self.expires = None if decision.seconds is None else monotonic() + decision.seconds
@@ -86,7 +86,9 @@ class BoundAttention:
         return run
 
     def _session_run(self, request: AttentionRequest) -> Run:
-        """The session's fast path; inside a meter the call is prepared apart, so that its session can say what it costs."""
+        """The session's fast path; inside a meter the call is prepared apart, so that its session can say what it
+        costs.
+        """
         bind, apart = getattr(self.session, "bind", None), self._prepare_and_compute(request)
         if bind is None:
             return apart
@@ -138,7 +140,9 @@ class BoundAttention:
         return backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
 
     def plan_of(self, query: Tensor, key: Tensor) -> TilePlan | BlockPlan:
-        """The plan of the caller's tiling at the tensors' lengths, checked for coverage when it is made and then kept."""
+        """The plan of the caller's tiling at the tensors' lengths, checked for coverage when it is made and then
+        kept.
+        """
         request = exact(self.request, query, key)
         if self.tiling.needs_content:
             return self.tiling.plan(request, self._limits, query=query, key=key)  # type: ignore[no-any-return]

@@ -207,7 +207,9 @@ def _wrong_tiles(plan: TilePlan, request: AttentionRequest, limit: dict[str, int
 
 
 def merges(s: Subject) -> Measure:
-    """Parts of the keys, one of them fully_masked, merge into the whole by their log-sum-exp; backward takes the whole's."""
+    """Parts of the keys, one of them fully_masked, merge into the whole by their log-sum-exp; backward takes the
+    whole's.
+    """
     case = s.probe({"lse": True}, {"mask": MaskKind.BOOLEAN}, _GROUPED)
     if not case.request.lse:
         raise Skip("no log-sum-exp is claimed, so parts cannot be merged")

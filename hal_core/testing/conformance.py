@@ -22,8 +22,7 @@ import attrs
 from .. import AttentionBackend, ContractError, Device, __version__
 from ..capability import listing
 from ..registry import registry
-from . import behaviour as b
-from . import claims, runtime_checks
+from . import behaviour as b, claims, runtime_checks
 from .subject import Failure, Measure, Skip, Subject
 
 CHECKS: dict[str, Callable[[Subject], Measure]] = {

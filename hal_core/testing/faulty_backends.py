@@ -1,6 +1,7 @@
 """An honest device in torch, and devices made from it that lie in one thing each: the kit's own test.
 
-Each of FAULTS says which check must find it; "leaves the work to another device" needs the device "honest:0" registered.
+Each of FAULTS says which check must find it; "leaves the work to another device" needs the device "honest:0"
+registered.
 To see what a finding looks like: `print(check_backend(FAULTS["wrong scale"].make()))`.
 """
 

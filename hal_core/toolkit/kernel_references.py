@@ -1,4 +1,6 @@
-"""What `matmul` and `linear` compute, in the precision of their inputs (float64 for a reference), and fresh inputs for them."""
+"""What `matmul` and `linear` compute, in the precision of their inputs (float64 for a reference), and fresh inputs for
+them.
+"""
 
 from __future__ import annotations
 
