@@ -20,8 +20,8 @@ from hal_core.plugin_api import (
     Numerics,
     Range,
     Refusal,
+    load_calibration as load,
 )
-from hal_core.plugin_api import load_calibration as load
 
 from .discovery import Chip, Found, find
 from .tiling import FOREIGN_SIZES, foreign_excess
