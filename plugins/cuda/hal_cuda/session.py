@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -78,6 +80,7 @@ class CudaSession(SessionBase):
         assert isinstance(self.tiling, CudaTiling)
         self._context = Context(chip, self.memory, StreamWorkspaces(self.memory), self.tiling)
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
+        self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
         self._lost = ""
         _open.add(self)
 
@@ -253,10 +256,45 @@ class CudaSession(SessionBase):
             "call hal.attention with tensors that require gradients"
         )
 
+    def timer(self, report: Callable[[float], None]) -> Callable[[], None]:
+        """Start timing a call on the device; the function that is returned ends it.
+
+        Nothing waits for the device: `report(seconds)` is called by a later `timer`, or by `synchronize`, once the
+        call's work is done. While a CUDA graph is captured nothing is timed.
+        """
+        if self.device.reads[0] == "cpu":
+            begun = time.perf_counter()
+            return lambda: report(time.perf_counter() - begun)
+        self._report_times()
+        if torch.cuda.is_current_stream_capturing():
+            return lambda: None
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+
+        def end() -> None:
+            if not torch.cuda.is_current_stream_capturing():
+                stop.record()
+                self._timed.append((start, stop, report))
+
+        return end
+
+    def _report_times(self) -> None:
+        """Report the calls whose work is done, in their order."""
+        while self._timed:
+            try:
+                start, stop, report = self._timed.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if not stop.query():
+                self._timed.appendleft((start, stop, report))
+                return
+            report(start.elapsed_time(stop) / 1e3)
+
     def synchronize(self) -> None:
         """Wait for all work on the device."""
         if self.device.reads[0] != "cpu":
             torch.cuda.synchronize(self.chip.index)
+            self._report_times()
 
     def refresh(self) -> None:
         """Forget bound paths, after rates changed."""
