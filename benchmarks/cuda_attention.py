@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from hal_core.bench import Call, Ceilings, draw
 from hal_cuda.benchmark import Peers
 from hal_cuda.calibrate import on_path, read_bandwidth
 from hal_cuda.cost import shipped
@@ -31,6 +30,7 @@ from torch import Tensor
 import hal_core as hal
 from hal_core.registry import registry
 from hal_core.testing import BenchmarkRunner, reference, relative_error
+from hal_core.testing.bench_setup import Call, Ceilings
 
 DEVICE = "cuda:0"
 SECTIONS = ("forward", "ragged", "packed", "decode", "special", "host", "error", "flex")
@@ -169,6 +169,8 @@ def forward(bench: Bench, options: Any) -> None:
 
 def draw_rows(rows: list[Row], product: float) -> None:
     """docs/benchmarks/cuda_attention.png: rates over lengths, and the own kernels under the measured ceilings."""
+    from hal_cli.bench_picture import draw
+
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     roofline: dict[str, list[tuple[float, float]]] = {"full": [], "causal": []}
     for row in rows:
