@@ -149,8 +149,9 @@ def test_a_peer_that_refuses_a_call_has_no_column_and_says_why(monkeypatch: pyte
 
 
 def test_the_backend_offers_its_bench_to_the_core() -> None:
-    from hal_core.testing.bench_setup import Benchmarked
     from hal_cuda.backend import CudaBackend
+
+    from hal_core.testing.bench_setup import Benchmarked
 
     assert isinstance(CudaBackend(), Benchmarked)
     assert not isinstance(hal.PooledMemory("cpu"), Benchmarked)
