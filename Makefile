@@ -86,7 +86,7 @@ lint: $(READY)
 	else echo "ruff and mypy are not installed here: lint is skipped"; fi
 
 docs: $(READY)
-	$(RUN) -m mkdocs build --strict --quiet --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir out/site
 	@echo "out/site/index.html"
 
 # setuptools copies whatever lies in build/ into a wheel, deleted files of an earlier build too.

@@ -16,7 +16,7 @@ from . import _moved
 
 if TYPE_CHECKING:
     from . import testing as testing
-    from .access import caller as caller, current_caller as current_caller
+    from .access import current_caller as current_caller
     from .buffers import Buffer as Buffer, MemoryStats as MemoryStats
     from .calibration import Calibration as Calibration, cache_dir as cache_dir
     from .capability import (
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .options import (
         Meter as Meter,
         MeterRecord as MeterRecord,
+        caller as caller,
         configure as configure,
         current_meter as current_meter,
         meter as meter,
@@ -118,10 +119,10 @@ _PUBLIC = {
     "decision": "Candidate Decision Policy PolicyChoice",
     "protocols": "AttentionBackend MemoryManager Session TilingStrategy",
     "hooks": "API_VERSION BackendSpec CommandResult KernelSpec Table hookimpl",
-    "access": "caller current_caller",
+    "access": "current_caller",
     "registry": "capabilities device devices kernel memory register session unregister",
     "selection": "check_all replay",
-    "options": "Meter MeterRecord configure current_meter meter prefer use",
+    "options": "Meter MeterRecord caller configure current_meter meter prefer use",
     "calibration": "Calibration cache_dir",
     "toolkit.session": "SessionBase SimpleSession",
     "toolkit.memory": "PooledMemory",

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fakes import FakeBackend, full, kept, plain
-from fakes import draw as draw_tensors
+from fakes import FakeBackend, draw as draw_tensors, full, kept, plain
 
 import hal_core as hal
 from hal_core import BlockPlan, Choice, Code, Range, Refusal, SequenceMetadata
