@@ -108,7 +108,7 @@ def test_a_raw_chip_serves_without_corrections(generic: Profile) -> None:
 
 
 def test_the_command_stores_and_prints_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    from hal_cli.main import main
+    from hal_cli import main
 
     from hal_core.calibration import load
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_cli.main import main
+from hal_cli import main
 from hal_photonics import discovery, register_profile, tiling
 from hal_photonics.backend import BUNDLED
 from hal_photonics.kernels.attention import attend_exactly

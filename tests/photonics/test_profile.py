@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hal_cli.main import main
+from hal_cli import main
 from hal_photonics.backend import BUNDLED
 from hal_photonics.profiles.figures import FIGURES
 from hal_photonics.profiles.profile import WORDS, Profile, ProfileError, load

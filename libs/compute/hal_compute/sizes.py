@@ -7,6 +7,7 @@ head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hal_core.plugin_api import AttentionRequest
@@ -16,6 +17,12 @@ OPEN = 1 << 30  # no bound
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 PACK_BELOW = 32  # query rows below which the heads of a key head share a unit
 MOST_SPLITS = 64  # of the keys of a row
+
+
+def within(limits: Mapping[str, int], block_q: int, block_k: int) -> tuple[int, int]:
+    """Block sizes within the bounds of a plan: "block_q", "block_k", or "maximum" for both."""
+    most = limits.get("maximum", OPEN)
+    return min(block_q, limits.get("block_q", most)), min(block_k, limits.get("block_k", most))
 
 
 def padded_dim(request: AttentionRequest) -> int:

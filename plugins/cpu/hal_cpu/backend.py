@@ -24,7 +24,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import Rates, estimate
-from .discovery import this_machine
+from .discovery import this_machine, torch_threads
 from .tiling import LARGEST_BLOCK
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class CpuBackend:
         """
         if self._rates is None:
             self._rates = _stored_rates(device) or Rates.assumed(this_machine())
-        return estimate(request, self._rates, this_machine().cores)
+        return estimate(request, self._rates, torch_threads())
 
     def open(self, device: Device) -> CpuSession:
         from .session import CpuSession

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import sys
 from pathlib import Path
 
 import attrs
@@ -55,6 +56,14 @@ class Machine:
         ones.
         """
         return any(name in self.simd for name in ("avx512_fp16", "amx_fp16"))
+
+
+def torch_threads() -> int:
+    """The threads that torch computes with; where torch is not imported yet, those that it will start with."""
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(int(limit), 1) if limit.isdigit() else this_machine().cores
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hal_compute.sizes import HEAD_DIMS, Sizes, splits_of
+from hal_compute.sizes import HEAD_DIMS, Sizes, splits_of, within
 
 from hal_core.plugin_api import AttentionRequest, DenseTiling, TilePlan
 
@@ -136,7 +136,7 @@ class OpenClTiling(DenseTiling):
         Where query heads that share a key head are packed, a block has the rows of several heads.
         """
         shape = self.shape(Sizes.of(request, pack=True))
-        return TilePlan.equal(request, shape.rows, shape.tile, cut_by=self.cut_by)
+        return TilePlan.equal(request, *within(limits, shape.rows, shape.tile), cut_by=self.cut_by)
 
 
 def tiling_of(handle: Any) -> OpenClTiling:

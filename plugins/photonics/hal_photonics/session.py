@@ -195,7 +195,7 @@ class PhotonicSession(ChipController, SessionBase):
         return KERNELS[name](self)
 
     def _own_plan(self, request: AttentionRequest, tile_size: int | None) -> TilePlan:
-        plan = self.tiling.plan(request, {"rows": tile_size} if tile_size else {})
+        plan = self.tiling.plan(request, {"block_q": tile_size} if tile_size else {})
         assert isinstance(plan, TilePlan)
         return plan
 

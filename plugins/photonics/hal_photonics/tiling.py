@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hal_core.plugin_api import AttentionRequest, DenseTiling, TilePlan, visible_keys
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, DenseTiling, TilePlan, visible_keys
 
 from .simulator.converters import NARROWEST
 
@@ -71,12 +71,17 @@ class PhotonicTiling(DenseTiling):
         """The tiles of PV for the request's lengths.
 
         Args:
-            limits: "rows", the most query rows at once. Others bound tilings that a caller brings, and are ignored.
+            limits: bounds: "block_q" query rows at once, "block_k" keys in a tile, "available_memory" bytes for the
+                operands of a tile. "minimum" and "maximum" bound tilings that a caller brings.
         """
-        width = narrowed(request.window, self.inputs)
+        r, width = request, narrowed(request.window, self.inputs)
+        width = max(min(width, limits.get("block_k", width)), 1)
         rows = rows_at_once(request)
-        if most := limits.get("rows"):
-            rows = max(min(rows, most), 1)
+        rows = max(min(rows, limits.get("block_q", rows)), 1)
+        if space := limits.get("available_memory"):
+            size = DTYPE_BYTES.get(r.dtype, 4)
+            width = max(min(width, space // (2 * size * max(r.dim_qk + r.dim_v, 1))), 1)
+            rows = max(min(rows, space // (2 * size * max(r.dim_qk, 1))), 1)
         low, _ = request.band(request.len_q, request.len_k)
         if low is None:  # every row sees the first key
             return TilePlan.equal(request, rows, width, cut_by=self.cut_by)

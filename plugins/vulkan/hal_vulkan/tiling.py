@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from hal_compute.sizes import HEAD_DIMS, MOST_SPLITS, Sizes, splits_of
+from hal_compute.sizes import HEAD_DIMS, MOST_SPLITS, Sizes, splits_of, within
 
 from hal_core.plugin_api import AttentionRequest, DenseTiling, TilePlan
 
@@ -303,4 +303,4 @@ class VulkanTiling(DenseTiling):
         Where query heads that share a key head are packed, a block has the rows of several heads.
         """
         cut = self.cut(Sizes.of(request, pack=True), planned=request.block_plan is not None)
-        return TilePlan.equal(request, cut.rows, cut.keys, cut_by=self.cut_by)
+        return TilePlan.equal(request, *within(limits, cut.rows, cut.keys), cut_by=self.cut_by)

@@ -27,7 +27,8 @@ void main() {
       if (part_sums[s * rows + row].y > 0.0) top = max(top, part_sums[s * rows + row].x);
     for (int s = local / PLACES; s < p.splits; s += STRANDS) {
       const ROW_SUM part_sum = part_sums[s * rows + row];
-      const float weight = part_sum.y > 0.0 ? part_sum.y * exp(part_sum.x - top) : 0.0;
+      if (part_sum.y <= 0.0) continue;  // without a key nothing was written
+      const float weight = part_sum.y * exp(part_sum.x - top);
       total += weight;
       sum += part[s * rows * QUADS + n] * weight;
     }

@@ -74,7 +74,7 @@ def compile_for(
         return made
     except OSError as error:
         raise DeviceUnavailableError(
-            f"the kernel cache {knobs.cache.dir} cannot be used ({error}): set TRITON_CACHE_DIR to a folder that can be written"
+            f"the kernel cache {knobs.cache.dir} cannot be used ({error}): set TRITON_CACHE_DIR to a writable folder"
         ) from error
 
 
@@ -85,7 +85,7 @@ def _kept(made: Any, ptx: str) -> str:
 
     name = f"{made.name}.{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.ptx"
     cache = get_cache_manager(made.hash)
-    return cache.get_file(name) or cache.put(ptx, name, binary=False)
+    return str(cache.get_file(name) or cache.put(ptx, name, binary=False))
 
 
 class Kernel:
@@ -117,7 +117,7 @@ class Kernel:
             None,
         )
         self.registers, self.spills = compiled.n_regs, compiled.n_spills
-        self.maps = getattr(compiled.metadata, "tensordesc_meta", None)
+        self.maps: list[Any] = getattr(compiled.metadata, "tensordesc_meta", None) or []
         self.constants = [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
 
     def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:

@@ -1,4 +1,5 @@
 # ruff: noqa: N803, E741
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Between the two products of the Hopper kernels: scores masked, and turned into weights that the second product reads.
 
 WIDE (tiles of 128 keys): a thread's operations are laid out so that few wait for each other, its part of a row's sum is
@@ -25,7 +26,8 @@ def _scaling(count: int) -> tuple[str, str]:
     factors = range(2 * count, 3 * count)
     products = "".join(f"mul.f32 ${place}, ${place}, ${factor}; " for place, factor in enumerate(factors))
     one = "0f3F800000"
-    asked = f"setp.neu.f32 p, ${factors[0]}, {one}; setp.neu.or.f32 p, ${factors[2]}, {one}, p; vote.sync.any.pred q, p, -1;"
+    asked = f"setp.neu.f32 p, ${factors[0]}, {one}; setp.neu.or.f32 p, ${factors[2]}, {one}, p; "
+    asked += "vote.sync.any.pred q, p, -1;"
     text = f"{{ .reg .pred p, q; {asked} @!q bra.uni DONE; {products}DONE: }}"
     return text, ",".join(["=f"] * count + [str(place) for place in range(count)] + ["f"] * count)
 
@@ -34,37 +36,27 @@ RESCALE, RESCALE_CONSTRAINTS = map(gl.constexpr, _scaling(32))
 
 
 @gluon.jit
-def hide(
-    s,
-    t,
-    row0,
-    len_k,
-    shift,
-    left,
-    right,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    SL: gl.constexpr,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    RAG: gl.constexpr,
-):
+def hide(s, t, row0, tile, work, SL: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, RAGGED: gl.constexpr):
+    # Scores of a tile of keys with those hidden that lie beyond the diagonals or behind the last key. t: the tile's
+    # place, in tiles as wide as s.
+    BM: gl.constexpr = s.shape[0]
+    BN: gl.constexpr = s.shape[1]
     cols = t * BN + gl.arange(0, BN, gl.SliceLayout(0, SL))
     rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
     if RIGHT:
-        s = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows + (shift + right), 1), s, HIDDEN)
+        s = gl.where(gl.expand_dims(cols, 0) <= gl.expand_dims(rows + (tile.shift + work.right), 1), s, HIDDEN)
     if LEFT:
-        s = gl.where(gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (shift - left), 1), s, HIDDEN)
-    if RAG:  # not a sum: behind the last key of a packed sequence lies another, or anything
-        s = gl.where(gl.expand_dims(cols < len_k, 0), s, HIDDEN)
+        s = gl.where(gl.expand_dims(cols, 0) >= gl.expand_dims(rows + (tile.shift - work.left), 1), s, HIDDEN)
+    if RAGGED:  # not a sum: behind the last key of a packed sequence lies another, or anything
+        s = gl.where(gl.expand_dims(cols < tile.len_k, 0), s, HIDDEN)
     return s
 
 
 @gluon.jit
-def capped(s, cap_in, cap_out, SOFTCAP: gl.constexpr):
+def capped(s, scaling, C: gl.constexpr):
     # cap_out * tanh(s * scale / cap), in base-2 units; cap_in = 2 * log2(e) * scale / cap.
-    if SOFTCAP:
-        s = cap_out - (2.0 * cap_out) / (gl.exp2(s * cap_in) + 1.0)
+    if C.softcap:
+        s = scaling.cap_out - (2.0 * scaling.cap_out) / (gl.exp2(s * scaling.cap_in) + 1.0)
     return s
 
 

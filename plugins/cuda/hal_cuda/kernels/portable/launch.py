@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +16,18 @@ from hal_core.plugin_api import (
     Causal,
     DeviceUnavailableError,
     MaskKind,
-    SequenceTables,
+    SequenceMetadata,
+    TilePlan,
 )
 
-from .chip import Chip, Launcher
+from ...memory import Borrowed, Workspace, borrowing
+from ...runtime.context import Context
+from ...runtime.launch import Launcher, current_stream, dependent_launch, launcher
+from ...tiling import Tiles, packs, power_of_two, split_keys, tiles_of_plan
+from .attend import attend
+from .block_plans import listed_once
 from .dropout import random_words
-from .kernels.attend import attend, merge
-from .plans import listed_once
-from .scratch import COUNTERS, PARTIAL, Scratch, scratch_of
-from .tiles import Splits, Tiles, choose_splits, choose_tiles, packs, power_of_two, shrunk
+from .merge import merge
 
 TYPES = {
     torch.float32: "fp32",
@@ -35,10 +39,6 @@ TYPES = {
 }
 _STRIDES = 28  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
-#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too
-#: slowly.
-_MOST_JOINED = 1 << 15
-_JOINED = (16, 64)  # splits that it joins at once: two kernels serve all lengths
 
 
 def empty_result(query: Tensor, dim_v: int) -> Tensor:
@@ -55,7 +55,7 @@ class Launch(NamedTuple):
     arguments: of the kernel after its tensors; where it takes no mask, plan or tables, with a None for each of those.
     seed: where the random words are among them. like_query: the result has the query's shape and strides. partial:
     numbers that hold the partial results of split keys and their log-sum-exp, or 0. joins: the last program joins them,
-    in scratch memory; else `merge` does.
+    in the stream's workspace; else `merge` does.
     """
 
     run: Launcher
@@ -71,10 +71,10 @@ class Launch(NamedTuple):
 
 
 class PortablePath:
-    """A request bound to the plain Triton kernel on one chip."""
+    """A request bound to the portable Triton kernel."""
 
-    def __init__(self, request: AttentionRequest, chip: Chip) -> None:
-        self.request, self.chip = request, chip
+    def __init__(self, request: AttentionRequest, context: Context) -> None:
+        self.request, self.chip, self._context = request, context.chip, context
         # In a capture `merge` joins, which may round otherwise: where results must repeat, it does so everywhere.
         self._may_join = packs(request, 1) and not request.deterministic
         self._launches: dict[Any, Launch] = {}
@@ -91,18 +91,38 @@ class PortablePath:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        plan: BlockPlan | TilePlan | None = None,
+        tables: SequenceMetadata | None = None,
         rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:
-        """Attention on tensors that the request describes; lengths are read from the tensors."""
-        extras = None
-        if mask is not None or plan is not None or tables is not None:
-            plan = None if plan is None else listed_once(plan, self.chip)
+        """Attention on tensors that the request describes; lengths are read from the tensors.
+
+        plan: a block plan, or a tile plan whose block sizes are used in place of the device's own.
+        """
+        cut = plan if isinstance(plan, TilePlan) else None
+        blocks = plan if isinstance(plan, BlockPlan) else None
+        if blocks is None and tables is None:
+            return self._run(query, key, value, mask, None, None, rng, cut)
+        with borrowing(self._context.memory) as borrow:
+            blocks = None if blocks is None else listed_once(blocks, self.chip, borrow)
             if tables is not None:
-                tables = SequenceTables(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables[:4]))
-            extras = _extras(mask, plan, tables)
-        scratch = self._scratch(query) if self._may_join else None
+                tables = SequenceMetadata(*(_last_dim_contiguous(t, borrow) for t in tables[:4]))
+            return self._run(query, key, value, mask, blocks, tables, rng, cut)
+
+    def _run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        plan: BlockPlan | None,
+        tables: SequenceMetadata | None,
+        rng: tuple[int, int] | None,
+        cut: TilePlan | None,
+    ) -> AttentionOutput:
+        plain = mask is None and plan is None and tables is None
+        extras = None if plain else _extras(mask, plan, tables)
+        workspace = self._workspace(query) if self._may_join else None
         form = (
             query.shape,
             query.stride(),
@@ -112,7 +132,8 @@ class PortablePath:
             value.stride(),
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
             extras,
-            scratch is None,
+            workspace is None,
+            None if cut is None else (cut.block_q, cut.block_k),
         )
         last, launch = self._last
         if launch is None or form != last:
@@ -120,7 +141,8 @@ class PortablePath:
             if launch is None:
                 if len(self._launches) >= _MOST_LAUNCHES:
                     self._launches.clear()
-                launch = self._launches[form] = self._build(query, key, value, mask, plan, tables, scratch is not None)
+                joins = workspace is not None
+                launch = self._launches[form] = self._build(query, key, value, mask, plan, tables, joins, cut)
             self._last = (form, launch)
         out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
@@ -128,25 +150,32 @@ class PortablePath:
         if rng is not None:
             arguments = arguments.copy()
             arguments[launch.seed : launch.seed + 2] = random_words(rng)
-        partial = arrived = None
+        others = () if plain else (mask, *(tables or _NO_TABLES)[:4], *((None, None) if plan is None else plan[2:]))
         if launch.joins:
-            assert scratch is not None
-            partial, arrived = scratch
+            assert workspace is not None
+            launch.run(launch.grid, (query, key, value, out, lse, *workspace, *others), arguments)
         elif launch.partial:
-            partial = query.new_empty(launch.partial, dtype=torch.float32)
-        tensors: tuple[Tensor | None, ...] = (query, key, value, out, lse, partial, arrived)
-        if extras is not None:
-            tensors += (mask, *(tables or _NO_TABLES)[:4], *((None, None) if plan is None else plan[2:]))
-        launch.run(launch.grid, tensors, arguments)
-        if launch.merge is not None:
-            launch.merge(launch.merge_grid, (partial, out, lse), launch.merge_arguments)
+            with borrowing(self._context.memory) as borrow:
+                partial = borrow((launch.partial,), torch.float32)
+                launch.run(launch.grid, (query, key, value, out, lse, partial, None, *others), arguments)
+                assert launch.merge is not None
+                launch.merge(launch.merge_grid, (partial, out, lse), launch.merge_arguments)
+        else:
+            launch.run(launch.grid, (query, key, value, out, lse, None, None, *others), arguments)
         return AttentionOutput(out, lse)
 
-    def _scratch(self, query: Tensor) -> Scratch | None:
+    def _workspace(self, query: Tensor) -> Workspace | None:
         """That of the current stream; None while it is captured: a graph may be replayed on any stream."""
         if query.is_cuda and torch._C._cuda_isCurrentStreamCapturing():
             return None
-        return scratch_of(query.device).on(self.chip.stream())
+        return self._context.workspaces.on(current_stream(self.chip))
+
+    def _exact(self, query: Tensor, key: Tensor) -> AttentionRequest:
+        """The request with the tensors' lengths; those of packed and paged keys lie in tables."""
+        r = self.request
+        if r.packed:
+            return r
+        return replace(r, len_q=query.shape[2], len_k=r.len_k if r.page_size is not None else key.shape[2])
 
     def _build(
         self,
@@ -155,21 +184,28 @@ class PortablePath:
         value: Tensor,
         mask: Tensor | None,
         plan: BlockPlan | None,
-        tables: SequenceTables | None,
+        tables: SequenceMetadata | None,
         joins: bool,
+        cut: TilePlan | None,
     ) -> Launch:
-        """The launch with the largest tiles that the chip holds. joins: there is scratch memory."""
-        len_q = self.request.len_q if self.request.packed else query.shape[2]
-        tiles: Tiles | None = choose_tiles(self.request, len_q)
-        while tiles is not None:
-            try:
-                return self._launch(tiles, query, key, value, mask, plan, tables, joins)
-            except OutOfResources:
-                tiles = shrunk(tiles)
-        raise DeviceUnavailableError(
-            f"no tile of head_dim {self.request.dim_qk} fits {self.chip.shared_memory:,} bytes of shared memory: use another "
-            "device"
-        )
+        """The launch with the block sizes of a plan: the caller's (`cut`), or the device's own, the largest that its
+        shared memory holds. joins: there is a workspace.
+        """
+        request, tiling = self._exact(query, key), self._context.tiling
+        while True:
+            own = tiling.tiles(request)
+            tiles: Tiles | None = tiles_of_plan(request, cut or tiling.plan_for("portable", request), own, self.chip)
+            while tiles is not None:
+                try:
+                    return self._launch(tiles, query, key, value, mask, plan, tables, joins)
+                except OutOfResources:
+                    tiles = tiles._replace(stages=tiles.stages - 1) if tiles.stages > 1 else None
+            if cut is not None or not tiling.shrink(request, own._replace(stages=1)):
+                raise DeviceUnavailableError(
+                    f"no tile of head_dim {self.request.dim_qk} fits {self.chip.shared_memory:,} bytes of shared "
+                    "memory: "
+                    "use another device"
+                )
 
     def _launch(
         self,
@@ -179,7 +215,7 @@ class PortablePath:
         value: Tensor,
         mask: Tensor | None,
         plan: BlockPlan | None,
-        tables: SequenceTables | None,
+        tables: SequenceMetadata | None,
         joins: bool,
     ) -> Launch:
         r = self.request
@@ -192,16 +228,12 @@ class PortablePath:
             assert tables is not None
             len_k = tables.page_table.shape[1] * key.shape[2]
         pack, group = packs(r, len_q), heads_q // heads_kv
-        splits = choose_splits(r, tiles, len_q, len_k, batch, self.chip) if pack else Splits(1, 0)
-        split = splits.count > 1
+        splits, partial, at_once = split_keys(r, tiles, len_q, len_k, batch, self.chip, joins)
+        split = splits.programs > 1
         if plan is not None:
             row_tiles = -(-len_q // plan.block_q) * -(-plan.block_q // tiles.rows)
         else:
             row_tiles = -(-len_q * (group if pack else 1) // tiles.rows)
-        partial = batch * heads_q * len_q * splits.count * (dim_v + 1) if split else 0
-        joins = split and joins and partial <= PARTIAL and batch * heads_kv * row_tiles <= COUNTERS
-        joins = joins and min(len_q * group, tiles.rows) * splits.count * dim_v <= _MOST_JOINED
-        at_once = next((parts for parts in _JOINED if joins and splits.count <= parts), 0)
         left, right = self._band
         arguments = [
             *query.stride(),
@@ -224,7 +256,7 @@ class PortablePath:
             left or 0,
             right or 0,
             splits.chunk,
-            splits.count,
+            splits.programs,
             *((1, 1) if plan is None else plan[:2]),
             query.shape[2],
             key.shape[2] if r.page_size is None else key.shape[0],
@@ -234,12 +266,12 @@ class PortablePath:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
         aligned, even = _aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
         chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, aligned, even)
-        grid = (row_tiles * splits.count, heads_kv if pack else heads_q, batch)
+        grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
         like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
         if at_once or not split:
             return launch
-        merging = [*out.stride()[:3], splits.count]
+        merging = [*out.stride()[:3], splits.programs]
         return launch._replace(
             merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch)
         )
@@ -278,20 +310,22 @@ class PortablePath:
             "JOIN": joins,
             "ALIGNED": aligned,
             "EVEN": even,
-            "PDL": split and not joins and self.chip.dependent_launch,
+            "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
             "ROWS": _rows_joined(tiles, r, joins),
         }
-        run = self.chip.launcher(attend, attend_signature(TYPES[dtype], mask_type), constants, num_warps=tiles.warps)
+        signature = attend_signature(TYPES[dtype], mask_type)
+        run = launcher(self.chip, attend, signature, constants, num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
 
     def _merge(self, dtype: torch.dtype) -> Launcher:
         run = self._runs.get("merge")
         if run is None:
-            pdl, dim_v = self.chip.dependent_launch, self.request.dim_v
+            pdl, dim_v = dependent_launch(self.chip), self.request.dim_v
             constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
-            run = self.chip.launcher(merge, merge_signature(TYPES[dtype]), constants, num_warps=4, launch_pdl=pdl)
+            signature = merge_signature(TYPES[dtype])
+            run = launcher(self.chip, merge, signature, constants, num_warps=4, launch_pdl=pdl)
             self._runs["merge"] = run
         return run
 
@@ -313,7 +347,7 @@ def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
     return min(tiles.rows, max(64 * 32 * tiles.warps // (parts * power_of_two(request.dim_v)), 1)) if parts else 0
 
 
-_NO_TABLES = SequenceTables()
+_NO_TABLES = SequenceMetadata()
 _POINTERS = (
     "q",
     "k",
@@ -349,7 +383,14 @@ def merge_signature(dtype: str) -> dict[str, str]:
     return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
 
 
-def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceTables | None) -> Any:
+def _last_dim_contiguous(table: Tensor | None, borrow: Borrowed) -> Tensor | None:
+    """A table whose last dimension is contiguous: itself, or a copy."""
+    if table is None or table.stride(-1) == 1:
+        return table
+    return borrow(table.shape, table.dtype).copy_(table)
+
+
+def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
     """What else the arguments depend on."""
     table = tables.page_table if tables is not None else None
     return (

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceTables
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata, TilePlan
 
-from . import compiled
-from .chip import Chip, Launcher
-from .hopper import CACHED, LOG2E, ROWS, add_map, compile_forward, fits, kernel_constants, side, tiling_for
-from .kernels.tiles import tile_table
-from .portable import PortablePath, empty_result
+from ...memory import borrowing
+from ...runtime import binaries
+from ...runtime.context import Context
+from ...runtime.launch import Launcher, launcher
+from ...tiling import WARPGROUP_ROWS, hopper_tiles_of
+from ..portable.launch import PortablePath, empty_result
+from .launch import CACHED, LOG2E, add_map, compile_forward, config_of, fits, follows, side
+from .tile_table import tile_table
 
 #: Triton types of `tile_table`'s run-time arguments.
 TABLE_SIGNATURE = {
@@ -32,7 +36,7 @@ class Launch(NamedTuple):
     each of them the arguments by address. tail: arguments after the table.
     """
 
-    kernel: compiled.Kernel
+    kernel: binaries.Kernel
     list_tiles: Launcher
     listing: list[Any]
     most: int
@@ -45,8 +49,8 @@ class Launch(NamedTuple):
 class PackedHopperPath:
     """A packed request bound to the Gluon kernel; tensors that the copy engine cannot read go to the plain path."""
 
-    def __init__(self, request: AttentionRequest, chip: Chip, instead: PortablePath) -> None:
-        self.request, self.chip, self._instead = request, chip, instead
+    def __init__(self, request: AttentionRequest, context: Context, instead: PortablePath) -> None:
+        self.request, self.chip, self._context, self._instead = request, context.chip, context, instead
         self._launches: dict[Any, Launch | None] = {}
 
     def __call__(
@@ -55,8 +59,8 @@ class PackedHopperPath:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None = None,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        plan: BlockPlan | TilePlan | None = None,
+        tables: SequenceMetadata | None = None,
         rng: tuple[int, int] | None = None,
     ) -> AttentionOutput:
         """Attention of each sequence; lengths are read on the device alone, so CUDA graphs may be replayed with
@@ -75,23 +79,27 @@ class PackedHopperPath:
         if launch is None and form not in self._launches:
             if len(self._launches) >= _MOST_KEPT:
                 self._launches.clear()
-            launch = self._build(query, key, value, sequences, same) if fits(query, key, value) else None
-            self._launches[form] = launch
+            launch = self._launches[form] = self._build(query, key, value, sequences, same)
         if launch is None or not whole or (pointers[0] | pointers[1] | pointers[2]) & 15:
             return self._instead(query, key, value, mask, plan, tables, rng)
         out = empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
-        table = torch.empty(_HEAD + _ENTRY * launch.most, dtype=torch.int32, device=query.device)
-        launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), launch.listing)
         arguments: list[Any] = []
         for place, pointer in enumerate((*pointers, out.data_ptr())):
             arguments += launch.made[place].get(pointer) or add_map(launch.sides[place], launch.made[place], pointer)
-        arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
-        launch.kernel((launch.programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
+        with borrowing(self._context.memory) as borrow:
+            table = borrow((_HEAD + _ENTRY * launch.most,), torch.int32)
+            launch.list_tiles((sequences, 1, 1), (table, cu_q, cu_k), launch.listing)
+            arguments += [0 if lse is None else lse.data_ptr(), out.data_ptr(), table.data_ptr(), *launch.tail]
+            launch.kernel((launch.programs, 1, 1), torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
         return AttentionOutput(out, lse)
 
-    def _build(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, same: bool) -> Launch:
-        """same: queries and keys have the same lengths, which makes both diagonals one."""
+    def _build(self, query: Tensor, key: Tensor, value: Tensor, sequences: int, same: bool) -> Launch | None:
+        """None where the copy engine cannot read the tensors. same: queries and keys have the same lengths, which makes
+        both diagonals one.
+        """
+        if not fits(query, key, value):
+            return None
         r, chip = self.request, self.chip
         heads, tokens, dim_qk, dim_v = query.shape[1], query.shape[2], query.shape[3], value.shape[3]
         left, right = r.window or (None, None)
@@ -100,26 +108,29 @@ class PackedHopperPath:
         bottom = r.causal is Causal.BOTTOM_RIGHT and not same
         reach = r.diagonal + (right or 0)
         mean_q, mean_k = (max(t.shape[2] // max(sequences, 1), 1) for t in (query, key))
-        tiling = tiling_for(dim_qk, dim_v, mean_q, mean_k, right is not None, left is not None, r.lse)
-        constants = kernel_constants(
-            tiling,
+        mean = replace(r, len_q=mean_q, len_k=mean_k)
+        tiles = hopper_tiles_of(mean)
+        if not follows(tiles, self._context.tiling.plan_for("hopper", mean)):
+            return None
+        config = config_of(
+            tiles,
             dim_qk=dim_qk,
             dim_v=dim_v,
             group=heads // key.shape[1],
             left=left is not None,
             right=right is not None,
-            shifted=right is not None and (bottom or reach % ROWS != 0),
-            half=right is not None and same and reach <= 0 and reach % tiling.keys == 0,
+            shifted=right is not None and (bottom or reach % WARPGROUP_ROWS != 0),
+            half=right is not None and same and reach <= 0 and reach % tiles.keys == 0,
             ragged=True,
             softcap=r.softcap is not None,
             lse=r.lse,
-        ) | {"BOTTOM": bottom}
-        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
-        made = compiled.kernel(
-            ("hopper packed", chip.index, dtype, tuple(constants.items())), lambda: compile_forward(dtype, constants)
+            packed=True,
+            bottom=bottom,
         )
-        rows = ROWS * tiling.consumers
-        list_tiles = chip.launcher(tile_table, TABLE_SIGNATURE, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
+        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
+        made = binaries.kernel(("hopper", chip.index, dtype, config), lambda: compile_forward(dtype, config))
+        rows = WARPGROUP_ROWS * tiles.consumers
+        list_tiles = launcher(chip, tile_table, TABLE_SIGNATURE, {"ROWS": rows, "BLOCK": 128}, num_warps=4)
         scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
         if r.softcap is not None:
             cap_in, cap_out, scale = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E, 1.0
@@ -139,7 +150,7 @@ class PackedHopperPath:
             scale,
             cap_in,
             cap_out,
-            *[None] * len(constants),
+            None,
         ]
         sides = tuple((*side(t), meta) for t, meta in zip((query, key, value, out), made.maps, strict=True))
         most = tokens // rows + sequences

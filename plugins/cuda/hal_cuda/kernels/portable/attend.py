@@ -1,9 +1,11 @@
-# ruff: noqa: N803, E501
-"""Attention in plain Triton: every feature, any strides, compute capability 8.0 and up; also runs in Triton's interpreter.
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="attr-defined"
+"""Attention in Triton: every feature, any strides, compute capability 8.0 and up; also runs in Triton's interpreter.
 
-One program owns BM query rows of one key head and walks its keys in tiles of BN. With PACK the query heads of a group share
-the tile (decode: few queries, so keys are read once for the whole group); with SPLIT the keys are divided among programs,
-whose partial results are joined by the last of them (JOIN) or by `merge`.
+One program owns BM query rows of one key head and walks its keys in tiles of BN. With PACK the query heads of a group
+share the tile (decode: few queries, so keys are read once for the whole group); with SPLIT the keys are divided among
+programs, whose partial results are joined by the last of them (JOIN) or by `merge`.
 
 Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decoding) for split keys.
 """
@@ -11,66 +13,14 @@ Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decodi
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def kept(seed, offset, head, row, column, probability):
-    """Whether dropout keeps a pair: a function of (seed, offset) and of the pair's place alone.
-
-    seed: int64. offset: int32. head: batch entry * heads + query head. row, column: places in the sequence. int32 blocks of
-    one shape.
-    """
-    last = (row * 0 + offset).to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, column.to(tl.uint32), row.to(tl.uint32), head.to(tl.uint32), last)
-    return tl.uint_to_uniform_float(word) >= probability
-
-
-@triton.jit
-def keep_mask(out, seed, offset, rows, columns, first_head, probability, BLOCK: tl.constexpr):
-    """out[head, row, column] = kept: the pattern as a tensor, for gradients by torch. Grid: (heads * rows, blocks of columns).
-
-    Heads are numbered from first_head: batch entry * heads + query head.
-    """
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) % rows
-    head = tl.program_id(0) // rows
-    keep = kept(seed, offset, column * 0 + head + first_head, column * 0 + row, column, probability)
-    place = (head.to(tl.int64) * rows + row) * columns + column
-    tl.store(out + place, keep.to(tl.uint8), mask=column < columns)
+from .dropout import kept
+from .merge import LN2, LOG2E, gathered, settled
 
 
 @triton.jit
 def within(at, low, high):
-    """The number at an address, or the nearer bound where it lies outside [low, high]: a wrong table reads no foreign memory."""
+    """The number at an address, clamped to [low, high], so that a wrong table reads no foreign memory."""
     return tl.minimum(tl.maximum(tl.load(at), low), high)
-
-
-@triton.jit
-def gathered(part, lse_part, place, ok, first, splits, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr):
-    """Partial results number first to first + PARTS of rows, summed: (largest lse [rows], total weight [rows], sums [rows, BDV]).
-
-    part: float32 [..., splits, DV]; lse_part: natural, [..., splits]. place: of the rows among the leading dimensions; ok:
-    which of them exist. Read past the first-level cache: other programs of this launch may have written them.
-    """
-    d = tl.arange(0, BDV)[None, None, :]
-    some = first + tl.arange(0, PARTS)[None, :]
-    there = ok[:, None] & (some < splits)
-    at = place[:, None] * splits + some
-    each = tl.load(lse_part + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    parts = tl.load(part + at[:, :, None] * DV + d, mask=there[:, :, None] & (d < DV), other=0.0, cache_modifier=".cg")
-    most = tl.max(each, 1)
-    weight = tl.exp2((each - tl.where(most == float("-inf"), 0.0, most)[:, None]) * LOG2E)
-    return most, tl.sum(weight, 1), tl.sum(parts * weight[:, :, None], 1)
-
-
-@triton.jit
-def settled(most, total, sums):
-    """(result, natural lse) of rows; 0 and -inf where no part has a key."""
-    dead = total == 0.0
-    whole_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
-    return sums / tl.where(dead, 1.0, total)[:, None], whole_lse
 
 
 @triton.jit
@@ -161,17 +111,17 @@ def attend(
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, query heads without.
+    """Grid: (row tiles * splits, heads, batch entries or sequences); heads are key heads with PACK, else query heads.
 
-    Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher then
-    knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left, right
-    count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and keys that
-    there are, or pages in all_k. EVEN: every tile of keys is whole.
+    Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher
+    then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
+    right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
+    keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
 
     With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
     log-sum-exp, [batch, heads, len_q, splits]. With JOIN, the most splits that the last program of a tile joins,
-    ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that have theirs written,
-    int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
+    ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that have theirs
+    written, int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
@@ -362,41 +312,3 @@ def attend(
         )
         if LSE:
             tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)
-
-
-@triton.jit
-def merge(
-    part,
-    out,
-    lse,
-    o_b,
-    o_h,
-    o_m,
-    splits,
-    DV: tl.constexpr,
-    BDV: tl.constexpr,
-    LSE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Join the partial results of `attend`. Grid: (len_q, heads, batch)."""
-    row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows, heads = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
-    place = (batch * heads + head) * rows + row + tl.zeros([1], tl.int64)
-    d = tl.arange(0, BDV)[None, :]
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    lse_part = part + tl.num_programs(2) * heads * rows * splits * DV
-    most, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    sums = tl.zeros([1, BDV], tl.float32)
-    for start in range(0, splits, 16):  # up to 16 parts their loads do not wait for each other
-        some_most, some_total, some_sums = gathered(part, lse_part, place, place >= 0, start, splits, DV, BDV, 16)
-        raised = tl.maximum(most, some_most)
-        anchor = tl.where(raised == float("-inf"), 0.0, raised)
-        shrink, grow = tl.exp2((most - anchor) * LOG2E), tl.exp2((some_most - anchor) * LOG2E)
-        total = total * shrink + some_total * grow
-        sums = sums * shrink[:, None] + some_sums * grow[:, None]
-        most = raised
-    joined, whole_lse = settled(most, total, sums)
-    tl.store(out + batch * o_b + head * o_h + row * o_m + d, joined.to(out.dtype.element_ty), mask=d < DV)
-    if LSE:
-        tl.store(lse + place, whole_lse)

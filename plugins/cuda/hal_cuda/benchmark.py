@@ -1,13 +1,13 @@
-"""Other attention kernels, to be timed beside this package's own. For benchmarks alone: none of them is a dependency.
+"""What `hal bench cuda:0` adds: this package's kernels and the installed peers as columns, clocks, power and ceilings.
 
-Torch's cuDNN and FlashAttention-2 are always there; FlashAttention-4, FlashInfer and cuDNN's own frontend where
-installed.
+Peers are other attention kernels, timed beside this package's own; none of them is a dependency. Torch's cuDNN and
+FlashAttention-2 are always there; FlashAttention-4, FlashInfer and cuDNN's own frontend where they are installed.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hal_core.plugin_api import SequenceTables
+from hal_core.plugin_api import AttentionRequest, BenchSetup, Call, Causal, Ceilings, Device, SequenceMetadata
 
-Call = Callable[[], Any]
+from . import paths
+from .calibrate import on_path
+from .cost import OWN, Rates
+from .discovery import Chip
+from .runtime import nvml
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -95,10 +99,10 @@ class Peers:
             ]
             table = torch.arange(batch * length // 16, dtype=torch.int32, device=key.device).view(batch, -1)
             held = torch.full((batch,), length, dtype=torch.int32, device=key.device)
-            calls |= self._flashinfer(query, pages[0], pages[1], SequenceTables(page_table=table, cache_seqlens=held))
+            calls |= self._flashinfer(query, pages[0], pages[1], SequenceMetadata(page_table=table, cache_seqlens=held))
         return self._running(list(query.shape), calls)
 
-    def paged(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceTables) -> dict[str, Call]:
+    def paged(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceMetadata) -> dict[str, Call]:
         """Peers of one query token on pages [pages, heads, page size, dim]: FlashInfer, on either of its two
         kernels.
         """
@@ -120,9 +124,10 @@ class Peers:
             "FA2": lambda: _packed_result(flash(*rows, ends, ends, longest, longest, 0.0, causal, False)[0])
         }
         module = self._modules.get("FlashAttention-4")
-        if hasattr(module, "flash_attn_varlen_func"):
+        varlen = getattr(module, "flash_attn_varlen_func", None)
+        if varlen is not None:
             calls["FA4"] = lambda: _packed_result(
-                module.flash_attn_varlen_func(
+                varlen(
                     *rows,
                     cu_seqlens_q=ends,
                     cu_seqlens_k=ends,
@@ -144,7 +149,7 @@ class Peers:
         rows = [t.transpose(1, 2).contiguous() for t in (query, key, value)]
         return {"FA4": lambda: module.flash_attn_func(*rows, **options)[0].transpose(1, 2)}
 
-    def _flashinfer(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceTables) -> dict[str, Call]:
+    def _flashinfer(self, query: Tensor, key: Tensor, value: Tensor, tables: SequenceMetadata) -> dict[str, Call]:
         """Both kernels that FlashInfer has for decode, planned as its users plan them: once for many layers."""
         calls: dict[str, Call] = {}
         table, held = tables.page_table.cpu(), tables.cache_seqlens.cpu()
@@ -301,3 +306,63 @@ def _version(library: Library) -> str:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+#: Columns of the own kernels, by path.
+COLUMNS = {"hopper": "own Hopper", "portable": "own Triton"}
+
+
+class CudaBench:
+    """One GPU under `hal bench`. The second-level cache is flushed before each call, so that every read comes from
+    memory.
+    """
+
+    def __init__(
+        self, device: Device, chip: Chip, rates: Rates, gpu: nvml.Gpu | None, peers: Peers | None = None
+    ) -> None:
+        self._device, self._chip, self._rates, self._gpu = device, chip, rates, gpu
+        self._peers = peers or Peers()
+
+    def setup(self) -> BenchSetup:
+        cache = torch.empty(256 << 20, dtype=torch.uint8, device=self._device.reads[0])
+        ceilings = Ceilings(self._rates.matrix, self._rates.bandwidth, self._rates.source)
+        flush = partial(
+            cache.random_, 0, 7
+        )  # slower than zeros: the device is still busy when a call has been prepared
+        return BenchSetup(self.calls, self.conditions, self.notes, flush, ceilings)
+
+    def calls(self, request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call]:
+        """Every own kernel that is right for the request, each alone, then the peers."""
+        given = (query, key, value)
+        names = [path for path in paths.candidates(request, self._chip) if path in OWN]
+        own = {COLUMNS[path]: self._bound(path, request, given) for path in names}
+        if request.dtype not in ("bfloat16", "float16") or request.causal is Causal.BOTTOM_RIGHT:
+            return own
+        return own | self._peers.dense(*given, causal=request.causal is Causal.TOP_LEFT)
+
+    def _bound(self, path: str, request: AttentionRequest, given: Sequence[Tensor]) -> Callable[[], Any]:
+        return partial(on_path(self._device, self._chip, self._rates, path, request), *given)
+
+    def conditions(self) -> dict[str, Any]:
+        """Clocks in MHz and board power in watts as they are now, and the driver; nothing where NVML does not
+        answer.
+        """
+        if self._gpu is None:
+            return {}
+        try:
+            return {
+                "SM MHz": self._gpu.clock("sm"),
+                "memory MHz": self._gpu.clock("memory"),
+                "W": round(self._gpu.power()),
+                "driver": self._device.driver,
+            }
+        except nvml.NvmlError:
+            return {}
+
+    def notes(self) -> list[str]:
+        versions = ", ".join(f"{name} {version}" for name, version in self._peers.versions.items())
+        return [
+            f"own columns run one kernel of this package alone, hal and bound what dispatch chose; peers: {versions}",
+            "second-level cache flushed before each call",
+            *self._peers.notes,
+        ]
