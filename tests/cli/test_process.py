@@ -24,7 +24,7 @@ def test_the_command_runs_and_imports_torch_only_when_it_must(site: Site) -> Non
 
 
 #: Plugins whose estimates import torch, so that `hal explain` is slow where they are installed: to be mended there.
-IMPORT_TORCH = {"photonic", "lightmatter", "luminous"}
+IMPORT_TORCH = {"kpu", "photonic", "lightmatter", "luminous"}
 PLUGINS = [(point.name, point.dist.name) for point in sorted(entry_points(group="hal.plugins")) if point.dist]
 
 
