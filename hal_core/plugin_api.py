@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         Refusal as Refusal,
         listing as listing,
     )
-    from .console import progress as progress, show_table as show_table
     from .decision import Candidate as Candidate, Decision as Decision, PolicyChoice as PolicyChoice
     from .device_info import (
         Basis as Basis,
@@ -114,7 +113,6 @@ _NAMES = {
     "capability": "FEATURES Capabilities Choice Code Numerics Range Refusal listing",
     "decision": "Candidate Decision PolicyChoice",
     "protocols": "AttentionBackend Autograd MemoryManager Progress Session TilingStrategy",
-    "console": "progress show_table",
     "hooks": "API_VERSION BackendSpec CommandResult KernelSpec Table hookimpl",
     "access": "current_caller",
     "registry": "kernel",
