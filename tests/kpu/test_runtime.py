@@ -68,6 +68,8 @@ def test_a_program_is_its_operations_one_after_the_other(fidelity):
 def test_equal_operations_are_timed_once(monkeypatch):
     program, inputs, _ = layer()
     KPURuntime(TRANSACTIONAL).execute(program, inputs)
+    from hal_kpu.runtime import timing
+
     monkeypatch.setattr(timing, "run_transactional", lambda *_: pytest.fail("timed again"))
     KPURuntime(TRANSACTIONAL).execute(program, inputs)
 
