@@ -189,7 +189,8 @@ def _wrong_tiles(plan: TilePlan, request: AttentionRequest, limit: dict[str, int
     query, key = (torch.zeros(1, 1, n, 1) for n in times.shape)
     options: dict[str, Any] = {"causal": request.causal, "window": request.window}
     visible = reference(query, key, torch.eye(request.len_k)[None, None], **options).out[0, 0] > 0
-    most_q, most_k = limit.get("block_q", plan.block_q), limit.get("block_k", plan.block_k)
+    most_q = limit.get("block_q", plan.block_q or request.len_q)  # 0: uneven ranges
+    most_k = limit.get("block_k", plan.block_k or request.len_k)
     for tile in plan.tiles():
         rows, columns = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
         inside = min(tile.q_start, tile.k_start) >= 0 and tile.q_stop <= request.len_q and tile.k_stop <= request.len_k

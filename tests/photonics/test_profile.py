@@ -7,12 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hal_cli import main
 from hal_photonics.backend import BUNDLED
 from hal_photonics.profiles.figures import FIGURES
 from hal_photonics.profiles.profile import WORDS, Profile, ProfileError, load
 
 from hal_core import Provenance
-from hal_core.cli import main
 
 TEXT = (BUNDLED / "generic.toml").read_text()
 

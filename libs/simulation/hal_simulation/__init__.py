@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .metering import MeteredKernel as MeteredKernel
-    from .products import ProductSize as ProductSize
-    from .products import linear_size as linear_size
-    from .products import matmul_size as matmul_size
-    from .profile import Figure as Figure
-    from .profile import Kind as Kind
-    from .profile import Profile as Profile
-    from .profile import ProfileError as ProfileError
-    from .profile import Schema as Schema
-    from .profile import worst as worst
-    from .quantity import RELATIVE_UNCERTAINTY as RELATIVE_UNCERTAINTY
-    from .quantity import modelled as modelled
+    from .products import ProductSize as ProductSize, linear_size as linear_size, matmul_size as matmul_size
+    from .profile import (
+        Figure as Figure,
+        Kind as Kind,
+        Profile as Profile,
+        ProfileError as ProfileError,
+        Schema as Schema,
+        worst as worst,
+    )
+    from .quantity import RELATIVE_UNCERTAINTY as RELATIVE_UNCERTAINTY, modelled as modelled
 
 _WHERE = {
     "metering": ("MeteredKernel",),

@@ -24,8 +24,7 @@ import attrs
 
 from hal_core.plugin_api import Provenance, listing
 
-from .toml_file import ProfileError as ProfileError
-from .toml_file import parse_text, read_text
+from .toml_file import ProfileError as ProfileError, parse_text, read_text
 
 _PARTS = ("value", "unit", "provenance", "source")
 #: What a figure that the file leaves out has as its source.

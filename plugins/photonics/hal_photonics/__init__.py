@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING, Any
 from hal_core.plugin_api import BackendSpec, hookimpl
 
 if TYPE_CHECKING:
-    from .backend import ProfileBackend as ProfileBackend
-    from .backend import register_profile as register_profile
-    from .profiles.profile import Profile as Profile
-    from .profiles.profile import ProfileError as ProfileError
-    from .profiles.profile import load as load
+    from .backend import ProfileBackend as ProfileBackend, register_profile as register_profile
+    from .profiles.profile import Profile as Profile, ProfileError as ProfileError, load as load
     from .runtime.driver import Driver as Driver
-    from .simulator.chip import Fault as Fault
-    from .simulator.chip import SimulatedDriver as SimulatedDriver
+    from .simulator.chip import Fault as Fault, SimulatedDriver as SimulatedDriver
     from .simulator.core import PhotonicCore as PhotonicCore
 
 _WHERE = {

@@ -1,4 +1,4 @@
-"""Latency and energy of attention over lengths, against a GPU: measured here, or from published figures."""
+"""Latency and energy of attention over lengths, against a GPU that is measured here or known from published figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import attrs
 
-import hal_core as hal
 from hal_core.plugin_api import (
     AttentionRequest,
     Basis,
@@ -19,6 +18,10 @@ from hal_core.plugin_api import (
     HalError,
     Provenance,
     Quantity,
+    attention,
+    find_devices,
+    listing,
+    open_session,
     registry,
 )
 
@@ -27,11 +30,14 @@ from .cost import attention_cost
 from .profiles.profile import Profile
 
 _ORIGIN = "published"
+_PICTURES = (".pdf", ".png", ".svg")
 
 
 class PublishedGpu(NamedTuple):
-    """A GPU by its published figures: peak FLOP/s of dense bf16, the share that attention reaches, W, s of starting a
-    call.
+    """A GPU by its published figures.
+
+    Attributes:
+        peak: FLOP/s of dense bfloat16 products. share: of the peak that attention reaches. power: W. start: s per call.
     """
 
     name: str
@@ -57,7 +63,7 @@ GPUS = {
 
 @attrs.frozen(kw_only=True)
 class Point:
-    """One length: seconds and joules of both sides. Energy is None where nobody states it."""
+    """One length: seconds and joules of both sides. An energy is None where the device states none."""
 
     length: int
     photonic_time: Quantity
@@ -72,7 +78,7 @@ class Point:
 
 @attrs.frozen(kw_only=True)
 class Sweep:
-    """Points over lengths, and who is on both sides."""
+    """Points over lengths, with the names of both sides."""
 
     profile: Profile
     against: str
@@ -80,7 +86,7 @@ class Sweep:
     points: tuple[Point, ...]
 
     def crossover(self, what: str) -> str:
-        """One sentence: from which length the photonic side is better in "time" or "energy", or that it never is."""
+        """One sentence: from which length the photonic side is better in "time" or "energy", or that there is none."""
         better = []
         for point in self.points:
             ours, other = getattr(point, f"photonic_{what}"), getattr(point, f"other_{what}")
@@ -122,7 +128,7 @@ def sweep(
         request = AttentionRequest(batch, heads, heads, length, length, head_dim, head_dim, "bfloat16")
         whole, alone = attention_cost(profile, request), attention_cost(profile, request, host=False)
         estimate = whole.estimate()
-        assert estimate.energy is not None
+        assert estimate.energy is not None  # a profile always gives one
         time_, energy = other_side(request)
         points.append(
             Point(
@@ -162,10 +168,10 @@ def _published(against: str) -> Other:
 
 
 def _measured(against: str) -> Other:
-    device = registry.find(against)[0]
+    device = find_devices(against)[0]
     if device.fidelity is Fidelity.SIMULATED:
         raise ContractError(f"--against {against!r} was given: it is simulated; name hardware, or published:h200")
-    backend, session = registry.backend_of(device), registry.session(device.id)
+    backend, session = registry.backend_of(device), open_session(device.id)
 
     def measure(request: AttentionRequest) -> tuple[Quantity, Quantity | None]:
         import torch
@@ -180,7 +186,7 @@ def _measured(against: str) -> Other:
         for run in range(6):
             wait()
             start = time.perf_counter()
-            hal.attention(q, k, v, backend=device.id)
+            attention(q, k, v, backend=device.id)
             wait()
             if run:
                 times.append(time.perf_counter() - start)
@@ -203,25 +209,42 @@ def profile_named(name: str) -> Profile:
         from .profiles.profile import load
 
         return load(name)
-    device = registry.find(name)[0]
+    device = find_devices(name)[0]
     backend = registry.backend_of(device)
     if not isinstance(backend, ProfileBackend):
         raise HalError(f"{device.id} is not made of a photonic profile: name a photonic device or a profile file")
     return backend.profile_of(device)
 
 
-def draw(found: Sweep, path: Path) -> None:
-    """Write a picture: latency and energy of both sides over length, with the parts of the photonic side.
+def check_plot(path: Path) -> None:
+    """Raise HalError where a picture could not be written, before there is anything to draw."""
+    if path.suffix.lower() not in _PICTURES:
+        raise HalError(f"--plot {path} was given: use a file name that ends with {listing(_PICTURES)}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise HalError(f"--plot {path} was given: use a file in a folder that exists")
+    _figure_class()
 
-    Raises:
-        HalError: matplotlib is not installed.
-    """
+
+def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise HalError("a plot needs matplotlib: pip install 'hal-photonics[plot]'") from None
+    return Figure
+
+
+def draw(found: Sweep, path: Path) -> None:
+    """Draw latency and energy of both sides over length, with the parts of the photonic side.
+
+    Args:
+        path: a PNG, SVG or PDF file.
+
+    Raises:
+        HalError: matplotlib is not installed, or the file cannot be written.
+    """
+    check_plot(path)
     lengths = [point.length for point in found.points]
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = _figure_class()(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
     sides = (
         ("latency, s", "photonic_time", "other_time", "optics_time", "parts"),

@@ -1,12 +1,12 @@
 """Calibration of a chip: dark codes, a vector sweep, one-hot weights with pre-distortion, random probes.
 
-1 dark: no light; the mean code of each column in each core is its offset.
-2 vector sweep: one input at a time over its range; the inverse of its response, a 7th-order polynomial, straightens it.
-3 one-hot weights: one input at a time at full scale over weight codes; least squares give each cell's gain and offset,
-  which are then taken out of the weight codes themselves. (A digital correction of the products would cost as much as
-  they do.)
-4 random probes: what is left of gains and offsets by ridge regression.
-Validated on weights that no step has seen.
+1. Dark codes: without light, the mean code of each column in each core is its offset.
+2. Vector sweep: one input at a time over its range; the inverse of its response, a 7th-order polynomial, corrects it.
+3. One-hot weights: one input at a time at full scale over weight codes. Least squares give each cell's gain and offset,
+   which correct the weight codes themselves: a digital correction of the products would cost as much as they do.
+4. Random probes: ridge regression gives the remaining gains and offsets of the columns.
+
+The result is validated on weights that no step has seen.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class CalibrationReport:
 
     Attributes:
         before, after: signal over error in dB on probes and weights that the fit has not seen.
-        fitted_before, fitted_after: the same on those it has. faults: names of what is broken. clip_rate: a share.
+        fitted_before, fitted_after: the same on those that it has. faults: names of what is broken.
+        clip_rate: share of the readouts at the rails.
         temperature: degC, clock: s, and laser: power over nominal, when it was made.
     """
 
@@ -51,7 +52,7 @@ class CalibrationReport:
 
     @property
     def kept(self) -> float:
-        """Share of the gain in dB on fitted weights that is there on others."""
+        """The gain in dB on other weights relative to that on the fitted ones."""
         gain = self.fitted_after - self.fitted_before
         return (self.after - self.before) / gain if gain > 0 else 1.0
 
@@ -66,6 +67,7 @@ class CalibrationReport:
         return ""
 
     def to_dict(self) -> dict[str, Any]:
+        """The figures by name, as `hal calibrate` shows and stores them."""
         return {
             "SNR before, dB": round(self.before, 2),
             "SNR after, dB": round(self.after, 2),
@@ -86,7 +88,7 @@ def bits(snr: float) -> float:
 
 
 def drawing(snr: float) -> str:
-    """A bar of half a dB a mark, for a terminal."""
+    """A bar for a terminal, two marks per dB."""
     return "█" * max(round(2 * snr), 0) + f" {snr:.1f} dB"
 
 

@@ -1,14 +1,22 @@
-"""`hal photonics`: check a profile, list cards, sweep lengths against a GPU. Everything heavy is imported when it
-runs.
+"""`hal photonics`: check a profile, list cards, compare attention with a GPU over lengths.
+
+Commands return data; `hal` prints it. What a command needs is imported when it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from hal_core.plugin_api import CommandResult, ContractError, Table
+
+if TYPE_CHECKING:
+    from .benchmark import Sweep
+
+#: Lengths and sizes have at most this many digits.
+_MOST_DIGITS = 9
 
 
 def add_commands(subparsers: Any) -> None:
@@ -28,13 +36,9 @@ def add_commands(subparsers: Any) -> None:
     sweep.add_argument("--shape", default="1,32,128", help="batch,heads,head_dim (default %(default)s)")
     sweep.add_argument("--plot", type=Path, metavar="FILE", help="draw it to a PNG, SVG or PDF file")
     sweep.set_defaults(run=_sweep)
-    for command in (profile, cards, sweep):
-        command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _profile(options: argparse.Namespace) -> int:
-    from hal_core.plugin_api import show_table
-
+def _profile(options: argparse.Namespace) -> CommandResult:
     from . import cost
     from .profiles.profile import load, word
     from .simulator import imperfections
@@ -46,99 +50,83 @@ def _profile(options: argparse.Namespace) -> int:
         "effective bits of one readout": f"{imperfections.effective_bits(p):.2f}",
         **{f"noise: {name}, LSB": f"{value:.3g}" for name, value in imperfections.noise_parts(p)._asdict().items()},
     }
-    if options.json:
-        figures = {
-            key: {"value": f.value, "unit": f.unit, "provenance": word(f.provenance), "source": f.source}
-            for key, f in p.figures.items()
-        }
-        head = {"name": p.name, "vendor": p.vendor, "mechanism": p.mechanism}
-        print(json.dumps({**head, "figures": figures, "derived": derived}, indent=2))
-        return 0
+    figures = {
+        key: {"value": f.value, "unit": f.unit, "provenance": word(f.provenance), "source": f.source}
+        for key, f in p.figures.items()
+    }
     rows = [[key, f"{f.value:g}", f.unit, word(f.provenance), f.source] for key, f in p.figures.items()]
-    show_table(
-        f"{p.vendor} {p.name}: {p.title} ({p.mechanism})", ["figure", "value", "unit", "provenance", "source"], rows
-    )
-    show_table("What follows", ["figure", "value"], [[name, value] for name, value in derived.items()])
+    title = f"{p.vendor} {p.name}: {p.title} ({p.mechanism})"
     counts = Counter(word(f.provenance) for f in p.figures.values())
-    print(f"{p.path}: good. {', '.join(f'{count} figures {origin}' for origin, count in counts.items())}.")
-    return 0
+    listed = ", ".join(f"{count} figures {origin}" for origin, count in counts.items())
+    return CommandResult(
+        {"name": p.name, "vendor": p.vendor, "mechanism": p.mechanism, "figures": figures, "derived": derived},
+        tables=[
+            Table(title, ["figure", "value", "unit", "provenance", "source"], rows),
+            Table("Derived from them", ["figure", "value"], [[name, value] for name, value in derived.items()]),
+        ],
+        text=[f"{p.path}: good. {listed}."],
+    )
 
 
-def _cards(options: argparse.Namespace) -> int:
-    from hal_core.plugin_api import show_table
-
+def _cards(options: argparse.Namespace) -> CommandResult:
     from .discovery import IDS_VARIABLE, cards, configured_ids
 
     wanted, found = configured_ids(), cards()
-    if options.json:
-        print(json.dumps({"configured": sorted(wanted), "cards": [card._asdict() for card in found]}, indent=2))
-        return 0
+    data = {"configured": sorted(wanted), "cards": [card._asdict() for card in found]}
     if not wanted:
-        print(f"No ids are configured: set {IDS_VARIABLE}=vendor:device, as `lspci -nn` prints them.")
-        return 0
-    show_table("Photonic cards", ["address", "ids"], [[card.address, card.ids] for card in found])
+        return CommandResult(
+            data, text=[f"No ids are configured: set {IDS_VARIABLE}=vendor:device, as `lspci -nn` prints them."]
+        )
+    said = f"None of {', '.join(sorted(wanted))} is on the bus."
     if found:
-        print("No vendor publishes a driver, so none of them is used; a profile simulates one.")
-    else:
-        print(f"None of {', '.join(sorted(wanted))} is on the bus.")
-    return 0
+        said = "No vendor publishes a driver, so none of them is used; a profile simulates one."
+    table = Table("Photonic cards", ["address", "ids"], [[card.address, card.ids] for card in found])
+    return CommandResult(data, tables=[table], text=[said])
 
 
-def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
-    from hal_core.plugin_api import ContractError
+def _sweep(options: argparse.Namespace) -> CommandResult:
+    import attrs
 
-    words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) > 0 for word in words) or (count and len(words) != count):
-        raise ContractError(f"{option} {text!r} was given: pass {wanted} as whole numbers of 1 or more")
-    return [int(word) for word in words]
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from hal_core.plugin_api import progress, show_table
-
-    from .benchmark import draw, profile_named, sweep
+    from .benchmark import check_plot, draw, profile_named, sweep
 
     lengths = _numbers(options.lengths, "--lengths", 0, "lengths")
     batch, heads, dim = _numbers(options.shape, "--shape", 3, "batch,heads,head_dim")
-    with progress("sweep") as report:
-        found = sweep(
-            profile_named(options.device),
-            lengths,
-            options.against,
-            batch=batch,
-            heads=heads,
-            head_dim=dim,
-            progress=report,
-        )
+    if options.plot is not None:
+        check_plot(options.plot)
+    found = sweep(
+        profile_named(options.device),
+        lengths,
+        options.against,
+        batch=batch,
+        heads=heads,
+        head_dim=dim,
+        progress=options.progress,
+    )
     sentences = [found.crossover("time"), found.crossover("energy")]
-    if options.json:
-        import attrs
-
-        points = [attrs.asdict(point) for point in found.points]
-        print(
-            json.dumps(
-                {
-                    "profile": found.profile.name,
-                    "against": found.against,
-                    "shape": found.shape,
-                    "points": points,
-                    "crossover": sentences,
-                },
-                indent=2,
-            )
-        )
-    else:
-        show_table(
-            f"{found.profile.title} (simulated) against {found.against}, {found.shape}", *_table(found), sentences
-        )
+    data = {
+        "profile": found.profile.name,
+        "against": found.against,
+        "shape": found.shape,
+        "points": [attrs.asdict(point) for point in found.points],
+        "crossover": sentences,
+    }
     if options.plot is not None:
         draw(found, options.plot)
-        if not options.json:
-            print(f"plot: {options.plot}")
-    return 0
+        data["plot"] = str(options.plot)
+    text = [] if options.plot is None else [f"plot: {options.plot}"]
+    return CommandResult(data, tables=[_table(found, sentences)], text=text)
 
 
-def _table(found: Any) -> tuple[list[str], list[list[str]]]:
+def _numbers(text: str, option: str, count: int, wanted: str) -> list[int]:
+    """Whole numbers of 1 or more, `count` of them; 0 for any count."""
+    words = [word.strip() for word in text.split(",")]
+    good = all(word.isdecimal() and len(word) <= _MOST_DIGITS and int(word) > 0 for word in words)
+    if not good or (count and len(words) != count):
+        raise ContractError(f"{option} {text[:80]!r} was given: pass {wanted} as whole numbers of 1 or more")
+    return [int(word) for word in words]
+
+
+def _table(found: Sweep, notes: list[str]) -> Table:
     rows = []
     for p in found.points:
         speed, optics = p.other_time.middle / p.photonic_time.middle, p.other_time.middle / p.optics_time
@@ -172,4 +160,4 @@ def _table(found: Any) -> tuple[list[str], list[list[str]]]:
         "origin",
         "origin of the other",
     ]
-    return columns, rows
+    return Table(f"{found.profile.title} (simulated) against {found.against}, {found.shape}", columns, rows, notes)

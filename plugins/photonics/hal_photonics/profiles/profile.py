@@ -16,9 +16,7 @@ from typing import ClassVar
 
 import attrs
 import hal_simulation
-from hal_simulation import Figure as Figure
-from hal_simulation import ProfileError as ProfileError
-from hal_simulation import Schema
+from hal_simulation import Figure as Figure, ProfileError as ProfileError, Schema
 
 from hal_core.plugin_api import Provenance
 

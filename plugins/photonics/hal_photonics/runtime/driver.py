@@ -36,7 +36,7 @@ class Reading(NamedTuple):
 
 
 class Driver(Protocol):
-    """One chip. `read` may be called from any thread; its result depends on its arguments and the chip's state alone."""
+    """One chip. `read` may be called from any thread; it depends on its arguments and the chip's state alone."""
 
     profile: Profile
 

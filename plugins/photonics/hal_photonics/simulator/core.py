@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from hal_simulation import matmul_size
+from hal_simulation import linear_size, matmul_size
 from torch import Tensor
 
 from hal_core.plugin_api import ContractError
@@ -137,6 +137,28 @@ class PhotonicCore:
         result = self.product(inputs, weights, generator(rng), level)
         return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
 
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: tuple[int, int] | None = None
+    ) -> Tensor:
+        """x [..., K] @ weight [N, K]^T + bias [N]; weight is held, the bias is added digitally.
+
+        Args:
+            rng: (seed, offset) of the noise; None for a chip without noise (its static errors stay).
+
+        Returns:
+            [..., N], x's dtype.
+
+        Raises:
+            ContractError: a NaN or an infinity in x or weight, with its position; operands that do not fit.
+        """
+        linear_size(x, weight, bias)
+        check_operands(x=x, weight=weight)
+        check_finite(x=x, weight=weight)
+        rows = x.reshape(1, -1, x.shape[-1]).float()
+        flat = self.product(rows, weight.float().unsqueeze(0), generator(rng))
+        result = flat.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+        return result if bias is None else result + bias.to(result.dtype)
+
     def product(
         self,
         inputs: Tensor,
@@ -188,10 +210,9 @@ class PhotonicCore:
         total = inputs.new_zeros(inputs.shape[0], inputs.shape[1], outputs)
         for tile in tiles:
             x, x_scale = encode(inputs[..., tile.place], c.input_levels)
-            code = self._read(x, tile.codes, noise, passes).codes
             # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
             scale = tile.scales * (c.lsb(x.shape[-1]) / c.gain)
-            total.addcmul_(code.mul_(x_scale), scale.transpose(-1, -2))
+            total.addcmul_(self._read(x, tile.codes, noise, passes).codes.mul_(x_scale), scale.transpose(-1, -2))
         return total
 
     def _read(self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1) -> Reading:
@@ -242,12 +263,20 @@ def check_operands(**operands: Tensor) -> None:
 def check_finite(**operands: Tensor) -> None:
     """Raise ContractError for the first NaN or infinity, with its operand and position."""
     for name, tensor in operands.items():
-        # One pass: a sum over anything not finite is not finite. It may also overflow, so the elements decide.
-        if tensor.numel() and not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-            places = (~torch.isfinite(tensor)).nonzero()
-            if len(places):
-                place = places[0].tolist()
-                value = tensor[tuple(place)].item()
-                raise ContractError(
-                    f"{name} holds {value} at {place}: a converter has no code for it; pass finite values"
-                )
+        if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):  # both pass a NaN on
+            place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            value = tensor[tuple(place)].item()
+            raise ContractError(f"{name} holds {value} at {place}: a converter has no code for it; pass finite values")
+
+
+def not_finite(tensor: Tensor) -> Tensor | None:
+    """Which heads of [batch, heads, length, dim] hold a NaN or an infinity, [batch, heads]; None for none."""
+    if not tensor.numel():
+        return None
+    bad = ~(tensor.amax((-1, -2)).isfinite() & tensor.amin((-1, -2)).isfinite())  # both pass a NaN on
+    return bad if bool(bad.any()) else None
+
+
+def without(tensor: Tensor, heads: Tensor) -> Tensor:
+    """A copy of [batch, heads, length, dim] in which some heads, [batch, heads], are 0."""
+    return tensor.masked_fill(heads.unsqueeze(-1).unsqueeze(-1), 0)

@@ -1,6 +1,4 @@
-"""Exact products of converter codes: in float32 where it holds every sum, in eight-bit integers where those are
-faster.
-"""
+"""Exact products of converter codes, in float32 where it holds every sum, in eight-bit integers where it is faster."""
 
 from __future__ import annotations
 

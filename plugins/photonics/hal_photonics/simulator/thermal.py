@@ -1,9 +1,9 @@
-"""The states of a chip by temperature, faults and calibration, as a table that can be searched, and what drives it.
+"""The states of a chip by temperature, faults and calibration: a transition table, and the supervisor that drives it.
 
     OFF -> WARMUP -> CALIBRATING -> READY <-> DERATED <-> THROTTLED;  any -> TRIP -> COOLDOWN -> CALIBRATING
 
-TRIP is latched: the laser is off, and only `reset` leads on, through COOLDOWN and a calibration. A broken or stale
-sensor is a TRIP, because nobody knows how warm the chip is.
+TRIP is latched: the laser is off, and only `reset` leads out, through COOLDOWN and a calibration. A broken or stale
+sensor is a TRIP, because the temperature is then unknown.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ..runtime.driver import Telemetry
 
 
 class State(enum.StrEnum):
+    """What a chip is doing."""
+
     OFF = "off"
     WARMUP = "warmup"
     CALIBRATING = "calibrating"
@@ -28,10 +30,13 @@ class State(enum.StrEnum):
 
     @property
     def serves(self) -> bool:
+        """Whether calls are run in this state."""
         return self in (State.READY, State.DERATED)
 
 
 class Signal(enum.StrEnum):
+    """What can change the state."""
+
     POWER_ON = "power_on"
     POWER_OFF = "power_off"
     WARM = "warm"  # from the working temperature on
@@ -52,7 +57,7 @@ class Signal(enum.StrEnum):
 _POWERED = (State.WARMUP, State.CALIBRATING, State.READY, State.DERATED, State.THROTTLED, State.COOLDOWN)
 _ALARMS = (Signal.ABOVE_TRIP, Signal.SENSOR_FAILED, Signal.LASER_FAILED)
 
-#: What leads where. A signal that is not listed for a state changes nothing.
+#: The state after a signal. A signal that is not listed for a state changes nothing.
 TRANSITIONS: dict[tuple[State, Signal], State] = {
     (State.OFF, Signal.POWER_ON): State.WARMUP,
     (State.WARMUP, Signal.WARM): State.CALIBRATING,
@@ -80,7 +85,7 @@ def step(state: State, signal: Signal) -> State:
 
 
 class Supervisor:
-    """Reads the sensors, keeps the state, and says why.
+    """Reads the sensors, and keeps the state with its reason.
 
     Attributes:
         state: now. reason: what led to it, in words. history: (state, reason), oldest first, the latest 64.
@@ -92,7 +97,7 @@ class Supervisor:
         self.history: list[tuple[State, str]] = []
 
     def signal(self, signal: Signal, reason: str = "") -> State:
-        """Apply a signal."""
+        """Apply a signal. Returns the state after it."""
         after = step(self.state, signal)
         if after is not self.state:
             self.state, self.reason = after, reason or str(signal).replace("_", " ")
@@ -100,7 +105,7 @@ class Supervisor:
         return self.state
 
     def observe(self, sensed: Telemetry) -> State:
-        """Apply what the sensors say: alarms first, then limits with their hysteresis."""
+        """Apply what the sensors say: alarms first, then limits with their hysteresis. Returns the state."""
         p, hot = self._profile, sensed.temperature
         if not math.isfinite(hot):
             return self.signal(Signal.SENSOR_FAILED, f"the temperature sensor reads {hot}")
