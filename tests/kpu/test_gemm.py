@@ -45,7 +45,7 @@ def test_whole_runs_of_random_products(dataflow, seed):
 
 def test_the_machine_s_cycles_count_what_the_pes_take(monkeypatch):
     """A register a cycle late makes the stepped tile longer, and the whole machine's run with it."""
-    from hal_kpu import cycle_accurate
+    from hal_kpu.simulator import cycle_accurate
 
     good = simulate_gemm(40, 40, 40, rows=8, cols=8)
     real = cycle_accurate.multiply

@@ -47,6 +47,19 @@ def test_choices_begin_with_the_own_cut_and_keep_the_limits() -> None:
     assert all(16 <= size <= 128 for choice in others for size in (choice.block_q, choice.block_k))
 
 
+@pytest.mark.parametrize(
+    ("limits", "rows", "keys"),
+    [({"block_q": 16, "block_k": 24}, 16, 24), ({"maximum": 20}, 20, 20), ({"available_memory": 1 << 14}, 64, 32)],
+)
+def test_a_plan_keeps_the_bounds_that_it_is_given(limits, rows, keys) -> None:
+    plan = KPUTiling(load("t64")).plan(_REQUEST, limits)
+    assert 1 <= plan.block_q <= rows
+    assert 1 <= plan.block_k <= keys
+    if "available_memory" in limits:
+        held = (plan.block_q * 64 + plan.block_k * 128 + plan.block_q * plan.block_k) * 4
+        assert held <= limits["available_memory"] < 2 * held
+
+
 @pytest.mark.parametrize("name", ["t64", "t768", "t4x4"])
 @pytest.mark.parametrize("block", [(1, 1), (64, 64), (100, 37), (4096, 4096), (8, 1000)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -266,7 +266,12 @@ class KPUTiling(DenseTiling):
         query: Tensor | None = None,
         key: Tensor | None = None,
     ) -> TilePlan:
-        """Equal blocks for the buffers of the profile, within "minimum" and "maximum" of `limits`."""
+        """Equal blocks for the buffers of the profile, within the bounds that `limits` sets.
+
+        Args:
+            limits: "minimum" and "maximum" of both block sizes, "block_q" and "block_k" for the largest of each, and
+                "available_memory": bytes that the operands and scores of one tile may take. Each is optional.
+        """
         if self.block_q is not None and self.block_k is not None:
             sizes = self.block_q, self.block_k
         else:
@@ -274,7 +279,17 @@ class KPUTiling(DenseTiling):
             cut = own_cut(machine, shortened(machine, filled_up(machine, replace(request, tiling=None))))
             sizes = cut.block_q, cut.block_k
         low, high = limits.get("minimum", 1), limits.get("maximum", max(sizes))
-        return TilePlan.equal(request, *(max(low, min(size, high)) for size in sizes), cut_by=self.cut_by)
+        rows, keys = (
+            max(low, min(size, high, limits.get(name, size)))
+            for name, size in zip(("block_q", "block_k"), sizes, strict=True)
+        )
+        space, size = limits.get("available_memory"), DTYPE_BYTES.get(request.dtype, 4)
+        while space is not None and max(rows, keys) > low:
+            operands = (rows * request.dim_qk + keys * (request.dim_qk + request.dim_v)) * size
+            if operands + rows * keys * SUM_BYTES <= space:
+                break
+            rows, keys = (max(rows // 2, low), keys) if rows >= keys else (rows, max(keys // 2, low))
+        return TilePlan.equal(request, rows, keys, cut_by=self.cut_by)
 
     def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[KPUTiling]:
         """This cut, and those with half and twice the rows or keys in a block."""
