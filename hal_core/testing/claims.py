@@ -20,14 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from ..capability import Code, Range
 from ..errors import UnsupportedError
-from .cases import SUBJECT_OF, Case, unclaimed_cases
-from .subject import Failure, Measure, Skip, Subject
+from .cases import Case
+from .corners import SUBJECT_OF, unclaimed_cases
+from .findings import Failure, Measure, Skip
+from .subject import Subject
 
 SUBJECTS = (
     "dtypes",
@@ -121,3 +125,52 @@ def refusals(s: Subject) -> Measure:
         else:
             raise Failure(f"{case}: not claimed ({code}), and run all the same")
     return Measure(detail=f"{len(found)} requests refused")
+
+
+def options(s: Subject) -> Measure:
+    """Declared device options are accepted with their values and keep the declared numerics; others are refused."""
+    worst, tried, offered = Measure(), 0, s.capabilities.options
+    plain = s.probe()
+    for name, values in sorted(offered.items()):
+        for value in _some(values):
+            case = attrs.evolve(plain, request=replace(plain.request, options=((name, value),)))
+            if not s.accepts(case.request):
+                reasons = [*s.capabilities.refusals(case.request), *s.backend.check(case.request, s.device)]
+                raise Failure(f"option {name}={value!r} is declared, and refused: {'; '.join(map(str, reasons))}")
+            try:
+                worst, tried = s.worse(worst, s.hold(case)), tried + 1
+            except Failure as failure:
+                raise Failure(f"option {name}={value!r}: {failure}", failure.error, failure.bound) from failure
+    for name, value in [("no_such_option", 1), *((name, _outside(values)) for name, values in sorted(offered.items()))]:
+        case = attrs.evolve(plain, request=replace(plain.request, options=((name, value),)))
+        try:
+            s.by_attention(case, case.draw(s.seed))
+        except UnsupportedError as error:
+            codes = [r.code for c in error.decision.candidates for r in c.refusals] if error.decision else []
+            if Code.OPTION not in codes:
+                raise Failure(
+                    f"option {name}={value!r} is refused for {codes}, {str(Code.OPTION)!r} is the reason"
+                ) from error
+        else:
+            raise Failure(f"option {name}={value!r} is not declared, and the call ran all the same")
+    return worst._replace(detail=f"{tried} values of {len(offered)} options")
+
+
+def _some(values: Range | tuple[Any, ...]) -> list[Any]:
+    """A few values: both ends and one between."""
+    if isinstance(values, Range):
+        low, high = values.next_up(values.low) or 0, values.high
+        return sorted(
+            {
+                low,
+                values.next_up(low + 1) or low,
+                *([] if high is None else [high // values.multiple * values.multiple]),
+            }
+        )
+    return [*dict.fromkeys((values[0], values[len(values) // 2], values[-1]))]
+
+
+def _outside(values: Range | tuple[Any, ...]) -> Any:
+    if not isinstance(values, Range):
+        return "no such value"
+    return values.low - 1 if values.high is None else values.high + values.multiple

@@ -23,8 +23,9 @@ from .. import AttentionBackend, ContractError, Device, __version__
 from ..capability import listing
 from ..registry import registry
 from . import behaviour as b
-from . import claims, runtime_checks
-from .subject import Failure, Measure, Skip, Subject
+from . import claims, memory_checks, runtime_checks, structure, tiling_checks
+from .findings import Failure, Measure, Skip
+from .subject import Subject
 
 CHECKS: dict[str, Callable[[Subject], Measure]] = {
     "contract": b.contract,
@@ -35,13 +36,20 @@ CHECKS: dict[str, Callable[[Subject], Measure]] = {
             claims.refusals,
             b.prepared_reuse,
             b.stale_keys,
+            b.results_stay,
             b.huge_strides,
             b.inputs_unchanged,
-            b.tiles,
             b.merges,
             b.repeats,
             b.threads,
-            b.dlpack,
+            structure.structure,
+            structure.lowest_mask,
+            structure.isolation,
+            memory_checks.dlpack,
+            memory_checks.memory,
+            memory_checks.peak_memory,
+            tiling_checks.tilings,
+            claims.options,
             b.reopen,
             b.leaks,
             runtime_checks.runs_where_it_says,
@@ -69,6 +77,7 @@ class CheckResult:
     Attributes:
         name: a key of `CHECKS`. status: see `Status`. detail: the finding, or the reason for not running.
         error, bound: the error that was closest to its bound, or broke it; None where nothing was compared.
+        warning: what does not fail the device, and its owner should know; "" for nothing.
         seconds: how long it took.
     """
 
@@ -77,6 +86,7 @@ class CheckResult:
     detail: str = ""
     error: float | None = None
     bound: float | None = None
+    warning: str = ""
     seconds: float = 0.0
 
     @property
@@ -120,6 +130,7 @@ class Report:
         for r in self.results:
             figures = "" if r.error is None or r.bound is None else f"{r.error:.2g} of {r.bound:.2g}"
             lines.append(f"  {r.name:18} {r.status:17} {figures:20} {r.seconds:6.2f} s  {r.detail}".rstrip())
+        lines += [f"  WARNING, {r.name}: {r.warning}" for r in self.results if r.warning]
         counts = [(sum(r.status is status for r in self.results), status.replace("_", " ")) for status in Status]
         total = ", ".join(f"{count} {status}" for count, status in counts if count)
         return "\n".join([*lines, f"{'passed' if self.passed else 'FAILED'}: {total}"])

@@ -27,8 +27,9 @@ from ..protocols import KernelProvider
 from ..registry import registry, resolve
 from .benchmark import BenchmarkRunner
 from .cases import QKV
+from .findings import Failure, Measure, Skip
 from .reference import relative_error
-from .subject import Failure, Measure, Skip, Subject
+from .subject import Subject
 
 ESTIMATE_FACTOR = {Basis.MEASURED: 4.0, Basis.MODELLED: 10.0, Basis.DECLARED: 30.0}
 HOST_SLACK, LAUNCH_SLACK = 10e-3, 0.2e-3
