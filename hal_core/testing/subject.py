@@ -83,6 +83,8 @@ class Subject:
         rng = self.rng(request, draw)
         prepared = session.prepare_attention(*leaves[:3], request=asked, plan=inputs.plan, tables=inputs.tables)
         out, lse = session.compute_attention(prepared, leaves[3], rng=rng)
+        if not isinstance(out, Tensor):
+            raise Failure(f"{case}: compute_attention gave {out!r} as the output: a tensor is wanted")
         if mode == "explicit":
             flowing: dict[str, Any] = {"grad_lse": inputs.grad_lse if request.grad_lse else None, "rng": rng}
             backward = session.compute_attention_backward
