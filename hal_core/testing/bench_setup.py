@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..device import Device
+    from ..device_info import Device
     from ..request import AttentionRequest
 
 #: A benchmark column: called once for each timed run, without arguments.

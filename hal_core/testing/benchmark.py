@@ -266,10 +266,10 @@ def allocator_peak(fn: Call, device: str = "cpu") -> int:
         torch.cuda.reset_peak_memory_stats(device)
         fn()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - held
+        return int(torch.cuda.max_memory_allocated(device) - held)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         fn()
     results: Any = profiled.profiler
     events = [(e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event[0])
-    return max([0, *itertools.accumulate(nbytes for _, nbytes in events)])
+    return int(max([0, *itertools.accumulate(nbytes for _, nbytes in events)]))

@@ -110,6 +110,12 @@ def _hold_dropout(s: Subject, case: Case) -> Measure:
     return s.hold(case, inputs, keep)
 
 
+def refusal_codes(error: UnsupportedError) -> list[str]:
+    """The codes of all refusals behind an error."""
+    decision: Any = error.decision
+    return [str(r.code) for c in decision.candidates for r in c.refusals] if decision else []
+
+
 def refusals(s: Subject) -> Measure:
     """Everything outside the claims is refused, with its reason, before anything runs."""
     found = unclaimed_cases(s.capabilities, s.device)
@@ -119,8 +125,7 @@ def refusals(s: Subject) -> Measure:
         try:
             s.by_attention(case, case.draw(s.seed))
         except UnsupportedError as error:
-            reasons = [str(r.code) for c in error.decision.candidates for r in c.refusals] if error.decision else []
-            if code not in reasons:
+            if code not in (reasons := refusal_codes(error)):
                 raise Failure(f"{case}: refused for {reasons}, {str(code)!r} is the reason") from error
         else:
             raise Failure(f"{case}: not claimed ({code}), and run all the same")
@@ -146,8 +151,7 @@ def options(s: Subject) -> Measure:
         try:
             s.by_attention(case, case.draw(s.seed))
         except UnsupportedError as error:
-            codes = [r.code for c in error.decision.candidates for r in c.refusals] if error.decision else []
-            if Code.OPTION not in codes:
+            if Code.OPTION not in (codes := refusal_codes(error)):
                 raise Failure(
                     f"option {name}={value!r} is refused for {codes}, {str(Code.OPTION)!r} is the reason"
                 ) from error

@@ -102,7 +102,7 @@ def _compared_with_the_clock(s: Subject, cases: list[Case], found: list[Estimate
     for case, estimate in zip(cases, found, strict=True):
         inputs = case.draw(s.seed)
         yardstick = partial(scaled_dot_product_attention, *inputs[:3], enable_gqa=True)
-        calls = {"call": partial(s.run, "hal.attention", case, inputs), "yardstick": yardstick}
+        calls: dict[str, Any] = {"call": partial(s.run, "hal.attention", case, inputs), "yardstick": yardstick}
         timed = runner.compare(calls).results
         call, given, factor = timed["call"], estimate.time, ESTIMATE_FACTOR[estimate.time.basis]
         # A busy machine only adds: the fastest call meets the upper end, the median the lower one.
@@ -174,11 +174,14 @@ def _watched(s: Subject) -> Iterator[set[str]]:
     ]
     with ExitStack() as undo:
         for (id, session), name in itertools.product(others, ("prepare_attention", "compute_attention")):
-            noting = Mock(
-                wraps=getattr(session, name), side_effect=lambda *_, id=id, **__: (called.add(id), DEFAULT)[1]
-            )  # type: ignore[func-returns-value]
+            noting = Mock(wraps=getattr(session, name), side_effect=partial(_note, called, id))
             undo.enter_context(patch.object(session, name, noting))
         yield called
+
+
+def _note(called: set[str], id: str, *_: Any, **__: Any) -> Any:
+    called.add(id)
+    return DEFAULT
 
 
 def kernels(s: Subject) -> Measure:

@@ -135,7 +135,8 @@ def _visible_pairs(request: AttentionRequest) -> Tensor:
     """[len_q, len_k] by the reference: with an identity as values, the weights are the result."""
     query, key = (torch.zeros(1, 1, n, 1) for n in (request.len_q, request.len_k))
     options: dict[str, Any] = {name: getattr(request, name) for name in ("causal", "window", "diagonal")}
-    return reference(query, key, torch.eye(request.len_k)[None, None], **options).out[0, 0] > 0
+    weights: Tensor = reference(query, key, torch.eye(request.len_k)[None, None], **options).out[0, 0]
+    return weights > 0
 
 
 def _hold_names(s: Subject) -> None:

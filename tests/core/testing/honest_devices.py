@@ -58,7 +58,10 @@ class ExplicitSession(DenseSession):
             key_grad = torch.matmul(flow.mT, work.single(query), out=wide[0])
             value_grad = torch.matmul(weights.mT, go, out=wide[1])
             grads = [query_grad.mul_(r.effective_scale), key_grad.mul_(r.effective_scale), value_grad]
-            grads[1:] = (t.unflatten(1, (-1, group)).sum(2) for t in grads[1:])
+            if group > 1:
+                rooms = [work.room(*t.shape) for t in (key, value)]
+                by_group = [t.unflatten(1, (-1, group)) for t in grads[1:]]
+                grads[1:] = (torch.sum(t, 2, out=room) for t, room in zip(by_group, rooms, strict=True))
             fresh = (torch.empty_like(t).copy_(g) for g, t in zip(grads, (query, key, value), strict=True))
             return hal.Grads(*fresh, mask_grad)
 
@@ -87,11 +90,10 @@ class NoisySession(DenseSession):
     def attend(self, query: Tensor, *rest: Any) -> Any:
         out, lse = super().attend(query, *rest)
         seed, offset = rest[4]
+        size = torch.linalg.vector_norm(out, dim=-1, keepdim=True) / out.shape[-1] ** 0.5
         with self.scratch(out.shape, "float32") as room:
             torch.randn(out.shape, generator=self.generator(seed, offset), out=room)
-            finite = out.isfinite().all(-1, keepdim=True)
-            size = float(torch.where(finite, out, 0).norm())
-            return out.add_(room.mul_(self.level * size / max(out.numel(), 1) ** 0.5)), lse
+            return out.add_(room.mul_(self.level * size)), lse
 
     def generator(self, seed: int, offset: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed * 1000 + offset)

@@ -261,7 +261,7 @@ def test_kernels_are_held_to_their_reference(
         sampler="kernels:numbers",
         tolerance={"float32": 1e-6, "bfloat16": 1e-2},
     )
-    monkeypatch.setitem(registry._specs, "double", spec)
+    monkeypatch.setitem(registry._specs, "double", (spec, "a test"))
     kind = type("KernelSession", (DenseSession,), {"kernel": lambda self, name: lambda x, n: factor * x})
     report = check_backend(Provider("provider", kind), checks=["kernels"])
     assert report.passed == (finding == "double"), str(report)
