@@ -1,40 +1,47 @@
-"""How large the core and its testing kit are: lines that are neither blank nor docstring, comments counted."""
+"""How large the core and its testing kit are, in statements: `ast.stmt` nodes, which formatting does not change."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-BARS = {"hal_core": 1900, "hal_core/testing": 1500}
-DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+BARS = {"hal_core": 2400, "hal_core/testing": None}
 
 
-def lines_of_code(path: Path) -> int:
-    """Lines of a Python file that are neither blank nor part of a docstring."""
-    text = path.read_text(encoding="utf-8")
-    docstrings: set[int] = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-            first = node.body[0]
-            docstrings.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    return sum(bool(line.strip()) and number not in docstrings for number, line in enumerate(text.splitlines(), 1))
+def statements(path: Path) -> int:
+    """Statements of a Python file, docstrings included."""
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
-def main() -> None:
+def sizes(folder: str) -> dict[str, int]:
+    """Statements by file of a folder, sub-folders included; of hal_core without its testing kit."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    kit = ROOT / "hal_core" / "testing"
+    return {
+        str(path.relative_to(ROOT)): statements(path)
+        for path in files
+        if folder.endswith("testing") or kit not in path.parents
+    }
+
+
+def main() -> int:
     options = record.parser(__doc__).parse_args()
-    rows = []
+    rows, missed = [], False
     for folder, bar in BARS.items():
-        sizes = {path: lines_of_code(path) for path in sorted((ROOT / folder).glob("*.py"))}
-        rows += [[str(path.relative_to(ROOT)), str(size), "", ""] for path, size in sizes.items()]
-        total = sum(sizes.values())
-        verdict = "held" if total <= bar else f"missed by {total - bar}"
-        rows.append([f"{folder}, all of it", str(total), f"{bar}", verdict])
-    notes = ["Lines that are neither blank nor docstring; comments count."]
-    record.publish(options, "core", "The core's size", ["file", "lines", "bar", ""], rows, notes, section="Size")
+        by_file = sizes(folder)
+        total = sum(by_file.values())
+        verdict = "" if bar is None else "held" if total <= bar else f"missed by {total - bar}"
+        missed |= bar is not None and total > bar
+        rows += [[path, str(size), "", ""] for path, size in by_file.items()]
+        rows.append([f"{folder}, all of it", str(total), "" if bar is None else str(bar), verdict])
+    notes = ["Statements are `ast.stmt` nodes. The kit's files are counted apart."]
+    record.publish(options, "core", "The core's size", ["file", "statements", "bar", ""], rows, notes, section="Size")
+    return int(missed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hal_core.console import show_table
+from hal_cli.output import show_table
+from hal_core import Table
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 
@@ -71,7 +72,7 @@ def publish(
             )
         )
     else:
-        show_table(title, columns, rows, notes)
+        show_table(Table(title, columns, rows, notes))
     if not options.record:
         return
     heading = f"## {section or title}"

@@ -16,84 +16,91 @@ from . import _moved
 
 if TYPE_CHECKING:
     from . import testing as testing
-    from .access import caller as caller
     from .access import current_caller as current_caller
-    from .buffers import Buffer as Buffer
-    from .buffers import MemoryStats as MemoryStats
-    from .calibration import Calibration as Calibration
-    from .calibration import cache_dir as cache_dir
-    from .capability import FEATURES as FEATURES
-    from .capability import Capabilities as Capabilities
-    from .capability import Choice as Choice
-    from .capability import Code as Code
-    from .capability import Numerics as Numerics
-    from .capability import Range as Range
-    from .capability import Refusal as Refusal
-    from .decision import Candidate as Candidate
-    from .decision import Decision as Decision
-    from .decision import Policy as Policy
-    from .decision import PolicyChoice as PolicyChoice
-    from .device_info import Basis as Basis
-    from .device_info import Device as Device
-    from .device_info import Estimate as Estimate
-    from .device_info import Fidelity as Fidelity
-    from .device_info import Provenance as Provenance
-    from .device_info import Quantity as Quantity
-    from .errors import AccessDeniedError as AccessDeniedError
-    from .errors import ContractError as ContractError
-    from .errors import DeviceUnavailableError as DeviceUnavailableError
-    from .errors import HalError as HalError
-    from .errors import MemoryLimitError as MemoryLimitError
-    from .errors import PluginError as PluginError
-    from .errors import SelectionChangedError as SelectionChangedError
-    from .errors import UnknownBackendError as UnknownBackendError
-    from .errors import UnsupportedError as UnsupportedError
-    from .frontend.api import attention as attention
-    from .frontend.api import bind as bind
-    from .frontend.api import explain as explain
-    from .hooks import API_VERSION as API_VERSION
-    from .hooks import BackendSpec as BackendSpec
-    from .hooks import CommandResult as CommandResult
-    from .hooks import KernelSpec as KernelSpec
-    from .hooks import Table as Table
-    from .hooks import hookimpl as hookimpl
-    from .options import Meter as Meter
-    from .options import MeterRecord as MeterRecord
-    from .options import configure as configure
-    from .options import current_meter as current_meter
-    from .options import meter as meter
-    from .options import prefer as prefer
-    from .options import use as use
-    from .plans import BlockPlan as BlockPlan
-    from .plans import Tile as Tile
-    from .plans import TilePlan as TilePlan
-    from .protocols import AttentionBackend as AttentionBackend
-    from .protocols import MemoryManager as MemoryManager
-    from .protocols import Session as Session
-    from .protocols import TilingStrategy as TilingStrategy
-    from .registry import capabilities as capabilities
-    from .registry import device as device
-    from .registry import devices as devices
-    from .registry import kernel as kernel
-    from .registry import memory as memory
-    from .registry import register as register
-    from .registry import session as session
-    from .registry import unregister as unregister
-    from .request import AttentionOutput as AttentionOutput
-    from .request import AttentionRequest as AttentionRequest
-    from .request import Causal as Causal
-    from .request import Grads as Grads
-    from .request import MaskKind as MaskKind
-    from .request import SequenceMetadata as SequenceMetadata
-    from .selection import check_all as check_all
-    from .selection import replay as replay
-    from .toolkit.masks import dense_mask as dense_mask
-    from .toolkit.masks import expand_block_plan as expand_block_plan
-    from .toolkit.masks import merge_partials as merge_partials
-    from .toolkit.masks import slice_mask as slice_mask
+    from .buffers import Buffer as Buffer, MemoryStats as MemoryStats
+    from .calibration import Calibration as Calibration, cache_dir as cache_dir
+    from .capability import (
+        FEATURES as FEATURES,
+        Capabilities as Capabilities,
+        Choice as Choice,
+        Code as Code,
+        Numerics as Numerics,
+        Range as Range,
+        Refusal as Refusal,
+    )
+    from .decision import Candidate as Candidate, Decision as Decision, Policy as Policy, PolicyChoice as PolicyChoice
+    from .device_info import (
+        Basis as Basis,
+        Device as Device,
+        Estimate as Estimate,
+        Fidelity as Fidelity,
+        Provenance as Provenance,
+        Quantity as Quantity,
+    )
+    from .errors import (
+        AccessDeniedError as AccessDeniedError,
+        ContractError as ContractError,
+        DeviceUnavailableError as DeviceUnavailableError,
+        HalError as HalError,
+        MemoryLimitError as MemoryLimitError,
+        PluginError as PluginError,
+        SelectionChangedError as SelectionChangedError,
+        UnknownBackendError as UnknownBackendError,
+        UnsupportedError as UnsupportedError,
+    )
+    from .frontend.api import attention as attention, bind as bind, explain as explain
+    from .hooks import (
+        API_VERSION as API_VERSION,
+        BackendSpec as BackendSpec,
+        CommandResult as CommandResult,
+        KernelSpec as KernelSpec,
+        Table as Table,
+        hookimpl as hookimpl,
+    )
+    from .options import (
+        Meter as Meter,
+        MeterRecord as MeterRecord,
+        caller as caller,
+        configure as configure,
+        current_meter as current_meter,
+        meter as meter,
+        prefer as prefer,
+        use as use,
+    )
+    from .plans import BlockPlan as BlockPlan, Tile as Tile, TilePlan as TilePlan
+    from .protocols import (
+        AttentionBackend as AttentionBackend,
+        MemoryManager as MemoryManager,
+        Session as Session,
+        TilingStrategy as TilingStrategy,
+    )
+    from .registry import (
+        capabilities as capabilities,
+        device as device,
+        devices as devices,
+        kernel as kernel,
+        memory as memory,
+        register as register,
+        session as session,
+        unregister as unregister,
+    )
+    from .request import (
+        AttentionOutput as AttentionOutput,
+        AttentionRequest as AttentionRequest,
+        Causal as Causal,
+        Grads as Grads,
+        MaskKind as MaskKind,
+        SequenceMetadata as SequenceMetadata,
+    )
+    from .selection import check_all as check_all, replay as replay
+    from .toolkit.masks import (
+        dense_mask as dense_mask,
+        expand_block_plan as expand_block_plan,
+        merge_partials as merge_partials,
+        slice_mask as slice_mask,
+    )
     from .toolkit.memory import PooledMemory as PooledMemory
-    from .toolkit.session import SessionBase as SessionBase
-    from .toolkit.session import SimpleSession as SimpleSession
+    from .toolkit.session import SessionBase as SessionBase, SimpleSession as SimpleSession
     from .toolkit.tiling import DenseTiling as DenseTiling
     from .version import __version__ as __version__
 
@@ -112,10 +119,10 @@ _PUBLIC = {
     "decision": "Candidate Decision Policy PolicyChoice",
     "protocols": "AttentionBackend MemoryManager Session TilingStrategy",
     "hooks": "API_VERSION BackendSpec CommandResult KernelSpec Table hookimpl",
-    "access": "caller current_caller",
+    "access": "current_caller",
     "registry": "capabilities device devices kernel memory register session unregister",
     "selection": "check_all replay",
-    "options": "Meter MeterRecord configure current_meter meter prefer use",
+    "options": "Meter MeterRecord caller configure current_meter meter prefer use",
     "calibration": "Calibration cache_dir",
     "toolkit.session": "SessionBase SimpleSession",
     "toolkit.memory": "PooledMemory",

@@ -15,8 +15,6 @@ is damaged:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,23 +22,13 @@ from typing import Any
 from .errors import AccessDeniedError
 
 DEFAULT_FILE = "/etc/hal/access.toml"
-_caller: ContextVar[str] = ContextVar("hal_caller", default="")
-_KEYS = {"devices", "kernels", "register"}
-
-
-@contextmanager
-def caller(name: str) -> Iterator[None]:
-    """Run the calls inside as `name`, for the access policy and for observers. Threads do not inherit it."""
-    token = _caller.set(str(name))
-    try:
-        yield
-    finally:
-        _caller.reset(token)
+caller_var: ContextVar[str] = ContextVar("hal_caller", default="")  # set by `hal_core.caller`
+_LISTS = ("devices", "kernels")
 
 
 def current_caller() -> str:
     """The name given by `caller`, "" for none."""
-    return _caller.get()
+    return caller_var.get()
 
 
 class AccessPolicy:
@@ -60,10 +48,15 @@ class AccessPolicy:
                     raise ValueError("it is not a regular file that only its owner may write")
                 self.rules = tomllib.load(file)
             for rules in [self.rules.get("default", {}), *self.rules.get("callers", {}).values()]:
-                if unknown := sorted(set(rules) - _KEYS):
-                    raise ValueError(f"unknown key {unknown[0]!r}: use {', '.join(sorted(_KEYS))}")
+                for key, allowed in rules.items():
+                    patterns = isinstance(allowed, list) and all(isinstance(pattern, str) for pattern in allowed)
+                    if not (type(allowed) is bool if key == "register" else key in _LISTS and patterns):
+                        raise ValueError(
+                            f"{key} = {allowed!r}: devices and kernels are lists of patterns, register a boolean"
+                        )
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self.problem = f"the access policy {path} cannot be used ({error}), so everything is denied"
+            self.rules = {}
 
     def why_not(self, kind: str, name: str) -> str:
         """ "" where the current caller may use `name` ("devices", "kernels") or register ("register"); else one
@@ -71,10 +64,10 @@ class AccessPolicy:
         """
         if self.path is None:
             return ""
-        who = _caller.get()
+        who = caller_var.get()
         rules = self.rules.get("callers", {}).get(who, self.rules.get("default", {}))
         allowed = rules.get(kind, ())
-        if not self.problem and (allowed is True or (allowed and any(fnmatchcase(name, str(p)) for p in allowed))):
+        if not self.problem and (allowed is True or (allowed and any(fnmatchcase(name, p) for p in allowed))):
             return ""
         return self.problem or f"{self.path} does not allow {who or 'an unnamed caller'} {kind} {name}"
 

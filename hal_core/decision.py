@@ -34,6 +34,7 @@ class Policy:
         origin: which level names the devices: "argument", "use", "prefer", "configure", "environment" or "automatic".
         names: devices or backends, in order; empty for automatic. fall_through: whether later names may serve.
         objective: "time", "energy" or "error". allow_simulated, transfer, options, tiling: see `hal_core.use`.
+        caller: see `hal_core.caller`.
     """
 
     origin: str = "automatic"
@@ -44,6 +45,7 @@ class Policy:
     transfer: bool | None = None
     options: tuple[tuple[str, Any], ...] | None = None
     tiling: Any = attrs.field(default=None, eq=_identity)  # equal names of one type give equal plans
+    caller: str | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("allow_simulated", "transfer"):
@@ -70,7 +72,7 @@ class Policy:
 
 
 NO_POLICY = Policy()
-_INHERITED = ("objective", "allow_simulated", "transfer", "options", "tiling")
+_INHERITED = ("objective", "allow_simulated", "transfer", "options", "tiling", "caller")
 
 
 class PolicyChoice(NamedTuple):
@@ -183,7 +185,9 @@ class Decision:
         """Candidates to show one by one, and lines that name those that automatic selection leaves out as not
         hardware.
         """
-        shown, able, unable = [], [], []
+        shown: list[Candidate] = []
+        able: list[Candidate] = []
+        unable: list[Candidate] = []
         for candidate in self.candidates:
             codes = {refusal.code for refusal in candidate.refusals}
             (shown if Code.FIDELITY not in codes else able if len(codes) == 1 else unable).append(candidate)

@@ -11,10 +11,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import attrs
 
+from .access import caller_var
 from .decision import NO_POLICY, Policy
 from .device_info import Device, Estimate, Quantity
 from .errors import ContractError
@@ -22,7 +23,7 @@ from .registry import registry, set_memory_limits
 
 #: The overrides of `use` and `prefer` in force, merged; equal policies are one object, so caches hash an identity.
 policy_var: ContextVar[Policy] = ContextVar("hal_policy", default=NO_POLICY)
-_entered: ContextVar[tuple[use, ...]] = ContextVar("hal_use", default=())
+_entered: ContextVar[tuple[_Entered, ...]] = ContextVar("hal_use", default=())
 _interned: dict[Policy, Policy] = {NO_POLICY: NO_POLICY}
 by_key: dict[str, Policy] = {"": NO_POLICY}  # a compiled graph names its policy by key
 
@@ -44,15 +45,23 @@ def intern(policy: Policy) -> Policy:
     return found
 
 
-def _apply(entered: tuple[use, ...]) -> None:
+class _Entered(NamedTuple):
+    """A block that was entered. It does not hold the block itself, which repairs a missing exit when it is deleted."""
+
+    overrides: Policy
+    identity: object
+
+
+def _apply(entered: tuple[_Entered, ...]) -> None:
     """Put what the entered blocks say, the innermost first, in force."""
     policy = NO_POLICY
     for block in entered:
         policy = block.overrides.over(policy)
     policy = intern(policy)
-    _entered.set(entered)
-    policy_var.set(policy)
     mirror.key, mirror.names = policy.key, policy.names
+    caller_var.set(policy.caller or "")
+    policy_var.set(policy)
+    _entered.set(entered)  # last: until then, an interrupted block is still found here and taken out again
 
 
 class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
@@ -74,7 +83,7 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
     _origin = "use"
 
     def __init__(self, backend: str | None = None, **overrides: Any) -> None:
-        self._depth, self._was_entered = 0, True
+        self._inside, self._was_entered = list[_Entered](), True
         self.overrides = _overrides(self._origin, () if backend is None else (backend,), overrides)
         self._was_entered = False
 
@@ -83,8 +92,8 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
         for name in self.overrides.names:
             registry.entry(name)
         try:
-            self._depth += 1
-            _apply((*_entered.get(), self))
+            self._inside.append(_Entered(self.overrides, object()))
+            _apply((*_entered.get(), self._inside[-1]))
             return self
         except BaseException:  # an interrupt before the block began
             self._leave()
@@ -94,15 +103,12 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
         self._leave()
 
     def _leave(self) -> None:
-        if self._depth:
-            self._depth -= 1
-            inner_first = _entered.get()[::-1]
-            if self in inner_first:
-                at = len(inner_first) - 1 - inner_first.index(self)
-                _apply((*_entered.get()[:at], *_entered.get()[at + 1 :]))
+        if self._inside:
+            _apply(tuple(entry for entry in _entered.get() if entry is not self._inside[-1]))
+            self._inside.pop()
 
     def __del__(self) -> None:
-        if getattr(self, "_depth", 0):  # an interrupt came between the block's end and __exit__
+        if getattr(self, "_inside", ()):  # an interrupt came between the block's end and __exit__
             self._leave()
         elif not getattr(self, "_was_entered", True):
             import warnings
@@ -139,6 +145,16 @@ class prefer(use):  # noqa: N801
             raise ContractError(f"prefer({backends!r}) was given: pass a list of backend names")
         super().__init__(None, **overrides)
         self.overrides = attrs.evolve(self.overrides, names=backends)
+
+
+class caller(use):  # noqa: N801
+    """Run the calls inside as `name`: the access policy and observers see it. Threads do not inherit it."""
+
+    _origin = "caller"
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.overrides = Policy(caller=str(name))
 
 
 class Settings:

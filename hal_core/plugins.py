@@ -64,7 +64,7 @@ class Plugins:
         self._manager = pluggy.PluginManager("hal")
         self._manager.add_hookspecs(Hooks)
 
-    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], Callable[[], None]]) -> None:
+    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None]) -> None:
         """Import every allowed entry point and hand what it offers to `add(distribution, backends, kernels)`.
 
         Entry points of the distribution that a plugin's name stands for (hal-NAME) come first, then by name. What `add`

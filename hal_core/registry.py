@@ -21,7 +21,6 @@ from .plugins import LoadFailure, Plugin, Plugins, failed
 from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
 from .toolkit.kernels import KERNELS
 
-
 _loading: ContextVar[bool] = ContextVar("hal_loading", default=False)
 
 

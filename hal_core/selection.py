@@ -38,8 +38,10 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
             if isinstance(record, Decision)
             else record
         )
-        if (given := data["format"]) != FORMAT:
-            raise ContractError(f"a decision record of format {given} was given: this core reads {FORMAT}")
+        if not 1 <= (given := data["format"]) <= FORMAT:
+            raise ContractError(
+                f"a decision record of format {given} was given: this core reads up to {FORMAT}; upgrade it"
+            )
         request = AttentionRequest.from_dict(data["request"])
         options = tuple((name, value) for name, value in data["policy"].get("options") or ())
         policy = Policy(**{**data["policy"], "options": options})

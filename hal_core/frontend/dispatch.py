@@ -85,11 +85,11 @@ def find(
 def _decided(request: AttentionRequest, overrides: Overrides, static: Any) -> BoundAttention:
     policy = merged_policy(*overrides)
     request = replace(request, options=policy.options or ())
-    place: tuple[Any, ...] = (bucketed(request), policy)
+    place: Any = (bucketed(request), policy)
     found = _kept(place)
     if found is None:
         decision = settled(*place)
-        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(*place, decision))
+        found = _keep(place, _SENTINEL if _changes_inside(decision) else bind_request(place[0], policy, decision))
     if found is _SENTINEL:
         place = (request, policy, "exact")
         return _kept(place) or _keep(place, bind_request(request, policy))  # type: ignore[no-any-return]

@@ -51,7 +51,7 @@ class BoundAttention:
         self.entry, self.session = registry.entry(device.id), registry.session(device.id)
         self.state: Any = self.session if hasattr(self.session, "closed") else _Open
         capabilities = self.backend.capabilities(device)
-        self.tiling = decision.policy.tiling if request.block_plan is None else None
+        self.tiling: Any = decision.policy.tiling if request.block_plan is None else None
         self.request = request = cut_request(request, self.tiling, capabilities)
         self._limits, self._plans = tiling_limits(capabilities), dict[AttentionRequest, Any]()
         self.expires = None if decision.seconds is None else monotonic() + decision.seconds

@@ -26,11 +26,10 @@ class Operands(NamedTuple):
 
     def flat(self) -> tuple[list[Tensor | None], Any]:
         """The twelve tensors or None, and what is no tensor of the plan: its block sizes, or a tile plan."""
-        indices = counts = cut = None
+        cut: Any = self.plan
+        indices = counts = None
         if isinstance(self.plan, BlockPlan):
             cut, indices, counts = (self.plan.block_q, self.plan.block_k), self.plan.indices, self.plan.counts
-        elif self.plan is not None:
-            cut = self.plan
         return [*self[:4], indices, counts, *(self.tables or _NO_TABLES)], cut
 
     @classmethod

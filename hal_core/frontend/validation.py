@@ -42,7 +42,8 @@ class CallOptions(NamedTuple):
 
 def build_request(operands: Operands, options: CallOptions, grads: frozenset[str]) -> AttentionRequest:
     """The exact request of a call. Raises ContractError with one sentence for the first thing that is wrong."""
-    query, key, value, mask, plan, tables = operands
+    query, key, value, mask, given_plan, tables = operands
+    plan: Any = given_plan
     _check_tensors(query, key, value)
     batch, heads_q, len_q, dim_qk = query.shape
     heads_kv, len_k, packed, page_size = key.shape[1], key.shape[2], False, None
@@ -252,7 +253,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
     )
 
 
-def _check_plan(plan: BlockPlan, shape: tuple[int, ...], query: Tensor) -> None:
+def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
     if not isinstance(plan, BlockPlan):
         raise ContractError(f"block_plan is a {type(plan).__name__}: pass a hal_core.BlockPlan")
     (batch, heads, len_q, len_k), (block_q, block_k, indices, counts) = shape, plan

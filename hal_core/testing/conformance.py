@@ -22,8 +22,7 @@ import attrs
 from .. import AttentionBackend, ContractError, Device, __version__
 from ..capability import listing
 from ..registry import registry
-from . import behaviour as b
-from . import claims, memory_checks, runtime_checks, structure, tiling_checks
+from . import behaviour as b, claims, memory_checks, runtime_checks, structure, tiling_checks
 from .findings import Failure, Measure, Skip
 from .subject import Subject
 

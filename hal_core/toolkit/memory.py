@@ -146,4 +146,5 @@ def _typed(memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """[shape] of dtype at the start of the tensor's storage."""
     import torch
 
-    return torch.empty(0, dtype=getattr(torch, dtype), device=memory.device).set_(memory.untyped_storage(), 0, shape)
+    empty: Any = torch.empty(0, dtype=getattr(torch, dtype), device=memory.device)
+    return empty.set_(memory.untyped_storage(), 0, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import ContractError
@@ -76,10 +77,13 @@ class DenseTiling:
         query: Tensor | None = None,
         key: Tensor | None = None,
     ) -> TilePlan:
-        """Equal blocks over the request's lengths, without those that causal and window hide.
+        """Equal blocks over the request's lengths (the tensors' where given), without those that causal and window hide.
 
         `limits` are bounds: "available_memory" (bytes, default 1 MiB), "minimum" and "maximum" block sizes.
         """
+        len_q, len_k = (query.shape[2] if query is not None else request.len_q), request.len_k
+        len_k = key.shape[2] if key is not None else len_k
+        request = replace(request, len_q=len_q, len_k=len_k)
         block_q, block_k = self.block_q, self.block_k
         if block_q is None or block_k is None:
             constraints = {

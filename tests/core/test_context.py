@@ -151,11 +151,13 @@ def test_a_malformed_memory_limit_is_refused(limit: Any) -> None:
 def test_a_call_over_the_memory_limit_is_refused_before_it_runs(fake: Fake, tensors: Tensors, limit: Any) -> None:
     backend = fake("one", memory=lambda request: 1200)
     hal.configure(memory_limit=limit)
-    with pytest.raises(hal.HalError) as caught:
+    with pytest.raises(hal.MemoryLimitError) as caught:
         hal.attention(*tensors, backend="one")
+    assert isinstance(caught.value, hal.UnsupportedError)
     for part in ("1,200", "0 in use", "1,000"):
         assert part in str(caught.value)
     assert not backend.ran
+    fake("two")
     hal.configure(memory_limit={"two:0": 1000})
     hal.attention(*tensors, backend="one")
 

@@ -51,7 +51,7 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "complex": (Q.cfloat(), Q.cfloat(), Q.cfloat(), {}, "query is torch.complex64"),
     "FP8 query": (Q.to(torch.float8_e5m2),) * 3 + ({}, "only key and value may be FP8"),
     "FP8 without scales": (Q, Q.to(torch.float8_e5m2), Q.to(torch.float8_e5m2), {}, "pass key_scale and value_scale"),
-    "devices": (Q, t(2, 4, 5, 8, device="meta"), t(2, 4, 5, 8, device="meta"), {}, "key on meta"),
+    "devices": (Q, t(2, 4, 5, 8, device="meta"), t(2, 4, 5, 8, device="meta"), {}, "key is on the meta device"),
     "sparse": (Q.to_sparse(), Q, Q, {}, "query is torch.sparse_coo"),
     "mask of a wrong length": (
         Q,
@@ -69,7 +69,7 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "mask that is none": (Q, Q, Q, {"attn_mask": [[True]]}, "attn_mask is a list"),
     "NaN scale": (Q, Q, Q, {"scale": NAN}, "scale nan was given"),
     "infinite scale": (Q, Q, Q, {"scale": INF}, "scale inf was given"),
-    "scale as text": (Q, Q, Q, {"scale": "0.5"}, "scale 0.5 was given"),
+    "scale as text": (Q, Q, Q, {"scale": "0.5"}, "scale '0.5' was given"),
     "scale as a tensor": (Q, Q, Q, {"scale": torch.tensor(0.5)}, "scale"),
     "NaN softcap": (Q, Q, Q, {"softcap": NAN}, "softcap nan"),
     "softcap of 0": (Q, Q, Q, {"softcap": 0.0}, "softcap 0.0"),

@@ -84,7 +84,7 @@ def test_plugins_specify_kernels(tmp_path: Path) -> None:
         'KernelSpec(name="{n}", signature="s", reference="math:sqrt", sampler="math:pi", tolerance={{"float32": 1e-5}})'
     )
     hook = "from hal_core import KernelSpec, hookimpl\n@hookimpl\ndef hal_kernels():\n    return [{specs}]"
-    site.add("one", hook.format(specs=spec.format(n="matmul") + "," + spec.format(n="softmax")))
+    site.add("one", hook.format(specs=spec.format(n="sort") + "," + spec.format(n="softmax")))
     site.add("two", hook.format(specs=spec.format(n="fft")))
     got = site.run("""
         import json, sys, hal_core as hal
@@ -94,8 +94,8 @@ def test_plugins_specify_kernels(tmp_path: Path) -> None:
         except hal.UnsupportedError as error:
             print(json.dumps([sorted(registry.kernel_specs()), str(error), "torch" in sys.modules]))
     """)
-    assert got[0] == ["fft", "matmul", "softmax"]
-    assert "specified kernels are fft, matmul, softmax" in got[1]
+    assert got[0] == ["fft", "linear", "matmul", "softmax", "sort"]
+    assert "specified kernels are fft, linear, matmul, softmax, sort" in got[1]
     assert got[2] is False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -108,15 +109,18 @@ def test_installed_but_absent_says_so_and_never_unknown(fake: Fake) -> None:
         hal.session("pair:7")
 
 
+def open_slowly(backend: Any, device: hal.Device) -> hal.SimpleSession:
+    threading.Event().wait(0.02)
+    return hal.SimpleSession(lambda *given: given)
+
+
 def test_a_device_is_opened_once_by_many_threads(fake: Fake) -> None:
-    backend = fake("alpha", open=lambda backend, device: threading.Event().wait(0.02) or object())
+    backend = fake("alpha", open=open_slowly)
     backend_sessions: list[object] = []
     with ThreadPoolExecutor(8) as threads:
         backend_sessions = list(threads.map(lambda _: hal.session("alpha"), range(8)))
     assert len(set(map(id, backend_sessions))) == 1
     assert backend.opened == ["alpha:0"]
-    backend.sessions.clear()
-    registry.entry("alpha").sessions.clear()  # these are no sessions that could be closed
 
 
 def test_closing_closes_every_session_once_and_use_opens_again(fake: Fake, generator: torch.Generator) -> None:

@@ -33,21 +33,21 @@ BROKEN: dict[str, tuple[str | None, str, str, str]] = {
         "from hal_core import hookimpl\n@hookimpl\ndef hal_backends():\n    return 'cuda'",
         "",
         "hook",
-        "return a list",
+        "return a list of BackendSpec",
     ),
     "bad_api": (
         "from hal_core import *\n@hookimpl\ndef hal_backends():\n"
         "    return [BackendSpec(name='bad_api', target='bad_api_device:Backend', api=(2, 0))]",
         "",
         "api",
-        "written for plugin contract 2.0, this core has 1.0",
+        "written for plugin contract 2.0, this core has 1.1",
     ),
     "bad_minor": (
         "from hal_core import *\n@hookimpl\ndef hal_backends():\n"
         "    return [BackendSpec(name='bad_minor', target='bad_minor_device:Backend', api=(1, 99))]",
         "",
         "api",
-        "written for plugin contract 1.99, this core has 1.0",
+        "written for plugin contract 1.99, this core has 1.1",
     ),
     "bad_target": (None, COUNTED, "target", "libtoy.so.7: cannot open shared object file"),
     "bad_init": (None, "Backend.__init__ = lambda self: 1 / 0", "target", "division by zero"),
@@ -185,13 +185,13 @@ def test_a_device_that_does_not_open_is_opened_once(site: Site) -> None:
     assert (site.folder / "opened").read_text() == "x"
 
 
-def test_a_check_that_raises_is_not_asked_again(site: Site) -> None:
+def test_a_check_that_raises_refuses_this_request_and_is_asked_again_at_the_next(site: Site) -> None:
     site.add("good", time=1e-9)
     checks = "Backend.check = lambda self, request, device: open('checked', 'a').write('x') and 1 / 0"
     site.add("bad_check", None, checks, time=1e-12)
     got = site.run(ATTEND + "print(json.dumps([run(), run(), run(backend='bad_check')]))")
     assert got[:2] == [["True", "good:0"]] * 2
-    assert (site.folder / "checked").read_text() == "x"
+    assert len((site.folder / "checked").read_text()) >= 3
 
 
 def test_a_broken_entry_point_does_not_take_its_distribution_s_others_along(site: Site) -> None:
@@ -222,7 +222,7 @@ def test_what_a_broken_plugin_offered_before_it_broke_is_taken_back(site: Site) 
         print(json.dumps([[d.id for d in registry.devices()], list(registry.kernel_specs())]))
     """
     )
-    assert got == [[], []]
+    assert got == [[], ["matmul", "linear"]]  # the core's own
 
 
 IMPORTED = (
@@ -320,6 +320,7 @@ def test_two_plugins_of_one_name_are_both_shown(site: Site) -> None:
     assert len(messages) == 1
     assert "hal-good 1.0" in messages[0]
     assert "hal-copy 1.0" in messages[0]
+    assert any(device["id"] == "good:0" for backend in report["backends"] for device in backend["devices"])
 
 
 @pytest.mark.parametrize("hook", ["hal_policy", "hal_decision", "hal_commands"])

@@ -202,7 +202,9 @@ def test_automatic_never_takes_what_is_not_hardware_unless_allowed(local: Fake, 
 
 def test_where_only_a_model_could_the_message_says_how_to_allow_it(local: Fake) -> None:
     local("model", fidelity="simulated")
-    with pytest.raises(UnsupportedError, match=r'allow_simulated=True or backend="model:0"'):
+    with pytest.raises(
+        UnsupportedError, match="not hardware, left out: model:0   -> pass allow_simulated=True, or name one"
+    ):
         _ = choose().winner
 
 
@@ -383,7 +385,7 @@ def test_a_decision_survives_json_and_can_be_replayed(local: Fake) -> None:
     decision = choose(request, objective="time")
     record = json.loads(decision.to_json())
     assert record["chosen"] == "fast:0"
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["core"] == hal.__version__
     refused = next(c for c in record["candidates"] if c["device"]["id"] == "narrow:0")["refusals"]
     assert {r["code"] for r in refused} >= {"head_dim", "window", "backward", "causal"}
@@ -424,7 +426,7 @@ def test_a_record_with_damaged_values_is_refused(local: Fake) -> None:
 def test_a_record_of_a_newer_format_is_refused(local: Fake) -> None:
     local("one")
     with pytest.raises(ContractError, match="upgrade"):
-        hal.replay(choose().to_dict() | {"format": 2})
+        hal.replay(choose().to_dict() | {"format": 3})
 
 
 def test_explain_is_the_decision_that_runs(fake: Fake, generator: torch.Generator) -> None:

@@ -31,12 +31,11 @@ def test_every_visible_pair_lies_in_exactly_one_tile(seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(400):
         r = random_pattern(draw)
-        limits = draw.choice(
-            [{"tile_size": 4}, {"block_q": 3, "block_k": 5}, {"block_q": 8, "block_k": 1}, {"tile_size": 64}]
-        )
-        plan = DenseTiling().plan(r, limits)
+        limits = draw.choice([(4, 4), (3, 5), (8, 1), (64, 64)])
+        plan = DenseTiling(*limits).plan(r, {})
+        plan.check("dense")
         count = [[0] * r.len_k for _ in range(r.len_q)]
-        for tile in plan.tiles:
+        for tile in plan.tiles():
             assert 0 <= tile.q_start < tile.q_stop <= r.len_q, (r, tile)
             assert 0 <= tile.k_start < tile.k_stop <= r.len_k, (r, tile)
             assert tile.q_stop - tile.q_start <= plan.block_q
@@ -49,22 +48,22 @@ def test_every_visible_pair_lies_in_exactly_one_tile(seed: int) -> None:
             for j in range(r.len_k):
                 assert count[i][j] <= 1, (r, limits)
                 assert count[i][j] == 1 or not seen(r, i, j), (r, limits, i, j)
-        assert list(plan.tiles) == sorted(plan.tiles, key=lambda t: (t.q_start, t.k_start))
+        assert list(plan.tiles()) == sorted(plan.tiles(), key=lambda t: (t.q_start, t.k_start))
 
 
 def test_hidden_tiles_are_left_out() -> None:
-    causal = DenseTiling().plan(replace(BASE, causal=hal.Causal.TOP_LEFT), {"tile_size": 5})
-    assert len(causal.tiles) == 10  # of 16
-    window = DenseTiling().plan(replace(BASE, window=(0, 0)), {"tile_size": 5})
-    assert [(t.q_start, t.k_start) for t in window.tiles] == [(0, 0), (5, 5), (10, 10), (15, 15)]
+    causal = DenseTiling(5).plan(replace(BASE, causal=hal.Causal.TOP_LEFT), {})
+    assert len(list(causal.tiles())) == 10  # of 16
+    window = DenseTiling(5).plan(replace(BASE, window=(0, 0)), {})
+    assert [(t.q_start, t.k_start) for t in window.tiles()] == [(0, 0), (5, 5), (10, 10), (15, 15)]
 
 
 def test_a_plan_takes_exact_lengths_from_the_tensors() -> None:
     bucket = replace(BASE, len_q=32, len_k=64)
     query, key = torch.zeros(1, 2, 19, 8), torch.zeros(1, 2, 33, 8)
-    plan = DenseTiling().plan(bucket, {"tile_size": 16}, query=query, key=key)
-    assert max(t.q_stop for t in plan.tiles) == 19
-    assert max(t.k_stop for t in plan.tiles) == 33
+    plan = DenseTiling(16).plan(bucket, {}, query=query, key=key)
+    assert max(t.q_stop for t in plan.tiles()) == 19
+    assert max(t.k_stop for t in plan.tiles()) == 33
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 300, 5000])

@@ -15,9 +15,12 @@ from hal_core.plugin_api import (
     Device,
     DeviceUnavailableError,
     Table,
+    decide,
     load_calibration,
+    merged_policy,
     registry,
 )
+from hal_core.plugins import LoadFailure
 from hal_core.registry import Entry
 
 
@@ -41,7 +44,7 @@ def _probe(device: Device) -> None:
     with suppress(DeviceUnavailableError):
         hal.session(device.id)
     for dtype in ("float32", "float16", "bfloat16"):
-        hal.check_all(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), device)
+        decide(AttentionRequest(1, 1, 1, 64, 64, 64, 64, dtype, device.reads[0]), merged_policy(device.id))
 
 
 def _plugin_rows() -> list[list[str]]:
@@ -58,7 +61,7 @@ def _device_rows() -> list[list[str]]:
     for entry in registry.entries():
         for device in entry.found or ():
             state = "calibrated" if load_calibration(device) else f"not calibrated (hal calibrate {device.id})"
-            broken = entry.broken.get(device.id)
+            broken = entry.broken.get(device.id) or entry.request_failures.get(device.id)
             details = (
                 [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
             )
@@ -68,6 +71,11 @@ def _device_rows() -> list[list[str]]:
     return rows
 
 
+def _failure(entry: Entry) -> LoadFailure | None:
+    """Why a backend is out of service, or what its check or estimate last failed with."""
+    return entry.failure or next(iter(entry.request_failures.values()), None)
+
+
 def _backend(entry: Entry) -> dict[str, Any]:
     return {
         "name": entry.spec.name,
@@ -75,6 +83,6 @@ def _backend(entry: Entry) -> dict[str, Any]:
         "requirements": entry.spec.requirements,
         "devices": [attrs.asdict(device) for device in entry.found or ()],
         "broken": {device: attrs.asdict(failure) for device, failure in entry.broken.items()},
-        "failure": None if entry.failure is None else attrs.asdict(entry.failure),
+        "failure": None if (failure := _failure(entry)) is None else attrs.asdict(failure),
         "absent": None if entry.found else registry.why_absent(entry),
     }
