@@ -42,9 +42,10 @@ import json, os, sys
 def libraries():
     lines = open("/proc/self/maps") if os.path.exists("/proc/self/maps") else []
     return {line.split()[-1] for line in lines if ".so" in line and "lib-dynload" not in line}
-import hal_core, importlib.metadata, shutil
+import importlib.metadata, shutil
+from hal_core.registry import registry
 before = libraries()
-hal_core.registry.registry.discover()
+registry.discover()
 print(json.dumps([sorted(sys.modules), sorted(libraries() - before)]))
 """
 
