@@ -19,7 +19,7 @@ LAYOUTS = ("contiguous", "heads last", "sliced", "expanded", "strided")
 
 
 class Inputs(NamedTuple):
-    """The tensors of a case. `grad_out` and `grad_lse` are what flows back."""
+    """The tensors of a case. A backward starts from `grad_out` and `grad_lse`."""
 
     query: Tensor
     key: Tensor
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def claim(self) -> str:
-        """What running it shows: the first of these that its subject is about."""
+        """The claim that running the case tests."""
         r = self.request
         causal = "diagonal" if r.diagonal else f"causal {r.causal}"
         about = {"dtypes": r.dtype, "masks": f"mask {r.mask}", "causal": causal, "strides": f"{self.layout} tensors"}
@@ -143,7 +143,7 @@ class _Drawing:
         return self.normal(batch, heads, length, dim)
 
     def pages(self, lengths: list[int], size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Shuffled pages, two of them unused; what lies past a sequence's end is far from its values."""
+        """Shuffled pages, two of them unused; entries past a sequence's end hold 100, so that reading one shows."""
         needed = [-(-length // size) for length in lengths]
         order = torch.randperm(sum(needed) + 2, **self.random).int()
         key, value = (self.normal(len(order), self.r.heads_kv, size, dim) for dim in (self.r.dim_qk, self.r.dim_v))

@@ -1,4 +1,4 @@
-"""Both sides of a device's claims: what it claims works, what it does not claim is refused.
+"""Both sides of a device's claims: what is claimed works, and everything else is refused.
 
 What each subject's check promises:
     dtypes: every claimed dtype and head size is within its numerics. lengths: so are ragged, short, long and empty
@@ -88,7 +88,7 @@ def claim_check(subject: str) -> Callable[[Subject], Measure]:
 
 
 def _hold_dropout(s: Subject, case: Case) -> Measure:
-    """Read the kept weights off identity matrices as value, then hold the call to the reference with just those."""
+    """Identity matrices as values show which weights were kept; the reference with those is what the call must give."""
     inputs, p = case.draw(s.seed), case.request.dropout
     reading = attrs.evolve(case, request=replace(case.request, grads=frozenset()))
 

@@ -64,9 +64,9 @@ class Status(enum.StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     SKIPPED = "skipped"  # there is nothing to look at: the feature is not claimed
-    UNSUPPORTED = "unsupported"  # not run, for good: the device is made so
-    EXPECTED_FAILURE = "expected_failure"  # fails for a known reason that shall go away
-    UNEXPECTED_PASS = "unexpected_pass"  # was expected to fail: take the expectation back
+    UNSUPPORTED = "unsupported"  # not run: the device cannot pass it by design
+    EXPECTED_FAILURE = "expected_failure"  # fails for a known reason that will be mended
+    UNEXPECTED_PASS = "unexpected_pass"  # was expected to fail: remove the expectation
 
 
 @attrs.frozen(kw_only=True)
@@ -145,12 +145,12 @@ def check_backend(
     checks: Sequence[str] | None = None,
     progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Report:
-    """Hold a device to everything it claims, to refusing everything else, and to how a device behaves.
+    """Test that a device does what it claims, refuses everything else, and behaves as a device must.
 
     Args:
         backend: device id, backend name (its first device), or a backend object, registered for as long as this takes.
-        unsupported: reasons by check, for checks that the device can never pass; they are not run.
-        expected_failure: reasons by check, for failures that shall go away; passing one is a failure.
+        unsupported: reasons by check, for checks that the device cannot pass by design; they are not run.
+        expected_failure: reasons by check, for failures that will be mended; a pass then fails.
         quick: fewer cases and draws. seed: of a report, to draw the same again; None for fresh inputs.
         checks: names to run; None for all. progress: called with a check's name and the share done, 0 to 1.
 

@@ -100,7 +100,7 @@ class Corners:
         return [*kept.values(), *self._combinations()]
 
     def _subjects(self) -> dict[str, list[list[dict[str, Any]]]]:
-        """Axes of changes by subject. Each subject is about one thing, so that a failure names it."""
+        """Axes of changes by subject. Each subject changes one thing, so that a failure names it."""
         c, base = self.capabilities, self.base
         dtypes, masks, shapes = (
             _each("dtype", self.dtypes),
@@ -167,7 +167,7 @@ class Corners:
         return [{"len_q": len_q, "len_k": len_k} for len_q, len_k in pairs if max(len_q, len_k) <= 8192]
 
     def _combinations(self) -> list[Case]:
-        """Practically every two claims together in some case (in quick mode every claim in one)."""
+        """Nearly every pair of claims in some case; in quick mode every claim in some case."""
         least, most = self.dims[0], self.dims[-1]
         windows: list[Any] = [None, (9, 0), (4, 7)]
         axes: list[list[dict[str, Any]]] = [
@@ -196,7 +196,7 @@ class Corners:
         ]
 
         def made(choice: Sequence[dict[str, Any]]) -> Case | None:
-            """The case, or None where the device, or the meaning of attention, does not allow it."""
+            """The case; None where the device refuses it, or where its values make no sense together."""
             case = self.case("combinations", _merged(choice))
             r = case.request
             aimless = r.diagonal != 0 and r.causal is Causal.NONE and r.window is None
@@ -213,9 +213,9 @@ class Corners:
 def cover(
     axes: Sequence[Sequence[Any]], made: Callable[[Sequence[Any]], Case | None], strength: int, chance: random.Random
 ) -> list[Case]:
-    """Cases of one value per axis, drawn until practically every `strength` values of different axes met that may."""
+    """Cases with one value per axis, drawn until nearly every allowed combination of `strength` values is in one."""
     found, met = [], set[Any]()
-    for enough in (64, 32, 16, 8, 4, 2, 1):  # draws that let many values meet come first, so that few are needed
+    for enough in (64, 32, 16, 8, 4, 2, 1):  # greedy: draws that add many new combinations first
         for _ in range(400):
             choice = [(place, chance.randrange(len(axis))) for place, axis in enumerate(axes)]
             new = set(combinations(choice, strength)) - met
@@ -226,7 +226,7 @@ def cover(
 
 
 def claimed_cases(capabilities: Capabilities, device: Device, *, quick: bool = False, seed: int = 0) -> list[Case]:
-    """Cases inside the capabilities. Each subject changes one thing; "combinations" lets every two claims meet.
+    """Cases inside the capabilities. Each subject changes one thing; "combinations" combines every two claims.
 
     Args:
         device: its `reads` says where the tensors are made. quick: fewer cases. seed: chooses the combinations.

@@ -67,7 +67,7 @@ def memory(s: Subject) -> Measure:
     for n, case in enumerate(cases):
         inputs = case.draw(s.seed)
         for path in PATHS[n % 2 :][:1] if s.quick and n > 1 else PATHS:
-            s.run(path, case, inputs)  # what is opened or compiled on the first call is so before anybody watches
+            s.run(path, case, inputs)  # the first call may open or compile: it is not watched
             before, watch = manager.stats().in_use, StorageWatch(manager)
             with watch:
                 result = s.run(path, case, inputs)
@@ -117,7 +117,7 @@ def _hold_manager(s: Subject) -> None:
 def peak_memory(s: Subject) -> Measure:
     """The most that a call allocates is what its estimate says, for everything that changes it."""
     found: list[Measure] = []
-    for n, case in enumerate(cases := _sized_cases(s)):
+    for n, case in enumerate(_sized_cases(s)):
         inputs = case.draw(s.seed)
         estimate = s.backend.estimate(case.request, s.device).memory
         # A backward is measured by the session alone: autograd's own bookkeeping is not the device's.
@@ -129,7 +129,8 @@ def peak_memory(s: Subject) -> Measure:
             found.append(Measure(abs(peak - estimate) / (SHARE * estimate + SLACK), 1.0, about))
     worst, wrong = s.worse(*found), [measure for measure in found if measure.share > 1]
     if wrong:
-        raise Failure(f"{len(wrong)} of {len(cases)} calls: {worst.detail}", worst.error, worst.bound)
+        listed = "; ".join(measure.detail for measure in sorted(wrong, key=lambda m: -m.share)[:4])
+        raise Failure(f"{len(wrong)} of {len(found)} calls, the worst first: {listed}", worst.error, worst.bound)
     return worst
 
 

@@ -126,14 +126,14 @@ def _others_wait() -> bool:
 
 
 def runs_where_it_says(s: Subject) -> Measure:
-    """The device does the work itself: no other device is called, and hardware does not leave it to torch elsewhere.
+    """The device does the work itself: it calls no other device, and hardware does not let torch compute elsewhere.
 
     A composite names the devices it holds in its `Device.features`, for example "inner cpu:0".
     """
     case = s.probe({"mask": MaskKind.BOOLEAN}, {"causal": Causal.TOP_LEFT}, {"grads": QKV})
     inputs, own = case.draw(s.seed), s.device
     for path in ("hal.attention", "session"):
-        s.run(path, case, inputs)  # what is opened or compiled on the first call is so before anybody watches
+        s.run(path, case, inputs)  # the first call may open or compile: it is not watched
         with _watched(s) as called, _Products() as products, meter() as metered:
             result = s.run(path, case, inputs)
         if path == "hal.attention" and own.id not in metered.records:
@@ -154,7 +154,7 @@ def runs_where_it_says(s: Subject) -> Measure:
 
 
 class _Products(TorchDispatchMode):
-    """Notes on which kind of torch device matrix products run."""
+    """Records on which kinds of torch device matrix products run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -168,7 +168,7 @@ class _Products(TorchDispatchMode):
 
 @contextmanager
 def _watched(s: Subject) -> Iterator[set[str]]:
-    """The ids of other devices whose open sessions are asked to work inside."""
+    """Collects the ids of other devices whose open sessions are called inside the block."""
     called: set[str] = set()
     others = [
         (id, session) for entry in registry.entries() for id, session in entry.sessions.items() if id != s.device.id

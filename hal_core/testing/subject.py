@@ -118,7 +118,8 @@ class Subject:
     ) -> Iterator[tuple[str, float, float, float]]:
         """(what, error, bound, norm) for everything that the case asks for. Raises Failure for a wrong shape or dtype.
 
-        Where rows read one key, dq and dk cancel to 0: judged by what flowed in. A log-sum-exp near 0: absolute error.
+        Where rows read one key, dq and dk are 0 up to rounding: their error is relative to grad_out. For a log-sum-exp
+        near 0 the absolute error counts.
         """
         r, flowed = case.request, float(inputs.grad_out.double().norm())
         numerics = self.capabilities.numerics[r.dtype]
