@@ -85,7 +85,7 @@ def test_temporaries_inside_a_torch_function_belong_to_torch() -> None:
     q, mask = (
         torch.randn(1, 4, 200, 32),
         torch.zeros(1, 4, 200, 200).requires_grad_(),
-    )  # so that torch builds the scores
+    )
     sdpa = torch.nn.functional.scaled_dot_product_attention
     watch, result = watched(plugin("sdpa(q, q, q, mask)", sdpa=sdpa, q=q, mask=mask))
     assert watch.violations(q, mask, result) == []
