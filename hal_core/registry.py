@@ -97,12 +97,15 @@ class Registry:
         if other is not None:
             by = [e.distribution or "a registration at run time" for e in (other, entry)]
             why = f"backend {name!r} is offered by {by[0]} and by {by[1]}"
-            if not other.distribution.startswith(f"hal-{name} "):  # no plugin displaces the backend that has the name
-                # Entry-point order is arbitrary, so both are disabled.
-                other.failure = LoadFailure(
-                    name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them"
-                )
-            raise PluginError(f"{why}: uninstall or disable one of them")
+            failure = LoadFailure(name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them")
+            own = f"hal-{name} "  # no plugin displaces the backend of the distribution that has its name
+            if other.distribution.startswith(own) or not entry.distribution.startswith(own):
+                if not other.distribution.startswith(own):
+                    other.failure = failure  # entry-point order is arbitrary, so both are disabled
+                raise PluginError(f"{why}: uninstall or disable one of them")
+            for plugin in self.plugins.by_name.values():
+                if plugin.distribution == other.distribution:
+                    plugin.failure = failure
         (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
         if major != core_major or minor > core_minor:
             fix = "upgrade hal-core" if (major, minor) > API_VERSION else f"upgrade {entry.distribution or name}"

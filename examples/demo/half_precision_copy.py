@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hal_nn.compare.models import find
+from hal_compare.models import find
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -288,7 +288,7 @@ def bind(
         `unregister` of the backend they raise DeviceUnavailableError.
 
     Raises:
-        As `attention`.
+        HalError: as `attention`.
     """
     request, policy = _described(query, key, value, attn_mask, keywords)
     if not request.packed and request.page_size is None:

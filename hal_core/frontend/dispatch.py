@@ -73,7 +73,12 @@ def find(
             found = _bound.get(static)
             if found is not None and not found.state.closed and (found.expires is None or not found.is_stale):
                 return found  # type: ignore[no-any-return]
-    except (ValueError, AttributeError, TypeError):  # a wrong rank or an unhashable option: described below, not cached
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ):  # a wrong rank, a nested tensor or an unhashable option: described below, not cached
         static = None
     given = Operands(*operands)
     request = build_request(given, CallOptions(*options), _GRAD_SETS[bits])

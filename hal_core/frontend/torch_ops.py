@@ -41,12 +41,15 @@ OPERATORS: dict[str, Any] = {}
 _tilings: dict[str, Any] = {}
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _registered(tiling: Any) -> str:
     """The text by which operators find a tiling. Dynamo runs this while it traces and keeps the result."""
     key = f"{type(tiling).__module__}.{type(tiling).__qualname__}:{tiling.name}"
     _tilings[key] = tiling
     return key
+
+
+# What torch.compiler.assume_constant_result sets, without its import of all of Dynamo.
+_registered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_graph(

@@ -123,12 +123,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise ContractError(f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}")
+        if tensor.is_nested:
+            raise ContractError(f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k")
         _refuse(
             (
                 not is_plain(tensor),
                 f"{name} is a {type(tensor).__name__}, a tensor subclass: pass a plain torch tensor",
             ),
-            (tensor.is_nested, f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k"),
             (tensor.device.type == "meta", f"{name} is on the meta device and holds no data: move it to a real device"),
             (tensor.dim() != 4, f"{name} has shape {list(tensor.shape)}: reshape it to {LAYOUT}"),
             (

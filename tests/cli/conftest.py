@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import hal_core as hal
 from hal_core.registry import registry
@@ -35,6 +36,15 @@ def fake() -> Iterator[Callable[..., FakeBackend]]:
     for name in names:
         with contextlib.suppress(hal.UnknownBackendError):
             hal.unregister(name)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more, and lose much where other processes keep the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -92,6 +92,28 @@ def test_bench_draws_curves_and_a_roofline(run: Run, fake: Fake, tmp_path: Path)
     assert run("bench", "toy", "--lengths", "4", "--shape", "1,2,8", "--plot", "/no/such/folder/b.png")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "wanted"),
+    [
+        ("--plot", "x.foo", "ends in .foo: use one of"),
+        ("--plot", "picture", "has no ending: use one of"),
+        ("--plot", "no/where/x.png", "cannot be written"),
+        ("--csv", "no/where", "cannot be written"),
+        ("--csv", "", "is a folder"),
+    ],
+)
+def test_files_that_cannot_be_written_are_said_before_anything_is_measured(
+    run: Run, fake: Fake, tmp_path: Path, option: str, file: str, wanted: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    backend = fake("toy")
+    code, out, err = run("bench", "toy", "--lengths", "4", "--shape", "1,2,8", option, str(tmp_path / file))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert wanted in err
+    assert option in err
+    assert not backend.ran, "it was measured first"
+
+
 def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(hal.HalError, match="pip install matplotlib"):

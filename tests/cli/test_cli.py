@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from fakes import FakeBackend, plain
+from hal_cli import calibrate
 
 import hal_core as hal
 
@@ -28,6 +30,66 @@ def test_devices(run: Run, toy: FakeBackend, fake: Fake) -> None:
     assert code == 0
     assert found["toy:0"]["fingerprint"] == toy.devices()[0].fingerprint
     assert (found["toy:0"]["memory"], found["model:0"]["fidelity"]) == (3 << 30, "simulated")
+
+
+def test_devices_as_json_say_what_they_can_do(run: Run, fake: Fake) -> None:
+    narrow = plain(
+        head_dim=hal.Choice({64, 32}),
+        masks={hal.MaskKind.NONE, hal.MaskKind.BOOLEAN},
+        causal={hal.Causal.TOP_LEFT},
+        features={"lse", "strides"},
+        length=hal.Range(1, 4096),
+    )
+    fake("narrow", capabilities=narrow)
+    found = {device["id"]: device for device in json.loads(run("devices", "--json")[1])}
+    capabilities = found["narrow:0"]["capabilities"]
+    assert capabilities["dtypes"] == ["float32"]
+    assert capabilities["head_dim"] == {"values": [32, 64]}
+    assert capabilities["length"] == {"low": 1, "high": 4096, "multiple": 1}
+    assert (capabilities["masks"], capabilities["causal"]) == (["boolean", "none"], ["top_left"])
+    assert capabilities["features"] == ["lse", "strides"]
+    assert capabilities["numerics"]["float32"] == {"relative": 1e-5, "lse": 1e-5, "gradient": 1e-4, "noisy": False}
+    assert set(capabilities) == {field.name for field in attrs.fields(hal.Capabilities)}
+    assert all(device["capabilities"]["numerics"] for device in found.values()), "an installed device says nothing"
+
+
+def test_a_device_whose_capabilities_raise_does_not_hide_the_others(run: Run, toy: FakeBackend, fake: Fake) -> None:
+    broken = fake("broken")
+    broken.capabilities = lambda device: {}["nothing"]  # type: ignore[method-assign]
+    code, out, _ = run("devices", "--json")
+    found = {device["id"]: device for device in json.loads(out)}
+    assert code == 0
+    assert found["broken:0"]["capabilities"] is None
+    assert found["broken:0"]["failure"] == "KeyError: 'nothing'"
+    assert found["toy:0"]["capabilities"]["dtypes"]
+
+
+@pytest.mark.parametrize("width", ["80", "100"])
+def test_devices_fit_the_terminal(run: Run, toy: FakeBackend, monkeypatch: pytest.MonkeyPatch, width: str) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    lines = run("devices")[1].splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= int(width)
+    words = " ".join(lines).split()
+    for device in hal.devices():
+        assert {device.id, str(device.fidelity), *device.model.split(), *device.vendor.split()} <= set(words)
+
+
+def test_explain_names_what_is_wrong_and_nothing_else(run: Run, toy: FakeBackend) -> None:
+    _, _, err = run("explain", "--dtype", "int8")
+    assert "--dtype 'int8' was given: use" in err
+    assert "softcap" not in err
+    _, _, err = run("explain", "--softcap", "-1")
+    assert "dtype" not in err
+    _, _, err = run("explain", "--dtype", "int8", "--softcap", "nan")
+    assert "dtype" in err, "every reason at once"
+    assert "softcap" in err
+
+
+def test_explain_fits_the_terminal(run: Run, toy: FakeBackend, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    fake("narrow", capabilities=plain(head_dim=hal.Range(1, 32)))
+    lines = run("explain", "--grad", "--window", "3,3", "--softcap", "4")[1].splitlines()
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.usefixtures("only_fakes")
@@ -179,21 +241,72 @@ def test_an_error_is_one_sentence_and_exit_code_2(
     assert "Traceback" not in err
 
 
-def test_a_cache_that_cannot_be_written_is_one_sentence(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("closed", ["a file is in the way", "the folder is read-only"])
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed: str
 ) -> None:
     from test_calibration import Measured
 
+    measured: list[str] = []
+
+    class Watched(Measured):
+        def calibrate(self, device: hal.Device, progress: Any) -> dict[str, Any]:
+            measured.append(device.id)
+            return super().calibrate(device, progress)
+
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HAL_CACHE", str(tmp_path / "file" / "cache"))
-    hal.register(Measured("measured"))
+    if closed == "the folder is read-only":
+
+        def refuse(**arguments: Any) -> Any:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setenv("HAL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(calibrate.tempfile, "NamedTemporaryFile", refuse)
+    hal.register(Watched("measured"))
     try:
         code, _, err = run("calibrate", "measured")
     finally:
         hal.unregister("measured")
     assert code == 2
     assert str(tmp_path) in err
+    assert "nothing was measured" in err
+    assert not measured
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_calibration_is_shown_as_numbers_not_as_json(run: Run) -> None:
+    values = {
+        "bandwidth": 1.23456789e10,
+        "rates": {"tiled float32": 2e11, "deep": {"x": 1}},
+        "sizes": [1, 2],
+        "grid": [[{"heads": 8}, 0.1], [{"heads": 4}, 0.2]],
+        "none": [],
+    }
+    shown = calibrate.shown(hal.Calibration("toy:0", "f", 0.0, values), [])
+    assert list(shown.tables[0].rows) == [
+        ["bandwidth", "1.23457e+10"],
+        ["rates.tiled float32", "2e+11"],
+        ["rates.deep.x", "1"],
+        ["sizes", "1, 2"],
+        ["grid", "2 measurements (`--json` shows them)"],
+        ["none", "none"],
+    ]
+    assert shown.data["values"] == values
+
+
+def test_a_busy_host_is_said_with_its_calibration(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_calibration import Measured
+
+    hal.register(Measured("measured"))
+    try:
+        monkeypatch.setattr(calibrate.os, "getloadavg", lambda: (8.0, 0.0, 0.0))
+        assert "The host was busy (a load of 8.0" in run("calibrate", "measured")[1]
+        assert "busy" in json.loads(run("calibrate", "measured", "--json")[1])["warnings"][0]
+        monkeypatch.setattr(calibrate.os, "getloadavg", lambda: (0.0, 8.0, 8.0))
+        assert "busy" not in run("calibrate", "measured")[1]
+    finally:
+        hal.unregister("measured")
 
 
 def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
 
+import pytest
 from installed import Site
 
 
@@ -14,6 +21,99 @@ def test_the_command_runs_and_imports_torch_only_when_it_must(site: Site) -> Non
     code = "import sys; from hal_cli import main; main(['{0}']); sys.exit('torch' in sys.modules)"
     for command in ("devices", "explain"):
         assert site.python("-c", code.format(command)).returncode == 0
+
+
+#: Plugins whose estimates import torch, so that `hal explain` is slow where they are installed: to be mended there.
+IMPORT_TORCH = {"vulkan", "photonic", "lightmatter", "luminous"}
+PLUGINS = [(point.name, point.dist.name) for point in sorted(entry_points(group="hal.plugins")) if point.dist]
+
+
+def marks(plugin: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xfail(reason="its estimates import torch")] if plugin in IMPORT_TORCH else []
+
+
+@pytest.mark.parametrize(
+    "plugin", [pytest.param(f"{distribution}:{name}", marks=marks(name)) for name, distribution in PLUGINS]
+)
+def test_an_installed_plugin_needs_no_torch_to_list_and_explain(plugin: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from hal_cli import main\n"
+        "for words in (['devices'], ['devices', '--json'], ['explain', '--allow-simulated']): main(words)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HAL_PLUGINS": plugin, "HAL_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_imports_neither_torch_nor_a_backend(site: Site) -> None:
+    site.add("good")
+    code = (
+        "import sys; from hal_cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(', '.join({'torch', 'good_device'} & set(sys.modules)) or 0)"
+    )
+    done = site.python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_hal_cli_the_core_says_what_to_install(site: Site) -> None:
+    code = "import sys, runpy; sys.modules['hal_cli'] = None; runpy.run_module('hal_core', run_name='__main__')"
+    done = site.python("-c", code)
+    assert done.returncode == 1
+    assert done.stderr == "the hal command is not installed: pip install 'hal-core[cli]'\n"
+
+
+def test_the_old_names_give_the_new_objects_with_a_warning(site: Site) -> None:
+    done = site.python(
+        "-W",
+        "always",
+        "-c",
+        "import hal_cli, hal_cli.bench, hal_core.plugin_api as api\n"
+        "from hal_core.cli import main\nfrom hal_core.bench import BenchSetup, bench\n"
+        "assert main is hal_cli.main and BenchSetup is api.BenchSetup and bench is hal_cli.bench.bench\n",
+    )
+    assert done.returncode == 0, done.stderr
+    for new in ("hal_cli.command_line.main", "testing.bench_setup.BenchSetup", "hal_cli.bench.bench"):
+        assert re.search(rf"^<string>:[23]: DeprecationWarning: .* use .*{new}$", done.stderr, re.MULTILINE), (
+            done.stderr
+        )
+
+
+RESULT = """
+from hal_core.plugin_api import CommandResult, Table, hookimpl
+
+def run(args):
+    args.progress("half way", 0.5)
+    rows = [["x", str(args.number)]]
+    return CommandResult({"number": args.number}, [Table("A title", ["name", "number"], rows)], ["a sentence"], 3)
+
+@hookimpl
+def hal_commands(subparsers):
+    command = subparsers.add_parser("tool", help="a tool")
+    command.add_argument("number", type=int)
+    command.set_defaults(run=run)
+"""
+
+
+def test_a_plugin_s_command_returns_data_and_has_json_without_asking(site: Site) -> None:
+    site.add("tool", RESULT)
+    shown, data = (site.python("-m", "hal_core", "tool", "7", *more) for more in ([], ["--json"]))
+    assert (shown.returncode, data.returncode) == (3, 3)
+    assert (shown.stderr, data.stderr) == ("", ""), "short work writes no progress"
+    assert [line.split() for line in shown.stdout.splitlines() if "─" not in line] == [
+        ["A", "title"],
+        ["name", "number"],
+        ["x", "7"],
+        [],
+        ["a", "sentence"],
+    ]
+    assert json.loads(data.stdout) == {"number": 7}
 
 
 def test_debug_shows_the_traceback_of_a_process(site: Site) -> None:

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 import transformers
-from hal_nn.compare import lanes, measure, metrics, models, texts
-from hal_nn.compare.batches import tokenize
-from hal_nn.compare.result import Figure
+from hal_compare import lanes, measure, metrics, models, report, tables, texts
+from hal_compare.batches import tokenize
+from hal_compare.result import Figure
 from safetensors.torch import load_file, save_file
 
 import hal_core as hal
@@ -156,12 +156,19 @@ def test_linear_layers_on_a_device_are_its_work_its_error_and_its_time(encoder, 
     assert {alone.scope, wide.scope} == {"attention", "attention and linear layers"}
 
 
-def test_a_device_without_the_kernel_or_the_compiler_is_refused_in_its_row(encoder, text, device):
-    fake = device("fake")
-    result = comparison(encoder, text, [fake], linear=[fake], compiled=[fake])
-    assert row(result, "fake:0 +linear").refusals == ("fake:0 has no linear kernel: it runs attention alone",)
-    assert row(result, "fake:0 compiled").refusals == ("fake:0 has no torch.compile backend: it runs attention alone",)
-    assert row(result, "fake:0").ran
+def test_a_named_device_without_the_kernel_or_the_compiler_is_refused_before_anything_runs(device):
+    device("plain")
+    device("able", linear_error=1e-3, compiles="hal_compare_test_able")
+    with pytest.raises(HalError, match=r"plain:0 has no linear kernel.*--linear takes able:0"):
+        lanes.rows_for(["plain"], linear=["plain"])
+    with pytest.raises(HalError, match=r"plain:0 has no torch.compile backend.*--compiled takes able:0"):
+        lanes.rows_for(["plain"], compiled=["plain"])
+    assert [lane.name for lane in lanes.rows_for(["plain", "able"], linear=["all"])] == [
+        "torch sdpa",
+        "plain:0",
+        "able:0",
+        "able:0 +linear",
+    ]
 
 
 def test_a_compiled_models_part_is_what_the_compiler_put_on_the_device(encoder, text, device):
@@ -176,7 +183,7 @@ def test_a_compiled_models_part_is_what_the_compiler_put_on_the_device(encoder, 
 
 
 def test_a_row_over_its_budget_is_timed_once_and_complete(encoder, text, device):
-    fake = device("fake", seconds=1e-9, noise=1e-3)
+    fake = device("fake", seconds=1e-9)
     result = comparison(encoder, text, [fake], repeats=3, budget=1e-9)
     found, whole = row(result, fake), row(comparison(encoder, text, [fake]), fake)
     assert found.repeats == row(result, "torch sdpa").repeats == 1
@@ -184,6 +191,18 @@ def test_a_row_over_its_budget_is_timed_once_and_complete(encoder, text, device)
     assert found.costs.calls == whole.costs.calls == ATTENTION_CALLS * result.batches
     assert found.costs.on_device.middle == pytest.approx(whole.costs.on_device.middle)
     assert found.costs.wall.low == found.costs.wall.high > found.costs.inside.middle > 0
+
+
+def test_every_noisy_row_has_equal_draws_however_fast_the_host_is(encoder, text, device):
+    """A row of three draws and a row of one cannot be compared: the worst of three is further out."""
+    noisy, wide = device("noisy", noise=1e-2), device("wide", noise=1e-2, linear_error=1e-3)
+    slow, fast = (
+        comparison(encoder, text, [noisy, wide], linear=[wide], repeats=3, budget=budget) for budget in (1e-9, 1e9)
+    )
+    for name in ("noisy:0", "wide:0", "wide:0 +linear"):
+        assert row(slow, name).repeats == row(fast, name).repeats == 3
+        assert row(slow, name).accuracy.worst == row(fast, name).accuracy.worst, "the host's speed changes the draws"
+        assert row(slow, name).accuracy.worst.low < row(slow, name).accuracy.worst.high
 
 
 def test_every_refusal_is_listed_with_the_batches_it_concerns(encoder, text, device):
@@ -324,12 +343,45 @@ def test_a_comparison_is_json(encoder, text, device):
     assert data["versions"]["torch"] == importlib.metadata.version("torch")
 
 
-def test_all_devices_are_taken_where_none_is_named(device):
-    fake = device("fake")
+def test_one_device_of_every_backend_is_taken_where_none_is_named(monkeypatch, device):
+    """A backend with five devices has one row; "all", and the backend's own name, have them all."""
+    fake = device("fake", count=3)
     names = [lane.name for lane in lanes.rows_for([])]
     assert names[0] == "torch sdpa"
-    assert {"cpu:0", fake} <= set(names)
-    assert [lane.name for lane in lanes.rows_for(["fake", fake])] == ["torch sdpa", fake], "named twice, measured once"
+    assert "cpu:0" in names
+    assert [name for name in names if name.startswith("fake")] == [fake]
+    backends = [name.partition(":")[0] for name in names[1:]]
+    assert sorted(backends) == sorted(set(backends)) == sorted({d.id.partition(":")[0] for d in hal.devices()})
+    every = {lane.name for lane in lanes.rows_for(["all"])}
+    assert every == {"torch sdpa", *(d.id for d in hal.devices())}
+    assert [lane.name for lane in lanes.rows_for(["fake"])] == ["torch sdpa", "fake:0", "fake:1", "fake:2"]
+    assert [lane.name for lane in lanes.rows_for([fake, fake])] == ["torch sdpa", fake], "named twice, measured once"
+
+
+def test_named_devices_that_are_all_absent_are_refused_before_anything_runs():
+    with pytest.raises(hal.DeviceUnavailableError, match=r"cpu has cpu:0"):
+        lanes.rows_for(["cpu:7", "cpu:8"])
+
+
+def test_results_that_are_not_finite_are_null_in_json(encoder, text, device):
+    """A device that gives NaN has a row; JSON has no NaN."""
+    broken = device("broken", noise=math.nan)
+    result = comparison(encoder, text, [broken])
+    assert math.isnan(row(result, broken).accuracy.worst.middle)
+    data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    found = next(entry for entry in data["rows"] if entry["name"] == broken)["accuracy"]
+    assert found["worst"]["middle"] is None
+    assert None in found["layers"]
+    tables.summary(result), tables.details(result), report.render(result)
+
+
+def test_progress_says_what_runs_and_never_goes_back(encoder, text, device):
+    seen = []
+    comparison(encoder, text, [device("fake")], progress=lambda what, share: seen.append((what, share)))
+    assert {"float64 reference", "fake:0, warming up", "fake:0", "torch sdpa"} <= {what for what, _ in seen}
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] < 1
 
 
 def test_a_sum_with_an_unknown_part_is_unknown():

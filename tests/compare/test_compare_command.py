@@ -7,16 +7,22 @@ import json
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from hal_cli import main
+from hal_cli.progress import Progress
+from hal_compare import measure
+from safetensors.torch import load_file, save_file
 
 import hal_core as hal
-from hal_core import MaskKind, cli
+from hal_core import MaskKind
 
 
 def compare(*arguments) -> int:
-    return cli.main(["compare", *map(str, arguments)])
+    return main(["compare", *map(str, arguments)])
 
 
 def refused(capsys, *arguments) -> str:
@@ -31,46 +37,62 @@ def refused(capsys, *arguments) -> str:
 
 
 def test_the_plugin_is_an_entry_point_that_imports_neither_torch_nor_transformers():
-    points = importlib.metadata.entry_points(group="hal.plugins", name="nn")
-    assert [point.value for point in points] == ["hal_nn.plugin"]
+    points = importlib.metadata.entry_points(group="hal.plugins", name="compare")
+    assert [point.value for point in points] == ["hal_compare.plugin"]
     code = (
-        "import sys, hal_nn.plugin, hal_nn.compare.command\n"
-        "from hal_core import cli; cli._parser()\n"
+        "import sys, hal_nn, hal_compare, hal_compare.command\n"
+        "from hal_cli.command_line import make_parser; make_parser()\n"
         "sys.exit(', '.join({'torch', 'transformers', 'numpy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
-def test_tables_name_every_device_with_fidelity_origin_and_refusals(encoder, text, device, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+@pytest.mark.parametrize("width", [100, 80])
+def test_one_table_fits_the_terminal_and_names_error_task_time_energy_and_origin(
+    encoder, text, device, capsys, monkeypatch, width
+):
+    monkeypatch.setenv("COLUMNS", str(width))
     noisy, bare = device("noisy", noise=1e-2, joules=1e-12), device("bare", masks=frozenset({MaskKind.NONE}))
     assert compare(encoder, "--text", text, "--devices", f"cpu:0,{noisy}", "--devices", bare, "--repeats", 2) == 0
     printed = capsys.readouterr().out
-    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 120
-    for wanted in (
-        "torch sdpa",
-        "cpu:0",
-        noisy,
-        "simulated",
-        "hardware",
-        "measured",
-        "paper-projection",
-        "not available",
-    ):
-        assert wanted in printed
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+    assert sum(line.startswith("──") for line in printed.splitlines()) == 1, "one table"
+    words = set(printed.split())
+    for line in ("torch sdpa hardware", "cpu:0 hardware", f"{noisy} simulated", "modelled, paper-projection"):
+        assert words.issuperset(line.split())
+    columns = ["device", "kind", "error", "task", "kept", "time", "energy", "measured", "not", "available"]
+    assert words.issuperset(columns), "a word is broken"
     assert re.search(r"bare:0 refused \d of 2 batches:\n +mask .*boolean asked", printed)
 
 
-def test_tables_are_plain_text_without_rich(encoder, text, capsys, monkeypatch):
-    for name in [name for name in sys.modules if name == "rich" or name.startswith("rich.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert compare(encoder, "--text", text, "--devices", "cpu:0", "--repeats", 1) == 0
+def test_details_are_tables_that_fit_too(encoder, text, device, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    noisy = device("noisy", noise=1e-2, joules=1e-12)
+    assert compare(encoder, "--text", text, "--devices", f"cpu:0,{noisy}", "--repeats", 2, "--details") == 0
     printed = capsys.readouterr().out
-    assert printed.isascii() or "µ" in printed or "±" in printed
-    assert "torch sdpa" in printed
-    assert "│" not in printed
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 100
+    for title in ("Text", "Error of the hidden states against float64, by text", "Time of one pass, median of 2"):
+        assert title in printed
+
+
+def test_all_has_every_device_and_variant(encoder, text, device, capsys, monkeypatch):
+    device("fake", linear_error=1e-3, compiles="hal_compare_test_every")
+    device("many", count=2)
+    asked = []
+
+    def stop(model, files, rows, **options):
+        asked.append([lane.name for lane in rows])
+        raise hal.HalError("stopped before anything runs")
+
+    monkeypatch.setattr(measure, "compare", stop)
+    for arguments in (["--devices", "fake,many", "--all"], ["--all"], []):
+        assert compare(encoder, "--text", text, *arguments) == 2
+    variants = ["fake:0", "fake:0 +linear", "fake:0 compiled"]
+    assert asked[0] == ["torch sdpa", *variants, "many:0", "many:1"]
+    assert set(asked[0]) | {device.id for device in hal.devices()} <= set(asked[1])
+    assert {"torch sdpa", "fake:0", "many:0", "cpu:0"} <= set(asked[2])
+    assert not {"fake:0 +linear", "fake:0 compiled", "many:1"} & set(asked[2])
 
 
 def test_json_is_all_there_is_on_standard_output(encoder, text, capsys, tmp_path):
@@ -80,6 +102,7 @@ def test_json_is_all_there_is_on_standard_output(encoder, text, capsys, tmp_path
     data = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in data["rows"]] == ["torch sdpa", "cpu:0"]
     assert data["repeats"] == 1
+    assert data["report"] == str(report)
     assert report.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -127,9 +150,69 @@ def test_damaged_weights_and_configs(capsys, encoder, text):
     assert "is not JSON" in refused(capsys, encoder, "--text", text)
 
 
-def test_weights_that_lack_a_tensor(capsys, encoder, text):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("content", ["[]", '"text"', "3", "null"])
+def test_a_config_that_is_no_object(capsys, encoder, text, content):
+    (encoder / "config.json").write_text(content)
+    assert "not an object: repair it" in refused(capsys, encoder, "--text", text)
 
+
+def test_weights_that_are_not_finite_are_named(capsys, encoder, text):
+    file = encoder / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.layer.1.output.dense.bias"][3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    message = refused(capsys, encoder, "--text", text)
+    assert "NaN or infinity in 'encoder.layer.1.output.dense.bias'" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"num_hidden_layers": 10**6, "hidden_size": 10**9}, "1,000,000 layers"),
+        ({"hidden_size": 1 << 20, "num_attention_heads": 4}, "parameters"),
+        ({"vocab_size": 10**9}, "parameters"),
+    ],
+)
+def test_a_config_far_larger_than_the_weights_is_refused_before_it_is_built(capsys, encoder, text, changes, wanted):
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps(config | changes))
+    start = time.process_time()
+    assert wanted in refused(capsys, encoder, "--text", text)
+    assert time.process_time() - start < 60, "the model was built"
+
+
+def test_a_folder_without_a_tokenizer(capsys, encoder, text):
+    for file in encoder.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer" in refused(capsys, encoder, "--text", text)
+
+
+def test_a_damaged_tokenizer(capsys, encoder, text):
+    (encoder / "tokenizer.json").write_text("{")
+    assert "the tokenizer in" in refused(capsys, encoder, "--text", text)
+
+
+def test_a_linear_row_that_cannot_be_is_refused_before_anything_runs(capsys, encoder, text, device):
+    device("able", linear_error=1e-3)
+    message = refused(capsys, encoder, "--text", text, "--linear", "cpu")
+    assert "cpu:0 has no linear kernel" in message
+    assert "--linear takes able:0" in message
+
+
+def test_named_devices_that_are_all_absent_are_refused_before_anything_runs(capsys, encoder, text):
+    assert "cpu has cpu:0" in refused(capsys, encoder, "--text", text, "--devices", "cpu:7")
+
+
+def test_progress_is_lines_on_standard_error_where_there_is_no_terminal(capsys, encoder, text, monkeypatch):
+    monkeypatch.setattr("hal_cli.command_line.Progress", partial(Progress, interval=0.0))
+    capsys.readouterr()
+    assert compare(encoder, "--text", text, "--devices", "cpu:0", "--repeats", 1, "--json") == 0
+    out, err = capsys.readouterr()
+    json.loads(out)
+    assert re.search(r"^hal compare: +\d+%  cpu:0, warming up$", err, re.MULTILINE)
+
+
+def test_weights_that_lack_a_tensor(capsys, encoder, text):
     weights = load_file(encoder / "model.safetensors")
     del weights["encoder.layer.0.attention.self.query.weight"]
     save_file(weights, encoder / "model.safetensors", metadata={"format": "pt"})

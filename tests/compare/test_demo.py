@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_nn.compare import lanes, measure, models, texts
+from hal_compare import lanes, measure, models, texts
 from safetensors.torch import load_file, save_file
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import attrs
 import pytest
-from hal_nn.compare import charts, figures, lanes, measure, models, report, texts
-from hal_nn.compare.result import Figure
+from hal_compare import charts, figures, lanes, measure, models, report, texts
+from hal_compare.result import Figure
 
 from hal_core import Basis, MaskKind, Provenance
 

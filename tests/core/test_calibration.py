@@ -139,3 +139,69 @@ def test_a_device_without_calibration_says_so(fake: Fake) -> None:
         calibration.calibrate("plain")
     with pytest.raises(hal.UnknownBackendError):
         calibration.calibrate("nobody")
+
+
+DAMAGED: dict[str, Any] = {
+    "no values": {"values": {}},
+    "text": {"values": "fast"},
+    "NaN": {"values": {"seconds": float("nan")}},
+    "negative": {"values": {"rates": [1.0, -2.0]}},
+    "infinite": {"values": {"nested": {"seconds": float("inf")}}},
+    "a date beyond every float": {"created": 10**400},
+    "another format": {"format": 99},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_calibration_is_named_once_and_the_device_goes_on(
+    measured: FakeBackend, generator: torch.Generator, name: str
+) -> None:
+    calibration.calibrate("measured")
+    (path,) = files()
+    data = json.loads(path.read_text()) | DAMAGED[name]
+    path.write_text(json.dumps(data))
+    hal.configure()
+    with pytest.warns(RuntimeWarning, match=r"run `hal calibrate measured:0`") as caught:
+        hal.attention(*draw(generator), backend="measured")
+        hal.attention(*draw(generator, len_q=40), backend="measured")
+    assert len([w for w in caught if str(path) in str(w.message)]) == 1
+
+
+def test_a_calibration_nested_beyond_the_stack_is_not_used(measured: FakeBackend, generator: torch.Generator) -> None:
+    calibration.calibrate("measured")
+    (path,) = files()
+    path.write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    hal.configure()
+    with pytest.warns(RuntimeWarning, match="is not used"):
+        hal.attention(*draw(generator), backend="measured")
+
+
+def test_a_pipe_in_the_place_of_a_calibration_does_not_hang(measured: FakeBackend, generator: torch.Generator) -> None:
+    calibration.calibrate("measured")
+    (path,) = files()
+    path.unlink()
+    os.mkfifo(path)
+    hal.configure()
+    with pytest.warns(RuntimeWarning, match="not a regular file"):
+        hal.attention(*draw(generator), backend="measured")
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_anything_is_measured(
+    measured: FakeBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "file"))
+    steps: list[str] = []
+    with pytest.raises(OSError):
+        calibration.calibrate("measured", lambda text, share: steps.append(text))
+    assert not steps
+
+
+def test_a_temporary_file_has_a_random_name_and_follows_no_link(tmp_path: Path) -> None:
+    target, victim = tmp_path / "out.json", tmp_path / "victim"
+    victim.write_text("mine")
+    for name in (f"out.json.{os.getpid()}.tmp", ".out.json.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    calibration.write_whole(target, "written")
+    assert (target.read_text(), victim.read_text()) == ("written", "mine")
+    assert len(list(tmp_path.iterdir())) == 4

@@ -71,6 +71,53 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "infinite scale": (Q, Q, Q, {"scale": INF}, "scale inf was given"),
     "scale as text": (Q, Q, Q, {"scale": "0.5"}, "scale '0.5' was given"),
     "scale as a tensor": (Q, Q, Q, {"scale": torch.tensor(0.5)}, "scale"),
+    "scale above every float": (Q, Q, Q, {"scale": 10**400}, "scale of 1329 bits was given"),
+    "no dropout": (Q, Q, Q, {"dropout_p": None}, "dropout_p None was given"),
+    "causal as text": (Q, Q, Q, {"is_causal": "yes"}, "is_causal 'yes' was given: pass True or False"),
+    "a diagonal of 400 digits": (Q, Q, Q, {"diagonal": 10**400}, "diagonal of 1329 bits was given"),
+    "a window of 400 digits": (Q, Q, Q, {"window": (10**400, 0)}, "was given: use (left, right)"),
+    "a list as objective": (Q, Q, Q, {"objective": ["time"]}, "objective ['time'] was given"),
+    "transfer as a number": (Q, Q, Q, {"transfer": 5}, "transfer=5 was given: use True, False or None"),
+    "an integer mask": (
+        Q,
+        Q,
+        Q,
+        {"attn_mask": torch.ones(5, 5, dtype=torch.int32)},
+        "pass bool (True: attend), or torch.float32,",
+    ),
+    "a nested tensor": (
+        torch.nested.nested_tensor([Q[0]]),
+        Q,
+        Q,
+        {},
+        "query is a nested tensor",
+    ),
+    "a block plan of text": (
+        Q,
+        Q,
+        Q,
+        {"block_plan": hal.BlockPlan("8", 8, torch.zeros(1, 1, 1, 1).int(), torch.ones(1, 1, 1).int())},  # type: ignore[arg-type]
+        "blocks of '8' x 8 were given",
+    ),
+    "packed lengths as text": (
+        t(1, 4, 5, 8),
+        t(1, 4, 5, 8),
+        t(1, 4, 5, 8),
+        {
+            "cu_seqlens_q": torch.tensor([0, 5], dtype=torch.int32),
+            "cu_seqlens_k": torch.tensor([0, 5], dtype=torch.int32),
+            "max_seqlen_q": "a",
+            "max_seqlen_k": 5,
+        },
+        "max_seqlen_q 'a' and max_seqlen_k 5 were given",
+    ),
+    "FP8 scales of a wrong shape": (
+        Q,
+        Q.to(torch.float8_e5m2),
+        Q.to(torch.float8_e5m2),
+        {"key_scale": torch.ones(3), "value_scale": torch.ones(1)},
+        "key_scale [3] torch.float32 was given: pass float32 that broadcasts to [2, 4, 1, 1]",
+    ),
     "NaN softcap": (Q, Q, Q, {"softcap": NAN}, "softcap nan"),
     "softcap of 0": (Q, Q, Q, {"softcap": 0.0}, "softcap 0.0"),
     "negative softcap": (Q, Q, Q, {"softcap": -3.0}, "softcap -3.0"),
@@ -336,3 +383,50 @@ def test_a_bound_that_is_shorter_than_its_example_is_refused(fake: Fake) -> None
     fake("one")
     with pytest.raises(ContractError, match="max_len_q"):
         hal.bind(Q, Q, Q, backend="one", max_len_q=4)
+
+
+@pytest.mark.parametrize("variant", ["upper_left", "lower_right"])
+def test_a_causal_bias_of_torch_is_the_causal_option_that_it_means(fake: Any, variant: str) -> None:
+    from torch.nn.attention import bias
+
+    fake("one")
+    query, key, value = t(2, 4, 5, 8), t(2, 4, 7, 8), t(2, 4, 7, 8)
+    mask = getattr(bias, f"causal_{variant}")(5, 7)
+    corner = "top_left" if variant == "upper_left" else "bottom_right"
+    want = hal.attention(query, key, value, backend="one", causal=corner)
+    for call in (hal.attention, hal.bind(query, key, value, mask, backend="one")):
+        named = {"backend": "one", "attn_mask": mask} if call is hal.attention else {}
+        got = call(query, key, value, **named)
+        assert type(got) is torch.Tensor
+        assert torch.equal(got, want)
+    assert hal.explain(query, key, value, mask, backend="one").request.causal == corner
+    with pytest.raises(ContractError, match="CausalBias as attn_mask and is_causal"):
+        hal.attention(query, key, value, mask, is_causal=True)
+
+
+def test_other_tensor_subclasses_are_refused_by_name(fake: Any) -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    fake("one")
+    plain = t(2, 4, 5, 8)
+    for given in ({"query": plain.as_subclass(Mine)}, {"attn_mask": torch.ones(5, 5).bool().as_subclass(Mine)}):
+        with pytest.raises(ContractError, match="is a Mine, a tensor subclass"):
+            hal.attention(**({"query": plain, "key": plain, "value": plain, "backend": "one"} | given))
+
+
+def test_a_mistake_of_the_caller_is_a_value_error_and_a_runtime_error() -> None:
+    with pytest.raises(ValueError, match="reshape it"):
+        hal.attention(t(5, 8), t(5, 8), t(5, 8))
+    with pytest.raises(RuntimeError, match="reshape it"):
+        hal.attention(t(5, 8), t(5, 8), t(5, 8))
+
+
+def test_under_hal_check_inputs_that_are_not_finite_are_refused_by_name(fake: Any, monkeypatch: Any) -> None:
+    fake("one")
+    monkeypatch.setenv("HAL_CHECK", "1")
+    query, key = t(2, 4, 5, 8), t(2, 4, 5, 8)
+    hal.attention(query, key, key, backend="one")
+    key[1, 2, 3, 4] = NAN
+    with pytest.raises(ContractError, match="key holds NaN or infinity"):
+        hal.attention(query, key, query, backend="one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -531,3 +532,89 @@ def test_growing_lengths_meet_few_decisions(fake: Fake) -> None:
         key = torch.zeros(1, 1, length, 4)
         hal.attention(query, key, key, backend="one")
     assert len(estimates) <= 30
+
+
+def test_a_cold_call_asks_each_device_that_can_for_one_estimate(fake: Any, generator: torch.Generator) -> None:
+    asked: list[str] = []
+
+    def time(name: str) -> Any:
+        return lambda request: asked.append(name) or 1e-12
+
+    fake("one", time=time("one"))
+    fake("two", time=time("two"))
+    hal.attention(*draw(generator))
+    assert sorted(asked) == ["one", "two"]
+
+
+def test_a_failure_belongs_to_the_request_and_is_forgotten_with_it(fake: Any, generator: torch.Generator) -> None:
+    failing: list[Exception] = []
+
+    def check(request: hal.AttentionRequest, device: hal.Device) -> Any:
+        if failing:
+            raise failing[0]
+        return ()
+
+    backend = fake("one", check=check)
+    for error in (MemoryError("no room"), ZeroDivisionError("pages"), OverflowError("2**600")):
+        failing[:] = [error]
+        with pytest.raises(UnsupportedError, match=f"failed on this request .*{re.escape(str(error))}"):
+            hal.attention(*draw(generator), backend="one")
+    failing.clear()
+    hal.attention(*draw(generator), backend="one")
+    assert backend.ran
+
+
+@pytest.mark.parametrize("answer", [[1, "x"], ["no"], 5])
+def test_what_is_no_refusal_is_a_refusal_of_the_device(fake: Any, generator: torch.Generator, answer: Any) -> None:
+    fake("odd", time=1e-15, check=lambda request, device: answer)
+    good = fake("good", time=1e-12)
+    hal.attention(*draw(generator))
+    assert good.ran
+    with pytest.raises(UnsupportedError, match="failed on this request"):
+        hal.attention(*draw(generator), backend="odd")
+
+
+def test_a_session_that_serves_less_than_was_claimed_is_passed_over_and_named_where_asked_for(
+    fake: Any, generator: torch.Generator
+) -> None:
+    fake("claims", time=1e-15, autograd="none")
+    good = fake("good", time=1e-12)
+    tensors = [t.requires_grad_() for t in draw(generator)]
+    hal.attention(*tensors).sum().backward()
+    assert good.ran
+    with pytest.raises(hal.PluginError, match="must not claim 'backward'"):
+        hal.attention(*tensors, backend="claims")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda out: out[:, :, :-1], r"out \[2, 4, 6, 8\]"),
+        (lambda out: out.double(), "float64"),
+        (lambda out: None, "NoneType as out"),
+        (lambda out: out.to("meta"), "on meta"),
+    ],
+)
+def test_a_result_of_another_form_is_the_plugin_s_error(
+    fake: Any, generator: torch.Generator, spoil: Any, what: str
+) -> None:
+    from fakes import BoundSession
+
+    class Lying(BoundSession):
+        def bind(self, request: hal.AttentionRequest) -> Any:
+            run = super().bind(request)
+            return lambda *given: spoil(run(*given))
+
+    fake("liar", open=Lying)
+    with pytest.raises(hal.PluginError, match=what):
+        hal.attention(*draw(generator, len_q=7), backend="liar")
+
+
+def test_what_a_device_can_do_is_asked_by_its_id(fake: Any) -> None:
+    fake("one", capabilities=plain(), count=2)
+    assert hal.device("one:1").id == "one:1"
+    assert hal.device("one").id == "one:0"
+    assert hal.capabilities("one:1").dtypes == {"float32"}
+    assert hal.memory("one:1") is hal.session("one:1").memory
+    with pytest.raises(hal.UnknownBackendError):
+        hal.device("three")

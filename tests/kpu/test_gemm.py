@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, gemm, simulate_conv2d, simulate_gemm
-from hal_kpu.array import DATAFLOWS
-from hal_kpu.engines import BufferTooSmallError
-from hal_kpu.profile import load
+from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, simulate_conv2d, simulate_gemm
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.array import DATAFLOWS
+from hal_kpu.simulator.engines import BufferTooSmallError
+from hal_kpu.simulator.products import gemm
 
 from hal_core.errors import ContractError
 

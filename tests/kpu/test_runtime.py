@@ -6,8 +6,8 @@ import hal_kpu
 import pytest
 import torch
 from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, KPURuntime, runtime
-from hal_kpu.dfx import DFXProgram
-from hal_kpu.profile import load
+from hal_kpu.frontend.dfx.program import DFXProgram
+from hal_kpu.profiles.profile import load
 
 from hal_core.errors import ContractError
 

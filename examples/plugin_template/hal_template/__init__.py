@@ -1,6 +1,6 @@
-"""A plugin's light module: the hooks and nothing else. No torch, no driver."""
+"""A plugin's light module: the hooks and nothing else. It imports neither torch nor a driver."""
 
-from hal_core.hooks import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, hookimpl
 
 
 @hookimpl

@@ -1,76 +1,42 @@
-"""A device that computes attention with plain torch operations. Change `attend` to call yours."""
+"""What the device is, what it can do, and what a call costs."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
+from hal_core import plugin_api as hal
 
-from hal_core import (
-    AttentionRequest,
-    Capabilities,
-    Causal,
-    Device,
-    Estimate,
-    Fidelity,
-    MaskKind,
-    Numerics,
-    Quantity,
-    Range,
-    Refusal,
-    Session,
-    SimpleSession,
-    dense_mask,
-)
+from .session import BLOCK, TemplateSession
 
-CAPABILITIES = Capabilities(
+CAPABILITIES = hal.Capabilities(
     dtypes={"float32"},
-    numerics={"float32": Numerics(relative=1e-5, lse=1e-5)},
-    head_dim=Range(1, 512),
-    masks={MaskKind.NONE, MaskKind.BOOLEAN},
-    causal={Causal.NONE, Causal.TOP_LEFT, Causal.BOTTOM_RIGHT},
-    features={"grouped_heads", "lse", "strides", "diagonal"},
+    numerics={"float32": hal.Numerics(relative=1e-5, lse=1e-5)},
+    head_dim=hal.Range(1, 512),
+    masks={hal.MaskKind.NONE, hal.MaskKind.BOOLEAN},
+    causal={hal.Causal.NONE, hal.Causal.TOP_LEFT, hal.Causal.BOTTOM_RIGHT},
+    features={"grouped_heads", "lse", "diagonal", "window"},
+    tile_sizes=hal.Range(1, BLOCK),  # of a tiling that the caller brings
 )
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest
-) -> tuple[Tensor, Tensor]:
-    """Attention over [batch, heads, length, head_dim]: (output, natural log-sum-exp of the scaled scores)."""
-    group = request.heads_q // request.heads_kv  # query head h reads key head h // group
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = query @ key.transpose(-1, -2) * request.effective_scale
-    for visible in (mask, dense_mask(request, query.shape[2], key.shape[2])):
-        if visible is not None:
-            scores = scores.masked_fill(~visible, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    dead = (lse == -torch.inf).unsqueeze(-1)  # a row that may read no key gives 0 and -inf
-    weights = torch.exp(scores - torch.where(dead, 0, lse.unsqueeze(-1)))
-    return weights @ value, lse
 
 
 class TemplateBackend:
-    def devices(self) -> Sequence[Device]:
-        """What is there; an empty list, never an exception, where there is nothing."""
-        return [
-            Device(id="template:0", family="template", vendor="you", model="dense torch", fidelity=Fidelity.EMULATED)
-        ]
+    def devices(self) -> Sequence[hal.Device]:
+        """The devices that are present: an empty list where there are none, never an exception."""
+        emulated = hal.Fidelity.EMULATED
+        return [hal.Device(id="template:0", family="template", vendor="you", model="tiles", fidelity=emulated)]
 
-    def capabilities(self, device: Device) -> Capabilities:
+    def capabilities(self, device: hal.Device) -> hal.Capabilities:
         return CAPABILITIES
 
-    def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        """Only what the capabilities cannot say."""
+    def check(self, request: hal.AttentionRequest, device: hal.Device) -> Iterable[hal.Refusal]:
+        """Refusals that the capabilities cannot express: none here."""
         return ()
 
-    def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """From 1 to 100 GFLOP/s, a guess and called so, after 20 microseconds to 2 milliseconds per call."""
+    def estimate(self, request: hal.AttentionRequest, device: hal.Device) -> hal.Estimate:
+        """From 1 to 100 GFLOP/s after 20 microseconds to 2 milliseconds per call: assumed, and declared as such."""
         flops = 2 * request.macs
-        time = Quantity(2e-5 + flops / 1e11, 2e-3 + flops / 1e9, basis="declared", provenance="assumed")
-        output = request.batch * request.heads_q * request.len_q * (request.dim_v + 1) * 4
-        scores = request.batch * request.heads_q * request.len_q * request.len_k * 4
-        return Estimate(time=time, memory=output + 3 * scores)
+        time = hal.Quantity(2e-5 + flops / 1e11, 2e-3 + flops / 1e9, basis="declared", provenance="assumed")
+        rows = request.batch * request.heads_q * request.len_q
+        tile = min(request.len_q, BLOCK) * min(request.len_k, BLOCK)
+        return hal.Estimate(time=time, memory=4 * (rows * (request.dim_v + 1 + request.lse) + tile))
 
-    def open(self, device: Device) -> Session:
-        session: Any = SimpleSession(attend)
-        return session
+    def open(self, device: hal.Device) -> hal.Session:
+        return TemplateSession()

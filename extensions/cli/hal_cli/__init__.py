@@ -9,7 +9,6 @@ Importing this package imports neither torch nor a plugin.
 
 from __future__ import annotations
 
-from .main import main
+from .command_line import main
 
-__version__ = "0.1.0"
 __all__ = ["main"]

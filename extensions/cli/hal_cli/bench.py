@@ -20,10 +20,10 @@ from hal_core.plugin_api import (
     ContractError,
     Device,
     Table,
+    find_devices,
     registry,
     write_whole,
 )
-from hal_core.testing.bench_setup import Benchmarked
 
 from . import bench_picture
 from .files import check_writable
@@ -87,9 +87,9 @@ def bench(
     """
     if dtype not in DTYPE_BYTES:
         raise ContractError(f"dtype {dtype!r} was given: use one of {', '.join(DTYPE_BYTES)}")
-    found = registry.find(device)[0]
-    backend = registry.backend_of(found)
-    setup = backend.benchmark(found) if isinstance(backend, Benchmarked) else BenchSetup(lambda *given: {})
+    found = find_devices(device)[0]
+    benchmark = getattr(registry.backend_of(found), "benchmark", None)  # optional, of a backend
+    setup: BenchSetup = BenchSetup(lambda *given: {}) if benchmark is None else benchmark(found)
     records: list[dict[str, Any]] = []
     columns: dict[str, None] = {}
     for place, length in enumerate(lengths):

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 import hal_core as hal
-from hal_core.plugin_api import Capabilities, CommandResult, Device, Table, registry
+from hal_core.plugin_api import CommandResult, Device, Table
 
 
 def run(options: argparse.Namespace) -> CommandResult:
@@ -30,7 +30,7 @@ def record(device: Device) -> dict[str, Any]:
     facts: dict[str, Any] = attrs.asdict(device, value_serializer=_plain)
     facts["fingerprint"] = device.fingerprint
     try:
-        capabilities: Capabilities = registry.backend_of(device).capabilities(device)
+        capabilities = hal.capabilities(device.id)
     except Exception as error:  # a backend that fails here must not hide the other devices
         return facts | {"capabilities": None, "failure": f"{type(error).__name__}: {error}"}
     return facts | {"capabilities": attrs.asdict(capabilities, value_serializer=_plain)}

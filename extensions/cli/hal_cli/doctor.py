@@ -20,8 +20,6 @@ from hal_core.plugin_api import (
     merged_policy,
     registry,
 )
-from hal_core.plugins import LoadFailure
-from hal_core.registry import Entry
 
 
 def run(options: argparse.Namespace) -> CommandResult:
@@ -71,12 +69,12 @@ def _device_rows() -> list[list[str]]:
     return rows
 
 
-def _failure(entry: Entry) -> LoadFailure | None:
+def _failure(entry: Any) -> Any:
     """Why a backend is out of service, or what its check or estimate last failed with."""
     return entry.failure or next(iter(entry.request_failures.values()), None)
 
 
-def _backend(entry: Entry) -> dict[str, Any]:
+def _backend(entry: Any) -> dict[str, Any]:
     return {
         "name": entry.spec.name,
         "distribution": entry.distribution,

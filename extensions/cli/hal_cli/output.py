@@ -99,9 +99,10 @@ def show_table(table: Table) -> None:
         for row in rows:
             drawn.add_row(*(Text(cell) for cell in row))
         console.print(drawn)
-    for note in table.notes:
+    for note in ("", *table.notes):
         print(wrapped(note, room))
-    print()
+    if table.notes:
+        print()
 
 
 def column_widths(lines: Sequence[Sequence[str]], room: int) -> list[int] | None:
@@ -118,7 +119,7 @@ def column_widths(lines: Sequence[Sequence[str]], room: int) -> list[int] | None
     columns = list(zip(*lines, strict=True))
     widths = [max((_width(line) for cell in column for line in cell.splitlines()), default=0) for column in columns]
     least = [max((_width(word) for cell in column for word in cell.split()), default=0) for column in columns]
-    over = sum(widths) + _GAP * len(widths) - room
+    over = sum(widths) + _GAP * max(len(widths) - 1, 0) - room
     while over > 0:
         able = [place for place, width in enumerate(widths) if width > least[place]]
         if not able:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
 
 from hal_core.plugin_api import ContractError
 
@@ -12,16 +11,10 @@ from hal_core.plugin_api import ContractError
 class CommandParser(argparse.ArgumentParser):
     """A parser whose subcommands are parsers of this class too, because argparse builds them from their parent's."""
 
-    _choices: dict[str, CommandParser] | None = None
-
-    def add_subparsers(self, **settings: Any) -> argparse._SubParsersAction[CommandParser]:  # type: ignore[override]
-        action: argparse._SubParsersAction[CommandParser] = super().add_subparsers(**settings)
-        self._choices = action.choices  # type: ignore[assignment]
-        return action
-
     def commands(self) -> Iterator[CommandParser]:
         """The parsers below this one that run something, at any depth."""
-        for parser in (self._choices or {}).values():
+        groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        for parser in (parser for group in groups for parser in group.choices.values()):
             if parser.get_default("run") is not None:
                 yield parser
             yield from parser.commands()

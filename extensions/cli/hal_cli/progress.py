@@ -8,8 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-    from rich.progress import TaskID
+    from rich.progress import Progress as Bar, TaskID
 
 #: Seconds between two lines where there is no terminal. A command that ends sooner writes none.
 INTERVAL = 5.0

@@ -12,12 +12,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from hal_nn import huggingface
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-from .. import huggingface
 
 HAL, TORCH = "hal_compare", "sdpa_compare"
 

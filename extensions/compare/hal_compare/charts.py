@@ -81,7 +81,7 @@ def dots(marks: Sequence[Mark], name: str) -> str:
     body = _axis(ticks, len(marks))
 
     def place(value: float) -> float:
-        share = (math.log10(value) - first) / (last - first) if value > 0 else 0.0
+        share = (_log10(value) - first) / (last - first)
         return LABEL + min(max(share, 0.0), 1.0) * _PLOT
 
     for number, mark in enumerate(marks):
@@ -113,7 +113,7 @@ def lines(series: Sequence[tuple[Mark, Sequence[float]]], name: str) -> str:
 
     def at(index: int, value: float) -> tuple[float, float]:
         x = left + index / max(count - 1, 1) * (right - left)
-        share = (math.log10(value) - first) / (last - first) if value > 0 else 0.0
+        share = (_log10(value) - first) / (last - first)
         return x, 10 + (1 - min(max(share, 0.0), 1.0)) * (height - 20)
 
     body = ""
@@ -160,10 +160,18 @@ def nice_step(value: float) -> float:
 
 
 def _decades(values: Sequence[float]) -> tuple[int, int]:
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return -8, 0
     first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return first, max(last, first + 1)
+
+
+def _log10(value: float) -> float:
+    """log10 with a bound for 0, for NaN and for infinity, which a chart draws at its edges."""
+    if math.isnan(value) or value == math.inf:
+        return 400.0
+    return math.log10(value) if value > 0 else -400.0
 
 
 def _svg(body: str, height: int, name: str) -> str:

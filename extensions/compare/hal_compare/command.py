@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hal_core.plugin_api import CommandResult
+
 DESCRIPTION = """\
-Run one model once per device on real text, and print error against float64, what the error does to the task, time and
-energy, side by side, each with its origin. The row "torch sdpa" is the same model on torch's own attention, timed in turn
-with the others.
+Run one model on real text, once per device, and print error against float64, what the error does to the task, time
+and energy, side by side, each with its origin. The row "torch sdpa" is the same model on torch's own attention, timed
+in turn with the others. One row per device family is compared, with attention alone on the device; --all takes every
+device, its linear layers and its torch.compile backend too.
 """
 
 
@@ -36,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="LIST",
         action="append",
         default=[],
-        help="device ids or backend names, divided by commas; may be repeated (default: every device there is)",
+        help="device ids, or backend names for all devices of a backend, divided by commas; may be repeated (default: "
+        "the first device of every backend)",
     )
     parser.add_argument(
         "--linear",
@@ -53,21 +57,30 @@ def add_parser(subparsers: Any) -> None:
         help="devices that run the whole model by torch.compile, in rows of their own; 'all' for those that can",
     )
     parser.add_argument(
-        "--repeats", metavar="N", type=positive, default=3, help="timed runs of each device (default: 3)"
+        "--all",
+        action="store_true",
+        help="every device instead of one per family (unless --devices names them), and --linear all --compiled all",
+    )
+    parser.add_argument("--details", action="store_true", help="print tables of text, error, time, work and energy too")
+    parser.add_argument(
+        "--repeats",
+        metavar="N",
+        type=positive,
+        default=3,
+        help="timed runs of each device, and draws of each noisy device's noise (default: 3)",
     )
     parser.add_argument(
         "--budget",
         metavar="SECONDS",
         type=positive,
         default=20,
-        help="a device whose repeats would take longer is timed once (default: 20)",
+        help="a device without noise whose repeats would take longer is timed once (default: 20)",
     )
     parser.add_argument(
         "--batch", metavar="N", type=positive, default=8, help="texts in a batch; 1 needs no padding mask"
     )
     parser.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text that are used")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the run")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--report", metavar="FILE", type=Path, help="write a self-contained HTML report")
     parser.set_defaults(run=run)
 
@@ -79,22 +92,28 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Compare, print, write the report.
+def run(arguments: argparse.Namespace) -> CommandResult:
+    """Compare, and write the report.
 
     Returns:
-        0, or 1 where no device ran the model.
+        The comparison as data and as tables. The exit code is 1 where no device ran the model.
 
     Raises:
-        HalError: a model, text or device that does not exist or cannot be read.
+        HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
+            all of them are looked at before anything is measured.
     """
     from . import lanes, measure, models, report, tables, texts
 
     if arguments.report is not None:
         report.check_target(arguments.report)
+    models.find(arguments.model)
     read = texts.read(arguments.text)
-    listed = (arguments.devices, arguments.linear, arguments.compiled)
-    rows = lanes.rows_for(*([name for words in given for name in words.split(",") if name] for given in listed))
+    every = ["all"] if arguments.all else []
+    rows = lanes.rows_for(
+        _names(arguments.devices) or (["all"] if arguments.all else []),
+        [*_names(arguments.linear), *every],
+        [*_names(arguments.compiled), *every],
+    )
     model = models.load(arguments.model, arguments.dtype)
     comparison = measure.compare(
         model,
@@ -105,15 +124,20 @@ def run(arguments: argparse.Namespace) -> int:
         max_length=arguments.max_length,
         command=command_line(),
         budget=arguments.budget,
+        progress=arguments.progress,
     )
-    if arguments.json:
-        print(json.dumps(comparison.to_dict(), indent=2))
-    else:
-        tables.show(comparison)
+    data, text = comparison.to_dict(), tables.refused(comparison)
     if arguments.report is not None:
         report.write(comparison, arguments.report)
-        print(f"report: {os.path.relpath(arguments.report)}", file=sys.stderr if arguments.json else sys.stdout)
-    return 0 if any(row.ran for row in comparison.rows if not row.baseline) else 1
+        data["report"] = str(arguments.report)
+        text.append(f"report: {os.path.relpath(arguments.report)}")
+    shown = [tables.summary(comparison), *(tables.details(comparison) if arguments.details else [])]
+    ran = any(row.ran for row in comparison.rows if not row.baseline)
+    return CommandResult(data, shown, text, 0 if ran else 1)
+
+
+def _names(listed: Sequence[str]) -> list[str]:
+    return [name for words in listed for name in words.split(",") if name]
 
 
 def command_line() -> str:

@@ -10,14 +10,13 @@ from typing import Any
 
 import attrs
 import torch
+from hal_nn import huggingface
 from torch import nn
 
 import hal_core as hal
 from hal_core import Device, DeviceUnavailableError, HalError
-from hal_core.protocols import KernelProvider
-from hal_core.registry import registry
+from hal_core.plugin_api import find_devices, registry
 
-from .. import huggingface
 from . import attention_clock
 from .batches import Batch
 from .metrics import Tally
@@ -47,7 +46,8 @@ class Lane:
     Attributes:
         name, device, place, baseline, scope: as in `Row`. network: the model's variant. refusals: reasons met, in
             order.
-        refused_batches: how many. once: whether it is timed once, being slow. tallies: accuracy by repeat.
+        noisy: whether the device's errors are random. refused_batches: how many. slow: whether it is over its budget.
+        tallies: accuracy by repeat.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
         records: the meter's, by group.
     """
@@ -59,8 +59,9 @@ class Lane:
     scope: Scope = Scope.ATTENTION
     network: Any = None
     refusals: list[str] = attrs.field(factory=list)
+    noisy: bool = False
     refused_batches: int = 0
-    once: bool = False
+    slow: bool = False
     tallies: list[Tally] = attrs.field(factory=list)
     walls: dict[int, list[float]] = attrs.field(factory=dict)
     inside: dict[int, list[float]] = attrs.field(factory=dict)
@@ -70,8 +71,8 @@ class Lane:
 
     @property
     def timed_in_metered_pass(self) -> bool:
-        """Whether no further passes are made: it is slow, and its first pass is like any other."""
-        return self.once and self.scope is not Scope.COMPILED
+        """Whether the metered pass is the first timed one too: the row is slow, and that pass is like any other."""
+        return self.slow and self.scope is not Scope.COMPILED
 
     def forward(self, batch: Batch) -> Any:
         """The network on a batch."""
@@ -82,17 +83,22 @@ def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequenc
     """A lane for torch's attention on each place where tensors lie, and one or more for each device.
 
     Args:
-        names: device ids or backend names; none stands for every device there is.
+        names: device ids, or backend names for all of a backend's devices. Empty: the first device of every backend.
+            "all": every device there is.
         linear, compiled: those that run the model's linear layers too, or the whole of it by torch.compile, in lanes of
-            their own; "all" stands for every named device that can.
+            their own; "all" stands for every device of `names` that can.
+
+    Returns:
+        The lanes. A named device that is not present has a lane with the reason, if another named one is.
 
     Raises:
-        UnknownBackendError: no installed plugin offers a name. HalError: no device at all.
+        UnknownBackendError: no installed plugin offers a name. DeviceUnavailableError: none of the named devices is
+            present. HalError: no device at all, or a device named in `linear` or `compiled` that cannot.
     """
     lanes: dict[str, Lane] = {}
-    for name in names or [device.id for device in hal.devices()]:
+    for name in _chosen(names):
         try:
-            found = registry.find(name)
+            found = find_devices(name)
         except DeviceUnavailableError as error:
             lanes[name] = Lane(name, None, "", refusals=[str(error)])
             continue
@@ -102,6 +108,8 @@ def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequenc
             "no device was found: install a plugin, for example pip install hal-cpu; `hal doctor` shows more"
         )
     listed = [lane.device for lane in lanes.values() if lane.device is not None]
+    if not listed:
+        raise DeviceUnavailableError("; ".join(lane.refusals[0] for lane in lanes.values()))
     wide = [*_widened(linear, Scope.LINEAR, listed), *_widened(compiled, Scope.COMPILED, listed)]
     places = sorted({lane.place for lane in lanes.values() if lane.place} | {"cpu"})
     baselines = {place: BASELINE if place == "cpu" else f"{BASELINE} ({place})" for place in places}
@@ -109,6 +117,19 @@ def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequenc
     order = list(lanes) + [lane.device.id for lane in wide if lane.device and lane.device.id not in lanes]
     together.sort(key=lambda lane: order.index(lane.device.id if lane.device else lane.name))
     return [*(Lane(name, None, place, baseline=True) for place, name in baselines.items()), *together]
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    """The names, with "all" and an empty list spelled out."""
+    devices = [device.id for device in hal.devices()]
+    if "all" in names:
+        return [*devices, *(name for name in names if name != "all")]
+    if names:
+        return list(names)
+    first: dict[str, str] = {}
+    for device in devices:
+        first.setdefault(device.partition(":")[0], device)
+    return list(first.values())
 
 
 def _place(device: Device) -> str:
@@ -120,31 +141,31 @@ def _widened(names: Sequence[str], scope: Scope, listed: Sequence[Device]) -> li
     if not names:
         return []
     able = linear_devices() if scope is Scope.LINEAR else {d.id for d in hal.devices() if dynamo_backend(d)}
-    if "all" in names:
-        chosen = [device for device in listed if device.id in able]
-    else:
-        chosen = list({device.id: device for name in names for device in registry.find(name)}.values())
-    lacks = "no linear kernel" if scope is Scope.LINEAR else "no torch.compile backend"
-    return [
-        Lane(
-            device.id + _MARKS[scope],
-            device,
-            _place(device),
-            scope=scope,
-            refusals=[] if device.id in able else [f"{device.id} has {lacks}: it runs attention alone"],
-        )
-        for device in chosen
-    ]
+    named = list({device.id: device for name in names if name != "all" for device in find_devices(name)}.values())
+    if lacking := [device.id for device in named if device.id not in able]:
+        what = "no linear kernel" if scope is Scope.LINEAR else "no torch.compile backend"
+        option = "--linear" if scope is Scope.LINEAR else "--compiled"
+        offered = f"{option} takes {', '.join(sorted(able))} or all" if able else f"leave {option} out"
+        verb = "has" if len(lacking) == 1 else "have"
+        raise HalError(f"{', '.join(lacking)} {verb} {what}, and can run attention alone: {offered}")
+    chosen = [*named, *(d for d in listed if "all" in names and d.id in able and d not in named)]
+    return [Lane(device.id + _MARKS[scope], device, _place(device), scope=scope) for device in chosen]
 
 
 def linear_devices() -> set[str]:
     """Ids of the devices that provide the kernel `linear`."""
     found = set()
     for device in hal.devices():
-        provider = registry.backend_of(device)
-        if isinstance(provider, KernelProvider) and "linear" in provider.kernel_names(device):
+        kernel_names = getattr(registry.backend_of(device), "kernel_names", None)  # optional, of a backend
+        if kernel_names is not None and "linear" in kernel_names(device):
             found.add(device.id)
     return found
+
+
+def is_noisy(device: Device, dtype: str) -> bool:
+    """Whether the device declares random errors for the dtype."""
+    numerics = hal.capabilities(device.id).numerics
+    return dtype in numerics and numerics[dtype].noisy
 
 
 def dynamo_backend(device: Device) -> str | None:
@@ -182,7 +203,7 @@ def make_networks(network: Any, lanes: Sequence[Lane]) -> None:
 def _network_of(lane: Lane, network: Any) -> Any:
     if lane.scope is Scope.COMPILED:
         assert lane.device is not None
-        return torch.compile(variant(network, "sdpa"), backend=dynamo_backend(lane.device))
+        return torch.compile(variant(network, "sdpa"), backend=dynamo_backend(lane.device) or "")
     own = variant(network, attention_clock.TORCH if lane.baseline else attention_clock.HAL)
     if lane.device is not None:
         huggingface.set_device(own, lane.device.id)

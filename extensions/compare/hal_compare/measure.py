@@ -8,7 +8,7 @@ import platform
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,14 +18,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import hal_core as hal
-from hal_core import Basis, Fidelity, HalError, Provenance, UnsupportedError
-from hal_core.console import progress
-from hal_core.registry import registry
+from hal_core import Basis, Decision, Fidelity, HalError, Provenance, UnsupportedError
 
 from . import attention_clock
 from .attention_clock import Clock, clocked
 from .batches import Batch, Tokens, tokenize
-from .lanes import Lane, Scope, make_networks
+from .lanes import Lane, Scope, is_noisy, make_networks
 from .metrics import Outputs, Tally, read_outputs
 from .models import Float64Throughout, Model, in_float64
 from .result import Accuracy, Comparison, Costs, Figure, Group, Row
@@ -42,14 +40,21 @@ def compare(
     max_length: int | None,
     command: str,
     budget: float = math.inf,
+    progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Comparison:
     """Run the model on the text once per lane and repeat, in turn, and gather what came out.
 
     Each batch runs through the float64 reference, then once through every lane to warm up (metered, so that devices
     state their own time and energy), then `repeats` times through every lane, the order rotated: slow drifts of the
     machine reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would
-    take longer than `budget` seconds, judged by its first warm-up, is timed once: in the metered pass of the other
-    batches, but for a compiled model, which compiles and plans for new lengths there.
+    take longer than `budget` seconds, judged by its first warm-up, is timed in the metered pass of the other batches
+    (but for a compiled model, which compiles and plans for new lengths there), and once alone unless its device is
+    noisy: every noisy device has `repeats` draws, however fast the host is.
+
+    Args:
+        repeats: timed passes, and draws of noise. batch_size: texts in a batch. max_length: tokens of a text; None for
+            the model's own limit. command: kept in the result. budget: seconds. progress: called with a text and the
+            share done.
 
     Raises:
         HalError: the text does not fit the model.
@@ -63,36 +68,37 @@ def compare(
     macs: dict[int, int] = {}
     for lane in lanes:
         lane.tallies = [Tally(texts) for _ in range(repeats)]
+        lane.noisy = lane.device is not None and is_noisy(lane.device, model.dtype)
     steps = len(tokens.batches) * (1 + len(lanes) * (1 + repeats))
-    with progress("comparing") as show:
-        done = iter(range(steps))
+    done = iter(range(steps))
 
-        def step(what: str) -> None:
-            show(what, next(done) / steps)
+    def step(what: str) -> None:
+        progress(what, next(done) / steps)
 
-        for number, batch in enumerate(tokens.batches):
-            step("float64 reference")
-            truth, work = _reference(model, reference_network, batch)
-            macs[batch.group] = macs.get(batch.group, 0) + work
-            reference.add(batch, truth, truth)
-            for lane in lanes:
-                step(f"{lane.name}, warming up")
-                start = perf_counter()
-                torch.manual_seed(number)
-                outputs = _metered(model, lane, batch)
-                if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
-                    lane.once = True
+    for number, batch in enumerate(tokens.batches):
+        step("float64 reference")
+        truth, work = _reference(model, reference_network, batch)
+        macs[batch.group] = macs.get(batch.group, 0) + work
+        reference.add(batch, truth, truth)
+        for lane in lanes:
+            step(f"{lane.name}, warming up")
+            start = perf_counter()
+            torch.manual_seed(number)
+            outputs = _metered(model, lane, batch)
+            if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
+                lane.slow = True
+                if not lane.noisy:
                     del lane.tallies[1:]
-                elif lane.timed_in_metered_pass and outputs is not None:
-                    lane.tallies[0].add(batch, outputs, truth)
-            for repeat in range(repeats):
-                turn = (repeat + number) % len(lanes)
-                for lane in lanes[turn:] + lanes[:turn]:
-                    step(lane.name)
-                    wanted = not (number and lane.timed_in_metered_pass) and repeat < len(lane.tallies)
-                    if not lane.refusals and wanted:
-                        torch.manual_seed(repeat * len(tokens.batches) + number)
-                        lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
+            elif lane.timed_in_metered_pass and outputs is not None:
+                lane.tallies[0].add(batch, outputs, truth)
+        for repeat in range(repeats):
+            turn = (repeat + number) % len(lanes)
+            for lane in lanes[turn:] + lanes[:turn]:
+                step(lane.name)
+                timed_before = number > 0 and repeat == 0 and lane.timed_in_metered_pass
+                if not lane.refusals and not timed_before and repeat < len(lane.tallies):
+                    torch.manual_seed(repeat * len(tokens.batches) + number)
+                    lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
 
 
@@ -146,7 +152,7 @@ def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
 
 def _reasons(error: HalError) -> list[str]:
     """Every reason of a refusal as a sentence of its own."""
-    if isinstance(error, UnsupportedError) and error.decision is not None:
+    if isinstance(error, UnsupportedError) and isinstance(error.decision, Decision):
         reasons = [str(refusal) for c in error.decision.candidates for refusal in c.refusals]
         return reasons or [str(error)]
     return [str(error)]
@@ -315,7 +321,12 @@ def _summed(quantities: Sequence[Any]) -> Figure | None:
 
 def versions() -> dict[str, str]:
     """Versions of what had a part in the numbers."""
-    named = ["hal-core", "hal-nn", *sorted({e.distribution.split()[0] for e in registry.entries() if e.distribution})]
+    named = [
+        "hal-core",
+        "hal-nn",
+        "hal-compare",
+        *sorted({point.dist.name for point in entry_points(group="hal.plugins") if point.dist is not None}),
+    ]
     found = {"python": platform.python_version()}
     for name in dict.fromkeys([*named, "torch", "transformers", "safetensors"]):
         try:

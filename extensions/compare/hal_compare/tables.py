@@ -1,4 +1,4 @@
-"""A comparison as tables on a terminal."""
+"""A comparison as tables: one that answers the question, and the details."""
 
 from __future__ import annotations
 
@@ -6,29 +6,85 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hal_core import Fidelity
-from hal_core.console import show_table
+from hal_core.plugin_api import Table
 
 from .figures import NOT_AVAILABLE, cosine, joules, macs, percent, plain, ratio, seconds, varied
-from .result import Comparison, Row
+from .result import Comparison, Costs, Row
 
 
-def show(comparison: Comparison) -> None:
-    """Print all tables to standard output."""
+def summary(comparison: Comparison) -> Table:
+    """One row per device: error, what is kept of the task, time and energy of its part, and where they are from."""
+    rows = []
+    for row in comparison.rows:
+        found, costs = row.accuracy, row.costs
+        if found is None or costs is None:
+            rows.append([row.name, row.fidelity, "did not run", "", "", "", "see below"])
+            continue
+        energy = NOT_AVAILABLE if costs.energy is None else varied(costs.energy, joules)
+        kept = percent(found.agreement.middle)
+        cells = [varied(found.worst, ratio), kept, varied(costs.on_device, seconds), energy, origins(row)]
+        rows.append([row.name, row.fidelity, *cells])
+    columns = ["device", "kind", "error", "task kept", "time", "energy", "origin"]
+    return Table(headline(comparison), columns, rows, _summary_notes(comparison))
+
+
+def _summary_notes(comparison: Comparison) -> list[str]:
     ran = [row for row in comparison.rows if row.ran]
-    print(headline(comparison))
-    if note := comparison.model["note"]:
-        print(note)
-    _show_text(comparison)
-    _show_accuracy(comparison, ran)
-    _show_time(comparison, ran)
-    _show_energy(comparison, ran)
+    if not ran:
+        return []
+    noun = "positions whose next token" if comparison.model["kind"] == "causal" else "texts whose nearest neighbour"
+    share = sum(group.attention_macs for group in comparison.groups) / comparison.macs
+    notes = [
+        f"Error: of the worst text's hidden states, relative to a float64 run. Task kept: {noun} is the float64 run's.",
+        f"Time and energy: of {_parts(ran)} in one pass over the text, median of {comparison.repeats} ± half the "
+        f"range. Attention is {percent(share)} of the model's work.",
+    ]
+    kinds = {row.fidelity for row in ran}
+    if Fidelity.EMULATED in kinds:
+        notes.append("Emulated: this host runs the device's programs; the time is this host's.")
+    if Fidelity.SIMULATED in kinds:
+        notes.append("Simulated: values, time and energy come from a model of the device.")
+    if any(row.costs is not None and row.costs.energy is None for row in ran):
+        notes.append("Energy is not available where there is neither a meter nor a published power.")
+    return [*notes, *_once(comparison, ran), *([comparison.model["note"]] if comparison.model["note"] else [])]
+
+
+def origins(row: Row) -> str:
+    """Where a row's error, time and energy are from: one origin where they share it."""
+    assert row.accuracy is not None
+    assert row.costs is not None
+    figures = {"error": row.accuracy.worst, "time": row.costs.on_device, "energy": row.costs.energy}
+    by_origin: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        if figure is not None:
+            by_origin.setdefault(figure.origin, []).append(name)
+    if len(by_origin) == 1:
+        return next(iter(by_origin))
+    return "; ".join(f"{', '.join(names)}: {origin}" for origin, names in by_origin.items())
+
+
+def task(comparison: Comparison) -> str:
+    """The name of the task figure."""
+    return "same next token" if comparison.model["kind"] == "causal" else "same neighbour"
+
+
+def details(comparison: Comparison) -> list[Table]:
+    """The texts, and every figure of every row that ran."""
+    ran = [row for row in comparison.rows if row.ran]
+    tables = [_text(comparison)]
+    return [*tables, _accuracy(comparison, ran), _time(comparison, ran), _energy(comparison, ran)] if ran else tables
+
+
+def refused(comparison: Comparison) -> list[str]:
+    """Why the rows that did not run did not, as sentences."""
+    lines = []
     for row in comparison.rows:
         if not row.ran:
-            print(refusal(row, comparison.batches))
-            for reason in row.refusals:
-                print(f"  {reason}")
+            lines.append(refusal(row, comparison.batches))
+            lines += [f"  {reason}" for reason in row.refusals]
             if hint := mask_hint(row, comparison.batch_size):
-                print(f"  {hint}")
+                lines.append(f"  {hint}")
+    return lines
 
 
 def headline(comparison: Comparison) -> str:
@@ -36,8 +92,8 @@ def headline(comparison: Comparison) -> str:
     model = comparison.model
     texts = sum(group.texts for group in comparison.groups)
     return (
-        f"{Path(model['name']).name}: {model['architecture']}, {model['parameters'] / 1e6:.3g} M parameters, {model['dtype']}; "
-        f"{texts} texts, {comparison.tokens:,} tokens; {_times(comparison.repeats)} per device, in turn"
+        f"{Path(model['name']).name}: {model['architecture']}, {model['parameters'] / 1e6:.3g} M parameters, "
+        f"{model['dtype']}; {texts} texts, {comparison.tokens:,} tokens; {_times(comparison.repeats)} per device"
     )
 
 
@@ -67,7 +123,7 @@ def file_names(comparison: Comparison) -> dict[str, str]:
     return names if len(set(names.values())) == len(names) else {name: name for name in names}
 
 
-def _show_text(comparison: Comparison) -> None:
+def _text(comparison: Comparison) -> Table:
     names = file_names(comparison)
     rows = [
         [
@@ -85,12 +141,11 @@ def _show_text(comparison: Comparison) -> None:
         for group in comparison.groups
         if group.cut
     ]
-    show_table("Text", ["file", "texts", "tokens", "longest", "model's work", "of it attention"], rows, cut)
+    return Table("Text", ["file", "texts", "tokens", "longest", "model's work", "of it attention"], rows, cut)
 
 
-def _show_accuracy(comparison: Comparison, ran: list[Row]) -> None:
+def _accuracy(comparison: Comparison, ran: Sequence[Row]) -> Table:
     causal = comparison.model["kind"] == "causal"
-    task = ["same next token", "perplexity"] if causal else ["same neighbour"]
     rows = []
     for row in ran:
         found = row.accuracy
@@ -100,64 +155,69 @@ def _show_accuracy(comparison: Comparison, ran: list[Row]) -> None:
             row.fidelity,
             varied(found.worst, ratio),
             varied(found.mean, ratio),
-            cosine(found.cosine.low),
+            cosine(found.cosine.middle),
         ]
-        cells.append(f"{percent(found.agreement.low)} of {found.decisions:,}")
-        if causal and found.perplexity is not None:
-            cells.append(varied(found.perplexity, plain))
+        cells.append(f"{percent(found.agreement.middle)} of {found.decisions:,}")
+        if causal:
+            cells.append("" if found.perplexity is None else varied(found.perplexity, plain))
         rows.append([*cells, found.worst.origin])
-    if causal and ran and (reference := ran[0].accuracy) and reference.reference_perplexity is not None:
+    if causal and (reference := ran[0].accuracy) and reference.reference_perplexity is not None:
         rows.insert(0, ["float64", "", "", "", "", "", plain(reference.reference_perplexity), "the reference"])
-    columns = ["device", "fidelity", "worst", "mean", "lowest cosine", *task, "origin"]
-    show_table("Error of the hidden states against float64, by text", columns, rows)
+    columns = ["device", "kind", "worst", "mean", "lowest cosine", task(comparison)]
+    columns += ["perplexity", "origin"] if causal else ["origin"]
+    return Table("Error of the hidden states against float64, by text", columns, rows)
 
 
-def _show_time(comparison: Comparison, ran: list[Row]) -> None:
+def _time(comparison: Comparison, ran: Sequence[Row]) -> Table:
     rows, notes = [], [scopes(ran)]
     for row in ran:
-        costs = row.costs
-        assert costs is not None
-        rows.append(
-            [
-                row.name,
-                varied(costs.wall, seconds),
-                varied(costs.inside, seconds),
-                varied(costs.remainder, seconds),
-                varied(costs.on_device, seconds),
-                varied(costs.total, seconds),
-                costs.on_device.origin,
-            ]
-        )
+        costs = _costs(row)
+        parts = (costs.wall, costs.inside, costs.remainder, costs.on_device, costs.total)
+        rows.append([row.name, *(varied(part, seconds) for part in parts), costs.on_device.origin])
     if any(row.device is not None and row.device.fidelity == Fidelity.SIMULATED for row in ran):
         notes.append(
-            "A simulated device's wall time is the simulation's; its total is the rest, on this host, plus the modelled time."
+            "A simulated device's wall time is the simulation's; its total is the rest, on this host, plus the "
+            "modelled time."
         )
     if any(row.device is not None and row.device.fidelity == Fidelity.EMULATED for row in ran):
         notes.append("An emulated device's time is this host's, running the device's programs.")
-    if once := [row.name for row in ran if row.repeats < comparison.repeats]:
-        notes.append(f"Timed once, without a spread, because a run is long: {', '.join(once)} (--budget allows more).")
     columns = ["device", "wall", "its part", "host rest", "on device", "total", "origin"]
-    show_table(f"Time of one pass, median of {comparison.repeats} ± half the range", columns, rows, notes)
+    title = f"Time of one pass, median of {comparison.repeats} ± half the range"
+    return Table(title, columns, rows, [*notes, *_once(comparison, ran)])
+
+
+def _once(comparison: Comparison, ran: Sequence[Row]) -> list[str]:
+    once = [row.name for row in ran if row.repeats < comparison.repeats]
+    if not once:
+        return []
+    return [f"Timed once, without a spread, because a run is long: {', '.join(once)} (--budget allows more)."]
 
 
 def scopes(ran: Sequence[Row]) -> str:
     """What each row's part of the model is, in one sentence."""
+    return f"The device's part is {_parts(ran).removesuffix(',')}."
+
+
+def _parts(ran: Sequence[Row]) -> str:
     wide = {row.scope: row.name for row in ran if row.scope != "attention"}
-    others = "".join(f"; of {name.partition(' ')[2]!r} {scope}" for scope, name in wide.items())
-    return f"A row's part is attention{others}."
+    others = "".join(f", of {name.partition(' ')[2]!r} rows {scope}" for scope, name in wide.items())
+    return f"attention{others}{',' if others else ''}"
 
 
-def _show_energy(comparison: Comparison, ran: list[Row]) -> None:
+def _energy(comparison: Comparison, ran: Sequence[Row]) -> Table:
     rows = []
     for row in ran:
-        costs, found = row.costs, row.accuracy
-        assert costs is not None
+        costs, found = _costs(row), row.accuracy
         assert found is not None
         energy = varied(costs.energy, joules) if costs.energy is not None else NOT_AVAILABLE
         share, origin = percent(comparison.share(row)), costs.energy.origin if costs.energy is not None else ""
-        kept = percent(found.agreement.low)
+        kept = percent(found.agreement.middle)
         rows.append([row.name, macs(costs.macs), share, energy, origin, NOT_AVAILABLE, kept])
-    task = "same next token" if comparison.model["kind"] == "causal" else "same neighbour"
-    columns = ["device", "work on it", "share", "energy on it", "origin", "rest and total", task]
+    columns = ["device", "work on it", "share", "energy on it", "origin", "rest and total", task(comparison)]
     notes = ["Energy is not available where there is neither a meter nor a published power: nothing is guessed."]
-    show_table("Work and energy of one pass, and what is kept of the task", columns, rows, notes)
+    return Table("Work and energy of one pass, and what is kept of the task", columns, rows, notes)
+
+
+def _costs(row: Row) -> Costs:
+    assert row.costs is not None
+    return row.costs

@@ -1,4 +1,4 @@
-"""Transformers on hal: the Hugging Face bridge, and the `hal compare` command.
+"""Transformers on hal: the Hugging Face bridge.
 
     import hal_nn
     hal_nn.register_huggingface()

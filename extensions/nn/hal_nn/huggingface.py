@@ -206,8 +206,8 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
         if name in REFUSED_ARGUMENTS:
             raise HalError(f"the model passed {name} to attention, which hal does not run: {REFUSED_ARGUMENTS[name]}")
         raise HalError(
-            f"the model passed the argument {name!r} to attention, and hal does not know whether it changes the result: "
-            f"use attn_implementation='eager' or 'sdpa', or do not pass {name}"
+            f"the model passed the argument {name!r} to attention, and hal does not know whether it changes the "
+            f"result: use attn_implementation='eager' or 'sdpa', or do not pass {name}"
         )
 
 
