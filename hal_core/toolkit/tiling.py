@@ -77,7 +77,8 @@ class DenseTiling:
         query: Tensor | None = None,
         key: Tensor | None = None,
     ) -> TilePlan:
-        """Equal blocks over the request's lengths (the tensors' where given), without those that causal and window hide.
+        """Equal blocks over the request's lengths (the tensors' where given), without those that causal and window
+        hide.
 
         `limits` are bounds: "available_memory" (bytes, default 1 MiB), "minimum" and "maximum" block sizes.
         """

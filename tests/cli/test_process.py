@@ -23,18 +23,10 @@ def test_the_command_runs_and_imports_torch_only_when_it_must(site: Site) -> Non
         assert site.python("-c", code.format(command)).returncode == 0
 
 
-#: Plugins whose estimates import torch, so that `hal explain` is slow where they are installed: to be mended there.
-IMPORT_TORCH = {"kpu", "photonic", "lightmatter", "luminous"}
-PLUGINS = [(point.name, point.dist.name) for point in sorted(entry_points(group="hal.plugins")) if point.dist]
+PLUGINS = [f"{point.dist.name}:{point.name}" for point in entry_points(group="hal.plugins") if point.dist]
 
 
-def marks(plugin: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(reason="its estimates import torch")] if plugin in IMPORT_TORCH else []
-
-
-@pytest.mark.parametrize(
-    "plugin", [pytest.param(f"{distribution}:{name}", marks=marks(name)) for name, distribution in PLUGINS]
-)
+@pytest.mark.parametrize("plugin", sorted(PLUGINS))
 def test_an_installed_plugin_needs_no_torch_to_list_and_explain(plugin: str, tmp_path: Path) -> None:
     code = (
         "import sys; from hal_cli import main\n"

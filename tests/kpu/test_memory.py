@@ -8,7 +8,7 @@ import pytest
 import torch
 from hal_kpu.cost import attention_memory
 from hal_kpu.profiles.profile import load
-from hal_kpu.simulator.attention.values import part_of
+from hal_kpu.simulator.attention.workspace import part_of
 from torch.profiler import ProfilerActivity, profile
 
 import hal_core as hal

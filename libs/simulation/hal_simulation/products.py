@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from hal_core.plugin_api import ContractError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ProductSize(NamedTuple):
@@ -39,6 +39,8 @@ def matmul_size(a: Tensor, b: Tensor) -> ProductSize:
     given = f"a {list(a.shape)} and b {list(b.shape)} were given"
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
         raise ContractError(f"{given}: pass [..., M, K] and [..., K, N] with one K")
+    import torch
+
     try:
         batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]).numel()
     except RuntimeError:

@@ -16,7 +16,7 @@ from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate
 from .profiles.profile import Profile
 from .simulator.attention.baseline import run
 from .simulator.attention.program import fused
-from .simulator.attention.values import workspace_size
+from .simulator.attention.workspace import workspace_size
 from .simulator.energy import Energy, energy
 from .simulator.opcodes.work import Work
 from .simulator.products.lowering import lower

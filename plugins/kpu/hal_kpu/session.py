@@ -29,7 +29,8 @@ from .cost import Cost, attention_cost, attention_memory, fidelity_of, product_c
 from .kernels.extra import KERNELS, ProductKernel
 from .profiles.profile import Profile
 from .simulator.attention.baseline import Comparison, compare
-from .simulator.attention.values import Operands, backward, described, forward, workspace_size
+from .simulator.attention.values import Operands, backward, described, forward
+from .simulator.attention.workspace import workspace_size
 from .simulator.values import array_values
 from .tiling import Blocks, KPUTiling, cut_into
 
