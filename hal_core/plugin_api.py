@@ -91,7 +91,7 @@ if TYPE_CHECKING:
         merge_partials as merge_partials,
         slice_mask as slice_mask,
     )
-    from .toolkit.memory import PooledMemory as PooledMemory
+    from .toolkit.memory import PooledMemory as PooledMemory, pooled_size as pooled_size
     from .toolkit.session import (
         SessionBase as SessionBase,
         SimpleSession as SimpleSession,
@@ -120,7 +120,7 @@ _NAMES = {
     "options": "Meter current_meter merged_policy meter_var meter use",
     "calibration": "Calibration cache_dir calibrate write_whole",
     "toolkit.session": "SessionBase SimpleSession checked_buffer",
-    "toolkit.memory": "PooledMemory",
+    "toolkit.memory": "PooledMemory pooled_size",
     "toolkit.tiling": "DenseTiling",
     "toolkit.masks": "dense_mask expand_block_plan merge_partials slice_mask",
     "frontend.api": "attention",

@@ -20,6 +20,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 SMALL = 64 << 10  # bytes that a session may allocate as it likes
+#: Attention operators of torch that cannot be told where to write: none of them has an `out` argument.
+OPERATORS = frozenset(
+    {
+        "scaled_dot_product_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_cudnn_attention_backward",
+    }
+)
 
 _KIT = Path(__file__).parent
 _CORE, _TORCH, _STDLIB = (str(p) for p in (_KIT.parent, Path(torch.__file__).parent, sysconfig.get_path("stdlib")))
@@ -42,7 +56,9 @@ class StorageWatch(TorchFunctionMode):
     """Collects storage above `SMALL` that torch functions return to code of a plugin.
 
     Left out: storage of an argument (a view, or a result in place), everything inside a method of the session's memory
-    manager, and calls with a frame under a folder named `simulator`.
+    manager, calls with a frame under a folder named `simulator`, and what the attention operators of torch in
+    `OPERATORS` return. A session cannot give those operators memory to write to: where it calls one for a part of the
+    result (one sequence of several), what the operator returns is the library's. The check of peak memory counts it.
 
     Args:
         memory: the session's memory manager.
@@ -61,11 +77,11 @@ class StorageWatch(TorchFunctionMode):
         return result
 
     def _note(self, func: Any, storage: Any, given: list[Any]) -> None:
-        if storage.data_ptr() in _addresses(given):
+        name = getattr(func, "__name__", str(func))
+        if name.partition(".")[0] in OPERATORS or storage.data_ptr() in _addresses(given):
             return
         where = self._plugin_line(sys._getframe(2))
         if where is not None:
-            name = getattr(func, "__name__", str(func))
             self._found.append(Allocation(name, storage.nbytes(), where, storage))
 
     def _plugin_line(self, frame: FrameType | None) -> str | None:

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 _SMALLEST_BLOCK = 512
 
 
+def pooled_size(nbytes: int) -> int:
+    """The size class of a buffer: how many bytes `PooledMemory` takes for `nbytes`. Estimates of memory add these up.
+
+    Powers of two up to 64 KiB, where they waste little; above, steps of an eighth, and of whole MiB from 8 MiB on.
+    """
+    size = max(_SMALLEST_BLOCK, 1 << max(nbytes - 1, 0).bit_length())
+    if size <= 1 << 16:
+        return size
+    step = max(size >> 4, 1 << 14) if size <= 1 << 23 else 1 << 20
+    return -(-nbytes // step) * step
+
+
 class _Block:
     """Memory of one size class, and the typed view that it was last handed out as.
 
@@ -60,10 +72,7 @@ class PooledMemory:
                 f"shape {form[0]} of {dtype} was given: use sizes >= 0 and one of {sorted(DTYPE_BYTES)}"
             )
         needed = math.prod(form[0]) * DTYPE_BYTES[dtype]
-        size = max(_SMALLEST_BLOCK, 1 << max(needed - 1, 0).bit_length())
-        if size > 1 << 16:  # powers of two waste too much here: steps of an eighth, and of whole MiB from 8 MiB on
-            step = max(size >> 4, 1 << 14) if size <= 1 << 23 else 1 << 20
-            size = -(-needed // step) * step
+        size = pooled_size(needed)
         with self._lock:
             pool = self._free.get(size)
             if not pool and self.limit is not None:

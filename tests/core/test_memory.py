@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hal_core import Buffer, ContractError, MemoryLimitError, PooledMemory
+from hal_core.plugin_api import pooled_size
 
 
 def test_a_buffer_is_of_the_shape_and_dtype_asked_for() -> None:
@@ -236,3 +237,10 @@ def test_one_buffer_freed_by_many_threads_is_freed_once() -> None:
         assert sum(freed_by_four(memory, memory.allocate((128,), "float32"))) == 1
         assert memory.stats().in_use == 0
         assert memory.stats().pooled == memory.trim() == 512
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 512, 513, 65_536, 65_537, 1_000_000, (8 << 20) + 1, 100_000_000])
+def test_pooled_size_is_what_the_pool_takes(nbytes: int) -> None:
+    memory = PooledMemory()
+    memory.allocate((nbytes,), "float8_e4m3fn")
+    assert memory.stats().in_use == pooled_size(nbytes) >= nbytes

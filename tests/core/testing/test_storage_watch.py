@@ -99,3 +99,18 @@ def test_the_allocators_peak_is_what_is_held_at_once() -> None:
 
     assert allocator_peak(work) == 8 << 20
     assert allocator_peak(lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "allowed"),
+    [
+        ("sdpa(q, q, q).sum()", True),
+        ("aten._scaled_dot_product_flash_attention_for_cpu.default(q, q, q)[0].sum()", True),
+        ("aten._scaled_dot_product_attention_math(q, q, q)[0].sum()", False),
+        ("sdpa(q, q, q).clone().sum()", False),
+    ],
+)
+def test_what_an_attention_operator_without_an_out_argument_returns_is_the_librarys(source: str, allowed: bool) -> None:
+    names = {"sdpa": torch.nn.functional.scaled_dot_product_attention, "aten": torch.ops.aten}
+    watch, _ = watched(plugin(source, q=torch.randn(1, 4, 200, 32), **names))
+    assert (watch.violations() == []) is allowed
