@@ -92,11 +92,11 @@ def test_estimated_memory_is_the_allocators_peak(name: str, dtype: torch.dtype) 
         many = len_k // page
         key, value = (normal(2 * many, 2, page, 64, dtype=dtype) for _ in range(2))
         held = torch.full((2,), len_k, dtype=torch.int32)
-        tables = hal.SequenceTables(page_table=torch.arange(2 * many).view(2, many).int(), cache_seqlens=held)
+        tables = hal.SequenceMetadata(page_table=torch.arange(2 * many).view(2, many).int(), cache_seqlens=held)
     if options.pop("sequences", False):
         query, key, value = (t.transpose(0, 1).reshape(1, t.shape[1], -1, t.shape[3]) for t in (query, key, value))
         ends = (torch.tensor([0, n, 2 * n], dtype=torch.int32) for n in (len_q, len_k))
-        tables = hal.SequenceTables(*ends)
+        tables = hal.SequenceMetadata(*ends)
     request = request_of(query, key, value, mask, plan=plan, tables=tables, grads=grads, **options)
     device = hal.device("cpu:0")
     session = CpuSession(device)
@@ -120,3 +120,57 @@ def test_estimated_memory_is_the_allocators_peak(name: str, dtype: torch.dtype) 
         peak = allocator_peak(call)
     estimated = CpuBackend().estimate(request, device).memory
     assert abs(estimated - peak) <= SHARE * peak + SLACK, f"{peak:,} bytes at the peak, {estimated:,} estimated"
+
+
+@pytest.mark.parametrize("kind", ["paged", "paged, many rows", "packed, widened", "packed, backward"])
+def test_sequences_of_different_lengths_share_their_scratch_memory(kind: str) -> None:
+    """The pool reuses a block for its own size class alone: each length would add one."""
+    lengths = (500, 300, 400)
+    session, len_q = CpuSession(hal.device("cpu:0")), 64 if kind == "paged, many rows" else 1
+
+    def pooled(lengths: tuple[int, ...]) -> int:
+        count, total, held = len(lengths), sum(lengths), torch.tensor(lengths, dtype=torch.int32)
+        ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        if kind.startswith("paged"):
+            query = torch.randn(count, 4, len_q, 64)
+            key, value = torch.randn(2, total, 4, 1, 64)
+            table = torch.zeros(count, max(lengths), dtype=torch.int32)
+            for row, length, start in zip(table, lengths, ends.tolist(), strict=False):
+                row[:length] = torch.arange(start, start + length)
+            tables = hal.SequenceMetadata(page_table=table, cache_seqlens=held)
+        else:
+            dtype = torch.float16 if kind == "packed, widened" else torch.float32
+            query, key, value = torch.randn(3, 1, 4, total, 64).to(dtype)
+            tables = hal.SequenceMetadata(cu_seqlens_q=ends, cu_seqlens_k=ends)
+        backward = kind == "packed, backward"
+        request = request_of(
+            query,
+            key,
+            value,
+            tables=tables,
+            softcap=20.0 if backward else None,
+            return_lse=backward,
+            grads=frozenset("qkv" if backward else ""),
+        )
+        session.memory.trim()
+        prepared = session.prepare_attention(query, key, value, request=request, tables=tables)
+        out, lse = session.compute_attention(prepared)
+        if backward:
+            session.compute_attention_backward(prepared, out, lse, torch.ones_like(out))
+        return session.memory.stats().pooled
+
+    assert pooled(lengths) == pooled(lengths[:1]) > 0
+    assert session.memory.stats().in_use == 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_estimate_counts_the_threads_that_torch_has(threads: int) -> None:
+    query = torch.randn(1, 4, 800, 64)
+    request, device, before = request_of(query, query, query), hal.device("cpu:0"), torch.get_num_threads()
+    attend = CpuSession(device).bind(request)
+    torch.set_num_threads(threads)
+    try:
+        peak = allocator_peak(lambda: attend(query, query, query))
+        assert CpuBackend().estimate(request, device).memory == peak
+    finally:
+        torch.set_num_threads(before)

@@ -1,18 +1,26 @@
-"""The CPU's memory: the core's pool, and workspaces of several buffers that are given back together."""
+"""The CPU's memory: the core's pool, workspaces of several buffers, and scratch memory that sequences share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
-from hal_core.plugin_api import Buffer, MemoryManager, PooledMemory
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from hal_core.plugin_api import DTYPE_BYTES, Buffer, MemoryManager, PooledMemory
 
 #: Memory is counted in floating-point dtypes; others use the one of their size.
 _SAME_SIZE = {"bool": "float8_e5m2", "int32": "float32", "int64": "float64"}
+
+
+class ScratchMemory(Protocol):
+    """What kernels need of a memory manager."""
+
+    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer: ...
+
+    def free(self, buffer: Buffer) -> None: ...
 
 
 class CpuMemory(PooledMemory):
@@ -20,6 +28,45 @@ class CpuMemory(PooledMemory):
 
     def __init__(self, name: str, limit: int | None = None) -> None:
         super().__init__("cpu", name=name, limit=limit)
+
+
+class SharedMemory:
+    """Scratch memory of one call's sequences, which follow each other: a buffer that was freed serves later requests
+    that are no larger.
+
+    The pool reuses a block for its own size class alone, so without this every length of sequence would add a block. A
+    context manager: leaving it gives all blocks back. For the methods that `Workspace` uses, it is a memory manager.
+    """
+
+    def __init__(self, memory: MemoryManager) -> None:
+        self._memory = memory
+        self._blocks: list[Buffer] = []
+        self._free: list[Buffer] = []
+
+    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """An uninitialised buffer in the smallest free block that holds it. Raises as `MemoryManager.allocate`."""
+        needed = math.prod(shape) * DTYPE_BYTES[dtype]
+        fitting = [block for block in self._free if block.nbytes >= needed]
+        if fitting:
+            block = min(fitting, key=lambda block: block.nbytes)
+            self._free.remove(block)
+        else:
+            block = self._memory.allocate((needed,), _SAME_SIZE["bool"])
+            self._blocks.append(block)
+        memory = self._memory.to_torch(block).view(torch.uint8)
+        return Buffer(memory[:needed].view(getattr(torch, dtype)).view(tuple(shape)), self, 0, block)
+
+    def free(self, buffer: Buffer) -> None:
+        buffer.release()
+        self._free.append(buffer.block)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._free.clear()
+        while self._blocks:
+            self._memory.free(self._blocks.pop())
 
 
 class Workspace:
@@ -31,7 +78,7 @@ class Workspace:
 
     __slots__ = ("_buffers", "_memory")
 
-    def __init__(self, memory: MemoryManager) -> None:
+    def __init__(self, memory: ScratchMemory) -> None:
         self._memory = memory
         self._buffers: list[Buffer] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ from .kernels.heads import pack_heads, unpack_heads
 from .kernels.keyvalue import KeyValue
 from .kernels.problem import Problem, visible_blocks
 from .kernels.scores import Band
-from .kernels.sequences import sequences
-from .memory import CpuMemory, Workspace
+from .kernels.sequences import Sequence, longest_first, sequences
+from .memory import CpuMemory, ScratchMemory, SharedMemory, Workspace
 from .paths import MOST_PACKED_ROWS, path_of
 from .tiling import CpuTiling
 
@@ -121,17 +121,32 @@ class CpuSession(SessionBase):
     ) -> Grads:
         given = tiled_backward.Given(out, lse, grad_out, grad_lse)
         if not prepared.request.packed:
-            return self._dense_backward(prepared, given, mask, rng)
+            return self._dense_backward(prepared, given, mask, rng, self.memory)
         assert prepared.tables is not None
-        query, key, value = prepared.query, prepared.key, prepared.value
         wanted = prepared.request.grads or frozenset("qkv")
         grads = Grads(*(torch.zeros_like(t) if n in wanted else None for n, t in zip("qkv", prepared[:3], strict=True)))
-        for part in sequences(prepared.request, query, None, _block_plan(prepared.plan), prepared.tables):
+        parts = sequences(prepared.request, prepared.query, None, _block_plan(prepared.plan), prepared.tables)
+        with SharedMemory(self.memory) as memory:
+            self._backward_of(longest_first(parts), prepared, given, rng, grads, memory)
+        return grads
+
+    def _backward_of(
+        self,
+        parts: Iterable[Sequence],
+        prepared: Prepared,
+        given: tiled_backward.Given,
+        rng: tuple[int, int] | None,
+        grads: Grads,
+        memory: ScratchMemory,
+    ) -> None:
+        """Write the gradients of some sequences to their places in `grads`."""
+        query, key, value = prepared.query, prepared.key, prepared.value
+        for part in parts:
             cut = tiled_backward.Given(
-                out[:, :, part.rows],
-                lse[:, :, part.rows],
-                grad_out[:, :, part.rows],
-                None if grad_lse is None else grad_lse[:, :, part.rows],
+                given.out[:, :, part.rows],
+                given.lse[:, :, part.rows],
+                given.grad_out[:, :, part.rows],
+                None if given.grad_lse is None else given.grad_lse[:, :, part.rows],
             )
             one = Prepared(
                 query[:, :, part.rows],
@@ -142,11 +157,11 @@ class CpuSession(SessionBase):
                 part.plan,
                 None,
             )
-            found = self._dense_backward(one, cut, None, rng, part.number)
+            found = self._dense_backward(one, cut, None, rng, memory, part.number)
             for total, grad, place in zip(grads, found, (part.rows, part.columns, part.columns, None), strict=True):
                 if total is not None:
                     total[:, :, place] = grad
-        return grads
+            del found  # its memory serves the next sequence
 
     def _attend(
         self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, out: Tensor | None
@@ -154,7 +169,7 @@ class CpuSession(SessionBase):
         request = prepared.request
         if request.packed or request.page_size is not None:
             return self._sequences(prepared, mask, rng, out)
-        result = self._dense(prepared, mask, rng, out=out)
+        result = self._dense(prepared, mask, rng, self.memory, out=out)
         return result if out is None or result.out is out else AttentionOutput(out.copy_(result.out), result.lse)
 
     def _dense(
@@ -162,6 +177,7 @@ class CpuSession(SessionBase):
         prepared: Prepared,
         mask: Tensor | None,
         rng: tuple[int, int] | None,
+        memory: ScratchMemory,
         first_batch: int = 0,
         out: Tensor | None = None,
         lse: Tensor | None = None,
@@ -171,21 +187,21 @@ class CpuSession(SessionBase):
         dim_v, len_q, len_k = value.shape[-1], query.shape[2], key.shape[2]
         path = path_of(request)
         if path in ("native", "packed"):
-            return AttentionOutput(native.bind(request, self.memory)(query, key, value, mask))
+            return AttentionOutput(native.bind(request, memory)(query, key, value, mask))
         if not len_k or not len_q or not query.shape[0]:
             return nothing(query, dim_v, request.lse)
         if path == "fused":
             upper = Band(*request.band(len_q, len_k)).upper
             group, heads, scale = query.shape[1] // key.shape[1], query.shape[1], request.effective_scale
             if group > 1 and (upper is None or upper >= len_k - 1) and group * len_q <= MOST_PACKED_ROWS:
-                packed = fused.forward(pack_heads(query, key.shape[1]), key, value, scale, None, self.memory)
+                packed = fused.forward(pack_heads(query, key.shape[1]), key, value, scale, None, memory)
                 result = AttentionOutput(*(unpack_heads(t, heads, len_q) for t in packed))
             else:
-                result = fused.forward(query, key, value, scale, upper, self.memory)
+                result = fused.forward(query, key, value, scale, upper, memory)
             return result if request.lse else AttentionOutput(result.out)
         scales = (None, None) if tables is None else (tables.key_scale, tables.value_scale)
         source = KeyValue(key, value, sum_dtype(query), len_k, *scales)
-        return self._problem(prepared, source, mask, rng, first_batch, out, lse)
+        return self._problem(prepared, source, mask, rng, memory, first_batch, out, lse)
 
     def _problem(
         self,
@@ -193,6 +209,7 @@ class CpuSession(SessionBase):
         source: KeyValue,
         mask: Tensor | None,
         rng: tuple[int, int] | None,
+        memory: ScratchMemory,
         first_batch: int = 0,
         out: Tensor | None = None,
         lse: Tensor | None = None,
@@ -205,12 +222,12 @@ class CpuSession(SessionBase):
         if lse is None and request.lse:
             lse = torch.empty(query.shape[:3], dtype=source.dtype)
         blocks = _block_plan(prepared.plan)
-        with Workspace(self.memory) as workspace:
+        with Workspace(memory) as workspace:
             visible = None if blocks is None else visible_blocks(blocks, source.length, workspace)
             problem = Problem.of(request, plan, query, source, mask, visible, rng, first_batch)
             # Uneven ranges are the tiled kernel's: the decode kernel takes all rows, and keys from first to last.
             kernel = decode if path_of(request) == "decode" and plan.ranges is None else tiled
-            kernel.forward(problem, self.memory, out, lse)
+            kernel.forward(problem, memory, out, lse)
             del visible, problem
         return AttentionOutput(out, lse)
 
@@ -226,10 +243,25 @@ class CpuSession(SessionBase):
     def _sequences(
         self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, out: Tensor | None
     ) -> AttentionOutput:
-        query, key, value, request, tile_size, plan, tables = prepared
+        query, request, tables = prepared.query, prepared.request, prepared.tables
         assert tables is not None
-        result = nothing(query, value.shape[-1], request.lse, out)
-        for part in sequences(request, query, mask, _block_plan(plan), tables):
+        result = nothing(query, prepared.value.shape[-1], request.lse, out)
+        parts = sequences(request, query, mask, _block_plan(prepared.plan), tables)
+        with SharedMemory(self.memory) as memory:
+            self._attend_each(longest_first(parts), prepared, rng, result, memory)
+        return result
+
+    def _attend_each(
+        self,
+        parts: Iterable[Sequence],
+        prepared: Prepared,
+        rng: tuple[int, int] | None,
+        result: AttentionOutput,
+        memory: ScratchMemory,
+    ) -> None:
+        """Write the attention of some sequences to their places in `result`."""
+        query, key, value, _, tile_size, _, _ = prepared
+        for part in parts:
             if not part.request.len_k or not part.request.len_q:
                 continue
             rows = query[part.batch, :, part.rows]
@@ -239,18 +271,17 @@ class CpuSession(SessionBase):
             if part.pages is None:
                 keys, values = key[:, :, part.columns], value[:, :, part.columns]
                 one = Prepared(rows, keys, values, part.request, tile_size, part.plan, scales)
-                found = self._dense(one, part.mask, rng, part.number, room, lse)
+                found = self._dense(one, part.mask, rng, memory, part.number, room, lse)
             else:
                 one = Prepared(rows, key, value, part.request, tile_size, part.plan, scales)
                 length = part.request.len_k
                 source = KeyValue(key, value, sum_dtype(query), length, part.key_scale, part.value_scale, part.pages)
-                found = self._problem(one, source, part.mask, rng, part.number, room, lse)
+                found = self._problem(one, source, part.mask, rng, memory, part.number, room, lse)
             if found.out is not room:
                 room.copy_(found.out)
             if lse is not None and found.lse is not lse:
                 lse.copy_(found.lse)
             del found  # its memory serves the next sequence
-        return result
 
     def _dense_backward(
         self,
@@ -258,6 +289,7 @@ class CpuSession(SessionBase):
         given: tiled_backward.Given,
         mask: Tensor | None,
         rng: tuple[int, int] | None,
+        memory: ScratchMemory,
         first_batch: int = 0,
     ) -> Grads:
         query, key, value, request = prepared.query, prepared.key, prepared.value, prepared.request
@@ -267,14 +299,14 @@ class CpuSession(SessionBase):
             return Grads(*(torch.zeros_like(t) if n in wanted and t is not None else None for n, t in tensors))
         if path_of(replace(request, lse=True)) == "fused" and given.grad_lse is None:
             upper, scale = Band(*request.band(query.shape[2], len_k)).upper, request.effective_scale
-            grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, self.memory)
+            grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, memory)
             return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), grads, strict=True)))
         source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k, mask)
         plan, blocks = self._plan(exact, prepared), _block_plan(prepared.plan)
-        with Workspace(self.memory) as workspace:
+        with Workspace(memory) as workspace:
             visible = None if blocks is None else visible_blocks(blocks, len_k, workspace)
             problem = Problem.of(exact, plan, query, source, mask, visible, rng, first_batch)
-            found = tiled_backward.backward(problem, self.memory, given, () if mask is None else mask.shape)
+            found = tiled_backward.backward(problem, memory, given, () if mask is None else mask.shape)
             del visible, problem
         return found
 

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import MemoryManager
-
 from ..discovery import this_machine
-from ..memory import Workspace
+from ..memory import ScratchMemory, Workspace
 from ..tiling import DecodeSizes
 from .keyvalue import KeyValue, Room
 from .problem import Problem, Tile
@@ -37,7 +35,7 @@ class Scratch:
         self.hidden = HiddenPairs(problem.band, hidden.view(torch.bool))
 
 
-def forward(problem: Problem, memory: MemoryManager, out: Tensor, lse: Tensor | None) -> None:
+def forward(problem: Problem, memory: ScratchMemory, out: Tensor, lse: Tensor | None) -> None:
     """Attention of a dense batch with few query rows; arguments as in tiled.forward."""
     source = problem.source
     sizes = DecodeSizes.choose(problem.request, direct=source.direct, one_batch=_one_batch(source))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind, pooled_size
 
 from ..paths import doubles, path_of, reads_in_place, sees_less, widens
 from ..tiling import CpuTiling, DecodeSizes, TileSizes
@@ -20,7 +20,8 @@ def peak_memory(request: AttentionRequest, threads: int, multiplies_bfloat16: bo
     """
     if not request.packed and request.page_size is None:
         return _dense(request, threads, multiplies_bfloat16)
-    # One sequence after the other, each by a kernel that writes to its place in the results or is copied there.
+    # One sequence after the other in the same scratch memory, the longest first; each is written to its place in the
+    # results or copied there.
     results = _results(request)
     one = replace(request, packed=False, batch=1)
     alone = _dense(one, threads, multiplies_bfloat16)
@@ -63,11 +64,11 @@ def _tiled(request: AttentionRequest, threads: int) -> int:
     sizes, wide = TileSizes.of(request, plan, threads), _wide(request)
     forward = sum(TiledParts.of(request, sizes))
     if not request.grads:
-        return reserved(forward * wide)
+        return pooled_size(forward * wide)
     # The forward pass's block stays in the pool while the backward takes a larger one.
-    total = reserved(forward * wide) + reserved((forward + sum(BackwardParts.of(request, sizes))) * wide)
+    total = pooled_size(forward * wide) + pooled_size((forward + sum(BackwardParts.of(request, sizes))) * wide)
     if "mask" in request.grads and DTYPE_BYTES[request.dtype] != wide:  # summed in float32
-        total += reserved(_mask_elements(request) * wide)
+        total += pooled_size(_mask_elements(request) * wide)
     return total
 
 
@@ -81,7 +82,7 @@ def _decode(request: AttentionRequest, multiplies_bfloat16: bool) -> int:
         and not paged
         and request.last_dim_contiguous
     )
-    return reserved(sum(DecodeParts.of(request, sizes, direct=direct, narrow=narrow)) * _wide(request))
+    return pooled_size(sum(DecodeParts.of(request, sizes, direct=direct, narrow=narrow)) * _wide(request))
 
 
 def _torch(request: AttentionRequest, path: str, threads: int) -> int:
@@ -101,26 +102,26 @@ def _torch(request: AttentionRequest, path: str, threads: int) -> int:
     operands = 0
     for count, width in ((rows, request.dim_qk), (keys, request.dim_qk), (keys, request.dim_v)):
         if copied or width != dim:
-            operands += reserved(count * dim * used)
+            operands += pooled_size(count * dim * used)
     if packed and request.len_q > 1 and not copied and request.dim_qk == dim:
-        operands += reserved(rows * dim * used)
+        operands += pooled_size(rows * dim * used)
     total = operands + rows * dim * used + rows * (8 if request.dtype == "float64" else 4)  # output, log-sum-exp
     if request.mask is not MaskKind.NONE:
         pairs = _mask_elements(request)
         if packed and group * request.len_q > 1 and not doubles(request):
             repeated = pairs * (1 if request.mask_heads > 1 else group)
-            total += reserved(repeated * (1 if request.mask is MaskKind.BOOLEAN else used))
+            total += pooled_size(repeated * (1 if request.mask is MaskKind.BOOLEAN else used))
             pairs = repeated
         if request.mask is MaskKind.BOOLEAN:
             total += pairs * used  # torch makes an additive mask of it
         elif widened:
-            total += reserved(pairs * used)
+            total += pooled_size(pairs * used)
     if _is_split(request):  # torch's kernel is called twice
         total += rows * dim * used + rows * wide
     beside = _kernel_buffers(len_q, request.len_k, dim, used, threads)
     if widened:  # afterwards: the converted output, and again when torch's is cut to size
         results = rows * request.dim_v * size
-        beside = max(beside, reserved(results) + results)
+        beside = max(beside, pooled_size(results) + results)
     if path == "fused" and request.grads:
         beside = max(beside, (rows + keys) * 2 * dim * used)
     return total + beside
@@ -145,14 +146,3 @@ def _kernel_buffers(len_q: int, len_k: int, dim: int, size: int, threads: int) -
 
 def _wide(request: AttentionRequest) -> int:
     return 8 if request.dtype == "float64" else 4
-
-
-def reserved(needed: int) -> int:
-    """Bytes that `PooledMemory` takes for a buffer."""
-    if needed <= 0:
-        return 512
-    size = max(512, 1 << (needed - 1).bit_length())
-    if size <= 1 << 16:
-        return size
-    step = max(size >> 4, 1 << 14) if size <= 1 << 23 else 1 << 20
-    return -(-needed // step) * step

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, Grads, MemoryManager
+from hal_core.plugin_api import AttentionOutput, Grads
 
-from ..memory import Workspace
+from ..memory import ScratchMemory, Workspace
 from .native import readable
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -22,7 +22,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, upper: int | None, memory: MemoryManager
+    query: Tensor, key: Tensor, value: Tensor, scale: float, upper: int | None, memory: ScratchMemory
 ) -> AttentionOutput:
     """Attention without a mask.
 
@@ -76,7 +76,7 @@ def backward(
     grad_out: Tensor,
     scale: float,
     upper: int | None,
-    memory: MemoryManager,
+    memory: ScratchMemory,
 ) -> Grads:
     """Gradients of query, key and value from a given (out, lse), shapes as in `forward`."""
     len_q, len_k = query.shape[2], key.shape[2]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention as sdpa
 
-from hal_core.plugin_api import AttentionRequest, MaskKind, MemoryManager
+from hal_core.plugin_api import AttentionRequest, MaskKind
 
-from ..memory import Workspace
+from ..memory import ScratchMemory, Workspace
 from ..paths import doubles, path_of, sees_less, widens
 from .heads import pack_heads, pack_mask, unpack_heads
 
@@ -27,7 +27,7 @@ Bound = Callable[..., Any]
 LOWEST_EXACT_MASK = -256.0
 
 
-def bind(request: AttentionRequest, memory: MemoryManager) -> Bound:
+def bind(request: AttentionRequest, memory: ScratchMemory) -> Bound:
     """The cheapest callable (query, key, value, mask, plan, tables, rng) -> out for requests like this one."""
     grouped, causal = request.heads_q != request.heads_kv, sees_less(request)
     packed = path_of(request) == "packed"
@@ -67,7 +67,7 @@ def readable(query: Tensor) -> bool:
     )
 
 
-def _adapted(request: AttentionRequest, memory: MemoryManager) -> Bound:
+def _adapted(request: AttentionRequest, memory: ScratchMemory) -> Bound:
     """For masks, packed heads, float16, a value size that is not the key size, and strided last dimensions, for which
     torch would build all scores.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,6 +65,11 @@ def sequences(
             of_sequence(tables.key_scale, number),
             of_sequence(tables.value_scale, number),
         )
+
+
+def longest_first(parts: Iterable[Sequence]) -> list[Sequence]:
+    """The sequences by the number of their pairs, so that the scratch memory of the first serves all others."""
+    return sorted(parts, key=lambda part: -part.request.len_q * part.request.len_k)
 
 
 def of_sequence(tensor: Tensor | None, number: int) -> Tensor | None:

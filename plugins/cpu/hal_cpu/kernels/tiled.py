@@ -10,9 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import MemoryManager
-
-from ..memory import Workspace
+from ..memory import ScratchMemory, Workspace
 from .dropout import keep_mask
 from .keyvalue import Columns, Room, runs, width
 from .problem import Problem, Tile, column_chunks, head_groups, row_tiles
@@ -33,7 +31,7 @@ class Scratch:
         self.hidden = HiddenPairs(problem.band, hidden.view(torch.bool))
 
 
-def forward(problem: Problem, memory: MemoryManager, out: Tensor, lse: Tensor | None) -> None:
+def forward(problem: Problem, memory: ScratchMemory, out: Tensor, lse: Tensor | None) -> None:
     """Attention of a dense batch.
 
     Args:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import Grads, MaskKind, MemoryManager
+from hal_core.plugin_api import Grads, MaskKind
 
-from ..memory import Workspace
+from ..memory import ScratchMemory, Workspace
 from .keyvalue import Columns, runs
 from .problem import Problem, Tile, column_chunks, head_groups, row_tiles
 from .scores import mask_tile
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
     grad_query: Tensor
 
 
-def backward(problem: Problem, memory: MemoryManager, given: Given, mask_shape: Sequence[int] = ()) -> Grads:
+def backward(problem: Problem, memory: ScratchMemory, given: Given, mask_shape: Sequence[int] = ()) -> Grads:
     """Gradients of what the request asks for; of query, key and value where it does not say.
 
     A row that read no key gives 0 to all of them. `mask_shape` is the shape of the mask's gradient.
