@@ -159,7 +159,7 @@ def test_sequences_of_different_lengths_share_their_scratch_memory(kind: str) ->
             session.compute_attention_backward(prepared, out, lse, torch.ones_like(out))
         return session.memory.stats().pooled
 
-    assert pooled(lengths) == pooled(lengths[:1]) > 0
+    assert 0 < pooled(lengths) <= max(pooled((length,)) for length in lengths)
     assert session.memory.stats().in_use == 0
 
 

@@ -51,6 +51,7 @@ class SharedMemory:
             block = min(fitting, key=lambda block: block.nbytes)
             self._free.remove(block)
         else:
+            self._drop_free()
             block = self._memory.allocate((needed,), _SAME_SIZE["bool"])
             self._blocks.append(block)
         memory = self._memory.to_torch(block).view(torch.uint8)
@@ -59,6 +60,15 @@ class SharedMemory:
     def free(self, buffer: Buffer) -> None:
         buffer.release()
         self._free.append(buffer.block)
+
+    def _drop_free(self) -> None:
+        """Free the blocks that are too small, past the pool: it does not keep what is referred to meanwhile."""
+        for block in self._free:
+            tensor = block.tensor
+            self._memory.free(block)
+            self._blocks.remove(block)
+            del tensor
+        self._free.clear()
 
     def __enter__(self) -> Self:
         return self
