@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hal_core as hal
 from hal_core import AttentionRequest, MemoryLimitError
+from hal_core.testing import request_of
 
 
 def peak(call: Any) -> int:
@@ -78,3 +79,37 @@ def test_a_part_stays_within_its_bounds(heads: tuple[int, int]) -> None:
     part = part_of(request, 64)
     assert part.batch * part.heads * 64 * 256 <= 1 << 22
     assert part.rows == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive with its gradient", "causal", "softcap", "one key head"])
+def test_with_gradients_forward_and_backward_are_estimated_together(kind: str, dtype: torch.dtype) -> None:
+    heads_kv = 1 if kind == "one key head" else 8
+    q, k, v = torch.randn(2, 8, 200, 64).to(dtype), *(torch.randn(2, heads_kv, 300, 64).to(dtype) for _ in range(2))
+    options: dict[str, dict[str, Any]] = {
+        "boolean": {"mask": torch.rand(2, 8, 200, 300) > 0.5},
+        "additive with its gradient": {"mask": torch.randn(1, 8, 200, 300).to(dtype)},
+        "causal": {"causal": hal.Causal.BOTTOM_RIGHT},
+        "softcap": {"softcap": 20.0},
+    }
+    given = dict(options.get(kind, {}))
+    mask = given.pop("mask", None)
+    grads = frozenset({"q", "k", "v", *({"mask"} if "gradient" in kind else set())})
+    request = request_of(q, k, v, mask, return_lse=True, grads=grads, **given)
+    session, grad_out = hal.session("kpu:0"), torch.randn_like(q)
+
+    def call() -> Any:
+        prepared = session.prepare_attention(q, k, v, request=request)
+        out, lse = session.compute_attention(prepared, mask)
+        return out, lse, session.compute_attention_backward(prepared, out, lse, grad_out, mask)
+
+    estimated = attention_memory(load("t64"), request)
+    assert peak(call) == pytest.approx(estimated, rel=0.1, abs=1 << 16)
+
+
+def test_the_workspace_is_used_again() -> None:
+    q, memory = torch.randn(1, 4, 256, 64), hal.session("kpu:0").memory
+    hal.attention(q, q, q, backend="kpu:0")
+    before = memory.stats()
+    hal.attention(q, q, q, backend="kpu:0")
+    assert memory.stats().reuses == before.reuses + 1

@@ -11,12 +11,12 @@ from functools import lru_cache
 import attrs
 from hal_simulation import modelled
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate, pooled_size
 
 from .profiles.profile import Profile
 from .simulator.attention.baseline import run
 from .simulator.attention.program import fused
-from .simulator.attention.workspace import workspace_size
+from .simulator.attention.workspace import backward_bytes, workspace_size
 from .simulator.energy import Energy, energy
 from .simulator.opcodes.work import Work
 from .simulator.products.lowering import lower
@@ -95,10 +95,14 @@ def _attention_cost(profile: Profile, request: AttentionRequest, fidelity: str) 
 
 
 def attention_memory(profile: Profile, request: AttentionRequest) -> int:
-    """Bytes that a call allocates on the host at its peak: output, log-sum-exp and the workspace of the simulation."""
-    r, machine = request, machine_of(profile, request)
+    """Bytes that a call allocates on the host at its peak: output, log-sum-exp and the workspace of the simulation.
+
+    With gradients: forward and backward together; the workspace stays in the pool meanwhile.
+    """
+    r, block_k = request, steps_of(machine_of(profile, request), request)[1]
     rows = r.batch * r.heads_q * r.len_q
-    return rows * (r.dim_v * DTYPE_BYTES[r.dtype] + 4) + 4 * workspace_size(r, steps_of(machine, r)[1])
+    forward = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + 4) + pooled_size(4 * workspace_size(r, block_k))
+    return forward + (backward_bytes(r, block_k) if r.grads else 0)
 
 
 def _slim(stats: ExecutionStats) -> ExecutionStats:

@@ -119,6 +119,7 @@ class KPUSession(SessionBase):
         size = workspace_size(described(call), prepared.block_k)
         with torch.no_grad(), self._products(prepared.request), self.scratch((size,), "float32") as workspace:
             result = forward(call, prepared.block_k, workspace)
+            del workspace  # the pool takes back only what nobody refers to
         lse = result.lse if prepared.request.lse else None
         return AttentionOutput(result.out if out is None else out.copy_(result.out), lse)
 

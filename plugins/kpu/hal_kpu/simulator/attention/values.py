@@ -204,8 +204,7 @@ def backward(
         Gradients of what the request names (query, key and value where it names nothing), each in its tensor's shape
         and dtype. A row that reads no key adds 0.
     """
-    request, scale = call.request, call.request.effective_scale
-    wanted = request.grads or frozenset("qkv")
+    wanted = call.request.grads or frozenset("qkv")
     query, key, value = (torch.zeros(t.shape) for t in call[:3])
     mask = torch.zeros(call.mask.shape) if "mask" in wanted and call.mask is not None else None
     delta = (out.float() * grad_out.float()).sum(-1, keepdim=True)
@@ -213,27 +212,47 @@ def backward(
         delta = delta - grad_lse.float().unsqueeze(-1)
     unread = (lse == -torch.inf).unsqueeze(-1)
     level = lse.float().unsqueeze(-1).masked_fill(unread, 0)
+    sums, flowing = Grads(query, key, value, mask), _Flowing(grad_out, delta, level, unread)
     for batch, heads, rows in _parts(described(call), block_k):
         for place in _key_tiles(call, batch, heads, rows, block_k):
-            at = (place.batch, place.query_heads, place.rows)
-            scores, slope = _scores(call, place, call.query[at].float())
-            weights = scores.sub_(level[at]).exp_()
-            arriving = grad_out[at].to(call.query.dtype)
-            grad = weights * (_product(arriving, _tile(call.value, place).transpose(-1, -2)) - delta[at])
-            grad.masked_fill_(unread[at], 0)  # also where a hidden value is infinite or NaN
-            held, tile = (place.batch, place.heads, place.keys), weights.to(call.query.dtype)
-            value[held] += _gathered(tile, arriving, call)
-            if mask is not None:
-                _add_broadcast(_cut(mask, place), grad)
-            grad = (grad if slope is None else grad * slope).to(call.query.dtype)
-            query[at] += scale * _product(grad, _tile(call.key, place))
-            key[held] += scale * _gathered(grad, call.query[at], call)
+            _add_tile(call, place, flowing, sums)
     return Grads(
         query.to(call.query.dtype) if "q" in wanted else None,
         key.to(call.key.dtype) if "k" in wanted else None,
         value.to(call.value.dtype) if "v" in wanted else None,
         mask.to(call.mask.dtype) if mask is not None and call.mask is not None else None,
     )
+
+
+class _Flowing(NamedTuple):
+    """What the backward of every tile reads beside the operands, [batch, heads_q, len_q, ...].
+
+    Attributes:
+        grad_out: of the output. delta: sum(out * grad_out) - grad_lse. level: the log-sum-exp, 0 where `unread`.
+        unread: rows that read no key.
+    """
+
+    grad_out: Tensor
+    delta: Tensor
+    level: Tensor
+    unread: Tensor
+
+
+def _add_tile(call: Operands, place: Place, flowing: _Flowing, sums: Grads) -> None:
+    """Add a tile's part to the float32 gradients. What it holds meanwhile is counted by `workspace.backward_bytes`."""
+    at, held = (place.batch, place.query_heads, place.rows), (place.batch, place.heads, place.keys)
+    dtype, scale = call.query.dtype, call.request.effective_scale
+    scores, slope = _scores(call, place, call.query[at].float())
+    weights = scores.sub_(flowing.level[at]).exp_()
+    arriving = flowing.grad_out[at].to(dtype)
+    grad = _product(arriving, _tile(call.value, place).transpose(-1, -2)).sub_(flowing.delta[at]).mul_(weights)
+    grad.masked_fill_(flowing.unread[at], 0)  # also where a hidden value is infinite or NaN
+    sums.value[held].add_(_gathered(weights.to(dtype), arriving, call))
+    if sums.mask is not None:
+        _add_broadcast(_cut(sums.mask, place), grad)
+    grad = (grad if slope is None else grad.mul_(slope)).to(dtype)
+    sums.query[at].add_(_product(grad, _tile(call.key, place)).mul_(scale))
+    sums.key[held].add_(_gathered(grad, call.query[at], call).mul_(scale))
 
 
 # Tiles
@@ -307,8 +326,9 @@ def _scores(call: Operands, place: Place, query: Tensor) -> tuple[Tensor, Tensor
     request, slope = call.request, None
     scores = _product(query, _tile(call.key, place).transpose(-1, -2)).mul_(request.effective_scale)
     if request.softcap is not None:
-        capped = torch.tanh(scores / request.softcap)
-        scores, slope = request.softcap * capped, 1 - capped.square()
+        scores.div_(request.softcap).tanh_()
+        slope = scores.square().neg_().add_(1)
+        scores.mul_(request.softcap)
     if call.mask is not None:
         mask = _cut(call.mask, place)
         if request.mask is MaskKind.BOOLEAN:

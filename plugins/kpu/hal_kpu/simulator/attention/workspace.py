@@ -50,11 +50,47 @@ def areas_of(request: AttentionRequest, part: Part) -> list[tuple[str, int]]:
 
 
 def workspace_size(request: AttentionRequest, block_k: int) -> int:
-    """float32 elements of the workspace that `forward` needs for a call cut into tiles of block_k keys.
-
-    Filled up to a sixteenth of the next power of two, or to a MiB, so that a pool of size classes has nothing to add.
-    """
+    """float32 elements of the workspace that `forward` needs for a call cut into tiles of block_k keys."""
     areas = areas_of(request, part_of(request, block_k))
-    needed = sum(count * (1 if dtype == "bool" else DTYPE_BYTES[dtype]) for dtype, count in areas)
-    step = min(max(1 << max(needed - 1, 0).bit_length() >> 4, 1 << 14), 1 << 20)
-    return -(-needed // step) * step // 4
+    return -(-sum(count * (1 if dtype == "bool" else DTYPE_BYTES[dtype]) for dtype, count in areas) // 4)
+
+
+def backward_bytes(request: AttentionRequest, block_k: int) -> int:
+    """The most bytes that `values.backward` holds for a call cut into tiles of block_k keys, its gradients included.
+
+    The float32 sums of all gradients and three numbers of each row stay; beside them lies one tile at a time, whose
+    peaks follow the statements of `values._add_tile`.
+    """
+    r, (batch, heads, rows, keys) = request, part_of(request, block_k)
+    size, narrow = DTYPE_BYTES[r.dtype], r.dtype != "float32"
+    queries, seen = batch * heads * (r.heads_q // max(r.heads_kv, 1)) * rows, batch * heads * keys
+    pairs, all_rows = 4 * queries * keys, r.batch * r.heads_q * r.len_q
+    masked = areas_of(r, part_of(r, block_k))[-1][1] if r.mask is not MaskKind.NONE else 0
+    all_pairs = r.mask_batch * r.mask_heads * r.len_q * r.len_k
+    sizes = {
+        "q": all_rows * r.dim_qk,
+        "k": r.batch * r.heads_kv * r.len_k * r.dim_qk,
+        "v": r.batch * r.heads_kv * r.len_k * r.dim_v,
+    }
+    sums = 4 * (sum(sizes.values()) + (all_pairs if "mask" in r.grads else 0))
+    # Copies in float32 of a tile's operands, and weights or gradients of scores in the request's dtype.
+    query, key, value, grad_out = (
+        4 * count * narrow for count in (queries * r.dim_qk, seen * r.dim_qk, seen * r.dim_v, queries * r.dim_v)
+    )
+    cast, wide = size * queries * keys * narrow, pairs * narrow
+    slope = pairs if r.softcap is not None else 0
+    bounded = 11 * rows * keys if r.band(r.len_q, r.len_k) != (None, None) else 0
+    hidden = masked * (1 + (4 + 4 * narrow) * (r.mask is MaskKind.ADDITIVE))
+    last = pairs + slope + (cast if narrow else pairs)
+    tile = max(
+        query + key + pairs,
+        query + pairs + slope + max(hidden, bounded),
+        2 * pairs + slope + value + grad_out,
+        2 * pairs + slope + cast + wide + grad_out + 4 * seen * r.dim_v,
+        2 * pairs + slope + cast,
+        last + wide + key + 4 * queries * r.dim_qk,
+        last + wide + query + 4 * seen * r.dim_qk,
+    )
+    before = all_rows * r.dim_v * 4 * (1 + 2 * narrow)  # out * grad_out
+    after = narrow * size * (sum(sizes[name] for name in r.grads & sizes.keys()))
+    return sums + max(before, 9 * all_rows + max(tile, after))
