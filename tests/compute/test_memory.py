@@ -31,6 +31,15 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     ),
     "additive mask": ((1, 4, 4, 600, 600, 64), {"mask": hal.MaskKind.ADDITIVE}),
     "gradients": ((1, 4, 4, 100, 100, 64), {"grads": frozenset("qkv"), "lse": True}),
+    "gradients, padded": ((2, 4, 4, 256, 256, 33), {"grads": frozenset("qkv"), "lse": True}),
+    "gradients, mask": (
+        (2, 4, 2, 256, 256, 33),
+        {"mask": hal.MaskKind.ADDITIVE, "mask_batch": 2, "mask_heads": 4, "grads": frozenset("qkv"), "lse": True},
+    ),
+    "gradients, small mask": (
+        (2, 4, 2, 100, 100, 33),
+        {"mask": hal.MaskKind.ADDITIVE, "grads": frozenset("qkv"), "lse": True},
+    ),
     "some gradients": ((1, 4, 2, 130, 90, 40), {"grads": frozenset("k"), "lse": True}),
 }
 

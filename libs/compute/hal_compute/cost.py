@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind, pooled_size
 
 from .sizes import Sizes, padded_dim
 
@@ -60,15 +60,6 @@ def block_bytes(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE + PAGE
 
 
-def pooled_bytes(nbytes: int) -> int:
-    """Bytes that `PooledMemory` takes from torch's allocator for a buffer."""
-    size = max(512, 1 << max(nbytes - 1, 0).bit_length())
-    if size > 1 << 16:
-        step = max(size >> 4, 1 << 14) if size <= 1 << 23 else 1 << 20
-        size = -(-nbytes // step) * step
-    return size
-
-
 def workspace_bytes(alignment: int, *calls: Sequence[int]) -> int:
     """Bytes that a CPU's pool takes from torch's allocator.
 
@@ -87,4 +78,4 @@ def workspace_bytes(alignment: int, *calls: Sequence[int]) -> int:
                 left.append(blocks[-1])
                 place = len(left) - 1
             left[place] -= size
-    return sum(pooled_bytes(block_bytes(block)) for block in blocks)
+    return sum(pooled_size(block_bytes(block)) for block in blocks)

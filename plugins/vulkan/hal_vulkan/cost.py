@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hal_compute.cost import gradient_bytes, mask_bytes, part_bytes, pooled_bytes, workspace_bytes
+from hal_compute.cost import gradient_bytes, mask_bytes, part_bytes, workspace_bytes
 from hal_compute.sizes import Sizes
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind, pooled_size
 
-from .paths import IMPORT_FROM, matrix_step
+from .paths import IMPORT_FROM, KEPT_BYTES, SEARCHED_MASK, matrix_step
 from .runtime._vk import Adapter
 from .tiling import (
     STREAM_BYTES,
@@ -104,14 +104,29 @@ class CallMemory:
         result = self.tensors[3][0] + (self.rows * 4 if request.lse or request.grads else 0)
         if not all((request.batch, request.heads_q, request.len_q, request.len_k)):
             return result
-        mask = pooled_bytes(mask_bytes(request)) if mask_bytes(request) else 0
+        mask = pooled_size(mask_bytes(request)) if mask_bytes(request) else 0
         result += mask
         if not request.grads:
             return result + workspace_bytes(_ALIGNMENT, self.forward())
         result += gradient_bytes(request)
-        if len(self._copied(self.tensors)) == len(self.tensors):  # the recording of the forward pass is kept
+        if self._forward_is_kept():
             return result + workspace_bytes(_ALIGNMENT, self.forward() + self.backward())
         return result + workspace_bytes(_ALIGNMENT, self.forward(), self.backward())
+
+    def _forward_is_kept(self) -> bool:
+        """Whether the recording of a forward pass stays with its memory while the backward pass allocates.
+
+        It does where it can run again on other tensors: nothing is read or written where it lies, and no key ranges
+        were made from a block plan or found in the mask.
+        """
+        request = self.request
+        if request.block_plan is not None or request.tiling is not None or sum(self.forward()) > KEPT_BYTES // 4:
+            return False
+        pairs = request.mask_batch * request.mask_heads * request.len_q * request.len_k
+        if request.mask is not MaskKind.NONE and pairs >= SEARCHED_MASK:
+            return False
+        tensors = [*self.tensors, (self.rows * 4, self.rows * 4)]
+        return len(self._copied(tensors)) == len(tensors)
 
     def largest_buffer(self) -> int:
         """Bytes of the largest buffer that a program reads or writes."""

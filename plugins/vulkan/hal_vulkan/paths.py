@@ -24,6 +24,11 @@ _SIDES = (16, 8)  # rows, columns and depth of the matrices that the shaders are
 #: Bytes from which a host tensor is read where it lies, where the device can: importing a smaller one costs more than a
 #: copy.
 IMPORT_FROM = 1 << 20
+#: Elements of a mask from which its hidden tiles are worth skipping: they are searched for, and commands recorded, at
+#: every call.
+SEARCHED_MASK = 1 << 14
+#: Bytes of all recordings that are kept with their memory; one of them has a quarter at most.
+KEPT_BYTES = 256 << 20
 
 
 class MatrixStep(NamedTuple):

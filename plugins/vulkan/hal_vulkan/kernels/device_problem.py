@@ -9,9 +9,9 @@ from functools import partial
 from hal_compute.problem import LAYOUT, Call, Problem, Scratch, mask_of
 from torch import Tensor
 
+from ..paths import SEARCHED_MASK
 from ..runtime.command_buffer import Given, Operand, VulkanCommandBuffer
 
-_SMALL_MASK = 1 << 14  # elements below which hidden tiles of a mask are not worth skipping
 _MERGE_THREADS = 64  # invocations of a work group of merge.comp
 
 
@@ -26,7 +26,7 @@ class DeviceProblem(Problem):
         if self.mask is not None:
             # A large mask is searched for hidden tiles at every call, so its commands are recorded anew.
             values = self.mask.values
-            small = values.numel() < _SMALL_MASK
+            small = values.numel() < SEARCHED_MASK
             again = partial(_mask_values, len_k=self.sizes.len_k, scratch=commands.scratch) if small else None
             self.tables[0] = commands.stage(values, again=again)
         if self.ranges is not None:

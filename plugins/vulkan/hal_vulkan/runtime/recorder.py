@@ -10,13 +10,14 @@ from itertools import count
 
 from hal_core.plugin_api import AttentionRequest, Device
 
+from ..paths import KEPT_BYTES
 from ._vk import Adapter, Memory
 from .command_buffer import Given, VulkanCommandBuffer
 from .open_device import OpenDevice
 
-#: At most, recordings that are kept with their memory, and the bytes of all of them; on a card this share of its memory
-#: where that is more.
-KEPT, KEPT_BYTES, KEPT_PART = 128, 256 << 20, 64
+#: At most, recordings that are kept with their memory. On a card they may take this part of its memory where that is
+#: more than KEPT_BYTES.
+KEPT, KEPT_PART = 128, 64
 #: Fragmentation of the device's memory from which recordings are dropped.
 FRAGMENTED = 0.25
 
