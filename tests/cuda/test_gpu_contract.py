@@ -26,6 +26,9 @@ MASKED = {"mask": MaskKind.BOOLEAN, "mask_batch": 2, "mask_heads": 8}
         ("hopper", {"lse": True}),
         ("flash", {}),
         ("cudnn", {}),
+        ("flash", {"grads": frozenset("qkv")}),
+        ("flash", {"grads": frozenset("qkv"), "heads_kv": 2}),
+        ("cudnn", {"grads": frozenset("qkv")}),
         ("composed", {"dtype": "float64", "lse": True}),
         ("composed", {"dtype": "float64", "causal": Causal.BOTTOM_RIGHT, **MASKED}),
         ("composed", {"grads": frozenset("qkv"), "softcap": 4.0}),
@@ -55,13 +58,22 @@ def test_the_allocator_s_peak_is_the_estimate(gpu: str, seed: int, path: str, ch
     if r.mask is MaskKind.BOOLEAN:
         mask = torch.rand(r.mask_batch, r.mask_heads, r.len_q, r.len_k, device="cuda") > 0.4
     call = on_path(gpu, path, request)
-    for _ in range(2):
+    grad_out = draw(seed + 3, r.batch, r.heads_q, r.len_q, 64, kind)
+
+    def run() -> Any:
         result = call(query, key, value, mask, None, None, None)
+        if not r.grads:
+            return result
+        out = result[0] if isinstance(result, tuple) else result
+        return result, torch.autograd.grad(out, (query, key, value), grad_out)
+
+    for _ in range(2):
+        result = run()
         del result
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = call(query, key, value, mask, None, None, None)
+    result = run()
     taken = torch.cuda.max_memory_allocated() - before
     del result
     estimated = cost.memory(request, path, chip)

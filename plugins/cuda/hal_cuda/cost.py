@@ -187,13 +187,13 @@ def label(path: str) -> str:
 def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     """Bytes that a call allocates at its peak, output included, inputs not.
 
-    Where gradients are asked for, it is the forward's peak, which holds what torch keeps for the backward. Packed
-    lengths count as if every sequence were the longest, a block plan as if it ran over batch entries and heads.
+    Where gradients are asked for: of forward and backward together, the gradients included. Packed lengths count as if
+    every sequence were the longest, a block plan as if it ran over batch entries and heads.
     """
     r, rows = request, request.batch * request.heads_q * request.len_q
     result = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + (8 if r.dtype == "float64" else 4) * r.lse)
     if path == "composed":
-        return result + (_differentiable_memory(r) if r.grads else _in_place_memory(r))
+        return result + (max(_differentiable_memory(r), _backward_memory(r)) if r.grads else _in_place_memory(r))
     if path == "portable":
         split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
         lists = 0
@@ -202,7 +202,24 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
         return result + lists + (0 if split.joined else 4 * split.partial)
     if path == "hopper":
         return result + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
-    return result + 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
+    result += 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
+    return result + (_fused_backward_memory(r) if r.grads else 0)
+
+
+def _fused_backward_memory(request: AttentionRequest) -> int:
+    """What the backward of torch's FlashAttention allocates; cuDNN's is taken for the same.
+
+    dq, dk and dv in the operands' dtype, and in float32 the sums of dq and one number for each row; with grouped heads
+    also dk and dv of every query head, before they are added up.
+
+    Source: PyTorch, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
+    """
+    r, size = request, DTYPE_BYTES[request.dtype]
+    rows, keys = r.batch * r.heads_q * r.len_q, r.batch * r.heads_kv * r.len_k
+    padded = r.batch * r.heads_q * (-(-r.len_q // 128) * 128)
+    expanded = r.batch * r.heads_q * r.len_k * (r.dim_qk + r.dim_v) * (r.heads_q != r.heads_kv)
+    gradients = rows * r.dim_qk + keys * (r.dim_qk + r.dim_v)
+    return (gradients + expanded) * size + padded * (-(-r.dim_qk // 32) * 32 + 1) * 4
 
 
 def _in_place_memory(request: AttentionRequest) -> int:
@@ -219,6 +236,39 @@ def _in_place_memory(request: AttentionRequest) -> int:
     return needed
 
 
+def _backward_memory(request: AttentionRequest) -> int:
+    """What torch's backward of `kernels.composed` holds at its peak beside the results, in the order of its nodes.
+
+    A node frees what it kept once it has run. The last of packed sequences is differentiated first, while torch still
+    keeps all that the others need.
+    """
+    r, size = request, 8 if request.dtype == "float64" else 4
+    batch = 1 if r.packed else r.batch
+    rows, keys, cells = batch * r.heads_q * r.len_q, batch * r.heads_kv * r.len_k, r.len_q * r.len_k
+    cast, scores = DTYPE_BYTES[r.dtype] != size, rows * r.len_k * size
+    repeated = batch * r.heads_q * r.len_k * size * (r.heads_q != r.heads_kv)
+    softcap, dropout = r.softcap is not None, r.dropout > 0
+    alone = cast and not repeated  # converted keys and values are kept as they are, or repeated
+    of_keys = (rows * cast + keys * alone) * r.dim_qk * size + repeated * r.dim_qk  # kept by the first product
+    of_values = keys * alone * r.dim_v * size + repeated * r.dim_v  # by the second
+    masks = rows + cells * (r.window is not None or r.causal is not Causal.NONE)
+    masks += r.mask_batch * r.mask_heads * cells * (r.mask is MaskKind.BOOLEAN)
+    masks += rows * r.len_k * ((r.block_plan is not None) + dropout)
+    kept = of_keys + of_values + masks + scores * (1 + softcap + dropout + r.lse)
+    out, grad_v = rows * r.dim_v * size, keys * r.dim_v * size
+    peaks = [kept + out + max(scores + (repeated * r.dim_v or grad_v), out * cast)]  # of weights and value
+    if r.grad_lse:
+        peaks.append(kept + 3 * scores)  # of the scores through the log-sum-exp
+    held = kept - of_values - scores * dropout + keys * r.dim_v * DTYPE_BYTES[r.dtype]
+    peaks.append(held + 2 * scores)  # of scores; the weights are kept
+    grad_mask = r.mask_batch * r.mask_heads * cells * size if "mask" in r.grads else 0
+    peaks.append(held + scores + grad_mask)  # of the mask, or of the scores before the scale
+    grads = (rows + keys) * r.dim_qk * size + repeated * r.dim_qk + grad_mask
+    peaks.append(held - scores * (1 + softcap) + scores + grads)  # of query and key
+    left = kept if r.packed else 0
+    return max(peaks) + left * (r.batch - 1)
+
+
 def _differentiable_memory(request: AttentionRequest) -> int:
     """What torch's operations of `kernels.composed` hold at their peak, in the order of its statements.
 
@@ -230,7 +280,8 @@ def _differentiable_memory(request: AttentionRequest) -> int:
     pairs, cast = rows * r.len_k, DTYPE_BYTES[r.dtype] != size
     scores = pairs * size
     repeated = batch * r.heads_q * r.len_k * size * (r.heads_q != r.heads_kv)  # torch.matmul copies grouped keys
-    kept = (rows * r.dim_qk + keys * r.dim_qk) * size * cast + repeated * r.dim_qk
+    alone = cast and not repeated  # converted keys and values are kept as they are, or repeated
+    kept = (rows * cast + keys * alone) * r.dim_qk * size + repeated * r.dim_qk
     peaks = [kept + 2 * scores]
     if r.softcap is not None:
         peaks.append(kept + 3 * scores)
@@ -248,7 +299,7 @@ def _differentiable_memory(request: AttentionRequest) -> int:
     if r.dropout:
         peaks.append(kept + 2 * scores + pairs)
         kept += scores + pairs
-    kept += keys * r.dim_v * size * cast + repeated * r.dim_v + rows * r.dim_v * size
+    kept += keys * r.dim_v * size * alone + repeated * r.dim_v + rows * r.dim_v * size
     peaks.append(kept + rows * r.dim_v * size * cast)
     if r.lse:
         peaks.append(kept + scores)
