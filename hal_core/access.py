@@ -12,8 +12,6 @@ is damaged:
     register = true
 """
 
-from __future__ import annotations
-
 import os
 from contextvars import ContextVar
 from fnmatch import fnmatchcase

@@ -1,10 +1,9 @@
 """What a device is, and what it says a call would cost: facts, and numbers with their origin."""
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import attrs
 
@@ -118,7 +117,14 @@ class Quantity:
         """The arithmetic middle of the interval."""
         return (self.low + self.high) / 2
 
-    def overlaps(self, other: Quantity) -> bool:
+    def plus(self, other: Self) -> Self:
+        """The sum of both intervals, with the worst basis and provenance of the two."""
+        basis = max(self.basis, other.basis, key=lambda b: b.rank)
+        provenance = max(self.provenance, other.provenance, key=lambda p: p.rank)
+        source = self.source if self.source == other.source else "several"
+        return type(self)(self.low + other.low, self.high + other.high, basis, provenance, source)
+
+    def overlaps(self, other: Self) -> bool:
         return self.low <= other.high and other.low <= self.high
 
 
@@ -139,3 +145,45 @@ class Estimate:
     error: Quantity | None = None
     memory: int = 0
     parts: Mapping[str, float] = attrs.field(factory=dict)
+
+
+class Calibration(NamedTuple):
+    """A device's stored measurements.
+
+    Attributes:
+        device: its id when measured. fingerprint: see `Device.fingerprint`.
+        created: seconds since the epoch. values: what the backend's `calibrate` returned.
+    """
+
+    device: str
+    fingerprint: str
+    created: float
+    values: dict[str, Any]
+
+
+class MeterRecord(NamedTuple):
+    """What ran on one device inside a `meter`.
+
+    Attributes:
+        device: the device. calls: attention calls.
+        wall: seconds by the host's clock, the device synchronised after each call; measured.
+        time: seconds the device itself is said to need, for a simulated device; None where `wall` is the time.
+        energy: joules; None where the device states none. Sums over the calls, with the worst origin met.
+        macs: multiply-accumulates of visible pairs. transferred: bytes moved to the device and back.
+    """
+
+    device: Device
+    calls: int = 0
+    wall: float = 0.0
+    time: Quantity | None = None
+    energy: Quantity | None = None
+    macs: int = 0
+    transferred: int = 0
+
+    def plus(self, other: "MeterRecord") -> "MeterRecord":
+        """Both records together. A call without a figure makes the sum None: a partial sum would look like a total."""
+        time = self.time.plus(other.time) if self.time and other.time else None
+        energy = self.energy.plus(other.energy) if self.energy and other.energy else None
+        wall, calls = self.wall + other.wall, self.calls + other.calls
+        macs, transferred = self.macs + other.macs, self.transferred + other.transferred
+        return MeterRecord(self.device, calls, wall, time, energy, macs, transferred)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ..buffers import Buffer, MemoryStats
 from ..errors import ContractError, MemoryLimitError
-from ..request import DTYPE_BYTES
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..request import DTYPE_BYTES, Tensor
 
 _SMALLEST_BLOCK = 512
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ..errors import PluginError, UnsupportedError
 from ..plans import BlockPlan, TilePlan
 from ..protocols import Autograd, MemoryManager, TilingStrategy
-from ..request import DTYPE_BYTES, AttentionOutput, AttentionRequest, Grads, SequenceMetadata
+from ..request import DTYPE_BYTES, AttentionOutput, AttentionRequest, Grads, SequenceMetadata, Tensor
 from .memory import PooledMemory
 from .tiling import DenseTiling
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SessionBase:

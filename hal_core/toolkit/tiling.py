@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..errors import ContractError
 from ..plans import TilePlan
-from ..request import DTYPE_BYTES, AttentionRequest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..request import DTYPE_BYTES, AttentionRequest, Tensor
 
 
 class DenseTiling:
@@ -77,7 +73,7 @@ class DenseTiling:
         query: Tensor | None = None,
         key: Tensor | None = None,
     ) -> TilePlan:
-        """Equal blocks over the request's lengths (the tensors' where given), without those that causal and window hide.
+        """Equal blocks over the request's lengths (the tensors' where given), without what causal and window hide.
 
         `limits` are bounds: "available_memory" (bytes, default 1 MiB), "minimum" and "maximum" block sizes.
         """
