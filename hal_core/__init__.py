@@ -7,8 +7,6 @@
 Importing this package imports neither torch nor a driver: a name is imported when it is first used (PEP 562).
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

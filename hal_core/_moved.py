@@ -3,8 +3,6 @@
 They are aliases in sys.modules, not files: a module `hal_core.memory` on disk would replace the function of that name.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from types import ModuleType

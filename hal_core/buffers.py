@@ -1,7 +1,5 @@
 """Memory on a device: the buffer that travels by DLPack, and the counters of a memory manager."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What a device claims, as data, and the reasons why a request falls outside it."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Iterable, Mapping
 from typing import Any

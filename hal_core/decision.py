@@ -2,8 +2,6 @@
 decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -64,7 +62,7 @@ class Policy:
         plain = attrs.astuple(self, filter=lambda a, _: a.name != "tiling")
         return "" if self == NO_POLICY else f"{plain} {_identity(self.tiling)}"
 
-    def over(self, outer: Policy) -> Policy:
+    def over(self, outer: "Policy") -> "Policy":
         """This level's overrides, and the outer level's where this one has none."""
         named = self if self.names else outer
         changes: dict[str, Any] = {f: getattr(outer, f) for f in _INHERITED if getattr(self, f) is None}

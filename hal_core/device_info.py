@@ -25,10 +25,6 @@ class Fidelity(Ranked):
     SIMULATED = "simulated"  # values from a model of a device; its time and energy are modelled
 
 
-def _fidelity(value: Fidelity | str) -> Fidelity:
-    return Fidelity(value)
-
-
 @attrs.frozen(kw_only=True)
 class Device:
     """One device a backend found.
@@ -48,7 +44,7 @@ class Device:
     family: str
     vendor: str
     model: str
-    fidelity: Fidelity = attrs.field(converter=_fidelity)
+    fidelity: Fidelity = attrs.field(converter=Fidelity)
     reads: tuple[str, ...] = ("cpu",)
     memory: int | None = None
     driver: str = ""
@@ -84,14 +80,6 @@ class Provenance(Ranked):
     ASSUMED = "assumed"
 
 
-def _basis(value: Basis | str) -> Basis:
-    return Basis(value)
-
-
-def _provenance(value: Provenance | str) -> Provenance:
-    return Provenance(value)
-
-
 @attrs.frozen
 class Quantity:
     """An interval in SI units (seconds, joules, or a ratio for errors).
@@ -104,8 +92,8 @@ class Quantity:
 
     low: float
     high: float
-    basis: Basis = attrs.field(converter=_basis)
-    provenance: Provenance = attrs.field(converter=_provenance)
+    basis: Basis = attrs.field(converter=Basis)
+    provenance: Provenance = attrs.field(converter=Provenance)
     source: str = ""
 
     def __attrs_post_init__(self) -> None:

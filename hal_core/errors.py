@@ -1,7 +1,5 @@
 """Every error this package raises on purpose. One sentence each: what was given, what is wanted, what to do."""
 
-from __future__ import annotations
-
 
 class HalError(Exception):
     """Base of all errors raised on purpose. The command line prints it and exits with 2."""

@@ -1,9 +1,7 @@
 """How attention is cut: tiles of a dense call, and the blocks that a sparse call reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from .errors import ContractError
 from .request import AttentionRequest
@@ -57,7 +55,7 @@ class TilePlan(NamedTuple):
     ranges: tuple[Rows, ...] | None = None
 
     @classmethod
-    def equal(cls, request: AttentionRequest, block_q: int, block_k: int, *, cut_by: str = "") -> TilePlan:
+    def equal(cls, request: AttentionRequest, block_q: int, block_k: int, *, cut_by: str = "") -> Self:
         """Blocks of block_q query rows and block_k keys, the last ones shorter."""
         if min(block_q, block_k) < 1:
             raise ContractError(f"tiles of {block_q} x {block_k} were given: use 1 or more")
@@ -65,7 +63,7 @@ class TilePlan(NamedTuple):
         return cls(len_q, len_k, block_q, block_k, request.band(len_q, len_k), cut_by)
 
     @classmethod
-    def uneven(cls, request: AttentionRequest, rows: Iterable[Rows], *, cut_by: str = "") -> TilePlan:
+    def uneven(cls, request: AttentionRequest, rows: Iterable[Rows], *, cut_by: str = "") -> Self:
         """Ranges of any size: (q_start, q_stop, ((k_start, k_stop), ...)) in order."""
         len_q, len_k = request.len_q, request.len_k
         return cls(len_q, len_k, 0, 0, request.band(len_q, len_k), cut_by, tuple(rows))

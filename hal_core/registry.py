@@ -160,16 +160,20 @@ class Registry:
         """Every device that is present and works, hardware, emulated and simulated."""
         return [device for entry in self.entries() for device in self.devices_of(entry)]
 
+    def present(self, name: str) -> list[Device]:
+        """As `find`; empty where the backend is installed but has no such device."""
+        entry = self.entry(name)
+        return [device for device in self.devices_of(entry) if name in (device.id, entry.spec.name)]
+
     def find(self, name: str) -> list[Device]:
         """Devices that a backend name ("cpu") or device id ("cpu:0") means; never empty.
 
         Raises:
             UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
         """
-        entry = self.entry(name)
-        if found := [d for d in self.devices_of(entry) if name in (d.id, entry.spec.name)]:
+        if found := self.present(name):
             return found
-        raise DeviceUnavailableError(self.why_absent(entry, name))
+        raise DeviceUnavailableError(self.why_absent(self.entry(name), name))
 
     def entry(self, name: str) -> Entry:
         """The entry of a backend name or device id. Raises UnknownBackendError."""

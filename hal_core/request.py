@@ -1,10 +1,8 @@
 """One attention call described without its tensors: what selection, refusal and estimates work on."""
 
-from __future__ import annotations
-
 import enum
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +162,7 @@ class AttentionRequest:
         return asdict(self) | {"grads": sorted(self.grads), "mask": str(self.mask), "causal": str(self.causal)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AttentionRequest:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read `to_dict`'s form, also after JSON made lists of tuples."""
         names = ("window", "block_plan", "tiling")
         tuples = {name: tuple(values[name]) for name in names if values.get(name) is not None}

@@ -1,7 +1,5 @@
 """Which device runs a call: from a cache by its static fields and bucketed lengths, or decided now."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

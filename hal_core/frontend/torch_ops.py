@@ -5,8 +5,6 @@ The selection is read while tracing, from a mirror that Dynamo guards; the opera
 runs. Eager calls do not come through here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

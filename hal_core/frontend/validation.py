@@ -1,7 +1,5 @@
 """Every input of a call is checked here, once, and described as an `AttentionRequest`."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from numbers import Real
