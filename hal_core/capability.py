@@ -168,19 +168,14 @@ class Capabilities:
 
     def refusals(self, request: AttentionRequest) -> list[Refusal]:
         """Every reason why a request falls outside; empty when it is inside."""
-        r, has, sizes, blocks, tiles = (
-            request,
-            self.features.__contains__,
-            self.head_dim,
-            self.block_sizes,
-            self.tile_sizes,
-        )
-        lacks = (FEATURES - self.features).__contains__
+        r, sizes, blocks, tiles = request, self.head_dim, self.block_sizes, self.tile_sizes
+        has, lacks = self.features.__contains__, (FEATURES - self.features).__contains__
         bound = self.numerics[r.dtype].relative if r.dtype in self.numerics else 0.0
         accurate = [d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error]
+        inexact, cast = f"{bound:g} in {r.dtype}", _cast("", accurate)
         by_mask = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
         uneven_v, grads = r.dim_v != r.dim_qk, f"gradients of {', '.join(sorted(r.grads))}"
-        paged = has("paged") and r.page_size in self.page_sizes
+        paged, pages = r.page_size in self.page_sizes, f"pages of {self.page_sizes}" if has("paged") else "no pages"
         cached = has("fp8_cache") and r.cache_dtype in self.cache_dtypes
         caches, no_cast = listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"
         plan, planned = r.block_plan or (), f"blocks of {blocks}" if has("block_plan") else "dense"
@@ -207,7 +202,13 @@ class Capabilities:
             ),
             (r.len_q not in self.length, "len_q", str(r.len_q), str(self.length), _pad(self.length, r.len_q)),
             (r.len_k not in self.length, "len_k", str(r.len_k), str(self.length), _pad(self.length, r.len_k)),
-            (r.heads_q != r.heads_kv and lacks("grouped_heads"), "grouped_heads", *_grouped(r)),
+            (
+                r.heads_q != r.heads_kv and lacks("grouped_heads"),
+                "grouped_heads",
+                f"{r.heads_q}/{r.heads_kv}",
+                "equal head counts",
+                "repeat the key and value heads",
+            ),
             (not r.last_dim_contiguous and lacks("strides"), "strides", *_STRIDES),
             (r.mask not in self.masks, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
             (r.causal not in self.causal, "causal", r.causal, listing(self.causal), by_mask),
@@ -216,7 +217,13 @@ class Capabilities:
             (r.softcap is not None and lacks("softcap"), "softcap", str(r.softcap), "no softcap", ""),
             (r.dropout > 0 and lacks("dropout"), "dropout", str(r.dropout), "no dropout", "call eval()"),
             (r.packed and lacks("packed"), "packed", "packed lengths", "padded batches", "pad, with a mask"),
-            (r.page_size is not None and not paged, "page_size", str(r.page_size), self._pages(), "gather the pages"),
+            (
+                r.page_size is not None and not paged,
+                "page_size",
+                str(r.page_size),
+                f"pages of {pages}",
+                "gather the pages",
+            ),
             (r.cache_dtype is not None and not cached, "cache_dtype", str(r.cache_dtype), caches, no_cast),
             (bool(plan) and not sparse, "block_plan", f"{plan[:2]}", planned, "expand the plan to a mask"),
             (any(n not in tiles for n in cut[1:]), "tiling", " ".join(map(str, cut)), cuts, "leave tiling= out"),
@@ -237,7 +244,13 @@ class Capabilities:
                 "an order that varies",
                 "",
             ),
-            (bound > (bound if r.max_error is None else r.max_error), "max_error", *_inexact(r, bound, accurate)),
+            (
+                bound > (bound if r.max_error is None else r.max_error),
+                "max_error",
+                str(r.max_error),
+                inexact,
+                _cast("", accurate),
+            ),
             *(
                 (True, "option", f"{name}={value!r}", *self._offered(name))
                 for name, value in r.options
@@ -255,20 +268,9 @@ class Capabilities:
         offered = str(values) if isinstance(values, Range) else ", ".join(map(repr, values or ()))
         return (f"{name} of {offered}", "") if values else (f"options {listing(self.options)}", "leave it out")
 
-    def _pages(self) -> str:
-        return f"pages of {self.page_sizes}" if "paged" in self.features else "no pages"
-
 
 _STRIDES = ("a strided last dimension", "stride 1", "call contiguous()")
 _LSE_GRAD = ("gradients through the log-sum-exp", "none", "ask for the log-sum-exp under torch.no_grad()")
-
-
-def _grouped(r: AttentionRequest) -> tuple[str, str, str]:
-    return f"{r.heads_q}/{r.heads_kv}", "equal head counts", "repeat the key and value heads"
-
-
-def _inexact(r: AttentionRequest, bound: float, accurate: Iterable[str]) -> tuple[str, str, str]:
-    return str(r.max_error), f"{bound:g} in {r.dtype}", _cast("", accurate)
 
 
 def listing(words: Iterable[str]) -> str:
