@@ -1,6 +1,5 @@
 """Memory on a device: the buffer that travels by DLPack, and the counters of a memory manager."""
 
-import math
 from typing import Any, NamedTuple
 
 from .errors import ContractError
@@ -47,7 +46,9 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
+        from math import prod
+
+        return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
 
     @property
     def tensor(self) -> Any:

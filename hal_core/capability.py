@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from .device_info import Record
 from .request import AttentionRequest, Causal, MaskKind
 
 #: Why a device refuses. Stable names: programs may branch on them. DEVICE is a reason of the device's own, from its
@@ -30,8 +31,8 @@ def _code(value: str) -> Code:
     return Code(_CODES.get(value, value))
 
 
-@attrs.frozen
-class Refusal:
+@attrs.frozen(eq=False, repr=False)
+class Refusal(Record):
     """One reason why a device does not run a request.
 
     Attributes:
@@ -50,8 +51,8 @@ class Refusal:
         return f"{text}  -> {self.fix}" if self.fix else text
 
 
-@attrs.frozen
-class Range:
+@attrs.frozen(eq=False, repr=False)
+class Range(Record):
     """Whole numbers from `low` to `high` (None: no bound) in steps of `multiple`."""
 
     low: int = 0
@@ -89,8 +90,8 @@ def _causal_kinds(values: Iterable[Causal | str]) -> frozenset[Causal]:
     return frozenset(map(Causal, values))
 
 
-@attrs.frozen
-class Choice:
+@attrs.frozen(eq=False, repr=False)
+class Choice(Record):
     """The listed whole numbers."""
 
     values: frozenset[int] = attrs.field(converter=_whole_numbers)
@@ -105,8 +106,8 @@ class Choice:
         return _either([str(value) for value in sorted(self.values)])
 
 
-@attrs.frozen
-class Numerics:
+@attrs.frozen(eq=False, repr=False)
+class Numerics(Record):
     """Error bounds a device holds on standard normal inputs, each ||x - reference|| / ||reference|| in float64.
 
     Attributes:
@@ -128,8 +129,8 @@ _FEATURES = (
 FEATURES = frozenset(_FEATURES.split())
 
 
-@attrs.frozen(kw_only=True)
-class Capabilities:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Capabilities(Record):
     """What a device runs. Anything not listed is refused: an empty set means nothing, not everything.
 
     Attributes:
@@ -244,13 +245,7 @@ class Capabilities:
                 "an order that varies",
                 "",
             ),
-            (
-                bound > (bound if r.max_error is None else r.max_error),
-                "max_error",
-                str(r.max_error),
-                inexact,
-                _cast("", accurate),
-            ),
+            (r.max_error is not None and bound > r.max_error, "max_error", str(r.max_error), inexact, cast),
             *(
                 (True, "option", f"{name}={value!r}", *self._offered(name))
                 for name, value in r.options

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import attrs
 
 from .capability import Code, Refusal
-from .device_info import Device, Estimate, Fidelity, Quantity
+from .device_info import Device, Estimate, Fidelity, Quantity, Record
 from .errors import ContractError, MemoryLimitError, UnsupportedError
 from .request import AttentionRequest
 
@@ -84,8 +84,8 @@ class PolicyChoice(NamedTuple):
     seconds: float
 
 
-@attrs.frozen(kw_only=True)
-class Candidate:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Candidate(Record):
     """A device as it stood in a decision: every refusal, or its estimate."""
 
     device: Device
@@ -111,8 +111,8 @@ class Candidate:
         return f"time {figure_text(self.estimate.time, 'time')}, energy {joules}{moved}"
 
 
-@attrs.frozen(kw_only=True)
-class Decision:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Decision(Record):
     """Why a call runs where it runs. Prints as text, travels as JSON, and can be replayed.
 
     Attributes:

@@ -1,11 +1,31 @@
 """What a device is, and what it says a call would cost: facts, and numbers with their origin."""
 
 import enum
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import attrs
+
+
+class Record:
+    """A base of frozen attrs classes that compares, hashes and prints by their fields. Methods that attrs generates for
+    every class would be a quarter of the time that the core's import takes.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and _fields(self) == _fields(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(_fields(self).values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in _fields(self).items())})"
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return attrs.asdict(record, recurse=False)
 
 
 class Ranked(enum.StrEnum):
@@ -25,8 +45,8 @@ class Fidelity(Ranked):
     SIMULATED = "simulated"  # values from a model of a device; its time and energy are modelled
 
 
-@attrs.frozen(kw_only=True)
-class Device:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Device(Record):
     """One device a backend found.
 
     Attributes:
@@ -80,8 +100,8 @@ class Provenance(Ranked):
     ASSUMED = "assumed"
 
 
-@attrs.frozen
-class Quantity:
+@attrs.frozen(eq=False, repr=False)
+class Quantity(Record):
     """An interval in SI units (seconds, joules, or a ratio for errors).
 
     Attributes:
@@ -97,7 +117,7 @@ class Quantity:
     source: str = ""
 
     def __attrs_post_init__(self) -> None:
-        if not (0 <= self.low <= self.high < math.inf):
+        if not (0 <= self.low <= self.high < float("inf")):
             raise ValueError(f"an interval of {self.low} to {self.high} was given: use 0 <= low <= high, both finite")
 
     @property
@@ -116,8 +136,8 @@ class Quantity:
         return self.low <= other.high and other.low <= self.high
 
 
-@attrs.frozen(kw_only=True)
-class Estimate:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Estimate(Record):
     """What a request would cost on a device, before it runs.
 
     Attributes:

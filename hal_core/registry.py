@@ -148,8 +148,9 @@ class Registry:
         try:
             entry.backend = entry.backend or resolve(entry.spec.target)()
             found = tuple(entry.backend.devices())
-            if wrong := [d for d in found if not isinstance(d, Device) or not d.id.startswith(f"{entry.spec.name}:")]:
-                raise PluginError(f"devices {wrong} were given: give Device records with ids '{entry.spec.name}:...'")
+            own = f"{entry.spec.name}:"
+            if wrong := [getattr(d, "id", d) for d in found if not (isinstance(d, Device) and d.id.startswith(own))]:
+                raise PluginError(f"device ids {wrong} were given: give Device records with ids '{own}...'")
             return found
         except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
             stage = "target" if entry.backend is None else "devices"
