@@ -9,7 +9,7 @@ import attrs
 
 from .capability import Code, Refusal
 from .device_info import Device, Estimate, Fidelity, Quantity, Record
-from .errors import ContractError, MemoryLimitError, UnsupportedError
+from .errors import ContractError, MemoryLimitError, UnsupportedError, refuse
 from .request import AttentionRequest
 
 FORMAT = 2
@@ -49,12 +49,18 @@ class Policy:
         for name in ("allow_simulated", "transfer"):
             if type(value := getattr(self, name)) not in (bool, type(None)):
                 raise ContractError(f"{name}={value!r} was given: use True, False or None")
-        if self.objective is not None and self.objective not in OBJECTIVES:
-            raise ContractError(f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'")
-        if self.tiling is not None and not isinstance(getattr(self.tiling, "name", None), str):
-            raise ContractError(
-                f"tiling {self.tiling!r} was given: pass a TilingStrategy, which has a name and a plan()"
+        refuse(
+            (
+                self.objective is not None and self.objective not in OBJECTIVES,
+                f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'",
             )
+        )
+        refuse(
+            (
+                self.tiling is not None and not isinstance(getattr(self.tiling, "name", None), str),
+                f"tiling {self.tiling!r} was given: pass a TilingStrategy, which has a name and a plan()",
+            )
+        )
 
     @property
     def key(self) -> str:

@@ -12,6 +12,13 @@ class ContractError(HalError, ValueError, RuntimeError):
     """
 
 
+def refuse(*checks: tuple[bool, str]) -> None:
+    """Raise ContractError with the sentence of the first check, (what is wrong, sentence), that holds."""
+    for wrong, sentence in checks:
+        if wrong:
+            raise ContractError(sentence)
+
+
 class UnsupportedError(HalError, RuntimeError):
     """A well-formed request that no eligible device runs.
 

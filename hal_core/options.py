@@ -17,7 +17,7 @@ import attrs
 from .access import caller_var
 from .decision import NO_POLICY, Policy
 from .device_info import Device, Estimate, MeterRecord, Quantity
-from .errors import ContractError
+from .errors import ContractError, refuse
 from .registry import registry
 
 #: The overrides of `use` and `prefer` in force, merged; equal policies are one object, so caches hash an identity.
@@ -116,8 +116,12 @@ def _overrides(origin: str, names: tuple[str, ...], given: Mapping[str, Any]) ->
         raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(known)}")
     options = given.get("options")
     if options is not None:
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            raise ContractError(f"options={options!r} were given: pass a mapping of names to values")
+        refuse(
+            (
+                not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options),
+                f"options={options!r} were given: pass a mapping of names to values",
+            )
+        )
         given = {**given, "options": tuple(sorted(options.items()))}
     return Policy(origin, names, origin == "prefer", **given)
 
@@ -176,8 +180,12 @@ def configure(
     if backend is not None:
         registry.entry(backend)
     limits = dict(memory_limit) if isinstance(memory_limit, Mapping) else {"": memory_limit or 0}
-    if memory_limit is not None and any(type(limit) is not int or limit <= 0 for limit in limits.values()):
-        raise ContractError(f"memory_limit {memory_limit!r} was given: pass bytes, 1 or more")
+    refuse(
+        (
+            memory_limit is not None and any(type(limit) is not int or limit <= 0 for limit in limits.values()),
+            f"memory_limit {memory_limit!r} was given: pass bytes, 1 or more",
+        )
+    )
     for name in filter(None, limits):
         registry.entry(name)
     registry.memory_limits = {} if memory_limit is None else limits

@@ -9,7 +9,7 @@ import attrs
 from .capability import Capabilities, Code, Refusal, listing
 from .decision import FORMAT, Candidate, Decision, Policy, PolicyChoice, figure_text
 from .device_info import Basis, Device, Fidelity, Provenance, Quantity
-from .errors import ContractError, DeviceUnavailableError, PluginError
+from .errors import ContractError, DeviceUnavailableError, PluginError, refuse
 from .plans import BlockPlan
 from .plugins import failed
 from .registry import registry
@@ -66,8 +66,12 @@ def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabiliti
     """The request with what a tiling makes of it on a device: its block sizes, or its block plan."""
     if tiling is None or request.block_plan is not None:
         return request
-    if request.packed or request.page_size is not None:
-        raise ContractError(f"tiling {tiling.name!r} and packed or paged tables were given: use one of them")
+    refuse(
+        (
+            request.packed or request.page_size is not None,
+            f"tiling {tiling.name!r} and packed or paged tables were given: use one of them",
+        )
+    )
     if tiling.needs_content:  # fixes its sizes beforehand
         return replace(request, block_plan=(tiling.block_q, tiling.block_k, tiling.max_blocks))
     plan = tiling.plan(request, tiling_limits(capabilities))

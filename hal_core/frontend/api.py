@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from ..decision import Decision, Policy
-from ..errors import ContractError, DeviceUnavailableError
+from ..errors import ContractError, DeviceUnavailableError, refuse
 from ..options import meter_var
 from ..plans import BlockPlan
 from ..protocols import TilingStrategy
@@ -157,8 +157,12 @@ def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, .
     if not isinstance(mask, CausalBias):
         return mask, options
     given = validation.CallOptions(*options)
-    if given.is_causal or given.causal not in (None, Causal.NONE):
-        raise ContractError("a CausalBias as attn_mask and is_causal or causal were given: pass one of them")
+    refuse(
+        (
+            given.is_causal or given.causal not in (None, Causal.NONE),
+            "a CausalBias as attn_mask and is_causal or causal were given: pass one of them",
+        )
+    )
     upper = mask.variant == CausalVariant.UPPER_LEFT
     return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
 
@@ -175,8 +179,7 @@ def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 def draw_rng(rng: Any) -> tuple[int, int]:
     """The given (seed, offset), or a fresh pair from torch's default generator, so torch.manual_seed governs it."""
     if rng is None:
-        seed, offset = torch.randint(0, 2**62, (2,)).tolist()
-        return seed, offset
+        rng = torch.randint(0, 2**62, (2,)).tolist()
     if isinstance(rng, tuple | list) and len(rng) == 2 and all(isinstance(n, int) and 0 <= n < 1 << 63 for n in rng):
         return rng[0], rng[1]
     raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
@@ -259,10 +262,12 @@ def bind(
     request, policy = _described(query, key, value, attn_mask, keywords)
     if not request.packed and request.page_size is None:
         longest = (max_len_q or request.len_q, max_len_k or request.len_k)
-        if longest[0] < request.len_q or longest[1] < request.len_k:
-            raise ContractError(
-                f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k"
+        refuse(
+            (
+                longest[0] < request.len_q or longest[1] < request.len_k,
+                f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k",
             )
+        )
         request = replace(request, len_q=longest[0], len_k=longest[1])
     return _bound(dispatch.bind_request(request, policy))
 
@@ -330,12 +335,19 @@ def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, 
     this = validation.build_request(operands.Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)
-        if now != wanted and not (field == "last_dim_contiguous" and now):
-            raise ContractError(f"{field} {now} was given to a call bound for {wanted}: bind again")
-    if this.len_q > longest[0] or this.len_k > longest[1]:
-        raise ContractError(
-            f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: bind with max_len_q, max_len_k"
+        refuse(
+            (
+                now != wanted and not (field == "last_dim_contiguous" and now),
+                f"{field} {now} was given to a call bound for {wanted}: bind again",
+            )
         )
+    refuse(
+        (
+            this.len_q > longest[0] or this.len_k > longest[1],
+            f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: "
+            "bind with max_len_q, max_len_k",
+        )
+    )
     if not even or 0 in (this.len_q, this.len_k):
         policy = attrs.evolve(found.decision.policy, names=(found.decision.winner.device.id,), fall_through=False)
         _ = decide(replace(request, len_q=this.len_q, len_k=this.len_k), policy).winner

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..capability import Code
 from ..decision import Decision, Policy
-from ..errors import ContractError, PluginError
+from ..errors import PluginError, refuse
 from ..options import merged_policy, policy_var
 from ..registry import registry
 from ..request import AttentionRequest
@@ -94,8 +94,9 @@ def describe(
     operands: Operands, bits: int, options: tuple[Any, ...], overrides: Overrides
 ) -> tuple[AttentionRequest, Policy]:
     """The exact request of a call, and its policy over all levels. Arguments as for `find`."""
-    if overrides[-1] is not None and operands.plan is not None:
-        raise ContractError("tiling and block_plan were given: pass one of them")
+    refuse(
+        (overrides[-1] is not None and operands.plan is not None, "tiling and block_plan were given: pass one of them")
+    )
     request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits])
     if operands.tables is not None:
         check_tables(operands.tables, request, operands.query, operands.key)

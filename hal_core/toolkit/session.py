@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -63,11 +64,8 @@ def checked_buffer(buffer: Any, shape: Sequence[int], dtype: str) -> Any:
     """The buffer, if it has the shape and dtype that were asked for. Raises PluginError with both sizes."""
     given = getattr(buffer, "tensor", None)
     if given is None or tuple(given.shape) != tuple(shape) or str(given.dtype) != f"torch.{dtype}":
-        size = 1
-        for n in shape:
-            size *= n
         what = "nothing" if given is None else f"{list(given.shape)} of {given.dtype}, {given.nbytes:,} bytes"
-        asked = f"{list(shape)} of {dtype}, {size * DTYPE_BYTES[dtype]:,} bytes"
+        asked = f"{list(shape)} of {dtype}, {math.prod(shape) * DTYPE_BYTES[dtype]:,} bytes"
         raise PluginError(f"the memory manager gave {what} where {asked} were asked for: mend its allocate()")
     return buffer
 
