@@ -4,6 +4,7 @@ They are aliases in sys.modules, not files: a module `hal_core.memory` on disk w
 """
 
 import sys
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -26,8 +27,6 @@ _PLACES = {
 
 
 def warn(old: str, new: str) -> None:
-    import warnings
-
     warnings.warn(f"{old} has moved: use {new}", DeprecationWarning, stacklevel=3)
 
 

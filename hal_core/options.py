@@ -33,8 +33,7 @@ class _Mirror(threading.local):
     """What Dynamo guards on: it cannot trace a ContextVar. The attribute is per thread, the ContextVar the truth."""
 
     def __init__(self) -> None:
-        self.key = ""
-        self.names: tuple[str, ...] = ()
+        self.key, self.names = "", tuple[str, ...]()
 
 
 mirror = _Mirror()
@@ -114,8 +113,7 @@ def _overrides(origin: str, names: tuple[str, ...], given: Mapping[str, Any]) ->
     known = ("allow_simulated", "objective", "options", "tiling", "transfer")
     if unknown := sorted(set(given) - set(known)):
         raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(known)}")
-    options = given.get("options")
-    if options is not None:
+    if (options := given.get("options")) is not None:
         refuse(
             (
                 not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options),
@@ -135,9 +133,10 @@ class prefer(use):  # noqa: N801
     _origin = "prefer"
 
     def __init__(self, backends: Sequence[str], **overrides: Any) -> None:
-        if isinstance(backends, str) or not backends:
-            self._was_entered = True
-            raise ContractError(f"prefer({backends!r}) was given: pass a list of backend names")
+        self._was_entered = True
+        refuse(
+            (isinstance(backends, str) or not backends, f"prefer({backends!r}) was given: pass a list of backend names")
+        )
         super().__init__(None, **overrides)
         self.overrides = attrs.evolve(self.overrides, names=backends)
 
@@ -152,15 +151,13 @@ class caller(use):  # noqa: N801
         self.overrides = Policy(caller=str(name))
 
 
-class Settings:
-    """Process-wide settings; change them with `configure`."""
+class settings:  # noqa: N801
+    """Process-wide settings, its attributes; change them with `configure`."""
 
-    def __init__(self) -> None:
-        self.policy = NO_POLICY
-        self.name = ""  # the configured backend, a plain attribute for Dynamo to guard
+    policy = NO_POLICY
+    name = ""  # the configured backend, a plain attribute for Dynamo to guard
 
 
-settings = Settings()
 _DEFAULTS = Policy(objective="time", allow_simulated=False, options=())
 
 

@@ -47,7 +47,7 @@ class BoundAttention:
         capabilities = self.backend.capabilities(device)
         self.tiling: Any = decision.policy.tiling if request.block_plan is None else None
         self.request = request = cut_request(request, self.tiling, capabilities)
-        self._bounds, self._plans = tiling_limits(capabilities), dict[AttentionRequest, Any]()
+        self._bounds, self._kept_plan = tiling_limits(capabilities), lru_cache(_MOST_PLANS)(self._plan)
         self.expires = None if decision.seconds is None else monotonic() + decision.seconds
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
@@ -187,14 +187,13 @@ class BoundAttention:
         request = exact(self.request, query, key)
         if self.tiling.needs_content:
             return self.tiling.plan(request, self._bounds, query=query, key=key)  # type: ignore[no-any-return]
-        if (plan := self._plans.get(request)) is None:
-            plan = self.tiling.plan(request, self._bounds)
-            if isinstance(plan, TilePlan):
-                plan.check(self.tiling.name)
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            self._plans[request] = plan
-        return plan  # type: ignore[no-any-return]
+        return self._kept_plan(request)
+
+    def _plan(self, request: AttentionRequest) -> TilePlan | BlockPlan:
+        plan: TilePlan | BlockPlan = self.tiling.plan(request, self._bounds)
+        if isinstance(plan, TilePlan):
+            plan.check(self.tiling.name)
+        return plan
 
     def metered(self, meter: Meter, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ContractError, SelectionChangedError
+from ..errors import SelectionChangedError, refuse
 from ..options import by_key, meter_var, mirror, policy_var, settings
 from ..plans import BlockPlan
 from ..registry import registry
@@ -67,9 +67,8 @@ def in_graph(
     family = name.partition(":")[0]
     operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
     grads = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
-    seed = None if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
-    if seed is None and dropout_p > 0:
-        seed = torch.randint(0, 2**62, (2,), dtype=torch.int64)
+    drawn = torch.randint(0, 2**62, (2,), dtype=torch.int64) if rng is None and dropout_p > 0 else None
+    seed = drawn if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
     causal = causal.value if isinstance(causal, Causal) else causal
@@ -117,18 +116,15 @@ class _Call:
         self.operands = given._replace(mask=mask)
 
     def bound(self) -> BoundAttention:
-        with torch.no_grad():
-            found = find(self.operands, self.bits, self.options, self.overrides)
-            if found.needs_rng and self.rng is None:
-                if self.bits:
-                    name = found.decision.chosen
-                    raise ContractError(
-                        f"{name} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
-                    )
-                self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
+        found = find(self.operands, self.bits, self.options, self.overrides)
+        if found.needs_rng and self.rng is None:
+            why = f"{found.decision.chosen} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
+            refuse((bool(self.bits), why))
+            self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
 
 
+@torch.no_grad()
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(arguments)
     if call.expected is not None and policy_var.get().key != call.expected:
@@ -137,9 +133,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
             "backend= inside the compiled function, or enter hal.use() where it is called"
         )
     found = call.bound()
-    with torch.no_grad():
-        given, meter = (*call.operands, call.rng), meter_var.get()
-        result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
+    given, meter = (*call.operands, call.rng), meter_var.get()
+    result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
     out, query = result.contiguous(), call.operands.query
@@ -157,6 +152,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
 
 
+@torch.no_grad()
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
@@ -167,8 +163,7 @@ def _backward(
         found = call.bound()
     finally:
         policy_var.reset(token)
-    with torch.no_grad():
-        grads = found.backward(call.operands, out, lse, grad_out, grad_lse, call.rng)
+    grads = found.backward(call.operands, out, lse, grad_out, grad_lse, call.rng)
     return tuple(_gradient(grads[i], like, call.bits >> i & 1) for i, like in enumerate(arguments[:4]))
 
 
@@ -215,10 +210,9 @@ def define(name: str) -> None:
 
 
 def _define_all() -> None:
-    for entry in registry.entries():
-        define(entry.spec.name)
+    for name in (AUTOMATIC, *(entry.spec.name for entry in registry.entries())):
+        define(name)
 
 
-define(AUTOMATIC)
 _define_all()
 registry.on_change.append(_define_all)
