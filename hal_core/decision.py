@@ -53,13 +53,11 @@ class Policy:
             (
                 self.objective is not None and self.objective not in OBJECTIVES,
                 f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'",
-            )
-        )
-        refuse(
+            ),
             (
                 self.tiling is not None and not isinstance(getattr(self.tiling, "name", None), str),
                 f"tiling {self.tiling!r} was given: pass a TilingStrategy, which has a name and a plan()",
-            )
+            ),
         )
 
     @property

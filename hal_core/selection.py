@@ -169,8 +169,7 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
         others=tuple(device.id for device in left if not check_all(request, device)),
         seconds=0.0 if any(candidate.provisional for candidate in candidates) else seconds,
     )
-    for _ in registry.call_each("hal_decision", decision=decision):
-        pass
+    list(registry.call_each("hal_decision", decision=decision))
     return decision
 
 

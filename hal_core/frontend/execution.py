@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..decision import Decision
 from ..device_info import Fidelity
@@ -145,8 +146,7 @@ class BoundAttention:
         return result
 
     def _report(self, seconds: float) -> None:
-        for _ in registry.call_each("hal_call", decision=self.decision, seconds=seconds):
-            pass
+        list(registry.call_each("hal_call", decision=self.decision, seconds=seconds))
 
     def forward_run(self, *arguments: Any) -> Any:
         """The call without the core's autograd, with the log-sum-exp that an explicit backward needs."""
@@ -169,8 +169,8 @@ class BoundAttention:
 
     def _native_backward(self, operands: Operands, grad_out: Tensor, grad_lse: Tensor | None, rng: Any) -> Grads:
         """Gradients by running a differentiable forward again: what a compiled graph's backward does."""
-        wanted = [name in self.request.grads for name in GRADS]
-        leaves = [t if t is None else t.detach().requires_grad_(w) for t, w in zip(operands, wanted, strict=False)]
+        named, wanted = zip(GRADS, operands, strict=False), self.request.grads
+        leaves = [t if t is None else t.detach().requires_grad_(name in wanted) for name, t in named]
         with torch.enable_grad():
             result = self.forward_run(*leaves, operands.plan, operands.tables, rng)
         results = zip(result if isinstance(result, tuple) else (result,), (grad_out, grad_lse), strict=False)
@@ -197,7 +197,7 @@ class BoundAttention:
 
     def metered(self, meter: Meter, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter."""
-        synchronize = getattr(self.session, "synchronize", None) or (lambda: None)
+        synchronize = getattr(self.session, "synchronize", lambda: None)
         synchronize()
         start = perf_counter()
         result = run(*arguments)
@@ -226,12 +226,7 @@ def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionReq
 
 def moved_to(target: Any, value: Any) -> Any:
     """A tensor, or the tensors in a tuple, on another torch device; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(target)
-    if isinstance(value, tuple):
-        parts = (moved_to(target, part) for part in value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
+    return tree_map(lambda part: part.to(target) if isinstance(part, Tensor) else part, value)
 
 
 class ExplicitAttention(torch.autograd.Function):

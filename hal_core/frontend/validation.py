@@ -73,9 +73,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     shape = (batch, heads_q, len_q, len_k)
     if mask is not None:
         _check_mask(mask, shape, query, packed)
-        mask_batch, mask_heads = (1, 1, *mask.shape)[-4:-2]
-    else:
-        mask_batch = mask_heads = 1
+    mask_batch, mask_heads = (1, 1) if mask is None else (1, 1, *mask.shape)[-4:-2]
     if plan is not None:
         _check_plan(plan, shape, query)
     kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE

@@ -76,7 +76,10 @@ class PooledMemory:
             self._allocations, self._in_use = self._allocations + 1, self._in_use + size
             self._peak = max(self._peak, self._in_use)
         if block.form != form:
-            block.view, block.form = _typed(block.view, *form), form
+            import torch
+
+            empty: Any = torch.empty(0, dtype=getattr(torch, dtype), device=block.view.device)
+            block.view, block.form = empty.set_(block.view.untyped_storage(), 0, form[0]), form
         return Buffer(block.view.detach(), self, size, block, form)
 
     def free(self, buffer: Buffer) -> None:
@@ -99,16 +102,13 @@ class PooledMemory:
             return Buffer(tensor.detach(), self, 0)
         buffer = self.allocate(tensor.shape, str(tensor.dtype).removeprefix("torch."))
         buffer.tensor.copy_(tensor)
-        self.count_copy(buffer.nbytes)
+        with self._lock:
+            self._copies, self._copied = self._copies + 1, self._copied + buffer.nbytes
         return buffer
 
     def to_torch(self, buffer: Buffer) -> Tensor:
         """A tensor that shares the buffer's memory."""
         return buffer.tensor  # type: ignore[no-any-return]
-
-    def count_copy(self, nbytes: int) -> None:
-        with self._lock:
-            self._copies, self._copied = self._copies + 1, self._copied + nbytes
 
     def stats(self) -> MemoryStats:
         with self._lock:
@@ -125,11 +125,3 @@ class PooledMemory:
         given_back, self._pooled = self._pooled, 0
         self._free.clear()
         return given_back
-
-
-def _typed(memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """[shape] of dtype at the start of the tensor's storage."""
-    import torch
-
-    empty: Any = torch.empty(0, dtype=getattr(torch, dtype), device=memory.device)
-    return empty.set_(memory.untyped_storage(), 0, shape)
