@@ -1,5 +1,6 @@
 """Memory on a device: the buffer that travels by DLPack, and the counters of a memory manager."""
 
+import math
 from typing import Any, NamedTuple
 
 from .errors import ContractError
@@ -46,9 +47,7 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        from math import prod
-
-        return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
 
     @property
     def tensor(self) -> Any:

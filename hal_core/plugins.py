@@ -127,22 +127,21 @@ def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
     """The function's result, computed in a thread: one that hangs is left behind, and its exits are not the
     process's.
     """
-    outcome: list[Any] = []
+    error: list[BaseException] = [PluginError(f"{what} did not finish in {seconds:g} s")]
+    result: list[Any] = []
 
     def run() -> None:
         try:
-            outcome[:] = [function(), None]
-        except BaseException as error:
-            outcome[:] = [None, error]
+            result.append(function())
+        except BaseException as raised:
+            error[0] = raised
 
     thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()
     thread.join(seconds)
-    if not outcome:
-        raise PluginError(f"{what} did not finish in {seconds:g} s")
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    if not result:
+        raise error[0]
+    return result[0]
 
 
 def _list_of(kind: type, plugin: str, given: Any) -> list[Any]:
@@ -170,11 +169,11 @@ def _disabled_by(point: Any) -> str:
     HAL_PLUGINS lists what may load: "distribution:name", or "name" for the plugin of the distribution hal-NAME.
     HAL_DISABLE lists what may not: "distribution:name", or "name" for that plugin of any distribution.
     """
-    lists = {variable: os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")}
-    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in lists.values())
+    given = [os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")]
+    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in given)
     name = _normal(point.name)
     full = f"{_normal(point.dist.name) if point.dist else ''}:{name}"
-    if lists["HAL_PLUGINS"] is not None and full not in allowed and not (name in allowed and _is_known(point)):
+    if given[0] is not None and full not in allowed and not (name in allowed and _is_known(point)):
         return "HAL_PLUGINS"
     return "HAL_DISABLE" if full in denied or name in denied else ""
 
