@@ -172,9 +172,9 @@ class Registry:
         Raises:
             UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
         """
-        if found := self.present(name):
-            return found
-        raise DeviceUnavailableError(self.why_absent(self.entry(name), name))
+        if not (found := self.present(name)):
+            raise DeviceUnavailableError(self.why_absent(self.entry(name), name))
+        return found
 
     def entry(self, name: str) -> Entry:
         """The entry of a backend name or device id. Raises UnknownBackendError."""
@@ -210,10 +210,9 @@ class Registry:
 
     def backend_of(self, device: Device | str) -> AttentionBackend:
         entry = self.entry(device if isinstance(device, str) else device.id)
-        self.devices_of(entry)
-        if entry.backend is None:
+        if not self.devices_of(entry) and entry.backend is None:
             raise DeviceUnavailableError(self.why_absent(entry))
-        return entry.backend
+        return cast(AttentionBackend, entry.backend)
 
     def memory_limit(self, device_id: str) -> int | None:
         """The configured limit of a device in bytes; None for none."""

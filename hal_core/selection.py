@@ -175,14 +175,13 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
 
 def settled(request: AttentionRequest, policy: Policy, excluded: Excluded | None = None) -> Decision:
     """`decide`, and the chosen device opened: one that does not open is a refusal from then on."""
-    while True:
-        decision = decide(request, policy, excluded)
-        try:
-            if decision.chosen is not None:
-                registry.session(decision.chosen)
-            return decision
-        except DeviceUnavailableError:
-            continue
+    decision = decide(request, policy, excluded)
+    try:
+        if decision.chosen is not None:
+            registry.session(decision.chosen)
+        return decision
+    except DeviceUnavailableError:
+        return settled(request, policy, excluded)
 
 
 def _choose(
