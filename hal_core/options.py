@@ -237,8 +237,11 @@ class Meter:
 
 
 meter_var: ContextVar[Meter | None] = ContextVar("hal_meter", default=None)
-#: The innermost `meter` around the caller; None where nothing is metered.
-current_meter = meter_var.get
+
+
+def current_meter() -> Meter | None:
+    """The innermost `meter` around the caller; None where nothing is metered."""
+    return meter_var.get()
 
 
 @contextmanager

@@ -95,11 +95,12 @@ class Plugins:
                     self._manager.unregister(name=name)
                 plugin.failure = failed(name, distribution, stage, error)
 
+    def _implementations(self, hook: str) -> dict[str, Any]:
+        return {found.plugin_name: found for found in getattr(self._manager.hook, hook).get_hookimpls()}
+
     def call(self, plugin: str, hook: str, **arguments: Any) -> Any:
-        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            if implementation.plugin_name == plugin:
-                return implementation.function(*(arguments[name] for name in implementation.argnames))
-        return None
+        found = self._implementations(hook).get(plugin)
+        return found and found.function(*(arguments[name] for name in found.argnames))
 
     def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
@@ -114,7 +115,7 @@ class Plugins:
 
     def having(self, hook: str) -> list[str]:
         """The working plugins that implement a hook."""
-        implementing = [i.plugin_name for i in getattr(self._manager.hook, hook).get_hookimpls()]
+        implementing = self._implementations(hook)
         return [name for name, plugin in self.by_name.items() if plugin.failure is None and name in implementing]
 
     def fail(self, name: str, hook: str, error: BaseException) -> None:
