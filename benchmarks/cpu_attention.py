@@ -27,7 +27,10 @@ from hal_core.testing.benchmark import host_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECTIONS = ("decode", "grid", "window", "softcap", "memory")
-NOTE = "Ratio: time of torch's scaled_dot_product_attention over the device's; the 95% interval is over the rounds of one run."
+NOTE = (
+    "Ratio: time of torch's scaled_dot_product_attention over the device's; "
+    "the 95% interval is over the rounds of one run."
+)
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
 Ratios are the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them
-and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.peers); the dispatch is held
-to torch's two, which it may choose. FlexAttention, compiled for each shape, has a section of its own.
+and, where installed, FlashAttention-4, FlashInfer and cuDNN's own frontend (see hal_cuda.benchmark); the dispatch is
+held to torch's two, which it may choose. FlexAttention, compiled for each shape, has a section of its own.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from hal_core.bench import Call, Ceilings, draw
-from hal_cuda import _nvml
+from hal_cuda.benchmark import Peers
 from hal_cuda.calibrate import on_path, read_bandwidth
+from hal_cuda.cost import shipped
 from hal_cuda.discovery import find
-from hal_cuda.peers import Peers
-from hal_cuda.rates import shipped
+from hal_cuda.runtime import nvml
 from record import FOLDER, parser, publish
 from torch import Tensor
 
 import hal_core as hal
 from hal_core.registry import registry
 from hal_core.testing import BenchmarkRunner, reference, relative_error
+from hal_core.testing.bench_setup import Call, Ceilings
 
 DEVICE = "cuda:0"
 SECTIONS = ("forward", "ragged", "packed", "decode", "special", "host", "error", "flex")
@@ -169,6 +169,8 @@ def forward(bench: Bench, options: Any) -> None:
 
 def draw_rows(rows: list[Row], product: float) -> None:
     """docs/benchmarks/cuda_attention.png: rates over lengths, and the own kernels under the measured ceilings."""
+    from hal_cli.bench_picture import draw
+
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     roofline: dict[str, list[tuple[float, float]]] = {"full": [], "causal": []}
     for row in rows:
@@ -237,7 +239,9 @@ def packed(bench: Bench, options: Any) -> None:
             max_seqlen_k=longest,
         ).request
         calls: dict[str, Call] = {
-            "own": partial(_packed_out, bench.own(bench.forward_path, request), *given, hal.SequenceTables(ends, ends)),
+            "own": partial(
+                _packed_out, bench.own(bench.forward_path, request), *given, hal.SequenceMetadata(ends, ends)
+            ),
             **bench.peers.packed(*given, ends, longest, causal),
         }
         want = torch.cat(
@@ -323,7 +327,7 @@ def _paged_row(bench: Bench, ceiling: float) -> list[str]:
         table[s, :count] = order[start : start + count]
         start += count
     query, key, value = normal(64, 32, 1, 128), normal(total, 8, 16, 128), normal(total, 8, 16, 128)
-    tables = hal.SequenceTables(page_table=table.cuda(), cache_seqlens=held.cuda())
+    tables = hal.SequenceMetadata(page_table=table.cuda(), cache_seqlens=held.cuda())
     request = hal.explain(
         query,
         key,
@@ -514,7 +518,8 @@ def conditions(bench: Bench) -> list[str]:
 def board() -> str:
     """The GPU and its driver, and clock and power as they are now."""
     gpu = find().gpus[0]
-    return f"{gpu.name}, driver {_nvml.driver_version()}, SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run."
+    clock = f"SM clock {gpu.clock('sm')} MHz, {gpu.power():.0f} W after the run"
+    return f"{gpu.name}, driver {nvml.driver_version()}, {clock}."
 
 
 def main() -> None:

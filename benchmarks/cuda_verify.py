@@ -8,6 +8,7 @@ python benchmarks/cuda_verify.py --changed  no GPU: kernels whose source is not 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import sys
@@ -20,30 +21,44 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, BlockPlan, Causal, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, SequenceMetadata
 from hal_core.testing import relative_error
 
 if TYPE_CHECKING:
     from cuda_attention import Bench
 
 ROOT = Path(__file__).resolve().parent.parent / "plugins" / "cuda"
-_HOPPER = ("hopper", "pipeline", "softmax", "result", "narrow")
-#: Kernel and the files of hal_cuda/kernels whose text its check vouches for.
+_HOPPER = tuple(
+    f"hopper/{file}"
+    for file in ("forward", "producer", "consumer", "step", "pipeline", "softmax", "result", "config", "narrow")
+)
+_ATTEND = ("portable/attend", "portable/merge", "portable/dropout")
+#: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER,
     "hopper.forward_split": _HOPPER,
-    "hopper.forward_packed": (*_HOPPER, "tiles"),
-    "tiles.tile_table": ("tiles",),
-    "attend.attend": ("attend",),
-    "attend.merge": ("attend",),
-    "attend.keep_mask": ("attend",),
-    "plan.list_once": ("plan",),
+    "hopper.forward_packed": (*_HOPPER, "hopper/tile_table"),
+    "hopper.tile_table": ("hopper/tile_table",),
+    "portable.attend": _ATTEND,
+    "portable.merge": ("portable/merge",),
+    "portable.keep_mask": ("portable/dropout",),
+    "portable.list_once": ("portable/block_plans",),
 }
 
 
 def source_hash(files: tuple[str, ...]) -> str:
-    texts = ((ROOT / "hal_cuda" / "kernels" / f"{file}.py").read_bytes() for file in files)
-    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+    """A hash of what the files say to Python: their layout, comments and docstrings do not count."""
+    said = "\n".join(said_by((ROOT / "hal_cuda" / "kernels" / f"{file}.py").read_text("utf-8")) for file in files)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def said_by(source: str) -> str:
+    """The syntax tree of a source text without positions and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def changed() -> list[str]:
@@ -61,11 +76,11 @@ def measure() -> dict[str, float]:
 
     bench = Bench()
     checks: dict[str, Callable[[], float]] = {
-        "attend.attend": lambda: max(dense(bench, "portable", 4, 500, 1000), dense(bench, "portable", 4, 1, 8000)),
-        "attend.merge": lambda: dense(bench, "portable", 1, 4, 20000),
-        "attend.keep_mask": lambda: dropped(bench),
-        "plan.list_once": lambda: listed(bench),
-        "tiles.tile_table": lambda: tabled(bench),
+        "portable.attend": lambda: max(dense(bench, "portable", 4, 500, 1000), dense(bench, "portable", 4, 1, 8000)),
+        "portable.merge": lambda: dense(bench, "portable", 1, 4, 20000),
+        "portable.keep_mask": lambda: dropped(bench),
+        "portable.list_once": lambda: listed(bench),
+        "hopper.tile_table": lambda: tabled(bench),
     }
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
@@ -124,7 +139,7 @@ def packed(bench: Bench, dim: int) -> float:
     from cuda_attention import DEVICE, normal
 
     ends_q, ends_k = [0, 300, 1300, 1500], [0, 700, 1700, 2400]
-    tables = SequenceTables(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
+    tables = SequenceMetadata(*(torch.tensor(ends, dtype=torch.int32, device="cuda") for ends in (ends_q, ends_k)))
     request = AttentionRequest(
         batch=3,
         heads_q=8,
@@ -156,7 +171,7 @@ def packed(bench: Bench, dim: int) -> float:
 
 def dropped(bench: Bench) -> float:
     """Share of weights dropped, less the share asked for."""
-    from hal_cuda.dropout import dropout_pattern
+    from hal_cuda.kernels.portable.dropout import dropout_pattern
 
     keep = dropout_pattern(bench.chip, (2, 2, 1000, 1000), 0.25, (1, 2), "cuda")
     return abs(0.75 - float(keep.float().mean()))
@@ -164,27 +179,30 @@ def dropped(bench: Bench) -> float:
 
 def listed(bench: Bench) -> float:
     """Share of random plans' rows whose list is not that of the host."""
-    from hal_cuda.plans import listed_once
+    from hal_cuda.kernels.portable.block_plans import listed_once
+    from hal_cuda.memory import CudaMemory, borrowing
 
     indices = torch.randint(0, 40, (2, 3, 50, 200), dtype=torch.int32, device="cuda")
     counts = torch.randint(0, 201, (2, 3, 50), dtype=torch.int32, device="cuda")
-    once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip)
+    with borrowing(CudaMemory(0)) as borrow:
+        once = listed_once(BlockPlan(128, 128, indices, counts), bench.chip, borrow)
+        got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
     given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
-    got = [once.indices.view(-1, 200).tolist(), once.counts.view(-1).tolist()]
     wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
     return sum(wrong) / len(wrong)
 
 
 def tabled(bench: Bench) -> float:
     """Share of random sequences whose tiles are not in the table as the host lists them."""
-    from hal_cuda.kernels.tiles import tile_table
-    from hal_cuda.packed import TABLE_SIGNATURE
+    from hal_cuda.kernels.hopper.packed import TABLE_SIGNATURE
+    from hal_cuda.kernels.hopper.tile_table import tile_table
+    from hal_cuda.runtime.launch import launcher
 
     lengths = torch.randint(0, 700, (200,)).tolist()
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
     most = sum(lengths) // 128 + len(lengths)
     table = torch.empty(8 + 8 * most, dtype=torch.int32, device="cuda")
-    run = bench.chip.launcher(tile_table, TABLE_SIGNATURE, {"ROWS": 128, "BLOCK": 128}, num_warps=4)
+    run = launcher(bench.chip, tile_table, TABLE_SIGNATURE, {"ROWS": 128, "BLOCK": 128}, num_warps=4)
     run((len(lengths), 1, 1), (table, ends, ends), [len(lengths), sum(lengths), sum(lengths), most, 16, 132])
     got: dict[int, list[int]] = {}
     for row, first, _, length, _, *_ in table[8:].view(-1, 8)[: int(table[0])].tolist():

@@ -9,9 +9,9 @@ from __future__ import annotations
 from time import perf_counter
 
 import record
-from hal_kpu.attention_baseline import compare
-from hal_kpu.energy import energy
-from hal_kpu.profile import load
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.attention.baseline import compare
+from hal_kpu.simulator.energy import energy
 
 from hal_core import AttentionRequest, Causal
 
@@ -61,9 +61,10 @@ def main() -> None:
         "simulated in s",
     ]
     notes = [
-        "Batch 1, 8 heads of 64. Simulated from profiles whose figures are at worst assumed; energies are not calibrated.",
-        "The unfused baseline computes all pairs, also hidden ones; its softmax runs on the vector units of all arrays of the",
-        "machine, the fused program's on those of the arrays that multiply its dtype.",
+        "Batch 1, 8 heads of 64. Simulated from profiles whose figures are at worst assumed; energies are not "
+        "calibrated.",
+        "The unfused baseline computes all pairs, also hidden ones; its softmax runs on the vector units of all arrays "
+        "of the machine, the fused program's on those of the arrays that multiply its dtype.",
     ]
     record.publish(options, "kpu_attention", "Attention on simulated KPUs", columns, rows, notes)
 

@@ -40,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [measured(name) for name in given.only or TRANSFORMERS]
     notes = [
-        "Errors are norms relative to eager float32. A gradient that is zero but for rounding, as a key's bias has, is set "
-        "against a ten-thousandth of the norm of all gradients. Cycles are simulated "
+        "Errors are norms relative to eager float32. A gradient that is zero but for rounding, as a key's bias has, is "
+        "compared with a ten-thousandth of the norm of all gradients. Cycles are simulated "
         "(transactional, t64, one operation after the other).",
     ]
     publish(given, "kpu_coverage", "Models on the KPU", COLUMNS, rows, notes, section="Models")

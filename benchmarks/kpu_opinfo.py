@@ -72,7 +72,7 @@ def main() -> None:
 
 def attempt(op: Any) -> Outcome | None:
     """Compile and run the first float32 sample; None where there is none, or where eager does not run it."""
-    from hal_kpu.coverage import measure
+    from hal_kpu.frontend.fx.coverage import measure
 
     name = op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
     try:

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import record
 from hal_kpu import CYCLE_ACCURATE, TRANSACTIONAL, simulate_gemm
-from hal_kpu.array import DATAFLOWS, multiply
-from hal_kpu.averaged_dram import group_cost
-from hal_kpu.cycle_accurate import run_cycle_accurate
-from hal_kpu.gemm import machine
-from hal_kpu.lowering import lower_product
-from hal_kpu.movement import Opcode
-from hal_kpu.product import Product
-from hal_kpu.transactional import run_transactional
+from hal_kpu.simulator.array import DATAFLOWS, multiply
+from hal_kpu.simulator.cycle_accurate import run_cycle_accurate
+from hal_kpu.simulator.dram.averaged import group_cost
+from hal_kpu.simulator.movement import Opcode
+from hal_kpu.simulator.products.gemm import machine
+from hal_kpu.simulator.products.lowering import lower_product
+from hal_kpu.simulator.products.product import Product
+from hal_kpu.simulator.transactional import run_transactional
 
 SIZE, ROUNDS, CASES = 512, 3, 200
 
@@ -156,7 +156,8 @@ def main() -> None:
     rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
     notes = [
         "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not calibrated.",
-        "The whole run of CYCLE_ACCURATE holds the choice of the schedule, every DRAM page visit, and the PEs with values.",
+        "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs with "
+        "values.",
     ]
     record.publish(
         options, "kpu", "Simulators of the KPU", ["what", "measured", "bar"], rows, notes, section="Simulators"

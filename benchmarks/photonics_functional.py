@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import record
 import torch
-from hal_photonics import yardsticks
-from hal_photonics.blockfloat import Converters, product
+from hal_photonics.simulator import published_simulators
+from hal_photonics.simulator.blockfloat import product
+from hal_photonics.simulator.converters import Converters
 
 SIZE, ROUNDS = 1024, 15
 CHIP = Converters(10, 7, 11, 1.86, 128)
@@ -34,7 +35,7 @@ def contestants() -> dict[str, Callable[[], object]]:
         from aihwkit.nn import AnalogLinearMapped
         from aihwkit.simulator.parameters.enums import NoiseManagementType
 
-        config = yardsticks.aihwkit_configuration(CHIP, CHIP.inputs)
+        config = published_simulators.aihwkit_configuration(CHIP, CHIP.inputs)
         config.forward.noise_management = NoiseManagementType.ABS_MAX
         config.mapping.max_input_size = config.mapping.max_output_size = CHIP.inputs
         layer = AnalogLinearMapped(SIZE, SIZE, bias=False, rpu_config=config)
@@ -69,8 +70,8 @@ def equal_codes() -> list[str]:
     ours = (product(x[None], w[None], CHIP)[0][0] / (CHIP.lsb(128) / CHIP.gain)).round()
     said = []
     for name, module, codes in (
-        ("aihwkit", "aihwkit", yardsticks.aihwkit_codes),
-        ("CrossSim", "simulator", yardsticks.crosssim_codes),
+        ("aihwkit", "aihwkit", published_simulators.aihwkit_codes),
+        ("CrossSim", "simulator", published_simulators.crosssim_codes),
     ):
         if importlib.util.find_spec(module) is None:
             said.append(f"{name} is not installed here: not compared.")

@@ -16,8 +16,8 @@ from typing import Any
 import hal_nn.huggingface as bridge
 import record
 import torch
-from hal_nn.compare import models, texts
-from hal_nn.compare.lanes import LinearOnDevice
+from hal_compare import models, texts
+from hal_compare.lanes import LinearOnDevice
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,8 +84,8 @@ def main() -> None:
         "origin",
     ]
     notes = [
-        "Simulated. Modelled time and energy: of what ran on the chip, transfers included; the host's energy is not known.",
-        f"{len(listed)} sentences of examples/demo, nearest neighbours among them, against float64. Noise: torch seed 0.",
+        "Simulated. Modelled time and energy: of what ran on the chip, with transfers; the host's energy is not known.",
+        f"{len(listed)} sentences of examples/demo, neighbours among them, against float64. Noise: torch seed 0.",
     ]
     record.publish(options, "photonics_minilm", "MiniLM on photonic devices", columns, rows, notes)
 

@@ -9,7 +9,7 @@ The record says for each device from which length it would be better, or that it
 from __future__ import annotations
 
 import record
-from hal_photonics.sweep import draw, profile_named, sweep
+from hal_photonics.benchmark import draw, profile_named, sweep
 
 import hal_core as hal
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hal_cli.output import show_table
+
 from hal_core import Table
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from hal_vulkan import recorder
+from hal_vulkan.runtime import open_device
 from record import parser, publish
 
 import hal_core as hal
@@ -88,7 +88,7 @@ def both_ways(session: Any, calls: int, setting: str, cases: Sequence[tuple[int,
     """Whole calls with large tensors copied at once, and the other way, interleaved: `setting` says from which size
     on.
     """
-    table, usual = [], getattr(recorder, setting)
+    table, usual = [], getattr(open_device, setting)
     for heads, heads_kv, len_q, len_k, dim in cases:
         query = torch.randn(1, heads, len_q, dim).to(getattr(torch, dtype))
         key, value = (torch.randn(1, heads_kv, len_k, dim).to(query.dtype) for _ in range(2))
@@ -106,17 +106,17 @@ def both_ways(session: Any, calls: int, setting: str, cases: Sequence[tuple[int,
         )
         found: dict[int, list[tuple[float, int]]] = {1 << 62: [], usual: []}
         for size in found:  # allocate, and wake what sleeps
-            setattr(recorder, setting, size)
+            setattr(open_device, setting, size)
             bound(query, key, value)
             session.recorder.forget()
         for _ in range(calls):
             for size, times in found.items():
-                setattr(recorder, setting, size)
+                setattr(open_device, setting, size)
                 before, start = session.memory.stats().copied, time.perf_counter()
                 bound(query, key, value)
                 times.append((time.perf_counter() - start, session.memory.stats().copied - before))
                 session.recorder.forget()  # a recording made one way is not run the other way
-        setattr(recorder, setting, usual)
+        setattr(open_device, setting, usual)
         copied, other = (statistics.median(seconds for seconds, _ in times) * 1e3 for times in found.values())
         mib = [f"{times[0][1] / 2**20:.1f}" for times in found.values()]
         name = f"B1 H{heads}/{heads_kv} {len_q}x{len_k} D{dim} {dtype}"
@@ -135,10 +135,10 @@ def main() -> None:
         return
     columns = ["B1 H8 128x128 D64 float16", "whole us", "device us", "host us"]
     note = (
-        f"Driver: {device.driver}. Medians of {chosen.calls} calls. Whole: from the call to its return. Device: all recorded "
-        "commands by the device's clock, transfers included. Host: the difference, call by call. Calls with tensors on CUDA "
-        "return before the device is done: all of their time is the host's. To synchronise is to wait for the turns of both "
-        "interfaces on the card."
+        f"Driver: {device.driver}. Medians of {chosen.calls} calls. Whole: from the call to its return. Device: all "
+        "recorded commands by the device's clock, transfers included. Host: the difference, call by call. Calls with "
+        "tensors on CUDA return before the device is done: all of their time is the host's. To synchronise is to wait "
+        "for the turns of both interfaces on the card."
     )
     session: Any = hal.session(device.id)
     publish(

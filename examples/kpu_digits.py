@@ -92,9 +92,8 @@ def main() -> None:
         coverage = hal_kpu.get_last_stats()
         accuracy = float((compiled == labels).float().mean())
         print(f"{name}: {accuracy:.2%} right on the KPU; predictions equal to eager's: {torch.equal(compiled, eager)}")
-        print(
-            f"  {coverage.kpu_nodes} of {coverage.nodes} operators, {coverage.kpu_macs:,} of {coverage.macs:,} MACs on the KPU"
-        )
+        operators = f"{coverage.kpu_nodes} of {coverage.nodes} operators"
+        print(f"  {operators}, {coverage.kpu_macs:,} of {coverage.macs:,} MACs on the KPU")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ _PLACES = {
     "bench": "testing.bench_setup hal_cli.bench hal_cli.bench_picture",
     "capabilities": "capability",
     "cli": "hal_cli.command_line",
+    "console": "hal_cli.console",
     "context": "options",
     "contract": "frontend.validation",
     "device": "device_info",

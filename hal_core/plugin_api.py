@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from . import *  # noqa: F403
     from .calibration import calibrate as calibrate, write_whole as write_whole
     from .capability import listing as listing
-    from .console import progress as progress, show_table as show_table
     from .frontend.execution import moved_to as moved_to
     from .frontend.validation import check_tables as check_tables
     from .options import merged_policy as merged_policy, meter_var as meter_var
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "calibration": "calibrate write_whole",
     "capability": "listing",
-    "console": "progress show_table",
     "frontend.execution": "moved_to",
     "frontend.validation": "check_tables",
     "options": "merged_policy meter_var",

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .benchmark import BenchmarkResult, BenchmarkRunner, Comparison
-    from .cases import Case, Inputs, claimed_cases, unclaimed_cases
+    from .cases import Case, Inputs
     from .conformance import CHECKS, CheckResult, Report, check_backend
+    from .corners import claimed_cases, unclaimed_cases
     from .reference import reference, reference_gradients, relative_error, request_of
     from .suite import ConformanceSuite
 
 _PARTS = {
     "benchmark": ("BenchmarkResult", "BenchmarkRunner", "Comparison"),
-    "cases": ("Case", "Inputs", "claimed_cases", "unclaimed_cases"),
+    "cases": ("Case", "Inputs"),
     "conformance": ("CHECKS", "CheckResult", "Report", "check_backend"),
+    "corners": ("claimed_cases", "unclaimed_cases"),
     "reference": ("reference", "reference_gradients", "relative_error", "request_of"),
     "suite": ("ConformanceSuite",),
 }

@@ -1,7 +1,8 @@
-"""How a device behaves from call to call: threads, memory, reuse, tiles, partial results.
+"""How a device behaves from call to call: reuse, threads, repetition, partial results, closing, leaks.
 
-RESIDENT_SLACK: bytes that resident memory may grow in the leak check, whatever the calls return.
-READABLE: DLPack's numbers for CPU and CUDA, the memory that torch reads.
+SWITCH_INTERVAL: seconds after which Python changes threads in the thread check, so that state which threads share is
+overwritten in the middle of a call. RESIDENT_SLACK: bytes that resident memory may grow in the leak check, whatever
+the calls return.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from .. import BlockPlan, ContractError, MemoryLimitError, TilePlan, UnsupportedError, bind, merge_partials
-from ..request import DTYPE_BYTES, AttentionRequest, Causal, Grads, MaskKind
+from .. import UnsupportedError, bind, merge_partials
+from ..request import Causal, Grads, MaskKind
 from .cases import QKV, Case, Inputs
-from .reference import reference, relative_error, request_of
-from .subject import PATHS, Failure, Measure, Outcome, Skip, Subject
+from .comparisons import explained_share, right, same
+from .findings import Failure, Measure, Skip, bounded, pairs
+from .reference import relative_error, request_of
+from .subject import PATHS, Subject
 
-THREADS, ROUNDS, RESIDENT_SLACK, READABLE = 8, 4, 24 << 20, (1, 2)
+THREADS, ROUNDS, SWITCH_INTERVAL, RESIDENT_SLACK = 8, 4, 1e-6, 24 << 20
 _MASKED: tuple[dict[str, Any], ...] = ({"mask": MaskKind.ADDITIVE}, {"mask": MaskKind.BOOLEAN})
 _CAUSAL: dict[str, Any] = {"causal": Causal.TOP_LEFT}
 _GROUPED: dict[str, Any] = {"heads_q": 4, "heads_kv": 2}
@@ -62,7 +66,7 @@ def prepared_reuse(s: Subject) -> Measure:
         out = s.session.compute_attention(call, rng=s.rng(case.request), **options).out
         if "out" in options and out.data_ptr() != room.data_ptr():
             raise Failure("with out=: the result is in another tensor than the given one")
-        worst = s.worse(worst, _right(s, about, case, inputs._replace(query=query), out))
+        worst = s.worse(worst, right(s, about, case, inputs._replace(query=query), out))
     return worst
 
 
@@ -79,8 +83,29 @@ def stale_keys(s: Subject) -> Measure:
             inputs.key.copy_(fresh.key)
             inputs.value.copy_(fresh.value)
             out = call(*inputs[:3], rng=s.rng(case.request)) if call else s.run(path, case, inputs).out
-            worst = s.worse(worst, _right(s, f"{change}, by {path}", case, inputs, out))
+            worst = s.worse(worst, right(s, f"{change}, by {path}", case, inputs, out))
+        for name in ("value", "key"):  # the key changes last: it matters because its value now stands out
+            stale = s.want(case, inputs._replace(**{name: getattr(inputs, name).clone()})).out
+            getattr(inputs, name)[-1, -1, -1, -1] += 200
+            out = call(*inputs[:3], rng=s.rng(case.request)) if call else s.run(path, case, inputs).out
+            if not explained_share(out, s.want(case, inputs).out, stale) >= 0.5:
+                raise Failure(f"{case}, by {path}: one late element of {name} was changed in place, and not read anew")
     return worst
+
+
+def results_stay(s: Subject) -> Measure:
+    """A result that is kept does not change while later calls run, and shares no memory with theirs."""
+    for case, path in itertools.product((s.probe({"lse": True}), s.probe(*_MASKED, _GROUPED, _GRADS)), PATHS):
+        kept = s.run(path, case, case.draw(s.seed))
+        copies = [x.clone() for x, _ in pairs(kept, kept)]
+        for n in (1, 2):
+            later = s.run(path, case, case.draw(s.seed + n), n)
+            for (x, y), copy in zip(pairs(kept, later), copies, strict=True):
+                if not torch.equal(x, copy):
+                    raise Failure(f"{case}, by {path}: a result that was kept changed while another call ran")
+                if x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() != 0:
+                    raise Failure(f"{case}, by {path}: two results that are both kept lie in the same memory")
+    return Measure()
 
 
 def huge_strides(s: Subject) -> Measure:
@@ -125,10 +150,20 @@ def threads(s: Subject) -> Measure:
     def one(number: int) -> Measure:
         barrier.wait()
         pairs = list(zip(work[number], alone[number], strict=True)) * ROUNDS
-        return s.worse(*(_same(s, f"by {call[0]} in 8 threads", call[1], s.run(*call), want) for call, want in pairs))
+        return s.worse(*(same(s, f"by {call[0]} in 8 threads", call[1], s.run(*call), want) for call, want in pairs))
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with _switching_often(), ThreadPoolExecutor(THREADS) as pool:
         return s.worse(*pool.map(one, range(THREADS)))
+
+
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def repeats(s: Subject) -> Measure:
@@ -141,73 +176,16 @@ def repeats(s: Subject) -> Measure:
     ):
         inputs, r = case.draw(s.seed), case.request
         first, *again = (s.run(path, case, inputs) for _ in range(4))
-        if r.deterministic and not all(torch.equal(a, b) for each in again for a, b in _pairs(each, first)):
+        if r.deterministic and not all(torch.equal(a, b) for each in again for a, b in pairs(each, first)):
             raise Failure(f"{case}, by {path}: equal calls differ, and determinism is claimed")
-        worst = s.worse(worst, *(_same(s, f"by {path}, repeated", case, each, first) for each in again))
+        worst = s.worse(worst, *(same(s, f"by {path}, repeated", case, each, first) for each in again))
         if s.rng(r) is not None and torch.equal(first.out, s.run(path, case, inputs, 1).out):
             raise Failure(f"{case}, by {path}: another offset gave the same result: rng is ignored")
     return worst
 
 
-def tiles(s: Subject) -> Measure:
-    """Tile plans cover every visible pair once, call nothing hidden full, and keep the given limits."""
-    tiling, found = s.session.tiling, 0
-    limits: tuple[dict[str, int], ...] = ({}, {"available_memory": 1 << 16}, {"block_q": 16, "block_k": 24})
-    for causal, window, lengths, limit in itertools.product(Causal, (None, (9, 4)), s.corners.lengths(), limits):
-        case = s.corners.case("tiles", {"causal": causal, "window": window, **lengths})
-        if not s.accepts(case.request) or 0 in lengths.values():
-            continue
-        content = dict(zip(("query", "key"), case.draw(s.seed)[:2], strict=True)) if tiling.needs_content else {}
-        plan = tiling.plan(case.request, limit, **content)
-        r, blocks = case.request, isinstance(plan, BlockPlan)
-        if wrong := _wrong_blocks(plan, r) if blocks else _wrong_tiles(plan, r, limit):
-            raise Failure(f"{case} with limits {limit}: {wrong}")
-        found += 1
-    tensor = s.probe().draw(s.seed).key
-    for size in (1, 16, tensor.shape[2] + 1):
-        parts = tiling.split_into_tiles(tensor, size)
-        if any(part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() for part in parts):
-            raise Failure(f"split_into_tiles({size}) copied: views are wanted")
-        if not torch.equal(torch.cat(parts, 2), tensor) or any(part.shape[2] > size for part in parts):
-            raise Failure(f"split_into_tiles({size}) of {list(tensor.shape)} lost or repeated tokens")
-    return Measure(detail=f"{found} plans")
-
-
-def _wrong_blocks(plan: BlockPlan, request: AttentionRequest) -> str:
-    listed = torch.arange(plan.indices.shape[-1]) < plan.counts.cpu().unsqueeze(-1)
-    entries = plan.indices.cpu().masked_fill(~listed, -1).sort(-1).values
-    twice = (entries.diff() == 0) & (entries[..., 1:] >= 0)
-    return (
-        "a block lies outside, or is listed twice"
-        if (entries * plan.block_k >= request.len_k).any() or twice.any()
-        else ""
-    )
-
-
-def _wrong_tiles(plan: TilePlan, request: AttentionRequest, limit: dict[str, int]) -> str:
-    times = torch.zeros(request.len_q, request.len_k, dtype=torch.int32)
-    query, key = (torch.zeros(1, 1, n, 1) for n in times.shape)
-    options: dict[str, Any] = {"causal": request.causal, "window": request.window}
-    visible = reference(query, key, torch.eye(request.len_k)[None, None], **options).out[0, 0] > 0
-    most_q, most_k = limit.get("block_q", plan.block_q), limit.get("block_k", plan.block_k)
-    for tile in plan.tiles():
-        rows, columns = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
-        inside = min(tile.q_start, tile.k_start) >= 0 and tile.q_stop <= request.len_q and tile.k_stop <= request.len_k
-        if not (inside and 0 < rows <= most_q and 0 < columns <= most_k):
-            return f"{tile} is empty, larger than its blocks, or reaches outside"
-        size = (rows * request.dim_qk + columns * (request.dim_qk + request.dim_v)) * DTYPE_BYTES[request.dtype]
-        if size > limit.get("available_memory", size):
-            return f"the operands of {tile} take {size:,} bytes"
-        place = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-        if tile.full and not visible[place].all():
-            return f"{tile} is called full, and part of it is hidden"
-        times[place] += 1
-    wrong = bool((times[visible] != 1).any() or (times > 1).any())
-    return f"visible pairs lie in {sorted(set(times[visible].tolist()))} tiles, 1 is wanted" if wrong else ""
-
-
 def merges(s: Subject) -> Measure:
-    """Parts of the keys, one of them fully_masked, merge into the whole by their log-sum-exp; backward takes the
+    """Parts of the keys, one of them fully masked, merge into the whole by their log-sum-exp; backward takes the
     whole's.
     """
     case = s.probe({"lse": True}, {"mask": MaskKind.BOOLEAN}, _GROUPED)
@@ -230,9 +208,9 @@ def merges(s: Subject) -> Measure:
     numerics, want = s.capabilities.numerics[case.request.dtype], s.want(case, inputs)
     about = f"merged from {len(parts)} parts of the keys"
     # A part's rounding and the merge's come on top of each other: twice the bound.
-    worst = _bounded(f"{case}, {about}: out", relative_error(out, want.out), 2 * numerics.relative)
+    worst = bounded(f"{case}, {about}: out", relative_error(out, want.out), 2 * numerics.relative)
     assert want.lse is not None
-    worst = s.worse(worst, _bounded(f"{case}, {about}: log-sum-exp", relative_error(lse, want.lse), 2 * numerics.lse))
+    worst = s.worse(worst, bounded(f"{case}, {about}: log-sum-exp", relative_error(lse, want.lse), 2 * numerics.lse))
     case = attrs.evolve(case, request=replace(case.request, grads=QKV))
     return s.worse(worst, _backward_of_parts(s, case, inputs, parts, out, lse)) if s.accepts(case.request) else worst
 
@@ -257,36 +235,7 @@ def _backward_of_parts(
         2 * (s.capabilities.numerics[case.request.dtype].gradient or 0),
     )
     pairs = zip(Grads._fields, grads, want, strict=False)
-    return s.worse(*(_bounded(f"gradient of {name} {about}", relative_error(x, w), bound) for name, x, w in pairs))
-
-
-def dlpack(s: Subject) -> Measure:
-    """Buffers share memory by DLPack, outlive their release while somebody reads them, and limits are kept."""
-    memory, tensor = s.session.memory, s.probe().draw(s.seed).key
-    before, buffer = memory.stats(), memory.to_backend(tensor)
-    back = memory.to_torch(buffer)
-    shared, copies = back.data_ptr() == tensor.data_ptr(), memory.stats().copies - before.copies
-    if not torch.equal(back.to(tensor.device), tensor) or shared == (copies > 0):
-        raise Failure(f"to_backend {'shares' if shared else 'copied'} the memory, and stats() counts {copies} copies")
-    memory.free(buffer)
-    buffer, again = (memory.allocate((64, 64), "float32") for _ in range(2))
-    if int(buffer.__dlpack_device__()[0]) in READABLE:
-        consumer = torch.from_dlpack(buffer).fill_(7)  # type: ignore[attr-defined]
-        if not bool((memory.to_torch(buffer) == 7).all()):
-            raise Failure("DLPack gave a copy: a consumer's writes do not reach the buffer")
-        memory.free(buffer)
-        buffer = memory.allocate((64, 64), "float32")
-        memory.to_torch(buffer).fill_(1)
-        if not bool((consumer == 7).all()):
-            raise Failure("a freed buffer's memory was handed out again while a DLPack consumer still read it")
-    memory.free(buffer)
-    memory.free(again)
-    if (held := memory.stats().in_use) != before.in_use:
-        raise Failure(f"after everything was freed {held:,} bytes are in use, {before.in_use:,} before")
-    _expect(ContractError, "freeing a buffer twice", lambda: memory.free(again))
-    if (limit := memory.stats().limit) is not None:
-        _expect(MemoryLimitError, "allocating past the limit", lambda: memory.allocate((limit + 1,), "float32"))
-    return Measure(detail="zero-copy" if shared else "tensors are copied, and counted")
+    return s.worse(*(bounded(f"gradient of {name} {about}", relative_error(x, w), bound) for name, x, w in pairs))
 
 
 def reopen(s: Subject) -> Measure:
@@ -300,8 +249,8 @@ def reopen(s: Subject) -> Measure:
         session.close()
         if not torch.equal(found.out, copy):
             raise Failure("a result changed when its session was closed")
-        worst = s.worse(worst, _same(s, "by a session opened again", case, found, first))
-    return s.worse(worst, _same(s, "by a session left open", case, s.by_session(case, inputs, session=other), first))
+        worst = s.worse(worst, same(s, "by a session opened again", case, found, first))
+    return s.worse(worst, same(s, "by a session left open", case, s.by_session(case, inputs, session=other), first))
 
 
 def leaks(s: Subject) -> Measure:
@@ -329,33 +278,3 @@ def _held(s: Subject) -> tuple[int, int, int]:
     tensors, status = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()), Path("/proc/self/statm")
     resident = int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
     return s.session.memory.stats().in_use, tensors, resident
-
-
-def _right(s: Subject, about: str, case: Case, inputs: Inputs, out: Tensor) -> Measure:
-    """Hold one output to the reference; a noisy device's single draw may lie a little outside."""
-    numerics = s.capabilities.numerics[case.request.dtype]
-    error = relative_error(out, s.want(case, inputs).out)
-    return _bounded(f"{case}, {about}: out", error, numerics.relative * (2 if numerics.noisy else 1))
-
-
-def _same(s: Subject, about: str, case: Case, got: Outcome, want: Outcome) -> Measure:
-    """Hold a result to the same call's earlier one: the order of sums may differ, nothing else."""
-    bound = max(1e-5, torch.finfo(got.out.dtype).eps)
-    return _bounded(f"{case}, {about}: the result", max(relative_error(a, b) for a, b in _pairs(got, want)), bound)
-
-
-def _bounded(about: str, error: float, bound: float) -> Measure:
-    if not error <= bound:
-        raise Failure(f"{about} is off by {error:.2g}, {bound:.2g} allowed", error, bound)
-    return Measure(error, bound)
-
-
-def _pairs(a: Outcome, b: Outcome) -> Iterator[tuple[Tensor, Tensor]]:
-    both = zip((a.out, a.lse, *a.grads), (b.out, b.lse, *b.grads), strict=True)
-    return ((x, y) for x, y in both if x is not None and y is not None)
-
-
-def _expect(kind: type[Exception], about: str, call: Any) -> None:
-    with suppress(kind):
-        call()
-        raise Failure(f"{about} did not raise {kind.__name__}")

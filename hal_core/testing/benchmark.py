@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import ctypes
 import importlib
+import itertools
 import json
 import math
 import random
@@ -248,3 +249,27 @@ def host_peak(fn: Call) -> tuple[float | None, str]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     fn()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6, "resident set, high-water mark"
+
+
+def allocator_peak(fn: Call, device: str = "cpu") -> int:
+    """The most bytes that one call holds at once beyond what was held before, counted by torch's allocator.
+
+    On the CPU the events of torch.profiler are summed; on CUDA it is torch.cuda.max_memory_allocated. Memory that does
+    not come from torch's allocator is not seen.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if device.partition(":")[0] == "cuda":
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - held)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        fn()
+    results: Any = profiled.profiler
+    events = [(e.start_ns(), e.nbytes()) for e in results.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event[0])
+    return int(max([0, *itertools.accumulate(nbytes for _, nbytes in events)]))

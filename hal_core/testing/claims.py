@@ -1,4 +1,4 @@
-"""Both sides of a device's claims: what it claims works, what it does not claim is refused.
+"""Both sides of a device's claims: what is claimed works, and everything else is refused.
 
 What each subject's check promises:
     dtypes: every claimed dtype and head size is within its numerics. lengths: so are ragged, short, long and empty
@@ -20,14 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from ..capability import Code, Range
 from ..errors import UnsupportedError
-from .cases import SUBJECT_OF, Case, unclaimed_cases
-from .subject import Failure, Measure, Skip, Subject
+from .cases import Case
+from .corners import SUBJECT_OF, unclaimed_cases
+from .findings import Failure, Measure, Skip
+from .subject import Subject
 
 SUBJECTS = (
     "dtypes",
@@ -84,7 +88,7 @@ def claim_check(subject: str) -> Callable[[Subject], Measure]:
 
 
 def _hold_dropout(s: Subject, case: Case) -> Measure:
-    """Read the kept weights off identity matrices as value, then hold the call to the reference with just those."""
+    """Identity matrices as values show which weights were kept; the reference with those is what the call must give."""
     inputs, p = case.draw(s.seed), case.request.dropout
     reading = attrs.evolve(case, request=replace(case.request, grads=frozenset()))
 
@@ -106,6 +110,12 @@ def _hold_dropout(s: Subject, case: Case) -> Measure:
     return s.hold(case, inputs, keep)
 
 
+def refusal_codes(error: UnsupportedError) -> list[str]:
+    """The codes of all refusals behind an error."""
+    decision: Any = error.decision
+    return [str(r.code) for c in decision.candidates for r in c.refusals] if decision else []
+
+
 def refusals(s: Subject) -> Measure:
     """Everything outside the claims is refused, with its reason, before anything runs."""
     found = unclaimed_cases(s.capabilities, s.device)
@@ -115,9 +125,56 @@ def refusals(s: Subject) -> Measure:
         try:
             s.by_attention(case, case.draw(s.seed))
         except UnsupportedError as error:
-            reasons = [str(r.code) for c in error.decision.candidates for r in c.refusals] if error.decision else []
-            if code not in reasons:
+            if code not in (reasons := refusal_codes(error)):
                 raise Failure(f"{case}: refused for {reasons}, {str(code)!r} is the reason") from error
         else:
             raise Failure(f"{case}: not claimed ({code}), and run all the same")
     return Measure(detail=f"{len(found)} requests refused")
+
+
+def options(s: Subject) -> Measure:
+    """Declared device options are accepted with their values and keep the declared numerics; others are refused."""
+    worst, tried, offered = Measure(), 0, s.capabilities.options
+    plain = s.probe()
+    for name, values in sorted(offered.items()):
+        for value in _some(values):
+            case = attrs.evolve(plain, request=replace(plain.request, options=((name, value),)))
+            if not s.accepts(case.request):
+                reasons = [*s.capabilities.refusals(case.request), *s.backend.check(case.request, s.device)]
+                raise Failure(f"option {name}={value!r} is declared, and refused: {'; '.join(map(str, reasons))}")
+            try:
+                worst, tried = s.worse(worst, s.hold(case)), tried + 1
+            except Failure as failure:
+                raise Failure(f"option {name}={value!r}: {failure}", failure.error, failure.bound) from failure
+    for name, value in [("no_such_option", 1), *((name, _outside(values)) for name, values in sorted(offered.items()))]:
+        case = attrs.evolve(plain, request=replace(plain.request, options=((name, value),)))
+        try:
+            s.by_attention(case, case.draw(s.seed))
+        except UnsupportedError as error:
+            if Code.OPTION not in (codes := refusal_codes(error)):
+                raise Failure(
+                    f"option {name}={value!r} is refused for {codes}, {str(Code.OPTION)!r} is the reason"
+                ) from error
+        else:
+            raise Failure(f"option {name}={value!r} is not declared, and the call ran all the same")
+    return worst._replace(detail=f"{tried} values of {len(offered)} options")
+
+
+def _some(values: Range | tuple[Any, ...]) -> list[Any]:
+    """A few values: both ends and one between."""
+    if isinstance(values, Range):
+        low, high = values.next_up(values.low) or 0, values.high
+        return sorted(
+            {
+                low,
+                values.next_up(low + 1) or low,
+                *([] if high is None else [high // values.multiple * values.multiple]),
+            }
+        )
+    return [*dict.fromkeys((values[0], values[len(values) // 2], values[-1]))]
+
+
+def _outside(values: Range | tuple[Any, ...]) -> Any:
+    if not isinstance(values, Range):
+        return "no such value"
+    return values.low - 1 if values.high is None else values.high + values.multiple

@@ -22,8 +22,9 @@ import attrs
 from .. import AttentionBackend, ContractError, Device, __version__
 from ..capability import listing
 from ..registry import registry
-from . import behaviour as b, claims, runtime_checks
-from .subject import Failure, Measure, Skip, Subject
+from . import behaviour as b, claims, memory_checks, runtime_checks, structure, tiling_checks
+from .findings import Failure, Measure, Skip
+from .subject import Subject
 
 CHECKS: dict[str, Callable[[Subject], Measure]] = {
     "contract": b.contract,
@@ -34,13 +35,20 @@ CHECKS: dict[str, Callable[[Subject], Measure]] = {
             claims.refusals,
             b.prepared_reuse,
             b.stale_keys,
+            b.results_stay,
             b.huge_strides,
             b.inputs_unchanged,
-            b.tiles,
             b.merges,
             b.repeats,
             b.threads,
-            b.dlpack,
+            structure.structure,
+            structure.lowest_mask,
+            structure.isolation,
+            memory_checks.dlpack,
+            memory_checks.memory,
+            memory_checks.peak_memory,
+            tiling_checks.tilings,
+            claims.options,
             b.reopen,
             b.leaks,
             runtime_checks.runs_where_it_says,
@@ -56,9 +64,9 @@ class Status(enum.StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     SKIPPED = "skipped"  # there is nothing to look at: the feature is not claimed
-    UNSUPPORTED = "unsupported"  # not run, for good: the device is made so
-    EXPECTED_FAILURE = "expected_failure"  # fails for a known reason that shall go away
-    UNEXPECTED_PASS = "unexpected_pass"  # was expected to fail: take the expectation back
+    UNSUPPORTED = "unsupported"  # not run: the device cannot pass it by design
+    EXPECTED_FAILURE = "expected_failure"  # fails for a known reason that will be mended
+    UNEXPECTED_PASS = "unexpected_pass"  # was expected to fail: remove the expectation
 
 
 @attrs.frozen(kw_only=True)
@@ -68,6 +76,7 @@ class CheckResult:
     Attributes:
         name: a key of `CHECKS`. status: see `Status`. detail: the finding, or the reason for not running.
         error, bound: the error that was closest to its bound, or broke it; None where nothing was compared.
+        warning: what does not fail the device, and its owner should know; "" for nothing.
         seconds: how long it took.
     """
 
@@ -76,6 +85,7 @@ class CheckResult:
     detail: str = ""
     error: float | None = None
     bound: float | None = None
+    warning: str = ""
     seconds: float = 0.0
 
     @property
@@ -119,6 +129,7 @@ class Report:
         for r in self.results:
             figures = "" if r.error is None or r.bound is None else f"{r.error:.2g} of {r.bound:.2g}"
             lines.append(f"  {r.name:18} {r.status:17} {figures:20} {r.seconds:6.2f} s  {r.detail}".rstrip())
+        lines += [f"  WARNING, {r.name}: {r.warning}" for r in self.results if r.warning]
         counts = [(sum(r.status is status for r in self.results), status.replace("_", " ")) for status in Status]
         total = ", ".join(f"{count} {status}" for count, status in counts if count)
         return "\n".join([*lines, f"{'passed' if self.passed else 'FAILED'}: {total}"])
@@ -134,12 +145,12 @@ def check_backend(
     checks: Sequence[str] | None = None,
     progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Report:
-    """Hold a device to everything it claims, to refusing everything else, and to how a device behaves.
+    """Test that a device does what it claims, refuses everything else, and behaves as a device must.
 
     Args:
         backend: device id, backend name (its first device), or a backend object, registered for as long as this takes.
-        unsupported: reasons by check, for checks that the device can never pass; they are not run.
-        expected_failure: reasons by check, for failures that shall go away; passing one is a failure.
+        unsupported: reasons by check, for checks that the device cannot pass by design; they are not run.
+        expected_failure: reasons by check, for failures that will be mended; a pass then fails.
         quick: fewer cases and draws. seed: of a report, to draw the same again; None for fresh inputs.
         checks: names to run; None for all. progress: called with a check's name and the share done, 0 to 1.
 

@@ -1,7 +1,8 @@
 """The device under test: running a case on it in both ways there are, and comparing with the reference.
 
-DRAWS, QUICK_DRAWS: of a noisy device in each case, and in quick mode. FEW: numbers whose norm says little; a row counts
-for 8 at the most, since all of its gradient may hang on one number.
+DRAWS, QUICK_DRAWS: of a noisy device in each case, and in quick mode. FEW: results with fewer numbers than this are
+judged over several draws, since the norm of few numbers may be close to 0; a row counts for 8 at the most, since all
+of its gradient may depend on one number.
 """
 
 from __future__ import annotations
@@ -9,63 +10,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from .. import AttentionOutput, AttentionRequest, Causal, Device, Grads, attention
+from .. import AttentionOutput, AttentionRequest, Device, Grads, attention, use
 from ..registry import registry
-from .cases import Case, Corners, Inputs
+from .cases import Case, Inputs
+from .corners import Corners
+from .findings import Failure, Measure, Outcome, on_host, one_thread
+from .mistakes import diagnosis
 from .reference import reference, reference_gradients, relative_error
 
 DRAWS, QUICK_DRAWS, FEW, PATHS = 12, 4, 64, ("session", "hal.attention")
-
-
-class Failure(Exception):  # noqa: N818 - a finding, not an error of the program
-    """A check's finding against the device, with the worst error and the bound it broke where there are such."""
-
-    def __init__(self, detail: str, error: float | None = None, bound: float | None = None) -> None:
-        super().__init__(detail)
-        self.error, self.bound = error, bound
-
-
-class Skip(Exception):  # noqa: N818
-    """A check that has nothing to look at on this device, and why."""
-
-
-class Measure(NamedTuple):
-    """What a passed check saw: the error closest to its bound."""
-
-    error: float | None = None
-    bound: float | None = None
-    detail: str = ""
-
-    @property
-    def share(self) -> float:
-        return 0.0 if not self.error else self.error / self.bound if self.bound else math.inf
-
-
-class Outcome(NamedTuple):
-    """What a device, or the reference, gave for a case."""
-
-    out: Tensor
-    lse: Tensor | None
-    grads: Grads
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small float64 products are much faster on one thread where other processes keep the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Subject:
@@ -99,12 +59,12 @@ class Subject:
         """Whether neither the capabilities nor the backend's own check refuse."""
         return self.corners.fits(request) and not list(self.backend.check(request, self.device))
 
-    def probe(self, *wishes: dict[str, Any]) -> Case:
-        """The plain request with each wish that the device accepts on top of those before it."""
+    def probe(self, *extras: dict[str, Any]) -> Case:
+        """The plain request with each extra that the device accepts together with those before it."""
         changes: dict[str, Any] = {}
-        for wish in wishes:
-            if self.accepts(self.corners.case("probe", changes | wish).request):
-                changes |= wish
+        for extra in extras:
+            if self.accepts(self.corners.case("probe", changes | extra).request):
+                changes |= extra
         return self.corners.case("probe", changes)
 
     def rng(self, request: AttentionRequest, draw: int = 0) -> tuple[int, int] | None:
@@ -123,16 +83,22 @@ class Subject:
         rng = self.rng(request, draw)
         prepared = session.prepare_attention(*leaves[:3], request=asked, plan=inputs.plan, tables=inputs.tables)
         out, lse = session.compute_attention(prepared, leaves[3], rng=rng)
+        if not isinstance(out, Tensor):
+            raise Failure(f"{case}: compute_attention gave {out!r} as the output: a tensor is wanted")
         if mode == "explicit":
             flowing: dict[str, Any] = {"grad_lse": inputs.grad_lse if request.grad_lse else None, "rng": rng}
             backward = session.compute_attention_backward
             return Outcome(out, lse, backward(prepared, out, lse, inputs.grad_out, inputs.mask, **flowing))
         return Outcome(out.detach(), lse, _native_gradients(request, leaves, out, lse, inputs))
 
-    def by_attention(self, case: Case, inputs: Inputs, draw: int = 0) -> Outcome:
-        leaves = _leaves(inputs, case.request.grads)
-        options = case.options(inputs) | {"attn_mask": leaves[3]}
-        result = attention(*leaves[:3], backend=self.device.id, rng=self.rng(case.request, draw), **options)
+    def by_attention(self, case: Case, inputs: Inputs, draw: int = 0, **more: Any) -> Outcome:
+        """Through the public function; `more` are further arguments of it. Device options come from the request."""
+        leaves, request = _leaves(inputs, case.request.grads), case.request
+        options = case.options(inputs) | {"attn_mask": leaves[3], "backend": self.device.id} | more
+        with ExitStack() as around:
+            if request.options:
+                around.enter_context(use(self.device.id, options=dict(request.options)))
+            result = attention(*leaves[:3], rng=self.rng(request, draw), **options)
         out, lse = result if isinstance(result, AttentionOutput) else (result, None)
         return Outcome(out.detach(), lse, _native_gradients(case.request, leaves, out, lse, inputs))
 
@@ -152,7 +118,8 @@ class Subject:
     ) -> Iterator[tuple[str, float, float, float]]:
         """(what, error, bound, norm) for everything that the case asks for. Raises Failure for a wrong shape or dtype.
 
-        Where rows read one key, dq and dk cancel to 0: judged by what flowed in. A log-sum-exp near 0: absolute error.
+        Where rows read one key, dq and dk are 0 up to rounding: their error is relative to grad_out. For a log-sum-exp
+        near 0 the absolute error counts.
         """
         r, flowed = case.request, float(inputs.grad_out.double().norm())
         numerics = self.capabilities.numerics[r.dtype]
@@ -187,9 +154,8 @@ class Subject:
     def hold(self, case: Case, inputs: Inputs | None = None, keep: Tensor | None = None) -> Measure:
         """Run a case on each path and hold it to the declared numerics.
 
-        Noise, and results of few numbers, whose norm may be next to nothing, are judged over fresh draws taken
-        together: each draw's error against the size of all of them, so that a draw of next to nothing tells next to
-            nothing.
+        A noisy device, and results of few numbers, are judged over several draws. Errors are normalised by the RMS norm
+        over draws, so that near-zero references do not dominate.
         """
         r, often = case.request, QUICK_DRAWS if self.quick else DRAWS
         draws = range(
@@ -217,11 +183,6 @@ class Subject:
         return worst
 
 
-def on_host(value: Any) -> Any:
-    """Tensors, also inside tuples, on the host; anything else as it is."""
-    return tree_map_only(Tensor, Tensor.cpu, value)
-
-
 def _leaves(inputs: Inputs, wanted: frozenset[str]) -> list[Any]:
     return [
         tensor.detach().requires_grad_() if name in wanted and tensor is not None else tensor
@@ -243,43 +204,3 @@ def _native_gradients(
     found = torch.autograd.grad([o for o, _ in pairs], needed, [f for _, f in pairs], allow_unused=True)
     by_leaf = {id(leaf): grad for leaf, grad in zip(needed, found, strict=True)}
     return Grads(*(by_leaf.get(id(leaf)) for leaf in leaves))
-
-
-@one_thread()
-def diagnosis(case: Case, inputs: Inputs, got: Outcome, want: Outcome, bound: float) -> str:
-    """What mistake would give this very result, where one of the common ones does."""
-    assert want.lse is not None
-    if got.out.isnan().any():
-        only = torch.equal(got.out.isnan().any(-1).cpu(), want.lse == -math.inf)
-        return ": rows that read no key are NaN, 0 is wanted" if only else ": there are NaN in the result"
-    if got.lse is not None and relative_error(got.lse * math.log(2), want.lse) <= 10 * bound:
-        return ": it is the base-2 logarithm, the natural one is wanted"
-    if case.request.dropout or relative_error(got.out, want.out) <= bound:
-        return ""
-    for mistake, request, changed in _mistakes(case.request, on_host(inputs)):
-        other = reference(*changed[:4], request=request, plan=changed.plan, tables=changed.tables).out
-        if relative_error(got.out, other) <= 2 * bound:
-            return f": it is the result of {mistake}"
-    return ""
-
-
-def _mistakes(r: AttentionRequest, inputs: Inputs) -> Iterator[tuple[str, AttentionRequest, Inputs]]:
-    if inputs.mask is not None:
-        yield "dropping the mask", r, inputs._replace(mask=None)
-    if r.block_plan is not None:
-        yield "dropping the block plan", r, inputs._replace(plan=None)
-    if r.heads_q != r.heads_kv and inputs.tables is None:
-        key, value = (t.repeat(1, r.heads_q // r.heads_kv, 1, 1) for t in (inputs.key, inputs.value))
-        swapped = inputs._replace(key=key, value=value)
-        yield "query head h reading key head h % heads_kv", replace(r, heads_kv=r.heads_q), swapped
-    changes: list[dict[str, Any]] = [
-        {"diagonal": 0},
-        {"window": None},
-        {"softcap": None},
-        *({"causal": c} for c in Causal),
-    ]
-    changes += [{"scale": scale} for scale in (r.dim_qk**-0.5, max(r.dim_v, 1) ** -0.5, 1.0)]
-    for change in changes:
-        for field, value in change.items():
-            if getattr(r, field) != value and (field != "scale" or r.effective_scale != value):
-                yield f"{field} {value} where {getattr(r, field)} was asked", replace(r, **change), inputs

@@ -9,6 +9,7 @@ class TestMyDevice(ConformanceSuite):
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -47,4 +48,6 @@ class ConformanceSuite:
             pytest.skip(result.detail)
         if result.status is Status.EXPECTED_FAILURE:
             pytest.xfail(result.detail)
+        if result.warning:
+            warnings.warn(f"{check} of {report.device.id}: {result.warning}", stacklevel=2)
         assert result.passed, f"{result.detail} (seed {report.seed})"

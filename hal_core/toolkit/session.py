@@ -86,7 +86,7 @@ class SimpleSession(SessionBase):
         memory: MemoryManager | None = None,
         tiling: TilingStrategy | None = None,
     ) -> None:
-        super().__init__(memory, tiling)
+        super().__init__(memory, tiling or DenseTiling(cut_by="torch"))
         self._fn, self._autograd = fn, autograd
 
     def autograd(self, request: AttentionRequest) -> Autograd:

@@ -85,6 +85,18 @@ def test_explain_names_what_is_wrong_and_nothing_else(run: Run, toy: FakeBackend
     assert "softcap" in err
 
 
+def test_devices_that_are_not_hardware_are_folded(run: Run, fake: Fake) -> None:
+    """Eleven simulated devices are one line, not eleven times two that say the same."""
+    fake("real", capabilities=plain(head_dim=hal.Range(1, 32)))
+    fake("model", fidelity="simulated", count=11)
+    _, out, _ = run("explain")
+    assert "head_dim  64 asked, 1 to 32 offered" in out
+    folded = [line for line in out.splitlines() if "model:" in line]
+    assert len(folded) == 1
+    assert all(f"model:{number}" in folded[0] for number in range(11))
+    assert out.count("allow_simulated=True") == 1
+
+
 def test_explain_fits_the_terminal(run: Run, toy: FakeBackend, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     fake("narrow", capabilities=plain(head_dim=hal.Range(1, 32)))

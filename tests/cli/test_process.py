@@ -23,18 +23,10 @@ def test_the_command_runs_and_imports_torch_only_when_it_must(site: Site) -> Non
         assert site.python("-c", code.format(command)).returncode == 0
 
 
-#: Plugins whose estimates import torch, so that `hal explain` is slow where they are installed: to be mended there.
-IMPORT_TORCH = {"vulkan", "photonic", "lightmatter", "luminous"}
-PLUGINS = [(point.name, point.dist.name) for point in sorted(entry_points(group="hal.plugins")) if point.dist]
+PLUGINS = [f"{point.dist.name}:{point.name}" for point in entry_points(group="hal.plugins") if point.dist]
 
 
-def marks(plugin: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.xfail(reason="its estimates import torch")] if plugin in IMPORT_TORCH else []
-
-
-@pytest.mark.parametrize(
-    "plugin", [pytest.param(f"{distribution}:{name}", marks=marks(name)) for name, distribution in PLUGINS]
-)
+@pytest.mark.parametrize("plugin", sorted(PLUGINS))
 def test_an_installed_plugin_needs_no_torch_to_list_and_explain(plugin: str, tmp_path: Path) -> None:
     code = (
         "import sys; from hal_cli import main\n"
@@ -75,14 +67,23 @@ def test_the_old_names_give_the_new_objects_with_a_warning(site: Site) -> None:
         "always",
         "-c",
         "import hal_cli, hal_cli.bench, hal_core.plugin_api as api\n"
-        "from hal_core.cli import main\nfrom hal_core.bench import BenchSetup, bench\n"
-        "assert main is hal_cli.main and BenchSetup is api.BenchSetup and bench is hal_cli.bench.bench\n",
+        "from hal_core.cli import main\n"
+        "from hal_core.bench import BenchSetup, bench\n"
+        "from hal_core.console import progress, show_table\n"
+        "assert main is hal_cli.main and BenchSetup is api.BenchSetup and bench is hal_cli.bench.bench\n"
+        "show_table('A title', ['column'], [['cell']], ['a note'])\n"
+        "with progress('working') as report: report('half way', 0.5)\n",
     )
     assert done.returncode == 0, done.stderr
-    for new in ("hal_cli.command_line.main", "testing.bench_setup.BenchSetup", "hal_cli.bench.bench"):
-        assert re.search(rf"^<string>:[23]: DeprecationWarning: .* use .*{new}$", done.stderr, re.MULTILINE), (
-            done.stderr
-        )
+    assert done.stdout.split() == ["A", "title", "column", "─" * 6, "cell", "a", "note"]
+    for new in (
+        "hal_cli.command_line.main",
+        "testing.bench_setup.BenchSetup",
+        "hal_cli.bench.bench",
+        "hal_cli.console.show_table",
+    ):
+        warning = rf"^<string>:[234]: DeprecationWarning: .* use .*{new}$"
+        assert re.search(warning, done.stderr, re.MULTILINE), done.stderr
 
 
 RESULT = """

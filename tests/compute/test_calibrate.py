@@ -117,5 +117,6 @@ def test_every_dtype_of_a_calibrated_device_is_estimated_from_measurements(
         assert stored.values[measuring.mac_in(dtype)] > 0
         assert stored.values[measuring.mac_in(dtype, gradients=True)] > 0
     save(found, OLD)
+    registry.refresh(device)
     assert backend.estimate(asked(), found).time.basis == "measured"
     assert backend.estimate(asked("float16"), found).time.basis == "declared", "it was not measured then"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from hal_core.kernels import resolve
 
 import hal_core as hal
-from hal_core.kernels import resolve
 from hal_core.registry import registry
 from hal_core.testing import relative_error
 
@@ -26,6 +26,22 @@ def test_agrees_with_its_reference(device: str, name: str, seed: int) -> None:
     want, got = resolve(spec.reference)(*doubled(given)), hal.kernel(name, device)(*given)
     pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
     assert all(relative_error(x, y) <= spec.tolerance["float32"] for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_do_not_depend_on_torchs_default_dtype(device: str, name: str, seed: int) -> None:
+    spec = registry.kernel_specs()[name]
+    given = resolve(spec.sampler)(torch.Generator().manual_seed(seed))
+    want = hal.kernel(name, device)(*given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = resolve(spec.sampler)(torch.Generator().manual_seed(seed))
+        got = hal.kernel(name, device)(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+    assert all(torch.equal(x, y) for x, y in pairs)
+    assert all(x.dtype == torch.float32 for x in drawn if isinstance(x, torch.Tensor))
 
 
 def test_diffusion_alone_keeps_mass_and_the_maximum_principle(device: str, seed: int) -> None:

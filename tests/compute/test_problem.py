@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,21 +14,42 @@ problem = pytest.importorskip("hal_compute.problem", exc_type=ImportError)
 from hal_compute import pool  # noqa: E402
 
 
+def scratch(shape: Sequence[int], dtype: str) -> torch.Tensor:
+    return torch.full(tuple(shape), 7, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 500), (130, 200), (200, 130), (64, 256)])
+def test_tiles_are_hidden_where_every_element_is(rows: int, keys: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    blocks_q, blocks_k = -(-rows // 64), -(-keys // 64)
+    tiles = torch.rand(2, 3, blocks_q, blocks_k, generator=generator) > 0.5
+    mask = tiles.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :rows, :keys]
+    mask = mask & (torch.rand(mask.shape, generator=generator) > 0.2)
+    found = problem.hidden_tiles(problem.mask_of(mask, keys, scratch), rows, scratch)
+    seen = torch.zeros(2, 3, blocks_q, blocks_k, dtype=torch.bool)
+    for block in range(2 * 3 * blocks_q):
+        for start, stop in found.bounds[found.offsets[block] : found.offsets[block + 1]].tolist():
+            seen.view(-1, blocks_k)[block, start // 64 : -(-stop // 64)] = True
+    assert torch.equal(seen, tiles)
+    assert found.bounds.max() <= keys
+
+
 def test_ranges_of_a_plan_join_neighbours_and_read_no_block_twice() -> None:
     indices = torch.tensor([[[[2, 0, 1, 9], [3, 3, 9, 9], [9, 9, 9, 9]]]], dtype=torch.int32)
     counts = torch.tensor([[[3, 2, 0]]], dtype=torch.int32)
-    found = problem.ranges_of(hal.BlockPlan(64, 64, indices, counts), 230)
-    assert found.index.tolist() == [0, 1, 2, 2]
+    found = problem.ranges_of(hal.BlockPlan(64, 64, indices, counts), 230, scratch)
+    assert found.offsets.tolist() == [0, 1, 2, 2]
     assert found.bounds.tolist() == [[0, 192], [192, 230]]
 
 
 def test_tiles_that_a_mask_hides_are_found(seed: int) -> None:
     mask = torch.zeros(1, 1, 1, 500, dtype=torch.bool)
     mask[..., 70:130] = True
-    found = problem.hidden_tiles(problem.mask_of(mask, 500), 40)
+    found = problem.hidden_tiles(problem.mask_of(mask, 500, scratch), 40, scratch)
     assert found is not None
     assert found.bounds.tolist() == [[64, 192]]
-    assert problem.hidden_tiles(problem.mask_of(torch.ones(1, 1, 1, 500, dtype=torch.bool), 500), 40) is None
+    shown = problem.mask_of(torch.ones(1, 1, 1, 500, dtype=torch.bool), 500, scratch)
+    assert problem.hidden_tiles(shown, 40, scratch) is None
 
 
 def test_freed_regions_join_again(seed: int) -> None:

@@ -1,4 +1,6 @@
-"""Overrides hold for their block alone: in any order of ending, after an interrupt, and not at all where never entered."""
+"""Overrides hold for their block alone: in any order of ending, after an interrupt, and not at all where never
+entered.
+"""
 
 from __future__ import annotations
 

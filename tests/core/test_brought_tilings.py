@@ -1,4 +1,6 @@
-"""A tiling that the caller brings cuts the work, is checked, is part of the decision, and is refused where it cannot be."""
+"""A tiling that the caller brings cuts the work, is checked, is part of the decision, and is refused where it cannot
+be.
+"""
 
 from __future__ import annotations
 

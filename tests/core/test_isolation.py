@@ -69,7 +69,8 @@ def test_two_specifications_of_one_kernel_name_both_plugins(site: Site) -> None:
     code = """
         import json
         from hal_core.registry import registry
-        print(json.dumps([p.failure.message for p in registry.plugin_list() if p.failure and p.failure.stage == "hook"]))
+        failures = [p.failure for p in registry.plugin_list() if p.failure]
+        print(json.dumps([f.message for f in failures if f.stage == "hook"]))
     """
     (message,) = site.run(code)
     assert "hal-one 1.0" in message
@@ -151,6 +152,12 @@ print(json.dumps(order))
 
 
 def test_a_device_id_is_no_prefix_of_another(site: Site) -> None:
-    code = "import json, hal_core as hal\ntry:\n    hal.device('good:10')\nexcept hal.HalError as e:\n    print(json.dumps(str(e)))"
+    code = """
+import json, hal_core as hal
+try:
+    hal.device('good:10')
+except hal.HalError as error:
+    print(json.dumps(str(error)))
+"""
     message: Any = site.run(code)
     assert "good has good:0" in message

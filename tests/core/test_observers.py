@@ -19,6 +19,13 @@ q = torch.randn(1, 2, 3, 4)
 """
 
 
+FIVE_CALLS = """
+import router_hook as router
+[hal.attention(q, q, q) for _ in range(5)]
+print(json.dumps(len(router.asked)))
+"""
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
@@ -38,17 +45,11 @@ def test_a_policy_may_ask_to_be_asked_again(site: Site) -> None:
             return PolicyChoice(sorted(c.device.id for c in candidates)[len(asked) % 2], seconds=SECONDS)
         """.replace("SECONDS", "0.0"),
     )
-    got = site.run(
-        RUN
-        + "import router_hook as router\n[hal.attention(q, q, q) for _ in range(5)]\nprint(json.dumps(len(router.asked)))"
-    )
+    got = site.run(RUN + FIVE_CALLS)
     assert got >= 5
     text = (site.folder / "router_hook.py").read_text().replace("seconds=0.0", "seconds=1e9")
     (site.folder / "router_hook.py").write_text(text)
-    got = site.run(
-        RUN
-        + "import router_hook as router\n[hal.attention(q, q, q) for _ in range(5)]\nprint(json.dumps(len(router.asked)))"
-    )
+    got = site.run(RUN + FIVE_CALLS)
     assert got == 1
 
 
@@ -98,7 +99,9 @@ def test_a_meter_asks_the_session_what_the_call_cost(fake: Any, generator: torch
         for name in ("counting", "guessing"):
             hal.attention(*draw(generator), backend=name)
     counted, guessed = meter.records["counting:0"], meter.records["guessing:0"]
-    assert counted.energy is not None and counted.time is not None and guessed.energy is not None
+    assert counted.energy is not None
+    assert counted.time is not None
+    assert guessed.energy is not None
     assert (counted.energy.middle, counted.time.middle, guessed.energy.middle) == (7.0, 2.0, 1.0)
     assert not meter.costs
 

@@ -375,7 +375,8 @@ def test_a_policy_that_names_no_candidate_is_recorded_and_not_followed(site: Sit
 
 def test_observers_see_every_decision(site: Site) -> None:
     site.add("good")
-    watch = "from hal_core import *\n@hookimpl\ndef hal_decision(decision):\n    open('seen', 'a').write(decision.chosen + ' ')"
+    body = "    open('seen', 'a').write(decision.chosen + ' ')"
+    watch = f"from hal_core import *\n@hookimpl\ndef hal_decision(decision):\n{body}"
     site.add("watch", watch)
     site.run(DECIDE + "run(); run(); print(0)")
     assert (site.folder / "seen").read_text() == "good:0 good:0 "

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hal_cpu import machine
+from hal_cpu import discovery
 from hal_cpu.backend import CpuBackend
 from hal_cpu.cost import Rates, estimate
 
@@ -22,7 +22,8 @@ REQUEST = AttentionRequest(1, 8, 8, 256, 256, 64, 64, "float32")
 
 def test_devices_and_estimates_need_no_torch() -> None:
     script = (
-        "import sys; from hal_cpu.backend import CpuBackend; from hal_core import AttentionRequest as R; b = CpuBackend();"
+        "import sys; from hal_cpu.backend import CpuBackend; from hal_core import AttentionRequest as R;"
+        "b = CpuBackend();"
         "d = b.devices()[0]; b.capabilities(d); b.estimate(R(1, 8, 8, 64, 64, 64, 64, 'float32'), d);"
         "print(d.id, 'torch' in sys.modules)"
     )
@@ -37,9 +38,9 @@ def test_there_is_no_device_without_torch(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_system_that_says_nothing_gives_assumed_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "absent")
-    monkeypatch.setattr(machine, "_CACHES", tmp_path / "absent")
-    found = machine.this_machine.__wrapped__()
+    monkeypatch.setattr(discovery, "_CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(discovery, "_CACHES", tmp_path / "absent")
+    found = discovery.this_machine.__wrapped__()
     assert not found.frequency_known
     assert found.l2 > 0
     assert found.l3 > found.l2
@@ -63,9 +64,9 @@ def test_sizes_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "cores: 1",
     )
     cpuinfo.write_text("\n".join(lines))
-    monkeypatch.setattr(machine, "_CPUINFO", cpuinfo)
-    monkeypatch.setattr(machine, "_CACHES", tmp_path)
-    found = machine.this_machine.__wrapped__()
+    monkeypatch.setattr(discovery, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(discovery, "_CACHES", tmp_path)
+    found = discovery.this_machine.__wrapped__()
     assert (found.model, found.l2, found.l3, found.frequency) == ("Fast 9000", 2 << 20, 30 << 20, 3100.5e6)
     assert found.simd == ("avx2", "amx_fp16")
     assert found.multiplies_float16
@@ -93,7 +94,7 @@ def test_a_stored_calibration_is_used() -> None:
 
 @pytest.mark.parametrize("path", [{}, {"softcap": 5.0}, {"lse": True}, {"len_q": 1, "heads_kv": 2}], ids=str)
 def test_more_work_is_never_estimated_cheaper(path: dict[str, object]) -> None:
-    rates = Rates.assumed(machine.this_machine())
+    rates = Rates.assumed(discovery.this_machine())
     small = replace(REQUEST, **path)
     for field, value in (("batch", 9), ("len_k", 9999), ("dim_v", 300)):
         large = replace(small, **{field: value})
@@ -113,3 +114,51 @@ def test_calibration_measures_what_estimates_need() -> None:
         assert values["calls"][path] > 0
         assert values["rates"][f"{path} float32"] > 0
     assert values["bandwidth"] > 0
+
+
+GOOD = {"bandwidth": 1e9, "rates": {"native float32": 1e6}, "calls": {"native": 1e-3}, "spread": 1.5}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"bandwidth": 0} | {k: v for k, v in GOOD.items() if k != "bandwidth"},
+        GOOD | {"rates": {"native float32": 0}},
+        GOOD | {"rates": {"native float32": "fast"}},
+        GOOD | {"rates": {"native float32": float("nan")}},
+        GOOD | {"calls": {"native": -1e-3}},
+        GOOD | {"calls": [1]},
+        GOOD | {"spread": 0.5},
+        GOOD | {"spread": None},
+        GOOD | {"bandwidth": True},
+        GOOD | {"bandwidth": 10**400},
+    ],
+    ids=str,
+)
+def test_a_damaged_calibration_is_named_and_not_used(values: dict[str, object]) -> None:
+    device = hal.device("cpu:0")
+    save(device, values)
+    backend = CpuBackend()
+    with pytest.warns(RuntimeWarning, match=r"calibration .*cpu-0.*\.json.* is not used") as warned:
+        given = [backend.estimate(REQUEST, device) for _ in range(3)]
+    assert len(warned) == 1
+    assert all(each.time.basis is Basis.MODELLED for each in given)
+
+
+def test_times_that_scatter_are_measured_again_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hal_cpu import calibrate
+
+    tries = iter([[0.008, 0.5, 0.5], [0.008, 0.4, 0.4], [0.008, 0.5, 0.3]])
+    monkeypatch.setattr(calibrate, "_times", lambda call, budget, most: next(tries))
+    with pytest.warns(RuntimeWarning, match=r"calls of a call took 8 to 500 ms: other programs"):
+        assert calibrate._steady(lambda: None, 0.1, "a call") == 0.008
+    assert next(tries, None) is None
+
+
+def test_steady_times_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hal_cpu import calibrate
+
+    tries = iter([[0.010, 0.011, 0.012]])
+    monkeypatch.setattr(calibrate, "_times", lambda call, budget, most: next(tries))
+    assert calibrate._steady(lambda: None, 0.1, "a call") == 0.010

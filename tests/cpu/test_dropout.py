@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_cpu.dropout import keep_mask
+from hal_cpu.kernels.dropout import keep_mask
 from torch import Tensor
 
 import hal_core as hal
@@ -55,7 +55,16 @@ def test_another_seed_or_offset_drops_others(seed: int) -> None:
 def test_the_asked_share_is_dropped_in_every_row_and_column(probability: float, seed: int) -> None:
     rows, columns = 4096, 2048
     scratch = torch.empty(2 * rows * columns, dtype=torch.int32)
-    keep = keep_mask((seed, 0), probability, slice(0, 1), slice(0, 1), slice(0, rows), slice(0, columns), scratch)[0, 0]
+    keep = keep_mask(
+        (seed, 0),
+        probability,
+        slice(0, 1),
+        slice(0, 1),
+        slice(0, rows),
+        slice(0, columns),
+        scratch,
+        torch.empty(3 * rows, dtype=torch.int64),
+    )[0, 0]
     spread = (probability * (1 - probability)) ** 0.5
     for dim, count in ((0, rows), (1, columns)):
         share = 1 - keep.double().mean(dim)
@@ -69,7 +78,16 @@ def test_the_asked_share_is_dropped_in_every_row_and_column(probability: float, 
 def test_neighbours_are_dropped_independently(seed: int) -> None:
     scratch = torch.empty(2 * 2048 * 2048, dtype=torch.int32)
     keep = (
-        keep_mask((seed, 0), 0.5, slice(0, 1), slice(0, 1), slice(0, 2048), slice(0, 2048), scratch)[0, 0].double()
+        keep_mask(
+            (seed, 0),
+            0.5,
+            slice(0, 1),
+            slice(0, 1),
+            slice(0, 2048),
+            slice(0, 2048),
+            scratch,
+            torch.empty(3 * 2048, dtype=torch.int64),
+        )[0, 0].double()
         - 0.5
     )
     for down, right in ((1, 0), (0, 1), (1, 1), (16, 0), (0, 16), (1024, 1024)):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hal_cpu.backend import CAPABILITIES, CpuBackend
-from hal_cpu.machine import this_machine
+from hal_cpu.discovery import this_machine
 from hal_cpu.paths import path_of
 from hal_cpu.session import CpuSession
 from torch.nn.functional import scaled_dot_product_attention as sdpa

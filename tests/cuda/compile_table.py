@@ -13,19 +13,25 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
-from hal_cuda import hopper
-from hal_cuda.chip import Chip
-from hal_cuda.kernels.plan import list_once
-from hal_cuda.plans import TILE, list_once_signature
-from hal_cuda.portable import PortablePath
+from hal_cuda.discovery import Chip
+from hal_cuda.kernels.hopper.launch import compile_forward, config_of
+from hal_cuda.kernels.portable import launch
+from hal_cuda.kernels.portable.block_plans import TILE, list_once, list_once_signature
+from hal_cuda.memory import StreamWorkspaces
+from hal_cuda.runtime.context import Context
+from hal_cuda.runtime.launch import compiled
+from hal_cuda.tiling import FOREIGN_SIZES, CudaTiling, foreign_excess, hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata, TilePlan
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,15 +45,12 @@ class Figures(NamedTuple):
     warnings: int
 
 
-class _Recording(Chip):
-    """A chip that notes what would be launched."""
-
-    def launcher(self, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
-        _launched.append(lambda: self._compiled(fn, signature, constants, options))
-        return None
-
-
 _launched: list[Callable[[], Any]] = []
+
+
+def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+    """In place of `launcher`: notes what would be launched."""
+    _launched.append(lambda: compiled(chip, fn, signature, constants, options))
 
 
 def hopper_variants() -> dict[str, Callable[[], Any]]:
@@ -80,22 +83,22 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     for dim_qk, dim_v, length in shapes:
         whole = dim_qk in (64, 128, 256) and dim_qk == dim_v
         for edge, flags in (edges | packed if whole else edges).items():
-            tiling = hopper.tiling_for(dim_qk, dim_v, length, length, "right" in flags, "left" in flags, lse=True)
+            tiles = hopper_tiles(dim_qk, dim_v, length, length, "right" in flags, "left" in flags, lse=True)
             settings = (
                 dict.fromkeys(("left", "right", "shifted", "half", "ragged", "softcap"), False) | {"lse": True} | flags
             )
-            constants = hopper.kernel_constants(tiling, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
             if edge in packed:
-                constants["BOTTOM"] = "shifted" in flags
-            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = lambda c=constants: hopper.compile_forward(
-                "bf16", c
-            )  # type: ignore[misc]
+                settings |= {"packed": True, "bottom": "shifted" in flags}
+            config = config_of(tiles, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
+            found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = partial(compile_forward, "bf16", config)
     return found
 
 
 def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """The plain Triton kernels: one of each feature."""
-    chip = _Recording(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     base = AttentionRequest(
         batch=2, heads_q=8, heads_kv=2, len_q=1024, len_k=1024, dim_qk=128, dim_v=128, dtype="bfloat16", lse=True
     )
@@ -120,12 +123,41 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
     for name, change in changes.items():
         request = replace(base, **change)
         before = len(_launched)
-        PortablePath(request, chip)._build(*_tensors(request), joins=name.startswith("joined"))
+        with mock.patch.object(launch, "launcher", _recorded):
+            path = launch.PortablePath(request, context)
+            path._build(*_tensors(request), joins=name.startswith("joined"), cut=None)
         made = _launched[-1:] if name.startswith("joined") else _launched[before:]  # behind the two that captures take
         for part, make in zip(("attend", "merge"), made, strict=False):
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
-    chip.launcher(list_once, list_once_signature(), TILE, num_warps=4)
+    _recorded(chip, list_once, list_once_signature(), TILE, num_warps=4)
     found[f"sm_{capability[0]}{capability[1]} list_once"] = _launched[-1]
+    return found
+
+
+def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
+    """The portable kernel with the tiles of a caller that an H200 accepts, and the shared memory of one program."""
+    chip, found = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), {}
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
+    for dtype, dim in product(("bfloat16", "float32"), (64, 128, 256)):
+        for block_q, block_k in product(FOREIGN_SIZES, FOREIGN_SIZES):
+            request = AttentionRequest(
+                batch=1,
+                heads_q=8,
+                heads_kv=2,
+                len_q=1024,
+                len_k=1024,
+                dim_qk=dim,
+                dim_v=dim,
+                dtype=dtype,
+                tiling=("theirs", block_q, block_k),
+            )
+            if foreign_excess(request, block_q, block_k, chip):
+                continue
+            path, cut = launch.PortablePath(request, context), TilePlan.equal(request, block_q, block_k)
+            with mock.patch.object(launch, "launcher", _recorded):
+                path._build(*_tensors(request), joins=False, cut=cut)
+            found[f"{dtype} {dim} {block_q} x {block_k}"] = _launched[-1], chip.shared_memory
     return found
 
 
@@ -141,7 +173,7 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
     if r.page_size is not None:
         key = torch.empty(64, r.heads_kv, r.page_size, r.dim_qk, dtype=kind)
         held = torch.ones(r.batch, dtype=torch.int32)
-        tables = SequenceTables(page_table=torch.zeros(r.batch, 64, dtype=torch.int32), cache_seqlens=held)
+        tables = SequenceMetadata(page_table=torch.zeros(r.batch, 64, dtype=torch.int32), cache_seqlens=held)
     return query, key, key, mask, plan, tables
 
 

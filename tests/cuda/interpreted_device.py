@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 from hal_cuda.backend import CAPABILITIES, CudaBackend
-from hal_cuda.chip import Chip
-from hal_cuda.dispatch import estimate
-from hal_cuda.rates import Rates
+from hal_cuda.cost import Rates, estimate
+from hal_cuda.discovery import Chip
+from hal_cuda.memory import StreamWorkspaces
+from hal_cuda.paths import choose
+from hal_cuda.runtime.context import Context
 from hal_cuda.session import CudaSession
+from hal_cuda.tiling import CudaTiling
 
 from hal_core import AttentionRequest, Capabilities, Device, Estimate, Fidelity, PooledMemory, Refusal
 
@@ -25,6 +28,15 @@ CHIP = Chip(index=0, capability=(9, 0), multiprocessors=16, shared_memory=227 <<
 RATES = Rates.assumed((9, 0), 132, None)
 
 
+def context(chip: Chip = CHIP, path: str = "portable") -> Context:
+    """What launches share, on the host."""
+    memory = PooledMemory("cpu")
+    return Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: path))
+
+
+CONTEXT = context()
+
+
 class InterpretedBackend:
     """One device that computes on the host. bfloat16 is left out: the interpreter cuts where a GPU rounds."""
 
@@ -35,10 +47,12 @@ class InterpretedBackend:
         return attrs.evolve(CAPABILITIES, dtypes=CAPABILITIES.dtypes - {"bfloat16"})
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        return CudaBackend().check(request, device)
+        backend = CudaBackend()
+        backend._chips[device.id] = CHIP
+        return backend.check(request, device)
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        return estimate(request, CHIP, RATES)
+        return estimate(request, choose(request, CHIP, RATES), RATES, CHIP)
 
     def open(self, device: Device) -> CudaSession:
         return CudaSession(device, CHIP, lambda: RATES, memory=PooledMemory("cpu"))

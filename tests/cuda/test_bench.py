@@ -15,10 +15,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'hal-cuda[dev]'")
 
-from hal_cuda import _nvml, bench, peers
-from hal_cuda.bench import CudaBench
-from hal_cuda.chip import Chip
-from hal_cuda.rates import Rates
+from hal_cuda import benchmark
+from hal_cuda.benchmark import CudaBench
+from hal_cuda.cost import Rates
+from hal_cuda.discovery import Chip
+from hal_cuda.runtime import nvml
 from hal_cuda.session import CudaSession
 
 import hal_core as hal
@@ -45,7 +46,7 @@ class FakeGpu(NamedTuple):
 
     def clock(self, domain: str) -> int:
         if self.broken:
-            raise _nvml.NvmlError("the GPU is lost")
+            raise nvml.NvmlError("the GPU is lost")
         return {"sm": 1980, "memory": 3201}[domain]
 
     def power(self) -> float:
@@ -78,7 +79,7 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         bound.append(path)
         return lambda *given: path
 
-    monkeypatch.setattr(bench, "on_path", record)
+    monkeypatch.setattr(benchmark, "on_path", record)
     return bound
 
 
@@ -110,12 +111,12 @@ def test_clocks_power_and_absent_peers_are_told() -> None:
 
 
 def test_each_absent_library_is_one_sentence_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    for library in peers.LIBRARIES:
+    for library in benchmark.LIBRARIES:
         monkeypatch.setitem(sys.modules, library.module.partition(".")[0], None)
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    notes = peers.Peers().notes
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    notes = benchmark.Peers().notes
     assert [note.rpartition("pip install ")[2] for note in notes] == [
-        library.distribution for library in peers.LIBRARIES
+        library.distribution for library in benchmark.LIBRARIES
     ]
     assert all("is not installed (timed for" in note for note in notes)
 
@@ -126,9 +127,9 @@ def test_a_library_that_fails_to_import_is_named_and_the_rest_go_on(monkeypatch:
             raise OSError("libcudart.so.12: cannot open shared object file")
         return ModuleType(name)
 
-    monkeypatch.setattr(peers, "find_spec", lambda name: True)
-    monkeypatch.setattr(peers.importlib, "import_module", load)
-    found = peers.Peers()
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: True)
+    monkeypatch.setattr(benchmark.importlib, "import_module", load)
+    found = benchmark.Peers()
     assert found.notes == [
         "FlashInfer is installed and fails to import: OSError: libcudart.so.12: cannot open shared object file"
     ]
@@ -141,7 +142,7 @@ def test_a_peer_that_refuses_a_call_has_no_column_and_says_why(monkeypatch: pyte
         raise RuntimeError("no kernel\nfor this shape")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = peers.Peers()
+    found = benchmark.Peers()
     found.notes.clear()
     assert list(found._running([1, 2], {"good": lambda: 0, "bad": refuses})) == ["good"]
     assert found.notes == ["bad does not run [1, 2]: RuntimeError: no kernel"]
@@ -150,7 +151,7 @@ def test_a_peer_that_refuses_a_call_has_no_column_and_says_why(monkeypatch: pyte
 def test_the_backend_offers_its_bench_to_the_core() -> None:
     from hal_cuda.backend import CudaBackend
 
-    from hal_core.bench import Benchmarked
+    from hal_core.testing.bench_setup import Benchmarked
 
     assert isinstance(CudaBackend(), Benchmarked)
     assert not isinstance(hal.PooledMemory("cpu"), Benchmarked)

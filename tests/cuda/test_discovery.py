@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
-from hal_cuda import _nvml, discovery
+from hal_cuda import discovery
 from hal_cuda.backend import CudaBackend
+from hal_cuda.runtime import nvml
 
 import hal_core as hal
 
@@ -46,10 +47,10 @@ def test_visible_devices_are_read_as_cuda_reads_them(setting: str | None, wanted
 def driver(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with an H200 and an old GPU, and a torch that has CUDA."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(_nvml, "count", lambda: 2)
-    monkeypatch.setattr(_nvml, "Gpu", lambda place: (H200, OLD)[place])
-    monkeypatch.setattr(_nvml, "driver_version", lambda: "580.1")
-    monkeypatch.setattr(_nvml, "cuda_version", lambda: (13, 0))
+    monkeypatch.setattr(nvml, "count", lambda: 2)
+    monkeypatch.setattr(nvml, "Gpu", lambda place: (H200, OLD)[place])
+    monkeypatch.setattr(nvml, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(nvml, "cuda_version", lambda: (13, 0))
     monkeypatch.setattr(discovery, "_torch_lacks_cuda", lambda: "")
     return monkeypatch
 
@@ -70,7 +71,7 @@ def test_devices_are_described_from_the_driver(driver: pytest.MonkeyPatch) -> No
     ],
 )
 def test_absence_has_a_reason(driver: pytest.MonkeyPatch, change: tuple[str, Any], reason: str) -> None:
-    driver.setattr(_nvml, *change)
+    driver.setattr(nvml, *change)
     backend = CudaBackend()
     assert not backend.devices()
     assert reason in backend.why_absent()
@@ -78,10 +79,10 @@ def test_absence_has_a_reason(driver: pytest.MonkeyPatch, change: tuple[str, Any
 
 def test_a_torch_without_cuda_is_named(driver: pytest.MonkeyPatch) -> None:
     driver.undo()
-    driver.setattr(_nvml, "count", lambda: 1)
-    driver.setattr(_nvml, "Gpu", lambda place: H200)
-    driver.setattr(_nvml, "driver_version", lambda: "580.1")
-    driver.setattr(_nvml, "cuda_version", lambda: (13, 0))
+    driver.setattr(nvml, "count", lambda: 1)
+    driver.setattr(nvml, "Gpu", lambda place: H200)
+    driver.setattr(nvml, "driver_version", lambda: "580.1")
+    driver.setattr(nvml, "cuda_version", lambda: (13, 0))
     import torch
 
     driver.setattr(torch.version, "cuda", None)
@@ -89,8 +90,8 @@ def test_a_torch_without_cuda_is_named(driver: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_driver_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_nvml, "_library", None)
-    monkeypatch.setattr(_nvml, "_NAMES", ("libdoes-not-exist.so",))
+    monkeypatch.setattr(nvml, "_library", None)
+    monkeypatch.setattr(nvml, "_NAMES", ("libdoes-not-exist.so",))
     assert "install the NVIDIA driver" in discovery.find().reason
 
 

@@ -10,11 +10,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'hal-cuda[dev]'")
 
-from hal_cuda import compiled, dispatch
-from hal_cuda.chip import Chip
-from hal_cuda.rates import Rates, shipped
+from hal_cuda import cost
+from hal_cuda.cost import Rates, shipped
+from hal_cuda.discovery import Chip
+from hal_cuda.paths import candidates, choose
+from hal_cuda.runtime import binaries
 
-from hal_core import AttentionRequest, Causal, MaskKind
+from hal_core import AttentionRequest, Causal, Estimate, MaskKind
 
 PLAIN = AttentionRequest(
     batch=2, heads_q=16, heads_kv=16, len_q=8192, len_k=8192, dim_qk=128, dim_v=128, dtype="bfloat16", device="cuda:0"
@@ -30,7 +32,11 @@ def rates() -> Rates:
 
 
 def paths(chip: Chip = HOPPER, **changes: Any) -> list[str]:
-    return dispatch.candidates(replace(PLAIN, **changes), chip)
+    return candidates(replace(PLAIN, **changes), chip)
+
+
+def estimate(request: AttentionRequest, chip: Chip, rates: Rates) -> Estimate:
+    return cost.estimate(request, choose(request, chip, rates), rates, chip)
 
 
 def test_plain_attention_has_own_kernels_and_torch_beside_them() -> None:
@@ -72,37 +78,37 @@ def test_gradients_go_through_torch() -> None:
     assert paths(grads=frozenset("qkv")) == ["cudnn", "flash", "composed"]
     assert paths(grads=frozenset("qkv"), softcap=3.0) == ["composed"]
     assert paths(grads=frozenset({"q"}), deterministic=True) == ["composed"]
-    source = dispatch.estimate(replace(PLAIN, grads=frozenset("qkv")), HOPPER, rates()).time.source
+    source = estimate(replace(PLAIN, grads=frozenset("qkv")), HOPPER, rates()).time.source
     assert source.startswith("gradients by torch")
 
 
 def test_an_untested_triton_leaves_the_gluon_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.triton, "__version__", "3.9.1")
+    monkeypatch.setattr(binaries.triton, "__version__", "3.9.1")
     assert "hopper" not in paths()
 
 
 def test_the_measured_table_decides() -> None:
-    long = dispatch.choose(PLAIN, HOPPER, rates())
+    long = choose(PLAIN, HOPPER, rates())
     assert long.path == "hopper"
     assert [path for path, _ in long.seconds] == sorted(dict(long.seconds), key=dict(long.seconds).__getitem__)
     measured = rates()
     doubled = (dict(row, rate=row["rate"] * (2 if row["path"] == "cudnn" else 1)) for row in measured.grid)
-    assert dispatch.choose(PLAIN, HOPPER, attrs.evolve(measured, grid=tuple(doubled))).path == "cudnn"
+    assert choose(PLAIN, HOPPER, attrs.evolve(measured, grid=tuple(doubled))).path == "cudnn"
 
 
 def test_estimates_say_where_they_come_from() -> None:
-    measured = dispatch.estimate(PLAIN, HOPPER, rates())
+    measured = estimate(PLAIN, HOPPER, rates())
     assert measured.time.basis == "measured"
     assert "measured on NVIDIA H200" in measured.time.source
     assert measured.energy is not None
-    guessed = dispatch.estimate(PLAIN, AMPERE, Rates.assumed((8, 0), 108, rates()))
+    guessed = estimate(PLAIN, AMPERE, Rates.assumed((8, 0), 108, rates()))
     assert (guessed.time.basis, guessed.time.provenance) == ("modelled", "assumed")
     assert guessed.energy is None
 
 
 def test_time_grows_with_the_length() -> None:
     times = [
-        dispatch.estimate(replace(PLAIN, len_q=n, len_k=n), HOPPER, rates()).time.middle
+        estimate(replace(PLAIN, len_q=n, len_k=n), HOPPER, rates()).time.middle
         for n in (32, 300, 512, 700, 2048, 5000, 16384, 40000)
     ]
     assert times == sorted(times)
@@ -110,4 +116,4 @@ def test_time_grows_with_the_length() -> None:
 
 def test_scores_of_composed_attention_count_as_memory() -> None:
     request = replace(PLAIN, grads=frozenset("qkv"), softcap=3.0)
-    assert dispatch.estimate(request, HOPPER, rates()).memory > 2 * 16 * 8192 * 8192 * 4 * 2
+    assert estimate(request, HOPPER, rates()).memory > 2 * 16 * 8192 * 8192 * 4 * 2

@@ -198,8 +198,6 @@ def test_decode_on_two_streams_at_once_and_in_a_graph(gpu: str, seed: int) -> No
     """Programs of one call are counted apart from those of another, though calls overlap and a graph is replayed
     beside.
     """
-    from hal_cuda.scratch import scratch_of
-
     given = [
         (
             draw(seed + i, 1, 8, 1, 128, torch.bfloat16),
@@ -224,7 +222,8 @@ def test_decode_on_two_streams_at_once_and_in_a_graph(gpu: str, seed: int) -> No
     torch.cuda.synchronize()
     assert all(torch.equal(out, want[number]) for number in (0, 1) for out in got[number])
     assert error(replayed, want[2].double()) <= 1e-3
-    assert not bool(scratch_of(torch.device("cuda", 0))._arrived.any())
+    session: Any = hal.session(gpu)
+    assert session._context.workspaces.idle
 
 
 def test_calls_follow_the_current_stream(gpu: str, seed: int) -> None:
@@ -311,7 +310,7 @@ def test_cupy_pool_serves_buffers_within_its_limit(gpu: str) -> None:
 def test_every_claim_has_a_path(gpu: str) -> None:
     """Whatever the capabilities accept, dispatch finds a path for."""
     from hal_cuda.backend import CudaBackend
-    from hal_cuda.dispatch import candidates
+    from hal_cuda.paths import candidates
 
     backend = registry.backend_of(gpu)
     assert isinstance(backend, CudaBackend)

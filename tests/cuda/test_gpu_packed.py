@@ -11,7 +11,7 @@ from gpu_reference import agrees, draw, exact, on_path
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, Causal, SequenceTables
+from hal_core import AttentionRequest, Causal, SequenceMetadata
 
 
 def test_packed_sequences_do_not_see_each_other(gpu: str, seed: int) -> None:
@@ -70,7 +70,7 @@ def packed_agree(
     lengths_q = [100, 1, 700, 0, 333, 64, 129]
     lengths_k = lengths_q if same else [300, 129, 700, 40, 1, 500, 0]
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda() for lengths in (lengths_q, lengths_k)]
-    tables = SequenceTables(ends[0], ends[0] if same else ends[1])
+    tables = SequenceMetadata(ends[0], ends[0] if same else ends[1])
     query = draw(seed, 1, 4, sum(lengths_q) + 77, dim, torch.bfloat16, layout)
     total_k = sum(lengths_k) + 77
     key = draw(seed + 1, 1, 2, total_k, dim, torch.bfloat16, "heads last")
@@ -118,7 +118,8 @@ def test_wrong_packed_lengths_stay_inside_the_tensors(
     """
     if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the Hopper kernel needs compute capability 9.0")
-    from hal_cuda import packed, portable
+    from hal_cuda.kernels.hopper import packed
+    from hal_cuda.kernels.portable import launch as portable
 
     def surrounded(number: int) -> Tensor:
         whole = torch.full((1, 2, 1600, 128), math.nan, device="cuda", dtype=torch.bfloat16)
@@ -145,7 +146,7 @@ def test_wrong_packed_lengths_stay_inside_the_tensors(
     )
     call = on_path(gpu, path, request)
     wrong, right = (torch.tensor(each, dtype=torch.int32, device="cuda") for each in (ends, fine))
-    for tables in (SequenceTables(wrong, right), SequenceTables(right, wrong), SequenceTables(wrong, wrong)):
+    for tables in (SequenceMetadata(wrong, right), SequenceMetadata(right, wrong), SequenceMetadata(wrong, wrong)):
         out = call(query, key, value, None, None, tables, None)
         assert bool(torch.isfinite(out[0] if isinstance(out, tuple) else out).all())
         assert bool((room[:, :, :300] == 7.0).all() and (room[:, :, 1300:] == 7.0).all())

@@ -16,7 +16,7 @@ def product(width: int, registers: int, operands: str) -> str:
 
 
 def test_products_with_values_are_narrowed_and_others_are_not() -> None:
-    from hal_cuda.kernels import narrow
+    from hal_cuda.kernels.hopper import narrow
 
     from_registers = "{%r901,%r902,%r903,%r904}, %rd46, %p13, 1, 1, 1"
     from_memory = "%rd23, %rd13, 0, 1, 1, 0, 1"
@@ -27,16 +27,21 @@ def test_products_with_values_are_narrowed_and_others_are_not() -> None:
     assert narrow.products("\n".join(given), 128, 96) == "\n".join(wanted)
 
 
-@pytest.mark.parametrize(("dim", "width"), [(96, 96), (128, 128), (104, 104), (40, 40)])
+@pytest.mark.parametrize(
+    ("dim", "width"),
+    [(104, 104), pytest.param(96, 96, marks=pytest.mark.slow), pytest.param(40, 40, marks=pytest.mark.slow)],
+)
 def test_the_kernel_multiplies_by_the_columns_that_there_are(dim: int, width: int) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets in this process")
-    from hal_cuda import compiled, hopper
+    from hal_cuda.kernels.hopper.launch import compile_forward, config_of
+    from hal_cuda.runtime import binaries
+    from hal_cuda.tiling import hopper_tiles
 
-    if not compiled.tested():
-        pytest.skip(f"the kernel is for Triton {', '.join(compiled.TESTED_TRITON)}")
-    constants = hopper.kernel_constants(
-        hopper.tiling_for(dim, dim, 2048, 2048, False),
+    if not binaries.tested():
+        pytest.skip(f"the kernel is for Triton {', '.join(binaries.TESTED_TRITON)}")
+    config = config_of(
+        hopper_tiles(dim, dim, 2048, 2048, False),
         dim_qk=dim,
         dim_v=dim,
         group=1,
@@ -48,7 +53,7 @@ def test_the_kernel_multiplies_by_the_columns_that_there_are(dim: int, width: in
         softcap=False,
         lse=False,
     )
-    ptx = hopper.compile_forward("bf16", constants).asm["ptx"]
+    ptx = compile_forward("bf16", config).asm["ptx"]
     products = [line for line in ptx.splitlines() if "wgmma.mma_async" in line and line.endswith(", 1;")]
     values = {line.split(".m64n")[1].split("k16")[0] for line in products}
     assert values == {str(width)}

@@ -1,4 +1,6 @@
-"""The house's rules, read off the code: layers, no import cycle, what a plugin may import, and one name for each role."""
+"""The house's rules, read off the code: layers, no import cycle, what a plugin may import, and one name for each
+role.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,19 @@
-"""Random movement programs for the tests of the engines."""
+"""Random movement programs for the tests of the engines, and which cases every run of the tests has."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from typing import Any
 
-from hal_kpu.movement import Builder, Place, Program
-from hal_kpu.profile import Profile, load
+import pytest
+from hal_kpu.profiles.profile import Profile, load
+from hal_kpu.simulator.movement import Builder, Place, Program
+
+
+def quick_first(number: int, cases: Iterable[Any]) -> list[Any]:
+    """Cases of which the first `number` always run, and the others with those that are slow."""
+    return [case if at < number else pytest.param(case, marks=pytest.mark.slow) for at, case in enumerate(cases)]
 
 
 def random_program(seed: int, slots: int = 0) -> Program:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hal_kpu.attention import Operands, backward, forward
+from hal_kpu.simulator.attention.values import Operands, backward, forward
 
 from hal_core import AttentionRequest, Causal, MaskKind
 from hal_core.testing import reference, reference_gradients, relative_error
@@ -53,8 +53,8 @@ def test_every_size_of_tile_gives_attention(generator, block_k, changes):
 def test_rows_cut_into_parts_change_nothing(generator, monkeypatch):
     call = drawn(generator, request(causal=Causal.BOTTOM_RIGHT))
     whole = forward(call, 32)
-    for most in (1, 40, 1000):  # scores at once: single rows, single heads, some of both
-        monkeypatch.setattr("hal_kpu.attention._CHUNK", most)
+    for most in (40, 1000):  # scores at once: single rows, single heads, some of both
+        monkeypatch.setattr("hal_kpu.simulator.attention.values._CHUNK", most)
         out, lse = forward(call, 32)
         assert relative_error(out, whole.out.double()) < 1e-6
         assert relative_error(lse, whole.lse.double()) < 1e-6
@@ -130,3 +130,35 @@ def test_empty_operands_give_empty_or_nothing(generator, shape):
     assert out.shape == (call.query.shape[0], 4, call.query.shape[2], 16)
     assert not out.any()
     assert bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lowest_finite_mask_value_hides_nothing_alone(generator, dtype):
+    r = request(mask=MaskKind.ADDITIVE, dtype=dtype)
+    lowest = torch.finfo(getattr(torch, dtype)).min
+    mask = torch.zeros(2, 4, 45, 70, dtype=getattr(torch, dtype))
+    mask[:, :, 7] = lowest
+    call = drawn(generator, r, mask)
+    out, lse = forward(call, 32)
+    mean = call.value.double().mean(2).repeat_interleave(2, 1)
+    assert relative_error(out[:, :, 7], mean) < 4e-3
+    assert bool((lse[:, :, 7] == float(lowest)).all())
+
+
+def test_what_is_not_finite_stays_in_its_batch_entry_and_key_head(generator):
+    visible = torch.ones(1, 1, 45, 70, dtype=torch.bool)
+    visible[..., 3, :] = False
+    visible[..., 60:] = False
+    call = drawn(generator, request(mask=MaskKind.BOOLEAN, grads=frozenset("qkv")), visible)
+    clean, clean_lse = forward(call, 32)
+    call.value[0, 1, 65] = torch.nan  # hidden from every row, and read by query heads 2 and 3 of entry 0 alone
+    call.value[0, 1, 66] = torch.inf
+    out, lse = forward(call, 32)
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[0, 2:] = False
+    assert torch.equal(out[others], clean[others])
+    assert torch.equal(lse, clean_lse)
+    assert not out[:, :, 3].any()
+    grads = backward(call, 32, out, lse, torch.randn(out.shape, generator=generator))
+    assert not grads.query[:, :, 3].any()
+    assert bool(grads.query[others].isfinite().all())

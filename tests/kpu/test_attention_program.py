@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hal_kpu.attention_blocks import Blocks, longest_head, room, rounds, row_tiles
-from hal_kpu.attention_program import fused
-from hal_kpu.cycle_accurate import run_cycle_accurate
-from hal_kpu.engines import BufferTooSmallError
-from hal_kpu.movement import Opcode
-from hal_kpu.profile import load, names
-from hal_kpu.stats import bound
-from hal_kpu.transactional import run_transactional
+from hal_kpu.profiles.profile import load, names
+from hal_kpu.simulator.attention.program import fused
+from hal_kpu.simulator.cycle_accurate import run_cycle_accurate
+from hal_kpu.simulator.engines import BufferTooSmallError
+from hal_kpu.simulator.movement import Opcode
+from hal_kpu.simulator.stats import bound
+from hal_kpu.simulator.transactional import run_transactional
+from hal_kpu.tiling import Blocks, longest_head, room, rounds, row_tiles
 
 from hal_core import AttentionRequest, Causal, MaskKind, dense_mask
 

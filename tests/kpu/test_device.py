@@ -9,16 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hal_kpu.attention_blocks import longest_head
 from hal_kpu.backend import KPUDevices
-from hal_kpu.profile import load
+from hal_kpu.profiles.profile import load
+from hal_kpu.tiling import longest_head
 
 import hal_core as hal
 from hal_core import ContractError, UnsupportedError
-from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
-
-_SPECS = pytest.mark.skipif(not registry.kernel_specs(), reason="no plugin specifies matmul and linear")
 
 
 @pytest.fixture
@@ -111,7 +108,6 @@ def test_a_profile_is_chosen_by_the_environment() -> None:
         assert done.stdout.strip() == wanted, done.stderr
 
 
-@_SPECS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_multiply_with_wide_sums(dtype: torch.dtype, draw: torch.Generator) -> None:
     a, b = (torch.randn(3, *size, generator=draw).to(dtype) for size in ((20, 70), (70, 33)))
@@ -123,7 +119,6 @@ def test_kernels_multiply_with_wide_sums(dtype: torch.dtype, draw: torch.Generat
     assert relative_error(got, a.double() @ b[0].double() + bias.double()) < 2 * torch.finfo(dtype).eps
 
 
-@_SPECS
 def test_kernels_state_their_cost_and_are_metered(draw: torch.Generator) -> None:
     linear, x, weight = hal.kernel("linear", backend="kpu:0"), torch.randn(64, 96), torch.randn(128, 96)
     estimate = linear.estimate(x, weight)
@@ -137,7 +132,6 @@ def test_kernels_state_their_cost_and_are_metered(draw: torch.Generator) -> None
     assert linear.estimate(torch.randn(640, 96), weight).time.low > estimate.time.middle
 
 
-@_SPECS
 def test_kernels_refuse_what_the_array_does_not_multiply() -> None:
     matmul, linear = (hal.kernel(name, backend="kpu:0") for name in ("matmul", "linear"))
     with pytest.raises(ContractError, match="float64"):
@@ -159,3 +153,63 @@ def test_a_session_compares_fused_with_scores_through_dram() -> None:
     assert found.fused.external_bytes < request.bytes_moved + pairs
     seconds = hal.explain(*(torch.randn(1, 8, 256, 64) for _ in range(3)), backend="kpu:0").winner.estimate.time.middle
     assert seconds == pytest.approx(found.fused.seconds)
+
+
+def test_its_kernels_do_not_depend_on_other_plugins() -> None:
+    code = (
+        "import torch, hal_core as hal; "
+        "x = torch.randn(4, 8); "
+        "print([list(hal.kernel(n, backend='kpu:0')(x, y).shape) for n, y in (('matmul', x.T), ('linear', x))])"
+    )
+    environment = os.environ | {"HAL_PLUGINS": "kpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[[4, 4], [4, 4]]", done.stderr
+
+
+def test_options_choose_the_clock_and_the_simulator(draw: torch.Generator) -> None:
+    q = torch.randn(1, 2, 64, 32, generator=draw)
+    plain, times = hal.attention(q, q, q, backend="kpu:0"), {}
+    for name, options in {
+        "own": {},
+        "fast": {"clock_mhz": 4750},
+        "exact": {"fidelity": "cycle_accurate"},
+    }.items():
+        with hal.use("kpu:0", options=options), hal.meter() as meter:
+            out = hal.attention(q, q, q)
+        times[name] = meter.records["kpu:0"].time
+        assert relative_error(out, plain.double()) < 1e-6
+    assert times["own"].middle / 10 <= times["fast"].middle < times["own"].middle
+    assert times["exact"].middle == pytest.approx(times["own"].middle, rel=0.05)
+    assert "cycle-accurate simulation" in times["exact"].source
+
+
+def test_cycle_accurate_values_come_from_the_stepped_array(draw: torch.Generator, monkeypatch) -> None:
+    from hal_kpu.simulator import values
+
+    kinds = []
+    monkeypatch.setattr(values, "multiply", lambda *given: kinds.append(given[2:4]) or multiply(*given))
+    multiply = __import__("hal_kpu.simulator.array", fromlist=["multiply"]).multiply
+    q = torch.randn(1, 1, 16, 8, generator=draw).bfloat16()
+    with hal.use("kpu:0", options={"fidelity": "cycle_accurate"}):
+        hal.attention(q, q, q)
+    assert kinds == [load("t64").arrays("bfloat16")[:2]] * 2  # QK^T and PV
+
+
+def test_an_unknown_option_is_refused_with_those_there_are() -> None:
+    q = torch.randn(1, 1, 8, 8)
+    for options, offered in (({"fidelity": "exact"}, "'transactional', 'cycle_accurate'"), ({"clock_mhz": 0}, "1 to")):
+        with hal.use("kpu:0", options=options), pytest.raises(UnsupportedError, match=offered):
+            hal.attention(q, q, q)
+
+
+def test_a_session_states_what_the_prepared_call_costs() -> None:
+    q, k = torch.randn(1, 8, 96, 64), torch.randn(1, 8, 320, 64)
+    session = hal.session("kpu:0")
+    request = hal.AttentionRequest(1, 8, 8, 96, 320, 64, 64, "float32")
+    cost = session.cost(session.prepare_attention(q, k, k, request=request))
+    assert cost.time.middle == pytest.approx(session.compare(request).fused.seconds)
+    with hal.meter() as meter:
+        hal.attention(q, k, k, backend="kpu:0")
+    assert meter.records["kpu:0"].time.middle == cost.time.middle, "the exact lengths, not those of the bucket"
+    coarse = session.cost(session.prepare_attention(q, k, k, 96, request=request))
+    assert coarse.time.middle > cost.time.middle, "one block of all rows leaves arrays without work"

@@ -7,7 +7,9 @@ import json
 import math
 
 import pytest
-from hal_kpu.dfx import DFXError, DFXOp, DFXProgram, TensorSpec
+from hal_kpu.frontend.dfx.program import DFXProgram
+from hal_kpu.frontend.dfx.records import DFXError, DFXOp
+from hal_kpu.simulator.opcodes.specs import TensorSpec
 
 
 def perceptron() -> DFXProgram:
@@ -112,6 +114,60 @@ def test_a_wrong_program_is_refused_with_the_place_and_what_is_wanted(case):
     change, message = WRONG[case]
     with pytest.raises(DFXError, match=message):
         DFXProgram.from_dict(broken(change))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"float": "abc"}, r"ops\[1\]\.attrs\.scalar\.float is 'abc', and 'inf', '-inf' or 'nan' is wanted"),
+        ({"float": 1.5}, r"scalar\.float is 1\.5"),
+        ({"float": ["inf"]}, r"scalar\.float is \['inf'\]"),
+        pytest.param(
+            10**10_000,
+            r"an? int too large to print is in the DFX program, and whole numbers up to 2\*\*63 - 1",
+            id="10,000 digits",
+        ),
+        (2**63, r"9223372036854775808 is in the DFX program"),
+    ],
+)
+def test_an_attribute_that_no_program_can_have_is_refused(value, message):
+    with pytest.raises(DFXError, match=message):
+        DFXProgram.from_dict(broken(lambda d: d["ops"][1]["attrs"].update(scalar=value)))
+
+
+def test_nesting_without_end_is_refused():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(DFXError, match="nested more than 32 levels"):
+        DFXProgram.from_dict(broken(lambda d: d["ops"][1]["attrs"].update(scalar=0)) | {"metadata": deep})
+    ring: dict = {}
+    ring["again"] = ring
+    with pytest.raises(DFXError, match="nested more than 32 levels"):
+        DFXProgram.from_dict(broken(lambda d: d["ops"][1]["attrs"].update(scalar=ring)))
+    while deep:  # freed by the interpreter's recursion otherwise
+        deep = deep.pop()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deep"),
+        ('{"name": ' + "9" * 10_000 + "}", "cannot be read"),
+        ('{"version": "1.' + "9" * 5_000 + '"}', "two numbers such as '1.0'"),
+    ],
+)
+def test_text_that_json_cannot_take_is_refused(text, message):
+    with pytest.raises(DFXError, match=message):
+        DFXProgram.from_json(text)
+
+
+def test_sizes_beyond_any_memory_are_refused():
+    for size in (10**10_000, 2**64):
+        program = perceptron()
+        program.tensors["x"] = TensorSpec("x", (4, size), "float32")
+        with pytest.raises(DFXError, match=r"tensors\.x\.shape\[1\] is .* from 0 to 2\*\*63 - 1 is wanted"):
+            program.validate()
 
 
 def test_text_that_is_not_json_is_refused_with_line_and_column():

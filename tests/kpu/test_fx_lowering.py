@@ -10,11 +10,11 @@ import hal_kpu
 import pytest
 import torch
 import torch.nn.functional as F
-from hal_kpu.dfx import DFXProgram
-from hal_kpu.executor import Executor
-from hal_kpu.fx_lowering import FXToKPUConverter, is_operator, why_not
-from hal_kpu.fx_registry import LOWERINGS, lowers
-from hal_kpu.torch_backend import decompositions
+from hal_kpu.frontend.dfx.program import DFXProgram
+from hal_kpu.frontend.fx.backend import decompositions
+from hal_kpu.frontend.fx.lowering import FXToKPUConverter, is_operator, why_not
+from hal_kpu.frontend.fx.registry import LOWERINGS, lowers
+from hal_kpu.runtime.executor import Executor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -325,7 +325,7 @@ def test_an_operator_has_one_lowering():
 
 
 def test_programs_are_kept_by_sizes_and_the_oldest_goes(monkeypatch):
-    import hal_kpu.fx_partition as parts
+    import hal_kpu.frontend.fx.partition as parts
 
     monkeypatch.setattr(parts, "_SHAPES_KEPT", 2)
     graph = make_fx(lambda x: [x + x.sum(0)], tracing_mode="symbolic")(torch.randn(3, 2))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, gemm, simulate_conv2d, simulate_gemm
-from hal_kpu.array import DATAFLOWS
-from hal_kpu.engines import BufferTooSmallError
-from hal_kpu.profile import load
+from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, simulate_conv2d, simulate_gemm
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.array import DATAFLOWS
+from hal_kpu.simulator.engines import BufferTooSmallError
+from hal_kpu.simulator.products import gemm
 
 from hal_core.errors import ContractError
 
@@ -44,7 +45,7 @@ def test_whole_runs_of_random_products(dataflow, seed):
 
 def test_the_machine_s_cycles_count_what_the_pes_take(monkeypatch):
     """A register a cycle late makes the stepped tile longer, and the whole machine's run with it."""
-    from hal_kpu import cycle_accurate
+    from hal_kpu.simulator import cycle_accurate
 
     good = simulate_gemm(40, 40, 40, rows=8, cols=8)
     real = cycle_accurate.multiply

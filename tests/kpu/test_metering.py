@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hal_kpu.cost import SPREAD
-from hal_kpu.coverage import measure
-from hal_kpu.profile import load
+from hal_kpu.frontend.fx.coverage import measure
+from hal_kpu.profiles.profile import load
+from hal_simulation import RELATIVE_UNCERTAINTY
 from torch import nn
 
 import hal_core as hal
-from hal_core.registry import registry
 
 
 @pytest.mark.parametrize("fidelity", ["kpu", "kpu_transactional"])
@@ -34,7 +33,7 @@ def test_a_compiled_model_is_metered_as_the_device(fidelity: str) -> None:
     assert record.wall > 0
     if fidelity == "kpu_transactional":
         assert record.time.middle == pytest.approx(covered.kpu_seconds)
-        assert record.time.high == pytest.approx(covered.kpu_seconds * (1 + SPREAD["assumed"]))
+        assert record.time.high == pytest.approx(covered.kpu_seconds * (1 + RELATIVE_UNCERTAINTY["assumed"]))
 
 
 def test_it_is_timed_on_the_machine_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +41,7 @@ def test_it_is_timed_on_the_machine_of_the_device(monkeypatch: pytest.MonkeyPatc
     compiled, x = torch.compile(nn.Linear(64, 64), backend="kpu"), torch.randn(256, 64)
     seconds = []
     for name in ("t64", "t768"):
-        monkeypatch.setattr(registry.backend_of("kpu:0"), "profile", load(name))
+        monkeypatch.setattr(hal.session("kpu:0"), "profile", load(name))
         with torch.no_grad(), hal.meter() as meter:
             compiled(x)
         record = meter.records["kpu:0"]
@@ -55,7 +54,7 @@ def test_without_a_meter_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> No
     def timed(*given: object) -> None:
         raise AssertionError("timed without a meter")
 
-    monkeypatch.setattr("hal_kpu.fx_partition.Plan.time", timed)
+    monkeypatch.setattr("hal_kpu.frontend.fx.partition.Plan.time", timed)
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(nn.Linear(4, 4), backend="kpu")(torch.randn(2, 4))

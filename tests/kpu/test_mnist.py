@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hal_kpu.datasets import MNIST
-from hal_kpu.idx import IdxError, read_idx, write_idx
-from hal_kpu.mnist import DataFile, DatasetError, load_mnist
+from hal_kpu.frontend.data.datasets import MNIST
+from hal_kpu.frontend.data.idx import IdxError, read_idx, write_idx
+from hal_kpu.frontend.data.mnist import DataFile, DatasetError, load_mnist
 
 from hal_core import ContractError
 
@@ -195,7 +195,7 @@ def test_bad_arguments_are_refused_before_anything_is_asked_for(tmp_path, given)
 def test_the_data_set_is_a_sequence_that_a_data_loader_takes(mirror, files, images, labels, monkeypatch):
     from torch.utils.data import DataLoader
 
-    monkeypatch.setattr("hal_kpu.mnist.FILES", files)
+    monkeypatch.setattr("hal_kpu.frontend.data.mnist.FILES", files)
     data = MNIST("test", root=mirror, mirrors=())
     batches = list(DataLoader(data, batch_size=8))
     assert len(data) == _COUNT

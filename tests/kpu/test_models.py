@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hal_kpu.models import CONFIGURATIONS, load_model
+from hal_kpu.frontend.models import CONFIGURATIONS, load_model
 
 from hal_core.errors import HalError
 

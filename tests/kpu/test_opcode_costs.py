@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hal_kpu.dfx import TensorSpec
-from hal_kpu.opcodes import OPCODES
-from hal_kpu.profile import load
-from hal_kpu.runtime import TRANSACTIONAL, time_work
+from hal_kpu.profiles.profile import load
+from hal_kpu.runtime.timing import time_work
+from hal_kpu.simulator.fidelity import TRANSACTIONAL
+from hal_kpu.simulator.opcodes.specs import TensorSpec
+from hal_kpu.simulator.opcodes.table import OPCODES
 
 X = torch.rand(4, 6) + 0.5
 BITS = torch.arange(24).reshape(4, 6)

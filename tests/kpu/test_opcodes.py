@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hal_kpu.dfx import TensorSpec
-from hal_kpu.opcodes import LIMIT, OPCODES
+from hal_kpu.simulator.opcodes.specs import TensorSpec
+from hal_kpu.simulator.opcodes.table import LIMIT, OPCODES
 from torch.utils.flop_counter import FlopCounterMode
 
 

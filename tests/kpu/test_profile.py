@@ -6,20 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
-from hal_kpu import profile
-from hal_kpu.profile import FIGURES, FOLDER, ProfileError
+from hal_kpu.profiles import profile
+from hal_kpu.profiles.profile import FIGURES, FOLDER, ProfileError
 
-from hal_core.device import Provenance
+from hal_core import Provenance
 
 
 def test_every_profile_is_complete_and_says_where_each_figure_is_from():
     assert {"t64", "t256", "t768", "t4x4", "t16x16", "t32x32"} <= set(profile.names())
     for name in profile.names():
         loaded = profile.load(name)
-        assert [key for key, _ in loaded.figures] == [
-            f"{section}.{key}" for section in FIGURES for key in FIGURES[section]
-        ]
-        assert all(figure.source and isinstance(figure.provenance, Provenance) for _, figure in loaded.figures)
+        assert list(loaded.figures) == [f"{section}.{key}" for section in FIGURES for key in FIGURES[section]]
+        assert all(figure.source and isinstance(figure.provenance, Provenance) for figure in loaded.figures.values())
         assert loaded.provenance() is Provenance.ASSUMED  # none of these chips has been measured
 
 
@@ -47,25 +45,39 @@ def test_a_path_is_read_and_equal_figures_are_equal_profiles(tmp_path: Path):
     assert hash(profile.load(copy)) == hash(profile.load("t64"))
     changed = profile.load("t64").replace(dram__bandwidth=1e9)
     assert changed != profile.load("t64")
-    assert changed.figure("dram.bandwidth").provenance is Provenance.ASSUMED
+    assert changed.figures["dram.bandwidth"].provenance is Provenance.ASSUMED
 
 
 BAD = [
     (r"rows = \{[^}]*\}", "", "array.rows: missing: give rows of processing elements in one array, in count"),
-    (r"rows = \{ value = 32", "rows = { value = 0", "array.rows: 0 was given: a whole number from 1 to 4096 count"),
-    (r"rows = \{ value = 32", "rows = { value = 2.5", "array.rows: 2.5 was given"),
-    (r"rows = \{ value = 32", "rows = { value = true", "array.rows: True was given"),
+    (
+        r"rows = \{ value = 32",
+        "rows = { value = 0",
+        "array.rows.value: 0 was given: use a whole number from 1 to 4096",
+    ),
+    (r"rows = \{ value = 32", "rows = { value = 2.5", "array.rows.value: 2.5 was given"),
+    (r"rows = \{ value = 32", "rows = { value = true", "array.rows.value: True was given"),
     (r"rows = \{[^}]*\}", "rows = 32", "array.rows: 32 was given"),
-    (r'unit = "Hz"', 'unit = "MHz"', "clock.frequency: unit 'MHz' was given: 'Hz' is wanted"),
-    (r'"Hz", provenance = "[a-z-]*"', '"Hz", provenance = "rumour"', "provenance 'rumour' was given: use assumed"),
-    (r'"Hz", provenance = "[a-z-]*", source = "[^"]*"', '"Hz", provenance = "assumed"', "source is missing"),
-    (r"\[clock\]", "[clocks]", "clocks: unknown: use array, buffers"),
-    (r"banks =", "bank =", "dram.bank: unknown"),
-    (r'name = "t64"', "name = 64", "name: 64 was given: text is wanted"),
+    (r'unit = "Hz"', 'unit = "MHz"', "clock.frequency.unit: 'MHz' was given: convert the value to Hz"),
+    (
+        r'"Hz", provenance = "[a-z-]*"',
+        '"Hz", provenance = "rumour"',
+        "provenance: 'rumour' was given: use assumed",
+    ),
+    (
+        r'"Hz", provenance = "[a-z-]*", source = "[^"]*"',
+        '"Hz", provenance = "assumed"',
+        "frequency.source: missing",
+    ),
+    (r"\[clock\]", "[clocks]", "clocks: unknown key: did you mean 'clock'?"),
+    (r"banks =", "bank =", "dram.bank: unknown key"),
+    (r'name = "t64"', "name = 64", "name: 64 was given: use text"),
     (r"refresh_time = \{ value = 280e-9", "refresh_time = { value = 280e-6", "as long as dram.refresh_interval"),
     (r"page = \{ value = 8192", "page = { value = 64", None),
     (r"tiles_int8 = \{ value = 44", "tiles_int8 = { value = 65", "array.tiles_int8: more than array.tiles"),
     (r"\[clock\]", "[clock", "not TOML"),
+    (r'name = "t64"', "name = " + "[" * 100_000 + "]" * 100_000, "nested deeper than 16 levels"),
+    (r"rows = \{ value = 32", "rows = { value = " + "9" * 10_000, "not TOML"),
 ]
 
 

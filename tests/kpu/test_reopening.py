@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hal_kpu.averaged_dram import AveragedMemory
-from hal_kpu.dram import BankedMemory, Timing
-from hal_kpu.engines import Engines
-from hal_kpu.movement import Builder, Place, Program
-from hal_kpu.profile import load
-from hal_kpu.reopening import reopenings
-from hal_kpu.transactional import run_transactional
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.dram.averaged import AveragedMemory
+from hal_kpu.simulator.dram.banked import BankedMemory, Timing
+from hal_kpu.simulator.dram.reopening import reopenings
+from hal_kpu.simulator.engines import Engines
+from hal_kpu.simulator.movement import Builder, Place, Program
+from hal_kpu.simulator.transactional import run_transactional
 
 PROFILE = load("t32x32")
 TIMING = Timing.of(PROFILE)

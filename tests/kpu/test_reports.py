@@ -6,12 +6,15 @@ import json
 from dataclasses import replace
 
 import pytest
-from hal_kpu.attention_program import fused
-from hal_kpu.cost import ROUNDS, SPREAD, attention_cost, new_stats, tiled
-from hal_kpu.energy import energy
-from hal_kpu.profile import load, names
-from hal_kpu.reports import report
-from hal_kpu.transactional import run_transactional
+from hal_kpu.cost import attention_cost
+from hal_kpu.profiles.profile import load, names
+from hal_kpu.simulator.attention.program import fused
+from hal_kpu.simulator.energy import energy
+from hal_kpu.simulator.report import report
+from hal_kpu.simulator.stats import new_stats
+from hal_kpu.simulator.transactional import run_transactional
+from hal_kpu.tiling import ROUNDS, filled_up
+from hal_simulation import RELATIVE_UNCERTAINTY
 
 from hal_core import AttentionRequest, Causal
 
@@ -77,7 +80,7 @@ def test_equal_tiles_share_one_simulation_and_their_cost():
     profile = load("t64")
     a, b = (attention_cost(profile, replace(_REQUEST, len_q=n, len_k=n)) for n in (225, 256))
     assert a is b
-    assert tiled(profile, replace(_REQUEST, len_q=225)).len_q == 256
+    assert filled_up(profile, replace(_REQUEST, len_q=225)).len_q == 256
 
 
 @pytest.mark.parametrize("causal", [Causal.NONE, Causal.BOTTOM_RIGHT])
@@ -85,12 +88,12 @@ def test_equal_tiles_share_one_simulation_and_their_cost():
 def test_a_call_too_large_to_simulate_costs_what_simulating_it_gives(causal, name, heads, length, monkeypatch):
     profile = load(name)
     large = replace(_REQUEST, heads_q=heads, heads_kv=heads, len_q=length, len_k=length, causal=causal)
-    monkeypatch.setattr("hal_kpu.cost.LONGEST", 1 << 20)
-    monkeypatch.setattr("hal_kpu.cost.ROUNDS", 1 << 20)
+    monkeypatch.setattr("hal_kpu.tiling.LONGEST", 1 << 20)
+    monkeypatch.setattr("hal_kpu.tiling.ROUNDS", 1 << 20)
     whole = attention_cost(profile, large)
     assert whole.scale == 1
-    monkeypatch.setattr("hal_kpu.cost.LONGEST", 32)
-    monkeypatch.setattr("hal_kpu.cost.ROUNDS", ROUNDS)
+    monkeypatch.setattr("hal_kpu.tiling.LONGEST", 32)
+    monkeypatch.setattr("hal_kpu.tiling.ROUNDS", ROUNDS)
     part = attention_cost(profile, large)
     assert part.scale > 1.5
     assert part.seconds == pytest.approx(whole.seconds, rel=0.2)
@@ -100,6 +103,6 @@ def test_an_estimate_is_an_interval_as_wide_as_its_worst_figure():
     profile = load("t64")
     estimate = attention_cost(profile, _REQUEST).estimate()
     assert estimate.time.provenance == "assumed"
-    assert estimate.time.low == pytest.approx(estimate.time.middle * (1 - SPREAD["assumed"]))
+    assert estimate.time.low == pytest.approx(estimate.time.middle * (1 - RELATIVE_UNCERTAINTY["assumed"]))
     assert sum(estimate.parts.values()) == pytest.approx(estimate.time.middle)
     assert "not calibrated" in estimate.energy.source

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hal_kpu
 import pytest
 import torch
-from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, KPURuntime, runtime
-from hal_kpu.dfx import DFXProgram
-from hal_kpu.profile import load
+from hal_kpu import BEHAVIORAL, CYCLE_ACCURATE, TRANSACTIONAL, KPURuntime
+from hal_kpu.frontend.dfx.program import DFXProgram
+from hal_kpu.profiles.profile import load
 
 from hal_core.errors import ContractError
 
@@ -68,7 +68,9 @@ def test_a_program_is_its_operations_one_after_the_other(fidelity):
 def test_equal_operations_are_timed_once(monkeypatch):
     program, inputs, _ = layer()
     KPURuntime(TRANSACTIONAL).execute(program, inputs)
-    monkeypatch.setattr(runtime, "run_transactional", lambda *_: pytest.fail("timed again"))
+    from hal_kpu.runtime import timing
+
+    monkeypatch.setattr(timing, "run_transactional", lambda *_: pytest.fail("timed again"))
     KPURuntime(TRANSACTIONAL).execute(program, inputs)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from hal_kpu.coverage import Coverage, get_last_stats, measure
-from hal_kpu.torch_backend import KPUBackend, register_kpu_backend
+from hal_kpu.frontend.fx.backend import KPUBackend, register_kpu_backend
+from hal_kpu.frontend.fx.coverage import Coverage, get_last_stats, measure
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -313,8 +313,8 @@ def test_the_backends_are_found_by_torch_and_need_no_registration():
     code = (
         "import torch, sys; names = torch._dynamo.list_backends(); "
         "assert {'kpu', 'kpu_behavioral', 'kpu_transactional', 'kpu_cycle_accurate'} <= set(names), names; "
-        "assert 'hal_kpu.torch_backend' not in sys.modules; "
-        "import hal_kpu.torch_backend as b; b.register_kpu_backend(); b.register_kpu_backend()"
+        "assert 'hal_kpu.frontend.fx.backend' not in sys.modules; "
+        "import hal_kpu.frontend.fx.backend as b; b.register_kpu_backend(); b.register_kpu_backend()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     register_kpu_backend()
@@ -374,7 +374,8 @@ def test_cycle_accurate_values_come_from_the_stepped_array(seed):
 
 
 def test_the_plain_backend_follows_the_process(monkeypatch):
-    from hal_kpu.runtime import BEHAVIORAL, TRANSACTIONAL, set_fidelity
+    from hal_kpu.runtime.settings import set_fidelity
+    from hal_kpu.simulator.fidelity import BEHAVIORAL, TRANSACTIONAL
 
     compiled, x = torch.compile(nn.Linear(8, 4), backend="kpu"), torch.randn(2, 8)
     try:

@@ -6,10 +6,10 @@ import json
 from collections import defaultdict
 
 import pytest
-from hal_kpu.attention_program import fused
-from hal_kpu.profile import load
-from hal_kpu.trace import chrome_trace, write_trace
-from hal_kpu.transactional import run_transactional
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator.attention.program import fused
+from hal_kpu.simulator.trace import chrome_trace, write_trace
+from hal_kpu.simulator.transactional import run_transactional
 
 from hal_core import AttentionRequest, ContractError
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hal_kpu import Tensor, operators
-from hal_kpu.dfx import DFXProgram
-from hal_kpu.executor import Executor
+from hal_kpu import Tensor
+from hal_kpu.frontend.dfx.program import DFXProgram
+from hal_kpu.frontend.tensors import operators
+from hal_kpu.runtime.executor import Executor
 
 from hal_core.errors import ContractError
 

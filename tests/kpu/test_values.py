@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from hal_kpu import values
-from hal_kpu.profile import load
-from hal_kpu.values import array_values
+from hal_kpu.profiles.profile import load
+from hal_kpu.simulator import values
+from hal_kpu.simulator.values import array_values
 
 SMALL = load("t4x4")
 

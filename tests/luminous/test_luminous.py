@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hal_luminous.backend import LuminousBackend
-from hal_photonics.calibration import calibrate
-from hal_photonics.driver import SimulatedDriver
-from hal_photonics.profile import Origin
+from hal_photonics.calibrate import calibrate
+from hal_photonics.simulator.chip import SimulatedDriver
 
 import hal_core as hal
+from hal_core import Provenance
 from hal_core.testing import ConformanceSuite, check_backend
 
 
@@ -26,7 +26,7 @@ def test_the_bank_conforms_in_full() -> None:
 
 def test_every_figure_is_assumed_and_the_device_says_hypothetical() -> None:
     profile = LuminousBackend().profiles[0]
-    assert {figure.origin for figure in profile.figures.values()} == {Origin.ASSUMED}
+    assert {figure.provenance for figure in profile.figures.values()} == {Provenance.ASSUMED}
     device = LuminousBackend().devices()[0]
     assert "hypothetical" in device.vendor
     q = torch.ones(1, 1, 8, 16)

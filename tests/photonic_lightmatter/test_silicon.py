@@ -12,13 +12,13 @@ import attrs
 import pytest
 import torch
 from hal_photonic_lightmatter.backend import PROFILES
-from hal_photonics.blockfloat import encode
-from hal_photonics.calibration import calibrate, decibels
-from hal_photonics.core import Corrections, PhotonicCore, generator
+from hal_photonics.benchmark import GPUS
+from hal_photonics.calibrate import calibrate, decibels
 from hal_photonics.cost import attention_cost, efficiency, throughput
-from hal_photonics.driver import SimulatedDriver
-from hal_photonics.profile import Profile, load
-from hal_photonics.sweep import GPUS
+from hal_photonics.profiles.profile import Profile, load
+from hal_photonics.simulator.blockfloat import encode
+from hal_photonics.simulator.chip import SimulatedDriver
+from hal_photonics.simulator.core import Corrections, PhotonicCore, generator
 from torch import Tensor
 
 SILICON = {"raw": (10.94, 0.5), "column": (11.61, 0.5), "full": (15.46, 0.7), "core": (17.33, 1.0)}

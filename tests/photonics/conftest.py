@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hal_photonics.backend import BUNDLED
-from hal_photonics.profile import Profile, load
+from hal_photonics.profiles.profile import Profile, load
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ import math
 
 import pytest
 import torch
-from hal_photonics.blockfloat import Converters, encode, product
-from hal_photonics.calibration import decibels
-from hal_photonics.core import PhotonicCore
-from hal_photonics.integers import HeldWeights, integer_product
-from hal_photonics.profile import Profile
+from hal_photonics.calibrate import decibels
+from hal_photonics.profiles.profile import Profile
+from hal_photonics.simulator.blockfloat import encode, product
+from hal_photonics.simulator.converters import Converters
+from hal_photonics.simulator.core import PhotonicCore
+from hal_photonics.simulator.integers import HeldWeights, integer_product
 
 from hal_core import ContractError
 
@@ -124,7 +125,7 @@ def test_operands_that_are_not_finite_are_refused_with_their_position(generic: P
 def test_codes_equal_those_of_aihwkit(draw: torch.Generator) -> None:
     """Row 10: aihwkit 1.1.0, deterministic, 10/7/11 bits, G = 1.86, 128 x 128: every code."""
     pytest.importorskip("aihwkit", reason="aihwkit is not installed: pip install --no-deps aihwkit==1.1.0")
-    from hal_photonics.yardsticks import aihwkit_codes
+    from hal_photonics.simulator.published_simulators import aihwkit_codes
 
     x, w, ours = codes(draw)
     theirs = aihwkit_codes(x, w, CHIP)
@@ -139,7 +140,7 @@ def test_codes_equal_those_of_aihwkit(draw: torch.Generator) -> None:
 def test_codes_equal_those_of_crosssim(draw: torch.Generator) -> None:
     """Row 11: CrossSim 3.2.0, balanced, sign-magnitude inputs: 99.99% of the codes."""
     pytest.importorskip("simulator", reason="CrossSim is not installed: its source is github.com/sandialabs/cross-sim")
-    from hal_photonics.yardsticks import crosssim_codes
+    from hal_photonics.simulator.published_simulators import crosssim_codes
 
     x, w, ours = codes(draw)
     theirs = crosssim_codes(x, w, CHIP)

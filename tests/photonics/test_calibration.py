@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from hal_photonics.calibration import bits, calibrate, probe_snr
-from hal_photonics.core import Corrections, PhotonicCore
-from hal_photonics.driver import Fault, SimulatedDriver
-from hal_photonics.imperfections import odd_polynomial
-from hal_photonics.profile import Profile
+from hal_photonics.calibrate import bits, calibrate, probe_snr
+from hal_photonics.profiles.profile import Profile
 from hal_photonics.session import PhotonicSession
+from hal_photonics.simulator.chip import Fault, SimulatedDriver
+from hal_photonics.simulator.core import Corrections, PhotonicCore
+from hal_photonics.simulator.imperfections import odd_polynomial
 
 import hal_core as hal
 from hal_core import DeviceUnavailableError
@@ -107,8 +108,9 @@ def test_a_raw_chip_serves_without_corrections(generic: Profile) -> None:
 
 
 def test_the_command_stores_and_prints_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    from hal_cli import main
+
     from hal_core.calibration import load
-    from hal_core.cli import main
 
     assert main(["calibrate", "photonic:0"]) == 0
     shown = capsys.readouterr().out
@@ -123,6 +125,22 @@ def test_the_command_stores_and_prints_what_was_measured(capsys: pytest.CaptureF
     assert error.high == 0.5
     assert error.basis == "modelled"
     assert stored.values["bits after"] == pytest.approx(bits(stored.values["SNR after, dB"]), abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:the calibration:RuntimeWarning")
+@pytest.mark.parametrize("value", [None, "loud", [1], 1e9, math.inf, math.nan, -1e9, True])
+def test_a_calibration_that_somebody_edited_does_not_take_the_device_out(value: object) -> None:
+    """Its error is then unknown; the device stays, with its modelled time."""
+    from hal_core.calibration import save
+    from hal_core.registry import registry
+
+    device = next(d for d in hal.devices() if d.id == "photonic:0")
+    save(device, {"profile": "generic", "SNR after, dB": value})
+    registry.refresh("photonic:0")
+    q = torch.ones(1, 1, 8, 16)
+    estimate = hal.explain(q, q, q, backend="photonic:0").winner.estimate
+    assert estimate.error is None
+    assert estimate.time.middle > 0
 
 
 def opened(profile: Profile) -> PhotonicSession:

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 import torch
-from hal_photonics.core import PhotonicCore, generator
-from hal_photonics.driver import SimulatedDriver
-from hal_photonics.imperfections import BOLTZMANN, ELECTRON, effective_bits, noise_parts
-from hal_photonics.profile import Profile
+from hal_photonics.profiles.profile import Profile
+from hal_photonics.simulator.chip import SimulatedDriver
+from hal_photonics.simulator.core import PhotonicCore, generator
+from hal_photonics.simulator.imperfections import BOLTZMANN, ELECTRON, effective_bits, noise_parts
 
 from hal_core import ContractError
 
@@ -119,3 +119,13 @@ def test_levels_agree_where_a_chip_is_perfect(generic: Profile, draw: torch.Gene
     functional, device = core.multiply(a, b, level="functional"), core.multiply(a, b)
     # The device level multiplies fractions in float32, so a sum at a tie between two codes may go either way.
     assert float((functional - device).norm() / functional.norm()) < 2e-3
+
+
+def test_one_row_that_is_not_finite_leaves_the_clipping_of_others_alone(generic: Profile) -> None:
+    driver = SimulatedDriver(generic)
+    inputs, weights = torch.full((1, 4, 64), 127.0), torch.full((1, 64, 64), 127.0)
+    clean = driver.read(inputs, weights, noise=None)
+    assert clean.clipped > 0
+    inputs[0, 2, 5] = math.nan
+    codes = driver.read(inputs, weights, noise=None).codes[0]
+    assert torch.equal(codes[[0, 1, 3]], clean.codes[0, [0, 1, 3]])

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from hal_photonics.blockfloat import narrowed
-from hal_photonics.components import LIGHTENING_BASE, component_power
 from hal_photonics.cost import ENERGY_PARTS, TIME_PARTS, attention_cost, attention_work, product_cost, throughput
-from hal_photonics.profile import Profile
+from hal_photonics.profiles.profile import Profile
+from hal_photonics.simulator.components import LIGHTENING_BASE, component_power
+from hal_photonics.tiling import narrowed
+from hal_simulation import ProductSize
 
 from hal_core import AttentionRequest, Basis, Causal, Provenance
 
@@ -93,7 +94,9 @@ def test_work_grows_with_the_square_of_the_length(generic: Profile) -> None:
 
 
 def test_resident_weights_are_not_moved(generic: Profile) -> None:
-    moved, resident = (product_cost(generic, 1, 10, 512, 512, resident=r) for r in (False, True))
+    moved, resident = (
+        product_cost(generic, ProductSize(1, 10, 512, 512, "float32"), resident=r) for r in (False, True)
+    )
     assert moved.seconds["host"] - resident.seconds["host"] == pytest.approx(
         512 * 512 * 4 / generic["time.host_bandwidth"]
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hal_photonics import pcie, register_profile
+from hal_cli import main
+from hal_photonics import discovery, register_profile, tiling
 from hal_photonics.backend import BUNDLED
-from hal_photonics.kernels import linear_reference
+from hal_photonics.kernels.attention import attend_exactly
 
 import hal_core as hal
 from hal_core import ContractError, UnsupportedError
-from hal_core.cli import main
 from hal_core.testing import reference, relative_error
 
 
@@ -53,17 +53,17 @@ def test_attention_is_attention_within_the_declared_noise(draw: torch.Generator)
     assert bool((lse[:, :, 5] == -math.inf).all())
 
 
-def test_the_chunks_of_a_long_call_are_one_result(draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hal_photonics import attention
-
+def test_the_parts_of_a_long_call_are_one_result(draw: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(2, 6, 40, 16, generator=draw), *(torch.randn(2, 3, 50, 16, generator=draw) for _ in range(2))
-    request = hal.AttentionRequest(2, 6, 3, 40, 50, 16, 16, "float32", causal=hal.Causal.BOTTOM_RIGHT, lse=True)
+    request = hal.AttentionRequest(
+        2, 6, 3, 40, 50, 16, 16, "float32", causal=hal.Causal.BOTTOM_RIGHT, lse=True, mask=hal.MaskKind.ADDITIVE
+    )
     mask = torch.randn(2, 6, 40, 50, generator=draw)
-    request = hal.AttentionRequest(**{**request.__dict__, "mask": hal.MaskKind.ADDITIVE})
-    whole = attention.attend(attention.exact_product, q, k, v, mask, request)
-    for chunk in (1, 700, 5000, 13000):
-        monkeypatch.setattr(attention, "_CHUNK", chunk)
-        parts = attention.attend(attention.exact_product, q, k, v, mask, request)
+    own = tiling.PhotonicTiling("photonic", 64, 64)
+    whole = attend_exactly(q, k, v, mask, request, own.plan(request, {}))
+    for scores in (1, 700, 5000, 13000):
+        monkeypatch.setattr(tiling, "SCORES", scores)
+        parts = attend_exactly(q, k, v, mask, request, own.plan(request, {}))
         assert torch.allclose(parts.out, whole.out, atol=1e-5)
         assert torch.allclose(parts.lse, whole.lse, atol=1e-5)
     want = reference(q, k, v, mask, causal="bottom_right", enable_gqa=True)
@@ -72,11 +72,62 @@ def test_the_chunks_of_a_long_call_are_one_result(draw: torch.Generator, monkeyp
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_operands_that_are_not_finite_are_refused_with_their_position(name: str, bad: float) -> None:
-    tensors = {n: torch.zeros(1, 2, 3, 4) for n in ("query", "key", "value")}
-    tensors[name][0, 1, 2, 3] = bad
-    with pytest.raises(ContractError, match=rf"{name} holds .* at \[0, 1, 2, 3\]"):
-        hal.attention(*tensors.values(), backend="photonic:0")
+def test_what_is_not_finite_stays_in_its_batch_entry_and_key_head(draw: torch.Generator, name: str, bad: float) -> None:
+    tensors = {"query": torch.randn(2, 4, 9, 16, generator=draw)}
+    tensors |= {n: torch.randn(2, 2, 12, 16, generator=draw) for n in ("key", "value")}
+    mask = torch.ones(9, 12, dtype=torch.bool)
+    mask[5] = False
+    options = {"attn_mask": mask, "enable_gqa": True, "backend": "photonic:0", "return_lse": True, "rng": (1, 2)}
+    clean, clean_lse = hal.attention(*tensors.values(), **options)
+    tensors[name][1, -1, 2, 3] = bad
+    out, lse = hal.attention(*tensors.values(), **options)
+    own = torch.zeros(2, 4, dtype=torch.bool)
+    own[1, 2:] = True  # the query heads of the last key head
+    assert torch.equal(out[~own], clean[~own])
+    assert torch.equal(lse[~own], clean_lse[~own])
+    rows = torch.arange(9) != 5
+    assert bool(out[1, 2:, rows].isnan().all())
+    assert not out[1, 2:, 5].any()
+    assert bool((lse[1, 2:, 5] == -math.inf).all())
+
+
+def test_kernels_refuse_operands_that_no_converter_has_a_code_for() -> None:
+    matmul = hal.kernel("matmul", backend="photonic:0")
+    a = torch.zeros(3, 4)
+    a[1, 2] = math.nan
+    with pytest.raises(ContractError, match=r"a holds nan at \[1, 2\]"):
+        matmul(a, torch.zeros(4, 2))
+    with pytest.raises(ContractError, match="b of int64 on cpu was given"):
+        matmul(torch.zeros(3, 4), torch.zeros(4, 2, dtype=torch.int64))
+    with pytest.raises(ContractError, match=r"rng 5 was given: pass \(seed, offset\)"):
+        matmul(torch.zeros(3, 4), torch.zeros(4, 2), rng=5)
+    assert not matmul(torch.zeros(3, 4, requires_grad=True), torch.zeros(4, 2)).requires_grad
+
+
+def test_a_mask_hides_only_by_minus_infinity(draw: torch.Generator) -> None:
+    """A row wholly at the lowest finite value gives the mean of the values, and a finite log-sum-exp."""
+    q, k, v = (torch.randn(1, 2, 6, 16, generator=draw) for _ in range(3))
+    lowest = torch.finfo(torch.float32).min
+    mask = torch.zeros(6, 6)
+    mask[2], mask[3] = lowest, -math.inf
+    out, lse = hal.attention(q, k, v, mask, backend="photonic:0", return_lse=True, rng=(1, 2))
+    assert relative_error(out[:, :, 2], v.mean(2)) < 0.3
+    assert bool(lse[:, :, 2].isfinite().all())
+    assert not out[:, :, 3].any()
+    assert bool((lse[:, :, 3] == -math.inf).all())
+    request = hal.AttentionRequest(1, 2, 2, 6, 6, 16, 16, "float32", mask=hal.MaskKind.ADDITIVE, lse=True)
+    wide = torch.full((1, 1, 6, 6), -1e300, dtype=torch.float64)  # finite there, -inf in float32
+    exact = attend_exactly(q * 1e4, k * 1e4, v, wide, request, hal.session("photonic:0").tiling.plan(request, {}))
+    assert bool(exact.lse.isfinite().all())
+
+
+def test_torchs_own_causal_bias_is_a_mask(draw: torch.Generator) -> None:
+    from torch.nn.attention.bias import causal_upper_left
+
+    q = torch.randn(1, 2, 8, 16, generator=draw)
+    out = hal.attention(q, q, q, causal_upper_left(8, 8), backend="photonic:0", rng=(1, 2))
+    assert type(out) is torch.Tensor
+    assert relative_error(out, reference(q, q, q, causal="top_left").out) < 0.3
 
 
 def test_gradients_are_refused_unless_asked_for(chip: str, draw: torch.Generator) -> None:
@@ -96,7 +147,7 @@ def test_kernels_are_products_with_noise_by_rng(draw: torch.Generator) -> None:
     x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((3, 7, 80), (30, 80), (30,)))
     got = linear(x, weight, bias, rng=(1, 2))
     assert got.shape == (3, 7, 30)
-    assert relative_error(got, linear_reference(x, weight, bias)) < 0.2
+    assert relative_error(got, torch.nn.functional.linear(x, weight, bias)) < 0.2
     assert torch.equal(got, linear(x, weight, bias, rng=(1, 2)))
     assert not torch.equal(got, linear(x, weight, bias, rng=(1, 3)))
     assert torch.equal(got, linear(x, weight, rng=(1, 2)) + bias), "the bias is digital"
@@ -152,18 +203,17 @@ def bus(folder: Path) -> Path:
 def test_cards_are_found_by_the_users_ids_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = bus(tmp_path)
     monkeypatch.delenv("HAL_PHOTONIC_PCI_IDS", raising=False)
-    assert pcie.cards(place) == []
+    assert discovery.cards(place) == []
     monkeypatch.setenv("HAL_PHOTONIC_PCI_IDS", "1234:abcd, ffff:0000")
-    assert pcie.cards(place) == [pcie.Card("0000:01:00.0", "1234:abcd")]
-    assert "no public driver" in pcie.cards(place)[0].remark
-    monkeypatch.setattr(pcie, "_BUS", place)
-    monkeypatch.setattr(pcie.cards, "__defaults__", (place,))
+    assert discovery.cards(place) == [discovery.Card("0000:01:00.0", "1234:abcd")]
+    assert "no public driver" in discovery.cards(place)[0].remark
+    monkeypatch.setattr(discovery, "_BUS", place)
     from hal_photonics.backend import PhotonicBackend
 
     assert any("no public driver" in feature for feature in PhotonicBackend().devices()[0].features)
     monkeypatch.setenv("HAL_PHOTONIC_PCI_IDS", "lightmatter")
     with pytest.raises(ContractError, match="write vendor:device in hexadecimal"):
-        pcie.cards(place)
+        discovery.cards(place)
 
 
 def test_the_cards_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +252,9 @@ def test_the_sweep_measures_a_device_that_is_here(capsys: pytest.CaptureFixture[
         (["--against", "published:tpu"], "published:h200"),
         (["--against", "photonic:0"], "it is simulated"),
         (["--device", "cpu:0"], "not made of a photonic profile"),
+        (["--lengths", "9" * 5000], "pass lengths as whole numbers"),
+        (["--plot", "sweep.doc"], "ends with .pdf, .png or .svg"),
+        (["--plot", "no/where/sweep.png"], "a folder that exists"),
     ],
 )
 def test_a_wrong_sweep_is_one_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from hal_photonics import mesh, ring
-from hal_photonics.imperfections import MESH_PAIR
+from hal_photonics.simulator import mesh, ring
+from hal_photonics.simulator.imperfections import MESH_PAIR
 
 
 def haar(size: int, draw: torch.Generator) -> torch.Tensor:

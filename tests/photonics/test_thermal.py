@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hal_photonics.driver import Fault, SimulatedDriver, Telemetry
-from hal_photonics.profile import Profile
-from hal_photonics.thermal import TRANSITIONS, Health, Signal, State, Supervisor, step, triggers
+from hal_photonics.profiles.profile import Profile
+from hal_photonics.runtime.driver import Telemetry
+from hal_photonics.simulator.chip import Fault, SimulatedDriver
+from hal_photonics.simulator.thermal import TRANSITIONS, Health, Signal, State, Supervisor, step, triggers
 
 import hal_core as hal
 from hal_core import Code, DeviceUnavailableError, UnsupportedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import detect  # noqa: E402
+from hal_vulkan import discovery  # noqa: E402
 
 UUIDS = ["GPU-aaaa1111-2222-3333-4444-555555555555", "GPU-bbbb1111-2222-3333-4444-555555555555"]
 
@@ -25,26 +25,29 @@ UUIDS = ["GPU-aaaa1111-2222-3333-4444-555555555555", "GPU-bbbb1111-2222-3333-444
     ],
 )
 def test_cards_are_numbered_as_cuda_numbers_them(setting: str | None, want: list[str]) -> None:
-    assert detect._visible(UUIDS, setting) == want
+    assert discovery._visible(UUIDS, setting) == want
 
 
 def test_a_card_is_shared_with_the_cuda_device_of_its_uuid_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = next(iter(backend_module.find().adapters.values()), None)
+    adapter = next(iter(discovery.find().adapters.values()), None)
     if adapter is None:
         pytest.skip("no Vulkan device is here to be taken for another")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(detect, "find_spec", lambda name: name)
-    monkeypatch.setattr(detect, "_uuids", lambda: UUIDS)
+    monkeypatch.setattr(discovery, "find_spec", lambda name: name)
+    monkeypatch.setattr(discovery, "_uuids", lambda: UUIDS)
     both = frozenset({"memory_export", "timeline_export"})
     card = adapter._replace(vendor="NVIDIA", features=both, uuid=32 * "0" + "bbbb1111222233334444555555555555")
-    assert detect.cuda_index(card) == (1, "")
-    assert detect._describe("vulkan:0", card).reads == ("cpu", "cuda:1")
-    reasons = [detect.cuda_index(card._replace(vendor="AMD")), detect.cuda_index(card._replace(features=frozenset()))]
-    reasons.append(detect.cuda_index(card._replace(uuid=64 * "0")))
-    monkeypatch.setattr(detect, "_uuids", Failing(OSError("no such library")))
-    reasons.append(detect.cuda_index(card))
-    monkeypatch.setattr(detect, "find_spec", lambda name: None)
-    reasons.append(detect.cuda_index(card))
+    assert discovery.cuda_index(card) == (1, "")
+    assert discovery._describe("vulkan:0", card).reads == ("cpu", "cuda:1")
+    reasons = [
+        discovery.cuda_index(card._replace(vendor="AMD")),
+        discovery.cuda_index(card._replace(features=frozenset())),
+    ]
+    reasons.append(discovery.cuda_index(card._replace(uuid=64 * "0")))
+    monkeypatch.setattr(discovery, "_uuids", Failing(OSError("no such library")))
+    reasons.append(discovery.cuda_index(card))
+    monkeypatch.setattr(discovery, "find_spec", lambda name: None)
+    reasons.append(discovery.cuda_index(card))
     words = (
         "not a card of NVIDIA's",
         "exports no memory",
@@ -53,7 +56,7 @@ def test_a_card_is_shared_with_the_cuda_device_of_its_uuid_or_says_why_not(monke
         "hal-vulkan[cuda]",
     )
     assert all(index is None and word in why for (index, why), word in zip(reasons, words, strict=True))
-    shown = detect._describe("vulkan:0", card)
+    shown = discovery._describe("vulkan:0", card)
     assert shown.reads == ("cpu",)
     assert any("no memory shared with CUDA: cuda-bindings is not installed" in feature for feature in shown.features)
 

@@ -17,7 +17,7 @@ import torch
 
 import hal_core as hal
 
-cuda = pytest.importorskip("hal_vulkan.cuda", exc_type=ImportError)
+cuda = pytest.importorskip("hal_vulkan.runtime.cuda", exc_type=ImportError)
 
 NEEDS_CONTEXT = {"cuMemFree", "cuDestroyExternalMemory", "cuImportExternalMemory", "cuExternalMemoryGetMappedBuffer"}
 

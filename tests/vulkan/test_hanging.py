@@ -12,7 +12,7 @@ from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import commands
+from hal_compute import waits
 
 
 def test_a_wait_that_never_ends_gives_up_and_the_device_opens_again(
@@ -48,7 +48,7 @@ def test_a_hanging_device_is_waited_for_once_and_not_for_every_recording(
     )
     monkeypatch.setattr(gpu, "_lib", Failing(gpu._lib, "vkWaitSemaphores", 2))  # VK_TIMEOUT
     session.close()
-    assert [seconds for seconds in patience if seconds] == [commands.GRACE]
+    assert [seconds for seconds in patience if seconds] == [waits.GRACE]
     with pytest.raises(hal.DeviceUnavailableError, match="close the session"):
         run(query, query, query)
 
@@ -70,7 +70,7 @@ def test_a_recording_that_hangs_is_not_waited_for_again_and_runs_once_the_device
         for _ in range(2):
             with pytest.raises(hal.DeviceUnavailableError, match=r"did not end .*compute attention.*close the session"):
                 run(query, query, query)
-        assert patience == [commands.TIMEOUT, 0.0, 0.0]
+        assert patience == [waits.TIMEOUT, 0.0, 0.0]
     session.synchronize()
     assert relative_error(run(query, query, query), reference(query, query, query).out) <= 1e-5
 

@@ -14,10 +14,11 @@ from hal_core.testing import reference, relative_error
 from hal_core.testing.reference import request_of
 
 pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import build_shaders, ladder, matrix
-from hal_vulkan._vk import Adapter, MatrixShape
-from hal_vulkan.commands import VulkanCommandBuffer
-from hal_vulkan.pipelines import VulkanShaderManager
+from hal_vulkan import paths, tiling
+from hal_vulkan.kernels import build_shaders
+from hal_vulkan.runtime._vk import Adapter, MatrixShape
+from hal_vulkan.runtime.command_buffer import VulkanCommandBuffer
+from hal_vulkan.runtime.pipelines import VulkanShaderManager
 
 BRAIN = ("bfloat16_matrix",)
 BITS = (
@@ -71,14 +72,14 @@ def adapter(
 
 
 def test_all_bits_give_the_best_step() -> None:
-    step = ladder.matrix_step(adapter(BITS), "float16")
+    step = paths.matrix_step(adapter(BITS), "float16")
     assert step is not None
     assert (step.name, step.side) == ("nv2", 16)
 
 
 @pytest.mark.parametrize("bit", BITS)
 def test_a_missing_bit_costs_the_steps_that_use_it(bit: str) -> None:
-    step = ladder.matrix_step(adapter(tuple(b for b in BITS if b != bit)), "float16")
+    step = paths.matrix_step(adapter(tuple(b for b in BITS if b != bit)), "float16")
     assert (step.name if step else None) == ("khr" if bit.startswith("nv2_") else None)
 
 
@@ -86,50 +87,50 @@ def test_a_missing_bit_costs_the_steps_that_use_it(bit: str) -> None:
 def test_a_missing_operation_of_subgroups_costs_the_steps_that_use_it(lost: int, left: str | None) -> None:
     whole = adapter(BITS + SCOPE)
     less = whole._replace(limits=whole.limits | {"subgroupOperations": 0x7FF & ~lost})
-    assert [step.name for step in ladder.matrix_steps(less, "float16")] == ([left] if left else [])
-    assert ladder.row_step(whole) is not None
-    assert ladder.row_step(less) is None
+    assert [step.name for step in paths.matrix_steps(less, "float16")] == ([left] if left else [])
+    assert paths.row_step(whole) is not None
+    assert paths.row_step(less) is None
 
 
 def test_what_a_step_cannot_hold_goes_to_plain_tiles() -> None:
-    assert ladder.matrix_step(adapter(BITS), "float32") is None
-    assert ladder.matrix_step(adapter(BITS, sides=()), "float16") is None
-    assert ladder.matrix_step(adapter(BITS, sides=(32,)), "float16") is None
-    assert ladder.matrix_step(adapter(BITS, is_cpu=True), "float16") is None
+    assert paths.matrix_step(adapter(BITS), "float32") is None
+    assert paths.matrix_step(adapter(BITS, sides=()), "float16") is None
+    assert paths.matrix_step(adapter(BITS, sides=(32,)), "float16") is None
+    assert paths.matrix_step(adapter(BITS, is_cpu=True), "float16") is None
 
 
 def test_bfloat16_needs_its_bit_and_its_matrices() -> None:
     shapes = (MatrixShape(16, 16, 16, "bfloat16", "float32"),)
-    assert ladder.matrix_step(adapter(BITS + BRAIN)._replace(matrices=shapes), "bfloat16") is not None
-    assert ladder.matrix_step(adapter(BITS)._replace(matrices=shapes), "bfloat16") is None
-    assert ladder.matrix_step(adapter(BITS + BRAIN), "bfloat16") is None
+    assert paths.matrix_step(adapter(BITS + BRAIN)._replace(matrices=shapes), "bfloat16") is not None
+    assert paths.matrix_step(adapter(BITS)._replace(matrices=shapes), "bfloat16") is None
+    assert paths.matrix_step(adapter(BITS + BRAIN), "bfloat16") is None
 
 
 def test_vulkan_1_2_has_no_spirv_of_1_3() -> None:
-    assert [step.name for step in ladder.matrix_steps(adapter(BITS, api=2), "float16")] == ["khr"]
+    assert [step.name for step in paths.matrix_steps(adapter(BITS, api=2), "float16")] == ["khr"]
 
 
 def test_the_doctors_words_follow_the_steps() -> None:
-    assert ladder.ladder(adapter(BITS + SCOPE)) == (
-        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; float32: tiles "
-        "in shared memory; few query rows: lanes that share a key"
+    assert paths.kernel_names(adapter(BITS + SCOPE)) == (
+        "float16: 16x16x16 matrices in subgroups (VK_NV_cooperative_matrix2); bfloat16: tiles in shared memory; "
+        "float32: tiles in shared memory; few query rows: lanes that share a key"
     )
-    assert ladder.ladder(adapter(())) == "tiles in shared memory"
+    assert paths.kernel_names(adapter(())) == "tiles in shared memory"
     few = "tiles in shared memory; few query rows: lanes that share a key"
-    assert ladder.ladder(adapter(("full_subgroups", "device_scope"))) == few
+    assert paths.kernel_names(adapter(("full_subgroups", "device_scope"))) == few
     for bit in ("full_subgroups", "device_scope"):
-        assert ladder.ladder(adapter((bit,))) == "tiles in shared memory"
-    assert "matrices" not in ladder.ladder(adapter(BITS, is_cpu=True))
-    assert "lanes" not in ladder.ladder(adapter(BITS + SCOPE, is_cpu=True))
+        assert paths.kernel_names(adapter((bit,))) == "tiles in shared memory"
+    assert "matrices" not in paths.kernel_names(adapter(BITS, is_cpu=True))
+    assert "lanes" not in paths.kernel_names(adapter(BITS + SCOPE, is_cpu=True))
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("name", ["nv2", "khr"])
 @pytest.mark.parametrize("lanes", [32, 64])
 def test_cuts_fit_shared_memory_and_load_whole_tiles(dim: int, name: str, lanes: int) -> None:
-    step = ladder.MatrixStep(name, 16, lanes, 49152)
+    step = paths.MatrixStep(name, 16, lanes, 49152)
     for alone in (False, True):
-        cuts = matrix.cuts(step, dim, alone=alone)
+        cuts = tiling.matrix_cuts(step, dim, alone=alone)
         assert cuts, "no cut for this head size"
         assert all(c.shared_bytes(dim) <= 49152 for c in cuts)
         assert all(c.keys * dim // 8 % (lanes if alone else c.threads) == 0 for c in cuts)
@@ -171,8 +172,8 @@ def draw(shape: tuple[int, ...], options: dict[str, Any], seed: int) -> tuple[An
     return query, key, value, options
 
 
-def steps_of(session: Any) -> list[ladder.MatrixStep]:
-    found = ladder.matrix_steps(session.recorder.adapter, "float16")
+def steps_of(session: Any) -> list[paths.MatrixStep]:
+    found = paths.matrix_steps(session.recorder.adapter, "float16")
     if not found:
         pytest.skip(
             f"{session.recorder.adapter.name} ({session.recorder.adapter.driver}) reports no matrices for float16"
@@ -189,8 +190,8 @@ def test_every_matrix_step_agrees_with_float64(
     step = next((step for step in steps_of(session) if step.name == name), None)
     if step is None:
         pytest.skip(f"{session.recorder.adapter.name} does not report what {name} needs")
-    monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: step)
-    monkeypatch.setattr(ladder, "row_step", lambda adapter: None)
+    monkeypatch.setattr(tiling, "matrix_step", lambda adapter, dtype: step)
+    monkeypatch.setattr(tiling, "row_step", lambda adapter: None)
     shape, options = CASES[case]
     query, key, value, options = draw(shape, options, seed)
     mask, plan = options.pop("attn_mask", None), None
@@ -223,11 +224,11 @@ def test_few_rows_across_subgroups_agree_with_float64(
     session: Any, dtype: str, case: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = session.recorder.adapter
-    step = ladder.row_step(adapter._replace(is_cpu=False))
+    step = paths.row_step(adapter._replace(is_cpu=False))
     if step is None:
         pytest.skip(f"{adapter.name} does not shuffle in full subgroups")
-    monkeypatch.setattr(ladder, "row_step", lambda adapter: step)
-    monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: None)
+    monkeypatch.setattr(tiling, "row_step", lambda adapter: step)
+    monkeypatch.setattr(tiling, "matrix_step", lambda adapter, dtype: None)
     shape, options = FEW[case]
     query, key, value, options = draw(shape, options, seed)
     query, key, value = (t.to(getattr(torch, dtype)) for t in (query, key, value))
@@ -246,11 +247,11 @@ def test_few_rows_take_no_more_work_groups_than_a_card_holds(
     session: Any, heads: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Work groups are equal parts of the call: one that has to wait for the others doubles its time."""
-    step = ladder.row_step(session.recorder.adapter._replace(is_cpu=False))
+    step = paths.row_step(session.recorder.adapter._replace(is_cpu=False))
     if step is None:
         pytest.skip(f"{session.recorder.adapter.name} does not shuffle in full subgroups")
-    monkeypatch.setattr(ladder, "row_step", lambda adapter: step)
-    monkeypatch.setattr(ladder, "matrix_step", lambda adapter, dtype: None)
+    monkeypatch.setattr(tiling, "row_step", lambda adapter: step)
+    monkeypatch.setattr(tiling, "matrix_step", lambda adapter, dtype: None)
     asked: list[Any] = []
     dispatch = VulkanCommandBuffer.dispatch
     monkeypatch.setattr(
@@ -278,7 +279,7 @@ def test_shaders_ask_for_the_whole_subgroups_that_they_count_on(monkeypatch: pyt
 
 
 def test_what_the_doctor_says_is_what_runs(session: Any, seed: int) -> None:
-    said = ladder.ladder(session.recorder.adapter)
+    said = paths.kernel_names(session.recorder.adapter)
     query, key, value, _ = draw((1, 2, 2, 40, 40, 32), {}, seed)
     for dtype in ("float16", "bfloat16", "float32"):
         before = ran(session)

@@ -16,6 +16,7 @@ from hal_core.registry import registry
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
+from hal_vulkan import discovery  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 
 MOST = {"X": 6, "Y": 5, "Z": 64}
@@ -24,7 +25,7 @@ MOST = {"X": 6, "Y": 5, "Z": 64}
 @pytest.fixture
 def narrow(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A session on a driver that takes few work groups, and no more of them."""
-    adapter = backend_module.find().adapters[device.id]
+    adapter = discovery.find().adapters[device.id]
     limits = {f"maxComputeWorkGroupCount{axis}": most for axis, most in MOST.items()}
     with VulkanSession(device, adapter._replace(limits=adapter.limits | limits)) as session:
         gpu, dispatch = session.recorder.gpu, session.recorder.gpu.dispatch
@@ -143,7 +144,7 @@ def test_what_cannot_go_in_turn_is_refused_with_the_limit_and_the_fix(narrow: An
 
 
 def test_heads_and_rows_beyond_the_devices_own_limit_are_refused_before_the_call(device: hal.Device) -> None:
-    limits = backend_module.find().adapters[device.id].limits
+    limits = discovery.find().adapters[device.id].limits
     wide, tall = (limits[f"maxComputeWorkGroupCount{axis}"] for axis in "YX")
     query = torch.empty(1, 1, 1, 32).expand(1, wide + 1, 1, 32)
     with pytest.raises(hal.UnsupportedError, match=rf"heads +{wide + 1} asked.*1 to {wide} offered.*split the heads"):

@@ -14,16 +14,17 @@ import hal_core as hal
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import commands, recorder, staging  # noqa: E402
-from hal_vulkan._vk import Bound  # noqa: E402
+from hal_vulkan import discovery  # noqa: E402
+from hal_vulkan.runtime import command_buffer, open_device, recorder, staging  # noqa: E402
+from hal_vulkan.runtime._vk import Bound  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
 
 
 @pytest.fixture
 def unmapped(device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A session that treats the device's memory as a graphics card's, with tensors of 4 KiB and more in the ring."""
-    monkeypatch.setattr(recorder, "STREAM_FROM", 4096)
-    adapter = backend_module.find().adapters[device.id]
+    monkeypatch.setattr(open_device, "STREAM_FROM", 4096)
+    adapter = discovery.find().adapters[device.id]
     with VulkanSession(device, adapter._replace(is_cpu=False)) as opened:
         ring = opened.recorder.ring = staging.StagingRing(opened.recorder.gpu, slots=3, slot_bytes=8192)
         ring._take("")
@@ -151,7 +152,7 @@ def test_recordings_and_their_memory_are_bounded_and_given_back(
 
 
 def test_recordings_make_room_for_a_call_that_needs_their_memory(device: hal.Device, seed: int) -> None:
-    with VulkanSession(device, backend_module.find().adapters[device.id], 1 << 20) as session:
+    with VulkanSession(device, discovery.find().adapters[device.id], 1 << 20) as session:
         for length in (8, 300, 340, 380, 420, 460):  # together more than the limit
             query = draw(seed, (1, 1, length, 64))[0]
             out = session.bind(request(query, query))(query, query, query)
@@ -171,7 +172,7 @@ def test_large_tensors_on_a_cpus_device_are_read_and_written_where_they_lie(sess
     limits = session.recorder.adapter.limits
     if not session.recorder.mapped or not limits["hostPointerAlignment"]:
         pytest.skip("this device does not take the host's memory")
-    shape = (1, 2, recorder.IMPORT_FROM // (2 * 64 * 4), 64)
+    shape = (1, 2, open_device.IMPORT_FROM // (2 * 64 * 4), 64)
     query = draw(seed, (1, 2, 16, 64))[0]
     key, value = draw(seed + 1, shape, shape)
     run, want = session.bind(request(query, key)), reference(query, key, value).out
@@ -187,7 +188,7 @@ def test_imported_memory_outlives_the_tensor_that_was_made_for_the_call(session:
     for n in range(6):  # a boolean mask becomes numbers, large enough to be imported, that only the recording holds
         query, key, value, grad = draw(seed + n, *[(1, 4, 256, 32)] * 4)
         mask = torch.rand(1, 4, 256, 256, generator=torch.Generator().manual_seed(seed + n)) > 0.3
-        assert mask.numel() * 4 >= recorder.IMPORT_FROM
+        assert mask.numel() * 4 >= open_device.IMPORT_FROM
         asked = request(query, key, lse=True, grads=frozenset("qkv"), mask=hal.MaskKind.BOOLEAN)
         prepared = session.prepare_attention(query, key, value, request=asked)
         out, lse = session.compute_attention(prepared, mask)
@@ -283,7 +284,7 @@ def test_small_copies_of_any_layout_are_whole(shape: tuple[int, ...], seed: int)
     source = draw(seed, shape)[0]
     for given in (source, source.transpose(0, -1), source.half()):
         target = torch.full([*given.shape[:-1], given.shape[-1] + 3], 7.0)[..., : given.shape[-1]]
-        commands._copy(target, given, 1 << 30)
+        command_buffer._copy(target, given, 1 << 30)
         assert torch.equal(target, given.float())
 
 

@@ -20,9 +20,10 @@ import hal_core as hal
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
-from hal_vulkan import commands, detect  # noqa: E402
+from hal_compute import waits  # noqa: E402
+from hal_vulkan import discovery  # noqa: E402
+from hal_vulkan.runtime.sharing import SharedCard  # noqa: E402
 from hal_vulkan.session import VulkanSession  # noqa: E402
-from hal_vulkan.sharing import SharedCard  # noqa: E402
 
 
 class MappedCard(SharedCard):
@@ -69,9 +70,9 @@ class Traced(np.ndarray):
 @pytest.fixture(params=["mapped", "cuda"])
 def session(request: pytest.FixtureRequest, device: hal.Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A session whose tensors can be shared, on each kind of card."""
-    adapter = backend_module.find().adapters[device.id]
+    adapter = discovery.find().adapters[device.id]
     if request.param == "cuda":
-        index, why = detect.cuda_index(adapter)
+        index, why = discovery.cuda_index(adapter)
         if index is None:
             pytest.skip(f"{device.id} shares no memory with CUDA: {why}")
         with VulkanSession(device, adapter) as opened:
@@ -338,9 +339,9 @@ def test_memory_that_ended_is_not_waited_for_when_a_failed_device_is_closed(
     monkeypatch.setattr(session.recorder.card, "_drop", lambda block: dropped.append(block) or drop(block))
     session.close()
     assert bool(dropped) == (result != 2), "giving memory back would wait for a device that hangs"
-    assert patience[0] == ("finish before it is closed", commands.GRACE)
-    waits = [seconds for _, seconds in patience if seconds]
-    assert (len(waits) == 1) == (result == 2), "a lost device is asked again, and answers at once"
+    assert patience[0] == ("finish before it is closed", waits.GRACE)
+    waited = [seconds for _, seconds in patience if seconds]
+    assert (len(waited) == 1) == (result == 2), "a lost device is asked again, and answers at once"
 
 
 def test_a_tensor_outlives_the_session_that_made_its_memory(session: Any) -> None:
@@ -412,7 +413,7 @@ def test_torchs_work_is_ordered_before_memory_changes_hands(monkeypatch: pytest.
     device = next((d for d in hal.devices() if d.family == "vulkan" and d.fidelity == "emulated"), None)
     if device is None:
         pytest.skip("no Vulkan driver for a CPU is installed")
-    adapter = backend_module.find().adapters[device.id]
+    adapter = discovery.find().adapters[device.id]
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     with VulkanSession(attrs.evolve(device, reads=("cpu", "cuda:0")), adapter._replace(is_cpu=False)) as session:
         card = session.recorder._card = MappedCard(session.recorder.gpu)

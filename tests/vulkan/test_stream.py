@@ -10,7 +10,9 @@ import torch
 import hal_core as hal
 from hal_core.testing import reference, relative_error
 
-stream = pytest.importorskip("hal_vulkan.stream", exc_type=ImportError)
+stream = pytest.importorskip("hal_vulkan.kernels.stream", exc_type=ImportError)
+from hal_vulkan import tiling  # noqa: E402
+from hal_vulkan.kernels import attention  # noqa: E402
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     found = [d for d in hal.devices() if d.family == "vulkan" and d.fidelity is hal.Fidelity.EMULATED]
     if not found:
         pytest.skip("no Vulkan driver for a CPU is installed")
-    monkeypatch.setattr(stream, "_FROM", 0)
+    monkeypatch.setattr(tiling, "_STREAM_FROM", 0)
     return found[0].id
 
 
@@ -62,8 +64,8 @@ def test_streamed_masks_and_softcaps_agree_with_float64(
     device: str, kind: str, len_q: int, len_k: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[object] = []
-    record = stream.record
-    monkeypatch.setattr(stream, "record", lambda *given: recorded.append(given[0]) or record(*given))
+    record = attention.record_stream
+    monkeypatch.setattr(attention, "record_stream", lambda *given: recorded.append(given[0]) or record(*given))
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(2, 4, len_q, 32, generator=generator)
     key, value = (torch.randn(2, 2, len_k, 32, generator=generator) for _ in range(2))

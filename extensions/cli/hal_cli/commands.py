@@ -15,9 +15,8 @@ Option = tuple[str, dict[str, Any]]
 
 
 class _Command(NamedTuple):
-    """A command: the module that holds its `run`, its name, its help and its options."""
+    """A command: its name, which is that of the module with its `run`, its help and its options."""
 
-    module: str
     name: str
     help: str
     options: tuple[Option, ...] = ()
@@ -28,10 +27,9 @@ _DEVICE: Option = ("device", {"help": "device id or backend name"})
 _DTYPE: Option = ("--dtype", {"default": "float32"})
 
 COMMANDS = (
-    _Command("devices", "devices", "list the devices that are present"),
-    _Command("doctor", "doctor", "show every plugin: found, loaded, failed and how to mend it"),
+    _Command("devices", "list the devices that are present"),
+    _Command("doctor", "show every plugin: found, loaded, failed and how to mend it"),
     _Command(
-        "explain",
         "explain",
         "show which device an attention call would run on, and why",
         (
@@ -48,9 +46,8 @@ COMMANDS = (
             ("--allow-simulated", _YES),
         ),
     ),
-    _Command("calibrate", "calibrate", "measure a device; its estimates use the result", (_DEVICE,)),
+    _Command("calibrate", "measure a device; its estimates use the result", (_DEVICE,)),
     _Command(
-        "conformance",
         "conformance",
         "hold a device to everything it claims",
         (
@@ -60,7 +57,6 @@ COMMANDS = (
         ),
     ),
     _Command(
-        "bench",
         "bench",
         "time attention on a device against torch's own",
         (
@@ -80,7 +76,7 @@ def add_commands(subparsers: argparse._SubParsersAction[CommandParser]) -> None:
     """Add the commands of this package to the subparsers of `hal`."""
     for command in COMMANDS:
         parser = subparsers.add_parser(command.name, help=command.help, description=command.help)
-        parser.set_defaults(run=_later(command.module))
+        parser.set_defaults(run=_later(command.name))
         for flag, settings in command.options:
             parser.add_argument(flag, **settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ from hal_core.plugin_api import (
     Numerics,
     Range,
     Refusal,
+    cache_dir,
+    load_calibration as load,
 )
-from hal_core.plugin_api import load_calibration as load
 
 from .cost import Rates, estimate
-from .machine import this_machine
+from .discovery import this_machine, torch_threads
+from .tiling import LARGEST_BLOCK
 
 if TYPE_CHECKING:
     from .session import CpuSession
@@ -63,6 +66,7 @@ CAPABILITIES = Capabilities(
     page_sizes=Range(1),
     cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2"}),
     block_sizes=Range(1),
+    tile_sizes=Range(0, LARGEST_BLOCK),
 )
 
 
@@ -122,10 +126,8 @@ class CpuBackend:
         energy.
         """
         if self._rates is None:
-            stored = load(device)
-            machine = this_machine()
-            self._rates = Rates.assumed(machine) if stored is None else Rates.measured(stored.values, machine)
-        return estimate(request, self._rates, this_machine().cores)
+            self._rates = _stored_rates(device) or Rates.assumed(this_machine())
+        return estimate(request, self._rates, torch_threads())
 
     def open(self, device: Device) -> CpuSession:
         from .session import CpuSession
@@ -139,6 +141,20 @@ class CpuBackend:
         values = measure(self.open(device), progress)
         self._rates = Rates.measured(values, this_machine())
         return values
+
+
+def _stored_rates(device: Device) -> Rates | None:
+    """Rates of the stored calibration; None where there is none, or, with a warning that names it, an unusable one."""
+    stored = load(device)
+    if stored is None:
+        return None
+    try:
+        return Rates.measured(stored.values, this_machine())
+    except ValueError as error:
+        file = cache_dir() / "calibration" / f"{device.id.replace(':', '-')}-{device.fingerprint}.json"
+        why = f"the calibration {file} of {device.id} is not used ({error})"
+        warnings.warn(f"{why}: run `hal calibrate {device.id}`", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def _torch_version() -> str | None:

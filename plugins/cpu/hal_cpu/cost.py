@@ -8,19 +8,11 @@ from typing import Any
 
 import attrs
 
-from hal_core.plugin_api import AttentionRequest, Basis, Estimate, MaskKind, Provenance, Quantity
+from hal_core.plugin_api import AttentionRequest, Basis, Estimate, Provenance, Quantity
 
-from .machine import Machine
-from .paths import (
-    DecodeSizes,
-    Path,
-    TileSizes,
-    backward_scratch,
-    decode_scratch,
-    path_of,
-    tiled_scratch,
-    widens,
-)
+from .discovery import Machine, this_machine
+from .kernels.footprint import peak_memory
+from .paths import path_of
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -76,7 +68,12 @@ class Rates:
 
     @classmethod
     def measured(cls, values: Mapping[str, Any], machine: Machine) -> Rates:
-        """From what `calibrate` returned; what it did not measure keeps its assumed value."""
+        """From what `calibrate` returned; what it did not measure keeps its assumed value.
+
+        Raises:
+            ValueError: the values are not those of a calibration.
+        """
+        check_values(values)
         assumed = cls.assumed(machine)
         return cls(
             bandwidth=values["bandwidth"],
@@ -89,6 +86,25 @@ class Rates:
         )
 
 
+def check_values(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for stored values that estimates cannot be made from: absent, no numbers, or not above 0."""
+    for name in ("bandwidth", "spread"):
+        _check_positive(name, values.get(name))
+    if values["spread"] < 1:
+        raise ValueError(f"spread is {values['spread']!r}: a factor of at least 1 is wanted")
+    for name in ("rates", "calls"):
+        table = values.get(name)
+        if not isinstance(table, Mapping):
+            raise ValueError(f"{name} is {table!r}: a table of numbers is wanted")
+        for key, value in table.items():
+            _check_positive(f"{name}.{key}", value)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 < value < 1e30:
+        raise ValueError(f"{name} is {value!r}: a positive number is wanted")
+
+
 def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
     """Time of the forward pass, and memory at its peak (of forward and backward, where gradients are asked for)."""
     sequences = request.batch if request.packed or request.page_size is not None else 1
@@ -99,52 +115,7 @@ def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
     host = rates.calls[path] * sequences
     seconds = max(compute, reading) + host
     time = Quantity(seconds / rates.spread, seconds * rates.spread, rates.basis, rates.provenance, rates.source)
-    middle = time.middle / seconds
+    middle = time.middle / seconds if seconds else 1.0
     parts = {"host": host, "compute": max(compute - reading, 0.0), "memory": reading}
     parts = {name: part * middle for name, part in parts.items()}
-    return Estimate(time=time, memory=memory(request, path, threads), parts=parts)
-
-
-def memory(request: AttentionRequest, path: Path, threads: int) -> int:
-    """Bytes that a call allocates at its peak: results and scratch. A mask's shape is not known: one per batch
-    entry.
-    """
-    size = _BYTES[request.dtype]
-    wide = max(size, 4)
-    rows = request.batch * request.heads_q * request.len_q
-    keys = request.batch * request.heads_kv * request.len_k
-    dims = request.dim_qk + request.dim_v
-    out = rows * request.dim_v * size + rows * wide * (request.lse or path == "fused")
-    exact = replace(request, packed=False, batch=1) if request.packed or request.page_size is not None else request
-    if path in ("native", "packed"):
-        kernel = threads * 4 * 512 * (256 + max(request.dim_qk, request.dim_v) * 2)
-        copies = (
-            (rows + keys) * dims * 4
-            if widens(request)
-            else (rows + keys) * dims * size * (not request.last_dim_contiguous or request.dim_qk != request.dim_v)
-        )
-        mask = request.batch * request.len_q * request.len_k * wide if request.mask is MaskKind.BOOLEAN else 0
-        scratch = kernel + copies + mask
-    elif path == "fused":
-        scratch = threads * 4 * 512 * (256 + dims) + 3 * rows * (request.dim_v * size + wide)
-        scratch += (rows + keys) * dims * size * (not request.last_dim_contiguous or request.dim_qk != request.dim_v)
-    elif path == "decode":
-        direct = request.dtype in ("float32", "float64") and request.cache_dtype is None and request.page_size is None
-        sizes = DecodeSizes.choose(exact, direct=direct, one_batch=False)
-        scratch = _reserved(sum(decode_scratch(exact, sizes, direct=direct)) * wide)
-        scratch += sizes.batch * exact.heads_q * exact.len_q * exact.len_k * wide  # the weights
-    else:
-        tiles = TileSizes.choose(exact, threads)
-        scratch = _reserved(sum(tiled_scratch(exact, tiles)) * wide)
-        if request.dropout:  # which pairs are kept, as bool and as factors
-            scratch += tiles.pairs * (request.heads_q // request.heads_kv) * tiles.rows * tiles.columns * (wide + 1)
-        if request.grads:
-            scratch += _reserved(sum(backward_scratch(exact, tiles)) * wide)
-    if request.grads:
-        scratch += (rows + keys) * dims * size
-    return out + scratch
-
-
-def _reserved(nbytes: int) -> int:
-    """What the memory pool takes for a block: a power of two, above 4 MiB whole MiB."""
-    return 1 << max(nbytes - 1, 0).bit_length() if nbytes <= 1 << 22 else -(-nbytes >> 20) << 20
+    return Estimate(time=time, memory=peak_memory(request, threads, this_machine().multiplies_bfloat16), parts=parts)

@@ -1,12 +1,11 @@
-"""The CPU's session: which path a request takes, and the calls that lead there."""
+"""The CPU's session: the calls that lead to the kernel of a request."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,42 +13,48 @@ from torch import Tensor
 from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
+    Autograd,
     BlockPlan,
     Device,
     Grads,
-    PooledMemory,
-    SequenceTables,
+    SequenceMetadata,
+    SessionBase,
+    TilePlan,
 )
 
-from . import decode, fused, native, tiled, tiled_backward
-from .heads import pack_heads, unpack_heads
-from .keyvalue import KeyValue
+from .kernels import decode, fused, native, tiled, tiled_backward
+from .kernels.heads import pack_heads, unpack_heads
+from .kernels.keyvalue import KeyValue
+from .kernels.problem import Problem, visible_blocks
+from .kernels.scores import Band
+from .kernels.sequences import sequences
+from .memory import CpuMemory, Workspace
 from .paths import MOST_PACKED_ROWS, path_of
-from .scores import Band
-from .sequences import sequences
-from .tiles import CacheTiling, build_problem
+from .tiling import CpuTiling
 
 
 class Prepared(NamedTuple):
-    """Operands bound to a request; the CPU has nothing to program, so nothing is copied."""
+    """Operands bound to a request; the CPU has nothing to program, so nothing is copied.
+
+    `plan` is a block plan, or the tile plan of a tiling that the caller brought; None: the session's own tiling cuts.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     request: AttentionRequest
     tile_size: int | None
-    plan: BlockPlan | None
-    tables: SequenceTables | None
+    plan: TilePlan | BlockPlan | None
+    tables: SequenceMetadata | None
 
 
-class CpuSession:
+class CpuSession(SessionBase):
     """An open CPU. Holds no state but its scratch memory, so any number of threads may use it."""
 
     def __init__(self, device: Device, limit: int | None = None) -> None:
-        self.memory = PooledMemory("cpu", name=device.id, limit=limit)
-        self.tiling = CacheTiling()
+        super().__init__(CpuMemory(device.id, limit), CpuTiling())
 
-    def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
+    def autograd(self, request: AttentionRequest) -> Autograd:
         """native where torch's own attention is called once; explicit elsewhere."""
         return "native" if _native(request) else "explicit"
 
@@ -61,19 +66,18 @@ class CpuSession:
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
         """The fastest callable (query, key, value, mask, plan, tables, rng) for requests like this one."""
         if _native(request):
-            return native.bind(request)
-        attend = self._sequences if request.packed or request.page_size is not None else self._dense
+            return native.bind(request, self.memory)
 
         def call(
             query: Tensor,
             key: Tensor,
             value: Tensor,
             mask: Tensor | None = None,
-            plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None,
+            plan: TilePlan | BlockPlan | None = None,
+            tables: SequenceMetadata | None = None,
             rng: tuple[int, int] | None = None,
         ) -> Any:
-            result = attend(Prepared(query, key, value, request, None, plan, tables), mask, rng)
+            result = self._attend(Prepared(query, key, value, request, None, plan, tables), mask, rng, None)
             return result if request.lse else result.out
 
         return call
@@ -86,8 +90,8 @@ class CpuSession:
         tile_size: int | None = None,
         *,
         request: AttentionRequest,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        plan: TilePlan | BlockPlan | None = None,
+        tables: SequenceMetadata | None = None,
     ) -> Prepared:
         return Prepared(query, key, value, request, tile_size, plan, tables)
 
@@ -102,10 +106,7 @@ class CpuSession:
     ) -> AttentionOutput:
         if query is not None:
             prepared = prepared._replace(query=query)
-        request = prepared.request
-        attend = self._sequences if request.packed or request.page_size is not None else self._dense
-        result = attend(prepared, mask, rng)
-        return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
+        return self._attend(prepared, mask, rng, out)
 
     def compute_attention_backward(
         self,
@@ -125,8 +126,13 @@ class CpuSession:
         query, key, value = prepared.query, prepared.key, prepared.value
         wanted = prepared.request.grads or frozenset("qkv")
         grads = Grads(*(torch.zeros_like(t) if n in wanted else None for n, t in zip("qkv", prepared[:3], strict=True)))
-        for part in sequences(prepared.request, query, None, prepared.plan, prepared.tables):
-            cut = tiled_backward.Given(*(None if t is None else t[:, :, part.rows] for t in given))  # type: ignore[arg-type]
+        for part in sequences(prepared.request, query, None, _block_plan(prepared.plan), prepared.tables):
+            cut = tiled_backward.Given(
+                out[:, :, part.rows],
+                lse[:, :, part.rows],
+                grad_out[:, :, part.rows],
+                None if grad_lse is None else grad_lse[:, :, part.rows],
+            )
             one = Prepared(
                 query[:, :, part.rows],
                 key[:, :, part.columns],
@@ -142,68 +148,108 @@ class CpuSession:
                     total[:, :, place] = grad
         return grads
 
-    def _dense(
-        self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, first_batch: int = 0
+    def _attend(
+        self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, out: Tensor | None
     ) -> AttentionOutput:
-        query, key, value, request, tile_size, plan, tables = prepared
+        request = prepared.request
+        if request.packed or request.page_size is not None:
+            return self._sequences(prepared, mask, rng, out)
+        result = self._dense(prepared, mask, rng, out=out)
+        return result if out is None or result.out is out else AttentionOutput(out.copy_(result.out), result.lse)
+
+    def _dense(
+        self,
+        prepared: Prepared,
+        mask: Tensor | None,
+        rng: tuple[int, int] | None,
+        first_batch: int = 0,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> AttentionOutput:
+        """Attention of a dense batch. Kernels that can, write to `out` and `lse`."""
+        query, key, value, request, _, _, tables = prepared
         dim_v, len_q, len_k = value.shape[-1], query.shape[2], key.shape[2]
         path = path_of(request)
         if path in ("native", "packed"):
-            return AttentionOutput(native.bind(request)(query, key, value, mask))
+            return AttentionOutput(native.bind(request, self.memory)(query, key, value, mask))
         if not len_k or not len_q or not query.shape[0]:
             return nothing(query, dim_v, request.lse)
         if path == "fused":
-            upper = Band.of(request, len_q, len_k).upper
-            group = query.shape[1] // key.shape[1]
+            upper = Band(*request.band(len_q, len_k)).upper
+            group, heads, scale = query.shape[1] // key.shape[1], query.shape[1], request.effective_scale
             if group > 1 and (upper is None or upper >= len_k - 1) and group * len_q <= MOST_PACKED_ROWS:
-                packed = fused.forward(pack_heads(query, key.shape[1]), key, value, request.effective_scale, None)
-                result = AttentionOutput(*(unpack_heads(t, query.shape[1], len_q) for t in packed))
+                packed = fused.forward(pack_heads(query, key.shape[1]), key, value, scale, None, self.memory)
+                result = AttentionOutput(*(unpack_heads(t, heads, len_q) for t in packed))
             else:
-                result = fused.forward(query, key, value, request.effective_scale, upper)
+                result = fused.forward(query, key, value, scale, upper, self.memory)
             return result if request.lse else AttentionOutput(result.out)
         scales = (None, None) if tables is None else (tables.key_scale, tables.value_scale)
         source = KeyValue(key, value, sum_dtype(query), len_k, *scales)
-        return self._problem(_exact(request, query, len_k), query, source, mask, plan, rng, first_batch, tile_size)
+        return self._problem(prepared, source, mask, rng, first_batch, out, lse)
 
     def _problem(
         self,
-        request: AttentionRequest,
-        query: Tensor,
+        prepared: Prepared,
         source: KeyValue,
         mask: Tensor | None,
-        plan: BlockPlan | None,
         rng: tuple[int, int] | None,
         first_batch: int = 0,
-        tile_size: int | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> AttentionOutput:
-        problem = build_problem(request, query, source, mask, plan, rng, first_batch)
-        out = torch.empty((*query.shape[:3], source.value.shape[-1]), dtype=query.dtype)
-        if path_of(request) == "decode":
-            return decode.forward(problem, self.memory, out)
-        return tiled.forward(problem, self.memory, out, tile_size)
+        """Attention by this project's own kernels, which follow the plan."""
+        query, request = prepared.query, _exact(prepared.request, prepared.query, source.length, mask)
+        plan = self._plan(request, prepared)
+        if out is None:
+            out = torch.empty((*query.shape[:3], source.value.shape[-1]), dtype=query.dtype)
+        if lse is None and request.lse:
+            lse = torch.empty(query.shape[:3], dtype=source.dtype)
+        blocks = _block_plan(prepared.plan)
+        with Workspace(self.memory) as workspace:
+            visible = None if blocks is None else visible_blocks(blocks, source.length, workspace)
+            problem = Problem.of(request, plan, query, source, mask, visible, rng, first_batch)
+            # Uneven ranges are the tiled kernel's: the decode kernel takes all rows, and keys from first to last.
+            kernel = decode if path_of(request) == "decode" and plan.ranges is None else tiled
+            kernel.forward(problem, self.memory, out, lse)
+            del visible, problem
+        return AttentionOutput(out, lse)
 
-    def _sequences(self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None) -> AttentionOutput:
+    def _plan(self, request: AttentionRequest, prepared: Prepared) -> TilePlan:
+        """The plan that the caller brought, or the cut of the session's own tiling."""
+        if isinstance(prepared.plan, TilePlan):
+            return prepared.plan
+        tiling = self.tiling if prepared.tile_size is None else CpuTiling(prepared.tile_size, prepared.tile_size)
+        plan = tiling.plan(request, {})
+        assert isinstance(plan, TilePlan)
+        return plan
+
+    def _sequences(
+        self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, out: Tensor | None
+    ) -> AttentionOutput:
         query, key, value, request, tile_size, plan, tables = prepared
         assert tables is not None
-        result = nothing(query, value.shape[-1], request.lse)
-        for part in sequences(request, query, mask, plan, tables):
-            rows = query[part.batch, :, part.rows]
-            if part.pages is None:
-                scales = SequenceTables(key_scale=part.key_scale, value_scale=part.value_scale)
-                one = Prepared(
-                    rows, key[:, :, part.columns], value[:, :, part.columns], part.request, tile_size, part.plan, scales
-                )
-                found = self._dense(one, part.mask, rng, part.number)
-            elif part.request.len_k and part.request.len_q:
-                source = KeyValue(
-                    key, value, sum_dtype(query), part.request.len_k, part.key_scale, part.value_scale, part.pages
-                )
-                found = self._problem(part.request, rows, source, part.mask, part.plan, rng, part.number, tile_size)
-            else:
+        result = nothing(query, value.shape[-1], request.lse, out)
+        for part in sequences(request, query, mask, _block_plan(plan), tables):
+            if not part.request.len_k or not part.request.len_q:
                 continue
-            result.out[part.batch, :, part.rows] = found.out
-            if result.lse is not None:
-                result.lse[part.batch, :, part.rows] = found.lse
+            rows = query[part.batch, :, part.rows]
+            scales = SequenceMetadata(key_scale=part.key_scale, value_scale=part.value_scale)
+            room = result.out[part.batch, :, part.rows]
+            lse = None if result.lse is None else result.lse[part.batch, :, part.rows]
+            if part.pages is None:
+                keys, values = key[:, :, part.columns], value[:, :, part.columns]
+                one = Prepared(rows, keys, values, part.request, tile_size, part.plan, scales)
+                found = self._dense(one, part.mask, rng, part.number, room, lse)
+            else:
+                one = Prepared(rows, key, value, part.request, tile_size, part.plan, scales)
+                length = part.request.len_k
+                source = KeyValue(key, value, sum_dtype(query), length, part.key_scale, part.value_scale, part.pages)
+                found = self._problem(one, source, part.mask, rng, part.number, room, lse)
+            if found.out is not room:
+                room.copy_(found.out)
+            if lse is not None and found.lse is not lse:
+                lse.copy_(found.lse)
+            del found  # its memory serves the next sequence
         return result
 
     def _dense_backward(
@@ -214,35 +260,23 @@ class CpuSession:
         rng: tuple[int, int] | None,
         first_batch: int = 0,
     ) -> Grads:
-        query, key, value, request, tile_size, plan, _ = prepared
+        query, key, value, request = prepared.query, prepared.key, prepared.value, prepared.request
         wanted, len_k = request.grads or frozenset("qkv"), key.shape[2]
         if not len_k or not query.shape[2] or not query.shape[0]:
             tensors = zip(("q", "k", "v", "mask"), (query, key, value, mask), strict=True)
             return Grads(*(torch.zeros_like(t) if n in wanted and t is not None else None for n, t in tensors))
         if path_of(replace(request, lse=True)) == "fused" and given.grad_lse is None:
-            upper = Band.of(request, query.shape[2], len_k).upper
-            found = fused.backward(
-                query, key, value, given.out, given.lse, given.grad_out, request.effective_scale, upper
-            )
-            return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), found, strict=True)))
-        source = KeyValue(key, value, sum_dtype(query), len_k)
-        exact = _exact(request, query, len_k)
-        problem = build_problem(exact, query, source, mask, plan, rng, first_batch)
-        found = tiled_backward.backward(problem, self.memory, given, tile_size)
-        if found.mask is not None and mask is not None:
-            found = found._replace(mask=found.mask.view(mask.shape).to(mask.dtype))
+            upper, scale = Band(*request.band(query.shape[2], len_k)).upper, request.effective_scale
+            grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, self.memory)
+            return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), grads, strict=True)))
+        source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k, mask)
+        plan, blocks = self._plan(exact, prepared), _block_plan(prepared.plan)
+        with Workspace(self.memory) as workspace:
+            visible = None if blocks is None else visible_blocks(blocks, len_k, workspace)
+            problem = Problem.of(exact, plan, query, source, mask, visible, rng, first_batch)
+            found = tiled_backward.backward(problem, self.memory, given, () if mask is None else mask.shape)
+            del visible, problem
         return found
-
-    def close(self) -> None:
-        self.memory.trim()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _native(request: AttentionRequest) -> bool:
@@ -250,11 +284,17 @@ def _native(request: AttentionRequest) -> bool:
     return not request.packed and path_of(request) in ("native", "packed")
 
 
-def _exact(request: AttentionRequest, query: Tensor, len_k: int) -> AttentionRequest:
-    """The request with the tensors' lengths."""
-    if (request.len_q, request.len_k) == (query.shape[2], len_k):
+def _block_plan(plan: TilePlan | BlockPlan | None) -> BlockPlan | None:
+    return plan if isinstance(plan, BlockPlan) else None
+
+
+def _exact(request: AttentionRequest, query: Tensor, len_k: int, mask: Tensor | None) -> AttentionRequest:
+    """The request with the tensors' lengths, and the mask's batch entries and heads."""
+    batch, heads = (1, 1) if mask is None else (1, 1, *mask.shape)[-4:-2]
+    stated = (request.len_q, request.len_k, request.mask_batch, request.mask_heads)
+    if stated == (query.shape[2], len_k, batch, heads):
         return request
-    return replace(request, len_q=query.shape[2], len_k=len_k)
+    return replace(request, len_q=query.shape[2], len_k=len_k, mask_batch=batch, mask_heads=heads)
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -262,7 +302,7 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def nothing(query: Tensor, dim_v: int, lse: bool) -> AttentionOutput:
-    """What rows without a key give: 0 and -inf."""
-    out = query.new_zeros((*query.shape[:3], dim_v))
+def nothing(query: Tensor, dim_v: int, lse: bool, out: Tensor | None = None) -> AttentionOutput:
+    """What rows without a key give: 0 and -inf. `out`, where it is given, is filled."""
+    out = query.new_zeros((*query.shape[:3], dim_v)) if out is None else out.zero_()
     return AttentionOutput(out, query.new_full(query.shape[:3], -math.inf, dtype=sum_dtype(query)) if lse else None)

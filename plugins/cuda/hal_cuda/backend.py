@@ -11,6 +11,7 @@ from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
     Causal,
+    Choice,
     Code,
     Device,
     DeviceUnavailableError,
@@ -19,17 +20,17 @@ from hal_core.plugin_api import (
     Numerics,
     Range,
     Refusal,
+    load_calibration as load,
 )
-from hal_core.plugin_api import load_calibration as load
 
-from .discovery import Found, find
+from .discovery import Chip, Found, find
+from .tiling import FOREIGN_SIZES, foreign_excess
 
 if TYPE_CHECKING:
     from hal_core.plugin_api import BenchSetup
 
-    from ._nvml import Gpu
-    from .chip import Chip
-    from .rates import Rates
+    from .cost import Rates
+    from .runtime.nvml import Gpu
     from .session import CudaSession
 
 CAPABILITIES = Capabilities(
@@ -67,6 +68,7 @@ CAPABILITIES = Capabilities(
     length=Range(0, (1 << 31) - (1 << 16)),
     page_sizes=Range(1),
     block_sizes=Range(1, 1 << 16),
+    tile_sizes=Choice(FOREIGN_SIZES),
 )
 
 
@@ -94,6 +96,8 @@ class CudaBackend:
         """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain
         tensors.
         """
+        if request.tiling is not None:
+            yield from self._tiling_refusals(request, device)
         if request.page_size is None:
             return
         if request.grads:
@@ -113,15 +117,31 @@ class CudaBackend:
                 "cast to float32",
             )
 
+    def _tiling_refusals(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
+        """Why a tiling that the caller brings does not suit: torch cuts by itself, and shared memory has an end."""
+        assert request.tiling is not None
+        name, block_q, block_k = request.tiling
+        if request.grads or request.dtype == "float64":
+            what = "gradients" if request.grads else "float64"
+            cut = f"the cut of torch's operations for {what}"
+            yield Refusal(Code.TILING, "tiling", f"{name} for {what}", cut, "leave tiling= out")
+        elif min(block_q, block_k) > 0 and foreign_excess(request, block_q, block_k, self.chip(device)):
+            given = (
+                f"tiles of {block_q} x {block_k} at head_dim {max(request.dim_qk, request.dim_v)} in {request.dtype}"
+            )
+            offered = f"{self.chip(device).shared_memory:,} bytes of shared memory"
+            yield Refusal(Code.TILING, "tiling", given, offered, "ask for smaller tiles")
+
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
         """From `hal calibrate`'s measurements, else this package's table of the same model, else scaled from
         datasheets.
 
         The time's source names every candidate path with its own time.
         """
-        from . import dispatch
+        from . import cost, paths
 
-        return dispatch.estimate(request, self.chip(device), self.rates(device))
+        chip, rates = self.chip(device), self.rates(device)
+        return cost.estimate(request, paths.choose(request, chip, rates), rates, chip)
 
     def chip(self, device: Device) -> Chip:
         """The device as its kernels see it. Initialises CUDA, which a process that asks for an estimate is about to
@@ -129,8 +149,6 @@ class CudaBackend:
 
         Raises DeviceUnavailableError after a fork.
         """
-        from .chip import Chip
-
         if device.id not in self._chips:
             _refuse_fork(device)
             self._chips[device.id] = Chip.of(int(device.id.partition(":")[2]))
@@ -138,7 +156,7 @@ class CudaBackend:
 
     def rates(self, device: Device) -> Rates:
         """What the estimates and the choice of paths go by."""
-        from .rates import Rates, shipped
+        from .cost import Rates, shipped
 
         if device.id not in self._rates:
             stored, table = load(device), shipped()
@@ -155,7 +173,6 @@ class CudaBackend:
         """Raises DeviceUnavailableError after a fork, and where CUDA numbers the GPUs otherwise than NVML."""
         import torch
 
-        from .scratch import scratch_of
         from .session import CudaSession
 
         _refuse_fork(device)
@@ -163,11 +180,12 @@ class CudaBackend:
         name = torch.cuda.get_device_properties(index).name
         if name != device.model:
             raise DeviceUnavailableError(
-                f"{device.id} is a {device.model} for the driver and a {name} for CUDA: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+                f"{device.id} is a {device.model} for the driver and a {name} for CUDA: "
+                "set CUDA_DEVICE_ORDER=PCI_BUS_ID"
             )
-        if not torch.cuda.is_current_stream_capturing():
-            scratch_of(torch.device("cuda", index))
         session = CudaSession(device, self.chip(device), lambda: self.rates(device))
+        if not torch.cuda.is_current_stream_capturing():
+            session.take_workspaces()
         self._sessions[device.id] = session
         return session
 
@@ -176,7 +194,7 @@ class CudaBackend:
         it.
         """
         from .calibrate import measure
-        from .rates import Rates
+        from .cost import Rates
 
         values = measure(device, self.chip(device), self._gpu(device), progress)
         self._rates[device.id] = Rates.of(values, "hal calibrate")
@@ -186,7 +204,7 @@ class CudaBackend:
 
     def benchmark(self, device: Device) -> BenchSetup:
         """Own kernels and installed peers as columns of `hal bench`, with clocks and power."""
-        from .bench import CudaBench
+        from .benchmark import CudaBench
 
         return CudaBench(device, self.chip(device), self.rates(device), self._gpu(device)).setup()
 
@@ -203,6 +221,6 @@ def _refuse_fork(device: Device) -> None:
 
     if torch.cuda._is_in_bad_fork():
         raise DeviceUnavailableError(
-            f"{device.id} was asked for in a forked process whose parent uses CUDA: start workers with multiprocessing's "
-            "'spawn'"
+            f"{device.id} was asked for in a forked process whose parent uses CUDA: start workers with "
+            "multiprocessing's 'spawn'"
         )

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal, Device
+from hal_core.plugin_api import AttentionRequest, Causal, Device, DeviceUnavailableError
 
-from . import _nvml, dispatch
-from .chip import Chip
-from .rates import Rates
+from . import paths
+from .cost import OWN, Rates
+from .discovery import Chip
+from .runtime import nvml
 from .session import CudaSession
 
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1000, 1500, 2048, 3000, 8192, 16384)  # some fill their tiles, some do not
 DIMS = (64, 96, 128, 192, 256)
+#: Largest range of the middle half of a measurement's times, as a share of their median; how often one is tried.
+MOST_SPREAD, ATTEMPTS = 0.5, 3
 
 
-def measure(
-    device: Device, chip: Chip, gpu: _nvml.Gpu | None, progress: Callable[[str, float], None]
-) -> dict[str, Any]:
+def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Everything `Rates.of` reads, and the conditions it was measured under. Under a minute on a large GPU."""
     with torch.cuda.device(chip.index), torch.no_grad():
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -56,20 +57,45 @@ def measure(
 
 
 def timed(call: Callable[[], Any], flush: Tensor | None, repeats: int = 9) -> float:
-    """Median seconds of a call on the device, after two warm-up calls."""
+    """Median seconds of a call on the device, after two warm-up calls; measured anew where its times vary much.
+
+    Raises:
+        DeviceUnavailableError: the times vary much each time: other work uses the GPU or the host.
+    """
     for _ in range(2):
         call()
+    return steady(lambda: _times(call, flush, repeats))
+
+
+def steady(measure: Callable[[], list[float]]) -> float:
+    """The median of a measurement whose middle half lies within `MOST_SPREAD` of it; seconds.
+
+    Raises:
+        DeviceUnavailableError: no attempt gave one.
+    """
+    for _ in range(ATTEMPTS):
+        times = sorted(measure())
+        median, low, high = statistics.median(times), times[len(times) // 4], times[-1 - len(times) // 4]
+        if high - low <= MOST_SPREAD * median:
+            return median
+    raise DeviceUnavailableError(
+        f"equal calls took between {times[0] * 1e3:.3g} and {times[-1] * 1e3:.3g} ms, {ATTEMPTS} times over, so other "
+        "work uses the GPU or the host: run hal calibrate again when both are idle; nothing was stored"
+    )
+
+
+def _times(call: Callable[[], Any], flush: Tensor | None, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls on the device."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, stop in events:
         if flush is not None:
-            flush.random_(
-                0, 7
-            )  # writes more than the cache holds, and keeps the device busy while the call is prepared
+            # Writes more than the cache holds, and keeps the device busy while the call is prepared.
+            flush.random_(0, 7)
         start.record()
         call()
         stop.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
+    return [start.elapsed_time(stop) / 1e3 for start, stop in events]
 
 
 def read_bandwidth(flush: Tensor) -> float:
@@ -122,7 +148,7 @@ def _cell(
     request = request_for(max(TOKENS // length, 1), HIDDEN // dim, HIDDEN // dim, length, length, dim, causal)
     given = tensors(request)
     rows = []
-    for path in dispatch.candidates(request, chip):
+    for path in paths.candidates(request, chip):
         call = on_path(device, chip, rates, path, request)
         seconds = timed(lambda call=call: call(*given), flush)  # type: ignore[misc]
         rate = 2.0 * request.visible_macs / seconds
@@ -140,20 +166,20 @@ def _decode(device: Device, chip: Chip, rates: Rates, bandwidth: float, flush: T
     return launch, min(long.bytes_moved / (timed(lambda: longer(*more), flush) - launch) / bandwidth, 1.0)
 
 
-def _energy(device: Device, chip: Chip, rates: Rates, gpu: _nvml.Gpu | None) -> dict[str, Any]:
+def _energy(device: Device, chip: Chip, rates: Rates, gpu: nvml.Gpu | None) -> dict[str, Any]:
     """Joules a flop and a byte, from the board's counter over half a second of each; nothing where the counter is
     missing.
     """
     if gpu is None:
         return {}
     compute, reading = request_for(2, 16, 16, 8192, 8192, 128, False), request_for(32, 32, 8, 1, 8192, 128, False)
-    names = [next(p for p in dispatch.candidates(r, chip) if p in dispatch.OWN) for r in (compute, reading)]
+    names = [next(p for p in paths.candidates(r, chip) if p in OWN) for r in (compute, reading)]
     try:
         spent = []
         for request, path in zip((compute, reading), names, strict=True):
             given, call = tensors(request), on_path(device, chip, rates, path, request)
             spent.append(_joules(gpu, lambda call=call, given=given: call(*given)))  # type: ignore[misc]
-    except _nvml.NvmlError as error:
+    except nvml.NvmlError as error:
         return {"energy": f"not measured: {error}"}
     return {
         "joules_per_flop": spent[0] / (2.0 * compute.visible_macs),
@@ -163,7 +189,7 @@ def _energy(device: Device, chip: Chip, rates: Rates, gpu: _nvml.Gpu | None) -> 
     }
 
 
-def _joules(gpu: _nvml.Gpu, call: Callable[[], Any]) -> float:
+def _joules(gpu: nvml.Gpu, call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     count, before, start = 0, gpu.energy(), time.perf_counter()

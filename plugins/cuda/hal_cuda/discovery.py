@@ -1,14 +1,16 @@
-"""Which GPUs this process may use, found without initialising CUDA."""
+"""Which GPUs this process may use, found without initialising CUDA, and what the kernels need to know of one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import attrs
 
 from hal_core.plugin_api import Device, Fidelity
 
-from . import _nvml
+from .runtime import nvml
 
 LEAST_CAPABILITY = (8, 0)
 LEAST_CUDA = (12, 0)  # of the driver: what torch 2.11's oldest CUDA build needs
@@ -19,7 +21,7 @@ class Found(NamedTuple):
 
     devices: tuple[Device, ...]
     capabilities: tuple[tuple[int, int], ...]
-    gpus: tuple[_nvml.Gpu, ...]
+    gpus: tuple[nvml.Gpu, ...]
     reason: str
 
 
@@ -28,9 +30,9 @@ def find() -> Found:
     hardware.
     """
     try:
-        gpus = visible([_nvml.Gpu(place) for place in range(_nvml.count())], os.environ.get("CUDA_VISIBLE_DEVICES"))
-        driver, cuda = _nvml.driver_version(), _nvml.cuda_version()
-    except _nvml.NvmlError as error:
+        gpus = visible([nvml.Gpu(place) for place in range(nvml.count())], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        driver, cuda = nvml.driver_version(), nvml.cuda_version()
+    except nvml.NvmlError as error:
         return _absent(f"{error}: install the NVIDIA driver")
     if not gpus:
         hidden = " (CUDA_VISIBLE_DEVICES hides them)" if os.environ.get("CUDA_VISIBLE_DEVICES") is not None else ""
@@ -57,7 +59,7 @@ def _absent(reason: str) -> Found:
     return Found((), (), (), reason)
 
 
-def _device(index: int, gpu: _nvml.Gpu, driver: str) -> Device:
+def _device(index: int, gpu: nvml.Gpu, driver: str) -> Device:
     return Device(
         id=f"cuda:{index}",
         family="cuda",
@@ -71,14 +73,14 @@ def _device(index: int, gpu: _nvml.Gpu, driver: str) -> Device:
     )
 
 
-def visible(gpus: Sequence[_nvml.Gpu], setting: str | None) -> list[_nvml.Gpu]:
+def visible(gpus: Sequence[nvml.Gpu], setting: str | None) -> list[nvml.Gpu]:
     """The GPUs that CUDA would number 0, 1, ... under a value of CUDA_VISIBLE_DEVICES.
 
     Entries are places or beginnings of UUIDs; as in CUDA, the first entry that names no GPU ends the list.
     """
     if setting is None:
         return list(gpus)
-    chosen: list[_nvml.Gpu] = []
+    chosen: list[nvml.Gpu] = []
     for entry in (part.strip() for part in setting.split(",")):
         if entry.isdigit():
             found = gpus[int(entry)] if int(entry) < len(gpus) else None
@@ -100,3 +102,37 @@ def _torch_lacks_cuda() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch"
     return ""
+
+
+@attrs.frozen(kw_only=True)
+class Chip:
+    """A device as its kernels see it.
+
+    Attributes:
+        index: torch's CUDA index.
+        capability: compute capability, (major, minor).
+        multiprocessors: how many the chip has.
+        shared_memory: bytes that one program may have.
+        decode_programs: programs of the decode kernel that fit on one multiprocessor.
+        torch_attention: whether torch's own fused attention runs on the device.
+    """
+
+    index: int
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory: int
+    decode_programs: int = 1
+    torch_attention: bool = True
+
+    @classmethod
+    def of(cls, index: int) -> Chip:
+        """The chip of an initialised CUDA device."""
+        import torch
+
+        facts: Any = torch.cuda.get_device_properties(index)
+        return cls(
+            index=index,
+            capability=(facts.major, facts.minor),
+            multiprocessors=facts.multi_processor_count,
+            shared_memory=facts.shared_memory_per_block_optin,
+        )

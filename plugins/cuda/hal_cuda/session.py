@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections import deque
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -15,25 +16,30 @@ from torch import Tensor
 from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
+    Autograd,
     BlockPlan,
     ContractError,
-    DenseTiling,
     Device,
     DeviceUnavailableError,
     Grads,
     MemoryLimitError,
     MemoryManager,
-    SequenceTables,
+    SequenceMetadata,
+    SessionBase,
+    TilePlan,
     UnsupportedError,
 )
 
-from . import composed, dispatch, native
-from .chip import Chip
-from .hopper import HopperPath
-from .memory import CudaMemory
-from .packed import PackedHopperPath
-from .portable import PortablePath
-from .rates import Rates
+from . import cost, paths
+from .cost import Rates
+from .discovery import Chip
+from .kernels import composed
+from .kernels.hopper.launch import HopperPath
+from .kernels.hopper.packed import PackedHopperPath
+from .kernels.portable.launch import PortablePath
+from .memory import CudaMemory, StreamWorkspaces
+from .runtime.context import Context
+from .tiling import CudaTiling
 
 Path = Callable[..., AttentionOutput]
 _MOST_BOUND = 512
@@ -48,11 +54,11 @@ class Prepared(NamedTuple):
     key: Tensor
     value: Tensor
     request: AttentionRequest
-    plan: BlockPlan | None
-    tables: SequenceTables | None
+    plan: BlockPlan | TilePlan | None
+    tables: SequenceMetadata | None
 
 
-class CudaSession:
+class CudaSession(SessionBase):
     """An open GPU. Calls are ordered by torch's current stream and may come from any thread of the process that opened
     it.
 
@@ -69,21 +75,23 @@ class CudaSession:
         memory: MemoryManager | None = None,
         paths: frozenset[str] | None = None,
     ) -> None:
+        super().__init__(memory or CudaMemory(chip.index, name=device.id), CudaTiling(chip, self.path_of_lengths))
         self.device, self.chip, self._rates, self._paths = device, chip, rates, paths
-        self.memory: MemoryManager = memory or CudaMemory(chip.index, name=device.id)
-        self.tiling = DenseTiling()
+        assert isinstance(self.tiling, CudaTiling)
+        self._context = Context(chip, self.memory, StreamWorkspaces(self.memory), self.tiling)
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
+        self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
         self._lost = ""
         _open.add(self)
 
     def _forked(self) -> None:
         self._lost = (
-            f"{self.device.id} was opened before this process was forked, and CUDA does not survive a fork: start workers with "
-            "multiprocessing's 'spawn'"
+            f"{self.device.id} was opened before this process was forked, and CUDA does not survive a fork: start "
+            "workers with multiprocessing's 'spawn'"
         )
         self._bound.clear()
 
-    def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
+    def autograd(self, request: AttentionRequest) -> Autograd:
         """native: gradients come from torch's own attention, or from torch's operations."""
         return "native"
 
@@ -92,12 +100,20 @@ class CudaSession:
         rows = 128 if sequence_length > 64 else 16
         return {"tile_size": rows, "programs": -(-sequence_length // rows) * batch_size * num_heads}
 
+    def take_workspaces(self) -> None:
+        """Allocate what decoding steps leave to those after them. Not while a CUDA graph is captured."""
+        self._context.workspaces.prepare()
+
     def path_of(self, request: AttentionRequest) -> str:
-        """The name of the path that runs a request (see `dispatch.label`)."""
+        """The name of the path that runs a request (see `cost.label`)."""
         allowed = self._paths
         if allowed is None:
-            return dispatch.choose(request, self.chip, self._rates()).path
-        return dispatch.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
+            return paths.choose(request, self.chip, self._rates()).path
+        return paths.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
+
+    def path_of_lengths(self, request: AttentionRequest) -> str:
+        """The same of a request whose lengths are exact, which a path may hand on to another one."""
+        return paths.path_of_lengths(self.path_of(request), request)
 
     def bind(self, request: AttentionRequest) -> Callable[..., Any]:
         """The fastest callable (query, key, value, mask, plan, tables, rng) for requests like this one."""
@@ -118,20 +134,20 @@ class CudaSession:
     def _made(self, request: AttentionRequest) -> Path:
         name = self.path_of(request)
         if name == "portable":
-            return PortablePath(request, self.chip)
+            return PortablePath(request, self._context)
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
-            return kind(request, self.chip, PortablePath(request, self.chip))
+            return kind(request, self._context, PortablePath(request, self._context))
         if name == "composed":
-            return lambda *given: composed.attend(request, self.chip, *given)
+            return lambda *given: composed.attend(request, self._context, *given)
         return self._native(name, request)
 
     def _native(self, name: str, request: AttentionRequest) -> Path:
-        attend = native.bind(name, request)
+        attend = paths.bind_torch(name, request)
         if request.grads:
-            instead: Path = lambda *given: composed.attend(request, self.chip, *given)  # noqa: E731
+            instead: Path = lambda *given: composed.attend(request, self._context, *given)  # noqa: E731
         else:
-            instead = PortablePath(request, self.chip)
+            instead = PortablePath(request, self._context)
         causal = request.causal != "none"
 
         def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
@@ -155,8 +171,8 @@ class CudaSession:
             key: Tensor,
             value: Tensor,
             mask: Tensor | None = None,
-            plan: BlockPlan | None = None,
-            tables: SequenceTables | None = None,
+            plan: BlockPlan | TilePlan | None = None,
+            tables: SequenceMetadata | None = None,
             rng: tuple[int, int] | None = None,
         ) -> Any:
             if self._lost:
@@ -174,9 +190,8 @@ class CudaSession:
                 raise self._full(request) from error
             except RuntimeError as error:
                 if isinstance(error, torch.AcceleratorError) or str(error).startswith(_LAUNCH_FAILED):
-                    full = "out of memory" in str(
-                        error
-                    )  # the driver's: a kernel's code and stack lie in the same memory
+                    # The driver's message: a kernel's code and stack lie in the same memory.
+                    full = "out of memory" in str(error)
                     raise (self._full(request) if full else self._not_started(request, error)) from error
                 raise
 
@@ -184,13 +199,14 @@ class CudaSession:
 
     def _not_started(self, request: AttentionRequest, error: RuntimeError) -> DeviceUnavailableError:
         return DeviceUnavailableError(
-            f"{self.device.id} did not start a kernel of this attention ({request.describe()}): {str(error).splitlines()[0]}; "
-            "no result was returned: ask for a smaller batch, or start the process anew where earlier CUDA work has failed"
+            f"{self.device.id} did not start a kernel of this attention ({request.describe()}): "
+            f"{str(error).splitlines()[0]}; no result was returned: ask for a smaller batch, or start the process anew "
+            "where earlier CUDA work has failed"
         )
 
     def _full(self, request: AttentionRequest) -> MemoryLimitError:
         free, total = torch.cuda.mem_get_info(self.chip.index)
-        needed = dispatch.estimate(request, self.chip, self._rates()).memory
+        needed = cost.memory(request, self.path_of(request), self.chip)
         return MemoryLimitError(self.device.id, needed, total - free, total)
 
     def prepare_attention(
@@ -201,8 +217,8 @@ class CudaSession:
         tile_size: int | None = None,
         *,
         request: AttentionRequest,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        plan: BlockPlan | TilePlan | None = None,
+        tables: SequenceMetadata | None = None,
     ) -> Prepared:
         """Tiles are the device's own choice; `tile_size` does not change a result, so it is left aside."""
         return Prepared(query, key, value, request, plan, tables)
@@ -236,31 +252,62 @@ class CudaSession:
         rng: tuple[int, int] | None = None,
     ) -> Grads:
         raise UnsupportedError(
-            f"a backward from a given output was asked of {self.device.id}, and it differentiates its forward alone: call "
-            "hal.attention with tensors that require gradients"
+            f"a backward from a given output was asked of {self.device.id}, and it differentiates its forward alone: "
+            "call hal.attention with tensors that require gradients"
         )
+
+    def timer(self, report: Callable[[float], None]) -> Callable[[], None]:
+        """Start timing a call on the device; the function that is returned ends it.
+
+        Nothing waits for the device: `report(seconds)` is called by a later `timer`, or by `synchronize`, once the
+        call's work is done. While a CUDA graph is captured nothing is timed.
+        """
+        if self.device.reads[0] == "cpu":
+            begun = time.perf_counter()
+            return lambda: report(time.perf_counter() - begun)
+        self._report_times()
+        if torch.cuda.is_current_stream_capturing():
+            return lambda: None
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+
+        def end() -> None:
+            if not torch.cuda.is_current_stream_capturing():
+                stop.record()
+                self._timed.append((start, stop, report))
+
+        return end
+
+    def _report_times(self) -> None:
+        """Report the calls whose work is done, in their order."""
+        while self._timed:
+            try:
+                start, stop, report = self._timed.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if not stop.query():
+                self._timed.appendleft((start, stop, report))
+                return
+            report(start.elapsed_time(stop) / 1e3)
 
     def synchronize(self) -> None:
         """Wait for all work on the device."""
         if self.device.reads[0] != "cpu":
             torch.cuda.synchronize(self.chip.index)
+            self._report_times()
 
     def refresh(self) -> None:
         """Forget bound paths, after rates changed."""
         self._bound.clear()
 
     def close(self) -> None:
-        self._bound.clear()
-        if not self._lost:
-            self.memory.trim()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """Give memory back; after it the session serves no call. May be called twice."""
+        if not self.closed:
+            self._bound.clear()
+            if not self._lost:
+                self._context.workspaces.close()
+                super().close()
+            self.closed = True
 
 
 #: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements

@@ -9,14 +9,15 @@ from hal_core.plugin_api import BackendSpec, hookimpl
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
     "backend": ("KPUDevices",),
-    "coverage": ("Coverage", "get_last_stats", "measure"),
-    "datasets": ("MNIST", "load_mnist"),
-    "dfx": ("DFXError", "DFXOp", "DFXProgram", "MemoryLevel", "TensorSpec"),
-    "fx_lowering": ("FXToKPUConverter",),
-    "gemm": ("GemmStats", "simulate_conv2d", "simulate_gemm"),
-    "graph": ("DFXEmitter", "OpGraph", "OpNode"),
-    "opcodes": ("OPCODES",),
-    "operators": (
+    "frontend.data.datasets": ("MNIST", "load_mnist"),
+    "frontend.data.mnist": ("DatasetError",),
+    "frontend.dfx.program": ("DFXProgram",),
+    "frontend.dfx.records": ("DFXError", "DFXOp", "MemoryLevel"),
+    "frontend.fx.backend": ("KPUBackend", "decompositions", "register_kpu_backend"),
+    "frontend.fx.coverage": ("Coverage", "get_last_stats", "measure"),
+    "frontend.fx.lowering": ("FXToKPUConverter",),
+    "frontend.tensors.graph": ("DFXEmitter", "OpGraph", "OpNode"),
+    "frontend.tensors.operators": (
         "adaptive_avg_pool2d",
         "avg_pool2d",
         "batch_norm2d",
@@ -44,34 +45,37 @@ _NAMES = {
         "tanh",
         "transpose",
     ),
-    "profile": ("Profile", "ProfileError"),
-    "runtime": (
-        "BEHAVIORAL",
-        "CYCLE_ACCURATE",
-        "KPURuntime",
-        "TRANSACTIONAL",
+    "frontend.tensors.tensor": ("Tensor", "TensorMeta"),
+    "frontend.tracing": ("CompiledFunction", "compile", "jit"),
+    "profiles.profile": ("Profile", "ProfileError"),
+    "runtime.runtime": ("KPURuntime", "get_runtime"),
+    "runtime.settings": (
         "get_clock_frequency",
         "get_fidelity",
         "get_fidelity_name",
-        "get_runtime",
         "set_clock_frequency",
         "set_fidelity",
     ),
-    "stats": ("ExecutionStats",),
-    "tensor": ("Tensor", "TensorMeta"),
-    "torch_backend": ("KPUBackend", "register_kpu_backend"),
-    "tracing": ("CompiledFunction", "compile", "jit"),
+    "simulator.fidelity": ("BEHAVIORAL", "CYCLE_ACCURATE", "TRANSACTIONAL"),
+    "simulator.opcodes.specs": ("TensorSpec",),
+    "simulator.opcodes.table": ("OPCODES",),
+    "simulator.products.gemm": ("GemmStats", "simulate_conv2d", "simulate_gemm"),
+    "simulator.stats": ("ExecutionStats",),
 }
+#: Modules that are public under a shorter name.
+_MODULES = {"datasets": "frontend.data.datasets"}
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_WHERE)
+__all__ = sorted([*_WHERE, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are used: finding the plugin loads neither torch nor numpy."""
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
@@ -89,6 +93,6 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
 
 @hookimpl
 def hal_commands(subparsers: Any) -> None:
-    from .commands import add_commands
+    from .cli import add_commands
 
     add_commands(subparsers)

@@ -20,12 +20,11 @@ from hal_core.plugin_api import (
     Numerics,
     Range,
     Refusal,
-    registry,
 )
 
-from .attention_blocks import Blocks, longest_head, room
-from .cost import attention_cost
-from .profile import Profile, load
+from .cost import attention_cost, attention_memory
+from .profiles.profile import Profile, load
+from .tiling import Blocks, longest_head, room
 
 if TYPE_CHECKING:
     from .session import KPUSession
@@ -54,6 +53,22 @@ _FEATURES = frozenset(
 )
 
 
+#: What `hal.use("kpu:0", options={...})` may set: the simulator that gives time and energy ("cycle_accurate" also takes
+#: values from the stepped PEs), and the clock of every engine in MHz, where it is not the profile's.
+OPTIONS: dict[str, Range | tuple[str, ...]] = {
+    "fidelity": ("transactional", "cycle_accurate"),
+    "clock_mhz": Range(1, 100_000),
+}
+
+
+def host_memory() -> int | None:
+    """Bytes of the host's memory, in which a simulated device's tensors lie; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 class KPUDevices:
     """kpu:0, simulated.
 
@@ -74,6 +89,7 @@ class KPUDevices:
                 model=p.name.upper(),
                 fidelity=Fidelity.SIMULATED,
                 driver=f"simulated from profile {p.name}",
+                memory=host_memory(),
                 features=(f"figures at worst {p.provenance()}", "energy not calibrated", "torch.compile kpu"),
             )
         ]
@@ -88,6 +104,8 @@ class KPUDevices:
             batch=Range(0),
             length=Range(0),
             head_dim=Range(1, max(longest_head(self.profile, dtype) for dtype in _NUMERICS)),
+            tile_sizes=Range(min(min(self.profile.arrays(dtype)[:2]) for dtype in _NUMERICS)),
+            options=OPTIONS,
         )
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
@@ -106,12 +124,8 @@ class KPUDevices:
             )
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        """Modelled from the profile: the fused program's time in the tile-level simulator, energy from uncalibrated
-        tables.
-        """
-        r = request
-        output = r.batch * r.heads_q * r.len_q * (r.dim_v * 4 + 8)
-        return attention_cost(self.profile, r).estimate(memory=output + r.batch * r.heads_q * r.len_q * 4)
+        """Modelled from the profile: the fused program's time in the simulator, energy from uncalibrated tables."""
+        return attention_cost(self.profile, request).estimate(memory=attention_memory(self.profile, request))
 
     def open(self, device: Device) -> KPUSession:
         from .session import KPUSession
@@ -119,5 +133,5 @@ class KPUDevices:
         return KPUSession(device, self.profile)
 
     def kernel_names(self, device: Device) -> frozenset[str]:
-        """Those of its kernels whose meaning an installed plugin specifies."""
-        return frozenset({"matmul", "linear"}) & frozenset(registry.kernel_specs())
+        """The kernels beside attention."""
+        return frozenset({"matmul", "linear"})

@@ -1,38 +1,32 @@
-"""What attention and products cost on a machine: cycles of the tile-level simulator, energy of its counters.
+"""What attention and products cost on a machine: cycles of the simulator, energy of its counters, bytes on the host.
 
-The simulator runs a movement program whose tiles are those of the values (`attention_program`, `lowering`). What lies
-outside the chip (the host, a driver, the way to the KPU's DRAM) is not modelled and not counted; nor are gradients, nor
-the bytes of a mask, whose shape a request does not say.
+The simulator runs a movement program whose tiles are those of the values. What lies outside the chip (the host, a
+driver, the transfer to the KPU's DRAM) is neither modelled nor counted; nor are gradients, nor the bytes of a mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import attrs
+from hal_simulation import modelled
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Estimate, Provenance, Quantity
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate
 
-from .attention_blocks import Blocks
-from .attention_program import fused
-from .energy import Energy, energy
-from .lowering import lower
-from .profile import Profile
-from .stats import ExecutionStats
-from .transactional import run_transactional
-from .work import Work
+from .profiles.profile import Profile
+from .simulator.attention.baseline import run
+from .simulator.attention.program import fused
+from .simulator.attention.workspace import workspace_size
+from .simulator.energy import Energy, energy
+from .simulator.opcodes.work import Work
+from .simulator.products.lowering import lower
+from .simulator.stats import ExecutionStats, new_stats
+from .simulator.transactional import run_transactional
+from .tiling import filled_up, machine_of, shortened, steps_of
 
-#: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
-SPREAD = {
-    Provenance.MEASURED_SILICON: 0.1,
-    Provenance.VENDOR_PUBLISHED: 0.25,
-    Provenance.PAPER_PROJECTION: 0.25,
-    Provenance.ASSUMED: 0.5,
-}
-#: What an estimate simulates at most: tiles of scores (the root of their number in a head), and heads for each array. A
-#: larger call takes its time from one of this size, by the pairs that both compute.
-LONGEST, ROUNDS = 96, 2
+#: What an estimate simulates at fidelity "cycle_accurate", which steps every DRAM page; see `tiling.LONGEST`.
+LONGEST_EXACT = 24
+_SIMULATION = {"behavioral": "no", "transactional": "tile-level", "cycle_accurate": "cycle-accurate"}
 
 
 @attrs.frozen(kw_only=True)
@@ -61,10 +55,12 @@ class Cost:
         """Intervals around the modelled values, as wide as the worst origin of the figures makes them."""
         time = self.profile.provenance("array", "clock", "dram", "buffers", "engines")
         busy = {"array": self.stats.busy_cycles / self.profile["clock.frequency"] * self.scale}
-        source = f"profile {self.profile.name}, tile-level simulation"
+        source = (
+            f"profile {self.profile.name}, {_SIMULATION[self.stats.execution_backend.partition(' ')[0]]} simulation"
+        )
         return Estimate(
-            time=_quantity(self.seconds, time, source),
-            energy=_quantity(
+            time=modelled(self.seconds, time, source),
+            energy=modelled(
                 self.energy.total * self.scale, self.energy.provenance, f"{source}, energies not calibrated"
             ),
             memory=memory,
@@ -72,31 +68,37 @@ class Cost:
         )
 
 
-def _quantity(middle: float, provenance: Provenance, source: str) -> Quantity:
-    spread = SPREAD[provenance]
-    return Quantity(middle * (1 - spread), middle * (1 + spread), Basis.MODELLED, provenance, source)
-
-
-def new_stats(profile: Profile, fidelity: str = "transactional") -> ExecutionStats:
-    """Empty counters of runs on a machine."""
-    return ExecutionStats(clock_hz=profile["clock.frequency"], profile=profile.name, execution_backend=fidelity)
-
-
 def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
-    """Of one fused attention call, forward. Cheap: one simulation for all requests that are cut into equal tiles."""
-    work = tiled(profile, request)
-    short = _shortened(profile, work)
-    found = _attention_cost(profile, short)
+    """The cost of one fused attention call, forward, on the machine that the request's options describe.
+
+    Cheap: one simulation serves all requests that are cut into equal tiles.
+    """
+    machine, fidelity = machine_of(profile, request), fidelity_of(request)
+    work = filled_up(machine, request)
+    short = shortened(machine, work, None if fidelity == "transactional" else LONGEST_EXACT)
+    found = _attention_cost(machine, short, fidelity)
     if short is work or not short.visible_macs:
         return found
     return attrs.evolve(found, scale=work.visible_macs / short.visible_macs)
 
 
+def fidelity_of(request: AttentionRequest) -> str:
+    """The simulator that a request's options ask for."""
+    return str(dict(request.options).get("fidelity", "transactional"))
+
+
 @lru_cache(maxsize=4096)
-def _attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
-    stats = new_stats(profile)
-    stats.add(run_transactional(fused(profile, request), profile))
+def _attention_cost(profile: Profile, request: AttentionRequest, fidelity: str) -> Cost:
+    stats = new_stats(profile, fidelity)
+    stats.add(run(fused(profile, request), profile, fidelity))
     return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
+
+
+def attention_memory(profile: Profile, request: AttentionRequest) -> int:
+    """Bytes that a call allocates on the host at its peak: output, log-sum-exp and the workspace of the simulation."""
+    r, machine = request, machine_of(profile, request)
+    rows = r.batch * r.heads_q * r.len_q
+    return rows * (r.dim_v * DTYPE_BYTES[r.dtype] + 4) + 4 * workspace_size(r, steps_of(machine, r)[1])
 
 
 def _slim(stats: ExecutionStats) -> ExecutionStats:
@@ -127,40 +129,3 @@ def _product_cost(profile: Profile, batch: int, rows: int, outputs: int, length:
     program = lower(work, profile)
     stats.add(None if program is None else run_transactional(program, profile))
     return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
-
-
-def tiled(profile: Profile, request: AttentionRequest) -> AttentionRequest:
-    """The request with lengths filled up to whole tiles, and without what does not change its cost."""
-    r, blocks = request, Blocks.of(profile, request.dtype)
-    return replace(
-        r,
-        len_q=-(-r.len_q // blocks.rows) * blocks.rows,
-        len_k=-(-r.len_k // blocks.keys) * blocks.keys,
-        scale=None,
-        softcap=None if r.softcap is None else 1.0,
-        grads=frozenset(),
-        lse=False,
-        grad_lse=False,
-        device="cpu",
-        last_dim_contiguous=True,
-        deterministic=False,
-        max_error=None,
-    )
-
-
-def _shortened(profile: Profile, request: AttentionRequest) -> AttentionRequest:
-    """The request itself, or one of the same proportions with at most `LONGEST` squared tiles of scores, and fewer
-    heads.
-    """
-    r, blocks = request, Blocks.of(profile, request.dtype)
-    heads, share = r.batch * r.heads_kv, r.heads_q // max(r.heads_kv, 1)
-    if heads * share > ROUNDS * blocks.arrays:
-        heads = max(ROUNDS * blocks.arrays // share, 1)
-        r = replace(r, batch=1, heads_q=heads * share, heads_kv=heads)
-    tiles = r.len_q // blocks.rows * (r.len_k // blocks.keys)
-    if tiles > LONGEST**2:
-        part = LONGEST / tiles**0.5
-        len_q = max(round(r.len_q * part / blocks.rows), 1) * blocks.rows
-        len_k = max(round(r.len_k * part / blocks.keys), 1) * blocks.keys
-        r = replace(r, len_q=len_q, len_k=len_k)
-    return r

@@ -4,8 +4,9 @@ them.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Literal, Self
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,36 +15,60 @@ from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
     BlockPlan,
-    DenseTiling,
     Device,
+    Estimate,
     Grads,
     PooledMemory,
-    SequenceTables,
+    SequenceMetadata,
+    SessionBase,
+    TilePlan,
     UnsupportedError,
 )
 
-from .attention import Operands, backward, forward
-from .attention_baseline import Comparison, compare
-from .attention_blocks import Blocks
-from .cost import Cost, product_cost
-from .kernels import KERNELS, Kernel
-from .profile import Profile
+from .cost import Cost, attention_cost, attention_memory, fidelity_of, product_cost
+from .kernels.extra import KERNELS, ProductKernel
+from .profiles.profile import Profile
+from .simulator.attention.baseline import Comparison, compare
+from .simulator.attention.values import Operands, backward, described, forward
+from .simulator.attention.workspace import workspace_size
+from .simulator.values import array_values
+from .tiling import Blocks, KPUTiling, cut_into
 
 
-class KPUSession:
+class Prepared(NamedTuple):
+    """A call that is ready to run: its operands, [batch, heads, length, dim], and how the machine cuts it.
+
+    Attributes:
+        request: with the exact lengths. plan: equal blocks. block_k: keys in a tile of scores: those of the plan, or of
+            equal pieces of them where L2 does not hold a whole block.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    request: AttentionRequest
+    plan: TilePlan
+    block_k: int
+
+    def operands(self, mask: Tensor | None, query: Tensor | None = None) -> Operands:
+        """The tensors of the call with its mask, and other queries where some are given."""
+        return Operands(self.query if query is None else query, self.key, self.value, mask, self.request)
+
+
+class KPUSession(SessionBase):
     """An open device. Methods may be called from any thread: nothing is kept between calls but the timing model's
     cache.
 
     Attributes:
-        device, profile: what is simulated. memory: host buffers that travel by DLPack. tiling: square tiles.
+        device, profile: what is simulated. memory: host buffers that travel by DLPack. tiling: `KPUTiling`.
     """
 
     def __init__(self, device: Device, profile: Profile) -> None:
+        super().__init__(PooledMemory("cpu", name=device.id), KPUTiling(profile))
         self.device, self.profile = device, profile
-        self.memory, self.tiling = PooledMemory("cpu", name=device.id), DenseTiling()
 
     def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
-        """The backward takes (out, lse) and makes the weights again."""
+        """The backward takes (out, lse) and computes the weights again."""
         return "explicit"
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
@@ -59,31 +84,47 @@ class KPUSession:
         tile_size: int | None = None,
         *,
         request: AttentionRequest,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
-    ) -> Operands:
-        """Bind operands to a request. The machine chooses its own tiles; `tile_size` changes nothing."""
-        return Operands(query, key, value, None, request)
+        plan: TilePlan | BlockPlan | None = None,
+        tables: SequenceMetadata | None = None,
+    ) -> Prepared:
+        """Bind operands to a request and a plan. Host tensors are read where they lie.
+
+        Args:
+            tile_size: rows and keys of square blocks; None for the machine's own cut.
+            plan: a tiling's plan of equal blocks, which takes precedence.
+
+        Raises:
+            UnsupportedError: a plan of uneven ranges.
+        """
+        if plan is None and tile_size is not None:
+            plan = TilePlan.equal(request, tile_size, tile_size, cut_by=self.device.family)
+        elif plan is None:
+            plan = self.tiling.plan(request, {})
+        if not isinstance(plan, TilePlan) or not plan.block_q:
+            raise UnsupportedError(f"{self.device.id} was given {plan}: it runs equal blocks of a tiling alone")
+        cut = cut_into(self.profile, request, plan.block_q, plan.block_k)
+        return Prepared(query, key, value, request, plan, cut.block_k)
 
     def compute_attention(
         self,
-        prepared: Operands,
+        prepared: Prepared,
         mask: Tensor | None = None,
         *,
         query: Tensor | None = None,
         rng: tuple[int, int] | None = None,
         out: Tensor | None = None,
     ) -> AttentionOutput:
-        """Attention tile by tile; see `attention.forward`. `rng` changes nothing: the machine draws no numbers."""
-        call = prepared._replace(mask=mask, query=prepared.query if query is None else query)
-        with torch.no_grad():
-            result = forward(call, self._block_k(prepared))
+        """Attention tile by tile; see `simulator.attention.values.forward`. `rng` is not used: nothing is random."""
+        call = prepared.operands(mask, query)
+        size = workspace_size(described(call), prepared.block_k)
+        with torch.no_grad(), self._products(prepared.request), self.scratch((size,), "float32") as workspace:
+            result = forward(call, prepared.block_k, workspace)
         lse = result.lse if prepared.request.lse else None
         return AttentionOutput(result.out if out is None else out.copy_(result.out), lse)
 
     def compute_attention_backward(
         self,
-        prepared: Operands,
+        prepared: Prepared,
         out: Tensor,
         lse: Tensor,
         grad_out: Tensor,
@@ -92,9 +133,15 @@ class KPUSession:
         grad_lse: Tensor | None = None,
         rng: tuple[int, int] | None = None,
     ) -> Grads:
-        """Gradients from a given (out, lse); see `attention.backward`."""
-        with torch.no_grad():
-            return backward(prepared._replace(mask=mask), self._block_k(prepared), out, lse, grad_out, grad_lse)
+        """Gradients from a given (out, lse); see `simulator.attention.values.backward`."""
+        with torch.no_grad(), self._products(prepared.request):
+            return backward(prepared.operands(mask), prepared.block_k, out, lse, grad_out, grad_lse)
+
+    def cost(self, prepared: Prepared) -> Estimate:
+        """What the prepared call costs: its own program, at the clock and fidelity of the request's options."""
+        plan = prepared.plan
+        request = replace(prepared.request, tiling=("", plan.block_q, plan.block_k))
+        return attention_cost(self.profile, request).estimate(memory=attention_memory(self.profile, request))
 
     def compare(self, request: AttentionRequest) -> Comparison:
         """Both cycle counts of a call: fused on the chip, and with scores that go through DRAM."""
@@ -104,22 +151,14 @@ class KPUSession:
         """What `batch` products [rows, length] @ [length, outputs] cost."""
         return product_cost(self.profile, batch, rows, outputs, length, dtype)
 
-    def _block_k(self, call: Operands) -> int:
-        return Blocks.of(self.profile, str(call.query.dtype).removeprefix("torch.")).keys
-
-    def kernel(self, name: str) -> Kernel:
-        """A callable of `hal_kpu.kernels`."""
+    def kernel(self, name: str) -> ProductKernel:
+        """A callable of `hal_kpu.kernels.extra`."""
         if name not in KERNELS:
             raise UnsupportedError(f"{self.device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
-        return KERNELS[name](self)
+        return KERNELS[name](self.device, self.profile)
 
-    def close(self) -> None:
-        self.memory.trim()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def _products(self, request: AttentionRequest) -> AbstractContextManager[Any]:
+        """Where matrix products take their values: at fidelity "cycle_accurate" from the PEs, stepped one by one."""
+        if fidelity_of(request) != "cycle_accurate":
+            return nullcontext()
+        return array_values(self.profile, "os", dtype=request.dtype)

@@ -1,6 +1,6 @@
-"""A hypothetical Luminous Computing micro-ring bank as a simulated device of hal_core. This module holds the hook
-alone.
-"""
+"""A hypothetical Luminous Computing micro-ring bank as a simulated device of hal_core. This module holds the hook."""
+
+from __future__ import annotations
 
 from hal_core.plugin_api import BackendSpec, hookimpl
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hal_photonics.backend import ProfileBackend
-from hal_photonics.profile import load
+from hal_photonics import ProfileBackend, load
 
 PROFILES = Path(__file__).parent / "profiles"
 

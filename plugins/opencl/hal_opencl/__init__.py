@@ -1,4 +1,4 @@
-"""OpenCL devices of hal_core. This module holds the hook alone; no driver is loaded until the device is used."""
+"""OpenCL devices of hal_core: the plugin's hook. No driver is loaded until a device is used."""
 
 from hal_core.plugin_api import BackendSpec, hookimpl
 
@@ -10,6 +10,8 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
             name="opencl",
             target="hal_opencl.backend:OpenClBackend",
             requirements=("an OpenCL driver",),
-            install_hint="a GPU vendor's driver brings one; for a CPU device on Debian: apt-get install pocl-opencl-icd",
+            install_hint=(
+                "a GPU vendor's driver brings one; for a CPU device on Debian: apt-get install pocl-opencl-icd"
+            ),
         )
     ]

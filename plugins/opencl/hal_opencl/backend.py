@@ -1,14 +1,17 @@
-"""OpenCL devices: what they are, what they run, what a call would cost."""
+"""The OpenCL backend: devices, capabilities, estimates."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hal_compute.backend import ComputeBackend
+import attrs
+from hal_compute.backend import CAPABILITIES, ComputeBackend
 
-from hal_core.plugin_api import Device, DeviceUnavailableError, Session
+from hal_core.plugin_api import AttentionRequest, Capabilities, Choice, Device, DeviceUnavailableError, Session
 
-from .detect import find, is_cpu
+from . import cost
+from .discovery import find, is_cpu
+from .tiling import TILE_SIZES, tiling_of
 
 
 class OpenClBackend(ComputeBackend):
@@ -25,11 +28,25 @@ class OpenClBackend(ComputeBackend):
         return int(handle.global_mem_size), int(handle.max_mem_alloc_size)
 
     def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
+        return cost.assumed(find().handles[device.id])
+
+    def capabilities(self, device: Device) -> Capabilities:
+        """A CPU's kernel is built for the block sizes of a caller's tiling; a GPU's has its own."""
+        cpu = is_cpu(find().handles[device.id])
+        return attrs.evolve(CAPABILITIES, tile_sizes=Choice(TILE_SIZES)) if cpu else CAPABILITIES
+
+    def memory(self, request: AttentionRequest, device: Device) -> int:
         handle = find().handles[device.id]
-        units = handle.max_compute_units
-        return (5e-5, 2e-3), (2e9 * units, 4e10 * units) if is_cpu(handle) else (2e9 * units, 1e11 * units)
+        return cost.memory(request, tiling_of(handle), max(int(handle.mem_base_addr_align) // 8, 64))
+
+    def largest_buffer(self, request: AttentionRequest, device: Device) -> int:
+        return cost.largest_buffer(request, tiling_of(find().handles[device.id]))
+
+    def loaded_before_fork(self) -> bool:
+        return find().process.forked
 
     def open(self, device: Device) -> Session:
+        find().process.check(device.id)
         handle = find().handles.get(device.id)
         if handle is None:
             raise DeviceUnavailableError(f"{device.id} is not present: {find().reason or 'see `hal devices`'}")

@@ -1,4 +1,6 @@
-"""Lightmatter's published photonic processors as simulated devices of hal_core. This module holds the hook alone."""
+"""Lightmatter's published photonic processors as simulated devices of hal_core. This module holds the hook."""
+
+from __future__ import annotations
 
 from hal_core.plugin_api import BackendSpec, hookimpl
 

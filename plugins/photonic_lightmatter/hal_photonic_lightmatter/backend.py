@@ -1,18 +1,20 @@
-"""The devices: one for each published chip, and the measured one once more without our calibration."""
+"""The devices: one for each published chip, and the measured one a second time without this project's calibration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hal_photonics.backend import ProfileBackend
-from hal_photonics.profile import load
+from hal_photonics import ProfileBackend, load
 
 PROFILES = Path(__file__).parent / "profiles"
 
 
 class LightmatterBackend(ProfileBackend):
-    """lightmatter:0 is the 2025 chip, calibrated; :1 the same chip as its vendor left it; :2 its hypothetical 2 GHz
-    version; :3 Envise; :4 Mars. No driver is public: all of them are simulated."""
+    """Five simulated devices; no driver is public.
+
+    lightmatter:0 is the 2025 chip, calibrated; :1 the same chip as its vendor left it; :2 its hypothetical 2 GHz
+    version; :3 Envise; :4 Mars.
+    """
 
     def __init__(self) -> None:
         measured = load(PROFILES / "2025.toml")

@@ -1,48 +1,35 @@
-"""Photonic processors as devices of hal_core, simulated from profiles. This module holds the hooks and names alone."""
+"""Photonic processors as devices of hal_core, simulated from profiles. This module holds the hooks and public names."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hal_core.plugin_api import BackendSpec, hookimpl
 
 if TYPE_CHECKING:
-    from .backend import ProfileBackend, register_profile
-    from .core import PhotonicCore
-    from .driver import Driver, Fault, SimulatedDriver
-    from .profile import Profile, ProfileError, load
+    from .backend import ProfileBackend as ProfileBackend, register_profile as register_profile
+    from .profiles.profile import Profile as Profile, ProfileError as ProfileError, load as load
+    from .runtime.driver import Driver as Driver
+    from .simulator.chip import Fault as Fault, SimulatedDriver as SimulatedDriver
+    from .simulator.core import PhotonicCore as PhotonicCore
 
 _WHERE = {
-    "ProfileBackend": "backend",
-    "register_profile": "backend",
-    "PhotonicCore": "core",
-    "Driver": "driver",
-    "Fault": "driver",
-    "SimulatedDriver": "driver",
-    "Profile": "profile",
-    "ProfileError": "profile",
-    "load": "profile",
+    "backend": ("ProfileBackend", "register_profile"),
+    "profiles.profile": ("Profile", "ProfileError", "load"),
+    "runtime.driver": ("Driver",),
+    "simulator.chip": ("Fault", "SimulatedDriver"),
+    "simulator.core": ("PhotonicCore",),
 }
-__all__ = [
-    "Driver",
-    "Fault",
-    "PhotonicCore",
-    "Profile",
-    "ProfileBackend",
-    "ProfileError",
-    "SimulatedDriver",
-    "load",
-    "register_profile",
-]
+__all__ = sorted(name for names in _WHERE.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    """Public names, imported when they are used: finding the plugin loads neither torch nor numpy."""
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    """Public names are imported when they are used (PEP 562): the hooks load neither torch nor numpy."""
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @hookimpl
@@ -59,6 +46,6 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
 
 @hookimpl
 def hal_commands(subparsers: Any) -> None:
-    from .commands import add_commands
+    from .cli import add_commands
 
     add_commands(subparsers)

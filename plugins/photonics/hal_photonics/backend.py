@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import attrs
 
-import hal_core as hal
 from hal_core.plugin_api import (
     AttentionRequest,
     Basis,
-    Calibration,
     Capabilities,
     Causal,
     Code,
@@ -25,18 +24,22 @@ from hal_core.plugin_api import (
     Quantity,
     Range,
     Refusal,
-    cache_dir,
+    Session,
     load_calibration,
-    registry,
+    refresh,
+    register,
 )
 
-from . import pcie
-from .cost import attention_cost
-from .profile import Profile, load
+from .cost import attention_cost, call_memory, passes_of
+from .discovery import BUNDLED as BUNDLED, cards, profiles
+from .profiles.profile import Profile, load, word
 
-#: Profiles of the generic device: files, divided by the system's path separator. The bundled one where it is not set.
-PROFILES_VARIABLE = "HAL_PHOTONIC_PROFILES"
-BUNDLED = Path(__file__).parent / "profiles"
+if TYPE_CHECKING:
+    from .session import PhotonicSession
+
+#: Passes of the optics that may be averaged.
+PASSES = Range(1, 1024)
+_MOST_DECIBELS = 200
 _FEATURES = frozenset({"grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "lse"})
 _GRADIENTS = frozenset({"backward", "mask_grad", "lse_grad"})
 
@@ -51,9 +54,10 @@ class ProfileBackend:
 
     def __init__(self, name: str, profiles: Sequence[Profile], *, straight_through: bool = False) -> None:
         self.name, self.profiles, self.straight_through = name, tuple(profiles), straight_through
-        self._stored: dict[tuple[str, str], Calibration | None] = {}
+        self._sessions: WeakValueDictionary[str, PhotonicSession] = WeakValueDictionary()
 
     def devices(self) -> Sequence[Device]:
+        """One simulated device for each profile."""
         return [self._device(index, profile) for index, profile in enumerate(self.profiles)]
 
     def _device(self, index: int, profile: Profile) -> Device:
@@ -68,13 +72,15 @@ class ProfileBackend:
         )
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
-        worst = profile.origin("array", "converters", "noise", "time", "power")
+        worst = word(profile.provenance("array", "converters", "noise", "time", "power"))
         return (f"figures at worst {worst}", *(() if profile.calibrated else ("not calibrated by us",)))
 
     def profile_of(self, device: Device) -> Profile:
+        """The profile that a device is simulated from."""
         return self.profiles[int(device.id.partition(":")[2])]
 
     def capabilities(self, device: Device) -> Capabilities:
+        """What the profile declares. The device option "passes" averages passes of the optics."""
         p = self.profile_of(device)
         numerics = Numerics(
             relative=p["declared.attention_error"],
@@ -82,95 +88,91 @@ class ProfileBackend:
             noisy=True,
             gradient=0.02 if self.straight_through else None,
         )
-        dtypes = ("float32", "bfloat16", "float16")
+        dtypes = frozenset({"float32", "bfloat16", "float16"})
         return Capabilities(
-            dtypes=frozenset(dtypes),
+            dtypes=dtypes,
             numerics=dict.fromkeys(dtypes, numerics),
             head_dim=Range(1, 1024),
             masks=frozenset(MaskKind),
             causal=frozenset(Causal),
             features=_FEATURES | (_GRADIENTS if self.straight_through else frozenset()),
+            tile_sizes=Range(0, p.count("array.inputs")),
+            options={"passes": PASSES},
         )
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
         """A refusal while the open chip does not serve: its state, and what leads out of it."""
-        session: Any = registry.opened(device.id)
+        session = self._opened(device)
         if session is not None and not session.state.serves:
-            yield Refusal(
-                Code.DEVICE, "state", "ready", f"{session.state} ({session.reason})", session.supervisor.way_out
-            )
+            state = f"{session.state} ({session.reason})"
+            yield Refusal(Code.DEVICE, "state", "ready", state, session.supervisor.way_out)
 
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
-        session: Any = registry.opened(device.id)
+        """Modelled time and energy in the chip's present state, and the memory of the host's simulation."""
+        session, profile = self._opened(device), self.profile_of(device)
         duty, state = (1.0, "") if session is None else (session.supervisor.duty, str(session.state))
-        cost = attention_cost(self.profile_of(device), request, duty=duty, state="" if state == "ready" else state)
-        return attrs.evolve(cost.estimate(memory=_memory(request)), error=self._error(device))
+        cost = attention_cost(profile, request, duty=duty, state="" if state == "ready" else state)
+        memory = call_memory(profile, request)
+        return attrs.evolve(cost.estimate(memory=memory), error=self._error(device, passes_of(request)))
 
-    def _error(self, device: Device) -> Quantity | None:
-        """Between one product's error by the stored calibration and the declared noise; None without a calibration."""
-        place = (device.id, str(cache_dir()))
-        if place not in self._stored:
-            self._stored[place] = load_calibration(device)
-        stored, declared = self._stored[place], self.profile_of(device)["declared.attention_error"]
-        if stored is None:
-            return None
-        measured = 10 ** (
-            -stored.values["SNR after, dB" if self.profile_of(device).calibrated else "SNR before, dB"] / 20
-        )
-        origin = self.profile_of(device).origin("noise").provenance
-        return Quantity(
-            min(measured, declared), declared, Basis.MODELLED, origin, f"hal calibrate {device.id}, simulated"
-        )
+    def _error(self, device: Device, passes: int) -> Quantity | None:
+        """Between one product's error by the stored calibration and the declared noise; None without a calibration.
 
-    def open(self, device: Device) -> Any:
+        Averaging passes reduces the noise and leaves static errors, so it moves the lower end alone.
+        """
+        stored, profile = load_calibration(device), self.profile_of(device)
+        declared = profile["declared.attention_error"]
+        ratio = None if stored is None else stored.values.get(f"SNR {'after' if profile.calibrated else 'before'}, dB")
+        if (
+            not isinstance(ratio, int | float)
+            or isinstance(ratio, bool)
+            or not -_MOST_DECIBELS <= ratio <= _MOST_DECIBELS
+        ):
+            return None  # no calibration, or one that somebody has edited
+        measured = 10 ** (-ratio / 20) / math.sqrt(passes)
+        source = f"hal calibrate {device.id}, simulated"
+        return Quantity(min(measured, declared), declared, Basis.MODELLED, profile.provenance("noise"), source)
+
+    def open(self, device: Device) -> Session:
+        """A session on a fresh simulated chip, switched on and calibrated."""
         from .session import open_simulated
 
-        return open_simulated(
-            device, self.profile_of(device), straight_through=self.straight_through, changed=_refresher(device.id)
+        def changed() -> None:
+            if self._opened(device) is not None:  # not while it opens: nothing has been decided about it
+                refresh(device.id)
+
+        session = open_simulated(
+            device, self.profile_of(device), straight_through=self.straight_through, changed=changed
         )
+        self._sessions[device.id] = session
+        return session
+
+    def _opened(self, device: Device) -> PhotonicSession | None:
+        session = self._sessions.get(device.id)
+        return None if session is None or session.closed else session
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
         """Signal-to-noise and bits before and after, on weights that the fit has not seen."""
-        from .calibration import calibrate
-        from .driver import SimulatedDriver
+        from .calibrate import calibrate
+        from .simulator.chip import SimulatedDriver
 
-        self._stored.clear()
-        session: Any = registry.opened(device.id)
-        driver = SimulatedDriver(self.profile_of(device)) if session is None else session.driver
-        return {"profile": self.profile_of(device).name, **calibrate(driver, progress=progress)[1].to_dict()}
+        session, profile = self._opened(device), self.profile_of(device)
+        driver = SimulatedDriver(profile) if session is None else session.driver
+        return {"profile": profile.name, **calibrate(driver, progress=progress)[1].to_dict()}
 
     def kernel_names(self, device: Device) -> frozenset[str]:
+        """`matmul` and `linear`."""
         return frozenset({"matmul", "linear"})
 
 
-def _memory(request: AttentionRequest) -> int:
-    """Bytes of the output, and of the scores, weights and noise worked on at once, in float32."""
-    r = request
-    output = r.batch * r.heads_q * r.len_q * (r.dim_v + 1) * 4
-    scores = min(r.batch * r.heads_q * r.len_q * r.len_k, 1 << 21)
-    return output + 5 * 4 * scores + 4 * r.batch * r.heads_kv * r.len_k * (r.dim_qk + r.dim_v)
-
-
-def _refresher(device_id: str) -> Callable[[], None]:
-    """Forget decisions when a chip changes its state; a session outside the registry has none."""
-
-    def changed() -> None:
-        if registry.opened(device_id) is not None:
-            registry.refresh(device_id)
-
-    return changed
-
-
 class PhotonicBackend(ProfileBackend):
-    """The generic device: simulated from profile files, and told of cards whose PCI ids the user configured."""
+    """The generic devices: simulated from profile files; they report cards whose PCI ids the user configured."""
 
     def __init__(self) -> None:
-        listed = [part for part in os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep) if part]
-        files = [Path(part) for part in listed] or [BUNDLED / "generic.toml"]
-        super().__init__("photonic", [load(file) for file in files])
+        super().__init__("photonic", profiles())
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
-        return (*super()._remarks(profile), *(card.remark for card in pcie.cards()))
+        return (*super()._remarks(profile), *(card.remark for card in cards()))
 
 
 def register_profile(path: str | Path, name: str, *, straight_through: bool = False) -> Device:
@@ -180,5 +182,5 @@ def register_profile(path: str | Path, name: str, *, straight_through: bool = Fa
         ProfileError: what is wrong with the file. PluginError: the name is taken.
     """
     backend = ProfileBackend(name, [load(path)], straight_through=straight_through)
-    hal.register(backend)
+    register(backend)
     return backend.devices()[0]

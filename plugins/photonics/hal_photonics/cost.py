@@ -1,25 +1,26 @@
-"""Time and energy of products and of attention, every part apart. Parts are the model: totals are their sums, nothing
-else.
+"""Time and energy of products and of attention, by part. The parts are the model; a total is the sum of its parts.
 
     T = ceil(tiles / cores) (t_w + rows / f) + T_softmax + T_host        E = P T by part
 
-Converters and laser work while vectors stream and weights load, so they have energy and no time of their own. The
-chip's power while it waits for the host is not published and not counted.
+Converters and laser work while vectors stream and weights load, so they have an energy and no time of their own. The
+power of a chip that waits for the host is not published, so it is not counted. Averaging n passes repeats the optics n
+times: weights and stream take n times their time and energy; softmax and host take theirs once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import accumulate
+from itertools import pairwise
 from typing import NamedTuple
 
 import attrs
+from hal_simulation import ProductSize, modelled, worst
 
-from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Basis, Estimate, Quantity, visible_keys
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, Estimate, MaskKind, Provenance, TilePlan
 
-from .blockfloat import narrowed
-from .profile import Origin, Profile
+from .profiles.profile import Profile
+from .tiling import heads_at_once, narrowed, rows_at_once
 
 #: Parts of time (s) and energy (J), in the order of every table.
 TIME_PARTS = ("weights", "stream", "softmax", "host", "derating")
@@ -31,8 +32,12 @@ _SHARES = {
     "DAC": "power.share_dac",
     "digital": "power.share_digital",
 }
-#: How far a modelled figure may be off, by the worst origin of what it is made of: half the interval over its middle.
-SPREAD = {Origin.SILICON: 0.1, Origin.PAPER: 0.25, Origin.ASSUMED: 0.5}
+#: Tensors of the size of a weight tile that a mechanism needs to realise one.
+_CELLS = {"crossbar": 2, "mesh": 6.4, "ring": 7.2}
+#: Size of a pool's block over what was asked for, on average.
+_POOLED = 1.03
+#: Row ranges that the cost of a plan is summed over at most.
+_MOST_RANGES = 4096
 
 
 class Work(NamedTuple):
@@ -46,93 +51,143 @@ class Work(NamedTuple):
     rows: int
     macs: int
 
-    def __add__(self, other: object) -> Work:
-        if not isinstance(other, Work):
-            return NotImplemented
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 @attrs.frozen(kw_only=True)
 class Cost:
     """What work costs on a profile.
 
     Attributes:
-        seconds, joules: by part, in the order of TIME_PARTS and ENERGY_PARTS. time_origin, energy_origin: the worst
-            origin of the figures used. macs: done on the optics. source: the profile and its state, for people.
+        seconds, joules: by part, in the order of TIME_PARTS and ENERGY_PARTS. provenances: by part.
+        time_provenance, energy_provenance: the worst of the figures used.
+        macs: multiply-accumulates on the optics. source: the profile and its state, for people.
     """
 
     seconds: Mapping[str, float]
     joules: Mapping[str, float]
-    origins: Mapping[str, Origin]
-    time_origin: Origin
-    energy_origin: Origin
+    provenances: Mapping[str, Provenance]
+    time_provenance: Provenance
+    energy_provenance: Provenance
     macs: int
     source: str
 
     @property
     def time(self) -> float:
+        """Seconds."""
         return sum(self.seconds.values())
 
     @property
     def energy(self) -> float:
+        """Joules."""
         return sum(self.joules.values())
 
     @property
     def optics_time(self) -> float:
-        """Seconds that the chip works: weights and stream."""
+        """Seconds in which the optics work: weights and stream."""
         return self.seconds["weights"] + self.seconds["stream"]
 
     def estimate(self, memory: int = 0) -> Estimate:
+        """Intervals around the modelled time and energy, as wide as the worst provenance makes them."""
         return Estimate(
-            time=_quantity(self.time, self.time_origin, self.source),
-            energy=_quantity(self.energy, self.energy_origin, self.source),
+            time=modelled(self.time, self.time_provenance, self.source),
+            energy=modelled(self.energy, self.energy_provenance, self.source),
             memory=memory,
             parts=dict(self.seconds),
         )
 
 
-def _quantity(middle: float, origin: Origin, source: str) -> Quantity:
-    spread = SPREAD[origin]
-    return Quantity(middle * (1 - spread), middle * (1 + spread), Basis.MODELLED, origin.provenance, source)
+def product_work(profile: Profile, size: ProductSize) -> Work:
+    """The work of products with the second operand held as weights."""
+    across = -(-size.outputs // profile.count("array.outputs"))
+    along = -(-size.length // profile.count("array.inputs"))
+    tiles = size.batch * across * along
+    return Work(tiles, tiles * size.rows, size.macs)
 
 
-def product_work(profile: Profile, batch: int, rows: int, outputs: int, length: int) -> Work:
-    """Of `batch` products [rows, length] @ [length, outputs]."""
-    tiles = batch * -(-outputs // profile.count("array.outputs")) * -(-length // profile.count("array.inputs"))
-    return Work(tiles, tiles * rows, batch * rows * outputs * length)
+def attention_work(profile: Profile, request: AttentionRequest, plan: TilePlan | None = None) -> Work:
+    """The work of QK^T with keys held and of PV with values held.
 
+    Rows that causal and window hide from a whole tile are not streamed. With a tiling that the caller brought, tiles
+    are loaded anew for each of its row ranges.
 
-def attention_work(profile: Profile, request: AttentionRequest) -> Work:
-    """Of QK^T with keys held, and PV with values held; rows that causal and window hide from a whole tile are not
-    streamed.
+    Args:
+        plan: of the request's tiling at its exact lengths; None: from its block sizes.
     """
     r = request
     outputs, inputs = profile.count("array.outputs"), profile.count("array.inputs")
-    share, heads = r.heads_q // max(r.heads_kv, 1), r.batch * r.heads_kv
+    group_size, heads = r.heads_q // max(r.heads_kv, 1), r.batch * r.heads_kv
     deep = -(-r.dim_qk // inputs)  # tiles along the reduction of QK^T
     wide = -(-r.dim_v // outputs)  # tiles along the outputs of PV
-    keys, values = _tile_rows(r, outputs), _tile_rows(r, narrowed(r.window, inputs))
-    loads = heads * (deep * len(keys) + wide * len(values))
-    rows = heads * share * (deep * sum(keys) + wide * sum(values))
-    return Work(loads, rows, r.visible_macs)
+    if r.tiling is not None and (plan is not None or min(r.tiling[1:]) > 0):
+        (keys, key_rows), (values, value_rows) = _tiles_of_plan(r, plan, outputs, inputs)
+    else:
+        keys, key_rows = tiles_seen(r, outputs)
+        values, value_rows = tiles_seen(r, narrowed(r.window, inputs))
+    rows = heads * group_size * (deep * key_rows + wide * value_rows)
+    return Work(heads * (deep * keys + wide * values), rows, r.visible_macs)
 
 
 @lru_cache(maxsize=1024)
-def _tile_rows(request: AttentionRequest, size: int) -> tuple[int, ...]:
-    """For each tile of `size` keys that anybody sees, how many query rows see some of it."""
+def tiles_seen(request: AttentionRequest, size: int) -> tuple[int, int]:
+    """Of tiles of `size` keys: how many are seen by some query row, and the sum over them of the rows that do.
+
+    Row r sees some of the keys a to b (excluded) if r + low < b and r + high >= a. The number of these rows is linear
+    in the tile's number between a few points, so the time does not depend on the lengths.
+    """
     len_q, len_k = request.len_q, request.len_k
     if not len_q or not len_k:
-        return ()
-    first, last = visible_keys(request, 0, len_q, len_k), visible_keys(request, len_q - 1, len_q, len_k)
-    if first == (0, len_k) and last == (0, len_k):
-        return (len_q,) * -(-len_k // size)
-    changes = [0] * (-(-len_k // size) + 1)  # at a tile: rows that begin to see it, less rows that saw the one before
-    for row in range(len_q):
-        start, stop = visible_keys(request, row, len_q, len_k)
-        if start < stop:
-            changes[start // size] += 1
-            changes[-(-stop // size)] -= 1
-    return tuple(count for count in accumulate(changes) if count)
+        return 0, 0
+    low, high = request.band(len_q, len_k)
+    low, high = -len_q if low is None else low, len_k if high is None else high
+    if low > high:
+        return 0, 0
+    last = -(-len_k // size) - 1
+
+    def rows(tile: int) -> int:
+        start, stop = tile * size, min((tile + 1) * size, len_k)
+        return max(min(len_q, stop - low) - max(0, start - high), 0)
+
+    bends = (low // size, -(-(len_q + low) // size) - 1, high // size + 1, -(-(len_q + high) // size))
+    points = sorted({0, last, *(min(max(bend, 0), last) for bend in bends)})
+    tiles, total = int(rows(last) > 0), rows(last)
+    for start, stop in pairwise(points):
+        if rows(start):
+            tiles += stop - start
+            total += (rows(start) + rows(stop - 1)) * (stop - start) // 2
+    return tiles, total
+
+
+def _tiles_of_plan(
+    request: AttentionRequest, plan: TilePlan | None, outputs: int, inputs: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(tiles, rows streamed) of QK^T, and of PV, for one key head and one query head of a plan."""
+    keys = key_rows = values = value_rows = 0
+    for rows, times, seen, tiles in _ranges(request, plan, inputs):
+        loads = -(-seen // outputs) * times
+        keys, key_rows = keys + loads, key_rows + loads * rows
+        values, value_rows = values + tiles * times, value_rows + tiles * times * rows
+    return (keys, key_rows), (values, value_rows)
+
+
+def _ranges(request: AttentionRequest, plan: TilePlan | None, inputs: int) -> Iterator[tuple[int, int, int, int]]:
+    """(rows, how often, keys from the first to the last, tiles of PV) of the row ranges of a plan."""
+    if plan is not None and plan.ranges is not None:
+        for start, stop, spans in plan.ranges:
+            if spans:
+                tiles = sum(-(-(k_stop - k_start) // inputs) for k_start, k_stop in spans)
+                yield stop - start, 1, spans[-1][1] - spans[0][0], tiles
+        return
+    assert request.tiling is not None
+    _, block_q, block_k = request.tiling if plan is None else ("", plan.block_q, plan.block_k)
+    plan = TilePlan.equal(request, block_q, block_k)
+    # Neighbouring row blocks count as one, so that a long call is not slow to estimate.
+    times = max(-(-request.len_q // (block_q * _MOST_RANGES)), 1)
+    for start in range(0, request.len_q, block_q * times):
+        stop = min(start + block_q * times, request.len_q)
+        first, last = plan.visible(start)[0] // block_k * block_k, plan.visible(stop - 1)[1]
+        if first < last:
+            blocks = -(-(stop - start) // block_q)
+            tiles = -(-(last - first) // block_k) * -(-block_k // inputs)
+            yield -(-(stop - start) // blocks), blocks, last - first, tiles
 
 
 def cost(
@@ -141,20 +196,20 @@ def cost(
     *,
     softmax: int = 0,
     transferred: int = 0,
-    calls: int = 1,
+    passes: int = 1,
     duty: float = 1.0,
     state: str = "",
     host: bool = True,
 ) -> Cost:
-    """Time and energy of work.
+    """Time and energy of one call.
 
     Args:
-        softmax: elements. transferred: bytes to and from the host. calls: started from the host.
-        duty: share of the time the chip may work. state: of the chip, where it is not ready. host: count softmax and
-            host.
+        softmax: its elements. transferred: bytes to and from the host. passes: of the optics, averaged.
+        duty: share of the time the chip may work. state: of the chip, where it is not ready.
+        host: whether softmax and the host are counted.
     """
     p = profile
-    rounds = -(-work.loads // p.count("array.cores"))
+    rounds = passes * -(-work.loads // p.count("array.cores"))
     rows = work.rows / work.loads if work.loads else 0.0
     streaming = rounds * (rows / p["time.clock"] + p["time.flight"])
     loading = rounds * p["time.weight_load"]
@@ -164,79 +219,162 @@ def cost(
         "weights": loading,
         "stream": streaming,
         "softmax": softmax / p["time.digital_rate"] if host else 0.0,
-        "host": (calls * p["time.host_latency"] + transferred / p["time.host_bandwidth"]) if host else 0.0,
+        "host": (p["time.host_latency"] + transferred / p["time.host_bandwidth"]) if host else 0.0,
         "derating": optics * (1 / duty - 1),
     }
     watts = {part: p["power.electrical"] * p[key] for part, key in _SHARES.items()}
     watts["laser"] = p["power.laser"] / p["power.laser_efficiency"]
     joules = {part: watts[part] * optics for part in ENERGY_PARTS if part in watts}
     joules |= {"softmax": watts["digital"] * seconds["softmax"], "host": p["power.host"] * seconds["host"]}
-    origins = {
-        "weights": p.origin("time.weight_load", "time.overlap", "array"),
-        "stream": p.origin("time.clock", "time.flight", "array"),
-        "softmax": p.origin("time.digital_rate"),
-        "host": p.origin("time.host_latency", "time.host_bandwidth"),
-        "ADC": p.origin("power.electrical", "power.share_adc"),
-        "DAC": p.origin("power.electrical", "power.share_dac"),
-        "laser": p.origin("power.laser", "power.laser_efficiency"),
-        "digital": p.origin("power.electrical", "power.share_digital"),
-        "derating": p.origin("thermal.derated_duty"),
+    provenances = {
+        "weights": p.provenance("time.weight_load", "time.overlap", "array"),
+        "stream": p.provenance("time.clock", "time.flight", "array"),
+        "softmax": p.provenance("time.digital_rate"),
+        "host": p.provenance("time.host_latency", "time.host_bandwidth"),
+        "ADC": p.provenance("power.electrical", "power.share_adc"),
+        "DAC": p.provenance("power.electrical", "power.share_dac"),
+        "laser": p.provenance("power.laser", "power.laser_efficiency"),
+        "digital": p.provenance("power.electrical", "power.share_digital"),
+        "derating": p.provenance("thermal.derated_duty"),
     }
-    used = [origins[part] for part in TIME_PARTS if seconds[part]]
-    total = p.origin("power.electrical", "power.laser")  # how the total is split between its parts does not change it
-    spent = [total, *used, *([p.origin("power.host")] if seconds["host"] else [])]
+    used = [provenances[part] for part in TIME_PARTS if seconds[part]]
+    total = p.provenance("power.electrical", "power.laser")  # its split between parts does not change it
+    spent = [total, *used, *([p.provenance("power.host")] if seconds["host"] else [])]
     return Cost(
         seconds=seconds,
         joules={part: joules[part] for part in ENERGY_PARTS},
-        origins=origins,
-        time_origin=_worst(used),
-        energy_origin=_worst(spent),
+        provenances=provenances,
+        time_provenance=worst(used),
+        energy_provenance=worst(spent),
         macs=work.macs,
         source=f"profile {p.name}" + (f", {state}" if state else ""),
     )
 
 
-def _worst(origins: Iterable[Origin]) -> Origin:
-    return max(origins, key=list(Origin).index, default=Origin.ASSUMED)
-
-
 def attention_cost(
-    profile: Profile, request: AttentionRequest, *, duty: float = 1.0, state: str = "", host: bool = True
+    profile: Profile,
+    request: AttentionRequest,
+    plan: TilePlan | None = None,
+    *,
+    duty: float = 1.0,
+    state: str = "",
+    host: bool = True,
 ) -> Cost:
-    """Of one attention call: both products on the optics, softmax in the control die, operands and result over the
-    host.
+    """Time and energy of one attention call; arguments as for `attention_work` and `cost`.
+
+    Both products run on the optics, softmax in the control die; operands and the result pass the host. The passes are
+    those of the request's options.
     """
     r = request
-    pairs = r.visible_macs // max(r.dim_qk + r.dim_v, 1)
     return cost(
-        profile, attention_work(profile, r), softmax=pairs, transferred=r.bytes_moved, duty=duty, state=state, host=host
+        profile,
+        attention_work(profile, r, plan),
+        softmax=r.visible_macs // max(r.dim_qk + r.dim_v, 1),
+        transferred=r.bytes_moved,
+        passes=passes_of(r),
+        duty=duty,
+        state=state,
+        host=host,
     )
 
 
+def passes_of(request: AttentionRequest) -> int:
+    """The passes of the optics that are averaged: the device option "passes", 1 without it."""
+    return int(dict(request.options).get("passes", 1))
+
+
 def product_cost(
-    profile: Profile,
-    batch: int,
-    rows: int,
-    outputs: int,
-    length: int,
-    *,
-    dtype: str = "float32",
-    resident: bool = False,
-    duty: float = 1.0,
-    state: str = "",
+    profile: Profile, size: ProductSize, *, resident: bool = False, duty: float = 1.0, state: str = ""
 ) -> Cost:
-    """Of `batch` products [rows, length] @ [length, outputs]. resident: the weights are with the device already."""
-    size = DTYPE_BYTES.get(dtype, 4)
-    moved = batch * (rows * length + rows * outputs + (0 if resident else outputs * length)) * size
-    return cost(profile, product_work(profile, batch, rows, outputs, length), transferred=moved, duty=duty, state=state)
+    """Time and energy of products; arguments as for `cost`.
+
+    Args:
+        resident: the weights are with the device already, so they are not transferred.
+    """
+    elements = size.batch * (size.rows * size.length + (0 if resident else size.outputs * size.length)) + size.results
+    moved = elements * DTYPE_BYTES.get(size.dtype, 4)
+    return cost(profile, product_work(profile, size), transferred=moved, duty=duty, state=state)
 
 
 def throughput(profile: Profile) -> float:
-    """Peak operations (two a multiply-accumulate) a second, weights loaded."""
+    """Peak operations per second with the weights loaded; a multiply-accumulate is two operations."""
     p = profile
     return 2 * p["array.cores"] * p["array.outputs"] * p["array.inputs"] * p["time.clock"]
 
 
 def efficiency(profile: Profile) -> float:
-    """Peak operations a second and electrical watt: operations a joule."""
+    """Peak operations per joule of electrical energy."""
     return throughput(profile) / profile["power.electrical"]
+
+
+def call_memory(profile: Profile, request: AttentionRequest) -> int:
+    """Bytes that the simulation of one call allocates at its peak, the output included.
+
+    What is programmed and the results live through the call. On top comes the largest row range: its scores, with what
+    one readout or one step of the softmax needs beside them.
+    """
+    r = request
+    size, inputs = DTYPE_BYTES.get(r.dtype, 4), profile.count("array.inputs")
+    group_size, tiles = r.heads_q // max(r.heads_kv, 1), -(-r.dim_qk // inputs)
+    held = int(4 * _POOLED * r.batch * r.heads_kv * r.len_k * (r.dim_qk + tiles + r.dim_v))
+    results = r.batch * r.heads_q * r.len_q * (size * r.dim_v + (4 if r.lse else 0))
+    batch, heads = (min(most, have) for most, have in zip(heads_at_once(r), (r.batch, r.heads_kv), strict=True))
+    peak = 0
+    for rows, keys in _largest_ranges(r):
+        products = batch * heads
+        streamed, scores = group_size * rows, products * group_size * rows * keys
+        visible = rows * keys if r.causal is not Causal.NONE or r.window is not None else 0
+        converted = 4 * products * streamed * r.dim_qk if size < 4 else 0
+        mask = min(r.mask_batch, batch) * min(r.mask_heads, heads * group_size) * rows * keys
+        masking = {MaskKind.ADDITIVE: 5 * mask, MaskKind.BOOLEAN: mask}.get(r.mask, 0)
+        softmax = 8 * scores + max(4 * scores if r.softcap is not None else 0, masking, visible)
+        first = converted + _stream_memory(profile, products, streamed, keys, r.dim_qk, held=True)
+        second = 4 * scores + _stream_memory(
+            profile, products, streamed, r.dim_v, min(keys, narrowed(r.window, inputs)), held=False
+        )
+        peak = max(peak, visible + max(first, softmax, second), 9 * visible)
+    programming = 4 * r.len_k * min(r.dim_qk, inputs) * (2 if size == 4 else 3)
+    return held + max(results + peak, programming, results + _differentiable_memory(r) if r.grads else 0)
+
+
+def _differentiable_memory(request: AttentionRequest) -> int:
+    """Bytes of exact attention beside the chip's: torch keeps the softmax weights of all row ranges for gradients."""
+    r = request
+    ranges = _largest_ranges(r)
+    mean = sum(rows * keys for rows, keys in ranges) / max(sum(rows for rows, _ in ranges), 1)
+    batch, heads = heads_at_once(r)
+    pairs = int(r.len_q * mean)
+    part = min(batch, r.batch) * min(heads, r.heads_kv) * r.heads_q // r.heads_kv * max(n * k for n, k in ranges)
+    visible = pairs * r.batch * r.heads_kv // (min(batch, r.batch) * min(heads, r.heads_kv))
+    kept = visible if r.causal is not Causal.NONE or r.window is not None else 0
+    outputs = 3 * r.batch * r.heads_q * r.len_q * r.dim_v
+    return 4 * (r.batch * r.heads_q * pairs + part + outputs) + kept
+
+
+def _largest_ranges(request: AttentionRequest) -> set[tuple[int, int]]:
+    """(query rows, keys) of the row ranges among which the one with most scores is."""
+    r = request
+    rows = rows_at_once(r) if r.tiling is None or r.tiling[1] < 1 else r.tiling[1]
+    plan = TilePlan.equal(r, rows, max(r.len_k, 1))
+    count = -(-r.len_q // rows)
+    found = set()
+    for number in {0, 1, count // 2, count - 2, count - 1} & set(range(count)):
+        start, stop = number * rows, min((number + 1) * rows, r.len_q)
+        found.add((stop - start, max(plan.visible(stop - 1)[1] - plan.visible(start)[0], 1)))
+    return found
+
+
+def _stream_memory(profile: Profile, products: int, rows: int, outputs: int, length: int, *, held: bool) -> int:
+    """Bytes at the peak of streaming products [rows, length] through weights [outputs, length], their sum included.
+
+    Args:
+        held: the weights are encoded already.
+    """
+    width = min(length, profile.count("array.inputs"))
+    codes, streamed, weights = products * rows * outputs, products * rows * width, products * outputs * width
+    corrected = int(profile.calibrated)
+    before = (1 + corrected) * streamed + (corrected + (not held)) * weights
+    bent = (2 + bool(profile["noise.crosstalk"])) * streamed
+    cells = streamed + _CELLS[profile.mechanism] * weights
+    read = 2 * codes + streamed + weights
+    return int(4 * (codes + before + max(bent, cells, read)))

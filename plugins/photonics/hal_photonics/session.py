@@ -1,11 +1,10 @@
-"""An open photonic device: its state, its calibration, and attention and kernels on it."""
+"""An open photonic device: attention and kernels on one chip."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,50 +12,62 @@ from torch import Tensor
 from hal_core.plugin_api import (
     AttentionOutput,
     AttentionRequest,
+    Autograd,
     BlockPlan,
-    DenseTiling,
     Device,
-    DeviceUnavailableError,
+    Estimate,
     Grads,
-    PooledMemory,
-    SequenceTables,
+    SequenceMetadata,
+    SessionBase,
+    TilePlan,
     UnsupportedError,
 )
 
-from .attention import attend, exact_product
-from .blockfloat import narrowed
-from .calibration import CalibrationReport, calibrate, probe_snr
-from .core import PhotonicCore, check_finite, drawn, generator
-from .driver import Driver, SimulatedDriver
-from .kernels import KERNELS, Kernel
-from .profile import Profile
-from .thermal import Health, Signal, State, Supervisor, triggers
-
-_PILOT_SEED, _PILOT_ROWS = 0x9107, 256
-_UPKEEP_STEP = 1.0  # s of simulated time between two looks at the sensors
-
-
-class Prepared(NamedTuple):
-    """Operands bound to a request. The simulation has nothing to program ahead: weights are loaded when they are
-    used.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    request: AttentionRequest
-    tile_size: int | None
+from .cost import attention_cost, passes_of
+from .kernels.attention import attend, attend_exactly
+from .kernels.extra import KERNELS, Product
+from .kernels.straight_through import with_gradients_of
+from .memory import HeldBuffers, PhotonicMemory
+from .profiles.profile import Profile
+from .runtime.controller import ChipController
+from .runtime.driver import Driver
+from .simulator.attention import OpticalProducts, Programmed, program
+from .simulator.chip import SimulatedDriver
+from .simulator.core import drawn, generator, not_finite, without
+from .tiling import PhotonicTiling
 
 
-class PhotonicSession:
-    """An open chip. `compute_attention` may be called from any thread; its noise comes from `rng` alone.
-
-    Time passes only through the driver (a simulated one: `driver.advance`). Call `maintain` between calls to let the
-    session look at the sensors, and calibrate where a trigger asks for it.
+class Prepared:
+    """Operands of a call, with keys and values programmed into the chip. Immutable.
 
     Attributes:
-        core: the products. driver: the chip. report: of the last calibration. state, reason: of the supervisor.
-        recalibrations: reasons of each calibration since opening, the first one included.
+        query, key, value: as given. request: with the tensors' lengths. plan: the cut of the work.
+        held: the buffers of `Programmed`. not_finite: [batch, heads_kv], heads whose key or value is not finite; None
+            for none.
+    """
+
+    __slots__ = ("held", "key", "not_finite", "plan", "query", "request", "tile_size", "value")
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        request: AttentionRequest,
+        plan: TilePlan,
+        tile_size: int | None,
+        held: HeldBuffers,
+        bad: Tensor | None,
+    ) -> None:
+        self.query, self.key, self.value, self.request, self.plan = query, key, value, request, plan
+        self.tile_size, self.held, self.not_finite = tile_size, held, bad
+
+
+class PhotonicSession(ChipController, SessionBase):
+    """An open chip. `compute_attention` may be called from any thread; its noise depends on `rng` alone.
+
+    Attributes:
+        device, driver, profile, core, report, recalibrations: see `ChipController`.
     """
 
     def __init__(
@@ -67,121 +78,15 @@ class PhotonicSession:
         straight_through: bool = False,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.device, self.driver, self.profile = device, driver, driver.profile
-        self.memory, self.tiling = PooledMemory("cpu", name=device.id), DenseTiling()
-        self.supervisor = Supervisor(self.profile)
-        self.core = PhotonicCore(driver)
-        self.report: CalibrationReport | None = None
-        self.recalibrations: list[str] = []
-        self._straight_through, self._changed = straight_through, changed
-        self._pilot = 0.0
-        self._lock = threading.RLock()
+        outputs, inputs = (driver.profile.count(f"array.{name}") for name in ("outputs", "inputs"))
+        SessionBase.__init__(
+            self, PhotonicMemory(device.id), PhotonicTiling(device.id.partition(":")[0], outputs, inputs)
+        )
+        ChipController.__init__(self, device, driver, changed)
+        self._straight_through = straight_through
         self.power_on()
 
-    # State
-
-    @property
-    def state(self) -> State:
-        return self.supervisor.state
-
-    @property
-    def reason(self) -> str:
-        return self.supervisor.reason
-
-    def power_on(self) -> State:
-        """Switch on, warm up, calibrate."""
-        with self._lock:
-            self.driver.laser(True)
-            self.supervisor.signal(Signal.POWER_ON, "switched on")
-            return self._settle("switched on")
-
-    def reset(self) -> State:
-        """Acknowledge a trip: cool down, then calibrate."""
-        with self._lock:
-            self.supervisor.signal(Signal.RESET, "the trip was acknowledged")
-            return self._settle("after a trip")
-
-    def maintain(self) -> State:
-        """Look at the sensors, follow the state, calibrate where a trigger asks for it. Returns the state."""
-        with self._lock:
-            before = self.state
-            state = self._observe()
-            if state.serves and (reasons := self.needs()):
-                self.supervisor.signal(Signal.RECALIBRATE, "; ".join(reasons))
-                state = self._calibrate("; ".join(reasons))
-            elif not state.serves:
-                state = self._settle(str(before))
-            if state is not before:
-                self._changed()
-            return state
-
-    def needs(self) -> list[str]:
-        """Reasons to calibrate again now."""
-        return triggers(self.profile, self.health())
-
-    def health(self) -> Health:
-        """What the triggers look at; the pilot is measured anew, with noise of its own."""
-        sensed, report = self.driver.telemetry(), self.report
-        assert report is not None
-        pilot = probe_snr(self.core, _PILOT_SEED, torch.Generator().manual_seed(_PILOT_SEED), _PILOT_ROWS)
-        return Health(
-            age=sensed.clock - report.clock,
-            temperature_change=sensed.temperature - report.temperature,
-            pilot_drop=self._pilot - pilot,
-            clip_rate=self.core.clip_rate,
-            laser=sensed.laser / max(report.laser, 1e-9),
-        )
-
-    def _observe(self) -> State:
-        before, state = self.state, self.supervisor.observe(self.driver.telemetry())
-        if state is State.TRIP and before is not State.TRIP:
-            self.driver.laser(False)
-        return state
-
-    def _settle(self, why: str) -> State:
-        """Follow the states until one that stays. A simulated chip warms up and cools down meanwhile."""
-        for _ in range(10_000):
-            state = self._observe()
-            if state is State.CALIBRATING:
-                self.driver.laser(True)
-                return self._calibrate(why)
-            if state not in (State.WARMUP, State.COOLDOWN) or not isinstance(self.driver, SimulatedDriver):
-                break
-            self.driver.advance(_UPKEEP_STEP, load=1.0 if state is State.WARMUP else 0.0)
-        self._changed()
-        return self.state
-
-    def _calibrate(self, why: str) -> State:
-        corrections, report = calibrate(self.driver, seed=self.profile.chip)
-        self.report = report
-        self.recalibrations = [*self.recalibrations[-63:], why]
-        if refusal := report.refusal(self.profile):
-            self.supervisor.signal(Signal.CALIBRATION_FAILED, refusal)
-            self._changed()
-            return self.state
-        self.core = PhotonicCore(self.driver, corrections if self.profile.calibrated else None)
-        pilot_noise = torch.Generator().manual_seed(_PILOT_SEED)
-        self._pilot = probe_snr(self.core, _PILOT_SEED, pilot_noise, _PILOT_ROWS)
-        self.core.reset_counts()
-        self.supervisor.signal(Signal.CALIBRATED, f"calibrated ({why})")
-        self._observe()
-        self._changed()
-        return self.state
-
-    def unavailable(self) -> str:
-        """Why it does not serve now, and what leads out of it; "" where it serves."""
-        if self.state.serves:
-            return ""
-        return f"it is in state {self.state} ({self.reason}): {self.supervisor.way_out}"
-
-    def require_service(self) -> None:
-        """Raise DeviceUnavailableError unless the chip serves."""
-        if why := self.unavailable():
-            raise DeviceUnavailableError(f"{self.device.id} does not serve, {why}")
-
-    # Attention
-
-    def autograd(self, request: AttentionRequest) -> Literal["native", "explicit", "none"]:
+    def autograd(self, request: AttentionRequest) -> Autograd:
         """native with the straight-through estimator, none without."""
         return "native" if self._straight_through else "none"
 
@@ -197,10 +102,29 @@ class PhotonicSession:
         tile_size: int | None = None,
         *,
         request: AttentionRequest,
-        plan: BlockPlan | None = None,
-        tables: SequenceTables | None = None,
+        plan: TilePlan | BlockPlan | None = None,
+        tables: SequenceMetadata | None = None,
     ) -> Prepared:
-        return Prepared(query, key, value, request, tile_size)
+        """Program keys and values into the chip.
+
+        Args:
+            tile_size: the most query rows whose scores are kept at once; None for as many as fit.
+            plan: of a tiling that the caller brought; None for the device's own.
+        """
+        request = _exact(request, query, key)
+        if isinstance(plan, BlockPlan):
+            raise UnsupportedError(f"{self.device.id} reads no block plans: expand the plan to a mask")
+        if plan is None:
+            plan = self._own_plan(request, tile_size)
+        batch, heads, len_k, dim = key.shape
+        tiles = -(-dim // self.core.converters.inputs)
+        held = HeldBuffers(
+            self.memory, (key.shape, "float32"), ((batch, heads, len_k, tiles), "float32"), (value.shape, "float32")
+        )
+        with torch.no_grad():
+            bad = _either(not_finite(key), not_finite(value))
+            program(self.core, key, value, Programmed(*held.tensors), bad)
+        return Prepared(query, key, value, request, plan, tile_size, held, bad)
 
     def compute_attention(
         self,
@@ -213,89 +137,67 @@ class PhotonicSession:
     ) -> AttentionOutput:
         """Attention on the chip.
 
+        A NaN or an infinity in query, key or value makes the rows of its batch entry and key head NaN,
+        apart from rows whose keys are all masked, and leaves all others as they are.
+
         Args:
             rng: (seed, offset) of the readout noise; None draws a pair from torch's default generator.
 
         Raises:
             DeviceUnavailableError: the chip does not serve: its state, and what leads out of it.
-            ContractError: a NaN or an infinity in query, key or value, with its position.
         """
         self.require_service()
-        given, key, value, request, tile_size = prepared
-        query = given if query is None else query
-        check_finite(query=query, key=key, value=value)
-        noise, core = generator(drawn(rng)), self.core
-        inputs = core.converters.inputs
-
-        def product(x: Tensor, w: Tensor, window: Any) -> Tensor:
-            return core.product(x, w, noise, width=narrowed(window, inputs))
-
+        query = prepared.query if query is None else query
+        request, plan = prepared.request, prepared.plan
+        if query.shape[2] != request.len_q:
+            request = replace(request, len_q=query.shape[2])
+            plan = self._own_plan(request, prepared.tile_size)
+        held = Programmed(*prepared.held.tensors)
+        products = OpticalProducts(self.core, held, generator(drawn(rng)), passes_of(request))
         with torch.no_grad():
-            result = attend(product, query, key, value, mask, request, tile_size)
+            group_size = request.heads_q // request.heads_kv
+            bad = _either(prepared.not_finite, _by_key_head(not_finite(query), group_size))
+            clean = query if bad is None else without(query, bad.repeat_interleave(group_size, 1))
+            shape = (*query.shape[:3], request.dim_v)
+            found = torch.empty(shape, dtype=query.dtype) if out is None else out
+            lse = torch.empty(shape[:3], dtype=torch.float32) if request.lse or bad is not None else None
+            attend(products, clean, mask, request, plan, found, lse)
+            if bad is not None and lse is not None:
+                rows = bad.repeat_interleave(group_size, 1).unsqueeze(-1) & (lse != -torch.inf)
+                found.masked_fill_(rows.unsqueeze(-1), torch.nan)
+                lse.masked_fill_(rows, torch.nan)
+        result = AttentionOutput(found, lse if request.lse else None)
         if self._straight_through and request.grads:
-            result = _straight_through(result, query, key, value, mask, request)
-        return result if out is None else AttentionOutput(out.copy_(result.out), result.lse)
+            exact = attend_exactly(query, prepared.key, prepared.value, mask, request, plan)
+            return with_gradients_of(result, exact)
+        return result
 
-    def compute_attention_backward(
-        self,
-        prepared: Prepared,
-        out: Tensor,
-        lse: Tensor,
-        grad_out: Tensor,
-        mask: Tensor | None = None,
-        *,
-        grad_lse: Tensor | None = None,
-        rng: tuple[int, int] | None = None,
-    ) -> Grads:
+    def compute_attention_backward(self, prepared: Any, *given: Any, **named: Any) -> Grads:
+        """Always refused: gradients go the native way."""
         raise UnsupportedError(
-            f"{self.device.id} has no backward of its own: register it with straight_through=True for gradients of exact "
-            "attention at the chip's output"
+            f"{self.device.id} has no backward of its own: register it with straight_through=True for gradients of "
+            "exact attention at the chip's output"
         )
 
-    # Kernels
+    def cost(self, prepared: Prepared) -> Estimate:
+        """Modelled time and energy of the call that was prepared, in the chip's present state."""
+        duty, state = self.supervisor.duty, "" if self.state == "ready" else str(self.state)
+        return attention_cost(self.profile, prepared.request, prepared.plan, duty=duty, state=state).estimate()
 
-    def kernel(self, name: str) -> Kernel:
-        """A callable of `hal_photonics.kernels`."""
+    def kernel(self, name: str) -> Product:
+        """A kernel of `hal_photonics.kernels.extra` on this chip.
+
+        Raises:
+            UnsupportedError: no such kernel.
+        """
         if name not in KERNELS:
             raise UnsupportedError(f"{self.device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
         return KERNELS[name](self)
 
-    def close(self) -> None:
-        self.memory.trim()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _straight_through(
-    result: AttentionOutput, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, request: AttentionRequest
-) -> AttentionOutput:
-    """The chip's values with the gradients of exact attention (Bengio et al. 2013)."""
-    exact: Any = attend(exact_product, query, key, value, mask, request)
-    out = _valued(result.out, exact.out)
-    return AttentionOutput(out, None if result.lse is None else _valued(result.lse, exact.lse))
-
-
-class _Valued(torch.autograd.Function):
-    """The first operand's value with the second one's gradient; a difference would give NaN for -inf."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, differentiable: Tensor) -> Tensor:
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, grads[0]
-
-
-def _valued(values: Tensor, differentiable: Tensor) -> Tensor:
-    result: Tensor = _Valued.apply(values, differentiable)
-    return result
+    def _own_plan(self, request: AttentionRequest, tile_size: int | None) -> TilePlan:
+        plan = self.tiling.plan(request, {"block_q": tile_size} if tile_size else {})
+        assert isinstance(plan, TilePlan)
+        return plan
 
 
 def open_simulated(
@@ -303,3 +205,18 @@ def open_simulated(
 ) -> PhotonicSession:
     """A session on a fresh simulated chip."""
     return PhotonicSession(device, SimulatedDriver(profile), straight_through=straight_through, changed=changed)
+
+
+def _exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionRequest:
+    """The request with the tensors' lengths, which may be below the bounds of a bucket."""
+    len_q, len_k = query.shape[2], key.shape[2]
+    return request if (len_q, len_k) == (request.len_q, request.len_k) else replace(request, len_q=len_q, len_k=len_k)
+
+
+def _either(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return second if first is None else first if second is None else first | second
+
+
+def _by_key_head(rows: Tensor | None, group_size: int) -> Tensor | None:
+    """[batch, heads_q] -> [batch, heads_kv]: whether some head of the group is set."""
+    return None if rows is None else rows.unflatten(1, (-1, group_size)).any(-1)

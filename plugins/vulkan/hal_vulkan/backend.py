@@ -1,4 +1,4 @@
-"""Vulkan devices: what they are, what they run, what a call would cost."""
+"""The Vulkan backend: devices, capabilities, estimates."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 from hal_compute.backend import CAPABILITIES, ComputeBackend
+from hal_compute.sizes import PACK_BELOW, padded_dim
 
 from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
+    Choice,
     Code,
     Device,
     DeviceUnavailableError,
@@ -19,8 +21,9 @@ from hal_core.plugin_api import (
     Session,
 )
 
-from .detect import find
-from .ladder import matrix_step
+from . import cost
+from .discovery import find
+from .tiling import TILE_SIZES, VulkanTiling, foreign_cut
 
 _CAPABILITIES = attrs.evolve(
     CAPABILITIES,
@@ -28,13 +31,12 @@ _CAPABILITIES = attrs.evolve(
     numerics={**CAPABILITIES.numerics, "bfloat16": Numerics(relative=5e-3, lse=1e-3, gradient=2e-2)},
 )
 
-_LEAST_ROWS = 8  # of a work group, where a call has more
+_LEAST_ROWS = 8  # of a work group, for calls with more rows
 
 
 class VulkanBackend(ComputeBackend):
     """All Vulkan devices of the machine, GPUs first."""
 
-    packs_keys = False
     calibration_length = 512
 
     def devices(self) -> Sequence[Device]:
@@ -44,16 +46,22 @@ class VulkanBackend(ComputeBackend):
         return find().reason
 
     def capabilities(self, device: Device) -> Capabilities:
-        """Heads by the work groups of one dispatch: batch entries beyond the limit take several, heads cannot."""
+        """Heads are bounded by the work groups of one dispatch. Batch entries beyond it take several dispatches."""
         limits = find().adapters[device.id].limits
         most = min(limits[f"maxComputeWorkGroupCount{axis}"] for axis in "XY")
-        return attrs.evolve(_CAPABILITIES, heads=Range(1, most))
+        return attrs.evolve(_CAPABILITIES, heads=Range(1, most), tile_sizes=Choice(TILE_SIZES))
 
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        """Memory, and the work groups of one dispatch for the rows of a unit."""
-        from hal_compute.problem import PACK_BELOW
-
+        """Memory, the work groups of one dispatch, which bound the rows of a unit, and a tiling's shared memory."""
         yield from super().check(request, device)
+        if request.tiling is not None:
+            needed, shared = (
+                foreign_cut(*request.tiling[1:]).shared_bytes(padded_dim(request)),
+                self._tiling(device).shared,
+            )
+            if needed > shared:
+                given, offered = f"{needed:,} bytes of shared memory", f"{shared:,} bytes"
+                yield Refusal(Code.TILING, "tiling", given, offered, "use smaller blocks")
         together = request.heads_q // request.heads_kv if request.len_q < PACK_BELOW else 1
         most = _LEAST_ROWS * find().adapters[device.id].limits["maxComputeWorkGroupCountX"] // max(together, 1)
         if request.len_q > most:
@@ -64,11 +72,26 @@ class VulkanBackend(ComputeBackend):
         return adapter.memory, adapter.limits["maxStorageBufferRange"]
 
     def assumed(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
+        return cost.assumed(find().adapters[device.id])
+
+    def _tiling(self, device: Device) -> VulkanTiling:
         adapter = find().adapters[device.id]
-        fast = 2e14 if matrix_step(adapter, "float16") else 2e13
-        return (1e-4, 2e-2), (5e8, 2e10) if adapter.is_cpu else (1e11, fast)
+        return VulkanTiling(adapter, adapter.memory)
+
+    def _memory_of(self, request: AttentionRequest, device: Device) -> cost.CallMemory:
+        return cost.CallMemory(request, find().adapters[device.id], self._tiling(device))
+
+    def memory(self, request: AttentionRequest, device: Device) -> int:
+        return self._memory_of(request, device).total()
+
+    def largest_buffer(self, request: AttentionRequest, device: Device) -> int:
+        return self._memory_of(request, device).largest_buffer()
+
+    def loaded_before_fork(self) -> bool:
+        return find().process.forked
 
     def open(self, device: Device) -> Session:
+        find().process.check(device.id)
         adapter = find().adapters.get(device.id)
         if adapter is None:
             raise DeviceUnavailableError(f"{device.id} is not present: {find().reason or 'see `hal devices`'}")

@@ -111,7 +111,7 @@ def test_json_is_strict_even_for_an_infinite_error() -> None:
 
     data = json.loads(report.to_json(), parse_constant=refuse)
     assert data["passed"] is False
-    assert data["device"]["id"] == "liar:0"
+    assert data["device"]["id"] == "faulty:0"
     assert data["results"][0]["error"] is None
     assert data["results"][0]["status"] == "failed"
 

@@ -19,10 +19,10 @@ def suite(**attributes: Any) -> ConformanceSuite:
 
 
 @pytest.fixture
-def liar() -> Any:
+def faulty() -> Any:
     hal.register(FAULTS["wrong scale"].make())
     yield
-    hal.unregister("liar")
+    hal.unregister("faulty")
 
 
 @pytest.mark.usefixtures("honest")
@@ -34,12 +34,12 @@ def test_passing_and_skipped_checks() -> None:
         suite(unsupported={"scale": "made so"}).test_conformance("scale")
 
 
-@pytest.mark.usefixtures("liar")
+@pytest.mark.usefixtures("faulty")
 def test_a_failure_says_what_and_with_which_seed() -> None:
     with pytest.raises(AssertionError, match=r"result of scale .*\(seed 1\)"):
-        suite(backend="liar").test_conformance("scale")
+        suite(backend="faulty").test_conformance("scale")
     with pytest.raises(pytest.xfail.Exception, match="known"):
-        suite(backend="liar", expected_failure={"scale": "known"}).test_conformance("scale")
+        suite(backend="faulty", expected_failure={"scale": "known"}).test_conformance("scale")
 
 
 @pytest.mark.usefixtures("honest")

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hal_cuda.dropout import dropout_pattern
-from hal_cuda.hopper import schedule
-from hal_cuda.plans import listed_once
-from hal_cuda.portable import PortablePath
-from hal_cuda.scratch import STREAMS, StreamScratch, scratch_of
-from hal_cuda.tiles import choose_splits, choose_tiles, packs, shrunk
-from interpreted_device import CHIP, InterpretedBackend
+from hal_cuda.kernels.hopper.schedule import schedule
+from hal_cuda.kernels.portable.block_plans import listed_once
+from hal_cuda.kernels.portable.dropout import dropout_pattern
+from hal_cuda.kernels.portable.launch import PortablePath
+from hal_cuda.memory import STREAMS, StreamWorkspaces, borrowing
+from hal_cuda.tiling import choose_splits, choose_tiles, packs, shrunk
+from interpreted_device import CHIP, CONTEXT, InterpretedBackend
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata
 from hal_core.testing import check_backend
 
 BOTTOM, TOP = Causal.BOTTOM_RIGHT, Causal.TOP_LEFT
@@ -63,7 +63,7 @@ def run(
         block_plan=plan and (plan.block_q, plan.block_k, plan.indices.shape[-1]),
         **options,
     )
-    out, lse = PortablePath(request, CHIP)(query, key, value, given, plan, None, (5, 1 << 40))
+    out, lse = PortablePath(request, CONTEXT)(query, key, value, given, plan, None, (5, 1 << 40))
     scores = query.double() @ key.double().repeat_interleave(heads[0] // heads[1], 1).mT * request.effective_scale
     if request.softcap:
         scores = request.softcap * torch.tanh(scores / request.softcap)
@@ -134,7 +134,7 @@ def test_split_keys_are_joined(
 ) -> None:
     """Either way, and the counters are left as they were."""
     if not joined:
-        monkeypatch.setattr(PortablePath, "_scratch", lambda self, query: None)
+        monkeypatch.setattr(PortablePath, "_workspace", lambda self, query: None)
     made: list[Any] = []
     build = PortablePath._build
 
@@ -148,7 +148,7 @@ def test_split_keys_are_joined(
         assert max(out, lse) <= 2e-6
     assert made[-1].partial > 0
     assert made[-1].joins == (made[-1].merge is None) == joined
-    assert not bool(scratch_of(torch.device("cpu"))._arrived.any())
+    assert CONTEXT.workspaces.idle
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -165,21 +165,25 @@ def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Ge
         dtype="float32",
         deterministic=deterministic,
     )
-    path = PortablePath(request, CHIP)
+    path = PortablePath(request, CONTEXT)
     path(query, key, key)
     (launch,) = path._launches.values()
     assert launch.partial > 0
     assert launch.joins != deterministic
 
 
-def test_streams_do_not_share_scratch_memory() -> None:
-    """Each has its own, the same at every call; one too many goes without."""
-    made = StreamScratch("cpu")
+def test_streams_do_not_share_a_workspace() -> None:
+    """Each has its own, the same at every call; one too many goes without. All of it is the session's memory."""
+    memory = PooledMemory("cpu")
+    made = StreamWorkspaces(memory)
     pieces = [made.on(stream) for stream in range(STREAMS)]
     for part in (0, 1):
         assert len({piece[part].data_ptr() for piece in pieces if piece is not None}) == STREAMS
     assert made.on(3) is pieces[3]
     assert made.on(1 << 40) is None
+    assert memory.stats().in_use >= STREAMS * (1 << 20)
+    made.close()
+    assert memory.stats().in_use == 0
 
 
 def test_float16_rounds_once_more(generator: torch.Generator) -> None:
@@ -213,7 +217,8 @@ def test_a_block_listed_twice_is_read_once(generator: torch.Generator, spread: b
         indices = indices.repeat_interleave(2, -1)[..., ::2]
     counts = torch.tensor([150, 70], dtype=torch.int32).expand(1, 2, 2)
     plan = BlockPlan(16, 16, indices, counts)
-    once = listed_once(plan, CHIP)
+    with borrowing(CONTEXT.memory) as borrow:
+        once = listed_once(plan, CHIP, borrow)
     for head in range(2):
         for row in range(2):
             listed = indices[0, head, row, : int(counts[0, head, row])].tolist()
@@ -235,7 +240,7 @@ def test_strides_are_taken_as_they_are(generator: torch.Generator) -> None:
         dtype="float32",
         last_dim_contiguous=False,
     )
-    got = PortablePath(request, CHIP)(*tensors).out
+    got = PortablePath(request, CONTEXT)(*tensors).out
     want = torch.nn.functional.scaled_dot_product_attention(*(t.double() for t in tensors))
     assert error(got, want) <= 2e-6
     assert got.stride(1) < got.stride(2)  # laid out as the query is
@@ -263,8 +268,8 @@ def test_paged_cache_reads_its_own_pages(generator: torch.Generator, spread: boo
             causal=BOTTOM,
             lse=True,
         )
-        tables = SequenceTables(page_table=table, cache_seqlens=held)
-        got = PortablePath(request, CHIP)(query, key, value, None, None, tables).out
+        tables = SequenceMetadata(page_table=table, cache_seqlens=held)
+        got = PortablePath(request, CONTEXT)(query, key, value, None, None, tables).out
         for s, length in enumerate(held.tolist()):
             if not length:
                 assert bool((got[s] == 0).all())
@@ -284,7 +289,7 @@ def test_splits_cover_every_key() -> None:
         assert packs(request, 1)
         tiles = choose_tiles(request, 1)
         splits = choose_splits(request, tiles, 1, keys, 1, CHIP)
-        assert (splits.count - 1) * splits.chunk < keys <= splits.count * splits.chunk
+        assert (splits.programs - 1) * splits.chunk < keys <= splits.programs * splits.chunk
 
 
 def test_tiles_shrink_to_nothing_left() -> None:

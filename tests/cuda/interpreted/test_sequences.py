@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
-from hal_cuda import composed, portable
-from hal_cuda.kernels.tiles import tile_table
-from hal_cuda.portable import PortablePath
-from interpreted_device import CHIP
+from hal_cuda.kernels import composed
+from hal_cuda.kernels.hopper.tile_table import tile_table
+from hal_cuda.kernels.portable import launch as portable
+from hal_cuda.kernels.portable.launch import PortablePath
+from hal_cuda.runtime.launch import launcher
+from interpreted_device import CHIP, CONTEXT
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, SequenceTables
+from hal_core import AttentionRequest, SequenceMetadata
 
 
 def listed(
@@ -22,7 +24,7 @@ def listed(
     """(tiles counted, entries of the whole table, cumulative lengths)."""
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (lengths_q, lengths_k)]
     table = torch.full((8 + 8 * most,), -1, dtype=torch.int32)
-    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles = launcher(CHIP, tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     count = len(lengths_q)
     list_tiles((count, 1, 1), (table, *ends), [count, int(ends[0][-1]), int(ends[1][-1]), most, heads, 132])
     return int(table[0]), table[8:].view(-1, 8)[:, :5].tolist(), ends
@@ -72,7 +74,7 @@ WRONG = [
 def test_table_of_wrong_lengths_names_nothing_outside_the_tensors(ends: list[int]) -> None:
     """Every entry that is counted is written, lies within the tokens, and none is written behind the table."""
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
-    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles = launcher(CHIP, tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     for cu_q, cu_k in ((wrong, fine), (fine, wrong), (wrong, wrong)):
         table = torch.full((8 + 8 * 5,), -1, dtype=torch.int32)
         list_tiles((2, 1, 1), (table, cu_q, cu_k), [2, 100, 100, 3, 16, 132])
@@ -87,7 +89,7 @@ def test_table_of_wrong_lengths_names_nothing_outside_the_tensors(ends: list[int
 def test_table_of_sequences_that_overlap_ends_where_its_memory_does() -> None:
     ends = torch.tensor([0, 1000, 0, 1000], dtype=torch.int32)
     table = torch.full((8 + 8 * 40,), -1, dtype=torch.int32)
-    list_tiles = CHIP.launcher(tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
+    list_tiles = launcher(CHIP, tile_table, {}, {"ROWS": 64, "BLOCK": 4}, num_warps=4)
     list_tiles((3, 1, 1), (table, ends, ends), [3, 1000, 1000, 18, 16, 132])
     assert int(table[0]) == 18
     assert bool((table[8:].view(-1, 8)[:18, :5] >= 0).all() and (table[8:].view(-1, 8)[18:] == -1).all())
@@ -100,10 +102,15 @@ def test_wrong_lengths_are_refused_where_they_are_read_on_the_host(generator: to
         batch=2, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=8, dim_v=8, dtype="float64", packed=True
     )
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
-    for tables in (SequenceTables(wrong, fine), SequenceTables(fine, wrong)):
+    for tables in (SequenceMetadata(wrong, fine), SequenceMetadata(fine, wrong)):
         with pytest.raises(hal.ContractError, match="start at 0, never fall, end at 100"):
-            composed.attend(request, CHIP, *given, None, None, tables)
-    assert composed.attend(request, CHIP, *given, None, None, SequenceTables(fine, fine)).out.shape == (1, 2, 100, 8)
+            composed.attend(request, CONTEXT, *given, None, None, tables)
+    assert composed.attend(request, CONTEXT, *given, None, None, SequenceMetadata(fine, fine)).out.shape == (
+        1,
+        2,
+        100,
+        8,
+    )
 
 
 def surrounded(generator: torch.Generator, tokens: int) -> Tensor:
@@ -125,8 +132,8 @@ def test_wrong_lengths_read_and_write_inside_the_tensors(
         batch=2, heads_q=2, heads_kv=2, len_q=100, len_k=100, dim_qk=32, dim_v=32, dtype="float32", packed=True
     )
     wrong, fine = torch.tensor(ends, dtype=torch.int32), torch.tensor([0, 40, 100], dtype=torch.int32)
-    for tables in (SequenceTables(wrong, fine), SequenceTables(fine, wrong), SequenceTables(wrong, wrong)):
-        out, _ = PortablePath(request, CHIP)(query, key, value, tables=tables)
+    for tables in (SequenceMetadata(wrong, fine), SequenceMetadata(fine, wrong), SequenceMetadata(wrong, wrong)):
+        out, _ = PortablePath(request, CONTEXT)(query, key, value, tables=tables)
         assert bool(torch.isfinite(out).all())
         assert bool((room[0] == 7.0).all() and (room[3] == 7.0).all())
         assert bool((room[:, :200] == 7.0).all() and (room[:, 300:] == 7.0).all())
@@ -144,8 +151,8 @@ def test_wrong_page_tables_read_inside_the_cache(
     request = AttentionRequest(
         batch=1, heads_q=2, heads_kv=2, len_q=1, len_k=32, dim_qk=32, dim_v=32, dtype="float32", page_size=16
     )
-    tables = SequenceTables(
+    tables = SequenceMetadata(
         page_table=torch.tensor(pages, dtype=torch.int32), cache_seqlens=torch.tensor(held, dtype=torch.int32)
     )
     query = torch.randn(1, 2, 1, 32, generator=generator)
-    assert bool(torch.isfinite(PortablePath(request, CHIP)(query, cache, cache, tables=tables).out).all())
+    assert bool(torch.isfinite(PortablePath(request, CONTEXT)(query, cache, cache, tables=tables).out).all())

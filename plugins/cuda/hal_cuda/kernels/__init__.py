@@ -1,1 +1,1 @@
-"""The device's own kernels. Importing one imports Triton; nothing here is imported before a session needs it."""
+"""The device's own kernels and their launches. Importing one imports Triton, so each is imported when it is needed."""

@@ -1,0 +1,1 @@
+"""The CPU's attention kernels, written in torch's operators."""

@@ -1,0 +1,259 @@
+"""What a request costs on each path: measured tables, interpolated, and what is assumed of chips not measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import attrs
+
+from hal_core.plugin_api import (
+    DTYPE_BYTES,
+    AttentionRequest,
+    Basis,
+    Causal,
+    Estimate,
+    MaskKind,
+    Provenance,
+    Quantity,
+)
+
+from .discovery import Chip
+from .tiling import choose_tiles, packs, split_keys
+
+MEASURED = Path(__file__).with_name("profiles") / "measured.json"
+#: Paths whose kernels are this package's own.
+OWN = frozenset({"hopper", "portable"})
+#: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
+_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "composed": 0.05}
+#: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
+_PRODUCTS_A_CYCLE = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
+
+
+class Rate(NamedTuple):
+    """Operations a second of a path, and the spread of the interval around it."""
+
+    flops: float
+    spread: float
+
+
+@attrs.frozen(kw_only=True)
+class Rates:
+    """A device's speed.
+
+    Attributes:
+        bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
+            seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
+            path, dim, causal, length, rate. joules_per_flop, joules_per_byte: None where not measured. basis,
+            provenance, source: of all of it.
+    """
+
+    bandwidth: float
+    matrix: float
+    launch: float
+    decode_share: float
+    grid: tuple[Mapping[str, Any], ...]
+    joules_per_flop: float | None
+    joules_per_byte: float | None
+    basis: Basis
+    provenance: Provenance
+    source: str
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str) -> Rates:
+        """From what `hal calibrate` or the shipped table hold."""
+        return cls(
+            bandwidth=values["bandwidth"],
+            matrix=values["matrix"],
+            launch=values["launch"],
+            decode_share=values["decode_share"],
+            grid=tuple(values["grid"]),
+            joules_per_flop=values.get("joules_per_flop"),
+            joules_per_byte=values.get("joules_per_byte"),
+            basis=Basis.MEASURED,
+            provenance=Provenance.MEASURED_SILICON,
+            source=source,
+        )
+
+    @classmethod
+    def assumed(cls, capability: tuple[int, int], multiprocessors: int, shipped: Rates | None) -> Rates:
+        """For a chip that was not measured: a chip of the shipped table's kind scaled, else datasheet figures."""
+        per_cycle = _PRODUCTS_A_CYCLE.get(capability, 512)
+        matrix = 2.0 * per_cycle * multiprocessors * 1.5e9
+        grid = shipped.grid if shipped is not None and capability == (9, 0) else ()
+        return cls(
+            bandwidth=2e12 if per_cycle >= 1024 else 7e11,
+            matrix=matrix,
+            launch=8e-6,
+            decode_share=0.8,
+            grid=tuple(dict(row, rate=row["rate"] * multiprocessors / 132) for row in grid),
+            joules_per_flop=None,
+            joules_per_byte=None,
+            basis=Basis.MODELLED,
+            provenance=Provenance.ASSUMED,
+            source="scaled from datasheets",
+        )
+
+    def rate(self, path: str, request: AttentionRequest) -> Rate:
+        """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
+        causal = request.causal is not Causal.NONE
+        dim = max(request.dim_qk, request.dim_v)
+        measured = [row for row in self.grid if row["path"] == path and row["causal"] == causal]
+        dims = sorted({row["dim"] for row in measured})
+        if not dims:
+            fill = min(1.0, request.len_q / 2048) * min(1.0, dim / 128)
+            return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9), 2.0)
+        nearest = min((d for d in dims if d >= dim), default=dims[-1])
+        padded = min(dim / nearest, 1.0) if path in ("hopper", "portable") else 1.0
+        points = sorted((row["length"], row["rate"]) for row in measured if row["dim"] == nearest)
+        spread = 1.1 if self.basis is Basis.MEASURED else 2.0
+        return Rate(_between(points, max(request.len_q, 1)) * padded, spread if dim == nearest else spread * 1.3)
+
+
+def _between(points: list[tuple[int, float]], length: int) -> float:
+    """Linear in the logarithm of the length, flat beyond the ends; below the shortest, in proportion to the length."""
+    if length <= points[0][0]:
+        return points[0][1] * length / points[0][0]
+    for (low, slow), (high, fast) in pairwise(points):
+        if length <= high:
+            share = math.log(length / low) / math.log(high / low)
+            return slow + (fast - slow) * share
+    return points[-1][1]
+
+
+def shipped() -> tuple[str, Rates] | None:
+    """(device model, rates) of the table in this package; None where it holds none."""
+    if not MEASURED.exists():
+        return None
+    values = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return values["device"], Rates.of(values, f"measured on {values['device']}, {values['date']}")
+
+
+class Choice(NamedTuple):
+    """The chosen path and every candidate's seconds, fastest first."""
+
+    path: str
+    seconds: tuple[tuple[str, float], ...]
+
+
+def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
+    """Middle of a path's time."""
+    flops = 2.0 * request.visible_macs
+    if request.grads:
+        flops *= 3.5  # forward, and five products for the forward's two
+    if path == "composed":
+        flops = 2.0 * request.macs * (3.5 if request.grads else 1.0)
+    decoding = packs(request, request.len_q)
+    share = rates.decode_share if path == "portable" else 0.8 * rates.decode_share
+    reading = request.bytes_moved / (rates.bandwidth * share)
+    if decoding and path != "composed":
+        return rates.launch * (1.0 if path == "portable" else 1.2) + reading
+    slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
+    launch = rates.launch * (1.0 if path in OWN else 1.3)  # what no length hides: equal rates go to the own kernels
+    return launch + max(flops * slower / rates.rate(path, request).flops, reading)
+
+
+def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip) -> Estimate:
+    """What a request costs on the path that was chosen; the time's source names every path with its own time."""
+    middle = choice.seconds[0][1]
+    spread = 1.3 if packs(request, request.len_q) else rates.rate(choice.path, request).spread
+    others = ", ".join(f"{label(path)} {value * 1e3:.4g} ms" for path, value in choice.seconds)
+    source = f"{'gradients by ' if request.grads else ''}{others} ({rates.source})"
+    time = Quantity(middle / spread, middle * (2 - 1 / spread), rates.basis, rates.provenance, source)
+    energy = None
+    if rates.joules_per_flop is not None and rates.joules_per_byte is not None and choice.path in OWN:
+        joules = 2.0 * request.visible_macs * rates.joules_per_flop + request.bytes_moved * rates.joules_per_byte
+        energy = Quantity(
+            joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
+        )
+    return Estimate(time=time, energy=energy, memory=memory(request, choice.path, chip))
+
+
+def label(path: str) -> str:
+    """A path's name for people."""
+    return {
+        "hopper": "own Hopper kernel",
+        "portable": "own Triton kernel",
+        "cudnn": "torch cuDNN",
+        "flash": "torch FlashAttention",
+        "composed": "torch operations",
+    }[path]
+
+
+def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
+    """Bytes that a call allocates at its peak, output included, inputs not.
+
+    Where gradients are asked for, it is the forward's peak, which holds what torch keeps for the backward. Packed
+    lengths count as if every sequence were the longest, a block plan as if it ran over batch entries and heads.
+    """
+    r, rows = request, request.batch * request.heads_q * request.len_q
+    result = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + (8 if r.dtype == "float64" else 4) * r.lse)
+    if path == "composed":
+        return result + (_differentiable_memory(r) if r.grads else _in_place_memory(r))
+    if path == "portable":
+        split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
+        lists = 0
+        if r.block_plan is not None and r.block_plan[2] > 1:
+            lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
+        return result + lists + (0 if split.joined else 4 * split.partial)
+    if path == "hopper":
+        return result + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
+    return result + 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
+
+
+def _in_place_memory(request: AttentionRequest) -> int:
+    """What `kernels.composed` borrows where torch differentiates nothing; packed sequences follow each other."""
+    r, size = request, 8 if request.dtype == "float64" else 4
+    batch = 1 if r.packed else r.batch
+    rows, keys = batch * r.heads_q * r.len_q, batch * r.heads_kv * r.len_k
+    pairs = rows * r.len_k
+    needed = pairs * size + (2 + r.lse) * rows * size + pairs * (r.dropout > 0)
+    if r.packed or DTYPE_BYTES[r.dtype] != size:  # copies of the operands, and the result before it is copied
+        needed += (rows * (r.dim_qk + r.dim_v) + keys * (r.dim_qk + r.dim_v)) * size
+    if r.window is not None or r.causal is not Causal.NONE:
+        needed += r.len_q * r.len_k + 8 * (r.len_q + r.len_k)
+    return needed
+
+
+def _differentiable_memory(request: AttentionRequest) -> int:
+    """What torch's operations of `kernels.composed` hold at their peak, in the order of its statements.
+
+    Packed sequences follow each other, and torch keeps for the backward what those before have left.
+    """
+    r, size = request, 8 if request.dtype == "float64" else 4
+    batch = 1 if r.packed else r.batch
+    rows, keys, cells = batch * r.heads_q * r.len_q, batch * r.heads_kv * r.len_k, r.len_q * r.len_k
+    pairs, cast = rows * r.len_k, DTYPE_BYTES[r.dtype] != size
+    scores = pairs * size
+    repeated = batch * r.heads_q * r.len_k * size * (r.heads_q != r.heads_kv)  # torch.matmul copies grouped keys
+    kept = (rows * r.dim_qk + keys * r.dim_qk) * size * cast + repeated * r.dim_qk
+    peaks = [kept + 2 * scores]
+    if r.softcap is not None:
+        peaks.append(kept + 3 * scores)
+        kept += scores
+    if r.mask is MaskKind.BOOLEAN:
+        kept += r.mask_batch * r.mask_heads * cells
+    if r.window is not None or r.causal is not Causal.NONE:
+        peaks.append(kept + scores + 11 * cells)  # distances in int64
+        kept += 2 * cells
+    if r.block_plan is not None:
+        peaks.append(kept + scores + 3 * pairs)
+        kept += pairs
+    peaks.append(kept + 2 * scores)
+    kept += 2 * scores
+    if r.dropout:
+        peaks.append(kept + 2 * scores + pairs)
+        kept += scores + pairs
+    kept += keys * r.dim_v * size * cast + repeated * r.dim_v + rows * r.dim_v * size
+    peaks.append(kept + rows * r.dim_v * size * cast)
+    if r.lse:
+        peaks.append(kept + scores)
+    if not r.packed:
+        return max(peaks)
+    left = kept - rows * r.dim_v * size - scores * (not r.lse)  # the log-sum-exp's backward reads the scores
+    results = rows * r.dim_v * DTYPE_BYTES[r.dtype] + rows * size * r.lse
+    return left * (r.batch - 1) + max(peaks) + results * (r.batch - 1)

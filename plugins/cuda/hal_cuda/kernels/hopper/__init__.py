@@ -1,0 +1,1 @@
+"""Attention forward for compute capability 9.0, in Gluon."""

@@ -1,0 +1,77 @@
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Partial results of split keys, joined: by the last program of a tile in `attend`, or by a kernel of its own.
+
+Source: Dao et al. 2023 (Flash-Decoding).
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def gathered(part, lse_part, place, ok, first, splits, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr):
+    """Sum the partial results number first to first + PARTS of rows.
+
+    Gives (largest lse [rows], total weight [rows], sums [rows, BDV]). part: float32 [..., splits, DV]; lse_part:
+    natural, [..., splits]. place: of the rows among the leading dimensions; ok: which of them exist. They are
+    read past the first-level cache: other programs of this launch may have written them.
+    """
+    d = tl.arange(0, BDV)[None, None, :]
+    some = first + tl.arange(0, PARTS)[None, :]
+    there = ok[:, None] & (some < splits)
+    at = place[:, None] * splits + some
+    each = tl.load(lse_part + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    parts = tl.load(part + at[:, :, None] * DV + d, mask=there[:, :, None] & (d < DV), other=0.0, cache_modifier=".cg")
+    most = tl.max(each, 1)
+    weight = tl.exp2((each - tl.where(most == float("-inf"), 0.0, most)[:, None]) * LOG2E)
+    return most, tl.sum(weight, 1), tl.sum(parts * weight[:, :, None], 1)
+
+
+@triton.jit
+def settled(most, total, sums):
+    """(result, natural lse) of rows; 0 and -inf where no part has a key."""
+    dead = total == 0.0
+    whole_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
+    return sums / tl.where(dead, 1.0, total)[:, None], whole_lse
+
+
+@triton.jit
+def merge(
+    part,
+    out,
+    lse,
+    o_b,
+    o_h,
+    o_m,
+    splits,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    LSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Join the partial results of `attend`. Grid: (len_q, heads, batch)."""
+    row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows, heads = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
+    place = (batch * heads + head) * rows + row + tl.zeros([1], tl.int64)
+    d = tl.arange(0, BDV)[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    lse_part = part + tl.num_programs(2) * heads * rows * splits * DV
+    most, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    sums = tl.zeros([1, BDV], tl.float32)
+    for start in range(0, splits, 16):  # up to 16 parts their loads do not wait for each other
+        some_most, some_total, some_sums = gathered(part, lse_part, place, place >= 0, start, splits, DV, BDV, 16)
+        raised = tl.maximum(most, some_most)
+        anchor = tl.where(raised == float("-inf"), 0.0, raised)
+        shrink, grow = tl.exp2((most - anchor) * LOG2E), tl.exp2((some_most - anchor) * LOG2E)
+        total = total * shrink + some_total * grow
+        sums = sums * shrink[:, None] + some_sums * grow[:, None]
+        most = raised
+    joined, whole_lse = settled(most, total, sums)
+    tl.store(out + batch * o_b + head * o_h + row * o_m + d, joined.to(out.dtype.element_ty), mask=d < DV)
+    if LSE:
+        tl.store(lse + place, whole_lse)

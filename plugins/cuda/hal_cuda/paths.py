@@ -1,0 +1,141 @@
+"""Which kernel serves a request: decided from the request and the rates, never by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
+
+from .cost import Choice, Rates, seconds
+from .discovery import Chip
+from .runtime import binaries
+from .tiling import WARPGROUP_ROWS, packs, parts, value_parts
+
+#: Torch's own attention backends, which are candidates beside the kernels of this package.
+TORCH_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
+    """Every path that is right for a request."""
+    if request.tiling is not None:  # torch's paths cut by themselves, the Hopper kernel has sizes of its own
+        return ["portable"]
+    if request.grads:
+        return [*torch_names(request, chip), "composed"]
+    if request.dtype == "float64":
+        return ["composed"]
+    own = ["hopper", "portable"] if hopper_takes(request, chip) else ["portable"]
+    return [*own, *torch_names(request, chip)]
+
+
+def choose(
+    request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True
+) -> Choice:
+    """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone."""
+    timed = [(path, seconds(path, request, rates)) for path in candidates(request, chip) if allowed(path)]
+    timed.sort(key=lambda item: item[1])
+    if len(timed) > 1 and timed[0][0] == "composed":  # memory of all scores: only where nothing else is right
+        timed = [*timed[1:], timed[0]]
+    return Choice(timed[0][0], tuple(timed))
+
+
+def path_of_lengths(path: str, request: AttentionRequest) -> str:
+    """The path that serves a request of exact lengths which is bound to `path`: torch's backends disagree about the
+    diagonal of unequal lengths, so those go to another one.
+    """
+    if path in TORCH_BACKENDS and request.causal is not Causal.NONE and request.len_q != request.len_k:
+        return "composed" if request.grads else "portable"
+    return path
+
+
+def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
+    """Whether the kernel is right for a request; tensors must also suit the copy engine (`fits`)."""
+    return (
+        chip.capability == (9, 0)
+        and binaries.tested()
+        and not binaries.INTERPRETED
+        and request.dtype in ("float16", "bfloat16")
+        and request.mask is MaskKind.NONE
+        and not request.dropout
+        and (not request.packed or _fills_tiles(request))
+        and request.page_size is None
+        and request.block_plan is None
+        and request.last_dim_contiguous
+        and max(request.dim_qk, request.dim_v) <= 256
+        and request.dim_qk % 8 == 0
+        and request.dim_v % 8 == 0
+        and 1e-6 <= request.effective_scale <= 1e6
+        and not packs(request, request.len_q)
+    )
+
+
+def _fills_tiles(request: AttentionRequest) -> bool:
+    """Whether packed sequences have rows enough for tiles, and head sizes of one part."""
+    return request.len_q > WARPGROUP_ROWS and not parts(request.dim_qk)[1] and not value_parts(request.dim_v)[1]
+
+
+def torch_takes(request: AttentionRequest) -> bool:
+    """Whether torch's fused backends are right for a request: every row reads a key, no feature of this package's own.
+
+    is_causal is taken for equal lengths alone; `call` sees the lengths.
+    """
+    return (
+        request.dtype in ("float16", "bfloat16")
+        and request.mask is MaskKind.NONE
+        and request.causal in (Causal.NONE, Causal.TOP_LEFT)
+        and not request.diagonal
+        and request.window is None
+        and request.softcap is None
+        and not request.dropout
+        and not request.packed
+        and request.page_size is None
+        and request.block_plan is None
+        and not request.lse
+        and not request.deterministic
+        and request.dim_qk == request.dim_v
+        and request.dim_qk % 8 == 0
+        and request.dim_qk <= 256
+        and request.last_dim_contiguous
+    )
+
+
+def torch_names(request: AttentionRequest, chip: Chip) -> list[str]:
+    """Torch backends that take a request on a chip."""
+    if not torch_takes(request) or not chip.torch_attention:
+        return []
+    wide = request.dim_qk > 128 and (chip.capability != (9, 0) or bool(request.grads))
+    return ["flash"] if wide or not torch.backends.cuda.cudnn_sdp_enabled() else ["cudnn", "flash"]
+
+
+def bind_torch(name: str, request: AttentionRequest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A callable (query, key, value) of one of torch's backends.
+
+    Equal head counts call the backend's operator, which takes a third of the host time of choosing it by `sdpa_kernel`.
+    """
+    causal, scale, grads = request.causal is not Causal.NONE, request.scale, bool(request.grads)
+    if request.heads_q != request.heads_kv:
+        attend, backend = torch.nn.functional.scaled_dot_product_attention, TORCH_BACKENDS[name]
+
+        def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return attend(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+
+        return grouped
+    if name == "cudnn":
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+
+        def by_cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            out: Tensor = cudnn(query, key, value, None, grads, 0.0, causal, False, scale=scale)[0]
+            return out
+
+        return by_cudnn
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+
+    def by_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = flash(query, key, value, 0.0, causal, False, scale=scale)[0]
+        return out
+
+    return by_flash

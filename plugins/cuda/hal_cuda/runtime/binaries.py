@@ -1,0 +1,153 @@
+"""Compiling kernels before their launch, and launching them with little host time: what speaks to Triton's inside.
+
+A kernel is compiled for a signature written out here, never specialised on the values of arguments: one binary serves
+all lengths and strides. Triton's disk cache keeps binaries under a hash of their source, constants, options and tool
+chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from hal_core.plugin_api import DeviceUnavailableError
+
+#: Versions whose launcher and Gluon dialect this package was run with. Others take Triton's own, slower launch.
+TESTED_TRITON = ("3.6",)
+INTERPRETED = bool(knobs.runtime.interpret)
+
+_lock = threading.Lock()
+_kernels: dict[Any, Kernel] = {}
+
+
+def tested() -> bool:
+    """Whether this Triton is one of `TESTED_TRITON`."""
+    return ".".join(triton.__version__.split(".")[:2]) in TESTED_TRITON
+
+
+def is_gluon(fn: Any) -> bool:
+    return bool(getattr(fn, "is_gluon", lambda: False)())
+
+
+def compile_for(
+    fn: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    target: GPUTarget,
+    divisible: Mapping[str, int] = MappingProxyType({}),
+    edit: Callable[[str], str] | None = None,
+    **options: Any,
+) -> Any:
+    """A Triton CompiledKernel; needs no GPU.
+
+    Args:
+        fn: the jitted function. signature: Triton type of each run-time argument ("*bf16", "i64" ...), in any order.
+        constants: the constexpr arguments. divisible: what arguments are known to be multiples of (pointers in bytes).
+        edit: what to do to the PTX before it is assembled. options: num_warps, launch_pdl, maxnreg.
+
+    Raises:
+        DeviceUnavailableError: the kernel cache cannot be written.
+    """
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kind = GluonASTSource if is_gluon(fn) else ASTSource
+    typed = {name: "constexpr" if name in constants else signature[name] for name in fn.arg_names}
+    attributes = {
+        (place,): [["tt.divisibility", divisible[name]]] for place, name in enumerate(fn.arg_names) if name in divisible
+    }
+    try:
+        source = kind(fn, typed, dict(constants), attributes)
+        made = triton.compile(source, target=target, options=options)
+        # Right but slower without: where Triton is told, or was when this was cached, to keep binaries alone, and where
+        # it is told to take code from a folder of overrides, which goes before this one.
+        if edit is not None and "ptx" in made.asm and not knobs.compilation.override:
+            options["ir_override"] = _kept(made, edit(made.asm["ptx"]))
+            made = triton.compile(source, target=target, options=options)
+        return made
+    except OSError as error:
+        raise DeviceUnavailableError(
+            f"the kernel cache {knobs.cache.dir} cannot be used ({error}): set TRITON_CACHE_DIR to a writable folder"
+        ) from error
+
+
+def _kept(made: Any, ptx: str) -> str:
+    """Path of PTX kept in Triton's cache beside its kernel. Its name holds a hash of the text: Triton's key for the
+    second compilation holds the path alone."""
+    from triton.runtime.cache import get_cache_manager
+
+    name = f"{made.name}.{hashlib.sha256(ptx.encode()).hexdigest()[:16]}.ptx"
+    cache = get_cache_manager(made.hash)
+    return str(cache.get_file(name) or cache.put(ptx, name, binary=False))
+
+
+class Kernel:
+    """A compiled kernel, loaded on the current device, with a launch that converts nothing.
+
+    Attributes:
+        registers, spills: of one thread, as the driver reports them.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        run = compiled.run  # loads the binary
+        if run.global_scratch_size or run.profile_scratch_size:
+            raise DeviceUnavailableError(
+                "this Triton build instruments kernels (scratch memory is asked for): unset its profiling variables"
+            )
+        launch = run.launch
+        if launch.__class__.__name__ == "function":  # wrapped to build tensor maps at each launch; ours are kept
+            cells = (cell.cell_contents for cell in launch.__closure__)
+            launch = dict(zip(launch.__code__.co_freevars, cells, strict=True))["launcher"]
+        self._launch, self._function = launch, compiled.function
+        self._flags = (
+            run.launch_cooperative_grid,
+            run.launch_pdl,
+            None,
+            None,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+        )
+        self.registers, self.spills = compiled.n_regs, compiled.n_spills
+        self.maps: list[Any] = getattr(compiled.metadata, "tensordesc_meta", None) or []
+        self.constants = [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
+        """Launch. Arguments in the kernel's order: pointers as integers, tensor maps followed by shape and strides."""
+        self._launch(*grid, stream, self._function, *self._flags, *arguments)
+
+
+def kernel(key: Any, make: Callable[[], Any]) -> Kernel:
+    """The loaded kernel of a key; compiled once in a process."""
+    found = _kernels.get(key)
+    if found is None:
+        with _lock:
+            found = _kernels.get(key)
+            if found is None:
+                found = _kernels[key] = Kernel(make())
+    return found
+
+
+def tensor_map(pointer: int, shape: Sequence[int], strides: Sequence[int], meta: Mapping[str, Any]) -> Any:
+    """A CUtensorMap as Triton's launcher takes it; holds addresses alone, so it may outlive the tensor."""
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+    from triton.runtime import driver
+
+    return driver.active.utils.fill_tma_descriptor(
+        pointer,
+        meta["swizzle"],
+        meta["elem_size"],
+        TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]],
+        meta["block_size"],
+        list(shape),
+        list(strides),
+        0,
+    )

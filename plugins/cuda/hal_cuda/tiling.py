@@ -1,0 +1,313 @@
+"""How the kernels cut a request: tiles of query rows and keys, splits of the keys, and the stages of their loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, DenseTiling, MaskKind, TilePlan
+
+from .discovery import Chip
+from .memory import COUNTERS, PARTIAL
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Rows (tokens times heads of a group) up to which a group shares one tile.
+MOST_PACKED_ROWS = 64
+MOST_PACKED_TOKENS = 16
+#: Query rows of a consumer warpgroup of the Hopper kernel.
+WARPGROUP_ROWS = 64
+#: Block sizes of a tiling that the caller brings, which the portable kernel is compiled for.
+FOREIGN_SIZES = (32, 64, 128)
+#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too
+#: slowly.
+_MOST_JOINED = 1 << 15
+_JOINED = (16, 64)  # splits that it joins at once: two kernels serve all lengths
+
+
+class CudaTiling(DenseTiling):
+    """The device's own cut of the work: equal blocks whose sizes were measured to be fast for each kernel.
+
+    The kernels take their block sizes from the plan. Where torch's own attention serves a request, the plan is one
+    block over everything, cut by "torch".
+
+    Args:
+        chip: the device.
+        path_of: the name of the path that serves a request (see `paths.choose`).
+    """
+
+    def __init__(self, chip: Chip, path_of: Callable[[AttentionRequest], str]) -> None:
+        super().__init__(cut_by="cuda")
+        self.name = "cuda"
+        self._chip, self._path_of = chip, path_of
+        self._too_large: dict[AttentionRequest, Tiles] = {}
+
+    def compute_optimal_tile_size(
+        self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
+    ) -> int:
+        """The largest power of two of query rows, from 16 to 128, whose operands fit; see `DenseTiling`."""
+        bounds = {"minimum": 16, "maximum": 128, **backend_constraints}
+        return super().compute_optimal_tile_size(sequence_length, available_memory, bounds)
+
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> TilePlan:
+        """Equal blocks as the kernel that serves the request is cut: block_q query rows against block_k keys.
+
+        `limits` bound a tiling that the caller brings; the device's own tiles are within its kernels' limits already.
+        """
+        return self.plan_for(self._path_of(request), request)
+
+    def plan_for(self, path: str, request: AttentionRequest) -> TilePlan:
+        """The plan of a request on one path: "hopper", "portable", or one that torch cuts."""
+        if path == "hopper":
+            tiles = hopper_tiles_of(request)
+            return TilePlan.equal(request, WARPGROUP_ROWS * tiles.consumers, tiles.keys, cut_by="cuda")
+        if path == "portable":
+            rows, keys, *_ = self.tiles(request)
+            group = request.heads_q // request.heads_kv if packs(request, request.len_q) else 1
+            return TilePlan.equal(request, max(rows // group, 1), keys, cut_by="cuda")
+        return TilePlan.equal(request, max(request.len_q, 1), max(request.len_k, 1), cut_by="torch")
+
+    def tiles(self, request: AttentionRequest) -> Tiles:
+        """Tiles of the portable kernel: those measured, or the largest smaller ones that were not too large."""
+        return self._too_large.get(request) or choose_tiles(request, request.len_q)
+
+    def shrink(self, request: AttentionRequest, tiles: Tiles) -> bool:
+        """Remember that tiles do not fit the chip's shared memory. False where there are no smaller ones."""
+        smaller = shrunk(tiles)
+        if smaller is not None:
+            self._too_large[request] = smaller
+        return smaller is not None
+
+    def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:
+        """Cuts worth trying, the device's own first, then the sizes that the portable kernel may be compiled for."""
+        fitting = [
+            (q, k) for q in FOREIGN_SIZES for k in FOREIGN_SIZES if not foreign_excess(request, q, k, self._chip)
+        ]
+        others = [] if self._path_of(request) not in ("hopper", "portable") else fitting
+        return [self, *(DenseTiling(q, k) for q, k in others)]
+
+
+class Tiles(NamedTuple):
+    """Rows and keys of a tile, warps of a program, stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def packs(request: AttentionRequest, len_q: int) -> bool:
+    """Whether the query heads of a group share a tile."""
+    few = len_q <= MOST_PACKED_TOKENS and len_q * (request.heads_q // request.heads_kv) <= MOST_PACKED_ROWS
+    return few and not request.packed and request.block_plan is None and request.tiling is None
+
+
+def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
+    """Tiles measured on Hopper; `shrunk` gives the next smaller ones where a chip's shared memory does not hold
+    them.
+    """
+    wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
+    plain = request.mask is MaskKind.NONE
+    if packs(request, len_q):
+        rows = max(16, power_of_two(len_q * (request.heads_q // request.heads_kv)))
+        if request.dtype == "float32":
+            return Tiles(rows, 32, 4, 2)
+        many = wide <= 64 or (wide <= 128 and request.len_k > 2048)
+        return Tiles(rows, 128 if many and plain and rows <= 32 else 64, 4, 3 if plain else 2)
+    if request.dtype == "float32":
+        tiles = Tiles(32, 32, 4, 2 if wide <= 128 else 1)
+    elif wide > 128:
+        tiles = Tiles(128, 32, 8, 3)
+    elif request.block_plan is not None and plain:
+        tiles = Tiles(128, 64, 4, 2)
+    else:
+        tiles = Tiles(64, 64, 4, 3)
+    rows, keys = min(tiles.rows, max(16, power_of_two(len_q))), tiles.keys
+    if request.block_plan is not None:
+        # A tile lies in one block of rows; blocks of odd sizes waste least in small tiles.
+        block_q, block_k = request.block_plan[:2]
+        rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
+        keys = min(keys, max(16, power_of_two(block_k)))
+    return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
+
+
+def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles, chip: Chip) -> Tiles:
+    """Tiles of the portable kernel with a plan's block sizes, and as many stages as the chip's shared memory holds.
+
+    Args:
+        request: with exact lengths. own: the device's own tiles for it, whose warps and stages hold for their sizes.
+    """
+    group = request.heads_q // request.heads_kv if packs(request, request.len_q) else 1
+    rows = max(16, power_of_two(plan.block_q * group))
+    if (rows, plan.block_k) == (own.rows, own.keys):
+        return own
+    fitting = (n for n in (3, 2) if shared_bytes(request, rows, plan.block_k, n) <= chip.shared_memory)
+    return Tiles(rows, plan.block_k, 4 if rows <= 64 else 8, next(fitting, 1))
+
+
+def shared_bytes(request: AttentionRequest, rows: int, keys: int, stages: int) -> int:
+    """Shared memory that the portable kernel takes for the operands of a tile, bytes."""
+    dim_qk, dim_v = (max(16, power_of_two(dim)) for dim in (request.dim_qk, request.dim_v))
+    return (rows * dim_qk + stages * keys * (dim_qk + dim_v)) * DTYPE_BYTES[request.dtype]
+
+
+def foreign_excess(request: AttentionRequest, block_q: int, block_k: int, chip: Chip) -> int:
+    """Bytes by which the operands of one tile of these sizes exceed the chip's shared memory; 0 where they fit."""
+    return max(shared_bytes(request, block_q, block_k, 1) - chip.shared_memory, 0)
+
+
+def shrunk(tiles: Tiles) -> Tiles | None:
+    """The next smaller tiles: fewer stages, then fewer keys, then fewer rows; None where there are none."""
+    if tiles.stages > 1:
+        return tiles._replace(stages=tiles.stages - 1)
+    if tiles.keys > 16:
+        return tiles._replace(keys=tiles.keys // 2, stages=2)
+    return tiles._replace(rows=tiles.rows // 2, stages=2) if tiles.rows > 16 else None
+
+
+class Splits(NamedTuple):
+    """Programs that share the keys of a tile, and keys of each."""
+
+    programs: int
+    chunk: int
+
+
+def choose_splits(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip) -> Splits:
+    """Divide the keys where tiles alone would leave multiprocessors idle."""
+    heads = request.heads_kv
+    row_tiles = -(-len_q * (request.heads_q // request.heads_kv) // tiles.rows)
+    keys = len_k
+    if request.window is not None and request.window[0] is not None:
+        right = 0 if request.causal is not Causal.NONE else request.window[1]
+        if right is not None:
+            keys = min(keys, request.window[0] + right + len_q + tiles.keys)
+    steps = max(-(-keys // tiles.keys), 1)
+    programs = heads * batch * row_tiles
+    slots = chip.multiprocessors * chip.decode_programs
+    wanted = max(slots // max(programs, 1), 1)
+    if request.page_size is not None and programs * 2 > slots:
+        wanted = -(-keys // 4096)  # lengths differ within a batch: even pieces keep the longest from finishing alone
+    steps_each = -(-steps // max(min(wanted, steps, 128), 1))
+    return Splits(-(-steps // steps_each), steps_each * tiles.keys)
+
+
+class KeySplit(NamedTuple):
+    """How the keys of a request's tiles are divided among programs.
+
+    splits: programs and keys of each. partial: numbers that hold their partial results and log-sum-exp; 0: keys are not
+    divided. joined: the most splits that the last program of a tile joins in the stream's workspace; 0: a second kernel
+    joins them.
+    """
+
+    splits: Splits
+    partial: int
+    joined: int
+
+
+def split_keys(
+    request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip, may_join: bool
+) -> KeySplit:
+    """The division of the keys for exact lengths. may_join: there is a workspace."""
+    if not packs(request, len_q):
+        return KeySplit(Splits(1, 0), 0, 0)
+    splits, group = choose_splits(request, tiles, len_q, len_k, batch, chip), request.heads_q // request.heads_kv
+    if splits.programs == 1:
+        return KeySplit(splits, 0, 0)
+    partial = batch * request.heads_q * len_q * splits.programs * (request.dim_v + 1)
+    programs = batch * request.heads_kv * -(-len_q * group // tiles.rows)
+    fits = partial <= PARTIAL and programs <= COUNTERS
+    fits = fits and min(len_q * group, tiles.rows) * splits.programs * request.dim_v <= _MOST_JOINED
+    return KeySplit(splits, partial, next((n for n in _JOINED if may_join and fits and splits.programs <= n), 0))
+
+
+def power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+class HopperTiles(NamedTuple):
+    """How a head size is run.
+
+    keys: of a tile. consumers: warpgroups. turns: they take turns at the tensor cores. arrive: release stages by named
+    barriers. own_output: shared memory of its own for the result. stages: of keys and of values. queries: stages of
+    query tiles. ring: stages of second parts, where keys and values share them and the `stages` of first parts; 0: they
+    do not.
+    held: half of the query stays in registers, where no key hangs over the end. lazy: a row's maximum is followed in
+    large steps.
+    """
+
+    keys: int
+    consumers: int
+    turns: bool
+    arrive: bool
+    own_output: bool
+    stages: int
+    queries: int
+    ring: int = 0
+    held: bool = False
+    lazy: bool = False
+
+
+def parts(dim: int) -> tuple[int, int]:
+    """A head size as the kernel cuts it: a power of two from 64 up, and a second part or 0. The rest is read as
+    zeros.
+    """
+    if dim <= 64:
+        return 64, 0
+    if dim <= 128:
+        return (64, 32) if dim <= 96 else (128, 0)
+    return (128, 64) if dim <= 192 else (256, 0)
+
+
+def value_parts(dim: int) -> tuple[int, int]:
+    """The same of values. Products leave out padded columns (see narrow.py), so one part serves up to 128."""
+    return (128, 0) if parts(dim)[1] == 32 else parts(dim)
+
+
+def hopper_tiles(
+    dim_qk: int, dim_v: int, len_q: int, len_k: int, right: bool, left: bool = False, lse: bool = False
+) -> HopperTiles:
+    """The tiling of a call, measured on one H200 at lengths of 500 to 16384. right: rows end at a diagonal. left: they
+    begin at one. lse: the log-sum-exp is asked for.
+
+    Head size 64: three warpgroups, or two where those leave clearly fewer rows empty, the diagonal takes much of a row,
+    or registers would not do. Turns pay where rows are short, or where a warpgroup has few registers. Head size 192:
+    tiles of 128 keys fit where keys and values share three and a half stages, or where values are of 128; with 64 keys,
+    shared memory gives the first product its operands no faster than it is done. Head size 256: so half of the query
+    comes from registers. It and 192 with shared stages follow maxima in large steps, as their result is most to
+    rescale; that adds 2 to 5% to the error.
+    """
+    widest = max(sum(parts(dim_qk)), sum(parts(dim_v)))
+    same = parts(dim_qk) == value_parts(dim_v)
+    long = len_k > 1024
+    if widest == 64:
+        full, narrow = (len_q / (-(-len_q // rows) * rows) for rows in (3 * WARPGROUP_ROWS, 2 * WARPGROUP_ROWS))
+        three = full > 0.9 * narrow and (long or not right) and not (left and lse)
+        return HopperTiles(128, 3 if three else 2, three, False, True, 3, 2)
+    if widest == 96:
+        return HopperTiles(128, 2, False, True, True, 2, 2)
+    if widest == 128:
+        return HopperTiles(128, 2, not long, long, True, 2, 2)
+    if widest == 192:
+        if same and long and not left:
+            return HopperTiles(128, 2, True, False, False, 4, 1, ring=3, lazy=True)
+        if value_parts(dim_v) == (128, 0) and not left and len_k > (1024 if right else 512):
+            return HopperTiles(128, 2, False, True, False, 2, 1)
+        return HopperTiles(64, 2, False, False, not same, 2, 2)
+    turns = right or not long or len_k % 64 != 0
+    return HopperTiles(64, 2, turns, False, not same, 2, 1, held=parts(dim_qk) == (256, 0), lazy=True)
+
+
+def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
+    """The Hopper kernel's tiles for a request's lengths."""
+    left, right = request.window or (None, None)
+    ends = right is not None or request.causal is not Causal.NONE
+    dims = (request.dim_qk, request.dim_v)
+    return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)

@@ -1,0 +1,1 @@
+"""Device programs, and what launches them."""

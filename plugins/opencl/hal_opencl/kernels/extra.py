@@ -1,0 +1,43 @@
+"""Kernels beside attention: the launches of programs/kernels.cl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..runtime.engine import Engine
+from ..runtime.lease import Lease
+
+_BLOCKS = {"matmul": (16, 4, 1)}  # elements of the result per work item along x, y and z; one elsewhere
+
+
+class ExtraKernelRunner:
+    """Runs the programs of kernels.cl, one work item for each block of the result."""
+
+    def __init__(self, engine: Engine, lease: Callable[[str], Lease]) -> None:
+        self._engine, self._lease = engine, lease
+
+    def reduction_parts(self, count: int) -> int:
+        return min(int(self._engine.handle.max_compute_units) * 64, count)
+
+    def __call__(
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        integers: Sequence[int],
+        floats: Sequence[float] = (),
+        *,
+        extent: tuple[int, int, int],
+        what: str,
+    ) -> None:
+        """See `hal_compute.extra_kernels.Runner`."""
+        engine = self._engine
+        size = [-(-n // block) for n, block in zip(extent, _BLOCKS.get(name, (1, 1, 1)), strict=True)]
+        with self._lease(what) as lease:
+            buffers = [operand.buffer for operand in (*map(lease.stage, inputs), *map(lease.result, outputs))]
+            numbers = *map(np.int32, integers), *map(np.float32, floats)
+            engine.launch(engine.kernel("kernels", name), size, None, *buffers, *numbers)
+            lease.finish()

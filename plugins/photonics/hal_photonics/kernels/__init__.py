@@ -1,0 +1,1 @@
+"""What runs on the device: attention, and the matrix products beside it."""

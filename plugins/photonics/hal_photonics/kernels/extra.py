@@ -1,0 +1,61 @@
+"""The matrix products beside attention: `matmul` and `linear` on the optics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hal_simulation import MeteredKernel, ProductSize, linear_size, matmul_size
+from torch import Tensor
+
+from hal_core.plugin_api import DTYPE_BYTES, Estimate
+
+from ..cost import product_cost
+from ..runtime.controller import ChipController
+from ..simulator.core import drawn
+
+
+class Product(MeteredKernel):
+    """A product on an open chip, refused while the chip does not serve.
+
+    Options of a call:
+        rng: (seed, offset) of the readout noise; None draws a pair from torch's default generator.
+    """
+
+    def __init__(self, chip: ChipController) -> None:
+        super().__init__(chip.device)
+        self._chip = chip
+
+    def _product_cost(self, size: ProductSize, resident: bool) -> tuple[Estimate, int]:
+        chip = self._chip
+        state = "" if chip.state == "ready" else str(chip.state)
+        cost = product_cost(chip.profile, size, resident=resident, duty=chip.supervisor.duty, state=state)
+        return cost.estimate(memory=size.results * DTYPE_BYTES.get(size.dtype, 4)), cost.macs
+
+
+class Matmul(Product):
+    """matmul(a [..., M, K], b [..., K, N], *, rng=None) -> [..., M, N]; b is held as weights."""
+
+    def run(self, *operands: Any, **options: Any) -> Tensor:
+        self._chip.require_service()
+        a, b = operands
+        with torch.no_grad():
+            return self._chip.core.multiply(a, b, rng=drawn(options.get("rng")))
+
+    def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
+        return self._product_cost(matmul_size(*operands), resident=False)
+
+
+class Linear(Product):
+    """linear(x [..., K], weight [N, K], bias [N] or None, *, rng=None) -> [..., N]; the bias is added digitally."""
+
+    def run(self, *operands: Any, **options: Any) -> Tensor:
+        self._chip.require_service()
+        with torch.no_grad():
+            return self._chip.core.linear(*operands, rng=drawn(options.get("rng")))
+
+    def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
+        return self._product_cost(linear_size(*operands), resident=True)
+
+
+KERNELS: dict[str, type[Product]] = {"matmul": Matmul, "linear": Linear}

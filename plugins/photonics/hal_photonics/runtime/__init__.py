@@ -1,0 +1,1 @@
+"""The driver protocol: what the device code asks of a chip, simulated or not."""

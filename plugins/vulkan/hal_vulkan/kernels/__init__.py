@@ -1,0 +1,1 @@
+"""Shaders, and what records their dispatches."""

@@ -1,0 +1,53 @@
+"""Kernels beside attention: the dispatches of their shaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..runtime.recorder import Recorder
+
+_THREADS = 64
+_CONSTANTS = (0, _THREADS)  # constant 0 belongs to the attention shaders
+_BLOCKS = {"matmul": (4 * _THREADS, 4, 1)}  # elements of the result per work group along x, y and z
+
+
+class ExtraKernelRunner:
+    """Runs the shader named like the kernel: one work group per block of the result; beyond the device's limit each
+    takes several blocks. After its own parameters a shader gets the extent along z.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def reduction_parts(self, count: int) -> int:
+        return min(-(-count // (_THREADS * 16)), 256, self._recorder.most_groups[0]) * _THREADS
+
+    def __call__(
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        integers: Sequence[int],
+        floats: Sequence[float] = (),
+        *,
+        extent: tuple[int, int, int],
+        what: str,
+    ) -> None:
+        """See `hal_compute.extra_kernels.Runner`."""
+        blocks = _BLOCKS.get(name, (_THREADS, 1, 1))
+        wanted = (-(-n // block) for n, block in zip(extent, blocks, strict=True))
+        groups = [min(pair) for pair in zip(wanted, self._recorder.most_groups, strict=True)]
+        key = (name, *(tensor.shape for tensor in inputs), *integers, *floats)
+        if (kept := self._recorder.find(key)) is not None:
+            kept.run(inputs, outputs)
+            return
+        # Steps of changing lengths would each be kept, and evict other recordings.
+        again = not floats or self._recorder.last_steps.get(name) == key
+        self._recorder.last_steps[name] = key
+        with self._recorder.call(what, inputs, key if again else None) as commands:
+            operands = [*map(commands.stage, inputs), *map(commands.result, outputs)]
+            layout = f"{len(integers) + 1}i{len(floats)}f"
+            commands.dispatch(name, _CONSTANTS, operands, [*integers, extent[2], *floats], layout, groups)
+            commands.finish()
