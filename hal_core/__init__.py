@@ -130,7 +130,8 @@ _PUBLIC = {
     "frontend.api": "attention bind explain",
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = sorted(_WHERE)
+if not TYPE_CHECKING:  # type checkers take the imports above
+    __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ A name is imported when it is first used (PEP 562): a plugin's hook module loads
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import __all__ as _PUBLIC
+from . import _WHERE as _PUBLIC
 
 if TYPE_CHECKING:
     from . import *  # noqa: F403

@@ -102,13 +102,17 @@ class PooledMemory:
             return Buffer(tensor.detach(), self, 0)
         buffer = self.allocate(tensor.shape, str(tensor.dtype).removeprefix("torch."))
         buffer.tensor.copy_(tensor)
-        with self._lock:
-            self._copies, self._copied = self._copies + 1, self._copied + buffer.nbytes
+        self.count_copy(buffer.nbytes)
         return buffer
 
     def to_torch(self, buffer: Buffer) -> Tensor:
         """A tensor that shares the buffer's memory."""
         return buffer.tensor  # type: ignore[no-any-return]
+
+    def count_copy(self, nbytes: int) -> None:
+        """Add a copy of `nbytes` to the counters."""
+        with self._lock:
+            self._copies, self._copied = self._copies + 1, self._copied + nbytes
 
     def stats(self) -> MemoryStats:
         with self._lock:
