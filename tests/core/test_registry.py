@@ -52,7 +52,7 @@ BROKEN: dict[str, tuple[str | None, str, str, str]] = {
     "bad_target": (None, COUNTED, "target", "libtoy.so.7: cannot open shared object file"),
     "bad_init": (None, "Backend.__init__ = lambda self: 1 / 0", "target", "division by zero"),
     "bad_devices": (None, "Backend.devices = lambda self: 1 / 0", "devices", "division by zero"),
-    "bad_ids": (None, "Backend.name = 'other'", "devices", "were given: give Device records with ids 'bad_ids:...'"),
+    "bad_ids": (None, "Backend.name = 'other'", "devices", "device ids ['other:0'] were given"),
     "bad_open": (None, "Backend.open = lambda self, device: {}['firmware']", "open", "KeyError: 'firmware'"),
     "bad_check": (None, "Backend.check = lambda self, request, device: 1 / 0", "check", "division by zero"),
     "bad_estimate": (None, "Backend.estimate = lambda self, request, device: None", "check", "NoneType"),
@@ -314,7 +314,7 @@ def test_two_plugins_of_one_name_are_both_shown(site: Site) -> None:
     report = site.run(
         "import hal_core.cli as c; c.main(['doctor', '--json'])",
         PYTHONPATH=f"{site.folder}:{other.folder}",
-        HAL_DISABLE="cpu",
+        HAL_PLUGINS="good,hal-copy:good",
     )
     messages = [p["failure"]["message"] for p in report["plugins"] if p["failure"] and p["name"] == "good"]
     assert len(messages) == 1
