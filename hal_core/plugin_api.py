@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import *  # noqa: F403
     from .calibration import calibrate as calibrate, write_whole as write_whole
     from .capability import listing as listing
+    from .frontend.api import plan_text as plan_text
     from .frontend.execution import moved_to as moved_to
     from .frontend.validation import check_tables as check_tables
     from .options import merged_policy as merged_policy, meter_var as meter_var
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "calibration": "calibrate write_whole",
     "capability": "listing",
+    "frontend.api": "plan_text",
     "frontend.execution": "moved_to",
     "frontend.validation": "check_tables",
     "options": "merged_policy meter_var",

@@ -215,10 +215,10 @@ def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     """
     request, policy = _described(query, key, value, attn_mask, keywords)
     decision = dispatch.decide_exact(request, policy)
-    return attrs.evolve(decision, request=request, plan=_plan_text(request, decision))
+    return attrs.evolve(decision, request=request, plan=plan_text(request, decision))
 
 
-def _plan_text(request: AttentionRequest, decision: Decision) -> str:
+def plan_text(request: AttentionRequest, decision: Decision) -> str:
     """How the chosen device cuts the work at the exact lengths; "" where no device was chosen or nothing is cut."""
     if decision.chosen is None or request.block_plan is not None or request.packed or request.page_size is not None:
         return ""
@@ -307,7 +307,8 @@ def _bound(found: execution.BoundAttention) -> Any:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session or state.closed:
             raise DeviceUnavailableError(
-                f"{device_id} was unregistered or closed after this call was bound: bind again"
+                f"{device_id} was unregistered or closed after this call was bound, or the process was forked: bind "
+                "again, and start the children of this process by the spawn method"
             )
         if without_grads and grad_enabled() and _gradient_bits(query, key, value, attn_mask):
             raise ContractError(
