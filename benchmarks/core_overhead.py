@@ -1,10 +1,12 @@
 """What the core costs: import, discovery of eight plugins, and each way of calling beyond torch's own call.
 
-Each figure is a median over rounds in which both sides are timed in turn, in random order.
+Each figure is a median over rounds in which both sides are timed in turn, in random order. With `--against CHECKOUT`
+the ways of calling are compared with another checkout's instead, in alternating processes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import statistics
@@ -22,7 +24,13 @@ import torch.nn.functional as F
 
 import hal_core as hal
 
-LIGHT = "from hal_core.hooks import BackendSpec, hookimpl\n@hookimpl\ndef hal_backends(api_version):\n    return [BackendSpec(name='{n}', target='absent:Nothing')]\n"  # noqa: E501
+ROOT = Path(__file__).resolve().parent.parent
+LIGHT = """from hal_core.plugin_api import BackendSpec, hookimpl
+@hookimpl
+def hal_backends(api_version):
+    return [BackendSpec(name='{n}', target='absent:Nothing')]
+"""
+PROCESSES, MOST = 10, 1.10  # of each checkout; the largest ratio that holds
 
 
 def microseconds(calls: dict[str, Callable[[], object]], rounds: int = 150, repeat: int = 60) -> dict[str, float]:
@@ -115,8 +123,8 @@ def starting() -> list[tuple[str, float, float]]:
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: bench-plugin{i}\nVersion: 1.0\n")
             (info / "entry_points.txt").write_text(f"[hal.plugins]\nbench{i} = bench_plugin{i}\n")
         environment["PYTHONPATH"] = folder
-        environment["HAL_PLUGINS"] = ",".join(f"bench{i}" for i in range(8))
-        code = "import hal_core.registry as r, sys; p = r.registry.plugins(); e = r.registry.entries()"
+        environment["HAL_PLUGINS"] = ",".join(f"bench-plugin{i}:bench{i}" for i in range(8))
+        code = "import hal_core.registry as r, sys; e = r.registry.entries()"
         check = code + "; assert len(e) == 7, e; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
         subprocess.run([sys.executable, "-c", check], check=True, env=environment)
         discovered = process_ms(code, environment, "import hal_core.registry")
@@ -126,11 +134,44 @@ def starting() -> list[tuple[str, float, float]]:
     ]
 
 
-def main() -> None:
-    options = record.parser(__doc__).parse_args()
+def comparing(other: Path) -> list[tuple[str, float, float, float]]:
+    """(what, microseconds here, there, median ratio of the pairs of processes that ran one after the other)."""
+    pairs: list[list[dict[str, float]]] = []
+    for _ in range(PROCESSES):
+        pair = []
+        for checkout in (ROOT, other):
+            command = [sys.executable, str(ROOT / "benchmarks" / "core_calls.py"), str(checkout)]
+            pair.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        pairs.append(pair)
+    return [
+        (
+            what,
+            statistics.median(here[what] for here, _ in pairs),
+            statistics.median(there[what] for _, there in pairs),
+            statistics.median(here[what] / there[what] for here, there in pairs),
+        )
+        for what in pairs[0][0]
+    ]
+
+
+def main() -> int:
+    parser = record.parser(__doc__)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare the calls with those of a checkout")
+    options = parser.parse_args()
+    if options.against is not None:
+        compared = comparing(options.against.resolve())
+        table = [
+            [what, f"{here:.2f} us", f"{there:.2f} us", f"{ratio:.2f}", str(MOST), verdict(ratio, MOST)]
+            for what, here, there, ratio in compared
+        ]
+        columns = ["a call", "here", "there", "median ratio", "bar", ""]
+        notes = [f"{PROCESSES} processes of each, in turn; the device returns its query."]
+        record.publish(options, "core", "Calls against another checkout", columns, table, notes, section="Against")
+        return int(any(ratio > MOST for *_, ratio in compared))
     rows = [[what, f"{found:.1f} ms", f"{bar} ms", verdict(found, bar)] for what, found, bar in starting()]
     rows += [[what, f"{found:.1f} us", f"{bar} us", verdict(found, bar)] for what, found, bar in calling()]
     record.publish(options, "core", "The core's own cost", ["what", "measured", "bar", ""], rows)
+    return 0
 
 
 def verdict(found: float, bar: float) -> str:
@@ -138,4 +179,4 @@ def verdict(found: float, bar: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,8 +7,6 @@
 Importing this package imports neither torch nor a driver: a name is imported when it is first used (PEP 562).
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from . import testing as testing
     from .access import current_caller as current_caller
     from .buffers import Buffer as Buffer, MemoryStats as MemoryStats
-    from .calibration import Calibration as Calibration, cache_dir as cache_dir
+    from .calibration import cache_dir as cache_dir
     from .capability import (
         FEATURES as FEATURES,
         Capabilities as Capabilities,
@@ -31,9 +29,11 @@ if TYPE_CHECKING:
     from .decision import Candidate as Candidate, Decision as Decision, Policy as Policy, PolicyChoice as PolicyChoice
     from .device_info import (
         Basis as Basis,
+        Calibration as Calibration,
         Device as Device,
         Estimate as Estimate,
         Fidelity as Fidelity,
+        MeterRecord as MeterRecord,
         Provenance as Provenance,
         Quantity as Quantity,
     )
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     )
     from .options import (
         Meter as Meter,
-        MeterRecord as MeterRecord,
         caller as caller,
         configure as configure,
         current_meter as current_meter,
@@ -114,7 +113,7 @@ _PUBLIC = {
     "request": "AttentionOutput AttentionRequest Causal Grads MaskKind SequenceMetadata",
     "buffers": "Buffer MemoryStats",
     "plans": "BlockPlan Tile TilePlan",
-    "device_info": "Basis Device Estimate Fidelity Provenance Quantity",
+    "device_info": "Basis Calibration Device Estimate Fidelity MeterRecord Provenance Quantity",
     "capability": "FEATURES Capabilities Choice Code Numerics Range Refusal",
     "decision": "Candidate Decision Policy PolicyChoice",
     "protocols": "AttentionBackend MemoryManager Session TilingStrategy",
@@ -122,8 +121,8 @@ _PUBLIC = {
     "access": "current_caller",
     "registry": "capabilities device devices kernel memory register session unregister",
     "selection": "check_all replay",
-    "options": "Meter MeterRecord caller configure current_meter meter prefer use",
-    "calibration": "Calibration cache_dir",
+    "options": "Meter caller configure current_meter meter prefer use",
+    "calibration": "cache_dir",
     "toolkit.session": "SessionBase SimpleSession",
     "toolkit.memory": "PooledMemory",
     "toolkit.tiling": "DenseTiling",
@@ -131,7 +130,8 @@ _PUBLIC = {
     "frontend.api": "attention bind explain",
 }
 _WHERE = {name: module for module, names in _PUBLIC.items() for name in names.split()}
-__all__ = sorted(_WHERE)
+if not TYPE_CHECKING:  # type checkers take the imports above
+    __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

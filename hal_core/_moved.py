@@ -3,9 +3,8 @@
 They are aliases in sys.modules, not files: a module `hal_core.memory` on disk would replace the function of that name.
 """
 
-from __future__ import annotations
-
 import sys
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -29,16 +28,13 @@ _PLACES = {
 
 
 def warn(old: str, new: str) -> None:
-    import warnings
-
     warnings.warn(f"{old} has moved: use {new}", DeprecationWarning, stacklevel=3)
 
 
 class _Alias(ModuleType):
     def __init__(self, name: str, places: list[str]) -> None:
         super().__init__(name)
-        self.__path__: list[str] = []
-        self._places = places
+        self.__path__, self._places = list[str](), places
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
@@ -52,7 +48,5 @@ class _Alias(ModuleType):
 
 def install() -> None:
     for old, places in _PLACES.items():
-        name = f"hal_core.{old}"
-        sys.modules.setdefault(
-            name, _Alias(name, [p if p.startswith("hal_") else f"hal_core.{p}" for p in places.split()])
-        )
+        full = [place if place.startswith("hal_") else f"hal_core.{place}" for place in places.split()]
+        sys.modules.setdefault(f"hal_core.{old}", _Alias(f"hal_core.{old}", full))

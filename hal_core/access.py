@@ -12,9 +12,8 @@ is damaged:
     register = true
 """
 
-from __future__ import annotations
-
 import os
+import stat
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any
@@ -38,22 +37,21 @@ class AccessPolicy:
         self.path, self.problem, self.rules = path, "", dict[str, Any]()
         if path is None:
             return
-        try:
-            import stat
-            import tomllib
+        import tomllib
 
+        try:
             with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 facts = os.fstat(file.fileno())
                 if not stat.S_ISREG(facts.st_mode) or facts.st_mode & 0o022:
                     raise ValueError("it is not a regular file that only its owner may write")
                 self.rules = tomllib.load(file)
-            for rules in [self.rules.get("default", {}), *self.rules.get("callers", {}).values()]:
-                for key, allowed in rules.items():
-                    patterns = isinstance(allowed, list) and all(isinstance(pattern, str) for pattern in allowed)
-                    if not (type(allowed) is bool if key == "register" else key in _LISTS and patterns):
-                        raise ValueError(
-                            f"{key} = {allowed!r}: devices and kernels are lists of patterns, register a boolean"
-                        )
+            tables = [self.rules.get("default", {}), *self.rules.get("callers", {}).values()]
+            for key, allowed in [pair for table in tables for pair in table.items()]:
+                patterns = isinstance(allowed, list) and all(isinstance(pattern, str) for pattern in allowed)
+                if not (type(allowed) is bool if key == "register" else key in _LISTS and patterns):
+                    raise ValueError(
+                        f"{key} = {allowed!r}: devices and kernels are lists of patterns, register a boolean"
+                    )
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self.problem = f"the access policy {path} cannot be used ({error}), so everything is denied"
             self.rules = {}
@@ -65,8 +63,7 @@ class AccessPolicy:
         if self.path is None:
             return ""
         who = caller_var.get()
-        rules = self.rules.get("callers", {}).get(who, self.rules.get("default", {}))
-        allowed = rules.get(kind, ())
+        allowed = self.rules.get("callers", {}).get(who, self.rules.get("default", {})).get(kind, ())
         if not self.problem and (allowed is True or (allowed and any(fnmatchcase(name, p) for p in allowed))):
             return ""
         return self.problem or f"{self.path} does not allow {who or 'an unnamed caller'} {kind} {name}"

@@ -1,7 +1,5 @@
 """Memory on a device: the buffer that travels by DLPack, and the counters of a memory manager."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 
@@ -40,9 +38,8 @@ class Buffer:
 
     def __init__(self, tensor: Any, owner: object, reserved: int, block: Any = None, form: Any = None) -> None:
         self._tensor, self.owner, self.reserved, self.block = tensor, owner, reserved, block
-        self.shape: tuple[int, ...]
-        self.dtype: str
-        self.shape, self.dtype = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        known: tuple[tuple[int, ...], str] = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        self.shape, self.dtype = known
 
     @property
     def freed(self) -> bool:

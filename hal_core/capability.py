@@ -1,13 +1,12 @@
 """What a device claims, as data, and the reasons why a request falls outside it."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 
+from .device_info import Record
 from .request import AttentionRequest, Causal, MaskKind
 
 #: Why a device refuses. Stable names: programs may branch on them. DEVICE is a reason of the device's own, from its
@@ -32,8 +31,8 @@ def _code(value: str) -> Code:
     return Code(_CODES.get(value, value))
 
 
-@attrs.frozen
-class Refusal:
+@attrs.frozen(eq=False, repr=False)
+class Refusal(Record):
     """One reason why a device does not run a request.
 
     Attributes:
@@ -52,8 +51,8 @@ class Refusal:
         return f"{text}  -> {self.fix}" if self.fix else text
 
 
-@attrs.frozen
-class Range:
+@attrs.frozen(eq=False, repr=False)
+class Range(Record):
     """Whole numbers from `low` to `high` (None: no bound) in steps of `multiple`."""
 
     low: int = 0
@@ -91,8 +90,8 @@ def _causal_kinds(values: Iterable[Causal | str]) -> frozenset[Causal]:
     return frozenset(map(Causal, values))
 
 
-@attrs.frozen
-class Choice:
+@attrs.frozen(eq=False, repr=False)
+class Choice(Record):
     """The listed whole numbers."""
 
     values: frozenset[int] = attrs.field(converter=_whole_numbers)
@@ -107,8 +106,8 @@ class Choice:
         return _either([str(value) for value in sorted(self.values)])
 
 
-@attrs.frozen
-class Numerics:
+@attrs.frozen(eq=False, repr=False)
+class Numerics(Record):
     """Error bounds a device holds on standard normal inputs, each ||x - reference|| / ||reference|| in float64.
 
     Attributes:
@@ -130,8 +129,8 @@ _FEATURES = (
 FEATURES = frozenset(_FEATURES.split())
 
 
-@attrs.frozen(kw_only=True)
-class Capabilities:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Capabilities(Record):
     """What a device runs. Anything not listed is refused: an empty set means nothing, not everything.
 
     Attributes:
@@ -170,19 +169,14 @@ class Capabilities:
 
     def refusals(self, request: AttentionRequest) -> list[Refusal]:
         """Every reason why a request falls outside; empty when it is inside."""
-        r, has, sizes, blocks, tiles = (
-            request,
-            self.features.__contains__,
-            self.head_dim,
-            self.block_sizes,
-            self.tile_sizes,
-        )
-        lacks = (FEATURES - self.features).__contains__
+        r, sizes, blocks, tiles = request, self.head_dim, self.block_sizes, self.tile_sizes
+        has, lacks = self.features.__contains__, (FEATURES - self.features).__contains__
         bound = self.numerics[r.dtype].relative if r.dtype in self.numerics else 0.0
         accurate = [d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error]
+        inexact, cast = f"{bound:g} in {r.dtype}", _cast("", accurate)
         by_mask = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
         uneven_v, grads = r.dim_v != r.dim_qk, f"gradients of {', '.join(sorted(r.grads))}"
-        paged = has("paged") and r.page_size in self.page_sizes
+        paged, pages = r.page_size in self.page_sizes, f"pages of {self.page_sizes}" if has("paged") else "no pages"
         cached = has("fp8_cache") and r.cache_dtype in self.cache_dtypes
         caches, no_cast = listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"
         plan, planned = r.block_plan or (), f"blocks of {blocks}" if has("block_plan") else "dense"
@@ -209,7 +203,13 @@ class Capabilities:
             ),
             (r.len_q not in self.length, "len_q", str(r.len_q), str(self.length), _pad(self.length, r.len_q)),
             (r.len_k not in self.length, "len_k", str(r.len_k), str(self.length), _pad(self.length, r.len_k)),
-            (r.heads_q != r.heads_kv and lacks("grouped_heads"), "grouped_heads", *_grouped(r)),
+            (
+                r.heads_q != r.heads_kv and lacks("grouped_heads"),
+                "grouped_heads",
+                f"{r.heads_q}/{r.heads_kv}",
+                "equal head counts",
+                "repeat the key and value heads",
+            ),
             (not r.last_dim_contiguous and lacks("strides"), "strides", *_STRIDES),
             (r.mask not in self.masks, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
             (r.causal not in self.causal, "causal", r.causal, listing(self.causal), by_mask),
@@ -218,7 +218,13 @@ class Capabilities:
             (r.softcap is not None and lacks("softcap"), "softcap", str(r.softcap), "no softcap", ""),
             (r.dropout > 0 and lacks("dropout"), "dropout", str(r.dropout), "no dropout", "call eval()"),
             (r.packed and lacks("packed"), "packed", "packed lengths", "padded batches", "pad, with a mask"),
-            (r.page_size is not None and not paged, "page_size", str(r.page_size), self._pages(), "gather the pages"),
+            (
+                r.page_size is not None and not paged,
+                "page_size",
+                str(r.page_size),
+                f"pages of {pages}",
+                "gather the pages",
+            ),
             (r.cache_dtype is not None and not cached, "cache_dtype", str(r.cache_dtype), caches, no_cast),
             (bool(plan) and not sparse, "block_plan", f"{plan[:2]}", planned, "expand the plan to a mask"),
             (any(n not in tiles for n in cut[1:]), "tiling", " ".join(map(str, cut)), cuts, "leave tiling= out"),
@@ -239,7 +245,7 @@ class Capabilities:
                 "an order that varies",
                 "",
             ),
-            (bound > (bound if r.max_error is None else r.max_error), "max_error", *_inexact(r, bound, accurate)),
+            (r.max_error is not None and bound > r.max_error, "max_error", str(r.max_error), inexact, cast),
             *(
                 (True, "option", f"{name}={value!r}", *self._offered(name))
                 for name, value in r.options
@@ -257,20 +263,9 @@ class Capabilities:
         offered = str(values) if isinstance(values, Range) else ", ".join(map(repr, values or ()))
         return (f"{name} of {offered}", "") if values else (f"options {listing(self.options)}", "leave it out")
 
-    def _pages(self) -> str:
-        return f"pages of {self.page_sizes}" if "paged" in self.features else "no pages"
-
 
 _STRIDES = ("a strided last dimension", "stride 1", "call contiguous()")
 _LSE_GRAD = ("gradients through the log-sum-exp", "none", "ask for the log-sum-exp under torch.no_grad()")
-
-
-def _grouped(r: AttentionRequest) -> tuple[str, str, str]:
-    return f"{r.heads_q}/{r.heads_kv}", "equal head counts", "repeat the key and value heads"
-
-
-def _inexact(r: AttentionRequest, bound: float, accurate: Iterable[str]) -> tuple[str, str, str]:
-    return str(r.max_error), f"{bound:g} in {r.dtype}", _cast("", accurate)
 
 
 def listing(words: Iterable[str]) -> str:

@@ -2,16 +2,14 @@
 decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import attrs
 
 from .capability import Code, Refusal
-from .device_info import Device, Estimate, Fidelity, Quantity
-from .errors import ContractError, MemoryLimitError, UnsupportedError
+from .device_info import Device, Estimate, Fidelity, Quantity, Record
+from .errors import ContractError, MemoryLimitError, UnsupportedError, refuse
 from .request import AttentionRequest
 
 FORMAT = 2
@@ -51,12 +49,16 @@ class Policy:
         for name in ("allow_simulated", "transfer"):
             if type(value := getattr(self, name)) not in (bool, type(None)):
                 raise ContractError(f"{name}={value!r} was given: use True, False or None")
-        if self.objective is not None and self.objective not in OBJECTIVES:
-            raise ContractError(f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'")
-        if self.tiling is not None and not isinstance(getattr(self.tiling, "name", None), str):
-            raise ContractError(
-                f"tiling {self.tiling!r} was given: pass a TilingStrategy, which has a name and a plan()"
-            )
+        refuse(
+            (
+                self.objective is not None and self.objective not in OBJECTIVES,
+                f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'",
+            ),
+            (
+                self.tiling is not None and not isinstance(getattr(self.tiling, "name", None), str),
+                f"tiling {self.tiling!r} was given: pass a TilingStrategy, which has a name and a plan()",
+            ),
+        )
 
     @property
     def key(self) -> str:
@@ -64,7 +66,7 @@ class Policy:
         plain = attrs.astuple(self, filter=lambda a, _: a.name != "tiling")
         return "" if self == NO_POLICY else f"{plain} {_identity(self.tiling)}"
 
-    def over(self, outer: Policy) -> Policy:
+    def over(self, outer: "Policy") -> "Policy":
         """This level's overrides, and the outer level's where this one has none."""
         named = self if self.names else outer
         changes: dict[str, Any] = {f: getattr(outer, f) for f in _INHERITED if getattr(self, f) is None}
@@ -86,8 +88,8 @@ class PolicyChoice(NamedTuple):
     seconds: float
 
 
-@attrs.frozen(kw_only=True)
-class Candidate:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Candidate(Record):
     """A device as it stood in a decision: every refusal, or its estimate."""
 
     device: Device
@@ -101,13 +103,20 @@ class Candidate:
     provisional: bool = False  # the backend failed on this request: ask it again at the next call
 
     def figure(self, objective: str) -> Quantity | None:
-        if objective == "error":
-            return self.error
-        return getattr(self.estimate, objective) if self.estimate else None
+        return self.error if objective == "error" else getattr(self.estimate, objective, None)
+
+    @property
+    def figures(self) -> str:
+        """Time and energy as text, or that it is refused."""
+        if self.refusals or self.estimate is None:
+            return "refused"
+        joules = figure_text(self.estimate.energy, "energy") if self.estimate.energy else "not available"
+        moved = ", tensors moved" if self.transfer else ""
+        return f"time {figure_text(self.estimate.time, 'time')}, energy {joules}{moved}"
 
 
-@attrs.frozen(kw_only=True)
-class Decision:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class Decision(Record):
     """Why a call runs where it runs. Prints as text, travels as JSON, and can be replayed.
 
     Attributes:
@@ -154,28 +163,25 @@ class Decision:
         head = f"{self.chosen or 'no device'} for {self.request.describe()}: {self.reason}"
         if self.ranked != (self.request.len_q, self.request.len_k):
             head += f"\n  ranked for lengths up to {self.ranked[0]} x {self.ranked[1]}"
-        if self.plan:
-            head += f"\n  {self.plan}"
-        lines = []
+        head += f"\n  {self.plan}" if self.plan else ""
+        lines = [head]
         shown, folded = self._folded()
         for candidate in shown:
             mark = "*" if candidate.device.id == self.chosen else " "
-            lines.append(f" {mark} {candidate.device.id:12} {candidate.device.fidelity:9} {_figures(candidate)}")
+            lines.append(f" {mark} {candidate.device.id:12} {candidate.device.fidelity:9} {candidate.figures}")
             lines += [f"     {refusal}" for refusal in candidate.refusals]
-        return "\n".join([head, *lines, *(f"   {line}" for line in folded)])
+        return "\n".join([*lines, *(f"   {line}" for line in folded)])
 
     def refusal_text(self) -> str:
         """The text of an UnsupportedError: every reason of every candidate, and which other devices could."""
-        described, lines = self.request.describe(), []
+        described, lines = self.request.describe(), list[str]()
         shown, folded = self._folded()
         for candidate in shown:
             what = f" cannot run this attention ({described}):" if candidate.refusals else f": {self.reason}"
-            lines.append(f"{candidate.device.id}{what}")
-            asked = {r: f"{r.wanted} asked, {r.offered} offered" for r in candidate.refusals}
-            width, wide = max((len(r.field) for r in asked), default=0), max(map(len, asked.values()), default=0)
-            for refusal, text in asked.items():
-                fix = f"   -> {refusal.fix}" if refusal.fix else ""
-                lines.append(f"  {refusal.field:{width}}   {text:{wide}}{fix}".rstrip())
+            rows = [(r.field, f"{r.wanted} asked, {r.offered} offered", r.fix) for r in candidate.refusals]
+            width, wide = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
+            texts = [f"  {f:{width}}   {text:{wide}}{fix and f'   -> {fix}'}".rstrip() for f, text, fix in rows]
+            lines += [f"{candidate.device.id}{what}", *texts]
         if not self.candidates:
             lines.append(f"{self.reason} ({described}): install a plugin, for example hal-cpu.")
         can = f"Other devices that can: {', '.join(self.others) or 'none'}. " if self.policy.names else ""
@@ -185,19 +191,15 @@ class Decision:
         """Candidates to show one by one, and lines that name those that automatic selection leaves out as not
         hardware.
         """
-        shown: list[Candidate] = []
-        able: list[Candidate] = []
-        unable: list[Candidate] = []
-        for candidate in self.candidates:
-            codes = {refusal.code for refusal in candidate.refusals}
-            (shown if Code.FIDELITY not in codes else able if len(codes) == 1 else unable).append(candidate)
+        codes = [(c, {refusal.code for refusal in c.refusals}) for c in self.candidates]
+        able = [c.device.id for c, found in codes if found == {Code.FIDELITY}]
+        unable = [c.device.id for c, found in codes if found > {Code.FIDELITY}]
         rows = (
             (able, "not hardware, left out", "pass allow_simulated=True, or name one with backend="),
             (unable, "not hardware, and unable", "name one with backend= to see why"),
         )
-        return shown, [
-            f"{what}: {', '.join(c.device.id for c in group)}   -> {fix}" for group, what, fix in rows if group
-        ]
+        folded = [f"{what}: {', '.join(group)}   -> {fix}" for group, what, fix in rows if group]
+        return [c for c, found in codes if Code.FIDELITY not in found], folded
 
     def to_dict(self) -> dict[str, Any]:
         plain = attrs.asdict(self, value_serializer=_plain, filter=lambda a, _: a.name != "request")
@@ -207,15 +209,6 @@ class Decision:
         from json import dumps
 
         return dumps(self.to_dict(), indent=indent)
-
-
-def _figures(candidate: Candidate) -> str:
-    if candidate.refusals or candidate.estimate is None:
-        return "refused"
-    energy = candidate.estimate.energy
-    joules = figure_text(energy, "energy") if energy else "not available"
-    moved = ", tensors moved" if candidate.transfer else ""
-    return f"time {figure_text(candidate.estimate.time, 'time')}, energy {joules}{moved}"
 
 
 def figure_text(quantity: Quantity, objective: str) -> str:

@@ -1,7 +1,5 @@
 """Every error this package raises on purpose. One sentence each: what was given, what is wanted, what to do."""
 
-from __future__ import annotations
-
 
 class HalError(Exception):
     """Base of all errors raised on purpose. The command line prints it and exits with 2."""
@@ -12,6 +10,13 @@ class ContractError(HalError, ValueError, RuntimeError):
 
     Both a ValueError and a RuntimeError: torch raises RuntimeError for the same mistakes.
     """
+
+
+def refuse(*checks: tuple[bool, str]) -> None:
+    """Raise ContractError with the sentence of the first check, (what is wrong, sentence), that holds."""
+    for wrong, sentence in checks:
+        if wrong:
+            raise ContractError(sentence)
 
 
 class UnsupportedError(HalError, RuntimeError):

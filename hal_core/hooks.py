@@ -2,8 +2,6 @@
 them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ import attrs
 import pluggy
 
 from .decision import Candidate, Decision, PolicyChoice
+from .device_info import Record
 from .request import AttentionRequest
 
 #: (major, minor) of the plugin contract. A plugin needs the same major, and a minor that is not newer.
@@ -21,8 +20,8 @@ hookspec = pluggy.HookspecMarker("hal")
 hookimpl = pluggy.HookimplMarker("hal")
 
 
-@attrs.frozen(kw_only=True)
-class BackendSpec:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class BackendSpec(Record):
     """A backend's metadata: enough to list it without importing it.
 
     Attributes:
@@ -42,8 +41,7 @@ class BackendSpec:
     priority: int = attrs.field(default=0, validator=attrs.validators.instance_of(int))
 
 
-@attrs.frozen(kw_only=True)
-class KernelSpec:
+class KernelSpec(NamedTuple):
     """What the name of a kernel beside attention means. Every provider of the name is held to its reference.
 
     Attributes:

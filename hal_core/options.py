@@ -4,26 +4,27 @@
 `contextvars.copy_context()` to hand them on). `configure` is for the whole process.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Self
+from functools import reduce
+from typing import Any, Self
 
 import attrs
 
 from .access import caller_var
 from .decision import NO_POLICY, Policy
-from .device_info import Device, Estimate, Quantity
-from .errors import ContractError
-from .registry import registry, set_memory_limits
+from .device_info import Device, Estimate, MeterRecord, Quantity
+from .errors import ContractError, refuse
+from .registry import registry
 
 #: The overrides of `use` and `prefer` in force, merged; equal policies are one object, so caches hash an identity.
 policy_var: ContextVar[Policy] = ContextVar("hal_policy", default=NO_POLICY)
-_entered: ContextVar[tuple[_Entered, ...]] = ContextVar("hal_use", default=())
+#: The overrides of the blocks that were entered, each a copy of its own. They do not hold the block itself, which
+#: repairs a missing exit when it is deleted.
+_entered: ContextVar[tuple[Policy, ...]] = ContextVar("hal_use", default=())
 _interned: dict[Policy, Policy] = {NO_POLICY: NO_POLICY}
 by_key: dict[str, Policy] = {"": NO_POLICY}  # a compiled graph names its policy by key
 
@@ -32,8 +33,7 @@ class _Mirror(threading.local):
     """What Dynamo guards on: it cannot trace a ContextVar. The attribute is per thread, the ContextVar the truth."""
 
     def __init__(self) -> None:
-        self.key = ""
-        self.names: tuple[str, ...] = ()
+        self.key, self.names = "", tuple[str, ...]()
 
 
 mirror = _Mirror()
@@ -45,19 +45,9 @@ def intern(policy: Policy) -> Policy:
     return found
 
 
-class _Entered(NamedTuple):
-    """A block that was entered. It does not hold the block itself, which repairs a missing exit when it is deleted."""
-
-    overrides: Policy
-    identity: object
-
-
-def _apply(entered: tuple[_Entered, ...]) -> None:
+def _apply(entered: tuple[Policy, ...]) -> None:
     """Put what the entered blocks say, the innermost first, in force."""
-    policy = NO_POLICY
-    for block in entered:
-        policy = block.overrides.over(policy)
-    policy = intern(policy)
+    policy = intern(reduce(lambda outer, block: block.over(outer), entered, NO_POLICY))
     mirror.key, mirror.names = policy.key, policy.names
     caller_var.set(policy.caller or "")
     policy_var.set(policy)
@@ -83,7 +73,7 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
     _origin = "use"
 
     def __init__(self, backend: str | None = None, **overrides: Any) -> None:
-        self._inside, self._was_entered = list[_Entered](), True
+        self._inside, self._was_entered = list[Policy](), True
         self.overrides = _overrides(self._origin, () if backend is None else (backend,), overrides)
         self._was_entered = False
 
@@ -92,7 +82,7 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
         for name in self.overrides.names:
             registry.entry(name)
         try:
-            self._inside.append(_Entered(self.overrides, object()))
+            self._inside.append(attrs.evolve(self.overrides))
             _apply((*_entered.get(), self._inside[-1]))
             return self
         except BaseException:  # an interrupt before the block began
@@ -123,10 +113,13 @@ def _overrides(origin: str, names: tuple[str, ...], given: Mapping[str, Any]) ->
     known = ("allow_simulated", "objective", "options", "tiling", "transfer")
     if unknown := sorted(set(given) - set(known)):
         raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(known)}")
-    options = given.get("options")
-    if options is not None:
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            raise ContractError(f"options={options!r} were given: pass a mapping of names to values")
+    if (options := given.get("options")) is not None:
+        refuse(
+            (
+                not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options),
+                f"options={options!r} were given: pass a mapping of names to values",
+            )
+        )
         given = {**given, "options": tuple(sorted(options.items()))}
     return Policy(origin, names, origin == "prefer", **given)
 
@@ -140,9 +133,10 @@ class prefer(use):  # noqa: N801
     _origin = "prefer"
 
     def __init__(self, backends: Sequence[str], **overrides: Any) -> None:
-        if isinstance(backends, str) or not backends:
-            self._was_entered = True
-            raise ContractError(f"prefer({backends!r}) was given: pass a list of backend names")
+        self._was_entered = True
+        refuse(
+            (isinstance(backends, str) or not backends, f"prefer({backends!r}) was given: pass a list of backend names")
+        )
         super().__init__(None, **overrides)
         self.overrides = attrs.evolve(self.overrides, names=backends)
 
@@ -157,15 +151,14 @@ class caller(use):  # noqa: N801
         self.overrides = Policy(caller=str(name))
 
 
-class Settings:
-    """Process-wide settings; change them with `configure`."""
+class settings:  # noqa: N801
+    """Process-wide settings, its attributes; change them with `configure`."""
 
-    def __init__(self) -> None:
-        self.policy = NO_POLICY
-        self.name = ""  # the configured backend, a plain attribute for Dynamo to guard
+    policy = NO_POLICY
+    name = ""  # the configured backend, a plain attribute for Dynamo to guard
 
 
-settings = Settings()
+_DEFAULTS = Policy(objective="time", allow_simulated=False, options=())
 
 
 def configure(
@@ -183,7 +176,16 @@ def configure(
     policy = _overrides("automatic" if backend is None else "configure", (backend,) if backend else (), overrides)
     if backend is not None:
         registry.entry(backend)
-    set_memory_limits(memory_limit)
+    limits = dict(memory_limit) if isinstance(memory_limit, Mapping) else {"": memory_limit or 0}
+    refuse(
+        (
+            memory_limit is not None and any(type(limit) is not int or limit <= 0 for limit in limits.values()),
+            f"memory_limit {memory_limit!r} was given: pass bytes, 1 or more",
+        )
+    )
+    for name in filter(None, limits):
+        registry.entry(name)
+    registry.memory_limits = {} if memory_limit is None else limits
     settings.policy, settings.name = intern(policy), backend or ""
     registry.changed()
 
@@ -200,31 +202,7 @@ def merged_policy(
     policy = Policy("argument", names, False, objective, allow_simulated, transfer, None, tiling)
     variable = os.environ.get("HAL_BACKEND")
     environment = Policy("environment", (variable,)) if variable else NO_POLICY
-    defaults = Policy(objective="time", allow_simulated=False, options=())
-    for outer in (policy_var.get(), settings.policy, environment, defaults):
-        policy = policy.over(outer)
-    return policy
-
-
-@attrs.define
-class MeterRecord:
-    """What ran on one device inside a `meter`.
-
-    Attributes:
-        device: the device. calls: attention calls.
-        wall: seconds by the host's clock, the device synchronised after each call; measured.
-        time: seconds the device itself is said to need, for a simulated device; None where `wall` is the time.
-        energy: joules; None where the device states none. Sums over the calls, with the worst origin met.
-        macs: multiply-accumulates of visible pairs. transferred: bytes moved to the device and back.
-    """
-
-    device: Device
-    calls: int = 0
-    wall: float = 0.0
-    time: Quantity | None = None
-    energy: Quantity | None = None
-    macs: int = 0
-    transferred: int = 0
+    return reduce(Policy.over, (policy_var.get(), settings.policy, environment, _DEFAULTS), policy)
 
 
 class Meter:
@@ -247,28 +225,15 @@ class Meter:
         macs: int,
         transferred: int,
     ) -> None:
+        call = MeterRecord(device, 1, wall, time, energy, macs, transferred)
         with self._lock:
-            if (record := self.records.get(device.id)) is None:
-                self.records[device.id] = MeterRecord(device, 1, wall, time, energy, macs, transferred)
-                return
-            record.calls, record.wall = record.calls + 1, record.wall + wall
-            record.time, record.energy = _sum(record.time, time), _sum(record.energy, energy)
-            record.macs, record.transferred = record.macs + macs, record.transferred + transferred
+            before = self.records.get(device.id)
+            self.records[device.id] = call if before is None else before.plus(call)
 
     @property
     def wall(self) -> float:
         """Seconds over all devices."""
         return sum(record.wall for record in self.records.values())
-
-
-def _sum(total: Quantity | None, part: Quantity | None) -> Quantity | None:
-    """Interval sum. A call without a figure makes the sum None: a partial sum would look like a total."""
-    if part is None or total is None:
-        return None
-    basis = max(total.basis, part.basis, key=lambda b: b.rank)
-    provenance = max(total.provenance, part.provenance, key=lambda p: p.rank)
-    source = total.source if total.source == part.source else "several"
-    return Quantity(total.low + part.low, total.high + part.high, basis, provenance, source)
 
 
 meter_var: ContextVar[Meter | None] = ContextVar("hal_meter", default=None)

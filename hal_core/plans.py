@@ -1,11 +1,9 @@
 """How attention is cut: tiles of a dense call, and the blocks that a sparse call reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from .errors import ContractError
+from .errors import ContractError, refuse
 from .request import AttentionRequest
 
 Span = tuple[int, int]  # start, stop
@@ -27,13 +25,7 @@ class Tile(NamedTuple):
 
 def visible_keys(request: AttentionRequest, row: int, len_q: int, len_k: int) -> Span:
     """The keys [start, stop) that causal and window leave to query row `row`; start >= stop means none."""
-    return _span(request.band(len_q, len_k), row, len_k)
-
-
-def _span(band: tuple[int | None, int | None], row: int, len_k: int) -> Span:
-    low, high = band
-    stop = len_k if high is None else min(row + high + 1, len_k)
-    return 0 if low is None else max(row + low, 0), max(stop, 0)
+    return TilePlan(len_q, len_k, 0, 0, request.band(len_q, len_k)).visible(row)
 
 
 class TilePlan(NamedTuple):
@@ -57,22 +49,23 @@ class TilePlan(NamedTuple):
     ranges: tuple[Rows, ...] | None = None
 
     @classmethod
-    def equal(cls, request: AttentionRequest, block_q: int, block_k: int, *, cut_by: str = "") -> TilePlan:
+    def equal(cls, request: AttentionRequest, block_q: int, block_k: int, *, cut_by: str = "") -> Self:
         """Blocks of block_q query rows and block_k keys, the last ones shorter."""
-        if min(block_q, block_k) < 1:
-            raise ContractError(f"tiles of {block_q} x {block_k} were given: use 1 or more")
+        refuse((min(block_q, block_k) < 1, f"tiles of {block_q} x {block_k} were given: use 1 or more"))
         len_q, len_k = request.len_q, request.len_k
         return cls(len_q, len_k, block_q, block_k, request.band(len_q, len_k), cut_by)
 
     @classmethod
-    def uneven(cls, request: AttentionRequest, rows: Iterable[Rows], *, cut_by: str = "") -> TilePlan:
+    def uneven(cls, request: AttentionRequest, rows: Iterable[Rows], *, cut_by: str = "") -> Self:
         """Ranges of any size: (q_start, q_stop, ((k_start, k_stop), ...)) in order."""
         len_q, len_k = request.len_q, request.len_k
         return cls(len_q, len_k, 0, 0, request.band(len_q, len_k), cut_by, tuple(rows))
 
     def visible(self, row: int) -> Span:
         """The keys [start, stop) that causal and window leave to a query row; start >= stop means none."""
-        return _span(self.band, row, self.len_k)
+        low, high = self.band
+        stop = self.len_k if high is None else min(row + high + 1, self.len_k)
+        return 0 if low is None else max(row + low, 0), max(stop, 0)
 
     def rows(self) -> Iterator[Rows]:
         """(q_start, q_stop, key ranges) in order; a range without keys is given too, because its rows are written."""

@@ -4,23 +4,18 @@ pluggy validates hooks and marks them; calling is done here one implementation a
 the first implementation that raises, and its loader at the first import that fails.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import pluggy
 
 from .errors import HalError, PluginError
 from .hooks import API_VERSION, ENTRY_POINT_GROUP, BackendSpec, Hooks, KernelSpec
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 IMPORT_SECONDS = 30.0  # a hook module imports neither torch nor a driver
 
@@ -72,17 +67,14 @@ class Plugins:
         """
         from importlib.metadata import entry_points  # slow to import, so on first use
 
-        found = sorted(
-            entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (not _is_known(e), e.name, _distribution(e))
-        )
-        for entry_point in found:
-            name, distribution = entry_point.name, _distribution(entry_point)
+        points = entry_points(group=ENTRY_POINT_GROUP)
+        for point in sorted(points, key=lambda p: (not _is_known(p), p.name, _distribution(p))):
+            name, distribution = point.name, _distribution(point)
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
-            if off := _disabled_by(entry_point):
-                plugin.failure = LoadFailure(
-                    name, distribution, "disabled", f"switched off by {off}", fix=f"change {off}"
-                )
+            if off := _disabled_by(point):
+                what = f"switched off by {off}"
+                plugin.failure = LoadFailure(name, distribution, "disabled", what, fix=f"change {off}")
                 continue
             stage = "duplicate"
             try:
@@ -91,7 +83,7 @@ class Plugins:
                         f"the plugin name {name!r} is taken by {other.distribution} and by {distribution}"
                     )
                 stage = "import"
-                module = _within(IMPORT_SECONDS, entry_point.load, f"importing {entry_point.value}")
+                module = _within(IMPORT_SECONDS, point.load, f"importing {point.value}")
                 stage = "hook"
                 self._manager.register(module, name)
                 backends = _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION))
@@ -103,11 +95,12 @@ class Plugins:
                     self._manager.unregister(name=name)
                 plugin.failure = failed(name, distribution, stage, error)
 
+    def _implementations(self, hook: str) -> dict[str, Any]:
+        return {found.plugin_name: found for found in getattr(self._manager.hook, hook).get_hookimpls()}
+
     def call(self, plugin: str, hook: str, **arguments: Any) -> Any:
-        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            if implementation.plugin_name == plugin:
-                return implementation.function(*(arguments[name] for name in implementation.argnames))
-        return None
+        found = self._implementations(hook).get(plugin)
+        return found and found.function(*(arguments[name] for name in found.argnames))
 
     def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
@@ -116,13 +109,13 @@ class Plugins:
                 result = self.call(plugin, hook, **arguments)
             except (Exception, SystemExit, GeneratorExit) as error:  # the others must still be called
                 self.fail(plugin, hook, error)
-                continue
-            if result is not None:
-                yield plugin, result
+            else:
+                if result is not None:
+                    yield plugin, result
 
     def having(self, hook: str) -> list[str]:
         """The working plugins that implement a hook."""
-        implementing = [i.plugin_name for i in getattr(self._manager.hook, hook).get_hookimpls()]
+        implementing = self._implementations(hook)
         return [name for name, plugin in self.by_name.items() if plugin.failure is None and name in implementing]
 
     def fail(self, name: str, hook: str, error: BaseException) -> None:
@@ -135,22 +128,21 @@ def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
     """The function's result, computed in a thread: one that hangs is left behind, and its exits are not the
     process's.
     """
-    outcome: list[Any] = []
+    error: list[BaseException] = [PluginError(f"{what} did not finish in {seconds:g} s")]
+    result: list[Any] = []
 
     def run() -> None:
         try:
-            outcome[:] = [function(), None]
-        except BaseException as error:
-            outcome[:] = [None, error]
+            result.append(function())
+        except BaseException as raised:
+            error[0] = raised
 
     thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()
     thread.join(seconds)
-    if not outcome:
-        raise PluginError(f"{what} did not finish in {seconds:g} s")
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    if not result:
+        raise error[0]
+    return result[0]
 
 
 def _list_of(kind: type, plugin: str, given: Any) -> list[Any]:
@@ -159,30 +151,30 @@ def _list_of(kind: type, plugin: str, given: Any) -> list[Any]:
     return given or []
 
 
-def _distribution(entry_point: EntryPoint) -> str:
-    return f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else ""
+def _distribution(point: Any) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else ""
 
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).casefold()
 
 
-def _is_known(entry_point: EntryPoint) -> bool:
-    """Whether the distribution is the one that the plugin's plain name stands for: hal-NAME."""
-    return entry_point.dist is not None and _normal(entry_point.dist.name) == f"hal-{_normal(entry_point.name)}"
+def _is_known(point: Any) -> bool:
+    """Whether the distribution is the one that the plugin's name stands for: hal-NAME."""
+    return point.dist is not None and _normal(point.dist.name) == f"hal-{_normal(point.name)}"
 
 
-def _disabled_by(entry_point: EntryPoint) -> str:
+def _disabled_by(point: Any) -> str:
     """The environment variable that switches a plugin off; "" for none. Read before anything is imported.
 
     HAL_PLUGINS lists what may load: "distribution:name", or "name" for the plugin of the distribution hal-NAME.
     HAL_DISABLE lists what may not: "distribution:name", or "name" for that plugin of any distribution.
     """
-    lists = {variable: os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")}
-    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in lists.values())
-    name = _normal(entry_point.name)
-    full = f"{_normal(entry_point.dist.name) if entry_point.dist else ''}:{name}"
-    if lists["HAL_PLUGINS"] is not None and full not in allowed and not (name in allowed and _is_known(entry_point)):
+    given = [os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")]
+    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in given)
+    name = _normal(point.name)
+    full = f"{_normal(point.dist.name) if point.dist else ''}:{name}"
+    if given[0] is not None and full not in allowed and not (name in allowed and _is_known(point)):
         return "HAL_PLUGINS"
     return "HAL_DISABLE" if full in denied or name in denied else ""
 
@@ -191,10 +183,8 @@ def failed(name: str, distribution: str, stage: str, error: BaseException, fix: 
     """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
     import traceback
 
-    lines = (
-        (str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]).strip().splitlines()
-    )
-    message, trace = lines[-1] if lines else type(error).__name__, "".join(traceback.format_exception(error))
+    text = str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]
+    message, trace = text.strip().split("\n")[-1] or type(error).__name__, "".join(traceback.format_exception(error))
     fix = fix or f"upgrade or uninstall {distribution or name}"
     if os.environ.get("HAL_STRICT") == "1":
         raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error

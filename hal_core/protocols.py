@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from .buffers import Buffer, MemoryStats
 from .capability import Capabilities, Refusal
 from .device_info import Device, Estimate
 from .plans import BlockPlan, TilePlan
-from .request import AttentionOutput, AttentionRequest, Grads, SequenceMetadata
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .request import AttentionOutput, AttentionRequest, Grads, SequenceMetadata, Tensor
 
 Autograd = Literal["native", "explicit", "none"]
 Progress = Callable[[str, float], None]

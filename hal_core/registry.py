@@ -1,11 +1,9 @@
 """Which backends, devices, sessions and kernels there are. One broken device never breaks another."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
 from importlib import import_module
@@ -15,13 +13,14 @@ from typing import Any, cast
 from .access import AccessPolicy, read_policy
 from .capability import Capabilities, listing
 from .device_info import Device
-from .errors import ContractError, DeviceUnavailableError, HalError, PluginError, UnknownBackendError, UnsupportedError
+from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBackendError, UnsupportedError
 from .hooks import API_VERSION, BackendSpec, KernelSpec
 from .plugins import LoadFailure, Plugin, Plugins, failed
 from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
 from .toolkit.kernels import KERNELS
 
 _loading: ContextVar[bool] = ContextVar("hal_loading", default=False)
+_SESSION = ("memory", "tiling", "autograd", "prepare_attention", "compute_attention", "close")
 
 
 class Entry:
@@ -37,9 +36,14 @@ class Entry:
         self.failure: LoadFailure | None = None
         self.found: tuple[Device, ...] | None = None
         self.sessions: dict[str, Session] = {}
-        self.broken: dict[str, LoadFailure] = {}
-        self.request_failures: dict[str, LoadFailure] = {}
+        self.broken, self.request_failures = dict[str, LoadFailure](), dict[str, LoadFailure]()
         self.lock = threading.RLock()  # held while devices are looked for and opened; other backends go on
+
+    def close(self) -> None:
+        """Close the sessions, the last opened first; an error of one does not keep the others open."""
+        with ExitStack() as closing:
+            while self.sessions:
+                closing.callback(self.sessions.popitem()[1].close)
 
 
 class Registry:
@@ -51,12 +55,10 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock, self._discovered = threading.RLock(), False
         self._entries: dict[str, Entry] = {}
         self._specs: dict[str, tuple[KernelSpec, str]] = {spec.name: (spec, "hal-core") for spec in KERNELS}
-        self._discovered = False
-        self.plugins = Plugins()
-        self.access = AccessPolicy(None)
+        self.plugins, self.access = Plugins(), AccessPolicy(None)
         self.memory_limits: dict[str, int] = {}
         self.on_change: list[Callable[[], None]] = []
 
@@ -67,14 +69,14 @@ class Registry:
         if self._discovered or _loading.get():  # a plugin that asks while it is imported sees what is there by then
             return
         with self._lock:
-            if not self._discovered:
-                token = _loading.set(True)
-                try:
+            token = _loading.set(True)
+            try:
+                if not self._discovered:
                     self.access = read_policy()
                     self.plugins.load(self._add_all)
                     self._discovered = True
-                finally:
-                    _loading.reset(token)
+            finally:
+                _loading.reset(token)
 
     def _add_all(self, distribution: str, backends: list[BackendSpec], kernels: list[KernelSpec]) -> None:
         before = (dict(self._entries), dict(self._specs))
@@ -82,12 +84,12 @@ class Registry:
             for spec in backends:
                 self._add(Entry(spec, distribution))
             for kernel_spec in kernels:
-                if (other := self._specs.get(kernel_spec.name)) is not None:
+                own = (kernel_spec, distribution)
+                if (other := self._specs.setdefault(kernel_spec.name, own)) is not own:
                     by = f"{other[1]} and by {distribution}"
                     raise PluginError(
                         f"kernel {kernel_spec.name!r} is specified by {by}: one of them must rename its own"
                     )
-                self._specs[kernel_spec.name] = (kernel_spec, distribution)
         except BaseException:
             self._entries, self._specs = before
             raise
@@ -96,20 +98,20 @@ class Registry:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
         if other is not None:
             by = [e.distribution or "a registration at run time" for e in (other, entry)]
-            why = f"backend {name!r} is offered by {by[0]} and by {by[1]}"
-            failure = LoadFailure(name, entry.distribution, "duplicate", why, fix="uninstall or disable one of them")
-            own = f"hal-{name} "  # no plugin displaces the backend of the distribution that has its name
-            if other.distribution.startswith(own) or not entry.distribution.startswith(own):
-                if not other.distribution.startswith(own):
+            why, fix = f"backend {name!r} is offered by {by[0]} and by {by[1]}", "uninstall or disable one of them"
+            failure = LoadFailure(name, entry.distribution, "duplicate", why, fix=fix)
+            # No plugin displaces the backend of the distribution that has its name.
+            owned, owns = (e.distribution.startswith(f"hal-{name} ") for e in (other, entry))
+            if owned or not owns:
+                if not owned:
                     other.failure = failure  # entry-point order is arbitrary, so both are disabled
-                raise PluginError(f"{why}: uninstall or disable one of them")
-            for plugin in self.plugins.by_name.values():
-                if plugin.distribution == other.distribution:
-                    plugin.failure = failure
-        (major, minor), (core_major, core_minor) = entry.spec.api, API_VERSION
-        if major != core_major or minor > core_minor:
-            fix = "upgrade hal-core" if (major, minor) > API_VERSION else f"upgrade {entry.distribution or name}"
-            why = f"written for plugin contract {major}.{minor}, this core has {core_major}.{core_minor}"
+                raise PluginError(f"{why}: {fix}")
+            for plugin in [p for p in self.plugins.by_name.values() if p.distribution == other.distribution]:
+                plugin.failure = failure
+        if entry.spec.api[0] != API_VERSION[0] or entry.spec.api > API_VERSION:
+            fix = f"upgrade {'hal-core' if entry.spec.api > API_VERSION else entry.distribution or name}"
+            written, core = (".".join(map(str, version)) for version in (entry.spec.api, API_VERSION))
+            why = f"written for plugin contract {written}, this core has {core}"
             entry.failure = failed(name, entry.distribution, "api", PluginError(why), fix)
         self._entries[name] = entry
 
@@ -135,24 +137,23 @@ class Registry:
 
     def devices_of(self, entry: Entry) -> tuple[Device, ...]:
         """The entry's devices; empty, with `entry.failure` set, where its target fails. Tried once."""
-        if entry.found is None:
-            with entry.lock:
-                if entry.found is None:
-                    entry.found = self._look_for(entry)
-        return entry.found
+        with entry.lock:
+            if entry.found is None:
+                entry.found = self._look_for(entry)
+            return entry.found
 
     def _look_for(self, entry: Entry) -> tuple[Device, ...]:
-        stage = "target"
+        if entry.failure is not None:
+            return ()
         try:
-            if entry.failure is not None:
-                return ()
             entry.backend = entry.backend or resolve(entry.spec.target)()
-            stage = "devices"
             found = tuple(entry.backend.devices())
-            if wrong := [d for d in found if not isinstance(d, Device) or not d.id.startswith(f"{entry.spec.name}:")]:
-                raise PluginError(f"devices {wrong} were given: give Device records with ids '{entry.spec.name}:...'")
+            own = f"{entry.spec.name}:"
+            if wrong := [getattr(d, "id", d) for d in found if not (isinstance(d, Device) and d.id.startswith(own))]:
+                raise PluginError(f"device ids {wrong} were given: give Device records with ids '{own}...'")
             return found
         except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
+            stage = "target" if entry.backend is None else "devices"
             entry.failure = failed(entry.spec.name, entry.distribution, stage, error, entry.spec.install_hint)
             return ()
 
@@ -160,16 +161,20 @@ class Registry:
         """Every device that is present and works, hardware, emulated and simulated."""
         return [device for entry in self.entries() for device in self.devices_of(entry)]
 
+    def present(self, name: str) -> list[Device]:
+        """As `find`; empty where the backend is installed but has no such device."""
+        entry = self.entry(name)
+        return [device for device in self.devices_of(entry) if name in (device.id, entry.spec.name)]
+
     def find(self, name: str) -> list[Device]:
         """Devices that a backend name ("cpu") or device id ("cpu:0") means; never empty.
 
         Raises:
             UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
         """
-        entry = self.entry(name)
-        if found := [d for d in self.devices_of(entry) if name in (d.id, entry.spec.name)]:
-            return found
-        raise DeviceUnavailableError(self.why_absent(entry, name))
+        if not (found := self.present(name)):
+            raise DeviceUnavailableError(self.why_absent(self.entry(name), name))
+        return found
 
     def entry(self, name: str) -> Entry:
         """The entry of a backend name or device id. Raises UnknownBackendError."""
@@ -180,10 +185,8 @@ class Registry:
         if backend in self._entries:
             return self._entries[backend]
         plugin = self.plugins.by_name.get(backend)
-        if plugin is not None and plugin.failure is not None:
-            raise UnknownBackendError(
-                f"backend {name!r} is not available, {plugin.failure.message}: {plugin.failure.fix}"
-            )
+        if plugin is not None and (failure := plugin.failure) is not None:
+            raise UnknownBackendError(f"backend {name!r} is not available, {failure.message}: {failure.fix}")
         from difflib import get_close_matches
 
         question = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(backend, self._entries, 1))
@@ -192,26 +195,24 @@ class Registry:
 
     def why_absent(self, entry: Entry, name: str = "") -> str:
         """One sentence on why an installed backend has no (such) device, with the fix."""
-        name = name or entry.spec.name
+        name, spec = name or entry.spec.name, entry.spec
         if entry.failure is not None:
             return f"{name} is installed but cannot be used, {entry.failure.message}: {entry.failure.fix}"
         if entry.found:
-            return f"{name} is not present: {entry.spec.name} has {listing([d.id for d in entry.found])}"
-        needs = f"it needs {listing(entry.spec.requirements)}" if entry.spec.requirements else "none was found"
-        reason = f"{needs}. {entry.spec.install_hint}".rstrip()
-        if isinstance(entry.backend, Absent):
-            try:
-                reason = f"{entry.backend.why_absent()}"
-            except Exception as error:
-                reason = f"{reason} (its why_absent() failed: {error!r})"
+            return f"{name} is not present: {spec.name} has {listing([d.id for d in entry.found])}"
+        needs = f"it needs {listing(spec.requirements)}" if spec.requirements else "none was found"
+        reason = f"{needs}. {spec.install_hint}".rstrip()
+        try:
+            reason = entry.backend.why_absent() if isinstance(entry.backend, Absent) else reason
+        except Exception as error:
+            reason = f"{reason} (its why_absent() failed: {error!r})"
         return f"{name} is installed but has no device: {reason}"
 
     def backend_of(self, device: Device | str) -> AttentionBackend:
         entry = self.entry(device if isinstance(device, str) else device.id)
-        self.devices_of(entry)
-        if entry.backend is None:
+        if not self.devices_of(entry) and entry.backend is None:
             raise DeviceUnavailableError(self.why_absent(entry))
-        return entry.backend
+        return cast(AttentionBackend, entry.backend)
 
     def memory_limit(self, device_id: str) -> int | None:
         """The configured limit of a device in bytes; None for none."""
@@ -253,13 +254,17 @@ class Registry:
     # Registration at run time
 
     def register(self, what: BackendSpec | AttentionBackend, name: str | None = None) -> None:
-        """Add a backend: its spec, or the object itself (its name is `name`, or the first part of its device ids)."""
+        """Add a backend at run time: its spec, or the object itself, whose name is `name` or the first part of its
+        device ids.
+
+        Raises:
+            PluginError: the name is taken. AccessDeniedError: the access policy does not allow it.
+        """
         self.discover()
         if isinstance(what, BackendSpec):
             entry = Entry(what)
         else:
-            if name is None:
-                name = next((device.id.partition(":")[0] for device in what.devices()), "")
+            name = next((d.id.partition(":")[0] for d in what.devices()), "") if name is None else name
             if not name:
                 raise PluginError("a backend without devices was given: pass its name")
             kind = type(what)
@@ -274,10 +279,9 @@ class Registry:
     def unregister(self, name: str) -> None:
         """Remove a backend; its sessions are closed and calls bound to it raise."""
         with self._lock:
-            entry = self.entry(name)
-            del self._entries[entry.spec.name]
+            entry = self._entries.pop(self.entry(name).spec.name)
         self.changed()
-        _close(entry)
+        entry.close()
 
     def changed(self) -> None:
         for callback in self.on_change:
@@ -291,7 +295,7 @@ class Registry:
     def close(self) -> None:
         """Close every session. Runs at exit."""
         for entry in list(self._entries.values()):
-            _close(entry)
+            entry.close()
 
     def forked(self) -> None:
         """In a child process: sessions belong to the parent, and locks may be held by threads that are gone."""
@@ -299,16 +303,6 @@ class Registry:
         for entry in self._entries.values():
             entry.lock, entry.sessions = threading.RLock(), {}
         self.changed()
-
-
-_SESSION = ("memory", "tiling", "autograd", "prepare_attention", "compute_attention", "close")
-
-
-def _close(entry: Entry) -> None:
-    """Close the entry's sessions, the last opened first; an error of one does not keep the others open."""
-    with ExitStack() as closing:
-        while entry.sessions:
-            closing.callback(entry.sessions.popitem()[1].close)
 
 
 def resolve(target: str) -> Any:
@@ -322,6 +316,7 @@ registry = Registry()
 atexit.register(registry.close)
 os.register_at_fork(after_in_child=registry.forked)
 devices, session, register, unregister = registry.devices, registry.session, registry.register, registry.unregister
+find_devices, open_session, refresh = registry.find, registry.session, registry.refresh
 
 
 def device(name: str) -> Device:
@@ -339,16 +334,6 @@ def memory(name: str) -> MemoryManager:
     return registry.session(name).memory
 
 
-def set_memory_limits(limits: int | Mapping[str, int] | None) -> None:
-    """See `hal_core.configure`. Raises ContractError for a limit below 1, UnknownBackendError for an unknown device."""
-    by_device = dict(limits) if isinstance(limits, Mapping) else {} if limits is None else {"": limits}
-    if any(type(limit) is not int or limit <= 0 for limit in by_device.values()):
-        raise ContractError(f"memory_limit {limits!r} was given: pass bytes, 1 or more")
-    for name in filter(None, by_device):
-        registry.entry(name)
-    registry.memory_limits = by_device
-
-
 def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     """The kernel `name` on a device.
 
@@ -362,25 +347,20 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     """
     registry.discover()
     registry.access.demand("kernels", name)
-    by_fidelity = (
-        sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
-    )
-    for found in by_fidelity:
-        provider, opened = registry.backend_of(found), cast(Any, None)
+    every = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
+    for found in every:
+        entry, opened = registry.entry(found.id), cast(Any, None)
         try:
+            provider = registry.backend_of(found)
             if isinstance(provider, KernelProvider) and name in provider.kernel_names(found):
                 opened = registry.session(found.id)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a broken provider must not hide the others; one that was named raises
+        except (Exception, SystemExit) as error:
             if not isinstance(error, HalError):
-                entry = registry.entry(found.id)
                 entry.request_failures[found.id] = failed(entry.spec.name, entry.distribution, "kernel", error)
-            if backend is not None:
+            if backend is not None:  # without a name, a broken provider does not hide the others
                 raise
         if opened is not None:
             return opened.kernel(name)  # type: ignore[no-any-return]
-    known = ", ".join(sorted(registry.kernel_specs())) or "none"
     where = f"on {backend}" if backend is not None else "on any installed device"
-    raise UnsupportedError(f"kernel {name!r} is not provided {where}: specified kernels are {known}")
+    known = f"specified kernels are {', '.join(sorted(registry.kernel_specs())) or 'none'}"
+    raise UnsupportedError(f"kernel {name!r} is not provided {where}: {known}")

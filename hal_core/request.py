@@ -1,11 +1,14 @@
 """One attention call described without its tensors: what selection, refusal and estimates work on."""
 
-from __future__ import annotations
-
 import enum
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
+if TYPE_CHECKING:
+    import torch
+
+#: For annotations: torch itself is imported when a tensor arrives.
+Tensor: TypeAlias = "torch.Tensor"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
@@ -107,8 +110,8 @@ class AttentionRequest:
         """(low, high): causal and window let row i read keys i + low to i + high; None for no bound."""
         offset = self.diagonal + (len_k - len_q if self.causal is Causal.BOTTOM_RIGHT else 0)
         left, right = self.window or (None, None)
-        if self.causal is not Causal.NONE:
-            right = 0  # a window's right side is 0 or more, so the diagonal bounds it
+        # A window's right side is 0 or more, so the diagonal bounds it.
+        right = right if self.causal is Causal.NONE else 0
         return None if left is None else offset - left, None if right is None else offset + right
 
     @property
@@ -126,14 +129,14 @@ class AttentionRequest:
     def bytes_moved(self) -> int:
         """Fewest bytes: query, key and value read once, output written once."""
         size = DTYPE_BYTES.get(self.dtype, 4)
-        cache = DTYPE_BYTES.get(self.cache_dtype, size) if self.cache_dtype else size
+        cache = DTYPE_BYTES.get(self.cache_dtype or self.dtype, size)
         queries = self.batch * self.heads_q * self.len_q * (self.dim_qk + self.dim_v) * size
         return queries + self.batch * self.heads_kv * self.len_k * (self.dim_qk + self.dim_v) * cache
 
     def describe(self) -> str:
         """One line for messages: "batch 2, heads 32/8, 4096 x 4096, head_dim 80, bfloat16, causal"."""
-        dims = f"{self.dim_qk}" + (f"/{self.dim_v}" if self.dim_v != self.dim_qk else "")
-        heads = f"{self.heads_q}" + (f"/{self.heads_kv}" if self.heads_kv != self.heads_q else "")
+        pairs = ((self.dim_qk, self.dim_v), (self.heads_q, self.heads_kv))
+        dims, heads = (f"{first}/{second}" if first != second else f"{first}" for first, second in pairs)
         causal = {Causal.NONE: "", Causal.TOP_LEFT: "causal", Causal.BOTTOM_RIGHT: "causal bottom-right"}[self.causal]
         lengths = f"{self.len_q} x {self.len_k}"
         parts = (f"batch {self.batch}", f"heads {heads}", lengths, f"head_dim {dims}", self.dtype, causal)
@@ -159,7 +162,7 @@ class AttentionRequest:
         return asdict(self) | {"grads": sorted(self.grads), "mask": str(self.mask), "causal": str(self.causal)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AttentionRequest:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read `to_dict`'s form, also after JSON made lists of tuples."""
         names = ("window", "block_plan", "tiling")
         tuples = {name: tuple(values[name]) for name in names if values.get(name) is not None}

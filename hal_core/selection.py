@@ -1,7 +1,5 @@
 """Choosing a device: check every candidate, compare estimates, record why."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any
@@ -10,11 +8,11 @@ import attrs
 
 from .capability import Capabilities, Code, Refusal, listing
 from .decision import FORMAT, Candidate, Decision, Policy, PolicyChoice, figure_text
-from .device_info import Basis, Device, Estimate, Fidelity, Provenance, Quantity
-from .errors import ContractError, DeviceUnavailableError, PluginError
+from .device_info import Basis, Device, Fidelity, Provenance, Quantity
+from .errors import ContractError, DeviceUnavailableError, PluginError, refuse
 from .plans import BlockPlan
 from .plugins import failed
-from .registry import Entry, registry
+from .registry import registry
 from .request import AttentionRequest
 from .version import __version__
 
@@ -31,13 +29,8 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
         ContractError: not a decision record, or one of another format, or one with a tiling, which no record can hold.
     """
     try:
-        data = (
-            json.loads(record)
-            if isinstance(record, str)
-            else record.to_dict()
-            if isinstance(record, Decision)
-            else record
-        )
+        plain = record.to_dict() if isinstance(record, Decision) else record
+        data = json.loads(plain) if isinstance(plain, str) else plain
         if not 1 <= (given := data["format"]) <= FORMAT:
             raise ContractError(
                 f"a decision record of format {given} was given: this core reads up to {FORMAT}; upgrade it"
@@ -46,9 +39,9 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
         options = tuple((name, value) for name, value in data["policy"].get("options") or ())
         policy = Policy(**{**data["policy"], "options": options})
         ranked = replace(request, len_q=data["ranked"][0], len_k=data["ranked"][1])
-    except ContractError:
-        raise
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, ContractError):
+            raise
         raise ContractError(f"not a decision record ({error!r}): pass what to_json() gave") from error
     return attrs.evolve(decide(ranked, policy), request=request)
 
@@ -58,9 +51,8 @@ def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool
 
     For composites that hold an inner device, and for bounds of length buckets.
     """
-    if isinstance(device, str):
-        device = registry.find(device)[0]
-    return _candidate(request, device, registry.entry(device.id), transfer, estimated=False).refusals
+    found = registry.find(device)[0] if isinstance(device, str) else device
+    return _candidate(request, found, Policy(transfer=transfer, allow_simulated=True), estimated=False).refusals
 
 
 def tiling_limits(capabilities: Capabilities) -> dict[str, int]:
@@ -74,8 +66,12 @@ def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabiliti
     """The request with what a tiling makes of it on a device: its block sizes, or its block plan."""
     if tiling is None or request.block_plan is not None:
         return request
-    if request.packed or request.page_size is not None:
-        raise ContractError(f"tiling {tiling.name!r} and packed or paged tables were given: use one of them")
+    refuse(
+        (
+            request.packed or request.page_size is not None,
+            f"tiling {tiling.name!r} and packed or paged tables were given: use one of them",
+        )
+    )
     if tiling.needs_content:  # fixes its sizes beforehand
         return replace(request, block_plan=(tiling.block_q, tiling.block_k, tiling.max_blocks))
     plan = tiling.plan(request, tiling_limits(capabilities))
@@ -85,17 +81,10 @@ def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabiliti
 
 
 def _candidate(
-    request: AttentionRequest,
-    device: Device,
-    entry: Entry,
-    transfer: bool,
-    *,
-    hardware_only: bool = False,
-    estimated: bool = True,
-    tiling: Any = None,
-    excluded: str = "",
+    request: AttentionRequest, device: Device, policy: Policy, *, estimated: bool = True, excluded: str = ""
 ) -> Candidate:
-    moved = not device.reads_from(request.device)
+    """The device under a policy over all levels; its session does not serve the request where `excluded` says why."""
+    entry, moved = registry.entry(device.id), not device.reads_from(request.device)
     seen = Candidate(device=device, distribution=entry.distribution, priority=entry.spec.priority, transfer=moved)
 
     def refused(offered: str, fix: str) -> Candidate:
@@ -111,48 +100,40 @@ def _candidate(
         return attrs.evolve(seen, refusals=(refusal,))
     fix = "pass transfer=True, or move the tensors"
     elsewhere = Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix)
-    placement = [elsewhere] if moved and not transfer else []
+    movable = bool(policy.names) if policy.transfer is None else policy.transfer
     try:
         backend = registry.backend_of(device)
         capabilities = backend.capabilities(device)
-        request = cut_request(request, tiling, capabilities)
+        request = cut_request(request, policy.tiling, capabilities)
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
-        refusals = [*placement, *capabilities.refusals(request)] or list(backend.check(request, device))
+        refusals = [*([elsewhere] if moved and not movable else ()), *capabilities.refusals(request)]
+        refusals = refusals or list(backend.check(request, device))
         if wrong := [r for r in refusals if not isinstance(r, Refusal)]:
             raise PluginError(f"check() of {device.id} gave {wrong[0]!r}: give Refusal records")
-        if (
-            hardware_only and device.fidelity is not Fidelity.HARDWARE
-        ):  # a simulator's estimate may take long: not asked for
+        # A simulator's estimate may take long: it is not asked for where only hardware may serve.
+        if not (policy.names or policy.allow_simulated or device.fidelity is Fidelity.HARDWARE):
             fix = f'pass allow_simulated=True or backend="{device.id}"'
             refusals.append(Refusal(Code.FIDELITY, "fidelity", "hardware", str(device.fidelity), fix))
         if refusals or not estimated:
             return attrs.evolve(seen, refusals=tuple(refusals))
         estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
         error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
-        refusals, limit = _memory(estimate, device)
-        return attrs.evolve(seen, refusals=tuple(refusals), limit=limit, estimate=estimate, error=error)
+        full = attrs.evolve(seen, estimate=estimate, error=error)
+        limit, session = registry.memory_limit(device.id) or device.memory, registry.opened(device.id)
+        in_use = session.memory.stats().in_use if session is not None else 0
+        if limit is None or estimate.memory + in_use <= limit:
+            return full
+        offered = f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})"
+        fix = "shorten the request, free buffers, or raise hal.configure(memory_limit=...)"
+        refusal = Refusal(Code.MEMORY, "memory", f"{estimate.memory:,} bytes", offered, fix)
+        return attrs.evolve(full, refusals=(refusal,), limit=(in_use, limit))
     except ContractError:
         raise
-    except (
-        Exception,
-        SystemExit,
-        GeneratorExit,
-    ) as error:  # the failure is the request's: the next one is asked afresh
+    except (Exception, SystemExit, GeneratorExit) as error:
         failure = failed(entry.spec.name, entry.distribution, "check", error)
-        entry.request_failures[device.id] = failure
+        entry.request_failures[device.id] = failure  # of this request: the next one is asked afresh
         seen = attrs.evolve(seen, provisional=True)
         return refused(f"a backend that failed on this request ({failure.message})", failure.fix)
-
-
-def _memory(estimate: Estimate, device: Device) -> tuple[list[Refusal], tuple[int, int] | None]:
-    limit = registry.memory_limit(device.id) or device.memory
-    session = registry.opened(device.id)
-    in_use = session.memory.stats().in_use if session is not None else 0
-    if limit is None or estimate.memory + in_use <= limit:
-        return [], None
-    offered = f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})"
-    fix = "shorten the request, free buffers, or raise hal.configure(memory_limit=...)"
-    return [Refusal(Code.MEMORY, "memory", f"{estimate.memory:,} bytes", offered, fix)], (in_use, limit)
 
 
 def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None = None) -> Decision:
@@ -164,34 +145,19 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
     Raises:
         UnknownBackendError, DeviceUnavailableError: a named device does not exist here.
     """
-    groups = [_present(name, policy.fall_through) for name in policy.names] or [registry.devices()]
-    transfer = policy.transfer if policy.transfer is not None else bool(policy.names)
+    # A preference passes over a device that is not here.
+    find = registry.present if policy.fall_through else registry.find
     candidates: list[Candidate] = []
     chosen, reason, seconds = None, "no installed backend has a device", None
-    for devices in groups:
-        hardware_only = not policy.names and not policy.allow_simulated
-        seen = [
-            _candidate(
-                request,
-                device,
-                registry.entry(device.id),
-                transfer,
-                hardware_only=hardware_only,
-                tiling=policy.tiling,
-                excluded=(excluded or {}).get(device.id, ""),
-            )
-            for device in devices
-        ]
+    for devices in [find(name) for name in policy.names] or [registry.devices()]:
+        why = excluded or {}
+        seen = [_candidate(request, device, policy, excluded=why.get(device.id, "")) for device in devices]
         candidates += seen
         chosen, reason, seconds = _choose(request, seen, policy)
         if chosen is not None:
             break
-    others: tuple[str, ...] = ()
-    if chosen is None and policy.names:
-        asked = {candidate.device.id for candidate in candidates}
-        others = tuple(d.id for d in registry.devices() if d.id not in asked and not check_all(request, d))
-    if any(candidate.provisional for candidate in candidates):
-        seconds = 0.0
+    asked = {candidate.device.id for candidate in candidates}
+    left = [d for d in registry.devices() if d.id not in asked] if chosen is None and policy.names else []
     decision = Decision(
         request=request,
         ranked=(request.len_q, request.len_k),
@@ -200,33 +166,22 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
         reason=reason,
         candidates=tuple(candidates),
         core=__version__,
-        others=others,
-        seconds=seconds,
+        others=tuple(device.id for device in left if not check_all(request, device)),
+        seconds=0.0 if any(candidate.provisional for candidate in candidates) else seconds,
     )
-    for _ in registry.call_each("hal_decision", decision=decision):
-        pass
+    list(registry.call_each("hal_decision", decision=decision))
     return decision
 
 
 def settled(request: AttentionRequest, policy: Policy, excluded: Excluded | None = None) -> Decision:
     """`decide`, and the chosen device opened: one that does not open is a refusal from then on."""
-    while True:
-        decision = decide(request, policy, excluded)
-        try:
-            if decision.chosen is not None:
-                registry.session(decision.chosen)
-            return decision
-        except DeviceUnavailableError:
-            continue
-
-
-def _present(name: str, may_be_absent: bool) -> list[Device]:
+    decision = decide(request, policy, excluded)
     try:
-        return registry.find(name)
+        if decision.chosen is not None:
+            registry.session(decision.chosen)
+        return decision
     except DeviceUnavailableError:
-        if may_be_absent:  # a preference passes over a device that is not here
-            return []
-        raise
+        return settled(request, policy, excluded)
 
 
 def _choose(
@@ -238,10 +193,9 @@ def _choose(
     if policy.names and len(able) == 1:
         return able[0].device.id, f"named by {policy.origin}", None
     for plugin, answer in registry.call_each("hal_policy", request=request, candidates=able):
-        choice = answer if isinstance(answer, PolicyChoice) else PolicyChoice(answer, -1.0)
-        if choice.device in [candidate.device.id for candidate in able]:
-            seconds = choice.seconds if choice.seconds >= 0 else None
-            return choice.device, f"chosen by the policy of {plugin}", seconds
+        device, seconds = answer if isinstance(answer, PolicyChoice) else (answer, -1.0)
+        if device in [candidate.device.id for candidate in able]:
+            return device, f"chosen by the policy of {plugin}", seconds if seconds >= 0 else None
         error = ValueError(f"it chose {answer!r}, which is not among the candidates")
         registry.plugins.fail(plugin, "hal_policy", error)
     return (*_least(able, policy.objective or "time"), None)
@@ -249,16 +203,14 @@ def _choose(
 
 def _least(able: list[Candidate], objective: str) -> tuple[str | None, str]:
     """The smallest figure. The better basis decides between overlapping intervals only."""
-    figures = {c.device.id: figure for c in able if (figure := c.figure(objective)) is not None}
-    stated = [c for c in able if c.device.id in figures]
-    if objective == "energy" and stated:  # simulated joules are never compared with measured ones
-        best = min(c.device.fidelity.rank for c in stated)
-        stated = [c for c in stated if c.device.fidelity.rank == best]
+    stated = [(c, figure) for c in able if (figure := c.figure(objective)) is not None]
     if not stated:
         return None, f"no device that can states its {objective}: ask for objective='time'"
-    leader = min(stated, key=lambda c: figures[c.device.id].middle)
-    rivals = [c for c in stated if figures[c.device.id].overlaps(figures[leader.device.id])]
-    winner = min(rivals, key=lambda c: (figures[c.device.id].basis.rank, figures[c.device.id].middle, -c.priority))
-    if len(able) == 1:
-        return winner.device.id, "the only device that can"
-    return winner.device.id, f"least {objective} of {len(stated)}: {figure_text(figures[winner.device.id], objective)}"
+    if objective == "energy":  # simulated joules are never compared with measured ones
+        best = min(c.device.fidelity.rank for c, _ in stated)
+        stated = [(c, figure) for c, figure in stated if c.device.fidelity.rank == best]
+    least = min((figure for _, figure in stated), key=lambda figure: figure.middle)
+    rivals = [(c, figure) for c, figure in stated if figure.overlaps(least)]
+    winner, figure = min(rivals, key=lambda rival: (rival[1].basis.rank, rival[1].middle, -rival[0].priority))
+    among = f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"
+    return winner.device.id, "the only device that can" if len(able) == 1 else among

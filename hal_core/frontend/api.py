@@ -8,36 +8,35 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from ..decision import Decision, Policy
-from ..errors import ContractError, DeviceUnavailableError
-from ..options import merged_policy, meter_var
-from ..plans import BlockPlan, TilePlan
+from ..errors import ContractError, DeviceUnavailableError, refuse
+from ..options import meter_var
+from ..plans import BlockPlan
 from ..protocols import TilingStrategy
 from ..registry import registry
-from ..request import AttentionRequest, Causal, SequenceMetadata
+from ..request import AttentionRequest, Causal, SequenceMetadata, Tensor
 from ..selection import check_all, cut_request, decide, tiling_limits
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from . import dispatch, execution, torch_ops, validation
-    from .execution import BoundAttention
-    from .operands import GRADS, Operands
+    from . import dispatch, execution, operands, torch_ops, validation
 else:
-    torch = dispatch = execution = torch_ops = validation = Operands = GRADS = None
+    torch = dispatch = execution = operands = torch_ops = validation = None
 
-_compiling = _grad_enabled = _autocast = cast(Any, None)
+_compiling = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
+_OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
 
 
 def _load() -> None:
     """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
-    global torch, dispatch, execution, torch_ops, validation, Operands, GRADS, _compiling, _grad_enabled, _autocast
+    global torch, dispatch, execution, operands, torch_ops, validation
+    global _compiling, _grad_enabled, _autocast, _gradient_bits
     import torch
 
-    from . import dispatch, execution, torch_ops, validation
-    from .operands import GRADS, Operands
+    from . import dispatch, execution, operands, torch_ops, validation
 
     _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
+    _gradient_bits = operands.gradient_bits
     _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
 
 
@@ -139,17 +138,8 @@ def attention(
         return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
-    if tiling is not None and block_plan is not None:
-        raise ContractError("tiling and block_plan were given: pass one of them")
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
-    bits = 0
-    if _grad_enabled():
-        try:
-            bits = query.requires_grad + 2 * key.requires_grad + 4 * value.requires_grad
-            if attn_mask is not None and attn_mask.requires_grad:
-                bits += 8
-        except AttributeError:  # no tensor: refused below, with a sentence
-            bits = 0
+    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     given = (query, key, value, attn_mask, block_plan, tables)
     found = dispatch.find(given, bits, options, overrides)
     if attn_mask is not None and attn_mask.dim() != 4:
@@ -167,8 +157,12 @@ def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, .
     if not isinstance(mask, CausalBias):
         return mask, options
     given = validation.CallOptions(*options)
-    if given.is_causal or given.causal not in (None, Causal.NONE):
-        raise ContractError("a CausalBias as attn_mask and is_causal or causal were given: pass one of them")
+    refuse(
+        (
+            given.is_causal or given.causal not in (None, Causal.NONE),
+            "a CausalBias as attn_mask and is_causal or causal were given: pass one of them",
+        )
+    )
     upper = mask.variant == CausalVariant.UPPER_LEFT
     return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
 
@@ -185,49 +179,30 @@ def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 def draw_rng(rng: Any) -> tuple[int, int]:
     """The given (seed, offset), or a fresh pair from torch's default generator, so torch.manual_seed governs it."""
     if rng is None:
-        seed, offset = torch.randint(0, 2**62, (2,)).tolist()
-        return seed, offset
+        rng = torch.randint(0, 2**62, (2,)).tolist()
     if isinstance(rng, tuple | list) and len(rng) == 2 and all(isinstance(n, int) and 0 <= n < 1 << 63 for n in rng):
         return rng[0], rng[1]
     raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
 
 
-_OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
-
-
 def _described(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, keywords: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any]
 ) -> tuple[AttentionRequest, Policy]:
     """The exact request and policy of a call given as `attention` takes it."""
     if _compiling is None:
         _load()
-    fields = validation.CallOptions._fields
-    known = {*fields, *_OVERRIDES, *SequenceMetadata._fields, "block_plan", "rng"}
+    defaults, tables = validation.CallOptions._field_defaults, SequenceMetadata._fields
+    known = {*defaults, *_OVERRIDES, *tables, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
         raise ContractError(f"unknown argument {unknown[0]!r} was given: use {', '.join(sorted(known))}")
     if _autocast():
-        query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
-    options = validation.CallOptions(**{name: keywords[name] for name in fields if name in keywords})
-    if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
-        attn_mask, changed = _causal_bias(attn_mask, (*options,))
-        options = validation.CallOptions(*changed)
-    if keywords.get("tiling") is not None and keywords.get("block_plan") is not None:
-        raise ContractError("tiling and block_plan were given: pass one of them")
-    tables = SequenceMetadata(**{name: keywords[name] for name in SequenceMetadata._fields if name in keywords})
-    operands = Operands(query, key, value, attn_mask, keywords.get("block_plan"), tables if any_given(tables) else None)
-    grads = frozenset[str]()
-    if torch.is_grad_enabled():
-        tensors = zip(GRADS, operands, strict=False)
-        grads = frozenset(name for name, t in tensors if isinstance(t, torch.Tensor) and t.requires_grad)
-    request = validation.build_request(operands, options, grads)
-    if operands.tables is not None:
-        validation.check_tables(operands.tables, request, query, key)
-    policy = merged_policy(*(keywords.get(name) for name in _OVERRIDES))
-    return replace(request, options=policy.options or ()), policy
-
-
-def any_given(tables: SequenceMetadata) -> bool:
-    return any(table is not None for table in tables)
+        query, key, value, mask = _follow_autocast(query, key, value, mask)
+    mask, options = _causal_bias(mask, tuple((defaults | keywords)[name] for name in defaults))
+    named = SequenceMetadata(*map(keywords.get, tables))
+    plan, packed = keywords.get("block_plan"), None if named.count(None) == len(named) else named
+    given = operands.Operands(query, key, value, mask, plan, packed)
+    bits = _gradient_bits(query, key, value, mask) if _grad_enabled() else 0
+    return dispatch.describe(given, bits, options, tuple(map(keywords.get, _OVERRIDES)))
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **keywords: Any) -> Decision:
@@ -240,28 +215,22 @@ def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     """
     request, policy = _described(query, key, value, attn_mask, keywords)
     decision = dispatch.decide_exact(request, policy)
-    return attrs.evolve(decision, request=request, plan=_plan_text(request, decision))
+    return attrs.evolve(decision, request=request, plan=plan_text(request, decision))
 
 
-def _plan_text(request: AttentionRequest, decision: Decision) -> str:
-    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen."""
-    if decision.chosen is None:
+def plan_text(request: AttentionRequest, decision: Decision) -> str:
+    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen or nothing is cut."""
+    if decision.chosen is None or request.block_plan is not None or request.packed or request.page_size is not None:
         return ""
-    session, tiling = registry.session(decision.chosen), decision.policy.tiling
     capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
-    if tiling is not None and request.block_plan is None:
-        if tiling.needs_content:
-            return f"blocks of {tiling.block_q} x {tiling.block_k}, at most {tiling.max_blocks} a row, by {tiling.name}"
-        strategy, request = tiling, cut_request(request, tiling, capabilities)
-    elif request.block_plan is not None or request.packed or request.page_size is not None:
-        return ""
-    else:
-        strategy = session.tiling
-    plan = strategy.plan(request, tiling_limits(capabilities))
-    if isinstance(plan, TilePlan):
-        plan.check(strategy.name)
-        return f"{plan} ({strategy.name})"
-    return f"blocks of {plan.block_q} x {plan.block_k}, at most {plan.indices.shape[-1]} a row, by {strategy.name}"
+    tiling = decision.policy.tiling or registry.session(decision.chosen).tiling
+    cut = cut_request(request, tiling, capabilities)
+    if cut.block_plan is not None:
+        block_q, block_k, most = cut.block_plan
+        return f"blocks of {block_q} x {block_k}, at most {most} a row, by {tiling.name}"
+    plan: Any = tiling.plan(request if decision.policy.tiling is None else cut, tiling_limits(capabilities))
+    plan.check(tiling.name)
+    return f"{plan} ({tiling.name})"
 
 
 def bind(
@@ -293,15 +262,17 @@ def bind(
     request, policy = _described(query, key, value, attn_mask, keywords)
     if not request.packed and request.page_size is None:
         longest = (max_len_q or request.len_q, max_len_k or request.len_k)
-        if longest[0] < request.len_q or longest[1] < request.len_k:
-            raise ContractError(
-                f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k"
+        refuse(
+            (
+                longest[0] < request.len_q or longest[1] < request.len_k,
+                f"lengths up to {longest} and a longer example were given: raise max_len_q and max_len_k",
             )
+        )
         request = replace(request, len_q=longest[0], len_k=longest[1])
     return _bound(dispatch.bind_request(request, policy))
 
 
-def _bound(found: BoundAttention) -> Any:
+def _bound(found: execution.BoundAttention) -> Any:
     request, entry, without_grads, state = found.request, found.entry, not found.request.grads, found.state
     session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
     needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
@@ -336,10 +307,13 @@ def _bound(found: BoundAttention) -> Any:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session or state.closed:
             raise DeviceUnavailableError(
-                f"{device_id} was unregistered or closed after this call was bound: bind again"
+                f"{device_id} was unregistered or closed after this call was bound, or the process was forked: bind "
+                "again, and start the children of this process by the spawn method"
             )
-        if without_grads and grad_enabled():
-            _check_no_grads(query, key, value, attn_mask)
+        if without_grads and grad_enabled() and _gradient_bits(query, key, value, attn_mask):
+            raise ContractError(
+                "a call bound without gradients was given a tensor that requires one: bind with such tensors"
+            )
         if needs_rng:
             rng = draw_rng(rng)
         meter = current_meter()
@@ -351,14 +325,7 @@ def _bound(found: BoundAttention) -> Any:
     return bound
 
 
-def _check_no_grads(*tensors: Tensor | None) -> None:
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ContractError(
-            "a call bound without gradients was given a tensor that requires one: bind with such tensors"
-        )
-
-
-def _check_bound(found: BoundAttention, even: bool, given: tuple[Any, ...]) -> None:
+def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, ...]) -> None:
     """Raise ContractError where a call has not the bound request's form, UnsupportedError for lengths between
     limits.
     """
@@ -366,15 +333,22 @@ def _check_bound(found: BoundAttention, even: bool, given: tuple[Any, ...]) -> N
     longest = (request.len_q, request.len_k)
     most_q, most_k = longest if request.packed else (None, None)
     options = validation.CallOptions(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
-    this = validation.build_request(Operands(*given), options, frozenset())
+    this = validation.build_request(operands.Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)
-        if now != wanted and not (field == "last_dim_contiguous" and now):
-            raise ContractError(f"{field} {now} was given to a call bound for {wanted}: bind again")
-    if this.len_q > longest[0] or this.len_k > longest[1]:
-        raise ContractError(
-            f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: bind with max_len_q, max_len_k"
+        refuse(
+            (
+                now != wanted and not (field == "last_dim_contiguous" and now),
+                f"{field} {now} was given to a call bound for {wanted}: bind again",
+            )
         )
+    refuse(
+        (
+            this.len_q > longest[0] or this.len_k > longest[1],
+            f"lengths {this.len_q, this.len_k} were given to a call bound for {longest}: "
+            "bind with max_len_q, max_len_k",
+        )
+    )
     if not even or 0 in (this.len_q, this.len_k):
         policy = attrs.evolve(found.decision.policy, names=(found.decision.winner.device.id,), fall_through=False)
         _ = decide(replace(request, len_q=this.len_q, len_k=this.len_k), policy).winner

@@ -1,7 +1,5 @@
 """Which device runs a call: from a cache by its static fields and bucketed lengths, or decided now."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +7,7 @@ from torch import Tensor
 
 from ..capability import Code
 from ..decision import Decision, Policy
-from ..errors import PluginError, SelectionChangedError
+from ..errors import PluginError, refuse
 from ..options import merged_policy, policy_var
 from ..registry import registry
 from ..request import AttentionRequest
@@ -80,16 +78,7 @@ def find(
         RuntimeError,
     ):  # a wrong rank, a nested tensor or an unhashable option: described below, not cached
         static = None
-    given = Operands(*operands)
-    request = build_request(given, CallOptions(*options), _GRAD_SETS[bits])
-    if tables is not None:
-        check_tables(tables, request, query, key)
-    return _decided(request, overrides, static)
-
-
-def _decided(request: AttentionRequest, overrides: Overrides, static: Any) -> BoundAttention:
-    policy = merged_policy(*overrides)
-    request = replace(request, options=policy.options or ())
+    request, policy = describe(Operands(*operands), bits, options, overrides)
     place: Any = (bucketed(request), policy)
     found = _kept(place)
     if found is None:
@@ -101,11 +90,24 @@ def _decided(request: AttentionRequest, overrides: Overrides, static: Any) -> Bo
     return found if static is None else _keep(static, found)  # type: ignore[no-any-return]
 
 
+def describe(
+    operands: Operands, bits: int, options: tuple[Any, ...], overrides: Overrides
+) -> tuple[AttentionRequest, Policy]:
+    """The exact request of a call, and its policy over all levels. Arguments as for `find`."""
+    refuse(
+        (overrides[-1] is not None and operands.plan is not None, "tiling and block_plan were given: pass one of them")
+    )
+    request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits])
+    if operands.tables is not None:
+        check_tables(operands.tables, request, operands.query, operands.key)
+    policy = merged_policy(*overrides)
+    return replace(request, options=policy.options or ()), policy
+
+
 def _kept(place: Any) -> Any:
     found = _bound.get(place)
-    if found is None or found is _SENTINEL or not (found.state.closed or found.is_stale):
-        return found
-    return None
+    stays = found is None or found is _SENTINEL or not (found.state.closed or found.is_stale)
+    return found if stays else None
 
 
 def _keep(place: Any, found: Any) -> Any:
@@ -155,20 +157,3 @@ def _changes_inside(decision: Decision) -> bool:
         and (c.refusals or check_all(bottom, c.device, transfer=c.transfer))
         for c in decision.candidates
     )
-
-
-def in_operator(
-    operands: Operands, bits: int, options: tuple[Any, ...], overrides: Overrides, expected: str | None
-) -> BoundAttention:
-    """The bound attention of an operator of a compiled graph, which was traced under the policy whose key is
-    `expected`.
-
-    Raises:
-        SelectionChangedError: the policy is another one now. The graph holds one device's operator.
-    """
-    if expected is not None and policy_var.get().key != expected:
-        raise SelectionChangedError(
-            "compiled attention runs under another hal.use() than it was compiled under (another task or thread): pass "
-            "backend= inside the compiled function, or enter hal.use() where it is called"
-        )
-    return find(operands, bits, options, overrides)

@@ -8,31 +8,26 @@ from dataclasses import replace
 from functools import lru_cache
 from threading import get_ident
 from time import monotonic, perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..decision import Decision
 from ..device_info import Fidelity
 from ..errors import ContractError, MemoryLimitError, PluginError, UnsupportedError
-from ..options import meter_var
+from ..options import Meter, meter_var
 from ..plans import BlockPlan, TilePlan
 from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
 from ..selection import cut_request, tiling_limits
 from .operands import GRADS, Operands
 
-Run = Callable[
-    ..., Any
-]  # (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for
+#: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
+Run = Callable[..., Any]
 _MOST_PLANS = 256
-
-
-class _Open:
-    """Stands in for a session that does not say whether it is closed."""
-
-    closed = False
 
 
 class BoundAttention:
@@ -49,11 +44,11 @@ class BoundAttention:
         winner, device = decision.winner, decision.winner.device
         self.decision, self.device, self.backend = decision, device, registry.backend_of(device)
         self.entry, self.session = registry.entry(device.id), registry.session(device.id)
-        self.state: Any = self.session if hasattr(self.session, "closed") else _Open
+        self.state: Any = self.session if hasattr(self.session, "closed") else SimpleNamespace(closed=False)
         capabilities = self.backend.capabilities(device)
         self.tiling: Any = decision.policy.tiling if request.block_plan is None else None
         self.request = request = cut_request(request, self.tiling, capabilities)
-        self._limits, self._plans = tiling_limits(capabilities), dict[AttentionRequest, Any]()
+        self._bounds, self._kept_plan = tiling_limits(capabilities), lru_cache(_MOST_PLANS)(self._plan)
         self.expires = None if decision.seconds is None else monotonic() + decision.seconds
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
@@ -62,82 +57,128 @@ class BoundAttention:
             raise PluginError(f"{given}: its capabilities must not claim 'backward'")
         self.explicit = mode == "explicit"
         self._target = device.reads[0] if winner.transfer else None
-        asked = replace(request, lse=True) if self.explicit else request
-        self._base: Run = _checked(self._session_run(asked), self, always=os.environ.get("HAL_CHECK") == "1")
         self._memory = winner.estimate.memory if winner.estimate is not None else 0
-        self.run: Run = self._around(self._explicit if self.explicit else self._base)
-        self.forward_run: Run = self._around(self._base) if self.explicit else self.run
-        if registry.plugins.having("hal_call"):
-            self.run = self._observed(self.run)
+        self._limit, self._observed = registry.memory_limit(device.id), bool(registry.plugins.having("hal_call"))
+        self._checks_all = os.environ.get("HAL_CHECK") == "1"
+        self._call = self._session_run(replace(request, lse=True) if self.explicit else request)
+        self._base: Run = self._checked
+        self.run: Run = self._reported
 
     @property
     def is_stale(self) -> bool:
         """Whether the decision is to be made anew: a policy gave it a time, or a backend failed while it was made."""
         return self.expires is not None and monotonic() >= self.expires
 
-    def _around(self, run: Run) -> Run:
-        """A run with what surrounds it: the plan of a tiling, the configured limit, the transfer."""
-        if self.tiling is not None:
-            run = self._cut(run)
-        if self._target is not None:
-            run = self._moved(run, self._target)
-        if (limit := registry.memory_limit(self.device.id)) is not None:
-            run = self._limited(run, limit)
-        return run
-
     def _session_run(self, request: AttentionRequest) -> Run:
-        """The session's fast path; inside a meter the call is prepared apart, so that its session can say what it
-        costs.
+        """The session's fast path where it has one. A call inside a meter is prepared apart where its session can say
+        what it costs.
         """
-        bind, apart = getattr(self.session, "bind", None), self._prepare_and_compute(request)
-        if bind is None:
-            return apart
-        fast: Run = bind(request)
-        if not hasattr(self.session, "cost"):
+        session, cost = self.session, getattr(self.session, "cost", None)
+        fast: Run | None = session.bind(request) if hasattr(session, "bind") else None
+        if fast is not None and cost is None:
             return fast
 
-        def run(*arguments: Any) -> Any:
-            return (fast if meter_var.get() is None else apart)(*arguments)
-
-        return run
-
-    def _prepare_and_compute(self, request: AttentionRequest) -> Run:
-        session, cost = self.session, getattr(self.session, "cost", None)
-
         def run(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
+            meter = meter_var.get()
+            if fast is not None and meter is None:
+                return fast(query, key, value, mask, plan, tables, rng)
             this = exact(request, query, key)
             prepared = session.prepare_attention(query, key, value, request=this, plan=plan, tables=tables)
             output = session.compute_attention(prepared, mask, rng=rng)
-            if cost is not None and (meter := meter_var.get()) is not None:
+            if cost is not None and meter is not None:
                 meter.costs[id(self), get_ident()] = cost(prepared)
             return output if request.lse else output.out
 
         return run
+
+    def _checked(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+        """The session's call with its result held to the contract: the first call, or under HAL_CHECK=1 every one,
+        which then demands finite inputs too.
+        """
+        for name, tensor in (("query", query), ("key", key), ("value", value)) if self._checks_all else ():
+            if tensor.dtype.itemsize > 1 and not bool(tensor.isfinite().all()):
+                raise ContractError(f"{name} holds NaN or infinity, and HAL_CHECK=1 asks for finite inputs")
+        result = self._call(query, key, value, *others)
+        kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+        wanted = (((*query.shape[:3], value.shape[3]), query.dtype), (tuple(query.shape[:3]), kind))
+        results = result if isinstance(result, tuple) else (result,)
+        for what, given, (shape, dtype) in zip(("out", "log-sum-exp"), results, wanted, strict=False):
+            if not isinstance(given, Tensor):
+                raise PluginError(f"{self.device.id} gave {type(given).__name__} as {what}: a tensor is wanted")
+            if (tuple(given.shape), given.dtype, given.device) != (shape, dtype, query.device):
+                offered = f"{what} {list(given.shape)} {given.dtype} on {given.device}"
+                wanted_text = f"{list(shape)} {dtype} on {query.device} is wanted"
+                raise PluginError(f"{self.device.id} gave {offered}: {wanted_text}")
+        if not self._checks_all:  # from now on without this method, and without what is switched off
+            self._base = self._call
+            if self.tiling is None and self._target is None and self._limit is None and not self._observed:
+                self.run = self._explicit if self.explicit else self._call
+        return result
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
         tensors, cut = Operands(query, key, value, mask, plan, tables).flat()
         out, lse = ExplicitAttention.apply(self, rng, cut, *tensors)  # type: ignore[no-untyped-call]
         return AttentionOutput(out, lse) if self.request.lse else out
 
-    def forward(self, operands: Operands, rng: Any) -> Any:
+    def _surrounded(self, run: Run, query: Tensor, key: Tensor, *others: Any) -> Any:
+        """A run within the configured limit, its tensors moved to the device and back, under the caller's tiling."""
+        if self._limit is not None:
+            in_use = self.session.memory.stats().in_use
+            if in_use + self._memory > self._limit:  # for the bound of the bucket; these lengths may still fit
+                needed = self.backend.estimate(exact(self.request, query, key), self.device).memory
+                if in_use + needed > self._limit:
+                    raise MemoryLimitError(self.device.id, needed, in_use, self._limit)
+        given = (query, key, *others) if self._target is None else moved_to(self._target, (query, key, *others))
+        if self.tiling is not None:
+            given = (*given[:4], self.plan_of(given[0], given[1]), *given[5:])
+        return run(*given) if self._target is None else moved_to(query.device, run(*given))
+
+    def _reported(self, *arguments: Any) -> Any:
+        """The eager call with all that may surround it, reported to `hal_call` observers."""
+        timer, start = getattr(self.session, "timer", None), perf_counter()
+        # A device with events of its own reports when they are read.
+        stop = timer(self._report) if timer is not None and self._observed else None
+        result = self._surrounded(self._explicit if self.explicit else self._base, *arguments)
+        if stop is not None:
+            stop()
+        elif self._observed:
+            self._report(perf_counter() - start)
+        return result
+
+    def _report(self, seconds: float) -> None:
+        list(registry.call_each("hal_call", decision=self.decision, seconds=seconds))
+
+    def forward_run(self, *arguments: Any) -> Any:
         """The call without the core's autograd, with the log-sum-exp that an explicit backward needs."""
-        return self.forward_run(*operands, rng)
+        return self._surrounded(self._base, *arguments)
 
     def backward(
         self, operands: Operands, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, rng: Any
     ) -> Grads:
         """Gradients of the operands from a forward's result: by the session, or by torch running the forward again."""
         if not self.explicit:
-            return native_backward(self.forward_run, operands, rng, self.request.grads, grad_out, grad_lse)
+            return self._native_backward(operands, grad_out, grad_lse, rng)
         if self._target is not None:
             operands, out, lse, grad_out, grad_lse = moved_to(self._target, (operands, out, lse, grad_out, grad_lse))
-        request = exact(replace(self.request, lse=True), operands.query, operands.key)
-        if self.tiling is not None:
-            operands = operands._replace(plan=self.plan_of(operands.query, operands.key))
         query, key, value, mask, plan, tables = operands
+        plan = plan if self.tiling is None else self.plan_of(query, key)
+        request = exact(replace(self.request, lse=True), query, key)
         prepared = self.session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
         backward = self.session.compute_attention_backward
         return backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
+
+    def _native_backward(self, operands: Operands, grad_out: Tensor, grad_lse: Tensor | None, rng: Any) -> Grads:
+        """Gradients by running a differentiable forward again: what a compiled graph's backward does."""
+        named, wanted = zip(GRADS, operands, strict=False), self.request.grads
+        leaves = [t if t is None else t.detach().requires_grad_(name in wanted) for name, t in named]
+        with torch.enable_grad():
+            result = self.forward_run(*leaves, operands.plan, operands.tables, rng)
+        results = zip(result if isinstance(result, tuple) else (result,), (grad_out, grad_lse), strict=False)
+        pairs = [(r, grad) for r, grad in results if r is not None and grad is not None and r.requires_grad]
+        needed = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = torch.autograd.grad([r for r, _ in pairs], needed, [grad for _, grad in pairs], allow_unused=True)
+        by_leaf = dict(zip(map(id, needed), found, strict=True))
+        return Grads(*(by_leaf.get(id(leaf)) for leaf in leaves))
 
     def plan_of(self, query: Tensor, key: Tensor) -> TilePlan | BlockPlan:
         """The plan of the caller's tiling at the tensors' lengths, checked for coverage when it is made and then
@@ -145,64 +186,18 @@ class BoundAttention:
         """
         request = exact(self.request, query, key)
         if self.tiling.needs_content:
-            return self.tiling.plan(request, self._limits, query=query, key=key)  # type: ignore[no-any-return]
-        if (plan := self._plans.get(request)) is None:
-            plan = self.tiling.plan(request, self._limits)
-            if isinstance(plan, TilePlan):
-                plan.check(self.tiling.name)
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            self._plans[request] = plan
-        return plan  # type: ignore[no-any-return]
+            return self.tiling.plan(request, self._bounds, query=query, key=key)  # type: ignore[no-any-return]
+        return self._kept_plan(request)
 
-    def _cut(self, run: Run) -> Run:
-        def cut(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
-            return run(query, key, value, mask, self.plan_of(query, key), tables, rng)
+    def _plan(self, request: AttentionRequest) -> TilePlan | BlockPlan:
+        plan: TilePlan | BlockPlan = self.tiling.plan(request, self._bounds)
+        if isinstance(plan, TilePlan):
+            plan.check(self.tiling.name)
+        return plan
 
-        return cut
-
-    def _moved(self, run: Run, target: str) -> Run:
-        def moved(query: Tensor, *others: Any) -> Any:
-            return moved_to(query.device, run(moved_to(target, query), *(moved_to(target, other) for other in others)))
-
-        return moved
-
-    def _limited(self, run: Run, limit: int) -> Run:
-        def limited(*arguments: Any) -> Any:
-            in_use = self.session.memory.stats().in_use
-            if in_use + self._memory > limit:  # for the bound of the bucket; these lengths may still fit
-                this = exact(self.request, arguments[0], arguments[1])
-                needed = self.backend.estimate(this, self.device).memory
-                if in_use + needed > limit:
-                    raise MemoryLimitError(self.device.id, needed, in_use, limit)
-            return run(*arguments)
-
-        return limited
-
-    def _observed(self, run: Run) -> Run:
-        """The eager call, reported to `hal_call` observers."""
-
-        def report(seconds: float) -> None:
-            for _ in registry.call_each("hal_call", decision=self.decision, seconds=seconds):
-                pass
-
-        def by_clock(reported: Callable[[float], None]) -> Callable[[], None]:
-            start = perf_counter()
-            return lambda: reported(perf_counter() - start)
-
-        timer = getattr(self.session, "timer", by_clock)  # a device with events of its own reports when they are read
-
-        def observed(*arguments: Any) -> Any:
-            stop = timer(report)
-            result = run(*arguments)
-            stop()
-            return result
-
-        return observed
-
-    def metered(self, meter: Any, run: Run, arguments: tuple[Any, ...]) -> Any:
+    def metered(self, meter: Meter, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter."""
-        synchronize = getattr(self.session, "synchronize", None) or (lambda: None)
+        synchronize = getattr(self.session, "synchronize", lambda: None)
         synchronize()
         start = perf_counter()
         result = run(*arguments)
@@ -214,43 +209,6 @@ class BoundAttention:
         moved = request.bytes_moved if self._target is not None else 0
         meter.add(self.device, wall, modelled, estimate.energy, request.visible_macs, moved)
         return result
-
-
-def _checked(run: Run, bound: BoundAttention, *, always: bool) -> Run:
-    """The run, whose first result is held to the contract; with `always` every one, and that inputs are finite."""
-    passed = False
-
-    def checked(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
-        nonlocal passed
-        if always:
-            for name, tensor in (("query", query), ("key", key), ("value", value)):
-                if tensor.dtype.itemsize > 1 and not bool(tensor.isfinite().all()):
-                    raise ContractError(f"{name} holds NaN or infinity, and HAL_CHECK=1 asks for finite inputs")
-        result = run(query, key, value, *others)
-        if passed and not always:
-            return result
-        out, lse = result if isinstance(result, tuple) else (result, None)
-        check_result(bound, query, "out", out, (*query.shape[:3], value.shape[3]), query.dtype)
-        if isinstance(result, tuple):
-            kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-            check_result(bound, query, "log-sum-exp", lse, query.shape[:3], kind)
-        passed = True
-        if not always and bound._base is checked:  # from now on without this function
-            bound._base = run
-            bound.run = run if bound.run is checked else bound.run
-            bound.forward_run = run if bound.forward_run is checked else bound.forward_run
-        return result
-
-    return checked
-
-
-def check_result(bound: BoundAttention, query: Tensor, what: str, given: Any, shape: Any, dtype: torch.dtype) -> None:
-    """Raise PluginError where a session's result has another shape, dtype or device than the contract says."""
-    if not isinstance(given, Tensor):
-        raise PluginError(f"{bound.device.id} gave {type(given).__name__} as {what}: a tensor is wanted")
-    if (tuple(given.shape), given.dtype, given.device) != (tuple(shape), dtype, query.device):
-        what = f"{what} {list(given.shape)} {given.dtype} on {given.device}"
-        raise PluginError(f"{bound.device.id} gave {what}: {list(shape)} {dtype} on {query.device} is wanted")
 
 
 @lru_cache(maxsize=4096)
@@ -268,12 +226,7 @@ def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionReq
 
 def moved_to(target: Any, value: Any) -> Any:
     """A tensor, or the tensors in a tuple, on another torch device; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(target)
-    if isinstance(value, tuple):
-        parts = (moved_to(target, part) for part in value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
+    return tree_map(lambda part: part.to(target) if isinstance(part, Tensor) else part, value)
 
 
 class ExplicitAttention(torch.autograd.Function):
@@ -330,29 +283,6 @@ class ExplicitBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise UnsupportedError(
-            f"a second derivative of attention was asked for ({ctx.described}), and first ones are offered: use torch's "
-            "math attention where second derivatives are needed"
+            f"a second derivative of attention was asked for ({ctx.described}), and first ones are offered: use "
+            "torch's math attention where second derivatives are needed"
         )
-
-
-def native_backward(
-    run: Any, operands: Operands, rng: Any, wanted: frozenset[str], grad_out: Tensor, grad_lse: Tensor | None
-) -> Grads:
-    """Gradients by running a differentiable forward again: what a compiled graph's backward does for native sessions.
-
-    Args:
-        run: the session's callable. operands, rng: its arguments. wanted: subset of {"q", "k", "v", "mask"}.
-        grad_out, grad_lse: gradients of the results.
-    """
-    named = dict(zip(GRADS, operands, strict=False))
-    leaves = {name: t if t is None else t.detach().requires_grad_(name in wanted) for name, t in named.items()}
-    with torch.enable_grad():
-        result = run(*leaves.values(), operands.plan, operands.tables, rng)
-    results = zip((result,) if isinstance(result, Tensor) else result, (grad_out, grad_lse), strict=False)
-    pairs = [(r, grad) for r, grad in results if r is not None and grad is not None and r.requires_grad]
-    needed = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    found = torch.autograd.grad(
-        [r for r, _ in pairs], [*needed.values()], [grad for _, grad in pairs], allow_unused=True
-    )
-    grads = dict(zip(needed, found, strict=True))
-    return Grads(*(grads.get(name) for name in leaves))

@@ -1,17 +1,13 @@
 """The tensors of a call in their one order, and their flat form for autograd and operators."""
 
-from __future__ import annotations
+from typing import Any, NamedTuple, Self
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from torch import Tensor
 
 from ..plans import BlockPlan, TilePlan
 from ..request import SequenceMetadata
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 GRADS = ("q", "k", "v", "mask")
-_NO_TABLES = SequenceMetadata()
 
 
 class Operands(NamedTuple):
@@ -24,21 +20,24 @@ class Operands(NamedTuple):
     plan: BlockPlan | TilePlan | None = None
     tables: SequenceMetadata | None = None
 
-    def flat(self) -> tuple[list[Tensor | None], Any]:
-        """The twelve tensors or None, and what is no tensor of the plan: its block sizes, or a tile plan."""
-        cut: Any = self.plan
-        indices = counts = None
-        if isinstance(self.plan, BlockPlan):
-            cut, indices, counts = (self.plan.block_q, self.plan.block_k), self.plan.indices, self.plan.counts
-        return [*self[:4], indices, counts, *(self.tables or _NO_TABLES)], cut
+    def flat(self) -> tuple[list[Tensor | None], list[Any]]:
+        """The twelve tensors or None, and what is no tensor of the plan: two block sizes, or one tile plan or None."""
+        *cut, indices, counts = self.plan if isinstance(self.plan, BlockPlan) else (self.plan, None, None)
+        return [*self[:4], indices, counts, *(self.tables or SequenceMetadata())], cut
 
     @classmethod
-    def unflat(cls, tensors: Any, cut: Any) -> Operands:
+    def unflat(cls, tensors: Any, cut: Any) -> Self:
         """Put `flat`'s parts together again."""
         query, key, value, mask, indices, counts, *tables = tensors
-        plan = cut if indices is None else BlockPlan(cut[0], cut[1], indices, counts)
-        given = SequenceMetadata(*tables)
-        return cls(query, key, value, mask, plan, None if given.count(None) == len(given) else given)
+        plan = cut[0] if indices is None else BlockPlan(cut[0], cut[1], indices, counts)
+        given = None if tables.count(None) == len(tables) else SequenceMetadata(*tables)
+        return cls(query, key, value, mask, plan, given)
 
 
-TENSORS = 4 + 2 + len(_NO_TABLES)
+def gradient_bits(query: Any, key: Any, value: Any, mask: Any) -> int:
+    """Which operands need gradients: 1 for the query, 2, 4 and 8 for key, value and mask. What is no tensor needs none:
+    it is refused later, with a sentence.
+    """
+    bits = getattr(query, "requires_grad", False) + 2 * getattr(key, "requires_grad", False)
+    bits += 4 * getattr(value, "requires_grad", False)
+    return bits if mask is None or not getattr(mask, "requires_grad", False) else bits + 8

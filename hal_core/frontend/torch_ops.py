@@ -5,22 +5,19 @@ The selection is read while tracing, from a mirror that Dynamo guards; the opera
 runs. Eager calls do not come through here.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..decision import Policy
-from ..errors import ContractError
+from ..errors import SelectionChangedError, refuse
 from ..options import by_key, meter_var, mirror, policy_var, settings
 from ..plans import BlockPlan
 from ..registry import registry
 from ..request import AttentionOutput, Causal
-from .dispatch import in_operator
+from .dispatch import find
 from .execution import BoundAttention
-from .operands import TENSORS, Operands
+from .operands import Operands, gradient_bits
 
 AUTOMATIC = "automatic"
 _TENSORS = (
@@ -34,8 +31,7 @@ _STATIC = (
     "bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend, str? objective, "
     "bool? allow_simulated, bool? transfer, str? tiling, str? expected, int grads"
 )
-_TENSOR_COUNT = TENSORS + 1  # and rng
-_STATIC_COUNT = _STATIC.count(",") + 1
+_TENSOR_COUNT, _STATIC_COUNT = _TENSORS.count(",") + 1, _STATIC.count(",") + 1
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
 _tilings: dict[str, Any] = {}
@@ -70,13 +66,9 @@ def in_graph(
     name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
     family = name.partition(":")[0]
     operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
-    grads = 0
-    if torch.is_grad_enabled():
-        grads = int(query.requires_grad) + 2 * int(key.requires_grad) + 4 * int(value.requires_grad)
-        grads += 8 if mask is not None and mask.requires_grad else 0
-    seed = None if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
-    if seed is None and dropout_p > 0:
-        seed = torch.randint(0, 2**62, (2,), dtype=torch.int64)
+    grads = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
+    drawn = torch.randint(0, 2**62, (2,), dtype=torch.int64) if rng is None and dropout_p > 0 else None
+    seed = drawn if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
     causal = causal.value if isinstance(causal, Causal) else causal
@@ -119,29 +111,30 @@ class _Call:
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
-        given = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks and (blocks[0], blocks[1]))
+        given = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks or [None])
         mask = given.mask if given.mask is None else given.mask[(None,) * (4 - given.mask.dim())]
         self.operands = given._replace(mask=mask)
 
-    def bound(self, expected: str | None) -> BoundAttention:
-        with torch.no_grad():
-            found = in_operator(self.operands, self.bits, self.options, self.overrides, expected)
-            if found.needs_rng and self.rng is None:
-                if self.bits:
-                    name = found.decision.chosen
-                    raise ContractError(
-                        f"{name} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
-                    )
-                self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
+    def bound(self) -> BoundAttention:
+        found = find(self.operands, self.bits, self.options, self.overrides)
+        if found.needs_rng and self.rng is None:
+            why = f"{found.decision.chosen} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
+            refuse((bool(self.bits), why))
+            self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
 
 
+@torch.no_grad()
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = _Call(arguments)
-    found = call.bound(call.expected)
-    with torch.no_grad():
-        given, meter = (*call.operands, call.rng), meter_var.get()
-        result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
+    if call.expected is not None and policy_var.get().key != call.expected:
+        raise SelectionChangedError(
+            "compiled attention runs under another hal.use() than it was compiled under (another task or thread): pass "
+            "backend= inside the compiled function, or enter hal.use() where it is called"
+        )
+    found = call.bound()
+    given, meter = (*call.operands, call.rng), meter_var.get()
+    result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
     out, query = result.contiguous(), call.operands.query
@@ -159,19 +152,18 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
 
 
+@torch.no_grad()
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     call = _Call(arguments)
     # Under the policy of the forward: it may have ended, and an accelerator's backward threads never inherit it.
-    policy: Policy = policy_var.get() if call.expected is None else by_key[call.expected]
-    token = policy_var.set(policy)
+    token = policy_var.set(policy_var.get() if call.expected is None else by_key[call.expected])
     try:
-        found = call.bound(None)
+        found = call.bound()
     finally:
         policy_var.reset(token)
-    with torch.no_grad():
-        grads = found.backward(call.operands, out, lse, grad_out, grad_lse, call.rng)
+    grads = found.backward(call.operands, out, lse, grad_out, grad_lse, call.rng)
     return tuple(_gradient(grads[i], like, call.bits >> i & 1) for i, like in enumerate(arguments[:4]))
 
 
@@ -218,10 +210,9 @@ def define(name: str) -> None:
 
 
 def _define_all() -> None:
-    for entry in registry.entries():
-        define(entry.spec.name)
+    for name in (AUTOMATIC, *(entry.spec.name for entry in registry.entries())):
+        define(name)
 
 
-define(AUTOMATIC)
 _define_all()
 registry.on_change.append(_define_all)

@@ -1,7 +1,5 @@
 """Every input of a call is checked here, once, and described as an `AttentionRequest`."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from numbers import Real
@@ -10,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ContractError
+from ..errors import ContractError, refuse
 from ..plans import BlockPlan
 from ..request import AttentionRequest, Causal, MaskKind, SequenceMetadata
 from .operands import Operands
@@ -53,7 +51,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     heads = f"{heads_q} query heads and {heads_kv} key heads were given"
     cache_dtype = None if key.dtype == query.dtype else str(key.dtype).removeprefix("torch.")
     scaled = tables is not None and tables.key_scale is not None and tables.value_scale is not None
-    _refuse(
+    refuse(
         (
             page_size is None and key.shape[0] != query.shape[0],
             f"batch {batch} of query and {key.shape[0]} of key were given: make them equal",
@@ -75,9 +73,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     shape = (batch, heads_q, len_q, len_k)
     if mask is not None:
         _check_mask(mask, shape, query, packed)
-        mask_batch, mask_heads = (1, 1, *mask.shape)[-4:-2]
-    else:
-        mask_batch = mask_heads = 1
+    mask_batch, mask_heads = (1, 1) if mask is None else (1, 1, *mask.shape)[-4:-2]
     if plan is not None:
         _check_plan(plan, shape, query)
     kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
@@ -113,19 +109,13 @@ def is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN or not isinstance(tensor, Tensor) or hasattr(tensor, "fake_mode")
 
 
-def _refuse(*checks: tuple[bool, str]) -> None:
-    for wrong, sentence in checks:
-        if wrong:
-            raise ContractError(sentence)
-
-
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise ContractError(f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}")
-        if tensor.is_nested:
-            raise ContractError(f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k")
-        _refuse(
+        refuse((not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"))
+        refuse(
+            (tensor.is_nested, f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k")
+        )
+        refuse(
             (
                 not is_plain(tensor),
                 f"{name} is a {type(tensor).__name__}, a tensor subclass: pass a plain torch tensor",
@@ -143,7 +133,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     given = [[getattr(t, field) for t in (query, key, value)] for field in ("dtype", "device", "shape")]
     (q_dtype, k_dtype, v_dtype), devices, (q, k, v) = given
-    _refuse(
+    refuse(
         (q_dtype in _FP8, f"query is {q_dtype}: only key and value may be FP8, with key_scale and value_scale"),
         (
             v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _FP8),
@@ -162,19 +152,20 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallOptions) -> tuple[int, int, int]:
     """(batch, len_q, len_k) of a call with tables; lengths may be upper bounds."""
     for name, table in zip(t._fields[:4], t[:4], strict=True):
-        if table is not None and (not isinstance(table, Tensor) or table.dtype != torch.int32):
-            raise ContractError(f"{name} is {getattr(table, 'dtype', type(table).__name__)}: pass an int32 tensor")
-        if table is not None and table.device != query.device:
-            raise ContractError(f"{name} on {table.device} and query on {query.device} were given: move the table")
+        kind, place = getattr(table, "dtype", type(table).__name__), getattr(table, "device", query.device)
+        refuse(
+            (table is not None and kind != torch.int32, f"{name} is {kind}: pass an int32 tensor"),
+            (place != query.device, f"{name} on {place} and query on {query.device} were given: move the table"),
+        )
     for name, factor in zip(t._fields[4:], t[4:], strict=True):
         wide = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1], 1, 1)
         sizes = zip(reversed(getattr(factor, "shape", ())), reversed(wide), strict=False)
         fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and factor.dim() <= 4
-        if factor is not None and not (fits and all(size in (1, most) for size, most in sizes)):
-            what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
-            raise ContractError(f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}")
+        what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
+        wrong = factor is not None and not (fits and all(size in (1, most) for size, most in sizes))
+        refuse((wrong, f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}"))
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
-    _refuse(
+    refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
         ((pages is None) != (held is None), "one of page_table and cache_seqlens was given: pass both"),
         (cu_q is not None and pages is not None, "packed lengths and a paged cache were given: use one of them"),
@@ -182,7 +173,7 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
     if cu_q is not None:
         most: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
         shapes = f"{list(cu_q.shape)} and {list(cu_k.shape)}"
-        _refuse(
+        refuse(
             (
                 cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
                 f"cu_seqlens_q and cu_seqlens_k of {shapes} were given: use [sequences + 1] for both",
@@ -193,16 +184,18 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
             ),
             (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
         )
-        if not all(type(n) is int and 0 <= n < _LARGEST for n in most):
-            raise ContractError(
-                f"max_seqlen_q {most[0]!r} and max_seqlen_k {most[1]!r} were given: pass lengths of 0 or more"
+        refuse(
+            (
+                not all(type(n) is int and 0 <= n < _LARGEST for n in most),
+                f"max_seqlen_q {most[0]!r} and max_seqlen_k {most[1]!r} were given: pass lengths of 0 or more",
             )
+        )
         return len(cu_q) - 1, most[0], most[1]
     if pages is None:
         return batch, query.shape[2], key.shape[2]
-    if pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,):
-        given = f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)}"
-        raise ContractError(f"{given} were given: use [batch, most pages] and [batch] with batch {batch}")
+    given = f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)}"
+    wrong = pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,)
+    refuse((wrong, f"{given} were given: use [batch, most pages] and [batch] with batch {batch}"))
     return batch, query.shape[2], pages.shape[1] * key.shape[2]
 
 
@@ -229,17 +222,20 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
             )
         pages = (held.unsqueeze(1) + size - 1) // max(size, 1)
         used = torch.arange(tables.page_table.shape[1], device=held.device) < pages
-        if bool((used & ((tables.page_table < 0) | (tables.page_table >= key.shape[0]))).any()):
-            raise ContractError(f"a page_table entry outside 0 to {key.shape[0] - 1} was given: name existing pages")
+        refuse(
+            (
+                bool((used & ((tables.page_table < 0) | (tables.page_table >= key.shape[0]))).any()),
+                f"a page_table entry outside 0 to {key.shape[0] - 1} was given: name existing pages",
+            )
+        )
 
 
 def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) -> None:
-    if not isinstance(mask, Tensor):
-        raise ContractError(f"attn_mask is a {type(mask).__name__}: pass a tensor")
+    refuse((not isinstance(mask, Tensor), f"attn_mask is a {type(mask).__name__}: pass a tensor"))
     pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
     fits = 2 <= mask.dim() <= 4 and all(given in (1, wanted) for given, wanted in pairs)
     floats = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
-    _refuse(
+    refuse(
         (packed, "attn_mask and packed lengths were given: use one of them"),
         (not is_plain(mask), f"attn_mask is a {type(mask).__name__}, a tensor subclass: pass a plain torch tensor"),
         (
@@ -255,14 +251,21 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
 
 
 def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
-    if not isinstance(plan, BlockPlan):
-        raise ContractError(f"block_plan is a {type(plan).__name__}: pass a hal_core.BlockPlan")
+    refuse((not isinstance(plan, BlockPlan), f"block_plan is a {type(plan).__name__}: pass a hal_core.BlockPlan"))
     (batch, heads, len_q, len_k), (block_q, block_k, indices, counts) = shape, plan
-    if not isinstance(indices, Tensor) or not isinstance(counts, Tensor):
-        raise ContractError(f"block_plan with indices {type(indices).__name__} was given: pass int32 tensors")
+    refuse(
+        (
+            not isinstance(indices, Tensor) or not isinstance(counts, Tensor),
+            f"block_plan with indices {type(indices).__name__} was given: pass int32 tensors",
+        )
+    )
     size = list(indices.shape)
-    if type(block_q) is not int or type(block_k) is not int or min(block_q, block_k) < 1:
-        raise ContractError(f"blocks of {block_q!r} x {block_k!r} were given: use whole numbers of 1 or more")
+    refuse(
+        (
+            type(block_q) is not int or type(block_k) is not int or min(block_q, block_k) < 1,
+            f"blocks of {block_q!r} x {block_k!r} were given: use whole numbers of 1 or more",
+        )
+    )
     rows, columns = -(-len_q // block_q), -(-len_k // block_k)
     fits = (
         len(size) == 4
@@ -275,16 +278,14 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
     )
     given = f"block_plan indices {size} {indices.dtype} and counts {list(counts.shape)} {counts.dtype} were given"
     wanted = f"[1 or {batch}, 1 or {heads}, {rows}, at most {columns}]"
-    _refuse(
+    refuse(
         (not fits, f"{given}: use int32, {wanted} and the same without the last dimension"),
         (not indices.device == counts.device == query.device, f"block_plan on {indices.device} was given: move it"),
     )
     listed = torch.arange(size[3], device=indices.device) < counts.unsqueeze(-1)
     wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
-    if bool(wrong):
-        raise ContractError(
-            f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan"
-        )
+    sentence = f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan"
+    refuse((bool(wrong), sentence))
 
 
 def _is_finite(number: Any) -> bool:
@@ -310,13 +311,18 @@ def _checked(o: CallOptions) -> dict[str, Any]:
     """The request's fields of the options, each within its domain."""
     for name in ("scale", "softcap", "max_error", "dropout_p"):
         number = getattr(o, name)
-        if not _is_finite(number) and (number is not None or name == "dropout_p"):
-            raise ContractError(f"{name} {_short(number)} was given: pass a finite Python number")
+        refuse(
+            (
+                not _is_finite(number) and (number is not None or name == "dropout_p"),
+                f"{name} {_short(number)} was given: pass a finite Python number",
+            )
+        )
     for name in ("is_causal", "enable_gqa", "return_lse", "deterministic"):
-        if getattr(o, name) not in (True, False):
-            raise ContractError(f"{name} {_short(getattr(o, name))} was given: pass True or False")
+        refuse(
+            (getattr(o, name) not in (True, False), f"{name} {_short(getattr(o, name))} was given: pass True or False")
+        )
     sides = o.window if isinstance(o.window, tuple | list) else ()
-    _refuse(
+    refuse(
         (not _is_whole(o.diagonal), f"diagonal {_short(o.diagonal)} was given: use a whole number of tokens"),
         (not 0 <= o.dropout_p < 1, f"dropout_p {o.dropout_p} was given: use 0 or more and less than 1"),
         (o.softcap is not None and o.softcap <= 0, f"softcap {o.softcap} was given: use a positive number or None"),

@@ -2,10 +2,12 @@
 them.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
+
+_normal = partial(torch.randn, dtype=torch.float32)  # whatever torch's default dtype is
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -14,7 +16,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sample_matmul(generator: Generator) -> tuple[Tensor, Tensor]:
-    return torch.randn(70, 150, generator=generator), torch.randn(150, 40, generator=generator)
+    return _normal(70, 150, generator=generator), _normal(150, 40, generator=generator)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,5 +25,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def sample_linear(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight = torch.randn(3, 17, 150, generator=generator), torch.randn(40, 150, generator=generator)
-    return x, weight, torch.randn(40, generator=generator)
+    x, weight = _normal(3, 17, 150, generator=generator), _normal(40, 150, generator=generator)
+    return x, weight, _normal(40, generator=generator)

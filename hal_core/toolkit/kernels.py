@@ -1,7 +1,5 @@
 """Specifications of kernels beside attention that several devices offer. A plugin specifies its own kernels only."""
 
-from __future__ import annotations
-
 from ..hooks import KernelSpec
 
 _REFERENCES = f"{__package__}.kernel_references"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ContractError
 from ..plans import BlockPlan, Tile
-from ..request import AttentionRequest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..request import AttentionRequest, Tensor
 
 
 def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

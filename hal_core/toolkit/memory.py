@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ..buffers import Buffer, MemoryStats
 from ..errors import ContractError, MemoryLimitError
-from ..request import DTYPE_BYTES
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..request import DTYPE_BYTES, Tensor
 
 _SMALLEST_BLOCK = 512
 
@@ -37,11 +34,13 @@ class _Block:
 
     __slots__ = ("alone", "count", "form", "size", "storage", "view")
 
-    def __init__(self, size: int, view: Any) -> None:
+    def __init__(self, size: int, device: str) -> None:
         import torch
 
-        self.size, self.view, self.form = size, view, cast(Any, None)
-        self.storage = view.untyped_storage()._cdata
+        with torch.inference_mode(False):  # or autograd could not use the memory later
+            self.view: Any = torch.empty(size, dtype=torch.uint8, device=device)
+        self.size, self.form = size, cast(Any, None)
+        self.storage = self.view.untyped_storage()._cdata
         self.count = torch._C._storage_Use_Count
         self.alone = self.count(self.storage)
 
@@ -74,31 +73,23 @@ class PooledMemory:
         needed = math.prod(form[0]) * DTYPE_BYTES[dtype]
         size = pooled_size(needed)
         with self._lock:
-            pool = self._free.get(size)
-            if not pool and self.limit is not None:
-                if self._in_use + self._pooled + size > self.limit:
-                    self._drop_pool()
-                if self._in_use + size > self.limit:
-                    raise MemoryLimitError(self._name, size, self._in_use, self.limit)
-            if pool:
+            if pool := self._free.get(size):
                 block = pool.pop()
-                self._pooled -= size
-                self._reuses += 1
+                self._pooled, self._reuses = self._pooled - size, self._reuses + 1
             else:
-                block = self._new_block(size)
-            self._allocations += 1
-            self._in_use += size
-            if self._in_use > self._peak:
-                self._peak = self._in_use
+                if self.limit is not None and self._in_use + self._pooled + size > self.limit:
+                    self._drop_pool()
+                    if self._in_use + size > self.limit:
+                        raise MemoryLimitError(self._name, size, self._in_use, self.limit)
+                block = _Block(size, self._device)
+            self._allocations, self._in_use = self._allocations + 1, self._in_use + size
+            self._peak = max(self._peak, self._in_use)
         if block.form != form:
-            block.view, block.form = _typed(block.view, *form), form
+            import torch
+
+            empty: Any = torch.empty(0, dtype=getattr(torch, dtype), device=block.view.device)
+            block.view, block.form = empty.set_(block.view.untyped_storage(), 0, form[0]), form
         return Buffer(block.view.detach(), self, size, block, form)
-
-    def _new_block(self, size: int) -> _Block:
-        import torch
-
-        with torch.inference_mode(False):  # or autograd could not use the memory later
-            return _Block(size, torch.empty(size, dtype=torch.uint8, device=self._device))
 
     def free(self, buffer: Buffer) -> None:
         """Give a buffer back. Freeing twice raises ContractError."""
@@ -107,14 +98,12 @@ class PooledMemory:
         if buffer.freed:
             raise ContractError("this buffer was freed: allocate a new one")
         buffer.release()
-        block = buffer.block
-        if block is None:  # memory that came in through to_backend is its tensor's
-            return
-        with self._lock:
-            self._in_use -= block.size
-            if block.count(block.storage) == block.alone:  # it is the last: nobody else reads this memory
-                self._free.setdefault(block.size, []).append(block)
-                self._pooled += block.size
+        if (block := buffer.block) is not None:  # memory that came in through to_backend is its tensor's
+            with self._lock:
+                self._in_use -= block.size
+                if block.count(block.storage) == block.alone:  # it is the last: nobody else reads this memory
+                    self._free.setdefault(block.size, []).append(block)
+                    self._pooled += block.size
 
     def to_backend(self, tensor: Tensor) -> Buffer:
         """A buffer that shares the tensor's memory where it lies on this device, a counted copy otherwise."""
@@ -130,14 +119,14 @@ class PooledMemory:
         return buffer.tensor  # type: ignore[no-any-return]
 
     def count_copy(self, nbytes: int) -> None:
+        """Add a copy of `nbytes` to the counters."""
         with self._lock:
-            self._copies += 1
-            self._copied += nbytes
+            self._copies, self._copied = self._copies + 1, self._copied + nbytes
 
     def stats(self) -> MemoryStats:
         with self._lock:
-            used = (self._in_use, self._pooled, self._peak, self.limit)
-            return MemoryStats(*used, self._allocations, self._reuses, self._copies, self._copied)
+            now, limit = (self._in_use, self._pooled, self._peak), self.limit
+            return MemoryStats(*now, limit, self._allocations, self._reuses, self._copies, self._copied)
 
     def trim(self) -> int:
         """Drop every pooled block and reset the peak; returns the bytes given back."""
@@ -149,11 +138,3 @@ class PooledMemory:
         given_back, self._pooled = self._pooled, 0
         self._free.clear()
         return given_back
-
-
-def _typed(memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """[shape] of dtype at the start of the tensor's storage."""
-    import torch
-
-    empty: Any = torch.empty(0, dtype=getattr(torch, dtype), device=memory.device)
-    return empty.set_(memory.untyped_storage(), 0, shape)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ..errors import PluginError, UnsupportedError
 from ..plans import BlockPlan, TilePlan
 from ..protocols import Autograd, MemoryManager, TilingStrategy
-from ..request import DTYPE_BYTES, AttentionOutput, AttentionRequest, Grads, SequenceMetadata
+from ..request import DTYPE_BYTES, AttentionOutput, AttentionRequest, Grads, SequenceMetadata, Tensor
 from .memory import PooledMemory
 from .tiling import DenseTiling
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SessionBase:
@@ -66,11 +64,8 @@ def checked_buffer(buffer: Any, shape: Sequence[int], dtype: str) -> Any:
     """The buffer, if it has the shape and dtype that were asked for. Raises PluginError with both sizes."""
     given = getattr(buffer, "tensor", None)
     if given is None or tuple(given.shape) != tuple(shape) or str(given.dtype) != f"torch.{dtype}":
-        size = 1
-        for n in shape:
-            size *= n
         what = "nothing" if given is None else f"{list(given.shape)} of {given.dtype}, {given.nbytes:,} bytes"
-        asked = f"{list(shape)} of {dtype}, {size * DTYPE_BYTES[dtype]:,} bytes"
+        asked = f"{list(shape)} of {dtype}, {math.prod(shape) * DTYPE_BYTES[dtype]:,} bytes"
         raise PluginError(f"the memory manager gave {what} where {asked} were asked for: mend its allocate()")
     return buffer
 

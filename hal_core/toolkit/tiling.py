@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from ..errors import ContractError
+from ..errors import ContractError, refuse
 from ..plans import TilePlan
-from ..request import DTYPE_BYTES, AttentionRequest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..request import DTYPE_BYTES, AttentionRequest, Tensor
 
 
 class DenseTiling:
@@ -25,8 +21,12 @@ class DenseTiling:
 
     def __init__(self, block_q: int | None = None, block_k: int | None = None, *, cut_by: str = "") -> None:
         for size in (block_q, block_k):
-            if size is not None and (type(size) is not int or size < 1):
-                raise ContractError(f"a block of {size!r} was given: use whole numbers of 1 or more")
+            refuse(
+                (
+                    size is not None and (type(size) is not int or size < 1),
+                    f"a block of {size!r} was given: use whole numbers of 1 or more",
+                )
+            )
         self.block_q, self.block_k, self.cut_by = block_q, block_k or block_q, cut_by
         self.name = "dense" if block_q is None else f"dense({block_q}x{self.block_k})"
 
@@ -65,8 +65,7 @@ class DenseTiling:
 
     def split_into_tiles(self, tensor: Tensor, tile_size: int) -> list[Tensor]:
         """Views of [batch, heads, length, dim] along its length; the last one may be shorter."""
-        if tile_size < 1:
-            raise ContractError(f"tile_size {tile_size} was given: use 1 or more")
+        refuse((tile_size < 1, f"tile_size {tile_size} was given: use 1 or more"))
         return list(tensor.split(tile_size, dim=2))
 
     def plan(
@@ -77,23 +76,17 @@ class DenseTiling:
         query: Tensor | None = None,
         key: Tensor | None = None,
     ) -> TilePlan:
-        """Equal blocks over the request's lengths (the tensors' where given), without those that causal and window
-        hide.
+        """Equal blocks over the request's lengths (the tensors' where given), without what causal and window hide.
 
         `limits` are bounds: "available_memory" (bytes, default 1 MiB), "minimum" and "maximum" block sizes.
         """
-        len_q, len_k = (query.shape[2] if query is not None else request.len_q), request.len_k
-        len_k = key.shape[2] if key is not None else len_k
-        request = replace(request, len_q=len_q, len_k=len_k)
+        len_q = request.len_q if query is None else query.shape[2]
+        request = replace(request, len_q=len_q, len_k=request.len_k if key is None else key.shape[2])
         block_q, block_k = self.block_q, self.block_k
         if block_q is None or block_k is None:
-            constraints = {
-                "head_dim": max(request.dim_qk, request.dim_v),
-                "dtype_bytes": DTYPE_BYTES.get(request.dtype, 4),
-            }
+            sizes = {"head_dim": max(request.dim_qk, request.dim_v), "dtype_bytes": DTYPE_BYTES.get(request.dtype, 4)}
             space, longest = limits.get("available_memory", 1 << 20), max(request.len_q, request.len_k)
-            bounds = {name: limits[name] for name in ("minimum", "maximum") if name in limits}
-            block_q = block_k = self.compute_optimal_tile_size(longest, space, constraints | bounds)
+            block_q = block_k = self.compute_optimal_tile_size(longest, space, sizes | dict(limits))
         return TilePlan.equal(request, block_q, block_k, cut_by=self.cut_by)
 
     def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:

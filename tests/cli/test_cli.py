@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import pytest
 from fakes import FakeBackend, plain
-from hal_cli import calibrate
+from hal_cli import calibrate, main
 
 import hal_core as hal
 
@@ -349,3 +349,11 @@ def test_help_names_every_command(run: Run) -> None:
 def test_markup_in_a_driver_s_text_is_shown_as_it_is(run: Run, fake: Fake) -> None:
     fake("ghost", absent="use [bold]sudo[/bold] [/] modprobe")
     assert "use [bold]sudo[/bold] [/] modprobe" in " ".join(run("doctor")[1].split())
+
+
+def test_explain_shows_how_the_device_cuts_the_work_where_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["explain", "--shape", "1,2,300,16", "--softcap", "5", "--backend", "cpu"]
+    assert main([*words, "--plan"]) == 0
+    assert "over 300 x 300, cut by cpu" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "cut by" not in capsys.readouterr().out

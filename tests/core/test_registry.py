@@ -314,7 +314,7 @@ def test_two_plugins_of_one_name_are_both_shown(site: Site) -> None:
     report = site.run(
         "import hal_core.cli as c; c.main(['doctor', '--json'])",
         PYTHONPATH=f"{site.folder}:{other.folder}",
-        HAL_DISABLE="cpu",
+        HAL_PLUGINS="good,hal-copy:good",
     )
     messages = [p["failure"]["message"] for p in report["plugins"] if p["failure"] and p["name"] == "good"]
     assert len(messages) == 1

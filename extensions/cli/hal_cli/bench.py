@@ -8,14 +8,13 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import hal_core as hal
 from hal_core.plugin_api import (
     DTYPE_BYTES,
     BenchSetup,
     Call,
-    Ceilings,
     CommandResult,
     ContractError,
     Device,
@@ -26,20 +25,12 @@ from hal_core.plugin_api import (
 )
 
 from . import bench_picture
+from .bench_run import BenchRun
 from .files import check_writable
 from .parser import whole_numbers
 
 #: Seconds for the calls of one length, all columns together.
 SECONDS = 20.0
-
-
-class BenchRun(NamedTuple):
-    """Records, one dict per length; the columns timed, in order; the notes of the backend; the device's ceilings."""
-
-    records: list[dict[str, Any]]
-    columns: tuple[str, ...]
-    notes: tuple[str, ...]
-    ceilings: Ceilings | None
 
 
 def run(options: argparse.Namespace) -> CommandResult:

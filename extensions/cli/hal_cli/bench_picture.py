@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hal_core.plugin_api import Ceilings, HalError
 
 if TYPE_CHECKING:
-    from .bench import BenchRun
+    from .bench_run import BenchRun
 
 
 def check_format(path: str | Path) -> None:

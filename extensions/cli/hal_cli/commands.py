@@ -41,6 +41,7 @@ COMMANDS = (
             ("--window", {"help": "left,right"}),
             ("--softcap", {"type": float}),
             ("--grad", _YES | {"help": "with gradients of query, key and value"}),
+            ("--plan", _YES | {"help": "open the device and show how it cuts the work"}),
             ("--backend", {}),
             ("--objective", {"choices": ["time", "energy", "error"]}),
             ("--allow-simulated", _YES),

@@ -1,9 +1,13 @@
-"""`hal explain`: the decision for a call that is described in words. No tensor is made, so torch is not imported."""
+"""`hal explain`: the decision for a call that is described in words. No tensor is made, so torch is not
+imported, unless --plan opens the device.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+import attrs
 
 import hal_core as hal
 from hal_core.plugin_api import (
@@ -14,6 +18,7 @@ from hal_core.plugin_api import (
     ContractError,
     decide,
     merged_policy,
+    plan_text,
 )
 
 from .parser import whole_numbers
@@ -24,6 +29,8 @@ def run(options: argparse.Namespace) -> CommandResult:
     request = request_of(options)
     with hal.use(options.backend, objective=options.objective, allow_simulated=options.allow_simulated or None):
         decision = decide(request, merged_policy(None, None, None, None))
+        if options.plan:
+            decision = attrs.evolve(decision, plan=plan_text(request, decision))
     return CommandResult(decision.to_dict(), (), str(decision).splitlines(), 0 if decision.chosen else 1)
 
 
