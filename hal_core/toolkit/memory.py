@@ -20,10 +20,8 @@ def pooled_size(nbytes: int) -> int:
     Powers of two up to 64 KiB, where they waste little; above, steps of an eighth, and of whole MiB from 8 MiB on.
     """
     size = max(_SMALLEST_BLOCK, 1 << max(nbytes - 1, 0).bit_length())
-    if size <= 1 << 16:
-        return size
     step = max(size >> 4, 1 << 14) if size <= 1 << 23 else 1 << 20
-    return -(-nbytes // step) * step
+    return size if size <= 1 << 16 else -(-nbytes // step) * step
 
 
 class _Block:
