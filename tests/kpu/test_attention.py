@@ -54,7 +54,7 @@ def test_rows_cut_into_parts_change_nothing(generator, monkeypatch):
     call = drawn(generator, request(causal=Causal.BOTTOM_RIGHT))
     whole = forward(call, 32)
     for most in (40, 1000):  # scores at once: single rows, single heads, some of both
-        monkeypatch.setattr("hal_kpu.simulator.attention.values._CHUNK", most)
+        monkeypatch.setattr("hal_kpu.simulator.attention.workspace._CHUNK", most)
         out, lse = forward(call, 32)
         assert relative_error(out, whole.out.double()) < 1e-6
         assert relative_error(lse, whole.lse.double()) < 1e-6
