@@ -38,8 +38,9 @@ class SessionBase:
 
     @contextmanager
     def scratch(self, shape: Sequence[int], dtype: str) -> Iterator[Any]:
-        """An uninitialised tensor from `memory`, given back on exit. The pool takes it back where nobody refers to it any
-        more: `del` the variable at the end of the block, or let the function return.
+        """An uninitialised tensor from `memory`, given back on exit.
+
+        The pool keeps it for reuse where nobody refers to it any more: `del` the variable at the end of the block.
 
         Raises:
             PluginError: the memory manager gave less than was asked for. MemoryLimitError: as `memory.allocate`.
