@@ -203,11 +203,13 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     if path == "hopper":
         return result + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
     result += 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
-    return result + (_fused_backward_memory(r) if r.grads else 0)
+    # FlashAttention's backward copies the output and its gradient, which reach it as transposed views.
+    copies = 2 * rows * r.dim_v * DTYPE_BYTES[r.dtype] * (path == "flash")
+    return result + (_fused_backward_memory(r) + copies if r.grads else 0)
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:
-    """What the backward of torch's FlashAttention allocates; cuDNN's is taken for the same.
+    """What the backward of torch's FlashAttention allocates beside copies; cuDNN's is taken for the same.
 
     dq, dk and dv in the operands' dtype, and in float32 the sums of dq and one number for each row; with grouped heads
     also dk and dv of every query head, before they are added up.
@@ -260,7 +262,8 @@ def _backward_memory(request: AttentionRequest) -> int:
     if r.grad_lse:
         peaks.append(kept + 3 * scores)  # of the scores through the log-sum-exp
     held = kept - of_values - scores * dropout + keys * r.dim_v * DTYPE_BYTES[r.dtype]
-    peaks.append(held + 2 * scores)  # of scores; the weights are kept
+    product = r.device.startswith("cuda")  # a GPU's softmax backward multiplies gradient and weights first
+    peaks.append(held + (2 + product) * scores)  # of scores; the weights are kept
     grad_mask = r.mask_batch * r.mask_heads * cells * size if "mask" in r.grads else 0
     peaks.append(held + scores + grad_mask)  # of the mask, or of the scores before the scale
     grads = (rows + keys) * r.dim_qk * size + repeated * r.dim_qk + grad_mask

@@ -200,7 +200,9 @@ def attend(
         first_step = low // BN
         last_step = (high + BN - 1) // BN
 
-    # Scores in base-2 units; a softcap or an additive mask applies to natural ones, which are then converted.
+    # Scores in base-2 units; a softcap applies to natural ones, which are then converted. Under an additive mask they
+    # stay
+    # natural: the lowest finite number of a mask times log2(e) would be -inf.
     NATURAL: tl.constexpr = SOFTCAP or MASK == 2
     factor = scale
     if not NATURAL:
@@ -253,14 +255,18 @@ def attend(
                 visible = visible & (tl.load(mask_at, mask=visible & row_ok[:, None], other=0) != 0)
             else:
                 scores += tl.load(mask_at, mask=visible & row_ok[:, None], other=0.0).to(tl.float32)
-        if NATURAL:
+        if NATURAL and MASK != 2:
             scores *= LOG2E
         if not (EVEN and MASK != 1 and not LEFT and not RIGHT):
             scores = tl.where(visible, scores, float("-inf"))
         raised = tl.maximum(most, tl.max(scores, 1))
         anchor = tl.where(raised == float("-inf"), 0.0, raised)  # a row without keys so far: exp2(-inf - 0), not of NaN
-        weights = tl.exp2(scores - anchor[:, None])
-        shrink = tl.exp2(most - anchor)
+        if MASK == 2:
+            weights = tl.exp2((scores - anchor[:, None]) * LOG2E)
+            shrink = tl.exp2((most - anchor) * LOG2E)
+        else:
+            weights = tl.exp2(scores - anchor[:, None])
+            shrink = tl.exp2(most - anchor)
         total = total * shrink + tl.sum(weights, 1)
         most = raised
         if DROPOUT:
@@ -281,6 +287,8 @@ def attend(
         keep_share = 1.0 - probability
     sums = sums * (1.0 / tl.where(dead, 1.0, total * keep_share))[:, None]
     row_lse = tl.where(dead, float("-inf"), (most + tl.log2(tl.where(dead, 1.0, total))) * LN2)
+    if MASK == 2:
+        row_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
     if SPLIT:
         row_place = ((batch64 * tl.num_programs(1) * GROUP + heads64) * len_q + tokens64) * splits
         lse_part = part + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * len_q * splits * DV
