@@ -176,7 +176,8 @@ class Capabilities(Record):
         inexact, cast = f"{bound:g} in {r.dtype}", _cast("", accurate)
         by_mask = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
         uneven_v, grads = r.dim_v != r.dim_qk, f"gradients of {', '.join(sorted(r.grads))}"
-        paged, pages = r.page_size in self.page_sizes, f"pages of {self.page_sizes}" if has("paged") else "no pages"
+        paged = has("paged") and r.page_size in self.page_sizes
+        pages = f"pages of {self.page_sizes}" if has("paged") else "no pages"
         cached = has("fp8_cache") and r.cache_dtype in self.cache_dtypes
         caches, no_cast = listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"
         plan, planned = r.block_plan or (), f"blocks of {blocks}" if has("block_plan") else "dense"
@@ -222,7 +223,7 @@ class Capabilities(Record):
                 r.page_size is not None and not paged,
                 "page_size",
                 str(r.page_size),
-                f"pages of {pages}",
+                pages,
                 "gather the pages",
             ),
             (r.cache_dtype is not None and not cached, "cache_dtype", str(r.cache_dtype), caches, no_cast),
