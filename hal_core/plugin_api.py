@@ -48,7 +48,7 @@ _NAMES = {
     "toolkit.session": "checked_buffer",
 }
 _OWN = {name: (f".{module}", name) for module, names in _NAMES.items() for name in names.split()}
-_RENAMED = {"load_calibration": (".calibration", "load"), "SequenceTables": (".request", "SequenceMetadata")}
+_RENAMED = {"load_calibration": (".calibration", "load")}
 _WHERE = {name: (".", name) for name in _PUBLIC} | _OWN | _RENAMED
 
 

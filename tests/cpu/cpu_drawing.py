@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, BlockPlan, Causal, SequenceTables
+from hal_core import AttentionRequest, BlockPlan, Causal, SequenceMetadata
 from hal_core.testing import reference, reference_gradients, relative_error, request_of
 
 #: ||x - reference|| / ||reference|| of output, log-sum-exp and gradients.
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     value: Tensor
     mask: Tensor | None
     plan: BlockPlan | None
-    tables: SequenceTables | None
+    tables: SequenceMetadata | None
     options: dict[str, Any]
     grads: frozenset[str]
 
@@ -77,7 +77,7 @@ def draw(seed: int, feature: str, dtype: str) -> Call:
         lens_q, lens_k = ([chance.choice([0, 1, 5, 40, 130]) for _ in range(batch)] for _ in range(2))
         query, key = normal(1, heads, sum(lens_q), dim), normal(1, heads_kv, sum(lens_k), dim)
         value = normal(1, heads_kv, sum(lens_k), dim_v)
-        tables = SequenceTables(*(torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)))
+        tables = SequenceMetadata(*(torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)))
         options |= {"max_seqlen_q": max(lens_q), "max_seqlen_k": max(lens_k)}
         len_q, len_k = max(lens_q), max(lens_k)
     elif feature == "paged":
@@ -86,13 +86,13 @@ def draw(seed: int, feature: str, dtype: str) -> Call:
         key, value = normal(pages, heads_kv, size, dim), normal(pages, heads_kv, size, dim_v)
         order = torch.randperm(pages, generator=generator)[: batch * most].view(batch, most).int()
         held = torch.tensor([chance.randint(0, len_k) for _ in range(batch)]).int()
-        tables = SequenceTables(page_table=order, cache_seqlens=held)
+        tables = SequenceMetadata(page_table=order, cache_seqlens=held)
     elif feature == "fp8":
         narrow = chance.choice([torch.float8_e4m3fn, torch.float8_e5m2])
         key, value = key.to(narrow), value.to(narrow)
         shape = chance.choice([(1, 1, 1, 1), (batch, 1, 1, 1), (batch, heads_kv, 1, 1), (1, heads_kv, 1, 1)])
         scales = (torch.rand(shape, generator=generator) + 0.5 for _ in range(2))
-        tables = SequenceTables(None, None, None, None, *scales)
+        tables = SequenceMetadata(None, None, None, None, *scales)
     elif feature == "strides":
         key = normal(batch, heads_kv, dim, len_k).mT
         value = normal(batch, len_k, heads_kv, dim_v).transpose(1, 2)

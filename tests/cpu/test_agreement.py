@@ -142,7 +142,7 @@ def test_keys_past_a_sequence_and_unlisted_pages_are_not_read(len_q: int, seed: 
     for page, tokens in ((4, 8), (1, 8), (0, 4), (2, 8)):
         key[page, :, :tokens], value[page, :, :tokens] = torch.randn(2, tokens, 16), torch.randn(2, tokens, 16)
     query = torch.randn(2, 4, len_q, 16)
-    tables = hal.SequenceTables(page_table=table, cache_seqlens=held)
+    tables = hal.SequenceMetadata(page_table=table, cache_seqlens=held)
     hold(Call(query, key, value, None, None, tables, {"causal": Causal.BOTTOM_RIGHT}, frozenset()))
 
 
@@ -157,7 +157,7 @@ def test_pages_of_odd_sizes_are_read_in_place(len_q: int, options: dict[str, obj
         key, value = key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)
     table = torch.randperm(120, generator=generator).view(2, 60).int()
     held = torch.tensor([1440, 1111], dtype=torch.int32)
-    tables = hal.SequenceTables(None, None, table, held, *scales)
+    tables = hal.SequenceMetadata(None, None, table, held, *scales)
     query = torch.randn(2, 4, len_q, 16, generator=generator)
     options = {"causal": Causal.BOTTOM_RIGHT, "return_lse": True} | options
     hold(Call(query, key, value, None, None, tables, options, frozenset()))
