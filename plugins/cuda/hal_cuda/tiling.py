@@ -41,7 +41,7 @@ class CudaTiling(DenseTiling):
         super().__init__(cut_by="cuda")
         self.name = "cuda"
         self._chip, self._path_of = chip, path_of
-        self._too_large: dict[AttentionRequest, Tiles] = {}
+        self._too_large: dict[AttentionRequest | tuple[AttentionRequest, str], Tiles] = {}
 
     def compute_optimal_tile_size(
         self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
@@ -84,6 +84,17 @@ class CudaTiling(DenseTiling):
         smaller = shrunk(tiles)
         if smaller is not None:
             self._too_large[request] = smaller
+        return smaller is not None
+
+    def backward_tiles(self, request: AttentionRequest, kernel: str) -> Tiles:
+        """Tiles of a portable backward kernel, "kv", "q" or "mask": as chosen, or the largest smaller ones that fit."""
+        return self._too_large.get((request, kernel)) or choose_backward_tiles(request, kernel)
+
+    def shrink_backward(self, request: AttentionRequest, kernel: str, tiles: Tiles) -> bool:
+        """As `shrink`, of a backward kernel."""
+        smaller = shrunk(tiles)
+        if smaller is not None:
+            self._too_large[request, kernel] = smaller
         return smaller is not None
 
     def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:
@@ -137,6 +148,33 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
         rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
         keys = min(keys, max(16, power_of_two(block_k)))
     return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
+
+
+def choose_backward_tiles(request: AttentionRequest, kernel: str) -> Tiles:
+    """Tiles of a portable backward kernel: "kv" owns keys and walks rows, "q" and "mask" own rows and walk keys.
+
+    The largest whose sums stay in registers without spills; `shrunk` gives the next smaller ones.
+    """
+    wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
+    if request.dtype == "float32":
+        tiles = Tiles(32, 32, 4, 2 if wide <= 128 else 1)
+    elif kernel == "mask":
+        tiles = Tiles(64, 64, 4, 1)
+    elif kernel == "kv":
+        tiles = Tiles(64, 128, 8, 2) if wide <= 128 else Tiles(32, 64, 8, 2)
+    else:
+        tiles = Tiles(128, 64, 8, 2) if wide <= 128 else Tiles(64, 32, 4, 2)
+    rows, keys = (
+        min(size, max(16, power_of_two(length)))
+        for size, length in ((tiles.rows, request.len_q), (tiles.keys, request.len_k))
+    )
+    if request.block_plan is not None:
+        # A tile lies in one block; blocks of odd sizes waste least in small tiles.
+        rows, keys = (
+            min(size, max(16, block & -block if block > 16 else 16))
+            for size, block in ((rows, request.block_plan[0]), (keys, request.block_plan[1]))
+        )
+    return tiles._replace(rows=rows, keys=keys)
 
 
 def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles, chip: Chip) -> Tiles:
