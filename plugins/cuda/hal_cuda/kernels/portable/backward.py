@@ -244,6 +244,7 @@ def grad_kv(
     PLAN: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     RESULT_ALIGNED: tl.constexpr,
@@ -256,13 +257,15 @@ def grad_kv(
     Grid: (key tiles, key heads, batch entries or sequences). numbers: see `backward_step`; count: rows of all heads.
     row_index, row_count: with PLAN the row blocks that list a key block, of `rows_of_blocks`. KEY, VALUE: which
     gradients are wanted. ALIGNED, GRAD_ALIGNED, RESULT_ALIGNED: q, k and v, grad_out, dk and dv have unit last stride,
-    addresses and other strides are multiples of 16 bytes. EVEN_Q, EVEN_K: every tile of rows, of keys is whole. The
-    rest as in `attend`.
+    addresses and other strides are multiples of 16 bytes. EVEN_Q, EVEN_K: every tile of rows, of keys is whole.
+    MASK_UNIT: the mask has unit last stride. The rest as in `attend`.
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
     if GRAD_ALIGNED:
         g_d = 1
+    if MASK_UNIT:  # its loads then follow the keys, down the transposed scores
+        mask_n = 1
     if RESULT_ALIGNED:
         dk_d, dv_d = 1, 1
     kv_head, batch = tl.program_id(1), tl.program_id(2)

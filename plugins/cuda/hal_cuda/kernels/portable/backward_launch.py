@@ -246,7 +246,8 @@ class PortableBackward:
     def _grad_kv(self, form: _Form, tiles: Tiles) -> _Kernel:
         found = [grad for grad in (form.grads.key, form.grads.value) if grad is not None]
         constants = {**_sizes(tiles), **self._whole_tiles(form, tiles), "RESULT_ALIGNED": aligned(*found)}
-        constants |= {"KEY": form.grads.key is not None, "VALUE": form.grads.value is not None}
+        unit = form.mask is not None and form.mask.shape[3] > 1 and form.mask.stride(3) == 1
+        constants |= {"MASK_UNIT": unit, "KEY": form.grads.key is not None, "VALUE": form.grads.value is not None}
         batch, _, _, len_k = self._lengths(form)
         key_tiles, values = -(-len_k // tiles.keys), _plan_values(None)
         if form.plan is not None and form.lists is not None:
@@ -358,9 +359,9 @@ class PortableBackward:
     def _whole_tiles(self, form: _Form, tiles: Tiles) -> dict[str, bool]:
         """Whether no tile of rows, of keys is cut short."""
         _, _, len_q, len_k = self._lengths(form)
-        blocks = (tiles.rows, tiles.keys) if form.plan is None else form.plan[:2]
+        blocks = tiles[:2] if form.plan is None else form.plan[:2]
         even = [
-            not self.request.packed and not length % size and not block % size
+            not self.request.packed and not length % block and not block % size
             for length, block, size in zip((len_q, len_k), blocks, tiles[:2], strict=True)
         ]
         return {"EVEN_Q": even[0], "EVEN_K": even[1]}

@@ -419,10 +419,11 @@ def _same_layout(one: Tensor, other: Tensor) -> bool:
 
 
 def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
-    """Whether no tile of keys is cut short."""
-    if request.packed or request.page_size is not None or len_k % keys:
+    """Whether no tile of keys is cut short, nor a plan's last block, whose tiles may lie behind the keys."""
+    if request.packed or request.page_size is not None:
         return False
-    return request.block_plan is None or request.block_plan[1] % keys == 0
+    block = keys if request.block_plan is None else request.block_plan[1]
+    return not len_k % block and not block % keys
 
 
 def _lse_strides(out: Tensor) -> tuple[int, int, int]:
