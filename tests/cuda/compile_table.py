@@ -143,10 +143,28 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
     return found
 
 
-def backward_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
-    """The plain Triton backward: one of each feature, all the kernels of a call."""
-    shared = {(8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
-    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=shared.get(capability, 163 << 10))
+#: What `backward_variants` compiles, beside the plain request.
+_BACKWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "additive mask": {"mask": MaskKind.ADDITIVE, "grads": frozenset({"q", "k", "v", "mask"})},
+    "causal": {"causal": Causal.TOP_LEFT},
+    "head_dim 64": {"dim_qk": 64, "dim_v": 64},
+    "head_dim 256": {"dim_qk": 256, "dim_v": 256},
+    "float32": {"dtype": "float32"},
+    "dropout": {"dropout": 0.1},
+    "block plan": {"block_plan": (128, 128, 2)},
+    "head_dim 64 causal": {"dim_qk": 64, "dim_v": 64, "causal": Causal.TOP_LEFT},
+    "head_dim 256 causal": {"dim_qk": 256, "dim_v": 256, "causal": Causal.TOP_LEFT},
+    "head_dim 80": {"dim_qk": 80, "dim_v": 80},
+    "boolean mask": {"mask": MaskKind.BOOLEAN},
+    "window": {"window": (100, 0)},
+    "softcap": {"softcap": 5.0},
+}
+
+
+def backward_variants(capability: tuple[int, int], shared_memory: int, features: int) -> dict[str, Callable[[], Any]]:
+    """The plain Triton backward: the kernels of a call, for the first `features` of `_BACKWARD`."""
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=shared_memory)
     memory = PooledMemory("cpu")
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     base = AttentionRequest(
@@ -161,26 +179,9 @@ def backward_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
         lse=True,
         grads=frozenset("qkv"),
     )
-    every = frozenset({"q", "k", "v", "mask"})
-    changes: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "causal": {"causal": Causal.TOP_LEFT},
-        "head_dim 64": {"dim_qk": 64, "dim_v": 64},
-        "head_dim 64 causal": {"dim_qk": 64, "dim_v": 64, "causal": Causal.TOP_LEFT},
-        "head_dim 256": {"dim_qk": 256, "dim_v": 256},
-        "head_dim 256 causal": {"dim_qk": 256, "dim_v": 256, "causal": Causal.TOP_LEFT},
-        "head_dim 80": {"dim_qk": 80, "dim_v": 80},
-        "float32": {"dtype": "float32"},
-        "boolean mask": {"mask": MaskKind.BOOLEAN},
-        "additive mask": {"mask": MaskKind.ADDITIVE, "grads": every},
-        "dropout": {"dropout": 0.1},
-        "block plan": {"block_plan": (128, 128, 2)},
-        "window": {"window": (100, 0)},
-        "softcap": {"softcap": 5.0},
-    }
     found: dict[str, Callable[[], Any]] = {}
     sm = f"sm_{capability[0]}{capability[1]}"
-    for name, change in changes.items():
+    for name, change in list(_BACKWARD.items())[:features]:
         request = replace(base, **change)
         before = len(_launched)
         with mock.patch.object(backward_launch, "launcher", _recorded):
@@ -192,6 +193,8 @@ def backward_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
             kernels = ["prepare", *kernels]
         for kernel, make in zip(reversed(kernels), reversed(_launched[before:]), strict=False):
             found[f"{sm} {kernel} {name}"] = make
+    if features < 3:
+        return found
     for kernel, signature, block in zip((mark_blocks, list_rows), row_signatures(), BLOCKS, strict=True):
         _recorded(chip, kernel, signature, {"BLOCK": block}, num_warps=4)
         found[f"{sm} {kernel.__name__}"] = _launched[-1]
@@ -260,9 +263,9 @@ def variants() -> dict[str, Callable[[], Any]]:
     found = hopper_variants()
     for capability in ((9, 0), (8, 0), (10, 0)):
         found |= portable_variants(capability)
-    for capability in ((9, 0), (8, 0), (8, 6), (8, 9), (10, 0)):
-        found |= backward_variants(capability)
-    return found
+    found |= backward_variants((9, 0), 227 << 10, 99) | backward_variants((8, 0), 163 << 10, 8)
+    found |= backward_variants((8, 6), 99 << 10, 2) | backward_variants((8, 9), 99 << 10, 2)
+    return found | backward_variants((10, 0), 227 << 10, 2)
 
 
 def figures(kernel: Any) -> Figures:

@@ -88,7 +88,7 @@ class CudaTiling(DenseTiling):
 
     def backward_tiles(self, request: AttentionRequest, kernel: str) -> Tiles:
         """Tiles of a portable backward kernel, "kv", "q" or "mask": as chosen, or the largest smaller ones that fit."""
-        return self._too_large.get((request, kernel)) or choose_backward_tiles(request, kernel)
+        return self._too_large.get((request, kernel)) or choose_backward_tiles(request, kernel, self._chip)
 
     def shrink_backward(self, request: AttentionRequest, kernel: str, tiles: Tiles) -> bool:
         """As `shrink`, of a backward kernel."""
@@ -150,20 +150,31 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
     return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
 
 
-def choose_backward_tiles(request: AttentionRequest, kernel: str) -> Tiles:
+def choose_backward_tiles(request: AttentionRequest, kernel: str, chip: Chip) -> Tiles:
     """Tiles of a portable backward kernel: "kv" owns keys and walks rows, "q" and "mask" own rows and walk keys.
 
-    The largest whose sums stay in registers without spills; `shrunk` gives the next smaller ones.
+    The largest whose sums stay in registers with few spills, by what the assembler says of each; `shrunk` gives the
+    next smaller ones. Where products read their operands from shared memory (capability 9 and 10) tiles are larger:
+    elsewhere the tile that a program owns takes registers too.
     """
     wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
+    from_shared = chip.capability[0] in (9, 10)
     if request.dtype == "float32":
-        tiles = Tiles(32, 32, 4, 2 if wide <= 128 else 1)
+        tiles = Tiles(32, 32, 4, 2 if wide <= 128 and kernel != "mask" else 1)
     elif kernel == "mask":
-        tiles = Tiles(64, 64, 4, 1)
-    elif kernel == "kv":
-        tiles = Tiles(64, 128, 8, 2) if wide <= 128 else Tiles(32, 64, 8, 2)
+        tiles = Tiles(64, 64 if wide <= 128 and from_shared else 32, 8, 1)
+    elif kernel == "q":
+        tiles = Tiles(128 if from_shared else 64, 32, 8, 2)
+        tiles = tiles if wide > 128 else Tiles(128, 64 if from_shared or wide <= 64 else 32, 8, 2)
+    elif wide > 128:
+        tiles = Tiles(32, 64, 8, 2) if from_shared else Tiles(32, 32, 8, 2)
+    elif request.mask is MaskKind.ADDITIVE:
+        tiles = Tiles(64, 64, 8, 2) if wide <= 64 else Tiles(32, 128, 8, 2)
+        tiles = tiles if from_shared else Tiles(32, 64, 4 if wide <= 64 else 8, 2)
+    elif from_shared:
+        tiles = Tiles(64, 128, 8, 2)
     else:
-        tiles = Tiles(128, 64, 8, 2) if wide <= 128 else Tiles(64, 32, 4, 2)
+        tiles = Tiles(32, 64, 4, 2) if wide <= 64 else Tiles(64, 64, 8, 2)
     rows, keys = (
         min(size, max(16, power_of_two(length)))
         for size, length in ((tiles.rows, request.len_q), (tiles.keys, request.len_k))

@@ -208,6 +208,7 @@ def grad_mask(
     OF_HEADS: tl.constexpr,
     OF_ROWS: tl.constexpr,
     OF_KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradient of an additive mask: a program owns a tile of it and adds up whatever the mask is broadcast over.
 
@@ -234,14 +235,14 @@ def grad_mask(
         first_head, some_heads = 0, heads
     lane_q, lane_k, d_q, d_v = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BDQ), tl.arange(0, BDV)
     sums = tl.zeros([BM, BN], tl.float32)
-    for pair in range(some_batches * some_heads):
+    for pair in tl.range(0, some_batches * some_heads, num_stages=1):
         batch, head = first_batch + pair // some_heads, first_head + pair % some_heads
         batch64 = tl.zeros([], tl.int64) + batch
         head64 = tl.zeros([], tl.int64) + head
         kv64 = head64 // GROUP
         row_base = numbers + (batch64 * heads + head64) * len_q
         mask_at = mask + batch64 * mask_b + head64 * mask_h
-        for row_step in range(first_row, end_row):
+        for row_step in tl.range(first_row, end_row, num_stages=1):
             rows = row_step * BM + lane_q
             row_ok, rows64 = rows < len_q, rows.to(tl.int64)[:, None]
             q_at = q + batch64 * q_b + head64 * q_h + rows64 * q_m + d_q[None, :] * q_d
@@ -259,7 +260,7 @@ def grad_mask(
                 end_key = (seen + BN - 1) // BN
             if OF_KEYS:
                 first_key, end_key = tl.maximum(key_tile, first_key), tl.minimum(key_tile + 1, end_key)
-            for key_step in range(first_key, end_key):
+            for key_step in tl.range(first_key, end_key, num_stages=STAGES):
                 columns = key_step * BN + lane_k
                 column_ok, columns64 = columns < len_k, columns.to(tl.int64)[None, :]
                 k_at = k + batch64 * k_b + kv64 * k_h + columns64 * k_n + d_q[:, None] * k_d
