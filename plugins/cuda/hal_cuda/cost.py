@@ -23,7 +23,7 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip
-from .tiling import backward_tiles, choose_tiles, packs, split_keys
+from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
@@ -195,19 +195,34 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     result = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + (8 if r.dtype == "float64" else 4) * r.lse)
     if path == "composed":
         return result + (max(_differentiable_memory(r), _backward_memory(r)) if r.grads else _in_place_memory(r))
-    if path == "portable":
-        split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
-        lists = 0
-        if r.block_plan is not None and r.block_plan[2] > 1:
-            lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
-        return result + lists + (0 if split.joined else 4 * split.partial)
-    if path == "hopper":
-        gradients = _hopper_backward_memory(r) if r.grads else 0
-        return result + gradients + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
+    if path in OWN:
+        forward = _own_forward_memory(r, path, chip)
+        if not r.grads:
+            return result + forward
+        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r)
+        return result + 4 * rows * (not r.lse) + max(forward, backward)
     result += 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
     # FlashAttention's backward copies the output and its gradient, which reach it as transposed views.
     copies = 2 * rows * r.dim_v * DTYPE_BYTES[r.dtype] * (path == "flash")
     return result + (_fused_backward_memory(r) + copies if r.grads else 0)
+
+
+def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int:
+    """What the own forward kernels borrow."""
+    r = request
+    if path == "hopper":
+        return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
+    split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
+    lists = 0
+    if r.block_plan is not None and r.block_plan[2] > 1:
+        lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
+    return lists + (0 if split.joined else 4 * split.partial)
+
+
+def _portable_backward_memory(request: AttentionRequest) -> int:
+    from .kernels.portable.backward_launch import backward_memory
+
+    return backward_memory(request)
 
 
 def _gradients(request: AttentionRequest) -> int:
@@ -221,7 +236,8 @@ def _hopper_backward_memory(request: AttentionRequest) -> int:
     numbers for each row.
     """
     r = request
-    tiles = backward_tiles(r.dim_qk, r.dim_v, r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None)
+    right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
+    tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
     rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
     return _gradients(r) + 4 * rows * (tiles.dim_qk + 2)
 

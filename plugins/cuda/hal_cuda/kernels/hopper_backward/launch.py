@@ -13,7 +13,7 @@ from ...memory import borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
-from ...tiling import BackwardTiles, backward_tiles, power_of_two
+from ...tiling import HopperBackwardTiles, hopper_backward_tiles, power_of_two
 from ..hopper.launch import LOG2E, add_map, fits, side
 from .config import Config
 from .rows import finish, prepare
@@ -39,7 +39,9 @@ ALIGNED = dict.fromkeys(("out", "grad_out", "statistics", "sums", "grad_query"),
 ALIGNED |= dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m"), 8)
 
 
-def config_of(tiles: BackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool) -> Config:
+def config_of(
+    tiles: HopperBackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool
+) -> Config:
     """What the kernel is compiled for; see `Config`."""
     return Config(
         group=group,
@@ -172,7 +174,7 @@ class HopperBackward:
         if r.causal is not Causal.NONE:
             right = 0 if right is None else min(right, 0)
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
-        tiles = backward_tiles(dim_qk, dim_v, right is not None)
+        tiles = hopper_backward_tiles(dim_qk, dim_v, right is not None)
         config = config_of(
             tiles,
             group=heads // heads_kv,
