@@ -57,9 +57,9 @@ class Figures(NamedTuple):
 _launched: list[Callable[[], Any]] = []
 
 
-def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
     """In place of `launcher`: notes what would be launched."""
-    _launched.append(lambda: compiled(chip, fn, signature, constants, options))
+    _launched.append(lambda: compiled(chip, fn, signature, constants, divisible or {}, options))
 
 
 def hopper_variants() -> dict[str, Callable[[], Any]]:

@@ -360,3 +360,34 @@ def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
     ends = right is not None or request.causal is not Causal.NONE
     dims = (request.dim_qk, request.dim_v)
     return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)
+
+
+class HopperBackwardTiles(NamedTuple):
+    """How the Hopper backward runs a head size: keys of a block, query rows of a tile, head sizes as it computes them,
+    stages of the loads; turns and engine as in its `Config`.
+    """
+
+    keys: int
+    rows: int
+    dim_qk: int
+    dim_v: int
+    stages: int
+    turns: bool
+    engine: bool
+
+    @property
+    def size(self) -> int:
+        """Numbers of a tile of the query's gradient."""
+        return self.rows * self.dim_qk
+
+
+def hopper_backward_tiles(dim_qk: int, dim_v: int, right: bool) -> HopperBackwardTiles:
+    """The Hopper backward's tiles, measured on one H200. right: keys end at a diagonal, whose masks leave no registers
+    for a third stage of loads.
+    """
+    widest = max(dim_qk, dim_v)
+    if widest <= 64:
+        return HopperBackwardTiles(128, 128, 64, 64, 2, turns=True, engine=False)
+    if widest <= 128:
+        return HopperBackwardTiles(128, 64, 128, 128, 2 if right else 3, turns=True, engine=True)
+    return HopperBackwardTiles(64, 64, 256, 128 if dim_v <= 128 else 256, 2, turns=False, engine=False)
