@@ -28,6 +28,8 @@ from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
 OWN = frozenset({"hopper", "portable"})
+#: Operations of forward and backward together over the forward's: five products beside its two.
+GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
 _ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "composed": 0.05}
 #: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
@@ -145,9 +147,9 @@ def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
     """Middle of a path's time."""
     flops = 2.0 * request.visible_macs
     if request.grads:
-        flops *= 3.5  # forward, and five products for the forward's two
+        flops *= GRADIENT_FLOPS
     if path == "composed":
-        flops = 2.0 * request.macs * (3.5 if request.grads else 1.0)
+        flops = 2.0 * request.macs * (GRADIENT_FLOPS if request.grads else 1.0)
     decoding = packs(request, request.len_q) and not request.grads
     share = rates.decode_share if path == "portable" else 0.8 * rates.decode_share
     reading = request.bytes_moved / (rates.bandwidth * share)

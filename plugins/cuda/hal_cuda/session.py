@@ -282,8 +282,8 @@ class CudaSession(SessionBase):
             raise DeviceUnavailableError(self._lost)
         query, key, value = prepared.query, prepared.key, prepared.value
         if not (query.numel() and key.numel()):
-            zeros = (t.new_zeros(t.shape) for t in (query, key, value))
-            return Grads(*zeros, None if mask is None or "mask" not in request.grads else mask.new_zeros(mask.shape))
+            of_mask = None if mask is None or "mask" not in request.grads else torch.zeros_like(mask)
+            return Grads(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), of_mask)
         if mask is not None and mask.dim() != 4:
             mask = mask[(None,) * (4 - mask.dim())]
         given = (query, key, value, out, lse, grad_out, mask, prepared.plan, prepared.tables)
