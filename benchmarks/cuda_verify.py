@@ -34,12 +34,18 @@ _HOPPER = tuple(
 )
 _ATTEND = ("portable/attend", "portable/merge", "portable/dropout")
 _BACKWARD = ("portable/backward", "portable/backward_step", "portable/attend", "portable/merge", "portable/dropout")
+_HOPPER_BACKWARD = tuple(
+    f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
+)
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER,
     "hopper.forward_split": _HOPPER,
     "hopper.forward_packed": (*_HOPPER, "hopper/tile_table"),
     "hopper.tile_table": ("hopper/tile_table",),
+    "hopper_backward.backward": _HOPPER_BACKWARD,
+    "hopper_backward.prepare": ("hopper_backward/rows",),
+    "hopper_backward.finish": ("hopper_backward/rows",),
     "portable.attend": _ATTEND,
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),
@@ -91,14 +97,19 @@ def measure() -> dict[str, float]:
         "hopper.tile_table": lambda: tabled(bench),
     }
     of_masks = ("portable.normalise", "portable.grad_mask")
-    checks |= dict.fromkeys(("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, False))
-    checks |= dict.fromkeys(of_masks, lambda: backward(bench, True))
+    checks |= dict.fromkeys(
+        ("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, "portable")
+    )
+    checks |= dict.fromkeys(of_masks, lambda: backward(bench, "portable", masked=True))
     checks |= dict.fromkeys(("portable.mark_blocks", "portable.list_rows"), lambda: turned(bench))
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
         checks["hopper.forward_split"] = lambda: max(
             dense(bench, "hopper", 4, 1500, 2000, dim, dim_v) for dim, dim_v in ((96, 96), (192, 192), (192, 128))
         )
+        of_hopper = ("hopper_backward.backward", "hopper_backward.prepare", "hopper_backward.finish")
+        dims = ((64, 64), (128, 128), (256, 256), (192, 128))
+        checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
@@ -204,12 +215,12 @@ def listed(bench: Bench) -> float:
     return sum(wrong) / len(wrong)
 
 
-def backward(bench: Bench, masked: bool) -> float:
-    """Largest error of a gradient of the portable backward, bottom-right causal; masked: under an additive mask some
-    of whose rows are wholly at the lowest number.
+def backward(bench: Bench, path: str, dim: int = 128, dim_v: int = 128, masked: bool = False) -> float:
+    """Largest error of a gradient of an own backward, bottom-right causal; masked: under an additive mask some of whose
+    rows are wholly at the lowest number.
     """
     from cuda_attention import normal
-    from hal_cuda.kernels.portable.backward_launch import PortableBackward
+    from hal_cuda.kernels.gradients import OwnBackward
     from hal_cuda.kernels.portable.launch import PortablePath
     from hal_cuda.memory import CudaMemory, StreamWorkspaces
     from hal_cuda.runtime.context import Context
@@ -219,7 +230,7 @@ def backward(bench: Bench, masked: bool) -> float:
     context = Context(bench.chip, memory, StreamWorkspaces(memory), CudaTiling(bench.chip, lambda request: "portable"))
 
     def error() -> float:
-        given = normal(2, 8, 500, 128), normal(2, 4, 900, 128), normal(2, 4, 900, 128)
+        given = normal(2, 8, 500, dim), normal(2, 4, 900, dim), normal(2, 4, 900, dim_v)
         mask = None
         if masked:
             mask = torch.randn(1, 8, 500, 900, device="cuda")
@@ -227,8 +238,8 @@ def backward(bench: Bench, masked: bool) -> float:
         grads = frozenset({"q", "k", "v"} | ({"mask"} if masked else set()))
         request = request_of(*given, mask, causal="bottom_right", grads=grads, return_lse=True)
         out, lse = PortablePath(request, context)(*given, mask)
-        grad_out = normal(2, 8, 500, 128)
-        found = PortableBackward(request, context)(*given, out, lse, grad_out, mask)
+        grad_out = normal(2, 8, 500, dim_v)
+        found = OwnBackward(path, request, context)(*given, out, lse, grad_out, mask)
         want = reference_gradients(*given, mask, grad_out=grad_out, request=request)
         pairs = [(one, two) for one, two in zip(found, want, strict=True) if one is not None]
         return max(relative_error(one, two) for one, two in pairs)

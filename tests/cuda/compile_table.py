@@ -103,6 +103,29 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     return found
 
 
+def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
+    """The Gluon backward: its head sizes times the edges they may meet, and the kernels around it."""
+    from hal_cuda.kernels.hopper_backward import launch as backward
+    from hal_cuda.tiling import hopper_backward_tiles
+
+    edges: dict[str, dict[str, bool]] = {
+        "full": {},
+        "causal": {"right": True},
+        "full ragged": {"ragged": True},
+        "causal ragged": {"right": True, "ragged": True},
+        "window": {"right": True, "left": True},
+        "softcap": {"right": True, "softcap": True},
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    for dims in ((64, 64), (128, 128), (256, 256), (192, 128)):
+        for edge, flags in edges.items():
+            settings = dict.fromkeys(("left", "right", "ragged", "softcap"), False) | flags
+            config = backward.config_of(hopper_backward_tiles(*dims, settings["right"]), group=1, **settings)
+            name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
+            found[name] = partial(backward.compile_backward, "bf16", config)
+    return found
+
+
 def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """The plain Triton kernels: one of each feature."""
     chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
@@ -260,7 +283,7 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    found = hopper_variants()
+    found = hopper_variants() | hopper_backward_variants()
     for capability in ((9, 0), (8, 0), (10, 0)):
         found |= portable_variants(capability)
     found |= backward_variants((9, 0), 227 << 10, 99) | backward_variants((8, 0), 163 << 10, 8)
