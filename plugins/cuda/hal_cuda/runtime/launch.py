@@ -36,7 +36,8 @@ def launcher(
         fn: the jitted function.
         signature: Triton type of each run-time argument.
         constants: the constexpr arguments.
-        options: num_warps, launch_pdl.
+        options: num_warps, num_stages, launch_pdl, and divisible: what arguments are known to be multiples of, as pairs
+            of a name and a number (pointers in bytes).
 
     Returns:
         The callable. tensors: for the kernel's first arguments, in order; None for unused ones. arguments: those after
@@ -64,10 +65,11 @@ def compiled(
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * chip.capability[0] + chip.capability[1], 32)
-    divisible = {"part": 16} if "part" in signature else {}
+    told = dict(options)
+    divisible = dict(told.pop("divisible", ())) | ({"part": 16} if "part" in signature else {})
     if constants.get("ALIGNED"):
         divisible |= _ALIGNED | (_ALIGNED_RESULT if constants["DV"] % 8 == 0 else {})
-    return binaries.compile_for(fn, signature, constants, target, divisible, **options)
+    return binaries.compile_for(fn, signature, constants, target, divisible, **told)
 
 
 def _by_triton(fn: Any, constants: Mapping[str, Any], options: Mapping[str, Any]) -> Launcher:
@@ -75,8 +77,10 @@ def _by_triton(fn: Any, constants: Mapping[str, Any], options: Mapping[str, Any]
     with.
     """
 
+    told = {} if binaries.INTERPRETED else {name: value for name, value in options.items() if name != "divisible"}
+
     def run(grid: tuple[int, int, int], tensors: Sequence[Any], arguments: list[Any]) -> None:
         given = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in tensors]
-        fn[grid](*given, *arguments, **constants, **({} if binaries.INTERPRETED else options))
+        fn[grid](*given, *arguments, **constants, **told)
 
     return run
