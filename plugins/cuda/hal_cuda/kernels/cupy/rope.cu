@@ -3,10 +3,16 @@
 
 static const int THREADS = 256, HEADS = 4;
 
-// Whole turns are taken off in double, where float would lose the fraction.
+// Whole quarters of a turn are taken off in double, where float would lose the fraction.
 __device__ __forceinline__ void angle(i64 position, int pair, double step, float& c, float& s) {
-    const double turns = (double)position * (exp2(pair * step) * 0.15915494309189535);
-    sincospif(2.0f * (float)(turns - floor(turns)), &s, &c);
+    const double fourths = (double)position * (exp2(pair * step) * 0.6366197723675814), whole = rint(fourths);
+    const int quarter = (int)((i64)whole & 3);
+    float x, y;
+    sincospif(0.5f * (float)(fourths - whole), &y, &x);
+    c = quarter & 1 ? y : x;
+    s = quarter & 1 ? x : y;
+    if ((quarter + 1) & 2) c = -c;
+    if (quarter & 2) s = -s;
 }
 
 extern "C" __global__ void __launch_bounds__(256) rope_table(float* cos, float* sin, i64 count, int pairs,

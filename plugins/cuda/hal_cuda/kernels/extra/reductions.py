@@ -22,13 +22,19 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def plus(a, b):
-    return a + b
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=ALL)
 
 
 @triton.jit
-def larger(a, b):
-    return tl.maximum(a, b, propagate_nan=ALL)
+def over(found, axis: tl.constexpr, MAX: tl.constexpr):
+    """The sum or the maximum along an axis; NaN where one is."""
+    if MAX:
+        marked = tl.max((found != found).to(tl.int32), axis) != 0
+        whole = tl.where(marked, float("nan"), tl.max(found, axis))
+    else:
+        whole = tl.sum(found, axis)
+    return whole
 
 
 @triton.jit
@@ -44,7 +50,7 @@ def reduce_rows(x, out, length, piece, rows, MAX: tl.constexpr, ROWS: tl.constex
         there = (row < rows)[:, None] & (at < last)[None, :]
         some = tl.load(x + (row * length)[:, None] + at[None, :], mask=there, other=neutral).to(tl.float32)
         found = larger(found, some) if MAX else found + some
-    whole = tl.reduce(found, 1, larger if MAX else plus)
+    whole = over(found, 1, MAX)
     tl.store(out + row * tl.num_programs(1) + tl.program_id(1), whole.to(out.dtype.element_ty), mask=row < rows)
 
 
@@ -65,7 +71,7 @@ def reduce_columns(x, out, length, inner, blocks, piece, MAX: tl.constexpr, ROWS
         source = x + ((outer * length + at) * inner)[:, None] + column[None, :]
         some = tl.load(source, mask=there, other=neutral).to(tl.float32)
         found = larger(found, some) if MAX else found + some
-    whole = tl.reduce(found, 0, larger if MAX else plus)
+    whole = over(found, 0, MAX)
     target = (tl.program_id(1) * (tl.num_programs(0) // blocks) + outer) * inner + column
     tl.store(out + target, whole.to(out.dtype.element_ty), mask=column < inner)
 

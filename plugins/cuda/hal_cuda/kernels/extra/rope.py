@@ -21,7 +21,7 @@ from .forms import Rotation, check_table, log_step, rotation, steps_by_16, strid
 
 #: Heads of one program, which shares its cosines among them; bytes of a head's positions that it turns at a time.
 HEADS, BYTES = 8, 8192
-PER_TURN = tl.constexpr(0.5 / math.pi)
+QUARTERS = tl.constexpr(2.0 / math.pi)  # quarters of a turn in a radian
 QUARTER = tl.constexpr(math.pi / 2)
 #: Minimax fits on an eighth of a turn to either side: (sin(r) / r - 1) / r^2 and (cos(r) - 1 + r^2 / 2) / r^4, in r^2.
 S0, S1, S2 = (tl.constexpr(c) for c in (-0.16666665, 0.00833274, -0.0001958686))
@@ -30,17 +30,16 @@ C0, C1, C2 = (tl.constexpr(c) for c in (0.041666665, -0.0013888295, 2.4546889e-0
 
 @triton.jit
 def angles(position, pair, step):
-    """Cosine and sine of position * 2^(pair * step), float32. Whole turns are taken off in float64, where float32 would
-    lose the fraction; what is left needs no further reduction.
+    """Cosine and sine of position * 2^(pair * step), float32. Whole quarters of a turn are taken off in float64,
+    where float32 would lose the fraction.
     """
-    turns = position.to(tl.float64) * (tl.exp2(pair.to(tl.float64) * step) * PER_TURN)
-    fourths = ((turns - tl.floor(turns)) * 4.0).to(tl.float32)
+    fourths = position.to(tl.float64) * (tl.exp2(pair.to(tl.float64) * step) * QUARTERS)
     whole = tl.floor(fourths + 0.5)
-    r = (fourths - whole) * QUARTER
+    r = (fourths - whole).to(tl.float32) * QUARTER
     z = r * r
     sine = r + r * z * (S0 + z * (S1 + z * S2))
     cosine = 1.0 - 0.5 * z + z * z * (C0 + z * (C1 + z * C2))
-    quarter = whole.to(tl.int32)
+    quarter = (whole - 4.0 * tl.floor(0.25 * whole)).to(tl.int32)
     swap = (quarter & 1) != 0
     c, s = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
     return tl.where(((quarter + 1) & 2) != 0, -c, c), tl.where((quarter & 2) != 0, -s, s)
