@@ -195,7 +195,8 @@ def _compiled(capability: tuple[int, int], sources: list[Any]) -> None:
     for name, definitions, least in sources:
         if capability >= least:
             arch = f"sm_{capability[0]}{capability[1]}"
-            code = nvrtc.compile(module.source(name), arch, *module.options(definitions))
+            beside = "--device-as-default-execution-space"  # which CuPy adds
+            code = nvrtc.compile(module.source(name), arch, *module.options(definitions), beside)
             assert len(code) > 1000
             assert "warning" not in nvrtc.log.lower(), nvrtc.log
 
@@ -232,3 +233,13 @@ def test_triton_kernels_compile(capability: tuple[int, int]) -> None:
         if "product" not in name and "table" not in name:
             assert re.search(r"ld\.global\S*\.v4\.", ptx), name
             assert "sum" in name or re.search(r"st\.global\S*\.v4\.", ptx), name
+
+
+@TRITON
+def test_the_example_of_the_readme_runs_without_a_gpu() -> None:
+    from pathlib import Path
+
+    readme = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "README.md"
+    example = readme.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    assert "kernels." in example
+    exec(example, {})

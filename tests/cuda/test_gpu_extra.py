@@ -164,3 +164,14 @@ def test_gpt2_gives_the_same_patched(kernels: Any, backend: str, dtype: torch.dt
     kernels.unpatch_gpt2_model(model)
     model(tokens, labels=tokens).loss.backward()
     assert float((gradient - model.transformer.h[1].mlp.c_fc.weight.grad).norm() / gradient.norm()) <= 5e-2
+
+
+def test_the_example_of_the_readme_runs(gpu: str) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    readme = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "README.md"
+    example = readme.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(example, found)
+    assert found["y"].shape == (300, 512)
+    assert torch.equal(found["keys"][0], found["k"][0])

@@ -8,9 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from hal_core.plugin_api import DeviceUnavailableError
+from hal_core.plugin_api import ContractError, DeviceUnavailableError
+
+from ...memory import cupy_stream
 
 _FOLDER = Path(__file__).parent
 _INSTALL = "pip install 'hal-cuda[cupy]'"
@@ -126,8 +129,8 @@ def function(name: str, entry: str, definitions: Mapping[str, str], index: int) 
             if found is None:
                 try:
                     module = library.RawModule(code=source(name), options=options(definitions), backend="nvrtc")
+                    module.compile()
                     found = module.get_function(entry)
-                    found.compile()
                 except library.cuda.compiler.CompileException as error:
                     raise DeviceUnavailableError(
                         f"NVRTC {'.'.join(map(str, library.cuda.nvrtc.getVersion()))} did not compile {name}.cu for "
@@ -137,23 +140,23 @@ def function(name: str, entry: str, definitions: Mapping[str, str], index: int) 
     return found
 
 
+@lru_cache(maxsize=64)
+def _stream(handle: int, index: int) -> Any:
+    """Torch's current stream, whose handle this is, as CuPy takes it."""
+    return cupy_stream(cupy(), torch.cuda.current_stream(index))
+
+
 def launch(made: Any, index: int, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
     """Launch on torch's current stream of a device. arguments: tensors, None for a null pointer, and numpy scalars.
 
     Raises:
         ContractError: more blocks than a launch may have.
     """
-    import numpy as np
-
-    from hal_core.plugin_api import ContractError
-
     if blocks > _MOST_BLOCKS:
         raise ContractError(f"a kernel of {blocks} blocks was asked for: use smaller tensors")
     given = tuple(
         np.uint64(0 if x is None else x.data_ptr()) if x is None or isinstance(x, torch.Tensor) else x
         for x in arguments
     )
-    library = cupy()
-    stream = library.cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index)
-    with library.cuda.Device(index), stream:
+    with cupy().cuda.Device(index), _stream(torch._C._cuda_getCurrentRawStream(index), index):
         made((blocks,), (threads,), given)

@@ -14,7 +14,6 @@ from .checks import refuse
 
 _ATTENTION, _PATCH, _LINEAR = "hal_cuda", "_hal_cuda_before", "_hal_cuda_linear"
 _TANH = {"gelu": False, "gelu_new": True, "gelu_fast": True, "gelu_pytorch_tanh": True}
-_LINEARS = {"cuda": "fused_gelu_linear", "triton": "triton_fused_gelu_linear"}
 
 
 def patch_gpt2_model(
@@ -38,11 +37,9 @@ def patch_gpt2_model(
     """
     attentions, layers = _parts(model)
     config: Any = model.config
-    refuse("patch_gpt2_model", (backend not in _LINEARS, f"backend {backend!r}: use 'cuda' or 'triton'"))
+    refuse("patch_gpt2_model", (backend not in ("cuda", "triton"), f"backend {backend!r}: use 'cuda' or 'triton'"))
     _check_place(model, backend)
     if patch_mlp:
-        from .. import __getattr__ as public
-
         name = config.activation_function
         refuse(
             "patch_gpt2_model",
@@ -51,11 +48,7 @@ def patch_gpt2_model(
                 f"a model with activation {name!r}, and the fused MLP has {', '.join(_TANH)}: pass patch_mlp=False",
             ),
         )
-        if backend == "cuda":
-            from ..cupy.module import cupy
-
-            cupy()
-        linear = public(_LINEARS[backend])
+        linear = _linear(backend)
     unpatch_gpt2_model(model)
     if patch_attention and attentions:
         _register()
@@ -117,6 +110,19 @@ def _check_place(model: nn.Module, backend: str) -> None:
         raise DeviceUnavailableError(f"patch_gpt2_model needs a GPU: {reason}. Nothing was patched.")
     where = ", ".join(sorted(map(str, places)))
     refuse("patch_gpt2_model", (True, f"a model on {where}: move it to a GPU first, model.to('cuda')"))
+
+
+def _linear(backend: str) -> Any:
+    """The MLP's first product. Raises DeviceUnavailableError where CuPy or NVRTC is missing."""
+    if backend == "cuda":
+        from ..cupy.gelu_linear import fused_gelu_linear
+        from ..cupy.module import cupy
+
+        cupy()
+        return fused_gelu_linear
+    from .gelu_linear import triton_fused_gelu_linear
+
+    return triton_fused_gelu_linear
 
 
 def _register() -> None:

@@ -12,7 +12,7 @@ from hal_core.plugin_api import MemoryLimitError
 
 from .checks import FLOATS, refuse
 
-_BACKENDS = {"cuda": "", "triton": "triton_"}
+_BACKENDS = ("cuda", "triton")
 
 
 class PagedKVCache:
@@ -57,14 +57,10 @@ class PagedKVCache:
         self.dtype, self.backend = kind, backend
         form = (num_pages, 2, num_heads, page_size, head_dim)
         self.pool = torch.zeros(form, dtype=kind, device="cuda" if device is None else device)
+        self._append, self._read = _kernels(backend)
         self._free = list(range(num_pages - 1, -1, -1))
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
-
-    def _kernel(self, name: str) -> Any:
-        from .. import __getattr__ as public
-
-        return public(_BACKENDS[self.backend] + name)
 
     def allocate_page(self) -> int:
         """A page that was free, for a caller who keeps his own tables; `free_page` gives it back.
@@ -115,7 +111,7 @@ class PagedKVCache:
         pages = torch.tensor(held + taken, dtype=torch.int32)
         at = torch.arange(before, after, dtype=torch.int32)
         slots = pages[at // self.page_size] * self.page_size + at % self.page_size if k.shape[0] else at
-        self._kernel("paged_kv_cache_append")(self.pool, slots.to(self.pool.device, non_blocking=True), k, v)
+        self._append(self.pool, slots.to(self.pool.device, non_blocking=True), k, v)
         del self._free[len(self._free) - needed :]
         self._pages[batch_idx], self._lengths[batch_idx] = held + taken, after
 
@@ -133,7 +129,7 @@ class PagedKVCache:
             table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         place = self.pool.device
         most = max(lengths, default=0) if max_seq_len is None else max_seq_len
-        found: tuple[Tensor, Tensor] = self._kernel("paged_kv_cache_read")(
+        found: tuple[Tensor, Tensor] = self._read(
             self.pool, table.to(place), torch.tensor(lengths, dtype=torch.int32).to(place), most
         )
         return found
@@ -160,3 +156,14 @@ class PagedKVCache:
         page = self.pool.nbytes // self.num_pages
         used = (self.num_pages - len(self._free)) * page
         return MemoryLimitError(f"this cache on {self.pool.device}", needed * page, used, self.pool.nbytes)
+
+
+def _kernels(backend: str) -> tuple[Any, Any]:
+    """The kernels that put tokens into pages, and that take them out."""
+    if backend == "cuda":
+        from ..cupy.paged import paged_kv_cache_append, paged_kv_cache_read
+
+        return paged_kv_cache_append, paged_kv_cache_read
+    from .paged import triton_paged_kv_cache_append, triton_paged_kv_cache_read
+
+    return triton_paged_kv_cache_append, triton_paged_kv_cache_read
