@@ -119,7 +119,7 @@ def portable(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, tanh: bool)
     known = [(name, 8) for name in ("columns", "depth") if columns % 8 == 0 and depth % 8 == 0]
     known += [*((name, 16) for name in ("x", "w", "out")), *((name, 8) for name in wide)]
     constants = {"X_UNIT": x_unit, "W_UNIT": w_unit, "TANH": tanh, "BIAS": bias is not None, **tiles, "TOGETHER": 8}
-    divisible = tuple(known) if even else ()
+    divisible = dict(known) if even else {}
     launch = launcher(chip, gelu_linear, types, constants, divisible=divisible, **options)
     programs = -(-rows // tiles["ROWS"]) * -(-columns // tiles["COLUMNS"])
     launch((programs, 1, 1), (x, w, bias, out), [rows, columns, depth, *strides.values()])

@@ -120,7 +120,7 @@ def triton_paged_kv_cache_append(pool: Tensor, slot_mapping: Tensor, new_keys: T
     steps = [*((n, 8) for n in names), *((n, 16) for n in ("pool", "keys", "values"))]
     constants = {"D": dim, "COLUMNS": columns, "ROWS": rows}
     chip = chip_of(pool.device)
-    divisible = tuple(steps) if even else ()
+    divisible = dict(steps) if even else {}
     with torch.cuda.device_of(pool):
         launch = launcher(chip, paged_append, types, constants, num_warps=4, divisible=divisible)
         launch((-(-count // rows), 1, 1), (pool, slots, keys, values), [*moved, count, pages, heads, size])
@@ -145,7 +145,7 @@ def triton_paged_kv_cache_read(
     types = dict.fromkeys(("pool", "keys", "values"), f"*{TYPES[pool.dtype]}")
     types |= dict.fromkeys(("table", "lengths"), "*i32")
     types |= dict.fromkeys(("t_b", "t_n", "pages", "heads", "size", "listed", "most", "blocks"), "i64")
-    steps = tuple((name, 16) for name in ("pool", "keys", "values")) if even else ()
+    steps = dict.fromkeys(("pool", "keys", "values"), 16) if even else {}
     constants = {"D": dim, "COLUMNS": columns, "ROWS": rows}
     arguments = [*block_table.stride(), pages, heads, size, block_table.shape[1], max_seq_len, blocks]
     given = (pool, block_table, seq_lens.contiguous(), keys, values)

@@ -89,7 +89,7 @@ def _run(source: Tensor, out: Tensor, outer: int, length: int, inner: int, *, la
             ("length", "piece", "rows"), "i64"
         )
         constants = {"MAX": largest, "ROWS": rows, "STEP": step}
-        divisible: tuple[tuple[str, int], ...] = (("x", 16), ("length", 8), ("piece", 8)) if even else ()
+        divisible = {"x": 16, "length": 8, "piece": 8} if even else {}
         launch = launcher(chip, reduce_rows, types, constants, num_warps=8, divisible=divisible)
         launch((-(-outer // rows), pieces, 1), (source, made), [length, piece, outer])
         if pieces > 1:
@@ -103,7 +103,7 @@ def _run(source: Tensor, out: Tensor, outer: int, length: int, inner: int, *, la
         ("length", "inner", "blocks", "piece"), "i64"
     )
     constants = {"MAX": largest, "ROWS": COLUMN_STEP[0], "COLUMNS": COLUMN_STEP[1]}
-    divisible = (("x", 16), ("inner", 8)) if even else ()
+    divisible = {"x": 16, "inner": 8} if even else {}
     launch = launcher(chip, reduce_columns, types, constants, num_warps=8, divisible=divisible)
     launch((outer * blocks, pieces, 1), (source, made), [length, inner, blocks, piece])
     if pieces > 1:

@@ -137,7 +137,7 @@ def _rotate(form: Rotation, tables: tuple[Tensor, Tensor] | None, base: float) -
     groups = -(-heads_q // HEADS) - (-heads_k // HEADS)
     given = (query, key, *(tables or (None, None)), query_out, key_out)
     moved = [*strides_of(query), *strides_of(key)]
-    divisible = tuple(steps) if even else ()
+    divisible = dict(steps) if even else {}
     with torch.cuda.device_of(query):
         launch = launcher(chip, rope_heads, types, constants, num_warps=4, divisible=divisible)
         launch((blocks * batch, groups, 1), given, [*moved, heads_q, heads_k, length, blocks, log_step(dim, base)])
