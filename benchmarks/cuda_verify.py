@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,14 @@ KERNELS = {
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),
     "portable.list_once": ("portable/block_plans",),
+    "extra.reduce_rows": ("extra/reductions",),
+    "extra.reduce_columns": ("extra/reductions",),
+    "extra.rope_heads": ("extra/rope",),
+    "extra.rope_table": ("extra/rope",),
+    "extra.paged_append": ("extra/paged",),
+    "extra.paged_read": ("extra/paged",),
+    "extra.gelu_linear": ("extra/gelu_linear",),
+    "extra.gelu_linear_hopper": ("extra/gelu_hopper", "extra/gelu_config"),
     "portable.mark_blocks": ("portable/block_plans",),
     "portable.list_rows": ("portable/block_plans",),
     "portable.prepare": _BACKWARD,
@@ -57,6 +66,16 @@ KERNELS = {
     "portable.grad_q": _BACKWARD,
     "portable.normalise": (*_BACKWARD, "portable/backward_mask"),
     "portable.grad_mask": (*_BACKWARD, "portable/backward_mask"),
+}
+#: The function by whose cases in cuda_extra.py a kernel beside attention is checked.
+BESIDE = {
+    "extra.reduce_rows": "triton_reduce_sum",
+    "extra.reduce_columns": "triton_reduce_sum",
+    "extra.rope_heads": "triton_rope_forward",
+    "extra.rope_table": "triton_rope_precompute_freqs",
+    "extra.paged_append": "triton_paged_kv_cache_append",
+    "extra.paged_read": "triton_paged_kv_cache_read",
+    "extra.gelu_linear": "triton_fused_gelu_linear",
 }
 
 
@@ -96,6 +115,7 @@ def measure() -> dict[str, float]:
         "portable.list_once": lambda: listed(bench),
         "hopper.tile_table": lambda: tabled(bench),
     }
+    checks |= {kernel: partial(beside, function) for kernel, function in BESIDE.items()}
     of_masks = ("portable.normalise", "portable.grad_mask")
     checks |= dict.fromkeys(
         ("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, "portable")
@@ -110,6 +130,7 @@ def measure() -> dict[str, float]:
         of_hopper = ("hopper_backward.backward", "hopper_backward.prepare", "hopper_backward.finish")
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
+        checks["extra.gelu_linear_hopper"] = fused_product
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
@@ -188,6 +209,27 @@ def packed(bench: Bench, dim: int) -> float:
             2,
         )
         return relative_error(call(query, key, value, None, None, tables), want)
+
+    return root_mean_square(error)
+
+
+def beside(function: str) -> float:
+    """The largest error of a kernel beside attention over its bfloat16 cases, or over all where it has none."""
+    from cuda_extra import cases, worst_error
+
+    chosen = [each for each in cases() if each[0].startswith(function)]
+    narrow = [each for each in chosen if "bfloat16" in each[0]]
+    return max(worst_error(call(), meant()) for _, call, meant, _ in narrow or chosen)
+
+
+def fused_product() -> float:
+    """Error of gelu(X W^T + bias) on the Hopper kernel."""
+    from hal_cuda.kernels import triton_fused_gelu_linear
+
+    def error() -> float:
+        x, w, bias = (torch.randn(shape, device="cuda").bfloat16() for shape in ((1000, 520), (776, 520), (776,)))
+        want = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
+        return relative_error(triton_fused_gelu_linear(x, w, bias), want)
 
     return root_mean_square(error)
 

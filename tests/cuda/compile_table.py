@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -263,6 +264,53 @@ def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
                 path._build(*_tensors(request), joins=False, cut=cut)
             found[f"{dtype} {dim} {block_q} x {block_k}"] = _launched[-1], chip.shared_memory
     return found
+
+
+def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+    """The Triton kernels beside attention, 16-bit and aligned; the Hopper kernel of fused_gelu_linear on 9.0."""
+    from hal_cuda.kernels import triton_paged_kv_cache_append, triton_paged_kv_cache_read, triton_rope_precompute_freqs
+    from hal_cuda.kernels.extra import forms, gelu_linear, paged, reductions, rope
+    from hal_cuda.kernels.extra.gelu_config import GeluConfig
+
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=99 << 10)
+    kind = torch.bfloat16 if capability >= (8, 0) else torch.float16
+
+    def empty(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    q, pool, x, b = empty(2, 8, 1024, 128), empty(16, 2, 8, 16, 128), empty(512, 512), empty(512)
+    slots, tables = torch.zeros(64, dtype=torch.int32), (empty(1024, 64, dtype=torch.float32),) * 2
+    heads = empty(64, 8, 128)
+    calls: dict[str, Callable[[], Any]] = {
+        "row sums": lambda: reductions._run(empty(4096, 8192), empty(4096), 4096, 8192, 1, largest=False),
+        "column sums": lambda: reductions._run(empty(64, 8192, 256), empty(64, 256), 64, 8192, 256, largest=False),
+        "rope with tables": lambda: rope._rotate(forms.Rotation(q, q, q, q), tables, 1e4),  # type: ignore[arg-type]
+        "rope computed": lambda: rope._rotate(forms.Rotation(q, q, q, q), None, 1e4),
+        "rope table": lambda: triton_rope_precompute_freqs(128, 128, device="cpu"),
+        "paged append": lambda: triton_paged_kv_cache_append(pool, slots, heads, heads),
+        "paged read": lambda: triton_paged_kv_cache_read(pool, slots.view(4, 16), slots[:4], 256),
+        "product": lambda: gelu_linear.portable(x, x, b, x, False),
+        "product stored [K, N]": lambda: gelu_linear.portable(x, x.T, None, x, True),
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    with ExitStack() as stack:
+        for module in (reductions, rope, paged, gelu_linear):
+            stack.enter_context(mock.patch.object(module, "launcher", _recorded_extra))
+            stack.enter_context(mock.patch.object(module, "chip_of", return_value=chip))
+            stack.enter_context(mock.patch.object(module.binaries, "INTERPRETED", True))  # tensors on the host
+        for name, call in calls.items():
+            before = len(_launched)
+            call()
+            found[name] = _launched[before]
+    if capability == (9, 0):
+        for config in (GeluConfig(), GeluConfig(tanh=True, w_rows=True), GeluConfig(bias=False)):
+            found[f"product hopper {config}"] = partial(gelu_linear.compile_hopper, "bf16", config)
+    return found
+
+
+def _recorded_extra(*given: Any, **options: Any) -> Any:
+    _recorded(*given, **options)
+    return lambda *launch: None
 
 
 def _tensors(request: AttentionRequest) -> tuple[Any, ...]:

@@ -69,7 +69,7 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
 
     path = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
-    assert len(rows) <= 200
+    assert len(rows) <= 250
     tuned = {
         name: row
         for name, row in rows.items()
@@ -93,7 +93,7 @@ def test_every_kernel_that_is_launched_has_a_check_on_a_gpu() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launcher":
                 assert isinstance(node.args[1], ast.Name)
                 launched.add(f"{source.parent.name}.{node.args[1].id}")
-            elif isinstance(node, ast.ImportFrom) and node.module in ("forward", "kernel"):
+            elif isinstance(node, ast.ImportFrom) and node.module in ("forward", "kernel", "gelu_hopper"):
                 launched |= {f"{source.parent.name}.{name.name}" for name in node.names}
     spec = importlib.util.spec_from_file_location("cuda_verify", script)
     assert spec is not None

@@ -307,6 +307,12 @@ class CudaSession(SessionBase):
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
         return found
 
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """A kernel beside attention, see `hal_cuda.kernels`."""
+        from .kernels.extra import provided
+
+        return provided.kernel(name, self.chip.index)
+
     def timer(self, report: Callable[[float], None]) -> Callable[[], None]:
         """Start timing a call on the device; the function that is returned ends it.
 
