@@ -76,10 +76,11 @@ def test_torch_is_no_candidate_for_what_it_does_not_do(changes: dict[str, Any]) 
 
 def test_gradients_have_own_kernels_and_those_of_torch_as_candidates() -> None:
     grads = frozenset("qkv")
-    assert paths(grads=grads) == ["hopper", "portable", "cudnn", "flash"]
-    assert paths(grads=grads, dim_v=64) == ["hopper", "portable", "cudnn"]
+    assert paths(grads=grads) == ["hopper", "portable", "cudnn", "flash", "efficient"]
+    assert paths(grads=grads, dim_v=64) == ["hopper", "portable", "cudnn", "efficient"]
     assert paths(grads=grads, softcap=3.0) == ["hopper", "portable"]
-    assert paths(grads=grads, mask=MaskKind.BOOLEAN) == ["portable"]
+    assert paths(grads=grads, mask=MaskKind.BOOLEAN) == ["portable", "efficient"]
+    assert paths(grads=grads, mask=MaskKind.ADDITIVE) == ["portable"]
     assert paths(grads=frozenset({"q"}), deterministic=True) == ["portable"]
     assert paths(grads=grads, dtype="float64") == ["composed"]
     source = estimate(replace(PLAIN, grads=grads), HOPPER, rates()).time.source

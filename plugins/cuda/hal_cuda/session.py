@@ -153,10 +153,10 @@ class CudaSession(SessionBase):
         else:
             instead = PortablePath(request, self._context)
 
-        def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
-            if not paths.torch_takes_lengths(request, query.shape[2], key.shape[2]):
-                return instead(query, key, value, *rest)
-            return AttentionOutput(attend(query, key, value))
+        def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> AttentionOutput:
+            if not paths.torch_takes_lengths(name, request, query.shape[2], key.shape[2]):
+                return instead(query, key, value, mask, *rest)
+            return AttentionOutput(attend(query, key, value, mask))
 
         return run
 
