@@ -16,7 +16,7 @@ from hal_core import __version__ as __version__
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["register_huggingface", "set_device"]
+__all__ = ["register_huggingface", "set_device", "unregister_huggingface"]
 
 
 def register_huggingface() -> None:
@@ -29,6 +29,13 @@ def register_huggingface() -> None:
     from . import huggingface
 
     huggingface.register()
+
+
+def unregister_huggingface() -> None:
+    """Take back what `register_huggingface` did: transformers' own methods and tables are as they were."""
+    from . import huggingface
+
+    huggingface.unregister()
 
 
 def set_device(model: nn.Module, device: str | None) -> nn.Module:

@@ -13,26 +13,38 @@ Models built from one config object share its attention setting; give each its o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import hal_core as hal
-from hal_core import HalError
+from hal_core import HalError, UnsupportedError
 
 try:
     import torch
     from torch import Tensor, nn
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    from . import model_check
+    from .masks import (
+        Packed,
+        attention_mask as attention_mask,
+        dense_mask,
+        forget_packed,
+        packed_at,
+        packed_in,
+        says_packed,
+    )
 except ImportError as error:
     raise HalError(
         f"the Hugging Face bridge needs torch and transformers 5 or newer ({error}): pip install 'hal-nn[hf]'"
     ) from error
 
-NAME = "hal"
+NAME = model_check.NAME
 
 #: Arguments that models pass on to attention and that do not change its result: what they say is already in query, key,
-#: value and mask, or concerns the layers around attention. `attention_mask` built by transformers holds the sequence
-#: limits that packed position_ids describe.
+#: value and mask, or concerns the layers around attention. position_ids do where they start again and there is no mask:
+#: they describe packed sequences.
 IGNORED_ARGUMENTS = frozenset(
     {
         "cache_position",
@@ -59,7 +71,6 @@ REFUSED_ARGUMENTS = {
     "block_indices": "sparse attention by block indices; use attn_implementation='eager'",
     "block_table": "a paged cache; use the dynamic or the static cache",
     "cache": "continuous batching with a paged cache; use generate(), with the dynamic or the static cache",
-    "indices": "sparse attention by key indices; use attn_implementation='eager'",
     "seq_idx": "packed sequences by index; pass cu_seq_lens_q and cu_seq_lens_k, or position_ids alone",
 }
 
@@ -67,9 +78,20 @@ _DEVICE = "_hal_device"  # in a module's __dict__, so that deepcopy keeps it and
 
 
 def register() -> None:
-    """Register attention and mask function under `NAME`. Importing this module does it; twice is harmless."""
+    """Register attention and mask function under `NAME`, and have every model checked (`model_check`).
+
+    Importing this module does it; twice is harmless.
+    """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
+    model_check.install()
+
+
+def unregister() -> None:
+    """Take back what `register` did; twice is harmless. Models that were built for hal need it registered to run."""
+    model_check.uninstall()
+    AttentionInterface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
 def set_device(model: nn.Module, device: str | None) -> nn.Module:
@@ -95,21 +117,6 @@ def set_device(model: nn.Module, device: str | None) -> nn.Module:
     return model
 
 
-def attention_mask(**arguments: Any) -> Tensor | None:
-    """transformers' mask for torch's attention: boolean [batch, 1, len_q, len_k] (True: may read), or None.
-
-    None stands for causal or full attention without padding. A decoding step over a padded batch has [batch, 1, 1,
-    len_k],
-    and so has a padded encoder, whose rows are all alike: nothing of the size len_q * len_k is made.
-    """
-    if arguments.get("mask_function") is bidirectional_mask_function and not arguments.get(
-        "allow_is_causal_skip", True
-    ):
-        arguments |= {"q_length": 1} if "q_length" in arguments else {}  # transformers 5.0 has another argument here
-    mask: Tensor | None = sdpa_mask(**arguments)
-    return mask
-
-
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -124,6 +131,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
+    indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
@@ -144,7 +152,11 @@ def attention_forward(
         sliding_window: keys that a row reads, itself included. With a mask it is in the mask; without, it is applied.
         position_bias: added to the scores, [1 or batch, heads, len_q, len_k].
         s_aux, sinks: one more logit in each row's softmax, without a value: [heads], or [batch, heads, len_q, 1].
-        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1]: sequences packed along the length of a batch of 1.
+        indices: int64 [batch, len_q, keys]: the keys that each row may read, where the mask allows it too.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1]: sequences packed along the length of a batch of 1. A mask
+            that says the same, as transformers builds from position_ids, gives way to them. Without them they are taken
+            from such a mask, or from position_ids that start again; a device that runs no packed sequences gets the
+            mask.
 
     Returns:
         ([batch, len_q, heads, head_dim], None), contiguous.
@@ -164,6 +176,23 @@ def attention_forward(
     len_q = query.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    dense: Callable[[], Tensor] | None = None  # what a device without packed sequences runs instead
+    if position_bias is None and indices is None and len_q == key.shape[2]:
+        given = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+        positions = others.get("position_ids") if is_causal else None
+        if attention_mask is not None:
+            packed = packed_in(attention_mask, positions, len_q, given)
+        else:
+            packed = None if given else packed_at(positions, len_q)
+            packed = None if packed is None else packed._replace(window=sliding_window)
+        if packed is not None:
+            if given:
+                _check_limits(packed.cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
+            else:
+                dense = functools.partial(_dense, attention_mask, packed)
+                cu_seq_lens_q = cu_seq_lens_k = packed.cu_seqlens
+                max_length_q = max_length_k = packed.longest
+            attention_mask, is_causal, sliding_window = None, packed.causal, packed.window
     options: dict[str, Any] = {}
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         options = _packed(attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, position_bias)
@@ -180,23 +209,64 @@ def attention_forward(
     ):
         options.pop("is_causal", None)
         options |= _window(sliding_window, is_causal)
+    if indices is not None:
+        attention_mask = _with_indices(attention_mask, indices, key.shape[2], bool(options.pop("is_causal", False)))
+        if "causal" in options:
+            raise HalError("indices were given together with cu_seq_lens or a window without a mask: pass the mask")
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias.to(query.dtype))
+    plain: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if softcap is not None:
-        options["softcap"] = softcap
+        plain["softcap"] = softcap
     if deterministic:
-        options["deterministic"] = True
+        plain["deterministic"] = True
     if (device := module.__dict__.get(_DEVICE)) is not None:
-        options["backend"] = device
-    grouped = query.shape[1] != key.shape[1]
-    if sink is None:
-        out = hal.attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped, **options)
-    else:
-        out, lse = hal.attention(
-            query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped, return_lse=True, **options
-        )
-        out = _with_sink(out, lse, sink)
+        plain["backend"] = device
+    try:
+        out = _attend(query, key, value, attention_mask, dropout, sink, options | plain)
+    except UnsupportedError:
+        if dense is None:
+            raise
+        out = _attend(query, key, value, dense(), dropout, sink, plain)
+    if not torch.compiler.is_compiling():
+        model_check.calls.count += 1
     return out.transpose(1, 2).contiguous(), None
+
+
+def _dense(mask: Tensor | None, packed: Packed) -> Tensor:
+    """The mask that says the same as packed sequences."""
+    if mask is not None and says_packed(mask):
+        forget_packed(mask)  # the other layers need not ask the device again
+        return mask
+    return dense_mask(packed)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    sink: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    if sink is None:
+        plain: Tensor = hal.attention(query, key, value, mask, dropout, **options)
+        return plain
+    out, lse = hal.attention(query, key, value, mask, dropout, return_lse=True, **options)
+    return _with_sink(out, lse, sink)
+
+
+def _check_limits(said: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None) -> None:
+    """Refuse cu_seq_lens that name other sequences than position_ids do, from which the mask was made."""
+    if said is None:
+        return
+    for name, given in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
+        if given is not None and not torch.equal(given.to(said), said):
+            raise HalError(
+                f"{name} {given.tolist()} and position_ids, which start again at {said.tolist()}, were given: pass one "
+                f"of them, or the same limits in both"
+            )
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
@@ -241,6 +311,18 @@ def _window(sliding_window: int, is_causal: bool) -> dict[str, Any]:
             f"pass the mask, whose limits are exact"
         )
     return {"causal": "bottom_right", "window": (sliding_window - 1, 0)}
+
+
+def _with_indices(mask: Tensor | None, indices: Tensor, len_k: int, is_causal: bool) -> Tensor:
+    """A mask that leaves each row the keys that the mask, or None, allows and that are among the row's indices."""
+    batch, len_q, _ = indices.shape
+    chosen = torch.zeros(batch, 1, len_q, len_k, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices[:, None].long(), True)
+    if is_causal:
+        chosen = chosen.tril()
+    if mask is None:
+        return chosen
+    return chosen & mask if mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
