@@ -235,7 +235,7 @@ def test_packed_sequences_with_a_mask_or_by_halves_are_refused(tensors):
 
 
 def test_packed_position_ids_do_not_leak_between_sequences(pair, error):
-    """transformers turns them into a mask; the positions themselves reach attention too, and are ignored."""
+    """transformers turns them into a mask, which is marked with their limits."""
     config = transformers.LlamaConfig(
         hidden_size=32,
         num_hidden_layers=1,
@@ -251,6 +251,19 @@ def test_packed_position_ids_do_not_leak_between_sequences(pair, error):
         alone = ours(ids[:, 3:], use_cache=False).logits
         assert error(got, eager(ids, position_ids=positions, use_cache=False).logits) <= 1e-5
     assert error(got[:, 3:], alone) <= 1e-5
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive"])
+def test_indices_leave_each_row_the_keys_that_the_mask_allows_too(tensors, error, seed, mask):
+    indices = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., :3]
+    indices[..., 0] = 0  # a key for every row
+    allowed = torch.ones(6, 6, dtype=torch.bool)
+    allowed = allowed if mask == "none" else allowed.tril()
+    given = {"boolean": allowed, "additive": torch.zeros(6, 6).masked_fill(~allowed, float("-inf"))}.get(mask)
+    got = attend(tensors, given, layer(is_causal=mask == "causal"), indices=indices)
+    chosen = torch.zeros(2, 1, 6, 6, dtype=torch.bool).scatter(-1, indices[:, None], True) & allowed
+    want = dense(*tensors, lambda scores: scores.masked_fill(~chosen, float("-inf")).softmax(-1))
+    assert error(got, want) <= 1e-5
 
 
 def test_deterministic_reaches_the_request(tensors, monkeypatch):

@@ -15,8 +15,10 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+Sizes = tuple[tuple[str, int | None], ...]
+
 #: Attribute of a config, by pattern of its whole name, the first that fits: its tiny value. None keeps the default.
-SIZES: tuple[tuple[str, int | None], ...] = (
+SIZES: Sizes = (
     (r".*(_index|version|_id)", None),
     (r"rotary_dim|rotary_ndims", 16),
     (r"(num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|.*_key_value_heads|.*num_kv_heads)", 2),
@@ -83,10 +85,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"hidden_size": 64},
 }
 LARGEST = 50_000_000
+#: Types whose smallest images keep a forward pass busy for minutes.
+TOO_SLOW = frozenset({"sam3_tracker"})
 LENGTH = 11
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """No tiny config of this type can be built, or no inputs be made for it: why."""
 
 
@@ -94,84 +98,72 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-def _size(name: str, default: Any, sizes: tuple[tuple[str, int | None], ...]) -> Any:
-    if isinstance(default, bool) or not isinstance(default, int | list | tuple) or not default:
-        return default
-    for pattern, value in sizes:
-        if re.fullmatch(pattern, name):
-            if value is None:
-                return default
-            if isinstance(default, int):
-                return min(default, value) if default > 0 else default
-            if all(type(one) is int for one in default):
-                return type(default)(min(one, value) for one in default)
-            return default
-    return default
-
-
-def _arguments(kind: Any, sizes: tuple[tuple[str, int | None], ...], depth: int = 0) -> dict[str, Any]:
-    """Keyword arguments for a tiny config of a class."""
-    try:
-        default = kind()
-    except Exception as error:
-        raise CannotBuild(f"no default config: {type(error).__name__}") from None
-    return _shrunk(default, sizes, depth)
-
-
-def _shrunk(default: Any, sizes: tuple[tuple[str, int | None], ...], depth: int = 0) -> dict[str, Any]:
-    accepted = inspect.signature(type(default).__init__).parameters
-    arguments: dict[str, Any] = {}
-    for name in accepted:
-        if name in ("self", "kwargs", "args", "transformers_version", "architectures", "dtype", "id2label", "label2id"):
-            continue
+def tiny_config(model_type: str, sizes: Sizes) -> Any:
+    """The default config of a type with small sizes."""
+    kind = CONFIG_MAPPING[model_type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
-            value = getattr(default, name)
-        except Exception:
-            continue
-        if isinstance(value, transformers.PreTrainedConfig) and depth < 4:
-            small = _shrunk(value, sizes, depth + 1)
-            arguments[name] = {**small, "model_type": value.model_type} if value.model_type else small
+            default = kind()
+        except Exception as error:
+            raise CannotBuildError(f"no default config: {type(error).__name__}") from None
+        return kind(**(_shrunk(default, sizes) | ARGUMENTS.get(model_type, {})))
+
+
+def _shrunk(default: Any, sizes: Sizes) -> dict[str, Any]:
+    """Keyword arguments that make a config, and the configs inside it, small."""
+    accepted = [name for name in inspect.signature(type(default).__init__).parameters if name not in _NO_SIZES]
+    values = {name: value for name in accepted if (value := _value(default, name)) is not None}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            arguments[name] = _shrunk(value, sizes) | ({"model_type": value.model_type} if value.model_type else {})
         elif name.endswith(("token_id", "token_index", "_token", "token_ids")) and type(value) is int and value >= 128:
             arguments[name] = 100 + len(arguments) % 28
         elif isinstance(value, dict) and "mrope_section" in value and sizes is SIZES:
-            arguments[name] = {**value, "mrope_section": [2, 3, 3]}
-        else:
-            small = _size(name, value, sizes)
-            if type(small) in (int, bool, float, str, list, tuple, dict) and small != value:
-                arguments[name] = small
-    if "kv_lora_rank" in accepted and "num_key_value_heads" in arguments:
-        arguments["num_key_value_heads"] = arguments.get("num_attention_heads", default.num_attention_heads)
-    layers = next(
-        (arguments[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in arguments), None
-    )
-    for name in accepted:
-        try:
-            value = getattr(default, name, None)
-        except Exception:
+            arguments[name] = value | {"mrope_section": [2, 3, 3]}
+        elif (small := _size(name, value, sizes)) != value:
+            arguments[name] = small
+    if "kv_lora_rank" in accepted and "num_key_value_heads" in arguments:  # latent attention has no groups
+        arguments["num_key_value_heads"] = arguments.get("num_attention_heads", values.get("num_attention_heads"))
+    layers = next((arguments[name] for name in _LAYERS if name in arguments), None)
+    for name, value in values.items():
+        if layers is None or not isinstance(value, list) or len(value) <= layers:
             continue
-        if (
-            isinstance(value, list)
-            and isinstance(layers, int)
-            and len(value) > layers
-            and ("layer" in name or "types" in name)
-        ):
-            if all(isinstance(one, str) for one in value):
-                kinds = list(dict.fromkeys(value))
-                arguments[name] = (kinds + value)[:layers] if len(kinds) >= layers else ([*kinds, *value][:layers])
-            elif len(value) == getattr(default, "num_hidden_layers", None):
-                arguments[name] = value[:layers]
+        if ("layer" in name or "types" in name) and all(isinstance(one, str) for one in value):
+            arguments[name] = [*dict.fromkeys(value), *value][:layers]  # every kind of layer that there is room for
+        elif "layer" in name and len(value) == values.get("num_hidden_layers"):
+            arguments[name] = value[:layers]
     return arguments
 
 
-def tiny_config(model_type: str, sizes: tuple[tuple[str, int | None], ...] = SIZES) -> Any:
-    kind = CONFIG_MAPPING[model_type]
-    arguments = _arguments(kind, sizes) | ARGUMENTS.get(model_type, {})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind(**arguments)
+_NO_SIZES = frozenset(
+    {"self", "kwargs", "args", "transformers_version", "architectures", "dtype", "id2label", "label2id"}
+)
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-HEADS = (
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # some configs refuse what differs from layer to layer
+        return None
+
+
+def _size(name: str, default: Any, sizes: Sizes) -> Any:
+    if isinstance(default, bool) or not isinstance(default, int | list | tuple) or not default:
+        return default
+    value = next((value for pattern, value in sizes if re.fullmatch(pattern, name)), None)
+    if value is None:
+        return default
+    if isinstance(default, int):
+        return min(default, value) if default > 0 else default
+    if all(type(one) is int for one in default):
+        return type(default)(min(one, value) for one in default)
+    return default
+
+
+_HEADS = [
     "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "IMAGE_TEXT_TO_TEXT",
@@ -179,34 +171,27 @@ HEADS = (
     "SPEECH_SEQ_2_SEQ",
     "MASKED_LM",
     "PRETRAINING",
-)
+]
 
 
 def model_class(model_type: str) -> Any:
     """The class with a language head where there is one, else the base model, else any class of the type."""
-    names = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in HEADS]
-    names.append(modeling_auto.MODEL_MAPPING_NAMES)
-    names += [
-        v
-        for k, v in sorted(vars(modeling_auto).items())
-        if k.endswith("_MAPPING_NAMES") and k.startswith("MODEL_") and v not in names and "TOKENIZER" not in k
-    ]
-    for table in names:
-        if (found := table.get(model_type)) is not None:
-            found = found if isinstance(found, str) else found[0]
-            if (kind := getattr(transformers, found, None)) is not None:
-                return kind
-    kind = CONFIG_MAPPING[model_type]
-    module = importlib.import_module(kind.__module__.replace(".configuration_", ".modeling_"))
-    for found in vars(module).values():
-        if (
-            isinstance(found, type)
-            and issubclass(found, transformers.PreTrainedModel)
-            and not found.__name__.endswith("PreTrainedModel")
-            and found.config_class is kind
-        ):
-            return found
-    raise CannotBuild("no model class takes this config")
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in _HEADS]
+    tables.append(modeling_auto.MODEL_MAPPING_NAMES)
+    tables += [one for name, one in sorted(vars(modeling_auto).items()) if re.fullmatch("MODEL_.*_MAPPING_NAMES", name)]
+    for table in tables:
+        found = table.get(model_type)
+        kind = getattr(transformers, found if isinstance(found, str) else found[0], None) if found else None
+        if kind is not None:
+            return kind
+    config = CONFIG_MAPPING[model_type]
+    module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    for kind in vars(module).values():
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            continue
+        if kind.config_class is config and not kind.__name__.endswith("PreTrainedModel"):
+            return kind
+    raise CannotBuildError("no model class takes this config")
 
 
 def fill(model: Any, seed: int) -> None:
@@ -217,150 +202,130 @@ def fill(model: Any, seed: int) -> None:
             if not parameter.is_floating_point():
                 continue
             if parameter.ndim >= 2:
-                fan = parameter[0].numel() if parameter.ndim > 1 else 1
+                fan = parameter.numel() // max(len(parameter), 1)
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1.5 / max(fan, 1) ** 0.5))
             elif not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def build(model_type: str, attention: str, seed: int = 0, choices: Any = CHOICES) -> Any:
-    """A tiny model, or CannotBuild with the reason; refusals of the bridge pass through."""
-    from hal_core import HalError
+def build(model_type: str, attention: str, seed: int, sizes: Sizes) -> Any:
+    """A tiny model with random weights.
 
-    reason = ""
-    for sizes in choices:
-        try:
-            kind = model_class(model_type)
-            config = tiny_config(model_type, sizes)
-            with torch.device("meta"):
-                small = copy.deepcopy(config)
-                _set(small, "eager")
-                probe = kind(small)
-            count = sum(p.numel() for p in probe.parameters())
-            if count > LARGEST:
-                raise CannotBuild(f"{count / 1e6:.0f} million parameters")
-            _set(config, attention)
-            torch.manual_seed(seed)
-            model = kind(config).eval()
-        except (HalError, CannotBuild) as error:
-            if isinstance(error, HalError):
-                raise
-            reason = reason or str(error)
-            continue
-        except KeyError as error:
-            if attention != "eager" and attention in str(error):
-                raise
-            reason = reason or f"{type(error).__name__}: {error}"
-            continue
-        except Exception as error:
-            reason = reason or f"{type(error).__name__}: {str(error).strip()[:200]}"
-            continue
-        fill(model, seed)
-        return model
-    raise CannotBuild(reason)
+    Raises:
+        CannotBuildError: it has no tiny config. What its class raises, refusals of hal among them, passes through.
+    """
+    if model_type in TOO_SLOW:
+        raise CannotBuildError("its forward pass takes minutes")
+    kind, config = model_class(model_type), tiny_config(model_type, sizes)
+    with torch.device("meta"):
+        parameters = sum(one.numel() for one in kind(_on(copy.deepcopy(config), "eager")).parameters())
+    if parameters > LARGEST:
+        raise CannotBuildError(f"{parameters / 1e6:.0f} million parameters")
+    torch.manual_seed(seed)
+    model = kind(_on(config, attention)).eval()
+    fill(model, seed)
+    return model
 
 
-def _set(config: Any, attention: str) -> None:
+def _on(config: Any, attention: str) -> Any:
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         with contextlib.suppress(Exception):
             config.decoder_start_token_id = 1
     config._attn_implementation = attention
+    return config
 
 
 def inputs(model: Any, seed: int = 0, side: str = "right") -> dict[str, Any]:
-    """Arguments of forward, padded where the model takes a mask."""
+    """Arguments of a model's forward for a batch of 2, its first sequence padded on a side.
+
+    Models of text and images are given text alone.
+    """
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(seed)
-    config = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(getattr(text, "vocab_size", None) or 128)
-    given: dict[str, Any] = {}
-    main = model.main_input_name
-    ids = torch.randint(min(10, vocabulary // 2), min(vocabulary, 100), (2, LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    if side == "left":
-        mask[0, :4] = 0
-    elif side == "right":
-        mask[0, -4:] = 0
-    if (
-        "input_ids" in accepted
-        and main in ("input_ids", "pixel_values", "input_features", "inputs_embeds")
-        and not (main == "inputs_embeds" and "pixel_values" in accepted and False)
-    ):
-        given["input_ids"] = ids
-        if "attention_mask" in accepted:
-            given["attention_mask"] = mask
-    multimodal = "input_ids" in given and ("logits_to_keep" in accepted or "past_key_values" in accepted)
-    vision = _vision(config)
-    if "pixel_values" in accepted and not multimodal:
-        size = _image_size(config)
-        channels = next(
-            (
-                c
-                for c in (
-                    getattr(one, "num_channels", None) or getattr(one, "in_channels", None) for one in (config, vision)
-                )
-                if isinstance(c, int)
-            ),
-            3,
-        )
-        given["pixel_values"] = torch.randn(2, channels, *size, generator=generator)
-    if "pixel_values_videos" in accepted and main == "pixel_values_videos":
-        size = _image_size(config)
-        frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", 2)
-        given["pixel_values_videos"] = torch.randn(1, frames, 3, *size, generator=generator)
-    if "input_values" in accepted and main == "input_values":
-        if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-            given["input_values"] = torch.randn(2, config.max_length, config.num_mel_bins, generator=generator)
-        else:
-            given["input_values"] = torch.randn(2, 4000, generator=generator)
-            if "attention_mask" in accepted:
-                given["attention_mask"] = torch.ones(2, 4000, dtype=torch.long)
-                given["attention_mask"][0, 2500:] = 0
-    if "input_features" in accepted and main == "input_features":
-        bins = (
-            getattr(config, "num_mel_bins", None)
-            or getattr(config, "input_feat_per_channel", None)
-            or getattr(config, "feature_projection_input_dim", None)
-            or 80
-        )
-        length = (
-            2 * getattr(config, "max_source_positions", 32)
-            if type(model).__name__.startswith(("Whisper", "Moonshine"))
-            else 64
-        )
-        shape = (2, bins, length) if type(model).__name__.startswith("Whisper") else (2, length, bins)
-        given["input_features"] = torch.randn(shape, generator=generator)
-        given.pop("input_ids", None)
-        given.pop("attention_mask", None)
-        if "attention_mask" in accepted and not type(model).__name__.startswith("Whisper"):
-            given["attention_mask"] = torch.ones(2, length, dtype=torch.long)
-            given["attention_mask"][0, -20:] = 0
-    if "decoder_input_ids" in accepted and (config.is_encoder_decoder or "input_ids" not in given):
-        given["decoder_input_ids"] = torch.randint(
-            min(10, vocabulary // 2), min(vocabulary, 100), (2, 7), generator=generator
-        )
+    given = {
+        "input_ids": _text,
+        "inputs_embeds": _text,
+        "pixel_values": _text,
+        "input_values": _waves,
+        "input_features": _features,
+        "pixel_values_videos": _video,
+    }.get(model.main_input_name, lambda *_: {})(model, accepted, generator, side)
+    if "decoder_input_ids" in accepted and (model.config.is_encoder_decoder or "input_ids" not in given):
+        given["decoder_input_ids"] = _tokens(model.config, 7, generator)
     if "bbox" in accepted:
         given["bbox"] = torch.randint(0, 8, (2, LENGTH, 4), generator=generator).sort(-1).values
     if "visual_feats" in accepted:
-        given["visual_feats"] = torch.randn(2, 5, config.visual_feat_dim, generator=generator)
-        given["visual_pos"] = torch.rand(2, 5, config.visual_pos_dim, generator=generator)
+        given["visual_feats"] = torch.randn(2, 5, model.config.visual_feat_dim, generator=generator)
+        given["visual_pos"] = torch.rand(2, 5, model.config.visual_pos_dim, generator=generator)
     if "past_values" in accepted:
-        length = getattr(config, "context_length", None) or getattr(config, "context_len", 32)
-        lags = max(getattr(config, "lags_sequence", None) or [0])
-        channels = getattr(config, "num_input_channels", None)
-        shape = (2, length + lags, channels) if channels else (2, length + lags)
-        given["past_values"] = torch.randn(shape, generator=generator)
-    if not given and "hidden_states" in accepted:
-        raise CannotBuild("takes hidden states only")
+        given["past_values"] = _series(model.config, generator)
+    if not given:
+        raise CannotBuildError(f"no inputs known for {sorted(accepted)[:4]}")
     return given
 
 
+def _tokens(config: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = int(getattr(text, "vocab_size", None) or 128)
+    return torch.randint(min(10, vocabulary // 2), min(vocabulary, 100), (2, length), generator=generator)
+
+
+def _text(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
+    """Token ids with their mask, and an image where the model has no cache to take it for optional."""
+    given: dict[str, Any] = {}
+    if "input_ids" in accepted:
+        given["input_ids"] = _tokens(model.config, LENGTH, generator)
+        if "attention_mask" in accepted:
+            given["attention_mask"] = mask = torch.ones(2, LENGTH, dtype=torch.long)
+            mask[0, slice(4) if side == "left" else slice(-4, None)] = 0
+    optional = "input_ids" in given and ("logits_to_keep" in accepted or "past_key_values" in accepted)
+    if "pixel_values" in accepted and not optional:
+        config, vision = model.config, _vision(model.config)
+        found = (getattr(one, name, None) for one in (config, vision) for name in ("num_channels", "in_channels"))
+        channels = next((one for one in found if isinstance(one, int)), 3)
+        given["pixel_values"] = torch.randn(2, channels, *_image_size(config), generator=generator)
+    return given
+
+
+def _waves(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
+    config = model.config
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return {"input_values": torch.randn(2, config.max_length, config.num_mel_bins, generator=generator)}
+    given = {"input_values": torch.randn(2, 4000, generator=generator)}
+    if "attention_mask" in accepted:
+        given["attention_mask"] = torch.ones(2, 4000, dtype=torch.long)
+        given["attention_mask"][0, 2500:] = 0
+    return given
+
+
+def _features(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
+    config = model.config
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    bins = next((getattr(config, name) for name in names if getattr(config, name, None)), 80)
+    if type(model).__name__.startswith("Whisper"):
+        return {"input_features": torch.randn(2, bins, 2 * config.max_source_positions, generator=generator)}
+    given = {"input_features": torch.randn(2, 64, bins, generator=generator)}
+    if "attention_mask" in accepted:
+        given["attention_mask"] = torch.ones(2, 64, dtype=torch.long)
+        given["attention_mask"][0, -20:] = 0
+    return given
+
+
+def _video(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
+    frames = getattr(model.config, "num_frames", None) or getattr(model.config, "frames_per_clip", 2)
+    return {"pixel_values_videos": torch.randn(1, frames, 3, *_image_size(model.config), generator=generator)}
+
+
+def _series(config: Any, generator: torch.Generator) -> torch.Tensor:
+    length = getattr(config, "context_length", None) or getattr(config, "context_len", 32)
+    lags = max(getattr(config, "lags_sequence", None) or [0])
+    channels = getattr(config, "num_input_channels", None)
+    return torch.randn((2, length + lags, channels) if channels else (2, length + lags), generator=generator)
+
+
 def _vision(config: Any) -> Any:
-    for name in ("vision_config", "backbone_config", "encoder"):
-        if (found := getattr(config, name, None)) is not None:
-            return found
-    return config
+    names = ("vision_config", "backbone_config", "encoder")
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), config)
 
 
 def _image_size(config: Any) -> tuple[int, int]:
@@ -369,6 +334,6 @@ def _image_size(config: Any) -> tuple[int, int]:
             size = getattr(one, name, None)
             if isinstance(size, int) and size > 1:
                 return size, size
-            if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(s, int) for s in size):
+            if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size):
                 return size[0], size[1]
     return 64, 64

@@ -26,7 +26,7 @@ ALWAYS_A_MASK = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_un
 ADDITIVE = frozenset({"deepseek_v4"})
 
 _PACKED = "_hal_packed"
-#: Model types by what their attention layers say of themselves: none is causal; one may be taken for causal, or all are.
+#: Model types by what their attention layers say: none is causal; one may be taken for causal, or all are.
 _never_causal, _never_full = set[str](), set[str]()
 
 
@@ -42,9 +42,6 @@ class Packed(NamedTuple):
     longest: int
     causal: bool
     window: int | None
-
-
-_NOT_READ: Any = object()
 
 
 def attention_mask(**arguments: Any) -> Tensor | None:
@@ -103,16 +100,25 @@ def packed_at(positions: Tensor | None, length: int) -> Packed | None:
     transformers reads them only where it has no cache, and a model asked for its default has one. What was found is
     kept on the tensor, which all layers are given: an accelerator is waited for once a forward pass.
     """
-    if positions is None or torch.compiler.is_compiling() or positions.shape != (1, length) or length < 2:
+    if positions is None or positions.shape != (1, length) or length < 2 or not _is_readable(positions):
         return None
-    found = getattr(positions, _PACKED, _NOT_READ)
-    if found is _NOT_READ:
+    version = -1 if positions.is_inference() else positions._version  # may be written to before the next pass
+    read, found = getattr(positions, _PACKED, (None, None))
+    if read != version or version < 0:
         starts = (positions[0].diff() != 1).nonzero()[:, 0] + 1
         edges = torch.nn.functional.pad(torch.nn.functional.pad(starts, (1, 0)), (0, 1), value=length)
-        lengths = edges.diff()
-        found = Packed(edges.to(torch.int32), int(lengths.max()), True, None) if len(starts) else None
-        setattr(positions, _PACKED, found)
+        found = Packed(edges.to(torch.int32), int(edges.diff().max()), True, None) if len(starts) else None
+        setattr(positions, _PACKED, (version, found))
     return found
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether Python may branch on a tensor's values: not while a trace or a CUDA graph is recorded."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(tensor) is not Tensor or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def dense_mask(packed: Packed) -> Tensor:
@@ -139,13 +145,12 @@ def forget_packed(mask: Tensor) -> None:
 
 def _mark(mask: Tensor, function: Callable[..., Any]) -> None:
     """Mark a mask whose function says nothing but packed sequences, or one, causal or not, and a sliding window."""
-    if torch.compiler.is_compiling() or mask.shape[0] != 1 or mask.shape[2] != mask.shape[3]:
+    if not _is_readable(mask) or mask.shape[0] != 1 or mask.shape[2] != mask.shape[3]:
         return
     parts = [(_owner(part), part) for part in _parts(function)]
     owners = [owner for owner, _ in parts]
-    if not {_CAUSAL, _FULL}.intersection(owners) or not {_SEQUENCES, _REMAPPED, _WINDOW, _CAUSAL, _FULL}.issuperset(
-        owners
-    ):
+    known = {_SEQUENCES, _REMAPPED, _WINDOW, _CAUSAL, _FULL}
+    if not known.issuperset(owners) or not {_CAUSAL, _FULL}.intersection(owners):
         return
     causal, windows = _CAUSAL in owners, [_freed(part)["sliding_window"] for owner, part in parts if owner == _WINDOW]
     if windows and not causal:

@@ -63,6 +63,7 @@ class _Calls(threading.local):
 
 calls = _Calls()
 _watched: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _sources: dict[type[Any], str] = {}
 _originals: dict[str, Any] = {}
 _tables: list[dict[str, Any]] = []
@@ -93,6 +94,7 @@ def uninstall() -> None:
         table.pop(NAME, None)
     _tables.clear()
     _watched.clear()
+    _checked.clear()
 
 
 def _checked_implementation(original: Callable[..., str]) -> Callable[..., str]:
@@ -127,7 +129,7 @@ def _watched_call(original: Callable[..., Any]) -> Callable[..., Any]:
         implementation = getattr(self.config, "_attn_implementation", None)
         if _watched.get(self, "") == implementation:
             return original(self, *args, **options)
-        if implementation == NAME:
+        if implementation == NAME and self not in _checked:
             _check(self)  # it may come out of a file, without having been built here
         policy = merged_policy()
         if not policy.names:
@@ -161,6 +163,8 @@ def _check(model: PreTrainedModel) -> None:
             PartWarning,
             stacklevel=4,
         )
+    if next(model.children(), None) is not None:  # else it is being built
+        _checked.add(model)
     said = [getattr(layer, "is_causal", None) for layer in model.modules() if _asks_interface(type(layer))]
     if said:
         note_layers(model.config.model_type, said)
