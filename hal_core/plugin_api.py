@@ -50,6 +50,8 @@ _NAMES = {
 _OWN = {name: (f".{module}", name) for module, names in _NAMES.items() for name in names.split()}
 _RENAMED = {"load_calibration": (".calibration", "load")}
 _WHERE = {name: (".", name) for name in _PUBLIC} | _OWN | _RENAMED
+__all__ = sorted(_WHERE)
+__dir__ = __all__.copy  # for help() and completion
 
 
 def __getattr__(name: str) -> Any:

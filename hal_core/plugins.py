@@ -73,8 +73,9 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                what = f"switched off by {off}"
-                plugin.failure = LoadFailure(name, distribution, "disabled", what, fix=f"change {off}")
+                full = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
+                fixes = {"HAL_PLUGINS": f"add {full} to HAL_PLUGINS", "HAL_DISABLE": f"remove {name} from HAL_DISABLE"}
+                plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=fixes[off])
                 continue
             stage = "duplicate"
             try:
@@ -179,13 +180,26 @@ def _disabled_by(point: Any) -> str:
     return "HAL_DISABLE" if full in denied or name in denied else ""
 
 
+def raised_at(error: BaseException) -> str:
+    """The plugin's innermost line on the way to an error, "hal_x/cost.py:47 (estimate)"; "" where none was run."""
+    from traceback import walk_tb
+
+    walked = [
+        (str(f.f_globals.get("__name__")).partition(".")[0], f.f_code, n) for f, n in walk_tb(error.__traceback__)
+    ]
+    others = [row for row in walked if row[0] not in {"hal_core", "torch", "importlib", "threading", "concurrent"}]
+    code, line = next(((code, n) for name, code, n in reversed(others) if name == others[0][0]), (None, 0))
+    return f"{'/'.join(code.co_filename.split(os.sep)[-2:])}:{line} ({code.co_name})" if code else ""
+
+
 def failed(name: str, distribution: str, stage: str, error: BaseException, fix: str = "") -> LoadFailure:
     """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
     import traceback
 
     text = str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]
-    message, trace = text.strip().split("\n")[-1] or type(error).__name__, "".join(traceback.format_exception(error))
-    fix = fix or f"upgrade or uninstall {distribution or name}"
+    last, trace = text.strip().split("\n")[-1] or type(error).__name__, "".join(traceback.format_exception(error))
+    message = f"{last}, raised in {where}" if (where := raised_at(error)) else last
+    fix = fix or f"if this plugin is yours, mend it; otherwise upgrade or uninstall {distribution or name}"
     if os.environ.get("HAL_STRICT") == "1":
         raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
     return LoadFailure(name, distribution, stage, message, trace, fix)

@@ -48,6 +48,11 @@ class PooledMemory:
 
     A freed block goes back to the pool only if nobody else holds its memory any more (a DLPack consumer may outlive the
     buffer); otherwise its last holder frees it. Thread-safe.
+
+    Args:
+        torch_device: where the memory lies. name: of the device in messages, for example "acme:0".
+        limit: the most bytes in use and pooled at once, of all threads together; None for no limit of its own.
+            `hal.configure(memory_limit=...)` is apart: the core holds each call's estimate to it before the call.
     """
 
     def __init__(self, torch_device: str = "cpu", *, name: str = "", limit: int | None = None) -> None:
@@ -78,7 +83,9 @@ class PooledMemory:
                 if self.limit is not None and self._in_use + self._pooled + size > self.limit:
                     self._drop_pool()
                     if self._in_use + size > self.limit:
-                        raise MemoryLimitError(self._name, size, self._in_use, self.limit)
+                        raise MemoryLimitError(
+                            self._name, size, self._in_use, self.limit, limited_by="the limit of its PooledMemory"
+                        )
                 block = _Block(size, self._device)
             self._allocations, self._in_use = self._allocations + 1, self._in_use + size
             self._peak = max(self._peak, self._in_use)
