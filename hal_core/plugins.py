@@ -73,9 +73,9 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                full = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
-                fixes = {"HAL_PLUGINS": f"add {full} to HAL_PLUGINS", "HAL_DISABLE": f"remove {name} from HAL_DISABLE"}
-                plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=fixes[off])
+                full = f"{'' if _is_known(point) else distribution.partition(' ')[0] + ':'}{name}"
+                fix = f"add {full} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}"
+                plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=fix)
                 continue
             stage = "duplicate"
             try:

@@ -52,6 +52,7 @@ CHECKS: dict[str, Callable[[Subject], Measure]] = {
             b.leaks,
             runtime_checks.runs_where_it_says,
             runtime_checks.estimates,
+            runtime_checks.costs,
             runtime_checks.discovery,
             runtime_checks.kernels,
         )

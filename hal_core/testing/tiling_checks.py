@@ -247,11 +247,11 @@ def _hold_foreign(s: Subject) -> tuple[Measure, int]:
         raise Failure(f"tile sizes of {sizes} are claimed, and every tiling of such sizes is refused by check()")
     for size in (size for size in (3, 7, 100, 1 << 20) if size not in sizes):
         _hold_refused(s, DenseTiling(size), f"tile sizes of {sizes} are claimed")
-    warning = _hold_blocks_followed(s, [tiling for tiling in strategies if isinstance(tiling.block_q, int)])
     if 0 in sizes:
         _hold_followed(s)
     else:
         _hold_refused(s, UnevenTiling(), f"tile sizes of {sizes} are claimed")
+    warning = _hold_blocks_followed(s, [tiling for tiling in strategies if isinstance(tiling.block_q, int)])
     return worst._replace(warning=warning), tried
 
 

@@ -111,6 +111,14 @@ class BoundSession(DenseSession):
         return run
 
 
+class CostlySession(DenseSession):
+    """Says what a call cost: what was estimated."""
+
+    def cost(self, prepared: Any) -> hal.Estimate:
+        backend = DenseBackend()
+        return backend.estimate(prepared[3], backend.devices()[0])
+
+
 EXPLICIT = attrs.evolve(CLAIMS, features=CLAIMS.features - {"softcap", "dropout"})
 NOISY = attrs.evolve(
     CLAIMS,
@@ -126,6 +134,7 @@ OTHERS = {
     "bound": (BoundSession, CLAIMS, DenseBackend),
     "tiled": (TiledSession, TILED, DenseBackend),
     "tiled in blocks": (TiledSession, BLOCKS, DenseBackend),
+    "with a cost": (CostlySession, CLAIMS, DenseBackend),
     "with options": (
         DenseSession,
         attrs.evolve(CLAIMS, options={"passes": (1, 2), "bits": hal.Range(4, 8)}),
@@ -139,5 +148,6 @@ OWN = {
     "bound": ["threads", "results_stay", "memory"],
     "tiled": ["tilings", "threads"],
     "tiled in blocks": ["tilings"],
+    "with a cost": ["costs"],
     "with options": ["options"],
 }
