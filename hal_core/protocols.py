@@ -33,8 +33,10 @@ class TilingStrategy(Protocol):
     """How a request is cut. Never computes attention.
 
     Attributes:
-        name: with its parameters: strategies of one type and name give equal plans.
+        name: with its parameters: strategies of one type and name give equal plans. A subclass sets its own.
         needs_content: a dynamic sparse pattern reads query and key.
+
+    `limits` are bounds: the core fills "minimum" and "maximum" from `Capabilities.tile_sizes`, each where it has one.
 
     A strategy may also have `choices(request, limits)`: other strategies worth trying, the best guess first.
     """
@@ -61,14 +63,19 @@ class TilingStrategy(Protocol):
 class Session(Protocol):
     """An open device. A context manager; `close()` may be called twice. Methods may be called from any thread.
 
-    Lengths in a request may be the bound of a bucket: exact ones are read from the tensors. `plan` is a block plan, or
-    the tile plan of a tiling that the caller brought; `tables` are the tensors of a packed or paged call; `rng` is
-    (seed, offset). Host tensors are ready on return; CUDA tensors are ordered by torch's current stream.
+    Lengths in the request of `bind` are upper bounds: exact ones are read from the tensors. `prepare_attention` gets
+    the tensors' lengths, and bounds for a packed or paged call alone. `plan` is a block plan, or the tile plan of a
+    tiling that the caller brought, for the prepared query; `tile_size` is a hint, which only direct callers of a
+    session give, and which `plan` precedes; `tables` are the tensors of a packed or paged call. `mask` is 4-D and not
+    expanded, bool or added in the query's dtype or float32; `query=` may have another length than the prepared one;
+    `rng` is (seed, offset); `out=` is uninitialised, and filled and returned. Results lie on the query's torch device.
+    Host tensors are ready on return; CUDA tensors are ordered by torch's current stream.
 
     A session may also have:
         bind(request): a callable (query, key, value, mask, plan, tables, rng) that gives the output tensor, or an
             AttentionOutput where request.lse is set: the core's fast path.
-        cost(prepared): the `Estimate` of the call that was prepared; the meter uses it where it is there.
+        cost(prepared): the `Estimate` of the call that was prepared; the meter calls it once after the call, in its
+            thread, where it is there.
         timer(report): start timing a call without synchronising; returns a function that ends it. `report(seconds)` is
             called once the time is known. Without it calls are timed by the host's clock.
         kernel(name): a kernel beside attention. synchronize(): wait for the device.

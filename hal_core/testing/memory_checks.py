@@ -65,13 +65,17 @@ def memory(s: Subject) -> Measure:
     """Everything that a call allocates beside its results comes from the session's memory, and is given back."""
     _hold_manager(s)
     manager, cases = s.session.memory, _sized_cases(s)
+    allocated = reused = 0
     for n, case in enumerate(cases):
         inputs = case.draw(s.seed)
         for path in PATHS[n % 2 :][:1] if s.quick and n > 1 else PATHS:
             s.run(path, case, inputs)  # the first call may open or compile: it is not watched
-            before, watch = manager.stats().in_use, StorageWatch(manager)
+            first, watch = manager.stats(), StorageWatch(manager)
+            before = first.in_use
             with watch:
                 result = s.run(path, case, inputs)
+            allocated += manager.stats().allocations - first.allocations
+            reused += manager.stats().reuses - first.reuses
             if wrong := watch.violations(inputs, result):
                 most = max(wrong, key=lambda allocation: allocation.nbytes)
                 more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -81,7 +85,9 @@ def memory(s: Subject) -> Measure:
                 gc.collect()
             if (held := manager.stats().in_use) != before:
                 raise Failure(f"{case}, by {path}: {held:,} bytes are in use after the call, {before:,} before it")
-    return Measure(detail=f"{len(cases)} calls")
+    held = "views of a scratch tensor, or its name, outlive the block: del them, or work in a function called inside"
+    lost = f"calls that were repeated allocated {allocated} buffers, and used none again: {held}"
+    return Measure(detail=f"{len(cases)} calls", warning=lost if allocated and not reused else "")
 
 
 def _hold_manager(s: Subject) -> None:

@@ -154,4 +154,4 @@ def _table(title: str, measured: BenchRun) -> Table:
         if r["conditions"]
     ]
     columns = ["tokens", *(f"{name} ms" for name in measured.columns), "torch / hal", "calls"]
-    return Table(title, columns, rows, ["medians, interleaved", *facts, *measured.notes])
+    return Table(title, columns, rows, ["medians, interleaved; bound: a call of hal.bind", *facts, *measured.notes])

@@ -214,6 +214,29 @@ def test_a_plan_that_is_read_without_any_effect_is_a_warning(seed: int) -> None:
     assert "nothing shows that the plan is followed" in report["tilings"].warning
 
 
+def test_a_pool_that_is_never_used_again_is_a_warning(seed: int) -> None:
+    class Holds(DenseSession):
+        """A view of its scratch tensor outlives the block."""
+
+        def attend(self, query: Tensor, *rest: Any) -> Any:
+            with self.scratch(query.shape, "float32") as staged:
+                row = staged[0]
+            self.row = row
+            return query.clone(), torch.zeros(query.shape[:3])
+
+    class Once(DenseSession):
+        def attend(self, query: Tensor, *rest: Any) -> Any:
+            with self.scratch(query.shape, "float32") as staged:
+                staged.fill_(0)
+                del staged
+            return query.clone(), torch.zeros(query.shape[:3])
+
+    for session, warns in ((Holds, True), (Once, False)):
+        backend = DenseBackend("pools", session)
+        report = check_backend(backend, checks=["memory"], quick=True, seed=seed)
+        assert ("used none again" in report["memory"].warning) == warns, str(report)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_honest_devices_pass(name: str, seed: int) -> None:
     session, claims, backend = OTHERS[name]
