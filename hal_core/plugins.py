@@ -73,8 +73,8 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                full = f"{'' if _is_known(point) else distribution.partition(' ')[0] + ':'}{name}"
-                fix = f"add {full} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}"
+                prefix = "" if _is_known(point) else f"{distribution.partition(' ')[0]}:"
+                fix = f"add {prefix}{name} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}"
                 plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=fix)
                 continue
             stage = "duplicate"
@@ -188,8 +188,10 @@ def raised_at(error: BaseException) -> str:
         (str(f.f_globals.get("__name__")).partition(".")[0], f.f_code, n) for f, n in walk_tb(error.__traceback__)
     ]
     others = [row for row in walked if row[0] not in {"hal_core", "torch", "importlib", "threading", "concurrent"}]
-    code, line = next(((code, n) for name, code, n in reversed(others) if name == others[0][0]), (None, 0))
-    return f"{'/'.join(code.co_filename.split(os.sep)[-2:])}:{line} ({code.co_name})" if code else ""
+    own = (
+        f"{code.co_filename}:{line} ({code.co_name})" for name, code, line in reversed(others) if name == others[0][0]
+    )
+    return "/".join(next(own, "").split(os.sep)[-2:])
 
 
 def failed(name: str, distribution: str, stage: str, error: BaseException, fix: str = "") -> LoadFailure:

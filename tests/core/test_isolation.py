@@ -117,10 +117,8 @@ def test_a_plugin_that_is_switched_off_says_what_to_change(
 def test_a_plugin_that_raises_is_told_its_own_line(site: Site, device: str, says: str) -> None:
     """The innermost line of the plugin, though the core or a library raised further in."""
     site.add("bad", None, device + "Backend.estimate = lambda self, request, device: flops(request)", time=1e-12)
-    code = (
-        RUN
-        + "try:\n    hal.attention(q, q, q, backend='bad')\nexcept hal.HalError as error:\n    print(json.dumps(str(error)))"
-    )
+    code = RUN + "try:\n    hal.attention(q, q, q, backend='bad')\nexcept hal.HalError as error:\n"
+    code += "    print(json.dumps(str(error)))"
     message = site.run(code)
     assert ", raised in " in message
     assert says in message
