@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 else:
     torch = dispatch = execution = operands = torch_ops = validation = None
 
-_compiling = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
+_compiling = _tracing = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
 _OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
 
 
 def _load() -> None:
     """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
     global torch, dispatch, execution, operands, torch_ops, validation
-    global _compiling, _grad_enabled, _autocast, _gradient_bits
+    global _compiling, _tracing, _grad_enabled, _autocast, _gradient_bits
     import torch
 
     from . import dispatch, execution, operands, torch_ops, validation
 
     _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
-    _gradient_bits = operands.gradient_bits
+    _tracing, _gradient_bits = torch._C._is_tracing, operands.gradient_bits
     _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
 
 
@@ -134,7 +134,7 @@ def attention(
         max_seqlen_k,
     )
     overrides = (backend, objective, allow_simulated, transfer, tiling)
-    if _compiling():
+    if _compiling() or _tracing():  # torch.jit.trace records the operator too
         return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
@@ -294,7 +294,8 @@ def _bound(found: execution.BoundAttention) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
         if (
-            shapes != accepted
+            _tracing()
+            or shapes != accepted
             or attn_mask is not None
             or block_plan is not None
             or tables is not None

@@ -97,7 +97,7 @@ def describe(
     refuse(
         (overrides[-1] is not None and operands.plan is not None, "tiling and block_plan were given: pass one of them")
     )
-    request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits])
+    request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits if type(bits) is int else 0])
     if operands.tables is not None:
         check_tables(operands.tables, request, operands.query, operands.key)
     policy = merged_policy(*overrides)

@@ -111,7 +111,14 @@ def is_plain(tensor: Any) -> bool:
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        refuse((not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"))
+        refuse(
+            (
+                isinstance(tensor, torch.fx.Proxy),
+                f"{name} is a Proxy of torch.fx: trace with torch.export or torch.compile",
+            ),
+            (not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"),
+            (torch._C._is_tracing(), "torch.jit.trace met a bound call or explain: trace hal.attention itself"),
+        )
         refuse(
             (tensor.is_nested, f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k")
         )
