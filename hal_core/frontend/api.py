@@ -35,8 +35,8 @@ def _load() -> None:
 
     from . import dispatch, execution, operands, torch_ops, validation
 
-    _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
-    _tracing, _gradient_bits = torch._C._is_tracing, operands.gradient_bits
+    _grad_enabled, _autocast, _tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
+    _gradient_bits = operands.gradient_bits
     _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
 
 
@@ -75,7 +75,8 @@ def attention(
 ) -> Any:
     """softmax(scale * query @ key^T + mask) @ value on the best device for this call.
 
-    The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's.
+    The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's. What tables and block
+    plans hold is checked where they lie on the host; on an accelerator it is trusted, tables unless HAL_CHECK=1.
 
     Args:
         query: [batch, heads_q, len_q, dim_qk], any strides.
@@ -98,8 +99,10 @@ def attention(
         transfer: True allows moving the tensors to a device, False forbids it; None allows it to named devices alone.
         max_error: largest acceptable relative error. deterministic: demand bitwise repeatable results.
         rng: (seed, offset) of dropout and of a simulator's noise.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences: tensors are [1, heads, total, dim],
-            the tables int32 [sequences + 1].
+        cu_seqlens_q, cu_seqlens_k: packed sequences: tensors are [1, heads, total, dim], the tables int32
+            [sequences + 1].
+        max_seqlen_q, max_seqlen_k: bounds of a packed sequence's lengths. Where one is None, the tables are read, which
+            on an accelerator waits for it.
         page_table, cache_seqlens: paged cache: key and value are [pages, heads_kv, page_size, dim], the tables int32
             [batch, most pages] and [batch].
         key_scale, value_scale: float32 factors of an FP8 key and value.
@@ -163,8 +166,8 @@ def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, .
             "a CausalBias as attn_mask and is_causal or causal were given: pass one of them",
         )
     )
-    upper = mask.variant == CausalVariant.UPPER_LEFT
-    return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
+    causal = Causal.TOP_LEFT if mask.variant == CausalVariant.UPPER_LEFT else Causal.BOTTOM_RIGHT
+    return None, given._replace(causal=causal)
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
@@ -332,8 +335,7 @@ def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, 
     """
     request = found.request
     longest = (request.len_q, request.len_k)
-    most_q, most_k = longest if request.packed else (None, None)
-    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
+    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=longest[0], max_seqlen_k=longest[1])
     this = validation.build_request(operands.Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)

@@ -32,7 +32,6 @@ _STATIC = (
     "bool? allow_simulated, bool? transfer, str? tiling, str? expected, int grads"
 )
 _TENSOR_COUNT, _STATIC_COUNT = _TENSORS.count(",") + 1, _STATIC.count(",") + 1
-_AT_RUN = -1  # as `grads`: those that the tensors require when the operator runs
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
 _tilings: dict[str, Any] = {}
@@ -65,11 +64,15 @@ def in_graph(
     *given, tiling = overrides
     expected = mirror.key if given[0] is None else None
     name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
-    family = name.partition(":")[0]
-    operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
+    operator = OPERATORS.get(name.partition(":")[0], OPERATORS[AUTOMATIC])
     bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
-    drawn = torch.randint(0, 2**62, (2,), dtype=torch.int64) if rng is None and dropout_p > 0 else None
-    seed = drawn if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+    seed = (
+        torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+        if rng is not None
+        else torch.randint(0, 2**62, (2,), dtype=torch.int64)
+        if dropout_p > 0
+        else None
+    )
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
     causal = causal.value if isinstance(causal, Causal) else causal
@@ -98,7 +101,7 @@ def in_graph(
         *given,
         None if tiling is None else _registered(tiling),
         expected,
-        _AT_RUN if torch.jit.is_tracing() else bits,  # torch.jit guards nothing
+        bits if torch.compiler.is_compiling() else -1,  # torch.jit guards nothing: those required when it runs
     )
     return AttentionOutput(out, lse) if return_lse else out
 
@@ -109,7 +112,7 @@ class _Call:
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         *tensors, seed = arguments[:_TENSOR_COUNT]
         blocks, left, right, windowed, *static, tiling, self.expected, bits = arguments[_TENSOR_COUNT:]
-        self.bits = gradient_bits(*tensors[:4]) if bits == _AT_RUN else bits
+        self.bits = gradient_bits(*tensors[:4]) if bits < 0 else bits
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
