@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,13 +89,21 @@ def test_a_traced_call_draws_dropout_anew(fake: Fake, generator: torch.Generator
     assert not torch.equal(traced(*tensors), traced(*tensors))
 
 
-def test_a_traced_module_is_saved_and_loaded(fake: Fake, generator: torch.Generator) -> None:
-    fake("alpha", time=1e-15)
-    layer, tensors, file = Layer(), draw(generator), io.BytesIO()
-    torch.jit.save(torch.jit.trace(layer, tuple(tensors)), file)
-    file.seek(0)
+def test_a_traced_module_is_saved_and_loaded_in_another_process(
+    cpu: str, generator: torch.Generator, tmp_path: Path
+) -> None:
+    layer, tensors = Layer(), draw(generator)
+    torch.jit.save(torch.jit.trace(layer, tuple(tensors)), tmp_path / "layer.pt")
     tensors = draw(generator)
-    assert torch.equal(torch.jit.load(file)(*tensors), layer(*tensors))
+    torch.save([*tensors, layer(*tensors)], tmp_path / "data.pt")
+    script = (
+        "import sys, torch, hal_core.frontend.torch_ops\n"
+        "*tensors, want = torch.load(sys.argv[2])\n"
+        "print(torch.allclose(torch.jit.load(sys.argv[1])(*tensors), want, atol=1e-6))"
+    )
+    paths = [str(tmp_path / name) for name in ("layer.pt", "data.pt")]
+    done = subprocess.run([sys.executable, "-c", script, *paths], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_a_traced_call_runs_under_the_selection_it_was_traced_under(fake: Fake, generator: torch.Generator) -> None:
