@@ -166,8 +166,9 @@ def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, .
             "a CausalBias as attn_mask and is_causal or causal were given: pass one of them",
         )
     )
-    causal = Causal.TOP_LEFT if mask.variant == CausalVariant.UPPER_LEFT else Causal.BOTTOM_RIGHT
-    return None, given._replace(causal=causal)
+    return None, given._replace(
+        causal=Causal.TOP_LEFT if mask.variant is CausalVariant.UPPER_LEFT else Causal.BOTTOM_RIGHT
+    )
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
@@ -202,8 +203,9 @@ def _described(
         query, key, value, mask = _follow_autocast(query, key, value, mask)
     mask, options = _causal_bias(mask, tuple((defaults | keywords)[name] for name in defaults))
     named = SequenceMetadata(*map(keywords.get, tables))
-    plan, packed = keywords.get("block_plan"), None if named.count(None) == len(named) else named
-    given = operands.Operands(query, key, value, mask, plan, packed)
+    given = operands.Operands(
+        query, key, value, mask, keywords.get("block_plan"), None if named.count(None) == len(named) else named
+    )
     bits = _gradient_bits(query, key, value, mask) if _grad_enabled() else 0
     return dispatch.describe(given, bits, options, tuple(map(keywords.get, _OVERRIDES)))
 
