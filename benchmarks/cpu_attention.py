@@ -63,7 +63,7 @@ def main() -> int:
 
 def against(options: argparse.Namespace) -> int:
     """Model shapes here and in another checkout, in turn; 1 where the geometric mean of the ratios misses its bar."""
-    workers = [Worker("cpu_calls.py", checkout, "cpu") for checkout in (ROOT, options.against)]
+    workers = [Worker("cpu_worker.py", checkout, "cpu") for checkout in (ROOT, options.against)]
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in workers[0].ask(None)}
     with Others() as others:
         for number in range(options.rounds + 1):

@@ -1,5 +1,6 @@
 """Whether simulated devices say the same as another checkout's, to the last digit: cycles and bytes of the KPU, and
-signal-to-noise ratios of the photonic devices for given draws. Ends with 1 where a figure differs.
+signal-to-noise ratios of the photonic devices for given draws. Ends with 1 where a figure differs. Without `--against`
+this checkout is compared with itself, in two processes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ FAMILIES = ("kpu", "photonics")
 
 def main() -> int:
     parser = record.parser(__doc__)
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", required=True, help="the other checkout")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="the other checkout")
     options = parser.parse_args()
-    workers = [Worker("simulator_calls.py", checkout, PLUGINS) for checkout in (ROOT, options.against)]
+    checkouts = (ROOT, options.against or ROOT)
+    workers = [Worker("simulator_worker.py", checkout, PLUGINS) for checkout in checkouts]
     rows, differing = [], 0
     for family in FAMILIES:
         here, there = (worker.ask(family) for worker in workers)
@@ -30,7 +32,9 @@ def main() -> int:
         worker.close()
     notes = [f"{len(rows) - differing} of {len(rows)} rows are equal in every figure."]
     columns = ("program or draw", "here", "there", "")
-    record.publish(options, "simulators", "Simulated figures, beside another checkout", columns, rows, notes, "Against")
+    section = "Against" if options.against else "Repeated"
+    title = f"Simulated figures, beside {'another checkout' if options.against else 'a second process'}"
+    record.publish(options, "simulators", title, columns, rows, notes, section)
     return int(differing > 0)
 
 

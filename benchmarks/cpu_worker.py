@@ -1,6 +1,6 @@
 """Processor milliseconds of attention in the shapes of models, on the CPU device of a checkout.
 
-    python benchmarks/cpu_calls.py CHECKOUT
+    python benchmarks/cpu_worker.py CHECKOUT
 
 answers each line with a shape's name with the least milliseconds of a call, and `null` with the names;
 `cpu_attention.py --against` asks two of them in turn. One thread, so that processor time is the call's own.

@@ -1,6 +1,6 @@
 """What the simulated devices of a checkout say of a fixed set of programs and draws.
 
-    python benchmarks/simulator_calls.py CHECKOUT
+    python benchmarks/simulator_worker.py CHECKOUT
 
 answers each line with {row: figures}, the figures in full precision; `simulator_equality.py` asks two of them.
 """
