@@ -65,7 +65,7 @@ def against(options: argparse.Namespace) -> int:
     """Model shapes here and in another checkout, in turn; 1 where the geometric mean of the ratios misses its bar."""
     workers = [Worker("cpu_worker.py", checkout, "cpu") for checkout in (ROOT, options.against)]
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in workers[0].ask(None)}
-    with Others() as others:
+    with Others(lambda: sum(worker.processor_seconds() for worker in workers)) as others:
         for number in range(options.rounds + 1):
             for name, found in times.items():
                 for side in (0, 1) if number % 2 else (1, 0):
@@ -115,7 +115,13 @@ def compare(torchs: Callable[[], Any], ours: Callable[[], Any], seconds: float) 
 class Others:
     """The share of this machine's processors that other programs take inside the block; 0 where the system does not
     say.
+
+    Args:
+        own: processor seconds of what is timed.
     """
+
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self._own = own
 
     def __enter__(self) -> Others:
         self._before, self.share = self._ticks(), 0.0
@@ -125,15 +131,14 @@ class Others:
         (total, busy, own), (t, b, o) = self._ticks(), self._before
         self.share = max(busy - b - (own - o), 0.0) / max(total - t, 1e-9)
 
-    @staticmethod
-    def _ticks() -> tuple[float, float, float]:
-        """Seconds of all processors, of those busy, and of this process."""
+    def _ticks(self) -> tuple[float, float, float]:
+        """Seconds of all processors, of those busy, and of what is timed."""
         try:
             fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except OSError:
             return 0.0, 0.0, 0.0
         seconds = [n / os.sysconf("SC_CLK_TCK") for n in fields]
-        return sum(seconds), sum(seconds) - seconds[3] - seconds[4], time.process_time()
+        return sum(seconds), sum(seconds) - seconds[3] - seconds[4], self._own()
 
 
 #: Share of the processors from which other programs spoil a comparison.
