@@ -196,7 +196,8 @@ def kernels(s: Subject) -> Measure:
         drawn = resolve(specs[name].sampler)(torch.Generator().manual_seed(s.seed))
         floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in drawn]
         given = [
-            x.to(s.corners.base.device, getattr(torch, dtype)) if f else x for x, f in zip(drawn, floats, strict=True)
+            x.to(s.corners.base.device, getattr(torch, dtype) if f else x.dtype) if isinstance(x, torch.Tensor) else x
+            for x, f in zip(drawn, floats, strict=True)
         ]
         want = resolve(specs[name].reference)(*(x.double() if f else x for x, f in zip(given, floats, strict=True)))
         got, bound = s.session.kernel(name)(*given), specs[name].tolerance[dtype]

@@ -17,6 +17,8 @@ QUICK = (
     "sm_90 hopper 128/128 8192 causal",
     "sm_90 attend causal",
     "sm_90 merge decode",
+    "sm_90 grad_kv causal",
+    "sm_90 grad_q causal",
 )
 TUNED = ("64/64", "128/128", "256/256")
 
@@ -67,12 +69,13 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
 
     path = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
-    assert len(rows) <= 200
+    assert len(rows) <= 250
     tuned = {
         name: row
         for name, row in rows.items()
         if "hopper" in name
         and "packed" not in name
+        and "backward" not in name
         and any(dims in name for dims in TUNED)
         and name.endswith((" full", " causal"))
     }
@@ -91,7 +94,7 @@ def test_every_kernel_that_is_launched_has_a_check_on_a_gpu() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "launcher":
                 assert isinstance(node.args[1], ast.Name)
                 launched.add(f"{source.parent.name}.{node.args[1].id}")
-            elif isinstance(node, ast.ImportFrom) and node.module == "forward":
+            elif isinstance(node, ast.ImportFrom) and node.module in ("forward", "kernel", "gelu_hopper"):
                 launched |= {f"{source.parent.name}.{name.name}" for name in node.names}
     spec = importlib.util.spec_from_file_location("cuda_verify", script)
     assert spec is not None
