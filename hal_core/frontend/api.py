@@ -279,7 +279,7 @@ def bind(
 
 def _bound(found: execution.BoundAttention) -> Any:
     request, entry, without_grads, state = found.request, found.entry, not found.request.grads, found.state
-    session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
+    session, grad_enabled, current_meter, tracing = found.session, torch.is_grad_enabled, meter_var.get, _tracing
     needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
     even = not check_all(
@@ -299,7 +299,7 @@ def _bound(found: execution.BoundAttention) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
         if (
-            _tracing()
+            tracing()
             or shapes != accepted
             or attn_mask is not None
             or block_plan is not None
