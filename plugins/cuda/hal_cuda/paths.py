@@ -37,7 +37,7 @@ def choose(
     request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True
 ) -> Choice:
     """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone."""
-    timed = [(path, seconds(path, request, rates)) for path in candidates(request, chip) if allowed(path)]
+    timed = [(path, seconds(path, request, rates, chip)) for path in candidates(request, chip) if allowed(path)]
     timed.sort(key=lambda item: item[1])
     if len(timed) > 1 and timed[0][0] == "composed":  # memory of all scores: only where nothing else is right
         timed = [*timed[1:], timed[0]]
