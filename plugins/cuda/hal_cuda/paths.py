@@ -150,7 +150,8 @@ def bind_torch(name: str, request: AttentionRequest) -> Callable[..., Tensor]:
     several = request.heads_q != request.heads_kv
     causal, scale, grads = request.causal is not Causal.NONE, request.scale, bool(request.grads)
     if several or name == "efficient":
-        attend, backend = torch.nn.functional.scaled_dot_product_attention, TORCH_BACKENDS[name]
+        # Not torch.nn.functional's name: hal.attention may have taken its place.
+        attend, backend = torch._C._nn.scaled_dot_product_attention, TORCH_BACKENDS[name]
 
         def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
             with sdpa_kernel(backend):
