@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -23,15 +24,24 @@ import torch
 import triton
 from hal_cuda.discovery import Chip
 from hal_cuda.kernels.hopper.launch import compile_forward, config_of
-from hal_cuda.kernels.portable import launch
-from hal_cuda.kernels.portable.block_plans import TILE, list_once, list_once_signature
+from hal_cuda.kernels.portable import backward_launch, launch
+from hal_cuda.kernels.portable.block_plans import (
+    BLOCKS,
+    TILE,
+    RowLists,
+    list_once,
+    list_once_signature,
+    list_rows,
+    mark_blocks,
+    row_signatures,
+)
 from hal_cuda.memory import StreamWorkspaces
 from hal_cuda.runtime.context import Context
 from hal_cuda.runtime.launch import compiled
 from hal_cuda.tiling import FOREIGN_SIZES, CudaTiling, foreign_excess, hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata, TilePlan
+from hal_core import AttentionRequest, BlockPlan, Causal, Grads, MaskKind, PooledMemory, SequenceMetadata, TilePlan
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,9 +58,9 @@ class Figures(NamedTuple):
 _launched: list[Callable[[], Any]] = []
 
 
-def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
     """In place of `launcher`: notes what would be launched."""
-    _launched.append(lambda: compiled(chip, fn, signature, constants, options))
+    _launched.append(lambda: compiled(chip, fn, signature, constants, divisible or {}, options))
 
 
 def hopper_variants() -> dict[str, Callable[[], Any]]:
@@ -94,6 +104,29 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     return found
 
 
+def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
+    """The Gluon backward: its head sizes times the edges they may meet, and the kernels around it."""
+    from hal_cuda.kernels.hopper_backward import launch as backward
+    from hal_cuda.tiling import hopper_backward_tiles
+
+    edges: dict[str, dict[str, bool]] = {
+        "full": {},
+        "causal": {"right": True},
+        "full ragged": {"ragged": True},
+        "causal ragged": {"right": True, "ragged": True},
+        "window": {"right": True, "left": True},
+        "softcap": {"right": True, "softcap": True},
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    for dims in ((64, 64), (128, 128), (256, 256), (192, 128)):
+        for edge, flags in edges.items():
+            settings = dict.fromkeys(("left", "right", "ragged", "softcap"), False) | flags
+            config = backward.config_of(hopper_backward_tiles(*dims, settings["right"]), group=1, **settings)
+            name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
+            found[name] = partial(backward.compile_backward, "bf16", config)
+    return found
+
+
 def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """The plain Triton kernels: one of each feature."""
     chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10)
@@ -134,6 +167,78 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
     return found
 
 
+#: What `backward_variants` compiles, beside the plain request.
+_BACKWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "additive mask": {"mask": MaskKind.ADDITIVE, "grads": frozenset({"q", "k", "v", "mask"})},
+    "causal": {"causal": Causal.TOP_LEFT},
+    "head_dim 64": {"dim_qk": 64, "dim_v": 64},
+    "head_dim 256": {"dim_qk": 256, "dim_v": 256},
+    "float32": {"dtype": "float32"},
+    "dropout": {"dropout": 0.1},
+    "block plan": {"block_plan": (128, 128, 2)},
+    "head_dim 64 causal": {"dim_qk": 64, "dim_v": 64, "causal": Causal.TOP_LEFT},
+    "head_dim 256 causal": {"dim_qk": 256, "dim_v": 256, "causal": Causal.TOP_LEFT},
+    "head_dim 80": {"dim_qk": 80, "dim_v": 80},
+    "boolean mask": {"mask": MaskKind.BOOLEAN},
+    "window": {"window": (100, 0)},
+    "softcap": {"softcap": 5.0},
+}
+
+
+def backward_variants(capability: tuple[int, int], shared_memory: int, features: int) -> dict[str, Callable[[], Any]]:
+    """The plain Triton backward: the kernels of a call, for the first `features` of `_BACKWARD`."""
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=shared_memory)
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
+    base = AttentionRequest(
+        batch=2,
+        heads_q=8,
+        heads_kv=2,
+        len_q=1024,
+        len_k=1024,
+        dim_qk=128,
+        dim_v=128,
+        dtype="bfloat16",
+        lse=True,
+        grads=frozenset("qkv"),
+    )
+    found: dict[str, Callable[[], Any]] = {}
+    sm = f"sm_{capability[0]}{capability[1]}"
+    for name, change in list(_BACKWARD.items())[:features]:
+        request = replace(base, **change)
+        before = len(_launched)
+        with mock.patch.object(backward_launch, "launcher", _recorded):
+            backward_launch.PortableBackward(request, context)._build(_form(request))
+        kernels = ["grad_kv", "grad_q"]
+        if request.mask is MaskKind.ADDITIVE:
+            kernels = ["normalise", *kernels, "grad_mask"]
+        if name == "plain":
+            kernels = ["prepare", *kernels]
+        for kernel, make in zip(reversed(kernels), reversed(_launched[before:]), strict=False):
+            found[f"{sm} {kernel} {name}"] = make
+    if features < 3:
+        return found
+    for kernel, signature, block in zip((mark_blocks, list_rows), row_signatures(), BLOCKS, strict=True):
+        _recorded(chip, kernel, signature, {"BLOCK": block}, num_warps=4)
+        found[f"{sm} {kernel.__name__}"] = _launched[-1]
+    return found
+
+
+def _form(request: AttentionRequest) -> Any:
+    """Tensors of a request's backward."""
+    query, key, value, mask, plan, _ = _tensors(request)
+    lse = torch.empty(query.shape[:3])
+    lists = None
+    if plan is not None:
+        shape = (1, 1, 8, 8)
+        lists = RowLists(
+            torch.empty(shape, dtype=torch.bool), *(torch.empty(shape[:n], dtype=torch.int32) for n in (4, 3))
+        )
+    grads = Grads(query, key, value, mask if "mask" in request.grads else None)
+    return backward_launch._Form(query, key, value, query, lse, query, None, mask, plan, lists, grads)
+
+
 def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
     """The portable kernel with the tiles of a caller that an H200 accepts, and the shared memory of one program."""
     chip, found = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), {}
@@ -161,6 +266,53 @@ def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
     return found
 
 
+def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+    """The Triton kernels beside attention, 16-bit and aligned; the Hopper kernel of fused_gelu_linear on 9.0."""
+    from hal_cuda.kernels import triton_paged_kv_cache_append, triton_paged_kv_cache_read, triton_rope_precompute_freqs
+    from hal_cuda.kernels.extra import forms, gelu_linear, paged, reductions, rope
+    from hal_cuda.kernels.extra.gelu_config import GeluConfig
+
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=99 << 10)
+    kind = torch.bfloat16 if capability >= (8, 0) else torch.float16
+
+    def empty(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    q, pool, x, b = empty(2, 8, 1024, 128), empty(16, 2, 8, 16, 128), empty(512, 512), empty(512)
+    slots, tables = torch.zeros(64, dtype=torch.int32), (empty(1024, 64, dtype=torch.float32),) * 2
+    heads = empty(64, 8, 128)
+    calls: dict[str, Callable[[], Any]] = {
+        "row sums": lambda: reductions._run(empty(4096, 8192), empty(4096), 4096, 8192, 1, largest=False),
+        "column sums": lambda: reductions._run(empty(64, 8192, 256), empty(64, 256), 64, 8192, 256, largest=False),
+        "rope with tables": lambda: rope._rotate(forms.Rotation(q, q, q, q), tables, 1e4),  # type: ignore[arg-type]
+        "rope computed": lambda: rope._rotate(forms.Rotation(q, q, q, q), None, 1e4),
+        "rope table": lambda: triton_rope_precompute_freqs(128, 128, device="cpu"),
+        "paged append": lambda: triton_paged_kv_cache_append(pool, slots, heads, heads),
+        "paged read": lambda: triton_paged_kv_cache_read(pool, slots.view(4, 16), slots[:4], 256),
+        "product": lambda: gelu_linear.portable(x, x, b, x, False),
+        "product stored [K, N]": lambda: gelu_linear.portable(x, x.T, None, x, True),
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    with ExitStack() as stack:
+        for module in (reductions, rope, paged, gelu_linear):
+            stack.enter_context(mock.patch.object(module, "launcher", _recorded_extra))
+            stack.enter_context(mock.patch.object(module, "chip_of", return_value=chip))
+            stack.enter_context(mock.patch.object(module.binaries, "INTERPRETED", True))  # tensors on the host
+        for name, call in calls.items():
+            before = len(_launched)
+            call()
+            found[name] = _launched[before]
+    if capability == (9, 0):
+        for config in (GeluConfig(), GeluConfig(tanh=True, w_rows=True), GeluConfig(bias=False)):
+            found[f"product hopper {config}"] = partial(gelu_linear.compile_hopper, "bf16", config)
+    return found
+
+
+def _recorded_extra(*given: Any, **options: Any) -> Any:
+    _recorded(*given, **options)
+    return lambda *launch: None
+
+
 def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
     r, kind = request, getattr(torch, request.dtype)
     query = torch.empty(r.batch, r.heads_q, r.len_q, r.dim_qk, dtype=kind)
@@ -179,7 +331,12 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    return hopper_variants() | portable_variants((9, 0)) | portable_variants((8, 0)) | portable_variants((10, 0))
+    found = hopper_variants() | hopper_backward_variants()
+    for capability in ((9, 0), (8, 0), (10, 0)):
+        found |= portable_variants(capability)
+    found |= backward_variants((9, 0), 227 << 10, 99) | backward_variants((8, 0), 163 << 10, 8)
+    found |= backward_variants((8, 6), 99 << 10, 2) | backward_variants((8, 9), 99 << 10, 2)
+    return found | backward_variants((10, 0), 227 << 10, 2)
 
 
 def figures(kernel: Any) -> Figures:
@@ -196,6 +353,29 @@ def figures(kernel: Any) -> Figures:
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     warned = [line for line in said.splitlines() if "warning" in line.lower() or re.search(r"C75\d\d", line)]
     return Figures(registers, spilled, len(warned))
+
+
+def local_accesses(kernel: Any) -> list[int]:
+    """Loads and stores of local memory, where spilled registers lie, in each innermost loop that has products.
+
+    Behind the last store of a result lie the turns of waits, which jump back into the middle of a loop.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [str(ASSEMBLERS / "nvdisasm"), "-c", str(binary)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    labels = {found[1]: place for place, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = ((re.search(r"BRA.*`\((\.L_x_\d+)\)", line), place) for place, line in enumerate(lines))
+    end = max(place for place, line in enumerate(lines) if "UTMASTG" in line)
+    loops = [(labels[found[1]], place) for found, place in jumps if found and labels.get(found[1], end) < place < end]
+    loops = [loop for loop in loops if any("HGMMA" in line for line in lines[slice(*loop)])]
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+    ]
+    return [sum(bool(re.search(r" (LDL|STL)", line)) for line in lines[slice(*loop)]) for loop in innermost]
 
 
 def table() -> dict[str, Any]:

@@ -23,13 +23,15 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip
-from .tiling import choose_tiles, packs, split_keys
+from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
 OWN = frozenset({"hopper", "portable"})
+#: Operations of forward and backward together over the forward's: five products beside its two.
+GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
-_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "composed": 0.05}
+_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "efficient": 0.3, "composed": 0.05}
 #: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
 _PRODUCTS_A_CYCLE = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
 
@@ -48,7 +50,8 @@ class Rates:
     Attributes:
         bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
             seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
-            path, dim, causal, length, rate. joules_per_flop, joules_per_byte: None where not measured. basis,
+            path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of
+            float32 ("float32") or of a mask ("mask"). joules_per_flop, joules_per_byte: None where not measured. basis,
             provenance, source: of all of it.
     """
 
@@ -102,16 +105,30 @@ class Rates:
         """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
         causal = request.causal is not Causal.NONE
         dim = max(request.dim_qk, request.dim_v)
-        measured = [row for row in self.grid if row["path"] == path and row["causal"] == causal]
+        kind, form = (path, bool(request.grads)), form_of(request)
+        slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
+        rows = [row for row in self.grid if (row["path"], row.get("grads", False)) == kind]
+        measured = [row for row in rows if row.get("form", "") == form] if form else []
+        if measured:  # without a diagonal: its cost is that of the pairs it leaves
+            slower = 1.0
+        else:
+            measured = [row for row in rows if row["causal"] == causal and not row.get("form", "")]
         dims = sorted({row["dim"] for row in measured})
         if not dims:
             fill = min(1.0, request.len_q / 2048) * min(1.0, dim / 128)
-            return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9), 2.0)
+            return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9) / slower, 2.0)
         nearest = min((d for d in dims if d >= dim), default=dims[-1])
         padded = min(dim / nearest, 1.0) if path in ("hopper", "portable") else 1.0
         points = sorted((row["length"], row["rate"]) for row in measured if row["dim"] == nearest)
         spread = 1.1 if self.basis is Basis.MEASURED else 2.0
-        return Rate(_between(points, max(request.len_q, 1)) * padded, spread if dim == nearest else spread * 1.3)
+        return Rate(
+            _between(points, max(request.len_q, 1)) * padded / slower, spread if dim == nearest else spread * 1.3
+        )
+
+
+def form_of(request: AttentionRequest) -> str:
+    """What sets a request apart from those of the main table: "float32", "mask" or nothing."""
+    return "float32" if request.dtype == "float32" else "mask" if request.mask is not MaskKind.NONE else ""
 
 
 def _between(points: list[tuple[int, float]], length: int) -> float:
@@ -140,21 +157,32 @@ class Choice(NamedTuple):
     seconds: tuple[tuple[str, float], ...]
 
 
-def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
-    """Middle of a path's time."""
+def seconds(path: str, request: AttentionRequest, rates: Rates, chip: Chip) -> float:
+    """Middle of a path's time on a chip."""
     flops = 2.0 * request.visible_macs
     if request.grads:
-        flops *= 3.5  # forward, and five products for the forward's two
+        flops *= GRADIENT_FLOPS
     if path == "composed":
-        flops = 2.0 * request.macs * (3.5 if request.grads else 1.0)
-    decoding = packs(request, request.len_q)
+        flops = 2.0 * request.macs * (GRADIENT_FLOPS if request.grads else 1.0)
+    decoding = packs(request, request.len_q) and not request.grads
     share = rates.decode_share if path == "portable" else 0.8 * rates.decode_share
     reading = request.bytes_moved / (rates.bandwidth * share)
     if decoding and path != "composed":
         return rates.launch * (1.0 if path == "portable" else 1.2) + reading
-    slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
     launch = rates.launch * (1.0 if path in OWN else 1.3)  # what no length hides: equal rates go to the own kernels
-    return launch + max(flops * slower / rates.rate(path, request).flops, reading)
+    idle = _idle(request, chip) if path == "hopper" and request.grads else 1.0
+    return launch + max(flops / rates.rate(path, request).flops * idle, reading)
+
+
+def _idle(request: AttentionRequest, chip: Chip) -> float:
+    """How much longer the Hopper kernels take because their backward, a program for each block of keys of a key head,
+    leaves multiprocessors without work in its last round: few keys, or one key head for many query heads.
+    """
+    tiles = hopper_backward_tiles(request.dim_qk, request.dim_v, request.causal is not Causal.NONE)
+    programs = max(request.batch * request.heads_kv * -(-request.len_k // tiles.keys), 1)
+    busy = programs / (-(-programs // chip.multiprocessors) * chip.multiprocessors)
+    backward = 1 - 1 / GRADIENT_FLOPS
+    return 1 - backward + backward / busy
 
 
 def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip) -> Estimate:
@@ -180,6 +208,7 @@ def label(path: str) -> str:
         "portable": "own Triton kernel",
         "cudnn": "torch cuDNN",
         "flash": "torch FlashAttention",
+        "efficient": "torch efficient attention",
         "composed": "torch operations",
     }[path]
 
@@ -194,18 +223,53 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     result = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + (8 if r.dtype == "float64" else 4) * r.lse)
     if path == "composed":
         return result + (max(_differentiable_memory(r), _backward_memory(r)) if r.grads else _in_place_memory(r))
-    if path == "portable":
-        split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
-        lists = 0
-        if r.block_plan is not None and r.block_plan[2] > 1:
-            lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
-        return result + lists + (0 if split.joined else 4 * split.partial)
-    if path == "hopper":
-        return result + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
+    if path in OWN:
+        forward = _own_forward_memory(r, path, chip)
+        if not r.grads:
+            return result + forward
+        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r)
+        return result + 4 * rows * (not r.lse) + max(forward, backward)
+    if path == "efficient" and r.mask is not MaskKind.NONE:  # as an additive mask, padded to whole 16 columns
+        result += r.mask_batch * r.mask_heads * r.len_q * (r.len_k + 16) * DTYPE_BYTES[r.dtype]
     result += 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
     # FlashAttention's backward copies the output and its gradient, which reach it as transposed views.
     copies = 2 * rows * r.dim_v * DTYPE_BYTES[r.dtype] * (path == "flash")
     return result + (_fused_backward_memory(r) + copies if r.grads else 0)
+
+
+def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int:
+    """What the own forward kernels borrow."""
+    r = request
+    if path == "hopper":
+        return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
+    split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
+    lists = 0
+    if r.block_plan is not None and r.block_plan[2] > 1:
+        lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
+    return lists + (0 if split.joined else 4 * split.partial)
+
+
+def _portable_backward_memory(request: AttentionRequest) -> int:
+    from .kernels.portable.backward_launch import backward_memory
+
+    return backward_memory(request)
+
+
+def _gradients(request: AttentionRequest) -> int:
+    """Bytes of the gradients of query, key and value."""
+    r, keys = request, request.batch * request.heads_kv * request.len_k
+    return (r.batch * r.heads_q * r.len_q * r.dim_qk + keys * (r.dim_qk + r.dim_v)) * DTYPE_BYTES[r.dtype]
+
+
+def _hopper_backward_memory(request: AttentionRequest) -> int:
+    """What `kernels.hopper_backward` allocates: the gradients, in float32 the sums of the query's gradient, and two
+    numbers for each row.
+    """
+    r = request
+    right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
+    tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
+    rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
+    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2)
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:
@@ -217,11 +281,9 @@ def _fused_backward_memory(request: AttentionRequest) -> int:
     Source: PyTorch, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
     """
     r, size = request, DTYPE_BYTES[request.dtype]
-    rows, keys = r.batch * r.heads_q * r.len_q, r.batch * r.heads_kv * r.len_k
     padded = r.batch * r.heads_q * (-(-r.len_q // 128) * 128)
     expanded = r.batch * r.heads_q * r.len_k * (r.dim_qk + r.dim_v) * (r.heads_q != r.heads_kv)
-    gradients = rows * r.dim_qk + keys * (r.dim_qk + r.dim_v)
-    return (gradients + expanded) * size + padded * (-(-r.dim_qk // 32) * 32 + 1) * 4
+    return _gradients(r) + expanded * size + padded * (-(-r.dim_qk // 32) * 32 + 1) * 4
 
 
 def _in_place_memory(request: AttentionRequest) -> int:
