@@ -38,8 +38,7 @@ class Buffer:
 
     def __init__(self, tensor: Any, owner: object, reserved: int, block: Any = None, form: Any = None) -> None:
         self._tensor, self.owner, self.reserved, self.block = tensor, owner, reserved, block
-        known: tuple[tuple[int, ...], str] = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        self.shape, self.dtype = known
+        self.shape, self.dtype = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     @property
     def freed(self) -> bool:

@@ -127,10 +127,13 @@ class Quantity(Record):
 
     def plus(self, other: Self) -> Self:
         """The sum of both intervals, with the worst basis and provenance of the two."""
-        basis = max(self.basis, other.basis, key=lambda b: b.rank)
-        provenance = max(self.provenance, other.provenance, key=lambda p: p.rank)
-        source = self.source if self.source == other.source else "several"
-        return type(self)(self.low + other.low, self.high + other.high, basis, provenance, source)
+        return type(self)(
+            self.low + other.low,
+            self.high + other.high,
+            max(self.basis, other.basis, key=lambda basis: basis.rank),
+            max(self.provenance, other.provenance, key=lambda provenance: provenance.rank),
+            self.source if self.source == other.source else "several",
+        )
 
     def overlaps(self, other: Self) -> bool:
         return self.low <= other.high and other.low <= self.high
@@ -190,8 +193,12 @@ class MeterRecord(NamedTuple):
 
     def plus(self, other: "MeterRecord") -> "MeterRecord":
         """Both records together. A call without a figure makes the sum None: a partial sum would look like a total."""
-        time = self.time.plus(other.time) if self.time and other.time else None
-        energy = self.energy.plus(other.energy) if self.energy and other.energy else None
-        wall, calls = self.wall + other.wall, self.calls + other.calls
-        macs, transferred = self.macs + other.macs, self.transferred + other.transferred
-        return MeterRecord(self.device, calls, wall, time, energy, macs, transferred)
+        return MeterRecord(
+            self.device,
+            self.calls + other.calls,
+            self.wall + other.wall,
+            self.time.plus(other.time) if self.time and other.time else None,
+            self.energy.plus(other.energy) if self.energy and other.energy else None,
+            self.macs + other.macs,
+            self.transferred + other.transferred,
+        )

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from .capability import Capabilities, Code, Refusal, listing
+from .capability import Capabilities, Code, Range, Refusal, listing
 from .decision import FORMAT, Candidate, Decision, Policy, PolicyChoice, figure_text
 from .device_info import Basis, Device, Fidelity, Provenance, Quantity
 from .errors import ContractError, DeviceUnavailableError, PluginError, refuse
@@ -58,8 +58,8 @@ def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool
 def tiling_limits(capabilities: Capabilities) -> dict[str, int]:
     """The bounds that a device sets to block sizes of a tiling: "minimum" and "maximum", where it has them."""
     sizes = capabilities.tile_sizes
-    low, high = sizes.next_up(1), getattr(sizes, "high", None) or max(getattr(sizes, "values", ()), default=0)
-    return {name: size for name, size in (("minimum", low), ("maximum", high)) if size}
+    high = sizes.high if isinstance(sizes, Range) else max(sizes, default=0)
+    return {name: size for name, size in (("minimum", sizes.next_up(1)), ("maximum", high)) if size}
 
 
 def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabilities) -> AttentionRequest:
