@@ -36,7 +36,14 @@ class Buffer:
 
     __slots__ = ("_tensor", "block", "dtype", "owner", "reserved", "shape")
 
-    def __init__(self, tensor: Any, owner: object, reserved: int, block: Any = None, form: Any = None) -> None:
+    def __init__(
+        self,
+        tensor: Any,
+        owner: object,
+        reserved: int,
+        block: Any = None,
+        form: tuple[tuple[int, ...], str] | None = None,
+    ) -> None:
         self._tensor, self.owner, self.reserved, self.block = tensor, owner, reserved, block
         self.shape, self.dtype = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
@@ -63,6 +70,6 @@ class Buffer:
         return int(kind), int(index)
 
     def release(self) -> Any:
-        """Give the tensor up. For memory managers."""
-        tensor, self._tensor = self._tensor, None
+        """Give the tensor up. For memory managers. Raises ContractError the second time."""
+        tensor, self._tensor = self.tensor, None
         return tensor

@@ -90,8 +90,10 @@ class TilePlan(NamedTuple):
         expected = 0
         for q_start, q_stop, spans in self.ranges or ():
             if q_start != expected or q_stop <= q_start:
-                wrong = f"rows {q_start} to {q_stop} follow row {expected}"
-                raise ContractError(f"tiling {name!r}: {wrong}: partition the {self.len_q} query rows in order")
+                raise ContractError(
+                    f"tiling {name!r}: rows {q_start} to {q_stop} follow row {expected}: "
+                    f"partition the {self.len_q} query rows in order"
+                )
             expected, before = q_stop, 0
             reached, last = self.visible(q_start)[0], self.visible(q_stop - 1)[1]
             for start, stop in spans:
