@@ -86,20 +86,17 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
             _apply((*_entered.get(), self._inside[-1]))
             return self
         except BaseException:  # an interrupt before the block began
-            self._leave()
+            self.__exit__()
             raise
 
     def __exit__(self, *error: object) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
         if self._inside:
             _apply(tuple(entry for entry in _entered.get() if entry is not self._inside[-1]))
             self._inside.pop()
 
     def __del__(self) -> None:
         if getattr(self, "_inside", ()):  # an interrupt came between the block's end and __exit__
-            self._leave()
+            self.__exit__()
         elif not getattr(self, "_was_entered", True):
             import warnings
 

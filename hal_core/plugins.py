@@ -73,8 +73,9 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                what = f"switched off by {off}"
-                plugin.failure = LoadFailure(name, distribution, "disabled", what, fix=f"change {off}")
+                plugin.failure = LoadFailure(
+                    name, distribution, "disabled", f"switched off by {off}", fix=f"change {off}"
+                )
                 continue
             stage = "duplicate"
             try:

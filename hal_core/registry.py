@@ -86,9 +86,9 @@ class Registry:
             for kernel_spec in kernels:
                 own = (kernel_spec, distribution)
                 if (other := self._specs.setdefault(kernel_spec.name, own)) is not own:
-                    by = f"{other[1]} and by {distribution}"
                     raise PluginError(
-                        f"kernel {kernel_spec.name!r} is specified by {by}: one of them must rename its own"
+                        f"kernel {kernel_spec.name!r} is specified by {other[1]} and by {distribution}: one of them "
+                        "must rename its own"
                     )
         except BaseException:
             self._entries, self._specs = before
@@ -97,8 +97,8 @@ class Registry:
     def _add(self, entry: Entry) -> None:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
         if other is not None:
-            by = [e.distribution or "a registration at run time" for e in (other, entry)]
-            why, fix = f"backend {name!r} is offered by {by[0]} and by {by[1]}", "uninstall or disable one of them"
+            by = " and by ".join(e.distribution or "a registration at run time" for e in (other, entry))
+            why, fix = f"backend {name!r} is offered by {by}", "uninstall or disable one of them"
             failure = LoadFailure(name, entry.distribution, "duplicate", why, fix=fix)
             # No plugin displaces the backend of the distribution that has its name.
             owned, owns = (e.distribution.startswith(f"hal-{name} ") for e in (other, entry))
@@ -138,24 +138,21 @@ class Registry:
     def devices_of(self, entry: Entry) -> tuple[Device, ...]:
         """The entry's devices; empty, with `entry.failure` set, where its target fails. Tried once."""
         with entry.lock:
-            if entry.found is None:
-                entry.found = self._look_for(entry)
-            return entry.found
-
-    def _look_for(self, entry: Entry) -> tuple[Device, ...]:
-        if entry.failure is not None:
-            return ()
-        try:
-            entry.backend = entry.backend or resolve(entry.spec.target)()
-            found = tuple(entry.backend.devices())
-            own = f"{entry.spec.name}:"
-            if wrong := [getattr(d, "id", d) for d in found if not (isinstance(d, Device) and d.id.startswith(own))]:
-                raise PluginError(f"device ids {wrong} were given: give Device records with ids '{own}...'")
-            return found
-        except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
-            stage = "target" if entry.backend is None else "devices"
-            entry.failure = failed(entry.spec.name, entry.distribution, stage, error, entry.spec.install_hint)
-            return ()
+            if entry.found is not None or entry.failure is not None:
+                return entry.found or ()
+            name, own = entry.spec.name, f"{entry.spec.name}:"
+            try:
+                entry.backend = entry.backend or resolve(entry.spec.target)()
+                found = tuple(entry.backend.devices())
+                if wrong := [
+                    getattr(d, "id", d) for d in found if not (isinstance(d, Device) and d.id.startswith(own))
+                ]:
+                    raise PluginError(f"device ids {wrong} were given: give Device records with ids '{own}...'")
+                entry.found = found
+            except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
+                stage = "target" if entry.backend is None else "devices"
+                entry.failure = failed(name, entry.distribution, stage, error, entry.spec.install_hint)
+            return entry.found or ()
 
     def devices(self) -> list[Device]:
         """Every device that is present and works, hardware, emulated and simulated."""
@@ -190,8 +187,9 @@ class Registry:
         from difflib import get_close_matches
 
         question = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(backend, self._entries, 1))
-        installed = f"installed are {listing(self._entries)}; `hal doctor` shows more"
-        raise UnknownBackendError(f"unknown backend {name!r}{question}: {installed}")
+        raise UnknownBackendError(
+            f"unknown backend {name!r}{question}: installed are {listing(self._entries)}; `hal doctor` shows more"
+        )
 
     def why_absent(self, entry: Entry, name: str = "") -> str:
         """One sentence on why an installed backend has no (such) device, with the fix."""
@@ -245,11 +243,6 @@ class Registry:
             if failure := entry.broken.get(device.id):
                 raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
             return entry.sessions[device.id]
-
-    def opened(self, device_id: str) -> Session | None:
-        """The session of a device if one is open."""
-        entry = self._entries.get(device_id.partition(":")[0])
-        return entry.sessions.get(device_id) if entry else None
 
     # Registration at run time
 
@@ -361,6 +354,7 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
                 raise
         if opened is not None:
             return opened.kernel(name)  # type: ignore[no-any-return]
-    where = f"on {backend}" if backend is not None else "on any installed device"
-    known = f"specified kernels are {', '.join(sorted(registry.kernel_specs())) or 'none'}"
-    raise UnsupportedError(f"kernel {name!r} is not provided {where}: {known}")
+    raise UnsupportedError(
+        f"kernel {name!r} is not provided on {'any installed device' if backend is None else backend}: "
+        f"specified kernels are {', '.join(sorted(registry.kernel_specs()))}"
+    )

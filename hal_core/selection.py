@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import attrs
@@ -87,26 +88,26 @@ def _candidate(
     entry, moved = registry.entry(device.id), not device.reads_from(request.device)
     seen = Candidate(device=device, distribution=entry.distribution, priority=entry.spec.priority, transfer=moved)
 
-    def refused(offered: str, fix: str) -> Candidate:
-        refusal = Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, offered, fix)
-        return attrs.evolve(seen, refusals=(refusal,))
+    def refused(code: Code, field: str, wanted: str, offered: str, fix: str) -> Candidate:
+        return attrs.evolve(seen, refusals=(Refusal(code, field, wanted, offered, fix),))
 
+    unavailable = partial(refused, Code.UNAVAILABLE, "backend", entry.spec.name)
     if failure := entry.failure or entry.broken.get(device.id):
-        return refused(f"a backend that fails ({failure.message})", failure.fix)
+        return unavailable(f"a backend that fails ({failure.message})", failure.fix)
     if excluded:
-        return refused(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
+        return unavailable(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
     if denied := registry.access.why_not("devices", device.id):
-        refusal = Refusal(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
-        return attrs.evolve(seen, refusals=(refusal,))
-    fix = "pass transfer=True, or move the tensors"
-    elsewhere = Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix)
+        return refused(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
     movable = bool(policy.names) if policy.transfer is None else policy.transfer
     try:
         backend = registry.backend_of(device)
         capabilities = backend.capabilities(device)
         request = cut_request(request, policy.tiling, capabilities)
+        refusals = capabilities.refusals(request)
+        if moved and not movable:
+            fix = "pass transfer=True, or move the tensors"
+            refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
-        refusals = [*([elsewhere] if moved and not movable else ()), *capabilities.refusals(request)]
         refusals = refusals or list(backend.check(request, device))
         if wrong := [r for r in refusals if not isinstance(r, Refusal)]:
             raise PluginError(f"check() of {device.id} gave {wrong[0]!r}: give Refusal records")
@@ -118,22 +119,22 @@ def _candidate(
             return attrs.evolve(seen, refusals=tuple(refusals))
         estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
         error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
-        full = attrs.evolve(seen, estimate=estimate, error=error)
-        limit, session = registry.memory_limit(device.id) or device.memory, registry.opened(device.id)
+        seen = attrs.evolve(seen, estimate=estimate, error=error)
+        limit, session = registry.memory_limit(device.id) or device.memory, entry.sessions.get(device.id)
         in_use = session.memory.stats().in_use if session is not None else 0
         if limit is None or estimate.memory + in_use <= limit:
-            return full
+            return seen
         offered = f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})"
         fix = "shorten the request, free buffers, or raise hal.configure(memory_limit=...)"
-        refusal = Refusal(Code.MEMORY, "memory", f"{estimate.memory:,} bytes", offered, fix)
-        return attrs.evolve(full, refusals=(refusal,), limit=(in_use, limit))
+        over = refused(Code.MEMORY, "memory", f"{estimate.memory:,} bytes", offered, fix)
+        return attrs.evolve(over, limit=(in_use, limit))
     except ContractError:
         raise
     except (Exception, SystemExit, GeneratorExit) as error:
         failure = failed(entry.spec.name, entry.distribution, "check", error)
         entry.request_failures[device.id] = failure  # of this request: the next one is asked afresh
         seen = attrs.evolve(seen, provisional=True)
-        return refused(f"a backend that failed on this request ({failure.message})", failure.fix)
+        return unavailable(f"a backend that failed on this request ({failure.message})", failure.fix)
 
 
 def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None = None) -> Decision:
