@@ -65,9 +65,8 @@ class Buffer:
     def __dlpack__(self, **options: Any) -> Any:
         return self.tensor.__dlpack__(**options)
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        kind, index = self.tensor.__dlpack_device__()
-        return int(kind), int(index)
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
 
     def release(self) -> Any:
         """Give the tensor up. For memory managers. Raises ContractError the second time."""

@@ -195,11 +195,17 @@ def merged_policy(
     tiling: Any = None,
 ) -> Policy:
     """The call's arguments over `use` and `prefer`, over `configure`, over HAL_BACKEND, over automatic."""
-    names = () if backend is None else (backend,)
-    policy = Policy("argument", names, False, objective, allow_simulated, transfer, None, tiling)
+    call = Policy(
+        "argument",
+        () if backend is None else (backend,),
+        objective=objective,
+        allow_simulated=allow_simulated,
+        transfer=transfer,
+        tiling=tiling,
+    )
     variable = os.environ.get("HAL_BACKEND")
     environment = Policy("environment", (variable,)) if variable else NO_POLICY
-    return reduce(Policy.over, (policy_var.get(), settings.policy, environment, _DEFAULTS), policy)
+    return reduce(Policy.over, (policy_var.get(), settings.policy, environment, _DEFAULTS), call)
 
 
 class Meter:

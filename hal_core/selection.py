@@ -151,8 +151,7 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
     candidates: list[Candidate] = []
     chosen, reason, seconds = None, "no installed backend has a device", None
     for devices in [find(name) for name in policy.names] or [registry.devices()]:
-        why = excluded or {}
-        seen = [_candidate(request, device, policy, excluded=why.get(device.id, "")) for device in devices]
+        seen = [_candidate(request, d, policy, excluded=(excluded or {}).get(d.id, "")) for d in devices]
         candidates += seen
         chosen, reason, seconds = _choose(request, seen, policy)
         if chosen is not None:
@@ -197,8 +196,9 @@ def _choose(
         device, seconds = answer if isinstance(answer, PolicyChoice) else (answer, -1.0)
         if device in [candidate.device.id for candidate in able]:
             return device, f"chosen by the policy of {plugin}", seconds if seconds >= 0 else None
-        error = ValueError(f"it chose {answer!r}, which is not among the candidates")
-        registry.plugins.fail(plugin, "hal_policy", error)
+        registry.plugins.fail(
+            plugin, "hal_policy", ValueError(f"it chose {answer!r}, which is not among the candidates")
+        )
     return (*_least(able, policy.objective or "time"), None)
 
 
@@ -213,5 +213,6 @@ def _least(able: list[Candidate], objective: str) -> tuple[str | None, str]:
     least = min((figure for _, figure in stated), key=lambda figure: figure.middle)
     rivals = [(c, figure) for c, figure in stated if figure.overlaps(least)]
     winner, figure = min(rivals, key=lambda rival: (rival[1].basis.rank, rival[1].middle, -rival[0].priority))
-    among = f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"
-    return winner.device.id, "the only device that can" if len(able) == 1 else among
+    if len(able) == 1:
+        return winner.device.id, "the only device that can"
+    return winner.device.id, f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"

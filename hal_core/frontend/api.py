@@ -36,8 +36,7 @@ def _load() -> None:
     from . import dispatch, execution, operands, torch_ops, validation
 
     _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
-    _gradient_bits = operands.gradient_bits
-    _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
+    _gradient_bits, _compiling = operands.gradient_bits, torch.compiler.is_compiling  # last: then all of it is set
 
 
 def attention(
@@ -139,8 +138,8 @@ def attention(
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
-    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     given = (query, key, value, attn_mask, block_plan, tables)
+    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     found = dispatch.find(given, bits, options, overrides)
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
@@ -163,8 +162,8 @@ def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, .
             "a CausalBias as attn_mask and is_causal or causal were given: pass one of them",
         )
     )
-    upper = mask.variant == CausalVariant.UPPER_LEFT
-    return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
+    causal = Causal.TOP_LEFT if mask.variant == CausalVariant.UPPER_LEFT else Causal.BOTTOM_RIGHT
+    return None, tuple(given._replace(causal=causal))
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
@@ -199,8 +198,8 @@ def _described(
         query, key, value, mask = _follow_autocast(query, key, value, mask)
     mask, options = _causal_bias(mask, tuple((defaults | keywords)[name] for name in defaults))
     named = SequenceMetadata(*map(keywords.get, tables))
-    plan, packed = keywords.get("block_plan"), None if named.count(None) == len(named) else named
-    given = operands.Operands(query, key, value, mask, plan, packed)
+    packed = None if named.count(None) == len(named) else named
+    given = operands.Operands(query, key, value, mask, keywords.get("block_plan"), packed)
     bits = _gradient_bits(query, key, value, mask) if _grad_enabled() else 0
     return dispatch.describe(given, bits, options, tuple(map(keywords.get, _OVERRIDES)))
 
@@ -226,8 +225,7 @@ def plan_text(request: AttentionRequest, decision: Decision) -> str:
     tiling = decision.policy.tiling or registry.session(decision.chosen).tiling
     cut = cut_request(request, tiling, capabilities)
     if cut.block_plan is not None:
-        block_q, block_k, most = cut.block_plan
-        return f"blocks of {block_q} x {block_k}, at most {most} a row, by {tiling.name}"
+        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
     plan: Any = tiling.plan(request if decision.policy.tiling is None else cut, tiling_limits(capabilities))
     plan.check(tiling.name)
     return f"{plan} ({tiling.name})"

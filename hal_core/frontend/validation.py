@@ -111,9 +111,12 @@ def is_plain(tensor: Any) -> bool:
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        refuse((not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"))
         refuse(
-            (tensor.is_nested, f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k")
+            (not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"),
+            (
+                getattr(tensor, "is_nested", False),
+                f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k",
+            ),
         )
         refuse(
             (
@@ -172,30 +175,31 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
     )
     if cu_q is not None:
         most: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
-        shapes = f"{list(cu_q.shape)} and {list(cu_k.shape)}"
         refuse(
             (
                 cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
-                f"cu_seqlens_q and cu_seqlens_k of {shapes} were given: use [sequences + 1] for both",
+                f"cu_seqlens_q {list(cu_q.shape)} and cu_seqlens_k {list(cu_k.shape)} were given: use [sequences + 1]",
             ),
             (
                 query.shape[0] != 1 or key.shape[0] != 1,
                 f"packed query {list(query.shape)} and key {list(key.shape)} were given: use a batch of 1",
             ),
             (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
-        )
-        refuse(
             (
                 not all(type(n) is int and 0 <= n < _LARGEST for n in most),
                 f"max_seqlen_q {most[0]!r} and max_seqlen_k {most[1]!r} were given: pass lengths of 0 or more",
-            )
+            ),
         )
         return len(cu_q) - 1, most[0], most[1]
     if pages is None:
         return batch, query.shape[2], key.shape[2]
-    given = f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)}"
-    wrong = pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,)
-    refuse((wrong, f"{given} were given: use [batch, most pages] and [batch] with batch {batch}"))
+    refuse(
+        (
+            pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,),
+            f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)} were given: use [batch, most pages] "
+            f"and [batch] with batch {batch}",
+        )
+    )
     return batch, query.shape[2], pages.shape[1] * key.shape[2]
 
 
@@ -257,16 +261,13 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
         (
             not isinstance(indices, Tensor) or not isinstance(counts, Tensor),
             f"block_plan with indices {type(indices).__name__} was given: pass int32 tensors",
-        )
-    )
-    size = list(indices.shape)
-    refuse(
+        ),
         (
             type(block_q) is not int or type(block_k) is not int or min(block_q, block_k) < 1,
             f"blocks of {block_q!r} x {block_k!r} were given: use whole numbers of 1 or more",
-        )
+        ),
     )
-    rows, columns = -(-len_q // block_q), -(-len_k // block_k)
+    size, rows, columns = list(indices.shape), -(-len_q // block_q), -(-len_k // block_k)
     fits = (
         len(size) == 4
         and counts.shape == indices.shape[:3]
@@ -276,16 +277,22 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
         and size[3] <= max(columns, 1)
         and indices.dtype == counts.dtype == torch.int32
     )
-    given = f"block_plan indices {size} {indices.dtype} and counts {list(counts.shape)} {counts.dtype} were given"
-    wanted = f"[1 or {batch}, 1 or {heads}, {rows}, at most {columns}]"
     refuse(
-        (not fits, f"{given}: use int32, {wanted} and the same without the last dimension"),
+        (
+            not fits,
+            f"block_plan indices {size} {indices.dtype} and counts {list(counts.shape)} {counts.dtype} were given: "
+            f"use int32, [1 or {batch}, 1 or {heads}, {rows}, at most {columns}], counts without the last dimension",
+        ),
         (not indices.device == counts.device == query.device, f"block_plan on {indices.device} was given: move it"),
     )
     listed = torch.arange(size[3], device=indices.device) < counts.unsqueeze(-1)
     wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
-    sentence = f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan"
-    refuse((bool(wrong), sentence))
+    refuse(
+        (
+            bool(wrong),
+            f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan",
+        )
+    )
 
 
 def _is_finite(number: Any) -> bool:
@@ -309,18 +316,21 @@ def _short(value: Any) -> str:
 
 def _checked(o: CallOptions) -> dict[str, Any]:
     """The request's fields of the options, each within its domain."""
-    for name in ("scale", "softcap", "max_error", "dropout_p"):
-        number = getattr(o, name)
-        refuse(
+    numbers = {"scale": o.scale, "softcap": o.softcap, "max_error": o.max_error, "dropout_p": o.dropout_p}
+    flags = ("is_causal", "enable_gqa", "return_lse", "deterministic")
+    refuse(
+        *(
             (
                 not _is_finite(number) and (number is not None or name == "dropout_p"),
                 f"{name} {_short(number)} was given: pass a finite Python number",
             )
-        )
-    for name in ("is_causal", "enable_gqa", "return_lse", "deterministic"):
-        refuse(
+            for name, number in numbers.items()
+        ),
+        *(
             (getattr(o, name) not in (True, False), f"{name} {_short(getattr(o, name))} was given: pass True or False")
-        )
+            for name in flags
+        ),
+    )
     sides = o.window if isinstance(o.window, tuple | list) else ()
     refuse(
         (not _is_whole(o.diagonal), f"diagonal {_short(o.diagonal)} was given: use a whole number of tokens"),

@@ -80,8 +80,9 @@ class DenseTiling:
         block_q, block_k = self.block_q, self.block_k
         if block_q is None or block_k is None:
             sizes = {"head_dim": max(request.dim_qk, request.dim_v), "dtype_bytes": DTYPE_BYTES.get(request.dtype, 4)}
-            space, longest = limits.get("available_memory", 1 << 20), max(request.len_q, request.len_k)
-            block_q = block_k = self.compute_optimal_tile_size(longest, space, sizes | dict(limits))
+            block_q = block_k = self.compute_optimal_tile_size(
+                max(request.len_q, request.len_k), limits.get("available_memory", 1 << 20), sizes | dict(limits)
+            )
         return TilePlan.equal(request, block_q, block_k, cut_by=self.cut_by)
 
     def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:
