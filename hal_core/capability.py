@@ -31,7 +31,7 @@ def _code(value: str) -> Code:
     return Code(_CODES.get(value, value))
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Refusal(Record):
     """One reason why a device does not run a request.
 
@@ -51,7 +51,7 @@ class Refusal(Record):
         return f"{text}  -> {self.fix}" if self.fix else text
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Range(Record):
     """Whole numbers from `low` to `high` (None: no bound) in steps of `multiple`."""
 
@@ -100,7 +100,7 @@ class Choice(frozenset[int]):
 _NO_SIZES = Choice()
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Numerics(Record):
     """Error bounds a device holds on standard normal inputs, each ||x - reference|| / ||reference|| in float64.
 
@@ -138,7 +138,7 @@ FEATURES = frozenset(
 )
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Capabilities(Record):
     """What a device runs. Anything not listed is refused: an empty set means nothing, not everything.
 

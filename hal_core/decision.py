@@ -92,7 +92,7 @@ class PolicyChoice(NamedTuple):
     seconds: float
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Candidate(Record):
     """A device as it stood in a decision: every refusal, or its estimate."""
 
@@ -119,7 +119,7 @@ class Candidate(Record):
         return f"time {figure_text(self.estimate.time, 'time')}, energy {joules}{moved}"
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Decision(Record):
     """Why a call runs where it runs. Prints as text, travels as JSON, and can be replayed.
 

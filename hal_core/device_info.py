@@ -8,24 +8,18 @@ import attrs
 
 
 class Record:
-    """A base of frozen attrs classes that compares, hashes and prints by their fields. Methods that attrs generates for
-    every class would be a quarter of the time that the core's import takes.
+    """A base of frozen classes without slots that compares, hashes and prints by their fields. Methods that attrs and
+    dataclasses generate for every class would be a quarter of the time that the core's import takes.
     """
 
-    __slots__ = ()
-
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and _fields(self) == _fields(other)
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash(tuple(_fields(self).values()))
+        return hash(tuple(vars(self).values()))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in _fields(self).items())})"
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return attrs.asdict(record, recurse=False)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 class Ranked(enum.StrEnum):
@@ -45,7 +39,7 @@ class Fidelity(Ranked):
     SIMULATED = "simulated"  # values from a model of a device; its time and energy are modelled
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Device(Record):
     """One device a backend found.
 
@@ -100,7 +94,7 @@ class Provenance(Ranked):
     ASSUMED = "assumed"
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Quantity(Record):
     """An interval in SI units (seconds, joules, or a ratio for errors).
 
@@ -139,7 +133,7 @@ class Quantity(Record):
         return self.low <= other.high and other.low <= self.high
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Estimate(Record):
     """What a request would cost on a device, before it runs.
 

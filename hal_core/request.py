@@ -4,6 +4,8 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
+from .device_info import Record
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,8 +32,8 @@ class Causal(enum.StrEnum):
     BOTTOM_RIGHT = "bottom_right"
 
 
-@dataclass(frozen=True)
-class AttentionRequest:
+@dataclass(frozen=True, eq=False, repr=False, match_args=False)
+class AttentionRequest(Record):
     """An attention call's static description. It never holds a tensor.
 
     Attributes:
