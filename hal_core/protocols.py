@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from .buffers import Buffer, MemoryStats
 from .capability import Capabilities, Refusal
@@ -58,7 +59,7 @@ class TilingStrategy(Protocol):
     ) -> TilePlan | BlockPlan: ...
 
 
-class Session(Protocol):
+class Session(AbstractContextManager["Session"], Protocol):
     """An open device. A context manager; `close()` may be called twice. Methods may be called from any thread.
 
     Lengths in a request may be the bound of a bucket: exact ones are read from the tensors. `plan` is a block plan, or
@@ -112,8 +113,6 @@ class Session(Protocol):
         rng: tuple[int, int] | None = None,
     ) -> Grads: ...
     def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 class AttentionBackend(Protocol):

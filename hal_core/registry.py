@@ -198,8 +198,8 @@ class Registry:
             return f"{name} is installed but cannot be used, {entry.failure.message}: {entry.failure.fix}"
         if entry.found:
             return f"{name} is not present: {spec.name} has {listing([d.id for d in entry.found])}"
-        needs = f"it needs {listing(spec.requirements)}" if spec.requirements else "none was found"
-        reason = f"{needs}. {spec.install_hint}".rstrip()
+        reason = f"it needs {listing(spec.requirements)}" if spec.requirements else "none was found"
+        reason = f"{reason}. {spec.install_hint}".rstrip()
         try:
             reason = entry.backend.why_absent() if isinstance(entry.backend, Absent) else reason
         except Exception as error:
@@ -238,8 +238,9 @@ class Registry:
                         raise PluginError(f"open() gave {session!r}, which has no {listing(missing)}: give a Session")
                     entry.sessions[device.id] = session
                 except (Exception, SystemExit, GeneratorExit) as error:
-                    fix = entry.spec.install_hint or "see `hal doctor`"
-                    entry.broken[device.id] = failed(device.id, entry.distribution, "open", error, fix)
+                    entry.broken[device.id] = failed(
+                        device.id, entry.distribution, "open", error, entry.spec.install_hint or "see `hal doctor`"
+                    )
             if failure := entry.broken.get(device.id):
                 raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
             return entry.sessions[device.id]
@@ -260,8 +261,8 @@ class Registry:
             name = next((d.id.partition(":")[0] for d in what.devices()), "") if name is None else name
             if not name:
                 raise PluginError("a backend without devices was given: pass its name")
-            kind = type(what)
-            entry = Entry(BackendSpec(name=name, target=f"{kind.__module__}:{kind.__name__}"), backend=what)
+            target = f"{type(what).__module__}:{type(what).__name__}"
+            entry = Entry(BackendSpec(name=name, target=target), backend=what)
         self.access.demand("register", entry.spec.name)
         with self._lock:
             if entry.spec.name in self._entries:

@@ -32,17 +32,19 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     try:
         plain = record.to_dict() if isinstance(record, Decision) else record
         data = json.loads(plain) if isinstance(plain, str) else plain
-        if not 1 <= (given := data["format"]) <= FORMAT:
-            raise ContractError(
-                f"a decision record of format {given} was given: this core reads up to {FORMAT}; upgrade it"
+        refuse(
+            (
+                not 1 <= data["format"] <= FORMAT,
+                f"a decision record of format {data['format']} was given: this core reads up to {FORMAT}; upgrade it",
             )
+        )
         request = AttentionRequest.from_dict(data["request"])
         options = tuple((name, value) for name, value in data["policy"].get("options") or ())
         policy = Policy(**{**data["policy"], "options": options})
         ranked = replace(request, len_q=data["ranked"][0], len_k=data["ranked"][1])
+    except ContractError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, ContractError):
-            raise
         raise ContractError(f"not a decision record ({error!r}): pass what to_json() gave") from error
     return attrs.evolve(decide(ranked, policy), request=request)
 
@@ -98,13 +100,12 @@ def _candidate(
         return unavailable(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
     if denied := registry.access.why_not("devices", device.id):
         return refused(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
-    movable = bool(policy.names) if policy.transfer is None else policy.transfer
     try:
         backend = registry.backend_of(device)
         capabilities = backend.capabilities(device)
         request = cut_request(request, policy.tiling, capabilities)
         refusals = capabilities.refusals(request)
-        if moved and not movable:
+        if moved and not (bool(policy.names) if policy.transfer is None else policy.transfer):
             fix = "pass transfer=True, or move the tensors"
             refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
@@ -124,10 +125,14 @@ def _candidate(
         in_use = session.memory.stats().in_use if session is not None else 0
         if limit is None or estimate.memory + in_use <= limit:
             return seen
-        offered = f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})"
-        fix = "shorten the request, free buffers, or raise hal.configure(memory_limit=...)"
-        over = refused(Code.MEMORY, "memory", f"{estimate.memory:,} bytes", offered, fix)
-        return attrs.evolve(over, limit=(in_use, limit))
+        seen = attrs.evolve(seen, limit=(in_use, limit))
+        return refused(
+            Code.MEMORY,
+            "memory",
+            f"{estimate.memory:,} bytes",
+            f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})",
+            "shorten the request, free buffers, or raise hal.configure(memory_limit=...)",
+        )
     except ContractError:
         raise
     except (Exception, SystemExit, GeneratorExit) as error:

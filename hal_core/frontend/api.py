@@ -291,16 +291,15 @@ def _bound(found: execution.BoundAttention) -> Any:
     ) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
+        plain = attn_mask is None and block_plan is None and tables is None
         if (
             shapes != accepted
-            or attn_mask is not None
-            or block_plan is not None
-            or tables is not None
+            or not plain
             or not query.dtype is key.dtype is value.dtype is dtype
             or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         ):
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
-            accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
+            accepted = shapes if plain else ()
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session or state.closed:
@@ -329,8 +328,7 @@ def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, 
     """
     request = found.request
     longest = (request.len_q, request.len_k)
-    most_q, most_k = longest if request.packed else (None, None)
-    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
+    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=request.len_q, max_seqlen_k=request.len_k)
     this = validation.build_request(operands.Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)
