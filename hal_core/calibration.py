@@ -13,7 +13,7 @@ from typing import Any
 
 from .device_info import Calibration, Device
 from .errors import UnsupportedError
-from .protocols import Calibrated, Progress
+from .protocols import Progress
 from .registry import registry
 
 FORMAT = 1
@@ -112,7 +112,7 @@ def calibrate(device_name: str, progress: Progress = lambda text, share: None) -
     """
     device = registry.find(device_name)[0]
     backend = registry.backend_of(device)
-    if not isinstance(backend, Calibrated):
+    if not hasattr(backend, "calibrate"):
         raise UnsupportedError(f"{device.id} has no calibration: its estimates are {type(backend).__name__}'s own")
     trial = _path(device).with_suffix(".try")
     write_whole(trial, "")  # a folder that cannot be written is found before minutes of measuring

@@ -16,7 +16,7 @@ from .device_info import Device
 from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBackendError, UnsupportedError
 from .hooks import API_VERSION, BackendSpec, KernelSpec
 from .plugins import LoadFailure, Plugin, Plugins, failed
-from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
+from .protocols import AttentionBackend, MemoryManager, Session
 from .toolkit.kernels import KERNELS
 
 _loading: ContextVar[bool] = ContextVar("hal_loading", default=False)
@@ -201,7 +201,7 @@ class Registry:
         reason = f"it needs {listing(spec.requirements)}" if spec.requirements else "none was found"
         reason = f"{reason}. {spec.install_hint}".rstrip()
         try:
-            reason = entry.backend.why_absent() if isinstance(entry.backend, Absent) else reason
+            reason = cast(Any, entry.backend).why_absent() if hasattr(entry.backend, "why_absent") else reason
         except Exception as error:
             reason = f"{reason} (its why_absent() failed: {error!r})"
         return f"{name} is installed but has no device: {reason}"
@@ -346,7 +346,7 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
         entry, opened = registry.entry(found.id), cast(Any, None)
         try:
             provider = registry.backend_of(found)
-            if isinstance(provider, KernelProvider) and name in provider.kernel_names(found):
+            if hasattr(provider, "kernel_names") and name in provider.kernel_names(found):
                 opened = registry.session(found.id)
         except (Exception, SystemExit) as error:
             if not isinstance(error, HalError):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -162,11 +163,14 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
         )
     for name, factor in zip(t._fields[4:], t[4:], strict=True):
         wide = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1], 1, 1)
-        sizes = zip(reversed(getattr(factor, "shape", ())), reversed(wide), strict=False)
-        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and factor.dim() <= 4
         what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
-        wrong = factor is not None and not (fits and all(size in (1, most) for size, most in sizes))
-        refuse((wrong, f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}"))
+        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and _broadcasts(factor.shape, wide)
+        refuse(
+            (
+                factor is not None and not fits,
+                f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}",
+            )
+        )
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
@@ -236,8 +240,6 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
 
 def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) -> None:
     refuse((not isinstance(mask, Tensor), f"attn_mask is a {type(mask).__name__}: pass a tensor"))
-    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
-    fits = 2 <= mask.dim() <= 4 and all(given in (1, wanted) for given, wanted in pairs)
     floats = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
     refuse(
         (packed, "attn_mask and packed lengths were given: use one of them"),
@@ -250,8 +252,16 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
             mask.device != query.device,
             f"attn_mask on {mask.device} and query on {query.device} were given: move the mask",
         ),
-        (not fits, f"attn_mask has shape {list(mask.shape)}: use one that broadcasts to {list(shape)}"),
+        (
+            mask.dim() < 2 or not _broadcasts(mask.shape, shape),
+            f"attn_mask has shape {list(mask.shape)}: use one that broadcasts to {list(shape)}",
+        ),
     )
+
+
+def _broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(given in (1, size) for given, size in pairs)
 
 
 def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
