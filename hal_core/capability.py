@@ -293,14 +293,10 @@ class Capabilities(Record):
             *(
                 (True, "option", f"{name}={value!r}", *self._offered(name))
                 for name, value in r.options
-                if not self.takes(name, value)
+                if value not in self.options.get(name, ())
             ),
         )
         return [Refusal(*row[1:2], *row[1:]) for row in rows if row[0]]
-
-    def takes(self, name: str, value: Any) -> bool:
-        """Whether the device has an option of this name and value."""
-        return name in self.options and value in self.options[name]
 
     def _offered(self, name: str) -> tuple[str, str]:
         values = self.options.get(name)

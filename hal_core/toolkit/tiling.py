@@ -75,8 +75,11 @@ class DenseTiling:
 
         `limits` are bounds: "available_memory" (bytes, default 1 MiB), "minimum" and "maximum" block sizes.
         """
-        len_q = request.len_q if query is None else query.shape[2]
-        request = replace(request, len_q=len_q, len_k=request.len_k if key is None else key.shape[2])
+        request = replace(
+            request,
+            len_q=request.len_q if query is None else query.shape[2],
+            len_k=request.len_k if key is None else key.shape[2],
+        )
         block_q, block_k = self.block_q, self.block_k
         if block_q is None or block_k is None:
             sizes = {"head_dim": max(request.dim_qk, request.dim_v), "dtype_bytes": DTYPE_BYTES.get(request.dtype, 4)}
