@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, Causal, SequenceMetadata
-from hal_core.testing import relative_error
+from hal_core.testing import reference_gradients, relative_error, request_of
 
 if TYPE_CHECKING:
     from cuda_attention import Bench
@@ -33,6 +33,7 @@ _HOPPER = tuple(
     for file in ("forward", "producer", "consumer", "step", "pipeline", "softmax", "result", "config", "narrow")
 )
 _ATTEND = ("portable/attend", "portable/merge", "portable/dropout")
+_BACKWARD = ("portable/backward", "portable/backward_step", "portable/attend", "portable/merge", "portable/dropout")
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER,
@@ -43,6 +44,13 @@ KERNELS = {
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),
     "portable.list_once": ("portable/block_plans",),
+    "portable.mark_blocks": ("portable/block_plans",),
+    "portable.list_rows": ("portable/block_plans",),
+    "portable.prepare": _BACKWARD,
+    "portable.grad_kv": _BACKWARD,
+    "portable.grad_q": _BACKWARD,
+    "portable.normalise": (*_BACKWARD, "portable/backward_mask"),
+    "portable.grad_mask": (*_BACKWARD, "portable/backward_mask"),
 }
 
 
@@ -82,6 +90,10 @@ def measure() -> dict[str, float]:
         "portable.list_once": lambda: listed(bench),
         "hopper.tile_table": lambda: tabled(bench),
     }
+    of_masks = ("portable.normalise", "portable.grad_mask")
+    checks |= dict.fromkeys(("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, False))
+    checks |= dict.fromkeys(of_masks, lambda: backward(bench, True))
+    checks |= dict.fromkeys(("portable.mark_blocks", "portable.list_rows"), lambda: turned(bench))
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
         checks["hopper.forward_split"] = lambda: max(
@@ -190,6 +202,56 @@ def listed(bench: Bench) -> float:
     given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
     wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
     return sum(wrong) / len(wrong)
+
+
+def backward(bench: Bench, masked: bool) -> float:
+    """Largest error of a gradient of the portable backward, bottom-right causal; masked: under an additive mask some
+    of whose rows are wholly at the lowest number.
+    """
+    from cuda_attention import normal
+    from hal_cuda.kernels.portable.backward_launch import PortableBackward
+    from hal_cuda.kernels.portable.launch import PortablePath
+    from hal_cuda.memory import CudaMemory, StreamWorkspaces
+    from hal_cuda.runtime.context import Context
+    from hal_cuda.tiling import CudaTiling
+
+    memory = CudaMemory(0)
+    context = Context(bench.chip, memory, StreamWorkspaces(memory), CudaTiling(bench.chip, lambda request: "portable"))
+
+    def error() -> float:
+        given = normal(2, 8, 500, 128), normal(2, 4, 900, 128), normal(2, 4, 900, 128)
+        mask = None
+        if masked:
+            mask = torch.randn(1, 8, 500, 900, device="cuda")
+            mask[:, :, 30:60] = torch.finfo(torch.float32).min
+        grads = frozenset({"q", "k", "v"} | ({"mask"} if masked else set()))
+        request = request_of(*given, mask, causal="bottom_right", grads=grads, return_lse=True)
+        out, lse = PortablePath(request, context)(*given, mask)
+        grad_out = normal(2, 8, 500, 128)
+        found = PortableBackward(request, context)(*given, out, lse, grad_out, mask)
+        want = reference_gradients(*given, mask, grad_out=grad_out, request=request)
+        pairs = [(one, two) for one, two in zip(found, want, strict=True) if one is not None]
+        return max(relative_error(one, two) for one, two in pairs)
+
+    return root_mean_square(error)
+
+
+def turned(bench: Bench) -> float:
+    """Share of random plans' key blocks whose rows are not those of the host."""
+    from hal_cuda.kernels.portable.block_plans import rows_of_blocks
+    from hal_cuda.memory import CudaMemory, borrowing
+
+    indices = torch.randint(0, 40, (2, 3, 300, 20), dtype=torch.int32, device="cuda")
+    counts = torch.randint(0, 21, (2, 3, 300), dtype=torch.int32, device="cuda")
+    with borrowing(CudaMemory(0)) as borrow:
+        lists = rows_of_blocks(BlockPlan(128, 128, indices, counts), 40 * 128, bench.chip, borrow)
+        got = [lists.indices.view(6, 40, 300).tolist(), lists.counts.view(6, 40).tolist()]
+    wrong = 0
+    for plan, sizes, rows, kept in zip(*(t.flatten(0, 1).tolist() for t in (indices, counts)), *got, strict=True):
+        for block in range(40):
+            want = [row for row, (named, n) in enumerate(zip(plan, sizes, strict=True)) if block in named[:n]]
+            wrong += want != rows[block][: kept[block]]
+    return wrong / 240
 
 
 def tabled(bench: Bench) -> float:

@@ -23,15 +23,24 @@ import torch
 import triton
 from hal_cuda.discovery import Chip
 from hal_cuda.kernels.hopper.launch import compile_forward, config_of
-from hal_cuda.kernels.portable import launch
-from hal_cuda.kernels.portable.block_plans import TILE, list_once, list_once_signature
+from hal_cuda.kernels.portable import backward_launch, launch
+from hal_cuda.kernels.portable.block_plans import (
+    BLOCKS,
+    TILE,
+    RowLists,
+    list_once,
+    list_once_signature,
+    list_rows,
+    mark_blocks,
+    row_signatures,
+)
 from hal_cuda.memory import StreamWorkspaces
 from hal_cuda.runtime.context import Context
 from hal_cuda.runtime.launch import compiled
 from hal_cuda.tiling import FOREIGN_SIZES, CudaTiling, foreign_excess, hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, MaskKind, PooledMemory, SequenceMetadata, TilePlan
+from hal_core import AttentionRequest, BlockPlan, Causal, Grads, MaskKind, PooledMemory, SequenceMetadata, TilePlan
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,9 +57,9 @@ class Figures(NamedTuple):
 _launched: list[Callable[[], Any]] = []
 
 
-def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+def _recorded(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
     """In place of `launcher`: notes what would be launched."""
-    _launched.append(lambda: compiled(chip, fn, signature, constants, options))
+    _launched.append(lambda: compiled(chip, fn, signature, constants, divisible or {}, options))
 
 
 def hopper_variants() -> dict[str, Callable[[], Any]]:
@@ -134,6 +143,78 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
     return found
 
 
+#: What `backward_variants` compiles, beside the plain request.
+_BACKWARD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "additive mask": {"mask": MaskKind.ADDITIVE, "grads": frozenset({"q", "k", "v", "mask"})},
+    "causal": {"causal": Causal.TOP_LEFT},
+    "head_dim 64": {"dim_qk": 64, "dim_v": 64},
+    "head_dim 256": {"dim_qk": 256, "dim_v": 256},
+    "float32": {"dtype": "float32"},
+    "dropout": {"dropout": 0.1},
+    "block plan": {"block_plan": (128, 128, 2)},
+    "head_dim 64 causal": {"dim_qk": 64, "dim_v": 64, "causal": Causal.TOP_LEFT},
+    "head_dim 256 causal": {"dim_qk": 256, "dim_v": 256, "causal": Causal.TOP_LEFT},
+    "head_dim 80": {"dim_qk": 80, "dim_v": 80},
+    "boolean mask": {"mask": MaskKind.BOOLEAN},
+    "window": {"window": (100, 0)},
+    "softcap": {"softcap": 5.0},
+}
+
+
+def backward_variants(capability: tuple[int, int], shared_memory: int, features: int) -> dict[str, Callable[[], Any]]:
+    """The plain Triton backward: the kernels of a call, for the first `features` of `_BACKWARD`."""
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=shared_memory)
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
+    base = AttentionRequest(
+        batch=2,
+        heads_q=8,
+        heads_kv=2,
+        len_q=1024,
+        len_k=1024,
+        dim_qk=128,
+        dim_v=128,
+        dtype="bfloat16",
+        lse=True,
+        grads=frozenset("qkv"),
+    )
+    found: dict[str, Callable[[], Any]] = {}
+    sm = f"sm_{capability[0]}{capability[1]}"
+    for name, change in list(_BACKWARD.items())[:features]:
+        request = replace(base, **change)
+        before = len(_launched)
+        with mock.patch.object(backward_launch, "launcher", _recorded):
+            backward_launch.PortableBackward(request, context)._build(_form(request))
+        kernels = ["grad_kv", "grad_q"]
+        if request.mask is MaskKind.ADDITIVE:
+            kernels = ["normalise", *kernels, "grad_mask"]
+        if name == "plain":
+            kernels = ["prepare", *kernels]
+        for kernel, make in zip(reversed(kernels), reversed(_launched[before:]), strict=False):
+            found[f"{sm} {kernel} {name}"] = make
+    if features < 3:
+        return found
+    for kernel, signature, block in zip((mark_blocks, list_rows), row_signatures(), BLOCKS, strict=True):
+        _recorded(chip, kernel, signature, {"BLOCK": block}, num_warps=4)
+        found[f"{sm} {kernel.__name__}"] = _launched[-1]
+    return found
+
+
+def _form(request: AttentionRequest) -> Any:
+    """Tensors of a request's backward."""
+    query, key, value, mask, plan, _ = _tensors(request)
+    lse = torch.empty(query.shape[:3])
+    lists = None
+    if plan is not None:
+        shape = (1, 1, 8, 8)
+        lists = RowLists(
+            torch.empty(shape, dtype=torch.bool), *(torch.empty(shape[:n], dtype=torch.int32) for n in (4, 3))
+        )
+    grads = Grads(query, key, value, mask if "mask" in request.grads else None)
+    return backward_launch._Form(query, key, value, query, lse, query, None, mask, plan, lists, grads)
+
+
 def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
     """The portable kernel with the tiles of a caller that an H200 accepts, and the shared memory of one program."""
     chip, found = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), {}
@@ -179,7 +260,12 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    return hopper_variants() | portable_variants((9, 0)) | portable_variants((8, 0)) | portable_variants((10, 0))
+    found = hopper_variants()
+    for capability in ((9, 0), (8, 0), (10, 0)):
+        found |= portable_variants(capability)
+    found |= backward_variants((9, 0), 227 << 10, 99) | backward_variants((8, 0), 163 << 10, 8)
+    found |= backward_variants((8, 6), 99 << 10, 2) | backward_variants((8, 9), 99 << 10, 2)
+    return found | backward_variants((10, 0), 227 << 10, 2)
 
 
 def figures(kernel: Any) -> Figures:

@@ -17,6 +17,8 @@ QUICK = (
     "sm_90 hopper 128/128 8192 causal",
     "sm_90 attend causal",
     "sm_90 merge decode",
+    "sm_90 grad_kv causal",
+    "sm_90 grad_q causal",
 )
 TUNED = ("64/64", "128/128", "256/256")
 

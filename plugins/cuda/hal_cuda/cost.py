@@ -23,7 +23,7 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip
-from .tiling import choose_tiles, packs, split_keys
+from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
@@ -48,8 +48,8 @@ class Rates:
     Attributes:
         bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
             seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
-            path, dim, causal, length, rate. joules_per_flop, joules_per_byte: None where not measured. basis,
-            provenance, source: of all of it.
+            path, dim, causal, length, rate, and grads where it is of forward and backward together. joules_per_flop,
+            joules_per_byte: None where not measured. basis, provenance, source: of all of it.
     """
 
     bandwidth: float
@@ -102,7 +102,8 @@ class Rates:
         """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
         causal = request.causal is not Causal.NONE
         dim = max(request.dim_qk, request.dim_v)
-        measured = [row for row in self.grid if row["path"] == path and row["causal"] == causal]
+        kind = (path, causal, bool(request.grads))
+        measured = [row for row in self.grid if (row["path"], row["causal"], row.get("grads", False)) == kind]
         dims = sorted({row["dim"] for row in measured})
         if not dims:
             fill = min(1.0, request.len_q / 2048) * min(1.0, dim / 128)
@@ -147,7 +148,7 @@ def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
         flops *= 3.5  # forward, and five products for the forward's two
     if path == "composed":
         flops = 2.0 * request.macs * (3.5 if request.grads else 1.0)
-    decoding = packs(request, request.len_q)
+    decoding = packs(request, request.len_q) and not request.grads
     share = rates.decode_share if path == "portable" else 0.8 * rates.decode_share
     reading = request.bytes_moved / (rates.bandwidth * share)
     if decoding and path != "composed":
@@ -194,18 +195,51 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     result = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + (8 if r.dtype == "float64" else 4) * r.lse)
     if path == "composed":
         return result + (max(_differentiable_memory(r), _backward_memory(r)) if r.grads else _in_place_memory(r))
-    if path == "portable":
-        split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
-        lists = 0
-        if r.block_plan is not None and r.block_plan[2] > 1:
-            lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
-        return result + lists + (0 if split.joined else 4 * split.partial)
-    if path == "hopper":
-        return result + (32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0)
+    if path in OWN:
+        forward = _own_forward_memory(r, path, chip)
+        if not r.grads:
+            return result + forward
+        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r)
+        return result + 4 * rows * (not r.lse) + max(forward, backward)
     result += 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
     # FlashAttention's backward copies the output and its gradient, which reach it as transposed views.
     copies = 2 * rows * r.dim_v * DTYPE_BYTES[r.dtype] * (path == "flash")
     return result + (_fused_backward_memory(r) + copies if r.grads else 0)
+
+
+def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int:
+    """What the own forward kernels borrow."""
+    r = request
+    if path == "hopper":
+        return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
+    split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
+    lists = 0
+    if r.block_plan is not None and r.block_plan[2] > 1:
+        lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
+    return lists + (0 if split.joined else 4 * split.partial)
+
+
+def _portable_backward_memory(request: AttentionRequest) -> int:
+    from .kernels.portable.backward_launch import backward_memory
+
+    return backward_memory(request)
+
+
+def _gradients(request: AttentionRequest) -> int:
+    """Bytes of the gradients of query, key and value."""
+    r, keys = request, request.batch * request.heads_kv * request.len_k
+    return (r.batch * r.heads_q * r.len_q * r.dim_qk + keys * (r.dim_qk + r.dim_v)) * DTYPE_BYTES[r.dtype]
+
+
+def _hopper_backward_memory(request: AttentionRequest) -> int:
+    """What `kernels.hopper_backward` allocates: the gradients, in float32 the sums of the query's gradient, and two
+    numbers for each row.
+    """
+    r = request
+    right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
+    tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
+    rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
+    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2)
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:
@@ -217,11 +251,9 @@ def _fused_backward_memory(request: AttentionRequest) -> int:
     Source: PyTorch, aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, mha_bwd.
     """
     r, size = request, DTYPE_BYTES[request.dtype]
-    rows, keys = r.batch * r.heads_q * r.len_q, r.batch * r.heads_kv * r.len_k
     padded = r.batch * r.heads_q * (-(-r.len_q // 128) * 128)
     expanded = r.batch * r.heads_q * r.len_k * (r.dim_qk + r.dim_v) * (r.heads_q != r.heads_kv)
-    gradients = rows * r.dim_qk + keys * (r.dim_qk + r.dim_v)
-    return (gradients + expanded) * size + padded * (-(-r.dim_qk // 32) * 32 + 1) * 4
+    return _gradients(r) + expanded * size + padded * (-(-r.dim_qk // 32) * 32 + 1) * 4
 
 
 def _in_place_memory(request: AttentionRequest) -> int:

@@ -23,12 +23,10 @@ def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
     """Every path that is right for a request."""
     if request.tiling is not None:  # torch's paths cut by themselves, the Hopper kernel has sizes of its own
         return ["portable"]
-    if request.grads:
-        return [*torch_names(request, chip), "composed"]
     if request.dtype == "float64":
         return ["composed"]
-    own = ["hopper", "portable"] if hopper_takes(request, chip) else ["portable"]
-    return [*own, *torch_names(request, chip)]
+    hopper = hopper_takes(request, chip) and (not request.grads or hopper_differentiates(request))
+    return [*(["hopper", "portable"] if hopper else ["portable"]), *torch_names(request, chip)]
 
 
 def choose(
@@ -46,9 +44,16 @@ def path_of_lengths(path: str, request: AttentionRequest) -> str:
     """The path that serves a request of exact lengths which is bound to `path`: torch's backends disagree about the
     diagonal of unequal lengths, so those go to another one.
     """
-    if path in TORCH_BACKENDS and request.causal is not Causal.NONE and request.len_q != request.len_k:
-        return "composed" if request.grads else "portable"
-    return path
+    return (
+        path if path not in TORCH_BACKENDS or torch_takes_lengths(request, request.len_q, request.len_k) else "portable"
+    )
+
+
+def torch_takes_lengths(request: AttentionRequest, len_q: int, len_k: int) -> bool:
+    """Whether torch's fused backends take these lengths: they disagree about the diagonal of unequal ones, and cuDNN
+    refuses one query with one key.
+    """
+    return len_q == len_k != 1 if request.causal is not Causal.NONE else len_q * len_k != 1
 
 
 def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
@@ -72,6 +77,18 @@ def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
     )
 
 
+def hopper_differentiates(request: AttentionRequest) -> bool:
+    """Whether the Hopper backward is right for a request that the Hopper forward takes: it adds the query's gradient up
+    in any order, and takes no packed lengths.
+    """
+    return not request.packed and not request.deterministic
+
+
+def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:
+    """The path of the forward where `path` serves forward and backward together."""
+    return "hopper" if path == "portable" and request.grads and hopper_takes(request, chip) else path
+
+
 def _fills_tiles(request: AttentionRequest) -> bool:
     """Whether packed sequences have rows enough for tiles, and head sizes of one part."""
     return request.len_q > WARPGROUP_ROWS and not parts(request.dim_qk)[1] and not value_parts(request.dim_v)[1]
@@ -80,7 +97,7 @@ def _fills_tiles(request: AttentionRequest) -> bool:
 def torch_takes(request: AttentionRequest) -> bool:
     """Whether torch's fused backends are right for a request: every row reads a key, no feature of this package's own.
 
-    is_causal is taken for equal lengths alone; `call` sees the lengths.
+    Which lengths they take is another question (`torch_takes_lengths`), which calls ask.
     """
     return (
         request.dtype in ("float16", "bfloat16")
@@ -95,9 +112,9 @@ def torch_takes(request: AttentionRequest) -> bool:
         and request.block_plan is None
         and not request.lse
         and not request.deterministic
-        and request.dim_qk == request.dim_v
-        and request.dim_qk % 8 == 0
-        and request.dim_qk <= 256
+        and torch_takes_lengths(request, request.len_q, request.len_k)
+        and request.dim_qk % 8 == request.dim_v % 8 == 0
+        and max(request.dim_qk, request.dim_v) <= 256
         and request.last_dim_contiguous
     )
 
@@ -106,8 +123,9 @@ def torch_names(request: AttentionRequest, chip: Chip) -> list[str]:
     """Torch backends that take a request on a chip."""
     if not torch_takes(request) or not chip.torch_attention:
         return []
-    wide = request.dim_qk > 128 and (chip.capability != (9, 0) or bool(request.grads))
-    return ["flash"] if wide or not torch.backends.cuda.cudnn_sdp_enabled() else ["cudnn", "flash"]
+    wide = max(request.dim_qk, request.dim_v) > 128 and chip.capability != (9, 0)
+    names = [] if wide or not torch.backends.cuda.cudnn_sdp_enabled() else ["cudnn"]
+    return [*names, "flash"] if request.dim_qk == request.dim_v else names
 
 
 def bind_torch(name: str, request: AttentionRequest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -34,6 +35,7 @@ from . import cost, paths
 from .cost import Rates
 from .discovery import Chip
 from .kernels import composed
+from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
 from .kernels.portable.launch import PortablePath
@@ -80,6 +82,7 @@ class CudaSession(SessionBase):
         assert isinstance(self.tiling, CudaTiling)
         self._context = Context(chip, self.memory, StreamWorkspaces(self.memory), self.tiling)
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
+        self._backwards: dict[AttentionRequest, Callable[..., Grads]] = {}
         self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
         self._lost = ""
         _open.add(self)
@@ -89,11 +92,11 @@ class CudaSession(SessionBase):
             f"{self.device.id} was opened before this process was forked, and CUDA does not survive a fork: start "
             "workers with multiprocessing's 'spawn'"
         )
-        self._bound.clear()
+        self.refresh()
 
     def autograd(self, request: AttentionRequest) -> Autograd:
-        """native: gradients come from torch's own attention, or from torch's operations."""
-        return "native"
+        """explicit where own kernels give the gradients, native where torch's attention or operations do."""
+        return "explicit" if self.path_of(request) in cost.OWN else "native"
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """Query rows of a program for head_dim 128, and how many programs the call gives."""
@@ -132,7 +135,7 @@ class CudaSession(SessionBase):
         return calls
 
     def _made(self, request: AttentionRequest) -> Path:
-        name = self.path_of(request)
+        name = paths.forward_path(self.path_of(request), request, self.chip)
         if name == "portable":
             return PortablePath(request, self._context)
         if name == "hopper":
@@ -145,13 +148,13 @@ class CudaSession(SessionBase):
     def _native(self, name: str, request: AttentionRequest) -> Path:
         attend = paths.bind_torch(name, request)
         if request.grads:
-            instead: Path = lambda *given: composed.attend(request, self._context, *given)  # noqa: E731
+            own = PortablePath(replace(request, lse=True), self._context)
+            instead: Path = differentiable(request, self._context, own)
         else:
             instead = PortablePath(request, self._context)
-        causal = request.causal != "none"
 
         def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
-            if causal and query.shape[2] != key.shape[2]:  # torch's backends disagree about this diagonal
+            if not paths.torch_takes_lengths(request, query.shape[2], key.shape[2]):
                 return instead(query, key, value, *rest)
             return AttentionOutput(attend(query, key, value))
 
@@ -163,8 +166,7 @@ class CudaSession(SessionBase):
 
         alone: the output, without the log-sum-exp.
         """
-        index = self.chip.index
-        several = self.device.reads[0] != "cpu" and torch.cuda.device_count() > 1
+        index, several = self.chip.index, self._several()
 
         def run(
             query: Tensor,
@@ -186,16 +188,26 @@ class CudaSession(SessionBase):
                 else:
                     result = path(query, key, value, mask, plan, tables, rng)
                 return result[0] if alone else result
-            except torch.OutOfMemoryError as error:
-                raise self._full(request) from error
             except RuntimeError as error:
-                if isinstance(error, torch.AcceleratorError) or str(error).startswith(_LAUNCH_FAILED):
-                    # The driver's message: a kernel's code and stack lie in the same memory.
-                    full = "out of memory" in str(error)
-                    raise (self._full(request) if full else self._not_started(request, error)) from error
-                raise
+                named = self._named(request, error)
+                if named is None:
+                    raise
+                raise named from error
 
         return run
+
+    def _several(self) -> bool:
+        """Whether another GPU may be torch's current one."""
+        return self.device.reads[0] != "cpu" and torch.cuda.device_count() > 1
+
+    def _named(self, request: AttentionRequest, error: RuntimeError) -> Exception | None:
+        """What a failure of the device is told as; None for any other error."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return self._full(request)
+        if not isinstance(error, torch.AcceleratorError) and not str(error).startswith(_LAUNCH_FAILED):
+            return None
+        # The driver's message: a kernel's code and stack lie in the same memory.
+        return self._full(request) if "out of memory" in str(error) else self._not_started(request, error)
 
     def _not_started(self, request: AttentionRequest, error: RuntimeError) -> DeviceUnavailableError:
         return DeviceUnavailableError(
@@ -251,10 +263,49 @@ class CudaSession(SessionBase):
         grad_lse: Tensor | None = None,
         rng: tuple[int, int] | None = None,
     ) -> Grads:
-        raise UnsupportedError(
-            f"a backward from a given output was asked of {self.device.id}, and it differentiates its forward alone: "
-            "call hal.attention with tensors that require gradients"
-        )
+        """Gradients by own kernels, whatever path the forward took.
+
+        Raises:
+            UnsupportedError: a paged cache, or float64.
+            ContractError: dropout without rng.
+        """
+        request = prepared.request
+        if request.page_size is not None or request.dtype == "float64":
+            what = "a paged cache" if request.page_size is not None else "float64"
+            raise UnsupportedError(
+                f"a backward of {what} from a given output was asked of {self.device.id}, and float32, bfloat16 and "
+                "float16 on plain keys are offered: call hal.attention with tensors that require gradients"
+            )
+        if request.dropout and rng is None:
+            raise ContractError("dropout without rng was given: pass the forward's rng=(seed, offset)")
+        if self._lost:
+            raise DeviceUnavailableError(self._lost)
+        query, key, value = prepared.query, prepared.key, prepared.value
+        if not (query.numel() and key.numel()):
+            zeros = (t.new_zeros(t.shape) for t in (query, key, value))
+            return Grads(*zeros, None if mask is None or "mask" not in request.grads else mask.new_zeros(mask.shape))
+        if mask is not None and mask.dim() != 4:
+            mask = mask[(None,) * (4 - mask.dim())]
+        given = (query, key, value, out, lse, grad_out, mask, prepared.plan, prepared.tables)
+        try:
+            if self._several() and torch.cuda.current_device() != self.chip.index:
+                with torch.cuda.device(self.chip.index):
+                    return self._backward(request)(*given, grad_lse=grad_lse, rng=rng)
+            return self._backward(request)(*given, grad_lse=grad_lse, rng=rng)
+        except RuntimeError as error:
+            named = self._named(request, error)
+            if named is None:
+                raise
+            raise named from error
+
+    def _backward(self, request: AttentionRequest) -> Callable[..., Grads]:
+        """The own kernels' backward of a request, kept."""
+        found = self._backwards.get(request)
+        if found is None:
+            if len(self._backwards) >= _MOST_BOUND:
+                self._backwards.clear()
+            found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
+        return found
 
     def timer(self, report: Callable[[float], None]) -> Callable[[], None]:
         """Start timing a call on the device; the function that is returned ends it.
@@ -299,11 +350,12 @@ class CudaSession(SessionBase):
     def refresh(self) -> None:
         """Forget bound paths, after rates changed."""
         self._bound.clear()
+        self._backwards.clear()
 
     def close(self) -> None:
         """Give memory back; after it the session serves no call. May be called twice."""
         if not self.closed:
-            self._bound.clear()
+            self.refresh()
             if not self._lost:
                 self._context.workspaces.close()
                 super().close()

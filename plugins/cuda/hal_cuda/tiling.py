@@ -41,7 +41,7 @@ class CudaTiling(DenseTiling):
         super().__init__(cut_by="cuda")
         self.name = "cuda"
         self._chip, self._path_of = chip, path_of
-        self._too_large: dict[AttentionRequest, Tiles] = {}
+        self._too_large: dict[AttentionRequest | tuple[AttentionRequest, str], Tiles] = {}
 
     def compute_optimal_tile_size(
         self, sequence_length: int, available_memory: int, backend_constraints: Mapping[str, int]
@@ -84,6 +84,17 @@ class CudaTiling(DenseTiling):
         smaller = shrunk(tiles)
         if smaller is not None:
             self._too_large[request] = smaller
+        return smaller is not None
+
+    def backward_tiles(self, request: AttentionRequest, kernel: str) -> Tiles:
+        """Tiles of a portable backward kernel, "kv", "q" or "mask": as chosen, or the largest smaller ones that fit."""
+        return self._too_large.get((request, kernel)) or choose_backward_tiles(request, kernel, self._chip)
+
+    def shrink_backward(self, request: AttentionRequest, kernel: str, tiles: Tiles) -> bool:
+        """As `shrink`, of a backward kernel."""
+        smaller = shrunk(tiles)
+        if smaller is not None:
+            self._too_large[request, kernel] = smaller
         return smaller is not None
 
     def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:
@@ -137,6 +148,44 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
         rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
         keys = min(keys, max(16, power_of_two(block_k)))
     return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
+
+
+def choose_backward_tiles(request: AttentionRequest, kernel: str, chip: Chip) -> Tiles:
+    """Tiles of a portable backward kernel: "kv" owns keys and walks rows, "q" and "mask" own rows and walk keys.
+
+    The largest whose sums stay in registers with few spills, by what the assembler says of each; `shrunk` gives the
+    next smaller ones. Where products read their operands from shared memory (capability 9 and 10) tiles are larger:
+    elsewhere the tile that a program owns takes registers too.
+    """
+    wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
+    from_shared = chip.capability[0] in (9, 10)
+    if request.dtype == "float32":
+        tiles = Tiles(32, 32, 4, 2 if wide <= 128 and kernel != "mask" else 1)
+    elif kernel == "mask":
+        tiles = Tiles(64, 64 if wide <= 128 and from_shared else 32, 8, 1)
+    elif kernel == "q":
+        tiles = Tiles(128 if from_shared else 64, 32, 8, 2)
+        tiles = tiles if wide > 128 else Tiles(128, 64 if from_shared or wide <= 64 else 32, 8, 2)
+    elif wide > 128:
+        tiles = Tiles(32, 64, 8, 2) if from_shared else Tiles(32, 32, 8, 2)
+    elif request.mask is MaskKind.ADDITIVE:
+        tiles = Tiles(64, 64, 8, 2) if wide <= 64 else Tiles(32, 128, 8, 2)
+        tiles = tiles if from_shared else Tiles(32, 64, 4 if wide <= 64 else 8, 2)
+    elif from_shared:
+        tiles = Tiles(64, 128, 8, 2)
+    else:
+        tiles = Tiles(32, 64, 4, 2) if wide <= 64 else Tiles(64, 64, 8, 2)
+    rows, keys = (
+        min(size, max(16, power_of_two(length)))
+        for size, length in ((tiles.rows, request.len_q), (tiles.keys, request.len_k))
+    )
+    if request.block_plan is not None:
+        # A tile lies in one block; blocks of odd sizes waste least in small tiles.
+        rows, keys = (
+            min(size, max(16, block & -block if block > 16 else 16))
+            for size, block in ((rows, request.block_plan[0]), (keys, request.block_plan[1]))
+        )
+    return tiles._replace(rows=rows, keys=keys)
 
 
 def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles, chip: Chip) -> Tiles:
@@ -311,3 +360,34 @@ def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
     ends = right is not None or request.causal is not Causal.NONE
     dims = (request.dim_qk, request.dim_v)
     return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)
+
+
+class HopperBackwardTiles(NamedTuple):
+    """How the Hopper backward runs a head size: keys of a block, query rows of a tile, head sizes as it computes them,
+    stages of the loads; turns and engine as in its `Config`.
+    """
+
+    keys: int
+    rows: int
+    dim_qk: int
+    dim_v: int
+    stages: int
+    turns: bool
+    engine: bool
+
+    @property
+    def size(self) -> int:
+        """Numbers of a tile of the query's gradient."""
+        return self.rows * self.dim_qk
+
+
+def hopper_backward_tiles(dim_qk: int, dim_v: int, right: bool) -> HopperBackwardTiles:
+    """The Hopper backward's tiles, measured on one H200. right: keys end at a diagonal, whose masks leave no registers
+    for a third stage of loads.
+    """
+    widest = max(dim_qk, dim_v)
+    if widest <= 64:
+        return HopperBackwardTiles(128, 128, 64, 64, 2, turns=True, engine=False)
+    if widest <= 128:
+        return HopperBackwardTiles(128, 64, 128, 128, 2 if right else 3, turns=True, engine=True)
+    return HopperBackwardTiles(64, 64, 256, 128 if dim_v <= 128 else 256, 2, turns=False, engine=False)

@@ -209,6 +209,13 @@ def test_block_plan(generator: torch.Generator, blocks: tuple[int, int]) -> None
     assert run(generator, 50, 60, plan=plan, causal=TOP, heads=(2, 2))[0] <= 2e-6
 
 
+def test_a_last_block_that_is_cut_short_is_read_to_the_keys_end(generator: torch.Generator) -> None:
+    """Keys are a multiple of the tiles and not of the blocks: some tiles of the last block have no key."""
+    indices = torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32)
+    plan = BlockPlan(64, 64, indices, torch.tensor([[[2, 1]]], dtype=torch.int32))
+    assert run(generator, 96, 96, plan=plan, heads=(2, 2))[0] <= 2e-6
+
+
 @pytest.mark.parametrize("spread", [False, True], ids=["side by side", "every second entry"])
 def test_a_block_listed_twice_is_read_once(generator: torch.Generator, spread: bool) -> None:
     """Lists of 150 of 4 blocks: duplicates lie within a stretch of comparisons and beyond it."""

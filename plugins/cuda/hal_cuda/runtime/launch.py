@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ Launcher = Callable[[tuple[int, int, int], Sequence[Any], list[Any]], None]
 
 _ALIGNED = dict.fromkeys("qkv", 16) | dict.fromkeys(("q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n"), 8)
 _ALIGNED_RESULT = {"out": 16, "o_b": 8, "o_h": 8, "o_m": 8}
+_ALIGNED_GRAD = {"grad_out": 16, "g_b": 8, "g_h": 8, "g_m": 8}
+_ALIGNED_GRADS = dict.fromkeys(("dq", "dk", "dv"), 16) | {
+    f"d{name}": size for name, size in _ALIGNED.items() if size == 8
+}
 
 
 def dependent_launch(chip: Chip) -> bool:
@@ -27,7 +32,12 @@ def current_stream(chip: Chip) -> int:
 
 
 def launcher(
-    chip: Chip, fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], **options: Any
+    chip: Chip,
+    fn: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: Mapping[str, int] = MappingProxyType({}),
+    **options: Any,
 ) -> Launcher:
     """A callable (grid, tensors, arguments) that launches a kernel on torch's current stream.
 
@@ -36,6 +46,7 @@ def launcher(
         fn: the jitted function.
         signature: Triton type of each run-time argument.
         constants: the constexpr arguments.
+        divisible: what arguments are known to be multiples of (pointers in bytes).
         options: num_warps, launch_pdl.
 
     Returns:
@@ -44,8 +55,9 @@ def launcher(
     """
     if binaries.INTERPRETED or not binaries.tested():
         return _by_triton(fn, constants, options)
-    key = (fn.__name__, chip.index, tuple(signature.items()), tuple(constants.items()), tuple(options.items()))
-    made = binaries.kernel(key, lambda: compiled(chip, fn, signature, constants, options))
+    parts = (signature, constants, divisible, options)
+    key = (fn.__name__, chip.index, *(tuple(part.items()) for part in parts))
+    made = binaries.kernel(key, lambda: compiled(chip, fn, *parts))
     tail = [None] * len(constants)
     current = torch._C._cuda_getCurrentRawStream
     index = chip.index
@@ -58,16 +70,23 @@ def launcher(
 
 
 def compiled(
-    chip: Chip, fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, Any]
+    chip: Chip,
+    fn: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: Mapping[str, int],
+    options: Mapping[str, Any],
 ) -> Any:
     """The Triton CompiledKernel that `launcher` launches; needs no GPU."""
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * chip.capability[0] + chip.capability[1], 32)
-    divisible = {"part": 16} if "part" in signature else {}
+    known = {"part": 16} if "part" in signature else dict(divisible)
     if constants.get("ALIGNED"):
-        divisible |= _ALIGNED | (_ALIGNED_RESULT if constants["DV"] % 8 == 0 else {})
-    return binaries.compile_for(fn, signature, constants, target, divisible, **options)
+        known |= _ALIGNED | (_ALIGNED_RESULT if constants.get("DV", 1) % 8 == 0 else {})
+    known |= _ALIGNED_GRAD if constants.get("GRAD_ALIGNED") else {}
+    known |= _ALIGNED_GRADS if constants.get("RESULT_ALIGNED") else {}
+    return binaries.compile_for(fn, signature, constants, target, known, **options)
 
 
 def _by_triton(fn: Any, constants: Mapping[str, Any], options: Mapping[str, Any]) -> Launcher:

@@ -1,6 +1,7 @@
 # ruff: noqa: N803
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Block plans as the attention kernel reads them: each block of a row once, entries side by side in memory.
+"""Block plans as the attention kernels read them: each block of a row once, entries side by side in memory; for the
+gradients of keys also turned around, the rows that read each block.
 
 They are made ready on the device, without waiting for it.
 """
@@ -8,10 +9,12 @@ They are made ready on the device, without waiting for it.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hal_core.plugin_api import BlockPlan
 
@@ -23,6 +26,8 @@ _POINTERS = ("index", "count", "out", "out_count")
 #: Entries of a list taken at a time, and how many of those before them they are compared with at a time. Small: lists
 #: are short as a rule, and then a row waits for memory and little else.
 TILE = {"BLOCK": 32, "AGAINST": 64}
+#: Entries of a list that `mark_blocks` takes at a time, and query blocks that `list_rows` does.
+BLOCKS = (128, 256)
 
 
 @triton.jit
@@ -68,6 +73,53 @@ def list_once(
     tl.store(out_count + target, kept)
 
 
+@triton.jit
+def mark_blocks(
+    index,
+    count,
+    listed,
+    index_b,
+    index_h,
+    index_m,
+    index_n,
+    count_b,
+    count_h,
+    count_m,
+    most,
+    blocks_k,
+    BLOCK: tl.constexpr,
+):
+    """Set the byte listed[batch, head, key block, query block] of every pair that the plan names; the others are 0.
+
+    Grid: (query blocks, heads, batch entries) of the plan. Numbers of no block are left out.
+    """
+    row, head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    source = index + batch * index_b + head * index_h + row.to(tl.int64) * index_m
+    named = tl.minimum(tl.load(count + batch * count_b + head * count_h + row.to(tl.int64) * count_m), most)
+    target = listed + (batch * tl.num_programs(1) + head) * blocks_k * tl.num_programs(0) + row
+    for start in tl.range(0, named, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        block = tl.load(source + place.to(tl.int64) * index_n, mask=place < named, other=-1)
+        at = target + block.to(tl.int64) * tl.num_programs(0)
+        tl.store(at, tl.full([BLOCK], 1, tl.uint8), mask=(block >= 0) & (block < blocks_k))
+
+
+@triton.jit
+def list_rows(listed, out, out_count, rows, BLOCK: tl.constexpr):
+    """out[key block]: the query blocks that name it, rising, and out_count how many. Grid: all key blocks.
+
+    listed: bytes of `mark_blocks`, [key blocks of all heads, rows], as out is.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    lane, kept = tl.arange(0, BLOCK), 0
+    for start in tl.range(0, rows, BLOCK):
+        row = start + lane
+        there = (tl.load(listed + block * rows + row, mask=row < rows, other=0) != 0).to(tl.int32)
+        tl.store(out + block * rows + kept + tl.cumsum(there, 0) - there, row, mask=there != 0)
+        kept += tl.sum(there, 0)
+    tl.store(out_count + block, kept)
+
+
 def listed_once(plan: BlockPlan, chip: Chip, borrow: Borrowed) -> BlockPlan:
     """The same plan with each row's blocks named once and side by side in memory: int32 of the given sizes, contiguous.
 
@@ -90,6 +142,50 @@ def listed_once(plan: BlockPlan, chip: Chip, borrow: Borrowed) -> BlockPlan:
             [*indices.stride(), *counts.stride(), most],
         )
     return once
+
+
+class RowLists(NamedTuple):
+    """A plan turned around. Sizes of 1 are those of the plan.
+
+    listed: bool [batch or 1, heads or 1, key blocks, query blocks]. indices, counts: int32, for each key block the
+    query blocks that name it, [batch or 1, heads or 1, key blocks, query blocks], and how many, without the last.
+    """
+
+    listed: Tensor
+    indices: Tensor
+    counts: Tensor
+
+
+def rows_of_blocks(plan: BlockPlan, len_k: int, chip: Chip, borrow: Borrowed) -> RowLists:
+    """Which query blocks name each key block of len_k keys, made on the device without waiting for it."""
+    batch, heads, rows, most = plan.indices.shape
+    blocks_k = -(-len_k // plan.block_k)
+    shape = (batch, heads, blocks_k, rows)
+    turned = RowLists(borrow(shape, torch.bool), borrow(shape, torch.int32), borrow(shape[:3], torch.int32))
+    turned.listed.zero_()
+    mark, list_all = _row_launchers(chip)
+    if plan.indices.numel() and blocks_k:
+        arguments = [*plan.indices.stride(), *plan.counts.stride(), most, blocks_k]
+        mark((rows, heads, batch), (plan.indices, plan.counts, turned.listed), arguments)
+    if turned.counts.numel():
+        list_all((batch * heads * blocks_k, 1, 1), turned, [rows])
+    return turned
+
+
+def row_signatures() -> tuple[dict[str, str], dict[str, str]]:
+    """Triton types of the run-time arguments of `mark_blocks` and `list_rows`."""
+    marking = dict.fromkeys(mark_blocks.arg_names, "i64") | dict.fromkeys(("index", "count"), "*i32")
+    marking |= {"listed": "*u8", "most": "i32", "blocks_k": "i32"}
+    return marking, {"listed": "*u8", "out": "*i32", "out_count": "*i32", "rows": "i32"}
+
+
+@lru_cache(maxsize=64)
+def _row_launchers(chip: Chip) -> tuple[Launcher, Launcher]:
+    marking, listing = row_signatures()
+    return (
+        launcher(chip, mark_blocks, marking, {"BLOCK": BLOCKS[0]}, num_warps=4),
+        launcher(chip, list_rows, listing, {"BLOCK": BLOCKS[1]}, num_warps=4),
+    )
 
 
 def list_once_signature() -> dict[str, str]:

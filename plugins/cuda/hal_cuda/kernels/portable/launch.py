@@ -106,7 +106,7 @@ class PortablePath:
         with borrowing(self._context.memory) as borrow:
             blocks = None if blocks is None else listed_once(blocks, self.chip, borrow)
             if tables is not None:
-                tables = SequenceMetadata(*(_last_dim_contiguous(t, borrow) for t in tables[:4]))
+                tables = SequenceMetadata(*(last_dim_contiguous(t, borrow) for t in tables[:4]))
             return self._run(query, key, value, mask, blocks, tables, rng, cut)
 
     def _run(
@@ -121,7 +121,7 @@ class PortablePath:
         cut: TilePlan | None,
     ) -> AttentionOutput:
         plain = mask is None and plan is None and tables is None
-        extras = None if plain else _extras(mask, plan, tables)
+        extras = None if plain else extras_of(mask, plan, tables)
         workspace = self._workspace(query) if self._may_join else None
         form = (
             query.shape,
@@ -241,9 +241,9 @@ class PortablePath:
             *value.stride(),
             *out.stride()[:3],
             *_lse_strides(out),
-            *_mask_strides(mask),
+            *mask_strides(mask),
             0 if tables is None or tables.page_table is None else tables.page_table.stride(0),
-            *_plan_strides(plan),
+            *plan_strides(plan),
             r.effective_scale,
             r.softcap or 1.0,
             r.dropout,
@@ -264,8 +264,8 @@ class PortablePath:
         seed = _SEED
         if mask is None and plan is None and tables is None:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
-        aligned, even = _aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
-        chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, aligned, even)
+        unit, even = aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
+        chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, unit, even)
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
         like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
@@ -383,14 +383,14 @@ def merge_signature(dtype: str) -> dict[str, str]:
     return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
 
 
-def _last_dim_contiguous(table: Tensor | None, borrow: Borrowed) -> Tensor | None:
+def last_dim_contiguous(table: Tensor | None, borrow: Borrowed) -> Tensor | None:
     """A table whose last dimension is contiguous: itself, or a copy."""
     if table is None or table.stride(-1) == 1:
         return table
     return borrow(table.shape, table.dtype).copy_(table)
 
 
-def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
+def extras_of(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
     """What else the arguments depend on."""
     table = tables.page_table if tables is not None else None
     return (
@@ -400,7 +400,7 @@ def _extras(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadat
     )
 
 
-def _aligned(*tensors: Tensor) -> bool:
+def aligned(*tensors: Tensor) -> bool:
     """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8
     elements.
     """
@@ -419,10 +419,11 @@ def _same_layout(one: Tensor, other: Tensor) -> bool:
 
 
 def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
-    """Whether no tile of keys is cut short."""
-    if request.packed or request.page_size is not None or len_k % keys:
+    """Whether no tile of keys is cut short, nor a plan's last block, whose tiles may lie behind the keys."""
+    if request.packed or request.page_size is not None:
         return False
-    return request.block_plan is None or request.block_plan[1] % keys == 0
+    block = keys if request.block_plan is None else request.block_plan[1]
+    return not len_k % block and not block % keys
 
 
 def _lse_strides(out: Tensor) -> tuple[int, int, int]:
@@ -431,14 +432,14 @@ def _lse_strides(out: Tensor) -> tuple[int, int, int]:
     return heads * length, length, 1
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     """Strides as they are; 0 where the mask is broadcast."""
     if mask is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
 
 
-def _plan_strides(plan: BlockPlan | None) -> tuple[int, ...]:
+def plan_strides(plan: BlockPlan | None) -> tuple[int, ...]:
     if plan is None:
         return (0, 0, 0, 0, 0)
     i, c = plan.indices, plan.counts

@@ -1,0 +1,81 @@
+"""Gradients by this package's own kernels: of a given forward's result, or as one differentiable call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Grads, SequenceMetadata, TilePlan
+
+from ..runtime.context import Context
+from .hopper_backward.launch import HopperBackward
+from .portable.backward_launch import PortableBackward
+
+
+class OwnBackward:
+    """Gradients of a request from its forward's result.
+
+    Args:
+        path: "hopper", whose kernel hands on the tensors that the copy engine cannot read, or "portable".
+    """
+
+    def __init__(self, path: str, request: AttentionRequest, context: Context) -> None:
+        self._hopper = HopperBackward(request, context) if path == "hopper" else None
+        self._portable = PortableBackward(request, context)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        mask: Tensor | None = None,
+        plan: BlockPlan | TilePlan | None = None,
+        tables: SequenceMetadata | None = None,
+        *,
+        grad_lse: Tensor | None = None,
+        rng: tuple[int, int] | None = None,
+    ) -> Grads:
+        """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural."""
+        given = (query, key, value, out, lse, grad_out)
+        if self._hopper is not None:
+            grads = self._hopper(*given, grad_lse)
+            if grads is not None:
+                return grads
+        return self._portable(*given, mask, plan, tables, grad_lse=grad_lse, rng=rng)
+
+
+def differentiable(
+    request: AttentionRequest, context: Context, forward: Callable[..., AttentionOutput]
+) -> Callable[..., AttentionOutput]:
+    """A call (query, key, value, ...) whose output, without a log-sum-exp, autograd differentiates by own kernels.
+
+    For requests that torch's attention serves, where single calls have lengths that it does not take.
+
+    Args:
+        request: plain tensors, no mask, no dropout.
+        forward: attention of these requests with its log-sum-exp.
+    """
+    backward = PortableBackward(replace(request, lse=True), context)
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            result = forward(query, key, value)
+            ctx.save_for_backward(query, key, value, *result)
+            return result.out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return backward(*ctx.saved_tensors, grads[0])[:3]
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
+        return AttentionOutput(Attention.apply(query, key, value))  # type: ignore[no-untyped-call]
+
+    return run

@@ -1,0 +1,115 @@
+"""What the Hopper backward is compiled for, and the groups in which its run-time values are passed between functions.
+
+The order of a group's fields is the order in which the values enter a warpgroup's partition; it is part of the
+generated code.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Config(NamedTuple):
+    """The compile-time constants of the kernel.
+
+    Attributes:
+        group: query heads of a key head. keys: keys of a block. rows: query rows of a tile.
+        dim_qk, dim_v: head sizes as the kernel computes them, 64, 128 or 256; what a tensor lacks is read as zeros.
+        stages: shared-memory stages of queries and of the output's gradient. score_stages: of the scores' gradients.
+        turns: the two consumer warpgroups take turns at the tensor cores.
+        engine: the copy engine adds the query's gradient to global memory, else each thread does.
+        right, left: keys end, or begin, at a diagonal. ragged: the last block of keys may be cut short.
+        softcap: scores are capped.
+    """
+
+    group: int
+    keys: int
+    rows: int
+    dim_qk: int
+    dim_v: int
+    stages: int
+    score_stages: int
+    turns: bool
+    engine: bool
+    right: bool
+    left: bool
+    ragged: bool
+    softcap: bool
+
+    @property
+    def wide(self) -> bool:
+        """Whether each consumer computes all scores of a block and half the columns of every gradient."""
+        return self.dim_qk > 128
+
+
+class Maps(NamedTuple):
+    """Tensor maps. query, grad_out, key, value, grad_key, grad_value: [batch, heads, length, dim]; statistics: float32
+    [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; sums: the float32 sums of the
+    query's gradient, 256 numbers a row."""
+
+    query: Any
+    grad_out: Any
+    statistics: Any
+    key: Any
+    value: Any
+    grad_key: Any
+    grad_value: Any
+    sums: Any
+
+
+class Shared(NamedTuple):
+    """Shared memory: the loads', scores' gradients [stages, keys, rows], and a tile of the query's gradient."""
+
+    query: Any
+    grad_out: Any
+    statistics: Any
+    key: Any
+    value: Any
+    grad_scores: Any
+    grad_query: Any
+
+
+class Barriers(NamedTuple):
+    """Memory barriers: key, value, and of each stage the query, the output's gradient, `done` when both consumers have
+    ended its step, and `scored` when both have written the scores' gradient."""
+
+    key: Any
+    value: Any
+    query: Any
+    grad_out: Any
+    done: Any
+    scored: Any
+
+
+class Edges(NamedTuple):
+    """Query row i reads keys from i + below to i + above, none from len_k on."""
+
+    len_k: Any
+    below: Any
+    above: Any
+
+
+class Scaling(NamedTuple):
+    """scale: of the scores, in base-2 units. out_scale: of the gradients. cap_in, cap_out: as in the forward."""
+
+    scale: Any
+    out_scale: Any
+    cap_in: Any
+    cap_out: Any
+
+
+class Block(NamedTuple):
+    """A block of keys and the tiles of query rows that read it.
+
+    key: the first key. place: batch entry * heads + key head; heads: of the keys. first: the first tile. count: tiles,
+    at least one. begun, ended: tiles from `begun` to `ended` meet no edge. tiles: of a query head.
+    """
+
+    key: Any
+    place: Any
+    heads: Any
+    first: Any
+    count: Any
+    begun: Any
+    ended: Any
+    tiles: Any

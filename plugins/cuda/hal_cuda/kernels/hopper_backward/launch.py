@@ -1,0 +1,238 @@
+"""The launch of the Hopper backward: its configuration, its scratch memory, and tensor maps kept from call to call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hal_core.plugin_api import AttentionRequest, Causal, Grads
+
+from ...memory import borrowing
+from ...runtime import binaries
+from ...runtime.context import Context
+from ...runtime.launch import Launcher, launcher
+from ...tiling import HopperBackwardTiles, hopper_backward_tiles, power_of_two
+from ..hopper.launch import LOG2E, add_map, fits, side
+from .config import Config
+from .rows import finish, prepare
+
+#: Key heads are worked on together up to these many, and these many blocks: what they read then stays in the cache.
+_MOST_BLOCKS, _MOST_TOGETHER = 256, 16
+_MOST_KEPT = 1024
+_RUN_TIME = ("tiles", "blocks", "together", "heads_kv", "len_k", "below", "above")
+_SCALING = ("scale", "out_scale", "cap_in", "cap_out")
+PREPARE_SIGNATURE = {
+    **dict.fromkeys(("lse", "grad_lse", "statistics", "sums"), "*fp32"),
+    **dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m", "l_b", "l_h", "l_m"), "i64"),
+    **dict.fromkeys(("heads", "len_q", "tiles"), "i32"),
+}
+FINISH_SIGNATURE = {
+    "sums": "*fp32",
+    **dict.fromkeys(("g_b", "g_h", "g_m"), "i64"),
+    **dict.fromkeys(("heads", "len_q", "tiles"), "i32"),
+    "scale": "fp32",
+}
+#: Of both: addresses by 16 bytes, strides by 8 elements.
+ALIGNED = dict.fromkeys(("out", "grad_out", "statistics", "sums", "grad_query"), 16)
+ALIGNED |= dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m"), 8)
+
+
+def config_of(
+    tiles: HopperBackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool
+) -> Config:
+    """What the kernel is compiled for; see `Config`."""
+    return Config(
+        group=group,
+        keys=tiles.keys,
+        rows=tiles.rows,
+        dim_qk=tiles.dim_qk,
+        dim_v=tiles.dim_v,
+        stages=tiles.stages,
+        score_stages=2,
+        turns=tiles.turns,
+        engine=tiles.engine,
+        right=right,
+        left=left,
+        ragged=ragged,
+        softcap=softcap,
+    )
+
+
+def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
+    """Triton types of the kernel's run-time arguments; dtype "bf16" or "fp16"."""
+    from triton.experimental.gluon import language as gl
+
+    kind = gl.float16 if dtype == "fp16" else gl.bfloat16
+
+    def operand(rows: int, dim: int) -> str:
+        block = [1, 1, rows, dim]
+        return (
+            f"tensordesc<{dtype}[{', '.join(map(str, block))}],{gl.NVMMASharedLayout.get_default_for(block, kind)!r}>"
+        )
+
+    def numbers(rows: int, columns: int) -> str:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        return f"tensordesc<fp32[{rows}, {columns}],{layout!r}>"
+
+    C = config
+    own, own_k, own_v = (C.keys, C.dim_qk // 2, C.dim_v // 2) if C.wide else (C.keys // 2, C.dim_qk, C.dim_v)
+    types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(2, C.rows)}
+    types |= {"kd": operand(C.keys, C.dim_qk), "vd": operand(C.keys, C.dim_v)}
+    types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256), "sums": "*fp32"}
+    return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(_SCALING, "fp32")
+
+
+def compile_backward(dtype: str, config: Config) -> Any:
+    """The compiled kernel of a dtype ("bf16" or "fp16") and its configuration; needs no GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    from .kernel import backward
+
+    target = GPUTarget("cuda", 90, 32)
+    return binaries.compile_for(
+        backward, kernel_signature(dtype, config), {"C": config}, target, {"sums": 16}, num_warps=4
+    )
+
+
+class Launch(NamedTuple):
+    """What is the same for all calls on tensors of one form.
+
+    sides: what the tensor maps are made from, in the kernel's order; made: for each of them its arguments by address.
+    statistics, sums: float32 numbers of scratch memory. tiles: grid of `prepare` and `finish`;
+    sizes: their numbers after the strides.
+    """
+
+    kernel: binaries.Kernel
+    grid: tuple[int, int, int]
+    sides: tuple[tuple[tuple[int, ...], tuple[int, ...], Any], ...]
+    made: tuple[dict[int, list[Any]], ...]
+    tail: list[Any]
+    statistics: int
+    sums: int
+    prepare: Launcher
+    finish: Launcher
+    tiles: tuple[int, int, int]
+    sizes: list[int]
+
+
+class HopperBackward:
+    """Gradients of a request on one chip, from a forward's result.
+
+    A call returns None where the copy engine cannot read a tensor: another path serves it.
+    """
+
+    def __init__(self, request: AttentionRequest, context: Context) -> None:
+        self.request, self.chip, self._context = request, context.chip, context
+        self._launches: dict[Any, Launch] = {}
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> Grads | None:  # fmt: skip
+        """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural."""
+        given = (query, key, value, grad_out)
+        pointers = [t.data_ptr() for t in given]
+        if not fits(*given, out) or (pointers[0] | pointers[1] | pointers[2] | pointers[3] | out.data_ptr()) & 15:
+            return None
+        form = (*((t.shape, t.stride()) for t in given), grad_lse is None)
+        launch = self._launches.get(form)
+        if launch is None:
+            if len(self._launches) >= _MOST_KEPT:
+                self._launches.clear()
+            launch = self._launches[form] = self._build(*given, grad_lse is not None)
+        grads = tuple(
+            torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]
+        )
+        with borrowing(self._context.memory) as borrow:
+            statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
+            lse = lse if lse.is_contiguous() else borrow(lse.shape, lse.dtype).copy_(lse)
+            of_lse = (0, 0, 0) if grad_lse is None else grad_lse.stride()
+            rows = [*out.stride()[:3], *grad_out.stride()[:3], *of_lse, *launch.sizes]
+            launch.prepare(launch.tiles, (out, grad_out, lse, grad_lse, statistics, sums), rows)
+            addresses = (
+                *(pointers[0], pointers[3], statistics.data_ptr(), pointers[1], pointers[2]),
+                *(grads[1].data_ptr(), grads[2].data_ptr(), sums.data_ptr()),
+            )
+            arguments: list[Any] = []
+            for place, pointer in enumerate(addresses):
+                kept = launch.made[place]
+                arguments += kept.get(pointer) or add_map(launch.sides[place], kept, pointer)
+            arguments.append(sums.data_ptr())
+            arguments += launch.tail
+            launch.kernel(launch.grid, torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
+            numbers = [*grads[0].stride()[:3], *launch.sizes, self.request.effective_scale]
+            launch.finish(launch.tiles, (sums, grads[0]), numbers)
+        return Grads(*grads, None)
+
+    def _build(self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, of_lse: bool) -> Launch:
+        r, chip = self.request, self.chip
+        batch, heads, len_q, dim_qk = query.shape
+        heads_kv, len_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+        left, right = r.window or (None, None)
+        if r.causal is not Causal.NONE:
+            right = 0 if right is None else min(right, 0)
+        shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
+        tiles = hopper_backward_tiles(dim_qk, dim_v, right is not None)
+        config = config_of(
+            tiles,
+            group=heads // heads_kv,
+            right=right is not None,
+            left=left is not None,
+            ragged=len_k % tiles.keys != 0,
+            softcap=r.softcap is not None,
+        )
+        dtype = "fp16" if query.dtype == torch.float16 else "bf16"
+        made = binaries.kernel(("hopper backward", chip.index, dtype, config), lambda: compile_backward(dtype, config))
+        row_tiles, blocks = -(-len_q // tiles.rows), -(-len_k // tiles.keys)
+        together, places = 1, batch * heads_kv
+        while (
+            right is not None
+            and together < _MOST_TOGETHER
+            and 2 * together * blocks <= _MOST_BLOCKS
+            and places % (2 * together) == 0
+        ):
+            together *= 2
+        scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
+        if r.softcap is not None:
+            cap_in, cap_out = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E
+        tail = [
+            *(row_tiles, blocks, together, heads_kv, len_k, shift - (left or 0), shift + (right or 0)),
+            *(scale, r.effective_scale, cap_in, cap_out, None),
+        ]
+        statistics, sums = batch * heads * row_tiles * 2 * tiles.rows, batch * heads * row_tiles * tiles.size
+        of_grads = [(tuple(t.shape), _dense_strides(t)) for t in (key, value)]
+        of_scratch = [((statistics // tiles.rows, tiles.rows), (tiles.rows, 1)), ((sums // 256, 256), (256, 1))]
+        forms = [side(query), side(grad_out), of_scratch[0], side(key), side(value), *of_grads, of_scratch[1]]
+        sides = tuple((shape, strides, meta) for (shape, strides), meta in zip(forms, made.maps, strict=True))
+        constants = {"DV": dim_v, "BDV": power_of_two(dim_v), "SUMS": tiles.size, "BM": tiles.rows}
+        kinds = {"out": f"*{dtype}", "grad_out": f"*{dtype}"}
+        constants["GRAD_LSE"] = of_lse
+        preparing = launcher(chip, prepare, kinds | PREPARE_SIGNATURE, constants, ALIGNED, num_warps=8)
+        finishing = {"D": dim_qk, "BD": tiles.dim_qk, "BM": tiles.rows}
+        ending = launcher(chip, finish, {"grad_query": f"*{dtype}"} | FINISH_SIGNATURE, finishing, ALIGNED, num_warps=8)
+        return Launch(
+            kernel=made,
+            grid=(blocks * places, 1, 1),
+            sides=sides,
+            made=tuple({} for _ in sides),
+            tail=tail,
+            statistics=statistics,
+            sums=sums,
+            prepare=preparing,
+            finish=ending,
+            tiles=(row_tiles * batch * heads, 1, 1),
+            sizes=[heads, len_q, row_tiles],
+        )
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of a gradient: heads lie in memory as in its operand."""
+    _, heads, length, dim = tensor.shape
+    if tensor.stride(1) < tensor.stride(2) and heads > 1 and length > 1:
+        return (heads * length * dim, dim, heads * dim, 1)
+    return (heads * length * dim, length * dim, dim, 1)
+
+
+__all__ = ["HopperBackward", "compile_backward", "config_of", "kernel_signature"]

@@ -1,0 +1,158 @@
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Which block a program takes, how its warpgroups wait for each other, and how the query's gradient reaches memory."""
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .config import Barriers, Block, Edges, Maps, Shared
+
+SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
+ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
+THREE = gl.constexpr("=r,r,r")
+TURN = gl.constexpr(8)  # the first named barrier of the turns: those below are Triton's
+
+
+@builtin
+def reduce_add(desc, coord, src, _semantic=None):
+    # Shared memory added to global memory by the copy engine: Gluon 3.6 has the operation and no function for it.
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def opaque(x):
+    # The same number, unknown to the compiler, so addresses computed from it are not hoisted out of the loop and spilt.
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def take_turn(c: gl.constexpr, C: gl.constexpr):
+    if C.turns:
+        gl.inline_asm_elementwise(
+            SYNC, THREE, [gl.to_tensor(TURN + c), gl.to_tensor(256)], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def pass_turn(c: gl.constexpr, C: gl.constexpr):
+    if C.turns:
+        gl.inline_asm_elementwise(
+            ARRIVE, THREE, [gl.to_tensor(TURN + 1 - c), gl.to_tensor(256)], dtype=gl.int32, is_pure=False, pack=1
+        )
+
+
+@gluon.jit
+def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
+    # The block of this program. Heads are worked on `together`, so that their queries and gradients stay in the
+    # second-level cache; among those, the first keys come first, which a causal diagonal gives the most rows.
+    program = gl.program_id(0)
+    turn = program % (together * blocks)
+    place = program // (together * blocks) * together + turn % together
+    key = (turn // together) * C.keys
+    first, count = tiles * 0, tiles
+    if C.right:
+        first = gl.minimum(gl.maximum(key - edges.above, 0) // C.rows, tiles - 1)
+        count = tiles - first
+    if C.left:
+        end = gl.maximum(key + C.keys - edges.below + C.rows - 1, 0) // C.rows
+        count = gl.maximum(gl.minimum(end, tiles) - first, 1)  # keys that nobody reads: one tile, all of it hidden
+    begun, ended = tiles * 0, count
+    if C.right:
+        whole = gl.maximum(key + C.keys - 1 - edges.above + C.rows - 1, 0) // C.rows
+        begun = gl.minimum(gl.maximum(whole - first, 0), count)
+    if C.left:
+        reach = key - edges.below - C.rows + 1
+        ended = gl.where(reach < 0, 0, gl.maximum(reach, 0) // C.rows + 1 - first)
+        ended = gl.minimum(gl.maximum(ended, begun), count)
+    if C.ragged:
+        cut = key + C.keys > edges.len_k
+        begun = gl.where(cut, count, begun)
+        ended = gl.where(cut, count, ended)
+    return Block(key, place, heads_kv, first, count, begun, ended, tiles)
+
+
+@gluon.jit
+def hide(p, key0, row0, edges: Edges, C: gl.constexpr, SL: gl.constexpr):
+    # Weights [keys, rows] set to 0 beyond the diagonals and behind the last key. Rows behind the last have a
+    # log-sum-exp of infinity.
+    BM: gl.constexpr = p.shape[1]
+    keys = gl.expand_dims(key0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, SL)), 1)
+    rows = gl.expand_dims(row0 + gl.arange(0, BM, gl.SliceLayout(0, SL)), 0)
+    if C.right:
+        p = gl.where(keys <= rows + edges.above, p, 0.0)
+    if C.left:
+        p = gl.where(keys >= rows + edges.below, p, 0.0)
+    return gl.where(keys < edges.len_k, p, 0.0)
+
+
+@gluon.jit
+def in_order(dq, ROWS: gl.constexpr, COLS: gl.constexpr, RL: gl.constexpr):
+    # A tile [64, 64] of the query's gradient in the order of threads: four numbers of thread 0, of thread 1 and so on.
+    # No data moves. `finish` restores the order.
+    x = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([ROWS, COLS])
+    return gl.convert_layout(x, RL, assert_trivial=True)
+
+
+@gluon.jit
+def add_tile(dq, to):
+    # By threads: 16 bytes of each, 512 of a warp.
+    RL: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
+    x = in_order(dq, 8, 512, RL)
+    rows = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, RL)) * 512, 1)
+    gl.atomic_add(to + rows + gl.expand_dims(gl.arange(0, 512, gl.SliceLayout(0, RL)), 0), x, sem="relaxed")
+
+
+@gluon.jit
+def send_tile(dq, sums, staged, row):
+    # By the copy engine, through shared memory.
+    RL: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    x = in_order(dq, 16, 256, RL)
+    tma.store_wait(0)  # the last one has been read
+    staged.store(x)
+    fence_async_shared()
+    reduce_add(sums, [row, 0], staged)
+
+
+@gluon.jit
+def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, c: gl.constexpr, C: gl.constexpr):
+    # A warpgroup's half of a tile of the query's gradient, added to its sums.
+    SIZE: gl.constexpr = C.rows * C.dim_qk
+    if C.engine:
+        send_tile(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16)
+    else:
+        add_tile(dq, pointer + tile.to(gl.int64) * SIZE + c * 4096)
+
+
+@gluon.jit
+def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, C: gl.constexpr):
+    # The warpgroup that loads: the block's keys and values once, then the tiles of each query head of the group.
+    mbarrier.expect(barriers.key, maps.key.block_type.nbytes)
+    batch, head_kv = block.place // block.heads, block.place % block.heads
+    at = [batch, head_kv, block.key, 0]
+    tma.async_copy_global_to_shared(maps.key, at, barriers.key, shared.key.index(0))
+    i = 0
+    for g in range(C.group):
+        head = head_kv * C.group + g
+        for j in range(block.count):
+            tile = block.first + j
+            stage = i % C.stages
+            mbarrier.wait(barriers.done.index(stage), ((i // C.stages) & 1) ^ 1)
+            full = barriers.query.index(stage)
+            mbarrier.expect(full, maps.query.block_type.nbytes + maps.statistics.block_type.nbytes)
+            at_row = [batch, head, tile * C.rows, 0]
+            tma.async_copy_global_to_shared(maps.query, at_row, full, shared.query.index(stage))
+            numbers = ((block.place * C.group + g) * block.tiles + tile) * 2
+            tma.async_copy_global_to_shared(maps.statistics, [numbers, 0], full, shared.statistics.index(stage))
+            if i == 0:
+                mbarrier.expect(barriers.value, maps.value.block_type.nbytes)
+                tma.async_copy_global_to_shared(maps.value, at, barriers.value, shared.value.index(0))
+            full_grad = barriers.grad_out.index(stage)
+            mbarrier.expect(full_grad, maps.grad_out.block_type.nbytes)
+            tma.async_copy_global_to_shared(maps.grad_out, at_row, full_grad, shared.grad_out.index(stage))
+            i += 1
