@@ -60,9 +60,7 @@ class Range(Record):
     multiple: int = 1
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int) or value < self.low or value % self.multiple:
-            return False
-        return self.high is None or value <= self.high
+        return isinstance(value, int) and value == self.next_up(value)
 
     def next_up(self, value: int) -> int | None:
         """The smallest member that is at least `value`; None where there is none."""

@@ -132,8 +132,8 @@ class AttentionRequest(Record):
         """Fewest bytes: query, key and value read once, output written once."""
         size = DTYPE_BYTES.get(self.dtype, 4)
         cache = DTYPE_BYTES.get(self.cache_dtype or self.dtype, size)
-        queries = self.batch * self.heads_q * self.len_q * (self.dim_qk + self.dim_v) * size
-        return queries + self.batch * self.heads_kv * self.len_k * (self.dim_qk + self.dim_v) * cache
+        tokens = self.heads_q * self.len_q * size + self.heads_kv * self.len_k * cache
+        return self.batch * tokens * (self.dim_qk + self.dim_v)
 
     def describe(self) -> str:
         """One line for messages: "batch 2, heads 32/8, 4096 x 4096, head_dim 80, bfloat16, causal"."""
@@ -182,8 +182,7 @@ def _clipped_sum(first: int, count: int, limit: int) -> int:
     """Sum over i in [0, count) of first + i clipped to [0, limit]."""
     low = min(max(-first, 0), count)  # rows still at 0
     high = min(max(limit - first, low), count)  # rows from here on at the limit
-    ramp = high - low
-    return ramp * (2 * first + low + high - 1) // 2 + (count - high) * limit
+    return (high - low) * (2 * first + low + high - 1) // 2 + (count - high) * limit
 
 
 class SequenceMetadata(NamedTuple):
