@@ -46,13 +46,11 @@ class Policy:
     caller: str | None = None
 
     def __attrs_post_init__(self) -> None:
+        flags = {"allow_simulated": self.allow_simulated, "transfer": self.transfer}
         refuse(
             *(
-                (
-                    type(getattr(self, name)) not in (bool, type(None)),
-                    f"{name}={getattr(self, name)!r} was given: use True, False or None",
-                )
-                for name in ("allow_simulated", "transfer")
+                (type(flag) not in (bool, type(None)), f"{name}={flag!r} was given: use True, False or None")
+                for name, flag in flags.items()
             ),
             (
                 self.objective is not None and self.objective not in OBJECTIVES,
