@@ -52,14 +52,12 @@ class TilePlan(NamedTuple):
     def equal(cls, request: AttentionRequest, block_q: int, block_k: int, *, cut_by: str = "") -> Self:
         """Blocks of block_q query rows and block_k keys, the last ones shorter."""
         refuse((min(block_q, block_k) < 1, f"tiles of {block_q} x {block_k} were given: use 1 or more"))
-        len_q, len_k = request.len_q, request.len_k
-        return cls(len_q, len_k, block_q, block_k, request.band(len_q, len_k), cut_by)
+        return cls(request.len_q, request.len_k, block_q, block_k, request.band(request.len_q, request.len_k), cut_by)
 
     @classmethod
     def uneven(cls, request: AttentionRequest, rows: Iterable[Rows], *, cut_by: str = "") -> Self:
         """Ranges of any size: (q_start, q_stop, ((k_start, k_stop), ...)) in order."""
-        len_q, len_k = request.len_q, request.len_k
-        return cls(len_q, len_k, 0, 0, request.band(len_q, len_k), cut_by, tuple(rows))
+        return cls(request.len_q, request.len_k, 0, 0, request.band(request.len_q, request.len_k), cut_by, tuple(rows))
 
     def visible(self, row: int) -> Span:
         """The keys [start, stop) that causal and window leave to a query row; start >= stop means none."""
