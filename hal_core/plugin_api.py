@@ -51,8 +51,7 @@ _NAMES = {
     "toolkit.memory": "pooled_size",
     "toolkit.session": "checked_buffer",
 }
-_OWN = {name: f".{module}" for module, names in _NAMES.items() for name in names.split()}
-_WHERE = dict.fromkeys(_PUBLIC, ".") | _OWN
+_WHERE = dict.fromkeys(_PUBLIC, ".") | {name: f".{place}" for place, own in _NAMES.items() for name in own.split()}
 
 
 def __getattr__(name: str) -> Any:

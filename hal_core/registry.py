@@ -2,12 +2,11 @@
 
 import atexit
 import os
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
-from importlib import import_module
-from operator import attrgetter
 from typing import Any, cast
 
 from .access import AccessPolicy, read_policy
@@ -299,12 +298,8 @@ class Registry:
         self.changed()
 
 
-def resolve(target: str) -> Any:
-    """The object that "module:attr" names. Raises whatever its import raises."""
-    module, _, attribute = target.partition(":")
-    return attrgetter(attribute)(import_module(module))
-
-
+#: The object that "module:attr" names. Raises whatever its import raises.
+resolve = pkgutil.resolve_name
 #: The process's registry.
 registry = Registry()
 atexit.register(registry.close)

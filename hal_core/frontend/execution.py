@@ -106,7 +106,8 @@ class BoundAttention:
             "out": f"{[*query.shape[:3], value.shape[3]]} {query.dtype} on {query.device}",
             "log-sum-exp": f"{[*query.shape[:3]]} {torch.promote_types(query.dtype, torch.float32)} on {query.device}",
         }
-        for (what, form), given in zip(wanted.items(), _parts(result), strict=False):
+        results = result if isinstance(result, tuple) else (result,)
+        for (what, form), given in zip(wanted.items(), results, strict=False):
             is_tensor = isinstance(given, Tensor)
             offered = f"{[*given.shape]} {given.dtype} on {given.device}" if is_tensor else type(given).__name__
             if offered != form:
@@ -174,7 +175,7 @@ class BoundAttention:
         leaves = [t if t is None else t.detach().requires_grad_(name in wanted) for name, t in named]
         with torch.enable_grad():
             result = self.forward_run(*leaves, operands.plan, operands.tables, rng)
-        results = zip(_parts(result), (grad_out, grad_lse), strict=False)
+        results = zip(result if isinstance(result, tuple) else (result,), (grad_out, grad_lse), strict=False)
         pairs = [(r, grad) for r, grad in results if r is not None and grad is not None and r.requires_grad]
         needed = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = torch.autograd.grad([r for r, _ in pairs], needed, [grad for _, grad in pairs], allow_unused=True)
@@ -228,11 +229,6 @@ def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionReq
     if request.packed or request.page_size is not None or (len_q == request.len_q and len_k == request.len_k):
         return request
     return _with_lengths(request, len_q, len_k)
-
-
-def _parts(result: Any) -> tuple[Any, ...]:
-    """A run's output as (out,) or (out, lse)."""
-    return result if isinstance(result, tuple) else (result,)
 
 
 def moved_to(target: Any, value: Any) -> Any:
