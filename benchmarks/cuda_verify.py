@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,16 +35,30 @@ _HOPPER = tuple(
 )
 _ATTEND = ("portable/attend", "portable/merge", "portable/dropout")
 _BACKWARD = ("portable/backward", "portable/backward_step", "portable/attend", "portable/merge", "portable/dropout")
+_HOPPER_BACKWARD = tuple(
+    f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
+)
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER,
     "hopper.forward_split": _HOPPER,
     "hopper.forward_packed": (*_HOPPER, "hopper/tile_table"),
     "hopper.tile_table": ("hopper/tile_table",),
+    "hopper_backward.backward": _HOPPER_BACKWARD,
+    "hopper_backward.prepare": ("hopper_backward/rows",),
+    "hopper_backward.finish": ("hopper_backward/rows",),
     "portable.attend": _ATTEND,
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),
     "portable.list_once": ("portable/block_plans",),
+    "extra.reduce_rows": ("extra/reductions",),
+    "extra.reduce_columns": ("extra/reductions",),
+    "extra.rope_heads": ("extra/rope",),
+    "extra.rope_table": ("extra/rope",),
+    "extra.paged_append": ("extra/paged",),
+    "extra.paged_read": ("extra/paged",),
+    "extra.gelu_linear": ("extra/gelu_linear",),
+    "extra.gelu_linear_hopper": ("extra/gelu_hopper", "extra/gelu_config"),
     "portable.mark_blocks": ("portable/block_plans",),
     "portable.list_rows": ("portable/block_plans",),
     "portable.prepare": _BACKWARD,
@@ -51,6 +66,16 @@ KERNELS = {
     "portable.grad_q": _BACKWARD,
     "portable.normalise": (*_BACKWARD, "portable/backward_mask"),
     "portable.grad_mask": (*_BACKWARD, "portable/backward_mask"),
+}
+#: The function by whose cases in cuda_extra.py a kernel beside attention is checked.
+BESIDE = {
+    "extra.reduce_rows": "triton_reduce_sum",
+    "extra.reduce_columns": "triton_reduce_sum",
+    "extra.rope_heads": "triton_rope_forward",
+    "extra.rope_table": "triton_rope_precompute_freqs",
+    "extra.paged_append": "triton_paged_kv_cache_append",
+    "extra.paged_read": "triton_paged_kv_cache_read",
+    "extra.gelu_linear": "triton_fused_gelu_linear",
 }
 
 
@@ -90,15 +115,22 @@ def measure() -> dict[str, float]:
         "portable.list_once": lambda: listed(bench),
         "hopper.tile_table": lambda: tabled(bench),
     }
+    checks |= {kernel: partial(beside, function) for kernel, function in BESIDE.items()}
     of_masks = ("portable.normalise", "portable.grad_mask")
-    checks |= dict.fromkeys(("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, False))
-    checks |= dict.fromkeys(of_masks, lambda: backward(bench, True))
+    checks |= dict.fromkeys(
+        ("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, "portable")
+    )
+    checks |= dict.fromkeys(of_masks, lambda: backward(bench, "portable", masked=True))
     checks |= dict.fromkeys(("portable.mark_blocks", "portable.list_rows"), lambda: turned(bench))
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
         checks["hopper.forward_split"] = lambda: max(
             dense(bench, "hopper", 4, 1500, 2000, dim, dim_v) for dim, dim_v in ((96, 96), (192, 192), (192, 128))
         )
+        of_hopper = ("hopper_backward.backward", "hopper_backward.prepare", "hopper_backward.finish")
+        dims = ((64, 64), (128, 128), (256, 256), (192, 128))
+        checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
+        checks["extra.gelu_linear_hopper"] = fused_product
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
@@ -181,6 +213,27 @@ def packed(bench: Bench, dim: int) -> float:
     return root_mean_square(error)
 
 
+def beside(function: str) -> float:
+    """The largest error of a kernel beside attention over its bfloat16 cases, or over all where it has none."""
+    from cuda_extra import cases, worst_error
+
+    chosen = [each for each in cases() if each[0].startswith(function)]
+    narrow = [each for each in chosen if "bfloat16" in each[0]]
+    return max(worst_error(call(), meant()) for _, call, meant, _ in narrow or chosen)
+
+
+def fused_product() -> float:
+    """Error of gelu(X W^T + bias) on the Hopper kernel."""
+    from hal_cuda.kernels import triton_fused_gelu_linear
+
+    def error() -> float:
+        x, w, bias = (torch.randn(shape, device="cuda").bfloat16() for shape in ((1000, 520), (776, 520), (776,)))
+        want = torch.nn.functional.gelu(torch.nn.functional.linear(x.double(), w.double(), bias.double()))
+        return relative_error(triton_fused_gelu_linear(x, w, bias), want)
+
+    return root_mean_square(error)
+
+
 def dropped(bench: Bench) -> float:
     """Share of weights dropped, less the share asked for."""
     from hal_cuda.kernels.portable.dropout import dropout_pattern
@@ -204,12 +257,12 @@ def listed(bench: Bench) -> float:
     return sum(wrong) / len(wrong)
 
 
-def backward(bench: Bench, masked: bool) -> float:
-    """Largest error of a gradient of the portable backward, bottom-right causal; masked: under an additive mask some
-    of whose rows are wholly at the lowest number.
+def backward(bench: Bench, path: str, dim: int = 128, dim_v: int = 128, masked: bool = False) -> float:
+    """Largest error of a gradient of an own backward, bottom-right causal; masked: under an additive mask some of whose
+    rows are wholly at the lowest number.
     """
     from cuda_attention import normal
-    from hal_cuda.kernels.portable.backward_launch import PortableBackward
+    from hal_cuda.kernels.gradients import OwnBackward
     from hal_cuda.kernels.portable.launch import PortablePath
     from hal_cuda.memory import CudaMemory, StreamWorkspaces
     from hal_cuda.runtime.context import Context
@@ -219,7 +272,7 @@ def backward(bench: Bench, masked: bool) -> float:
     context = Context(bench.chip, memory, StreamWorkspaces(memory), CudaTiling(bench.chip, lambda request: "portable"))
 
     def error() -> float:
-        given = normal(2, 8, 500, 128), normal(2, 4, 900, 128), normal(2, 4, 900, 128)
+        given = normal(2, 8, 500, dim), normal(2, 4, 900, dim), normal(2, 4, 900, dim_v)
         mask = None
         if masked:
             mask = torch.randn(1, 8, 500, 900, device="cuda")
@@ -227,8 +280,8 @@ def backward(bench: Bench, masked: bool) -> float:
         grads = frozenset({"q", "k", "v"} | ({"mask"} if masked else set()))
         request = request_of(*given, mask, causal="bottom_right", grads=grads, return_lse=True)
         out, lse = PortablePath(request, context)(*given, mask)
-        grad_out = normal(2, 8, 500, 128)
-        found = PortableBackward(request, context)(*given, out, lse, grad_out, mask)
+        grad_out = normal(2, 8, 500, dim_v)
+        found = OwnBackward(path, request, context)(*given, out, lse, grad_out, mask)
         want = reference_gradients(*given, mask, grad_out=grad_out, request=request)
         pairs = [(one, two) for one, two in zip(found, want, strict=True) if one is not None]
         return max(relative_error(one, two) for one, two in pairs)

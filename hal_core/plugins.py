@@ -93,7 +93,7 @@ class Plugins:
                     _list_of(KernelSpec, name, self.call(name, "hal_kernels")),
                 )
             except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
-                if isinstance(error, KeyboardInterrupt) and stage != "import":
+                if isinstance(error, KeyboardInterrupt):  # the user's: see `_within`
                     raise
                 if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
                     self._manager.unregister(name=name)
@@ -138,8 +138,8 @@ def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
     def run() -> None:
         try:
             result.append(function())
-        except BaseException as raised:
-            error[0] = raised
+        except BaseException as raised:  # an interrupt here is the function's own; a user's comes from `join`
+            error[0] = PluginError(f"{what}: {raised!r}") if isinstance(raised, KeyboardInterrupt) else raised
 
     thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()

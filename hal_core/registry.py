@@ -74,6 +74,10 @@ class Registry:
                     self.access = read_policy()
                     self.plugins.load(self._add_all)
                     self._discovered = True
+            except BaseException:  # an interrupt, or HAL_STRICT=1: the next call begins anew
+                self.plugins, self._entries = Plugins(), {}
+                self._specs = {spec.name: (spec, "hal-core") for spec in KERNELS}
+                raise
             finally:
                 _loading.reset(token)
 
@@ -336,6 +340,7 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     """
     registry.discover()
     registry.access.demand("kernels", name)
+    broken = list[str]()
     every = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
     for found in every:
         entry, opened = registry.entry(found.id), cast(Any, None)
@@ -348,9 +353,10 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
                 entry.request_failures[found.id] = failed(entry.spec.name, entry.distribution, "kernel", error)
             if backend is not None:  # without a name, a broken provider does not hide the others
                 raise
+            broken.append(f", {found.id} failed ({type(error).__name__}: {error})")
         if opened is not None:
             return opened.kernel(name)  # type: ignore[no-any-return]
+    where = f"on {backend}" if backend is not None else f"on any installed device{''.join(broken)}"
     raise UnsupportedError(
-        f"kernel {name!r} is not provided on {'any installed device' if backend is None else backend}: "
-        f"specified kernels are {', '.join(sorted(registry.kernel_specs()))}"
+        f"kernel {name!r} is not provided {where}: specified kernels are {', '.join(sorted(registry.kernel_specs()))}"
     )

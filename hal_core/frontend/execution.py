@@ -24,6 +24,7 @@ from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
 from ..selection import cut_request, tiling_limits
 from .operands import GRADS, Operands
+from .validation import check_tables
 
 #: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
 Run = Callable[..., Any]
@@ -96,11 +97,13 @@ class BoundAttention:
 
     def _checked(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
         """The session's call with its result held to the contract: the first call, or under HAL_CHECK=1 every one,
-        which then demands finite inputs too.
+        which then demands finite inputs and valid tables too.
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)) if self._checks_all else ():
             if tensor.dtype.itemsize > 1 and not bool(tensor.isfinite().all()):
                 raise ContractError(f"{name} holds NaN or infinity, and HAL_CHECK=1 asks for finite inputs")
+        if self._checks_all and others[2] is not None:
+            check_tables(others[2], self.request, query, key)
         result = self._call(query, key, value, *others)
         wanted = {
             "out": f"{[*query.shape[:3], value.shape[3]]} {query.dtype} on {query.device}",

@@ -1,5 +1,5 @@
-"""Operators for torch.compile, one pair per backend name, so that no cache of compiled code can mistake one for
-another.
+"""Operators for torch.compile and torch.jit.trace, one pair per backend name, so that no cache of compiled code can
+mistake one for another.
 
 The selection is read while tracing, from a mirror that Dynamo guards; the operator compares it with the truth when it
 runs. Eager calls do not come through here.
@@ -59,13 +59,19 @@ def in_graph(
     options: tuple[Any, ...],
     overrides: tuple[Any, ...],
 ) -> Any:
-    """What `attention` becomes while Dynamo traces it: one operator, named after the selected backend."""
+    """What `attention` becomes while Dynamo or torch.jit traces it: one operator, named after the selected backend."""
     dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
     *given, tiling = overrides
     name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
     operator = OPERATORS.get(name.partition(":")[0], OPERATORS[AUTOMATIC])
-    drawn = torch.randint(0, 2**62, (2,), dtype=torch.int64) if rng is None and dropout_p > 0 else None
-    seed = drawn if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+    bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
+    seed = (
+        torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+        if rng is not None
+        else torch.randint(0, 2**62, (2,), dtype=torch.int64)
+        if dropout_p > 0
+        else None
+    )
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
     causal = causal.value if isinstance(causal, Causal) else causal
@@ -94,7 +100,7 @@ def in_graph(
         *given,
         None if tiling is None else _registered(tiling),
         mirror.key if given[0] is None else None,
-        int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0,
+        bits if torch.compiler.is_compiling() else -1,  # torch.jit guards nothing: those required when it runs
     )
     return AttentionOutput(out, lse) if return_lse else out
 
@@ -104,7 +110,8 @@ class _Call:
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         *tensors, seed = arguments[:_TENSOR_COUNT]
-        blocks, left, right, windowed, *static, tiling, self.expected, self.bits = arguments[_TENSOR_COUNT:]
+        blocks, left, right, windowed, *static, tiling, self.expected, bits = arguments[_TENSOR_COUNT:]
+        self.bits = gradient_bits(*tensors[:4]) if bits < 0 else bits
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
@@ -206,7 +213,7 @@ def define(name: str) -> None:
         *tensors, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         found = backward_operator(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
-        grads = (grad if ctx.static[-1] >> i & 1 else None for i, grad in enumerate(found))
+        grads = [grad if wanted else None for grad, wanted in zip(found, ctx.needs_input_grad, strict=False)]
         return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
 
     torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)

@@ -1,7 +1,7 @@
 """Every input of a call is checked here, once, and described as an `AttentionRequest`."""
 
 import itertools
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -113,9 +113,14 @@ def is_plain(tensor: Any) -> bool:
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         refuse(
-            (not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"),
             (
-                getattr(tensor, "is_nested", False),
+                isinstance(tensor, torch.fx.Proxy),
+                f"{name} is a Proxy of torch.fx: trace with torch.export or torch.compile",
+            ),
+            (not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"),
+            (torch._C._is_tracing(), "torch.jit.trace met a bound call or explain: trace hal.attention itself"),
+            (
+                getattr(tensor, "is_nested", False) is True,
                 f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k",
             ),
         )
@@ -178,7 +183,7 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
         (cu_q is not None and pages is not None, "packed lengths and a paged cache were given: use one of them"),
     )
     if cu_q is not None:
-        most: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
+        given: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
         refuse(
             (
                 cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
@@ -188,7 +193,10 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
                 query.shape[0] != 1 or key.shape[0] != 1,
                 f"packed query {list(query.shape)} and key {list(key.shape)} were given: use a batch of 1",
             ),
-            (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
+        )
+        longest = torch.stack((cu_q, cu_k)).diff().amax(1).clamp(min=0).tolist() if None in given else given
+        most = [length if most is None else most for most, length in zip(given, longest, strict=True)]
+        refuse(
             (
                 not all(type(n) is int and 0 <= n < _LARGEST for n in most),
                 f"max_seqlen_q {most[0]!r} and max_seqlen_k {most[1]!r} were given: pass lengths of 0 or more",
@@ -208,7 +216,8 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
 
 
 def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Tensor, key: Tensor) -> None:
-    """Check the contents of packed or paged tables; reads them, so it waits for an accelerator.
+    """Check the contents of packed or paged tables; reads them, so it waits for an accelerator, whose tables only
+    HAL_CHECK=1 has checked.
 
     Raises ContractError where an entry would make a device read outside its memory.
     """
@@ -223,11 +232,9 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
                 f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
             )
     if tables.page_table is not None and tables.page_table.shape[0]:
-        held, size = tables.cache_seqlens, key.shape[2]
-        if int(held.min()) < 0 or int(held.max()) > request.len_k:
-            raise ContractError(
-                f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k}, pages times page size"
-            )
+        held, size, most = tables.cache_seqlens, key.shape[2], tables.page_table.shape[1] * key.shape[2]
+        if int(held.min()) < 0 or int(held.max()) > most:
+            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 to {most}, pages times page size")
         pages = (held.unsqueeze(1) + size - 1) // max(size, 1)
         used = torch.arange(tables.page_table.shape[1], device=held.device) < pages
         refuse(
@@ -295,21 +302,15 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
         ),
         (not indices.device == counts.device == query.device, f"block_plan on {indices.device} was given: move it"),
     )
-    listed = torch.arange(size[3], device=indices.device) < counts.unsqueeze(-1)
-    wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
-    refuse(
-        (
-            bool(wrong),
-            f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan",
-        )
-    )
+    if indices.device.type == "cpu":  # reading an accelerator's would wait for it
+        listed = torch.arange(size[3]) < counts.unsqueeze(-1)
+        wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
+        bounds = f"outside 0 to {columns - 1}, or a count over its list"
+        refuse((bool(wrong), f"a block_plan entry {bounds}, was given: fix the plan"))
 
 
 def _is_finite(number: Any) -> bool:
-    try:
-        return isinstance(number, Real) and math.isfinite(number)
-    except OverflowError:  # a whole number above every float
-        return False
+    return issubclass(type(number), Real) and -sys.float_info.max <= number <= sys.float_info.max
 
 
 def _is_whole(number: Any) -> bool:

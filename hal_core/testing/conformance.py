@@ -12,7 +12,6 @@ import json
 import math
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,7 +22,7 @@ from .. import AttentionBackend, ContractError, Device, __version__
 from ..capability import listing
 from ..registry import registry
 from . import behaviour as b, claims, memory_checks, runtime_checks, structure, tiling_checks
-from .findings import Failure, Measure, Skip
+from .findings import Failure, Measure, Skip, raised_text
 from .subject import Subject
 
 CHECKS: dict[str, Callable[[Subject], Measure]] = {
@@ -193,11 +192,7 @@ def _run(name: str, subject: Subject) -> CheckResult:
     except Failure as failure:
         status, measure = Status.FAILED, Measure(failure.error, failure.bound, str(failure))
     except Exception as raised:  # a device may raise anything, and the other checks must still run
-        place = traceback.extract_tb(raised.__traceback__)[-1]
-        status, measure = (
-            Status.FAILED,
-            Measure(detail=f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"),
-        )
+        status, measure = Status.FAILED, Measure(detail=raised_text(raised))
     return CheckResult(name=name, status=status, seconds=time.monotonic() - start, **measure._asdict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,6 +25,12 @@ class Failure(Exception):  # noqa: N818 - a finding, not an error of the program
 
 class Skip(Exception):  # noqa: N818
     """A check that has nothing to look at on this device, and why."""
+
+
+def raised_text(error: BaseException) -> str:
+    """An exception's type, message and place, in one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
 
 
 class Measure(NamedTuple):

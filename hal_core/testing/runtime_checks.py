@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import DEFAULT, Mock, patch
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch._C._nn import scaled_dot_product_attention  # torch's, whatever took its place
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import Basis, Causal, Estimate, Fidelity, MaskKind, meter
@@ -195,7 +195,8 @@ def kernels(s: Subject) -> Measure:
         drawn = resolve(specs[name].sampler)(torch.Generator().manual_seed(s.seed))
         floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in drawn]
         given = [
-            x.to(s.corners.base.device, getattr(torch, dtype)) if f else x for x, f in zip(drawn, floats, strict=True)
+            x.to(s.corners.base.device, getattr(torch, dtype) if f else x.dtype) if isinstance(x, torch.Tensor) else x
+            for x, f in zip(drawn, floats, strict=True)
         ]
         want = resolve(specs[name].reference)(*(x.double() if f else x for x, f in zip(given, floats, strict=True)))
         got, bound = s.session.kernel(name)(*given), specs[name].tolerance[dtype]

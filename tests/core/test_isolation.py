@@ -28,6 +28,25 @@ def test_whatever_an_import_raises_the_others_work(site: Site, raised: str) -> N
     assert site.run(FINE) == ["good:0"]
 
 
+INTERRUPTED = """
+import threading, _thread
+threading.Timer(0.7, _thread.interrupt_main).start()
+try:
+    hal.devices()
+    interrupted = False
+except KeyboardInterrupt:
+    interrupted = True
+print(json.dumps([interrupted, sorted(d.id for d in hal.devices())]))
+"""
+
+
+def test_a_user_s_interrupt_while_a_plugin_is_imported_is_the_user_s(site: Site) -> None:
+    site.add("slow", None)
+    module = site.folder / "slow_hook.py"
+    module.write_text("import time\ntime.sleep(2)\n" + module.read_text())
+    assert site.run("import json, hal_core as hal\n" + INTERRUPTED) == [True, ["good:0", "slow:0"]]
+
+
 def test_an_import_that_hangs_is_given_up_after_its_limit(site: Site) -> None:
     site.add("slow", "import time\ntime.sleep(1000)")
     code = "import hal_core.plugins as p\np.IMPORT_SECONDS = 0.5\n" + FINE

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -100,6 +101,29 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
                 settings |= {"packed": True, "bottom": "shifted" in flags}
             config = config_of(tiles, dim_qk=dim_qk, dim_v=dim_v, group=1, **settings)
             found[f"sm_90 hopper {dim_qk}/{dim_v} {length} {edge}"] = partial(compile_forward, "bf16", config)
+    return found
+
+
+def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
+    """The Gluon backward: its head sizes times the edges they may meet, and the kernels around it."""
+    from hal_cuda.kernels.hopper_backward import launch as backward
+    from hal_cuda.tiling import hopper_backward_tiles
+
+    edges: dict[str, dict[str, bool]] = {
+        "full": {},
+        "causal": {"right": True},
+        "full ragged": {"ragged": True},
+        "causal ragged": {"right": True, "ragged": True},
+        "window": {"right": True, "left": True},
+        "softcap": {"right": True, "softcap": True},
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    for dims in ((64, 64), (128, 128), (256, 256), (192, 128)):
+        for edge, flags in edges.items():
+            settings = dict.fromkeys(("left", "right", "ragged", "softcap"), False) | flags
+            config = backward.config_of(hopper_backward_tiles(*dims, settings["right"]), group=1, **settings)
+            name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
+            found[name] = partial(backward.compile_backward, "bf16", config)
     return found
 
 
@@ -242,6 +266,53 @@ def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
     return found
 
 
+def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+    """The Triton kernels beside attention, 16-bit and aligned; the Hopper kernel of fused_gelu_linear on 9.0."""
+    from hal_cuda.kernels import triton_paged_kv_cache_append, triton_paged_kv_cache_read, triton_rope_precompute_freqs
+    from hal_cuda.kernels.extra import forms, gelu_linear, paged, reductions, rope
+    from hal_cuda.kernels.extra.gelu_config import GeluConfig
+
+    chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=99 << 10)
+    kind = torch.bfloat16 if capability >= (8, 0) else torch.float16
+
+    def empty(*shape: int, dtype: torch.dtype = kind) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    q, pool, x, b = empty(2, 8, 1024, 128), empty(16, 2, 8, 16, 128), empty(512, 512), empty(512)
+    slots, tables = torch.zeros(64, dtype=torch.int32), (empty(1024, 64, dtype=torch.float32),) * 2
+    heads = empty(64, 8, 128)
+    calls: dict[str, Callable[[], Any]] = {
+        "row sums": lambda: reductions._run(empty(4096, 8192), empty(4096), 4096, 8192, 1, largest=False),
+        "column sums": lambda: reductions._run(empty(64, 8192, 256), empty(64, 256), 64, 8192, 256, largest=False),
+        "rope with tables": lambda: rope._rotate(forms.Rotation(q, q, q, q), tables, 1e4),  # type: ignore[arg-type]
+        "rope computed": lambda: rope._rotate(forms.Rotation(q, q, q, q), None, 1e4),
+        "rope table": lambda: triton_rope_precompute_freqs(128, 128, device="cpu"),
+        "paged append": lambda: triton_paged_kv_cache_append(pool, slots, heads, heads),
+        "paged read": lambda: triton_paged_kv_cache_read(pool, slots.view(4, 16), slots[:4], 256),
+        "product": lambda: gelu_linear.portable(x, x, b, x, False),
+        "product stored [K, N]": lambda: gelu_linear.portable(x, x.T, None, x, True),
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    with ExitStack() as stack:
+        for module in (reductions, rope, paged, gelu_linear):
+            stack.enter_context(mock.patch.object(module, "launcher", _recorded_extra))
+            stack.enter_context(mock.patch.object(module, "chip_of", return_value=chip))
+            stack.enter_context(mock.patch.object(module.binaries, "INTERPRETED", True))  # tensors on the host
+        for name, call in calls.items():
+            before = len(_launched)
+            call()
+            found[name] = _launched[before]
+    if capability == (9, 0):
+        for config in (GeluConfig(), GeluConfig(tanh=True, w_rows=True), GeluConfig(bias=False)):
+            found[f"product hopper {config}"] = partial(gelu_linear.compile_hopper, "bf16", config)
+    return found
+
+
+def _recorded_extra(*given: Any, **options: Any) -> Any:
+    _recorded(*given, **options)
+    return lambda *launch: None
+
+
 def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
     r, kind = request, getattr(torch, request.dtype)
     query = torch.empty(r.batch, r.heads_q, r.len_q, r.dim_qk, dtype=kind)
@@ -260,7 +331,7 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    found = hopper_variants()
+    found = hopper_variants() | hopper_backward_variants()
     for capability in ((9, 0), (8, 0), (10, 0)):
         found |= portable_variants(capability)
     found |= backward_variants((9, 0), 227 << 10, 99) | backward_variants((8, 0), 163 << 10, 8)
@@ -282,6 +353,29 @@ def figures(kernel: Any) -> Figures:
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     warned = [line for line in said.splitlines() if "warning" in line.lower() or re.search(r"C75\d\d", line)]
     return Figures(registers, spilled, len(warned))
+
+
+def local_accesses(kernel: Any) -> list[int]:
+    """Loads and stores of local memory, where spilled registers lie, in each innermost loop that has products.
+
+    Behind the last store of a result lie the turns of waits, which jump back into the middle of a loop.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [str(ASSEMBLERS / "nvdisasm"), "-c", str(binary)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    labels = {found[1]: place for place, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = ((re.search(r"BRA.*`\((\.L_x_\d+)\)", line), place) for place, line in enumerate(lines))
+    end = max(place for place, line in enumerate(lines) if "UTMASTG" in line)
+    loops = [(labels[found[1]], place) for found, place in jumps if found and labels.get(found[1], end) < place < end]
+    loops = [loop for loop in loops if any("HGMMA" in line for line in lines[slice(*loop)])]
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+    ]
+    return [sum(bool(re.search(r" (LDL|STL)", line)) for line in lines[slice(*loop)]) for loop in innermost]
 
 
 def table() -> dict[str, Any]:

@@ -74,12 +74,30 @@ def test_torch_is_no_candidate_for_what_it_does_not_do(changes: dict[str, Any]) 
     assert paths(**changes) == ["hopper", "portable"]
 
 
-def test_gradients_go_through_torch() -> None:
-    assert paths(grads=frozenset("qkv")) == ["cudnn", "flash", "composed"]
-    assert paths(grads=frozenset("qkv"), softcap=3.0) == ["composed"]
-    assert paths(grads=frozenset({"q"}), deterministic=True) == ["composed"]
-    source = estimate(replace(PLAIN, grads=frozenset("qkv")), HOPPER, rates()).time.source
-    assert source.startswith("gradients by torch")
+def test_gradients_have_own_kernels_and_those_of_torch_as_candidates() -> None:
+    grads = frozenset("qkv")
+    assert paths(grads=grads) == ["hopper", "portable", "cudnn", "flash", "efficient"]
+    assert paths(grads=grads, dim_v=64) == ["hopper", "portable", "cudnn", "efficient"]
+    assert paths(grads=grads, softcap=3.0) == ["hopper", "portable"]
+    assert paths(grads=grads, mask=MaskKind.BOOLEAN) == ["portable", "efficient"]
+    assert paths(grads=grads, mask=MaskKind.ADDITIVE) == ["portable"]
+    assert paths(grads=frozenset({"q"}), deterministic=True) == ["portable"]
+    assert paths(grads=grads, dtype="float64") == ["composed"]
+    source = estimate(replace(PLAIN, grads=grads), HOPPER, rates()).time.source
+    assert source.startswith("gradients by own Hopper kernel")
+
+
+@pytest.mark.parametrize(
+    ("changes", "torch_too"),
+    [
+        ({"len_q": 1, "len_k": 1}, False),  # cuDNN has no kernel for one query and one key
+        ({"len_q": 1, "len_k": 2}, True),
+        ({"causal": Causal.TOP_LEFT}, True),
+        ({"causal": Causal.TOP_LEFT, "len_q": 4096}, False),  # torch's backends disagree about that diagonal
+    ],
+)
+def test_torch_is_offered_the_lengths_that_it_takes(changes: dict[str, Any], torch_too: bool) -> None:
+    assert ("cudnn" in paths(grads=frozenset("qkv"), **changes)) == torch_too
 
 
 def test_an_untested_triton_leaves_the_gluon_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +112,15 @@ def test_the_measured_table_decides() -> None:
     measured = rates()
     doubled = (dict(row, rate=row["rate"] * (2 if row["path"] == "cudnn" else 1)) for row in measured.grid)
     assert choose(PLAIN, HOPPER, attrs.evolve(measured, grid=tuple(doubled))).path == "cudnn"
+
+
+def test_a_backward_with_few_programs_leaves_the_gpu_to_others() -> None:
+    """One key head for 71 query heads (Falcon), and 77 keys (cross attention): at most one program a block of keys."""
+    grads = replace(PLAIN, grads=frozenset("qkv"), batch=4, dim_qk=64, dim_v=64)
+    many = replace(grads, heads_q=64, heads_kv=64, len_q=2048, len_k=2048, causal=Causal.TOP_LEFT)
+    assert choose(many, HOPPER, rates()).path == "hopper"
+    assert choose(replace(many, heads_q=71, heads_kv=1), HOPPER, rates()).path == "cudnn"
+    assert choose(replace(grads, heads_q=10, heads_kv=10, len_q=4096, len_k=77), HOPPER, rates()).path == "cudnn"
 
 
 def test_estimates_say_where_they_come_from() -> None:
@@ -115,5 +142,12 @@ def test_time_grows_with_the_length() -> None:
 
 
 def test_scores_of_composed_attention_count_as_memory() -> None:
-    request = replace(PLAIN, grads=frozenset("qkv"), softcap=3.0)
-    assert estimate(request, HOPPER, rates()).memory > 2 * 16 * 8192 * 8192 * 4 * 2
+    request = replace(PLAIN, grads=frozenset("qkv"), dtype="float64")
+    assert estimate(request, HOPPER, rates()).memory > 2 * 16 * 8192 * 8192 * 8 * 2
+
+
+def test_own_gradients_keep_no_scores() -> None:
+    for change in ({}, {"softcap": 3.0}, {"mask": MaskKind.BOOLEAN}):
+        request = replace(PLAIN, grads=frozenset("qkv"), **change)
+        operands = 4 * 2 * 16 * 8192 * 128 * 2
+        assert estimate(request, HOPPER, rates()).memory < 3 * operands

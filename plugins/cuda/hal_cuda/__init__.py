@@ -1,8 +1,8 @@
-"""NVIDIA GPUs as devices of hal_core. This module holds the hook alone; nothing heavy is imported until a device is
+"""NVIDIA GPUs as devices of hal_core. This module holds the hooks alone; nothing heavy is imported until a device is
 used.
 """
 
-from hal_core.plugin_api import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, KernelSpec, hookimpl
 
 
 @hookimpl
@@ -19,3 +19,10 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
             install_hint="pip install 'hal-cuda[torch]'",
         )
     ]
+
+
+@hookimpl
+def hal_kernels() -> list[KernelSpec]:
+    from .kernels.extra.specs import KERNELS
+
+    return KERNELS

@@ -169,6 +169,12 @@ class CudaBackend:
                 self._rates[device.id] = Rates.assumed(chip.capability, chip.multiprocessors, table and table[1])
         return self._rates[device.id]
 
+    def kernel_names(self, device: Device) -> frozenset[str]:
+        """Kernels beside attention: those in CUDA C++ where CuPy is installed, and the Triton ones."""
+        from .kernels.extra import provided
+
+        return provided.names()
+
     def open(self, device: Device) -> CudaSession:
         """Raises DeviceUnavailableError after a fork, and where CUDA numbers the GPUs otherwise than NVML."""
         import torch

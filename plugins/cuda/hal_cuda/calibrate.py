@@ -7,15 +7,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal, Device, DeviceUnavailableError
+from hal_core.plugin_api import AttentionRequest, Causal, Device, DeviceUnavailableError, MaskKind
 
 from . import paths
-from .cost import OWN, Rates
+from .cost import GRADIENT_FLOPS, OWN, Rates
 from .discovery import Chip
 from .runtime import nvml
 from .session import CudaSession
@@ -23,6 +24,12 @@ from .session import CudaSession
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1000, 1500, 2048, 3000, 8192, 16384)  # some fill their tiles, some do not
 DIMS = (64, 96, 128, 192, 256)
+GRADIENT_LENGTHS = (512, 1000, 2048, 8192, 16384)  # of forward and backward together
+FORMS, FORM_DIMS, FORM_LENGTHS = (
+    ("float32", "mask"),
+    (64, 128),
+    (512, 2048),
+)  # gradients of what is not in the main table
 #: Largest range of the middle half of a measurement's times, as a share of their median; how often one is tried.
 MOST_SPREAD, ATTEMPTS = 0.5, 3
 
@@ -46,10 +53,18 @@ def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable
         rates = Rates.assumed(chip.capability, chip.multiprocessors, None)
         values["launch"], values["decode_share"] = _decode(device, chip, rates, values["bandwidth"], flush)
         values["grid"] = []
-        cells = [(dim, length, causal) for dim in DIMS for length in LENGTHS for causal in (False, True)]
-        for place, (dim, length, causal) in enumerate(cells):
-            progress(f"attention, head_dim {dim}, {length} tokens", 0.1 + 0.8 * place / len(cells))
-            values["grid"] += _cell(device, chip, rates, dim, length, causal, flush)
+        cells = [
+            (dim, length, causal, grads, "")
+            for grads, lengths in ((False, LENGTHS), (True, GRADIENT_LENGTHS))
+            for dim in DIMS
+            for length in lengths
+            for causal in (False, True)
+        ]
+        cells += [(dim, length, False, True, form) for form in FORMS for dim in FORM_DIMS for length in FORM_LENGTHS]
+        for place, (dim, length, causal, grads, form) in enumerate(cells):
+            what = "gradients" if grads else "attention"
+            progress(f"{what}, head_dim {dim}, {length} tokens", 0.1 + 0.8 * place / len(cells))
+            values["grid"] += _cell(device, chip, rates, dim, length, causal, grads, form, flush)
         progress("energy", 0.92)
         values |= _energy(device, chip, rates, gpu)
         progress("done", 1.0)
@@ -142,17 +157,62 @@ def on_path(device: Device, chip: Chip, rates: Rates, path: str, request: Attent
     return CudaSession(device, chip, lambda: rates, paths=frozenset({path})).bind(request)
 
 
+def gradients_on_path(
+    device: Device, chip: Chip, rates: Rates, path: str, request: AttentionRequest
+) -> Callable[..., Any]:
+    """Forward and backward of a request on one path: (query, key, value, the output's gradient, mask) -> gradients."""
+    session = CudaSession(device, chip, lambda: rates, paths=frozenset({path}))
+    if session.autograd(request) == "native":
+        attend = session.bind(request)
+
+        def by_torch(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, mask: Tensor | None = None) -> Any:
+            leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            with torch.enable_grad():
+                return torch.autograd.grad(attend(*leaves, mask), leaves, grad_out)
+
+        return by_torch
+    request = replace(request, lse=True)
+    forward = session.bind(request)
+
+    def by_own(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, mask: Tensor | None = None) -> Any:
+        out, lse = forward(query, key, value, mask)
+        prepared = session.prepare_attention(query, key, value, request=request)
+        return session.compute_attention_backward(prepared, out, lse, grad_out, mask)
+
+    return by_own
+
+
 def _cell(
-    device: Device, chip: Chip, rates: Rates, dim: int, length: int, causal: bool, flush: Tensor
+    device: Device,
+    chip: Chip,
+    rates: Rates,
+    dim: int,
+    length: int,
+    causal: bool,
+    grads: bool,
+    form: str,
+    flush: Tensor,
 ) -> list[dict[str, Any]]:
+    """Rates of every path; with `grads` of forward and backward, in operations of both. form: see `Rates.grid`."""
     request = request_for(max(TOKENS // length, 1), HIDDEN // dim, HIDDEN // dim, length, length, dim, causal)
-    given = tensors(request)
+    given: tuple[Tensor, ...] = tensors(request)
+    if grads:
+        request, given = replace(request, grads=frozenset("qkv")), (*given, torch.randn_like(given[0]))
+    mask = None
+    if form == "float32":
+        request, given = replace(request, dtype="float32"), tuple(tensor.float() for tensor in given)
+    elif form == "mask":
+        request = replace(request, mask=MaskKind.BOOLEAN)
+        mask = torch.rand(1, 1, length, length, device="cuda") < 0.5
+    bound, times = (gradients_on_path, GRADIENT_FLOPS) if grads else (on_path, 1.0)
     rows = []
     for path in paths.candidates(request, chip):
-        call = on_path(device, chip, rates, path, request)
-        seconds = timed(lambda call=call: call(*given), flush)  # type: ignore[misc]
-        rate = 2.0 * request.visible_macs / seconds
-        rows.append({"path": path, "dim": dim, "length": length, "causal": causal, "rate": rate})
+        call = bound(device, chip, rates, path, request)
+        arguments = (*given, mask) if grads else given
+        seconds = timed(lambda call=call, given=arguments: call(*given), flush, 5 if grads else 9)  # type: ignore[misc]
+        rate = 2.0 * request.visible_macs * times / seconds
+        row = {"path": path, "dim": dim, "length": length, "causal": causal, "rate": rate}
+        rows.append(row | ({"grads": True} if grads else {}) | ({"form": form} if form else {}))
     return rows
 
 

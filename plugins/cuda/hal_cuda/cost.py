@@ -28,8 +28,10 @@ from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
 OWN = frozenset({"hopper", "portable"})
+#: Operations of forward and backward together over the forward's: five products beside its two.
+GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
-_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "composed": 0.05}
+_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "efficient": 0.3, "composed": 0.05}
 #: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
 _PRODUCTS_A_CYCLE = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
 
@@ -48,8 +50,9 @@ class Rates:
     Attributes:
         bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
             seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
-            path, dim, causal, length, rate, and grads where it is of forward and backward together. joules_per_flop,
-            joules_per_byte: None where not measured. basis, provenance, source: of all of it.
+            path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of
+            float32 ("float32") or of a mask ("mask"). joules_per_flop, joules_per_byte: None where not measured. basis,
+            provenance, source: of all of it.
     """
 
     bandwidth: float
@@ -102,17 +105,30 @@ class Rates:
         """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
         causal = request.causal is not Causal.NONE
         dim = max(request.dim_qk, request.dim_v)
-        kind = (path, causal, bool(request.grads))
-        measured = [row for row in self.grid if (row["path"], row["causal"], row.get("grads", False)) == kind]
+        kind, form = (path, bool(request.grads)), form_of(request)
+        slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
+        rows = [row for row in self.grid if (row["path"], row.get("grads", False)) == kind]
+        measured = [row for row in rows if row.get("form", "") == form] if form else []
+        if measured:  # without a diagonal: its cost is that of the pairs it leaves
+            slower = 1.0
+        else:
+            measured = [row for row in rows if row["causal"] == causal and not row.get("form", "")]
         dims = sorted({row["dim"] for row in measured})
         if not dims:
             fill = min(1.0, request.len_q / 2048) * min(1.0, dim / 128)
-            return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9), 2.0)
+            return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9) / slower, 2.0)
         nearest = min((d for d in dims if d >= dim), default=dims[-1])
         padded = min(dim / nearest, 1.0) if path in ("hopper", "portable") else 1.0
         points = sorted((row["length"], row["rate"]) for row in measured if row["dim"] == nearest)
         spread = 1.1 if self.basis is Basis.MEASURED else 2.0
-        return Rate(_between(points, max(request.len_q, 1)) * padded, spread if dim == nearest else spread * 1.3)
+        return Rate(
+            _between(points, max(request.len_q, 1)) * padded / slower, spread if dim == nearest else spread * 1.3
+        )
+
+
+def form_of(request: AttentionRequest) -> str:
+    """What sets a request apart from those of the main table: "float32", "mask" or nothing."""
+    return "float32" if request.dtype == "float32" else "mask" if request.mask is not MaskKind.NONE else ""
 
 
 def _between(points: list[tuple[int, float]], length: int) -> float:
@@ -141,21 +157,32 @@ class Choice(NamedTuple):
     seconds: tuple[tuple[str, float], ...]
 
 
-def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
-    """Middle of a path's time."""
+def seconds(path: str, request: AttentionRequest, rates: Rates, chip: Chip) -> float:
+    """Middle of a path's time on a chip."""
     flops = 2.0 * request.visible_macs
     if request.grads:
-        flops *= 3.5  # forward, and five products for the forward's two
+        flops *= GRADIENT_FLOPS
     if path == "composed":
-        flops = 2.0 * request.macs * (3.5 if request.grads else 1.0)
+        flops = 2.0 * request.macs * (GRADIENT_FLOPS if request.grads else 1.0)
     decoding = packs(request, request.len_q) and not request.grads
     share = rates.decode_share if path == "portable" else 0.8 * rates.decode_share
     reading = request.bytes_moved / (rates.bandwidth * share)
     if decoding and path != "composed":
         return rates.launch * (1.0 if path == "portable" else 1.2) + reading
-    slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
     launch = rates.launch * (1.0 if path in OWN else 1.3)  # what no length hides: equal rates go to the own kernels
-    return launch + max(flops * slower / rates.rate(path, request).flops, reading)
+    idle = _idle(request, chip) if path == "hopper" and request.grads else 1.0
+    return launch + max(flops / rates.rate(path, request).flops * idle, reading)
+
+
+def _idle(request: AttentionRequest, chip: Chip) -> float:
+    """How much longer the Hopper kernels take because their backward, a program for each block of keys of a key head,
+    leaves multiprocessors without work in its last round: few keys, or one key head for many query heads.
+    """
+    tiles = hopper_backward_tiles(request.dim_qk, request.dim_v, request.causal is not Causal.NONE)
+    programs = max(request.batch * request.heads_kv * -(-request.len_k // tiles.keys), 1)
+    busy = programs / (-(-programs // chip.multiprocessors) * chip.multiprocessors)
+    backward = 1 - 1 / GRADIENT_FLOPS
+    return 1 - backward + backward / busy
 
 
 def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip) -> Estimate:
@@ -181,6 +208,7 @@ def label(path: str) -> str:
         "portable": "own Triton kernel",
         "cudnn": "torch cuDNN",
         "flash": "torch FlashAttention",
+        "efficient": "torch efficient attention",
         "composed": "torch operations",
     }[path]
 
@@ -201,6 +229,8 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
             return result + forward
         backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r)
         return result + 4 * rows * (not r.lse) + max(forward, backward)
+    if path == "efficient" and r.mask is not MaskKind.NONE:  # as an additive mask, padded to whole 16 columns
+        result += r.mask_batch * r.mask_heads * r.len_q * (r.len_k + 16) * DTYPE_BYTES[r.dtype]
     result += 4 * rows * (path == "flash" or bool(r.grads))  # torch's log-sum-exp
     # FlashAttention's backward copies the output and its gradient, which reach it as transposed views.
     copies = 2 * rows * r.dim_v * DTYPE_BYTES[r.dtype] * (path == "flash")

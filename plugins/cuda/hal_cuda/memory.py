@@ -114,7 +114,7 @@ class CudaMemory:
         from torch.utils.dlpack import from_dlpack
 
         cupy = _cupy()
-        stream = _stream(cupy, torch.cuda.current_stream(self.index))
+        stream = cupy_stream(cupy, torch.cuda.current_stream(self.index))
         try:
             with cupy.cuda.Device(self.index), stream:
                 return from_dlpack(cupy.empty(needed, dtype=cupy.uint8))
@@ -316,7 +316,7 @@ def _pooled(source: Source, index: int) -> int:
     return torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
 
 
-def _stream(cupy: Any, current: Any) -> Any:
+def cupy_stream(cupy: Any, current: Any) -> Any:
     """Torch's stream as CuPy takes it: by the protocol that newer versions read, else by its address."""
     if hasattr(cupy.cuda.Stream, "from_external") and hasattr(current, "__cuda_stream__"):
         return cupy.cuda.Stream.from_external(current)

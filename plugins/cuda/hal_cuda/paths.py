@@ -16,7 +16,11 @@ from .runtime import binaries
 from .tiling import WARPGROUP_ROWS, packs, parts, value_parts
 
 #: Torch's own attention backends, which are candidates beside the kernels of this package.
-TORCH_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+TORCH_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
@@ -33,7 +37,7 @@ def choose(
     request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True
 ) -> Choice:
     """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone."""
-    timed = [(path, seconds(path, request, rates)) for path in candidates(request, chip) if allowed(path)]
+    timed = [(path, seconds(path, request, rates, chip)) for path in candidates(request, chip) if allowed(path)]
     timed.sort(key=lambda item: item[1])
     if len(timed) > 1 and timed[0][0] == "composed":  # memory of all scores: only where nothing else is right
         timed = [*timed[1:], timed[0]]
@@ -45,14 +49,18 @@ def path_of_lengths(path: str, request: AttentionRequest) -> str:
     diagonal of unequal lengths, so those go to another one.
     """
     return (
-        path if path not in TORCH_BACKENDS or torch_takes_lengths(request, request.len_q, request.len_k) else "portable"
+        path
+        if path not in TORCH_BACKENDS or torch_takes_lengths(path, request, request.len_q, request.len_k)
+        else "portable"
     )
 
 
-def torch_takes_lengths(request: AttentionRequest, len_q: int, len_k: int) -> bool:
-    """Whether torch's fused backends take these lengths: they disagree about the diagonal of unequal ones, and cuDNN
-    refuses one query with one key.
+def torch_takes_lengths(path: str, request: AttentionRequest, len_q: int, len_k: int) -> bool:
+    """Whether a backend of torch takes these lengths: cuDNN and FlashAttention disagree about the diagonal of unequal
+    ones, and cuDNN refuses one query with one key.
     """
+    if path == "efficient":
+        return True
     return len_q == len_k != 1 if request.causal is not Causal.NONE else len_q * len_k != 1
 
 
@@ -95,14 +103,9 @@ def _fills_tiles(request: AttentionRequest) -> bool:
 
 
 def torch_takes(request: AttentionRequest) -> bool:
-    """Whether torch's fused backends are right for a request: every row reads a key, no feature of this package's own.
-
-    Which lengths they take is another question (`torch_takes_lengths`), which calls ask.
-    """
+    """Whether a fused backend of torch may be right for a request, which has no feature of this package's own."""
     return (
-        request.dtype in ("float16", "bfloat16")
-        and request.mask is MaskKind.NONE
-        and request.causal in (Causal.NONE, Causal.TOP_LEFT)
+        request.causal in (Causal.NONE, Causal.TOP_LEFT)
         and not request.diagonal
         and request.window is None
         and request.softcap is None
@@ -112,7 +115,6 @@ def torch_takes(request: AttentionRequest) -> bool:
         and request.block_plan is None
         and not request.lse
         and not request.deterministic
-        and torch_takes_lengths(request, request.len_q, request.len_k)
         and request.dim_qk % 8 == request.dim_v % 8 == 0
         and max(request.dim_qk, request.dim_v) <= 256
         and request.last_dim_contiguous
@@ -120,39 +122,53 @@ def torch_takes(request: AttentionRequest) -> bool:
 
 
 def torch_names(request: AttentionRequest, chip: Chip) -> list[str]:
-    """Torch backends that take a request on a chip."""
-    if not torch_takes(request) or not chip.torch_attention:
+    """Torch backends that take a request on a chip.
+
+    cuDNN and FlashAttention where every row reads a key: they have no rule for rows that do not. The efficient kernels,
+    which have the rule of this project and also take boolean masks and float32, where gradients are asked for.
+    """
+    r = request
+    if not torch_takes(r) or not chip.torch_attention:
         return []
-    wide = max(request.dim_qk, request.dim_v) > 128 and chip.capability != (9, 0)
-    names = [] if wide or not torch.backends.cuda.cudnn_sdp_enabled() else ["cudnn"]
-    return [*names, "flash"] if request.dim_qk == request.dim_v else names
+    names = []
+    if r.dtype in ("float16", "bfloat16") and r.mask is MaskKind.NONE:
+        wide = max(r.dim_qk, r.dim_v) > 128 and chip.capability != (9, 0)
+        names = [] if wide or not torch.backends.cuda.cudnn_sdp_enabled() else ["cudnn"]
+        names += ["flash"] if r.dim_qk == r.dim_v else []
+        names = [name for name in names if torch_takes_lengths(name, r, r.len_q, r.len_k)]
+    masked = r.mask is MaskKind.BOOLEAN and r.causal is Causal.NONE
+    if r.grads and r.heads_q == r.heads_kv and (r.mask is MaskKind.NONE or masked):
+        names.append("efficient")
+    return names
 
 
-def bind_torch(name: str, request: AttentionRequest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A callable (query, key, value) of one of torch's backends.
+def bind_torch(name: str, request: AttentionRequest) -> Callable[..., Tensor]:
+    """A callable (query, key, value, mask) of one of torch's backends.
 
     Equal head counts call the backend's operator, which takes a third of the host time of choosing it by `sdpa_kernel`.
     """
+    several = request.heads_q != request.heads_kv
     causal, scale, grads = request.causal is not Causal.NONE, request.scale, bool(request.grads)
-    if request.heads_q != request.heads_kv:
-        attend, backend = torch.nn.functional.scaled_dot_product_attention, TORCH_BACKENDS[name]
+    if several or name == "efficient":
+        # Not torch.nn.functional's name: hal.attention may have taken its place.
+        attend, backend = torch._C._nn.scaled_dot_product_attention, TORCH_BACKENDS[name]
 
-        def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
             with sdpa_kernel(backend):
-                return attend(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+                return attend(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=several)
 
         return grouped
     if name == "cudnn":
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
-        def by_cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        def by_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
             out: Tensor = cudnn(query, key, value, None, grads, 0.0, causal, False, scale=scale)[0]
             return out
 
         return by_cudnn
     flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 
-    def by_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def by_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         out: Tensor = flash(query, key, value, 0.0, causal, False, scale=scale)[0]
         return out
 

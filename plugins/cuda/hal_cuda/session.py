@@ -153,10 +153,10 @@ class CudaSession(SessionBase):
         else:
             instead = PortablePath(request, self._context)
 
-        def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
-            if not paths.torch_takes_lengths(request, query.shape[2], key.shape[2]):
-                return instead(query, key, value, *rest)
-            return AttentionOutput(attend(query, key, value))
+        def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> AttentionOutput:
+            if not paths.torch_takes_lengths(name, request, query.shape[2], key.shape[2]):
+                return instead(query, key, value, mask, *rest)
+            return AttentionOutput(attend(query, key, value, mask))
 
         return run
 
@@ -282,8 +282,8 @@ class CudaSession(SessionBase):
             raise DeviceUnavailableError(self._lost)
         query, key, value = prepared.query, prepared.key, prepared.value
         if not (query.numel() and key.numel()):
-            zeros = (t.new_zeros(t.shape) for t in (query, key, value))
-            return Grads(*zeros, None if mask is None or "mask" not in request.grads else mask.new_zeros(mask.shape))
+            of_mask = None if mask is None or "mask" not in request.grads else torch.zeros_like(mask)
+            return Grads(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), of_mask)
         if mask is not None and mask.dim() != 4:
             mask = mask[(None,) * (4 - mask.dim())]
         given = (query, key, value, out, lse, grad_out, mask, prepared.plan, prepared.tables)
@@ -306,6 +306,12 @@ class CudaSession(SessionBase):
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
         return found
+
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """A kernel beside attention, see `hal_cuda.kernels`."""
+        from .kernels.extra import provided
+
+        return provided.kernel(name, self.chip.index)
 
     def timer(self, report: Callable[[float], None]) -> Callable[[], None]:
         """Start timing a call on the device; the function that is returned ends it.

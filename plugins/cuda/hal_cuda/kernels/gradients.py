@@ -67,13 +67,15 @@ def differentiable(
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            result = forward(query, key, value)
-            ctx.save_for_backward(query, key, value, *result)
-            return result.out
+            out: Tensor
+            out, lse = forward(query, key, value)
+            ctx.save_for_backward(query, key, value, out, lse)
+            return out
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            return backward(*ctx.saved_tensors, grads[0])[:3]
+            query, key, value, out, lse = ctx.saved_tensors
+            return backward(query, key, value, out, lse, grads[0])[:3]
 
     def run(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> AttentionOutput:
         return AttentionOutput(Attention.apply(query, key, value))  # type: ignore[no-untyped-call]

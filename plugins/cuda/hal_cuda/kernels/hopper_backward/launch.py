@@ -142,9 +142,7 @@ class HopperBackward:
             if len(self._launches) >= _MOST_KEPT:
                 self._launches.clear()
             launch = self._launches[form] = self._build(*given, grad_lse is not None)
-        grads = tuple(
-            torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]
-        )
+        grads = [torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]]
         with borrowing(self._context.memory) as borrow:
             statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
             lse = lse if lse.is_contiguous() else borrow(lse.shape, lse.dtype).copy_(lse)
@@ -164,7 +162,7 @@ class HopperBackward:
             launch.kernel(launch.grid, torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
             numbers = [*grads[0].stride()[:3], *launch.sizes, self.request.effective_scale]
             launch.finish(launch.tiles, (sums, grads[0]), numbers)
-        return Grads(*grads, None)
+        return Grads(grads[0], grads[1], grads[2], None)
 
     def _build(self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, of_lse: bool) -> Launch:
         r, chip = self.request, self.chip
