@@ -73,8 +73,9 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                what = f"switched off by {off}"
-                plugin.failure = LoadFailure(name, distribution, "disabled", what, fix=f"change {off}")
+                plugin.failure = LoadFailure(
+                    name, distribution, "disabled", f"switched off by {off}", fix=f"change {off}"
+                )
                 continue
             stage = "duplicate"
             try:
@@ -86,8 +87,11 @@ class Plugins:
                 module = _within(IMPORT_SECONDS, point.load, f"importing {point.value}")
                 stage = "hook"
                 self._manager.register(module, name)
-                backends = _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION))
-                add(distribution, backends, _list_of(KernelSpec, name, self.call(name, "hal_kernels")))
+                add(
+                    distribution,
+                    _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION)),
+                    _list_of(KernelSpec, name, self.call(name, "hal_kernels")),
+                )
             except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
                 if isinstance(error, KeyboardInterrupt):  # the user's: see `_within`
                     raise
