@@ -87,8 +87,11 @@ class Plugins:
                 module = _within(IMPORT_SECONDS, point.load, f"importing {point.value}")
                 stage = "hook"
                 self._manager.register(module, name)
-                backends = _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION))
-                add(distribution, backends, _list_of(KernelSpec, name, self.call(name, "hal_kernels")))
+                add(
+                    distribution,
+                    _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION)),
+                    _list_of(KernelSpec, name, self.call(name, "hal_kernels")),
+                )
             except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
                 if isinstance(error, KeyboardInterrupt):  # the user's: see `_within`
                     raise

@@ -1,9 +1,10 @@
-"""The protocols a plugin implements. What is optional is a protocol of its own, or listed in `Session`."""
+"""The protocols a plugin implements. Their docstrings list what is optional."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 from .buffers import Buffer, MemoryStats
 from .capability import Capabilities, Refusal
@@ -60,7 +61,7 @@ class TilingStrategy(Protocol):
     ) -> TilePlan | BlockPlan: ...
 
 
-class Session(Protocol):
+class Session(AbstractContextManager["Session"], Protocol):
     """An open device. A context manager; `close()` may be called twice. Methods may be called from any thread.
 
     Lengths in the request of `bind` are upper bounds: exact ones are read from the tensors. `prepare_attention` gets
@@ -119,8 +120,6 @@ class Session(Protocol):
         rng: tuple[int, int] | None = None,
     ) -> Grads: ...
     def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 class AttentionBackend(Protocol):
@@ -128,6 +127,12 @@ class AttentionBackend(Protocol):
 
     `check` and `estimate` see lengths rounded up to a power of two, and the exact ones where a limit lies between: a
     refusal by length must hold for every longer length too.
+
+    A backend may also have:
+        why_absent(): why it found no device, in one sentence with the fix, for `hal doctor`.
+        calibrate(device, progress): measurements as a dict, which its estimates then use.
+        kernel_names(device): names of kernels beside attention, a frozenset. Its sessions have `kernel(name)`, which
+            returns the callable.
     """
 
     def devices(self) -> Sequence[Device]: ...  # cheap, never raises for absent hardware
@@ -137,24 +142,3 @@ class AttentionBackend(Protocol):
     ) -> Iterable[Refusal]: ...  # only what data cannot declare
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate: ...
     def open(self, device: Device) -> Session: ...  # lazy, one per device, closed at exit
-
-
-@runtime_checkable
-class Absent(Protocol):
-    """Optional, of a backend: why it found no device, in one sentence with the fix, for `hal doctor`."""
-
-    def why_absent(self) -> str: ...
-
-
-@runtime_checkable
-class Calibrated(Protocol):
-    """Optional, of a backend: measurements that its estimates then use."""
-
-    def calibrate(self, device: Device, progress: Progress) -> dict[str, Any]: ...
-
-
-@runtime_checkable
-class KernelProvider(Protocol):
-    """Optional, of a backend: kernels beside attention. Their sessions have `kernel(name)` returning the callable."""
-
-    def kernel_names(self, device: Device) -> frozenset[str]: ...

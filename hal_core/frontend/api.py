@@ -36,8 +36,7 @@ def _load() -> None:
     from . import dispatch, execution, operands, torch_ops, validation
 
     _grad_enabled, _autocast, _tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
-    _gradient_bits = operands.gradient_bits
-    _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
+    _gradient_bits, _compiling = operands.gradient_bits, torch.compiler.is_compiling  # last: then all of it is set
 
 
 def attention(
@@ -142,8 +141,8 @@ def attention(
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
-    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     given = (query, key, value, attn_mask, block_plan, tables)
+    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     found = dispatch.find(given, bits, options, overrides)
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
@@ -231,8 +230,7 @@ def plan_text(request: AttentionRequest, decision: Decision) -> str:
     tiling = decision.policy.tiling or registry.session(decision.chosen).tiling
     cut = cut_request(request, tiling, capabilities)
     if cut.block_plan is not None:
-        block_q, block_k, most = cut.block_plan
-        return f"blocks of {block_q} x {block_k}, at most {most} a row, by {tiling.name}"
+        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
     plan: Any = tiling.plan(request if decision.policy.tiling is None else cut, tiling_limits(capabilities))
     plan.check(tiling.name)
     return f"{plan} ({tiling.name})"
@@ -298,17 +296,16 @@ def _bound(found: execution.BoundAttention) -> Any:
     ) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
+        plain = attn_mask is None and block_plan is None and tables is None
         if (
             tracing()
             or shapes != accepted
-            or attn_mask is not None
-            or block_plan is not None
-            or tables is not None
+            or not plain
             or not query.dtype is key.dtype is value.dtype is dtype
             or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         ):
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
-            accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
+            accepted = shapes if plain else ()
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session or state.closed:
@@ -337,7 +334,7 @@ def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, 
     """
     request = found.request
     longest = (request.len_q, request.len_k)
-    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=longest[0], max_seqlen_k=longest[1])
+    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=request.len_q, max_seqlen_k=request.len_k)
     this = validation.build_request(operands.Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)

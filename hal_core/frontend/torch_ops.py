@@ -62,7 +62,6 @@ def in_graph(
     """What `attention` becomes while Dynamo or torch.jit traces it: one operator, named after the selected backend."""
     dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
     *given, tiling = overrides
-    expected = mirror.key if given[0] is None else None
     name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
     operator = OPERATORS.get(name.partition(":")[0], OPERATORS[AUTOMATIC])
     bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
@@ -100,7 +99,7 @@ def in_graph(
         *rest,
         *given,
         None if tiling is None else _registered(tiling),
-        expected,
+        mirror.key if given[0] is None else None,
         bits if torch.compiler.is_compiling() else -1,  # torch.jit guards nothing: those required when it runs
     )
     return AttentionOutput(out, lse) if return_lse else out
@@ -123,8 +122,12 @@ class _Call:
     def bound(self) -> BoundAttention:
         found = find(self.operands, self.bits, self.options, self.overrides)
         if found.needs_rng and self.rng is None:
-            why = f"{found.decision.chosen} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
-            refuse((bool(self.bits), why))
+            refuse(
+                (
+                    bool(self.bits),
+                    f"{found.decision.chosen} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)",
+                )
+            )
             self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
 
@@ -142,19 +145,18 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
-    out, query = result.contiguous(), call.operands.query
-    if not call.bits:
-        return out, query.new_empty(0, dtype=torch.float32)
-    # torch differentiates this session's own forward: nobody reads the log-sum-exp that the graph was promised
-    return out, query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+    # Where torch differentiates this session's own forward, nobody reads the log-sum-exp that the graph was promised.
+    return result.contiguous(), _new_lse(call.operands.query, bool(call.bits))
+
+
+def _new_lse(query: Tensor, wanted: bool) -> Tensor:
+    """A log-sum-exp of zeros, empty where it is not wanted: operators return one always."""
+    return query.new_zeros(query.shape[:-1] if wanted else (0,), dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, value, bits, return_lse = arguments[0], arguments[2], arguments[-1], arguments[_TENSOR_COUNT + 11]
-    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    wanted = return_lse or bits
-    return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), _new_lse(query, bool(return_lse or bits))
 
 
 @torch.no_grad()
@@ -179,8 +181,10 @@ def _gradient(grad: Tensor | None, like: Tensor | None, wanted: int) -> Tensor:
 
 
 def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    asked = [like if arguments[-1] >> i & 1 else None for i, like in enumerate(arguments[:4])]
-    return tuple(torch.empty(0) if like is None else like.new_empty(like.shape) for like in asked)
+    return tuple(
+        torch.empty(0) if like is None or not arguments[-1] >> i & 1 else like.new_empty(like.shape)
+        for i, like in enumerate(arguments[:4])
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -190,14 +194,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def define(name: str) -> None:
-    """Define the operators hal::<name>_forward and hal::<name>_backward, once."""
-    if name in OPERATORS:
-        return
+    """Define the operators hal::<name>_forward and hal::<name>_backward."""
     forward, backward = f"{name}_forward", f"{name}_backward"
-    random = (torch.Tag.nondeterministic_seeded,)  # a noisy device draws: two equal calls are not one
-    _library.define(f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)", tags=random)
-    results = f"Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}"
-    _library.define(f"{backward}({results}, {_STATIC}) -> (Tensor, Tensor, Tensor, Tensor)")
+    _library.define(
+        f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)",
+        tags=(torch.Tag.nondeterministic_seeded,),  # a noisy device draws: two equal calls are not one
+    )
+    _library.define(
+        f"{backward}(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}, {_STATIC}) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
+    )
     for operator, run, fake in ((forward, _forward, _fake_forward), (backward, _backward, _fake_backward)):
         _library.impl(operator, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hal::{operator}", fake, lib=_library)
@@ -215,7 +221,7 @@ def define(name: str) -> None:
 
 
 def _define_all() -> None:
-    for name in (AUTOMATIC, *(entry.spec.name for entry in registry.entries())):
+    for name in {AUTOMATIC, *(entry.spec.name for entry in registry.entries())} - OPERATORS.keys():
         define(name)
 
 

@@ -100,8 +100,6 @@ class PooledMemory:
         """Give a buffer back. Freeing twice raises ContractError."""
         if buffer.owner is not self:
             raise ContractError("this buffer belongs to another memory manager: free it there")
-        if buffer.freed:
-            raise ContractError("this buffer was freed: allocate a new one")
         buffer.release()
         if (block := buffer.block) is not None:  # memory that came in through to_backend is its tensor's
             with self._lock:
@@ -130,8 +128,16 @@ class PooledMemory:
 
     def stats(self) -> MemoryStats:
         with self._lock:
-            now, limit = (self._in_use, self._pooled, self._peak), self.limit
-            return MemoryStats(*now, limit, self._allocations, self._reuses, self._copies, self._copied)
+            return MemoryStats(
+                self._in_use,
+                self._pooled,
+                self._peak,
+                self.limit,
+                self._allocations,
+                self._reuses,
+                self._copies,
+                self._copied,
+            )
 
     def trim(self) -> int:
         """Drop every pooled block and reset the peak; returns the bytes given back."""
