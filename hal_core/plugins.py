@@ -73,9 +73,14 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                allowed = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
-                fix = f"add {allowed} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}"
-                plugin.failure = LoadFailure(name, distribution, "disabled", f"switched off by {off}", fix=fix)
+                listed = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
+                plugin.failure = LoadFailure(
+                    name,
+                    distribution,
+                    "disabled",
+                    f"switched off by {off}",
+                    fix=f"add {listed} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}",
+                )
                 continue
             stage = "duplicate"
             try:
@@ -188,7 +193,7 @@ def raised_at(error: BaseException) -> str:
     from traceback import walk_tb
 
     walked = ((str(f.f_globals.get("__name__")).split(".")[0], f.f_code, n) for f, n in walk_tb(error.__traceback__))
-    calls = [call for call in walked if call[0] not in {"hal_core", "torch", "importlib", "threading", "concurrent"}]
+    calls = [call for call in walked if call[0] not in {"hal_core", "torch", "importlib", "pkgutil", "threading"}]
     own = (f"{code.co_filename}:{line} ({code.co_name})" for name, code, line in reversed(calls) if name == calls[0][0])
     return "/".join(next(own, "").split(os.sep)[-2:])
 
