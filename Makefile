@@ -97,7 +97,7 @@ wheels: $(READY)
 	@ls dist
 
 bench: $(READY)
-	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(RUN) $$script --record || exit 1; done
+	@for script in $(sort $(filter-out %_worker.py,$(wildcard benchmarks/*.py))); do echo "== $$script"; $(RUN) $$script --record || exit 1; done
 
 clean:
 	rm -rf .venv out dist $(addsuffix /build,$(FOLDERS)) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """The CPU device beside torch's scaled_dot_product_attention: decode, the grid, window, softcap, memory.
 
 Functions that are compared run interleaved, in random order; a ratio is the median of the rounds' ratios, torch's time
-over the device's, so above 1 is faster than torch. The grid is run three times.
+over the device's, so above 1 is faster than torch. The grid is run three times. With `--against CHECKOUT` the shapes of
+models are timed beside another checkout's CPU device instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import record
 import torch
+from checkouts import ROOT, Worker
 from hal_cpu.calibrate import read_bandwidth
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -26,6 +29,7 @@ from hal_core.testing import BenchmarkRunner
 from hal_core.testing.benchmark import host_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEAN_BAR = 0.98  # of --against
 SECTIONS = ("decode", "grid", "window", "softcap", "memory")
 NOTE = (
     "Ratio: time of torch's scaled_dot_product_attention over the device's; "
@@ -33,7 +37,7 @@ NOTE = (
 )
 
 
-def main() -> None:
+def main() -> int:
     parser = record.parser(__doc__)
     parser.add_argument("--section", choices=SECTIONS, action="append", help="only this section; may be repeated")
     parser.add_argument("--runs", type=int, default=3, help="runs of the grid (3)")
@@ -45,11 +49,44 @@ def main() -> None:
         help="repeat a comparison for up to this long "
         "while other programs keep the processors busy, and keep the quietest (0)",
     )
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare shapes of models with a checkout's")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of --against (12)")
     options = parser.parse_args()
+    if options.against is not None:
+        return against(options)
     global quiet_seconds
     quiet_seconds = options.quiet
     for section in options.section or SECTIONS:
         globals()[section](options)
+    return 0
+
+
+def against(options: argparse.Namespace) -> int:
+    """Model shapes here and in another checkout, in turn; 1 where the geometric mean of the ratios misses its bar."""
+    workers = [Worker("cpu_worker.py", checkout, "cpu") for checkout in (ROOT, options.against)]
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in workers[0].ask(None)}
+    with Others(lambda: sum(worker.processor_seconds() for worker in workers)) as others:
+        for number in range(options.rounds + 1):
+            for name, found in times.items():
+                for side in (0, 1) if number % 2 else (1, 0):
+                    taken = workers[side].ask(name)
+                    if number:  # the first round warms up
+                        found[side].append(taken)
+    for worker in workers:
+        worker.close()
+    ratios = {name: min(there) / min(here) for name, (here, there) in times.items()}
+    rows = [
+        [name, f"{min(there):.3f}", f"{min(here):.3f}", f"{ratios[name]:.3f}"] for name, (here, there) in times.items()
+    ]
+    mean = math.exp(statistics.fmean(map(math.log, ratios.values())))
+    notes = [
+        f"Geometric mean {mean:.3f} over {len(rows)} shapes, worst {min(ratios.values()):.3f}; the bar is {MEAN_BAR}.",
+        f"Least processor time of a call over {options.rounds} rounds in turn, one thread. Other programs took "
+        f"{others.share:.0%} of the processors meanwhile.",
+    ]
+    columns = ("shape", "there, ms", "here, ms", "there / here")
+    record.publish(options, "cpu", "Shapes of models, beside another checkout", columns, rows, notes, "Against")
+    return int(mean < MEAN_BAR)
 
 
 def compare(torchs: Callable[[], Any], ours: Callable[[], Any], seconds: float) -> tuple[float, float, str]:
@@ -78,7 +115,13 @@ def compare(torchs: Callable[[], Any], ours: Callable[[], Any], seconds: float) 
 class Others:
     """The share of this machine's processors that other programs take inside the block; 0 where the system does not
     say.
+
+    Args:
+        own: processor seconds of what is timed.
     """
+
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self._own = own
 
     def __enter__(self) -> Others:
         self._before, self.share = self._ticks(), 0.0
@@ -88,15 +131,14 @@ class Others:
         (total, busy, own), (t, b, o) = self._ticks(), self._before
         self.share = max(busy - b - (own - o), 0.0) / max(total - t, 1e-9)
 
-    @staticmethod
-    def _ticks() -> tuple[float, float, float]:
-        """Seconds of all processors, of those busy, and of this process."""
+    def _ticks(self) -> tuple[float, float, float]:
+        """Seconds of all processors, of those busy, and of what is timed."""
         try:
             fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except OSError:
             return 0.0, 0.0, 0.0
         seconds = [n / os.sysconf("SC_CLK_TCK") for n in fields]
-        return sum(seconds), sum(seconds) - seconds[3] - seconds[4], time.process_time()
+        return sum(seconds), sum(seconds) - seconds[3] - seconds[4], self._own()
 
 
 #: Share of the processors from which other programs spoil a comparison.
@@ -274,4 +316,4 @@ def memory(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

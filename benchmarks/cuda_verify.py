@@ -34,7 +34,10 @@ _HOPPER = tuple(
     for file in ("forward", "producer", "consumer", "step", "pipeline", "softmax", "result", "config", "narrow")
 )
 _ATTEND = ("portable/attend", "portable/merge", "portable/dropout")
-_BACKWARD = ("portable/backward", "portable/backward_step", "portable/attend", "portable/merge", "portable/dropout")
+_BACKWARD = (
+    *("portable/backward", "portable/backward_kv", "portable/backward_q", "portable/backward_step"),
+    *("portable/attend", "portable/merge", "portable/dropout"),
+)
 _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
 )

@@ -22,7 +22,6 @@ from .errors import AccessDeniedError
 
 DEFAULT_FILE = "/etc/hal/access.toml"
 caller_var: ContextVar[str] = ContextVar("hal_caller", default="")  # set by `hal_core.caller`
-_LISTS = ("devices", "kernels")
 
 
 def current_caller() -> str:
@@ -48,7 +47,7 @@ class AccessPolicy:
             tables = [self.rules.get("default", {}), *self.rules.get("callers", {}).values()]
             for key, allowed in [pair for table in tables for pair in table.items()]:
                 patterns = isinstance(allowed, list) and all(isinstance(pattern, str) for pattern in allowed)
-                if not (type(allowed) is bool if key == "register" else key in _LISTS and patterns):
+                if not (type(allowed) is bool if key == "register" else key in ("devices", "kernels") and patterns):
                     raise ValueError(
                         f"{key} = {allowed!r}: devices and kernels are lists of patterns, register a boolean"
                     )
@@ -76,5 +75,4 @@ class AccessPolicy:
 
 def read_policy() -> AccessPolicy:
     """The policy that HAL_ACCESS names, else the machine's; one that allows everything where there is neither."""
-    chosen = os.environ.get("HAL_ACCESS") or (DEFAULT_FILE if os.path.lexists(DEFAULT_FILE) else None)
-    return AccessPolicy(chosen)
+    return AccessPolicy(os.environ.get("HAL_ACCESS") or (DEFAULT_FILE if os.path.lexists(DEFAULT_FILE) else None))

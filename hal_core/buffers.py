@@ -36,10 +36,16 @@ class Buffer:
 
     __slots__ = ("_tensor", "block", "dtype", "owner", "reserved", "shape")
 
-    def __init__(self, tensor: Any, owner: object, reserved: int, block: Any = None, form: Any = None) -> None:
+    def __init__(
+        self,
+        tensor: Any,
+        owner: object,
+        reserved: int,
+        block: Any = None,
+        form: tuple[tuple[int, ...], str] | None = None,
+    ) -> None:
         self._tensor, self.owner, self.reserved, self.block = tensor, owner, reserved, block
-        known: tuple[tuple[int, ...], str] = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        self.shape, self.dtype = known
+        self.shape, self.dtype = form or (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     @property
     def freed(self) -> bool:
@@ -59,11 +65,10 @@ class Buffer:
     def __dlpack__(self, **options: Any) -> Any:
         return self.tensor.__dlpack__(**options)
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        kind, index = self.tensor.__dlpack_device__()
-        return int(kind), int(index)
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
 
     def release(self) -> Any:
-        """Give the tensor up. For memory managers."""
-        tensor, self._tensor = self._tensor, None
+        """Give the tensor up. For memory managers. Raises ContractError the second time."""
+        tensor, self._tensor = self.tensor, None
         return tensor

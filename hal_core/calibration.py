@@ -13,7 +13,7 @@ from typing import Any
 
 from .device_info import Calibration, Device
 from .errors import UnsupportedError
-from .protocols import Calibrated, Progress
+from .protocols import Progress
 from .registry import registry
 
 FORMAT = 1
@@ -22,15 +22,14 @@ _MOST_BYTES = 1 << 23
 
 def cache_dir() -> Path:
     """HAL_CACHE, or `hal` in the user's cache folder. Holds calibrations and compiled kernels."""
-    chosen = os.environ.get("HAL_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hal"
+    return Path(os.environ.get("HAL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hal"))
 
 
 def _path(device: Device) -> Path:
     return cache_dir() / "calibration" / f"{device.id.replace(':', '-')}-{device.fingerprint}.json"
 
 
-def load(device: Device) -> Calibration | None:
+def load_calibration(device: Device) -> Calibration | None:
     """The device's calibration; None where there is none for this model and driver.
 
     A file that cannot be used (damaged, of another format, with values that are not positive finite numbers where
@@ -58,8 +57,12 @@ def _load(path: Path, device: Device) -> Calibration | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        why = f"the calibration {path} of {device.id} is not used ({error or type(error).__name__})"
-        warnings.warn(f"{why}: run `hal calibrate {device.id}`", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"the calibration {path} of {device.id} is not used ({error or type(error).__name__}): "
+            f"run `hal calibrate {device.id}`",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return None
 
 
@@ -109,7 +112,7 @@ def calibrate(device_name: str, progress: Progress = lambda text, share: None) -
     """
     device = registry.find(device_name)[0]
     backend = registry.backend_of(device)
-    if not isinstance(backend, Calibrated):
+    if not hasattr(backend, "calibrate"):
         raise UnsupportedError(f"{device.id} has no calibration: its estimates are {type(backend).__name__}'s own")
     trial = _path(device).with_suffix(".try")
     write_whole(trial, "")  # a folder that cannot be written is found before minutes of measuring

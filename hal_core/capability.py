@@ -31,7 +31,7 @@ def _code(value: str) -> Code:
     return Code(_CODES.get(value, value))
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Refusal(Record):
     """One reason why a device does not run a request.
 
@@ -51,7 +51,7 @@ class Refusal(Record):
         return f"{text}  -> {self.fix}" if self.fix else text
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Range(Record):
     """Whole numbers from `low` to `high` (None: no bound) in steps of `multiple`."""
 
@@ -60,9 +60,7 @@ class Range(Record):
     multiple: int = 1
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int) or value < self.low or value % self.multiple:
-            return False
-        return self.high is None or value <= self.high
+        return isinstance(value, int) and value == self.next_up(value)
 
     def next_up(self, value: int) -> int | None:
         """The smallest member that is at least `value`; None where there is none."""
@@ -72,10 +70,6 @@ class Range(Record):
     def __str__(self) -> str:
         text = f"{self.low} to {self.high}" if self.high is not None else f"{self.low} and up"
         return f"{text} in steps of {self.multiple}" if self.multiple > 1 else text
-
-
-def _whole_numbers(values: Iterable[int]) -> frozenset[int]:
-    return frozenset(values)
 
 
 def _names(values: Iterable[str]) -> frozenset[str]:
@@ -90,23 +84,21 @@ def _causal_kinds(values: Iterable[Causal | str]) -> frozenset[Causal]:
     return frozenset(map(Causal, values))
 
 
-@attrs.frozen(eq=False, repr=False)
-class Choice(Record):
+class Choice(frozenset[int]):
     """The listed whole numbers."""
 
-    values: frozenset[int] = attrs.field(converter=_whole_numbers)
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.values
-
     def next_up(self, value: int) -> int | None:
-        return min((v for v in self.values if v >= value), default=None)
+        """As `Range.next_up`."""
+        return min((member for member in self if member >= value), default=None)
 
     def __str__(self) -> str:
-        return _either([str(value) for value in sorted(self.values)])
+        return _either(list(map(str, sorted(self))))
 
 
-@attrs.frozen(eq=False, repr=False)
+_NO_SIZES = Choice()
+
+
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Numerics(Record):
     """Error bounds a device holds on standard normal inputs, each ||x - reference|| / ||reference|| in float64.
 
@@ -122,14 +114,29 @@ class Numerics(Record):
 
 
 #: Features a device may claim. A name that is not here is refused when the capabilities are built.
-_FEATURES = (
-    "grouped_heads value_dim strides diagonal window softcap dropout packed paged fp8_cache block_plan lse backward "
-    "mask_grad lse_grad deterministic"
+FEATURES = frozenset(
+    {
+        "grouped_heads",
+        "value_dim",
+        "strides",
+        "diagonal",
+        "window",
+        "softcap",
+        "dropout",
+        "packed",
+        "paged",
+        "fp8_cache",
+        "block_plan",
+        "lse",
+        "backward",
+        "mask_grad",
+        "lse_grad",
+        "deterministic",
+    }
 )
-FEATURES = frozenset(_FEATURES.split())
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Capabilities(Record):
     """What a device runs. Anything not listed is refused: an empty set means nothing, not everything.
 
@@ -155,10 +162,10 @@ class Capabilities(Record):
     batch: Range = Range(1)
     heads: Range = Range(1)
     length: Range = Range(1)
-    page_sizes: Range | Choice = Choice(())
+    page_sizes: Range | Choice = _NO_SIZES
     cache_dtypes: frozenset[str] = attrs.field(converter=_names, default=frozenset())
-    block_sizes: Range | Choice = Choice(())
-    tile_sizes: Range | Choice = Choice(())
+    block_sizes: Range | Choice = _NO_SIZES
+    tile_sizes: Range | Choice = _NO_SIZES
     options: Mapping[str, Range | tuple[Any, ...]] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -169,31 +176,23 @@ class Capabilities(Record):
 
     def refusals(self, request: AttentionRequest) -> list[Refusal]:
         """Every reason why a request falls outside; empty when it is inside."""
-        r, sizes, blocks, tiles = request, self.head_dim, self.block_sizes, self.tile_sizes
+        r, sizes = request, self.head_dim
         has, lacks = self.features.__contains__, (FEATURES - self.features).__contains__
         bound = self.numerics[r.dtype].relative if r.dtype in self.numerics else 0.0
         accurate = [d for d in self.dtypes if r.max_error is not None and self.numerics[d].relative <= r.max_error]
-        inexact, cast = f"{bound:g} in {r.dtype}", _cast("", accurate)
         by_mask = "pass a boolean mask" if MaskKind.BOOLEAN in self.masks else ""
-        uneven_v, grads = r.dim_v != r.dim_qk, f"gradients of {', '.join(sorted(r.grads))}"
-        paged = has("paged") and r.page_size in self.page_sizes
-        pages = f"pages of {self.page_sizes}" if has("paged") else "no pages"
-        cached = has("fp8_cache") and r.cache_dtype in self.cache_dtypes
-        caches, no_cast = listing({*self.cache_dtypes, r.dtype}), f"convert the cache to {r.dtype}"
-        plan, planned = r.block_plan or (), f"blocks of {blocks}" if has("block_plan") else "dense"
-        sparse = has("block_plan") and all(size in blocks for size in plan[:2])
-        cut, cuts = r.tiling or (), f"tiles of {tiles}" if str(tiles) != "none" else "its own tiling alone"
+        blocks, cut = (r.block_plan or ())[:2], r.tiling or ()
         rows: tuple[tuple[bool, str, str, str, str], ...] = (  # (refused, field, wanted, offered, fix)
             (r.dtype not in self.dtypes, "dtype", r.dtype, listing(self.dtypes), _cast(r.dtype, self.dtypes)),
             (r.dim_qk not in sizes, "head_dim", str(r.dim_qk), str(sizes), _pad(sizes, r.dim_qk)),
             (
-                uneven_v and lacks("value_dim"),
+                r.dim_v != r.dim_qk and lacks("value_dim"),
                 "value_dim",
                 str(r.dim_v),
                 str(r.dim_qk),
                 f"pad to {max(r.dim_v, r.dim_qk)}",
             ),
-            (uneven_v and r.dim_v not in sizes, "value_dim", str(r.dim_v), str(sizes), _pad(sizes, r.dim_v)),
+            (r.dim_v != r.dim_qk and r.dim_v not in sizes, "value_dim", str(r.dim_v), str(sizes), _pad(sizes, r.dim_v)),
             (r.batch not in self.batch, "batch", str(r.batch), str(self.batch), "split the batch"),
             (
                 r.heads_q not in self.heads,
@@ -211,7 +210,13 @@ class Capabilities(Record):
                 "equal head counts",
                 "repeat the key and value heads",
             ),
-            (not r.last_dim_contiguous and lacks("strides"), "strides", *_STRIDES),
+            (
+                not r.last_dim_contiguous and lacks("strides"),
+                "strides",
+                "a strided last dimension",
+                "stride 1",
+                "call contiguous()",
+            ),
             (r.mask not in self.masks, "mask", r.mask, listing(self.masks), _mask_fix(r.mask, self.masks)),
             (r.causal not in self.causal, "causal", r.causal, listing(self.causal), by_mask),
             (r.diagonal != 0 and lacks("diagonal"), "diagonal", str(r.diagonal), "0", by_mask),
@@ -220,17 +225,41 @@ class Capabilities(Record):
             (r.dropout > 0 and lacks("dropout"), "dropout", str(r.dropout), "no dropout", "call eval()"),
             (r.packed and lacks("packed"), "packed", "packed lengths", "padded batches", "pad, with a mask"),
             (
-                r.page_size is not None and not paged,
+                r.page_size is not None and (lacks("paged") or r.page_size not in self.page_sizes),
                 "page_size",
                 str(r.page_size),
-                pages,
+                f"pages of {self.page_sizes}" if has("paged") else "no pages",
                 "gather the pages",
             ),
-            (r.cache_dtype is not None and not cached, "cache_dtype", str(r.cache_dtype), caches, no_cast),
-            (bool(plan) and not sparse, "block_plan", f"{plan[:2]}", planned, "expand the plan to a mask"),
-            (any(n not in tiles for n in cut[1:]), "tiling", " ".join(map(str, cut)), cuts, "leave tiling= out"),
+            (
+                r.cache_dtype is not None and (lacks("fp8_cache") or r.cache_dtype not in self.cache_dtypes),
+                "cache_dtype",
+                str(r.cache_dtype),
+                listing({*self.cache_dtypes, r.dtype}),
+                f"convert the cache to {r.dtype}",
+            ),
+            (
+                bool(blocks) and (lacks("block_plan") or any(size not in self.block_sizes for size in blocks)),
+                "block_plan",
+                str(blocks),
+                f"blocks of {self.block_sizes}" if has("block_plan") else "dense",
+                "expand the plan to a mask",
+            ),
+            (
+                any(size not in self.tile_sizes for size in cut[1:]),
+                "tiling",
+                " ".join(map(str, cut)),
+                f"tiles of {self.tile_sizes}" if self.tile_sizes != _NO_SIZES else "its own tiling alone",
+                "leave tiling= out",
+            ),
             (r.lse and lacks("lse"), "lse", "log-sum-exp", "the output alone", ""),
-            (bool(r.grads) and lacks("backward"), "backward", grads, "forward alone", "call under torch.no_grad()"),
+            (
+                bool(r.grads) and lacks("backward"),
+                "backward",
+                f"gradients of {', '.join(sorted(r.grads))}",
+                "forward alone",
+                "call under torch.no_grad()",
+            ),
             (
                 "mask" in r.grads and lacks("mask_grad"),
                 "mask_grad",
@@ -238,7 +267,13 @@ class Capabilities(Record):
                 "a constant mask",
                 "detach the mask",
             ),
-            (r.grad_lse and lacks("lse_grad"), "lse_grad", *_LSE_GRAD),
+            (
+                r.grad_lse and lacks("lse_grad"),
+                "lse_grad",
+                "gradients through the log-sum-exp",
+                "none",
+                "ask for the log-sum-exp under torch.no_grad()",
+            ),
             (
                 r.deterministic and lacks("deterministic"),
                 "deterministic",
@@ -246,27 +281,25 @@ class Capabilities(Record):
                 "an order that varies",
                 "",
             ),
-            (r.max_error is not None and bound > r.max_error, "max_error", str(r.max_error), inexact, cast),
+            (
+                r.max_error is not None and bound > r.max_error,
+                "max_error",
+                str(r.max_error),
+                f"{bound:g} in {r.dtype}",
+                _cast("", accurate),
+            ),
             *(
                 (True, "option", f"{name}={value!r}", *self._offered(name))
                 for name, value in r.options
-                if not self.takes(name, value)
+                if value not in self.options.get(name, ())
             ),
         )
         return [Refusal(*row[1:2], *row[1:]) for row in rows if row[0]]
-
-    def takes(self, name: str, value: Any) -> bool:
-        """Whether the device has an option of this name and value."""
-        return name in self.options and value in self.options[name]
 
     def _offered(self, name: str) -> tuple[str, str]:
         values = self.options.get(name)
         offered = str(values) if isinstance(values, Range) else ", ".join(map(repr, values or ()))
         return (f"{name} of {offered}", "") if values else (f"options {listing(self.options)}", "leave it out")
-
-
-_STRIDES = ("a strided last dimension", "stride 1", "call contiguous()")
-_LSE_GRAD = ("gradients through the log-sum-exp", "none", "ask for the log-sum-exp under torch.no_grad()")
 
 
 def listing(words: Iterable[str]) -> str:

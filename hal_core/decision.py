@@ -9,7 +9,7 @@ import attrs
 
 from .capability import Code, Refusal
 from .device_info import Device, Estimate, Fidelity, Quantity, Record
-from .errors import ContractError, MemoryLimitError, UnsupportedError, refuse
+from .errors import MemoryLimitError, UnsupportedError, refuse
 from .request import AttentionRequest
 
 FORMAT = 2
@@ -46,10 +46,12 @@ class Policy:
     caller: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        for name in ("allow_simulated", "transfer"):
-            if type(value := getattr(self, name)) not in (bool, type(None)):
-                raise ContractError(f"{name}={value!r} was given: use True, False or None")
+        flags = {"allow_simulated": self.allow_simulated, "transfer": self.transfer}
         refuse(
+            *(
+                (type(flag) not in (bool, type(None)), f"{name}={flag!r} was given: use True, False or None")
+                for name, flag in flags.items()
+            ),
             (
                 self.objective is not None and self.objective not in OBJECTIVES,
                 f"objective {self.objective!r} was given: use 'time', 'energy' or 'error'",
@@ -88,7 +90,7 @@ class PolicyChoice(NamedTuple):
     seconds: float
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Candidate(Record):
     """A device as it stood in a decision: every refusal, or its estimate."""
 
@@ -115,7 +117,7 @@ class Candidate(Record):
         return f"time {figure_text(self.estimate.time, 'time')}, energy {joules}{moved}"
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Decision(Record):
     """Why a call runs where it runs. Prints as text, travels as JSON, and can be replayed.
 
@@ -160,11 +162,10 @@ class Decision(Record):
         raise UnsupportedError(self.refusal_text(), self)
 
     def __str__(self) -> str:
-        head = f"{self.chosen or 'no device'} for {self.request.describe()}: {self.reason}"
+        lines = [f"{self.chosen or 'no device'} for {self.request.describe()}: {self.reason}"]
         if self.ranked != (self.request.len_q, self.request.len_k):
-            head += f"\n  ranked for lengths up to {self.ranked[0]} x {self.ranked[1]}"
-        head += f"\n  {self.plan}" if self.plan else ""
-        lines = [head]
+            lines.append(f"  ranked for lengths up to {self.ranked[0]} x {self.ranked[1]}")
+        lines += [f"  {self.plan}"] if self.plan else []
         shown, folded = self._folded()
         for candidate in shown:
             mark = "*" if candidate.device.id == self.chosen else " "
@@ -180,8 +181,8 @@ class Decision(Record):
             what = f" cannot run this attention ({described}):" if candidate.refusals else f": {self.reason}"
             rows = [(r.field, f"{r.wanted} asked, {r.offered} offered", r.fix) for r in candidate.refusals]
             width, wide = (max((len(row[column]) for row in rows), default=0) for column in (0, 1))
-            texts = [f"  {f:{width}}   {text:{wide}}{fix and f'   -> {fix}'}".rstrip() for f, text, fix in rows]
-            lines += [f"{candidate.device.id}{what}", *texts]
+            lines.append(f"{candidate.device.id}{what}")
+            lines += [f"  {f:{width}}   {text:{wide}}{fix and f'   -> {fix}'}".rstrip() for f, text, fix in rows]
         if not self.candidates:
             lines.append(f"{self.reason} ({described}): install a plugin, for example hal-cpu.")
         can = f"Other devices that can: {', '.join(self.others) or 'none'}. " if self.policy.names else ""
@@ -192,18 +193,23 @@ class Decision(Record):
         hardware.
         """
         codes = [(c, {refusal.code for refusal in c.refusals}) for c in self.candidates]
-        able = [c.device.id for c, found in codes if found == {Code.FIDELITY}]
-        unable = [c.device.id for c, found in codes if found > {Code.FIDELITY}]
-        rows = (
-            (able, "not hardware, left out", "pass allow_simulated=True, or name one with backend="),
-            (unable, "not hardware, and unable", "name one with backend= to see why"),
-        )
-        folded = [f"{what}: {', '.join(group)}   -> {fix}" for group, what, fix in rows if group]
+        groups = {
+            "not hardware, left out: {}   -> pass allow_simulated=True, or name one with backend=": [
+                c.device.id for c, found in codes if found == {Code.FIDELITY}
+            ],
+            "not hardware, and unable: {}   -> name one with backend= to see why": [
+                c.device.id for c, found in codes if found > {Code.FIDELITY}
+            ],
+        }
+        folded = [line.format(", ".join(group)) for line, group in groups.items() if group]
         return [c for c, found in codes if Code.FIDELITY not in found], folded
 
     def to_dict(self) -> dict[str, Any]:
-        plain = attrs.asdict(self, value_serializer=_plain, filter=lambda a, _: a.name != "request")
-        return {"format": FORMAT, "request": self.request.to_dict(), **plain}
+        return {
+            "format": FORMAT,
+            "request": self.request.to_dict(),
+            **attrs.asdict(self, value_serializer=_plain, filter=lambda field, _: field.name != "request"),
+        }
 
     def to_json(self, indent: int | None = 2) -> str:
         from json import dumps
@@ -214,9 +220,8 @@ class Decision(Record):
 def figure_text(quantity: Quantity, objective: str) -> str:
     """An interval with its unit and origin: "1.2 to 1.4 ms (modelled, assumed)"."""
     scale, unit = {"time": (1e3, " ms"), "energy": (1e3, " mJ"), "error": (1.0, "")}[objective]
-    low, high = quantity.low * scale, quantity.high * scale
-    interval = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
-    return f"{interval}{unit} ({quantity.basis}, {quantity.provenance})"
+    ends = dict.fromkeys(f"{end * scale:.3g}" for end in (quantity.low, quantity.high))  # one where they print alike
+    return f"{' to '.join(ends)}{unit} ({quantity.basis}, {quantity.provenance})"
 
 
 def _plain(_: Any, field: Any, value: Any) -> Any:

@@ -8,24 +8,18 @@ import attrs
 
 
 class Record:
-    """A base of frozen attrs classes that compares, hashes and prints by their fields. Methods that attrs generates for
-    every class would be a quarter of the time that the core's import takes.
+    """A base of frozen classes without slots that compares, hashes and prints by their fields. Methods that attrs and
+    dataclasses generate for every class would be a quarter of the time that the core's import takes.
     """
 
-    __slots__ = ()
-
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and _fields(self) == _fields(other)
+        return type(other) is type(self) and vars(other) == vars(self)
 
     def __hash__(self) -> int:
-        return hash(tuple(_fields(self).values()))
+        return hash(tuple(vars(self).values()))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in _fields(self).items())})"
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return attrs.asdict(record, recurse=False)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 class Ranked(enum.StrEnum):
@@ -45,7 +39,7 @@ class Fidelity(Ranked):
     SIMULATED = "simulated"  # values from a model of a device; its time and energy are modelled
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Device(Record):
     """One device a backend found.
 
@@ -100,7 +94,7 @@ class Provenance(Ranked):
     ASSUMED = "assumed"
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False, slots=False)
 class Quantity(Record):
     """An interval in SI units (seconds, joules, or a ratio for errors).
 
@@ -127,16 +121,19 @@ class Quantity(Record):
 
     def plus(self, other: Self) -> Self:
         """The sum of both intervals, with the worst basis and provenance of the two."""
-        basis = max(self.basis, other.basis, key=lambda b: b.rank)
-        provenance = max(self.provenance, other.provenance, key=lambda p: p.rank)
-        source = self.source if self.source == other.source else "several"
-        return type(self)(self.low + other.low, self.high + other.high, basis, provenance, source)
+        return type(self)(
+            self.low + other.low,
+            self.high + other.high,
+            max(self.basis, other.basis, key=lambda basis: basis.rank),
+            max(self.provenance, other.provenance, key=lambda provenance: provenance.rank),
+            self.source if self.source == other.source else "several",
+        )
 
     def overlaps(self, other: Self) -> bool:
         return self.low <= other.high and other.low <= self.high
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class Estimate(Record):
     """What a request would cost on a device, before it runs.
 
@@ -190,8 +187,12 @@ class MeterRecord(NamedTuple):
 
     def plus(self, other: "MeterRecord") -> "MeterRecord":
         """Both records together. A call without a figure makes the sum None: a partial sum would look like a total."""
-        time = self.time.plus(other.time) if self.time and other.time else None
-        energy = self.energy.plus(other.energy) if self.energy and other.energy else None
-        wall, calls = self.wall + other.wall, self.calls + other.calls
-        macs, transferred = self.macs + other.macs, self.transferred + other.transferred
-        return MeterRecord(self.device, calls, wall, time, energy, macs, transferred)
+        return MeterRecord(
+            self.device,
+            self.calls + other.calls,
+            self.wall + other.wall,
+            self.time.plus(other.time) if self.time and other.time else None,
+            self.energy.plus(other.energy) if self.energy and other.energy else None,
+            self.macs + other.macs,
+            self.transferred + other.transferred,
+        )

@@ -50,10 +50,19 @@ class MemoryLimitError(UnsupportedError, MemoryError):
         requested, in_use, limit: bytes.
     """
 
-    def __init__(self, device: str, requested: int, in_use: int, limit: int, decision: object = None) -> None:
+    def __init__(
+        self,
+        device: str,
+        requested: int,
+        in_use: int,
+        limit: int,
+        decision: object = None,
+        *,
+        limited_by: str = "hal.configure(memory_limit=...)",
+    ) -> None:
         super().__init__(
             f"{device} cannot allocate {requested:,} bytes: {in_use:,} in use of a limit of {limit:,}. Nothing was "
-            f"allocated. Free buffers, call trim(), shorten the request, or raise hal.configure(memory_limit=...).",
+            f"allocated. Free buffers, call trim(), shorten the request, or raise {limited_by}.",
             decision,
         )
         self.requested, self.in_use, self.limit = requested, in_use, limit

@@ -20,7 +20,7 @@ hookspec = pluggy.HookspecMarker("hal")
 hookimpl = pluggy.HookimplMarker("hal")
 
 
-@attrs.frozen(kw_only=True, eq=False, repr=False)
+@attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
 class BackendSpec(Record):
     """A backend's metadata: enough to list it without importing it.
 

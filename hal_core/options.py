@@ -70,15 +70,15 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
         ContractError: an unknown or malformed override. UnknownBackendError: no such backend (on entering).
     """
 
-    _origin = "use"
+    _origin, _unused = "use", False
 
     def __init__(self, backend: str | None = None, **overrides: Any) -> None:
-        self._inside, self._was_entered = list[Policy](), True
+        self._inside = list[Policy]()
         self.overrides = _overrides(self._origin, () if backend is None else (backend,), overrides)
-        self._was_entered = False
+        self._unused = True
 
     def __enter__(self) -> Self:
-        self._was_entered = True
+        self._unused = False
         for name in self.overrides.names:
             registry.entry(name)
         try:
@@ -86,21 +86,18 @@ class use:  # noqa: N801 - reads as a statement: with hal.use("cpu:0")
             _apply((*_entered.get(), self._inside[-1]))
             return self
         except BaseException:  # an interrupt before the block began
-            self._leave()
+            self.__exit__()
             raise
 
     def __exit__(self, *error: object) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
         if self._inside:
             _apply(tuple(entry for entry in _entered.get() if entry is not self._inside[-1]))
             self._inside.pop()
 
     def __del__(self) -> None:
         if getattr(self, "_inside", ()):  # an interrupt came between the block's end and __exit__
-            self._leave()
-        elif not getattr(self, "_was_entered", True):
+            self.__exit__()
+        elif self._unused:
             import warnings
 
             call = f"hal.{self._origin}({', '.join(map(repr, self.overrides.names))})"
@@ -133,7 +130,6 @@ class prefer(use):  # noqa: N801
     _origin = "prefer"
 
     def __init__(self, backends: Sequence[str], **overrides: Any) -> None:
-        self._was_entered = True
         refuse(
             (isinstance(backends, str) or not backends, f"prefer({backends!r}) was given: pass a list of backend names")
         )
@@ -198,11 +194,17 @@ def merged_policy(
     tiling: Any = None,
 ) -> Policy:
     """The call's arguments over `use` and `prefer`, over `configure`, over HAL_BACKEND, over automatic."""
-    names = () if backend is None else (backend,)
-    policy = Policy("argument", names, False, objective, allow_simulated, transfer, None, tiling)
+    call = Policy(
+        "argument",
+        () if backend is None else (backend,),
+        objective=objective,
+        allow_simulated=allow_simulated,
+        transfer=transfer,
+        tiling=tiling,
+    )
     variable = os.environ.get("HAL_BACKEND")
     environment = Policy("environment", (variable,)) if variable else NO_POLICY
-    return reduce(Policy.over, (policy_var.get(), settings.policy, environment, _DEFAULTS), policy)
+    return reduce(Policy.over, (policy_var.get(), settings.policy, environment, _DEFAULTS), call)
 
 
 class Meter:

@@ -52,14 +52,12 @@ class TilePlan(NamedTuple):
     def equal(cls, request: AttentionRequest, block_q: int, block_k: int, *, cut_by: str = "") -> Self:
         """Blocks of block_q query rows and block_k keys, the last ones shorter."""
         refuse((min(block_q, block_k) < 1, f"tiles of {block_q} x {block_k} were given: use 1 or more"))
-        len_q, len_k = request.len_q, request.len_k
-        return cls(len_q, len_k, block_q, block_k, request.band(len_q, len_k), cut_by)
+        return cls(request.len_q, request.len_k, block_q, block_k, request.band(request.len_q, request.len_k), cut_by)
 
     @classmethod
     def uneven(cls, request: AttentionRequest, rows: Iterable[Rows], *, cut_by: str = "") -> Self:
         """Ranges of any size: (q_start, q_stop, ((k_start, k_stop), ...)) in order."""
-        len_q, len_k = request.len_q, request.len_k
-        return cls(len_q, len_k, 0, 0, request.band(len_q, len_k), cut_by, tuple(rows))
+        return cls(request.len_q, request.len_k, 0, 0, request.band(request.len_q, request.len_k), cut_by, tuple(rows))
 
     def visible(self, row: int) -> Span:
         """The keys [start, stop) that causal and window leave to a query row; start >= stop means none."""
@@ -90,8 +88,10 @@ class TilePlan(NamedTuple):
         expected = 0
         for q_start, q_stop, spans in self.ranges or ():
             if q_start != expected or q_stop <= q_start:
-                wrong = f"rows {q_start} to {q_stop} follow row {expected}"
-                raise ContractError(f"tiling {name!r}: {wrong}: partition the {self.len_q} query rows in order")
+                raise ContractError(
+                    f"tiling {name!r}: rows {q_start} to {q_stop} follow row {expected}: "
+                    f"partition the {self.len_q} query rows in order"
+                )
             expected, before = q_stop, 0
             reached, last = self.visible(q_start)[0], self.visible(q_stop - 1)[1]
             for start, stop in spans:

@@ -10,7 +10,11 @@ from . import _WHERE as _PUBLIC
 
 if TYPE_CHECKING:
     from . import *  # noqa: F403
-    from .calibration import calibrate as calibrate, write_whole as write_whole
+    from .calibration import (
+        calibrate as calibrate,
+        load_calibration as load_calibration,
+        write_whole as write_whole,
+    )
     from .capability import listing as listing
     from .frontend.api import plan_text as plan_text
     from .frontend.execution import moved_to as moved_to
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 #: Names by the module that holds them; every other one is hal_core's.
 _NAMES = {
-    "calibration": "calibrate write_whole",
+    "calibration": "calibrate load_calibration write_whole",
     "capability": "listing",
     "frontend.api": "plan_text",
     "frontend.execution": "moved_to",
@@ -47,14 +51,13 @@ _NAMES = {
     "toolkit.memory": "pooled_size",
     "toolkit.session": "checked_buffer",
 }
-_OWN = {name: (f".{module}", name) for module, names in _NAMES.items() for name in names.split()}
-_RENAMED = {"load_calibration": (".calibration", "load")}
-_WHERE = {name: (".", name) for name in _PUBLIC} | _OWN | _RENAMED
+_WHERE = dict.fromkeys(_PUBLIC, ".") | {name: f".{place}" for place, own in _NAMES.items() for name in own.split()}
+__all__ = sorted(_WHERE)
+__dir__ = __all__.copy  # for help() and completion
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _WHERE[name]
-    found = globals()[name] = getattr(import_module(module, __package__), attribute)
+    found = globals()[name] = getattr(import_module(_WHERE[name], __package__), name)
     return found

@@ -73,8 +73,14 @@ class Plugins:
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
             if off := _disabled_by(point):
-                what = f"switched off by {off}"
-                plugin.failure = LoadFailure(name, distribution, "disabled", what, fix=f"change {off}")
+                listed = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
+                plugin.failure = LoadFailure(
+                    name,
+                    distribution,
+                    "disabled",
+                    f"switched off by {off}",
+                    fix=f"add {listed} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}",
+                )
                 continue
             stage = "duplicate"
             try:
@@ -86,10 +92,13 @@ class Plugins:
                 module = _within(IMPORT_SECONDS, point.load, f"importing {point.value}")
                 stage = "hook"
                 self._manager.register(module, name)
-                backends = _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION))
-                add(distribution, backends, _list_of(KernelSpec, name, self.call(name, "hal_kernels")))
+                add(
+                    distribution,
+                    _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION)),
+                    _list_of(KernelSpec, name, self.call(name, "hal_kernels")),
+                )
             except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
-                if isinstance(error, KeyboardInterrupt) and stage != "import":
+                if isinstance(error, KeyboardInterrupt):  # the user's: see `_within`
                     raise
                 if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
                     self._manager.unregister(name=name)
@@ -134,8 +143,8 @@ def _within(seconds: float, function: Callable[[], Any], what: str) -> Any:
     def run() -> None:
         try:
             result.append(function())
-        except BaseException as raised:
-            error[0] = raised
+        except BaseException as raised:  # an interrupt here is the function's own; a user's comes from `join`
+            error[0] = PluginError(f"{what}: {raised!r}") if isinstance(raised, KeyboardInterrupt) else raised
 
     thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()
@@ -179,13 +188,27 @@ def _disabled_by(point: Any) -> str:
     return "HAL_DISABLE" if full in denied or name in denied else ""
 
 
+def raised_at(error: BaseException) -> str:
+    """The plugin's innermost line on the way to an error, "hal_x/cost.py:47 (estimate)"; "" where none was run."""
+    from traceback import walk_tb
+
+    walked = ((str(f.f_globals.get("__name__")).split(".")[0], f.f_code, n) for f, n in walk_tb(error.__traceback__))
+    calls = [call for call in walked if call[0] not in {"hal_core", "torch", "importlib", "pkgutil", "threading"}]
+    own = (f"{code.co_filename}:{line} ({code.co_name})" for name, code, line in reversed(calls) if name == calls[0][0])
+    return "/".join(next(own, "").split(os.sep)[-2:])
+
+
 def failed(name: str, distribution: str, stage: str, error: BaseException, fix: str = "") -> LoadFailure:
     """What is kept of an exception; under HAL_STRICT=1 it is raised instead."""
     import traceback
 
     text = str(error) if isinstance(error, HalError) else traceback.format_exception_only(error)[-1]
-    message, trace = text.strip().split("\n")[-1] or type(error).__name__, "".join(traceback.format_exception(error))
-    fix = fix or f"upgrade or uninstall {distribution or name}"
+    message, trace = (
+        (text.strip().split("\n")[-1] or type(error).__name__)
+        + (f", raised in {at}" if (at := raised_at(error)) else ""),
+        "".join(traceback.format_exception(error)),
+    )
+    fix = fix or f"if this plugin is yours, mend it; otherwise upgrade or uninstall {distribution or name}"
     if os.environ.get("HAL_STRICT") == "1":
         raise PluginError(f"{name} ({distribution}): {message}. {fix}") from error
     return LoadFailure(name, distribution, stage, message, trace, fix)

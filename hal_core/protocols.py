@@ -1,9 +1,10 @@
-"""The protocols a plugin implements. What is optional is a protocol of its own, or listed in `Session`."""
+"""The protocols a plugin implements. Their docstrings list what is optional."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 from .buffers import Buffer, MemoryStats
 from .capability import Capabilities, Refusal
@@ -33,8 +34,10 @@ class TilingStrategy(Protocol):
     """How a request is cut. Never computes attention.
 
     Attributes:
-        name: with its parameters: strategies of one type and name give equal plans.
+        name: with its parameters: strategies of one type and name give equal plans. A subclass sets its own.
         needs_content: a dynamic sparse pattern reads query and key.
+
+    `limits` are bounds: the core fills "minimum" and "maximum" from `Capabilities.tile_sizes`, each where it has one.
 
     A strategy may also have `choices(request, limits)`: other strategies worth trying, the best guess first.
     """
@@ -58,17 +61,22 @@ class TilingStrategy(Protocol):
     ) -> TilePlan | BlockPlan: ...
 
 
-class Session(Protocol):
+class Session(AbstractContextManager["Session"], Protocol):
     """An open device. A context manager; `close()` may be called twice. Methods may be called from any thread.
 
-    Lengths in a request may be the bound of a bucket: exact ones are read from the tensors. `plan` is a block plan, or
-    the tile plan of a tiling that the caller brought; `tables` are the tensors of a packed or paged call; `rng` is
-    (seed, offset). Host tensors are ready on return; CUDA tensors are ordered by torch's current stream.
+    Lengths in the request of `bind` are upper bounds: exact ones are read from the tensors. `prepare_attention` gets
+    the tensors' lengths, and bounds for a packed or paged call alone. `plan` is a block plan, or the tile plan of a
+    tiling that the caller brought, for the prepared query; `tile_size` is a hint, which only direct callers of a
+    session give, and which `plan` precedes; `tables` are the tensors of a packed or paged call. `mask` is 4-D and not
+    expanded, bool or added in the query's dtype or float32; `query=` may have another length than the prepared one;
+    `rng` is (seed, offset); `out=` is uninitialised, and filled and returned. Results lie on the query's torch device.
+    Host tensors are ready on return; CUDA tensors are ordered by torch's current stream.
 
     A session may also have:
         bind(request): a callable (query, key, value, mask, plan, tables, rng) that gives the output tensor, or an
             AttentionOutput where request.lse is set: the core's fast path.
-        cost(prepared): the `Estimate` of the call that was prepared; the meter uses it where it is there.
+        cost(prepared): the `Estimate` of the call that was prepared; the meter calls it once after the call, in its
+            thread, where it is there.
         timer(report): start timing a call without synchronising; returns a function that ends it. `report(seconds)` is
             called once the time is known. Without it calls are timed by the host's clock.
         kernel(name): a kernel beside attention. synchronize(): wait for the device.
@@ -112,8 +120,6 @@ class Session(Protocol):
         rng: tuple[int, int] | None = None,
     ) -> Grads: ...
     def close(self) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 class AttentionBackend(Protocol):
@@ -121,6 +127,12 @@ class AttentionBackend(Protocol):
 
     `check` and `estimate` see lengths rounded up to a power of two, and the exact ones where a limit lies between: a
     refusal by length must hold for every longer length too.
+
+    A backend may also have:
+        why_absent(): why it found no device, in one sentence with the fix, for `hal doctor`.
+        calibrate(device, progress): measurements as a dict, which its estimates then use.
+        kernel_names(device): names of kernels beside attention, a frozenset. Its sessions have `kernel(name)`, which
+            returns the callable.
     """
 
     def devices(self) -> Sequence[Device]: ...  # cheap, never raises for absent hardware
@@ -130,24 +142,3 @@ class AttentionBackend(Protocol):
     ) -> Iterable[Refusal]: ...  # only what data cannot declare
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate: ...
     def open(self, device: Device) -> Session: ...  # lazy, one per device, closed at exit
-
-
-@runtime_checkable
-class Absent(Protocol):
-    """Optional, of a backend: why it found no device, in one sentence with the fix, for `hal doctor`."""
-
-    def why_absent(self) -> str: ...
-
-
-@runtime_checkable
-class Calibrated(Protocol):
-    """Optional, of a backend: measurements that its estimates then use."""
-
-    def calibrate(self, device: Device, progress: Progress) -> dict[str, Any]: ...
-
-
-@runtime_checkable
-class KernelProvider(Protocol):
-    """Optional, of a backend: kernels beside attention. Their sessions have `kernel(name)` returning the callable."""
-
-    def kernel_names(self, device: Device) -> frozenset[str]: ...

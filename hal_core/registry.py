@@ -2,12 +2,11 @@
 
 import atexit
 import os
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
-from importlib import import_module
-from operator import attrgetter
 from typing import Any, cast
 
 from .access import AccessPolicy, read_policy
@@ -16,7 +15,7 @@ from .device_info import Device
 from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBackendError, UnsupportedError
 from .hooks import API_VERSION, BackendSpec, KernelSpec
 from .plugins import LoadFailure, Plugin, Plugins, failed
-from .protocols import Absent, AttentionBackend, KernelProvider, MemoryManager, Session
+from .protocols import AttentionBackend, MemoryManager, Session
 from .toolkit.kernels import KERNELS
 
 _loading: ContextVar[bool] = ContextVar("hal_loading", default=False)
@@ -75,6 +74,10 @@ class Registry:
                     self.access = read_policy()
                     self.plugins.load(self._add_all)
                     self._discovered = True
+            except BaseException:  # an interrupt, or HAL_STRICT=1: the next call begins anew
+                self.plugins, self._entries = Plugins(), {}
+                self._specs = {spec.name: (spec, "hal-core") for spec in KERNELS}
+                raise
             finally:
                 _loading.reset(token)
 
@@ -86,9 +89,9 @@ class Registry:
             for kernel_spec in kernels:
                 own = (kernel_spec, distribution)
                 if (other := self._specs.setdefault(kernel_spec.name, own)) is not own:
-                    by = f"{other[1]} and by {distribution}"
                     raise PluginError(
-                        f"kernel {kernel_spec.name!r} is specified by {by}: one of them must rename its own"
+                        f"kernel {kernel_spec.name!r} is specified by {other[1]} and by {distribution}: one of them "
+                        "must rename its own"
                     )
         except BaseException:
             self._entries, self._specs = before
@@ -97,8 +100,8 @@ class Registry:
     def _add(self, entry: Entry) -> None:
         name, other = entry.spec.name, self._entries.get(entry.spec.name)
         if other is not None:
-            by = [e.distribution or "a registration at run time" for e in (other, entry)]
-            why, fix = f"backend {name!r} is offered by {by[0]} and by {by[1]}", "uninstall or disable one of them"
+            by = " and by ".join(e.distribution or "a registration at run time" for e in (other, entry))
+            why, fix = f"backend {name!r} is offered by {by}", "uninstall or disable one of them"
             failure = LoadFailure(name, entry.distribution, "duplicate", why, fix=fix)
             # No plugin displaces the backend of the distribution that has its name.
             owned, owns = (e.distribution.startswith(f"hal-{name} ") for e in (other, entry))
@@ -138,24 +141,21 @@ class Registry:
     def devices_of(self, entry: Entry) -> tuple[Device, ...]:
         """The entry's devices; empty, with `entry.failure` set, where its target fails. Tried once."""
         with entry.lock:
-            if entry.found is None:
-                entry.found = self._look_for(entry)
-            return entry.found
-
-    def _look_for(self, entry: Entry) -> tuple[Device, ...]:
-        if entry.failure is not None:
-            return ()
-        try:
-            entry.backend = entry.backend or resolve(entry.spec.target)()
-            found = tuple(entry.backend.devices())
-            own = f"{entry.spec.name}:"
-            if wrong := [getattr(d, "id", d) for d in found if not (isinstance(d, Device) and d.id.startswith(own))]:
-                raise PluginError(f"device ids {wrong} were given: give Device records with ids '{own}...'")
-            return found
-        except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
-            stage = "target" if entry.backend is None else "devices"
-            entry.failure = failed(entry.spec.name, entry.distribution, stage, error, entry.spec.install_hint)
-            return ()
+            if entry.found is not None or entry.failure is not None:
+                return entry.found or ()
+            name, own = entry.spec.name, f"{entry.spec.name}:"
+            try:
+                entry.backend = entry.backend or resolve(entry.spec.target)()
+                found = tuple(entry.backend.devices())
+                if wrong := [
+                    getattr(d, "id", d) for d in found if not (isinstance(d, Device) and d.id.startswith(own))
+                ]:
+                    raise PluginError(f"device ids {wrong} were given: give Device records with ids '{own}...'")
+                entry.found = found
+            except (Exception, SystemExit, GeneratorExit) as error:  # cached as a refusal and not tried again
+                stage = "target" if entry.backend is None else "devices"
+                entry.failure = failed(name, entry.distribution, stage, error, entry.spec.install_hint)
+            return entry.found or ()
 
     def devices(self) -> list[Device]:
         """Every device that is present and works, hardware, emulated and simulated."""
@@ -190,8 +190,9 @@ class Registry:
         from difflib import get_close_matches
 
         question = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(backend, self._entries, 1))
-        installed = f"installed are {listing(self._entries)}; `hal doctor` shows more"
-        raise UnknownBackendError(f"unknown backend {name!r}{question}: {installed}")
+        raise UnknownBackendError(
+            f"unknown backend {name!r}{question}: installed are {listing(self._entries)}; `hal doctor` shows more"
+        )
 
     def why_absent(self, entry: Entry, name: str = "") -> str:
         """One sentence on why an installed backend has no (such) device, with the fix."""
@@ -200,10 +201,10 @@ class Registry:
             return f"{name} is installed but cannot be used, {entry.failure.message}: {entry.failure.fix}"
         if entry.found:
             return f"{name} is not present: {spec.name} has {listing([d.id for d in entry.found])}"
-        needs = f"it needs {listing(spec.requirements)}" if spec.requirements else "none was found"
-        reason = f"{needs}. {spec.install_hint}".rstrip()
+        reason = f"it needs {listing(spec.requirements)}" if spec.requirements else "none was found"
+        reason = f"{reason}. {spec.install_hint}".rstrip()
         try:
-            reason = entry.backend.why_absent() if isinstance(entry.backend, Absent) else reason
+            reason = cast(Any, entry.backend).why_absent() if hasattr(entry.backend, "why_absent") else reason
         except Exception as error:
             reason = f"{reason} (its why_absent() failed: {error!r})"
         return f"{name} is installed but has no device: {reason}"
@@ -240,16 +241,12 @@ class Registry:
                         raise PluginError(f"open() gave {session!r}, which has no {listing(missing)}: give a Session")
                     entry.sessions[device.id] = session
                 except (Exception, SystemExit, GeneratorExit) as error:
-                    fix = entry.spec.install_hint or "see `hal doctor`"
-                    entry.broken[device.id] = failed(device.id, entry.distribution, "open", error, fix)
+                    entry.broken[device.id] = failed(
+                        device.id, entry.distribution, "open", error, entry.spec.install_hint or "see `hal doctor`"
+                    )
             if failure := entry.broken.get(device.id):
                 raise DeviceUnavailableError(f"{device.id} cannot be opened, {failure.message}: {failure.fix}")
             return entry.sessions[device.id]
-
-    def opened(self, device_id: str) -> Session | None:
-        """The session of a device if one is open."""
-        entry = self._entries.get(device_id.partition(":")[0])
-        return entry.sessions.get(device_id) if entry else None
 
     # Registration at run time
 
@@ -267,8 +264,8 @@ class Registry:
             name = next((d.id.partition(":")[0] for d in what.devices()), "") if name is None else name
             if not name:
                 raise PluginError("a backend without devices was given: pass its name")
-            kind = type(what)
-            entry = Entry(BackendSpec(name=name, target=f"{kind.__module__}:{kind.__name__}"), backend=what)
+            target = f"{type(what).__module__}:{type(what).__name__}"
+            entry = Entry(BackendSpec(name=name, target=target), backend=what)
         self.access.demand("register", entry.spec.name)
         with self._lock:
             if entry.spec.name in self._entries:
@@ -305,12 +302,8 @@ class Registry:
         self.changed()
 
 
-def resolve(target: str) -> Any:
-    """The object that "module:attr" names. Raises whatever its import raises."""
-    module, _, attribute = target.partition(":")
-    return attrgetter(attribute)(import_module(module))
-
-
+#: The object that "module:attr" names. Raises whatever its import raises.
+resolve = pkgutil.resolve_name
 #: The process's registry.
 registry = Registry()
 atexit.register(registry.close)
@@ -347,20 +340,23 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     """
     registry.discover()
     registry.access.demand("kernels", name)
+    broken = list[str]()
     every = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
     for found in every:
         entry, opened = registry.entry(found.id), cast(Any, None)
         try:
             provider = registry.backend_of(found)
-            if isinstance(provider, KernelProvider) and name in provider.kernel_names(found):
+            if hasattr(provider, "kernel_names") and name in provider.kernel_names(found):
                 opened = registry.session(found.id)
         except (Exception, SystemExit) as error:
             if not isinstance(error, HalError):
                 entry.request_failures[found.id] = failed(entry.spec.name, entry.distribution, "kernel", error)
             if backend is not None:  # without a name, a broken provider does not hide the others
                 raise
+            broken.append(f", {found.id} failed ({type(error).__name__}: {error})")
         if opened is not None:
             return opened.kernel(name)  # type: ignore[no-any-return]
-    where = f"on {backend}" if backend is not None else "on any installed device"
-    known = f"specified kernels are {', '.join(sorted(registry.kernel_specs())) or 'none'}"
-    raise UnsupportedError(f"kernel {name!r} is not provided {where}: {known}")
+    where = f"on {backend}" if backend is not None else f"on any installed device{''.join(broken)}"
+    raise UnsupportedError(
+        f"kernel {name!r} is not provided {where}: specified kernels are {', '.join(sorted(registry.kernel_specs()))}"
+    )

@@ -4,6 +4,8 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
+from .device_info import Record
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,8 +32,8 @@ class Causal(enum.StrEnum):
     BOTTOM_RIGHT = "bottom_right"
 
 
-@dataclass(frozen=True)
-class AttentionRequest:
+@dataclass(frozen=True, eq=False, repr=False, match_args=False)
+class AttentionRequest(Record):
     """An attention call's static description. It never holds a tensor.
 
     Attributes:
@@ -130,17 +132,17 @@ class AttentionRequest:
         """Fewest bytes: query, key and value read once, output written once."""
         size = DTYPE_BYTES.get(self.dtype, 4)
         cache = DTYPE_BYTES.get(self.cache_dtype or self.dtype, size)
-        queries = self.batch * self.heads_q * self.len_q * (self.dim_qk + self.dim_v) * size
-        return queries + self.batch * self.heads_kv * self.len_k * (self.dim_qk + self.dim_v) * cache
+        tokens = self.heads_q * self.len_q * size + self.heads_kv * self.len_k * cache
+        return self.batch * tokens * (self.dim_qk + self.dim_v)
 
     def describe(self) -> str:
         """One line for messages: "batch 2, heads 32/8, 4096 x 4096, head_dim 80, bfloat16, causal"."""
-        pairs = ((self.dim_qk, self.dim_v), (self.heads_q, self.heads_kv))
-        dims, heads = (f"{first}/{second}" if first != second else f"{first}" for first, second in pairs)
-        causal = {Causal.NONE: "", Causal.TOP_LEFT: "causal", Causal.BOTTOM_RIGHT: "causal bottom-right"}[self.causal]
-        lengths = f"{self.len_q} x {self.len_k}"
-        parts = (f"batch {self.batch}", f"heads {heads}", lengths, f"head_dim {dims}", self.dtype, causal)
-        optional = {
+        heads = self.heads_q if self.heads_q == self.heads_kv else f"{self.heads_q}/{self.heads_kv}"
+        dims = self.dim_qk if self.dim_qk == self.dim_v else f"{self.dim_qk}/{self.dim_v}"
+        parts = {
+            f"batch {self.batch}, heads {heads}, {self.len_q} x {self.len_k}, head_dim {dims}, {self.dtype}": True,
+            "causal": self.causal is Causal.TOP_LEFT,
+            "causal bottom-right": self.causal is Causal.BOTTOM_RIGHT,
             f"diagonal {self.diagonal}": self.diagonal != 0,
             f"scale {self.scale}": self.scale is not None,
             f"{self.mask} mask": self.mask is not MaskKind.NONE,
@@ -155,7 +157,7 @@ class AttentionRequest:
             f"gradients of {', '.join(sorted(self.grads))}": bool(self.grads),
             "log-sum-exp": self.lse,
         }
-        return ", ".join(part for part in (*parts, *(text for text, given in optional.items() if given)) if part)
+        return ", ".join(text for text, given in parts.items() if given)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -164,19 +166,23 @@ class AttentionRequest:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read `to_dict`'s form, also after JSON made lists of tuples."""
-        names = ("window", "block_plan", "tiling")
-        tuples = {name: tuple(values[name]) for name in names if values.get(name) is not None}
-        kinds = {"mask": MaskKind(values["mask"]), "causal": Causal(values["causal"])}
-        options = tuple((name, value) for name, value in values.get("options", ()))
-        return cls(**(values | tuples | kinds | {"grads": frozenset(values["grads"]), "options": options}))
+        tuples = {
+            name: tuple(values[name]) for name in ("window", "block_plan", "tiling") if values.get(name) is not None
+        }
+        typed = {
+            "mask": MaskKind(values["mask"]),
+            "causal": Causal(values["causal"]),
+            "options": tuple((name, value) for name, value in values.get("options", ())),
+            "grads": frozenset(values["grads"]),
+        }
+        return cls(**(values | tuples | typed))
 
 
 def _clipped_sum(first: int, count: int, limit: int) -> int:
     """Sum over i in [0, count) of first + i clipped to [0, limit]."""
     low = min(max(-first, 0), count)  # rows still at 0
     high = min(max(limit - first, low), count)  # rows from here on at the limit
-    ramp = high - low
-    return ramp * (2 * first + low + high - 1) // 2 + (count - high) * limit
+    return (high - low) * (2 * first + low + high - 1) // 2 + (count - high) * limit
 
 
 class SequenceMetadata(NamedTuple):

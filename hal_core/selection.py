@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import attrs
 
-from .capability import Capabilities, Code, Refusal, listing
+from .capability import Capabilities, Code, Range, Refusal, listing
 from .decision import FORMAT, Candidate, Decision, Policy, PolicyChoice, figure_text
 from .device_info import Basis, Device, Fidelity, Provenance, Quantity
 from .errors import ContractError, DeviceUnavailableError, PluginError, refuse
@@ -31,17 +32,19 @@ def replay(record: Decision | dict[str, Any] | str) -> Decision:
     try:
         plain = record.to_dict() if isinstance(record, Decision) else record
         data = json.loads(plain) if isinstance(plain, str) else plain
-        if not 1 <= (given := data["format"]) <= FORMAT:
-            raise ContractError(
-                f"a decision record of format {given} was given: this core reads up to {FORMAT}; upgrade it"
+        refuse(
+            (
+                not 1 <= data["format"] <= FORMAT,
+                f"a decision record of format {data['format']} was given: this core reads up to {FORMAT}; upgrade it",
             )
+        )
         request = AttentionRequest.from_dict(data["request"])
         options = tuple((name, value) for name, value in data["policy"].get("options") or ())
         policy = Policy(**{**data["policy"], "options": options})
         ranked = replace(request, len_q=data["ranked"][0], len_k=data["ranked"][1])
+    except ContractError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, ContractError):
-            raise
         raise ContractError(f"not a decision record ({error!r}): pass what to_json() gave") from error
     return attrs.evolve(decide(ranked, policy), request=request)
 
@@ -58,8 +61,8 @@ def check_all(request: AttentionRequest, device: Device | str, *, transfer: bool
 def tiling_limits(capabilities: Capabilities) -> dict[str, int]:
     """The bounds that a device sets to block sizes of a tiling: "minimum" and "maximum", where it has them."""
     sizes = capabilities.tile_sizes
-    low, high = sizes.next_up(1), getattr(sizes, "high", None) or max(getattr(sizes, "values", ()), default=0)
-    return {name: size for name, size in (("minimum", low), ("maximum", high)) if size}
+    high = sizes.high if isinstance(sizes, Range) else max(sizes, default=0)
+    return {name: size for name, size in (("minimum", sizes.next_up(1)), ("maximum", high)) if size}
 
 
 def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabilities) -> AttentionRequest:
@@ -87,26 +90,25 @@ def _candidate(
     entry, moved = registry.entry(device.id), not device.reads_from(request.device)
     seen = Candidate(device=device, distribution=entry.distribution, priority=entry.spec.priority, transfer=moved)
 
-    def refused(offered: str, fix: str) -> Candidate:
-        refusal = Refusal(Code.UNAVAILABLE, "backend", entry.spec.name, offered, fix)
-        return attrs.evolve(seen, refusals=(refusal,))
+    def refused(code: Code, field: str, wanted: str, offered: str, fix: str) -> Candidate:
+        return attrs.evolve(seen, refusals=(Refusal(code, field, wanted, offered, fix),))
 
+    unavailable = partial(refused, Code.UNAVAILABLE, "backend", entry.spec.name)
     if failure := entry.failure or entry.broken.get(device.id):
-        return refused(f"a backend that fails ({failure.message})", failure.fix)
+        return unavailable(f"a backend that fails ({failure.message})", failure.fix)
     if excluded:
-        return refused(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
+        return unavailable(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
     if denied := registry.access.why_not("devices", device.id):
-        refusal = Refusal(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
-        return attrs.evolve(seen, refusals=(refusal,))
-    fix = "pass transfer=True, or move the tensors"
-    elsewhere = Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix)
-    movable = bool(policy.names) if policy.transfer is None else policy.transfer
+        return refused(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
     try:
         backend = registry.backend_of(device)
         capabilities = backend.capabilities(device)
         request = cut_request(request, policy.tiling, capabilities)
+        refusals = capabilities.refusals(request)
+        if moved and not (bool(policy.names) if policy.transfer is None else policy.transfer):
+            fix = "pass transfer=True, or move the tensors"
+            refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
-        refusals = [*([elsewhere] if moved and not movable else ()), *capabilities.refusals(request)]
         refusals = refusals or list(backend.check(request, device))
         if wrong := [r for r in refusals if not isinstance(r, Refusal)]:
             raise PluginError(f"check() of {device.id} gave {wrong[0]!r}: give Refusal records")
@@ -118,22 +120,26 @@ def _candidate(
             return attrs.evolve(seen, refusals=tuple(refusals))
         estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
         error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
-        full = attrs.evolve(seen, estimate=estimate, error=error)
-        limit, session = registry.memory_limit(device.id) or device.memory, registry.opened(device.id)
+        seen = attrs.evolve(seen, estimate=estimate, error=error)
+        limit, session = registry.memory_limit(device.id) or device.memory, entry.sessions.get(device.id)
         in_use = session.memory.stats().in_use if session is not None else 0
         if limit is None or estimate.memory + in_use <= limit:
-            return full
-        offered = f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})"
-        fix = "shorten the request, free buffers, or raise hal.configure(memory_limit=...)"
-        refusal = Refusal(Code.MEMORY, "memory", f"{estimate.memory:,} bytes", offered, fix)
-        return attrs.evolve(full, refusals=(refusal,), limit=(in_use, limit))
+            return seen
+        seen = attrs.evolve(seen, limit=(in_use, limit))
+        return refused(
+            Code.MEMORY,
+            "memory",
+            f"{estimate.memory:,} bytes",
+            f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})",
+            "shorten the request, free buffers, or raise hal.configure(memory_limit=...)",
+        )
     except ContractError:
         raise
     except (Exception, SystemExit, GeneratorExit) as error:
         failure = failed(entry.spec.name, entry.distribution, "check", error)
         entry.request_failures[device.id] = failure  # of this request: the next one is asked afresh
         seen = attrs.evolve(seen, provisional=True)
-        return refused(f"a backend that failed on this request ({failure.message})", failure.fix)
+        return unavailable(f"a backend that failed on this request ({failure.message})", failure.fix)
 
 
 def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None = None) -> Decision:
@@ -150,8 +156,7 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
     candidates: list[Candidate] = []
     chosen, reason, seconds = None, "no installed backend has a device", None
     for devices in [find(name) for name in policy.names] or [registry.devices()]:
-        why = excluded or {}
-        seen = [_candidate(request, device, policy, excluded=why.get(device.id, "")) for device in devices]
+        seen = [_candidate(request, d, policy, excluded=(excluded or {}).get(d.id, "")) for d in devices]
         candidates += seen
         chosen, reason, seconds = _choose(request, seen, policy)
         if chosen is not None:
@@ -196,8 +201,9 @@ def _choose(
         device, seconds = answer if isinstance(answer, PolicyChoice) else (answer, -1.0)
         if device in [candidate.device.id for candidate in able]:
             return device, f"chosen by the policy of {plugin}", seconds if seconds >= 0 else None
-        error = ValueError(f"it chose {answer!r}, which is not among the candidates")
-        registry.plugins.fail(plugin, "hal_policy", error)
+        registry.plugins.fail(
+            plugin, "hal_policy", ValueError(f"it chose {answer!r}, which is not among the candidates")
+        )
     return (*_least(able, policy.objective or "time"), None)
 
 
@@ -212,5 +218,6 @@ def _least(able: list[Candidate], objective: str) -> tuple[str | None, str]:
     least = min((figure for _, figure in stated), key=lambda figure: figure.middle)
     rivals = [(c, figure) for c, figure in stated if figure.overlaps(least)]
     winner, figure = min(rivals, key=lambda rival: (rival[1].basis.rank, rival[1].middle, -rival[0].priority))
-    among = f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"
-    return winner.device.id, "the only device that can" if len(able) == 1 else among
+    if len(able) == 1:
+        return winner.device.id, "the only device that can"
+    return winner.device.id, f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"

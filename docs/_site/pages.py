@@ -35,7 +35,10 @@ def public_names(module: Any) -> list[str]:
     tree = ast.parse(inspect.getsource(module))
     checking = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [line for node in checking for line in node.body if isinstance(line, ast.ImportFrom)]
-    return sorted(alias.asname or alias.name for line in imports for alias in line.names)
+    named = {alias.asname or alias.name for line in imports for alias in line.names}
+    if "*" in named:  # all of its package's
+        named = named - {"*"} | set(public_names(importlib.import_module(module.__package__)))
+    return sorted(named)
 
 
 def kind(value: Any) -> str:
@@ -66,13 +69,15 @@ def reference(match: re.Match[str]) -> str:
     """The names of a module as directives of mkdocstrings, below a heading for each kind."""
     name, other = match[1], match[2]
     module = importlib.import_module(name)
-    shared = set(public_names(importlib.import_module(other))) if other else set()
+    elsewhere = importlib.import_module(other) if other else None
+    shared = {name: getattr(elsewhere, name) for name in public_names(elsewhere)} if other else {}
+    described_there = {path(value) for value in shared.values() if kind(value) != "Constants and modules"}
     sections: dict[str, list[str]] = {}
     links = []
     for public in public_names(module):
         value = getattr(module, public)
         constant = kind(value) == "Constants and modules"
-        if public in shared:
+        if public in shared or (not constant and path(value) in described_there):  # there by another name
             links.append(f"`{public}`" if constant else f"[`{public}`][{path(value)}]")
         else:
             line = f"| `{public}` | {described(value)} |" if constant else f"::: {path(value)}"

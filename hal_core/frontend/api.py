@@ -23,21 +23,20 @@ if TYPE_CHECKING:
 else:
     torch = dispatch = execution = operands = torch_ops = validation = None
 
-_compiling = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
+_compiling = _tracing = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
 _OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
 
 
 def _load() -> None:
     """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
     global torch, dispatch, execution, operands, torch_ops, validation
-    global _compiling, _grad_enabled, _autocast, _gradient_bits
+    global _compiling, _tracing, _grad_enabled, _autocast, _gradient_bits
     import torch
 
     from . import dispatch, execution, operands, torch_ops, validation
 
-    _grad_enabled, _autocast = torch.is_grad_enabled, torch._C._is_any_autocast_enabled
-    _gradient_bits = operands.gradient_bits
-    _compiling = torch.compiler.is_compiling  # last: where it is set, all of it is
+    _grad_enabled, _autocast, _tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
+    _gradient_bits, _compiling = operands.gradient_bits, torch.compiler.is_compiling  # last: then all of it is set
 
 
 def attention(
@@ -75,7 +74,8 @@ def attention(
 ) -> Any:
     """softmax(scale * query @ key^T + mask) @ value on the best device for this call.
 
-    The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's.
+    The first six arguments, scale and enable_gqa are torch's scaled_dot_product_attention's. What tables and block
+    plans hold is checked where they lie on the host; on an accelerator it is trusted, tables unless HAL_CHECK=1.
 
     Args:
         query: [batch, heads_q, len_q, dim_qk], any strides.
@@ -98,8 +98,10 @@ def attention(
         transfer: True allows moving the tensors to a device, False forbids it; None allows it to named devices alone.
         max_error: largest acceptable relative error. deterministic: demand bitwise repeatable results.
         rng: (seed, offset) of dropout and of a simulator's noise.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences: tensors are [1, heads, total, dim],
-            the tables int32 [sequences + 1].
+        cu_seqlens_q, cu_seqlens_k: packed sequences: tensors are [1, heads, total, dim], the tables int32
+            [sequences + 1].
+        max_seqlen_q, max_seqlen_k: bounds of a packed sequence's lengths. Where one is None, the tables are read, which
+            on an accelerator waits for it.
         page_table, cache_seqlens: paged cache: key and value are [pages, heads_kv, page_size, dim], the tables int32
             [batch, most pages] and [batch].
         key_scale, value_scale: float32 factors of an FP8 key and value.
@@ -134,13 +136,13 @@ def attention(
         max_seqlen_k,
     )
     overrides = (backend, objective, allow_simulated, transfer, tiling)
-    if _compiling():
+    if _compiling() or _tracing():  # torch.jit.trace records the operator too
         return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
-    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     given = (query, key, value, attn_mask, block_plan, tables)
+    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     found = dispatch.find(given, bits, options, overrides)
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
@@ -163,8 +165,9 @@ def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, .
             "a CausalBias as attn_mask and is_causal or causal were given: pass one of them",
         )
     )
-    upper = mask.variant == CausalVariant.UPPER_LEFT
-    return None, (*given._replace(causal=Causal.TOP_LEFT if upper else Causal.BOTTOM_RIGHT),)
+    return None, given._replace(
+        causal=Causal.TOP_LEFT if mask.variant is CausalVariant.UPPER_LEFT else Causal.BOTTOM_RIGHT
+    )
 
 
 def _follow_autocast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Any]:
@@ -199,8 +202,9 @@ def _described(
         query, key, value, mask = _follow_autocast(query, key, value, mask)
     mask, options = _causal_bias(mask, tuple((defaults | keywords)[name] for name in defaults))
     named = SequenceMetadata(*map(keywords.get, tables))
-    plan, packed = keywords.get("block_plan"), None if named.count(None) == len(named) else named
-    given = operands.Operands(query, key, value, mask, plan, packed)
+    given = operands.Operands(
+        query, key, value, mask, keywords.get("block_plan"), None if named.count(None) == len(named) else named
+    )
     bits = _gradient_bits(query, key, value, mask) if _grad_enabled() else 0
     return dispatch.describe(given, bits, options, tuple(map(keywords.get, _OVERRIDES)))
 
@@ -226,8 +230,7 @@ def plan_text(request: AttentionRequest, decision: Decision) -> str:
     tiling = decision.policy.tiling or registry.session(decision.chosen).tiling
     cut = cut_request(request, tiling, capabilities)
     if cut.block_plan is not None:
-        block_q, block_k, most = cut.block_plan
-        return f"blocks of {block_q} x {block_k}, at most {most} a row, by {tiling.name}"
+        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
     plan: Any = tiling.plan(request if decision.policy.tiling is None else cut, tiling_limits(capabilities))
     plan.check(tiling.name)
     return f"{plan} ({tiling.name})"
@@ -274,7 +277,7 @@ def bind(
 
 def _bound(found: execution.BoundAttention) -> Any:
     request, entry, without_grads, state = found.request, found.entry, not found.request.grads, found.state
-    session, grad_enabled, current_meter = found.session, torch.is_grad_enabled, meter_var.get
+    session, grad_enabled, current_meter, tracing = found.session, torch.is_grad_enabled, meter_var.get, _tracing
     needs_rng, device_id, dtype = found.needs_rng, found.decision.winner.device.id, getattr(torch, found.request.dtype)
     accepted: tuple[Any, ...] = ()
     even = not check_all(
@@ -293,16 +296,16 @@ def _bound(found: execution.BoundAttention) -> Any:
     ) -> Any:
         nonlocal accepted
         shapes = (query.shape, key.shape, value.shape)
+        plain = attn_mask is None and block_plan is None and tables is None
         if (
-            shapes != accepted
-            or attn_mask is not None
-            or block_plan is not None
-            or tables is not None
+            tracing()
+            or shapes != accepted
+            or not plain
             or not query.dtype is key.dtype is value.dtype is dtype
             or not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
         ):
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
-            accepted = () if attn_mask is not None or block_plan is not None or tables is not None else shapes
+            accepted = shapes if plain else ()
             if attn_mask is not None and attn_mask.dim() != 4:
                 attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         if entry.sessions.get(device_id) is not session or state.closed:
@@ -331,8 +334,7 @@ def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, 
     """
     request = found.request
     longest = (request.len_q, request.len_k)
-    most_q, most_k = longest if request.packed else (None, None)
-    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=most_q, max_seqlen_k=most_k)
+    options = validation.CallOptions(enable_gqa=True, max_seqlen_q=request.len_q, max_seqlen_k=request.len_k)
     this = validation.build_request(operands.Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)

@@ -97,8 +97,8 @@ def describe(
     refuse(
         (overrides[-1] is not None and operands.plan is not None, "tiling and block_plan were given: pass one of them")
     )
-    request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits])
-    if operands.tables is not None:
+    request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits if type(bits) is int else 0])
+    if operands.tables is not None and operands.query.device.type == "cpu":
         check_tables(operands.tables, request, operands.query, operands.key)
     policy = merged_policy(*overrides)
     return replace(request, options=policy.options or ()), policy
@@ -106,8 +106,7 @@ def describe(
 
 def _kept(place: Any) -> Any:
     found = _bound.get(place)
-    stays = found is None or found is _SENTINEL or not (found.state.closed or found.is_stale)
-    return found if stays else None
+    return None if isinstance(found, BoundAttention) and (found.state.closed or found.is_stale) else found
 
 
 def _keep(place: Any, found: Any) -> Any:

@@ -24,6 +24,7 @@ from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
 from ..selection import cut_request, tiling_limits
 from .operands import GRADS, Operands
+from .validation import check_tables
 
 #: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
 Run = Callable[..., Any]
@@ -53,8 +54,10 @@ class BoundAttention:
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
         if mode not in ("native", "explicit"):
-            given = f"{device.id} claims gradients, and its session offers {mode!r} for {request.describe()}"
-            raise PluginError(f"{given}: its capabilities must not claim 'backward'")
+            raise PluginError(
+                f"{device.id} claims gradients, and its session offers {mode!r} for {request.describe()}: its "
+                "capabilities must not claim 'backward'"
+            )
         self.explicit = mode == "explicit"
         self._target = device.reads[0] if winner.transfer else None
         self._memory = winner.estimate.memory if winner.estimate is not None else 0
@@ -82,8 +85,9 @@ class BoundAttention:
             meter = meter_var.get()
             if fast is not None and meter is None:
                 return fast(query, key, value, mask, plan, tables, rng)
-            this = exact(request, query, key)
-            prepared = session.prepare_attention(query, key, value, request=this, plan=plan, tables=tables)
+            prepared = session.prepare_attention(
+                query, key, value, request=exact(request, query, key), plan=plan, tables=tables
+            )
             output = session.compute_attention(prepared, mask, rng=rng)
             if cost is not None and meter is not None:
                 meter.costs[id(self), get_ident()] = cost(prepared)
@@ -93,22 +97,24 @@ class BoundAttention:
 
     def _checked(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
         """The session's call with its result held to the contract: the first call, or under HAL_CHECK=1 every one,
-        which then demands finite inputs too.
+        which then demands finite inputs and valid tables too.
         """
         for name, tensor in (("query", query), ("key", key), ("value", value)) if self._checks_all else ():
             if tensor.dtype.itemsize > 1 and not bool(tensor.isfinite().all()):
                 raise ContractError(f"{name} holds NaN or infinity, and HAL_CHECK=1 asks for finite inputs")
+        if self._checks_all and others[2] is not None:
+            check_tables(others[2], self.request, query, key)
         result = self._call(query, key, value, *others)
-        kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-        wanted = (((*query.shape[:3], value.shape[3]), query.dtype), (tuple(query.shape[:3]), kind))
+        wanted = {
+            "out": f"{[*query.shape[:3], value.shape[3]]} {query.dtype} on {query.device}",
+            "log-sum-exp": f"{[*query.shape[:3]]} {torch.promote_types(query.dtype, torch.float32)} on {query.device}",
+        }
         results = result if isinstance(result, tuple) else (result,)
-        for what, given, (shape, dtype) in zip(("out", "log-sum-exp"), results, wanted, strict=False):
-            if not isinstance(given, Tensor):
-                raise PluginError(f"{self.device.id} gave {type(given).__name__} as {what}: a tensor is wanted")
-            if (tuple(given.shape), given.dtype, given.device) != (shape, dtype, query.device):
-                offered = f"{what} {list(given.shape)} {given.dtype} on {given.device}"
-                wanted_text = f"{list(shape)} {dtype} on {query.device} is wanted"
-                raise PluginError(f"{self.device.id} gave {offered}: {wanted_text}")
+        for (what, form), given in zip(wanted.items(), results, strict=False):
+            is_tensor = isinstance(given, Tensor)
+            offered = f"{[*given.shape]} {given.dtype} on {given.device}" if is_tensor else type(given).__name__
+            if offered != form:
+                raise PluginError(f"{self.device.id} gave {what} {offered}: {form} is wanted")
         if not self._checks_all:  # from now on without this method, and without what is switched off
             self._base = self._call
             if self.tiling is None and self._target is None and self._limit is None and not self._observed:
@@ -164,8 +170,7 @@ class BoundAttention:
         plan = plan if self.tiling is None else self.plan_of(query, key)
         request = exact(replace(self.request, lse=True), query, key)
         prepared = self.session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
-        backward = self.session.compute_attention_backward
-        return backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
+        return self.session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
 
     def _native_backward(self, operands: Operands, grad_out: Tensor, grad_lse: Tensor | None, rng: Any) -> Grads:
         """Gradients by running a differentiable forward again: what a compiled graph's backward does."""
@@ -205,9 +210,14 @@ class BoundAttention:
         wall = perf_counter() - start
         request = exact(self.request, arguments[0], arguments[1])
         estimate = meter.costs.pop((id(self), get_ident()), None) or self.backend.estimate(request, self.device)
-        modelled = estimate.time if self.device.fidelity is Fidelity.SIMULATED else None
-        moved = request.bytes_moved if self._target is not None else 0
-        meter.add(self.device, wall, modelled, estimate.energy, request.visible_macs, moved)
+        meter.add(
+            self.device,
+            wall,
+            estimate.time if self.device.fidelity is Fidelity.SIMULATED else None,
+            estimate.energy,
+            request.visible_macs,
+            request.bytes_moved if self._target is not None else 0,
+        )
         return result
 
 
@@ -233,9 +243,8 @@ class ExplicitAttention(torch.autograd.Function):
     """Forward and backward of a session. Tensors are saved with save_for_backward, so changing one in place raises."""
 
     @staticmethod
-    def forward(bound: BoundAttention, rng: Any, cut: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = bound._base(*Operands.unflat(tensors, cut), rng)
-        return out, lse
+    def forward(bound: BoundAttention, rng: Any, cut: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(bound._base(*Operands.unflat(tensors, cut), rng))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -249,14 +258,16 @@ class ExplicitAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        given = (ctx.bound, ctx.rng, ctx.cut, out, lse, grad_out, grad_lse)
-        grads = ExplicitBackward.apply(*given, *tensors)  # type: ignore[no-untyped-call]
+        grads = ExplicitBackward.apply(  # type: ignore[no-untyped-call]
+            ctx.bound, ctx.rng, ctx.cut, out, lse, grad_out, grad_lse, *tensors
+        )
         return (None, None, None, *grads, *(None,) * (len(tensors) - len(grads)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        described = ctx.bound.request.describe()
-        raise UnsupportedError(f"forward-mode derivatives of attention were asked for ({described}): use reverse mode")
+        raise UnsupportedError(
+            f"forward-mode derivatives of attention were asked for ({ctx.bound.request.describe()}): use reverse mode"
+        )
 
 
 class ExplicitBackward(torch.autograd.Function):
@@ -273,8 +284,7 @@ class ExplicitBackward(torch.autograd.Function):
         grad_lse: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        session_grads = bound.backward(Operands.unflat(tensors, cut), out, lse, grad_out, grad_lse, rng)
-        return tuple(session_grads)
+        return tuple(bound.backward(Operands.unflat(tensors, cut), out, lse, grad_out, grad_lse, rng))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

@@ -38,6 +38,9 @@ def gradient_bits(query: Any, key: Any, value: Any, mask: Any) -> int:
     """Which operands need gradients: 1 for the query, 2, 4 and 8 for key, value and mask. What is no tensor needs none:
     it is refused later, with a sentence.
     """
-    bits = getattr(query, "requires_grad", False) + 2 * getattr(key, "requires_grad", False)
-    bits += 4 * getattr(value, "requires_grad", False)
-    return bits if mask is None or not getattr(mask, "requires_grad", False) else bits + 8
+    return (
+        getattr(query, "requires_grad", False)
+        + 2 * getattr(key, "requires_grad", False)
+        + 4 * getattr(value, "requires_grad", False)
+        + (0 if mask is None else 8 * getattr(mask, "requires_grad", False))
+    )

@@ -1,5 +1,5 @@
-"""Operators for torch.compile, one pair per backend name, so that no cache of compiled code can mistake one for
-another.
+"""Operators for torch.compile and torch.jit.trace, one pair per backend name, so that no cache of compiled code can
+mistake one for another.
 
 The selection is read while tracing, from a mirror that Dynamo guards; the operator compares it with the truth when it
 runs. Eager calls do not come through here.
@@ -59,16 +59,19 @@ def in_graph(
     options: tuple[Any, ...],
     overrides: tuple[Any, ...],
 ) -> Any:
-    """What `attention` becomes while Dynamo traces it: one operator, named after the selected backend."""
+    """What `attention` becomes while Dynamo or torch.jit traces it: one operator, named after the selected backend."""
     dropout_p, is_causal, scale, enable_gqa, causal, diagonal, window, softcap, return_lse, *rest = options
     *given, tiling = overrides
-    expected = mirror.key if given[0] is None else None
     name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
-    family = name.partition(":")[0]
-    operator = OPERATORS[family] if family in OPERATORS else OPERATORS[AUTOMATIC]
-    grads = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
-    drawn = torch.randint(0, 2**62, (2,), dtype=torch.int64) if rng is None and dropout_p > 0 else None
-    seed = drawn if rng is None else torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+    operator = OPERATORS.get(name.partition(":")[0], OPERATORS[AUTOMATIC])
+    bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
+    seed = (
+        torch.tensor([rng[0], rng[1]], dtype=torch.int64)
+        if rng is not None
+        else torch.randint(0, 2**62, (2,), dtype=torch.int64)
+        if dropout_p > 0
+        else None
+    )
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
     causal = causal.value if isinstance(causal, Causal) else causal
@@ -96,8 +99,8 @@ def in_graph(
         *rest,
         *given,
         None if tiling is None else _registered(tiling),
-        expected,
-        grads,
+        mirror.key if given[0] is None else None,
+        bits if torch.compiler.is_compiling() else -1,  # torch.jit guards nothing: those required when it runs
     )
     return AttentionOutput(out, lse) if return_lse else out
 
@@ -107,7 +110,8 @@ class _Call:
 
     def __init__(self, arguments: tuple[Any, ...]) -> None:
         *tensors, seed = arguments[:_TENSOR_COUNT]
-        blocks, left, right, windowed, *static, tiling, self.expected, self.bits = arguments[_TENSOR_COUNT:]
+        blocks, left, right, windowed, *static, tiling, self.expected, bits = arguments[_TENSOR_COUNT:]
+        self.bits = gradient_bits(*tensors[:4]) if bits < 0 else bits
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
@@ -118,8 +122,12 @@ class _Call:
     def bound(self) -> BoundAttention:
         found = find(self.operands, self.bits, self.options, self.overrides)
         if found.needs_rng and self.rng is None:
-            why = f"{found.decision.chosen} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)"
-            refuse((bool(self.bits), why))
+            refuse(
+                (
+                    bool(self.bits),
+                    f"{found.decision.chosen} is noisy, and compiled backward must repeat it: pass rng=(seed, offset)",
+                )
+            )
             self.rng = tuple(torch.randint(0, 2**62, (2,)).tolist())
         return found
 
@@ -137,19 +145,18 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     result = found.forward_run(*given) if meter is None else found.metered(meter, found.forward_run, given)
     if isinstance(result, tuple):
         return result[0].contiguous(), result[1].contiguous()
-    out, query = result.contiguous(), call.operands.query
-    if not call.bits:
-        return out, query.new_empty(0, dtype=torch.float32)
-    # torch differentiates this session's own forward: nobody reads the log-sum-exp that the graph was promised
-    return out, query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+    # Where torch differentiates this session's own forward, nobody reads the log-sum-exp that the graph was promised.
+    return result.contiguous(), _new_lse(call.operands.query, bool(call.bits))
+
+
+def _new_lse(query: Tensor, wanted: bool) -> Tensor:
+    """A log-sum-exp of zeros, empty where it is not wanted: operators return one always."""
+    return query.new_zeros(query.shape[:-1] if wanted else (0,), dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, value, bits, return_lse = arguments[0], arguments[2], arguments[-1], arguments[_TENSOR_COUNT + 11]
-    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    wanted = return_lse or bits
-    return out, query.new_empty(query.shape[:-1] if wanted else (0,), dtype=kind if wanted else torch.float32)
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), _new_lse(query, bool(return_lse or bits))
 
 
 @torch.no_grad()
@@ -174,8 +181,10 @@ def _gradient(grad: Tensor | None, like: Tensor | None, wanted: int) -> Tensor:
 
 
 def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    asked = [like if arguments[-1] >> i & 1 else None for i, like in enumerate(arguments[:4])]
-    return tuple(torch.empty(0) if like is None else like.new_empty(like.shape) for like in asked)
+    return tuple(
+        torch.empty(0) if like is None or not arguments[-1] >> i & 1 else like.new_empty(like.shape)
+        for i, like in enumerate(arguments[:4])
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -185,14 +194,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def define(name: str) -> None:
-    """Define the operators hal::<name>_forward and hal::<name>_backward, once."""
-    if name in OPERATORS:
-        return
+    """Define the operators hal::<name>_forward and hal::<name>_backward."""
     forward, backward = f"{name}_forward", f"{name}_backward"
-    random = (torch.Tag.nondeterministic_seeded,)  # a noisy device draws: two equal calls are not one
-    _library.define(f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)", tags=random)
-    results = f"Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}"
-    _library.define(f"{backward}({results}, {_STATIC}) -> (Tensor, Tensor, Tensor, Tensor)")
+    _library.define(
+        f"{forward}({_TENSORS}, {_STATIC}) -> (Tensor, Tensor)",
+        tags=(torch.Tag.nondeterministic_seeded,),  # a noisy device draws: two equal calls are not one
+    )
+    _library.define(
+        f"{backward}(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_TENSORS}, {_STATIC}) -> "
+        "(Tensor, Tensor, Tensor, Tensor)"
+    )
     for operator, run, fake in ((forward, _forward, _fake_forward), (backward, _backward, _fake_backward)):
         _library.impl(operator, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hal::{operator}", fake, lib=_library)
@@ -202,7 +213,7 @@ def define(name: str) -> None:
         *tensors, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         found = backward_operator(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
-        grads = [grad if ctx.static[-1] >> i & 1 else None for i, grad in enumerate(found)]
+        grads = [grad if wanted else None for grad, wanted in zip(found, ctx.needs_input_grad, strict=False)]
         return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
 
     torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
@@ -210,7 +221,7 @@ def define(name: str) -> None:
 
 
 def _define_all() -> None:
-    for name in (AUTOMATIC, *(entry.spec.name for entry in registry.entries())):
+    for name in {AUTOMATIC, *(entry.spec.name for entry in registry.entries())} - OPERATORS.keys():
         define(name)
 
 

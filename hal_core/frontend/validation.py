@@ -1,7 +1,8 @@
 """Every input of a call is checked here, once, and described as an `AttentionRequest`."""
 
 import itertools
-import math
+import sys
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -111,9 +112,17 @@ def is_plain(tensor: Any) -> bool:
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        refuse((not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"))
         refuse(
-            (tensor.is_nested, f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k")
+            (
+                isinstance(tensor, torch.fx.Proxy),
+                f"{name} is a Proxy of torch.fx: trace with torch.export or torch.compile",
+            ),
+            (not isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}: pass a torch tensor {LAYOUT}"),
+            (torch._C._is_tracing(), "torch.jit.trace met a bound call or explain: trace hal.attention itself"),
+            (
+                getattr(tensor, "is_nested", False) is True,
+                f"{name} is a nested tensor: pass packed sequences with cu_seqlens_q and cu_seqlens_k",
+            ),
         )
         refuse(
             (
@@ -159,11 +168,14 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
         )
     for name, factor in zip(t._fields[4:], t[4:], strict=True):
         wide = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1], 1, 1)
-        sizes = zip(reversed(getattr(factor, "shape", ())), reversed(wide), strict=False)
-        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and factor.dim() <= 4
         what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
-        wrong = factor is not None and not (fits and all(size in (1, most) for size, most in sizes))
-        refuse((wrong, f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}"))
+        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and _broadcasts(factor.shape, wide)
+        refuse(
+            (
+                factor is not None and not fits,
+                f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}",
+            )
+        )
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
@@ -171,36 +183,41 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
         (cu_q is not None and pages is not None, "packed lengths and a paged cache were given: use one of them"),
     )
     if cu_q is not None:
-        most: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
-        shapes = f"{list(cu_q.shape)} and {list(cu_k.shape)}"
+        given: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
         refuse(
             (
                 cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.numel() < 2,
-                f"cu_seqlens_q and cu_seqlens_k of {shapes} were given: use [sequences + 1] for both",
+                f"cu_seqlens_q {list(cu_q.shape)} and cu_seqlens_k {list(cu_k.shape)} were given: use [sequences + 1]",
             ),
             (
                 query.shape[0] != 1 or key.shape[0] != 1,
                 f"packed query {list(query.shape)} and key {list(key.shape)} were given: use a batch of 1",
             ),
-            (None in most, "packed lengths without max_seqlen_q and max_seqlen_k were given: pass both"),
         )
+        longest = torch.stack((cu_q, cu_k)).diff().amax(1).clamp(min=0).tolist() if None in given else given
+        most = [length if most is None else most for most, length in zip(given, longest, strict=True)]
         refuse(
             (
                 not all(type(n) is int and 0 <= n < _LARGEST for n in most),
                 f"max_seqlen_q {most[0]!r} and max_seqlen_k {most[1]!r} were given: pass lengths of 0 or more",
-            )
+            ),
         )
         return len(cu_q) - 1, most[0], most[1]
     if pages is None:
         return batch, query.shape[2], key.shape[2]
-    given = f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)}"
-    wrong = pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,)
-    refuse((wrong, f"{given} were given: use [batch, most pages] and [batch] with batch {batch}"))
+    refuse(
+        (
+            pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,),
+            f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)} were given: use [batch, most pages] "
+            f"and [batch] with batch {batch}",
+        )
+    )
     return batch, query.shape[2], pages.shape[1] * key.shape[2]
 
 
 def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Tensor, key: Tensor) -> None:
-    """Check the contents of packed or paged tables; reads them, so it waits for an accelerator.
+    """Check the contents of packed or paged tables; reads them, so it waits for an accelerator, whose tables only
+    HAL_CHECK=1 has checked.
 
     Raises ContractError where an entry would make a device read outside its memory.
     """
@@ -215,11 +232,9 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
                 f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
             )
     if tables.page_table is not None and tables.page_table.shape[0]:
-        held, size = tables.cache_seqlens, key.shape[2]
-        if int(held.min()) < 0 or int(held.max()) > request.len_k:
-            raise ContractError(
-                f"cache_seqlens {held.tolist()} was given: use 0 to {request.len_k}, pages times page size"
-            )
+        held, size, most = tables.cache_seqlens, key.shape[2], tables.page_table.shape[1] * key.shape[2]
+        if int(held.min()) < 0 or int(held.max()) > most:
+            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 to {most}, pages times page size")
         pages = (held.unsqueeze(1) + size - 1) // max(size, 1)
         used = torch.arange(tables.page_table.shape[1], device=held.device) < pages
         refuse(
@@ -232,8 +247,6 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
 
 def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) -> None:
     refuse((not isinstance(mask, Tensor), f"attn_mask is a {type(mask).__name__}: pass a tensor"))
-    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
-    fits = 2 <= mask.dim() <= 4 and all(given in (1, wanted) for given, wanted in pairs)
     floats = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
     refuse(
         (packed, "attn_mask and packed lengths were given: use one of them"),
@@ -246,8 +259,16 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
             mask.device != query.device,
             f"attn_mask on {mask.device} and query on {query.device} were given: move the mask",
         ),
-        (not fits, f"attn_mask has shape {list(mask.shape)}: use one that broadcasts to {list(shape)}"),
+        (
+            mask.dim() < 2 or not _broadcasts(mask.shape, shape),
+            f"attn_mask has shape {list(mask.shape)}: use one that broadcasts to {list(shape)}",
+        ),
     )
+
+
+def _broadcasts(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(given in (1, size) for given, size in pairs)
 
 
 def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
@@ -257,16 +278,13 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
         (
             not isinstance(indices, Tensor) or not isinstance(counts, Tensor),
             f"block_plan with indices {type(indices).__name__} was given: pass int32 tensors",
-        )
-    )
-    size = list(indices.shape)
-    refuse(
+        ),
         (
             type(block_q) is not int or type(block_k) is not int or min(block_q, block_k) < 1,
             f"blocks of {block_q!r} x {block_k!r} were given: use whole numbers of 1 or more",
-        )
+        ),
     )
-    rows, columns = -(-len_q // block_q), -(-len_k // block_k)
+    size, rows, columns = list(indices.shape), -(-len_q // block_q), -(-len_k // block_k)
     fits = (
         len(size) == 4
         and counts.shape == indices.shape[:3]
@@ -276,23 +294,23 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
         and size[3] <= max(columns, 1)
         and indices.dtype == counts.dtype == torch.int32
     )
-    given = f"block_plan indices {size} {indices.dtype} and counts {list(counts.shape)} {counts.dtype} were given"
-    wanted = f"[1 or {batch}, 1 or {heads}, {rows}, at most {columns}]"
     refuse(
-        (not fits, f"{given}: use int32, {wanted} and the same without the last dimension"),
+        (
+            not fits,
+            f"block_plan indices {size} {indices.dtype} and counts {list(counts.shape)} {counts.dtype} were given: "
+            f"use int32, [1 or {batch}, 1 or {heads}, {rows}, at most {columns}], counts without the last dimension",
+        ),
         (not indices.device == counts.device == query.device, f"block_plan on {indices.device} was given: move it"),
     )
-    listed = torch.arange(size[3], device=indices.device) < counts.unsqueeze(-1)
-    wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
-    sentence = f"a block_plan entry outside 0 to {columns - 1}, or a count over its list, was given: fix the plan"
-    refuse((bool(wrong), sentence))
+    if indices.device.type == "cpu":  # reading an accelerator's would wait for it
+        listed = torch.arange(size[3]) < counts.unsqueeze(-1)
+        wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
+        bounds = f"outside 0 to {columns - 1}, or a count over its list"
+        refuse((bool(wrong), f"a block_plan entry {bounds}, was given: fix the plan"))
 
 
 def _is_finite(number: Any) -> bool:
-    try:
-        return isinstance(number, Real) and math.isfinite(number)
-    except OverflowError:  # a whole number above every float
-        return False
+    return issubclass(type(number), Real) and -sys.float_info.max <= number <= sys.float_info.max
 
 
 def _is_whole(number: Any) -> bool:
@@ -309,18 +327,21 @@ def _short(value: Any) -> str:
 
 def _checked(o: CallOptions) -> dict[str, Any]:
     """The request's fields of the options, each within its domain."""
-    for name in ("scale", "softcap", "max_error", "dropout_p"):
-        number = getattr(o, name)
-        refuse(
+    numbers = {"scale": o.scale, "softcap": o.softcap, "max_error": o.max_error, "dropout_p": o.dropout_p}
+    flags = ("is_causal", "enable_gqa", "return_lse", "deterministic")
+    refuse(
+        *(
             (
                 not _is_finite(number) and (number is not None or name == "dropout_p"),
                 f"{name} {_short(number)} was given: pass a finite Python number",
             )
-        )
-    for name in ("is_causal", "enable_gqa", "return_lse", "deterministic"):
-        refuse(
+            for name, number in numbers.items()
+        ),
+        *(
             (getattr(o, name) not in (True, False), f"{name} {_short(getattr(o, name))} was given: pass True or False")
-        )
+            for name in flags
+        ),
+    )
     sides = o.window if isinstance(o.window, tuple | list) else ()
     refuse(
         (not _is_whole(o.diagonal), f"diagonal {_short(o.diagonal)} was given: use a whole number of tokens"),

@@ -30,7 +30,7 @@ from ..capability import Code, Range
 from ..errors import UnsupportedError
 from .cases import Case
 from .corners import SUBJECT_OF, unclaimed_cases
-from .findings import Failure, Measure, Skip
+from .findings import Failure, Measure, Skip, raised_text
 from .subject import Subject
 
 SUBJECTS = (
@@ -76,7 +76,7 @@ def claim_check(subject: str) -> Callable[[Subject], Measure]:
             except Failure as failure:
                 failures.append(failure)
             except Exception as error:  # whatever a device raises for a case it claims is a finding
-                failures.append(Failure(f"{case}: raised {type(error).__name__}: {error}"))
+                failures.append(Failure(f"{case}: raised {raised_text(error)}"))
         if failures:
             raise Failure(
                 f"{len(failures)} of {len(accepted)} cases: {failures[0]}", failures[0].error, failures[0].bound

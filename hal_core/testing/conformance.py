@@ -12,18 +12,17 @@ import json
 import math
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import attrs
 
-from .. import AttentionBackend, ContractError, Device, __version__
+from .. import AttentionBackend, ContractError, Device, Estimate, __version__
 from ..capability import listing
 from ..registry import registry
 from . import behaviour as b, claims, memory_checks, runtime_checks, structure, tiling_checks
-from .findings import Failure, Measure, Skip
+from .findings import Failure, Measure, Skip, raised_text
 from .subject import Subject
 
 CHECKS: dict[str, Callable[[Subject], Measure]] = {
@@ -53,11 +52,15 @@ CHECKS: dict[str, Callable[[Subject], Measure]] = {
             b.leaks,
             runtime_checks.runs_where_it_says,
             runtime_checks.estimates,
+            runtime_checks.costs,
             runtime_checks.discovery,
             runtime_checks.kernels,
         )
     },
 }
+
+
+METHODS = ("devices", "capabilities", "check", "estimate", "open")  # that a backend must have
 
 
 class Status(enum.StrEnum):
@@ -67,6 +70,7 @@ class Status(enum.StrEnum):
     UNSUPPORTED = "unsupported"  # not run: the device cannot pass it by design
     EXPECTED_FAILURE = "expected_failure"  # fails for a known reason that will be mended
     UNEXPECTED_PASS = "unexpected_pass"  # was expected to fail: remove the expectation
+    NOT_RUN = "not_run"  # a call of the backend fails that every check needs; the first result says which
 
 
 @attrs.frozen(kw_only=True)
@@ -90,14 +94,18 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """False for a failure and for an unexpected pass."""
-        return self.status not in (Status.FAILED, Status.UNEXPECTED_PASS)
+        """False for a failure, for an unexpected pass, and for what could not be run."""
+        return self.status not in (Status.FAILED, Status.UNEXPECTED_PASS, Status.NOT_RUN)
 
 
 @attrs.frozen(kw_only=True)
 class Report:
-    """All results for one device. Prints as a table; `seed` draws the same inputs again. `core` is the core's
-    version.
+    """All results for one device. Prints as a table.
+
+    Attributes:
+        core: the core's version. seed: draws the same inputs again. quick: fewer cases and draws.
+        errors: for each dtype and quantity ("out", "log-sum-exp", "gradient"), the largest error that was found and the
+            declared bound.
     """
 
     device: Device
@@ -105,6 +113,7 @@ class Report:
     seed: int
     quick: bool
     results: tuple[CheckResult, ...]
+    errors: Mapping[str, Mapping[str, tuple[float, float]]] = attrs.field(factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -126,9 +135,14 @@ class Report:
     def __str__(self) -> str:
         d = self.device
         lines = [f"conformance of {d.id} ({d.fidelity}, {d.vendor} {d.model}), seed {self.seed}"]
-        for r in self.results:
+        for r in (result for result in self.results if result.status is not Status.NOT_RUN):
             figures = "" if r.error is None or r.bound is None else f"{r.error:.2g} of {r.bound:.2g}"
             lines.append(f"  {r.name:18} {r.status:17} {figures:20} {r.seconds:6.2f} s  {r.detail}".rstrip())
+        if self.errors:
+            lines.append("largest errors, for Numerics:")
+        for dtype, by_quantity in self.errors.items():
+            found = ", ".join(f"{what} {error:.2g} of {bound:.2g}" for what, (error, bound) in by_quantity.items())
+            lines.append(f"  {dtype:9} {found}")
         lines += [f"  WARNING, {r.name}: {r.warning}" for r in self.results if r.warning]
         counts = [(sum(r.status is status for r in self.results), status.replace("_", " ")) for status in Status]
         total = ", ".join(f"{count} {status}" for count, status in counts if count)
@@ -165,22 +179,58 @@ def check_backend(
         if name not in CHECKS:
             close = difflib.get_close_matches(name, CHECKS) or list(CHECKS)
             raise ContractError(f"check {name!r} was given: use {listing(close)}")
-    results, subject, seed = [], None, secrets.randbits(32) if seed is None else seed
+    results, seed = [], secrets.randbits(32) if seed is None else seed
     with ExitStack() as undo:
         if not isinstance(backend, str):
             registry.register(backend)
             backend = backend.devices()[0].id
             undo.callback(registry.unregister, backend)
         device = registry.find(backend)[0]
+        run = [name for name in names if name not in unsupported]
+        subject, obstacle = _begun(device, seed, quick) if run else (None, "")
         for place, name in enumerate(names):
             progress(name, place / len(names))
             if name in unsupported:
                 results.append(CheckResult(name=name, status=Status.UNSUPPORTED, detail=unsupported[name]))
                 continue
-            subject = subject or Subject(device, seed=seed, quick=quick)
-            results.append(_judged(_run(name, subject), expected.get(name)))
+            if subject is not None:
+                results.append(_judged(_run(name, subject), expected.get(name)))
+            elif name == run[0]:
+                left = f"; {len(run) - 1} checks were not run" if len(run) > 1 else ""
+                results.append(CheckResult(name=name, status=Status.FAILED, detail=obstacle + left))
+            else:
+                results.append(CheckResult(name=name, status=Status.NOT_RUN, detail=obstacle))
     progress("done", 1.0)
-    return Report(device=device, core=__version__, seed=seed, quick=quick, results=tuple(results))
+    errors = {} if subject is None else subject.largest
+    return Report(device=device, core=__version__, seed=seed, quick=quick, results=tuple(results), errors=errors)
+
+
+def _begun(device: Device, seed: int, quick: bool) -> tuple[Subject | None, str]:
+    """The device under test, or None and why no check can run: each method of the backend and one plain call are tried.
+
+    Whether the call's result is right is left to the checks.
+    """
+    backend = registry.backend_of(device)
+    if missing := [name for name in METHODS if not callable(getattr(backend, name, None))]:
+        return None, f"the backend has no method {listing([f'`{name}`' for name in missing])}"
+    step = "capabilities()"
+    try:
+        subject = Subject(device, seed=seed, quick=quick)
+        case = subject.probe()
+        step = "check()"
+        list(backend.check(case.request, device))
+        step = "estimate()"
+        if not isinstance(estimate := backend.estimate(case.request, device), Estimate):
+            return None, f"estimate() gave {estimate!r}: give an Estimate"
+        step = "open()"
+        session = subject.session
+        step = "a plain call"
+        subject.by_session(case, case.draw(seed), session=session)
+    except Failure as failure:
+        return None, str(failure)
+    except Exception as error:  # whatever a device raises is a finding
+        return None, f"{step} raised {raised_text(error)}"
+    return subject, ""
 
 
 def _run(name: str, subject: Subject) -> CheckResult:
@@ -193,11 +243,7 @@ def _run(name: str, subject: Subject) -> CheckResult:
     except Failure as failure:
         status, measure = Status.FAILED, Measure(failure.error, failure.bound, str(failure))
     except Exception as raised:  # a device may raise anything, and the other checks must still run
-        place = traceback.extract_tb(raised.__traceback__)[-1]
-        status, measure = (
-            Status.FAILED,
-            Measure(detail=f"{type(raised).__name__}: {raised} ({place.filename}:{place.lineno})"),
-        )
+        status, measure = Status.FAILED, Measure(detail=raised_text(raised))
     return CheckResult(name=name, status=status, seconds=time.monotonic() - start, **measure._asdict())
 
 

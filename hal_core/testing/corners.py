@@ -28,7 +28,7 @@ def nearest(sizes: Range | Choice, wanted: int) -> int:
     """The smallest member from `wanted` up, else the largest there is."""
     if (up := sizes.next_up(wanted)) is not None:
         return up
-    return max(sizes.values) if isinstance(sizes, Choice) else (sizes.high or 0) // sizes.multiple * sizes.multiple
+    return max(sizes) if isinstance(sizes, Choice) else (sizes.high or 0) // sizes.multiple * sizes.multiple
 
 
 def members(sizes: Range | Choice, wanted: Sequence[int], most: int) -> list[int]:
@@ -285,6 +285,6 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
 
 def _beyond(sizes: Range | Choice, wanted: Sequence[int]) -> list[int]:
     """Sizes that are not members: the first above the end where it is near, and those of `wanted`."""
-    end = max(sizes.values, default=0) if isinstance(sizes, Choice) else sizes.high or 0
+    end = max(sizes, default=0) if isinstance(sizes, Choice) else sizes.high or 0
     step = 1 if isinstance(sizes, Choice) else sizes.multiple
     return [size for size in sorted({*wanted, end + step}) if size not in sizes and size <= 4096]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import AttentionRequest, Causal, Fidelity, session
 from ..capability import Numerics, Range
+from ..device_info import Basis, Estimate, Provenance, Quantity
 from .dense_backend import CLAIMS, DenseBackend, DenseSession, TiledSession
 
 __all__ = ["CLAIMS", "FAULTS", "DenseBackend", "DenseSession", "Fault", "TiledSession", "fault"]
@@ -128,6 +129,13 @@ def _lowest_is_hidden(self: DenseSession, mask: Tensor | None) -> Tensor | None:
     return mask.masked_fill(lowest, -math.inf) if lowest.any() else mask
 
 
+def _milliseconds(self: DenseSession, prepared: Any) -> Estimate:
+    """A cost whose milliseconds are given as seconds."""
+    estimate = DenseBackend().estimate(prepared[3], DenseBackend().devices()[0])
+    low, high = 1000 * estimate.time.low, 1000 * estimate.time.high
+    return attrs.evolve(estimate, time=Quantity(low, high, Basis.MODELLED, Provenance.ASSUMED))
+
+
 _NUMERICS: Any = CLAIMS.numerics
 _DOUBLE: Any = {**_NUMERICS, "float64": Numerics(1e-12, 1e-12, 1e-12)}
 _LOOSE: Any = {"float32": Numerics(1.2)}
@@ -173,6 +181,8 @@ FAULTS: Mapping[str, Fault] = {
     "gives another dtype": fault("contract", attend=_changed(torch.Tensor.double)),
     "gives a result on another device": fault("contract", attend=_changed(lambda out: out.to("meta"))),
     "gives nothing": fault("contract", attend=_changed(lambda out: None)),
+    "blocks of a tiling that are ignored": fault("tilings", options=_claims(tile_sizes=Range(1, 128))),
+    "a cost in milliseconds": fault("costs", cost=_milliseconds),
     "a tiling that is decoration": fault("tilings", options=_claims(tile_sizes=Range(0))),
     "an option that spoils the result": fault(
         "options",

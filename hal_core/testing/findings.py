@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .. import Grads
+from ..plugins import raised_at
 
 
 class Failure(Exception):  # noqa: N818 - a finding, not an error of the program
@@ -24,6 +26,12 @@ class Failure(Exception):  # noqa: N818 - a finding, not an error of the program
 
 class Skip(Exception):  # noqa: N818
     """A check that has nothing to look at on this device, and why."""
+
+
+def raised_text(error: BaseException) -> str:
+    """An exception's type, message and place, in one line: the plugin's line where its code was running."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({raised_at(error) or f'{last.filename}:{last.lineno}'})"
 
 
 class Measure(NamedTuple):

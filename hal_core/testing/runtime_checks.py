@@ -2,7 +2,8 @@
 
 ESTIMATE_FACTOR: how far outside its interval a time estimate may lie from the measured time, by what it is based on:
 measured ones leave room for a busy machine, the others for not knowing this machine. GROSS_FACTOR: what fails on a busy
-machine too. QUIET_SPREAD: median over fastest call, up to which a machine counts as quiet. HOST_SLACK, LAUNCH_SLACK:
+machine too. COST_FACTOR: how far outside the estimate's interval the middle of what `cost()` says may lie.
+QUIET_SPREAD: median over fastest call, up to which a machine counts as quiet. HOST_SLACK, LAUNCH_SLACK:
 seconds that a call may take beyond any estimate, for a busy host's scheduler and for an accelerator's launch.
 DISCOVER: runs in a fresh process and prints which modules are there after discovery, and which libraries it loaded.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,11 +23,10 @@ from typing import Any
 from unittest.mock import DEFAULT, Mock, patch
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch._C._nn import scaled_dot_product_attention  # torch's, whatever took its place
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import Basis, Causal, Estimate, Fidelity, MaskKind, meter
-from ..protocols import KernelProvider
 from ..registry import registry, resolve
 from .benchmark import BenchmarkRunner
 from .cases import QKV, Case
@@ -34,7 +35,7 @@ from .reference import relative_error
 from .subject import Subject
 
 ESTIMATE_FACTOR = {Basis.MEASURED: 4.0, Basis.MODELLED: 10.0, Basis.DECLARED: 30.0}
-GROSS_FACTOR, QUIET_SPREAD = 1000.0, 1.5
+GROSS_FACTOR, QUIET_SPREAD, COST_FACTOR = 1000.0, 1.5, 2.0
 HOST_SLACK, LAUNCH_SLACK = 10e-3, 0.2e-3
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "attention", "matmul")
 DISCOVER = """
@@ -90,6 +91,40 @@ def estimates(s: Subject) -> Measure:
     if s.device.fidelity is Fidelity.SIMULATED:
         return Measure(detail="modelled: compared with each other, not with this machine's clock")
     return _compared_with_the_clock(s, cases, found)
+
+
+def costs(s: Subject) -> Measure:
+    """What a session's `cost` says of a call that ran agrees with the estimate of that call."""
+    if not hasattr(s.session, "cost"):
+        raise Skip("the session has no cost()")
+    proposed: list[dict[str, Any]] = [{"len_q": n, "len_k": n} for n in (64, 256)]
+    proposed += [{"heads_q": 4, "heads_kv": 2}, {"causal": Causal.TOP_LEFT}, {"len_q": 1, "len_k": 256}]
+    worst, tried = Measure(), 0
+    for case in (s.corners.case("costs", change) for change in ({}, *proposed)):
+        if not s.accepts(case.request):
+            continue
+        inputs = case.draw(s.seed)
+        prepared = s.session.prepare_attention(*inputs[:3], request=case.request)
+        s.session.compute_attention(prepared, inputs.mask, rng=s.rng(case.request))
+        found, estimate = s.session.cost(prepared), s.backend.estimate(case.request, s.device)
+        if not isinstance(found, Estimate):
+            raise Failure(f"{case}: cost() gave {found!r}: give an Estimate")
+        for name in ("time", "energy"):
+            said, before = getattr(found, name), getattr(estimate, name)
+            if said is None or before is None:
+                continue
+            off = max(_ratio(said.middle, before.high), _ratio(before.low, said.middle))
+            if off > COST_FACTOR:
+                unit = "s" if name == "time" else "J"
+                interval = f"{before.low:.3g} to {before.high:.3g} {unit} were estimated"
+                raise Failure(f"{case}: cost() says {said.middle:.3g} {unit}, {interval}", off, COST_FACTOR)
+            worst = s.worse(worst, Measure(off, COST_FACTOR))
+        tried += 1
+    return worst._replace(detail=f"{tried} calls, as a factor outside the estimate's interval")
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.inf if part else 1.0
 
 
 def _compared_with_the_clock(s: Subject, cases: list[Case], found: list[Estimate]) -> Measure:
@@ -187,7 +222,7 @@ def _note(called: set[str], id: str, *_: Any, **__: Any) -> Any:
 
 def kernels(s: Subject) -> Measure:
     """Every kernel that is provided agrees with the reference of its specification."""
-    if not isinstance(s.backend, KernelProvider):
+    if not hasattr(s.backend, "kernel_names"):
         raise Skip("no kernels are provided")
     names, specs, worst = sorted(s.backend.kernel_names(s.device)), registry.kernel_specs(), Measure()
     if unspecified := sorted(set(names) - set(specs)):

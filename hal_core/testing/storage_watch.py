@@ -61,18 +61,23 @@ class StorageWatch(TorchFunctionMode):
     result (one sequence of several), what the operator returns is the library's. The check of peak memory counts it.
 
     Args:
-        memory: the session's memory manager.
+        memory: the session's memory manager; None to collect what comes from there too.
+        least: storage of so many bytes or fewer is left out.
     """
 
-    def __init__(self, memory: Any) -> None:
+    def __init__(self, memory: Any, least: int = SMALL) -> None:
         super().__init__()
-        self._memory = memory
+        self._memory, self._least = memory, least
         self._found: list[Allocation] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) is not None and storage.nbytes() > SMALL:
+            if (
+                isinstance(tensor, Tensor)
+                and (storage := _storage(tensor)) is not None
+                and storage.nbytes() > self._least
+            ):
                 self._note(func, storage, tree_leaves((args, kwargs)))
         return result
 
@@ -94,7 +99,11 @@ class StorageWatch(TorchFunctionMode):
                 break
             if "/simulator/" in file.replace("\\", "/"):
                 return None
-            if code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is self._memory:
+            if (
+                self._memory is not None
+                and code.co_argcount
+                and frame.f_locals.get(code.co_varnames[0]) is self._memory
+            ):
                 return None
             if found is None and _of_plugin(file):
                 found = f"{file}:{frame.f_lineno}"

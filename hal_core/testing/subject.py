@@ -34,6 +34,7 @@ class Subject:
     Attributes:
         device, backend, capabilities: what is tested. cases: what it claims, by subject. seed, quick: of the run.
         noisy: dtypes in which errors are random.
+        largest: by dtype and quantity, the largest error of a call that was held to the declared bound, and the bound.
     """
 
     def __init__(self, device: Device, *, seed: int, quick: bool) -> None:
@@ -43,6 +44,7 @@ class Subject:
         self.noisy = {dtype for dtype, numerics in self.capabilities.numerics.items() if numerics.noisy}
         self.corners = Corners(self.capabilities, device, quick=quick, seed=seed)
         self.cases: dict[str, list[Case]] = {}
+        self.largest: dict[str, dict[str, tuple[float, float]]] = {}
         for case in self.corners.claimed():
             self.cases.setdefault(case.subject, []).append(case)
 
@@ -176,11 +178,17 @@ class Subject:
                 spread = (
                     3 * statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 and error < math.inf else 0.0
                 )
+                self._note(r.dtype, what.partition(" of ")[0], error, bound)
                 if not error - spread <= bound:
                     wrong = f"{case}, by {path}: {what} is wrong by {error:.2g}, {bound:.2g} declared"
                     raise Failure(wrong + diagnosis(case, given, got, want, bound), error, bound)
                 worst = self.worse(worst, Measure(error, bound))
         return worst
+
+    def _note(self, dtype: str, what: str, error: float, bound: float) -> None:
+        """Keep the largest error of a quantity: "out", "log-sum-exp" or "gradient"."""
+        by_quantity = self.largest.setdefault(dtype, {})
+        by_quantity[what] = max((error, bound), by_quantity.get(what, (0.0, bound)))
 
 
 def _leaves(inputs: Inputs, wanted: frozenset[str]) -> list[Any]:

@@ -6,8 +6,9 @@ LONG, STORED: the length of a plan that must stay small, and the most row and ke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import attrs
@@ -18,12 +19,12 @@ from .. import AttentionRequest, BlockPlan, DenseTiling, TilePlan, UnsupportedEr
 from ..capability import Choice, Code
 from ..request import Causal, MaskKind
 from ..selection import cut_request, tiling_limits
-from .cases import QKV, Case
+from .cases import QKV, Case, Inputs
 from .comparisons import explained_share
 from .corners import members
 from .findings import Failure, Measure
 from .reference import reference
-from .subject import Subject
+from .subject import PATHS, Subject
 
 LONG, STORED = 32_768, 4096
 
@@ -38,6 +39,44 @@ class UnevenTiling(DenseTiling):
     def plan(self, request: AttentionRequest, limits: Any, *, query: Any = None, key: Any = None) -> TilePlan:
         keys = tuple(_growing(request.len_k, self.first + 2))
         return TilePlan.uneven(request, ((a, b, keys) for a, b in _growing(request.len_q, self.first)), cut_by="kit")
+
+
+class _HalfPlan(TilePlan):
+    """Equal blocks whose row ranges leave keys out from the middle on. `used` once block sizes or ranges were read."""
+
+    used = False
+
+    @property
+    def block_q(self) -> int:
+        self.used = True
+        return self[2]
+
+    @property
+    def block_k(self) -> int:
+        self.used = True
+        return self[3]
+
+    def rows(self) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+        for q_start, q_stop, spans in super().rows():
+            yield q_start, q_stop, tuple(span for span in spans if span[0] < self.len_k // 2)
+
+
+class HalfTiling(DenseTiling):
+    """Equal blocks that read half of the keys. To the core, which checks uneven ranges, its plans look like any others.
+
+    Attributes:
+        last: the plan that was made last.
+    """
+
+    last: _HalfPlan
+
+    def __init__(self, block_q: int, block_k: int) -> None:
+        super().__init__(block_q, block_k, cut_by="kit")
+        self.name = f"half({block_q}x{block_k})"
+
+    def plan(self, request: AttentionRequest, limits: Any, *, query: Any = None, key: Any = None) -> TilePlan:
+        self.last = _HalfPlan(*super().plan(request, limits, query=query, key=key))
+        return self.last
 
 
 def _growing(length: int, first: int) -> Iterator[tuple[int, int]]:
@@ -212,7 +251,50 @@ def _hold_foreign(s: Subject) -> tuple[Measure, int]:
         _hold_followed(s)
     else:
         _hold_refused(s, UnevenTiling(), f"tile sizes of {sizes} are claimed")
-    return worst, tried
+    warning = _hold_blocks_followed(s, [tiling for tiling in strategies if isinstance(tiling.block_q, int)])
+    return worst._replace(warning=warning), tried
+
+
+def _hold_blocks_followed(s: Subject, tilings: Sequence[DenseTiling]) -> str:
+    """Equal blocks that the caller brings are used, by the session's methods and by `hal.attention`; or a warning.
+
+    Sums that are added up in other parts round differently, so results under other block sizes differ in some bit. A
+    device whose results are equal in every bit must leave out the keys that a plan's row ranges leave out.
+    """
+    case = s.probe({"mask": MaskKind.NONE}, {"causal": Causal.NONE}, {"len_k": 140})
+    inputs, r = case.draw(s.seed), case.request
+    cuts = [each for each in tilings if s.accepts(cut_request(r, each, s.capabilities))]
+    cuts.sort(key=lambda each: -min(each.block_q or 0, each.block_k or 0))  # the fewest tiles first
+    for path in PATHS if cuts else ():
+        first, again, *others = (partial(_run_cut, s, path, case, inputs, each) for each in (cuts[0], *cuts))
+        out = first()
+        if torch.equal(out, again()) and any(not torch.equal(out, other()) for other in others):
+            continue
+        half = HalfTiling(cuts[0].block_q or 1, cuts[0].block_k or 1)
+        cut = _run_cut(s, path, case, inputs, half)
+        used = half.last.used
+        start = next((b for *_, spans in half.last.rows() for _, b in spans[-1:]), 0)
+        if start < r.len_k and _share_without(s, case, inputs, start, cut) >= 0.5:
+            continue
+        sizes = ", ".join(f"{each.block_q} x {each.block_k}" for each in cuts)
+        if not used:
+            found = (
+                f"results under blocks of {sizes} are equal bit for bit, and no block size or range of the plan is read"
+            )
+            raise Failure(f"{case}, by {path}: the plan of a tiling that the caller brings is ignored: {found}")
+        return (
+            f"nothing shows that the plan is followed: results by {path} under blocks of {sizes} are equal bit for bit"
+        )
+    return ""
+
+
+def _run_cut(s: Subject, path: str, case: Case, inputs: Inputs, tiling: DenseTiling) -> Tensor:
+    """The output under a tiling, by a path of `PATHS`."""
+    if path != "session":
+        return s.by_attention(case, inputs, tiling=tiling).out
+    request = cut_request(case.request, tiling, s.capabilities)
+    plan: Any = tiling.plan(case.request, tiling_limits(s.capabilities))
+    return s.by_session(attrs.evolve(case, request=request), inputs._replace(plan=plan)).out
 
 
 def _hold_followed(s: Subject) -> None:
@@ -224,12 +306,15 @@ def _hold_followed(s: Subject) -> None:
     plan = TilePlan.uneven(r, [row for row in rows if row[0] < row[1]], cut_by="kit")
     asked = attrs.evolve(case, request=replace(r, tiling=("leaves keys out", 0, 0)))
     cut = s.by_session(asked, inputs._replace(plan=plan))  # type: ignore[arg-type]
-    visible = torch.arange(r.len_k, device=inputs.key.device).view(1, 1, 1, -1) < half
-    if inputs.mask is not None:
-        visible = (inputs.mask if inputs.mask.dtype == torch.bool else inputs.mask != -torch.inf) & visible
-    without = s.want(case, inputs._replace(mask=visible)).out
-    followed = explained_share(cut.out, without, s.want(case, inputs).out)
-    if not followed >= 0.5:
+    if not _share_without(s, case, inputs, half, cut.out) >= 0.5:
         raise Failure(
             f"{case}: the plan leaves keys {half} to {r.len_k} out, and the result is attention over all keys"
         )
+
+
+def _share_without(s: Subject, case: Case, inputs: Inputs, start: int, out: Tensor) -> float:
+    """`explained_share` of an output: 1 for attention without the keys from `start` on, 0 for attention over all."""
+    visible = torch.arange(case.request.len_k, device=inputs.key.device).view(1, 1, 1, -1) < start
+    if inputs.mask is not None:
+        visible = (inputs.mask if inputs.mask.dtype == torch.bool else inputs.mask != -torch.inf) & visible
+    return explained_share(out, s.want(case, inputs._replace(mask=visible)).out, s.want(case, inputs).out)

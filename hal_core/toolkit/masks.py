@@ -19,7 +19,8 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
             -inf marks a part in which a row has no key.
 
     Returns:
-        (out, lse) without the parts axis. A row with no key in any part gives 0 and -inf.
+        (out, lse) without the parts axis. A row with no key in any part gives 0 and -inf. Where a mask is so low for
+        all keys of a row that its lse holds the mask's value alone (finfo.min, say), the parts have equal shares.
 
     Raises:
         ContractError: shapes disagree, or lse is neither float32 nor float64.
@@ -29,12 +30,17 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     import torch
 
     if out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64):
-        given = f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given"
-        raise ContractError(f"{given}: lse wants out's shape without the last dimension, in float32 or float64")
+        raise ContractError(
+            f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given: lse wants out's shape without "
+            "the last dimension, in float32 or float64"
+        )
     fully_masked = lse == -math.inf  # its out may hold anything, NaN included, and must not leak, nor may its gradient
     none = fully_masked.all(dim=0)
     total = torch.logsumexp(lse.masked_fill(none, 0), dim=0)  # of finite rows: the gradient of log(0) is NaN
-    parts = out.to(lse.dtype).masked_fill(fully_masked.unsqueeze(-1), 0) * torch.exp(lse - total).unsqueeze(-1)
+    # Shares that sum to 1 also where `total` has lost the logarithm of the number of parts.
+    parts = out.to(lse.dtype).masked_fill(fully_masked.unsqueeze(-1), 0) * lse.masked_fill(none, 0).softmax(
+        0
+    ).unsqueeze(-1)
     return parts.sum(dim=0).to(out.dtype), total.masked_fill(none, -math.inf)
 
 

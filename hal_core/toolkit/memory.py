@@ -48,6 +48,11 @@ class PooledMemory:
 
     A freed block goes back to the pool only if nobody else holds its memory any more (a DLPack consumer may outlive the
     buffer); otherwise its last holder frees it. Thread-safe.
+
+    Args:
+        torch_device: where the memory lies. name: of the device in messages, for example "acme:0".
+        limit: the most bytes in use and pooled at once, of all threads together; None for no limit of its own.
+            `hal.configure(memory_limit=...)` is apart: the core holds each call's estimate to it before the call.
     """
 
     def __init__(self, torch_device: str = "cpu", *, name: str = "", limit: int | None = None) -> None:
@@ -78,7 +83,9 @@ class PooledMemory:
                 if self.limit is not None and self._in_use + self._pooled + size > self.limit:
                     self._drop_pool()
                     if self._in_use + size > self.limit:
-                        raise MemoryLimitError(self._name, size, self._in_use, self.limit)
+                        raise MemoryLimitError(
+                            self._name, size, self._in_use, self.limit, limited_by="the limit of its PooledMemory"
+                        )
                 block = _Block(size, self._device)
             self._allocations, self._in_use = self._allocations + 1, self._in_use + size
             self._peak = max(self._peak, self._in_use)
@@ -93,8 +100,6 @@ class PooledMemory:
         """Give a buffer back. Freeing twice raises ContractError."""
         if buffer.owner is not self:
             raise ContractError("this buffer belongs to another memory manager: free it there")
-        if buffer.freed:
-            raise ContractError("this buffer was freed: allocate a new one")
         buffer.release()
         if (block := buffer.block) is not None:  # memory that came in through to_backend is its tensor's
             with self._lock:
@@ -123,8 +128,16 @@ class PooledMemory:
 
     def stats(self) -> MemoryStats:
         with self._lock:
-            now, limit = (self._in_use, self._pooled, self._peak), self.limit
-            return MemoryStats(*now, limit, self._allocations, self._reuses, self._copies, self._copied)
+            return MemoryStats(
+                self._in_use,
+                self._pooled,
+                self._peak,
+                self.limit,
+                self._allocations,
+                self._reuses,
+                self._copies,
+                self._copied,
+            )
 
     def trim(self) -> int:
         """Drop every pooled block and reset the peak; returns the bytes given back."""

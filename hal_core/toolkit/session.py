@@ -67,8 +67,10 @@ def checked_buffer(buffer: Any, shape: Sequence[int], dtype: str) -> Any:
     given = getattr(buffer, "tensor", None)
     if given is None or tuple(given.shape) != tuple(shape) or str(given.dtype) != f"torch.{dtype}":
         what = "nothing" if given is None else f"{list(given.shape)} of {given.dtype}, {given.nbytes:,} bytes"
-        asked = f"{list(shape)} of {dtype}, {math.prod(shape) * DTYPE_BYTES[dtype]:,} bytes"
-        raise PluginError(f"the memory manager gave {what} where {asked} were asked for: mend its allocate()")
+        raise PluginError(
+            f"the memory manager gave {what} where {list(shape)} of {dtype}, "
+            f"{math.prod(shape) * DTYPE_BYTES[dtype]:,} bytes were asked for: mend its allocate()"
+        )
     return buffer
 
 

@@ -20,13 +20,8 @@ class DenseTiling:
     needs_content = False
 
     def __init__(self, block_q: int | None = None, block_k: int | None = None, *, cut_by: str = "") -> None:
-        for size in (block_q, block_k):
-            refuse(
-                (
-                    size is not None and (type(size) is not int or size < 1),
-                    f"a block of {size!r} was given: use whole numbers of 1 or more",
-                )
-            )
+        wrong = [size for size in (block_q, block_k) if size is not None and (type(size) is not int or size < 1)]
+        refuse((bool(wrong), f"blocks of {wrong} were given: use whole numbers of 1 or more"))
         self.block_q, self.block_k, self.cut_by = block_q, block_k or block_q, cut_by
         self.name = "dense" if block_q is None else f"dense({block_q}x{self.block_k})"
 
@@ -54,9 +49,9 @@ class DenseTiling:
             return tile * (4 * head_dim * size + 4 * tile)
 
         if needed(minimum) > available_memory:
-            given = f"a tile of {minimum} tokens at head_dim {head_dim} needs {needed(minimum):,} bytes"
             raise ContractError(
-                f"{given} and {available_memory:,} are available: allow a smaller minimum or more memory"
+                f"a tile of {minimum} tokens at head_dim {head_dim} needs {needed(minimum):,} bytes and "
+                f"{available_memory:,} are available: allow a smaller minimum or more memory"
             )
         tile, top = minimum, min(maximum, max(minimum, 1 << max(sequence_length - 1, 0).bit_length()))
         while tile * 2 <= top and needed(tile * 2) <= available_memory:
@@ -80,13 +75,17 @@ class DenseTiling:
 
         `limits` are bounds: "available_memory" (bytes, default 1 MiB), "minimum" and "maximum" block sizes.
         """
-        len_q = request.len_q if query is None else query.shape[2]
-        request = replace(request, len_q=len_q, len_k=request.len_k if key is None else key.shape[2])
+        request = replace(
+            request,
+            len_q=request.len_q if query is None else query.shape[2],
+            len_k=request.len_k if key is None else key.shape[2],
+        )
         block_q, block_k = self.block_q, self.block_k
         if block_q is None or block_k is None:
             sizes = {"head_dim": max(request.dim_qk, request.dim_v), "dtype_bytes": DTYPE_BYTES.get(request.dtype, 4)}
-            space, longest = limits.get("available_memory", 1 << 20), max(request.len_q, request.len_k)
-            block_q = block_k = self.compute_optimal_tile_size(longest, space, sizes | dict(limits))
+            block_q = block_k = self.compute_optimal_tile_size(
+                max(request.len_q, request.len_k), limits.get("available_memory", 1 << 20), sizes | dict(limits)
+            )
         return TilePlan.equal(request, block_q, block_k, cut_by=self.cut_by)
 
     def choices(self, request: AttentionRequest, limits: Mapping[str, int]) -> Sequence[DenseTiling]:

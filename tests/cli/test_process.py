@@ -160,6 +160,16 @@ def test_a_plugin_s_commands_that_clash_or_raise_leave_the_others(site: Site) ->
     assert site.python("-m", "hal_core", "devices", "--json").returncode == 0
 
 
+def test_doctor_calls_a_plugin_failed_whose_backend_cannot_be_used(site: Site) -> None:
+    site.add("fine")
+    site.add("bad", None, "raise OSError('no driver')")
+    shown = site.python("-m", "hal_core", "doctor").stdout
+    (bad,) = [line for line in shown.splitlines() if "hal-bad 1.0" in line and "failed (target)" in line]
+    assert "no driver" in bad
+    assert "loaded" not in bad
+    assert any("hal-fine 1.0" in line and "loaded" in line for line in shown.splitlines())
+
+
 def test_a_reader_that_goes_away_is_no_error(site: Site) -> None:
     for n in range(30):
         site.add(f"device{n}")

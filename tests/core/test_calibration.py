@@ -30,7 +30,7 @@ class Measured(FakeBackend):
         return {"seconds": 1e-15, "sizes": [1, 2], "nested": {"a": None}}
 
     def estimate(self, request: hal.AttentionRequest, device: hal.Device) -> hal.Estimate:
-        known = calibration.load(device)
+        known = calibration.load_calibration(device)
         seconds, basis = (1e-2, "declared") if known is None else (known.values["seconds"], "measured")
         return hal.Estimate(time=hal.Quantity(seconds, seconds, basis, "assumed"))
 
@@ -68,11 +68,11 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_calibration_is_stored_and_read_back(measured: FakeBackend) -> None:
     steps: list[tuple[str, float]] = []
     device = measured.devices()[0]
-    assert calibration.load(device) is None
+    assert calibration.load_calibration(device) is None
     stored = calibration.calibrate("measured", lambda text, share: steps.append((text, share)))
     assert steps == [("bandwidth", 0.0), ("done", 1.0)]
     assert stored.values == {"seconds": 1e-15, "sizes": [1, 2], "nested": {"a": None}}
-    assert calibration.load(device) == stored
+    assert calibration.load_calibration(device) == stored
     assert len(files()) == 1
     calibration.calibrate("measured:0")
     assert len(files()) == 1
@@ -91,9 +91,9 @@ def test_decisions_use_a_calibration_at_once(measured: FakeBackend, generator: t
 def test_another_model_or_driver_has_no_calibration(measured: FakeBackend) -> None:
     calibration.calibrate("measured")
     device = measured.devices()[0]
-    assert calibration.load(attrs.evolve(device, driver="2.0")) is None
-    assert calibration.load(attrs.evolve(device, model="successor")) is None
-    assert calibration.load(device) is not None
+    assert calibration.load_calibration(attrs.evolve(device, driver="2.0")) is None
+    assert calibration.load_calibration(attrs.evolve(device, model="successor")) is None
+    assert calibration.load_calibration(device) is not None
 
 
 @pytest.mark.parametrize(
@@ -104,23 +104,23 @@ def test_a_damaged_file_counts_as_none_and_is_replaced(measured: FakeBackend, da
     device = measured.devices()[0]
     (path,) = files()
     path.write_bytes(damage.encode("utf-8", "surrogateescape"))
-    assert calibration.load(device) is None
+    assert calibration.load_calibration(device) is None
     calibration.calibrate("measured")
-    assert calibration.load(device) is not None
+    assert calibration.load_calibration(device) is not None
 
 
 def test_a_file_of_another_device_is_not_believed(measured: FakeBackend) -> None:
     calibration.calibrate("measured")
     (path,) = files()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "0" * 16}))
-    assert calibration.load(measured.devices()[0]) is None
+    assert calibration.load_calibration(measured.devices()[0]) is None
 
 
 def test_what_cannot_be_written_leaves_the_old_file_whole(measured: FakeBackend) -> None:
     stored = calibration.calibrate("measured")
     with pytest.raises(TypeError):
         calibration.save(measured.devices()[0], {"seconds": object()})
-    assert calibration.load(measured.devices()[0]) == stored
+    assert calibration.load_calibration(measured.devices()[0]) == stored
     assert len(files()) == 1
 
 
@@ -128,7 +128,7 @@ def test_threads_that_store_at_once_leave_one_whole_file(measured: FakeBackend) 
     device = measured.devices()[0]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda n: calibration.save(device, {"n": n, "pad": "x" * 10000}), range(64)))
-    found = calibration.load(device)
+    found = calibration.load_calibration(device)
     assert found is not None
     assert len(found.values["pad"]) == 10000
     assert len(files()) == 1

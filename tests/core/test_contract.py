@@ -175,7 +175,10 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
 PACKED = {"max_seqlen_q": 3, "max_seqlen_k": 3}
 P = t(1, 4, 5, 8)
 BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
-    "no longest lengths": ({"cu_seqlens_q": table(0, 5), "cu_seqlens_k": table(0, 5)}, "max_seqlen_q and max_seqlen_k"),
+    "no longest length of one": (
+        {"cu_seqlens_q": table(0, 5), "cu_seqlens_k": table(0, 5), "max_seqlen_q": 3},
+        "no step over 3",
+    ),
     "int64": (
         PACKED | {"cu_seqlens_q": table(0, 3, 5, dtype=torch.int64), "cu_seqlens_k": table(0, 3, 5)},
         "cu_seqlens_q is",

@@ -28,6 +28,25 @@ def test_whatever_an_import_raises_the_others_work(site: Site, raised: str) -> N
     assert site.run(FINE) == ["good:0"]
 
 
+INTERRUPTED = """
+import threading, _thread
+threading.Timer(0.7, _thread.interrupt_main).start()
+try:
+    hal.devices()
+    interrupted = False
+except KeyboardInterrupt:
+    interrupted = True
+print(json.dumps([interrupted, sorted(d.id for d in hal.devices())]))
+"""
+
+
+def test_a_user_s_interrupt_while_a_plugin_is_imported_is_the_user_s(site: Site) -> None:
+    site.add("slow", None)
+    module = site.folder / "slow_hook.py"
+    module.write_text("import time\ntime.sleep(2)\n" + module.read_text())
+    assert site.run("import json, hal_core as hal\n" + INTERRUPTED) == [True, ["good:0", "slow:0"]]
+
+
 def test_an_import_that_hangs_is_given_up_after_its_limit(site: Site) -> None:
     site.add("slow", "import time\ntime.sleep(1000)")
     code = "import hal_core.plugins as p\np.IMPORT_SECONDS = 0.5\n" + FINE
@@ -89,6 +108,48 @@ def test_a_plain_name_allows_the_known_distribution_alone(site: Site, allowed: s
     (site.folder / "evil_hook.py").write_text("open('imported', 'w').close()")
     site.run("import json, hal_core as hal\nprint(json.dumps([d.id for d in hal.devices()]))", HAL_PLUGINS=allowed)
     assert (site.folder / "imported").exists() == imported
+
+
+@pytest.mark.parametrize(
+    ("variables", "plugin", "fix"),
+    [
+        ({"HAL_PLUGINS": "other"}, "good", "add good to HAL_PLUGINS"),
+        ({"HAL_PLUGINS": "good"}, "joined", "add hal-good:joined to HAL_PLUGINS"),
+        ({"HAL_DISABLE": "good"}, "good", "remove good from HAL_DISABLE"),
+    ],
+)
+def test_a_plugin_that_is_switched_off_says_what_to_change(
+    site: Site, variables: dict[str, str], plugin: str, fix: str
+) -> None:
+    site.add("joined", distribution="good")
+    code = RUN + f"try:\n    hal.device({plugin!r})\nexcept hal.HalError as error:\n    print(json.dumps(str(error)))\n"
+    assert fix in site.run(code, **variables)
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("import json\ndef flops(r): return json.loads(r.flops)\n", "bad_device.py:"),
+        ("def flops(r): return hal.Quantity(2, 1, 'declared', 'assumed')\n", "(flops)"),
+    ],
+)
+def test_a_plugin_that_raises_is_told_its_own_line(site: Site, device: str, says: str) -> None:
+    """The innermost line of the plugin, though the core or a library raised further in."""
+    site.add("bad", None, device + "Backend.estimate = lambda self, request, device: flops(request)", time=1e-12)
+    code = RUN + "try:\n    hal.attention(q, q, q, backend='bad')\nexcept hal.HalError as error:\n"
+    code += "    print(json.dumps(str(error)))"
+    message = site.run(code)
+    assert ", raised in " in message
+    assert says in message
+    assert "(flops)" in message
+    assert "if this plugin is yours, mend it; otherwise upgrade or uninstall hal-bad 1.0" in message
+
+
+def test_a_typing_error_at_import_is_told_its_line(site: Site) -> None:
+    site.add("bad", None, "Backend.dtypes = hal.no_such_name")
+    code = RUN + "try:\n    hal.device('bad')\nexcept hal.HalError as error:\n    print(json.dumps(str(error)))"
+    assert "bad_device.py:" in (message := site.run(code))
+    assert "(<module>)" in message
 
 
 def test_no_plugin_displaces_the_backend_of_the_distribution_with_its_name(site: Site) -> None:

@@ -65,6 +65,8 @@ def test_a_kernel_that_nobody_provides_is_refused(provide: Fake, fake: Fake) -> 
 def test_a_provider_that_raises_does_not_hide_the_others(provide: Fake) -> None:
     broken = provide("aaa_broken")
     broken.kernel_names = lambda device: {}["firmware"]  # type: ignore[attr-defined]
+    with pytest.raises(hal.UnsupportedError, match=r"aaa_broken:0 failed \(KeyError: 'firmware'\)"):
+        hal.kernel("double")
     provide("silicon")
     assert hal.kernel("double")(3)[0] == "silicon:0"
 

@@ -92,6 +92,7 @@ def test_a_request_over_the_limit_is_refused_before_it_is_allocated() -> None:
     for number in (error.requested, error.in_use, error.limit):
         assert f"{number:,}" in str(error)
     assert "toy:0" in str(error)
+    assert "or raise the limit of its PooledMemory." in str(error)
     memory.free(held)
     memory.allocate((1024,), "float32")  # the refusal took nothing away
 

@@ -295,7 +295,11 @@ class Checker:
     def state(self) -> Any:
         """What no call may change: plugins, selection, memory in use."""
         names = [(entry.spec.name, entry.failure) for entry in registry.entries()]
-        used = {d.id: s.memory.stats().in_use for d in registry.devices() if (s := registry.opened(d.id)) is not None}
+        used = {
+            d.id: s.memory.stats().in_use
+            for d in registry.devices()
+            if (s := registry.entry(d.id).sessions.get(d.id)) is not None
+        }
         return names, merged_policy(None, None, None, None) == Policy(), used
 
     def __call__(self, call: Call) -> None:

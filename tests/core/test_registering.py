@@ -184,3 +184,10 @@ def test_a_backend_that_raises_is_passed_over(fake: Fake, generator: torch.Gener
     assert len(good.ran) == 2
     with pytest.raises(hal.HalError, match="the firmware is confused"):
         hal.attention(*tensors, backend="broken")
+
+
+def test_the_plugin_api_lists_its_names() -> None:
+    import hal_core.plugin_api as api
+
+    assert {"SessionBase", "load_calibration", "pooled_size", "attention"} <= set(dir(api))
+    assert all(hasattr(api, name) for name in dir(api))

@@ -591,7 +591,7 @@ def test_a_session_that_serves_less_than_was_claimed_is_passed_over_and_named_wh
     [
         (lambda out: out[:, :, :-1], r"out \[2, 4, 6, 8\]"),
         (lambda out: out.double(), "float64"),
-        (lambda out: None, "NoneType as out"),
+        (lambda out: None, "out NoneType"),
         (lambda out: out.to("meta"), "on meta"),
     ],
 )

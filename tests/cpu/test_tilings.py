@@ -11,6 +11,7 @@ import torch
 from hal_cpu.session import CpuSession
 from hal_cpu.tiling import CpuTiling
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hal_core as hal
 from hal_core import AttentionRequest, Causal, MaskKind, TilePlan
@@ -124,3 +125,23 @@ def test_choices_are_cuts_within_the_limits() -> None:
     assert (choices[0].block_q, choices[0].block_k) == (512, 512)
     assert len({choice.name for choice in choices}) == len(choices) > 3
     assert all(128 <= size <= 512 for choice in choices for size in (choice.block_q, choice.block_k))
+
+
+class Products(TorchDispatchMode):
+    """Counts products of a query tile and a chunk of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.bmm.out, torch.ops.aten.bmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_keys_of_a_window_are_one_chunk_of_each_row_tile() -> None:
+    """Chunks start at the first key that a tile's rows see: at multiples of their size, many windows would be two."""
+    query, key = torch.randn(1, 8, 2048, 16), torch.randn(1, 2, 2048, 16)
+    with Products() as products:
+        hal.attention(query, key, key, is_causal=True, window=(255, 0), enable_gqa=True, backend="cpu")
+    assert products.count == 2048 // 64

@@ -355,6 +355,29 @@ def figures(kernel: Any) -> Figures:
     return Figures(registers, spilled, len(warned))
 
 
+def local_accesses(kernel: Any) -> list[int]:
+    """Loads and stores of local memory, where spilled registers lie, in each innermost loop that has products.
+
+    Behind the last store of a result lie the turns of waits, which jump back into the middle of a loop.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [str(ASSEMBLERS / "nvdisasm"), "-c", str(binary)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    labels = {found[1]: place for place, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = ((re.search(r"BRA.*`\((\.L_x_\d+)\)", line), place) for place, line in enumerate(lines))
+    end = max(place for place, line in enumerate(lines) if "UTMASTG" in line)
+    loops = [(labels[found[1]], place) for found, place in jumps if found and labels.get(found[1], end) < place < end]
+    loops = [loop for loop in loops if any("HGMMA" in line for line in lines[slice(*loop)])]
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+    ]
+    return [sum(bool(re.search(r" (LDL|STL)", line)) for line in lines[slice(*loop)]) for loop in innermost]
+
+
 def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 

@@ -47,6 +47,36 @@ def test_kernels_compile_within_the_table() -> None:
     _held(QUICK)
 
 
+def _loops_held(names: tuple[str, ...]) -> None:
+    """Spilled registers of the Hopper backward lie outside its loops over query tiles."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton interprets in this process")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compile_table import hopper_backward_variants, local_accesses
+
+    made = hopper_backward_variants()
+    for name in names:
+        loops = local_accesses(made[name]())
+        assert loops, name
+        assert sum(loops) == 0, (name, loops)
+
+
+def test_the_loop_of_a_tuned_backward_touches_no_local_memory() -> None:
+    _loops_held(("sm_90 hopper backward 64/64 full",))
+
+
+@pytest.mark.slow
+def test_no_loop_of_a_backward_touches_local_memory() -> None:
+    """But at head size 64 with a window, a softcap or a last block cut short in full rows."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from compile_table import hopper_backward_variants
+
+    every = tuple(hopper_backward_variants())
+    _loops_held(
+        tuple(name for name in every if "64/64" not in name or name.endswith((" full", "causal", "causal ragged")))
+    )
+
+
 @pytest.mark.slow
 def test_tiles_of_the_caller_that_are_not_refused_fit_the_chip() -> None:
     """Every size that `check` lets through compiles into what one program may have of an H200's shared memory."""

@@ -114,6 +114,15 @@ def test_the_measured_table_decides() -> None:
     assert choose(PLAIN, HOPPER, attrs.evolve(measured, grid=tuple(doubled))).path == "cudnn"
 
 
+def test_a_backward_with_few_programs_leaves_the_gpu_to_others() -> None:
+    """One key head for 71 query heads (Falcon), and 77 keys (cross attention): at most one program a block of keys."""
+    grads = replace(PLAIN, grads=frozenset("qkv"), batch=4, dim_qk=64, dim_v=64)
+    many = replace(grads, heads_q=64, heads_kv=64, len_q=2048, len_k=2048, causal=Causal.TOP_LEFT)
+    assert choose(many, HOPPER, rates()).path == "hopper"
+    assert choose(replace(many, heads_q=71, heads_kv=1), HOPPER, rates()).path == "cudnn"
+    assert choose(replace(grads, heads_q=10, heads_kv=10, len_q=4096, len_k=77), HOPPER, rates()).path == "cudnn"
+
+
 def test_estimates_say_where_they_come_from() -> None:
     measured = estimate(PLAIN, HOPPER, rates())
     assert measured.time.basis == "measured"

@@ -101,6 +101,18 @@ def test_follows_its_own_tiling_and_one_that_the_caller_brings(registered, seed,
         assert f"tiles of {sizes[0]} x {sizes[1]}" in str(registered.explain(query, key, value, **call))
 
 
+def test_scratch_memory_is_used_again(registered):
+    torch = pytest.importorskip("torch")
+
+    query = torch.zeros(1, 2, 300, 32)
+    before = registered.memory("template:0").stats()
+    for _ in range(3):
+        registered.attention(query, query, query, backend="template")
+    after = registered.memory("template:0").stats()
+    assert after.reuses - before.reuses >= 2
+    assert after.in_use == before.in_use
+
+
 def test_refuses_a_tiling_with_blocks_that_it_does_not_claim(registered):
     torch = pytest.importorskip("torch")
 

@@ -110,14 +110,14 @@ def test_a_raw_chip_serves_without_corrections(generic: Profile) -> None:
 def test_the_command_stores_and_prints_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     from hal_cli import main
 
-    from hal_core.calibration import load
+    from hal_core.calibration import load_calibration
 
     assert main(["calibrate", "photonic:0"]) == 0
     shown = capsys.readouterr().out
     assert "SNR before" in shown
     assert "bits after" in shown
     assert "█" in shown
-    stored = load(hal.devices()[[d.id for d in hal.devices()].index("photonic:0")])
+    stored = load_calibration(hal.devices()[[d.id for d in hal.devices()].index("photonic:0")])
     assert stored is not None
     q = torch.ones(1, 1, 8, 16)
     error = hal.explain(q, q, q, backend="photonic:0").winner.estimate.error

@@ -5,4 +5,4 @@ from hal_core.plugin_api import BackendSpec, hookimpl
 
 @hookimpl
 def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
-    return [BackendSpec(name="template", target="hal_template.backend:TemplateBackend", api=(1, 0))]
+    return [BackendSpec(name="template", target="hal_template.backend:TemplateBackend", api=(1, 1))]

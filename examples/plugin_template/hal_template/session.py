@@ -15,27 +15,30 @@ class TemplateSession(SessionBase):
     def __init__(self) -> None:
         super().__init__(tiling=DenseTiling(cut_by="template"))
 
-    def prepare_attention(
-        self, query: Tensor, key: Tensor, value: Tensor, tile_size: int | None = None, **call: Any
-    ) -> Any:
+    def prepare_attention(self, query: Tensor, key: Tensor, value: Tensor, tile_size: Any = None, **call: Any) -> Any:
         tiling = DenseTiling(tile_size, cut_by="template") if tile_size else self.tiling
         return query, key, value, call["request"], call.get("plan"), tiling
 
     def compute_attention(self, prepared: Any, mask: Tensor | None = None, **call: Any) -> AttentionOutput:
         query, key, value, request, plan, tiling = prepared
         query, out = query if call.get("query") is None else call["query"], call.get("out")
-        batch, heads, len_q, _ = query.shape
-        plan = plan or tiling.plan(replace(request, len_q=len_q, len_k=key.shape[2]), {"maximum": BLOCK})
-        mask = None if mask is None else mask.expand(batch, heads, len_q, key.shape[2])
-        out = query.new_zeros((batch, heads, len_q, value.shape[3])) if out is None else out.zero_()
-        with self.scratch((batch, heads, len_q), "float32") as lse:  # from the session's memory: it is no result
-            lse.fill_(-torch.inf)  # a row that may read no key keeps it, and its output of 0
-            for b, h in ((b, h) for b in range(batch) for h in range(heads)):
-                kv = h * request.heads_kv // heads  # query head h reads key head h // (heads_q // heads_kv)
-                operands = query[b, h], key[b, kv], value[b, kv], out[b, h], lse[b, h]
-                for tile in plan.tiles():
-                    self._tile(plan, tile, None if mask is None else mask[b, h], request.effective_scale, *operands)
-            return AttentionOutput(out, lse.clone() if request.lse else None)
+        own = tiling.plan(replace(request, len_q=query.shape[2], len_k=key.shape[2]), {"maximum": BLOCK})
+        plan = plan if plan and plan.len_q == query.shape[2] else own  # a plan is for the query that was prepared
+        mask = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+        out = query.new_empty((*query.shape[:3], value.shape[3])) if out is None else out
+        with self.scratch(query.shape[:3], "float32") as lse:  # from the session's memory: it is no result
+            self._attend(plan, request, query, key, value, mask, out, lse)
+            kept = lse.clone() if request.lse else None
+            del lse  # the pool reuses memory that nobody holds: views of it lived in _attend alone
+        return AttentionOutput(out, kept)
+
+    def _attend(self, plan: TilePlan, request: Any, query: Any, key: Any, value: Any, mask: Any, *into: Tensor) -> None:
+        out, lse = into[0].zero_(), into[1].fill_(-torch.inf)  # which a row keeps that may read no key
+        for b, h in ((b, h) for b in range(query.shape[0]) for h in range(request.heads_q)):
+            kv = h // (request.heads_q // request.heads_kv)  # the key head that query head h reads
+            operands = query[b, h], key[b, kv], value[b, kv], out[b, h], lse[b, h]
+            for tile in plan.tiles():
+                self._tile(plan, tile, None if mask is None else mask[b, h], request.effective_scale, *operands)
 
     def _tile(self, plan: TilePlan, tile: Tile, mask: Tensor | None, scale: float, *operands: Tensor) -> None:
         """Merge one tile into out [len_q, dim_v] and lse [len_q]: the online softmax of Milakov & Gimelshein 2018."""

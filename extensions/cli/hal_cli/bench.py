@@ -97,7 +97,7 @@ def _timed(
     """One length: its record, and the names of the columns that ran."""
     import torch
 
-    sdpa = cast(Any, torch.nn.functional.scaled_dot_product_attention)
+    sdpa = cast(Any, torch._C._nn.scaled_dot_product_attention)  # torch's, whatever took its place
     tensors: list[Any] = [torch.randn(size, device=device.reads[0]).to(getattr(torch, dtype)) for _ in range(3)]
     named: dict[str, Any] = {"is_causal": causal, "backend": device.id}
     with torch.no_grad():
@@ -154,4 +154,4 @@ def _table(title: str, measured: BenchRun) -> Table:
         if r["conditions"]
     ]
     columns = ["tokens", *(f"{name} ms" for name in measured.columns), "torch / hal", "calls"]
-    return Table(title, columns, rows, ["medians, interleaved", *facts, *measured.notes])
+    return Table(title, columns, rows, ["medians, interleaved; bound: a call of hal.bind", *facts, *measured.notes])

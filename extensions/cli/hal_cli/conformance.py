@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 import hal_core as hal
 from hal_core.plugin_api import CommandResult
@@ -11,6 +12,7 @@ from hal_core.plugin_api import CommandResult
 
 def run(options: argparse.Namespace) -> CommandResult:
     """Run the conformance kit; exit code 1 where the device fails."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler prints a line for each start
     report = hal.testing.check_backend(
         options.device, quick=options.quick, seed=options.seed, progress=options.progress
     )

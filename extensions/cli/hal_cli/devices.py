@@ -39,6 +39,8 @@ def record(device: Device) -> dict[str, Any]:
 def _plain(_: Any, __: Any, value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return str(value.value)
+    if isinstance(value, hal.Choice):
+        return {"values": sorted(value)}
     if isinstance(value, frozenset | set):
         return sorted(_plain(None, None, item) for item in value)
     if attrs.has(type(value)) and not isinstance(value, type):

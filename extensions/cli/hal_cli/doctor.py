@@ -48,10 +48,18 @@ def _probe(device: Device) -> None:
 def _plugin_rows() -> list[list[str]]:
     rows = []
     for plugin in registry.plugin_list():
-        bad = plugin.failure
+        bad = plugin.failure or _backend_failure(plugin)
         state = "loaded" if bad is None else "disabled" if bad.stage == "disabled" else f"failed ({bad.stage})"
         rows.append([plugin.name, plugin.distribution, state, "" if bad is None else f"{bad.message} -> {bad.fix}"])
     return rows
+
+
+def _backend_failure(plugin: Any) -> Any:
+    """Why a backend of the plugin's distribution is out of service; None where each can be used."""
+    entries = [
+        entry for entry in registry.entries() if plugin.distribution and entry.distribution == plugin.distribution
+    ]
+    return next((entry.failure for entry in entries if entry.failure is not None), None)
 
 
 def _device_rows() -> list[list[str]]:

@@ -298,8 +298,8 @@ def _packed(
     return {
         "cu_seqlens_q": cu_q.to(torch.int32),
         "cu_seqlens_k": cu_k.to(torch.int32),
-        "max_seqlen_q": int(cu_q.diff().max()) if max_q is None else int(max_q),
-        "max_seqlen_k": int(cu_k.diff().max()) if max_k is None else int(max_k),
+        "max_seqlen_q": max_q if max_q is None else int(max_q),
+        "max_seqlen_k": max_k if max_k is None else int(max_k),
     }
 
 

@@ -118,12 +118,14 @@ class CudaBackend:
             )
 
     def _tiling_refusals(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
-        """Why a tiling that the caller brings does not suit: torch cuts by itself, and shared memory has an end."""
+        """Why a tiling that the caller brings does not suit: the backward and torch have cuts of their own, and shared
+        memory has an end.
+        """
         assert request.tiling is not None
         name, block_q, block_k = request.tiling
         if request.grads or request.dtype == "float64":
             what = "gradients" if request.grads else "float64"
-            cut = f"the cut of torch's operations for {what}"
+            cut = "the own tiling for gradients" if request.grads else "the cut of torch's operations for float64"
             yield Refusal(Code.TILING, "tiling", f"{name} for {what}", cut, "leave tiling= out")
         elif min(block_q, block_k) > 0 and foreign_excess(request, block_q, block_k, self.chip(device)):
             given = (

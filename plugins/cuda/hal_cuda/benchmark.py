@@ -25,7 +25,7 @@ from .cost import OWN, Rates
 from .discovery import Chip
 from .runtime import nvml
 
-_SDPA = torch.nn.functional.scaled_dot_product_attention
+_SDPA = torch._C._nn.scaled_dot_product_attention  # torch's, whatever took its place in torch.nn.functional
 
 
 class Library(NamedTuple):

@@ -157,8 +157,8 @@ class Choice(NamedTuple):
     seconds: tuple[tuple[str, float], ...]
 
 
-def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
-    """Middle of a path's time."""
+def seconds(path: str, request: AttentionRequest, rates: Rates, chip: Chip) -> float:
+    """Middle of a path's time on a chip."""
     flops = 2.0 * request.visible_macs
     if request.grads:
         flops *= GRADIENT_FLOPS
@@ -170,7 +170,19 @@ def seconds(path: str, request: AttentionRequest, rates: Rates) -> float:
     if decoding and path != "composed":
         return rates.launch * (1.0 if path == "portable" else 1.2) + reading
     launch = rates.launch * (1.0 if path in OWN else 1.3)  # what no length hides: equal rates go to the own kernels
-    return launch + max(flops / rates.rate(path, request).flops, reading)
+    idle = _idle(request, chip) if path == "hopper" and request.grads else 1.0
+    return launch + max(flops / rates.rate(path, request).flops * idle, reading)
+
+
+def _idle(request: AttentionRequest, chip: Chip) -> float:
+    """How much longer the Hopper kernels take because their backward, a program for each block of keys of a key head,
+    leaves multiprocessors without work in its last round: few keys, or one key head for many query heads.
+    """
+    tiles = hopper_backward_tiles(request.dim_qk, request.dim_v, request.causal is not Causal.NONE)
+    programs = max(request.batch * request.heads_kv * -(-request.len_k // tiles.keys), 1)
+    busy = programs / (-(-programs // chip.multiprocessors) * chip.multiprocessors)
+    backward = 1 - 1 / GRADIENT_FLOPS
+    return 1 - backward + backward / busy
 
 
 def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip) -> Estimate:

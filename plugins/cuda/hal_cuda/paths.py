@@ -37,7 +37,7 @@ def choose(
     request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True
 ) -> Choice:
     """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone."""
-    timed = [(path, seconds(path, request, rates)) for path in candidates(request, chip) if allowed(path)]
+    timed = [(path, seconds(path, request, rates, chip)) for path in candidates(request, chip) if allowed(path)]
     timed.sort(key=lambda item: item[1])
     if len(timed) > 1 and timed[0][0] == "composed":  # memory of all scores: only where nothing else is right
         timed = [*timed[1:], timed[0]]
@@ -150,7 +150,8 @@ def bind_torch(name: str, request: AttentionRequest) -> Callable[..., Tensor]:
     several = request.heads_q != request.heads_kv
     causal, scale, grads = request.causal is not Causal.NONE, request.scale, bool(request.grads)
     if several or name == "efficient":
-        attend, backend = torch.nn.functional.scaled_dot_product_attention, TORCH_BACKENDS[name]
+        # Not torch.nn.functional's name: hal.attention may have taken its place.
+        attend, backend = torch._C._nn.scaled_dot_product_attention, TORCH_BACKENDS[name]
 
         def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
             with sdpa_kernel(backend):

@@ -251,7 +251,7 @@ def choose_splits(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: in
 class KeySplit(NamedTuple):
     """How the keys of a request's tiles are divided among programs.
 
-    splits: programs and keys of each. partial: numbers that hold their partial results and log-sum-exp; 0: keys are not
+    splits: programs and keys of each. partial: numbers that hold their partial results; 0: keys are not
     divided. joined: the most splits that the last program of a tile joins in the stream's workspace; 0: a second kernel
     joins them.
     """
@@ -270,7 +270,8 @@ def split_keys(
     splits, group = choose_splits(request, tiles, len_q, len_k, batch, chip), request.heads_q // request.heads_kv
     if splits.programs == 1:
         return KeySplit(splits, 0, 0)
-    partial = batch * request.heads_q * len_q * splits.programs * (request.dim_v + 1)
+    beside = 2 if request.mask is MaskKind.ADDITIVE else 1  # largest score and sum of weights, or their log-sum-exp
+    partial = batch * request.heads_q * len_q * splits.programs * (request.dim_v + beside)
     programs = batch * request.heads_kv * -(-len_q * group // tiles.rows)
     fits = partial <= PARTIAL and programs <= COUNTERS
     fits = fits and min(len_q * group, tiles.rows) * splits.programs * request.dim_v <= _MOST_JOINED

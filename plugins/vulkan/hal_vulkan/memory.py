@@ -42,6 +42,8 @@ class VulkanMemory(ComputeMemory):
         self._lingering = 0  # bytes of freed buffers of which a tensor is alive
 
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+        if self._recorder.card is None and not self._recorder.closed:  # the host's memory: nothing of the device's
+            return super().allocate(shape, dtype)
         with self._device_lock:
             self._collect()
             if self._recorder.closed:
@@ -63,11 +65,13 @@ class VulkanMemory(ComputeMemory):
             return Buffer(whole[:nbytes].view(getattr(torch, dtype)).view(tuple(shape)), self, region.size, loan)
 
     def free(self, buffer: Buffer) -> None:
+        loan = buffer.block
+        if not isinstance(loan, _Loan):
+            super().free(buffer)
+            return
         with self._device_lock:
-            loan = buffer.block
-            if not isinstance(loan, _Loan) or buffer.freed:
-                super().free(buffer)
-                return
+            if buffer.freed:
+                super().free(buffer)  # refuses it
             loan.freed = True
             self._lingering += loan.region.size
             buffer.release()

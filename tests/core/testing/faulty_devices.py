@@ -91,6 +91,18 @@ class ReadsTooFewKeys(TiledSession):
         return super().compute_attention((*given, plan), *rest, **options)
 
 
+class BindsWithoutThePlan(TiledSession):
+    """Follows a plan where it is prepared, and ignores it on the fast path."""
+
+    def bind(self, request: hal.AttentionRequest) -> Any:
+        def run(query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
+            exact = dataclasses.replace(request, len_q=query.shape[2], len_k=key.shape[2])
+            out, lse = self.attend(query, key, value, mask, exact, rng)
+            return hal.AttentionOutput(out, lse) if request.lse else out
+
+        return run
+
+
 class RefusesTilesOtherwise(hal.Capabilities):
     def refusals(self, request: hal.AttentionRequest) -> list[hal.Refusal]:
         found = super().refusals(request)
@@ -220,6 +232,9 @@ MORE = {
     "a tiling that changes its mind": of("tilings", with_tiling(ChangesItsMind)),
     "foreign tile sizes that are wrong": of(
         "tilings", ReadsTooFewKeys, claims=attrs.evolve(CLAIMS, tile_sizes=hal.Range(16, 64, 16))
+    ),
+    "a fast path that ignores the tiling": of(
+        "tilings", BindsWithoutThePlan, claims=attrs.evolve(CLAIMS, tile_sizes=hal.Choice({16, 64}))
     ),
     "foreign tiles refused for another reason": of(
         "tilings", claims=RefusesTilesOtherwise(**attrs.asdict(CLAIMS, recurse=False))

@@ -47,6 +47,11 @@ class ExplicitSession(DenseSession):
             scores, v = self.scores(query, key, value, mask, r, work)
             lse = self.given(lse, scores).masked_fill(lse == -math.inf, 0)
             weights = torch.exp(scores.sub_(lse.unsqueeze(-1)), out=scores)
+            # A very low log-sum-exp has no digits left for the sum of weights. It is summed again, unless these keys
+            # are a part of those that it is about.
+            total = torch.sum(weights, -1, out=work.room(*lse.shape))
+            whole = (lse < -256) & (total.log().abs() <= 5e-7 * lse.abs())
+            weights.div_(total.masked_fill_(~whole, 1.0).unsqueeze(-1))
             go, room = work.single(grad_out), work.room(*scores.shape)
             product = work.room(*grad_out.shape)
             through = torch.mul(go, out, out=product).sum(-1, keepdim=True)
@@ -78,7 +83,7 @@ class ExplicitBackend(DenseBackend):
             return found
         rows, keys = r.batch * r.heads_q * r.len_q, r.batch * r.heads_q * r.len_k
         kept = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + 4) + (rows + 2 * r.batch * r.heads_kv * r.len_k) * r.dim_qk * 4
-        work = 4 * (2 * rows * r.len_k + 2 * rows * r.dim_qk + 2 * keys * r.dim_qk)
+        work = 4 * (2 * rows * r.len_k + 2 * rows * r.dim_qk + 2 * keys * r.dim_qk + rows)
         if r.heads_q != r.heads_kv:
             work += 4 * 3 * keys * r.dim_qk + 4 * 2 * r.batch * r.heads_kv * r.len_k * r.dim_qk
         return attrs.evolve(found, memory=kept + work)
@@ -111,6 +116,14 @@ class BoundSession(DenseSession):
         return run
 
 
+class CostlySession(DenseSession):
+    """Says what a call cost: what was estimated."""
+
+    def cost(self, prepared: Any) -> hal.Estimate:
+        backend = DenseBackend()
+        return backend.estimate(prepared[3], backend.devices()[0])
+
+
 EXPLICIT = attrs.evolve(CLAIMS, features=CLAIMS.features - {"softcap", "dropout"})
 NOISY = attrs.evolve(
     CLAIMS,
@@ -126,6 +139,7 @@ OTHERS = {
     "bound": (BoundSession, CLAIMS, DenseBackend),
     "tiled": (TiledSession, TILED, DenseBackend),
     "tiled in blocks": (TiledSession, BLOCKS, DenseBackend),
+    "with a cost": (CostlySession, CLAIMS, DenseBackend),
     "with options": (
         DenseSession,
         attrs.evolve(CLAIMS, options={"passes": (1, 2), "bits": hal.Range(4, 8)}),
@@ -139,5 +153,6 @@ OWN = {
     "bound": ["threads", "results_stay", "memory"],
     "tiled": ["tilings", "threads"],
     "tiled in blocks": ["tilings"],
+    "with a cost": ["costs"],
     "with options": ["options"],
 }

@@ -88,7 +88,7 @@ SAYS = {
     "leaks": "left",
     "changes its inputs": "key was changed in place",
     "allocates past its memory manager": "faulty_backends.py:",
-    "estimates a tenth of its memory": "are estimated",
+    "estimates a tenth of its memory": "bytes from torch's empty at",
     "claims a dtype it lacks": "float64",
     "half a gradient": "gradient of key",
     "leaves the work to another device": "honest:0 did the work",
@@ -101,6 +101,9 @@ SAYS = {
     "gives a result on another device": "on meta",
     "gives nothing": "gave None",
     "a tiling that is decoration": "attention over all keys",
+    "blocks of a tiling that are ignored": "the plan of a tiling that the caller brings is ignored",
+    "a fast path that ignores the tiling": "by hal.attention: the plan of a tiling that the caller brings is ignored",
+    "a cost in milliseconds": "cost() says",
     "an option that spoils the result": "option passes=2",
     "estimates from thin air": "measured",
     "tiles that overlap": "lie in [2] tiles",
@@ -178,7 +181,7 @@ def test_an_honest_device_passes_everything_quickly(seed: int) -> None:
     report = check_backend(DenseBackend(), quick=True, seed=seed)
     assert report.passed, str(report)
     skipped = {result.name for result in report.results if result.status == "skipped"}
-    assert skipped == {"packed", "paged", "fp8_cache", "block_plan", "discovery", "kernels"}
+    assert skipped == {"packed", "paged", "fp8_cache", "block_plan", "discovery", "kernels", "costs"}
     assert not any(result.warning for result in report.results if result.name != "estimates")
 
 
@@ -195,6 +198,43 @@ def test_a_loose_bound_is_said_aloud(seed: int) -> None:
     assert report.passed
     assert "bound too loose to show anything: 1.2 in float32" in report["structure"].warning
     assert "WARNING, structure: bound too loose" in str(report)
+
+
+def test_a_plan_that_is_read_without_any_effect_is_a_warning(seed: int) -> None:
+    """Equal bits under every block size prove nothing against a device that reads the block sizes."""
+
+    class Reads(DenseSession):
+        def prepare_attention(self, *given: Any, plan: Any = None, **named: Any) -> Any:
+            assert plan is None or plan.block_q
+            return super().prepare_attention(*given, **named)
+
+    claims = attrs.evolve(CLAIMS, tile_sizes=hal.Range(1, 128))
+    report = check_backend(DenseBackend("reads", Reads, claims), checks=["tilings"], quick=True, seed=seed)
+    assert report.passed, str(report)
+    assert "nothing shows that the plan is followed" in report["tilings"].warning
+
+
+def test_a_pool_that_is_never_used_again_is_a_warning(seed: int) -> None:
+    class Holds(DenseSession):
+        """A view of its scratch tensor outlives the block."""
+
+        def attend(self, query: Tensor, *rest: Any) -> Any:
+            with self.scratch(query.shape, "float32") as staged:
+                row = staged[0]
+            self.row = row
+            return query.clone(), torch.zeros(query.shape[:3])
+
+    class Once(DenseSession):
+        def attend(self, query: Tensor, *rest: Any) -> Any:
+            with self.scratch(query.shape, "float32") as staged:
+                staged.fill_(0)
+                del staged
+            return query.clone(), torch.zeros(query.shape[:3])
+
+    for session, warns in ((Holds, True), (Once, False)):
+        backend = DenseBackend("pools", session)
+        report = check_backend(backend, checks=["memory"], quick=True, seed=seed)
+        assert ("used none again" in report["memory"].warning) == warns, str(report)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -90,16 +90,85 @@ def test_whatever_a_device_raises_is_a_finding() -> None:
             raise ZeroDivisionError("the device is on fire")
 
     report = check_backend(DenseBackend("crashes", Crashes), checks=["contract", "scale", "threads"], **QUICK)
-    assert {r.status for r in report.results} == {Status.FAILED}
-    assert all("ZeroDivisionError: the device is on fire" in r.detail for r in report.results)
+    assert "a plain call raised ZeroDivisionError: the device is on fire (testing/test_report.py:" in str(report)
+    assert not report.passed
 
 
-def test_a_device_that_cannot_be_opened_fails_every_check_that_needs_it() -> None:
-    def locked() -> Any:
-        raise OSError("held by another process")
+def test_what_only_some_calls_raise_is_found_by_their_checks() -> None:
+    class Crashes(DenseSession):
+        def attend(self, query: Any, key: Any, value: Any, mask: Any, r: Any, *rest: Any) -> Any:
+            return super().attend(query, key, value, mask, r, *rest) if r.scale is None else 1 // 0
 
-    report = check_backend(DenseBackend("locked", locked), checks=["scale", "dlpack"], **QUICK)
-    assert all("held by another process" in r.detail for r in report.results)
+    report = check_backend(DenseBackend("crashes", Crashes), checks=["contract", "scale", "threads"], **QUICK)
+    assert [r.status for r in report.results] == [Status.PASSED, Status.FAILED, Status.PASSED]
+    assert "raised ZeroDivisionError" in report["scale"].detail
+
+
+class WithoutEstimate(DenseBackend):
+    estimate = None  # type: ignore[assignment]
+
+
+class WithoutTwo(DenseBackend):
+    estimate = check = None  # type: ignore[assignment]
+
+
+class EstimatesByName(DenseBackend):
+    def estimate(self, request: Any, device: Any) -> Any:
+        return request.no_such_field
+
+
+class EstimatesNothing(DenseBackend):
+    def estimate(self, request: Any, device: Any) -> Any:
+        return None
+
+
+def locked() -> Any:
+    raise OSError("held by another process")
+
+
+@pytest.mark.parametrize(
+    ("backend", "says"),
+    [
+        (WithoutEstimate(), "the backend has no method `estimate`"),
+        (WithoutTwo(), "the backend has no method `check` or `estimate`"),
+        (EstimatesByName(), "no_such_field' (testing/test_report.py:"),
+        (EstimatesNothing(), "estimate() gave None: give an Estimate"),
+        (DenseBackend("locked", locked), "held by another process"),
+    ],
+    ids=["a method", "two methods", "a typing error", "no estimate", "a locked device"],
+)
+def test_what_every_check_needs_is_tried_once(backend: Any, says: str) -> None:
+    report = check_backend(backend, **QUICK)
+    assert [r.status for r in report.results] == [Status.FAILED] + [Status.NOT_RUN] * (len(CHECKS) - 1)
+    assert not report.passed
+    assert says in report["contract"].detail
+    assert f"; {len(CHECKS) - 1} checks were not run" in report["contract"].detail
+    assert str(report).count("\n") == 2
+    assert f"FAILED: 1 failed, {len(CHECKS) - 1} not run" in str(report)
+    assert json.loads(report.to_json())["results"][1]["status"] == "not_run"
+
+
+def test_an_expected_failure_does_not_excuse_a_backend_that_cannot_be_checked() -> None:
+    report = check_backend(WithoutEstimate(), checks=["contract"], expected_failure={"contract": "known"}, **QUICK)
+    assert not report.passed
+
+
+def test_the_largest_errors_are_listed_by_dtype_and_quantity(seed: int) -> None:
+    names = ["dtypes", "log_sum_exp", "gradients"]
+    report = check_backend(DenseBackend(), checks=names, seed=seed, **QUICK)
+    assert set(report.errors) == {"float32", "bfloat16"}
+    for dtype, bounds in DenseBackend().capabilities(report.device).numerics.items():
+        found = report.errors[dtype]
+        assert set(found) == {"out", "log-sum-exp", "gradient"}
+        assert {what: bound for what, (_, bound) in found.items()} == {
+            "out": bounds.relative,
+            "log-sum-exp": bounds.lse,
+            "gradient": bounds.gradient,
+        }
+        assert all(0 < error <= bound for error, bound in found.values())
+    error, bound = report.errors["float32"]["log-sum-exp"]
+    assert f"log-sum-exp {error:.2g} of {bound:.2g}" in str(report)
+    assert json.loads(report.to_json())["errors"]["float32"]["log-sum-exp"] == [error, bound]
 
 
 def test_json_is_strict_even_for_an_infinite_error() -> None:

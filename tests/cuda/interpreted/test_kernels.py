@@ -172,6 +172,37 @@ def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Ge
     assert launch.joins != deterministic
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["by the last program", "by a second kernel"])
+@pytest.mark.parametrize("lowest", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_split_keys_of_very_low_rows_are_joined_by_their_weights(
+    generator: torch.Generator, deterministic: bool, lowest: float
+) -> None:
+    """Their log-sum-exp has no digits left for how many keys each part has; the last part has fewer than the others."""
+    query, key = torch.randn(1, 2, 1, 16, generator=generator), torch.randn(1, 2, 70, 16, generator=generator)
+    mask = torch.randn(1, 2, 1, 70, generator=generator)
+    mask[:, 0] = lowest
+    request = AttentionRequest(
+        batch=1,
+        heads_q=2,
+        heads_kv=2,
+        len_q=1,
+        len_k=70,
+        dim_qk=16,
+        dim_v=16,
+        dtype="float32",
+        lse=True,
+        mask=MaskKind.ADDITIVE,
+        deterministic=deterministic,
+    )
+    path = PortablePath(request, CONTEXT)
+    out, _ = path(query, key, key, mask)
+    (launch,) = path._launches.values()
+    assert launch.partial > 0
+    assert launch.joins != deterministic
+    scores = (query @ key.mT / 4 + mask).double()  # float32 takes from the scores what their size leaves no digits for
+    assert error(out, torch.softmax(scores, -1) @ key.double()) <= 1e-5
+
+
 def test_streams_do_not_share_a_workspace() -> None:
     """Each has its own, the same at every call; one too many goes without. All of it is the session's memory."""
     memory = PooledMemory("cpu")

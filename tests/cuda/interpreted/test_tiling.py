@@ -95,7 +95,7 @@ def test_a_decoding_step_follows_a_tiling_of_the_caller(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"grads": frozenset("qkv")}, "the cut of torch's operations for gradients"),
+        ({"grads": frozenset("qkv")}, "the own tiling for gradients"),
         ({"dtype": "float64"}, "the cut of torch's operations for float64"),
     ],
 )

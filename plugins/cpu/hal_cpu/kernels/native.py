@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention as sdpa
+
+# Not torch.nn.functional's name: hal.attention may have taken its place.
+from torch._C._nn import scaled_dot_product_attention as sdpa
+from torch.nn.functional import pad
 
 from hal_core.plugin_api import AttentionRequest, MaskKind
 

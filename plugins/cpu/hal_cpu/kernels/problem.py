@@ -145,6 +145,7 @@ def row_tiles(problem: Problem, batch: slice, heads: slice) -> Iterator[Tile]:
 
 def column_chunks(problem: Problem, tile: Tile) -> Iterator[tuple[Columns, Tensor | None]]:
     """The key chunks that a tile's rows read: the plan's key ranges without what causal and window hide from all rows.
+    Equal blocks are counted from the first key that is left, so that a window's keys are as few chunks as they can be.
 
     Each comes with the pairs that a block plan hides, bool, broadcastable to [batch, heads_kv, group, rows, columns];
     None where there are none.
@@ -152,6 +153,10 @@ def column_chunks(problem: Problem, tile: Tile) -> Iterator[tuple[Columns, Tenso
     first, last = problem.band.range(tile.rows, problem.source.length)
     if problem.visible is not None:
         yield from _planned_chunks(problem, problem.visible, tile, first, last)
+        return
+    if problem.plan.ranges is None:
+        for start in range(first, last, problem.plan.block_k):
+            yield slice(start, min(start + problem.plan.block_k, last)), None
         return
     for start, stop in tile.spans:
         start, stop = max(start, first), min(stop, last)

@@ -131,13 +131,14 @@ def _rows(problem: Problem, tile: Tile, scratch: Scratch, sums: Parts, given: Gi
     many, count, dim_qk = query.shape
     place = (tile.batch, tile.query_heads(problem.group), tile.rows)
     lse = given.lse[place].to(query.dtype).reshape(many, count, 1)
-    norm = None
-    if problem.request.mask is MaskKind.ADDITIVE and bool(((lse < LOWEST_EXACT_LSE) & (lse > -torch.inf)).any()):
+    # A row without a key: its scores are all -inf, so any finite level makes its weights 0.
+    level, norm = lse.masked_fill(lse == -torch.inf, 0).mul_(problem.rule.unit), None
+    if problem.request.mask is MaskKind.ADDITIVE and bool((level < LOWEST_EXACT_LSE).any()):
         top, total = sums_of_rows(problem, scratch, tile, query)
-        level, norm = top.masked_fill(top == -torch.inf, 0), total + (total == 0)
-    else:
-        # A row without a key: its scores are all -inf, so any finite level makes its weights 0.
-        level = lse.masked_fill(lse == -torch.inf, 0).mul_(problem.rule.unit)
+        # Where the keys are a part of those that `lse` is about, it is kept.
+        whole = (top + total.log() - level).abs_() <= -4 * torch.finfo(lse.dtype).eps * level
+        low = whole.logical_and_(level < LOWEST_EXACT_LSE)
+        level, norm = torch.where(low, top, level), total.masked_fill(low.logical_not_(), 1)
     part = given.grad_out[place]
     grad_out = sums.grad_out[: part.numel()].view(part.shape).copy_(part)
     out = scratch.out[: part.numel()].view(part.shape).copy_(given.out[place])

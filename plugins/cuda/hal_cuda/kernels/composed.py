@@ -50,8 +50,11 @@ def attend(
         _in_place(request, context, query, key, value, mask, plan, rng, 0, out, lse)
         return AttentionOutput(out, lse)
     assert tables is not None
-    check_tables(tables, request, query, key)
-    ends_q, ends_k = tables.cu_seqlens_q.tolist(), tables.cu_seqlens_k.tolist()
+    assert tables.cu_seqlens_q is not None
+    assert tables.cu_seqlens_k is not None
+    on_host = SequenceMetadata(*torch.stack((tables.cu_seqlens_q, tables.cu_seqlens_k)).cpu())  # waits once
+    check_tables(on_host, request, query, key)
+    ends_q, ends_k = (ends.tolist() for ends in on_host[:2] if ends is not None)
     parts = []
     for number in range(len(ends_q) - 1):
         rows, keys = slice(ends_q[number], ends_q[number + 1]), slice(ends_k[number], ends_k[number + 1])

@@ -119,9 +119,10 @@ def attend(
     keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
 
     With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
-    log-sum-exp, [batch, heads, len_q, splits]. With JOIN, the most splits that the last program of a tile joins,
-    ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that have theirs
-    written, int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
+    log-sum-exp, [batch, heads, len_q, splits]; under an additive mask, whose lowest numbers leave float32 no digits for
+    the logarithm, the largest scores and then the sums of weights. With JOIN, the most splits that the last program of
+    a tile joins, ROWS rows at a time, there are at most 2^18 numbers, and arrived counts the programs of a tile that
+    have theirs written, int32 [batch * heads * row tiles]; it is 0 before the launch and after it.
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
@@ -291,10 +292,15 @@ def attend(
         row_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
     if SPLIT:
         row_place = ((batch64 * tl.num_programs(1) * GROUP + heads64) * len_q + tokens64) * splits
-        lse_part = part + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * len_q * splits * DV
+        numbers = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * len_q * splits
+        lse_part = part + numbers * DV
         at = part + (row_place + split)[:, None] * DV + d_v[None, :]
         tl.store(at, sums, mask=row_ok[:, None] & (d_v[None, :] < DV))
-        tl.store(lse_part + row_place + split, row_lse, mask=row_ok)
+        if MASK == 2:
+            tl.store(lse_part + row_place + split, most, mask=row_ok)
+            tl.store(lse_part + numbers + row_place + split, total, mask=row_ok)
+        else:
+            tl.store(lse_part + row_place + split, row_lse, mask=row_ok)
         if JOIN > 0:
             tl.debug_barrier()  # the whole program's results are written before it counts itself
             counter = arrived + (batch * tl.num_programs(1) + head) * (tl.num_programs(0) // splits) + tile
@@ -304,7 +310,9 @@ def attend(
                     row = start + tl.arange(0, ROWS)
                     ok, token, row_head = row < end_row, row // GROUP, kv_head * GROUP + row % GROUP
                     place = (batch * tl.num_programs(1) * GROUP + row_head) * len_q + token
-                    all_most, all_total, all_sums = gathered(part, lse_part, place, ok, 0, splits, DV, BDV, JOIN)
+                    all_most, all_total, all_sums = gathered(
+                        part, lse_part, numbers, place, ok, 0, splits, DV, BDV, JOIN, MASK == 2
+                    )
                     joined, whole_lse = settled(all_most, all_total, all_sums)
                     head64, token64 = row_head.to(tl.int64), token.to(tl.int64)
                     o_at = out + batch64 * o_b + head64 * o_h + token64 * o_m

@@ -26,8 +26,10 @@ from ...memory import borrowing
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
 from ...tiling import Tiles, power_of_two
-from .backward import grad_kv, grad_q, prepare
+from .backward import prepare
+from .backward_kv import grad_kv
 from .backward_mask import grad_mask, normalise
+from .backward_q import grad_q
 from .block_plans import RowLists, listed_once, rows_of_blocks
 from .dropout import random_words
 from .launch import TYPES, aligned, extras_of, last_dim_contiguous, mask_strides, plan_strides

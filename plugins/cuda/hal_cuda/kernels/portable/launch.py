@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
     arguments: of the kernel after its tensors; where it takes no mask, plan or tables, with a None for each of those.
     seed: where the random words are among them. like_query: the result has the query's shape and strides. partial:
-    numbers that hold the partial results of split keys and their log-sum-exp, or 0. joins: the last program joins them,
+    numbers that hold the partial results of split keys, or 0. joins: the last program joins them,
     in the stream's workspace; else `merge` does.
     """
 
@@ -324,6 +324,7 @@ class PortablePath:
         if run is None:
             pdl, dim_v = dependent_launch(self.chip), self.request.dim_v
             constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
+            constants["TOTALS"] = self.request.mask is MaskKind.ADDITIVE
             signature = merge_signature(TYPES[dtype])
             run = launcher(self.chip, merge, signature, constants, num_warps=4, launch_pdl=pdl)
             self._runs["merge"] = run

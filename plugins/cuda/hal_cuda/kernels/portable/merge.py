@@ -13,12 +13,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def gathered(part, lse_part, place, ok, first, splits, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr):
+def gathered(part, lse_part, numbers, place, ok, first, splits, DV: tl.constexpr, BDV: tl.constexpr,
+             PARTS: tl.constexpr, TOTALS: tl.constexpr):  # fmt: skip
     """Sum the partial results number first to first + PARTS of rows.
 
     Gives (largest lse [rows], total weight [rows], sums [rows, BDV]). part: float32 [..., splits, DV]; lse_part:
-    natural, [..., splits]. place: of the rows among the leading dimensions; ok: which of them exist. They are
-    read past the first-level cache: other programs of this launch may have written them.
+    natural, [..., splits]. TOTALS: it holds the largest scores instead, and `numbers` numbers behind them the sums of
+    weights. place: of the rows among the leading dimensions; ok: which of them exist. They are read past the
+    first-level cache: other programs of this launch may have written them.
     """
     d = tl.arange(0, BDV)[None, None, :]
     some = first + tl.arange(0, PARTS)[None, :]
@@ -28,6 +30,8 @@ def gathered(part, lse_part, place, ok, first, splits, DV: tl.constexpr, BDV: tl
     parts = tl.load(part + at[:, :, None] * DV + d, mask=there[:, :, None] & (d < DV), other=0.0, cache_modifier=".cg")
     most = tl.max(each, 1)
     weight = tl.exp2((each - tl.where(most == float("-inf"), 0.0, most)[:, None]) * LOG2E)
+    if TOTALS:
+        weight *= tl.load(lse_part + numbers + at, mask=there, other=0.0, cache_modifier=".cg")
     return most, tl.sum(weight, 1), tl.sum(parts * weight[:, :, None], 1)
 
 
@@ -52,6 +56,7 @@ def merge(
     BDV: tl.constexpr,
     LSE: tl.constexpr,
     PDL: tl.constexpr,
+    TOTALS: tl.constexpr,
 ):
     """Join the partial results of `attend`. Grid: (len_q, heads, batch)."""
     row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -60,11 +65,14 @@ def merge(
     d = tl.arange(0, BDV)[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    lse_part = part + tl.num_programs(2) * heads * rows * splits * DV
+    numbers = tl.num_programs(2) * heads * rows * splits
+    lse_part = part + numbers * DV
     most, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
     sums = tl.zeros([1, BDV], tl.float32)
     for start in range(0, splits, 16):  # up to 16 parts their loads do not wait for each other
-        some_most, some_total, some_sums = gathered(part, lse_part, place, place >= 0, start, splits, DV, BDV, 16)
+        some_most, some_total, some_sums = gathered(
+            part, lse_part, numbers, place, place >= 0, start, splits, DV, BDV, 16, TOTALS
+        )
         raised = tl.maximum(most, some_most)
         anchor = tl.where(raised == float("-inf"), 0.0, raised)
         shrink, grow = tl.exp2((most - anchor) * LOG2E), tl.exp2((some_most - anchor) * LOG2E)

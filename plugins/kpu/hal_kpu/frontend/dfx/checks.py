@@ -160,7 +160,7 @@ def _check_shapes(program: Program) -> None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DFXError(
                 f"ops[{index}] {op.opcode} cannot take {read} with attrs {shown(op.attrs)}: {reason}."
-            ) from None
+            ) from error
         for name, tensor in zip(op.outputs, given, strict=True):
             spec = program.tensors[name]
             dtype = str(tensor.dtype).removeprefix("torch.")

@@ -26,6 +26,9 @@ from hal_core.plugin_api import AttentionOutput, AttentionRequest, Grads, MaskKi
 
 from .workspace import areas_of, part_of, workspace_size
 
+#: A log-sum-exp below this says a row's weights too coarsely in float32: its sum is computed again.
+LOWEST_EXACT_LSE = -256.0
+
 
 class Operands(NamedTuple):
     """The tensors of one call, [batch, heads, length, dim], and what they mean. `mask` is 4-dimensional or None."""
@@ -212,7 +215,10 @@ def backward(
         delta = delta - grad_lse.float().unsqueeze(-1)
     unread = (lse == -torch.inf).unsqueeze(-1)
     level = lse.float().unsqueeze(-1).masked_fill(unread, 0)
-    sums, flowing = Grads(query, key, value, mask), _Flowing(grad_out, delta, level, unread)
+    rest = None
+    if call.request.mask is MaskKind.ADDITIVE and bool((level < LOWEST_EXACT_LSE).any()):
+        level, rest = _in_two(call, block_k, level)
+    sums, flowing = Grads(query, key, value, mask), _Flowing(grad_out, delta, level, rest, unread)
     for batch, heads, rows in _parts(described(call), block_k):
         for place in _key_tiles(call, batch, heads, rows, block_k):
             _add_tile(call, place, flowing, sums)
@@ -229,13 +235,35 @@ class _Flowing(NamedTuple):
 
     Attributes:
         grad_out: of the output. delta: sum(out * grad_out) - grad_lse. level: the log-sum-exp, 0 where `unread`.
-        unread: rows that read no key.
+        rest: what `level` lacks of it, see `_in_two`; None for nothing. unread: rows that read no key.
     """
 
     grad_out: Tensor
     delta: Tensor
     level: Tensor
+    rest: Tensor | None
     unread: Tensor
+
+
+def _in_two(call: Operands, block_k: int, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers of each row whose sum is the log-sum-exp: the largest score and the logarithm of the sum for rows
+    with a very low mask everywhere, where one float32 number holds the mask's value alone; else `lse` and 0.
+
+    Where the keys are a part of those that `lse` is about, it is kept.
+    """
+    peak, weight = torch.full_like(lse, -torch.inf), torch.zeros_like(lse)
+    for batch, heads, rows in _parts(described(call), block_k):
+        for place in _key_tiles(call, batch, heads, rows, block_k):
+            at = (place.batch, place.query_heads, place.rows)
+            scores, _ = _scores(call, place, call.query[at].float())
+            highest = torch.maximum(peak[at], scores.amax(-1, keepdim=True))
+            base = highest.masked_fill(highest == -torch.inf, 0)
+            weight[at] = weight[at] * (peak[at] - base).exp_() + scores.sub_(base).exp_().sum(-1, keepdim=True)
+            peak[at] = highest
+    rest = weight.log_()
+    whole = (peak + rest - lse).abs_() <= -4 * torch.finfo(torch.float32).eps * lse
+    low = whole.logical_and_(lse < LOWEST_EXACT_LSE)
+    return torch.where(low, peak, lse), rest.masked_fill_(low.logical_not_(), 0)
 
 
 def _add_tile(call: Operands, place: Place, flowing: _Flowing, sums: Grads) -> None:
@@ -243,7 +271,8 @@ def _add_tile(call: Operands, place: Place, flowing: _Flowing, sums: Grads) -> N
     at, held = (place.batch, place.query_heads, place.rows), (place.batch, place.heads, place.keys)
     dtype, scale = call.query.dtype, call.request.effective_scale
     scores, slope = _scores(call, place, call.query[at].float())
-    weights = scores.sub_(flowing.level[at]).exp_()
+    scores.sub_(flowing.level[at])
+    weights = (scores if flowing.rest is None else scores.sub_(flowing.rest[at])).exp_()
     arriving = flowing.grad_out[at].to(dtype)
     grad = _product(arriving, _tile(call.value, place).transpose(-1, -2)).sub_(flowing.delta[at]).mul_(weights)
     grad.masked_fill_(flowing.unread[at], 0)  # also where a hidden value is infinite or NaN

@@ -58,8 +58,8 @@ def workspace_size(request: AttentionRequest, block_k: int) -> int:
 def backward_bytes(request: AttentionRequest, block_k: int) -> int:
     """The most bytes that `values.backward` holds for a call cut into tiles of block_k keys, its gradients included.
 
-    The float32 sums of all gradients and three numbers of each row stay; beside them lies one tile at a time, whose
-    peaks follow the statements of `values._add_tile`.
+    The float32 sums of all gradients and three to five numbers of each row stay; beside them lies one tile at a time,
+    whose peaks follow the statements of `values._add_tile`.
     """
     r, (batch, heads, rows, keys) = request, part_of(request, block_k)
     size, narrow = DTYPE_BYTES[r.dtype], r.dtype != "float32"
@@ -93,4 +93,5 @@ def backward_bytes(request: AttentionRequest, block_k: int) -> int:
     )
     before = all_rows * r.dim_v * 4 * (1 + 2 * narrow)  # out * grad_out
     after = narrow * size * (sum(sizes[name] for name in r.grads & sizes.keys()))
-    return sums + max(before, 9 * all_rows + max(tile, after))
+    numbers = 17 if r.mask is MaskKind.ADDITIVE else 9  # of each row: `values._Flowing`
+    return sums + max(before, numbers * all_rows + max(tile, after))

@@ -1,6 +1,8 @@
 // Gradients from a given (out, log-sum-exp): one work item per query row, then one per key row. No sums cross work items,
 // so equal calls give equal bits.
 
+#define LOWEST_EXACT_LSE -256.0f  // below it a float32 log-sum-exp says a row's weights too coarsely
+
 // The score of a pair before softmax (natural units) and the factor that softcap puts on its gradient.
 static inline float2 score_of(__global const stored *query, __global const stored *key, const Problem p) {
   float16 sum = 0.0f;
@@ -21,12 +23,12 @@ static inline float dot_of(__global const stored *a, __global const stored *b) {
   return (y.x + y.y) + (y.z + y.w);
 }
 
-// (a, b) with a + b the log-sum-exp of a row. Where every key has a mask value near the lowest finite number, a float32
-// log-sum-exp holds that value alone: the maximum and the sum are computed again.
+// (a, b) with a + b the log-sum-exp of a row. Where every key has a very low mask value, a float32 log-sum-exp has lost the
+// sum beside that value: the maximum and the sum are computed again, unless `whole` is about more keys than these.
 static float2 norm_of(float whole, __global const stored *q, __global const stored *key, __global const float *mask,
                       __global const int *range_index, __global const int *ranges, int unit, int row, size_t key_unit,
                       const Problem p) {
-  if (whole > -1e30f || whole == -INFINITY) return (float2)(whole, 0.0f);
+  if (!p.has_mask || whole > LOWEST_EXACT_LSE || whole == -INFINITY) return (float2)(whole, 0.0f);
   const int i = row % p.len_q, first = max(i + p.lower, 0), last = min(i + p.upper + 1, p.len_k);
   const int place = p.has_plan ? ranges_of(p, unit, row) : 0;
   const int begin = p.has_plan ? range_index[place] : 0, end = p.has_plan ? range_index[place + 1] : 1;
@@ -42,7 +44,8 @@ static float2 norm_of(float whole, __global const stored *q, __global const stor
       top = now;
     }
   }
-  return (float2)(top, log(total));
+  const float rest = log(total);
+  return fabs(top + rest - whole) <= -4 * FLT_EPSILON * whole ? (float2)(top, rest) : (float2)(whole, 0.0f);
 }
 
 // grad_query, and for each row three numbers that the keys' gradients need: delta = sum(grad_out * out) - grad_lse, and the norm.

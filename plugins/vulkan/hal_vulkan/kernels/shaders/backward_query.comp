@@ -11,11 +11,14 @@ layout(binding = 9) readonly buffer GradLse { float grad_lse[]; };
 layout(binding = 10) writeonly buffer GradQuery { STORED grad_query[]; };
 layout(binding = 11) writeonly buffer Delta { float delta[]; };
 
-// (a, b) with a + b the log-sum-exp of a row. Where every key has a mask value near the lowest finite number, a float32
-// log-sum-exp holds that value alone: the maximum and the sum are computed again.
+#define LOWEST_EXACT_LSE -256.0  // below it a float32 log-sum-exp says a row's weights too coarsely
+#define EPSILON 1.1920929e-7
+
+// (a, b) with a + b the log-sum-exp of a row. Where every key has a very low mask value, a float32 log-sum-exp has lost the
+// sum beside that value: the maximum and the sum are computed again, unless `whole` is about more keys than these.
 vec2 norm_of(int unit, int i, int row, int key_unit) {
   const float whole = lse[row];
-  if (whole > -1e30 || whole == -INFINITE) return vec2(whole, 0.0);
+  if (p.has_mask == 0 || whole > LOWEST_EXACT_LSE || whole == -INFINITE) return vec2(whole, 0.0);
   const int local = int(gl_LocalInvocationID.x), first = max(i + p.lower, 0), last = min(i + p.upper + 1, p.len_k);
   const int masked = p.has_mask != 0 ? mask_row(unit, i) : 0, place = p.has_plan != 0 ? ranges_of(unit, i) : 0;
   const int begin = p.has_plan != 0 ? range_index[place] : 0, end = p.has_plan != 0 ? range_index[place + 1] : 1;
@@ -38,7 +41,8 @@ vec2 norm_of(int unit, int i, int row, int key_unit) {
   total = 0.0;
   for (int n = 0; n < THREADS; n++) total += changes[n] * exp(weights[n] - top);
   barrier();
-  return vec2(top, log(total));
+  const float rest = log(total);
+  return abs(top + rest - whole) <= -4.0 * EPSILON * whole ? vec2(top, rest) : vec2(whole, 0.0);
 }
 
 void gradient(int unit, int i) {
