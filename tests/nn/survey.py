@@ -7,7 +7,6 @@ python tests/nn/survey.py llama bert prints the rows of these
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import resource
 import signal
@@ -173,7 +172,7 @@ def _compared(eager: Any, ours: Any, model_type: str, sizes: Any, seed: int) -> 
 def _run(model: Any, given: dict[str, Any], seed: int) -> Any:
     with _limit(PATIENCE), torch.no_grad(), _device(model):
         torch.manual_seed(seed)
-        return model(**copy.deepcopy(given))
+        return model(**_cast(given, model.dtype))
 
 
 def _device(model: Any) -> Any:
@@ -213,7 +212,7 @@ def _trained(eager: Any, ours: Any, given: dict[str, Any], seed: int) -> bool:
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         loss = torch.zeros((), dtype=torch.float64)
-        for _, value in sorted(tensors(model(**copy.deepcopy(given))).items()):
+        for _, value in sorted(tensors(model(**_cast(given, model.dtype))).items()):
             if value.requires_grad:
                 value = seen(value, mask)
                 loss = loss + (value.double() * torch.randn(value.shape, generator=generator)).mean()
@@ -247,10 +246,7 @@ def _agree(what: str, eager: Any, ours: Any, given: dict[str, Any], seed: int) -
     """Assert that two models give the same; where float32 is not exact enough to say, in float64."""
     error = 0.0
     for dtype in (torch.float32, torch.float64):
-        cast = {
-            name: one.to(dtype) if isinstance(one, torch.Tensor) and one.is_floating_point() else one
-            for name, one in given.items()
-        }
+        cast = _cast(given, dtype)
         try:
             want = _run(eager.to(dtype), cast, seed)
         except Exception as failed:
@@ -262,6 +258,11 @@ def _agree(what: str, eager: Any, ours: Any, given: dict[str, Any], seed: int) -
             break
     eager.float(), ours.float()
     assert error <= FORWARD, f"{what}: {error:.1e} from eager"
+
+
+def _cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A copy of arguments, what is floating-point in another dtype."""
+    return {name: one.to(dtype, copy=True) if one.is_floating_point() else one.clone() for name, one in given.items()}
 
 
 def tensors(output: Any) -> dict[str, torch.Tensor]:

@@ -58,9 +58,9 @@ def _quiet():
 
 def test_the_table_has_every_type_and_none_differs():
     counts = Counter(row["result"] for row in TYPES.values())
-    assert counts == {"equal": 0, "refused": 0, "cannot be built": 0}
-    assert sum(1 for row in TYPES.values() if row.get("generate")) >= 0
-    assert sum(1 for row in TYPES.values() if row.get("backward")) >= 0
+    assert counts == {"equal": 393, "refused": 129, "cannot be built": 282}
+    assert sum(1 for row in TYPES.values() if row.get("generate")) == 207
+    assert sum(1 for row in TYPES.values() if row.get("backward")) == 393
     assert all(row["reason"] for row in TYPES.values() if row["result"] != "equal")
     if SAME_VERSION:
         assert sorted(TYPES) == tiny_models.model_types()

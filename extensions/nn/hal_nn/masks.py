@@ -25,6 +25,9 @@ ALWAYS_A_MASK = frozenset({"gemma4", "gemma4_text", "gemma4_unified", "gemma4_un
 #: one.
 ADDITIVE = frozenset({"deepseek_v4"})
 
+#: Model types that join masks of several kinds: each mask has a row for every query, also where rows are alike.
+EVERY_ROW = frozenset({"t5gemma2", "t5gemma2_decoder"})
+
 _PACKED = "_hal_packed"
 #: Model types by what their attention layers say: none is causal; one may be taken for causal, or all are.
 _never_causal, _never_full = set[str](), set[str]()
@@ -56,7 +59,8 @@ def attention_mask(**arguments: Any) -> Tensor | None:
         additive: Tensor | None = eager_mask(**arguments)
         return additive
     function = arguments.get("mask_function")
-    if function is bidirectional_mask_function and not arguments.get("allow_is_causal_skip", True):
+    alike = function is bidirectional_mask_function and kind not in EVERY_ROW
+    if alike and not arguments.get("allow_is_causal_skip", True):
         arguments |= {"q_length": 1} if "q_length" in arguments else {}  # transformers 5.0 has another argument here
     if kind in ALWAYS_A_MASK or kind in _never_causal:
         arguments["allow_is_causal_skip"] = False
@@ -114,7 +118,7 @@ def packed_at(positions: Tensor | None, length: int) -> Packed | None:
 
 def _is_readable(tensor: Tensor) -> bool:
     """Whether Python may branch on a tensor's values: not while a trace or a CUDA graph is recorded."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
     if type(tensor) is not Tensor or tensor.is_meta:
         return False

@@ -33,9 +33,9 @@ from .masks import note_layers
 
 NAME = "hal"
 
-#: Layers, by the end of their names, that are called attention and are another operation: they weigh sampled points, or
-#: the states of earlier layers, by no product of queries and keys. The other layers of their models run on hal.
-OTHER_OPERATIONS = ("DeformableAttention", "BlockAttentionResidual")
+#: Layers, by the end of their names, that are called attention and are another operation: they weigh sampled points,
+#: the states of earlier layers or channels, by no product of queries and keys. Their models' other layers run on hal.
+OTHER_OPERATIONS = ("DeformableAttention", "BlockAttentionResidual", "PatchTSMixerGatedAttention")
 
 #: Layers, by the end of their names, that reduce a sequence to one vector by an attention of their own behind the last
 #: layer. They stay on torch, and a warning names them when the model is built.
