@@ -253,6 +253,8 @@ def _agree(what: str, eager: Any, ours: Any, given: dict[str, Any], seed: int) -
             if dtype is torch.float32:
                 raise _EagerNeedsItError from failed
             break
+        if dtype is torch.float64 and not all(bool(one.isfinite().all()) for one in tensors(want).values()):
+            break  # eager has no result for rows without a key in float64
         error = difference(_run(ours.to(dtype), cast, seed), want, given.get("attention_mask"))
         if error <= FORWARD:
             break

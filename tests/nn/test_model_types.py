@@ -97,12 +97,14 @@ def test_the_survey_sees_a_wrong_result(monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "hal", without_mask)
     for model_type in ("llama", "bert"):
         row = survey.check(model_type)
-        assert (row["result"], row["reason"].partition(":")[0]) == ("different", "forward")
+        assert row["result"] == "different"
+        assert row["reason"].startswith("forward")
 
 
 def test_the_survey_sees_attention_on_torch_in_silence(monkeypatch):
     from hal_nn import model_check
 
     monkeypatch.setattr(model_check, "_computes_attention", lambda kind: False)
+    monkeypatch.setattr(model_check, "_warn", lambda *_: None)
     row = survey.check("longt5")
     assert row["reason"] == "in silence on torch: LongT5LocalAttention"
