@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hal_core.kernels import resolve
+from hal_core.registry import resolve
 
 import hal_core as hal
 from hal_core.registry import registry
