@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hal_core.kernels import resolve
 
 import hal_core as hal
-from hal_core.registry import registry
+from hal_core.registry import registry, resolve
 from hal_core.testing import relative_error
 
 NAMES = ("vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step")

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hal_core.kernels import resolve
 
 import hal_core as hal
-from hal_core.registry import registry
+from hal_core.registry import registry, resolve
 from hal_core.testing import reference, relative_error
 
 backend_module = pytest.importorskip("hal_vulkan.backend", exc_type=ImportError)
