@@ -250,10 +250,22 @@ def _refuse_tables(kind: type) -> None:
             continue
 
         def refuse(*_: Any, _name: str = name, **__: Any) -> None:
-            raise HalError(_sentence(kind, f"it picks its attention class from {_name}, which has none for hal"))
+            raise HalError(
+                _sentence(_being_built(kind), f"it picks its attention class from {_name}, which has none for hal")
+            )
 
         table[NAME] = refuse
         _tables.append(table)
+
+
+def _being_built(kind: type[Any]) -> type[Any]:
+    """The class of the model whose construction calls, found in the callers' frames; `kind` if there is none."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(model := frame.f_locals.get("self"), PreTrainedModel):
+            return type(model)
+        frame = frame.f_back
+    return kind
 
 
 def _is_compiled(model: nn.Module) -> bool:
