@@ -303,8 +303,10 @@ def _bound(found: execution.BoundAttention) -> Any:
             or not plain
             or not query.dtype is key.dtype is value.dtype is dtype
             # Most tensors are contiguous, which is asked in two thirds of the time.
-            or not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
-            and not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+            or (
+                not (query.is_contiguous() and key.is_contiguous() and value.is_contiguous())
+                and not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1
+            )
         ):
             _check_bound(found, even, (query, key, value, attn_mask, block_plan, tables))
             accepted = shapes if plain else ()
