@@ -161,7 +161,12 @@ class AttentionRequest(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self) | {"grads": sorted(self.grads), "mask": str(self.mask), "causal": str(self.causal)}
+        return asdict(self) | {
+            "grads": sorted(self.grads),
+            "mask": str(self.mask),
+            "causal": str(self.causal),
+            "options": [list(option) for option in self.options],
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
