@@ -124,6 +124,9 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             config = backward.config_of(hopper_backward_tiles(*dims, settings["right"]), group=1, **settings)
             name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
             found[name] = partial(backward.compile_backward, "bf16", config)
+            if max(dims) <= 128 and edge in ("full", "causal"):
+                ordered = config._replace(ordered=True, engine=True)
+                found[f"{name} ordered"] = partial(backward.compile_backward, "bf16", ordered)
     return found
 
 
@@ -212,7 +215,7 @@ def backward_variants(capability: tuple[int, int], shared_memory: int, features:
             backward_launch.PortableBackward(request, context)._build(_form(request))
         kernels = ["grad_kv", "grad_q"]
         if request.mask is MaskKind.ADDITIVE:
-            kernels = ["normalise", *kernels, "grad_mask"]
+            kernels = ["normalise", *kernels, "grad_mask", "sum_parts"]
         if name == "plain":
             kernels = ["prepare", *kernels]
         for kernel, make in zip(reversed(kernels), reversed(_launched[before:]), strict=False):

@@ -28,6 +28,8 @@ from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
 OWN = frozenset({"hopper", "portable"})
+#: What sets requests apart from those of the main table, for gradients; the first that holds names a request.
+FORMS = ("float32", "deterministic", "dropout", "mask", "bias", "bias gradient")
 #: Operations of forward and backward together over the forward's: five products beside its two.
 GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
@@ -50,8 +52,8 @@ class Rates:
     Attributes:
         bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
             seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
-            path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of
-            float32 ("float32") or of a mask ("mask"). joules_per_flop, joules_per_byte: None where not measured. basis,
+            path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of one
+            of `FORMS`. joules_per_flop, joules_per_byte: None where not measured. basis,
             provenance, source: of all of it.
     """
 
@@ -109,8 +111,9 @@ class Rates:
         slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
         rows = [row for row in self.grid if (row["path"], row.get("grads", False)) == kind]
         measured = [row for row in rows if row.get("form", "") == form] if form else []
-        if measured:  # without a diagonal: its cost is that of the pairs it leaves
+        if measured:  # where a form has no diagonal measured, its cost is that of the pairs it leaves
             slower = 1.0
+            measured = [row for row in measured if row["causal"] == causal] or measured
         else:
             measured = [row for row in rows if row["causal"] == causal and not row.get("form", "")]
         dims = sorted({row["dim"] for row in measured})
@@ -127,8 +130,16 @@ class Rates:
 
 
 def form_of(request: AttentionRequest) -> str:
-    """What sets a request apart from those of the main table: "float32", "mask" or nothing."""
-    return "float32" if request.dtype == "float32" else "mask" if request.mask is not MaskKind.NONE else ""
+    """Which of `FORMS` a request has; "" for none of them."""
+    holds = (
+        request.dtype == "float32",
+        request.deterministic,
+        request.dropout > 0,
+        request.mask is MaskKind.BOOLEAN,
+        request.mask is MaskKind.ADDITIVE and "mask" not in request.grads,
+        request.mask is MaskKind.ADDITIVE,
+    )
+    return next((form for form, found in zip(FORMS, holds, strict=True) if found), "")
 
 
 def _between(points: list[tuple[int, float]], length: int) -> float:
@@ -269,7 +280,7 @@ def _hopper_backward_memory(request: AttentionRequest) -> int:
     right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
     tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
     rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
-    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2)
+    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2) + 8 * rows // tiles.rows * r.deterministic
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:

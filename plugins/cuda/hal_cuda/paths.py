@@ -86,10 +86,10 @@ def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
 
 
 def hopper_differentiates(request: AttentionRequest) -> bool:
-    """Whether the Hopper backward is right for a request that the Hopper forward takes: it adds the query's gradient up
-    in any order, and takes no packed lengths.
+    """Whether the Hopper backward is right for a request that the Hopper forward takes: it takes no packed lengths, and
+    above a head size of 128 it adds the query's gradient up in any order.
     """
-    return not request.packed and not request.deterministic
+    return not request.packed and not (request.deterministic and max(request.dim_qk, request.dim_v) > 128)
 
 
 def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:

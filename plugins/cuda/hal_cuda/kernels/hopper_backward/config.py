@@ -20,6 +20,8 @@ class Config(NamedTuple):
         engine: the copy engine adds the query's gradient to global memory, else each thread does.
         right, left: keys end, or begin, at a diagonal. ragged: the last block of keys may be cut short.
         softcap: scores are capped.
+        ordered: blocks of keys add to a tile of the query's gradient in the order of their numbers, the last first, so
+            that the sums are the same in every run. With `engine` alone.
     """
 
     group: int
@@ -35,6 +37,7 @@ class Config(NamedTuple):
     left: bool
     ragged: bool
     softcap: bool
+    ordered: bool = False
 
     @property
     def wide(self) -> bool:
@@ -81,6 +84,16 @@ class Barriers(NamedTuple):
     scored: Any
 
 
+class Order(NamedTuple):
+    """The order in which blocks add to a tile of the query's gradient.
+
+    arrivals: int32 [batch * heads * tiles, 2], how many blocks have added each warpgroup's half. blocks: of a key head.
+    """
+
+    arrivals: Any
+    blocks: Any
+
+
 class Edges(NamedTuple):
     """Query row i reads keys from i + below to i + above, none from len_k on."""
 
@@ -101,10 +114,11 @@ class Scaling(NamedTuple):
 class Block(NamedTuple):
     """A block of keys and the tiles of query rows that read it.
 
-    key: the first key. place: batch entry * heads + key head; heads: of the keys. first: the first tile. count: tiles,
+    number: of the block among those of a key head. key: the first key. place: batch entry * heads + key head; heads: of the keys. first: the first tile. count: tiles,
     at least one. begun, ended: tiles from `begun` to `ended` meet no edge. tiles: of a query head.
     """
 
+    number: Any
     key: Any
     place: Any
     heads: Any

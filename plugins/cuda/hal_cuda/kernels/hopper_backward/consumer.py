@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .config import Barriers, Block, Edges, Maps, Scaling, Shared
-from .pipeline import add_grad_query, hide, opaque, pass_turn, take_turn
+from .config import Barriers, Block, Edges, Maps, Order, Scaling, Shared
+from .pipeline import add_grad_query, count, hide, opaque, pass_turn, take_turn, written
 
 
 @gluon.jit
@@ -60,9 +60,9 @@ def grad_query(ds, k, c: gl.constexpr, C: gl.constexpr, QL: gl.constexpr):
 
 
 @gluon.jit
-def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers: Barriers, edges: Edges,
-         scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr, PL: gl.constexpr,
-         QL: gl.constexpr):  # fmt: skip
+def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers: Barriers, block: Block, order: Order,
+         edges: Edges, scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr,
+         PL: gl.constexpr, QL: gl.constexpr):  # fmt: skip
     # One tile of queries; prev: the tile of dQ that the step before worked on.
     ST: gl.constexpr = C.stages
     NS: gl.constexpr = C.score_stages
@@ -94,13 +94,13 @@ def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers
     dq = grad_query(shared.grad_scores.index(pb), kk, c, C, QL)
     dv, dk, dq, p16, d16 = warpgroup_mma_wait(0, deps=[dv, dk, dq, p16, d16])
     mbarrier.arrive(barriers.done.index(stage), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, c, C)
+    add_grad_query(dq, pointer, maps, shared, prev, i, block, order, edges, c, C)
     return dk, dv
 
 
 @gluon.jit
-def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, edges: Edges, scaling: Scaling,
-             c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, order: Order, edges: Edges,
+             scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.rows, 16])
     GL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.dim_qk, 16])
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=GL, k_width=2)
@@ -129,21 +129,21 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
         if C.right or C.ragged:
             start = block.begun
             for j in range(block.begun):
-                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, edges, scaling,
-                              c, True, C, SL, PL, QL)  # fmt: skip
+                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, block,
+                              order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
                 prev = base + j
                 i += 1
         if C.left:
             end = block.ended
         for j in range(start, end):
-            dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, edges, scaling, c,
-                          False, C, SL, PL, QL)  # fmt: skip
+            dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, block,
+                          order, edges, scaling, c, False, C, SL, PL, QL)  # fmt: skip
             prev = base + j
             i += 1
         if C.left:
             for j in range(end, block.count):
-                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, edges, scaling,
-                              c, True, C, SL, PL, QL)  # fmt: skip
+                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, block,
+                              order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
                 prev = base + j
                 i += 1
     if c == 0:  # leave no arrival pending
@@ -154,7 +154,10 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     dq = grad_query(shared.grad_scores.index(b), kk, c, C, QL)
     dq = warpgroup_mma_wait(0, deps=[dq])
     mbarrier.arrive(barriers.done.index(n % ST), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, c, C)
+    add_grad_query(dq, pointer, maps, shared, prev, n, block, order, edges, c, C)
+    if C.ordered:
+        written(c)
+        count(order, prev, c, n * 0 + 1)
     # The rows of the values have been read by this warpgroup alone, those of the keys by both.
     shared.value.index(0).reshape([128, D]).slice(c * 64, 64).store(dv.to(KIND))
     mbarrier.wait(barriers.done.index(n % ST), (n // ST) & 1)

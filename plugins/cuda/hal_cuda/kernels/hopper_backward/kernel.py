@@ -13,19 +13,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .config import Barriers, Edges, Maps, Scaling, Shared
+from .config import Barriers, Edges, Maps, Order, Scaling, Shared
 from .consumer import consumer
 from .pipeline import block_of, producer
 from .wide import consumer_wide
 
 
 @gluon.jit
-def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, tiles, blocks, together, heads_kv, len_k, below, above,
+def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, tiles, blocks, together, heads_kv, len_k, below, above,
              scale, out_scale, cap_in, cap_out, C: gl.constexpr):  # fmt: skip
     """Grid: one program a block of C.keys keys and key head.
 
     qd to dqd: the tensor maps of `Maps`. sums: float32, the query's gradient in the order of threads, zero before the
-    launch. tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at
+    launch. arrivals: see `Order`; read where C.ordered, zero before the launch. tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at
     a time, a divisor of all of them. The rest: see `Edges` and `Scaling`. C: a `Config`.
     """
     KIND: gl.constexpr = qd.dtype
@@ -33,6 +33,7 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, tiles, blocks, together, h
     NS: gl.constexpr = C.score_stages
     edges = Edges(len_k, below, above)
     scaling = Scaling(scale, out_scale, cap_in, cap_out)
+    order = Order(arrivals, blocks)
     block = block_of(tiles, blocks, together, heads_kv, edges, C)
     q_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_qk], qd.layout)
     o_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_v], od.layout)
@@ -74,8 +75,8 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, tiles, blocks, together, h
         gl.warp_specialize(
             [
                 (producer, (maps, shared, barriers, block, C)),
-                (consumer, (sums, maps, shared, barriers, block, edges, scaling, gl.constexpr(0), C)),
-                (consumer, (sums, maps, shared, barriers, block, edges, scaling, gl.constexpr(1), C)),
+                (consumer, (sums, maps, shared, barriers, block, order, edges, scaling, gl.constexpr(0), C)),
+                (consumer, (sums, maps, shared, barriers, block, order, edges, scaling, gl.constexpr(1), C)),
             ],
             [4, 4],
             [240, 240],

@@ -25,6 +25,7 @@ _RUN_TIME = ("tiles", "blocks", "together", "heads_kv", "len_k", "below", "above
 _SCALING = ("scale", "out_scale", "cap_in", "cap_out")
 PREPARE_SIGNATURE = {
     **dict.fromkeys(("lse", "grad_lse", "statistics", "sums"), "*fp32"),
+    "arrivals": "*i32",
     **dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m", "l_b", "l_h", "l_m"), "i64"),
     **dict.fromkeys(("heads", "len_q", "tiles"), "i32"),
 }
@@ -40,7 +41,7 @@ ALIGNED |= dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m"), 8)
 
 
 def config_of(
-    tiles: HopperBackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool
+    tiles: HopperBackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool, ordered: bool = False
 ) -> Config:
     """What the kernel is compiled for; see `Config`."""
     return Config(
@@ -52,11 +53,12 @@ def config_of(
         stages=tiles.stages,
         score_stages=2,
         turns=tiles.turns,
-        engine=tiles.engine,
+        engine=tiles.engine or ordered,
         right=right,
         left=left,
         ragged=ragged,
         softcap=softcap,
+        ordered=ordered,
     )
 
 
@@ -80,7 +82,8 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
     own, own_k, own_v = (C.keys, C.dim_qk // 2, C.dim_v // 2) if C.wide else (C.keys // 2, C.dim_qk, C.dim_v)
     types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(2, C.rows)}
     types |= {"kd": operand(C.keys, C.dim_qk), "vd": operand(C.keys, C.dim_v)}
-    types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256), "sums": "*fp32"}
+    types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256)}
+    types |= {"sums": "*fp32", "arrivals": "*i32"}
     return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(_SCALING, "fp32")
 
 
@@ -100,7 +103,7 @@ class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
     sides: what the tensor maps are made from, in the kernel's order; made: for each of them its arguments by address.
-    statistics, sums: float32 numbers of scratch memory. tiles: grid of `prepare` and `finish`;
+    statistics, sums: float32 numbers of scratch memory, arrivals: int32 ones. tiles: grid of `prepare` and `finish`;
     sizes: their numbers after the strides.
     """
 
@@ -111,6 +114,7 @@ class Launch(NamedTuple):
     tail: list[Any]
     statistics: int
     sums: int
+    arrivals: int
     prepare: Launcher
     finish: Launcher
     tiles: tuple[int, int, int]
@@ -145,10 +149,11 @@ class HopperBackward:
         grads = [torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]]
         with borrowing(self._context.memory) as borrow:
             statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
+            arrivals = borrow((launch.arrivals,), torch.int32) if launch.arrivals else None
             lse = lse if lse.is_contiguous() else borrow(lse.shape, lse.dtype).copy_(lse)
             of_lse = (0, 0, 0) if grad_lse is None else grad_lse.stride()
             rows = [*out.stride()[:3], *grad_out.stride()[:3], *of_lse, *launch.sizes]
-            launch.prepare(launch.tiles, (out, grad_out, lse, grad_lse, statistics, sums), rows)
+            launch.prepare(launch.tiles, (out, grad_out, lse, grad_lse, statistics, sums, arrivals), rows)
             addresses = (
                 *(pointers[0], pointers[3], statistics.data_ptr(), pointers[1], pointers[2]),
                 *(grads[1].data_ptr(), grads[2].data_ptr(), sums.data_ptr()),
@@ -157,7 +162,7 @@ class HopperBackward:
             for place, pointer in enumerate(addresses):
                 kept = launch.made[place]
                 arguments += kept.get(pointer) or add_map(launch.sides[place], kept, pointer)
-            arguments.append(sums.data_ptr())
+            arguments += [sums.data_ptr(), 0 if arrivals is None else arrivals.data_ptr()]
             arguments += launch.tail
             launch.kernel(launch.grid, torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
             numbers = [*grads[0].stride()[:3], *launch.sizes, self.request.effective_scale]
@@ -180,6 +185,7 @@ class HopperBackward:
             left=left is not None,
             ragged=len_k % tiles.keys != 0,
             softcap=r.softcap is not None,
+            ordered=r.deterministic,
         )
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         made = binaries.kernel(("hopper backward", chip.index, dtype, config), lambda: compile_backward(dtype, config))
@@ -206,7 +212,7 @@ class HopperBackward:
         sides = tuple((shape, strides, meta) for (shape, strides), meta in zip(forms, made.maps, strict=True))
         constants = {"DV": dim_v, "BDV": power_of_two(dim_v), "SUMS": tiles.size, "BM": tiles.rows}
         kinds = {"out": f"*{dtype}", "grad_out": f"*{dtype}"}
-        constants["GRAD_LSE"] = of_lse
+        constants |= {"GRAD_LSE": of_lse, "ORDERED": r.deterministic}
         preparing = launcher(chip, prepare, kinds | PREPARE_SIGNATURE, constants, ALIGNED, num_warps=8)
         finishing = {"D": dim_qk, "BD": tiles.dim_qk, "BM": tiles.rows}
         ending = launcher(chip, finish, {"grad_query": f"*{dtype}"} | FINISH_SIGNATURE, finishing, ALIGNED, num_warps=8)
@@ -218,6 +224,7 @@ class HopperBackward:
             tail=tail,
             statistics=statistics,
             sums=sums,
+            arrivals=batch * heads * row_tiles * 2 if r.deterministic else 0,
             prepare=preparing,
             finish=ending,
             tiles=(row_tiles * batch * heads, 1, 1),

@@ -8,12 +8,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .config import Barriers, Block, Edges, Maps, Shared
+from .config import Barriers, Block, Edges, Maps, Order, Shared
 
 SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
 ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
 THREE = gl.constexpr("=r,r,r")
 TURN = gl.constexpr(8)  # the first named barrier of the turns: those below are Triton's
+ALONE = gl.constexpr(10)  # the first of the barriers of each consumer's own threads
+#: Wait for the copies of this thread to be written, then for the other threads of the warpgroup.
+WRITTEN = gl.constexpr("cp.async.bulk.wait_group 0; bar.sync $1, $2; mov.b32 $0, $1;")
+#: Count a block's sums as added, by one thread, where $2 is not 0.
+COUNT = gl.constexpr(
+    "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; setp.ne.and.u32 r, $2, "
+    "0, p; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, $2; }"
+)
+#: Wait until $2 blocks have been counted; at once where it is negative.
+AWAIT = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 n; LOOK: ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra LOOK; mov.b32 "
+    "$0, n; }"
+)
 
 
 @builtin
@@ -54,7 +67,10 @@ def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
     program = gl.program_id(0)
     turn = program % (together * blocks)
     place = program // (together * blocks) * together + turn % together
-    key = (turn // together) * C.keys
+    number = turn // together
+    if C.ordered:  # a block waits for those behind it alone: they have begun
+        number = blocks - 1 - number
+    key = number * C.keys
     first, count = tiles * 0, tiles
     if C.right:
         first = gl.minimum(gl.maximum(key - edges.above, 0) // C.rows, tiles - 1)
@@ -74,7 +90,7 @@ def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
         cut = key + C.keys > edges.len_k
         begun = gl.where(cut, count, begun)
         ended = gl.where(cut, count, ended)
-    return Block(key, place, heads_kv, first, count, begun, ended, tiles)
+    return Block(number, key, place, heads_kv, first, count, begun, ended, tiles)
 
 
 @gluon.jit
@@ -120,10 +136,59 @@ def send_tile(dq, sums, staged, row):
 
 
 @gluon.jit
-def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, c: gl.constexpr, C: gl.constexpr):
+def written(c: gl.constexpr):
+    # The sums that this warpgroup has sent lie in memory.
+    gl.inline_asm_elementwise(
+        WRITTEN, THREE, [gl.to_tensor(ALONE + c), gl.to_tensor(128)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def count(order: Order, tile, c: gl.constexpr, wanted):
+    gl.inline_asm_elementwise(
+        COUNT, "=r,l,r", [order.arrivals + tile * 2 + c, gl.to_tensor(wanted)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def before(m, block: Block, order: Order, edges: Edges, C: gl.constexpr):
+    # How many blocks add to tile m before this one: those behind it that read the tile, see `block_of`.
+    last = order.blocks - 1
+    if C.right:
+        reach = gl.maximum((m + 1) * C.rows - 1 + edges.above, 0) // C.keys  # the last block at this diagonal
+        last = gl.where(m == block.tiles - 1, last, gl.minimum(reach, last))
+    return last - block.number
+
+
+@gluon.jit
+def send_in_order(dq, sums, staged, row, tile, i, block: Block, order: Order, edges: Edges, c: gl.constexpr,
+                  C: gl.constexpr):  # fmt: skip
+    # As `send_tile`, once the blocks before this one have added to the tile. The first step's zeros may be added at any
+    # time, and are not counted. The tile of the step before is counted now.
+    m = tile % block.tiles
+    earlier = gl.where(m == block.first, tile - 1 - block.tiles + block.count, tile - 1)  # of the head before, or this
+    RL: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    x = in_order(dq, 16, 256, RL)
+    written(c)
+    count(order, earlier, c, (i >= 2).to(gl.int32))
+    staged.store(x)
+    fence_async_shared()
+    ahead = gl.where(i == 0, -1, before(m, block, order, edges, C))
+    gl.inline_asm_elementwise(
+        AWAIT, "=r,l,r", [order.arrivals + tile * 2 + c, ahead], dtype=gl.int32, is_pure=False, pack=1
+    )
+    reduce_add(sums, [row, 0], staged)
+
+
+@gluon.jit
+def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, i, block: Block, order: Order, edges: Edges,
+                   c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     # A warpgroup's half of a tile of the query's gradient, added to its sums.
     SIZE: gl.constexpr = C.rows * C.dim_qk
-    if C.engine:
+    if C.ordered:
+        send_in_order(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16, tile, i, block,
+                      order, edges, c, C)  # fmt: skip
+    elif C.engine:
         send_tile(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16)
     else:
         add_tile(dq, pointer + tile.to(gl.int64) * SIZE + c * 4096)

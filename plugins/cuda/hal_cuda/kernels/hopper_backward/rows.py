@@ -7,12 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def prepare(out, grad_out, lse, grad_lse, statistics, sums, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, heads, len_q,
+def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, heads, len_q,
             tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
-            GRAD_LSE: tl.constexpr):  # fmt: skip
+            GRAD_LSE: tl.constexpr, ORDERED: tl.constexpr):  # fmt: skip
     """Write statistics, float32 [batch * heads, tiles, 2, BM]: the log-sum-exp in base 2, infinity for rows that read
     no key and rows behind the last, which gives weights of 0; and delta = sum(out * grad_out) - grad_lse. Set to 0 the
-    sums, float32 [batch * heads, tiles, SUMS].
+    sums, float32 [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles, 2].
 
     Grid: batch * heads * tiles. lse: contiguous [batch, heads, len_q]; l_b to l_m: strides of grad_lse.
     """
@@ -35,6 +35,8 @@ def prepare(out, grad_out, lse, grad_lse, statistics, sums, o_b, o_h, o_m, g_b, 
     tl.store(at, level)
     tl.store(at + BM, delta)
     tl.store(sums + number * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
+    if ORDERED:
+        tl.store(arrivals + number * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
 
 
 @triton.jit
