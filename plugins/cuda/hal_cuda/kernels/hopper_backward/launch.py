@@ -41,7 +41,14 @@ ALIGNED |= dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m"), 8)
 
 
 def config_of(
-    tiles: HopperBackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool, ordered: bool = False
+    tiles: HopperBackwardTiles,
+    *,
+    group: int,
+    right: bool,
+    left: bool,
+    ragged: bool,
+    softcap: bool,
+    ordered: bool = False,
 ) -> Config:
     """What the kernel is compiled for; see `Config`."""
     return Config(

@@ -251,7 +251,9 @@ class PortableBackward:
 
     def _normalise(self, form: _Form, tiles: Tiles) -> _Kernel:
         filled = self._filled(normalise, form, _sizes(tiles), _plan_values(form.plan))
-        run = launcher(self.chip, normalise, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps)
+        run = launcher(
+            self.chip, normalise, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps
+        )
         return filled.kernel(run, self._row_grid(form, tiles))
 
     def _grad_q(self, form: _Form, tiles: Tiles) -> _Kernel:
@@ -288,7 +290,9 @@ class PortableBackward:
             listed = plan_strides(BlockPlan(1, 1, form.lists.listed, form.lists.counts))[:3]  # type: ignore[assignment]
         values |= dict(zip(("listed_b", "listed_h", "listed_n"), listed, strict=True)) | _plan_values(form.plan)
         filled = self._filled(grad_mask, form, constants, values)
-        run = launcher(self.chip, grad_mask, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps)
+        run = launcher(
+            self.chip, grad_mask, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps
+        )
         tiles_of = [
             -(-n // size) if over else 1 for n, size, over in zip((len_q, len_k), tiles[:2], runs_over[2:], strict=True)
         ]

@@ -109,9 +109,7 @@ def weights(
     if RIGHT:
         visible = visible & (columns <= rows + high)
     if MASK > 0:
-        given = mask_tile(
-            mask_at, rows, columns, mask_m, mask_n, end_q, end_k, MASK_ROWS, MASK_KEYS, EVEN_Q, EVEN_K
-        )
+        given = mask_tile(mask_at, rows, columns, mask_m, mask_n, end_q, end_k, MASK_ROWS, MASK_KEYS, EVEN_Q, EVEN_K)
         if MASK == 1:
             scores = tl.where(given != 0, scores, float("-inf"))
         else:
