@@ -126,6 +126,10 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             found[name] = partial(backward.compile_backward, "bf16", config)
             if max(dims) <= 128 and edge in ("full", "causal"):
                 ordered = config._replace(ordered=True, engine=True)
+                if edge == "full":
+                    found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
+                    planned = config._replace(per_block=128 // config.rows)
+                    found[f"{name} planned"] = partial(backward.compile_backward, "bf16", planned)
                 found[f"{name} ordered"] = partial(backward.compile_backward, "bf16", ordered)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -90,6 +91,20 @@ def hopper_differentiates(request: AttentionRequest) -> bool:
     above a head size of 128 it adds the query's gradient up in any order.
     """
     return not request.packed and not (request.deterministic and max(request.dim_qk, request.dim_v) > 128)
+
+
+def hopper_assists(request: AttentionRequest, chip: Chip) -> bool:
+    """Whether the Hopper backward may serve a request whose forward is portable: a boolean mask, of which it takes those
+    of keys alone, or a block plan; calls that it does not take go on to the portable backward.
+    """
+    bare = replace(request, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None)
+    beside = (request.mask is MaskKind.BOOLEAN) + (request.block_plan is not None)
+    return (
+        beside > 0
+        and request.mask is not MaskKind.ADDITIVE
+        and hopper_takes(bare, chip)
+        and hopper_differentiates(request)
+    )
 
 
 def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Grads, SequenceMetadata, TilePlan
 
+from ..paths import hopper_assists
 from ..runtime.context import Context
 from .hopper_backward.launch import HopperBackward
 from .portable.backward_launch import PortableBackward
@@ -20,11 +21,13 @@ class OwnBackward:
     """Gradients of a request from its forward's result.
 
     Args:
-        path: "hopper", whose kernel hands on the tensors that the copy engine cannot read, or "portable".
+        path: "hopper", whose kernel hands on the tensors that the copy engine cannot read, or "portable". A mask of keys
+            and a block plan go to the Hopper kernel too, where the request suits it.
     """
 
     def __init__(self, path: str, request: AttentionRequest, context: Context) -> None:
-        self._hopper = HopperBackward(request, context) if path == "hopper" else None
+        hopper = path == "hopper" or hopper_assists(request, context.chip)
+        self._hopper = HopperBackward(request, context) if hopper else None
         self._portable = PortableBackward(request, context)
 
     def __call__(
@@ -45,7 +48,8 @@ class OwnBackward:
         """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural."""
         given = (query, key, value, out, lse, grad_out)
         if self._hopper is not None:
-            grads = self._hopper(*given, grad_lse)
+            wide_mask = mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
+            grads = self._hopper(*given, grad_lse, wide_mask, plan if isinstance(plan, BlockPlan) else None)
             if grads is not None:
                 return grads
         return self._portable(*given, mask, plan, tables, grad_lse=grad_lse, rng=rng)

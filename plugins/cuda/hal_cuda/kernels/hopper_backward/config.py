@@ -22,6 +22,8 @@ class Config(NamedTuple):
         softcap: scores are capped.
         ordered: blocks of keys add to a tile of the query's gradient in the order of their numbers, the last first, so
             that the sums are the same in every run. With `engine` alone.
+        padded: a mask says of each key whether any row reads it.
+        per_block: tiles in a row block of a block plan; 0 without a plan. Not for `wide`, nor `ordered`.
     """
 
     group: int
@@ -38,6 +40,13 @@ class Config(NamedTuple):
     ragged: bool
     softcap: bool
     ordered: bool = False
+    padded: bool = False
+    per_block: int = 0
+
+    @property
+    def planned(self) -> bool:
+        """Whether the tiles that a block meets are listed, see `Lists`."""
+        return self.per_block > 0
 
     @property
     def wide(self) -> bool:
@@ -94,6 +103,25 @@ class Order(NamedTuple):
     blocks: Any
 
 
+class Lists(NamedTuple):
+    """What is read of some keys alone.
+
+    visible: bytes, at batch entry * visible_b + key, where `padded`: 0 hides the key from all rows. indices, counts:
+    with a block plan, int32 at batch entry * list_b + query head * list_h + its key block (times `rows`, of indices):
+    the row blocks that list a key block, and how many. rows: row blocks of the plan. blocks: of the kernel in a key
+    block.
+    """
+
+    visible: Any
+    visible_b: Any
+    indices: Any
+    counts: Any
+    list_b: Any
+    list_h: Any
+    rows: Any
+    blocks: Any
+
+
 class Edges(NamedTuple):
     """Query row i reads keys from i + below to i + above, none from len_k on."""
 
@@ -114,8 +142,10 @@ class Scaling(NamedTuple):
 class Block(NamedTuple):
     """A block of keys and the tiles of query rows that read it.
 
-    number: of the block among those of a key head. key: the first key. place: batch entry * heads + key head; heads: of the keys. first: the first tile. count: tiles,
-    at least one. begun, ended: tiles from `begun` to `ended` meet no edge. tiles: of a query head.
+    number: of the block among those of a key head. key: the first key. place: batch entry * heads + key head; heads:
+    of the keys. first: the first tile. count: tiles, at least one. begun, ended: tiles from `begun` to `ended` meet no
+    edge. tiles: of a query head. steps: tiles of all query heads of the group; with a plan `first` is 0, and they are
+    listed.
     """
 
     number: Any
@@ -127,3 +157,4 @@ class Block(NamedTuple):
     begun: Any
     ended: Any
     tiles: Any
+    steps: Any

@@ -17,14 +17,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .config import Barriers, Block, Edges, Maps, Order, Scaling, Shared
-from .pipeline import add_grad_query, count, hide, opaque, pass_turn, take_turn, written
+from .config import Barriers, Block, Edges, Lists, Maps, Order, Scaling, Shared
+from .pipeline import (
+    add_grad_query,
+    count,
+    hide,
+    opaque,
+    pass_turn,
+    steps_of,
+    take_turn,
+    tile_of,
+    written,
+)
 
 
 @gluon.jit
-def weights(q, do, k, v, stage, phase, row0, key0, shared: Shared, barriers: Barriers, edges: Edges, scaling: Scaling,
+def visible_keys(key0, block: Block, lists: Lists, edges: Edges, C: gl.constexpr, SL: gl.constexpr):
+    # Whether a mask lets rows read each of 64 keys.
+    keys = key0 + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    if C.padded:
+        at = lists.visible + (block.place // block.heads).to(gl.int64) * lists.visible_b + keys
+        return gl.expand_dims(gl.load(at, mask=keys < edges.len_k, other=0) != 0, 1)
+    else:
+        return gl.expand_dims(keys, 1)
+
+
+@gluon.jit
+def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges, scaling: Scaling,
             c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
-    # S' and dP' begun, S' waited for. Returns the weights P' in float32; what the gradient of the scores is a multiple
+    # S' and dP' begun, S' waited for. seen: of `visible_keys`. Returns the weights P' in float32; what the gradient of the scores is a multiple
     # of, which is P' unless scores are capped; and dP' on its way.
     BM: gl.constexpr = C.rows
     z = gl.zeros([64, BM], gl.float32, SL)
@@ -43,6 +64,8 @@ def weights(q, do, k, v, stage, phase, row0, key0, shared: Shared, barriers: Bar
         p = gl.exp2(s * scaling.scale - lse)
     if MASK:
         p = hide(p, key0, row0, edges, C, SL)
+    if C.padded:
+        p = gl.where(seen, p, 0.0)
     slope = p
     if C.softcap:
         slope = p * (1.0 - t * t)
@@ -60,7 +83,7 @@ def grad_query(ds, k, c: gl.constexpr, C: gl.constexpr, QL: gl.constexpr):
 
 
 @gluon.jit
-def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers: Barriers, block: Block, order: Order,
+def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, barriers: Barriers, block: Block, order: Order,
          edges: Edges, scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr,
          PL: gl.constexpr, QL: gl.constexpr):  # fmt: skip
     # One tile of queries; prev: the tile of dQ that the step before worked on.
@@ -74,8 +97,8 @@ def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers
     do = shared.grad_out.index(stage).reshape([C.rows, D])
     q = shared.query.index(stage).reshape([C.rows, D])
     v = shared.value.index(kb).reshape([128, D]).slice(c * 64, 64)
-    p, slope, dp = weights(q, do, kk.slice(c * 64, 64), v, stage, (i // ST) & 1, m * C.rows, key0, shared, barriers,
-                           edges, scaling, c, MASK, C, SL)  # fmt: skip
+    p, slope, dp = weights(q, do, kk.slice(c * 64, 64), v, stage, (i // ST) & 1, m * C.rows, key0, seen, shared,
+                           barriers, edges, scaling, c, MASK, C, SL)  # fmt: skip
     p16 = gl.convert_layout(p.to(KIND), PL, assert_trivial=True)
     dv = warpgroup_mma(p16, do, dv, is_async=True)
     pass_turn(c, C)
@@ -99,8 +122,8 @@ def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers
 
 
 @gluon.jit
-def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, order: Order, edges: Edges,
-             scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists,
+             order: Order, edges: Edges, scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.rows, 16])
     GL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.dim_qk, 16])
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=GL, k_width=2)
@@ -110,8 +133,9 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     D: gl.constexpr = C.dim_qk
     BM: gl.constexpr = C.rows
     KIND: gl.constexpr = shared.query.dtype
-    n = block.count * C.group
+    n = block.steps
     key0 = block.key + c * 64
+    seen = visible_keys(key0, block, lists, edges, C, SL)
     dk = gl.zeros([64, D], gl.float32, GL)
     dv = gl.zeros([64, D], gl.float32, GL)
     mbarrier.wait(barriers.key, 0)
@@ -123,29 +147,39 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
         pass_turn(c, C)
     prev = block.place * C.group * block.tiles + block.first
     i = 0
-    for g in range(C.group):
-        base = (block.place * C.group + g) * block.tiles + block.first
-        start, end = i * 0, block.count
-        if C.right or C.ragged:
-            start = block.begun
-            for j in range(block.begun):
-                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, block,
-                              order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+    if C.planned:
+        for g in range(C.group):
+            base = (block.place * C.group + g) * block.tiles
+            for j in range(steps_of(block, g, lists, C)):
+                m = tile_of(block, g, j, lists, C)
+                dk, dv = step(i, m, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block, order, edges,
+                              scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                prev = base + m
+                i += 1
+    else:
+        for g in range(C.group):
+            base = (block.place * C.group + g) * block.tiles + block.first
+            start, end = i * 0, block.count
+            if C.right or C.ragged:
+                start = block.begun
+                for j in range(block.begun):
+                    dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
+                                  order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                    prev = base + j
+                    i += 1
+            if C.left:
+                end = block.ended
+            for j in range(start, end):
+                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
+                              order, edges, scaling, c, False, C, SL, PL, QL)  # fmt: skip
                 prev = base + j
                 i += 1
-        if C.left:
-            end = block.ended
-        for j in range(start, end):
-            dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, block,
-                          order, edges, scaling, c, False, C, SL, PL, QL)  # fmt: skip
-            prev = base + j
-            i += 1
-        if C.left:
-            for j in range(end, block.count):
-                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, block,
-                              order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
-                prev = base + j
-                i += 1
+            if C.left:
+                for j in range(end, block.count):
+                    dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
+                                  order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                    prev = base + j
+                    i += 1
     if c == 0:  # leave no arrival pending
         take_turn(c, C)
     b = (n - 1) % NS  # the last dQ

@@ -13,20 +13,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .config import Barriers, Edges, Maps, Order, Scaling, Shared
+from .config import Barriers, Edges, Lists, Maps, Order, Scaling, Shared
 from .consumer import consumer
 from .pipeline import block_of, producer
 from .wide import consumer_wide
 
 
 @gluon.jit
-def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, tiles, blocks, together, heads_kv, len_k, below, above,
-             scale, out_scale, cap_in, cap_out, C: gl.constexpr):  # fmt: skip
+def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, visible, indices, counts, visible_b, list_b, list_h,
+             list_rows, list_blocks, tiles, blocks, together, heads_kv, len_k, below, above, scale, out_scale,
+             cap_in, cap_out, C: gl.constexpr):  # fmt: skip
     """Grid: one program a block of C.keys keys and key head.
 
     qd to dqd: the tensor maps of `Maps`. sums: float32, the query's gradient in the order of threads, zero before the
-    launch. arrivals: see `Order`; read where C.ordered, zero before the launch. tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at
-    a time, a divisor of all of them. The rest: see `Edges` and `Scaling`. C: a `Config`.
+    launch. arrivals: see `Order`; read where C.ordered, zero before the launch. visible to list_blocks: see `Lists`.
+    tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at a time,
+    a divisor of all of them. The rest: see `Edges` and `Scaling`. C: a `Config`.
     """
     KIND: gl.constexpr = qd.dtype
     ST: gl.constexpr = C.stages
@@ -34,7 +36,10 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, tiles, blocks, t
     edges = Edges(len_k, below, above)
     scaling = Scaling(scale, out_scale, cap_in, cap_out)
     order = Order(arrivals, blocks)
-    block = block_of(tiles, blocks, together, heads_kv, edges, C)
+    lists = Lists(visible, visible_b, indices, counts, list_b, list_h, list_rows, list_blocks)
+    block = block_of(tiles, blocks, together, heads_kv, lists, edges, C)
+    if C.planned:  # keys that nobody reads are hidden by their length
+        edges = Edges(gl.where(block.count == 0, 0, len_k), below, above)
     q_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_qk], qd.layout)
     o_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_v], od.layout)
     st_s = gl.allocate_shared_memory(gl.float32, [ST, 2, C.rows], sd.layout)
@@ -64,9 +69,9 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, tiles, blocks, t
     if C.wide:
         gl.warp_specialize(
             [
-                (producer, (maps, shared, barriers, block, C)),
-                (consumer_wide, (sums, maps, shared, barriers, block, edges, scaling, gl.constexpr(0), C)),
-                (consumer_wide, (sums, maps, shared, barriers, block, edges, scaling, gl.constexpr(1), C)),
+                (producer, (maps, shared, barriers, block, lists, C)),
+                (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(0), C)),
+                (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(1), C)),
             ],
             [4, 4],
             [240, 240],
@@ -74,9 +79,9 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, tiles, blocks, t
     else:
         gl.warp_specialize(
             [
-                (producer, (maps, shared, barriers, block, C)),
-                (consumer, (sums, maps, shared, barriers, block, order, edges, scaling, gl.constexpr(0), C)),
-                (consumer, (sums, maps, shared, barriers, block, order, edges, scaling, gl.constexpr(1), C)),
+                (producer, (maps, shared, barriers, block, lists, C)),
+                (consumer, (sums, maps, shared, barriers, block, lists, order, edges, scaling, gl.constexpr(0), C)),
+                (consumer, (sums, maps, shared, barriers, block, lists, order, edges, scaling, gl.constexpr(1), C)),
             ],
             [4, 4],
             [240, 240],

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal, Grads
+from hal_core.plugin_api import AttentionRequest, BlockPlan, Causal, Grads, MaskKind
 
-from ...memory import borrowing
+from ...memory import Borrowed, borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
 from ...tiling import HopperBackwardTiles, hopper_backward_tiles, power_of_two
 from ..hopper.launch import LOG2E, add_map, fits, side
+from ..portable.block_plans import rows_of_blocks
 from .config import Config
 from .rows import finish, prepare
 
@@ -22,6 +23,7 @@ from .rows import finish, prepare
 _MOST_BLOCKS, _MOST_TOGETHER = 256, 16
 _MOST_KEPT = 1024
 _RUN_TIME = ("tiles", "blocks", "together", "heads_kv", "len_k", "below", "above")
+_LISTS = ("visible_b", "list_b", "list_h", "list_rows", "list_blocks")
 _SCALING = ("scale", "out_scale", "cap_in", "cap_out")
 PREPARE_SIGNATURE = {
     **dict.fromkeys(("lse", "grad_lse", "statistics", "sums"), "*fp32"),
@@ -49,6 +51,8 @@ def config_of(
     ragged: bool,
     softcap: bool,
     ordered: bool = False,
+    padded: bool = False,
+    per_block: int = 0,
 ) -> Config:
     """What the kernel is compiled for; see `Config`."""
     return Config(
@@ -66,6 +70,8 @@ def config_of(
         ragged=ragged,
         softcap=softcap,
         ordered=ordered,
+        padded=padded,
+        per_block=per_block,
     )
 
 
@@ -90,8 +96,8 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
     types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(2, C.rows)}
     types |= {"kd": operand(C.keys, C.dim_qk), "vd": operand(C.keys, C.dim_v)}
     types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256)}
-    types |= {"sums": "*fp32", "arrivals": "*i32"}
-    return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(_SCALING, "fp32")
+    types |= {"sums": "*fp32", "arrivals": "*i32", "visible": "*u8", "indices": "*i32", "counts": "*i32"}
+    return types | dict.fromkeys(_LISTS, "i32") | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(_SCALING, "fp32")
 
 
 def compile_backward(dtype: str, config: Config) -> Any:
@@ -110,7 +116,8 @@ class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
     sides: what the tensor maps are made from, in the kernel's order; made: for each of them its arguments by address.
-    statistics, sums: float32 numbers of scratch memory, arrivals: int32 ones. tiles: grid of `prepare` and `finish`;
+    statistics, sums: float32 numbers of scratch memory, arrivals: int32 ones. in_block: blocks of the kernel in a key
+    block of the plan. tiles: grid of `prepare` and `finish`;
     sizes: their numbers after the strides.
     """
 
@@ -122,6 +129,7 @@ class Launch(NamedTuple):
     statistics: int
     sums: int
     arrivals: int
+    in_block: int
     prepare: Launcher
     finish: Launcher
     tiles: tuple[int, int, int]
@@ -140,19 +148,24 @@ class HopperBackward:
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
-        grad_lse: Tensor | None = None,
+        grad_lse: Tensor | None = None, mask: Tensor | None = None, plan: BlockPlan | None = None,
     ) -> Grads | None:  # fmt: skip
-        """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural."""
+        """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural.
+
+        mask: boolean, of keys alone. plan: whose blocks are whole tiles (see `_takes`).
+        """
         given = (query, key, value, grad_out)
         pointers = [t.data_ptr() for t in given]
         if not fits(*given, out) or (pointers[0] | pointers[1] | pointers[2] | pointers[3] | out.data_ptr()) & 15:
             return None
-        form = (*((t.shape, t.stride()) for t in given), grad_lse is None)
+        if not self._takes(query, key, value, mask, plan):
+            return None
+        form = (*((t.shape, t.stride()) for t in given), grad_lse is None, mask is None, plan and plan[:2])
         launch = self._launches.get(form)
         if launch is None:
             if len(self._launches) >= _MOST_KEPT:
                 self._launches.clear()
-            launch = self._launches[form] = self._build(*given, grad_lse is not None)
+            launch = self._launches[form] = self._build(*given, grad_lse is not None, plan)
         grads = [torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]]
         with borrowing(self._context.memory) as borrow:
             statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
@@ -170,13 +183,42 @@ class HopperBackward:
                 kept = launch.made[place]
                 arguments += kept.get(pointer) or add_map(launch.sides[place], kept, pointer)
             arguments += [sums.data_ptr(), 0 if arrivals is None else arrivals.data_ptr()]
+            arguments += [0 if mask is None else mask.data_ptr(), *self._listed(plan, key, mask, launch, borrow)]
             arguments += launch.tail
             launch.kernel(launch.grid, torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
             numbers = [*grads[0].stride()[:3], *launch.sizes, self.request.effective_scale]
             launch.finish(launch.tiles, (sums, grads[0]), numbers)
         return Grads(grads[0], grads[1], grads[2], None)
 
-    def _build(self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, of_lse: bool) -> Launch:
+    def _takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None) -> bool:
+        """Whether the kernel is right for a mask and a plan."""
+        if mask is not None:
+            of_keys = mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] > 1
+            if not of_keys or mask.stride(3) != 1:
+                return False
+        if plan is not None:
+            tiles = hopper_backward_tiles(query.shape[3], value.shape[3], True)
+            if tiles.dim_qk > 128 or self.request.deterministic or plan.block_k % tiles.keys:
+                return False
+            # The last row block may end in the middle of a tile, not before its last one.
+            return plan.block_q == tiles.rows or not (plan.block_q % tiles.rows or query.shape[2] % plan.block_q)
+        return True
+
+    def _listed(
+        self, plan: BlockPlan | None, key: Tensor, mask: Tensor | None, launch: Launch, borrow: Borrowed
+    ) -> list[Any]:
+        """The kernel's arguments for `Lists`, after the mask."""
+        visible_b = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+        if plan is None:
+            return [0, 0, visible_b, 0, 0, 0, 1]
+        lists = rows_of_blocks(plan, key.shape[2], self.chip, borrow)
+        batch, heads, blocks_k, rows = lists.indices.shape
+        steps = 0 if batch == 1 else heads * blocks_k, 0 if heads == 1 else blocks_k
+        return [lists.indices.data_ptr(), lists.counts.data_ptr(), visible_b, *steps, rows, launch.in_block]
+
+    def _build(
+        self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, of_lse: bool, plan: BlockPlan | None
+    ) -> Launch:
         r, chip = self.request, self.chip
         batch, heads, len_q, dim_qk = query.shape
         heads_kv, len_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
@@ -193,6 +235,8 @@ class HopperBackward:
             ragged=len_k % tiles.keys != 0,
             softcap=r.softcap is not None,
             ordered=r.deterministic,
+            padded=r.mask is MaskKind.BOOLEAN,
+            per_block=0 if plan is None else plan.block_q // tiles.rows,
         )
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         made = binaries.kernel(("hopper backward", chip.index, dtype, config), lambda: compile_backward(dtype, config))
@@ -200,6 +244,7 @@ class HopperBackward:
         together, places = 1, batch * heads_kv
         while (
             right is not None
+            and plan is None
             and together < _MOST_TOGETHER
             and 2 * together * blocks <= _MOST_BLOCKS
             and places % (2 * together) == 0
@@ -231,6 +276,7 @@ class HopperBackward:
             tail=tail,
             statistics=statistics,
             sums=sums,
+            in_block=1 if plan is None else plan.block_k // tiles.keys,
             arrivals=batch * heads * row_tiles * 2 if r.deterministic else 0,
             prepare=preparing,
             finish=ending,

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .config import Barriers, Block, Edges, Maps, Order, Shared
+from .config import Barriers, Block, Edges, Lists, Maps, Order, Shared
 
 SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
 ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
@@ -61,7 +61,36 @@ def pass_turn(c: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
+def listed_steps(number, place, heads, g, lists: Lists, C: gl.constexpr):
+    # Tiles of one query head of the group that a block plan lets these keys meet.
+    at = (place // heads) * lists.list_b + (place % heads * C.group + g) * lists.list_h + number // lists.blocks
+    return gl.load(lists.counts + at) * C.per_block
+
+
+@gluon.jit
+def steps_of(block: Block, g, lists: Lists, C: gl.constexpr):
+    # Tiles of query head g of the group. Keys that nobody reads meet one tile, which their length of 0 hides.
+    if C.planned:
+        steps = listed_steps(block.number, block.place, block.heads, g, lists, C)
+        return gl.where(block.count == 0, gl.where(g == 0, 1, 0), steps)
+    else:
+        return block.count
+
+
+@gluon.jit
+def tile_of(block: Block, g, j, lists: Lists, C: gl.constexpr):
+    # The tile of step j of query head g.
+    if C.planned:
+        at = (block.place // block.heads) * lists.list_b + (block.place % block.heads * C.group + g) * lists.list_h
+        at = (at + block.number // lists.blocks) * lists.rows + j // C.per_block
+        tile = gl.load(lists.indices + at) * C.per_block + j % C.per_block
+        return gl.where(block.count == 0, 0, tile)
+    else:
+        return block.first + j
+
+
+@gluon.jit
+def block_of(tiles, blocks, together, heads_kv, lists: Lists, edges: Edges, C: gl.constexpr):
     # The block of this program. Heads are worked on `together`, so that their queries and gradients stay in the
     # second-level cache; among those, the first keys come first, which a causal diagonal gives the most rows.
     program = gl.program_id(0)
@@ -86,11 +115,16 @@ def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
         reach = key - edges.below - C.rows + 1
         ended = gl.where(reach < 0, 0, gl.maximum(reach, 0) // C.rows + 1 - first)
         ended = gl.minimum(gl.maximum(ended, begun), count)
+    if C.planned:
+        first, count = tiles * 0, tiles * 0
+        for g in range(C.group):
+            count += listed_steps(number, place, heads_kv, g, lists, C)
+        return Block(number, key, place, heads_kv, first, count, first, first, tiles, gl.maximum(count, 1))
     if C.ragged:
         cut = key + C.keys > edges.len_k
         begun = gl.where(cut, count, begun)
         ended = gl.where(cut, count, ended)
-    return Block(number, key, place, heads_kv, first, count, begun, ended, tiles)
+    return Block(number, key, place, heads_kv, first, count, begun, ended, tiles, count * C.group)
 
 
 @gluon.jit
@@ -195,7 +229,7 @@ def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, i, block: Bloc
 
 
 @gluon.jit
-def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, C: gl.constexpr):
+def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists, C: gl.constexpr):
     # The warpgroup that loads: the block's keys and values once, then the tiles of each query head of the group.
     mbarrier.expect(barriers.key, maps.key.block_type.nbytes)
     batch, head_kv = block.place // block.heads, block.place % block.heads
@@ -204,8 +238,8 @@ def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, C: gl
     i = 0
     for g in range(C.group):
         head = head_kv * C.group + g
-        for j in range(block.count):
-            tile = block.first + j
+        for j in range(steps_of(block, g, lists, C)):
+            tile = tile_of(block, g, j, lists, C)
             stage = i % C.stages
             mbarrier.wait(barriers.done.index(stage), ((i // C.stages) & 1) ^ 1)
             full = barriers.query.index(stage)
