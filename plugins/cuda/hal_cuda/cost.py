@@ -261,9 +261,10 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
 
 
 def _portable_backward_memory(request: AttentionRequest) -> int:
-    from .kernels.portable.backward_launch import backward_memory
+    from .kernels.portable import backward_launch, short_launch
 
-    return backward_memory(request)
+    found = backward_launch.backward_memory(request)  # also where tensors do not suit the kernels of short rows
+    return max(found, short_launch.backward_memory(request)) if short_launch.takes(request) else found
 
 
 def _gradients(request: AttentionRequest) -> int:

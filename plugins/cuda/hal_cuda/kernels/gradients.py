@@ -14,6 +14,7 @@ from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Gr
 from ..paths import hopper_assists
 from ..runtime.context import Context
 from .hopper_backward.launch import HopperBackward
+from .portable import short_launch
 from .portable.backward_launch import PortableBackward
 
 
@@ -28,6 +29,8 @@ class OwnBackward:
     def __init__(self, path: str, request: AttentionRequest, context: Context) -> None:
         hopper = path == "hopper" or hopper_assists(request, context.chip)
         self._hopper = HopperBackward(request, context) if hopper else None
+        short = path == "portable" and short_launch.takes(request) and request.grads >= {"q", "k", "v"}
+        self._short = short_launch.ShortBackward(request, context) if short else None
         self._portable = PortableBackward(request, context)
 
     def __call__(
@@ -47,8 +50,12 @@ class OwnBackward:
     ) -> Grads:
         """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural."""
         given = (query, key, value, out, lse, grad_out)
+        wide_mask = mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
+        if self._short is not None and query.numel() and key.numel():
+            grads = self._short(*given, wide_mask, grad_lse, rng)
+            if grads is not None:
+                return grads._replace(mask=None if grads.mask is None else grads.mask.view_as(mask))
         if self._hopper is not None:
-            wide_mask = mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
             grads = self._hopper(*given, grad_lse, wide_mask, plan if isinstance(plan, BlockPlan) else None)
             if grads is not None:
                 return grads

@@ -22,6 +22,7 @@ from .pipeline import (
     add_grad_query,
     count,
     hide,
+    look,
     opaque,
     pass_turn,
     steps_of,
@@ -91,6 +92,7 @@ def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, ba
     NS: gl.constexpr = C.score_stages
     D: gl.constexpr = C.dim_qk
     KIND: gl.constexpr = shared.query.dtype
+    found = look(prev, order, c, C)
     kb = opaque(0)
     kk = shared.key.index(kb).reshape([128, D])
     stage = i % ST
@@ -117,7 +119,7 @@ def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, ba
     dq = grad_query(shared.grad_scores.index(pb), kk, c, C, QL)
     dv, dk, dq, p16, d16 = warpgroup_mma_wait(0, deps=[dv, dk, dq, p16, d16])
     mbarrier.arrive(barriers.done.index(stage), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, i, block, order, edges, c, C)
+    add_grad_query(dq, pointer, maps, shared, prev, found, i, block, order, edges, c, C)
     return dk, dv
 
 
@@ -188,7 +190,7 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     dq = grad_query(shared.grad_scores.index(b), kk, c, C, QL)
     dq = warpgroup_mma_wait(0, deps=[dq])
     mbarrier.arrive(barriers.done.index(n % ST), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, n, block, order, edges, c, C)
+    add_grad_query(dq, pointer, maps, shared, prev, look(prev, order, c, C), n, block, order, edges, c, C)
     if C.ordered:
         written(c)
         count(order, prev, c, n * 0 + 1)

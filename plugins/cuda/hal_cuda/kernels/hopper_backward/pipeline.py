@@ -17,15 +17,18 @@ TURN = gl.constexpr(8)  # the first named barrier of the turns: those below are 
 ALONE = gl.constexpr(10)  # the first of the barriers of each consumer's own threads
 #: Wait for the copies of this thread to be written, then for the other threads of the warpgroup.
 WRITTEN = gl.constexpr("cp.async.bulk.wait_group 0; bar.sync $1, $2; mov.b32 $0, $1;")
-#: Count a block's sums as added, by one thread, where $2 is not 0.
+#: Count a block's sums as added, by one thread, where $2 is not 0. They lie in the second-level cache, where the count
+#: is added too: a fence, which stops the warp for as long as a load takes, has nothing to order.
 COUNT = gl.constexpr(
     "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; setp.ne.and.u32 r, $2, "
-    "0, p; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, $2; }"
+    "0, p; @r red.relaxed.gpu.global.add.u32 [$1], 1; mov.b32 $0, $2; }"
 )
-#: Wait until $2 blocks have been counted; at once where it is negative.
+#: How many blocks have been counted; the number is waited for where it is used.
+LOOK = gl.constexpr("ld.relaxed.gpu.global.s32 $0, [$1];")
+#: Wait until $2 blocks have been counted, $3 of which were seen before; at once where $2 is negative.
 AWAIT = gl.constexpr(
-    "{ .reg .pred p; .reg .b32 n; LOOK: ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra LOOK; mov.b32 "
-    "$0, n; }"
+    "{ .reg .pred p; .reg .b32 n; mov.b32 n, $3; setp.ge.s32 p, n, $2; @p bra ENOUGH; AGAIN: ld.acquire.gpu.global.s32 "
+    "n, [$1]; setp.lt.s32 p, n, $2; @p bra AGAIN; ENOUGH: mov.b32 $0, n; }"
 )
 
 
@@ -185,6 +188,17 @@ def count(order: Order, tile, c: gl.constexpr, wanted):
 
 
 @gluon.jit
+def look(tile, order: Order, c: gl.constexpr, C: gl.constexpr):
+    # The blocks counted at a tile so far: asked for at the start of the step that adds to it.
+    if C.ordered:
+        return gl.inline_asm_elementwise(
+            LOOK, "=r,l", [order.arrivals + tile * 2 + c], dtype=gl.int32, is_pure=False, pack=1
+        )
+    else:
+        return tile
+
+
+@gluon.jit
 def before(m, block: Block, order: Order, edges: Edges, C: gl.constexpr):
     # How many blocks add to tile m before this one: those behind it that read the tile, see `block_of`.
     last = order.blocks - 1
@@ -195,7 +209,7 @@ def before(m, block: Block, order: Order, edges: Edges, C: gl.constexpr):
 
 
 @gluon.jit
-def send_in_order(dq, sums, staged, row, tile, i, block: Block, order: Order, edges: Edges, c: gl.constexpr,
+def send_in_order(dq, sums, staged, row, tile, found, i, block: Block, order: Order, edges: Edges, c: gl.constexpr,
                   C: gl.constexpr):  # fmt: skip
     # As `send_tile`, once the blocks before this one have added to the tile. The first step's zeros may be added at any
     # time, and are not counted. The tile of the step before is counted now.
@@ -209,18 +223,18 @@ def send_in_order(dq, sums, staged, row, tile, i, block: Block, order: Order, ed
     fence_async_shared()
     ahead = gl.where(i == 0, -1, before(m, block, order, edges, C))
     gl.inline_asm_elementwise(
-        AWAIT, "=r,l,r", [order.arrivals + tile * 2 + c, ahead], dtype=gl.int32, is_pure=False, pack=1
+        AWAIT, "=r,l,r,r", [order.arrivals + tile * 2 + c, ahead, found], dtype=gl.int32, is_pure=False, pack=1
     )
     reduce_add(sums, [row, 0], staged)
 
 
 @gluon.jit
-def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, i, block: Block, order: Order, edges: Edges,
+def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, found, i, block: Block, order: Order, edges: Edges,
                    c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     # A warpgroup's half of a tile of the query's gradient, added to its sums.
     SIZE: gl.constexpr = C.rows * C.dim_qk
     if C.ordered:
-        send_in_order(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16, tile, i, block,
+        send_in_order(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16, tile, found, i, block,
                       order, edges, c, C)  # fmt: skip
     elif C.engine:
         send_tile(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16)
