@@ -128,6 +128,9 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
                 ordered = config._replace(ordered=True, engine=True)
                 if edge == "full":
                     found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
+                    for kind, mask in (("boolean", 1), ("additive", 2)):
+                        masked = config._replace(mask=mask, stages=2)
+                        found[f"{name} {kind} mask"] = partial(backward.compile_backward, "bf16", masked)
                     planned = config._replace(per_block=128 // config.rows)
                     found[f"{name} planned"] = partial(backward.compile_backward, "bf16", planned)
                 found[f"{name} ordered"] = partial(backward.compile_backward, "bf16", ordered)

@@ -94,17 +94,12 @@ def hopper_differentiates(request: AttentionRequest) -> bool:
 
 
 def hopper_assists(request: AttentionRequest, chip: Chip) -> bool:
-    """Whether the Hopper backward may serve a request whose forward is portable: a boolean mask, of which it takes those
-    of keys alone, or a block plan; calls that it does not take go on to the portable backward.
+    """Whether the Hopper backward may serve a request whose forward is portable, with a mask or a block plan; calls that
+    it does not take go on to the portable backward.
     """
     bare = replace(request, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None)
-    beside = (request.mask is MaskKind.BOOLEAN) + (request.block_plan is not None)
-    return (
-        beside > 0
-        and request.mask is not MaskKind.ADDITIVE
-        and hopper_takes(bare, chip)
-        and hopper_differentiates(request)
-    )
+    beside = request.mask is not MaskKind.NONE or request.block_plan is not None
+    return beside and hopper_takes(bare, chip) and hopper_differentiates(request)
 
 
 def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:

@@ -29,6 +29,9 @@ class OwnBackward:
     def __init__(self, path: str, request: AttentionRequest, context: Context) -> None:
         hopper = path == "hopper" or hopper_assists(request, context.chip)
         self._hopper = HopperBackward(request, context) if hopper else None
+        alone = hopper and "mask" in request.grads
+        of_mask = replace(request, grads=frozenset({"mask"}))
+        self._of_mask = PortableBackward(of_mask, context) if alone else None
         short = path == "portable" and short_launch.takes(request) and request.grads >= {"q", "k", "v"}
         self._short = short_launch.ShortBackward(request, context) if short else None
         self._portable = PortableBackward(request, context)
@@ -58,7 +61,9 @@ class OwnBackward:
         if self._hopper is not None:
             grads = self._hopper(*given, grad_lse, wide_mask, plan if isinstance(plan, BlockPlan) else None)
             if grads is not None:
-                return grads
+                if self._of_mask is None:
+                    return grads
+                return grads._replace(mask=self._of_mask(*given, mask, plan, tables, grad_lse=grad_lse, rng=rng).mask)
         return self._portable(*given, mask, plan, tables, grad_lse=grad_lse, rng=rng)
 
 

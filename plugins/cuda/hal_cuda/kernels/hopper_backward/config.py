@@ -24,6 +24,7 @@ class Config(NamedTuple):
             that the sums are the same in every run. With `engine` alone.
         padded: a mask says of each key whether any row reads it.
         per_block: tiles in a row block of a block plan; 0 without a plan. Not for `wide`, nor `ordered`.
+        mask: 1: a boolean one, 2: an additive one, both of rows and keys; 0: neither.
     """
 
     group: int
@@ -42,6 +43,12 @@ class Config(NamedTuple):
     ordered: bool = False
     padded: bool = False
     per_block: int = 0
+    mask: int = 0
+
+    @property
+    def statistics(self) -> int:
+        """Numbers of each row, see `Maps`: a power of two."""
+        return 4 if self.mask == 2 else 2
 
     @property
     def planned(self) -> bool:
@@ -56,7 +63,9 @@ class Config(NamedTuple):
 
 class Maps(NamedTuple):
     """Tensor maps. query, grad_out, key, value, grad_key, grad_value: [batch, heads, length, dim]; statistics: float32
-    [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; sums: the float32 sums of the
+    [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; under an additive mask
+    [batch * heads * tiles * 4, rows]: the log-sum-exp natural, then `delta`, and the weights' correction (the third of
+    the portable kernels' `numbers`); mask: [batch or 1, heads or 1, rows, keys]; sums: the float32 sums of the
     query's gradient, 256 numbers a row."""
 
     query: Any
@@ -67,6 +76,7 @@ class Maps(NamedTuple):
     grad_key: Any
     grad_value: Any
     sums: Any
+    mask: Any
 
 
 class Shared(NamedTuple):
@@ -79,6 +89,7 @@ class Shared(NamedTuple):
     value: Any
     grad_scores: Any
     grad_query: Any
+    mask: Any
 
 
 class Barriers(NamedTuple):
@@ -109,7 +120,7 @@ class Lists(NamedTuple):
     visible: bytes, at batch entry * visible_b + key, where `padded`: 0 hides the key from all rows. indices, counts:
     with a block plan, int32 at batch entry * list_b + query head * list_h + its key block (times `rows`, of indices):
     the row blocks that list a key block, and how many. rows: row blocks of the plan. blocks: of the kernel in a key
-    block.
+    block. mask_b, mask_h: 1 where `Maps.mask` runs over batch entries, over heads.
     """
 
     visible: Any
@@ -120,6 +131,8 @@ class Lists(NamedTuple):
     list_h: Any
     rows: Any
     blocks: Any
+    mask_b: Any
+    mask_h: Any
 
 
 class Edges(NamedTuple):
@@ -131,7 +144,7 @@ class Edges(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """scale: of the scores, in base-2 units. out_scale: of the gradients. cap_in, cap_out: as in the forward."""
+    """scale: of the scores, in base-2 units but under an additive mask. out_scale: of the gradients. cap_in, cap_out: as in the forward."""
 
     scale: Any
     out_scale: Any

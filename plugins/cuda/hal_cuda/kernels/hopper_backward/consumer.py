@@ -58,11 +58,20 @@ def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barrier
     dp = warpgroup_mma(v, do.permute((1, 0)), z, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     lse = shared.statistics.index(stage).slice(0, 1).load(SL)
+    x = s * scaling.scale
     if C.softcap:
         t = 1.0 - 2.0 / (gl.exp2(s * scaling.cap_in) + 1.0)
-        p = gl.exp2(scaling.cap_out * t - lse)
+        x = scaling.cap_out * t
+    if C.mask > 0:
+        given = shared.mask.index(stage).reshape([BM, C.keys]).permute((1, 0))
+        given = given.slice(0 if C.wide else c * 64, 64).load(SL)
+    if C.mask == 2:  # the difference first: the lowest finite number of a mask times log2(e) would be -inf
+        share = shared.statistics.index(stage).slice(2, 1).load(SL)
+        p = gl.exp2((x + given.to(gl.float32) - lse) * 1.4426950408889634 + share)
     else:
-        p = gl.exp2(s * scaling.scale - lse)
+        p = gl.exp2(x - lse)
+    if C.mask == 1:
+        p = gl.where(given != 0, p, 0.0)
     if MASK:
         p = hide(p, key0, row0, edges, C, SL)
     if C.padded:

@@ -20,13 +20,13 @@ from .wide import consumer_wide
 
 
 @gluon.jit
-def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, visible, indices, counts, visible_b, list_b, list_h,
-             list_rows, list_blocks, tiles, blocks, together, heads_kv, len_k, below, above, scale, out_scale,
+def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, indices, counts, visible_b, list_b, list_h,
+             list_rows, list_blocks, mask_b, mask_h, tiles, blocks, together, heads_kv, len_k, below, above, scale, out_scale,
              cap_in, cap_out, C: gl.constexpr):  # fmt: skip
     """Grid: one program a block of C.keys keys and key head.
 
-    qd to dqd: the tensor maps of `Maps`. sums: float32, the query's gradient in the order of threads, zero before the
-    launch. arrivals: see `Order`; read where C.ordered, zero before the launch. visible to list_blocks: see `Lists`.
+    qd to md: the tensor maps of `Maps`; md of the mask where C.mask. sums: float32, the query's gradient in the order of threads, zero before the
+    launch. arrivals: see `Order`; read where C.ordered, zero before the launch. visible to mask_h: see `Lists`.
     tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at a time,
     a divisor of all of them. The rest: see `Edges` and `Scaling`. C: a `Config`.
     """
@@ -36,18 +36,21 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, visible, indices
     edges = Edges(len_k, below, above)
     scaling = Scaling(scale, out_scale, cap_in, cap_out)
     order = Order(arrivals, blocks)
-    lists = Lists(visible, visible_b, indices, counts, list_b, list_h, list_rows, list_blocks)
+    lists = Lists(visible, visible_b, indices, counts, list_b, list_h, list_rows, list_blocks, mask_b, mask_h)
     block = block_of(tiles, blocks, together, heads_kv, lists, edges, C)
     if C.planned:  # keys that nobody reads are hidden by their length
         edges = Edges(gl.where(block.count == 0, 0, len_k), below, above)
     q_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_qk], qd.layout)
     o_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_v], od.layout)
-    st_s = gl.allocate_shared_memory(gl.float32, [ST, 2, C.rows], sd.layout)
+    st_s = gl.allocate_shared_memory(gl.float32, [ST, C.statistics, C.rows], sd.layout)
     k_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.dim_qk], kd.layout)
     v_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.dim_v], vd.layout)
     scores: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.keys, C.rows], KIND)
     ds_s = gl.allocate_shared_memory(KIND, [NS, C.keys, C.rows], scores)
     dq_s = gl.allocate_shared_memory(gl.float32, [2 if C.engine else 1, 16, 256 if C.engine else 16], dqd.layout)
+    m_s = q_s
+    if C.mask > 0:
+        m_s = gl.allocate_shared_memory(md.dtype, [ST, 1, 1, C.rows, C.keys], md.layout)
     kf = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     vf = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     qf = gl.allocate_shared_memory(gl.int64, [ST, 1], mbarrier.MBarrierLayout())
@@ -63,8 +66,8 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, sums, arrivals, visible, indices
     for i in gl.static_range(NS):
         mbarrier.init(scored.index(i), count=2)
     fence_async_shared()
-    maps = Maps(qd, od, sd, kd, vd, dkd, dvd, dqd)
-    shared = Shared(q_s, o_s, st_s, k_s, v_s, ds_s, dq_s)
+    maps = Maps(qd, od, sd, kd, vd, dkd, dvd, dqd, md if C.mask > 0 else qd)
+    shared = Shared(q_s, o_s, st_s, k_s, v_s, ds_s, dq_s, m_s)
     barriers = Barriers(kf, vf, qf, of, done, scored)
     if C.wide:
         gl.warp_specialize(

@@ -257,11 +257,18 @@ def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists
             stage = i % C.stages
             mbarrier.wait(barriers.done.index(stage), ((i // C.stages) & 1) ^ 1)
             full = barriers.query.index(stage)
-            mbarrier.expect(full, maps.query.block_type.nbytes + maps.statistics.block_type.nbytes)
+            size: gl.constexpr = maps.query.block_type.nbytes + maps.statistics.block_type.nbytes
+            if C.mask > 0:
+                mbarrier.expect(full, size + maps.mask.block_type.nbytes)
+            else:
+                mbarrier.expect(full, size)
             at_row = [batch, head, tile * C.rows, 0]
             tma.async_copy_global_to_shared(maps.query, at_row, full, shared.query.index(stage))
-            numbers = ((block.place * C.group + g) * block.tiles + tile) * 2
+            numbers = ((block.place * C.group + g) * block.tiles + tile) * C.statistics
             tma.async_copy_global_to_shared(maps.statistics, [numbers, 0], full, shared.statistics.index(stage))
+            if C.mask > 0:
+                at_mask = [batch * lists.mask_b, head * lists.mask_h, tile * C.rows, block.key]
+                tma.async_copy_global_to_shared(maps.mask, at_mask, full, shared.mask.index(stage))
             if i == 0:
                 mbarrier.expect(barriers.value, maps.value.block_type.nbytes)
                 tma.async_copy_global_to_shared(maps.value, at, barriers.value, shared.value.index(0))

@@ -249,12 +249,25 @@ class PortableBackward:
         run = launcher(self.chip, prepare, filled.signature, filled.constants, filled.divisible, num_warps=4)
         return filled.kernel(run, (-(-len_q // rows), heads, batch))
 
-    def _normalise(self, form: _Form, tiles: Tiles) -> _Kernel:
-        filled = self._filled(normalise, form, _sizes(tiles), _plan_values(form.plan))
+    def _normalise(self, form: _Form, tiles: Tiles, tiled: int = 0) -> _Kernel:
+        filled = self._filled(normalise, form, _sizes(tiles) | {"TILED": tiled}, _plan_values(form.plan))
         run = launcher(
             self.chip, normalise, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps
         )
         return filled.kernel(run, self._row_grid(form, tiles))
+
+    def normaliser(
+        self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, mask: Tensor | None, tiled: int
+    ) -> Callable[[dict[str, Tensor | None]], None]:
+        """Launches `normalise` on numbers of another order: float32 [batch * heads, tiles of `tiled` rows, 4, tiled].
+
+        The first of four is the natural log-sum-exp, the third is written.
+        """
+        lse = torch.empty((), device=query.device).expand(query.shape[:3])
+        none = Grads(None, None, None, None)  # type: ignore[arg-type]
+        form = _Form(query, key, value, grad_out, lse, grad_out, None, mask, None, None, none)
+        kernel = self._fitting("q", lambda tiles: self._normalise(form, tiles, tiled))
+        return lambda tensors: kernel.run(kernel.grid, [tensors.get(n) for n in kernel.pointers], kernel.arguments)
 
     def _grad_q(self, form: _Form, tiles: Tiles) -> _Kernel:
         constants = {**_sizes(tiles), **self._whole_tiles(form, tiles), "RESULT_ALIGNED": aligned(form.grads.query)}

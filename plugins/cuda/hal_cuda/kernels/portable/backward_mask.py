@@ -63,13 +63,15 @@ def normalise(
     SOFTCAP: tl.constexpr,
     PLAN: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Write -log2 of the sum over keys of exp(score - lse) of every row under an additive mask: the third of `numbers`.
 
     It is 0 but for rounding, except where the log-sum-exp is so large that float32 does not hold the logarithm of a
     count: a row wholly at a mask's lowest number has n keys of weight exp(0). Only tiles with such a row are computed.
-    Grid and arguments: as for `grad_q`.
+    Grid and arguments: as for `grad_q`. TILED: rows of a tile where `numbers` are in the Hopper kernel's order, see its
+    `Maps`; else 0.
     """
     if ALIGNED:
         q_d, k_d = 1, 1
@@ -87,7 +89,13 @@ def normalise(
         return
     rows = start + tl.arange(0, BM)
     row_ok, rows64 = rows < end_q, rows.to(tl.int64)
-    row_at = numbers + count + (batch64 * tl.num_programs(1) + head64) * len_q + rows
+    place = batch64 * tl.num_programs(1) + head64
+    if TILED > 0:
+        row_at = numbers + (place * ((len_q + TILED - 1) // TILED) + rows // TILED) * (4 * TILED) + rows % TILED
+        share_at = row_at + 2 * TILED
+    else:
+        row_at = numbers + count + place * len_q + rows
+        share_at = row_at + count
     row_lse = tl.load(row_at, mask=row_ok, other=float("inf"))
     large = (tl.abs(row_lse) > LARGE_LSE) & (row_lse != float("inf"))
     total = tl.where(row_lse == float("inf"), 1.0, tl.zeros([BM], tl.float32))
@@ -142,7 +150,7 @@ def normalise(
         total = tl.where(large, total, 1.0)
     else:
         total = tl.full([BM], 1.0, tl.float32)
-    tl.store(row_at + count, -tl.log2(total), mask=row_ok)
+    tl.store(share_at, -tl.log2(total), mask=row_ok)
 
 
 @triton.jit
