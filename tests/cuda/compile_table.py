@@ -128,6 +128,8 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
                 ordered = config._replace(ordered=True, engine=True)
                 if edge == "full":
                     found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
+                    dropped = config._replace(dropout=True)
+                    found[f"{name} dropout"] = partial(backward.compile_backward, "bf16", dropped)
                     for kind, mask in (("boolean", 1), ("additive", 2)):
                         masked = config._replace(mask=mask, stages=2)
                         found[f"{name} {kind} mask"] = partial(backward.compile_backward, "bf16", masked)

@@ -94,11 +94,12 @@ def hopper_differentiates(request: AttentionRequest) -> bool:
 
 
 def hopper_assists(request: AttentionRequest, chip: Chip) -> bool:
-    """Whether the Hopper backward may serve a request whose forward is portable, with a mask or a block plan; calls that
+    """Whether the Hopper backward may serve a request whose forward is portable, with a mask, a block plan or
+    dropout; calls that
     it does not take go on to the portable backward.
     """
-    bare = replace(request, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None)
-    beside = request.mask is not MaskKind.NONE or request.block_plan is not None
+    bare = replace(request, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None, dropout=0.0)
+    beside = request.mask is not MaskKind.NONE or request.block_plan is not None or request.dropout > 0
     return beside and hopper_takes(bare, chip) and hopper_differentiates(request)
 
 

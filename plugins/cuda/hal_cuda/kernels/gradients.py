@@ -59,7 +59,7 @@ class OwnBackward:
             if grads is not None:
                 return grads._replace(mask=None if grads.mask is None else grads.mask.view_as(mask))
         if self._hopper is not None:
-            grads = self._hopper(*given, grad_lse, wide_mask, plan if isinstance(plan, BlockPlan) else None)
+            grads = self._hopper(*given, grad_lse, wide_mask, plan if isinstance(plan, BlockPlan) else None, rng)
             if grads is not None:
                 if self._of_mask is None:
                     return grads

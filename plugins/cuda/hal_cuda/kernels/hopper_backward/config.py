@@ -25,6 +25,7 @@ class Config(NamedTuple):
         padded: a mask says of each key whether any row reads it.
         per_block: tiles in a row block of a block plan; 0 without a plan. Not for `wide`, nor `ordered`.
         mask: 1: a boolean one, 2: an additive one, both of rows and keys; 0: neither.
+        dropout: not with an additive mask, nor for `wide`.
     """
 
     group: int
@@ -44,11 +45,12 @@ class Config(NamedTuple):
     padded: bool = False
     per_block: int = 0
     mask: int = 0
+    dropout: bool = False
 
     @property
     def statistics(self) -> int:
         """Numbers of each row, see `Maps`: a power of two."""
-        return 4 if self.mask == 2 else 2
+        return 4 if self.mask == 2 or self.dropout else 2
 
     @property
     def planned(self) -> bool:
@@ -65,7 +67,7 @@ class Maps(NamedTuple):
     """Tensor maps. query, grad_out, key, value, grad_key, grad_value: [batch, heads, length, dim]; statistics: float32
     [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; under an additive mask
     [batch * heads * tiles * 4, rows]: the log-sum-exp natural, then `delta`, and the weights' correction (the third of
-    the portable kernels' `numbers`); mask: [batch or 1, heads or 1, rows, keys]; sums: the float32 sums of the
+    the portable kernels' `numbers`); with dropout as many, the third and fourth the row's words; mask: [batch or 1, heads or 1, rows, keys]; sums: the float32 sums of the
     query's gradient, 256 numbers a row."""
 
     query: Any
@@ -144,12 +146,15 @@ class Edges(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """scale: of the scores, in base-2 units but under an additive mask. out_scale: of the gradients. cap_in, cap_out: as in the forward."""
+    """scale: of the scores, in base-2 units but under an additive mask. out_scale: of the gradients. cap_in, cap_out: as in the forward. kept:
+    1 / (1 - the probability of dropout). least: 16 bits of a pair from which on dropout keeps it."""
 
     scale: Any
     out_scale: Any
     cap_in: Any
     cap_out: Any
+    kept: Any
+    least: Any
 
 
 class Block(NamedTuple):

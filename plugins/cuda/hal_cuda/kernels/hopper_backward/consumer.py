@@ -44,9 +44,23 @@ def visible_keys(key0, block: Block, lists: Lists, edges: Edges, C: gl.constexpr
 
 
 @gluon.jit
+def signed(p, key0, step, base, scaling: Scaling, SL: gl.constexpr):
+    # Weights, negative where dropout drops the pair: the pattern of `dropout.kept_pairs`, kept in no register of its own.
+    keys = key0 + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    half = gl.expand_dims(keys // 2, 1).to(gl.uint32)
+    word = half * step.to(gl.uint32, bitcast=True) + base.to(gl.uint32, bitcast=True)
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    word = word ^ (word >> 16)
+    part = gl.where(gl.expand_dims(keys % 2, 1) != 0, word >> 16, word & 0xFFFF).to(gl.int32)
+    return gl.where(part >= scaling.least, p, 0.0 - p)
+
+
+@gluon.jit
 def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges, scaling: Scaling,
             c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
-    # S' and dP' begun, S' waited for. seen: of `visible_keys`. Returns the weights P' in float32; what the gradient of the scores is a multiple
+    # S' and dP' begun, S' waited for. seen: of `visible_keys`. Returns the weights P' in float32, negative
+    # where dropout drops them; what the gradient of the scores is a multiple
     # of, which is P' unless scores are capped; and dP' on its way.
     BM: gl.constexpr = C.rows
     z = gl.zeros([64, BM], gl.float32, SL)
@@ -76,6 +90,10 @@ def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barrier
         p = hide(p, key0, row0, edges, C, SL)
     if C.padded:
         p = gl.where(seen, p, 0.0)
+    if C.dropout:
+        step = shared.statistics.index(stage).slice(2, 1).load(SL)
+        base = shared.statistics.index(stage).slice(3, 1).load(SL)
+        p = signed(p, key0, step, base, scaling, SL)
     slope = p
     if C.softcap:
         slope = p * (1.0 - t * t)
@@ -110,12 +128,18 @@ def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, ba
     v = shared.value.index(kb).reshape([128, D]).slice(c * 64, 64)
     p, slope, dp = weights(q, do, kk.slice(c * 64, 64), v, stage, (i // ST) & 1, m * C.rows, key0, seen, shared,
                            barriers, edges, scaling, c, MASK, C, SL)  # fmt: skip
-    p16 = gl.convert_layout(p.to(KIND), PL, assert_trivial=True)
+    if C.dropout:
+        p16 = gl.convert_layout(gl.maximum(p, 0.0).to(KIND), PL, assert_trivial=True)
+    else:
+        p16 = gl.convert_layout(p.to(KIND), PL, assert_trivial=True)
     dv = warpgroup_mma(p16, do, dv, is_async=True)
     pass_turn(c, C)
     dp = warpgroup_mma_wait(1, deps=[dp])
     delta = shared.statistics.index(stage).slice(1, 1).load(SL)
-    ds16 = (slope * (dp - delta)).to(KIND)
+    if C.dropout:
+        ds16 = (gl.abs(slope) * (gl.where(slope > 0.0, dp * scaling.kept, 0.0) - delta)).to(KIND)
+    else:
+        ds16 = (slope * (dp - delta)).to(KIND)
     d16 = gl.convert_layout(ds16, PL, assert_trivial=True)
     dk = warpgroup_mma(d16, q, dk, is_async=True)
     b = i % NS  # both have read the dS that lay here, NS - 1 steps ago
@@ -203,8 +227,11 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     if C.ordered:
         written(c)
         count(order, prev, c, n * 0 + 1)
+    of_value = dv
+    if C.dropout:
+        of_value = dv * scaling.kept
     # The rows of the values have been read by this warpgroup alone, those of the keys by both.
-    shared.value.index(0).reshape([128, D]).slice(c * 64, 64).store(dv.to(KIND))
+    shared.value.index(0).reshape([128, D]).slice(c * 64, 64).store(of_value.to(KIND))
     mbarrier.wait(barriers.done.index(n % ST), (n // ST) & 1)
     kk.slice(c * 64, 64).store((dk * scaling.out_scale).to(KIND))
     fence_async_shared()

@@ -22,7 +22,7 @@ from .wide import consumer_wide
 @gluon.jit
 def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, indices, counts, visible_b, list_b, list_h,
              list_rows, list_blocks, mask_b, mask_h, tiles, blocks, together, heads_kv, len_k, below, above, scale, out_scale,
-             cap_in, cap_out, C: gl.constexpr):  # fmt: skip
+             cap_in, cap_out, kept, least, C: gl.constexpr):  # fmt: skip
     """Grid: one program a block of C.keys keys and key head.
 
     qd to md: the tensor maps of `Maps`; md of the mask where C.mask. sums: float32, the query's gradient in the order of threads, zero before the
@@ -34,7 +34,7 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     ST: gl.constexpr = C.stages
     NS: gl.constexpr = C.score_stages
     edges = Edges(len_k, below, above)
-    scaling = Scaling(scale, out_scale, cap_in, cap_out)
+    scaling = Scaling(scale, out_scale, cap_in, cap_out, kept, least)
     order = Order(arrivals, blocks)
     lists = Lists(visible, visible_b, indices, counts, list_b, list_h, list_rows, list_blocks, mask_b, mask_h)
     block = block_of(tiles, blocks, together, heads_kv, lists, edges, C)

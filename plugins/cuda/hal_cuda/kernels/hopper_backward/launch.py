@@ -17,6 +17,7 @@ from ...runtime.launch import Launcher, launcher
 from ...tiling import HopperBackwardTiles, hopper_backward_tiles, power_of_two
 from ..hopper.launch import LOG2E, add_map, fits, side
 from ..portable.block_plans import rows_of_blocks
+from ..portable.dropout import random_words
 from .config import Config
 from .rows import finish, prepare
 
@@ -25,11 +26,12 @@ _MOST_BLOCKS, _MOST_TOGETHER = 256, 16
 _MOST_KEPT = 1024
 _RUN_TIME = ("tiles", "blocks", "together", "heads_kv", "len_k", "below", "above")
 _LISTS = ("visible_b", "list_b", "list_h", "list_rows", "list_blocks", "mask_b", "mask_h")
-_SCALING = ("scale", "out_scale", "cap_in", "cap_out")
+_SCALING = ("scale", "out_scale", "cap_in", "cap_out", "kept")
 PREPARE_SIGNATURE = {
     **dict.fromkeys(("lse", "grad_lse", "statistics", "sums"), "*fp32"),
     "arrivals": "*i32",
     **dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m", "l_b", "l_h", "l_m"), "i64"),
+    **{"seed": "i64", "offset": "i32"},
     **dict.fromkeys(("heads", "len_q", "tiles"), "i32"),
 }
 FINISH_SIGNATURE = {
@@ -55,6 +57,7 @@ def config_of(
     padded: bool = False,
     per_block: int = 0,
     mask: int = 0,
+    dropout: bool = False,
 ) -> Config:
     """What the kernel is compiled for; see `Config`."""
     return Config(
@@ -63,7 +66,7 @@ def config_of(
         rows=tiles.rows,
         dim_qk=tiles.dim_qk,
         dim_v=tiles.dim_v,
-        stages=2 if mask else tiles.stages,
+        stages=2 if mask or dropout else tiles.stages,
         score_stages=2,
         turns=tiles.turns,
         engine=tiles.engine or ordered,
@@ -75,6 +78,7 @@ def config_of(
         padded=padded,
         per_block=per_block,
         mask=mask,
+        dropout=dropout,
     )
 
 
@@ -100,7 +104,13 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
     types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256)}
     types["md"] = operand(C.rows, C.keys, C.mask == 1) if C.mask else types["qd"]
     types |= {"sums": "*fp32", "arrivals": "*i32", "visible": "*u8", "indices": "*i32", "counts": "*i32"}
-    return types | dict.fromkeys(_LISTS, "i32") | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(_SCALING, "fp32")
+    return (
+        types
+        | dict.fromkeys(_LISTS, "i32")
+        | dict.fromkeys(_RUN_TIME, "i32")
+        | dict.fromkeys(_SCALING, "fp32")
+        | {"least": "i32"}
+    )
 
 
 def compile_backward(dtype: str, config: Config) -> Any:
@@ -154,7 +164,7 @@ class HopperBackward:
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
-        grad_lse: Tensor | None = None, mask: Tensor | None = None, plan: BlockPlan | None = None,
+        grad_lse: Tensor | None = None, mask: Tensor | None = None, plan: BlockPlan | None = None, rng: tuple[int, int] | None = None,
     ) -> Grads | None:  # fmt: skip
         """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural.
 
@@ -178,8 +188,9 @@ class HopperBackward:
             statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
             arrivals = borrow((launch.arrivals,), torch.int32) if launch.arrivals else None
             lse = lse if lse.is_contiguous() else borrow(lse.shape, lse.dtype).copy_(lse)
+            words = (0, 0) if rng is None else random_words(rng)
             of_lse = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-            rows = [*out.stride()[:3], *grad_out.stride()[:3], *of_lse, *launch.sizes]
+            rows = [*out.stride()[:3], *grad_out.stride()[:3], *of_lse, *words, *launch.sizes]
             launch.prepare(launch.tiles, (out, grad_out, lse, grad_lse, statistics, sums, arrivals), rows)
             if launch.normalise is not None:
                 launch.normalise({"q": query, "k": key, "numbers": statistics, "mask": mask})
@@ -204,11 +215,15 @@ class HopperBackward:
         return Grads(grads[0], grads[1], grads[2], None)
 
     def _takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None) -> bool:
-        """Whether the kernel is right for a mask and a plan."""
+        """Whether the kernel is right for a mask and a plan, and for dropout."""
+        if self.request.dropout and max(query.shape[3], value.shape[3]) > 128:
+            return False
         if mask is not None and not _of_keys(mask):
             additive = self.request.mask is MaskKind.ADDITIVE
             kind, wide = query.dtype if additive else torch.bool, max(query.shape[3], value.shape[3])
-            if wide > 128 or (additive and wide <= 64):  # shared memory does not hold its tiles
+            if wide > 128 or (
+                additive and (wide <= 64 or self.request.dropout)
+            ):  # shared memory does not hold its tiles
                 return False
             whole = mask.shape[2] == query.shape[2] > 1 and mask.shape[3] == key.shape[2] > 1
             if mask.dtype != kind or not whole or mask.data_ptr() & 15 or not fits(mask):
@@ -255,6 +270,7 @@ class HopperBackward:
             softcap=r.softcap is not None,
             ordered=r.deterministic,
             padded=of_keys,
+            dropout=r.dropout > 0,
             mask=0 if mask is None or of_keys else 1 if r.mask is MaskKind.BOOLEAN else 2,
             per_block=0 if plan is None else plan.block_q // tiles.rows,
         )
@@ -276,7 +292,8 @@ class HopperBackward:
             cap_in, cap_out = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * unit
         tail = [
             *(row_tiles, blocks, together, heads_kv, len_k, shift - (left or 0), shift + (right or 0)),
-            *(scale, r.effective_scale, cap_in, cap_out, None),
+            *(scale, r.effective_scale, cap_in, cap_out),
+            *(1 / (1 - r.dropout), int(torch.tensor(r.dropout).mul(65536).add(0.5)), None),
         ]
         all_tiles = batch * heads * row_tiles
         statistics, sums = all_tiles * config.statistics * tiles.rows, all_tiles * tiles.size
@@ -287,7 +304,12 @@ class HopperBackward:
         sides = tuple((shape, strides, meta) for (shape, strides), meta in zip(forms, made.maps, strict=True))
         constants = {"DV": dim_v, "BDV": power_of_two(dim_v), "SUMS": tiles.size, "BM": tiles.rows}
         kinds = {"out": f"*{dtype}", "grad_out": f"*{dtype}"}
-        constants |= {"GRAD_LSE": of_lse, "ORDERED": r.deterministic, "NATURAL": config.mask == 2}
+        constants |= {
+            "GRAD_LSE": of_lse,
+            "ORDERED": r.deterministic,
+            "NATURAL": config.mask == 2,
+            "WORDS": config.dropout,
+        }
         preparing = launcher(chip, prepare, kinds | PREPARE_SIGNATURE, constants, ALIGNED, num_warps=8)
         finishing = {"D": dim_qk, "BD": tiles.dim_qk, "BM": tiles.rows}
         ending = launcher(chip, finish, {"grad_query": f"*{dtype}"} | FINISH_SIGNATURE, finishing, ALIGNED, num_warps=8)

@@ -5,15 +5,17 @@
 import triton
 import triton.language as tl
 
+from ..portable.dropout import row_words
+
 
 @triton.jit
-def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, heads, len_q,
-            tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
+def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, seed, offset, heads,
+            len_q, tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
             GRAD_LSE: tl.constexpr,
-            ORDERED: tl.constexpr, NATURAL: tl.constexpr):  # fmt: skip
-    """Write statistics, float32 [batch * heads, tiles, 2, BM], or 4 numbers of a row where NATURAL: the log-sum-exp in
+            ORDERED: tl.constexpr, NATURAL: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """Write statistics, float32 [batch * heads, tiles, 2, BM], or 4 numbers of a row where NATURAL or WORDS: the log-sum-exp in
     base 2 or natural, infinity for rows that read no key and rows behind the last, which gives weights of 0; delta =
-    sum(out * grad_out) - grad_lse; and 0, for `normalise` to change. Set to 0 the sums, float32
+    sum(out * grad_out) - grad_lse; and 0, for `normalise` to change, or the row's words of dropout. Set to 0 the sums, float32
     [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles, 2].
 
     Grid: batch * heads * tiles. lse: contiguous [batch, heads, len_q]; l_b to l_m: strides of grad_lse.
@@ -35,9 +37,13 @@ def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, 
     if not NATURAL:
         level *= 1.4426950408889634
     level = tl.where(level == float("-inf"), float("inf"), level)
-    at = statistics + number * ((4 if NATURAL else 2) * BM) + tl.arange(0, BM)
+    at = statistics + number * ((4 if NATURAL or WORDS else 2) * BM) + tl.arange(0, BM)
     tl.store(at, level)
     tl.store(at + BM, delta)
+    if WORDS:
+        step, base = row_words(seed, offset, row * 0 + place.to(tl.int32), row)
+        tl.store(at + 2 * BM, step.to(tl.float32, bitcast=True))
+        tl.store(at + 3 * BM, base.to(tl.float32, bitcast=True))
     if NATURAL:
         tl.store(at + 2 * BM, tl.zeros([BM], tl.float32))
     tl.store(sums + number * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
