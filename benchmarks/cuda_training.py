@@ -1,11 +1,11 @@
-"""A training step of whole models on a CUDA device: a Llama and a Gemma with random weights, through hal and through SDPA.
+"""A training step of whole models on a CUDA device: a Llama and a Gemma, random weights, through hal and through SDPA.
 
     python benchmarks/cuda_training.py [--record] [--tokens 8192] [--layers 0]
 
 A step is forward, loss, backward and a fused AdamW step in bf16, on one sequence of random tokens. The two attention
-settings take turns on the same weights in one run. Medians; lower is better. The shapes are those of Llama 3.2 1B, and of
-Gemma 3 4B with `GEMMA_LAYERS` of its 34 layers, one in six of which reads all tokens and the others 1,024; vocabularies
-are cut to `VOCABULARY` tokens, so that the loss leaves memory for both.
+settings take turns on the same weights in one run. Medians; lower is better. The shapes are those of Llama 3.2 1B, and
+of Gemma 3 4B with `GEMMA_LAYERS` of its 34 layers, one in six of which reads all tokens and the others 1,024;
+vocabularies are cut to `VOCABULARY` tokens, so that the loss leaves memory for both.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class OwnBackward:
     """Gradients of a request from its forward's result.
 
     Args:
-        path: "hopper", whose kernel hands on the tensors that the copy engine cannot read, or "portable". A mask of keys
-            and a block plan go to the Hopper kernel too, where the request suits it.
+        path: "hopper", whose kernel hands on the tensors that the copy engine cannot read, or "portable". Masks,
+            block plans and dropout go to the Hopper kernel too, where they suit it.
     """
 
     def __init__(self, path: str, request: AttentionRequest, context: Context) -> None:

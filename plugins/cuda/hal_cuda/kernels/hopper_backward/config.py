@@ -67,8 +67,8 @@ class Maps(NamedTuple):
     """Tensor maps. query, grad_out, key, value, grad_key, grad_value: [batch, heads, length, dim]; statistics: float32
     [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; under an additive mask
     [batch * heads * tiles * 4, rows]: the log-sum-exp natural, then `delta`, and the weights' correction (the third of
-    the portable kernels' `numbers`); with dropout as many, the third and fourth the row's words; mask: [batch or 1, heads or 1, rows, keys]; sums: the float32 sums of the
-    query's gradient, 256 numbers a row."""
+    the portable kernels' `numbers`); with dropout as many, the third and fourth the row's words; mask:
+    [batch or 1, heads or 1, rows, keys]; sums: the float32 sums of the query's gradient, 256 numbers a row."""
 
     query: Any
     grad_out: Any
@@ -96,8 +96,8 @@ class Shared(NamedTuple):
 
 class Barriers(NamedTuple):
     """Memory barriers: key, value, and of each stage the query, the output's gradient, `done` when both consumers have
-    ended its step, and `scored` when both have written the scores' gradient. Where sums are added in order, `ready`: each
-    consumer's half of a tile lies in shared memory; `free`: both have been read."""
+    ended its step, and `scored` when both have written the scores' gradient. Where sums are added in order, `ready`:
+    each consumer's half of a tile lies in shared memory; `free`: both have been read."""
 
     key: Any
     value: Any
@@ -149,8 +149,10 @@ class Edges(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """scale: of the scores, in base-2 units but under an additive mask. out_scale: of the gradients. cap_in, cap_out: as in the forward. kept:
-    1 / (1 - the probability of dropout). least: 16 bits of a pair from which on dropout keeps it."""
+    """scale: of the scores, in base-2 units but under an additive mask. out_scale: of the gradients. cap_in, cap_out:
+    as in the forward. kept: 1 / (1 - the probability of dropout). least: the 16 bits of a pair from which on dropout
+    keeps it.
+    """
 
     scale: Any
     out_scale: Any

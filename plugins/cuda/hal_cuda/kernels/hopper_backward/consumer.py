@@ -42,7 +42,7 @@ def visible_keys(key0, block: Block, lists: Lists, edges: Edges, C: gl.constexpr
 
 @gluon.jit
 def signed(p, key0, step, base, scaling: Scaling, SL: gl.constexpr):
-    # Weights, negative where dropout drops the pair: the pattern of `dropout.kept_pairs`, kept in no register of its own.
+    # Weights, negative where dropout drops the pair: the pattern of `dropout.kept_pairs`, in no register of its own.
     keys = key0 + gl.arange(0, 64, gl.SliceLayout(1, SL))
     half = gl.expand_dims(keys // 2, 1).to(gl.uint32)
     word = half * step.to(gl.uint32, bitcast=True) + base.to(gl.uint32, bitcast=True)
@@ -54,8 +54,8 @@ def signed(p, key0, step, base, scaling: Scaling, SL: gl.constexpr):
 
 
 @gluon.jit
-def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges, scaling: Scaling,
-            c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
+def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges,
+            scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
     # S' and dP' begun, S' waited for. seen: of `visible_keys`. Returns the weights P' in float32, negative
     # where dropout drops them; what the gradient of the scores is a multiple
     # of, which is P' unless scores are capped; and dP' on its way.

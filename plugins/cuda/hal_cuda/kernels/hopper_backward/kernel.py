@@ -21,13 +21,13 @@ from .wide import consumer_wide
 
 @gluon.jit
 def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, indices, counts, visible_b, list_b, list_h,
-             list_rows, list_blocks, mask_b, mask_h, tiles, blocks, together, heads_kv, len_k, below, above, scale, out_scale,
-             cap_in, cap_out, kept, least, C: gl.constexpr):  # fmt: skip
+             list_rows, list_blocks, mask_b, mask_h, tiles, blocks, together, heads_kv, len_k, below, above, scale,
+             out_scale, cap_in, cap_out, kept, least, C: gl.constexpr):  # fmt: skip
     """Grid: one program a block of C.keys keys and key head.
 
-    qd to md: the tensor maps of `Maps`; md of the mask where C.mask. sums: float32, the query's gradient in the order of threads, zero before the
-    launch. arrivals: see `Order`; read where C.ordered, zero before the launch. visible to mask_h: see `Lists`.
-    tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at a time,
+    qd to md: the tensor maps of `Maps`; md of the mask where C.mask. sums: float32, the query's gradient in the
+    order of threads, zero before the launch. arrivals: see `Order`; read where C.ordered, zero before the
+    launch. visible to mask_h: see `Lists`. tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads worked on at a time,
     a divisor of all of them. The rest: see `Edges` and `Scaling`. C: a `Config`.
     """
     KIND: gl.constexpr = qd.dtype

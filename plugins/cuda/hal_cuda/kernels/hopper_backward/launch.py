@@ -164,7 +164,8 @@ class HopperBackward:
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
-        grad_lse: Tensor | None = None, mask: Tensor | None = None, plan: BlockPlan | None = None, rng: tuple[int, int] | None = None,
+        grad_lse: Tensor | None = None, mask: Tensor | None = None, plan: BlockPlan | None = None,
+        rng: tuple[int, int] | None = None,
     ) -> Grads | None:  # fmt: skip
         """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural.
 
@@ -176,8 +177,8 @@ class HopperBackward:
             return None
         if not self._takes(query, key, value, mask, plan):
             return None
-        form = (*((t.shape, t.stride()) for t in given), grad_lse is None, plan and plan[:2])
-        form += (None if mask is None else (mask.shape, mask.stride(), mask.dtype),)
+        of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
+        form = (*((t.shape, t.stride()) for t in given), grad_lse is None, plan and plan[:2], of_mask)
         launch = self._launches.get(form)
         if launch is None:
             if len(self._launches) >= _MOST_KEPT:

@@ -9,14 +9,14 @@ from ..portable.dropout import row_words
 
 
 @triton.jit
-def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, seed, offset, heads,
-            len_q, tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
+def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, seed,
+            offset, heads, len_q, tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
             GRAD_LSE: tl.constexpr,
             ORDERED: tl.constexpr, NATURAL: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """Write statistics, float32 [batch * heads, tiles, 2, BM], or 4 numbers of a row where NATURAL or WORDS: the log-sum-exp in
-    base 2 or natural, infinity for rows that read no key and rows behind the last, which gives weights of 0; delta =
-    sum(out * grad_out) - grad_lse; and 0, for `normalise` to change, or the row's words of dropout. Set to 0 the sums, float32
-    [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles].
+    """Write statistics, float32 [batch * heads, tiles, 2, BM], or 4 numbers of a row where NATURAL or WORDS: the
+    log-sum-exp in base 2 or natural, infinity for rows that read no key and rows behind the last, which gives weights
+    of 0; delta = sum(out * grad_out) - grad_lse; and 0, for `normalise` to change, or the row's words of dropout. Set
+    to 0 the sums, float32 [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles].
 
     Grid: batch * heads * tiles. lse: contiguous [batch, heads, len_q]; l_b to l_m: strides of grad_lse.
     """

@@ -91,8 +91,8 @@ def consumer_wide(pointer, maps: Maps, shared: Shared, barriers: Barriers, block
         if C.left:
             end = block.ended
         for j in range(start, end):
-            dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, seen, shared, barriers, block, edges, scaling,
-                               c, False, C, SL, PL, VL, QL)  # fmt: skip
+            dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, seen, shared, barriers, block, edges,
+                               scaling, c, False, C, SL, PL, VL, QL)  # fmt: skip
             i += 1
         if C.left:
             for j in range(end, block.count):

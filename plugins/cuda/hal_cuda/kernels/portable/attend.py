@@ -121,8 +121,8 @@ def attend(
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher
     then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
     right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
-    keys that there are, or pages in all_k. EVEN, EVEN_ROWS: every tile of keys, of rows is whole. MASK_ROWS, MASK_KEYS: see `mask_tile`; MASK_UNIT: a
-    mask has unit last stride.
+    keys that there are, or pages in all_k. EVEN, EVEN_ROWS: every tile of keys, of rows is whole. MASK_ROWS, MASK_KEYS:
+    see `mask_tile`; MASK_UNIT: a mask has unit last stride.
 
     With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
     log-sum-exp, [batch, heads, len_q, splits]; under an additive mask, whose lowest numbers leave float32 no digits for

@@ -264,7 +264,7 @@ class PortableBackward:
         The first of four is the natural log-sum-exp, the third is written.
         """
         lse = torch.empty((), device=query.device).expand(query.shape[:3])
-        none = Grads(None, None, None, None)  # type: ignore[arg-type]
+        none = Grads()
         form = _Form(query, key, value, grad_out, lse, grad_out, None, mask, None, None, none)
         kernel = self._fitting("q", lambda tiles: self._normalise(form, tiles, tiled))
         return lambda tensors: kernel.run(kernel.grid, [tensors.get(n) for n in kernel.pointers], kernel.arguments)

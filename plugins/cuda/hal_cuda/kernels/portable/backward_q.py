@@ -54,8 +54,8 @@ def q_step(
 ):
     """Add what BN keys from `start` on give to the gradient of a tile of queries.
 
-    k_at, v_at: addresses of the tile of key 0, of keys [BDQ, BN] and of values [BDV, BN]. share: of a row's weights. step,
-    base: the rows' random words.
+    k_at, v_at: addresses of the tile of key 0, of keys [BDQ, BN] and of values [BDV, BN]. share: of a row's weights.
+    step, base: the rows' random words.
     """
     columns = start + tl.arange(0, BN)
     there = (columns < end_k)[None, :]

@@ -3,8 +3,8 @@
 """Attention and its gradients for rows so short that all keys fit one tile: windows of an image, for one.
 
 A program owns one head and walks batch entries, so a mask that is broadcast over the batch is read once, and the sum of
-its gradient stays in registers. Each operand is read once: dQ, dK, dV and the mask's gradient come from one pass over five
-products.
+its gradient stays in registers. Each operand is read once: dQ, dK, dV and the mask's gradient come from one pass over
+five products.
 """
 
 import triton
@@ -52,8 +52,8 @@ def attend_short(q, k, v, out, lse, mask, q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h
                  DROPOUT: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Grid: (heads, groups of `each` batch entries). Last strides of q, k, v and out are 1.
 
-    mask_b to mask_n: 0 where the mask is broadcast. OF_BATCH: it runs over the batch. low, high: row i reads keys i + low
-    to i + high. lse: float32 [batch, heads, len_q], contiguous. The rest as in `attend`.
+    mask_b to mask_n: 0 where the mask is broadcast. OF_BATCH: it runs over the batch. low, high: row i reads keys
+    i + low to i + high. lse: float32 [batch, heads, len_q], contiguous. The rest as in `attend`.
     """
     head = tl.program_id(0)
     head64 = head.to(tl.int64)
@@ -99,9 +99,9 @@ def attend_short(q, k, v, out, lse, mask, q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h
 
 
 @triton.jit
-def backward_short(q, k, v, out, lse, grad_out, grad_lse, mask, dq, dk, dv, part, q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h,
-                   v_n, o_b, o_h, o_m, l_b, l_h, l_m, g_b, g_h, g_m, e_b, e_h, e_m, dq_b, dq_h, dq_m, dk_b, dk_h, dk_n, dv_b, dv_h,
-                   dv_n, mask_b, mask_h, mask_m, mask_n, scale, softcap, probability, seed, offset, batches, each,
+def backward_short(q, k, v, out, lse, grad_out, grad_lse, mask, dq, dk, dv, part, q_b, q_h, q_m, k_b, k_h, k_n, v_b,
+                   v_h, v_n, o_b, o_h, o_m, l_b, l_h, l_m, g_b, g_h, g_m, e_b, e_h, e_m, dq_b, dq_h, dq_m, dk_b, dk_h,
+                   dk_n, dv_b, dv_h, dv_n, mask_b, mask_h, mask_m, mask_n, scale, softcap, probability, seed, offset, batches, each,
                    len_q, len_k, low, high, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr, BDV: tl.constexpr,
                    BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
                    MASK_KEYS: tl.constexpr, OF_BATCH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,

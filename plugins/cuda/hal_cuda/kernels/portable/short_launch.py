@@ -221,7 +221,7 @@ class ShortBackward(_Short):
             self._launch(backward_short, tensors, strides + self._numbers(query, key, rng), constants)
             if grad_mask is not None:
                 self._sum(tensors["part"], grad_mask)
-        return Grads(*grads, grad_mask)
+        return Grads(grads[0], grads[1], grads[2], grad_mask)
 
     def _part(self, query: Tensor, grad_mask: Tensor, borrow: Borrowed) -> Tensor:
         batch, heads = query.shape[:2]
