@@ -28,7 +28,7 @@ from ...runtime.launch import Launcher, launcher
 from ...tiling import Tiles, power_of_two
 from .backward import prepare
 from .backward_kv import grad_kv
-from .backward_mask import grad_mask, normalise, sum_parts
+from .backward_mask import SUM_TILE, grad_mask, normalise, sum_parts
 from .backward_q import grad_q
 from .block_plans import RowLists, listed_once, rows_of_blocks
 from .dropout import random_words
@@ -43,7 +43,6 @@ _POINTERS = frozenset({"q", "k", "v", "out", "grad_out", "grad_lse", "mask", "dq
 _MASKS = {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}
 #: Programs below which the gradient of a mask is divided among more of them, along what the mask is broadcast over.
 _MASK_PROGRAMS = 512
-_SUM_BLOCK = 256
 
 
 class _Kernel(NamedTuple):
@@ -318,10 +317,10 @@ class PortableBackward:
         values = dict(zip(("dm_b", "dm_h", "dm_m", "dm_n"), strides, strict=True))
         values |= {"chunks": _chunks(self.request, form.mask), "size": size, "heads": form.mask.shape[1]}
         values |= {"rows": form.mask.shape[2], "keys": form.mask.shape[3]}
-        filled = self._filled(sum_parts, form, {"BLOCK": _SUM_BLOCK}, values)
+        filled = self._filled(sum_parts, form, dict(SUM_TILE), values)
         signature = filled.signature | {"size": "i64"}
         run = launcher(self.chip, sum_parts, signature, filled.constants, num_warps=4)
-        return filled.kernel(run, (-(-size // _SUM_BLOCK), 1, 1))
+        return filled.kernel(run, (-(-size // SUM_TILE["BLOCK"]), 1, 1))
 
     def _filled(self, kernel: Any, form: _Form, constants: dict[str, Any], values: dict[str, Any]) -> _Filled:
         """A kernel's types, constants and arguments, by the names of its parameters."""

@@ -13,6 +13,8 @@ from .dropout import kept_pairs, row_words
 #: Size of a log-sum-exp from which on weights are divided by their sum: below it, its rounding in float32 changes a
 #: weight by less than 4e-6.
 LARGE_LSE = tl.constexpr(100.0)
+#: Of `sum_parts`: numbers of a program, and parts that it adds at a time.
+SUM_TILE = {"BLOCK": 64, "TOGETHER": 16}
 
 
 @triton.jit
@@ -367,16 +369,18 @@ def grad_mask(
 
 
 @triton.jit
-def sum_parts(part, dm, dm_b, dm_h, dm_m, dm_n, chunks, size, heads, rows, keys, BLOCK: tl.constexpr):
-    """dm: the sum of `chunks` parts of `size` numbers each, in their order. heads, rows, keys: of dm.
+def sum_parts(part, dm, dm_b, dm_h, dm_m, dm_n, chunks, size, heads, rows, keys, BLOCK: tl.constexpr,
+              TOGETHER: tl.constexpr):  # fmt: skip
+    """dm: the sum of `chunks` parts of `size` numbers each, TOGETHER of them at a time. heads, rows, keys: of dm.
 
     Grid: blocks of the numbers.
     """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = place < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for chunk in tl.range(0, chunks):
-        total += tl.load(part + chunk * size + place, mask=there, other=0.0)
+    there, lane = place < size, tl.arange(0, TOGETHER)
+    total = tl.zeros([TOGETHER, BLOCK], tl.float32)
+    for first in tl.range(0, chunks, TOGETHER):
+        chunk = (first + lane)[:, None]
+        total += tl.load(part + chunk * size + place[None, :], mask=(chunk < chunks) & there[None, :], other=0.0)
     row, head = place // keys, place // keys // rows
     at = dm + head // heads * dm_b + head % heads * dm_h + row % rows * dm_m + place % keys * dm_n
-    tl.store(at, total.to(dm.dtype.element_ty), mask=there)
+    tl.store(at, tl.sum(total, 0).to(dm.dtype.element_ty), mask=there)
