@@ -25,8 +25,8 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
              out_scale, cap_in, cap_out, kept, least, C: gl.constexpr):  # fmt: skip
     """Grid: one program a block of C.keys keys and key head.
 
-    qd to md: the tensor maps of `Maps`; md of the mask where C.mask. sums: float32, the query's gradient in the order of
-    threads, zero before the launch. arrivals: see `Order`; read where C.ordered, zero before the launch. visible to
+    qd to md: the tensor maps of `Maps`; md of the mask where C.mask. sums: float32, the query's gradient in the order
+    of threads, zero before the launch. arrivals: see `Order`; read where C.ordered, zero before the launch. visible to
     mask_h: see `Lists`. tiles, blocks: tiles of C.rows rows of a query head, blocks of a key head. together: key heads
     worked on at a time, a divisor of all of them. The rest: see `Edges` and `Scaling`. C: a `Config`.
     """

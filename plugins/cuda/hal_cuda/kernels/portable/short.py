@@ -101,8 +101,8 @@ def attend_short(q, k, v, out, lse, mask, q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h
 @triton.jit
 def backward_short(q, k, v, out, lse, grad_out, grad_lse, mask, dq, dk, dv, part, q_b, q_h, q_m, k_b, k_h, k_n, v_b,
                    v_h, v_n, o_b, o_h, o_m, l_b, l_h, l_m, g_b, g_h, g_m, e_b, e_h, e_m, dq_b, dq_h, dq_m, dk_b, dk_h,
-                   dk_n, dv_b, dv_h, dv_n, mask_b, mask_h, mask_m, mask_n, scale, softcap, probability, seed, offset, batches,
-                   each, len_q, len_k, low, high, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr,
+                   dk_n, dv_b, dv_h, dv_n, mask_b, mask_h, mask_m, mask_n, scale, softcap, probability, seed, offset,
+                   batches, each, len_q, len_k, low, high, DQ: tl.constexpr, DV: tl.constexpr, BDQ: tl.constexpr,
                    BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
                    MASK_KEYS: tl.constexpr, OF_BATCH: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
                    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GRAD_LSE: tl.constexpr, OF_MASK: tl.constexpr,
