@@ -61,7 +61,7 @@ def cells() -> list[Cell]:
 def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Everything `Rates.of` reads, and the conditions it was measured under.
 
-    One or two minutes on a large GPU, and some more where no kernel has been compiled yet.
+    Two or three minutes on a large GPU, and some more where no kernel has been compiled yet.
     """
     with torch.cuda.device(chip.index), torch.no_grad():
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")

@@ -1,10 +1,12 @@
 # ruff: noqa: N803
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Attention backward for Hopper in Gluon: bf16 and fp16, full, causal, window, softcap, grouped heads.
+"""Attention backward for Hopper in Gluon: bf16 and fp16, full, causal, window, softcap, grouped heads, masks, block
+plans and dropout.
 
 One program owns a block of keys, which stays in shared memory; a producer warpgroup feeds tiles of queries and of the
 output's gradient by the copy engine, and two consumer warpgroups hold dK and dV in registers. The query's gradient is
-added up in float32 in global memory, so its last bits depend on the order of programs.
+added up in float32 in global memory, so its last bits depend on the order of programs, unless they are told to take
+turns.
 
 Source: Dao 2023 (FlashAttention-2), algorithm 2; Shah et al. 2024 (FlashAttention-3) for warp specialisation.
 """
