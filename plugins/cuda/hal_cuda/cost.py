@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,7 +239,7 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
         forward = _own_forward_memory(r, path, chip)
         if not r.grads:
             return result + forward
-        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r)
+        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r, chip)
         return result + 4 * rows * (not r.lse) + max(forward, backward)
     if path == "efficient" and r.mask is not MaskKind.NONE:  # as an additive mask, padded to whole 16 columns
         result += r.mask_batch * r.mask_heads * r.len_q * (r.len_k + 16) * DTYPE_BYTES[r.dtype]
@@ -260,11 +261,26 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
     return lists + (0 if split.joined else 4 * split.partial)
 
 
-def _portable_backward_memory(request: AttentionRequest) -> int:
+def _portable_backward_memory(request: AttentionRequest, chip: Chip) -> int:
+    """The most of what the backwards take that may serve a request of the portable path, by its tensors."""
     from .kernels.portable import backward_launch, short_launch
+    from .paths import hopper_assists
 
-    found = backward_launch.backward_memory(request)  # also where tensors do not suit the kernels of short rows
-    return max(found, short_launch.backward_memory(request)) if short_launch.takes(request) else found
+    r = request
+    found = backward_launch.backward_memory(r)
+    if short_launch.takes(r):
+        found = max(found, short_launch.backward_memory(r))
+    if hopper_assists(r, chip):
+        hopper, rows = _hopper_backward_memory(r), r.batch * r.heads_q * (r.len_q + 128)
+        if r.mask is MaskKind.ADDITIVE or r.dropout:
+            hopper += 8 * rows
+        if "mask" in r.grads:
+            hopper += backward_launch.backward_memory(replace(r, grads=frozenset({"mask"})))
+        if r.block_plan is not None:
+            blocks_q, blocks_k = -(-r.len_q // r.block_plan[0]), -(-r.len_k // r.block_plan[1])
+            hopper += r.batch * r.heads_q * blocks_k * (5 * blocks_q + 4)
+        found = max(found, hopper)
+    return found
 
 
 def _gradients(request: AttentionRequest) -> int:
