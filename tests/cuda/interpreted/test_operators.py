@@ -23,7 +23,7 @@ def device() -> Iterator[None]:
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(1, 2, n, 8, generator=generator).to(dtype).requires_grad_() for n in (5, 7, 7)]
+    return [torch.randn(1, 2, n, 4, generator=generator).to(dtype).requires_grad_() for n in (3, 5, 5)]
 
 
 @pytest.mark.parametrize(
@@ -31,22 +31,23 @@ def draw(generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
     [
         {},
         {"is_causal": True, "softcap": 3.0},
-        {"window": (3, 1), "return_lse": True},
+        {"window": (2, 1), "return_lse": True},
         {"dropout_p": 0.3, "rng": (1, 2)},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_pass_gradcheck_in_float64(generator: torch.Generator, options: dict[str, Any], masked: bool) -> None:
-    mask = [torch.randn(1, 2, 5, 7, generator=generator, dtype=torch.float64).requires_grad_()] if masked else []
+    mask = [torch.randn(1, 2, 3, 5, generator=generator, dtype=torch.float64).requires_grad_()] if masked else []
 
     def call(*given: Tensor) -> Any:
         found = hal.attention(*given, backend=NAME, **options)
         return tuple(found) if options.get("return_lse") else found
 
-    assert torch.autograd.gradcheck(call, (*draw(generator, torch.float64), *mask))
+    assert torch.autograd.gradcheck(call, (*draw(generator, torch.float64), *mask), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lse", [False, True])
 def test_the_operator_passes_opcheck(generator: torch.Generator, lse: bool) -> None:
     operator: Any = None
