@@ -96,8 +96,7 @@ class Shared(NamedTuple):
 
 class Barriers(NamedTuple):
     """Memory barriers: key, value, and of each stage the query, the output's gradient, `done` when both consumers have
-    ended its step, and `scored` when both have written the scores' gradient. Where sums are added in order, `ready`:
-    each consumer's half of a tile lies in shared memory; `free`: both have been read."""
+    ended its step, and `scored` when both have written the scores' gradient."""
 
     key: Any
     value: Any
@@ -105,14 +104,12 @@ class Barriers(NamedTuple):
     grad_out: Any
     done: Any
     scored: Any
-    ready: Any
-    free: Any
 
 
 class Order(NamedTuple):
     """The order in which blocks add to a tile of the query's gradient.
 
-    arrivals: int32 [batch * heads * tiles], how many blocks have added to each. blocks: of a key head.
+    arrivals: int32 [batch * heads * tiles, 2], how many blocks have added each warpgroup's half. blocks: of a key head.
     """
 
     arrivals: Any

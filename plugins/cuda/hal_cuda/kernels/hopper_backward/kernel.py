@@ -69,19 +69,12 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
         mbarrier.init(scored.index(i), count=2)
     maps = Maps(qd, od, sd, kd, vd, dkd, dvd, dqd, md if C.mask > 0 else qd)
     shared = Shared(q_s, o_s, st_s, k_s, v_s, ds_s, dq_s, m_s)
-    ready, free = scored, kf
-    if C.ordered:
-        ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(free, count=1)
-        for i in gl.static_range(2):
-            mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    barriers = Barriers(kf, vf, qf, of, done, scored, ready, free)
+    barriers = Barriers(kf, vf, qf, of, done, scored)
     if C.wide:
         gl.warp_specialize(
             [
-                (producer, (maps, shared, barriers, block, lists, order, edges, C)),
+                (producer, (maps, shared, barriers, block, lists, C)),
                 (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(0), C)),
                 (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(1), C)),
             ],
@@ -91,9 +84,9 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     else:
         gl.warp_specialize(
             [
-                (producer, (maps, shared, barriers, block, lists, order, edges, C)),
-                (consumer, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(0), C)),
-                (consumer, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(1), C)),
+                (producer, (maps, shared, barriers, block, lists, C)),
+                (consumer, (sums, maps, shared, barriers, block, lists, order, edges, scaling, gl.constexpr(0), C)),
+                (consumer, (sums, maps, shared, barriers, block, lists, order, edges, scaling, gl.constexpr(1), C)),
             ],
             [4, 4],
             [240, 240],
