@@ -287,6 +287,18 @@ class ExplicitBackward(torch.autograd.Function):
         return tuple(bound.backward(Operands.unflat(tensors, cut), out, lse, grad_out, grad_lse, rng))
 
     @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """Several gradients of one forward, as torch.func.jacrev asks for them."""
+        each = [
+            ExplicitBackward.apply(  # type: ignore[no-untyped-call]
+                *(t if type(d) is not int else t.select(d, i) for t, d in zip(arguments, dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        grads = [None if first is None else torch.stack(grads) for first, *grads in zip(each[0], *each, strict=True)]
+        return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.described = inputs[0].request.describe()
 
