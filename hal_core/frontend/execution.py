@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ..decision import Decision
 from ..device_info import Fidelity
 from ..errors import ContractError, MemoryLimitError, PluginError, UnsupportedError
-from ..options import Meter, meter_var
+from ..options import Meter, meter_var, watch
 from ..plans import BlockPlan, TilePlan
 from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
@@ -200,8 +200,12 @@ class BoundAttention:
             plan.check(self.tiling.name)
         return plan
 
-    def metered(self, meter: Meter, run: Run, arguments: tuple[Any, ...]) -> Any:
-        """Run a call between two synchronisations and add it to the meter."""
+    def metered(self, meter: Meter | watch, run: Run, arguments: tuple[Any, ...]) -> Any:
+        """Run a call between two synchronisations and add it to the meter; or let it be watched."""
+        if isinstance(meter, watch):
+            result = run(*arguments) if meter.outer is None else self.metered(meter.outer, run, arguments)
+            meter.saw(self.decision, meter.costs.pop((id(self), get_ident()), None))
+            return result
         synchronize = getattr(self.session, "synchronize", lambda: None)
         synchronize()
         start = perf_counter()

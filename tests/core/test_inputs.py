@@ -111,7 +111,7 @@ def test_a_compiled_causal_bias_is_causal(lower: bool) -> None:
 def test_shapes_that_do_not_go_together_are_refused_with_the_first_sentence() -> None:
     with pytest.raises(hal.ContractError, match="query has shape"):
         hal.attention(torch.ones(3, 5, 8), torch.ones(2, 5, 8), torch.ones(2, 5, 8))
-    with pytest.raises(hal.ContractError, match="do not go together|query has shape"):
+    with pytest.raises(hal.ContractError, match=r"do not go together|query has shape"):
         torch.compile(hal.attention, backend="eager")(torch.ones(3, 5, 8), torch.ones(2, 5, 8), torch.ones(2, 5, 8))
 
 
@@ -123,7 +123,7 @@ def test_nothing_of_a_fake_call_stays_in_a_device_s_memory() -> None:
 
 
 def test_a_scale_that_asks_for_a_gradient_is_refused() -> None:
-    with pytest.raises(hal.ContractError, match="scale a Parameter was given|scale a Tensor was given"):
+    with pytest.raises(hal.ContractError, match="scale a Tensor was given"):
         hal.attention(*torch.ones(3, 1, 2, 4, 8), scale=torch.tensor(1.0, requires_grad=True))
 
 
