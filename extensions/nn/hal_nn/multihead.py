@@ -197,7 +197,7 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
             return out, weights
         return self.attend(query, key, value, mask, **options), _weights(query, key, mask)
 
-    def _nested(self, query: Any, key: Tensor, value: Tensor, padding: Any, need_weights: bool, mask: Any) -> Tensor:
+    def _nested(self, query: Any, key: Any, value: Any, padding: Any, need_weights: bool, mask: Any) -> Tensor:
         """Self-attention of nn.TransformerEncoder's nested tensor [batch, ragged length, embed_dim]."""
         if query is not key or key is not value or padding is not None or mask is not None or need_weights:
             raise AssertionError(
@@ -210,17 +210,15 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         else:
             rows, lengths = query.to_padded_tensor(0.0), query._nested_tensor_size()[:, 0].to(query.device)
         kept = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
-        batch_first, self.batch_first = self.batch_first, True
-        try:
-            out, _ = self(rows, rows, rows, key_padding_mask=~kept, need_weights=False)
-        finally:
-            self.batch_first = batch_first
+        x = rows if self.batch_first else rows.transpose(0, 1)
+        out, _ = self(x, x, x, key_padding_mask=~kept, need_weights=False)
+        out = out if self.batch_first else out.transpose(0, 1)
         if query.layout is torch.jagged:
             return torch.nested.nested_tensor_from_jagged(out[kept], query.offsets())
         return torch._nested_tensor_from_mask(out, kept, mask_check=False)
 
 
-def _weights(query: Any, key: Tensor, mask: Tensor | None) -> Tensor:
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(query @ key^T / sqrt(head_dim) + mask), [batch, heads, len_q, len_k]; 0 in rows without a key."""
     scores = (query * math.sqrt(1.0 / query.shape[-1])) @ key.transpose(-2, -1)
     if mask is None:
