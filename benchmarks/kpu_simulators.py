@@ -164,7 +164,8 @@ def models(path: str = "tests/kpu") -> list[list[str]]:
         exact = sum(run_cycle_accurate(program, case.profile, reuse_above=1 << 60).cycles for program in case.programs)
         between = time.process_time()
         if case.product is not None and exact > 100_000:
-            multiply(*_operands(case.product), *case.profile.arrays(case.product.dtype)[:2], case.dataflow)
+            rows, cols, _ = case.profile.arrays(case.product.dtype)
+            multiply(*_operands(case.product), rows, cols, case.dataflow)
         stepped = time.process_time()
         run_transactional(case.programs[0], case.profile)  # the costs of its page patterns are kept from here on
         warm = time.process_time()
@@ -177,14 +178,14 @@ def models(path: str = "tests/kpu") -> list[list[str]]:
     every = sorted(each for kind in found.values() for each in kind)
     beyond = sum(each > 0.05 for each in every)
     title = f"{MODEL_CASES} programs of models (tests/kpu/model_programs.py, seeds 0 to {MODEL_CASES - 1})"
-    rows = [
+    table = [
         [f"{title}: median deviation", f"{statistics.median(every):.2%}", "<= 1%"],
         ["  beyond 5%", f"{beyond} of {len(every)}", f"<= {len(every) // 20}"],
         ["  the worst", f"{every[-1]:.1%}", "<= 10%"],
     ]
-    rows += [[f"  {kind}: the worst of {len(each)}", f"{max(each):.1%}", ""] for kind, each in found.items()]
+    table += [[f"  {kind}: the worst of {len(each)}", f"{max(each):.1%}", ""] for kind, each in found.items()]
     return [
-        *rows,
+        *table,
         [
             f"{len(faster)} of these products above 100,000 cycles: CYCLE_ACCURATE / TRANSACTIONAL, processor time",
             f"median {statistics.median(faster):.0f}, least {min(faster):.0f}",
@@ -202,16 +203,26 @@ def _operands(product: Product) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
 def main() -> None:
     parser: argparse.ArgumentParser = record.parser(__doc__)
     parser.add_argument("--scalesim-python", metavar="PATH", help="a Python that can import scalesim")
+    parser.add_argument("--only", default="simulators,models", help="simulators, models or both, with commas between")
     options = parser.parse_args()
-    rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations(), *models()]
-    notes = [
-        "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not calibrated.",
-        "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs with "
-        "values.",
-    ]
-    record.publish(
-        options, "kpu", "Simulators of the KPU", ["what", "measured", "bar"], rows, notes, section="Simulators"
-    )
+    header = ["what", "measured", "bar"]
+    if "simulators" in options.only:
+        rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
+        notes = [
+            "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not "
+            "calibrated.",
+            "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs "
+            "with values.",
+        ]
+        record.publish(options, "kpu", "Simulators of the KPU", header, rows, notes, section="Simulators")
+    if "models" in options.only:
+        notes = [
+            "On T64, T256 and T768; float32, bfloat16 and int8; all dataflows. TRANSACTIONAL from CYCLE_ACCURATE, "
+            "every loop turn of which is timed.",
+            "Programs up to a length are timed page by page in TRANSACTIONAL too (hal_kpu.simulator.transactional).",
+        ]
+        title = "Programs of models"
+        record.publish(options, "kpu", title, header, models(), notes, section=title)
 
 
 if __name__ == "__main__":
