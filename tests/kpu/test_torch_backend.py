@@ -232,7 +232,8 @@ def test_a_model_that_sends_no_graph_covers_nothing():
     with torch.no_grad(), measure() as measurement:
         torch.compile(model, backend="kpu")(x)
     coverage = measurement.coverage()
-    assert coverage.graphs == coverage.nodes == 0
+    assert coverage.graphs == coverage.kpu_nodes == 0
+    assert coverage.macs == 3 * 2 * 16 * 8
     assert set(coverage.shares.values()) == {0.0}
     assert "sent no graph" in coverage.summary()
 
