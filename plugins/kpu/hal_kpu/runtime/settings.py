@@ -91,3 +91,20 @@ def current_profile(profile: Profile | str | None = None) -> Profile:
 @functools.lru_cache(maxsize=64)
 def _clocked(profile: Profile, ghz: float) -> Profile:
     return profile.replace(clock__frequency=ghz * 1e9)
+
+
+def info() -> dict[str, object]:
+    """What a run of this process would use: version, machine, clock in GHz, fidelity, and torch's version or None."""
+    from importlib import metadata
+
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = None
+    return {
+        "version": metadata.version("hal-kpu"),
+        "profile": get_profile().name,
+        "clock_ghz": get_clock_frequency(),
+        "fidelity": get_fidelity_name(),
+        "torch": torch,
+    }
