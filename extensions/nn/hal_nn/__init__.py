@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
+    "attention_config": "AttentionConfig AttentionPatterns",
     "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
-    "framework": "AttentionConfig AttentionPatterns create_attention register_attention unregister_attention",
+    "framework": "create_attention register_attention unregister_attention",
     "global_config": "GlobalConfig",
     "layers": "AttentionLayer FusedGELU OptimizedLinear",
     "multihead": "PhotonicMultiHeadAttention",

@@ -109,6 +109,8 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         shape = x.shape
         if shape[-1] != self.embed_dim:
             raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {shape[-1]}")
+        if bias is not None and bias.dtype != weight.dtype:  # which torch's matrix product with a bias refuses
+            bias = bias.to(weight.dtype)
         parts = F.linear(x, weight, bias).reshape(shape[0], shape[1], 3, self.num_heads, self.head_dim)
         return parts.permute(2, 1, 3, 0, 4).unbind(0) if first else parts.permute(2, 0, 3, 1, 4).unbind(0)
 
