@@ -91,9 +91,7 @@ def report(before: Any, after: Any, calls: int, version: str, record: bool) -> i
         for name, tests in (("torch", before), ("hal", after))
     }
     print(f"PyTorch {version}: torch {counts['torch']}, hal {counts['hal']}; hal ran {calls} calls")
-    print(
-        f"{len(missing)} did not run with hal; {len(other)} want another error; {len(fused)} want torch's fused operator"
-    )
+    print(f"{len(missing)} did not run with hal; {len(other)} want another error; {len(fused)} a fused operator")
     print(f"{len(left)} fail with hal alone")
     for name in failed:
         what = "ERROR TYPE" if name in other else "FUSED" if name in fused else "FAILED"
