@@ -43,8 +43,23 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         last_decision, last_device_used, last_latency_ms, last_energy_mj: of the newest call, see `DeviceRecord`.
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
         self._forward_hooks = _Hooks(self._forward_hooks)
 
     def forward(  # type: ignore[override, unused-ignore]
