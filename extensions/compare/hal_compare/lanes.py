@@ -49,7 +49,7 @@ class Lane:
         noisy: whether the device's errors are random. refused_batches: how many. slow: whether it is over its budget.
         tallies: accuracy by repeat.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
-        records: the meter's, by group.
+        records: the meter's, by group. dtype: of the run.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Lane:
     macs: dict[int, int] = attrs.field(factory=dict)
     calls: dict[int, int] = attrs.field(factory=dict)
     records: dict[int, list[Any]] = attrs.field(factory=dict)
+    dtype: torch.dtype = torch.float32
 
     @property
     def timed_in_metered_pass(self) -> bool:
@@ -76,7 +77,7 @@ class Lane:
 
     def forward(self, batch: Batch) -> Any:
         """The network on a batch."""
-        return self.network(**batch.inputs(self.place), output_hidden_states=True, use_cache=False)
+        return self.network(**batch.inputs(self.place, self.dtype), output_hidden_states=True)
 
 
 def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequence[str] = ()) -> list[Lane]:
@@ -192,6 +193,7 @@ def make_networks(network: Any, lanes: Sequence[Lane]) -> None:
     for lane in lanes:
         if lane.refusals:
             continue
+        lane.dtype = network.dtype
         if lane.place not in placed:
             placed[lane.place] = variant(network, "eager").to(lane.place)
         try:
