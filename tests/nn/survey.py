@@ -28,6 +28,7 @@ from hal_core import HalError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import tiny_inputs
 import tiny_models
 
 TABLE = Path(__file__).with_name("model_types.json")
@@ -122,12 +123,18 @@ def _first(model_type: str, seed: int) -> tuple[Any, Any]:
             with _limit(PATIENCE):
                 eager = tiny_models.build(model_type, "eager", seed, sizes)
                 refused = refused or (eager, sizes)
-                with torch.no_grad():
-                    if not tensors(eager(**tiny_models.inputs(eager, seed))):
-                        raise tiny_models.CannotBuildError("no output to compare")
-                return eager, sizes
         except Exception as error:
             reasons.append(_short(error))
+            continue
+        for variant in tiny_inputs.VARIANTS:
+            eager.tiny_variant = variant
+            try:
+                with _limit(PATIENCE), torch.no_grad():
+                    if not tensors(eager(**tiny_inputs.inputs(eager, seed))):
+                        raise tiny_models.CannotBuildError("no output to compare")
+                return eager, sizes
+            except Exception as error:
+                reasons.append(_short(error))
     if refused is not None:  # what hal refuses needs no inputs
         try:
             tiny_models.build(model_type, "hal", seed, refused[1])
@@ -140,7 +147,7 @@ def _first(model_type: str, seed: int) -> tuple[Any, Any]:
 
 def _compared(eager: Any, ours: Any, model_type: str, sizes: Any, seed: int) -> dict[str, Any]:
     """Forward, with and without padding, generate and backward. Raises AssertionError where hal differs."""
-    given = tiny_models.inputs(eager, seed)
+    given = tiny_inputs.inputs(eager, seed)
     row: dict[str, Any] = {"forward": "padded" if "attention_mask" in given else "unpadded"}
     elsewhere = Elsewhere()
     want = _run(eager, given, seed)
@@ -158,7 +165,7 @@ def _compared(eager: Any, ours: Any, model_type: str, sizes: Any, seed: int) -> 
     others = [{name: one for name, one in given.items() if name != "attention_mask"}] if mask is not None else []
     causal = eager.can_generate() and not eager.config.is_encoder_decoder and "input_ids" in given
     if causal and mask is not None:
-        others.append(tiny_models.inputs(eager, seed + 1, "left"))
+        others.append(tiny_inputs.inputs(eager, seed + 1, "left"))
     for other in others:
         with contextlib.suppress(_EagerNeedsItError):
             _agree("forward without padding or padded left", eager, ours, other, seed)
@@ -193,7 +200,7 @@ def _both(eager: Any, ours: Any, step: Callable[[Any], Any]) -> tuple[Any, Any] 
 
 def _generated(eager: Any, ours: Any, seed: int) -> bool:
     side = "right" if eager.config.is_encoder_decoder else "left"
-    given = tiny_models.inputs(eager, seed, side)
+    given = tiny_inputs.inputs(eager, seed, side)
     given = {name: one for name, one in given.items() if name in ("input_ids", "attention_mask")}
 
     def step(model: Any) -> Any:

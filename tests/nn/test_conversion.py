@@ -287,7 +287,7 @@ def test_a_converted_layer_runs_inside_compiled_code():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("device", ["vulkan", "opencl", "kpu"])
+@pytest.mark.parametrize("device", ["vulkan", pytest.param("opencl", marks=pytest.mark.slow), "kpu"])
 def test_a_device_runs_what_is_converted_for_it(device):
     try:
         hal.session(device)

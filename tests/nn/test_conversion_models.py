@@ -19,7 +19,7 @@ from hal_core import HalError
 sys.path.insert(0, str(Path(__file__).parent))
 
 import survey
-import tiny_models
+import tiny_inputs
 
 #: Types of each family, most of them without transformers' attention interface.
 DECODERS = ["bloom", "codegen", "cpmant", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "imagegpt", "llama", "mistral"]
@@ -30,7 +30,7 @@ ENCODER_DECODERS = ["fsmt", "longt5", "mvp", "speecht5", "t5"]
 VISION = ["blip_vision_model", "data2vec-vision", "donut-swin", "git", "glpn", "groupvit_text_model", "mgp-str", "pvt_v2"]
 VISION += ["pvt", "sam_vision_model", "swinv2", "vilt", "vit", "vitdet"]
 TYPES = [*DECODERS, *ENCODERS, *ENCODER_DECODERS, *VISION]
-FAMILIES = ["bloom", "deberta", "longt5", "donut-swin"]
+FAMILIES = ["bloom", "deberta", "longt5", "data2vec-vision"]
 #: Layers that stay on torch, by type.
 STAY = {"longt5": {"LongT5LocalAttention"}}
 
@@ -48,7 +48,7 @@ def _quiet():
 def built(model_type):
     """(eager model, inputs)."""
     model, _ = survey._first(model_type, 0)
-    return model, tiny_models.inputs(model, 0)
+    return model, tiny_inputs.inputs(model, 0)
 
 
 def check(model_type):

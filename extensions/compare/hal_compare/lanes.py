@@ -10,7 +10,8 @@ from typing import Any
 
 import attrs
 import torch
-from hal_nn import huggingface
+from hal_nn import huggingface, model_check
+from hal_nn.reroute import reroute_layers
 from torch import nn
 
 import hal_core as hal
@@ -206,7 +207,12 @@ def _network_of(lane: Lane, network: Any) -> Any:
     if lane.scope is Scope.COMPILED:
         assert lane.device is not None
         return torch.compile(variant(network, "sdpa"), backend=dynamo_backend(lane.device) or "")
-    own = variant(network, attention_clock.TORCH if lane.baseline else attention_clock.HAL)
+    if model_check.class_refusal(type(network)) or model_check.model_refusal(network):
+        own = variant(network, "eager")  # its layers compute attention by their own code, whose products are sent
+        run = nn.functional.scaled_dot_product_attention if lane.baseline else hal.attention
+        reroute_layers(own, attention_clock.timed(run))
+    else:
+        own = variant(network, attention_clock.TORCH if lane.baseline else attention_clock.HAL)
     if lane.device is not None:
         huggingface.set_device(own, lane.device.id)
     if lane.device is not None and lane.scope is Scope.LINEAR:

@@ -95,7 +95,7 @@ class Model:
     def describe(self) -> dict[str, Any]:
         """Facts for tables and reports."""
         config = self.network.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None)
+        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
         return {
             "name": self.name,
             "architecture": type(self.network).__name__,
@@ -105,8 +105,8 @@ class Model:
             "layers": getattr(config, "num_hidden_layers", None),
             "heads": heads,
             "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None),
-            "hidden_size": getattr(config, "hidden_size", None),
+            "head_dim": getattr(config, "head_dim", None) or _quotient(width, heads),
+            "hidden_size": width,
             "stored_dtype": ", ".join(self.stored),
             "dtype": self.dtype,
             "pooling": self.pooling if self.kind == "embedding" else None,
@@ -174,6 +174,11 @@ def load(name: str, dtype: str) -> Model:
         stored=stored_dtypes(path),
         positions=positions,
     )
+
+
+def _quotient(width: Any, heads: Any) -> int | None:
+    """The width of a head; None where layers differ, or the model says nothing."""
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import hal_core as hal
 from hal_core import HalError
 
-from .attention_code import is_called_attention
+from .attention_code import asks_interface, is_called_attention, may_attend
 from .deferred import Scores
 from .deferred_operations import PRODUCTS, start
 from .placement import calls, device_of
@@ -26,13 +26,14 @@ class Rerouted:
     """What is known of one layer whose attention is sent to hal.
 
     Attributes:
-        name: of the layer in its model. probing: whether what cannot be sent is computed and noted, and not refused.
+        name: of the layer in its model. attention: what is called with the arguments of `hal.attention`; None for
+            that itself. probing: whether what cannot be sent is computed and noted, and not refused.
         calls: attention calls that ran on hal. reasons: while probing, why attention of the layer cannot.
         entered: whether the layer was called. beside: whether it took another softmax, which ran on torch.
     """
 
-    def __init__(self, name: str, kind: str) -> None:
-        self.name, self.kind = name, kind
+    def __init__(self, name: str, kind: str, attention: Callable[..., Tensor] | None) -> None:
+        self.name, self.kind, self.attention = name, kind, attention
         self.probing = False
         self.calls = 0
         self.entered = self.beside = False
@@ -91,7 +92,7 @@ class _Rerouting(TorchFunctionMode):
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
         if self._device is not None:
             kwargs["backend"] = self._device
-        result: Tensor = hal.attention(*args, **kwargs)
+        result: Tensor = (self._record.attention or hal.attention)(*args, **kwargs)
         self._record.calls += 1
         calls.count += 1
         return result
@@ -150,13 +151,25 @@ def _forward_before(module: nn.Module) -> Any:
     return types.MethodType(type(module).forward, module) if given is None else given
 
 
-def reroute(module: nn.Module, name: str) -> Rerouted:
-    """Send the attention of a layer to hal. Its class, parameters and hooks stay."""
-    record = module.__dict__[_RECORD] = Rerouted(name, type(module).__name__)
+def reroute(module: nn.Module, name: str, attention: Callable[..., Tensor] | None = None) -> Rerouted:
+    """Send the attention of a layer to hal, or to a function with its arguments. Class, parameters and hooks stay."""
+    record = module.__dict__[_RECORD] = Rerouted(name, type(module).__name__, attention)
     if "forward" in module.__dict__:
         module.__dict__[_INNER] = module.__dict__["forward"]
     module.__dict__["forward"] = types.MethodType(_forward, module)
     return record
+
+
+def reroute_layers(model: nn.Module, attention: Callable[..., Tensor]) -> int:
+    """Send every layer of a model that computes attention to a function; how many there are."""
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if may_attend(type(module)) or asks_interface(type(module))
+    ]
+    for name, layer in layers:
+        reroute(layer, name, attention)
+    return len(layers)
 
 
 def restore(module: nn.Module) -> None:
