@@ -142,7 +142,9 @@ def test_an_encoder_decoder_is_given_the_text_one_position_late(folder, text):
     assert torch.equal(given["decoder_input_ids"][:, 1:], given["input_ids"][:, :-1])
     with torch.no_grad():
         outputs = model.network(**given, output_hidden_states=True)
-        wanted = model.network(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids.masked_fill(batch.mask == 0, -100))
+        wanted = model.network(
+            input_ids=batch.ids, attention_mask=batch.mask, labels=batch.ids.masked_fill(batch.mask == 0, -100)
+        )
     found = read_outputs(outputs, batch, "seq2seq", "mean")
     real = batch.mask.bool()
     first = torch.nn.functional.cross_entropy(outputs.logits[:, 0].double(), batch.ids[:, 0], reduction="sum")
@@ -217,7 +219,10 @@ def test_the_command_takes_folders(folder, images, sounds, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     path = folder(transformers.ViTForImageClassification, VIT, image_processor())
     options = ["--devices", "cpu:0", "--repeats", "1"]
-    assert main(["compare", str(path), "--images", str(images), *options, "--details", "--report", str(path / "r.html")]) == 0
+    assert (
+        main(["compare", str(path), "--images", str(images), *options, "--details", "--report", str(path / "r.html")])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "5 images" in printed
     assert "same class" in (path / "r.html").read_text()
@@ -260,10 +265,9 @@ def test_a_model_whose_attention_no_mask_says(folder, text):
 
 
 def test_a_model_that_needs_two_inputs_is_named(folder, text):
-    config = transformers.CLIPConfig(
-        text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 32},
-        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 16, "patch_size": 8},
-    )  # fmt: skip
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = small | {"image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=small | {"vocab_size": 32}, vision_config=vision)
     path = folder(transformers.CLIPModel, config)
     with pytest.raises(HalError, match="CLIPModel does not run on text alone"):
         compared(path, texts.read([text]))
@@ -276,13 +280,15 @@ def test_a_model_that_needs_two_inputs_is_named(folder, text):
         ({"architectures": ["BertForSequenceClassification"], "model_type": "bert"}, "embedding", "text"),
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "causal", "text"),
         ({"architectures": ["BartModel"], "model_type": "bart", "is_encoder_decoder": True}, "seq2seq", "text"),
-        ({"architectures": ["ASTForAudioClassification"], "model_type": "audio-spectrogram-transformer"}, "classifier", "audio"),
+        (
+            {"architectures": ["ASTForAudioClassification"], "model_type": "audio-spectrogram-transformer"},
+            "classifier",
+            "audio",
+        ),
         ({"architectures": ["HubertModel"], "model_type": "hubert"}, "embedding", "audio"),
     ],
-)  # fmt: skip
+)
 def test_the_task_is_read_off_the_config(tmp_path, config, kind, modality):
     (tmp_path / "config.json").write_text(json.dumps(config))
     task = tasks.task_of(tmp_path)
     assert (task.kind, task.modality) == (kind, modality)
-
-

@@ -1,8 +1,8 @@
 """The public names that are promised, in `public_names.json`: those that are "here" import with their signature, and
 none that is said to come "later" is there already.
 
-A name may be an attribute of a class, as `Tensor.numel()`. A signature names the arguments that users pass: the callable
-takes them in this order, with these defaults where one is given; it may take more, if they have defaults.
+A name may be an attribute of a class, as `Tensor.numel()`. A signature names the arguments that users pass: the
+callable takes them in this order, with these defaults where one is given; it may take more, if they have defaults.
 """
 
 from __future__ import annotations

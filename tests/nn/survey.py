@@ -80,7 +80,10 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
     """The row of a model type.
 
     Returns:
-        result: "equal", "refused", "cannot be built" or "different". class: the model's. reason: of the last three.
+        result: "equal", "refused", "cannot be built" (eager does not run), "not finished" (eager ran, and hal went
+        over the limits of time or memory) or "different". class: the model's. reason: of all but the first.
+        converted: of a refused type, what `hal_nn.convert` makes of it: "equal", "partly", with what stays on torch, or
+        why nothing is converted.
         forward: "padded", or "unpadded" where the model takes no padding mask. generate, backward: true where eager
         does it too, and hal gives the same. torch: warnings' names, of models and parts whose attention stays on torch.
         reference: "sdpa", where eager gives no finite result.
@@ -100,9 +103,11 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
             ours.load_state_dict(eager.state_dict())
             row |= _compared(eager, ours, model_type, sizes, seed)
         except HalError as error:
-            return row | {"result": "refused", "reason": _short(error)}
-        except (tiny_models.CannotBuildError, TimeoutError, MemoryError) as error:
+            return row | {"result": "refused", "reason": _short(error)} | _converted(eager, seed)
+        except tiny_models.CannotBuildError as error:
             return row | {"result": "cannot be built", "reason": _short(error)}
+        except (TimeoutError, MemoryError) as error:  # eager ran, so that this is hal's
+            return row | {"result": "not finished", "reason": _short(error)}
         except Exception as error:
             return row | {"result": "different", "reason": _short(error)}
     kinds = (CallWarning, PartWarning)
@@ -112,6 +117,26 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
         return row | {"result": "different", "reason": f"in silence on torch: {', '.join(row['elsewhere'])}"}
     row.pop("elsewhere", None)
     return {"result": "equal"} | row
+
+
+def _converted(eager: Any, seed: int) -> dict[str, str]:
+    """What `hal_nn.convert` makes of a model; nothing where its inputs are not known."""
+    try:
+        given = tiny_inputs.inputs(eager, seed)
+        want = _run(eager, given, seed)
+    except Exception:
+        return {}
+    try:
+        with _limit(PATIENCE):
+            _, report = hal_nn.convert(eager, given)
+        if (error := difference(_run(eager, given, seed), want, given.get("attention_mask"))) > FORWARD:
+            return {"converted": f"different: {error:.1e}"}
+    except HalError as error:
+        return {"converted": "nothing: " + _short(error).partition("has nothing to convert ")[2].strip("()")}
+    except Exception as error:
+        return {"converted": f"different: {_short(error)}"}
+    kinds = sorted({f"{layer.kind}: {layer.reason}" for layer in report.skipped})
+    return {"converted": "partly: " + "; ".join(kinds)[:160] if kinds else "equal"}
 
 
 def _first(model_type: str, seed: int) -> tuple[Any, Any]:

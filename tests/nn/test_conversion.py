@@ -98,7 +98,9 @@ class Sdpa(nn.Module):
 
     def forward(self, x):
         q, k, v = self.project(x).view(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 9, 32)
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 9, 32)
+        )
 
 
 class Pair(nn.Module):
@@ -145,7 +147,12 @@ def test_eager_attention_runs_on_hal_and_is_the_same(how, masked):
 
 
 @pytest.mark.parametrize(
-    ("how", "why"), [("read", "sum reads its attention weights"), ("columns", "not over the keys"), ("capped", "tanh reads its scores")]
+    ("how", "why"),
+    [
+        ("read", "sum reads its attention weights"),
+        ("columns", "not over the keys"),
+        ("capped", "tanh reads its scores"),
+    ],
 )
 def test_what_attention_cannot_say_stays_and_is_named(how, why):
     model, x = Pair("plain", how).eval(), torch.randn(2, 9, 32)
@@ -241,7 +248,9 @@ def test_a_wrong_result_is_refused_and_the_model_is_as_it_was(monkeypatch):
     want = model(x)
     right = hal.attention
     monkeypatch.setattr(reroute.hal, "attention", lambda *given, **named: right(*given, **named) * 1.01)
-    with pytest.raises(HalError, match=r"gives another result after its conversion, relative error .* as it was before"):
+    with pytest.raises(
+        HalError, match=r"gives another result after its conversion, relative error .* as it was before"
+    ):
         hal_nn.convert(model, x)
     assert not hal_nn.is_converted(model)
     assert torch.equal(model(x), want)
@@ -319,9 +328,13 @@ def test_a_photonic_device_is_found(device):
 
 
 def test_a_model_with_nothing_to_convert():
-    with pytest.raises(HalError, match=r"Sequential has nothing to convert \(no layer of it computes attention\): pass"):
+    with pytest.raises(
+        HalError, match=r"Sequential has nothing to convert \(no layer of it computes attention\): pass"
+    ):
         hal_nn.convert(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(HalError, match=r"Eager has nothing to convert \(Eager \(Eager\): not converted, .*columns|keys"):
+    with pytest.raises(
+        HalError, match=r"Eager has nothing to convert \(Eager \(Eager\): not converted, .*not over the keys"
+    ):
         hal_nn.convert(Eager("columns"), torch.randn(2, 9, 32))
 
 
@@ -330,7 +343,9 @@ def test_a_list_of_devices_takes_the_first_that_is_there():
     _, report = hal_nn.convert(model, x, device=["nowhere", "cpu:0"])
     assert report.devices == ("cpu:0",)
     hal_nn.revert(model)
-    with pytest.raises(HalError, match=r"'nowhere', 'cpu:77' was given for device, and none of it is available .*cpu:0"):
+    with pytest.raises(
+        HalError, match=r"'nowhere', 'cpu:77' was given for device, and none of it is available .*cpu:0"
+    ):
         hal_nn.convert(model, x, device=["nowhere", "cpu:77"])
     with pytest.raises(HalError, match="an empty list was given for device"):
         hal_nn.convert(model, x, device=[])
@@ -339,7 +354,7 @@ def test_a_list_of_devices_takes_the_first_that_is_there():
 
 def test_other_bad_input():
     model = Pair("plain")
-    with pytest.raises(HalError, match="Pair is not converted: pass the model that hal_nn.convert was given"):
+    with pytest.raises(HalError, match=r"Pair is not converted: pass the model that hal_nn\.convert was given"):
         hal_nn.revert(model)
     with pytest.raises(HalError, match="Pair does not run on the sample"):
         hal_nn.convert(model, torch.randn(2, 9, 31))

@@ -35,9 +35,17 @@ def add_parser(subparsers: Any) -> None:
         help="a UTF-8 file, or a folder of *.txt: texts divided by blank lines, or one a line; may be repeated "
         "(default: a short sample)",
     )
-    for option, what in (("--images", "images, for a model that reads them"), ("--audio", "wav files, for one of sound")):
+    for option, what in (
+        ("--images", "images, for a model that reads them"),
+        ("--audio", "wav files, for one of sound"),
+    ):
         parser.add_argument(
-            option, metavar="FOLDER", action="append", type=Path, default=[], help=f"a folder of {what}; may be repeated"
+            option,
+            metavar="FOLDER",
+            action="append",
+            type=Path,
+            default=[],
+            help=f"a folder of {what}; may be repeated",
         )
     parser.add_argument(
         "--devices",

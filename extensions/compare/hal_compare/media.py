@@ -78,7 +78,9 @@ def _image(path: Path, model: Any) -> Tensor:
     try:
         from PIL import Image
     except ImportError as error:
-        raise HalError("hal compare reads images with Pillow, which is not installed: pip install pillow") from error
+        raise HalError(
+            "hal compare reads images with Pillow, which is not installed: pip install 'hal-compare[images]'"
+        ) from error
     try:
         image = Image.open(path).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
@@ -103,7 +105,9 @@ def _processed(path: Path, model: Any, run: Callable[[], Any]) -> Tensor:
         made = run()[model.task.main]
     except Exception as error:  # processors raise whatever their libraries raise
         what = " ".join(str(error).split())[:160]
-        raise HalError(f"{type(model.processor).__name__} does not take {path} ({what}): replace or remove it") from error
+        raise HalError(
+            f"{type(model.processor).__name__} does not take {path} ({what}): replace or remove it"
+        ) from error
     value: Tensor = torch.as_tensor(made)[0]
     return value
 

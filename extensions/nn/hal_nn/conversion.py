@@ -14,7 +14,14 @@ import hal_core as hal
 from hal_core import DeviceUnavailableError, HalError, UnknownBackendError
 
 from . import placement, proof
-from .attention_code import OTHER_OPERATIONS, asks_interface, has_products, is_called_attention, is_pooling_head, may_attend
+from .attention_code import (
+    OTHER_OPERATIONS,
+    asks_interface,
+    has_products,
+    is_called_attention,
+    is_pooling_head,
+    may_attend,
+)
 from .reroute import Rerouted, is_rerouted, leave, reroute, restore, take_back
 
 _CONVERSION = "_hal_conversion"  # in a converted model's __dict__
@@ -74,7 +81,9 @@ class ConversionReport:
             lines.append("not proved: no sample was given")
         else:
             where = ", ".join(self.devices)
-            lines.append(f"proved on a sample, on {where}: relative error {self.error:.1e}, allowed {self.tolerance:.1e}")
+            lines.append(
+                f"proved on a sample, on {where}: relative error {self.error:.1e}, allowed {self.tolerance:.1e}"
+            )
         return "\n".join([*lines, *(str(layer) for layer in self.layers if layer.reason)])
 
 
@@ -231,8 +240,8 @@ def available(device: str | Sequence[str] | None) -> str | None:
     listed = ", ".join(map(repr, device)) or "an empty list"
     offered = ", ".join(found.id for found in hal.devices()) or "none"
     raise HalError(
-        f"{listed} was given for device, and none of it is available ({'; '.join(reasons) or 'it names none'}): pass one "
-        f"of {offered}"
+        f"{listed} was given for device, and none of it is available ({'; '.join(reasons) or 'it names none'}): pass "
+        f"one of {offered}"
     )
 
 
@@ -364,8 +373,8 @@ def _proved(
     limit = proof.allowed(before, devices) if tolerance is None else tolerance
     if not error <= limit:
         raise HalError(
-            f"{type(model).__name__} gives another result after its conversion, relative error {error:.1e} on the sample "
-            f"where {limit:.1e} is allowed, so it is as it was before: pass a larger tolerance, or another device"
+            f"{type(model).__name__} gives another result after its conversion, relative error {error:.1e} on the "
+            f"sample where {limit:.1e} is allowed, so it is as it was before: pass another tolerance or device"
         )
     return ConversionReport(
         model=type(model).__name__, layers=tuple(rows.values()), error=error, tolerance=limit, devices=devices

@@ -45,7 +45,8 @@ class State(NamedTuple):
 
     Attributes:
         query, key: [*lead, length, dim], leading sizes of 1 standing for all. lead: the leading sizes of the scores.
-        product: of query and key, as the layer called it. scale: a factor of it. bias: added to the scaled products, broadcastable to the scores.
+        product: of query and key, as the layer called it. scale: a factor of it.
+        bias: added to the scaled products, broadcastable to the scores.
         weights: whether the softmax was taken. dropout: probability, after it. factor: of the weights, constant along
             the keys. zeroed: before the softmax, entries that were multiplied by 0.
     """
@@ -158,7 +159,9 @@ class Scores(Tensor):
             return result
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise HalError(f"{function} reads attention scores past torch's function protocol: revert this layer")
 
 
@@ -204,4 +207,3 @@ def _handled(name: str, function: Any, args: Sequence[Any], kwargs: dict[str, An
 def was_not_called(error: TypeError) -> bool:
     """Whether the function that was called last did not take its arguments, so that nothing of it ran."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is None
-

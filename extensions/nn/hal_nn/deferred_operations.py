@@ -27,7 +27,9 @@ def _next(
     dtype: torch.dtype | None = None,
 ) -> Scores | None:
     """The scores after one more operation; None where it has no state."""
-    return None if state is None else Scores(given.sink, state, Step(function, args, kwargs or {}), dtype or given.dtype)
+    return (
+        None if state is None else Scores(given.sink, state, Step(function, args, kwargs or {}), dtype or given.dtype)
+    )
 
 
 # Products of queries and keys
@@ -221,7 +223,7 @@ def _max(function: Any, left: Any, right: Any = None) -> Scores | None:
     return _next(left, _at_least(left, right), function, (left, right))
 
 
-def _clamp(function: Any, given: Any, min: Any = None, max: Any = None) -> Scores | None:  # noqa: A002 - torch's names
+def _clamp(function: Any, given: Any, min: Any = None, max: Any = None) -> Scores | None:
     if min is None or max is not None:
         return None
     return _next(given, _at_least(given, min), function, (given, min))

@@ -35,7 +35,7 @@ try:
         packed_in,
         says_packed,
     )
-    from .placement import device_of, set_device as set_device
+    from .placement import calls, device_of, set_device as set_device
 except ImportError as error:
     raise HalError(
         f"the Hugging Face bridge needs torch and transformers 5 or newer ({error}): pip install 'hal-nn[hf]'"
@@ -205,7 +205,7 @@ def attention_forward(
             raise
         out = _attend(query, key, value, dense(), dropout, sink, plain)
     if not torch.compiler.is_compiling():
-        model_check.calls.count += 1
+        calls.count += 1
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -74,8 +74,9 @@ def tensors(output: Any) -> dict[str, Tensor]:
 def difference(got: Mapping[str, Tensor], want: Mapping[str, Tensor], mask: Tensor | None = None) -> float:
     """The largest ||got - want|| / ||want|| over the outputs.
 
-    Attention weights that a converted layer returns are left out, and so are positions that a padding mask [batch, length] hides, of outputs that have them. Infinite where the
-    outputs are others, values are finite in one and not in the other, or none is finite.
+    Attention weights that a converted layer returns are left out, and so are positions that a padding mask [batch,
+    length] hides, of outputs that have them. Infinite where the outputs are others, values are finite in one and not in
+    the other, or none is finite.
     """
     if got.keys() != want.keys() or not any(bool(theirs.isfinite().any()) for theirs in want.values()):
         return float("inf")
@@ -98,7 +99,7 @@ def difference(got: Mapping[str, Tensor], want: Mapping[str, Tensor], mask: Tens
 
 
 def allowed(outputs: Mapping[str, Tensor], devices: Sequence[str]) -> float:
-    """The largest error that rounding, and what the devices declare, explain: four times a device's error of one call."""
+    """The largest error that rounding and the devices explain: of a device, four times what it declares for a call."""
     dtypes = {value.dtype for value in outputs.values()}
     largest = max((ROUNDING.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
     for device in devices:
@@ -146,5 +147,7 @@ def checked_sample(model: nn.Module, sample: Any) -> dict[str, Tensor]:
             "sequence of arguments, or a dict of named arguments that its forward takes"
         ) from error
     if not before:
-        raise HalError(f"{type(model).__name__} gives no floating-point tensor on the sample: pass one on which it does")
+        raise HalError(
+            f"{type(model).__name__} gives no floating-point tensor on the sample: pass one on which it does"
+        )
     return before

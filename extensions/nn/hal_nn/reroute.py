@@ -134,7 +134,7 @@ def _has_scores(args: Sequence[Any]) -> bool:
     return any(isinstance(one, Scores) or (isinstance(one, tuple | list) and _has_scores(one)) for one in args)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     record: Rerouted = self.__dict__[_RECORD]
     record.entered = True
