@@ -184,6 +184,55 @@ def test_calls_of_torchs_attention_are_converted():
     assert error(model(x), want) <= 1e-5
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformers_of_torch_are_converted(batch_first, padded):
+    encoder = nn.TransformerEncoderLayer(32, 4, 48, batch_first=batch_first)
+    decoder = nn.TransformerDecoderLayer(32, 4, 48, batch_first=batch_first)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+            self.decoder = nn.TransformerDecoder(decoder, 1)
+
+        def forward(self, x, hidden=None):
+            memory = self.encoder(x, src_key_padding_mask=hidden)
+            return self.decoder(x, memory, memory_key_padding_mask=hidden)
+
+    model, x = Both().eval(), torch.randn(*((2, 9) if batch_first else (9, 2)), 32)
+    hidden = torch.zeros(2, 9, dtype=torch.bool)
+    hidden[0, 6:] = True
+    given = (x, hidden if padded else None)
+    with torch.no_grad():  # torch's fused inference path would leave the converted layers out
+        want, state = model(*given), model.state_dict()
+        _, report = hal_nn.convert(model, given)
+        with hal.meter() as meter:
+            got = model(*given)
+    assert [layer.way for layer in report.layers] == ["replaced"] * 4
+    assert meter.records["cpu:0"].calls == 4
+    assert error(got, want) <= 1e-5
+    assert all(torch.equal(one, state[name]) for name, one in model.state_dict().items())
+    hal_nn.revert(model)
+    assert {type(module) for module in model.modules() if "Attention" in type(module).__name__} == {nn.MultiheadAttention}
+    with torch.no_grad():
+        assert torch.equal(model(*given), want)
+
+
+def test_hooks_of_a_replaced_module_hold_before_between_and_after():
+    model, seen = nn.ModuleList([nn.MultiheadAttention(32, 4)]), []
+    x = torch.randn(9, 2, 32)
+    first = model[0].register_forward_hook(lambda *_: seen.append("first"))
+    hal_nn.convert(model)
+    model[0].register_forward_hook(lambda *_: seen.append("second"))
+    model[0](x, x, x)
+    assert seen == ["first", "second"]
+    hal_nn.revert(model)
+    first.remove()
+    model[0](x, x, x)
+    assert seen == ["first", "second", "second"]
+
+
 def test_a_conversion_is_taken_back_to_the_bit():
     model, x = Pair("plain", "read", "flat").eval(), torch.randn(2, 9, 32)
     hal_nn.set_device(model.layers[0], "cpu:0")

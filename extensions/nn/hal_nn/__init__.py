@@ -1,10 +1,13 @@
-"""Transformers on hal: the Hugging Face bridge, and the conversion of any model's attention.
+"""Transformers on hal: the Hugging Face bridge, conversion of any model, drop-in modules, attention by configuration.
 
     import hal_nn
     hal_nn.register_huggingface()
     model = AutoModel.from_pretrained(path, attn_implementation="hal")
 
     model, report = hal_nn.convert(any_model, sample)
+    attention = hal_nn.PhotonicMultiHeadAttention(512, 8)      # nn.MultiheadAttention's arguments and state dict
+    with hal_nn.override_sdpa() as counted:                    # programs that call torch's own function
+        ...
 
 Importing this package imports neither torch nor transformers.
 """
@@ -20,7 +23,15 @@ if TYPE_CHECKING:
 
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
+    "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
     "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
+    "framework": "AttentionConfig AttentionPatterns create_attention register_attention unregister_attention",
+    "global_config": "GlobalConfig",
+    "layers": "AttentionLayer FusedGELU OptimizedLinear",
+    "multihead": "PhotonicMultiHeadAttention",
+    "patterns": "KeyValueCache PatternAttention",
+    "record": "DeviceRecord",
+    "sdpa": "override_sdpa",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted([*_WHERE, "register_huggingface", "set_device", "unregister_huggingface"])

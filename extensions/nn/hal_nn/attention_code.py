@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .record import DeviceRecord
+
 #: Layers, by the end of their names, that are called attention and are another operation: they weigh sampled points,
 #: the states of earlier layers or channels, by no product of queries and keys.
 OTHER_OPERATIONS = ("DeformableAttention", "BlockAttentionResidual", "PatchTSMixerGatedAttention")
@@ -49,6 +51,8 @@ def asks_interface(kind: type[Any]) -> bool:
 
 def computes_attention(kind: type[Any]) -> bool:
     """Whether layers of a class of transformers compute attention by their own code."""
+    if issubclass(kind, DeviceRecord):
+        return False
     if issubclass(kind, nn.MultiheadAttention):
         return True
     if not is_called_attention(kind) or kind.__name__.endswith((*OTHER_OPERATIONS, *POOLING_HEADS)):
@@ -66,7 +70,7 @@ def may_attend(kind: type[Any]) -> bool:
 
     A class whose source cannot be read may, if it is not torch's.
     """
-    if kind.__module__.startswith("torch."):
+    if kind.__module__.startswith(("torch.", "hal_nn.")) or issubclass(kind, DeviceRecord):
         return False
     if kind.__module__.startswith("transformers."):
         return computes_attention(kind) and not issubclass(kind, nn.MultiheadAttention)

@@ -13,7 +13,7 @@ from torch import nn
 import hal_core as hal
 from hal_core import DeviceUnavailableError, HalError, UnknownBackendError
 
-from . import placement, proof
+from . import multihead, placement, proof
 from .attention_code import (
     OTHER_OPERATIONS,
     asks_interface,
@@ -91,14 +91,15 @@ class _Conversion:
     """What it takes to go back.
 
     Attributes:
-        configs: each with its attention implementation before. rerouted, left: layers. marks: modules with the device
-            that they had.
+        configs: each with its attention implementation before. rerouted, left: layers. adopted: modules with what
+            `multihead.release` takes. marks: modules with the device that they had.
     """
 
     def __init__(self) -> None:
         self.configs: list[tuple[Any, Any]] = []
         self.rerouted: list[nn.Module] = []
         self.left: list[nn.Module] = []
+        self.adopted: list[tuple[nn.MultiheadAttention, Any]] = []
         self.marks: list[tuple[nn.Module, str | None]] = []
 
     def undo(self) -> None:
@@ -108,8 +109,10 @@ class _Conversion:
             restore(layer)
         for layer in self.left:
             take_back(layer)
-        for module, device in self.marks:
-            placement.mark(module, device)
+        for module, hooks in self.adopted:
+            multihead.release(module, hooks)
+        for marked, device in self.marks:
+            placement.mark(marked, device)
 
 
 def convert(
@@ -121,10 +124,11 @@ def convert(
 ) -> tuple[nn.Module, ConversionReport]:
     """Have the attention of a model run on hal, in place.
 
-    Layers that use transformers' attention interface get "hal" there. Layers that compute attention by their own code,
+    Layers that use transformers' attention interface get "hal" there. nn.MultiheadAttention, inside nn.Transformer's
+    layers too, becomes `PhotonicMultiHeadAttention` with the same parameters. Layers that compute attention by their own code,
     of transformers or of anybody (products, a softmax, products; or torch's scaled_dot_product_attention), keep their
-    code: the products are deferred, and one call of `hal.attention` takes their place. Parameters, classes, state dict
-    and hooks stay as they are.
+    code: the products are deferred, and one call of `hal.attention` takes their place. Parameters, state dict and hooks
+    stay as they are.
 
     Args:
         model: any module. sample: what the model is called with to prove that it gives the same: a tensor, a sequence
@@ -250,6 +254,8 @@ def _rerouted(
 ) -> list[tuple[nn.Module, Rerouted]]:
     """Send the layers that compute attention by their own code to hal, and list the others that are called attention.
 
+    nn.MultiheadAttention is replaced.
+
     Layers that ask transformers' interface go the same way where a layer beside them does not: the config of both says
     which masks they get, so that it has to stay as it is.
     """
@@ -258,7 +264,11 @@ def _rerouted(
     records = []
     for name, layer, configs in _layers(model):
         kind = type(layer)
-        if may_attend(kind) or (asks_interface(kind) and not mixed.isdisjoint(map(id, configs))):
+        if kind is nn.MultiheadAttention:
+            assert isinstance(layer, nn.MultiheadAttention)
+            conversion.adopted.append((layer, multihead.adopt(layer)))
+            rows[name] = LayerReport(name=name, kind=kind.__name__, way="replaced")
+        elif may_attend(kind) or (asks_interface(kind) and not mixed.isdisjoint(map(id, configs))):
             records.append((layer, reroute(layer, name)))
             conversion.rerouted.append(layer)
             rows[name] = LayerReport(name=name, kind=kind.__name__, way="rerouted")
