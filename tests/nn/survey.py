@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import signal
 import sys
@@ -139,11 +140,16 @@ def _converted(eager: Any, seed: int) -> dict[str, str]:
     return {"converted": "partly: " + "; ".join(kinds)[:160] if kinds else "equal"}
 
 
+_WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x\d+ and (\d+)x\d+\)")
+
+
 def _first(model_type: str, seed: int) -> tuple[Any, Any]:
     """An eager model that runs, and the sizes it was built with."""
     reasons: list[str] = []
     refused = None
     for sizes in tiny_models.CHOICES:
+        if sizes.place and refused is not None:
+            break  # the first class builds
         try:
             with _limit(PATIENCE):
                 eager = tiny_models.build(model_type, "eager", seed, sizes)
@@ -151,7 +157,11 @@ def _first(model_type: str, seed: int) -> tuple[Any, Any]:
         except Exception as error:
             reasons.append(_short(error))
             continue
-        for variant in tiny_inputs.VARIANTS:
+        for variant in (*tiny_inputs.VARIANTS, None):
+            if variant is None:  # rows of the width that its first layer multiplies
+                if (found := _WIDTHS.search(" ".join(reasons))) is None:
+                    break
+                eager.tiny_width, variant = int(found[1]), 0
             eager.tiny_variant = variant
             try:
                 with _limit(PATIENCE), torch.no_grad():

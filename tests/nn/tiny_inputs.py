@@ -11,13 +11,14 @@ import torch
 from tiny_models import LENGTH, CannotBuildError
 
 #: Other ways to shape images, waves and features, tried in turn where a model does not take the first.
-VARIANTS = range(5)
+VARIANTS = range(6)
 
 
 def inputs(model: Any, seed: int = 0, side: str = "right") -> dict[str, Any]:
     """Arguments of a model's forward for a batch of 2, its first sequence padded on a side.
 
-    Models of text and images are given text alone. `model.tiny_variant`, where it is set, is the way of `VARIANTS`.
+    Models of text and images are given text alone. `model.tiny_variant`, where it is set, is the way of `VARIANTS`, and
+    `model.tiny_width` the width of rows that images or features are given as.
     """
     accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(seed)
@@ -39,6 +40,9 @@ def inputs(model: Any, seed: int = 0, side: str = "right") -> dict[str, Any]:
     if "past_values" in accepted:
         given["past_values"] = _series(model.config, generator)
     given = _shaped(given, getattr(model, "tiny_variant", 0), model)
+    if (width := getattr(model, "tiny_width", None)) is not None and (main := model.main_input_name) in given:
+        rows = (2, 64) if main == "input_features" else (16,) if any("grid" in name for name in accepted) else (2, 16)
+        given[main] = torch.randn(*rows, width, generator=generator)
     for name, parameter in accepted.items():
         if name not in given and name in _REQUIRED and parameter.default is parameter.empty:
             given[name] = _REQUIRED[name](model, given, generator)
@@ -126,7 +130,9 @@ def _shaped(given: dict[str, Any], variant: int, model: Any) -> dict[str, Any]:
     """The inputs in another shape."""
     config = model.config
     for name, value in list(given.items()):
-        if name == "pixel_values" and value.ndim == 4 and variant in (1, 2):  # a video, or several images
+        if name == "pixel_values" and "input_ids" in given and variant == 3:  # text alone
+            del given[name]
+        elif name == "pixel_values" and value.ndim == 4 and variant in (1, 2):  # a video, or several images
             frames = getattr(config, "num_frames", None) or getattr(_vision(config), "num_frames", None) or 2
             given[name] = value.unsqueeze(1).expand(-1, frames if variant == 1 else 1, -1, -1, -1).contiguous()
         elif name == "pixel_values" and value.ndim == 4 and variant == 3:  # patches, flat
@@ -139,6 +145,7 @@ def _shaped(given: dict[str, Any], variant: int, model: Any) -> dict[str, Any]:
         elif name == "input_features" and variant:
             bins = value.shape[-1] if variant < 3 else 128 if variant == 3 else 64
             length = 2 * (getattr(config, "max_source_positions", None) or 128) if variant in (1, 3) else 64
+            bins = 128 if variant == 5 else bins
             long = torch.randn(2, length, bins, generator=torch.Generator().manual_seed(0))
             given[name] = long.transpose(1, 2).contiguous() if variant in (1, 3) else long
             if "attention_mask" in given:

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -38,6 +38,7 @@ SIZES: Sizes = (
     (r"(image_size|.*image_size|img_size)", 32),
     (r"sliding_window|attention_window_size|local_window_size|attention_chunk_size", 8),
     (r"num_queries|num_query_tokens|num_latents", 8),
+    (r"upsample_groups", 64),
 )
 #: The same when widths that the first table makes do not fit together: only what multiplies is cut.
 LAYERS_ONLY = tuple(one for one in SIZES if re.search("_layers|vocab|num_experts|position|index", one[0]))
@@ -51,7 +52,16 @@ WIDE = tuple(
     )
     for pattern, value in SIZES
 )
-CHOICES = (SIZES, UNGROUPED, WIDE, LAYERS_ONLY)
+
+
+class Choice(NamedTuple):
+    """A way to build a tiny model: sizes of its config, and which of the classes that take the config."""
+
+    sizes: Sizes
+    place: int = 0
+
+
+CHOICES = tuple(Choice(sizes, place) for place in (0, 1) for sizes in (SIZES, UNGROUPED, WIDE, LAYERS_ONLY))
 #: What a type needs besides: arguments of its config.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4, "context_length": 8},
@@ -84,7 +94,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 4, "context_length": 8},
     "diffusion_gemma": {"hidden_size": 64},
 }
-LARGEST = 50_000_000
+LARGEST = 80_000_000
 #: Types whose smallest images keep a forward pass busy for minutes.
 TOO_SLOW = frozenset({"sam3_tracker"})
 LENGTH = 11
@@ -107,7 +117,12 @@ def tiny_config(model_type: str, sizes: Sizes) -> Any:
             default = kind()
         except Exception as error:
             raise CannotBuildError(f"no default config: {type(error).__name__}") from None
-        return kind(**(_shrunk(default, sizes) | ARGUMENTS.get(model_type, {})))
+        made = kind(**(_shrunk(default, sizes) | ARGUMENTS.get(model_type, {})))
+    for config in (made, *(getattr(made, name, None) for name in made.sub_configs)):
+        rope = getattr(config, "rope_parameters", None)
+        if re.match("Glm|Qwen2_5OmniTalker", type(config).__name__) and isinstance(rope, dict) and sizes is SIZES:
+            rope.setdefault("mrope_section", [2, 3, 3])
+    return made
 
 
 def _shrunk(default: Any, sizes: Sizes) -> dict[str, Any]:
@@ -174,23 +189,26 @@ _HEADS = [
 ]
 
 
-def model_class(model_type: str) -> Any:
-    """The class with a language head where there is one, else the base model, else any class of the type."""
+def model_classes(model_type: str) -> list[Any]:
+    """The classes with a language head, then the base model; where there is none, any class of the type."""
     tables = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in _HEADS]
     tables.append(modeling_auto.MODEL_MAPPING_NAMES)
     tables += [one for name, one in sorted(vars(modeling_auto).items()) if re.fullmatch("MODEL_.*_MAPPING_NAMES", name)]
+    classes: list[Any] = []
     for table in tables:
         found = table.get(model_type)
         kind = getattr(transformers, found if isinstance(found, str) else found[0], None) if found else None
-        if kind is not None:
-            return kind
+        if kind is not None and kind not in classes:
+            classes.append(kind)
+    if classes:
+        return classes
     config = CONFIG_MAPPING[model_type]
     module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
     for kind in vars(module).values():
         if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
             continue
         if kind.config_class is config and not kind.__name__.endswith("PreTrainedModel"):
-            return kind
+            return [kind]
     raise CannotBuildError("no model class takes this config")
 
 
@@ -208,7 +226,7 @@ def fill(model: Any, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def build(model_type: str, attention: str, seed: int, sizes: Sizes) -> Any:
+def build(model_type: str, attention: str, seed: int, choice: Choice) -> Any:
     """A tiny model with random weights.
 
     Raises:
@@ -216,7 +234,10 @@ def build(model_type: str, attention: str, seed: int, sizes: Sizes) -> Any:
     """
     if model_type in TOO_SLOW:
         raise CannotBuildError("its forward pass takes minutes")
-    kind, config = model_class(model_type), tiny_config(model_type, sizes)
+    classes = model_classes(model_type)
+    if choice.place >= len(classes):
+        raise CannotBuildError("no other class takes this config")
+    kind, config = classes[choice.place], tiny_config(model_type, choice.sizes)
     with torch.device("meta"):
         parameters = sum(one.numel() for one in kind(_on(copy.deepcopy(config), "eager")).parameters())
     if parameters > LARGEST:
