@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 import hal_core as hal
 from hal_core import ContractError, HalError, UnsupportedError
@@ -79,6 +80,8 @@ class override_sdpa:  # noqa: N801 - reads as a statement: with hal_nn.override_
             enable_gqa: bool = False,
         ) -> Any:
             if attn_mask is not None and is_causal:  # as torch, which `hal.attention` need not be
+                if isinstance(attn_mask, CausalBias):
+                    raise ContractError("CausalBias should not be used with causal=True: pass one of them")
                 raise ContractError("attn_mask and is_causal=True were given: pass a mask that holds both")
             try:
                 out = hal.attention(
