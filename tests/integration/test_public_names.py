@@ -54,7 +54,7 @@ def mismatch(found: Any, text: str) -> str:
     if "(" not in text:
         return ""
     wanted = promised_arguments(text[text.index("(") :])
-    given = list(inspect.signature(found).parameters.values())
+    given = list(signature_of(found).parameters.values())
     if inspect.isfunction(found) and given and given[0].name == "self":
         del given[0]
     if any(one.kind is one.VAR_POSITIONAL for one in given) and all(one[2] == "*" for one in wanted):
@@ -64,11 +64,11 @@ def mismatch(found: Any, text: str) -> str:
             return f"takes no *{name}"
         matching = [one for one in given if one.name == name]
         if not matching:
-            return f"takes no {name}: {inspect.signature(found)}"
+            return f"takes no {name}: {signature_of(found)}"
         if kind == "positional" and [one.name for one in given].index(name) != place:
-            return f"takes {name} at another place: {inspect.signature(found)}"
+            return f"takes {name} at another place: {signature_of(found)}"
         if default is not None and matching[0].default != ast.literal_eval(default):
-            return f"has another default of {name}: {inspect.signature(found)}"
+            return f"has another default of {name}: {signature_of(found)}"
     named = {name for name, _, _ in wanted}
     if more := [
         one.name
@@ -77,6 +77,16 @@ def mismatch(found: Any, text: str) -> str:
     ]:
         return f"needs {', '.join(more)} besides"
     return ""
+
+
+def signature_of(found: Any) -> inspect.Signature:
+    """A callable's signature; of a class that passes everything on, that of the class that takes it."""
+    signature = inspect.signature(found)
+    kinds = [one.kind for one in signature.parameters.values()]
+    if not isinstance(found, type) or kinds != [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+        return signature
+    inits = [one for one in found.__mro__ if "__init__" in vars(one)]
+    return inspect.signature(inits[1])
 
 
 def promised_arguments(signature: str) -> list[tuple[str, str | None, str]]:
