@@ -214,7 +214,9 @@ def test_transformers_of_torch_are_converted(batch_first, padded):
     assert error(got, want) <= 1e-5
     assert all(torch.equal(one, state[name]) for name, one in model.state_dict().items())
     hal_nn.revert(model)
-    assert {type(module) for module in model.modules() if "Attention" in type(module).__name__} == {nn.MultiheadAttention}
+    assert {type(module) for module in model.modules() if "Attention" in type(module).__name__} == {
+        nn.MultiheadAttention
+    }
     with torch.no_grad():
         assert torch.equal(model(*given), want)
 

@@ -49,7 +49,7 @@ VISION = [
     "mgp-str",
     "pvt_v2",
 ]
-VISION += ["pvt", "sam_vision_model", "swinv2", "vilt", "vit", "vitdet"]
+VISION += ["bridgetower", "pvt", "sam_vision_model", "swinv2", "vilt", "vit", "vitdet"]
 TYPES = [*DECODERS, *ENCODERS, *ENCODER_DECODERS, *VISION]
 FAMILIES = ["bloom", "deberta", "longt5", "data2vec-vision"]
 #: Layers that stay on torch, by type.
@@ -146,14 +146,23 @@ def test_one_of_each_family_on_other_devices(model_type, device):
 
 
 def test_layers_that_read_one_config_keep_the_masks_that_it_gives():
-    """GIT's own attention adds the mask, so that its layers beside it, which ask the interface, may not change it."""
+    """GIT's own attention adds the mask: layers beside it, which ask the interface, may not change what it is given."""
     model, given = built("git")
     _, report = hal_nn.convert(model, given)
     assert model.config._attn_implementation == "eager"
     assert {layer.kind: layer.way for layer in report.layers} == {
         "GitSelfAttention": "rerouted",
-        "GitVisionAttention": "interface",
+        "GitVisionAttention": "rerouted",
     }
+
+
+def test_layers_of_the_interface_alone_are_asked_there():
+    model, given = built("llama")
+    _, report = hal_nn.convert(model, given)
+    assert {layer.way for layer in report.layers} == {"interface"}
+    assert model.config._attn_implementation == "hal"
+    hal_nn.revert(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_a_converted_model_that_would_be_refused_runs_under_use_without_a_warning():

@@ -256,11 +256,12 @@ def _rerouted(
 
     nn.MultiheadAttention is replaced.
 
-    Layers that ask transformers' interface go the same way where a layer beside them does not: the config of both says
-    which masks they get, so that it has to stay as it is.
+    Layers that ask transformers' interface go the same way where a layer beside them does not, because the config of
+    both says which masks they get, and where their model takes eager attention alone.
     """
     own = [one for one in _layers(model) if may_attend(type(one[1])) or isinstance(one[1], nn.MultiheadAttention)]
     mixed = {id(config) for _, _, configs in own for config in configs}
+    mixed |= {id(part.config) for part in model.modules() if getattr(part, "_supports_sdpa", True) is False}
     records = []
     for name, layer, configs in _layers(model):
         kind = type(layer)
