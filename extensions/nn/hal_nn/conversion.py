@@ -125,10 +125,10 @@ def convert(
     """Have the attention of a model run on hal, in place.
 
     Layers that use transformers' attention interface get "hal" there. nn.MultiheadAttention, inside nn.Transformer's
-    layers too, becomes `PhotonicMultiHeadAttention` with the same parameters. Layers that compute attention by their own code,
-    of transformers or of anybody (products, a softmax, products; or torch's scaled_dot_product_attention), keep their
-    code: the products are deferred, and one call of `hal.attention` takes their place. Parameters, state dict and hooks
-    stay as they are.
+    layers too, becomes `PhotonicMultiHeadAttention` with the same parameters. Layers that compute attention by their
+    own code, of transformers or of anybody (products, a softmax, products; or torch's scaled_dot_product_attention),
+    keep their code: the products are deferred, and one call of `hal.attention` takes their place. Parameters, state
+    dict and hooks stay as they are.
 
     Args:
         model: any module. sample: what the model is called with to prove that it gives the same: a tensor, a sequence
