@@ -133,7 +133,12 @@ def _converted(eager: Any, seed: int) -> dict[str, str]:
         if (error := difference(_run(eager, given, seed), want, given.get("attention_mask"))) > FORWARD:
             return {"converted": f"different: {error:.1e}"}
     except HalError as error:
-        return {"converted": "nothing: " + _short(error).partition("has nothing to convert ")[2].strip("()")}
+        text, nothing, why = " ".join(str(error).split()).partition(" has nothing to convert (")
+        return {
+            "converted": f"nothing: {why.partition('): pass a model')[0]}"[:160]
+            if nothing
+            else f"refused: {text[:150]}"
+        }
     except Exception as error:
         return {"converted": f"different: {_short(error)}"}
     kinds = sorted({f"{layer.kind}: {layer.reason}" for layer in report.skipped})
@@ -310,7 +315,7 @@ def _cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tensors(output: Any) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of an output, caches left out."""
+    """The floating-point tensors of an output, caches left out, and weights that a model gives without being asked."""
     pairs: Any = ()
     if hasattr(output, "items"):
         pairs = output.items()
@@ -320,7 +325,7 @@ def tensors(output: Any) -> dict[str, torch.Tensor]:
     for name, value in pairs:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             found[str(name)] = value
-        elif "past" not in str(name):
+        elif "past" not in str(name) and str(name) != "attentions":
             found |= {f"{name}.{inner}": one for inner, one in tensors(value).items()}
     return found
 
