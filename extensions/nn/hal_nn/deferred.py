@@ -1,7 +1,7 @@
 """Attention scores that are not computed: what a layer does to them is recorded until its weights meet the values.
 
 A layer that computes attention by itself multiplies queries and keys, scales, adds masks and biases, takes the softmax,
-drops, and multiplies by the values. `deferred_operations.start` gives a `Scores` in place of the first product. It has
+drops, and multiplies by the values. `deferred_products.start` gives a `Scores` in place of the first product. It has
 the shape of the scores and no memory; each operation on it is recorded, as long as attention with one additive mask can
 say the same, and the last product is one call of attention. Any other operation before the softmax gets the scores that
 the layer's own code would have computed, by the same operations. After it, the weights would be needed, which attention
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from hal_core import HalError
+
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 #: What records an operation, by its name: called with the function and its arguments, gives the result, or None.
 HANDLERS: dict[str, Callable[..., Any]] = {}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .deferred import HANDLERS, Scores, Sink, State, Step, computed, is_plain, was_not_called
+from .deferred import DTYPES, HANDLERS, Scores, State, Step, computed, is_plain
+from .deferred_products import Equation, operands_of, ordered
 
 #: A mask value from here down hides a key that stands beside a visible one: exp(-1e3) is 0 in every dtype.
 HIDES = -1e3
 #: From here down a score that is added is lost in rounding.
 _ABSORBS = -1e30
-_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def _next(
@@ -30,104 +30,6 @@ def _next(
     return (
         None if state is None else Scores(given.sink, state, Step(function, args, kwargs or {}), dtype or given.dtype)
     )
-
-
-# Products of queries and keys
-
-
-def start(sink: Sink, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Scores | None:
-    """The product of queries and keys as `Scores`; None where a call cannot be one."""
-    read = PRODUCTS.get(getattr(function, "__name__", ""))
-    try:
-        state = read(*args, **kwargs) if read is not None else None
-    except TypeError as error:
-        if was_not_called(error):
-            return None
-        raise
-    if state is None or state.query.dtype not in _DTYPES or state.query.dtype != state.key.dtype:
-        return None
-    step = Step(function, args, kwargs)
-    return Scores(sink, state._replace(product=step), step, state.query.dtype)
-
-
-def _matmul(left: Tensor, right: Tensor) -> State | None:
-    if not (is_plain(left) and is_plain(right) and left.ndim >= 3 and right.ndim >= 3):
-        return None
-    lead = tuple(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
-    return State(left, right.transpose(-1, -2), lead)
-
-
-def _baddbmm(bias: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> State | None:
-    state = _matmul(batch1, batch2)
-    if state is None:
-        return None
-    return state._replace(scale=float(alpha), bias=None if beta == 0 else bias * beta)
-
-
-class _Equation(NamedTuple):
-    """An einsum of two operands that is a product of matrices: a letter for each dimension.
-
-    Attributes:
-        batch: common to operands and result. rows: of the first operand. columns: of the second. summed: over.
-        terms: the letters of both operands and of the result.
-    """
-
-    batch: str
-    rows: str
-    columns: str
-    summed: str
-    terms: tuple[str, str, str]
-
-    @classmethod
-    def read(cls, text: str) -> _Equation | None:
-        """None where an equation says something else."""
-        terms, arrow, out = text.replace(" ", "").partition("->")
-        left, comma, right = terms.partition(",")
-        if not arrow or not comma or "," in right or "." in text:
-            return None
-        if any(len(set(term)) < len(term) for term in (left, right, out)):
-            return None
-        batch = "".join(letter for letter in out if letter in left and letter in right)
-        rows = "".join(letter for letter in left if letter not in right)
-        columns = "".join(letter for letter in right if letter not in left)
-        summed = "".join(letter for letter in left if letter in right and letter not in out)
-        if len(rows) != 1 or len(columns) != 1 or len(summed) != 1 or sorted(batch + rows + columns) != sorted(out):
-            return None
-        return cls(batch, rows, columns, summed, (left, right, out))
-
-
-def _ordered(tensor: Tensor, term: str, order: str) -> Tensor:
-    return tensor.permute([term.index(letter) for letter in order])
-
-
-def _operands(operands: Sequence[Any]) -> Sequence[Any]:
-    return operands[0] if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
-
-
-def _einsum(equation: Any, *operands: Any) -> State | None:
-    given = _operands(operands)
-    if not isinstance(equation, str) or len(given) != 2 or not all(map(is_plain, given)):
-        return None
-    said = _Equation.read(equation)
-    if said is None:
-        return None
-    left, right, out = said.terms
-    query = _ordered(given[0], left, said.batch + said.rows + said.summed)
-    key = _ordered(given[1], right, said.batch + said.columns + said.summed)
-    if out == said.batch + said.columns + said.rows:
-        query, key = key, query
-    elif out != said.batch + said.rows + said.columns:
-        return None
-    return State(query, key, tuple(query.shape[:-2]))
-
-
-#: What may be the product of queries and keys, by the name of the function.
-PRODUCTS: dict[str, Callable[..., State | None]] = {
-    "matmul": _matmul,
-    "bmm": _matmul,
-    "einsum": _einsum,
-    "baddbmm": _baddbmm,
-}
 
 
 # Masks and biases
@@ -318,7 +220,7 @@ def _cast(function: Any, given: Any, *args: Any, **kwargs: Any) -> Scores | None
     if not isinstance(given, Scores):
         return None
     like = function(torch.empty(0, dtype=given.dtype, device=given.device), *args, **kwargs)
-    if not isinstance(like, Tensor) or like.device != given.device or like.dtype not in _DTYPES:
+    if not isinstance(like, Tensor) or like.device != given.device or like.dtype not in DTYPES:
         return None
     return _next(given, given.state, function, (given, *args), kwargs, like.dtype)
 
@@ -362,8 +264,8 @@ def _times_values(function: Any, weights: Any, value: Any) -> Tensor | None:
 
 
 def _einsum_values(function: Any, equation: Any, *operands: Any) -> Tensor | None:
-    given = _operands(operands)
-    said = _Equation.read(equation) if len(given) == 2 and isinstance(equation, str) else None
+    given = operands_of(operands)
+    said = Equation.read(equation) if len(given) == 2 and isinstance(equation, str) else None
     if said is None:
         return None
     (weights, value), (term, other, out) = given, said.terms
@@ -373,8 +275,8 @@ def _einsum_values(function: Any, equation: Any, *operands: Any) -> Tensor | Non
     batch = term[:-2]
     if not is_plain(value) or term != batch + rows + said.summed:
         return None
-    result = attend(weights, _ordered(value, other, batch + said.summed + columns))
-    return None if result is None else _ordered(result, batch + rows + columns, out)
+    result = attend(weights, ordered(value, other, batch + said.summed + columns))
+    return None if result is None else ordered(result, batch + rows + columns, out)
 
 
 def attend(weights: Scores, value: Tensor) -> Tensor | None:

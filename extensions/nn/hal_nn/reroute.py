@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from torch.utils import _pytree as pytree
 import hal_core as hal
 from hal_core import HalError
 
+from . import deferred_operations as deferred_operations  # it records the operations on scores
 from .attention_code import asks_interface, is_called_attention, may_attend
 from .deferred import Scores
-from .deferred_operations import PRODUCTS, start
+from .deferred_products import PRODUCTS, start
 from .placement import calls, device_of
 
 _RECORD, _INNER, _LEFT = "_hal_rerouted", "_hal_forward", "_hal_left"  # in a module's __dict__
@@ -134,7 +136,6 @@ def _has_scores(args: Sequence[Any]) -> bool:
     return any(isinstance(one, Scores) or (isinstance(one, tuple | list) and _has_scores(one)) for one in args)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     record: Rerouted = self.__dict__[_RECORD]
     record.entered = True
@@ -143,6 +144,13 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with mode:
         result = inner(*args, **kwargs)
     return mode.finish(result)
+
+
+@functools.cache
+def _outside_graphs() -> Callable[..., Any]:
+    """`_forward` for compiled code, which leaves its graph there. Made late, because it imports the compiler."""
+    disabled: Callable[..., Any] = torch.compiler.disable(_forward)
+    return disabled
 
 
 def _forward_before(module: nn.Module) -> Any:
@@ -156,7 +164,7 @@ def reroute(module: nn.Module, name: str, attention: Callable[..., Tensor] | Non
     record = module.__dict__[_RECORD] = Rerouted(name, type(module).__name__, attention)
     if "forward" in module.__dict__:
         module.__dict__[_INNER] = module.__dict__["forward"]
-    module.__dict__["forward"] = types.MethodType(_forward, module)
+    module.__dict__["forward"] = types.MethodType(_outside_graphs(), module)
     return record
 
 
