@@ -243,13 +243,11 @@ class watch:  # noqa: N801 - reads as a statement: with hal.watch() as seen
 
     Attributes:
         decision: the decision that ran; None before a call has ended. calls: how many have.
-        estimate: what the session said of that call, or the decision's estimate, made for its length bucket; None where
-            neither says anything.
     """
 
     def __init__(self) -> None:
         self.decision: Decision | None = None
-        self.estimate: Estimate | None = None
+        self._cost: Estimate | None = None
         self.outer, self.calls = meter_var.get(), 0
         self.costs: dict[tuple[int, int], Estimate] = {} if self.outer is None else self.outer.costs
 
@@ -261,7 +259,14 @@ class watch:  # noqa: N801 - reads as a statement: with hal.watch() as seen
         meter_var.reset(self._token)
 
     def saw(self, decision: Decision, cost: Estimate | None) -> None:
-        self.decision, self.calls, self.estimate = decision, self.calls + 1, cost or decision.winner.estimate
+        self.decision, self.calls, self._cost = decision, self.calls + 1, cost
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What the session said of the newest call, or the decision's estimate, made for its length bucket; None where
+        neither says anything.
+        """
+        return self._cost if self._cost or self.decision is None else self.decision.winner.estimate
 
 
 meter_var: ContextVar[Meter | watch | None] = ContextVar("hal_meter", default=None)

@@ -147,6 +147,14 @@ def test_bad_arguments_give_torch_s_error(what: str) -> None:
     assert str(found.value) == str(wanted.value)
 
 
+def test_a_bias_of_another_dtype_is_promoted_as_in_torch() -> None:
+    theirs, mine = pair(batch_first=True)
+    x = torch.randn(2, LEN_Q, EMBED)
+    for module in (theirs, mine):
+        module.in_proj_bias = nn.Parameter(module.in_proj_bias.half())
+    torch.testing.assert_close(mine.eval()(x, x, x)[0], theirs.eval()(x, x, x)[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("given", [(0, 4), (16, 0), (16, 3)])
 def test_bad_sizes_give_torch_s_error(given: tuple[int, int]) -> None:
     with pytest.raises((ValueError, AssertionError)) as wanted:

@@ -95,6 +95,29 @@ def test_a_causal_bias_is_causal_on_every_device(bias: Any, device: str) -> None
     assert float((found - wanted).norm() / wanted.norm()) <= bound
 
 
+@pytest.mark.parametrize("device", ["cpu:0", "kpu:0", "vulkan:0", "opencl:0", "photonic:0"])
+@pytest.mark.parametrize(
+    ("query", "key", "options"),
+    [
+        ((5, 8), (6, 8), {}),
+        ((3, 5, 8), (3, 6, 8), {"is_causal": True}),
+        ((2, 3, 4, 5, 8), (3, 1, 6, 8), {}),
+        ((2, 4, 5, 8), (1, 4, 6, 8), {}),
+        ((2, 8, 5, 8), (2, 2, 6, 8), {"enable_gqa": True}),
+    ],
+)
+def test_every_device_runs_what_torch_takes(query: Any, key: Any, options: Any, device: str) -> None:
+    if device not in {found.id for found in hal.devices()}:
+        pytest.skip(f"{device} is not here")
+    given, other = torch.randn(query), torch.randn(key)
+    wanted = ORIGINAL(given, other, other, **options)
+    with override_sdpa(), hal.use(device):
+        found = F.scaled_dot_product_attention(given, other, other, **options)
+    assert found.shape == wanted.shape
+    bound = max(hal.capabilities(device).numerics["float32"].relative * 3, 1e-5)
+    assert float((found - wanted).norm() / wanted.norm()) <= bound
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_torch_s_modules_reach_it_in_inference(fused: bool) -> None:
     layer, x = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval(), torch.randn(2, 5, 16)

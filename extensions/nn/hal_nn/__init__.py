@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
+    "attention_config": "AttentionConfig AttentionPatterns",
     "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
     "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
-    "framework": "AttentionConfig AttentionPatterns create_attention register_attention unregister_attention",
+    "framework": "create_attention register_attention unregister_attention",
     "global_config": "GlobalConfig",
     "layers": "AttentionLayer FusedGELU OptimizedLinear",
     "multihead": "PhotonicMultiHeadAttention",

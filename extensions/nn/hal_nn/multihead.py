@@ -43,8 +43,23 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         last_decision, last_device_used, last_latency_ms, last_energy_mj: of the newest call, see `DeviceRecord`.
     """
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
         self._forward_hooks = _Hooks(self._forward_hooks)
 
     def forward(  # type: ignore[override, unused-ignore]
@@ -85,7 +100,37 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
             value = key if same[1] else value.unsqueeze(0)
         # Whether the length comes first: it is then moved behind the heads without a copy.
         first = batched and not self.batch_first
-        self._check(query, key, value)
+        own = self._parameters  # reading a parameter as an attribute takes longer
+        weight = own["in_proj_weight"]
+        if query is key and key is value and weight is not None and own.get("bias_k") is None:
+            q, k, v = self._self_heads(query, weight, own["in_proj_bias"], first)
+        else:
+            self._check(query, key, value)
+            q, k, v = self._heads(query, key, value, first)
+        if self.add_zero_attn:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        out, weights = self._attention(q, k, v, mask, causal, need_weights)
+        out = out.permute(2, 0, 1, 3) if first else out.transpose(1, 2)
+        last: Any = self._modules["out_proj"]
+        out = F.linear(out.flatten(2), last.weight, last.bias)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out, weights
+
+    def _self_heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, first: bool) -> tuple[Tensor, ...]:
+        """Query, key and value [batch, heads, length, head_dim] of self-attention, projected by one product."""
+        shape = x.shape
+        if shape[-1] != self.embed_dim:
+            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {shape[-1]}")
+        if bias is not None and bias.dtype != weight.dtype:  # which torch's matrix product with a bias refuses
+            bias = bias.to(weight.dtype)
+        parts = F.linear(x, weight, bias).reshape(shape[0], shape[1], 3, self.num_heads, self.head_dim)
+        return parts.permute(2, 1, 3, 0, 4).unbind(0) if first else parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor, first: bool) -> tuple[Tensor, ...]:
+        """Query, key and value as heads, with the learned key and value at the end."""
         q, k, v = self._projected(query, key, value)
         if self.bias_k is not None and self.bias_v is not None:
             length = 0 if first else 1
@@ -96,17 +141,7 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
             k, v = (torch.cat((t, end), length) for t, end in zip((k, v), ends, strict=True))
         shape = (self.num_heads, self.head_dim)
         order = (1, 2, 0, 3) if first else (0, 2, 1, 3)
-        q, k, v = (t.unflatten(-1, shape).permute(order) for t in (q, k, v))
-        if self.add_zero_attn:
-            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
-        out, weights = self._attention(q, k, v, mask, causal, need_weights)
-        out = out.permute(2, 0, 1, 3) if first else out.transpose(1, 2)
-        out = F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        if not batched:
-            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out, weights
+        return tuple(t.unflatten(-1, shape).permute(order) for t in (q, k, v))
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """What torch.nn.functional.multi_head_attention_forward asserts of the operands."""
@@ -220,7 +255,10 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(query @ key^T / sqrt(head_dim) + mask), [batch, heads, len_q, len_k]; 0 in rows without a key."""
-    scores = (query * math.sqrt(1.0 / query.shape[-1])) @ key.transpose(-2, -1)
+    batch, heads, rows, size = query.shape
+    operands = query.reshape(batch * heads, rows, size), key.reshape(batch * heads, -1, size).transpose(1, 2)
+    start = query.new_empty((1, 1, 1))  # ignored: one operator for the product and its scale
+    scores = torch.baddbmm(start, *operands, beta=0, alpha=1 / math.sqrt(size)).view(batch, heads, rows, -1)
     if mask is None:
         return scores.softmax(-1)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask

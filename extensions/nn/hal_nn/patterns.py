@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hal_core import BlockPlan, ContractError, HalError
 
+from .attention_config import AttentionConfig
 from .attention_modules import readable_mask
-from .framework import AttentionConfig
 from .placement import mark
 from .record import DeviceRecord
 
