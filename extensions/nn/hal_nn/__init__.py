@@ -1,9 +1,10 @@
-"""Transformers on hal: the Hugging Face bridge, drop-in attention modules, attention by configuration.
+"""Transformers on hal: the Hugging Face bridge, conversion of any model, drop-in modules, attention by configuration.
 
     import hal_nn
     hal_nn.register_huggingface()
     model = AutoModel.from_pretrained(path, attn_implementation="hal")
 
+    model, report = hal_nn.convert(any_model, sample)
     attention = hal_nn.PhotonicMultiHeadAttention(512, 8)      # nn.MultiheadAttention's arguments and state dict
     with hal_nn.override_sdpa() as counted:                    # programs that call torch's own function
         ...
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "attention_config": "AttentionConfig AttentionPatterns",
     "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
+    "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
     "framework": "create_attention register_attention unregister_attention",
     "global_config": "GlobalConfig",
     "layers": "AttentionLayer FusedGELU OptimizedLinear",
@@ -65,7 +67,7 @@ def unregister_huggingface() -> None:
 
 
 def set_device(model: nn.Module, device: str | None) -> nn.Module:
-    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.huggingface.set_device`."""
-    from . import huggingface
+    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.placement.set_device`."""
+    from . import placement
 
-    return huggingface.set_device(model, device)
+    return placement.set_device(model, device)

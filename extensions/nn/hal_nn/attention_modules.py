@@ -13,7 +13,7 @@ import hal_core as hal
 from hal_core import ContractError, Device, DeviceUnavailableError, Fidelity, UnsupportedError
 
 from .multihead import PhotonicMultiHeadAttention
-from .record import _DEVICE
+from .placement import mark
 
 PHOTONIC = "photonic"  # the family of photonic devices
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -69,7 +69,7 @@ class PhotonicFlashAttention(PhotonicMultiHeadAttention):
         if device != "auto":
             name = _photonic_device() if device == PHOTONIC and not _is_backend(PHOTONIC) else device
             hal.session(name)
-            self.__dict__[_DEVICE] = name
+            mark(self, name)
 
     def forward(  # type: ignore[override]
         self,

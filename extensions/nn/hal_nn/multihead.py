@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .record import DeviceRecord
+from .record import SEEN, DeviceRecord
 
 _functional: Any = F  # its checks of nn.MultiheadAttention's arguments have no public names
 
@@ -263,3 +263,20 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         return scores.softmax(-1)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return torch._safe_softmax(scores, -1)
+
+
+def adopt(module: nn.MultiheadAttention) -> Any:
+    """Make an nn.MultiheadAttention a `PhotonicMultiHeadAttention`, with its parameters; what `release` takes."""
+    hooks = module._forward_hooks
+    module.__class__ = PhotonicMultiHeadAttention
+    module._forward_hooks = _Hooks(hooks)
+    return hooks
+
+
+def release(module: nn.MultiheadAttention, hooks: Any) -> None:
+    """Take back what `adopt` did."""
+    module.__class__ = nn.MultiheadAttention
+    hooks.clear()
+    hooks.update(module._forward_hooks)
+    module._forward_hooks = hooks
+    module.__dict__.pop(SEEN, None)

@@ -14,7 +14,8 @@ from hal_core import BlockPlan, ContractError, HalError
 
 from .attention_config import AttentionConfig
 from .attention_modules import readable_mask
-from .record import _DEVICE, DeviceRecord
+from .placement import mark
+from .record import DeviceRecord
 
 
 class KeyValueCache:
@@ -74,7 +75,7 @@ class PatternAttention(DeviceRecord, nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(config.embed_dim, narrow, **options) for _ in range(2))
         self.out_proj = nn.Linear(wide, config.embed_dim, **options)
         if config.device is not None:
-            self.__dict__[_DEVICE] = config.device
+            mark(self, config.device)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Self-attention of new tokens, after those of the cache.

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import hal_core as hal
 
-_DEVICE = "_hal_device"  # hal_nn.set_device writes it to a module's __dict__
-_SEEN = "_hal_seen"
+from .placement import calls, device_of
+
+SEEN = "_hal_seen"
 
 
 class DeviceRecord:
@@ -21,22 +22,23 @@ class DeviceRecord:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
         """`hal.attention` on the module's device, if `hal_nn.set_device` gave it one, with its decision kept."""
-        if (device := self.__dict__.get(_DEVICE)) is not None:
+        if (device := device_of(self)) is not None:  # type: ignore[arg-type]
             options.setdefault("backend", device)
         if torch.compiler.is_compiling():
             return hal.attention(query, key, value, mask, **options)
         with hal.watch() as seen:
             result = hal.attention(query, key, value, mask, **options)
-        self.__dict__[_SEEN] = seen
+        self.__dict__[SEEN] = seen
+        calls.count += 1
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: kept for name, kept in self.__dict__.items() if name != _SEEN}
+        return {name: kept for name, kept in self.__dict__.items() if name != SEEN}
 
     @property
     def last_decision(self) -> hal.Decision | None:
         """The decision that the newest call ran under; None before the first."""
-        seen = self.__dict__.get(_SEEN)
+        seen = self.__dict__.get(SEEN)
         return None if seen is None else seen.decision
 
     @property
@@ -50,13 +52,13 @@ class DeviceRecord:
         """Milliseconds that the device is said to need for the newest call: its own statement of the call, or the
         middle of the decision's estimate, which is for the call's length bucket. None where neither says a time.
         """
-        seen = self.__dict__.get(_SEEN)
+        seen = self.__dict__.get(SEEN)
         return None if seen is None or seen.estimate is None else seen.estimate.time.middle * 1e3
 
     @property
     def last_energy_mj(self) -> float | None:
         """Millijoules, as `last_latency_ms`. None where the device states no energy."""
-        seen = self.__dict__.get(_SEEN)
+        seen = self.__dict__.get(SEEN)
         return (
             None
             if seen is None or getattr(seen.estimate, "energy", None) is None
