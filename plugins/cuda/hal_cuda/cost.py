@@ -264,13 +264,13 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
 def _portable_backward_memory(request: AttentionRequest, chip: Chip) -> int:
     """The most of what the backwards take that may serve a request of the portable path, by its tensors."""
     from .kernels.portable import backward_launch, short_launch
-    from .paths import hopper_assists
 
     r = request
     found = backward_launch.backward_memory(r)
     if short_launch.takes(r):
         found = max(found, short_launch.backward_memory(r))
-    if hopper_assists(r, chip):
+    beside = r.mask is not MaskKind.NONE or r.block_plan is not None or r.dropout > 0
+    if chip.capability == (9, 0) and r.dtype in ("float16", "bfloat16") and beside and not r.packed:
         hopper, rows = _hopper_backward_memory(r), r.batch * r.heads_q * (r.len_q + 128)
         if r.mask is MaskKind.ADDITIVE or r.dropout:
             hopper += 8 * rows
