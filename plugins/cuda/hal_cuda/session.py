@@ -114,6 +114,13 @@ class CudaSession(SessionBase):
             return paths.choose(request, self.chip, self._rates()).path
         return paths.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
 
+    def outpaces(self, request: AttentionRequest, backend: str) -> bool:
+        """Whether an own kernel is estimated to be as fast as a backend of torch ("cudnn", "flash", "efficient"), or is
+        the only one of the two that is known to be right for a request.
+        """
+        own_or_backend = (*cost.OWN, backend)
+        return paths.choose(request, self.chip, self._rates(), lambda path: path in own_or_backend).path in cost.OWN
+
     def path_of_lengths(self, request: AttentionRequest) -> str:
         """The same of a request whose lengths are exact, which a path may hand on to another one."""
         return paths.path_of_lengths(self.path_of(request), request)
