@@ -1,0 +1,146 @@
+"""PyTorch's own attention tests, with PyTorch's kernels and with own kernels behind its operators.
+
+    TORCH_TESTS=<folder `test` of a PyTorch checkout> python tests/cuda/outside/torch_tests.py
+
+`make outside-tests` does the same. The checkout should be of the PyTorch that is installed. Both runs are printed, and
+every failure that the original does not have; `--record` writes them to docs/benchmarks/outside_torch.json. The exit
+code is 1 where there is such a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RECORD = HERE.parents[2] / "docs" / "benchmarks" / "outside_torch.json"
+#: Files of a checkout's test folder, and the tests that are about attention; "" for all.
+FILES = {
+    "test_transformers.py": "TestSDPA or TestAttnBias",
+    "test_varlen_attention.py": "",
+    "nn/attention": "",
+}
+
+
+def shares(folder: Path, file: str, names: str, own: bool, options: argparse.Namespace, logs: Path) -> list[Any]:
+    """Processes that run a file's tests between them. Their logs are <logs>/<own>/<file>-<share>."""
+    started = []
+    for share in range(options.processes):
+        log = logs / str(int(own)) / f"{file.replace('/', '-')}-{share}"
+        log.parent.mkdir(exist_ok=True)
+        environment = os.environ | {
+            "HAL_OUTSIDE_SHARE": str(share),
+            "HAL_OUTSIDE_SHARES": str(options.processes),
+            "HAL_OUTSIDE_EVERY": str(options.every),
+            "HAL_OUTSIDE_LOG": str(log),
+            "HAL_OUTSIDE_OWN": str(int(own)),
+            "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cuda",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(folder), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "outcomes", "-p", "no:cacheprovider", "--noconftest"),
+            *("-c", os.devnull, "--rootdir", str(folder), "-k", names, str(folder / file)),
+        ]
+        with log.with_suffix(".txt").open("w") as text:
+            started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=text, stderr=text))
+    return started
+
+
+def read(logs: Path, own: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Counter[str]]]:
+    """Every test's outcome, and the statistics of the operators."""
+    tests: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Counter[str]] = {"own": Counter(), "original": Counter(), "reasons": Counter()}
+    for log in sorted((logs / str(int(own))).iterdir()):
+        if log.suffix == ".txt":
+            continue
+        for line in log.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "test" in record and (record["outcome"] != "passed" or record["test"] not in tests):
+                tests[record["test"]] = record
+            for name in calls.keys() & record.keys():
+                calls[name].update(record[name])
+    return tests, calls
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="at once on the GPU")
+    parser.add_argument("--every", type=int, default=1, help="run every n-th test alone")
+    parser.add_argument("--seconds", type=float, default=7200, help="stop after these; what is done by then counts")
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--logs", help="keep the processes' output in this folder")
+    options = parser.parse_args()
+    given = os.environ.get("TORCH_TESTS")
+    if not given or not Path(given).is_dir():
+        print("TORCH_TESTS names no folder: TORCH_TESTS=<a PyTorch checkout's test folder> make outside-tests")
+        return 2
+    folder = Path(given).resolve()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no GPU: PyTorch's tests of its fused attention need one")
+        return 2
+    with tempfile.TemporaryDirectory() as made:
+        logs = Path(options.logs or made)
+        logs.mkdir(parents=True, exist_ok=True)
+        end = time.monotonic() + options.seconds
+        for file, names in FILES.items():
+            if not (folder / file).exists():
+                print(f"{file} is not in {folder}: left out")
+                continue
+            for own in (False, True):
+                for process in shares(folder, file, names, own, options, logs):
+                    try:
+                        process.wait(max(end - time.monotonic(), 0.1))
+                    except subprocess.TimeoutExpired:
+                        process.kill()
+        return report(read(logs, False), read(logs, True), torch.__version__, options)
+
+
+def report(original: Any, own: Any, version: str, options: argparse.Namespace) -> int:
+    """Print, record, and say by the exit code whether own kernels fail where the original does not."""
+    (before, _), (after, calls) = original, own
+    both = before.keys() & after.keys()
+    failures = sorted(
+        name for name in both if after[name]["outcome"] == "failed" and before[name]["outcome"] != "failed"
+    )
+    mended = sorted(name for name in both if before[name]["outcome"] == "failed" and after[name]["outcome"] == "passed")
+    counts = {
+        name: dict(Counter(test["outcome"] for test in tests.values()))
+        for name, tests in (("original", before), ("own", after))
+    }
+    print(f"PyTorch {version}: original {counts['original']}, own kernels {counts['own']}; {len(both)} ran in both")
+    for name in ("own", "original", "reasons"):
+        print(f"{name}: {dict(calls[name].most_common(12))}")
+    print(f"{len(mended)} fail on the original alone; {len(failures)} fail on own kernels alone")
+    for name in failures:
+        print(f"FAILED {name}\n{after[name]['why'][-700:]}")
+    if options.record:
+        import triton
+
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "torch": version,
+            "triton": triton.__version__,
+            "every": options.every,
+            "counts": counts,
+            "in both": len(both),
+            "calls": {name: dict(counter) for name, counter in calls.items()},
+            "failures of the original alone": mended,
+            "failures of own kernels alone": failures,
+        }
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
