@@ -1,4 +1,4 @@
-"""A pytest plugin for PyTorch's tests: takes one share of them, puts own kernels behind PyTorch's operators if asked to,
+"""A pytest plugin for PyTorch's tests: takes one share of them, puts own kernels behind PyTorch's operators if asked,
 and writes each outcome down as it is known. Configured by the environment, see `torch_tests.py`.
 """
 
