@@ -210,6 +210,16 @@ class CudaBackend:
             self._sessions[device.id].refresh()
         return values
 
+    def warm_up(self, device: Device, requests: Sequence[AttentionRequest]) -> Sequence[tuple[str, Callable[[], int]]]:
+        """Compilations of the own kernels of requests, for processes of their own: `hal warm` runs them.
+
+        A request whose features these kernels do not have is left out.
+        """
+        from .kernels import ahead
+
+        taken = [r for r in requests if r.dtype != "float64" and not CAPABILITIES.refusals(r)]
+        return ahead.tasks(taken, self.chip(device), self.rates(device))
+
     def benchmark(self, device: Device) -> BenchSetup:
         """Own kernels and installed peers as columns of `hal bench`, with clocks and power."""
         from .benchmark import CudaBench

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
 
 from hal_core.plugin_api import DeviceUnavailableError
+
+from . import kept
 
 #: Versions whose launcher and Gluon dialect this package was run with. Others take Triton's own, slower launch.
 TESTED_TRITON = ("3.6",)
 INTERPRETED = bool(knobs.runtime.interpret)
 
 _lock = threading.Lock()
-_kernels: dict[Any, Kernel] = {}
+_kernels: dict[Any, Kernel | Unloaded] = {}
+_ahead: dict[str, int] = {}
 
 
 def tested() -> bool:
@@ -65,12 +70,17 @@ def compile_for(
     }
     try:
         source = kind(fn, typed, dict(constants), attributes)
+        known = kept.key(fn.__module__, fn.__name__, typed, constants, attributes, target, options, edit is not None)
+        found = kept.find(known, source)
+        if found is not None:
+            return found
         made = triton.compile(source, target=target, options=options)
         # Right but slower without: where Triton is told, or was when this was cached, to keep binaries alone, and where
         # it is told to take code from a folder of overrides, which goes before this one.
         if edit is not None and "ptx" in made.asm and not knobs.compilation.override:
             options["ir_override"] = _kept(made, edit(made.asm["ptx"]))
             made = triton.compile(source, target=target, options=options)
+        kept.keep(known, made)
         return made
     except OSError as error:
         raise DeviceUnavailableError(
@@ -117,7 +127,7 @@ class Kernel:
             None,
         )
         self.registers, self.spills = compiled.n_regs, compiled.n_spills
-        self.maps: list[Any] = getattr(compiled.metadata, "tensordesc_meta", None) or []
+        self.maps = _maps(compiled)
         self.constants = [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
 
     def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
@@ -125,15 +135,54 @@ class Kernel:
         self._launch(*grid, stream, self._function, *self._flags, *arguments)
 
 
-def kernel(key: Any, make: Callable[[], Any]) -> Kernel:
-    """The loaded kernel of a key; compiled once in a process."""
+class Unloaded:
+    """A kernel that was compiled ahead: what a launch is built from, without a device to load it on."""
+
+    def __init__(self, compiled: Any, shared_memory: int) -> None:
+        if compiled.metadata.shared > shared_memory:  # as Triton finds when it loads a kernel
+            raise OutOfResources(compiled.metadata.shared, shared_memory, "shared memory")
+        self.maps = _maps(compiled)
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
+        raise DeviceUnavailableError("a kernel that was compiled ahead was launched: it is loaded by another process")
+
+
+def _maps(compiled: Any) -> list[Any]:
+    """Layouts of a kernel's tensor maps, in its order."""
+    return getattr(compiled.metadata, "tensordesc_meta", None) or []
+
+
+def kernel(key: Any, make: Callable[[], Any]) -> Any:
+    """The loaded kernel of a key, a Kernel; compiled once in a process. Unloaded where it is compiled ahead."""
     found = _kernels.get(key)
     if found is None:
         with _lock:
             found = _kernels.get(key)
             if found is None:
-                found = _kernels[key] = Kernel(make())
+                made = make()
+                found = _kernels[key] = Unloaded(made, _ahead["shared_memory"]) if _ahead else Kernel(made)
     return found
+
+
+@contextmanager
+def compiling_ahead(shared_memory: int) -> Iterator[Callable[[], int]]:
+    """In this context kernels of the whole process are compiled and not loaded; no GPU is needed.
+
+    Args:
+        shared_memory: bytes that one program may have on the chip that the kernels are for.
+
+    Yields:
+        How many kernels were made in it.
+    """
+    before = dict(_kernels)
+    _kernels.clear()
+    _ahead["shared_memory"] = shared_memory
+    try:
+        yield lambda: len(_kernels)
+    finally:
+        _ahead.clear()
+        _kernels.clear()
+        _kernels.update(before)
 
 
 def tensor_map(pointer: int, shape: Sequence[int], strides: Sequence[int], meta: Mapping[str, Any]) -> Any:
