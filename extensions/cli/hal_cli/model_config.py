@@ -94,14 +94,12 @@ def _kinds(config: Mapping[str, Any], dtype: str) -> Iterator[Layers]:
                 scale=None if config.get("query_pre_attn_scalar") is None else config["query_pre_attn_scalar"] ** -0.5,
                 dtype=dtype,
             )
-            kinds = config.get("layer_types") or []
+            kinds = [str(kind) for kind in config.get("layer_types") or ()]
             window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-            if not isinstance(window, int) or window <= 0:
-                window = None
-            if window is None or not kinds or any("sliding" not in str(kind) for kind in kinds):
-                if window is None or kinds:
-                    yield one
-            if window is not None and (not kinds or any("sliding" in str(kind) for kind in kinds)):
+            narrow = isinstance(window, int) and window > 0
+            if not narrow or any("sliding" not in kind for kind in kinds):
+                yield one
+            if narrow and (not kinds or any("sliding" in kind for kind in kinds)):
                 yield one._replace(window=window)
     for name, nested in config.items():
         if isinstance(nested, Mapping) and name.endswith("config"):

@@ -32,9 +32,9 @@ PROMPTS = (512, 1000, 2048, 3001, 8192)
 CACHES = (256, 1024, 4096, 16384, 65536)
 BATCHES = (1, 8, 64)
 #: What is compiled where no model is named: common head sizes and groups.
-COMMON = tuple(Layers(8, heads_kv, dim, dim) for dim in (64, 128) for heads_kv in (8, 2, 1)) + (
-    Layers(8, 8, 64, 64, causal=False),
-    Layers(8, 8, 128, 128, causal=False),
+COMMON = (
+    *(Layers(8, heads_kv, dim, dim) for dim in (64, 128) for heads_kv in (8, 2, 1)),
+    *(Layers(8, 8, dim, dim, causal=False) for dim in (64, 128)),
 )
 
 

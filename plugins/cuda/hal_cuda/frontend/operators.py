@@ -251,7 +251,8 @@ class Operators:
         if isinstance(call, str):
             return self._refused(name, call)
         tables = SequenceMetadata(cum_seq_q, cum_seq_k)
-        result = self._forward(call, *map(_heads_first, (query, key, value)), None, tables)
+        q, k, v = map(_heads_first, (query, key, value))
+        result = self._forward(call, q, k, v, None, tables)
         if result is None:
             return None
         out = laid_like(result[0][0].transpose(0, 1), query)

@@ -103,7 +103,7 @@ class Router:
         try:
             refusals = check_all(request, device)
             if refusals:
-                return Route("; ".join(f"{refusal.code}: {refusal.given}" for refusal in refusals))
+                return Route("; ".join(f"{refusal.field}: {refusal.wanted}" for refusal in refusals))
             session: Any = open_session(device)
         except HalError as error:
             return Route(str(error))

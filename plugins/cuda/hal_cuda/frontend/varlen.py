@@ -86,7 +86,9 @@ def varlen_attn(
     if seqused_k is not None:
         _refused("seqused_k without a block_table")
     result = attention(
-        *(t.transpose(0, 1)[None] for t in (query, key, value)),
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
         cu_seqlens_q=cu_seq_q,
         cu_seqlens_k=cu_seq_k,
         max_seqlen_q=max_q,
