@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -140,9 +141,15 @@ def test_what_own_kernels_do_not_take_goes_to_the_original(
     assert any(case in reason for reason in found.reasons) or case == "dropout"
 
 
-@pytest.mark.parametrize("layout", ["heads first", "heads last", "strided"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("operator", [FLASH, CUDNN, EFFICIENT])
+@pytest.mark.parametrize(
+    ("operator", "causal", "layout"),
+    [
+        pytest.param(*case, marks=() if place % 7 == 0 else pytest.mark.slow)
+        for place, case in enumerate(
+            product((FLASH, CUDNN, EFFICIENT), (False, True), ("heads first", "heads last", "strided"))
+        )
+    ],
+)
 def test_operators_give_what_their_fake_kernels_promise(
     counts: Counts, generator: torch.Generator, operator: str, causal: bool, layout: str
 ) -> None:
@@ -194,7 +201,9 @@ def test_a_bias_and_its_gradient(counts: Counts, generator: torch.Generator) -> 
     assert counts.read().own == {EFFICIENT: 1, f"{EFFICIENT}_backward": 1}
 
 
-@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (5, 0), (3, 2)])
+@pytest.mark.parametrize(
+    "window", [(-1, 0), *(pytest.param(each, marks=pytest.mark.slow) for each in ((-1, -1), (5, 0), (3, 2)))]
+)
 def test_packed_sequences(counts: Counts, generator: torch.Generator, window: tuple[int, int]) -> None:
     ends = torch.tensor([0, 7, 7, 30], dtype=torch.int32)
     query, key, value = (drawn(generator, 30, 2, 16, grad=True) for _ in range(3))

@@ -174,13 +174,14 @@ def compiling_ahead(shared_memory: int) -> Iterator[Callable[[], int]]:
     Yields:
         How many kernels were made in it.
     """
-    before = dict(_kernels)
+    before, limit = dict(_kernels), dict(_ahead)
     _kernels.clear()
     _ahead["shared_memory"] = shared_memory
     try:
         yield lambda: len(_kernels)
     finally:
         _ahead.clear()
+        _ahead.update(limit)
         _kernels.clear()
         _kernels.update(before)
 

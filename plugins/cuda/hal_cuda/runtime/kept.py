@@ -54,7 +54,8 @@ def find(key: str, source: Any) -> Any:
     hash = Path(note).read_text(encoding="ascii").strip()
     name = f"{source.name[:150]}.json"
     files = get_cache_manager(hash).get_group(name) or {}
-    if not all(Path(path).exists() for path in files.values()) or name not in files:
+    binary = any(file.endswith(".cubin") for file in files)
+    if name not in files or not binary or not all(Path(path).exists() for path in files.values()):
         return None
     return CompiledKernel(source, files, hash)
 
