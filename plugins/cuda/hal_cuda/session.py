@@ -274,9 +274,15 @@ class CudaSession(SessionBase):
 
         Raises:
             UnsupportedError: a paged cache, or float64.
-            ContractError: dropout without rng.
+            ContractError: dropout without rng; no log-sum-exp of every row.
         """
         request = prepared.request
+        if lse is None or lse.shape != out.shape[:3]:
+            given = "none" if lse is None else f"one of shape {tuple(lse.shape)}"
+            raise ContractError(
+                f"a gradient was asked with the forward's log-sum-exp of shape {tuple(out.shape[:3])} wanted and {given} "
+                "given: run the forward with lse=True in its request (return_lse=True)"
+            )
         if request.page_size is not None or request.dtype == "float64":
             what = "a paged cache" if request.page_size is not None else "float64"
             raise UnsupportedError(

@@ -233,3 +233,16 @@ def test_what_neither_takes_is_refused_by_name(counts: Counts, generator: torch.
     query = drawn(generator, 1, 2, 20, 16)
     with pytest.raises(hal.UnsupportedError, match="PyTorch has no kernel"):
         torch.ops.aten._scaled_dot_product_flash_attention(query, query, query, 0.5)
+
+
+def test_a_gradient_where_no_log_sum_exp_was_kept(counts: Counts, generator: torch.Generator) -> None:
+    query = drawn(generator, 1, 2, 20, 16, grad=True)
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(query, query, query, None, False)[0]
+    with pytest.raises(hal.ContractError, match="compute_log_sumexp=True"):
+        out.sum().backward()
+    session = hal.session("interpreted:0")
+    request = hal.explain(query, query, query, backend="interpreted").request
+    prepared = session.prepare_attention(query.detach(), query.detach(), query.detach(), request=request)
+    for lse in (None, torch.zeros(1, 2, 7)):
+        with pytest.raises(hal.ContractError, match=r"wanted and (none|one of shape \(1, 2, 7\)) given: .*return_lse"):
+            session.compute_attention_backward(prepared, out.detach(), lse, out.detach())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hal_core.plugin_api import Causal, MemoryLimitError, SequenceMetadata
+from hal_core.plugin_api import Causal, ContractError, MemoryLimitError, SequenceMetadata
 
 from .routing import Call, Route, Router, wanted_grads
 from .statistics import Counts
@@ -212,6 +212,11 @@ class Operators:
         wanted = frozenset({"q", "k", "v", "mask"} if of_mask else "qkv")
         call = _plain(name, "efficient", dropout_p, is_causal, scale, wanted, backward=True)
         lse = logsumexp[..., : query.shape[2]].contiguous()
+        if lse.shape[-1] != query.shape[2]:
+            raise ContractError(
+                f"{name} was called with the log-sum-exp of {lse.shape[-1]} rows, and the query has {query.shape[2]}: "
+                "call the forward with compute_log_sumexp=True"
+            )
         grads = self._backward(call, query, key, value, out, lse, grad_out_, attn_bias)
         if grads is None:
             return None
