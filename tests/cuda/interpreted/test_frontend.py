@@ -246,3 +246,27 @@ def test_a_gradient_where_no_log_sum_exp_was_kept(counts: Counts, generator: tor
     for lse in (None, torch.zeros(1, 2, 7)):
         with pytest.raises(hal.ContractError, match=r"wanted and (none|one of shape \(1, 2, 7\)) given: .*return_lse"):
             session.compute_attention_backward(prepared, out.detach(), lse, out.detach())
+
+
+def test_gradcheck_and_opcheck(counts: Counts, generator: torch.Generator) -> None:
+    """Of PyTorch's own function, and of the operators behind it."""
+    tensors = [drawn(generator, 1, 2, 5, 8, grad=True) for _ in range(3)]
+
+    def attend(*given: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*given, is_causal=True)
+
+    assert torch.autograd.gradcheck(attend, tensors, eps=1e-2, atol=2e-3, rtol=1e-2, fast_mode=True)
+    query, key, value = (t.detach() for t in tensors)
+    checks = ("test_schema", "test_faketensor")
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    rows = [t[0].transpose(0, 1).contiguous() for t in (query, key, value)]
+    calls: dict[str, tuple[Any, ...]] = {
+        FLASH: (query, key, value, 0.0, True),
+        CUDNN: (query, key, value, None, True, 0.0, True),
+        EFFICIENT: (query, key, value, None, True, 0.0, True),
+        PACKED: (*rows, ends, ends, 3, 3, 0.0, True, False),
+    }
+    for name, given in calls.items():
+        torch.library.opcheck(getattr(torch.ops.aten, name).default, given, test_utils=checks)
+    assert set(counts.read().own) >= calls.keys() | {HOST, f"{HOST}_backward"}
+    assert counts.read().original == {}

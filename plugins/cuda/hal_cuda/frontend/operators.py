@@ -75,7 +75,7 @@ class Operators:
 
     def flash_backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -93,6 +93,8 @@ class Operators:
         scale: float | None = None,
     ) -> Any:
         """Gradients of query, key and value."""
+        if grad_out is None:  # nothing depends on the output
+            return None, None, None
         name = "_scaled_dot_product_flash_attention_backward"
         if is_causal and query.shape[2] != key.shape[2]:
             return self._refused(name, "a diagonal of unequal lengths")
@@ -130,7 +132,7 @@ class Operators:
 
     def cudnn_backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -149,6 +151,8 @@ class Operators:
         scale: float | None = None,
     ) -> Any:
         """Gradients of query, key and value."""
+        if grad_out is None:  # nothing depends on the output
+            return None, None, None
         name = "_scaled_dot_product_cudnn_attention_backward"
         if is_causal and query.shape[2] != key.shape[2]:
             return self._refused(name, "a diagonal of unequal lengths")
@@ -187,7 +191,7 @@ class Operators:
 
     def efficient_backward(
         self,
-        grad_out_: Tensor,
+        grad_out_: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -203,6 +207,8 @@ class Operators:
         scale: float | None = None,
     ) -> Any:
         """Gradients of query, key, value and bias."""
+        if grad_out_ is None:  # nothing depends on the output
+            return None, None, None, None
         name = "_scaled_dot_product_efficient_attention_backward"
         if torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled():
             return self._refused(name, "a warning about determinism, which the original gives")
@@ -265,7 +271,7 @@ class Operators:
 
     def packed_backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -285,6 +291,8 @@ class Operators:
         window_size_right: int | None = None,
     ) -> Any:
         """Gradients of query, key and value."""
+        if grad_out is None:  # nothing depends on the output
+            return None, None, None
         if cum_seq_q is None or cum_seq_k is None:
             return None
         name = "_flash_attention_backward"
