@@ -278,9 +278,9 @@ class CudaSession(SessionBase):
         """
         request = prepared.request
         if lse is None or lse.shape != out.shape[:3]:
-            given = "none" if lse is None else f"one of shape {tuple(lse.shape)}"
+            found = "none" if lse is None else f"one of shape {tuple(lse.shape)}"
             raise ContractError(
-                f"a gradient was asked with the forward's log-sum-exp of shape {tuple(out.shape[:3])} wanted and {given} "
+                f"a gradient was asked with the forward's log-sum-exp of shape {tuple(out.shape[:3])} wanted and {found} "
                 "given: run the forward with lse=True in its request (return_lse=True)"
             )
         if request.page_size is not None or request.dtype == "float64":
