@@ -47,7 +47,7 @@ class HostOperators(Operators):
 
     def host_backward(
         self,
-        grad_out: Tensor,
+        grad_out: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -59,6 +59,8 @@ class HostOperators(Operators):
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Any:
+        if grad_out is None:
+            return None, None, None
         call = _plain(f"{HOST}_backward", "flash", dropout_p, is_causal, scale, frozenset("qkv"), backward=True)
         grads = self._backward(call, query, key, value, out, logsumexp.contiguous(), grad_out, attn_mask)
         return None if grads is None else tuple(grads[:3])
