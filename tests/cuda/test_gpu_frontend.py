@@ -372,3 +372,29 @@ def test_the_portable_path_in_the_memory_of_a_smaller_chip(gpu: str, seed: int, 
         got = session.compute_attention_backward(trained, out, lse, grad)
         for one, two in zip(got[:3], gradients(tensors, grad, causal=True), strict=True):
             assert error(one, two) <= max(2 * BOUND[dtype], 1e-5)
+
+
+def test_a_model_of_transformers_trains_unmodified(own: None, seed: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1000, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    tokens = torch.randint(0, 1000, (2, 300), device="cuda")
+    losses, norms = [], []
+    for original in (False, True):
+        model.zero_grad()
+        if original:
+            import hal_cuda
+
+            before = counted()
+            hal_cuda.deactivate_sdpa()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        losses.append(float(loss))
+        norms.append(float(sum(p.grad.float().norm() ** 2 for p in model.parameters()) ** 0.5))
+    assert sum(before.values()) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)
