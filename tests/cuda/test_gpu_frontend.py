@@ -166,13 +166,13 @@ def test_a_compiled_step_is_one_graph(own: None, seed: int, backend: str) -> Non
     with sdpa_kernel(BACKENDS[backend]):
         want = step(*tensors)
         want_grads = torch.autograd.grad(want.sum(), tensors)
-        eager = counted()
+        eager = sum(counted().values())
         out = torch.compile(step, fullgraph=True)(*tensors)
         grads = torch.autograd.grad(out.sum(), tensors)
     assert error(out.detach(), want.detach()) <= 4e-3
     for got, expected in zip(grads, want_grads, strict=True):
         assert error(got, expected) <= 8e-3
-    assert counted() == {name: 2 * calls for name, calls in eager.items()}
+    assert sum(counted().values()) == 2 * eager == 4  # of which backend, PyTorch chooses anew when it compiles
 
 
 def test_a_graph_is_replayed_on_new_numbers(own: None, seed: int) -> None:
@@ -280,6 +280,29 @@ def test_activations_count_and_end(gpu: str, seed: int) -> None:
     assert hal_cuda.deactivate_sdpa()
     assert not hal_cuda.deactivate_sdpa()
     assert own_calls() == 0
+
+
+def test_the_first_call_of_a_thread_may_be_an_own_kernel(gpu: str, seed: int) -> None:
+    """Nothing of CUDA's runtime has run in it, and memory comes from torch's cache."""
+    import hal_core as hal
+
+    query = draw(seed, 1, 4, 200, 64, torch.bfloat16)
+    want = attended(query, query, query)[0]
+    torch.empty(1 << 24, device="cuda")
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(hal.attention(query, query, query, return_lse=True, backend=gpu).out)
+        except Exception as problem:
+            found.append(problem)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert isinstance(found[0], Tensor), found
+    assert error(found[0], want) <= 4e-3
 
 
 def test_threads_may_activate_and_call_at_once(gpu: str, seed: int) -> None:

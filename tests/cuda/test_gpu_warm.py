@@ -16,6 +16,8 @@ BAR = 0.1
 
 def test_first_calls_after_hal_warm_take_a_tenth_of_a_second(gpu: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    # Python keeps what it compiled, too, as it does where packages lie in a folder that may be written.
+    environment |= {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "num_attention_heads": 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -186,6 +187,8 @@ class CudaSession(SessionBase):
         ) -> Any:
             if self._lost:
                 raise DeviceUnavailableError(self._lost)
+            if not hasattr(_thread, "ready"):
+                self._enter_thread()
             try:
                 if not (query.numel() and key.numel()):
                     result = _nothing(query, key, value, mask, request)
@@ -202,6 +205,16 @@ class CudaSession(SessionBase):
                 raise named from error
 
         return run
+
+    def _enter_thread(self) -> None:
+        """Make the device's context current in a thread that has called nothing of CUDA's runtime: kernels are launched
+        by the driver, which wants one. While a graph is captured there is one.
+        """
+        if self.device.reads[0] != "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                return
+            torch.zeros((), device=self.device.reads[0])
+        _thread.ready = True
 
     def _several(self) -> bool:
         """Whether another GPU may be torch's current one."""
@@ -293,6 +306,8 @@ class CudaSession(SessionBase):
             raise ContractError("dropout without rng was given: pass the forward's rng=(seed, offset)")
         if self._lost:
             raise DeviceUnavailableError(self._lost)
+        if not hasattr(_thread, "ready"):
+            self._enter_thread()
         query, key, value = prepared.query, prepared.key, prepared.value
         if not (query.numel() and key.numel()):
             of_mask = None if mask is None or "mask" not in request.grads else torch.zeros_like(mask)
@@ -380,6 +395,9 @@ class CudaSession(SessionBase):
                 super().close()
             self.closed = True
 
+
+#: What a thread remembers: `ready` once it has the context of a device.
+_thread = threading.local()
 
 #: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements
 #: open.

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ FILES = {
 }
 
 
-def shares(folder: Path, file: str, names: str, own: bool, options: argparse.Namespace, logs: Path) -> list[Any]:
-    """Processes that run a file's tests between them. Their logs are <logs>/<own>/<file>-<share>."""
+def shares(folder: Path, files: list[str], own: bool, options: argparse.Namespace, logs: Path) -> list[Any]:
+    """Processes that run the files' tests between them. Their logs are <logs>/<own>/<file>-<share>.log."""
     started = []
-    for share in range(options.processes):
-        log = logs / str(int(own)) / f"{file.replace('/', '-')}-{share}"
+    for file, share in product(files, range(options.processes)):
+        log = logs / str(int(own)) / f"{file.replace('/', '-')}-{share}.log"
         log.parent.mkdir(exist_ok=True)
         environment = os.environ | {
             "HAL_OUTSIDE_SHARE": str(share),
@@ -48,7 +49,7 @@ def shares(folder: Path, file: str, names: str, own: bool, options: argparse.Nam
         }
         command = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "outcomes", "-p", "no:cacheprovider", "--noconftest"),
-            *("-c", os.devnull, "--rootdir", str(folder), "-k", names, str(folder / file)),
+            *("-c", os.devnull, "--rootdir", str(folder), "-k", FILES[file], str(folder / file)),
         ]
         with log.with_suffix(".txt").open("w") as text:
             started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=text, stderr=text))
@@ -59,9 +60,7 @@ def read(logs: Path, own: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Co
     """Every test's outcome, and the statistics of the operators."""
     tests: dict[str, dict[str, Any]] = {}
     calls: dict[str, Counter[str]] = {"own": Counter(), "original": Counter(), "reasons": Counter()}
-    for log in sorted((logs / str(int(own))).iterdir()):
-        if log.suffix == ".txt":
-            continue
+    for log in sorted((logs / str(int(own))).glob("*.log")):
         for line in log.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if "test" in record and (record["outcome"] != "passed" or record["test"] not in tests):
@@ -73,7 +72,13 @@ def read(logs: Path, own: bool) -> tuple[dict[str, dict[str, Any]], dict[str, Co
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8), help="at once on the GPU")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min((os.cpu_count() or 1) // 2, 8),
+        help="for a file, of either kind of kernels",
+    )
+    parser.add_argument("--together", action="store_true", help="all files at once, each with so many processes")
     parser.add_argument("--every", type=int, default=1, help="run every n-th test alone")
     parser.add_argument("--seconds", type=float, default=7200, help="stop after these; what is done by then counts")
     parser.add_argument("--record", action="store_true")
@@ -93,16 +98,16 @@ def main() -> int:
         logs = Path(options.logs or made)
         logs.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + options.seconds
-        for file, names in FILES.items():
-            if not (folder / file).exists():
-                print(f"{file} is not in {folder}: left out")
-                continue
-            for own in (False, True):
-                for process in shares(folder, file, names, own, options, logs):
-                    try:
-                        process.wait(max(end - time.monotonic(), 0.1))
-                    except subprocess.TimeoutExpired:
-                        process.kill()
+        files = [file for file in FILES if (folder / file).exists()]
+        for file in FILES.keys() - set(files):
+            print(f"{file} is not in {folder}: left out")
+        at_once = [files] if options.together else [[file] for file in files]
+        for some in at_once:
+            for process in [p for own in (False, True) for p in shares(folder, some, own, options, logs)]:
+                try:
+                    process.wait(max(end - time.monotonic(), 0.1))
+                except subprocess.TimeoutExpired:
+                    process.kill()
         return report(read(logs, False), read(logs, True), torch.__version__, options)
 
 
@@ -119,6 +124,9 @@ def report(original: Any, own: Any, version: str, options: argparse.Namespace) -
         for name, tests in (("original", before), ("own", after))
     }
     print(f"PyTorch {version}: original {counts['original']}, own kernels {counts['own']}; {len(both)} ran in both")
+    if not both:
+        print("no test ran in both: see --logs")
+        return 2
     for name in ("own", "original", "reasons"):
         print(f"{name}: {dict(calls[name].most_common(12))}")
     print(f"{len(mended)} fail on the original alone; {len(failures)} fail on own kernels alone")

@@ -24,6 +24,8 @@ from .statistics import Counts
 #: Rows of the efficient kernels' log-sum-exp are padded to whole multiples of this.
 _EFFICIENT_ROWS = 32
 _HEADS_LAST = (0, 2, 1, 3)
+#: What `_unused_state` makes its results like.
+_states: dict[Any, tuple[Tensor, ...]] = {}
 
 
 class Operators:
@@ -126,7 +128,7 @@ class Operators:
         result = self._forward(call, query, key, value, attn_bias)
         if result is None:
             return None
-        out, lse = laid_like(result[0], query), result[1].unsqueeze(-1)
+        out, lse = laid_like(result[0], query), _of_hidden_rows(result[1], attn_bias).unsqueeze(-1)
         seed, offset = (torch.empty((), dtype=torch.int64, device=query.device) for _ in range(2))
         return (out, lse, None, None, query.shape[2], key.shape[2], seed, offset, None)
 
@@ -181,7 +183,7 @@ class Operators:
         result = self._forward(call, query, key, value, attn_bias)
         if result is None:
             return None
-        out, lse = laid_by(result[0], _HEADS_LAST), result[1]
+        out, lse = laid_by(result[0], _HEADS_LAST), _of_hidden_rows(result[1], attn_bias)
         if not compute_log_sumexp:
             lse = lse.new_empty((*lse.shape[:2], 0))
         elif over := -lse.shape[2] % _EFFICIENT_ROWS:
@@ -418,6 +420,12 @@ def _packed(
     )
 
 
+def _of_hidden_rows(lse: Tensor, bias: Tensor | None) -> Tensor:
+    """The log-sum-exp with +inf for rows that a bias hides whole, as PyTorch's kernels keep it: their backward, and the
+    own one, then give such a row weights of 0."""
+    return lse if bias is None else lse.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+
+
 def _heads_first(packed: Tensor) -> Tensor:
     """[tokens, heads, dim] as [1, heads, tokens, dim]."""
     return packed.transpose(0, 1)[None]
@@ -436,10 +444,14 @@ def _broadcast(mask: Tensor | None, *, keep: bool) -> Tensor | None:
     return mask
 
 
-def _unused_state(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unused_state(query: Tensor) -> tuple[Tensor, ...]:
     """Random state, unused and debug mask of FlashAttention's operators, which nothing reads without dropout."""
-    state = torch.empty(2, dtype=torch.uint64, device=query.device)
-    return state, torch.empty((), dtype=torch.uint64, device=query.device), query.new_empty(0)
+    like = _states.get((query.device, query.dtype))
+    if like is None:
+        state = torch.empty(2, dtype=torch.uint64, device=query.device)
+        unused = torch.empty((), dtype=torch.uint64, device=query.device)
+        like = _states[query.device, query.dtype] = state, unused, query.new_empty(0)
+    return tuple(map(torch.empty_like, like))
 
 
 def laid_like(result: Tensor, operand: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _NOTE = "hal_cuda.txt"
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """Of everything that all kernels are compiled from."""
     hashed = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -39,7 +39,7 @@ def key(*what: Any) -> str:
 
     settings = sorted(get_cache_invalidating_env_vars().items())
     tools = knobs.nvidia.ptxas.path, os.environ.get("TRITON_PTXAS_PATH")
-    return hashlib.sha256(repr((_sources(), settings, tools, what)).encode()).hexdigest()
+    return hashlib.sha256(repr((sources(), settings, tools, what)).encode()).hexdigest()
 
 
 def find(key: str, source: Any) -> Any:
@@ -65,4 +65,4 @@ def keep(key: str, made: Any) -> None:
     get_cache_manager(key).put(made.hash, _NOTE, binary=False)
 
 
-__all__ = ["find", "keep", "key"]
+__all__ = ["find", "keep", "key", "sources"]
