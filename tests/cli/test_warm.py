@@ -53,10 +53,10 @@ def test_a_failure_is_told_and_the_rest_is_done(run: Run, fake: Fake) -> None:
     assert "1 kernels are ready" in out
 
 
-def test_a_device_with_nothing_to_compile_says_so(run: Run, toy: FakeBackend) -> None:
+def test_a_device_that_compiles_nothing_ahead_says_so(run: Run, toy: FakeBackend) -> None:
     code, out, _ = run("warm", "toy")
     assert code == 0
-    assert out.strip() == "toy:0 has nothing to compile ahead."
+    assert out.strip() == "toy:0 offers nothing to compile ahead."
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def shown(pieces: Sequence[Piece], idle: Sequence[str], seconds: float) -> Comma
     """The pieces as a table and as plain values."""
     failed = [piece for piece in pieces if piece.kernels is None]
     kernels = sum(piece.kernels or 0 for piece in pieces)
-    text = [f"{device} has nothing to compile ahead." for device in idle]
+    text = [f"{device} offers nothing to compile ahead." for device in idle]
     if pieces:
         text.append(
             f"{kernels} kernels are ready, in {seconds:.1f} s" + (f"; {len(failed)} failed." if failed else ".")
