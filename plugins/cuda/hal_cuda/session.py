@@ -293,8 +293,8 @@ class CudaSession(SessionBase):
         if lse is None or lse.shape != out.shape[:3]:
             found = "none" if lse is None else f"one of shape {tuple(lse.shape)}"
             raise ContractError(
-                f"a gradient was asked: the forward's log-sum-exp of shape {tuple(out.shape[:3])} is wanted and {found} "
-                "given: run the forward with lse=True in its request (return_lse=True)"
+                f"a gradient needs the forward's log-sum-exp of shape {tuple(out.shape[:3])}, and {found} "
+                "was given: run the forward with lse=True in its request (return_lse=True)"
             )
         if request.page_size is not None or request.dtype == "float64":
             what = "a paged cache" if request.page_size is not None else "float64"

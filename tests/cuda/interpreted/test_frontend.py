@@ -247,7 +247,7 @@ def test_a_gradient_where_no_log_sum_exp_was_kept(counts: Counts, generator: tor
     prepared = session.prepare_attention(query.detach(), query.detach(), query.detach(), request=request)
     for lse in (None, torch.zeros(1, 2, 7)):
         with pytest.raises(
-            hal.ContractError, match=r"is wanted and (none|one of shape \(1, 2, 7\)) given: .*return_lse"
+            hal.ContractError, match=r"and (none|one of shape \(1, 2, 7\)) was given: .*return_lse"
         ):
             session.compute_attention_backward(prepared, out.detach(), lse, out.detach())
 
