@@ -246,9 +246,7 @@ def test_a_gradient_where_no_log_sum_exp_was_kept(counts: Counts, generator: tor
     request = hal.explain(query, query, query, backend="interpreted").request
     prepared = session.prepare_attention(query.detach(), query.detach(), query.detach(), request=request)
     for lse in (None, torch.zeros(1, 2, 7)):
-        with pytest.raises(
-            hal.ContractError, match=r"and (none|one of shape \(1, 2, 7\)) was given: .*return_lse"
-        ):
+        with pytest.raises(hal.ContractError, match=r"and (none|one of shape \(1, 2, 7\)) was given: .*return_lse"):
             session.compute_attention_backward(prepared, out.detach(), lse, out.detach())
 
 

@@ -10,27 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import (
-    AttentionRequest,
-    BlockPlan,
-    Grads,
-    MaskKind,
-    PooledMemory,
-    SequenceMetadata,
-)
+from hal_core.plugin_api import AttentionRequest, Device, Fidelity, MaskKind, PooledMemory, SequenceMetadata
 
-from .. import cost, paths
+from .. import cost
 from ..cost import Rates
 from ..discovery import Chip
-from ..memory import StreamWorkspaces
 from ..runtime import binaries
-from ..runtime.context import Context
-from ..tiling import CudaTiling
-from .gradients import OwnBackward
-from .hopper.launch import HopperPath
-from .hopper.packed import PackedHopperPath
-from .portable.backward_launch import _Form
-from .portable.launch import PortablePath
+from ..session import CudaSession
 
 
 def tasks(requests: Iterable[AttentionRequest], chip: Chip, rates: Rates) -> list[tuple[str, Callable[[], int]]]:
@@ -52,45 +38,27 @@ def _name(alike: list[AttentionRequest]) -> str:
 
 def compile_all(requests: tuple[AttentionRequest, ...], chip: Chip, rates: Rates) -> int:
     """Compile the own kernels of every request; how many there are."""
-    with binaries.compiling_ahead(chip.shared_memory) as count:
+    device = Device(id="ahead:0", family="cuda", vendor="NVIDIA", model="", fidelity=Fidelity.HARDWARE, reads=("cpu",))
+    memory = PooledMemory("meta")
+    with (
+        binaries.compiling_ahead(chip.shared_memory) as count,
+        CudaSession(device, chip, lambda: rates, memory=memory, paths=cost.OWN) as session,
+        torch.no_grad(),
+    ):
         for request in requests:
-            _build(request, chip, rates)
+            _call(session, replace(request, lse=request.lse or bool(request.grads)))
         return count()
 
 
-def _build(request: AttentionRequest, chip: Chip, rates: Rates) -> None:
-    """Build the launches of a request, as its first call would."""
-    memory = PooledMemory("cpu")
-    given = replace(request, lse=request.lse or bool(request.grads))
-    path = paths.choose(given, chip, rates, lambda name: name in cost.OWN).path
-    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: path))
-    query, key, value, mask, plan, tables = _tensors(given)
-    forward, portable = replace(given, grads=frozenset()), None
-    launched: Any = None
-    if paths.forward_path(path, given, chip) == "hopper":
-        portable = PortablePath(forward, context)
-        if given.packed:
-            launched = PackedHopperPath(forward, context, portable)._build(query, key, value, given.batch, same=True)
-        else:
-            launched = HopperPath(forward, context, portable)._build(query, key, value)
-    if launched is None:
-        plain = PortablePath(forward, context)
-        plain._build(query, key, value, mask, plan, tables, plain._may_join, None)
-    if given.grads:
-        backward = OwnBackward(path, given, context)
-        if backward._hopper is not None:
-            backward._hopper._build(query, key, value, query.new_empty((*query.shape[:3], value.shape[3])), False)
-        else:
-            backward._portable._build(_form(given, query, key, value, mask, plan))
-
-
-def _form(
-    request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None
-) -> _Form:
-    out = query.new_empty((*query.shape[:3], value.shape[3]))
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    grads = Grads(query, key, value, mask if "mask" in request.grads else None)
-    return _Form(query, key, value, out, lse, out, None, mask, plan, None, grads)
+def _call(session: CudaSession, request: AttentionRequest) -> None:
+    """Call what a request describes on tensors without memory, forward and backward: launches are built, and do
+    nothing.
+    """
+    query, key, value, mask, plan, tables = _tensors(request)
+    prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
+    out, lse = session.compute_attention(prepared, mask)
+    if request.grads:
+        session.compute_attention_backward(prepared, out, lse, torch.empty_like(out), mask)
 
 
 def _tensors(request: AttentionRequest) -> tuple[Any, ...]:

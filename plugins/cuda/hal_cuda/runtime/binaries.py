@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -128,7 +129,7 @@ class Kernel:
         )
         self.registers, self.spills = compiled.n_regs, compiled.n_spills
         self.maps = _maps(compiled)
-        self.constants = [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
+        self.constants = _constants(compiled)
 
     def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
         """Launch. Arguments in the kernel's order: pointers as integers, tensor maps followed by shape and strides."""
@@ -136,20 +137,30 @@ class Kernel:
 
 
 class Unloaded:
-    """A kernel that was compiled ahead: what a launch is built from, without a device to load it on."""
+    """A kernel that was compiled ahead: what a launch is built from, without a device. Launching it does nothing.
+
+    Raises:
+        OutOfResources: it needs more shared memory than the chip has, as Triton finds when it loads a kernel.
+    """
 
     def __init__(self, compiled: Any, shared_memory: int) -> None:
-        if compiled.metadata.shared > shared_memory:  # as Triton finds when it loads a kernel
+        if compiled.metadata.shared > shared_memory:
             raise OutOfResources(compiled.metadata.shared, shared_memory, "shared memory")
         self.maps = _maps(compiled)
+        self.constants = _constants(compiled)
 
     def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
-        raise DeviceUnavailableError("a kernel that was compiled ahead was launched: it is loaded by another process")
+        """Nothing: no kernel outlives `compiling_ahead`."""
 
 
 def _maps(compiled: Any) -> list[Any]:
     """Layouts of a kernel's tensor maps, in its order."""
     return getattr(compiled.metadata, "tensordesc_meta", None) or []
+
+
+def _constants(compiled: Any) -> list[str]:
+    """Names of a kernel's constexpr arguments."""
+    return [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
 
 
 def kernel(key: Any, make: Callable[[], Any]) -> Any:
@@ -166,7 +177,8 @@ def kernel(key: Any, make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def compiling_ahead(shared_memory: int) -> Iterator[Callable[[], int]]:
-    """In this context kernels of the whole process are compiled and not loaded; no GPU is needed.
+    """In this context kernels of the whole process are compiled, not loaded, and their launches do nothing: calls on
+    tensors without memory compile what they need. No GPU is needed. For processes that do nothing else.
 
     Args:
         shared_memory: bytes that one program may have on the chip that the kernels are for.
@@ -174,20 +186,25 @@ def compiling_ahead(shared_memory: int) -> Iterator[Callable[[], int]]:
     Yields:
         How many kernels were made in it.
     """
-    before, limit = dict(_kernels), dict(_ahead)
+    from unittest import mock
+
+    before = dict(_kernels)
     _kernels.clear()
     _ahead["shared_memory"] = shared_memory
     try:
-        yield lambda: len(_kernels)
+        # Builds of torch without CUDA have no streams, and elsewhere asking for one takes memory of the device.
+        with mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True):
+            yield lambda: len(_kernels)
     finally:
         _ahead.clear()
-        _ahead.update(limit)
         _kernels.clear()
         _kernels.update(before)
 
 
 def tensor_map(pointer: int, shape: Sequence[int], strides: Sequence[int], meta: Mapping[str, Any]) -> Any:
     """A CUtensorMap as Triton's launcher takes it; holds addresses alone, so it may outlive the tensor."""
+    if _ahead:
+        return None
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
     from triton.runtime import driver
 

@@ -11,9 +11,6 @@ import torch
 from ..discovery import Chip
 from . import binaries
 
-#: The handle of torch's current stream on a device; None in builds of torch without CUDA, which only compile.
-current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
-
 Launcher = Callable[[tuple[int, int, int], Sequence[Any], list[Any]], None]
 
 _ALIGNED = dict.fromkeys("qkv", 16) | dict.fromkeys(("q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n"), 8)
@@ -62,7 +59,7 @@ def launcher(
     key = (fn.__name__, chip.index, *(tuple(part.items()) for part in parts))
     made = binaries.kernel(key, lambda: compiled(chip, fn, *parts))
     tail = [None] * len(constants)
-    current = current_raw_stream
+    current = torch._C._cuda_getCurrentRawStream
     index = chip.index
 
     def run(grid: tuple[int, int, int], tensors: Sequence[Any], arguments: list[Any]) -> None:

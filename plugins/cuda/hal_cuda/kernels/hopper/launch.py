@@ -12,7 +12,6 @@ from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Ca
 
 from ...runtime import binaries
 from ...runtime.context import Context
-from ...runtime.launch import current_raw_stream
 from ...tiling import WARPGROUP_ROWS, HopperTiles, hopper_tiles_of, packs, parts, power_of_two, value_parts
 from ..portable.launch import PortablePath, empty_result
 from .config import Config
@@ -139,7 +138,7 @@ class HopperPath:
         self.request, self.chip, self._context, self._instead = request, context.chip, context, instead
         chip = context.chip
         self._launches: dict[Any, Launch | None] = {}
-        self._stream, self._index, self._lse = current_raw_stream, chip.index, request.lse
+        self._stream, self._index, self._lse = torch._C._cuda_getCurrentRawStream, chip.index, request.lse
         self._last: tuple[Any, Launch | None] = ((), None)
 
     def __call__(
