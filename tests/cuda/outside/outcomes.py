@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 _share, _shares, _every = (int(os.environ[f"HAL_OUTSIDE_{name}"]) for name in ("SHARE", "SHARES", "EVERY"))
 _log = Path(os.environ["HAL_OUTSIDE_LOG"])
+_LARGE = 300
 _own = os.environ["HAL_OUTSIDE_OWN"] == "1"
 
 
@@ -30,11 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """One share of every `_every`-th test, in an order that is the same in every process."""
-    chosen = sorted(items, key=lambda item: item.nodeid)
-    random.Random(0).shuffle(chosen)
-    items[:] = chosen[::_every][_share::_shares]
-    _write({"collected": len(chosen), "taken": len(items)})
+    """One share of all tests, of families of more than `_LARGE` of every `_every`-th, in an order that is the same in
+    every process.
+    """
+    mixed = sorted(items, key=lambda item: item.nodeid)
+    random.Random(0).shuffle(mixed)
+    families: dict[str, list[pytest.Item]] = {}
+    for item in mixed:
+        families.setdefault(re.split(r"_(batch|float|bfloat|cuda|cpu|type)", item.name)[0], []).append(item)
+    chosen = [test for tests in families.values() for test in tests[:: _every if len(tests) > _LARGE else 1]]
+    items[:] = chosen[_share::_shares]
+    _write({"collected": len(mixed), "chosen": len(chosen), "taken": len(items)})
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -79,7 +79,7 @@ def main() -> int:
         help="for a file, of either kind of kernels",
     )
     parser.add_argument("--together", action="store_true", help="all files at once, each with so many processes")
-    parser.add_argument("--every", type=int, default=1, help="run every n-th test alone")
+    parser.add_argument("--every", type=int, default=1, help="of families of more than 300 tests run every n-th alone")
     parser.add_argument("--seconds", type=float, default=7200, help="stop after these; what is done by then counts")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--logs", help="keep the processes' output in this folder")
