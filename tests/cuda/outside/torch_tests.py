@@ -18,29 +18,28 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parents[2] / "docs" / "benchmarks" / "outside_torch.json"
-#: Files of a checkout's test folder, and the tests that are about attention; "" for all.
+#: Files of a checkout's test folder: the tests that are about attention ("" for all), and the most processes of use.
 FILES = {
-    "test_transformers.py": "TestSDPA or TestAttnBias",
-    "test_varlen_attention.py": "",
-    "nn/attention": "",
+    "test_transformers.py": ("TestSDPA or TestAttnBias", 64),
+    "test_varlen_attention.py": ("", 2),
+    "nn/attention": ("", 1),
 }
 
 
 def shares(folder: Path, files: list[str], own: bool, options: argparse.Namespace, logs: Path) -> list[Any]:
     """Processes that run the files' tests between them. Their logs are <logs>/<own>/<file>-<share>.log."""
     started = []
-    for file, share in product(files, range(options.processes)):
+    for file, share in ((file, n) for file in files for n in range(min(options.processes, FILES[file][1]))):
         log = logs / str(int(own)) / f"{file.replace('/', '-')}-{share}.log"
         log.parent.mkdir(exist_ok=True)
         environment = os.environ | {
             "HAL_OUTSIDE_SHARE": str(share),
-            "HAL_OUTSIDE_SHARES": str(options.processes),
+            "HAL_OUTSIDE_SHARES": str(min(options.processes, FILES[file][1])),
             "HAL_OUTSIDE_EVERY": str(options.every),
             "HAL_OUTSIDE_LOG": str(log),
             "HAL_OUTSIDE_OWN": str(int(own)),
@@ -49,7 +48,7 @@ def shares(folder: Path, files: list[str], own: bool, options: argparse.Namespac
         }
         command = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "outcomes", "-p", "no:cacheprovider", "--noconftest"),
-            *("-c", os.devnull, "--rootdir", str(folder), "-k", FILES[file], str(folder / file)),
+            *("-c", os.devnull, "--rootdir", str(folder), "-k", FILES[file][0], str(folder / file)),
         ]
         with log.with_suffix(".txt").open("w") as text:
             started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=text, stderr=text))
