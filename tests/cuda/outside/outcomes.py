@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         hal_cuda.activate_sdpa(always=True)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """One share of all tests, of families of more than `_LARGE` of every `_every`-th, in an order that is the same in
     every process.

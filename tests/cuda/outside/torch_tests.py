@@ -34,7 +34,8 @@ FILES = {
 def shares(folder: Path, files: list[str], own: bool, options: argparse.Namespace, logs: Path) -> list[Any]:
     """Processes that run the files' tests between them. Their logs are <logs>/<own>/<file>-<share>.log."""
     started = []
-    for file, share in ((file, n) for file in files for n in range(min(options.processes, FILES[file][1]))):
+    parts = [(file, share) for file in files for share in range(min(options.processes, FILES[file][1]))]
+    for file, share in parts:
         log = logs / str(int(own)) / f"{file.replace('/', '-')}-{share}.log"
         log.parent.mkdir(exist_ok=True)
         environment = os.environ | {
