@@ -18,14 +18,21 @@ from torch.nn.functional import pad
 
 from hal_core.plugin_api import Causal, ContractError, MemoryLimitError, SequenceMetadata
 
+from .layouts import (
+    HEADS_LAST,
+    broadcast,
+    heads_first,
+    laid_by,
+    laid_like,
+    of_hidden_rows,
+    unused_state,
+    whole_columns,
+)
 from .routing import Call, Route, Router, wanted_grads
 from .statistics import Counts
 
 #: Rows of the efficient kernels' log-sum-exp are padded to whole multiples of this.
 _EFFICIENT_ROWS = 32
-_HEADS_LAST = (0, 2, 1, 3)
-#: What `_unused_state` makes its results like.
-_states: dict[Any, tuple[Tensor, ...]] = {}
 
 
 class Operators:
@@ -73,7 +80,7 @@ class Operators:
         if result is None:
             return None
         out, lse = laid_like(result[0], query), result[1]
-        return (out, lse, None, None, query.shape[2], key.shape[2], *_unused_state(query))
+        return (out, lse, None, None, query.shape[2], key.shape[2], *unused_state(query))
 
     def flash_backward(
         self,
@@ -128,7 +135,7 @@ class Operators:
         result = self._forward(call, query, key, value, attn_bias)
         if result is None:
             return None
-        out, lse = laid_like(result[0], query), _of_hidden_rows(result[1], attn_bias).unsqueeze(-1)
+        out, lse = laid_like(result[0], query), of_hidden_rows(result[1], attn_bias).unsqueeze(-1)
         seed, offset = (torch.empty((), dtype=torch.int64, device=query.device) for _ in range(2))
         return (out, lse, None, None, query.shape[2], key.shape[2], seed, offset, None)
 
@@ -183,7 +190,7 @@ class Operators:
         result = self._forward(call, query, key, value, attn_bias)
         if result is None:
             return None
-        out, lse = laid_by(result[0], _HEADS_LAST), _of_hidden_rows(result[1], attn_bias)
+        out, lse = laid_by(result[0], HEADS_LAST), of_hidden_rows(result[1], attn_bias)
         if not compute_log_sumexp:
             lse = lse.new_empty((*lse.shape[:2], 0))
         elif over := -lse.shape[2] % _EFFICIENT_ROWS:
@@ -228,8 +235,8 @@ class Operators:
         grads = self._backward(call, query, key, value, out, lse, grad_out_, attn_bias)
         if grads is None:
             return None
-        of_operands = [laid_by(grad, _HEADS_LAST) for grad in grads[:3]]
-        return (*of_operands, _whole_columns(grads.mask) if of_mask else None)
+        of_operands = [laid_by(grad, HEADS_LAST) for grad in grads[:3]]
+        return (*of_operands, whole_columns(grads.mask) if of_mask else None)
 
     def packed(
         self,
@@ -264,12 +271,12 @@ class Operators:
         if isinstance(call, str):
             return self._refused(name, call)
         tables = SequenceMetadata(cum_seq_q, cum_seq_k)
-        q, k, v = map(_heads_first, (query, key, value))
+        q, k, v = map(heads_first, (query, key, value))
         result = self._forward(call, q, k, v, None, tables)
         if result is None:
             return None
         out = laid_like(result[0][0].transpose(0, 1), query)
-        return (out, result[1][0], *_unused_state(query))
+        return (out, result[1][0], *unused_state(query))
 
     def packed_backward(
         self,
@@ -304,7 +311,7 @@ class Operators:
         )  # fmt: skip
         if isinstance(call, str):
             return self._refused(name, call)
-        q, k, v, result, grad = map(_heads_first, (query, key, value, out, grad_out))
+        q, k, v, result, grad = map(heads_first, (query, key, value, out, grad_out))
         tables = SequenceMetadata(cum_seq_q, cum_seq_k)
         grads = self._backward(call, q, k, v, result, logsumexp[None], grad, None, tables)
         if grads is None:
@@ -321,7 +328,7 @@ class Operators:
         tables: SequenceMetadata | None = None,
     ) -> Any:
         """(out, log-sum-exp) of an own kernel, or None."""
-        mask = _broadcast(mask, keep="mask" in call.grads)
+        mask = broadcast(mask, keep="mask" in call.grads)
         route = self._router.route(call, query, key, value, mask)
         if route.forward is None:
             return self._refused(call.operator, route.reason)
@@ -342,7 +349,7 @@ class Operators:
         tables: SequenceMetadata | None = None,
     ) -> Any:
         """Grads of an own kernel, or None."""
-        mask = _broadcast(mask, keep="mask" in call.grads)
+        mask = broadcast(mask, keep="mask" in call.grads)
         route: Route = self._router.route(call, query, key, value, mask)
         if route.backward is None:
             return self._refused(call.operator, route.reason)
@@ -420,68 +427,4 @@ def _packed(
     )
 
 
-def _of_hidden_rows(lse: Tensor, bias: Tensor | None) -> Tensor:
-    """The log-sum-exp with +inf for rows that a bias hides whole, as PyTorch's kernels keep it: their backward, and the
-    own one, then give such a row weights of 0."""
-    return lse if bias is None else lse.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
-
-
-def _heads_first(packed: Tensor) -> Tensor:
-    """[tokens, heads, dim] as [1, heads, tokens, dim]."""
-    return packed.transpose(0, 1)[None]
-
-
-def _broadcast(mask: Tensor | None, *, keep: bool) -> Tensor | None:
-    """A mask of four dimensions, without those that it was expanded along unless its gradient has them."""
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
-    if keep:
-        return mask
-    for place in (0, 1):
-        if mask.shape[place] > 1 and mask.stride(place) == 0:
-            mask = mask.narrow(place, 0, 1)
-    return mask
-
-
-def _unused_state(query: Tensor) -> tuple[Tensor, ...]:
-    """Random state, unused and debug mask of FlashAttention's operators, which nothing reads without dropout."""
-    like = _states.get((query.device, query.dtype))
-    if like is None:
-        state = torch.empty(2, dtype=torch.uint64, device=query.device)
-        unused = torch.empty((), dtype=torch.uint64, device=query.device)
-        like = _states[query.device, query.dtype] = state, unused, query.new_empty(0)
-    return tuple(map(torch.empty_like, like))
-
-
-def laid_like(result: Tensor, operand: Tensor) -> Tensor:
-    """A result in memory as `torch.empty_like(operand)` would lie, but for its last size: itself, or a copy."""
-    if result.stride() == operand.stride() and result.shape == operand.shape:
-        return result
-    if result.shape == operand.shape:
-        strides = torch.empty_like(operand, device="meta").stride()
-        return result if _same(result, strides) else result.new_empty_strided(result.shape, strides).copy_(result)
-    return laid_by(result, sorted(range(operand.dim()), key=lambda place: operand.stride(place), reverse=True))
-
-
-def laid_by(result: Tensor, order: Any) -> Tensor:
-    """A dense result whose dimensions lie in memory in this order, the last one innermost: itself, or a copy."""
-    strides, step = [0] * result.dim(), 1
-    for place in reversed(tuple(order)):
-        strides[place], step = step, step * result.shape[place]
-    return result if _same(result, strides) else result.new_empty_strided(result.shape, strides).copy_(result)
-
-
-def _same(tensor: Tensor, strides: Any) -> bool:
-    """Whether these are the tensor's strides; a dimension of one element may have any."""
-    return all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
-
-
-def _whole_columns(grad: Tensor) -> Tensor:
-    """A bias's gradient whose rows lie whole 16 elements apart, as the efficient kernels leave it."""
-    columns = grad.shape[-1]
-    whole = grad.new_empty((*grad.shape[:-1], columns + -columns % 16))[..., :columns]
-    return grad if _same(grad, whole.stride()) else whole.copy_(grad)
-
-
-__all__ = ["Operators", "laid_by", "laid_like"]
+__all__ = ["Operators"]
