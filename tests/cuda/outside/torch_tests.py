@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=7200, help="stop after these; what is done by then counts")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--logs", help="keep the processes' output in this folder")
+    parser.add_argument("--own-only", action="store_true", help="the original's outcomes lie in --logs, of another run")
     options = parser.parse_args()
     given = os.environ.get("TORCH_TESTS")
     if not given or not Path(given).is_dir():
@@ -103,7 +104,9 @@ def main() -> int:
             print(f"{file} is not in {folder}: left out")
         at_once = [files] if options.together else [[file] for file in files]
         for some in at_once:
-            for process in [p for own in (False, True) for p in shares(folder, some, own, options, logs)]:
+            for process in [
+                p for own in (False, True)[options.own_only :] for p in shares(folder, some, own, options, logs)
+            ]:
                 try:
                     process.wait(max(end - time.monotonic(), 0.1))
                 except subprocess.TimeoutExpired:
