@@ -51,12 +51,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = (yield).get_result()
     if report.when == "call" or report.outcome != "passed":
         why = "" if report.outcome == "passed" else str(report.longrepr)[-1500:]
-        _write({"test": item.nodeid, "outcome": report.outcome, "why": why, "seconds": round(report.duration, 3)})
+        record = {"test": item.nodeid, "outcome": report.outcome, "why": why, "seconds": round(report.duration, 3)}
+        _write(record | _calls())
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if _own:
-        import hal_cuda
+def _calls() -> dict[str, dict[str, int]]:
+    """Calls of the operators since this was asked last."""
+    if not _own:
+        return {}
+    import hal_cuda
 
-        found = hal_cuda.sdpa_statistics()
-        _write({"own": dict(found.own), "original": dict(found.original), "reasons": dict(found.reasons)})
+    found = hal_cuda.sdpa_statistics(reset=True)
+    return {"own": dict(found.own), "original": dict(found.original), "reasons": dict(found.reasons)}
