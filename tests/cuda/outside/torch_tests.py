@@ -3,7 +3,7 @@
     TORCH_TESTS=<folder `test` of a PyTorch checkout> python tests/cuda/outside/torch_tests.py
 
 `make outside-tests` does the same. The checkout should be of the PyTorch that is installed. Both runs are printed, and
-every failure that the original does not have; `--record` writes them to docs/benchmarks/outside_torch.json. The exit
+every failure that the original does not have; `--record` writes them to docs/benchmarks/outside_torch.md. The exit
 code is 1 where there is such a failure.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RECORD = HERE.parents[2] / "docs" / "benchmarks" / "outside_torch.json"
+RECORD = HERE.parents[2] / "docs" / "benchmarks" / "outside_torch.md"
 #: Files of a checkout's test folder: the tests that are about attention ("" for all), and the most processes of use.
 FILES = {
     "test_transformers.py": ("TestSDPA or TestAttnBias", 64),
@@ -136,21 +136,56 @@ def report(original: Any, own: Any, version: str, options: argparse.Namespace) -
     for name in failures:
         print(f"FAILED {name}\n{after[name]['why'][-700:]}")
     if options.record:
-        import triton
-
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "torch": version,
-            "triton": triton.__version__,
-            "every": options.every,
-            "counts": counts,
-            "in both": len(both),
-            "calls": {name: dict(counter) for name, counter in calls.items()},
-            "failures of the original alone": mended,
-            "failures of own kernels alone": failures,
-        }
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record(version, options.every, counts, len(both), calls, mended, failures)
     return 1 if failures else 0
+
+
+def record(
+    version: str,
+    every: int,
+    counts: dict[str, dict[str, int]],
+    both: int,
+    calls: dict[str, Counter[str]],
+    mended: list[str],
+    failures: list[str],
+) -> None:
+    """Write docs/benchmarks/outside_torch.md."""
+    import torch
+    import triton
+
+    outcomes = sorted({outcome for each in counts.values() for outcome in each})
+    part = f"every {every}. test of families of more than 300" if every > 1 else "all tests"
+    lines = [
+        "# PyTorch's own attention tests",
+        "",
+        f"- date: {datetime.date.today().isoformat()}",
+        f"- device: {torch.cuda.get_device_name()}",
+        f"- torch: {version}, triton {triton.__version__}",
+        f"- command: TORCH_TESTS=... make outside-tests ({part})",
+        "",
+        f"|  | {' | '.join(outcomes)} |",
+        f"| --- | {' | '.join('---' for _ in outcomes)} |",
+        *(f"| {name} | {' | '.join(str(each.get(o, 0)) for o in outcomes)} |" for name, each in counts.items()),
+        "",
+        f"{both} tests ran in both. Failures of own kernels that the original does not have: {len(failures)}; of the "
+        f"original alone: {len(mended)}. A test that the time did not reach is in neither row.",
+        "",
+        *(f"- fails on own kernels alone: `{name}`" for name in failures),
+        *(f"- fails on the original alone: `{name}`" for name in mended),
+        "",
+        "| operator | on own kernels | on the original |",
+        "| --- | --- | --- |",
+        *(
+            f"| `{name}` | {calls['own'][name]} | {calls['original'][name]} |"
+            for name in sorted(calls["own"].keys() | calls["original"].keys())
+        ),
+        "",
+        "| reason for the original | calls |",
+        "| --- | --- |",
+        *(f"| {reason} | {number} |" for reason, number in calls["reasons"].most_common()),
+    ]
+    text = "\n".join(line for place, line in enumerate(lines) if line or lines[place - 1])
+    RECORD.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
