@@ -175,6 +175,22 @@ def test_a_compiled_step_is_one_graph(own: None, seed: int, backend: str) -> Non
     assert sum(counted().values()) == 2 * eager == 4  # of which backend, PyTorch chooses anew when it compiles
 
 
+def test_a_compiled_step_in_graphs(own: None, seed: int) -> None:
+    """torch.compile records graphs of forward and backward by itself, and replays them."""
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query * 2, key, value, is_causal=True).float().square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for turn in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        tensors = [draw(seed + 10 * turn + i, 1, 4, 256, 64, torch.bfloat16).requires_grad_() for i in range(3)]
+        grads = [g.clone() for g in torch.autograd.grad(compiled(*tensors), tensors)]
+        want = torch.autograd.grad(step(*tensors), tensors)
+        for got, expected in zip(grads, want, strict=True):
+            assert error(got, expected) <= 1e-2
+
+
 def test_a_graph_is_replayed_on_new_numbers(own: None, seed: int) -> None:
     query, key, value = (draw(seed + i, 1, 4, 512, 64, torch.bfloat16) for i in range(3))
     side = torch.cuda.Stream()

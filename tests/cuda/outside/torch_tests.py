@@ -154,7 +154,7 @@ def record(
     import triton
 
     outcomes = sorted({outcome for each in counts.values() for outcome in each})
-    part = f"every {every}. test of families of more than 300" if every > 1 else "all tests"
+    part = f"of families of more than 300 tests one in {every}" if every > 1 else "all tests"
     lines = [
         "# PyTorch's own attention tests",
         "",
