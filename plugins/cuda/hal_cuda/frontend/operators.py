@@ -262,8 +262,8 @@ class Operators:
         name = "_flash_attention_forward"
         if return_debug_mask:
             return self._refused(name, "a debug mask")
-        if given := [name for name, each in others.items() if each is not None]:
-            return self._refused(name, ", ".join(given))
+        if asked := [other for other, each in others.items() if each is not None]:
+            return self._refused(name, f"{', '.join(asked)}, which the kernels do not have")
         call = _packed(
             name, dropout_p, is_causal, scale, (window_size_left, window_size_right), (cum_seq_q, cum_seq_k),
             (max_q, max_k), wanted_grads(query, key, value, None),

@@ -46,8 +46,8 @@ def varlen_attn(
         seqused_k: int32 [sequences], keys in use of each sequence; with a block_table alone, where it is required.
         block_table: int32 [sequences, most pages], the pages of each sequence in order. Every sequence must have max_q
             queries, and no gradients are given.
-        num_splits: refused where it is 1 and there is a block_table: the device divides a cache's keys by itself.
-            Elsewhere keys are never divided, so its value changes nothing.
+        num_splits: 1 is refused: it promises the same bits of a sequence whatever else is in the batch, and tiles are
+            chosen for the batch. Other values change nothing: the device divides keys by itself.
 
     Returns:
         [tokens, heads, dim of value]; with the log-sum-exp asked for (out, float32 [heads, tokens], natural, -inf for a
@@ -81,8 +81,10 @@ def varlen_attn(
         options["window"] = (left, None if causal else right)
         if not causal and (block_table is not None or cu_seq_q is not cu_seq_k):
             _refused("a window without causal over sequences whose queries and keys may differ in number")
+    if num_splits == 1:
+        _refused("num_splits=1")
     if block_table is not None:
-        return _paged(query, key, value, cu_seq_q, max_q, seqused_k, block_table, num_splits, options)
+        return _paged(query, key, value, cu_seq_q, max_q, seqused_k, block_table, options)
     if seqused_k is not None:
         _refused("seqused_k without a block_table")
     result = attention(
@@ -106,7 +108,6 @@ def _paged(
     max_q: int,
     seqused_k: Tensor | None,
     block_table: Tensor,
-    num_splits: int | None,
     options: dict[str, Any],
 ) -> Any:
     if seqused_k is None:
@@ -114,8 +115,6 @@ def _paged(
     sequences = cu_seq_q.numel() - 1
     if query.shape[0] != sequences * max_q:
         _refused("a block_table and queries that differ in number")
-    if num_splits == 1:
-        _refused("num_splits=1 over a block_table")
     with torch.no_grad():
         result = attention(
             query.unflatten(0, (sequences, max_q)).transpose(1, 2),
