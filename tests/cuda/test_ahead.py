@@ -130,3 +130,18 @@ def test_work_may_be_sent_to_other_processes() -> None:
 
     ((_, function),) = ahead.tasks([PLAIN], chip((8, 0)), Rates.assumed((8, 0), 108, None))
     assert pickle.loads(pickle.dumps(function)).args == function.args  # type: ignore[attr-defined]
+
+
+def test_the_backend_leaves_out_what_its_kernels_do_not_have() -> None:
+    from hal_cuda.backend import CudaBackend
+    from hal_cuda.cost import Rates
+
+    from hal_core import Device, Fidelity
+
+    device = Device(
+        id="cuda:0", family="cuda", vendor="NVIDIA", model="", fidelity=Fidelity.HARDWARE, reads=("cuda:0",)
+    )
+    backend = CudaBackend()
+    backend._chips["cuda:0"], backend._rates["cuda:0"] = chip((8, 0)), Rates.assumed((8, 0), 108, None)
+    asked = [PLAIN, replace(PLAIN, dtype="float64"), replace(PLAIN, dim_qk=512, dim_v=512)]
+    assert len(backend.warm_up(device, asked)) == 1

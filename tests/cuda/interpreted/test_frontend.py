@@ -272,3 +272,19 @@ def test_gradcheck_and_opcheck(counts: Counts, generator: torch.Generator) -> No
         torch.library.opcheck(getattr(torch.ops.aten, name).default, given, test_utils=checks)
     assert set(counts.read().own) >= calls.keys() | {HOST, f"{HOST}_backward"}
     assert counts.read().original == {}
+
+
+def test_lengths_of_one_bucket_share_a_route(counts: Counts, generator: torch.Generator) -> None:
+    """Each with its own result; tensors that do not match are not covered by a route of others that do."""
+    router = Router(lambda tensor: "interpreted:0", True)
+    operators = HostOperators(router, counts)
+    for length in (17, 30, 32):
+        query, key, value = (drawn(generator, 1, 2, length, 16) for _ in range(3))
+        out, _ = operators.host(query, key, value, 0.0, True)
+        assert error(out, exact(query, key, value, is_causal=True)) <= 2e-6
+    assert len(router._routes) == 1
+    long = drawn(generator, 1, 2, 31, 16)
+    assert operators.host(query, key, long, 0.0, True) is None
+    assert operators.host(query, key, value, 0.0, False, attn_mask=torch.zeros(1, 1, 32, 31)) is None
+    assert operators.host(query[:, :, :0], key, value) is None
+    assert set(counts.read().reasons) == {"shapes that do not match", "empty tensors"}

@@ -28,7 +28,7 @@ from .layouts import (
     unused_state,
     whole_columns,
 )
-from .routing import Call, Route, Router, wanted_grads
+from .routing import Call, Route, Router, bucket, wanted_grads
 from .statistics import Counts
 
 #: Rows of the efficient kernels' log-sum-exp are padded to whole multiples of this.
@@ -422,7 +422,7 @@ def _packed(
         dropout=dropout_p > 0,
         grads=grads,
         backward=backward,
-        sequences=(sequences[0].numel() - 1, int(longest[0]), int(longest[1])),
+        sequences=(sequences[0].numel() - 1, bucket(int(longest[0])), bucket(int(longest[1]))),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 

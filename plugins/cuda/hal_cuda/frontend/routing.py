@@ -75,18 +75,30 @@ class Router:
         self._routes: dict[Any, Route] = {}
 
     def route(self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Route:
-        """The route of a call. Tensors are [batch, heads, length, dim]; a mask is additive or boolean."""
+        """The route of a call. Tensors are [batch, heads, length, dim]; a mask is additive or boolean.
+
+        Lengths count by their bucket: kernels read them from the tensors, so a route serves all of a bucket.
+        """
+        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or (mask is not None and mask.dim() != 4):
+            return Route("not four dimensions")
+        batch, heads, len_q, dim = query.shape
         form = (
             call,
-            query.shape,
-            key.shape,
-            value.shape,
+            batch,
+            heads,
+            bucket(len_q),
+            dim,
+            *key.shape[:2],
+            bucket(key.shape[2]),
+            key.shape[3],
+            value.shape[3],
+            key.shape[:3] == value.shape[:3],
             query.dtype,
             key.dtype,
             value.dtype,
             query.device,
             query.stride(-1) == key.stride(-1) == value.stride(-1) == 1,
-            None if mask is None else (mask.shape, mask.dtype, *(stride > 0 for stride in mask.stride())),
+            None if mask is None else self._mask_form(query, key, mask),
         )
         found = self._routes.get(form)
         if found is None or (found.session is not None and found.session.closed):
@@ -94,6 +106,14 @@ class Router:
                 self._routes.clear()
             found = self._routes[form] = self._decide(call, query, key, value, mask)
         return found
+
+    @staticmethod
+    def _mask_form(query: Tensor, key: Tensor, mask: Tensor) -> tuple[Any, ...]:
+        """What a decision depends on: dtype, over how much the mask runs, and whether it fits the scores."""
+        batch, heads, rows, columns = mask.shape
+        fits = batch in (1, query.shape[0]) and heads in (1, query.shape[1])
+        fits = fits and rows in (1, query.shape[2]) and columns in (1, key.shape[2])
+        return mask.dtype, mask.device, mask.shape[:2], mask.stride(0) > 0, mask.stride(1) > 0, fits
 
     def _decide(self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Route:
         if reason := _malformed(call, query, key, value, mask):
@@ -134,8 +154,6 @@ def _malformed(call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     given = (query, key, value, *(() if mask is None else (mask,)))
     if call.dropout:
         return "dropout: its random state is the operator's"
-    if any(t.dim() != 4 for t in (query, key, value)) or (mask is not None and mask.dim() > 4):
-        return "not four dimensions"
     if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
         return f"dtype {query.dtype}"
     if any(t.device != query.device for t in given) or any(t.is_nested or t.is_sparse for t in given):
@@ -146,19 +164,25 @@ def _malformed(call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tens
         return "shapes that do not match"
     if query.shape[0] != key.shape[0] and call.page_size is None:
         return "shapes that do not match"
-    if mask is not None and (mask.is_complex() or mask.dtype not in (*_DTYPES, torch.bool)):
+    if mask is not None and mask.dtype not in (*_DTYPES, torch.bool):
         return f"a mask of {mask.dtype}"
+    if mask is not None and not Router._mask_form(query, key, mask)[-1]:
+        return "shapes that do not match"
     return ""
+
+
+def bucket(length: int) -> int:
+    """A length rounded up to a power of two; 0 stays 0."""
+    return 1 << (length - 1).bit_length() if length > 0 else 0
 
 
 def _request(call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> AttentionRequest:
     batch, len_q, len_k = call.sequences or (query.shape[0], query.shape[2], key.shape[2])
+    len_q, len_k = bucket(len_q), bucket(len_k)
     kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
     over = [1, 1]
-    if mask is not None and mask.dim() == 4:
+    if mask is not None:
         over = [1 if mask.stride(place) == 0 else mask.shape[place] for place in (0, 1)]
-    elif mask is not None and mask.dim() == 3:
-        over[1] = mask.shape[0]
     return AttentionRequest(
         batch=batch,
         heads_q=query.shape[1],
@@ -193,4 +217,4 @@ def wanted_grads(*tensors: Tensor | None) -> frozenset[str]:
     return _GRADS if any(t is not None and t.requires_grad for t in operands) else frozenset()
 
 
-__all__ = ["Call", "Route", "Router", "wanted_grads"]
+__all__ = ["Call", "Route", "Router", "bucket", "wanted_grads"]
