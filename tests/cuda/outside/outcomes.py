@@ -42,6 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in mixed:
         families.setdefault(re.split(r"_(batch|float|bfloat|cuda|cpu|type)", item.name)[0], []).append(item)
     chosen = [test for tests in families.values() for test in tests[:: _every if len(tests) > _LARGE else 1]]
+    random.Random(1).shuffle(chosen)  # families mixed, for runs that the time ends
     items[:] = chosen[_share::_shares]
     _write({"collected": len(mixed), "chosen": len(chosen), "taken": len(items)})
 

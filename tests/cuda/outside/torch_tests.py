@@ -185,6 +185,7 @@ def record(
         *(f"| {reason} | {number} |" for reason, number in calls["reasons"].most_common()),
     ]
     text = "\n".join(line for place, line in enumerate(lines) if line or lines[place - 1])
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
     RECORD.write_text(text + "\n", encoding="utf-8")
 
 
