@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, Causal, SequenceMetadata
-from hal_core.testing import reference_gradients, relative_error, request_of
+from hal_core.testing import reference, reference_gradients, relative_error, request_of
 
 if TYPE_CHECKING:
     from cuda_attention import Bench
@@ -38,6 +38,7 @@ _BACKWARD = (
     *("portable/backward", "portable/backward_kv", "portable/backward_q", "portable/backward_step"),
     *("portable/attend", "portable/merge", "portable/dropout"),
 )
+_SHORT = ("portable/short", "portable/mask_tiles", "portable/dropout")
 _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
 )
@@ -69,6 +70,9 @@ KERNELS = {
     "portable.grad_q": _BACKWARD,
     "portable.normalise": (*_BACKWARD, "portable/backward_mask"),
     "portable.grad_mask": (*_BACKWARD, "portable/backward_mask"),
+    "portable.sum_parts": (*_SHORT, "portable/backward_mask"),
+    "portable.attend_short": _SHORT,
+    "portable.backward_short": _SHORT,
 }
 #: The function by whose cases in cuda_extra.py a kernel beside attention is checked.
 BESIDE = {
@@ -127,6 +131,8 @@ def measure() -> dict[str, float]:
         ("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, "portable")
     )
     checks |= dict.fromkeys(of_masks, lambda: backward(bench, "portable", masked=True))
+    of_short = ("portable.attend_short", "portable.backward_short", "portable.sum_parts")
+    checks |= dict.fromkeys(of_short, lambda: short(bench))
     checks |= dict.fromkeys(("portable.mark_blocks", "portable.list_rows"), lambda: turned(bench))
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
@@ -261,6 +267,26 @@ def listed(bench: Bench) -> float:
     given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
     wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
     return sum(wrong) / len(wrong)
+
+
+def short(bench: Bench) -> float:
+    """Largest error of the output and of a gradient of short rows, under a bias with a gradient."""
+    from cuda_attention import normal
+    from hal_cuda.kernels.portable.short_launch import ShortBackward, ShortPath
+    from hal_cuda.memory import CudaMemory, StreamWorkspaces
+    from hal_cuda.runtime.context import Context
+    from hal_cuda.tiling import CudaTiling
+
+    memory = CudaMemory(0)
+    context = Context(bench.chip, memory, StreamWorkspaces(memory), CudaTiling(bench.chip, lambda request: "portable"))
+    given, bias, grad_out = [normal(256, 4, 49, 32) for _ in range(3)], normal(1, 4, 49, 49), normal(256, 4, 49, 32)
+    request = request_of(*given, bias, grads=frozenset({"q", "k", "v", "mask"}), return_lse=True)
+    out, lse = ShortPath(request, context, None)(*given, bias)
+    found = ShortBackward(request, context)(*given, out, lse, grad_out, bias, None, None)
+    want = reference_gradients(*given, bias, grad_out=grad_out, request=request)
+    assert found is not None
+    errors = [relative_error(got, right) for got, right in zip(found, want, strict=True)]
+    return max(*errors, relative_error(out, reference(*given, bias, request=request)[0]))
 
 
 def backward(bench: Bench, path: str, dim: int = 128, dim_v: int = 128, masked: bool = False) -> float:

@@ -140,7 +140,10 @@ class _Short:
         known = dict.fromkeys((n for n in names[:pointers] if n not in ("mask", "grad_lse", "lse")), 16) | steps
         known |= {n: 8 for n in names if n[-2:] in ("_b", "_h", "_m", "_n") and n[0] not in ("m", "e", "l")}
         types = _types(names, names[:pointers], query, mask)
-        run = launcher(self.chip, kernel, types, constants, known, num_warps=_WARPS)
+        if kernel is attend_short:
+            run = launcher(self.chip, attend_short, types, constants, known, num_warps=_WARPS)
+        else:
+            run = launcher(self.chip, backward_short, types, constants, known, num_warps=_WARPS)
         arguments = [*strides, *numbers, shift - (left or 0), shift + (right or 0)]
         return _Ready(run, (heads, -(-batch // each), 1), arguments, len(strides) + 3)
 
