@@ -363,6 +363,22 @@ def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
     return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)
 
 
+class Fp8Tiles(NamedTuple):
+    """How the FP8 forward runs a head size; see `HopperTiles`."""
+
+    keys: int
+    consumers: int
+    turns: bool
+    arrive: bool
+    stages: int
+    queries: int
+
+
+def fp8_tiles(dim: int, len_k: int, right: bool) -> Fp8Tiles:
+    """The FP8 forward's tiles. right: rows end at a diagonal."""
+    return Fp8Tiles(128, 2, False, True, 4, 1)
+
+
 class HopperBackwardTiles(NamedTuple):
     """How the Hopper backward runs a head size: keys of a block, query rows of a tile, head sizes as it computes them,
     stages of the loads; turns and engine as in its `Config`.

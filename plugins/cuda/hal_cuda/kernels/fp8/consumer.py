@@ -1,0 +1,307 @@
+# ruff: noqa: N803, E741, SIM102
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""A warpgroup of the FP8 kernel that computes: 64 query rows, whose keys it walks from the last tile backwards."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..hopper.config import Barriers, Work
+from ..hopper.pipeline import (
+    KEY_BARRIER,
+    bar_arrive,
+    hand_back,
+    key_tiles,
+    pass_turn,
+    release,
+    rounds_of,
+    take_turn,
+    tile_at,
+    tiles_in,
+    turn_barrier,
+    value_barrier,
+)
+from ..hopper.result import LN2
+from ..hopper.softmax import hide, largest, scaled, sums, totals
+from .config import Scales, Shared, State
+from .layouts import accumulator, beside, left_side, narrow, operand, row_sums
+from .quantise import BLOCK
+
+LEAST = gl.constexpr(-1.0e20)  # least level: far above a hidden score, so hidden weights are exactly 0
+RAISED = gl.constexpr(8.0)  # weights are up to 2^8, in the upper half of e4m3's range; l holds them so too
+
+
+@gluon.jit
+def scale_of(pointer, head, token, blocks, C: gl.constexpr):
+    # The scale of a token's block. head: among all heads of the batch.
+    if C.blocks:
+        s = gl.load(pointer + head * blocks + token // BLOCK)
+    else:
+        s = gl.load(pointer + head)
+    return s
+
+
+@gluon.jit
+def weigh(s, scale, level, C: gl.constexpr):
+    # What follows from a tile's scores: the new level, what sums so far are multiplied by, weights.
+    WIDE: gl.constexpr = C.keys > 64
+    SL: gl.constexpr = accumulator(C.keys)
+    grown = gl.maximum(level, largest(s, C.rows, C.keys, gl.SliceLayout(1, SL), WIDE) * scale - RAISED)
+    alpha = gl.exp2(level - grown)
+    p = gl.exp2(s * scale - gl.expand_dims(grown, 1))
+    return grown, alpha, p
+
+
+@gluon.jit
+def begin_values(shared, barriers, vj, w, o, C: gl.constexpr):
+    # P V of the tile at place vj, begun.
+    BM: gl.constexpr = C.rows
+    BN: gl.constexpr = C.keys
+    DV: gl.constexpr = C.dim_v
+    OL: gl.constexpr = accumulator(C.dim_v)
+    mbarrier.wait(barriers.value_full.index(vj % C.stages), (vj // C.stages) & 1)
+    p8 = operand(w, BM, BN, left_side(OL))
+    v = shared.value.index(vj % C.stages).reshape([C.dim_v, BN]).permute((1, 0))
+    if C.two_levels:
+        z = gl.zeros([BM, DV], gl.float32, OL)
+        pv = warpgroup_mma(p8, v, z, use_acc=False, is_async=True)
+    else:
+        pv = warpgroup_mma(p8, v, o, is_async=True)
+    return pv
+
+
+@gluon.jit
+def added(o, pv, factor, C: gl.constexpr):
+    # The result with a finished P V; with one level, o went into it.
+    OL: gl.constexpr = accumulator(C.dim_v)
+    if C.two_levels:
+        o = o * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, OL)), 1) + pv
+    else:
+        o = pv
+    return o
+
+
+@gluon.jit
+def step(
+    q,
+    shared: Shared,
+    barriers: Barriers,
+    kj,
+    t,
+    row0,
+    tile,
+    state: State,
+    work: Work,
+    scales: Scales,
+    scale,
+    c: gl.constexpr,
+    RIGHT: gl.constexpr,
+    C: gl.constexpr,
+):
+    # Q K^T of the keys at place kj (tile t) beside P V of the tile before them, then the softmax of the first.
+    BM: gl.constexpr = C.rows
+    BN: gl.constexpr = C.keys
+    NB: gl.constexpr = C.stages
+    WIDE: gl.constexpr = C.keys > 64
+    SL: gl.constexpr = accumulator(C.keys)
+    OL: gl.constexpr = accumulator(C.dim_v)
+    LL: gl.constexpr = row_sums(C.keys)
+    o, factor, level, l, w, key_scale, value_scale, unit = state
+    scale_here = scale * key_scale
+    unit_here = value_scale
+    if C.blocks:
+        head = tile.batch * (work.heads // C.group) + tile.head // C.group
+        following = gl.maximum(t - 1, 0) * BN
+        key_scale = scale_of(scales.key, head, following, scales.key_blocks, C)
+        value_scale = scale_of(scales.value, head, following, scales.key_blocks, C)
+    mbarrier.wait(barriers.key_full.index(kj % NB), (kj // NB) & 1)
+    take_turn(c, C)
+    z = gl.zeros([BM, BN], gl.float32, SL)
+    k = shared.key.index(kj % NB).reshape([BN, C.dim_qk])
+    s = warpgroup_mma(q, k.permute((1, 0)), z, use_acc=False, is_async=True)
+    pv = begin_values(shared, barriers, kj - 1, w, o, C)
+    pass_turn(c, C)
+    s = warpgroup_mma_wait(1, deps=[s])
+    release(barriers.key_empty, kj % NB, KEY_BARRIER, C)
+    if RIGHT:
+        s = hide(s * scale_here, t, row0, tile, work, SL, False, True, False)
+        scale_here = 1.0
+    level, alpha, p = weigh(s, scale_here, level, C)
+    l = beside(scaled(l, alpha, LL, WIDE) + sums(p, BM, BN, LL, WIDE), WIDE)
+    pv, w = warpgroup_mma_wait(0, deps=[pv, w])
+    release(barriers.value_empty, (kj - 1) % NB, value_barrier(C), C)
+    o = added(o, pv, factor, C)
+    if C.blocks:
+        alpha = alpha * (unit / unit_here)
+    if not C.two_levels:
+        o = o * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
+    return State(o, alpha, level, l, narrow(p, BM, BN), key_scale, value_scale, unit_here)
+
+
+@gluon.jit
+def steps(
+    begin,
+    end,
+    last,
+    before,
+    q,
+    shared: Shared,
+    barriers: Barriers,
+    row0,
+    tile,
+    state: State,
+    work: Work,
+    scales: Scales,
+    scale,
+    c: gl.constexpr,
+    RIGHT: gl.constexpr,
+    C: gl.constexpr,
+):
+    # The steps [begin, end) of a consumer's rows, whose keys end with tile `last` - 1 at place `before`.
+    for i in range(begin, end):
+        state = step(
+            q, shared, barriers, before + i, last - 1 - i, row0, tile, state, work, scales, scale, c, RIGHT, C
+        )
+    return state
+
+
+@gluon.jit
+def first_tile(
+    q,
+    shared: Shared,
+    barriers: Barriers,
+    kj,
+    t,
+    row0,
+    tile,
+    work: Work,
+    scales: Scales,
+    scale,
+    c: gl.constexpr,
+    C: gl.constexpr,
+):
+    # The softmax of the first tile of keys, on the diagonal or the ragged edge.
+    BM: gl.constexpr = C.rows
+    BN: gl.constexpr = C.keys
+    NB: gl.constexpr = C.stages
+    WIDE: gl.constexpr = C.keys > 64
+    SL: gl.constexpr = accumulator(C.keys)
+    OL: gl.constexpr = accumulator(C.dim_v)
+    LL: gl.constexpr = row_sums(C.keys)
+    DV: gl.constexpr = C.dim_v
+    head = tile.batch * (work.heads // C.group) + tile.head // C.group
+    key_scale = scale_of(scales.key, head, t * BN, scales.key_blocks, C)
+    unit = scale_of(scales.value, head, t * BN, scales.key_blocks, C)
+    scale_here = scale * key_scale
+    value_scale = unit
+    if C.blocks:
+        following = gl.maximum(t - 1, 0) * BN
+        key_scale = scale_of(scales.key, head, following, scales.key_blocks, C)
+        value_scale = scale_of(scales.value, head, following, scales.key_blocks, C)
+    mbarrier.wait(barriers.key_full.index(kj % NB), (kj // NB) & 1)
+    take_turn(c, C)
+    z = gl.zeros([BM, BN], gl.float32, SL)
+    k = shared.key.index(kj % NB).reshape([BN, C.dim_qk])
+    s = warpgroup_mma(q, k.permute((1, 0)), z, use_acc=False, is_async=True)
+    pass_turn(c, C)
+    s = warpgroup_mma_wait(0, deps=[s])
+    release(barriers.key_empty, kj % NB, KEY_BARRIER, C)
+    if C.right or C.ragged:
+        s = hide(s * scale_here, t, row0, tile, work, SL, False, C.right, C.ragged)
+        scale_here = 1.0
+    level, alpha, p = weigh(s, scale_here, gl.full([BM], LEAST, gl.float32, gl.SliceLayout(1, SL)), C)
+    o = gl.zeros([BM, DV], gl.float32, OL)
+    l = sums(p, BM, BN, LL, WIDE)
+    return State(o, alpha, level, l, narrow(p, BM, BN), key_scale, value_scale, unit)
+
+
+@gluon.jit
+def finish(od, lse, shared, state: State, row0, tile, work, scales: Scales, c: gl.constexpr, C: gl.constexpr):
+    # Normalise a tile of rows and write it, with its log-sum-exp.
+    BM: gl.constexpr = C.rows
+    SL: gl.constexpr = accumulator(C.keys)
+    OL: gl.constexpr = accumulator(C.dim_v)
+    o, _factor, level, l, _weights, _key_scale, _value_scale, unit = state
+    l = totals(l, gl.SliceLayout(1, SL), C.keys > 64)
+    alive = l > 0.0
+    linv = gl.where(alive, unit / l, 0.0)
+    o = o * gl.expand_dims(gl.convert_layout(linv, gl.SliceLayout(1, OL)), 1)
+    tma.store_wait(0)  # the last tile's store has read this buffer
+    shared.out.index(c).reshape([BM, C.dim_v]).store(o.to(shared.out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(od, [tile.batch, tile.head, row0, 0], shared.out.index(c))
+    if C.lse:
+        rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
+        place = (tile.batch * work.heads + tile.head).to(gl.int64) * work.len_q + rows
+        total = (level + gl.log2(l)) * LN2
+        if C.mean:
+            total += gl.load(scales.mean + place, mask=rows < work.len_q)
+        gl.store(lse + place, gl.where(alive, total, float("-inf")), mask=rows < work.len_q)
+
+
+@gluon.jit
+def consumer(
+    od,
+    lse,
+    shared: Shared,
+    barriers: Barriers,
+    work: Work,
+    scales: Scales,
+    scale,
+    c: gl.constexpr,
+    C: gl.constexpr,
+):
+    BM: gl.constexpr = C.rows
+    BN: gl.constexpr = C.keys
+    NB: gl.constexpr = C.stages
+    APART: gl.constexpr = C.right and (C.shifted or C.consumers * C.rows > C.keys)
+    PB: gl.constexpr = turn_barrier(C)
+    total = tiles_in(work, C)
+    loaded = 0
+    if C.turns and c == C.consumers - 1:  # warpgroup 0 has the first turn
+        bar_arrive(gl.to_tensor(PB), gl.to_tensor(256))
+    for r in range(rounds_of(total)):
+        tile = tile_at(r, total, work, C)
+        row0 = tile.row + c * BM
+        first, last = key_tiles(tile.row, BM * C.consumers, tile, work, C)
+        hi = last
+        if APART:
+            _lo, hi = key_tiles(row0, BM, tile, work, C)
+            hi = gl.minimum(hi, last)
+            hand_back(loaded, 0, last - hi, last - first, barriers, c, C)
+        before = loaded + last - hi
+        n = hi - first
+        stage = r % C.query_stages
+        # Rows behind the last have no scale; they are not written.
+        at = gl.minimum(row0, work.len_q - 1)
+        q_scale = scale_of(scales.query, tile.batch * work.heads + tile.head, at, scales.query_blocks, C)
+        mbarrier.wait(barriers.query_full.index(stage), (r // C.query_stages) & 1)
+        q = shared.query.index(stage * C.consumers + c).reshape([BM, C.dim_qk])
+        here = scale * q_scale
+        state = first_tile(q, shared, barriers, before, hi - 1, row0, tile, work, scales, here, c, C)
+        clear = 1  # tiles from here on have every key right of no row's reach
+        if C.right and C.shifted:
+            clear = gl.minimum(gl.maximum(hi - gl.maximum(row0 + tile.shift + work.right + 1, 0) // BN, 1), n)
+            state = steps(
+                1, clear, hi, before, q, shared, barriers, row0, tile, state, work, scales, here, c, True, C
+            )
+        state = steps(clear, n, hi, before, q, shared, barriers, row0, tile, state, work, scales, here, c, False, C)
+        mbarrier.arrive(barriers.query_empty.index(stage), count=1)
+        vj = before + n - 1
+        o, factor, level, l, w, key_scale, value_scale, unit = state
+        pv = begin_values(shared, barriers, vj, w, o, C)
+        pv, w = warpgroup_mma_wait(0, deps=[pv, w])
+        release(barriers.value_empty, vj % NB, value_barrier(C), C)
+        o = added(o, pv, factor, C)
+        loaded += last - first
+        state = State(o, factor, level, l, w, key_scale, value_scale, unit)
+        finish(od, lse, shared, state, row0, tile, work, scales, c, C)
+    tma.store_wait(0)
+    if c == 0:
+        take_turn(c, C)  # leave no arrival pending
