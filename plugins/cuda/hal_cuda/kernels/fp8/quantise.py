@@ -89,7 +89,7 @@ def quantise_rows(
         tile = tl.where((tokens < length)[:, None], tile - centre[None, :], 0.0)
     scale = scale_of_tile(tile, blocks, maxima, scales, PER_BLOCK)
     at = (head.to(tl.int64) * length + tokens)[:, None] * DP + columns[None, :]
-    tl.store(out + at, (tile / scale).to(tl.float8e4nv), mask=(tokens < length)[:, None])
+    tl.store(out + at, (tile * (1.0 / scale)).to(tl.float8e4nv), mask=(tokens < length)[:, None])
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def quantise_values(
     tile = token_tile(x, tokens, length, x_b, x_h, x_m, heads, D, DP)
     scale = scale_of_tile(tile, blocks, maxima, scales, PER_BLOCK)
     at = ((head * blocks + block).to(tl.int64) * DP + columns)[:, None] * BLOCK + place[None, :]
-    tl.store(out + at, tl.trans((tile / scale).to(tl.float8e4nv)))
+    tl.store(out + at, tl.trans((tile * (1.0 / scale)).to(tl.float8e4nv)))
 
 
 @triton.jit
