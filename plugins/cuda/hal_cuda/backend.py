@@ -24,6 +24,7 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip, Found, find
+from .kernels.fp8 import wish as fp8
 from .tiling import FOREIGN_SIZES, foreign_excess
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ CAPABILITIES = Capabilities(
     page_sizes=Range(1),
     block_sizes=Range(1, 1 << 16),
     tile_sizes=Choice(FOREIGN_SIZES),
+    options=dict(fp8.OPTIONS),
 )
 
 
@@ -96,6 +98,12 @@ class CudaBackend:
         """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain
         tensors.
         """
+        if request.options:
+            from .runtime import binaries
+
+            yield from fp8.refusals(
+                request, self.chip(device).capability, binaries.tested() and not binaries.INTERPRETED
+            )
         if request.tiling is not None:
             yield from self._tiling_refusals(request, device)
         if request.page_size is None:

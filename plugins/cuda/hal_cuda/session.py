@@ -35,6 +35,7 @@ from . import cost, paths
 from .cost import Rates
 from .discovery import Chip
 from .kernels import composed
+from .kernels.fp8.launch import Fp8Path
 from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
@@ -141,6 +142,8 @@ class CudaSession(SessionBase):
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
             return kind(request, self._context, PortablePath(request, self._context))
+        if name == "fp8":
+            return Fp8Path(request, self._context)
         if name == "composed":
             return lambda *given: composed.attend(request, self._context, *given)
         return self._native(name, request)

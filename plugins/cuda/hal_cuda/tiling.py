@@ -69,6 +69,9 @@ class CudaTiling(DenseTiling):
         if path == "hopper":
             tiles = hopper_tiles_of(request)
             return TilePlan.equal(request, WARPGROUP_ROWS * tiles.consumers, tiles.keys, cut_by="cuda")
+        if path == "fp8":
+            fp8 = fp8_tiles(max(request.dim_qk, request.dim_v), request.len_k, request.causal is not Causal.NONE)
+            return TilePlan.equal(request, WARPGROUP_ROWS * fp8.consumers, fp8.keys, cut_by="cuda")
         if path == "portable":
             rows, keys, *_ = self.tiles(request)
             group = request.heads_q // request.heads_kv if packs(request, request.len_q) else 1

@@ -165,9 +165,7 @@ def steps(
 ):
     # The steps [begin, end) of a consumer's rows, whose keys end with tile `last` - 1 at place `before`.
     for i in range(begin, end):
-        state = step(
-            q, shared, barriers, before + i, last - 1 - i, row0, tile, state, work, scales, scale, c, RIGHT, C
-        )
+        state = step(q, shared, barriers, before + i, last - 1 - i, row0, tile, state, work, scales, scale, c, RIGHT, C)
     return state
 
 
@@ -288,9 +286,7 @@ def consumer(
         clear = 1  # tiles from here on have every key right of no row's reach
         if C.right and C.shifted:
             clear = gl.minimum(gl.maximum(hi - gl.maximum(row0 + tile.shift + work.right + 1, 0) // BN, 1), n)
-            state = steps(
-                1, clear, hi, before, q, shared, barriers, row0, tile, state, work, scales, here, c, True, C
-            )
+            state = steps(1, clear, hi, before, q, shared, barriers, row0, tile, state, work, scales, here, c, True, C)
         state = steps(clear, n, hi, before, q, shared, barriers, row0, tile, state, work, scales, here, c, False, C)
         mbarrier.arrive(barriers.query_empty.index(stage), count=1)
         vj = before + n - 1

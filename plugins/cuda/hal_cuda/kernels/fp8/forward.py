@@ -74,7 +74,9 @@ def forward_fp8(
         mbarrier.init(vf.index(i), count=1)
         mbarrier.init(ve.index(i), count=NC)
     fence_async_shared()
-    work = Work(lse, total, row_tiles, together, heads, len_q, len_k, shift, right, right)  # nothing begins at a diagonal
+    work = Work(
+        lse, total, row_tiles, together, heads, len_q, len_k, shift, right, right
+    )  # nothing begins at a diagonal
     scales = Scales(q_scale, k_scale, v_scale, q_mean, q_blocks, k_blocks)
     shared = Shared(q_s, k_s, v_s, o_s)
     barriers = Barriers(qf, qe, kf, ke, vf, ve)

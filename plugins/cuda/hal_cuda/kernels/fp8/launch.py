@@ -20,6 +20,7 @@ from ..hopper.schedule import OVERHEAD, key_tiles, schedule
 from ..portable.launch import empty_result
 from .config import Config
 from .quantise import mean_of_sums, quantise_rows, quantise_values, tile_maxima, tile_sums
+from .wish import Wish, wish_of
 
 BLOCK = 128  # tokens that share a scale
 TILES = 8  # tiles of a sum of keys
@@ -32,15 +33,6 @@ _TYPES = {
     **dict.fromkeys(("heads", "length", "blocks", "group", "chunks"), "i32"),
     "scale_of_scores": "fp32",
 }
-
-
-class Wish(NamedTuple):
-    """How operands are quantised: scales per "block" of 128 tokens or per "head"; centred: with the keys' mean
-    subtracted.
-    """
-
-    scales: str = "block"
-    centred: bool = False
 
 
 class Quantised(NamedTuple):
@@ -58,6 +50,21 @@ class Quantised(NamedTuple):
     key_scale: Tensor
     value_scale: Tensor
     dots: Tensor | None
+
+
+def quantised_bytes(request: AttentionRequest) -> int:
+    """Bytes that `Quantiser` borrows for a request."""
+    r, wish = request, wish_of(request) or Wish()
+    blocks_q, blocks = -(-r.len_q // BLOCK), -(-r.len_k // BLOCK)
+    rows, keys = r.batch * r.heads_q, r.batch * r.heads_kv
+    dim, dim_v = padded(r.dim_qk), padded(r.dim_v)
+    size = rows * r.len_q * dim + keys * (r.len_k * dim + blocks * BLOCK * dim_v)
+    size += 4 * (rows * blocks_q + 2 * keys * blocks)
+    if wish.scales == "head":
+        size += 4 * (rows + 2 * keys)
+    if wish.centred:
+        size += 4 * keys * dim * (-(-r.len_k // (BLOCK * TILES)) + 1) + 4 * rows * r.len_q * r.lse
+    return size
 
 
 def padded(dim: int) -> int:
@@ -148,9 +155,15 @@ class Fp8Path:
     """A request bound to the FP8 kernels on one chip."""
 
     def __init__(
-        self, request: AttentionRequest, context: Context, wish: Wish, tiles: Fp8Tiles | None = None, levels: int = 2
+        self,
+        request: AttentionRequest,
+        context: Context,
+        wish: Wish | None = None,
+        tiles: Fp8Tiles | None = None,
+        levels: int = 2,
     ) -> None:
-        """tiles, levels: for measurements; None for the device's own. levels: see `Config.two_levels`."""
+        """wish: None for the request's own. tiles, levels: for measurements; see `Config.two_levels`."""
+        wish = wish or wish_of(request) or Wish()
         self.request, self.chip, self._context, self._wish = request, context.chip, context, wish
         self._tiles, self._levels = tiles, levels
         self._quantise = Quantiser(context, wish)

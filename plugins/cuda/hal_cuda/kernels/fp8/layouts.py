@@ -1,3 +1,4 @@
+# ruff: noqa: N803, E741
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Which thread of a warpgroup holds which elements of a tile, and weights in FP8 as the second product reads them.
 
@@ -68,7 +69,5 @@ def operand(w, BM: gl.constexpr, BN: gl.constexpr, PL: gl.constexpr):
 def beside(l, WIDE: gl.constexpr):
     # The sums of weights as they are, once they are there: see `BESIDE`.
     if WIDE:
-        l = gl.inline_asm_elementwise(
-            BESIDE, "=f,=f,=f,=f,f,f,f,f", [l], dtype=gl.float32, is_pure=False, pack=4
-        )
+        l = gl.inline_asm_elementwise(BESIDE, "=f,=f,=f,=f,f,f,f,f", [l], dtype=gl.float32, is_pure=False, pack=4)
     return l

@@ -74,9 +74,9 @@ def quantise_rows(
 
     x: [batch, heads, length, D] with strides x_b, x_h, x_m, 1. out: e4m3 [batch, heads, length, DP]; columns from D on
     are written as zeros. scales: float32 [batch, heads, blocks], or [batch, heads] from `maxima`, float32 [batch,
-    heads, blocks] (see `tile_maxima`). CENTRED: mean, float32 [batch, heads, DP], is subtracted. DOTS: of a query: dots,
-    float32 [batch, heads, length], gets scale_of_scores times each row's product with the mean of its key head, one
-    for `group` heads of x.
+    heads, blocks] (see `tile_maxima`). CENTRED: mean, float32 [batch, heads, DP], is subtracted. DOTS, of a query:
+    dots, float32 [batch, heads, length], gets scale_of_scores times each row's product with the mean of its key head,
+    one for `group` heads of x.
     """
     head, tokens, columns = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
     tile = token_tile(x, tokens, length, x_b, x_h, x_m, heads, D, DP)
@@ -112,8 +112,8 @@ def quantise_values(
     heads).
 
     x: [batch, heads, length, D] with strides x_b, x_h, x_m, 1. out: e4m3 [batch, heads, blocks, DP, BLOCK]: of a tile,
-    element 16 a + 4 c + 2 j + e of a column is that of token 16 a + 8 j + 2 c + e (see `layouts`); zeros behind the last
-    token and column. scales, maxima: as for `quantise_rows`.
+    element 16 a + 4 c + 2 j + e of a column is that of token 16 a + 8 j + 2 c + e (see `layouts`); zeros behind the
+    last token and column. scales, maxima: as for `quantise_rows`.
     """
     head, block = tl.program_id(1), tl.program_id(0)
     place, columns = tl.arange(0, BLOCK), tl.arange(0, DP)
