@@ -254,7 +254,7 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
     """What the own forward kernels borrow."""
     r = request
     if path == "fp8":
-        from .kernels.fp8.launch import quantised_bytes
+        from .kernels.fp8.operands import quantised_bytes
 
         return quantised_bytes(r)
     if path == "hopper":

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, E741, SIM102
+# ruff: noqa: N803, E741, SIM108
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """A warpgroup of the FP8 kernel that computes: 64 query rows, whose keys it walks from the last tile backwards."""
 

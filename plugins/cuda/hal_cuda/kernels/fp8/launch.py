@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,135 +9,18 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Causal, SequenceMetadata, TilePlan
 
-from ...memory import Borrowed, borrowing
+from ...memory import borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
-from ...runtime.launch import launcher
 from ...tiling import WARPGROUP_ROWS, Fp8Tiles, fp8_tiles
 from ..hopper.launch import CACHED, LOG2E, add_map, side
 from ..hopper.schedule import OVERHEAD, key_tiles, schedule
 from ..portable.launch import empty_result
 from .config import Config
-from .quantise import mean_of_sums, quantise_rows, quantise_values, tile_maxima, tile_sums
+from .operands import Quantised, Quantiser, padded
 from .wish import Wish, wish_of
 
-BLOCK = 128  # tokens that share a scale
-TILES = 8  # tiles of a sum of keys
 _MOST_KEPT = 1024
-_POINTERS = ("x", "out", "scales", "maxima", "mean", "dots", "sums")
-_TYPES = {
-    **dict.fromkeys(("scales", "maxima", "mean", "dots", "sums"), "*fp32"),
-    "out": "*fp8e4nv",
-    **dict.fromkeys(("x_b", "x_h", "x_m"), "i64"),
-    **dict.fromkeys(("heads", "length", "blocks", "group", "chunks"), "i32"),
-    "scale_of_scores": "fp32",
-}
-
-
-class Quantised(NamedTuple):
-    """Operands in e4m3, as `quantise` gives and `forward_fp8` reads them.
-
-    query, key: [batch, heads, length, dim], dim a power of two from 64 up. value: [batch, heads, blocks * dim_v, 128].
-    Their scales: float32 [batch, heads, blocks or 1]. dots: see `quantise_rows`; None without centred keys or
-    log-sum-exp.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    query_scale: Tensor
-    key_scale: Tensor
-    value_scale: Tensor
-    dots: Tensor | None
-
-
-def quantised_bytes(request: AttentionRequest) -> int:
-    """Bytes that `Quantiser` borrows for a request."""
-    r, wish = request, wish_of(request) or Wish()
-    blocks_q, blocks = -(-r.len_q // BLOCK), -(-r.len_k // BLOCK)
-    rows, keys = r.batch * r.heads_q, r.batch * r.heads_kv
-    dim, dim_v = padded(r.dim_qk), padded(r.dim_v)
-    size = rows * r.len_q * dim + keys * (r.len_k * dim + blocks * BLOCK * dim_v)
-    size += 4 * (rows * blocks_q + 2 * keys * blocks)
-    if wish.scales == "head":
-        size += 4 * (rows + 2 * keys)
-    if wish.centred:
-        size += 4 * keys * dim * (-(-r.len_k // (BLOCK * TILES)) + 1) + 4 * rows * r.len_q * r.lse
-    return size
-
-
-def padded(dim: int) -> int:
-    """A head size as the kernel has it: a power of two from 64 up."""
-    return max(64, 1 << (dim - 1).bit_length())
-
-
-class Quantiser:
-    """Quantises operands of one dtype on one chip, on torch's current stream."""
-
-    def __init__(self, context: Context, wish: Wish) -> None:
-        self._chip, self._wish = context.chip, wish
-
-    def __call__(
-        self, borrow: Borrowed, query: Tensor, key: Tensor, value: Tensor, scale: float, lse: bool
-    ) -> Quantised:
-        """Args: borrow: gives the buffers. scale: of the scores. lse: the log-sum-exp is asked for."""
-        per_block, centred = self._wish.scales == "block", self._wish.centred
-        mean = self._mean(borrow, key) if centred else None
-        dots = borrow(query.shape[:3], torch.float32) if centred and lse else None
-        group = query.shape[1] // key.shape[1]
-        rows = []
-        for x, centre, product in ((query, mean if dots is not None else None, dots), (key, mean, None)):
-            out = borrow((*x.shape[:3], padded(x.shape[3])), torch.float8_e4m3fn)
-            subtract = centre is not None and product is None
-            scales, maxima = self._scales(borrow, x, centre if subtract else None)
-            flags = {"PER_BLOCK": per_block, "CENTRED": subtract, "DOTS": product is not None}
-            run = self._launch(quantise_rows, x, **flags)
-            run((x, out, scales, maxima, centre, product), [-(-x.shape[2] // BLOCK), group, scale])
-            rows.append((out, scales))
-        blocks = -(-value.shape[2] // BLOCK)
-        turned = borrow((*value.shape[:2], blocks * padded(value.shape[3]), BLOCK), torch.float8_e4m3fn)
-        scales, maxima = self._scales(borrow, value, None)
-        self._launch(quantise_values, value, PER_BLOCK=per_block)((value, turned, scales, maxima), [blocks])
-        return Quantised(rows[0][0], rows[1][0], turned, rows[0][1], rows[1][1], scales, dots)
-
-    def _mean(self, borrow: Borrowed, key: Tensor) -> Tensor:
-        heads, dim = key.shape[:2], padded(key.shape[3])
-        chunks = -(-key.shape[2] // (BLOCK * TILES))
-        sums = borrow((*heads, chunks, dim), torch.float32)
-        mean = borrow((*heads, dim), torch.float32)
-        self._launch(tile_sums, key, TILES=TILES)((key, sums), [chunks], chunks)
-        types = {"sums": "*fp32", "mean": "*fp32", "length": "i32", "chunks": "i32"}
-        run = launcher(self._chip, mean_of_sums, types, {"DP": dim}, num_warps=1)
-        run((1, heads[0] * heads[1], 1), (sums, mean), [key.shape[2], chunks])
-        return mean
-
-    def _scales(self, borrow: Borrowed, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Room for the scales of a tensor, and the largest magnitudes that scales per head are made from."""
-        blocks = -(-x.shape[2] // BLOCK)
-        if self._wish.scales == "block":
-            return borrow((*x.shape[:2], blocks), torch.float32), None
-        maxima = borrow((*x.shape[:2], blocks), torch.float32)
-        self._launch(tile_maxima, x, CENTRED=mean is not None)((x, maxima, mean), [blocks])
-        return borrow((*x.shape[:2], 1), torch.float32), maxima
-
-    def _launch(self, fn: Any, x: Tensor, **flags: Any) -> Callable[..., None]:
-        """A launch (tensors, arguments after the length, programs of a head) of a kernel over the tiles of x."""
-        kind = "*fp16" if x.dtype == torch.float16 else "*bf16"
-        steps = x.stride()[:3]
-        divisible = dict.fromkeys((name for name in _POINTERS if name in fn.arg_names), 16)
-        if x.data_ptr() % 16 or any(step % 8 for step in steps):
-            divisible.pop("x")
-        else:
-            divisible |= dict.fromkeys(("x_b", "x_h", "x_m"), 8)
-        types = {name: _TYPES.get(name, kind) for name in fn.arg_names if name not in flags and name not in ("D", "DP")}
-        constants = {"D": x.shape[3], "DP": padded(x.shape[3]), **flags}
-        run = launcher(self._chip, fn, types, constants, divisible, num_warps=8)
-
-        def launch(tensors: Any, rest: list[Any], programs: int | None = None) -> None:
-            grid = (programs or -(-x.shape[2] // BLOCK), x.shape[0] * x.shape[1], 1)
-            run(grid, tensors, [*steps, x.shape[1], x.shape[2], *rest])
-
-        return launch
 
 
 class Launch(NamedTuple):

@@ -2,10 +2,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Which thread of a warpgroup holds which elements of a tile, and weights in FP8 as the second product reads them.
 
-A thread holds of a row, in 16 keys of the first product's result, keys 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c, where c is its
-place among the four threads of the row. As left side of the second product it holds elements 4 c to 4 c + 3. So
+A thread holds of a row, in 16 keys of the first product's result, keys 2 c, 2 c + 1, 8 + 2 c and 9 + 2 c, where c is
+its place among the four threads of the row. As left side of the second product it holds elements 4 c to 4 c + 3. So
 nothing moves between threads where element 4 c + 2 j + e of 16 stands for key 8 j + 2 c + e, in the weights and in the
-values, which are quantised in that order (see `key_order`).
+values, which are quantised in that order (see `quantise_values`).
 """
 
 from triton.experimental import gluon
