@@ -28,7 +28,7 @@ from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
-OWN = frozenset({"hopper", "portable", "fp8"})
+OWN = frozenset({"hopper", "portable", "fp8", "skipping"})
 #: Operations of forward and backward together over the forward's: five products beside its two.
 GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
@@ -36,6 +36,7 @@ _ASSUMED_SHARE = {
     "hopper": 0.8,
     "fp8": 1.2,
     "portable": 0.5,
+    "skipping": 0.4,
     "cudnn": 0.6,
     "flash": 0.45,
     "efficient": 0.3,
@@ -202,7 +203,11 @@ def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip
     source = f"{'gradients by ' if request.grads else ''}{others} ({rates.source})"
     time = Quantity(middle / spread, middle * (2 - 1 / spread), rates.basis, rates.provenance, source)
     energy = None
-    if rates.joules_per_flop is not None and rates.joules_per_byte is not None and choice.path in OWN - {"fp8"}:
+    if (
+        rates.joules_per_flop is not None
+        and rates.joules_per_byte is not None
+        and choice.path in OWN - {"fp8", "skipping"}
+    ):
         joules = 2.0 * request.visible_macs * rates.joules_per_flop + request.bytes_moved * rates.joules_per_byte
         energy = Quantity(
             joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
@@ -219,6 +224,7 @@ def label(path: str) -> str:
         "hopper": "own Hopper kernel",
         "fp8": "own Hopper kernel in FP8 (e4m3), operands quantised in the call",
         "portable": "own Triton kernel",
+        "skipping": "own Triton kernel that skips tiles",
         "cudnn": "torch cuDNN",
         "flash": "torch FlashAttention",
         "efficient": "torch efficient attention",
@@ -257,6 +263,8 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
         from .kernels.fp8.operands import quantised_bytes
 
         return quantised_bytes(r)
+    if path == "skipping":
+        return 0
     if path == "hopper":
         return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
     split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)

@@ -72,6 +72,11 @@ class CudaTiling(DenseTiling):
         if path == "fp8":
             fp8 = fp8_tiles(max(request.dim_qk, request.dim_v), request.len_k, request.causal is not Causal.NONE)
             return TilePlan.equal(request, WARPGROUP_ROWS * fp8.consumers, fp8.keys, cut_by="cuda")
+        if path == "skipping":
+            from .kernels.skipping.launch import skipping_tiles
+
+            cut = skipping_tiles(request)
+            return TilePlan.equal(request, cut.rows, cut.keys, cut_by="cuda")
         if path == "portable":
             rows, keys, *_ = self.tiles(request)
             group = request.heads_q // request.heads_kv if packs(request, request.len_q) else 1
