@@ -41,6 +41,10 @@ _BACKWARD = (
 _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
 )
+_FP8 = (
+    *(f"fp8/{file}" for file in ("forward", "producer", "consumer", "layouts", "config", "quantise")),
+    *("hopper/pipeline", "hopper/softmax", "hopper/result", "hopper/config"),
+)
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER,
@@ -50,6 +54,13 @@ KERNELS = {
     "hopper_backward.backward": _HOPPER_BACKWARD,
     "hopper_backward.prepare": ("hopper_backward/rows",),
     "hopper_backward.finish": ("hopper_backward/rows",),
+    "fp8.forward_fp8": _FP8,
+    "fp8.quantise_rows": ("fp8/quantise",),
+    "fp8.quantise_values": ("fp8/quantise",),
+    "fp8.tile_maxima": ("fp8/quantise",),
+    "fp8.tile_sums": ("fp8/quantise",),
+    "fp8.mean_of_sums": ("fp8/quantise",),
+    "skipping.attend_skipping": ("skipping/attend",),
     "portable.attend": _ATTEND,
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),

@@ -1,5 +1,6 @@
 # ruff: noqa: N803
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="attr-defined"
 """Dense attention in Triton that skips tiles of keys; full and causal, any strides; also runs in Triton's interpreter.
 
 One program owns BM query rows of a head and walks its keys in tiles of BN from the last backwards. The scores of every
