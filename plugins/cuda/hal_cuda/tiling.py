@@ -380,6 +380,7 @@ class Fp8Tiles(NamedTuple):
     arrive: bool
     stages: int
     queries: int
+    beside: bool = True
 
 
 def fp8_tiles(dim: int, len_k: int, right: bool) -> Fp8Tiles:

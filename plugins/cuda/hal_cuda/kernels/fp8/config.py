@@ -15,6 +15,7 @@ class Config(NamedTuple):
         consumers, turns, named: as in the Hopper kernel. barriers: `stages`.
         two_levels: P V of each tile of keys is summed up by the tensor cores and added to the result in float32. With
             one level the tensor cores, whose sums keep 14 bits, add up all keys; that is for comparison alone.
+        beside: see `layouts.BESIDE`.
         blocks: scales are per block of `BLOCK` tokens, not per head.
         right, shifted, ragged: as in the Hopper kernel. lse: the log-sum-exp is written. mean: the keys' mean was
             subtracted, and the log-sum-exp is corrected.
@@ -33,6 +34,7 @@ class Config(NamedTuple):
     turns: bool
     named: bool
     two_levels: bool
+    beside: bool
     blocks: bool
     right: bool
     shifted: bool

@@ -133,7 +133,9 @@ def step(
         s = hide(s * scale_here, t, row0, tile, work, SL, False, True, False)
         scale_here = 1.0
     level, alpha, p = weigh(s, scale_here, level, C)
-    l = beside(scaled(l, alpha, LL, WIDE) + sums(p, BM, BN, LL, WIDE), WIDE)
+    l = scaled(l, alpha, LL, WIDE) + sums(p, BM, BN, LL, WIDE)
+    if C.beside:
+        l = beside(l, WIDE)
     pv, w = warpgroup_mma_wait(0, deps=[pv, w])
     release(barriers.value_empty, (kj - 1) % NB, value_barrier(C), C)
     o = added(o, pv, factor, C)

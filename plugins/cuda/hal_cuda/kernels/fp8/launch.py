@@ -164,6 +164,7 @@ def config_of(
         turns=tiles.turns,
         named=tiles.arrive,
         two_levels=two_levels,
+        beside=tiles.beside,
         blocks=blocks,
         right=right,
         shifted=shifted,
