@@ -129,6 +129,7 @@ def measure() -> dict[str, float]:
         "portable.list_once": lambda: listed(bench),
         "hopper.tile_table": lambda: tabled(bench),
     }
+    checks["skipping.attend_skipping"] = lambda: wished(128, {"skip_tiles": 60})
     checks |= {kernel: partial(beside, function) for kernel, function in BESIDE.items()}
     of_masks = ("portable.normalise", "portable.grad_mask")
     checks |= dict.fromkeys(
@@ -145,6 +146,10 @@ def measure() -> dict[str, float]:
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
         checks["extra.gelu_linear_hopper"] = fused_product
+        whole, by_blocks = ("fp8.forward_fp8", "fp8.quantise_rows", "fp8.quantise_values"), {"fp8": "block"}
+        checks |= dict.fromkeys(whole, lambda: max(wished(128, by_blocks), wished(64, by_blocks)))
+        by_heads = {"fp8": "head", "fp8_centred_keys": True}
+        checks |= dict.fromkeys(("fp8.tile_maxima", "fp8.tile_sums", "fp8.mean_of_sums"), lambda: wished(128, by_heads))
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
@@ -188,6 +193,21 @@ def dense(bench: Bench, path: str, heads_kv: int, len_q: int, len_k: int, dim: i
     def error() -> float:
         given = normal(1, 8, len_q, dim), normal(1, heads_kv, len_k, dim), normal(1, heads_kv, len_k, dim_v or dim)
         return relative_error(call(*given), exact(*given))
+
+    return root_mean_square(error)
+
+
+def wished(dim: int, options: dict[str, Any]) -> float:
+    """Error of bottom-right causal attention with options of the device."""
+    from cuda_attention import DEVICE, normal
+
+    import hal_core as hal
+
+    def error() -> float:
+        given = normal(1, 8, 1500, dim), normal(1, 4, 2000, dim), normal(1, 4, 2000, dim)
+        with hal.use(DEVICE, options=options):
+            out = hal.attention(*given, causal="bottom_right", enable_gqa=True)
+        return relative_error(out, exact(*given))
 
     return root_mean_square(error)
 
