@@ -73,9 +73,7 @@ class CudaTiling(DenseTiling):
             fp8 = fp8_tiles(max(request.dim_qk, request.dim_v), request.len_k, request.causal is not Causal.NONE)
             return TilePlan.equal(request, WARPGROUP_ROWS * fp8.consumers, fp8.keys, cut_by="cuda")
         if path == "skipping":
-            from .kernels.skipping.launch import skipping_tiles
-
-            cut = skipping_tiles(request)
+            cut = skipping_tiles(max(request.dim_qk, request.dim_v))
             return TilePlan.equal(request, cut.rows, cut.keys, cut_by="cuda")
         if path == "portable":
             rows, keys, *_ = self.tiles(request)
@@ -386,6 +384,11 @@ class Fp8Tiles(NamedTuple):
 def fp8_tiles(dim: int, len_k: int, right: bool) -> Fp8Tiles:
     """The FP8 forward's tiles. right: rows end at a diagonal."""
     return Fp8Tiles(128, 2, False, True, 4, 1)
+
+
+def skipping_tiles(dim: int) -> Tiles:
+    """Tiles of the kernel that skips some: small ones are skipped more often."""
+    return Tiles(64, 64 if dim <= 128 else 32, 4, 2)
 
 
 class HopperBackwardTiles(NamedTuple):

@@ -11,7 +11,7 @@ from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Ca
 
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
-from ...tiling import Tiles, power_of_two
+from ...tiling import Tiles, power_of_two, skipping_tiles
 from ..portable.launch import TYPES, aligned, empty_result
 from .attend import attend_skipping
 from .wish import threshold_of
@@ -80,7 +80,7 @@ class SkippingPath:
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
         out = empty_result(query, value.shape[3])
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if r.lse else None
-        tiles = skipping_tiles(r)
+        tiles = skipping_tiles(max(r.dim_qk, r.dim_v))
         threshold = threshold_of(r)
         numbers = [r.effective_scale, float(threshold or 0), heads // key.shape[1], len_q, len_k, shift]
         strides = [*query.stride(), *key.stride(), *value.stride(), *out.stride()[:3]]
@@ -115,9 +115,3 @@ class SkippingPath:
                 self.chip, attend_skipping, signature, constants, num_warps=tiles.warps
             )
         return found
-
-
-def skipping_tiles(request: AttentionRequest) -> Tiles:
-    """Tiles of the kernel that skips: small ones are skipped more often."""
-    wide = max(request.dim_qk, request.dim_v) > 128
-    return Tiles(64, 32 if wide else 64, 4, 2)
