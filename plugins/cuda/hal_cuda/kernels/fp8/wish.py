@@ -18,7 +18,7 @@ from hal_core.plugin_api import AttentionRequest, Code, MaskKind, Refusal
 OPTIONS: dict[str, tuple[str, ...] | tuple[bool, ...]] = {"fp8": ("block", "head"), "fp8_centred_keys": (False, True)}
 #: Largest ||x - reference|| / ||reference|| on normally distributed operands, the reference in float64 on operands
 #: before they are quantised; keys with a large common part need "fp8_centred_keys".
-ERROR = 0.1
+ERROR = 0.08
 MOST_DIM = 128
 
 
