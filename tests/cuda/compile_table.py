@@ -120,7 +120,7 @@ def fp8_variants() -> dict[str, Callable[[], Any]]:
         "full per head": {"blocks": False, "lse": True},
     }
     found: dict[str, Callable[[], Any]] = {}
-    for dim, (edge, flags) in product((64, 128), edges.items()):
+    for dim, (edge, flags) in product((64, 128, 256), edges.items()):
         tiles = fp8_tiles(dim, 8192, "right" in flags)
         config = fp8.config_of(tiles, dim_qk=dim, dim_v=dim, group=1, **(plain | flags))
         found[f"sm_90 fp8 {dim}/{dim} {edge}"] = partial(fp8.compile_forward, "bf16", config)

@@ -50,7 +50,7 @@ def path(device: str, levels: int, *given: Tensor) -> Any:
 
 @pytest.mark.parametrize("scales", ["block", "head"])
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_fp8_agrees_with_float64(hopper: str, seed: int, dim: int, scales: str, centred: bool) -> None:
     for place, (len_q, len_k, options) in enumerate(CASES):
         layout = "heads last" if place % 2 else "heads first"
@@ -65,6 +65,14 @@ def test_fp8_agrees_with_float64(hopper: str, seed: int, dim: int, scales: str, 
             assert torch.equal(torch.isneginf(got.lse), dead)
             assert bool((got.out[dead] == 0).all())
             assert float((got.lse[~dead] - lse[~dead]).abs().max()) <= 0.3
+
+
+@pytest.mark.parametrize(("dim_qk", "dim_v"), [(192, 128), (64, 128), (128, 64), (64, 256), (256, 40)])
+def test_a_value_size_of_its_own(hopper: str, seed: int, dim_qk: int, dim_v: int) -> None:
+    query, key = (draw(seed + i, 1, 2, 500, dim_qk, torch.bfloat16) for i in range(2))
+    value = draw(seed + 2, 1, 2, 500, dim_v, torch.bfloat16)
+    got = fp8(hopper, query, key, value, causal="top_left")
+    assert error(got.out, exact(query, key, value, causal="top_left")[0]) <= BOUND
 
 
 def test_centred_keys_bear_a_large_common_part(hopper: str, seed: int) -> None:

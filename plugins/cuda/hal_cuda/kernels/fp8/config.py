@@ -15,7 +15,7 @@ class Config(NamedTuple):
         consumers, turns, named: as in the Hopper kernel. barriers: `stages`.
         two_levels: P V of each tile of keys is summed up by the tensor cores and added to the result in float32. With
             one level the tensor cores, whose sums keep 14 bits, add up all keys; that is for comparison alone.
-        beside: see `layouts.BESIDE`.
+        beside: see `layouts.BESIDE`. halves: P V is computed in two halves of its columns (see `wide`).
         blocks: scales are per block of `BLOCK` tokens, not per head.
         right, shifted, ragged: as in the Hopper kernel. lse: the log-sum-exp is written. mean: the keys' mean was
             subtracted, and the log-sum-exp is corrected.
@@ -35,6 +35,7 @@ class Config(NamedTuple):
     named: bool
     two_levels: bool
     beside: bool
+    halves: bool
     blocks: bool
     right: bool
     shifted: bool
@@ -81,6 +82,18 @@ class State(NamedTuple):
     level: Any
     total: Any
     weights: Any
+    key_scale: Any
+    value_scale: Any
+    unit: Any
+
+
+class WideState(NamedTuple):
+    """The same where P V follows Q K^T: the result in two halves, and nothing of the last tile."""
+
+    out: Any
+    out2: Any
+    level: Any
+    total: Any
     key_scale: Any
     value_scale: Any
     unit: Any

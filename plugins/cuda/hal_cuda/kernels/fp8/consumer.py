@@ -4,13 +4,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from ..hopper.config import Barriers, Work
 from ..hopper.pipeline import (
@@ -27,35 +21,11 @@ from ..hopper.pipeline import (
     turn_barrier,
     value_barrier,
 )
-from ..hopper.result import LN2
-from ..hopper.softmax import hide, largest, scaled, sums, totals
+from ..hopper.softmax import hide, scaled, sums, totals
 from .config import Scales, Shared, State
 from .layouts import accumulator, beside, left_side, narrow, operand, row_sums
-from .quantise import BLOCK
-
-LEAST = gl.constexpr(-1.0e20)  # least level: far above a hidden score, so hidden weights are exactly 0
-RAISED = gl.constexpr(8.0)  # weights are up to 2^8, in the upper half of e4m3's range; l holds them so too
-
-
-@gluon.jit
-def scale_of(pointer, head, token, blocks, C: gl.constexpr):
-    # The scale of a token's block. head: among all heads of the batch.
-    if C.blocks:
-        s = gl.load(pointer + head * blocks + token // BLOCK)
-    else:
-        s = gl.load(pointer + head)
-    return s
-
-
-@gluon.jit
-def weigh(s, scale, level, C: gl.constexpr):
-    # What follows from a tile's scores: the new level, what sums so far are multiplied by, weights.
-    WIDE: gl.constexpr = C.keys > 64
-    SL: gl.constexpr = accumulator(C.keys)
-    grown = gl.maximum(level, largest(s, C.rows, C.keys, gl.SliceLayout(1, SL), WIDE) * scale - RAISED)
-    alpha = gl.exp2(level - grown)
-    p = gl.exp2(s * scale - gl.expand_dims(grown, 1))
-    return grown, alpha, p
+from .result import finish
+from .softmax import LEAST, scale_of, weigh
 
 
 @gluon.jit
@@ -222,30 +192,6 @@ def first_tile(
 
 
 @gluon.jit
-def finish(od, lse, shared, state: State, row0, tile, work, scales: Scales, c: gl.constexpr, C: gl.constexpr):
-    # Normalise a tile of rows and write it, with its log-sum-exp.
-    BM: gl.constexpr = C.rows
-    SL: gl.constexpr = accumulator(C.keys)
-    OL: gl.constexpr = accumulator(C.dim_v)
-    o, _factor, level, l, _weights, _key_scale, _value_scale, unit = state
-    l = totals(l, gl.SliceLayout(1, SL), C.keys > 64)
-    alive = l > 0.0
-    linv = gl.where(alive, unit / l, 0.0)
-    o = o * gl.expand_dims(gl.convert_layout(linv, gl.SliceLayout(1, OL)), 1)
-    tma.store_wait(0)  # the last tile's store has read this buffer
-    shared.out.index(c).reshape([BM, C.dim_v]).store(o.to(shared.out.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(od, [tile.batch, tile.head, row0, 0], shared.out.index(c))
-    if C.lse:
-        rows = row0 + gl.arange(0, BM, gl.SliceLayout(1, SL))
-        place = (tile.batch * work.heads + tile.head).to(gl.int64) * work.len_q + rows
-        total = (level + gl.log2(l)) * LN2
-        if C.mean:
-            total += gl.load(scales.mean + place, mask=rows < work.len_q)
-        gl.store(lse + place, gl.where(alive, total, float("-inf")), mask=rows < work.len_q)
-
-
-@gluon.jit
 def consumer(
     od,
     lse,
@@ -292,14 +238,14 @@ def consumer(
         state = steps(clear, n, hi, before, q, shared, barriers, row0, tile, state, work, scales, here, c, False, C)
         mbarrier.arrive(barriers.query_empty.index(stage), count=1)
         vj = before + n - 1
-        o, factor, level, l, w, key_scale, value_scale, unit = state
+        o, factor, level, l, w, _key_scale, _value_scale, unit = state
         pv = begin_values(shared, barriers, vj, w, o, C)
         pv, w = warpgroup_mma_wait(0, deps=[pv, w])
         release(barriers.value_empty, vj % NB, value_barrier(C), C)
         o = added(o, pv, factor, C)
         loaded += last - first
-        state = State(o, factor, level, l, w, key_scale, value_scale, unit)
-        finish(od, lse, shared, state, row0, tile, work, scales, c, C)
+        l = totals(l, gl.SliceLayout(1, accumulator(C.keys)), C.keys > 64)
+        finish(od, lse, shared, o, o, level, l, unit, row0, tile, work, scales, c, C)
     tma.store_wait(0)
     if c == 0:
         take_turn(c, C)  # leave no arrival pending

@@ -19,6 +19,7 @@ from ..hopper.config import Barriers, Work
 from .config import Scales, Shared
 from .consumer import consumer
 from .producer import producer
+from .wide import consumer_wide
 
 
 @gluon.jit
@@ -80,7 +81,17 @@ def forward_fp8(
     scales = Scales(q_scale, k_scale, v_scale, q_mean, q_blocks, k_blocks)
     shared = Shared(q_s, k_s, v_s, o_s)
     barriers = Barriers(qf, qe, kf, ke, vf, ve)
-    if NC == 2:
+    if C.halves:
+        gl.warp_specialize(
+            [
+                (producer, (qd, kd, vd, shared, barriers, work, C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(0), C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(1), C)),
+            ],
+            [4, 4],
+            [240, 240],
+        )
+    elif NC == 2:
         gl.warp_specialize(
             [
                 (producer, (qd, kd, vd, shared, barriers, work, C)),

@@ -165,6 +165,7 @@ def config_of(
         named=tiles.arrive,
         two_levels=two_levels,
         beside=tiles.beside,
+        halves=dim_v > 128,
         blocks=blocks,
         right=right,
         shifted=shifted,

@@ -19,7 +19,7 @@ OPTIONS: dict[str, tuple[str, ...] | tuple[bool, ...]] = {"fp8": ("block", "head
 #: Largest ||x - reference|| / ||reference|| on normally distributed operands, the reference in float64 on operands
 #: before they are quantised; keys with a large common part need "fp8_centred_keys".
 ERROR = 0.08
-MOST_DIM = 128
+MOST_DIM = 256
 
 
 class Wish(NamedTuple):
