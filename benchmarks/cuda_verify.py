@@ -42,7 +42,8 @@ _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
 )
 _FP8 = (
-    *(f"fp8/{file}" for file in ("forward", "producer", "consumer", "layouts", "config", "quantise")),
+    *(f"fp8/{file}" for file in ("forward", "producer", "consumer", "wide", "softmax", "result", "layouts", "config")),
+    "fp8/quantise",
     *("hopper/pipeline", "hopper/softmax", "hopper/result", "hopper/config"),
 )
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.

@@ -120,14 +120,16 @@ def fp8_variants() -> dict[str, Callable[[], Any]]:
         "full per head": {"blocks": False, "lse": True},
     }
     found: dict[str, Callable[[], Any]] = {}
-    for dim, (edge, flags) in product((64, 128, 256), edges.items()):
+    shapes = [(dim, edge) for dim in (64, 128, 256) for edge in edges if dim == 128 or edge in ("full", "causal")]
+    for dim, edge in shapes:
+        flags = edges[edge]
         tiles = fp8_tiles(dim, 8192, "right" in flags)
         config = fp8.config_of(tiles, dim_qk=dim, dim_v=dim, group=1, **(plain | flags))
         found[f"sm_90 fp8 {dim}/{dim} {edge}"] = partial(fp8.compile_forward, "bf16", config)
     chip, memory = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), PooledMemory("cpu")
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "fp8"))
     given = torch.empty(1, 2, 256, 128, dtype=torch.bfloat16)
-    wishes = {"blocks": Wish(), "heads": Wish("head"), "centred": Wish("block", True)}
+    wishes = {"blocks": Wish(), "heads centred": Wish("head", True)}
     for name, wish in wishes.items():
         before = len(_launched)
         with mock.patch.object(operands, "launcher", _recorded_extra), borrowing(memory) as borrow:
@@ -147,7 +149,7 @@ def skipping_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
     )
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "skipping"))
     found: dict[str, Callable[[], Any]] = {}
-    for dim, causal in ((128, Causal.NONE), (128, Causal.TOP_LEFT), (256, Causal.TOP_LEFT)):
+    for dim, causal in ((128, Causal.TOP_LEFT), (256, Causal.NONE)):
         request = AttentionRequest(
             batch=1,
             heads_q=8,
