@@ -25,7 +25,7 @@ from ..hopper.softmax import hide, scaled, sums, totals
 from .config import Scales, Shared, State
 from .layouts import accumulator, beside, left_side, narrow, operand, row_sums
 from .result import finish
-from .softmax import LEAST, scale_of, weigh
+from .softmax import LEAST, phase_of, reciprocal, scale_of, stage_of, weigh
 
 
 @gluon.jit
@@ -35,9 +35,9 @@ def begin_values(shared, barriers, vj, w, o, C: gl.constexpr):
     BN: gl.constexpr = C.keys
     DV: gl.constexpr = C.dim_v
     OL: gl.constexpr = accumulator(C.dim_v)
-    mbarrier.wait(barriers.value_full.index(vj % C.stages), (vj // C.stages) & 1)
+    mbarrier.wait(barriers.value_full.index(stage_of(vj, C)), phase_of(vj, C))
     p8 = operand(w, BM, BN, left_side(OL))
-    v = shared.value.index(vj % C.stages).reshape([C.dim_v, BN]).permute((1, 0))
+    v = shared.value.index(stage_of(vj, C)).reshape([C.dim_v, BN]).permute((1, 0))
     if C.two_levels:
         z = gl.zeros([BM, DV], gl.float32, OL)
         pv = warpgroup_mma(p8, v, z, use_acc=False, is_async=True)
@@ -77,7 +77,6 @@ def step(
     # Q K^T of the keys at place kj (tile t) beside P V of the tile before them, then the softmax of the first.
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    NB: gl.constexpr = C.stages
     WIDE: gl.constexpr = C.keys > 64
     SL: gl.constexpr = accumulator(C.keys)
     OL: gl.constexpr = accumulator(C.dim_v)
@@ -90,15 +89,15 @@ def step(
         following = gl.maximum(t - 1, 0) * BN
         key_scale = scale_of(scales.key, head, following, scales.key_blocks, C)
         value_scale = scale_of(scales.value, head, following, scales.key_blocks, C)
-    mbarrier.wait(barriers.key_full.index(kj % NB), (kj // NB) & 1)
+    mbarrier.wait(barriers.key_full.index(stage_of(kj, C)), phase_of(kj, C))
     take_turn(c, C)
     z = gl.zeros([BM, BN], gl.float32, SL)
-    k = shared.key.index(kj % NB).reshape([BN, C.dim_qk])
+    k = shared.key.index(stage_of(kj, C)).reshape([BN, C.dim_qk])
     s = warpgroup_mma(q, k.permute((1, 0)), z, use_acc=False, is_async=True)
     pv = begin_values(shared, barriers, kj - 1, w, o, C)
     pass_turn(c, C)
     s = warpgroup_mma_wait(1, deps=[s])
-    release(barriers.key_empty, kj % NB, KEY_BARRIER, C)
+    release(barriers.key_empty, stage_of(kj, C), KEY_BARRIER, C)
     if RIGHT:
         s = hide(s * scale_here, t, row0, tile, work, SL, False, True, False)
         scale_here = 1.0
@@ -107,10 +106,10 @@ def step(
     if C.beside:
         l = beside(l, WIDE)
     pv, w = warpgroup_mma_wait(0, deps=[pv, w])
-    release(barriers.value_empty, (kj - 1) % NB, value_barrier(C), C)
+    release(barriers.value_empty, stage_of(kj - 1, C), value_barrier(C), C)
     o = added(o, pv, factor, C)
     if C.blocks:
-        alpha = alpha * (unit / unit_here)
+        alpha = alpha * (unit * reciprocal(unit_here))
     if not C.two_levels:
         o = o * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, OL)), 1)
     return State(o, alpha, level, l, narrow(p, BM, BN), key_scale, value_scale, unit_here)
@@ -159,7 +158,6 @@ def first_tile(
     # The softmax of the first tile of keys, on the diagonal or the ragged edge.
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    NB: gl.constexpr = C.stages
     WIDE: gl.constexpr = C.keys > 64
     SL: gl.constexpr = accumulator(C.keys)
     OL: gl.constexpr = accumulator(C.dim_v)
@@ -174,14 +172,14 @@ def first_tile(
         following = gl.maximum(t - 1, 0) * BN
         key_scale = scale_of(scales.key, head, following, scales.key_blocks, C)
         value_scale = scale_of(scales.value, head, following, scales.key_blocks, C)
-    mbarrier.wait(barriers.key_full.index(kj % NB), (kj // NB) & 1)
+    mbarrier.wait(barriers.key_full.index(stage_of(kj, C)), phase_of(kj, C))
     take_turn(c, C)
     z = gl.zeros([BM, BN], gl.float32, SL)
-    k = shared.key.index(kj % NB).reshape([BN, C.dim_qk])
+    k = shared.key.index(stage_of(kj, C)).reshape([BN, C.dim_qk])
     s = warpgroup_mma(q, k.permute((1, 0)), z, use_acc=False, is_async=True)
     pass_turn(c, C)
     s = warpgroup_mma_wait(0, deps=[s])
-    release(barriers.key_empty, kj % NB, KEY_BARRIER, C)
+    release(barriers.key_empty, stage_of(kj, C), KEY_BARRIER, C)
     if C.right or C.ragged:
         s = hide(s * scale_here, t, row0, tile, work, SL, False, C.right, C.ragged)
         scale_here = 1.0
@@ -205,7 +203,6 @@ def consumer(
 ):
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    NB: gl.constexpr = C.stages
     APART: gl.constexpr = C.right and (C.shifted or C.consumers * C.rows > C.keys)
     PB: gl.constexpr = turn_barrier(C)
     total = tiles_in(work, C)
@@ -241,7 +238,7 @@ def consumer(
         o, factor, level, l, w, _key_scale, _value_scale, unit = state
         pv = begin_values(shared, barriers, vj, w, o, C)
         pv, w = warpgroup_mma_wait(0, deps=[pv, w])
-        release(barriers.value_empty, vj % NB, value_barrier(C), C)
+        release(barriers.value_empty, stage_of(vj, C), value_barrier(C), C)
         o = added(o, pv, factor, C)
         loaded += last - first
         l = totals(l, gl.SliceLayout(1, accumulator(C.keys)), C.keys > 64)

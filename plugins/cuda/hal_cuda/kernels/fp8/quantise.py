@@ -11,6 +11,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(128)
 LARGEST = tl.constexpr(448.0)  # of e4m3
+LEAST = tl.constexpr(2.0**-120)  # scale
 
 
 @triton.jit
@@ -27,8 +28,8 @@ def token_tile(x, tokens, length, x_b, x_h, x_m, heads, D: tl.constexpr, DP: tl.
 
 @triton.jit
 def scale_of_largest(largest):
-    # 1 where all is zero; NaN and inf stay, so that they reach the result.
-    return tl.where(largest == 0.0, 1.0, largest * (1.0 / LARGEST))
+    # 1 where all is zero; NaN and inf stay, so that they reach the result. Reciprocals must be finite.
+    return tl.where(largest == 0.0, 1.0, tl.maximum(largest * (1.0 / LARGEST), LEAST))
 
 
 @triton.jit

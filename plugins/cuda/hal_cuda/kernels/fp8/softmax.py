@@ -13,6 +13,34 @@ LEAST = gl.constexpr(-1.0e20)  # least level: far above a hidden score, so hidde
 RAISED = gl.constexpr(8.0)  # weights are up to 2^8, in the upper half of e4m3's range; l holds them so too
 
 
+@gluon.constexpr_function
+def bits(stages):
+    # Of the number of a stage, where stages are a power of two; else None.
+    return stages.bit_length() - 1 if stages & (stages - 1) == 0 else None
+
+
+@gluon.jit
+def stage_of(place, C: gl.constexpr):
+    # The stage of the tile at a place in the order of loading. Shifts cost less than divisions of signed numbers.
+    BITS: gl.constexpr = bits(C.stages)
+    if BITS is None:
+        s = place % C.stages
+    else:
+        s = place & (C.stages - 1)
+    return s
+
+
+@gluon.jit
+def phase_of(place, C: gl.constexpr):
+    # The parity of the round in which its stage holds that tile.
+    BITS: gl.constexpr = bits(C.stages)
+    if BITS is None:
+        p = (place // C.stages) & 1
+    else:
+        p = (place >> BITS) & 1
+    return p
+
+
 @gluon.jit
 def scale_of(pointer, head, token, blocks, C: gl.constexpr):
     # The scale of a token's block. head: among all heads of the batch.
@@ -21,6 +49,12 @@ def scale_of(pointer, head, token, blocks, C: gl.constexpr):
     else:
         s = gl.load(pointer + head)
     return s
+
+
+@gluon.jit
+def reciprocal(x):
+    # Of a scale, which is 2^-120 at least.
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ from ..hopper.softmax import hide, scaled, sums, totals
 from .config import Scales, Shared, WideState
 from .layouts import accumulator, left_side, narrow, operand, row_sums
 from .result import finish
-from .softmax import LEAST, scale_of, weigh
+from .softmax import LEAST, phase_of, reciprocal, scale_of, stage_of, weigh
 
 
 @gluon.jit
@@ -41,7 +41,7 @@ def half(w, shared, vj, place: gl.constexpr, C: gl.constexpr):
     OL: gl.constexpr = accumulator(HALF)
     z = gl.zeros([BM, HALF], gl.float32, OL)
     p8 = operand(w, BM, BN, left_side(OL))
-    v = shared.value.index(vj % C.stages).reshape([C.dim_v, BN]).slice(place * HALF, HALF)
+    v = shared.value.index(stage_of(vj, C)).reshape([C.dim_v, BN]).slice(place * HALF, HALF)
     pv = warpgroup_mma(p8, v.permute((1, 0)), z, use_acc=False, is_async=True)
     pv, w = warpgroup_mma_wait(0, deps=[pv, w])
     return pv, w
@@ -70,7 +70,6 @@ def steps_wide(
     # The steps [begin, end) of a consumer's rows, whose keys end with tile `last` - 1 at place `before`.
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    NB: gl.constexpr = C.stages
     HALF: gl.constexpr = C.dim_v // 2
     WIDE: gl.constexpr = C.keys > 64
     SL: gl.constexpr = accumulator(C.keys)
@@ -87,14 +86,14 @@ def steps_wide(
             following = gl.maximum(t - 1, 0) * BN
             key_scale = scale_of(scales.key, head, following, scales.key_blocks, C)
             value_scale = scale_of(scales.value, head, following, scales.key_blocks, C)
-        mbarrier.wait(barriers.key_full.index(kj % NB), (kj // NB) & 1)
+        mbarrier.wait(barriers.key_full.index(stage_of(kj, C)), phase_of(kj, C))
         take_turn(c, C)
         z = gl.zeros([BM, BN], gl.float32, SL)
-        k = shared.key.index(kj % NB).reshape([BN, C.dim_qk])
+        k = shared.key.index(stage_of(kj, C)).reshape([BN, C.dim_qk])
         s = warpgroup_mma(q, k.permute((1, 0)), z, use_acc=False, is_async=True)
         pass_turn(c, C)
         s = warpgroup_mma_wait(0, deps=[s])
-        release(barriers.key_empty, kj % NB, KEY_BARRIER, C)
+        release(barriers.key_empty, stage_of(kj, C), KEY_BARRIER, C)
         if RIGHT or RAGGED:
             s = hide(s * scale_here, t, row0, tile, work, SL, False, RIGHT, RAGGED)
             scale_here = 1.0
@@ -102,13 +101,13 @@ def steps_wide(
         l = scaled(l, factor, LL, WIDE) + sums(p, BM, BN, LL, WIDE)
         w = narrow(p, BM, BN)
         if C.blocks:
-            factor = factor * (unit / unit_here)
+            factor = factor * (unit * reciprocal(unit_here))
         factor = gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, OL)), 1)
-        mbarrier.wait(barriers.value_full.index(kj % NB), (kj // NB) & 1)
+        mbarrier.wait(barriers.value_full.index(stage_of(kj, C)), phase_of(kj, C))
         pv, w = half(w, shared, kj, 0, C)
         o = o * factor + pv
         pv, w = half(w, shared, kj, 1, C)
-        release(barriers.value_empty, kj % NB, value_barrier(C), C)
+        release(barriers.value_empty, stage_of(kj, C), value_barrier(C), C)
         o2 = o2 * factor + pv
         state = WideState(o, o2, level, l, key_scale, value_scale, unit_here)
     return state
