@@ -379,6 +379,8 @@ class Fp8Tiles(NamedTuple):
     stages: int
     queries: int
     beside: bool = True
+    apart: bool = False
+    halves: bool = False
 
 
 def fp8_tiles(dim: int, len_k: int, right: bool) -> Fp8Tiles:

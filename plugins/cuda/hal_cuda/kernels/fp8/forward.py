@@ -81,7 +81,7 @@ def forward_fp8(
     scales = Scales(q_scale, k_scale, v_scale, q_mean, q_blocks, k_blocks)
     shared = Shared(q_s, k_s, v_s, o_s)
     barriers = Barriers(qf, qe, kf, ke, vf, ve)
-    if C.halves:
+    if C.apart and NC == 2:
         gl.warp_specialize(
             [
                 (producer, (qd, kd, vd, shared, barriers, work, C)),
@@ -90,6 +90,29 @@ def forward_fp8(
             ],
             [4, 4],
             [240, 240],
+        )
+    elif C.apart and NC == 4:
+        gl.warp_specialize(
+            [
+                (producer, (qd, kd, vd, shared, barriers, work, C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(0), C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(1), C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(2), C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(3), C)),
+            ],
+            [4, 4, 4, 4],
+            [120, 120, 120, 120],
+        )
+    elif C.apart:
+        gl.warp_specialize(
+            [
+                (producer, (qd, kd, vd, shared, barriers, work, C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(0), C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(1), C)),
+                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(2), C)),
+            ],
+            [4, 4, 4],
+            [160, 160, 160],
         )
     elif NC == 2:
         gl.warp_specialize(

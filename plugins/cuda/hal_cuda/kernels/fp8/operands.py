@@ -13,7 +13,7 @@ from hal_core.plugin_api import AttentionRequest
 from ...memory import Borrowed
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
-from .quantise import mean_of_sums, quantise_rows, quantise_values, tile_maxima, tile_sums
+from .quantise import mean_of_sums, quantise_all, quantise_rows, quantise_values, tile_maxima, tile_sums
 from .wish import Wish, wish_of
 
 BLOCK = 128  # tokens that share a scale
@@ -73,7 +73,8 @@ def quantised_bytes(request: AttentionRequest) -> int:
 class Quantiser:
     """Quantises operands of one chip, on torch's current stream."""
 
-    def __init__(self, context: Context, wish: Wish) -> None:
+    def __init__(self, context: Context, wish: Wish, warps: int = 8) -> None:
+        self.warps = warps
         self._chip, self._wish = context.chip, wish
         self._runs: dict[Any, Launcher] = {}
 
@@ -81,6 +82,8 @@ class Quantiser:
         self, borrow: Borrowed, query: Tensor, key: Tensor, value: Tensor, scale: float, lse: bool
     ) -> Quantised:
         """Args: borrow: gives the buffers. scale: of the scores. lse: the log-sum-exp is asked for."""
+        if self._wish == Wish("block", False):
+            return self._at_once(borrow, query, key, value)
         mean = self._mean(borrow, key) if self._wish.centred else None
         dots = borrow(query.shape[:3], torch.float32) if lse and mean is not None else None
         group = query.shape[1] // key.shape[1]
@@ -88,6 +91,39 @@ class Quantiser:
         keys = self._rows(borrow, key, mean, None, None, 1, scale)
         values = self._values(borrow, value)
         return Quantised(given[0], keys[0], values[0], given[1], keys[1], values[1], dots)
+
+    def _at_once(self, borrow: Borrowed, query: Tensor, key: Tensor, value: Tensor) -> Quantised:
+        """What needs nothing to be known beforehand, in one launch."""
+        outs, scales, programs = [], [], []
+        for x in (query, key):
+            outs.append(borrow((*x.shape[:3], padded(x.shape[3])), torch.float8_e4m3fn))
+            programs.append(x.shape[0] * x.shape[1] * blocks_of(x.shape[2]))
+        blocks = blocks_of(value.shape[2])
+        outs.append(borrow((*value.shape[:2], blocks * padded(value.shape[3]), BLOCK), torch.float8_e4m3fn))
+        scales = [borrow((*x.shape[:2], blocks_of(x.shape[2])), torch.float32) for x in (query, key, value)]
+        aligned = all(_aligned(x) for x in (query, key, value))
+        form = ("all", query.dtype, query.shape[3], value.shape[3], aligned)
+        run = self._runs.get(form)
+        if run is None:
+            run = self._runs[form] = self._made_at_once(query, value, aligned)
+        lengths = [query.shape[1], key.shape[1], query.shape[2], key.shape[2], *programs]
+        steps = [step for x in (query, key, value) for step in x.stride()[:3]]
+        grid = (programs[0] + 2 * programs[1], 1, 1)
+        run(grid, (query, key, value, *outs, *scales), [*steps, *lengths])
+        return Quantised(*outs, *scales, None)
+
+    def _made_at_once(self, query: Tensor, value: Tensor, aligned: bool) -> Launcher:
+        kind = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[query.dtype]
+        steps = tuple(f"{name}_{axis}" for name in "qkv" for axis in "bhm")
+        types = dict.fromkeys("qkv", kind) | dict.fromkeys(("q8", "k8", "v8"), "*fp8e4nv")
+        types |= dict.fromkeys(("q_scales", "k_scales", "v_scales"), "*fp32") | dict.fromkeys(steps, "i64")
+        numbers = ("q_heads", "k_heads", "len_q", "len_k", "q_programs", "k_programs")
+        types |= dict.fromkeys(numbers, "i32")
+        divisible = dict.fromkeys(("q8", "k8", "v8", "q_scales", "k_scales", "v_scales"), 16)
+        divisible |= (dict.fromkeys("qkv", 16) | dict.fromkeys(steps, 8)) if aligned else {}
+        constants = {"D": query.shape[3], "DP": padded(query.shape[3])}
+        constants |= {"DV": value.shape[3], "DVP": padded(value.shape[3])}
+        return launcher(self._chip, quantise_all, types, constants, divisible, num_warps=self.warps)
 
     def _rows(
         self,
@@ -138,7 +174,7 @@ class Quantiser:
 
     def _run(self, kernel: str, x: Tensor, flags: Mapping[str, Any]) -> Launcher:
         """A kernel over tensors like x, kept: by dtype, head size and whether addresses are multiples of 16 bytes."""
-        aligned = x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
+        aligned = _aligned(x)
         key = (kernel, x.dtype, x.shape[3], aligned, *flags.values())
         found = self._runs.get(key)
         if found is None:
@@ -160,6 +196,11 @@ class Quantiser:
         if kernel == "sums":
             return launcher(chip, tile_sums, types, constants, divisible, num_warps=8)
         return launcher(chip, mean_of_sums, types, {"DP": constants["DP"]}, divisible, num_warps=1)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether rows can be loaded by 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
 
 
 def _steps(x: Tensor) -> list[int]:

@@ -15,9 +15,8 @@ LEAST = tl.constexpr(2.0**-120)  # scale
 
 
 @triton.jit
-def token_tile(x, tokens, length, x_b, x_h, x_m, heads, D: tl.constexpr, DP: tl.constexpr):
-    # Tokens of the head of program axis 1, float32 [BLOCK, DP]; zeros behind the last token and column.
-    head = tl.program_id(1)
+def token_tile(x, head, tokens, length, x_b, x_h, x_m, heads, D: tl.constexpr, DP: tl.constexpr):
+    # Tokens of a head, counted over the batch, float32 [BLOCK, DP]; zeros behind the last token and column.
     base = x + (head // heads).to(tl.int64) * x_b + (head % heads).to(tl.int64) * x_h
     columns = tl.arange(0, DP)
     there = (tokens < length)[:, None]
@@ -33,9 +32,8 @@ def scale_of_largest(largest):
 
 
 @triton.jit
-def scale_of_tile(tile, blocks, maxima, scales, PER_BLOCK: tl.constexpr):
+def scale_of_tile(tile, head, block, blocks, maxima, scales, PER_BLOCK: tl.constexpr):
     # The tile's scale, written where its readers look for it. maxima: largest magnitudes of the head's tiles.
-    head, block = tl.program_id(1), tl.program_id(0)
     if PER_BLOCK:
         scale = scale_of_largest(tl.max(tl.max(tl.abs(tile), 1), 0))
         tl.store(scales + head * blocks + block, scale)
@@ -47,6 +45,72 @@ def scale_of_tile(tile, blocks, maxima, scales, PER_BLOCK: tl.constexpr):
         scale = scale_of_largest(tl.max(largest, 0))
         tl.store(scales + head, scale, mask=block == 0)
     return scale
+
+
+@triton.jit
+def rows_tile(
+    x,
+    out,
+    scales,
+    maxima,
+    mean,
+    dots,
+    head,
+    block,
+    x_b,
+    x_h,
+    x_m,
+    heads,
+    length,
+    blocks,
+    group,
+    scale_of_scores,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr,
+    DOTS: tl.constexpr,
+):
+    # A tile of a query or key: see `quantise_rows`.
+    tokens, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
+    tile = token_tile(x, head, tokens, length, x_b, x_h, x_m, heads, D, DP)
+    if DOTS:
+        centre = tl.load(mean + head // group * DP + columns)
+        product = tl.sum(tile * centre[None, :], 1) * scale_of_scores
+        tl.store(dots + head.to(tl.int64) * length + tokens, product, mask=tokens < length)
+    if CENTRED:
+        centre = tl.load(mean + head * DP + columns)
+        tile = tl.where((tokens < length)[:, None], tile - centre[None, :], 0.0)
+    scale = scale_of_tile(tile, head, block, blocks, maxima, scales, PER_BLOCK)
+    at = (head.to(tl.int64) * length + tokens)[:, None] * DP + columns[None, :]
+    tl.store(out + at, (tile * (1.0 / scale)).to(tl.float8e4nv), mask=(tokens < length)[:, None])
+
+
+@triton.jit
+def values_tile(
+    x,
+    out,
+    scales,
+    maxima,
+    head,
+    block,
+    x_b,
+    x_h,
+    x_m,
+    heads,
+    length,
+    blocks,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+):
+    # A tile of a value: see `quantise_values`.
+    place, columns = tl.arange(0, BLOCK), tl.arange(0, DP)
+    tokens = block * BLOCK + place // 16 * 16 + place % 4 // 2 * 8 + place % 16 // 4 * 2 + place % 2
+    tile = token_tile(x, head, tokens, length, x_b, x_h, x_m, heads, D, DP)
+    scale = scale_of_tile(tile, head, block, blocks, maxima, scales, PER_BLOCK)
+    at = ((head * blocks + block).to(tl.int64) * DP + columns)[:, None] * BLOCK + place[None, :]
+    tl.store(out + at, tl.trans((tile * (1.0 / scale)).to(tl.float8e4nv)))
 
 
 @triton.jit
@@ -79,18 +143,29 @@ def quantise_rows(
     dots, float32 [batch, heads, length], gets scale_of_scores times each row's product with the mean of its key head,
     one for `group` heads of x.
     """
-    head, tokens, columns = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DP)
-    tile = token_tile(x, tokens, length, x_b, x_h, x_m, heads, D, DP)
-    if DOTS:
-        centre = tl.load(mean + head // group * DP + columns)
-        product = tl.sum(tile * centre[None, :], 1) * scale_of_scores
-        tl.store(dots + head.to(tl.int64) * length + tokens, product, mask=tokens < length)
-    if CENTRED:
-        centre = tl.load(mean + head * DP + columns)
-        tile = tl.where((tokens < length)[:, None], tile - centre[None, :], 0.0)
-    scale = scale_of_tile(tile, blocks, maxima, scales, PER_BLOCK)
-    at = (head.to(tl.int64) * length + tokens)[:, None] * DP + columns[None, :]
-    tl.store(out + at, (tile * (1.0 / scale)).to(tl.float8e4nv), mask=(tokens < length)[:, None])
+    rows_tile(
+        x,
+        out,
+        scales,
+        maxima,
+        mean,
+        dots,
+        tl.program_id(1),
+        tl.program_id(0),
+        x_b,
+        x_h,
+        x_m,
+        heads,
+        length,
+        blocks,
+        group,
+        scale_of_scores,
+        D,
+        DP,
+        PER_BLOCK,
+        CENTRED,
+        DOTS,
+    )
 
 
 @triton.jit
@@ -117,12 +192,61 @@ def quantise_values(
     last token and column. scales, maxima: as for `quantise_rows`.
     """
     head, block = tl.program_id(1), tl.program_id(0)
-    place, columns = tl.arange(0, BLOCK), tl.arange(0, DP)
-    tokens = block * BLOCK + place // 16 * 16 + place % 4 // 2 * 8 + place % 16 // 4 * 2 + place % 2
-    tile = token_tile(x, tokens, length, x_b, x_h, x_m, heads, D, DP)
-    scale = scale_of_tile(tile, blocks, maxima, scales, PER_BLOCK)
-    at = ((head * blocks + block).to(tl.int64) * DP + columns)[:, None] * BLOCK + place[None, :]
-    tl.store(out + at, tl.trans((tile * (1.0 / scale)).to(tl.float8e4nv)))
+    values_tile(x, out, scales, maxima, head, block, x_b, x_h, x_m, heads, length, blocks, D, DP, PER_BLOCK)
+
+
+@triton.jit
+def quantise_all(
+    q,
+    k,
+    v,
+    q8,
+    k8,
+    v8,
+    q_scales,
+    k_scales,
+    v_scales,
+    q_b,
+    q_h,
+    q_m,
+    k_b,
+    k_h,
+    k_m,
+    v_b,
+    v_h,
+    v_m,
+    q_heads,
+    k_heads,
+    len_q,
+    len_k,
+    q_programs,
+    k_programs,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+):
+    """Query, key and value in one launch, with scales per block: as `quantise_rows` and `quantise_values` would.
+
+    Grid: (q_programs + 2 * k_programs,), programs of the query first, a program for each block of each head.
+    """
+    pid = tl.program_id(0)
+    blocks_q, blocks = (len_q + BLOCK - 1) // BLOCK, (len_k + BLOCK - 1) // BLOCK
+    if pid < q_programs:
+        at, to = pid // blocks_q, pid % blocks_q
+        rows_tile(
+            q, q8, q_scales, q_scales, q_scales, q_scales, at, to, q_b, q_h, q_m, q_heads, len_q, blocks_q, 1, 1.0,
+            D, DP, True, False, False,
+        )  # fmt: skip
+    elif pid < q_programs + k_programs:
+        at, to = (pid - q_programs) // blocks, (pid - q_programs) % blocks
+        rows_tile(
+            k, k8, k_scales, k_scales, k_scales, k_scales, at, to, k_b, k_h, k_m, k_heads, len_k, blocks, 1, 1.0,
+            D, DP, True, False, False,
+        )  # fmt: skip
+    else:
+        at, to = (pid - q_programs - k_programs) // blocks, (pid - q_programs - k_programs) % blocks
+        values_tile(v, v8, v_scales, v_scales, at, to, v_b, v_h, v_m, k_heads, len_k, blocks, DV, DVP, True)
 
 
 @triton.jit
@@ -134,7 +258,7 @@ def tile_maxima(
     """
     head, block = tl.program_id(1), tl.program_id(0)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
-    tile = token_tile(x, tokens, length, x_b, x_h, x_m, heads, D, DP)
+    tile = token_tile(x, head, tokens, length, x_b, x_h, x_m, heads, D, DP)
     if CENTRED:
         centre = tl.load(mean + head * DP + tl.arange(0, DP))
         tile = tl.where((tokens < length)[:, None], tile - centre[None, :], 0.0)
@@ -148,7 +272,7 @@ def tile_sums(x, sums, x_b, x_h, x_m, heads, length, chunks, D: tl.constexpr, DP
     total = tl.zeros([DP], tl.float32)
     for i in range(TILES):
         tokens = (chunk * TILES + i) * BLOCK + tl.arange(0, BLOCK)
-        total += tl.sum(token_tile(x, tokens, length, x_b, x_h, x_m, heads, D, DP), 0)
+        total += tl.sum(token_tile(x, head, tokens, length, x_b, x_h, x_m, heads, D, DP), 0)
     tl.store(sums + (head * chunks + chunk).to(tl.int64) * DP + tl.arange(0, DP), total)
 
 

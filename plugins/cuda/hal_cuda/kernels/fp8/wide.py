@@ -37,7 +37,7 @@ def half(w, shared, vj, place: gl.constexpr, C: gl.constexpr):
     # P V of one half of the columns; w comes back as what the product has read.
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    HALF: gl.constexpr = C.dim_v // 2
+    HALF: gl.constexpr = C.dim_v // 2 if C.halves else C.dim_v
     OL: gl.constexpr = accumulator(HALF)
     z = gl.zeros([BM, HALF], gl.float32, OL)
     p8 = operand(w, BM, BN, left_side(OL))
@@ -70,7 +70,7 @@ def steps_wide(
     # The steps [begin, end) of a consumer's rows, whose keys end with tile `last` - 1 at place `before`.
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    HALF: gl.constexpr = C.dim_v // 2
+    HALF: gl.constexpr = C.dim_v // 2 if C.halves else C.dim_v
     WIDE: gl.constexpr = C.keys > 64
     SL: gl.constexpr = accumulator(C.keys)
     OL: gl.constexpr = accumulator(HALF)
@@ -106,9 +106,12 @@ def steps_wide(
         mbarrier.wait(barriers.value_full.index(stage_of(kj, C)), phase_of(kj, C))
         pv, w = half(w, shared, kj, 0, C)
         o = o * factor + pv
-        pv, w = half(w, shared, kj, 1, C)
+        if C.halves:
+            pv, w = half(w, shared, kj, 1, C)
+            o2 = o2 * factor + pv
+        else:
+            o2 = o
         release(barriers.value_empty, stage_of(kj, C), value_barrier(C), C)
-        o2 = o2 * factor + pv
         state = WideState(o, o2, level, l, key_scale, value_scale, unit_here)
     return state
 
@@ -127,7 +130,7 @@ def consumer_wide(
 ):
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
-    HALF: gl.constexpr = C.dim_v // 2
+    HALF: gl.constexpr = C.dim_v // 2 if C.halves else C.dim_v
     SL: gl.constexpr = accumulator(C.keys)
     LL: gl.constexpr = row_sums(C.keys)
     OL: gl.constexpr = accumulator(HALF)
