@@ -44,7 +44,10 @@ def compile_all() -> None:
     """The kernels of the speed and needle tables, in several processes at once."""
     flags: list[dict[str, Any]] = [{}, {"right": True}, {"blocks": False}, {"blocks": False, "right": True}]
     every = [(dim, each) for dim in (64, 128) for each in flags] + [(128, {"two_levels": False})]
-    with ProcessPoolExecutor(9, multiprocessing.get_context("spawn")) as pool:
+    of_lse = [{"lse": True}, {"lse": True, "blocks": False}, {"lse": True, "mean": True}]
+    every += [(128, each | edge) for each in of_lse for edge in ({}, {"right": True})]
+    every += [(64, each | {"right": True}) for each in of_lse]
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, *zip(*every, strict=True)))
 
 

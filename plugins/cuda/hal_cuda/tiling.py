@@ -387,7 +387,7 @@ def fp8_tiles(dim: int, len_k: int, right: bool) -> Fp8Tiles:
     """The FP8 forward's tiles. right: rows end at a diagonal."""
     if dim > 128:
         return Fp8Tiles(128, 2, False, True, 2, 1)
-    return Fp8Tiles(128, 2, False, True, 4, 1)
+    return Fp8Tiles(128, 2, False, True, 4, 2)
 
 
 def skipping_tiles(dim: int) -> Tiles:
