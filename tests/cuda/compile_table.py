@@ -123,7 +123,7 @@ def fp8_variants() -> dict[str, Callable[[], Any]]:
     shapes = [(dim, edge) for dim in (64, 128, 256) for edge in edges if dim == 128 or edge in ("full", "causal")]
     for dim, edge in shapes:
         flags = edges[edge]
-        tiles = fp8_tiles(dim, 8192, "right" in flags)
+        tiles = fp8_tiles(dim, whole=not {"shifted", "ragged"} & set(flags))
         config = fp8.config_of(tiles, dim_qk=dim, dim_v=dim, group=1, **(plain | flags))
         found[f"sm_90 fp8 {dim}/{dim} {edge}"] = partial(fp8.compile_forward, "bf16", config)
     chip, memory = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), PooledMemory("cpu")

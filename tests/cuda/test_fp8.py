@@ -116,4 +116,6 @@ def test_the_decision_says_what_is_used() -> None:
 
 def test_the_plan_has_the_tiles_of_the_kernel() -> None:
     plan = CudaTiling(HOPPER, lambda request: "fp8").plan(PLAIN, {})
-    assert (plan.block_q, plan.block_k) == (128, 128)
+    assert (plan.block_q, plan.block_k) == (192, 128)
+    ragged = CudaTiling(HOPPER, lambda request: "fp8").plan(replace(PLAIN, len_k=4000), {})
+    assert (ragged.block_q, ragged.block_k) == (128, 128)

@@ -103,8 +103,7 @@ def step(
         scale_here = 1.0
     level, alpha, p = weigh(s, scale_here, level, C)
     l = scaled(l, alpha, LL, WIDE) + sums(p, BM, BN, LL, WIDE)
-    if C.beside:
-        l = beside(l, WIDE)
+    l = beside(l, WIDE)
     pv, w = warpgroup_mma_wait(0, deps=[pv, w])
     release(barriers.value_empty, stage_of(kj - 1, C), value_barrier(C), C)
     o = added(o, pv, factor, C)

@@ -91,18 +91,6 @@ def forward_fp8(
             [4, 4],
             [240, 240],
         )
-    elif C.apart and NC == 4:
-        gl.warp_specialize(
-            [
-                (producer, (qd, kd, vd, shared, barriers, work, C)),
-                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(0), C)),
-                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(1), C)),
-                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(2), C)),
-                (consumer_wide, (od, lse, shared, barriers, work, scales, scale, gl.constexpr(3), C)),
-            ],
-            [4, 4, 4, 4],
-            [120, 120, 120, 120],
-        )
     elif C.apart:
         gl.warp_specialize(
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan, Ca
 from ...memory import borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
-from ...tiling import WARPGROUP_ROWS, Fp8Tiles, fp8_tiles
+from ...tiling import WARPGROUP_ROWS, Fp8Tiles, fp8_tiles, fp8_whole
 from ..hopper.launch import CACHED, LOG2E, add_map, side
 from ..hopper.schedule import OVERHEAD, key_tiles, schedule
 from ..portable.launch import empty_result
@@ -93,7 +94,7 @@ class Fp8Path:
         heads_kv, len_k, dim = given.key.shape[1:]
         right = None if r.causal is Causal.NONE else 0
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
-        tiles = self._tiles or fp8_tiles(max(dim, padded(dim_v)), len_k, right is not None)
+        tiles = self._tiles or fp8_tiles(max(dim, padded(dim_v)), fp8_whole(replace(r, len_q=len_q, len_k=len_k)))
         config = config_of(
             tiles,
             dim_qk=dim,
@@ -164,9 +165,8 @@ def config_of(
         turns=tiles.turns,
         named=tiles.arrive,
         two_levels=two_levels,
-        beside=tiles.beside,
-        apart=tiles.apart or dim_v > 128,
-        halves=tiles.halves or dim_v > 128,
+        apart=tiles.apart,
+        halves=tiles.halves and dim_v > 128,
         blocks=blocks,
         right=right,
         shifted=shifted,

@@ -73,8 +73,7 @@ def quantised_bytes(request: AttentionRequest) -> int:
 class Quantiser:
     """Quantises operands of one chip, on torch's current stream."""
 
-    def __init__(self, context: Context, wish: Wish, warps: int = 8) -> None:
-        self.warps = warps
+    def __init__(self, context: Context, wish: Wish) -> None:
         self._chip, self._wish = context.chip, wish
         self._runs: dict[Any, Launcher] = {}
 
@@ -123,7 +122,7 @@ class Quantiser:
         divisible |= (dict.fromkeys("qkv", 16) | dict.fromkeys(steps, 8)) if aligned else {}
         constants = {"D": query.shape[3], "DP": padded(query.shape[3])}
         constants |= {"DV": value.shape[3], "DVP": padded(value.shape[3])}
-        return launcher(self._chip, quantise_all, types, constants, divisible, num_warps=self.warps)
+        return launcher(self._chip, quantise_all, types, constants, divisible, num_warps=4)
 
     def _rows(
         self,

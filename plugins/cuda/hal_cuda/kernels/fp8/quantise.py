@@ -235,15 +235,53 @@ def quantise_all(
     if pid < q_programs:
         at, to = pid // blocks_q, pid % blocks_q
         rows_tile(
-            q, q8, q_scales, q_scales, q_scales, q_scales, at, to, q_b, q_h, q_m, q_heads, len_q, blocks_q, 1, 1.0,
-            D, DP, True, False, False,
-        )  # fmt: skip
+            q,
+            q8,
+            q_scales,
+            q_scales,
+            q_scales,
+            q_scales,
+            at,
+            to,
+            q_b,
+            q_h,
+            q_m,
+            q_heads,
+            len_q,
+            blocks_q,
+            1,
+            1.0,
+            D,
+            DP,
+            True,
+            False,
+            False,
+        )
     elif pid < q_programs + k_programs:
         at, to = (pid - q_programs) // blocks, (pid - q_programs) % blocks
         rows_tile(
-            k, k8, k_scales, k_scales, k_scales, k_scales, at, to, k_b, k_h, k_m, k_heads, len_k, blocks, 1, 1.0,
-            D, DP, True, False, False,
-        )  # fmt: skip
+            k,
+            k8,
+            k_scales,
+            k_scales,
+            k_scales,
+            k_scales,
+            at,
+            to,
+            k_b,
+            k_h,
+            k_m,
+            k_heads,
+            len_k,
+            blocks,
+            1,
+            1.0,
+            D,
+            DP,
+            True,
+            False,
+            False,
+        )
     else:
         at, to = (pid - q_programs - k_programs) // blocks, (pid - q_programs - k_programs) % blocks
         values_tile(v, v8, v_scales, v_scales, at, to, v_b, v_h, v_m, k_heads, len_k, blocks, DV, DVP, True)

@@ -1,9 +1,10 @@
 # ruff: noqa: N803, E741
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""A warpgroup of the FP8 kernel that computes, for head size 256.
+"""A warpgroup of the FP8 kernel that computes, where its registers hold the result beside a product P V or beside the
+scores, not beside both: at head size 256, and at 128 with three warpgroups.
 
-Registers hold the result beside half of a product P V, or beside the scores, not beside both. So one product of a tile
-of keys follows the other, the second in two halves, and warpgroups overlap with each other alone.
+One product of a tile of keys follows the other, with C.halves the second in two halves of its columns, and warpgroups
+overlap with each other alone.
 """
 
 from triton.experimental import gluon
