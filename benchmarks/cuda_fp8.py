@@ -36,7 +36,7 @@ def compile_one(dim: int, flags: dict[str, Any]) -> None:
     from hal_cuda.tiling import fp8_tiles
 
     given = dict.fromkeys(("right", "shifted", "ragged", "lse", "mean"), False) | {"blocks": True} | flags
-    tiles = fp8_tiles(dim, whole=True)
+    tiles = fp8_tiles(dim, whole=given.get("two_levels", True))
     compile_forward("bf16", config_of(tiles, dim_qk=dim, dim_v=dim, group=1, **given))
 
 

@@ -15,8 +15,7 @@ class Config(NamedTuple):
         consumers, turns, named: as in the Hopper kernel. barriers: `stages`.
         two_levels: P V of each tile of keys is summed up by the tensor cores and added to the result in float32. With
             one level the tensor cores, whose sums keep 14 bits, add up all keys; that is for comparison alone.
-        apart: P V of a tile follows its Q K^T
-            (see `wide`); halves: in two halves of its columns.
+        apart: P V of a tile follows its Q K^T (see `wide`); halves: in two halves of its columns.
         blocks: scales are per block of `BLOCK` tokens, not per head.
         right, shifted, ragged: as in the Hopper kernel. lse: the log-sum-exp is written. mean: the keys' mean was
             subtracted, and the log-sum-exp is corrected.

@@ -45,7 +45,9 @@ class Fp8Path:
         tiles: Fp8Tiles | None = None,
         levels: int = 2,
     ) -> None:
-        """wish: None for the request's own. tiles, levels: for measurements; see `Config.two_levels`."""
+        """wish: None for the request's own. tiles, levels: for measurements; see `Config.two_levels`, which may be
+        False for head sizes to 128.
+        """
         wish = wish or wish_of(request) or Wish()
         self.request, self.chip, self._context, self._wish = request, context.chip, context, wish
         self._tiles, self._levels = tiles, levels
@@ -94,7 +96,8 @@ class Fp8Path:
         heads_kv, len_k, dim = given.key.shape[1:]
         right = None if r.causal is Causal.NONE else 0
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
-        tiles = self._tiles or fp8_tiles(max(dim, padded(dim_v)), fp8_whole(replace(r, len_q=len_q, len_k=len_k)))
+        whole = self._levels == 2 and fp8_whole(replace(r, len_q=len_q, len_k=len_k))
+        tiles = self._tiles or fp8_tiles(max(dim, padded(dim_v)), whole)
         config = config_of(
             tiles,
             dim_qk=dim,
