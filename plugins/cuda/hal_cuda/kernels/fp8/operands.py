@@ -93,7 +93,7 @@ class Quantiser:
 
     def _at_once(self, borrow: Borrowed, query: Tensor, key: Tensor, value: Tensor) -> Quantised:
         """What needs nothing to be known beforehand, in one launch."""
-        outs, scales, programs = [], [], []
+        outs, programs = list[Tensor](), list[int]()
         for x in (query, key):
             outs.append(borrow((*x.shape[:3], padded(x.shape[3])), torch.float8_e4m3fn))
             programs.append(x.shape[0] * x.shape[1] * blocks_of(x.shape[2]))
@@ -109,7 +109,7 @@ class Quantiser:
         steps = [step for x in (query, key, value) for step in x.stride()[:3]]
         grid = (programs[0] + 2 * programs[1], 1, 1)
         run(grid, (query, key, value, *outs, *scales), [*steps, *lengths])
-        return Quantised(*outs, *scales, None)
+        return Quantised(outs[0], outs[1], outs[2], scales[0], scales[1], scales[2], None)
 
     def _made_at_once(self, query: Tensor, value: Tensor, aligned: bool) -> Launcher:
         kind = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[query.dtype]
