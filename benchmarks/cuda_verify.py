@@ -56,6 +56,7 @@ KERNELS = {
     "hopper_backward.prepare": ("hopper_backward/rows",),
     "hopper_backward.finish": ("hopper_backward/rows",),
     "fp8.forward_fp8": _FP8,
+    "fp8.quantise_all": ("fp8/quantise",),
     "fp8.quantise_rows": ("fp8/quantise",),
     "fp8.quantise_values": ("fp8/quantise",),
     "fp8.tile_maxima": ("fp8/quantise",),
@@ -150,10 +151,11 @@ def measure() -> dict[str, float]:
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
         checks["extra.gelu_linear_hopper"] = fused_product
-        whole, by_blocks = ("fp8.forward_fp8", "fp8.quantise_rows", "fp8.quantise_values"), {"fp8": "block"}
-        checks |= dict.fromkeys(whole, lambda: max(wished(128, by_blocks), wished(64, by_blocks)))
-        by_heads = {"fp8": "head", "fp8_centred_keys": True}
-        checks |= dict.fromkeys(("fp8.tile_maxima", "fp8.tile_sums", "fp8.mean_of_sums"), lambda: wished(128, by_heads))
+        by_blocks, by_heads = {"fp8": "block"}, {"fp8": "head", "fp8_centred_keys": True}
+        at_once = ("fp8.forward_fp8", "fp8.quantise_all")
+        checks |= dict.fromkeys(at_once, lambda: max(wished(dim, by_blocks) for dim in (64, 128, 256)))
+        apart = ("quantise_rows", "quantise_values", "tile_maxima", "tile_sums", "mean_of_sums")
+        checks |= dict.fromkeys((f"fp8.{name}" for name in apart), lambda: wished(128, by_heads))
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
