@@ -151,7 +151,7 @@ def measure() -> dict[str, float]:
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
         checks["extra.gelu_linear_hopper"] = fused_product
-        by_blocks, by_heads = {"fp8": "block"}, {"fp8": "head", "fp8_centred_keys": True}
+        by_blocks, by_heads = {"fp8": "block"}, {"fp8": "head centred"}
         at_once = ("fp8.forward_fp8", "fp8.quantise_all")
         checks |= dict.fromkeys(at_once, lambda: max(wished(dim, by_blocks) for dim in (64, 128, 256)))
         apart = ("quantise_rows", "quantise_values", "tile_maxima", "tile_sums", "mean_of_sums")

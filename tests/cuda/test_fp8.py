@@ -56,7 +56,7 @@ def test_fp8_is_never_chosen_unasked() -> None:
 
 def test_the_wish_of_a_request() -> None:
     assert wish_of(PLAIN) == Wish("block", False)
-    assert wish_of(replace(PLAIN, options=(("fp8", "head"), ("fp8_centred_keys", True)))) == Wish("head", True)
+    assert wish_of(replace(PLAIN, options=(("fp8", "head centred"),))) == Wish("head", True)
 
 
 @pytest.mark.parametrize("chip", [ADA, Chip(index=0, capability=(10, 0), multiprocessors=148, shared_memory=227 << 10)])
@@ -97,8 +97,7 @@ def test_what_fp8_does_not_serve_is_refused_with_its_reason(changes: dict[str, A
 
 
 def test_unknown_values_are_refused_with_the_known_ones() -> None:
-    assert "'block', 'head' offered" in refused(options=(("fp8", "row"),))
-    assert "fp8_centred_keys without fp8" in refused(options=(("fp8_centred_keys", True),))
+    assert "'block', 'head', 'block centred', 'head centred' offered" in refused(options=(("fp8", "row"),))
 
 
 def test_the_decision_says_what_is_used() -> None:

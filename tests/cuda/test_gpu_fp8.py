@@ -35,7 +35,7 @@ def hopper(gpu: str) -> str:
 
 
 def fp8(device: str, *given: Tensor, scales: str = "block", centred: bool = False, **options: Any) -> Any:
-    with hal.use(device, options={"fp8": scales, "fp8_centred_keys": centred}), torch.no_grad():
+    with hal.use(device, options={"fp8": scales + " centred" * centred}), torch.no_grad():
         return hal.attention(*given, return_lse=True, enable_gqa=True, **options)
 
 

@@ -24,6 +24,7 @@ from hal_core.plugin_api import (
 
 from .discovery import Chip
 from .kernels.fp8.wish import ERROR
+from .kernels.skipping.wish import threshold_of
 from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
@@ -215,6 +216,9 @@ def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip
     error = None
     if choice.path == "fp8":
         error = Quantity(0.0, ERROR, Basis.DECLARED, Provenance.ASSUMED, label("fp8"))
+    elif (threshold := threshold_of(request)) is not None:
+        lost = min(request.len_k * 2.0**-threshold, 1.0)
+        error = Quantity(0.0, lost, Basis.DECLARED, Provenance.ASSUMED, "what a row may lose of its sum of weights")
     return Estimate(time=time, energy=energy, error=error, memory=memory(request, choice.path, chip))
 
 

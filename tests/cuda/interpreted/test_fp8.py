@@ -108,7 +108,7 @@ def test_the_bytes_that_estimates_count_are_those_that_are_borrowed(wish: Wish, 
             return borrow(shape, dtype)
 
         Quantiser(CONTEXT, wish)(counting, query, key, key, SCALE, True)  # type: ignore[arg-type]
-    options = (("fp8", wish.scales), ("fp8_centred_keys", wish.centred))
+    options = (("fp8", wish.scales + " centred" * wish.centred),)
     request = AttentionRequest(
         batch=2,
         heads_q=4,

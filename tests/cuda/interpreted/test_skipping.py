@@ -78,7 +78,7 @@ def test_negligible_tiles_are_skipped_counted_and_bounded(generator: torch.Gener
 
 def test_a_low_threshold_keeps_what_a_high_one_skips(generator: torch.Generator) -> None:
     given = drawn(generator, 8.0)
-    exactly, coarsely = attend(60, *given)[2], attend(1, *given)[2]
+    exactly, coarsely = attend(60, *given)[2], attend(4, *given)[2]
     assert exactly.skipped == 0
     assert coarsely.skipped > 0
     assert coarsely.lost > 0

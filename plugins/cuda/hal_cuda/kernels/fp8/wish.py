@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from hal_core.plugin_api import AttentionRequest, Code, MaskKind, Refusal
 
-#: Values of the options "fp8", scales per block of 128 tokens or per head, and "fp8_centred_keys", whether the keys'
-#: mean is subtracted before they are quantised.
-OPTIONS: dict[str, tuple[str, ...] | tuple[bool, ...]] = {"fp8": ("block", "head"), "fp8_centred_keys": (False, True)}
+#: Values of the option "fp8": scales per block of 128 tokens or per head; centred: the mean of the keys is subtracted
+#: before they are quantised.
+OPTIONS = {"fp8": ("block", "head", "block centred", "head centred")}
 #: Largest ||x - reference|| / ||reference|| on normally distributed operands, the reference in float64 on operands
-#: before they are quantised; keys with a large common part need "fp8_centred_keys".
+#: before they are quantised; keys with a large common part need "block centred".
 ERROR = 0.08
 MOST_DIM = 256
 
@@ -33,21 +33,18 @@ class Wish(NamedTuple):
 
 def wish_of(request: AttentionRequest) -> Wish | None:
     """What a request asks for; None where it does not ask for FP8."""
-    options = dict(request.options)
-    return Wish(options["fp8"], bool(options.get("fp8_centred_keys", False))) if "fp8" in options else None
+    asked: str | None = dict(request.options).get("fp8")
+    return None if asked is None else Wish(asked.split()[0], asked.endswith("centred"))
 
 
 def refusals(request: AttentionRequest, capability: tuple[int, int], tested: bool) -> Iterator[Refusal]:
-    """Why a request that names an FP8 option is not served.
+    """Why a request that asks for FP8 is not served.
 
     Args:
         capability: of the device. tested: whether the kernel was run with the installed Triton.
     """
     r = request
-    options = dict(r.options)
-    if "fp8" not in options:
-        if "fp8_centred_keys" in options:
-            yield Refusal(Code.OPTION, "option", "fp8_centred_keys without fp8", "both", 'add "fp8": "block"')
+    if wish_of(r) is None:
         return
     if capability != (9, 0) or not tested:
         has = "9.0" if capability == (9, 0) else f"{capability[0]}.{capability[1]}"

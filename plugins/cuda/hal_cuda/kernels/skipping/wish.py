@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from hal_core.plugin_api import AttentionRequest, Code, MaskKind, Range, Refusal
 
-OPTIONS = {"skip_tiles": Range(1, 100)}
+OPTIONS = {"skip_tiles": Range(4, 100)}
 
 
 def threshold_of(request: AttentionRequest) -> int | None:
