@@ -189,6 +189,18 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             config = backward.config_of(hopper_backward_tiles(*dims, settings["right"]), group=1, **settings)
             name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
             found[name] = partial(backward.compile_backward, "bf16", config)
+            if max(dims) <= 128 and edge in ("full", "causal"):
+                ordered = config._replace(ordered=True, engine=True)
+                if edge == "full":
+                    found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
+                    dropped = config._replace(dropout=True)
+                    found[f"{name} dropout"] = partial(backward.compile_backward, "bf16", dropped)
+                    for kind, mask in (("boolean", 1), ("additive", 2))[: 1 if max(dims) <= 64 else 2]:
+                        masked = config._replace(mask=mask, stages=2)
+                        found[f"{name} {kind} mask"] = partial(backward.compile_backward, "bf16", masked)
+                    planned = config._replace(per_block=128 // config.rows)
+                    found[f"{name} planned"] = partial(backward.compile_backward, "bf16", planned)
+                found[f"{name} ordered"] = partial(backward.compile_backward, "bf16", ordered)
     return found
 
 
@@ -277,7 +289,7 @@ def backward_variants(capability: tuple[int, int], shared_memory: int, features:
             backward_launch.PortableBackward(request, context)._build(_form(request))
         kernels = ["grad_kv", "grad_q"]
         if request.mask is MaskKind.ADDITIVE:
-            kernels = ["normalise", *kernels, "grad_mask"]
+            kernels = ["normalise", *kernels, "grad_mask", "sum_parts"]
         if name == "plain":
             kernels = ["prepare", *kernels]
         for kernel, make in zip(reversed(kernels), reversed(_launched[before:]), strict=False):

@@ -41,6 +41,7 @@ from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
 from .kernels.portable.launch import PortablePath
+from .kernels.portable.short_launch import ShortPath, takes as short_takes
 from .kernels.skipping.launch import SkippedTiles, SkippingPath, Tally
 from .memory import CudaMemory, StreamWorkspaces
 from .runtime.context import Context
@@ -148,7 +149,8 @@ class CudaSession(SessionBase):
     def _made(self, request: AttentionRequest) -> Path:
         name = paths.forward_path(self.path_of(request), request, self.chip)
         if name == "portable":
-            return PortablePath(request, self._context)
+            portable = PortablePath(request, self._context)
+            return ShortPath(request, self._context, portable) if short_takes(request) else portable
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
             return kind(request, self._context, PortablePath(request, self._context))

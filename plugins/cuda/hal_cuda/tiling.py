@@ -145,6 +145,8 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
         tiles = Tiles(128, 32, 8, 3)
     elif request.block_plan is not None and plain:
         tiles = Tiles(128, 64, 4, 2)
+    elif not plain and request.len_k <= 64:  # one tile of keys: nothing to load ahead, and a mask takes registers
+        tiles = Tiles(64, 64, 8, 1)
     else:
         tiles = Tiles(64, 64, 4, 3)
     rows, keys = min(tiles.rows, max(16, power_of_two(len_q))), tiles.keys
@@ -153,7 +155,7 @@ def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
         block_q, block_k = request.block_plan[:2]
         rows = min(rows, max(16, block_q & -block_q if block_q > 16 else 16))
         keys = min(keys, max(16, power_of_two(block_k)))
-    return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 else tiles.warps)
+    return tiles._replace(rows=rows, keys=keys, warps=4 if rows <= 64 and rows < tiles.rows else tiles.warps)
 
 
 def choose_backward_tiles(request: AttentionRequest, kernel: str, chip: Chip) -> Tiles:
