@@ -61,6 +61,7 @@ def _multiplies_blocks(request: AttentionRequest) -> bool:
     if request.block_plan is None:
         return False
     block_q, block_k, most = request.block_plan
+    most = min(most, -(-request.len_k // max(block_k, 1)))
     scores = block_q * (request.heads_q // max(request.heads_kv, 1)) * block_k * most
     return (
         min(block_q, block_k) >= SMALLEST_BLOCK

@@ -222,8 +222,9 @@ class CpuSession(SessionBase):
         if lse is None and request.lse:
             lse = torch.empty(query.shape[:3], dtype=source.dtype)
         given = _block_plan(prepared.plan)
-        if given is not None and path_of(request) == "blocks":
-            blocks.forward(Problem.of(request, plan, query, source, mask), given, memory, out, lse)
+        if given is not None and path_of(_listing(request, given)) == "blocks":
+            problem = Problem.of(_listing(request, given), plan, query, source, mask)
+            blocks.forward(problem, given, memory, out, lse)
             return AttentionOutput(out, lse)
         with Workspace(memory) as workspace:
             visible = None if given is None else visible_blocks(given, source.length, workspace)
@@ -306,8 +307,8 @@ class CpuSession(SessionBase):
             return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), grads, strict=True)))
         source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k, mask)
         plan, listed = self._plan(exact, prepared), _block_plan(prepared.plan)
-        if listed is not None and path_of(exact) == "blocks":
-            problem = Problem.of(exact, plan, query, source, mask)
+        if listed is not None and path_of(_listing(exact, listed)) == "blocks":
+            problem = Problem.of(_listing(exact, listed), plan, query, source, mask)
             return blocks_backward.backward(problem, listed, memory, given)
         with Workspace(memory) as workspace:
             visible = None if listed is None else visible_blocks(listed, len_k, workspace)
@@ -324,6 +325,12 @@ def _native(request: AttentionRequest) -> bool:
 
 def _block_plan(plan: TilePlan | BlockPlan | None) -> BlockPlan | None:
     return plan if isinstance(plan, BlockPlan) else None
+
+
+def _listing(request: AttentionRequest, plan: BlockPlan) -> AttentionRequest:
+    """The request with the plan's own number of entries: a strategy that reads content declares a bound."""
+    stated = (plan.block_q, plan.block_k, plan.indices.shape[-1])
+    return request if request.block_plan == stated else replace(request, block_plan=stated)
 
 
 def _exact(request: AttentionRequest, query: Tensor, len_k: int, mask: Tensor | None) -> AttentionRequest:

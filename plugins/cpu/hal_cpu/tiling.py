@@ -154,6 +154,7 @@ class BlockSizes(NamedTuple):
         """As many blocks at once as the second-level caches of all threads hold the scores of; lengths are exact."""
         assert request.block_plan is not None
         block_q, block_k, most = request.block_plan
+        block_q = max(min(block_q, request.len_q), 1)  # a shorter call is one block
         blocks_q, blocks_k = -(-request.len_q // block_q), -(-request.len_k // block_k)
         rows = block_q * (request.heads_q // max(request.heads_kv, 1))
         keys = min(most, blocks_k) * block_k

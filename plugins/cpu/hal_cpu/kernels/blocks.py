@@ -110,6 +110,7 @@ def forward(problem: Problem, plan: BlockPlan, memory: ScratchMemory, out: Tenso
         memory: where scratch comes from. out: [batch, heads_q, len_q, dim_v], written. lse: [batch, heads_q, len_q],
             written; None: not asked for.
     """
+    plan = plan._replace(block_q=max(min(plan.block_q, problem.query.shape[2]), 1))
     with Workspace(memory) as workspace:
         _run(problem, plan, Scratch.take(problem, workspace), out, lse)
 

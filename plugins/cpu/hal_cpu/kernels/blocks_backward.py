@@ -44,6 +44,7 @@ def backward(problem: Problem, plan: BlockPlan, memory: ScratchMemory, given: Gi
         torch.empty_like(problem.source.value) if "v" in wanted else None,
         None,
     )
+    plan = plan._replace(block_q=max(min(plan.block_q, problem.query.shape[2]), 1))
     with Workspace(memory) as workspace:
         _run(problem, plan, Scratch.take(problem, workspace, backward=True), given, grads)
     return grads

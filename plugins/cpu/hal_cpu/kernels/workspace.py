@@ -186,6 +186,7 @@ class BlockParts(NamedTuple):
         assert request.block_plan is not None
         wide, group = _wide(request), request.heads_q // max(request.heads_kv, 1)
         block_q, block_k, most = request.block_plan
+        block_q, most = max(min(block_q, request.len_q), 1), min(most, sizes.blocks_k)
         rows, all_rows = sizes.at_once * sizes.rows, sizes.blocks_q * sizes.rows
         # A pattern for each query head gathers the keys of its group's other heads too.
         gathered, keys = sizes.at_once * group * sizes.keys, sizes.blocks_k * block_k
