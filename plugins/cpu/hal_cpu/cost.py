@@ -51,7 +51,14 @@ class Rates:
         tiled = peak * 0.7
         rates = {
             f"{path} {dtype}": rate * (0.5 if dtype == "float64" else 1.0)
-            for path, rate in (("native", peak), ("packed", peak), ("fused", peak), ("decode", tiled), ("blocks", tiled), ("tiled", tiled))
+            for path, rate in (
+                ("native", peak),
+                ("packed", peak),
+                ("fused", peak),
+                ("decode", tiled),
+                ("blocks", tiled),
+                ("tiled", tiled),
+            )
             for dtype in _BYTES
         }
         counts = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "blocks": 20, "tiled": 10}

@@ -1,9 +1,9 @@
 """Sparse attention: tilings that emit a block plan, what a plan loses, and modules that run on them.
 
-    import hal_core as hal
-    from hal_nn.sparse import SparsePattern, tiling_of
-    with hal.use("cpu:0", tiling=tiling_of(SparsePattern.DYNAMIC_THRESHOLD, 0.9)):
-        out = hal.attention(query, key, value, is_causal=True)
+import hal_core as hal
+from hal_nn.sparse import SparsePattern, tiling_of
+with hal.use("cpu:0", tiling=tiling_of(SparsePattern.DYNAMIC_THRESHOLD, 0.9)):
+    out = hal.attention(query, key, value, is_causal=True)
 """
 
 from __future__ import annotations

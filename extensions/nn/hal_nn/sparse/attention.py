@@ -12,7 +12,7 @@ import hal_core as hal
 from hal_core import AttentionRequest, BlockPlan, Causal, ContractError, UnsupportedError
 
 from .lost_mass import dense_lse, lost_mass, lost_mass_bound
-from .selection import SparseTiling, plan_density
+from .selection import SparseTiling, cut_of
 
 #: How the lost mass of a call is found: a certain bound, exactly on some rows, or exactly on all.
 Judge = Literal["bound", "rows", "exact"]
@@ -29,7 +29,7 @@ class SparseResult(NamedTuple):
 
     Attributes:
         out: [batch, heads, len_q, dim_v]. plan: that was run or expanded.
-        density: share of the visible block pairs that the plan reads.
+        visible: block pairs that causal leaves, of one head.
         skipped: whether the device left out what the plan leaves out; False: it had a mask, or the call was dense.
         dense: whether the quality gate had dense attention computed instead.
         lost: share of each judged row's attention outside the plan, or a bound of it, [batch, heads, rows]; None where
@@ -38,10 +38,16 @@ class SparseResult(NamedTuple):
 
     out: Tensor
     plan: BlockPlan
-    density: float
+    visible: int
     skipped: bool
     dense: bool
     lost: Tensor | None
+
+    @property
+    def density(self) -> float:
+        """Share of the visible block pairs that was computed, of all heads on average. Waits for the device."""
+        read = float(self.plan.counts.float().mean() * self.plan.counts.shape[-1])
+        return 1.0 if self.dense else read / max(self.visible, 1)
 
 
 def request_of(query: Tensor, key: Tensor, value: Tensor, causal: str, scale: float | None) -> AttentionRequest:
@@ -94,7 +100,9 @@ def sparse_attention(
         ContractError: an argument that cannot be. UnsupportedError: no device runs the call as a mask either.
     """
     if max_lost is not None and (judge is None or not 0 <= max_lost <= 1):
-        raise ContractError(f"max_lost {max_lost!r} and judge {judge!r} were given: use a share from 0 to 1 and a judge")
+        raise ContractError(
+            f"max_lost {max_lost!r} and judge {judge!r} were given: use a share from 0 to 1 and a judge"
+        )
     if judge not in (None, "bound", "rows", "exact"):
         raise ContractError(f"judge {judge!r} was given: use 'bound', 'rows', 'exact' or None")
     request = request_of(query, key, value, causal, scale)
@@ -116,15 +124,15 @@ def sparse_attention(
             MaskWarning,
             stacklevel=2,
         )
-    density = plan_density(plan, request)
+    visible = cut_of(request, plan.block_q, plan.block_k, 0.0, "cpu").visible
     if judge is None:
-        return SparseResult(result, plan, density, skipped, False, None)
+        return SparseResult(result, plan, visible, skipped, False, None)
     out, lse = result
     lost = _judged(judge, (query, key, value), plan, lse.detach(), request, plain)
     if max_lost is None or not lost.numel() or float(lost.max()) <= max_lost:
-        return SparseResult(out, plan, density, skipped, False, lost)
+        return SparseResult(out, plan, visible, skipped, False, lost)
     out = hal.attention(query, key, value, **plain)
-    return SparseResult(out, plan, density, False, True, lost)
+    return SparseResult(out, plan, visible, False, True, lost)
 
 
 def _judged(

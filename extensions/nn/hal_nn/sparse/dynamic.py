@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
 from . import scores
-from .selection import SparseTiling, block_range, row_budgets, select
+from .selection import Cut, SparseTiling, cut_of, select
 
 Score = Literal["antidiagonal", "mean", "quest"]
 
@@ -69,15 +70,10 @@ class DynamicTiling(SparseTiling):
         if query is None or key is None:
             raise ContractError(f"tiling {self.name} plans from query and key: they were not given")
         with torch.no_grad():
-            first, stop = block_range(request, self.block_q, self.block_k)
-            visible = (stop - first).clamp(min=0)
-            budgets = row_budgets(visible, self.sparsity).to(query.device)
-            first, stop = first.to(query.device), stop.to(query.device)
+            cut = cut_of(request, self.block_q, self.block_k, self.sparsity, query.device)
             priority = self.priority(query, key, request)
-            _always(priority, first, stop, budgets)
-            if self.p is not None:
-                budgets = self._enough(priority, first, stop, budgets)
-            return select(priority, first, stop, budgets, self.block_q, self.block_k)
+            counts = None if self.p is None else self._enough(priority, cut)
+            return select(priority.masked_fill_(cut.forced, math.inf), cut, self.block_q, self.block_k, counts)
 
     def priority(self, query: Tensor, key: Tensor, request: AttentionRequest) -> Tensor:
         """Estimated share or score of each block, float32 [batch, heads_q, query blocks, key blocks]."""
@@ -88,27 +84,18 @@ class DynamicTiling(SparseTiling):
             return scores.mean_pooled(query, key, request, *sizes)
         return scores.antidiagonal(query, key, request, *sizes, self.stride)
 
-    def _enough(self, priority: Tensor, first: Tensor, stop: Tensor, budgets: Tensor) -> Tensor:
-        """Each row's number of best blocks that hold the share p of its estimated attention, within its budget."""
-        columns = torch.arange(priority.shape[-1], device=priority.device)
-        hidden = (columns < first.unsqueeze(1)) | (columns >= stop.unsqueeze(1))
-        share = priority.masked_fill(hidden, -torch.inf)
-        forced = share == torch.inf
+    def _enough(self, priority: Tensor, cut: Cut) -> Tensor:
+        """Each row's number of blocks that hold the share p of its estimated attention, within its budget: those that
+        every row reads, then the best of the others.
+        """
+        assert self.p is not None
+        share = priority.masked_fill(cut.hidden, -math.inf)
         if self.score != "antidiagonal" or share.shape[2] == 1:
-            share = share.masked_fill(forced, 0).softmax(-1)
-        share = share.clamp(min=0).masked_fill(forced, 0)
-        ordered = torch.cat([share.sort(-1, descending=True).values], -1)
-        reached = ordered.cumsum(-1)
-        total = reached[..., -1:]
-        count = (reached < self.p * total).sum(-1) + 1 + forced.sum(-1)  # type: ignore[operator]
-        return torch.minimum(count, budgets)
-
-
-def _always(priority: Tensor, first: Tensor, stop: Tensor, budgets: Tensor) -> None:
-    """Give the last visible block of each row, and the first where the budget is two or more, the highest priority."""
-    if not priority.shape[-1]:
-        return
-    rows = torch.arange(len(stop), device=priority.device)
-    priority[..., rows, (stop - 1).clamp(min=0)] = torch.inf
-    sink = rows[budgets >= 2]
-    priority[..., sink, first[sink].clamp(max=priority.shape[-1] - 1)] = torch.inf
+            share = share.softmax(-1).nan_to_num_(0.0)
+        share = share.clamp_(min=0)
+        certain = (share * cut.forced).sum(-1, keepdim=True)
+        ordered = share.masked_fill(cut.forced, 0).sort(-1, descending=True).values
+        enough = self.p * (certain + ordered.sum(-1, keepdim=True))
+        before = certain + ordered.cumsum(-1) - ordered  # what a row has before it takes a further block
+        counts = cut.forced.sum(-1) + ((before < enough) & (ordered > 0)).sum(-1)
+        return torch.minimum(counts, cut.budgets)

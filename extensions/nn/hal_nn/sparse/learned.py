@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from hal_core import AttentionRequest, BlockPlan, Causal, ContractError
 
-from .dynamic import _always
 from .scores import _pool, _repeat
-from .selection import SparseTiling, block_range, row_budgets, select
+from .selection import SparseTiling, cut_of, select
 
 _numbers = itertools.count()
 #: Distances in blocks that have a bias of their own: 0 to 7, then one for each doubling.
@@ -91,12 +90,9 @@ class LearnedTiling(SparseTiling):
         if query is None or key is None:
             raise ContractError(f"tiling {self.name} plans from query and key: they were not given")
         with torch.no_grad():
-            first, stop = block_range(request, self.block_q, self.block_k)
-            budgets = row_budgets((stop - first).clamp(min=0), self.sparsity).to(query.device)
-            first, stop = first.to(query.device), stop.to(query.device)
+            cut = cut_of(request, self.block_q, self.block_k, self.sparsity, query.device)
             priority = self.gate(query, key, request, self.block_q, self.block_k)
-            _always(priority, first, stop, budgets)
-            return select(priority, first, stop, budgets, self.block_q, self.block_k)
+            return select(priority.masked_fill_(cut.forced, torch.inf), cut, self.block_q, self.block_k)
 
 
 def block_mass(query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
@@ -159,9 +155,7 @@ def train_gate(
         with torch.no_grad():
             target = block_mass(query, key, request, block_size, block_size)
             entropy = -torch.special.xlogy(target, target).sum(-1)
-        first, stop = block_range(request, block_size, block_size, query.device)
-        column = torch.arange(target.shape[-1], device=query.device)
-        hidden = (column < first.unsqueeze(1)) | (column >= stop.unsqueeze(1))
+        hidden = cut_of(request, block_size, block_size, 0.0, query.device).hidden
         logits = gate(query, key, request, block_size, block_size).masked_fill(hidden, -torch.inf)
         found = torch.where(hidden, 0.0, logits.log_softmax(-1))
         loss = (-(target * found).sum(-1) - entropy).mean()

@@ -37,9 +37,7 @@ def lost_mass(lse_plan: Tensor, lse_full: Tensor) -> Tensor:
     return -torch.expm1(difference).to(lse_plan.dtype)
 
 
-def lost_mass_bound(
-    query: Tensor, key: Tensor, plan: BlockPlan, lse_plan: Tensor, request: AttentionRequest
-) -> Tensor:
+def lost_mass_bound(query: Tensor, key: Tensor, plan: BlockPlan, lse_plan: Tensor, request: AttentionRequest) -> Tensor:
     """A number for each row that its lost mass certainly does not exceed; costs 2 / block_k of dense attention's scores.
 
     The scores of a block that was left out are bounded in two ways, and the lower bound counts: by the least and the

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
-from .attention import Judge, sparse_attention
+from .attention import Judge, SparseResult, sparse_attention
 from .learned import SparseGate, train_gate
 from .patterns import SparsePattern, tiling_of
 from .selection import SparseTiling
@@ -50,7 +50,9 @@ class DynamicSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or d_model < 1 or d_model % num_heads:
-            raise ContractError(f"d_model {d_model} and num_heads {num_heads} were given: use heads that divide d_model")
+            raise ContractError(
+                f"d_model {d_model} and num_heads {num_heads} were given: use heads that divide d_model"
+            )
         if max_lost_mass is not None and judge is None:
             judge = "bound"
         self.d_model, self.num_heads, self.head_dim = d_model, num_heads, d_model // num_heads
@@ -64,8 +66,7 @@ class DynamicSparseAttention(nn.Module):
             options["gate"] = self.gate = SparseGate(num_heads, self.head_dim)
         self.tiling: SparseTiling = tiling_of(self.pattern, sparsity_ratio, block_size, **options)
         self._calls = self._dense_calls = self._masked_calls = 0
-        self._density: float | None = None
-        self._lost: Tensor | None = None
+        self._last: SparseResult | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention over [batch, length, d_model]."""
@@ -83,8 +84,7 @@ class DynamicSparseAttention(nn.Module):
         self._calls += 1
         self._dense_calls += result.dense
         self._masked_calls += not result.skipped and not result.dense
-        self._density = 1.0 if result.dense else result.density
-        self._lost = result.lost
+        self._last = result._replace(out=result.out.new_empty(0))
         projected: Tensor = self.out_proj(result.out.transpose(1, 2).reshape(x.shape))
         return projected
 
@@ -109,9 +109,7 @@ class DynamicSparseAttention(nn.Module):
             raise ContractError(f"pattern {self.pattern.value!r} has no gate to train: use pattern='learned'")
         with torch.no_grad():
             pairs = [tuple(self._projected(x)[:2]) for x in samples]
-        return train_gate(
-            self.gate, pairs, block_size=self.block_size, causal=self.causal, learning_rate=learning_rate
-        )
+        return train_gate(self.gate, pairs, block_size=self.block_size, causal=self.causal, learning_rate=learning_rate)
 
     def get_sparsity_statistics(self) -> dict[str, Any]:
         """What was asked for, and what the last call did.
@@ -121,11 +119,12 @@ class DynamicSparseAttention(nn.Module):
             "dense_calls" (the quality gate had them computed densely), "masked_calls" (on a device that cannot skip);
             "lost_mass_mean" and "lost_mass_max" over rows, None where it was not judged; "lost_mass_basis": the judge.
         """
-        lost = self._lost if self._lost is not None and self._lost.numel() else None
+        last = self._last
+        lost = last.lost if last is not None and last.lost is not None and last.lost.numel() else None
         return {
             "pattern": self.pattern.value,
             "requested_sparsity": self.sparsity_ratio,
-            "actual_sparsity": None if self._density is None else 1 - self._density,
+            "actual_sparsity": None if last is None else 1 - last.density,
             "calls": self._calls,
             "dense_calls": self._dense_calls,
             "masked_calls": self._masked_calls,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
-from .selection import SparseTiling, block_range, row_budgets, select
+from .selection import Cut, SparseTiling, cut_of, select
 
 
 class SparsePattern(Enum):
@@ -78,23 +78,21 @@ class StaticTiling(SparseTiling):
     ) -> BlockPlan:
         """The plan for the request's lengths, on the request's device."""
         device = request.device if query is None else query.device
-        first, stop = block_range(request, self.block_q, self.block_k)
-        budgets = row_budgets((stop - first).clamp(min=0), self.sparsity)
-        priority = self._priority(request, first, stop, budgets)
-        plan = select(priority, first, stop, budgets, self.block_q, self.block_k)
+        cut = cut_of(request, self.block_q, self.block_k, self.sparsity, "cpu")
+        plan = select(self._priority(request, cut), cut, self.block_q, self.block_k)
         return plan._replace(indices=plan.indices.to(device), counts=plan.counts.to(device))
 
-    def _priority(self, request: AttentionRequest, first: Tensor, stop: Tensor, budgets: Tensor) -> Tensor:
+    def _priority(self, request: AttentionRequest, cut: Cut) -> Tensor:
         rows, columns = self.shape(request)
         column = torch.arange(columns)
         own = _own_block(request, self.block_q, self.block_k).clamp(max=max(columns - 1, 0))
         distance = (own.unsqueeze(1) - column).abs().double()
-        many = budgets.unsqueeze(1)
+        many = cut.budgets.unsqueeze(1)
         if self.pattern is SparsePattern.LOCAL_GLOBAL:  # three near blocks to one of the first
             return -torch.minimum(distance / 0.75, (column + 0.5) / 0.25)[None, None]
         if self.pattern is SparsePattern.STRIDED:
             near = (many + 1) // 2
-            stride = ((stop - first).unsqueeze(1) / (many - near).clamp(min=1)).ceil().clamp(min=1)
+            stride = ((cut.stop - cut.first).unsqueeze(1) / (many - near).clamp(min=1)).ceil().clamp(min=1)
             kept = torch.where(distance % stride == 0, near + distance / stride, 2 * columns + distance)
             return -torch.where(distance < near, distance, kept)[None, None]
         generator = torch.Generator().manual_seed(self.seed)
@@ -113,7 +111,9 @@ def _own_block(request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
     return ((last + offset).clamp(min=0)) // block_k
 
 
-def tiling_of(pattern: SparsePattern | str, sparsity: float = 0.9, block_size: int = 64, **options: Any) -> SparseTiling:
+def tiling_of(
+    pattern: SparsePattern | str, sparsity: float = 0.9, block_size: int = 64, **options: Any
+) -> SparseTiling:
     """The tiling of a pattern.
 
     Args:

@@ -37,7 +37,7 @@ def antidiagonal(
 
     Source: Xu et al. 2025 (XAttention), section 3.1.
     """
-    batch, heads, len_q, dim = query.shape
+    batch, heads, len_q, _ = query.shape
     parts = _squares(query, stride), _squares(key, stride).flip(3)
     rows, columns = (part.flatten(3) for part in parts)
     scale = request.effective_scale / stride
@@ -46,7 +46,8 @@ def antidiagonal(
     per_row, per_column = block_q // stride, block_k // stride
     group = heads // key.shape[1]
     position = torch.arange(columns.shape[2], device=query.device) * stride
-    step = max((1 << 20) // max(columns.shape[2] * per_row, 1), 1) * per_row  # whole blocks of rows at once
+    room = 1 << 20 if query.device.type == "cpu" else 1 << 28
+    step = max(room // max(columns.shape[2] * per_row, 1), 1) * per_row  # whole blocks of rows at once
     for start in range(0, rows.shape[2], step):
         part = rows[:, :, start : start + step].unflatten(1, (-1, group))
         scores = (part.flatten(2, 3) @ columns.mT).unflatten(2, (group, -1)).flatten(1, 2).mul_(scale)

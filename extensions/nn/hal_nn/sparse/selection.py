@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,11 +62,20 @@ def block_range(request: AttentionRequest, block_q: int, block_k: int, device: A
     Returns:
         (first, stop): int64 [query blocks].
     """
-    low, high = request.band(request.len_q, request.len_k)
-    start = torch.arange(0, max(request.len_q, 0), block_q, device=device)
-    last = (start + block_q).clamp(max=request.len_q) - 1
+    first, stop = _range(
+        request.len_q, request.len_k, request.band(request.len_q, request.len_k), block_q, block_k, device
+    )
+    return first, stop
+
+
+def _range(
+    len_q: int, len_k: int, band: tuple[int | None, int | None], block_q: int, block_k: int, device: Any = None
+) -> tuple[Tensor, Tensor]:
+    low, high = band
+    start = torch.arange(0, max(len_q, 0), block_q, device=device)
+    last = (start + block_q).clamp(max=len_q) - 1
     first = torch.zeros_like(start) if low is None else (start + low).clamp(min=0) // block_k
-    end = torch.full_like(start, request.len_k)
+    end = torch.full_like(start, len_k)
     if high is not None:
         end = torch.minimum(end, last + high + 1).clamp(min=0)
     return first, (end + block_k - 1) // block_k
@@ -95,40 +104,67 @@ def row_budgets(counts: Tensor, sparsity: float) -> Tensor:
     return budgets
 
 
-@lru_cache(64)
-def most_blocks(length: int, block_q: int, block_k: int, sparsity: float, causal: bool) -> int:
-    """The largest row budget of a square call."""
-    rows, columns = -(-length // block_q), -(-length // block_k)
-    counts = torch.full((rows,), columns)
-    if causal:
-        counts = ((torch.arange(1, rows + 1) * block_q + block_k - 1) // block_k).clamp(max=columns)
-    return int(row_budgets(counts, sparsity).max()) if rows else 0
+class Cut(NamedTuple):
+    """What a sparsity leaves of a shape, whatever the pattern; kept, so never written to.
+
+    Attributes:
+        first, stop: int64 [query blocks], of `block_range`. budgets: int64 [query blocks], of `row_budgets`.
+        hidden: bool [query blocks, key blocks], blocks that no row of the query block sees.
+        forced: bool, likewise: the last visible block of each row, and its first where the budget is two or more.
+        visible: how many block pairs are visible. most: the largest budget.
+    """
+
+    first: Tensor
+    stop: Tensor
+    budgets: Tensor
+    hidden: Tensor
+    forced: Tensor
+    visible: int
+    most: int
 
 
-def select(
-    priority: Tensor, first: Tensor, stop: Tensor, budgets: Tensor, block_q: int, block_k: int
-) -> BlockPlan:
+def cut_of(request: AttentionRequest, block_q: int, block_k: int, sparsity: float, device: Any) -> Cut:
+    """The cut of a request's lengths, causal and window, on a torch device."""
+    band = request.band(request.len_q, request.len_k)
+    return _cut(request.len_q, request.len_k, band, block_q, block_k, sparsity, str(device))
+
+
+@lru_cache(32)
+def _cut(
+    len_q: int,
+    len_k: int,
+    band: tuple[int | None, int | None],
+    block_q: int,
+    block_k: int,
+    sparsity: float,
+    device: str,
+) -> Cut:
+    first, stop = _range(len_q, len_k, band, block_q, block_k)
+    counts = (stop - first).clamp(min=0)
+    budgets = row_budgets(counts, sparsity)
+    column = torch.arange(-(-len_k // block_k))
+    hidden = (column < first.unsqueeze(1)) | (column >= stop.unsqueeze(1))
+    ends = (column == stop.unsqueeze(1) - 1) | ((column == first.unsqueeze(1)) & (budgets >= 2).unsqueeze(1))
+    tensors = (t.to(device) for t in (first, stop, budgets, hidden, ends & ~hidden))
+    return Cut(*tensors, int(counts.sum()), int(budgets.max()) if len(budgets) else 0)
+
+
+def select(priority: Tensor, cut: Cut, block_q: int, block_k: int, counts: Tensor | None = None) -> BlockPlan:
     """The plan of the blocks with the highest priority among those that are visible.
 
     Args:
         priority: float [batch or 1, heads or 1, query blocks, key blocks]; written over.
-        first, stop, budgets: int64 [query blocks], of `block_range` and `row_budgets`; budgets may also have the
-            leading dimensions of `priority`.
+        cut: of the same shape. counts: int64, `priority`'s shape without the last dimension: blocks to take, at most the
+            budget; None: the budget.
     """
-    columns = torch.arange(priority.shape[-1], device=priority.device)
-    hidden = (columns < first.unsqueeze(1)) | (columns >= stop.unsqueeze(1))
-    priority.masked_fill_(hidden, -math.inf)
-    most = max(int(budgets.max()) if budgets.numel() else 0, 1)
-    chosen = priority.topk(min(most, priority.shape[-1]), dim=-1).indices
-    counts = budgets.expand(priority.shape[:-1])
-    listed = torch.arange(chosen.shape[-1], device=chosen.device) < counts.unsqueeze(-1)
-    # Blocks in ascending order are read as long runs; what is not listed goes to the end.
-    indices = torch.where(listed, chosen, priority.shape[-1]).sort(-1).values.clamp_(max=max(priority.shape[-1] - 1, 0))
-    return BlockPlan(block_q, block_k, indices.int(), counts.int().contiguous())
+    most = max(min(cut.most, priority.shape[-1]), 1)
+    # In descending order, so that the first entries of a row are its best whatever its count is.
+    chosen = priority.masked_fill_(cut.hidden, -math.inf).topk(most, dim=-1).indices
+    counts = cut.budgets.expand(priority.shape[:-1]) if counts is None else counts
+    return BlockPlan(block_q, block_k, chosen.int(), counts.int().contiguous())
 
 
 def plan_density(plan: BlockPlan, request: AttentionRequest) -> float:
     """Share of the visible block pairs that a plan reads; of all its batch entries and heads on average."""
-    first, stop = block_range(request, plan.block_q, plan.block_k)
-    visible = int((stop - first).clamp(min=0).sum())
+    visible = cut_of(request, plan.block_q, plan.block_k, 0.0, "cpu").visible
     return float(plan.counts.float().mean() * plan.counts.shape[-1]) / max(visible, 1)

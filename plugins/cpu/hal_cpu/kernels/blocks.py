@@ -131,7 +131,9 @@ def _run(problem: Problem, plan: BlockPlan, scratch: Scratch, out: Tensor, lse: 
                 result[chunk.units], levels[chunk.units] = 0, -math.inf
                 continue
             key = gathered(heads.key, chunk, scratch.key)
-            scores = scores_of(problem, plan, chunk, heads, picked_rows(query, chunk.units, scratch.query), key, scratch)
+            scores = scores_of(
+                problem, plan, chunk, heads, picked_rows(query, chunk.units, scratch.query), key, scratch
+            )
             hide(problem, plan, chunk, scores, heads.count, hidden)
             top, anchor, total = scratch.statistics[blocks_q * rows :][: 3 * n * rows].view(3, n, rows, 1)
             torch.amax(scores, -1, keepdim=True, out=top)
