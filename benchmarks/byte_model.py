@@ -179,7 +179,7 @@ def batches(seed: int, seconds: float, device: str) -> Iterator[tuple[float, Ten
     start = clock()
     while (share := (clock() - start) / seconds) < 1:
         reached = 0.0
-        for part, length in PHASES:
+        for part, length in PHASES:  # noqa: B007
             reached += part
             if share < reached:
                 break
@@ -247,6 +247,17 @@ def load(folder: Path = FOLDER, attention: str = "sdpa", seconds: float = SECOND
         folder.parent.mkdir(parents=True, exist_ok=True)
         save(*train(seconds), folder)
     return LlamaForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def described(folder: Path = FOLDER) -> str:
+    """A sentence on how the stored model was trained."""
+    facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    loss, needles = facts["held_out_loss"], facts["needle_accuracy"]
+    return (
+        f"trained for {facts['seconds']:g} s on {facts['device']} ({facts['bytes']:,} bytes in {facts['steps']:,} steps, "
+        f"torch {facts['torch']}); its loss after training was {loss:.3f} nats a byte, and it had {needles:.0%} of the "
+        f"needles' digits."
+    )
 
 
 def main() -> int:

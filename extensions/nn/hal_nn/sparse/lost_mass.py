@@ -86,7 +86,8 @@ def _bound(query: Tensor, key: Tensor, plan: BlockPlan, lse_plan: Tensor, reques
     # The share S / (S + L) as a logistic function; rows with nothing left out give 0, rows that read nothing give 1.
     difference = level - lse_plan.to(dtype) + slack.squeeze(-1)
     share = torch.sigmoid(difference) * (1 + 4 * torch.finfo(dtype).eps)
-    return torch.where(level == -math.inf, 0.0, share.nan_to_num(1.0)).clamp(max=1.0).to(dtype)
+    share = share.nan_to_num(1.0).clamp(torch.finfo(dtype).tiny, 1.0)  # less is not 0
+    return torch.where(level == -math.inf, 0.0, share).to(dtype)
 
 
 def _left_out(plan: BlockPlan, request: AttentionRequest, len_q: int, blocks: int, device: Any) -> Tensor:

@@ -92,7 +92,7 @@ class StaticTiling(SparseTiling):
             return -torch.minimum(distance / 0.75, (column + 0.5) / 0.25)[None, None]
         if self.pattern is SparsePattern.STRIDED:
             near = (many + 1) // 2
-            stride = ((cut.stop - cut.first).unsqueeze(1) / (many - near).clamp(min=1)).ceil().clamp(min=1)
+            stride = (((cut.stop - cut.first).unsqueeze(1) - near) / (many - near).clamp(min=1)).ceil().clamp(min=1)
             kept = torch.where(distance % stride == 0, near + distance / stride, 2 * columns + distance)
             return -torch.where(distance < near, distance, kept)[None, None]
         generator = torch.Generator().manual_seed(self.seed)
