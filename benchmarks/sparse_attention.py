@@ -108,10 +108,10 @@ def main() -> int:
             if name == "learned":
                 extra = [{"gate": SparseGate(given.heads, given.dim).to(place)}]
             elif name == "dynamic_threshold":
-                extra = [{"score": "mean"}, {"score": "antidiagonal"}]
+                extra = [{}, {"score": "antidiagonal"}, {"stride": given.block, "budget": "row"}]
             for more in extra:
                 tiling = tiling_of(name, sparsity, given.block, **more)
-                label = " ".join([name, *(str(v) for k, v in more.items() if k == "score")])
+                label = " ".join([name, *(f"{k} {v}" for k, v in more.items() if k != "gate")])
                 plan = tiling.plan(request, {}, query=tensors[0], key=tensors[1])
                 shares[label] = plan_density(plan, request)
 

@@ -80,9 +80,7 @@ def variants(sparsity: float, gates: list[SparseGate]) -> dict[str, list[SparseT
             found["learned"] = [LearnedTiling(gate, sparsity, BLOCK, BLOCK) for gate in gates]
         elif pattern is SparsePattern.DYNAMIC_THRESHOLD:
             for score in SCORES:
-                stride = 8 if score == "antidiagonal" else 16
-                options: dict[str, Any] = {"score": score, "stride": stride}
-                found[f"dynamic_threshold, {score}"] = [tiling_of(pattern, sparsity, BLOCK, **options)]
+                found[f"dynamic_threshold, {score}"] = [tiling_of(pattern, sparsity, BLOCK, score=score)]
         else:
             found[pattern.value] = [tiling_of(pattern, sparsity, BLOCK)]
     return found

@@ -175,7 +175,9 @@ def simulate(
                 hook.remove()
 
 
-def _forward(call: Callable[[], Any], count: StorageCount, weights: int, inputs: int, layers: dict[str, int]) -> Simulated:
+def _forward(
+    call: Callable[[], Any], count: StorageCount, weights: int, inputs: int, layers: dict[str, int]
+) -> Simulated:
     base = count.current
     count.peak = base
     with torch.no_grad():

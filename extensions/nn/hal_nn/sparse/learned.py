@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hal_core import AttentionRequest, BlockPlan, Causal, ContractError
 
 from .scores import _pool, _repeat
-from .selection import SparseTiling, cut_of, select
+from .selection import SparseTiling, allocate, cut_of
 
 _numbers = itertools.count()
 #: Distances in blocks that have a bias of their own: 0 to 7, then one for each doubling.
@@ -63,7 +63,7 @@ class SparseGate(nn.Module):
 
 
 class LearnedTiling(SparseTiling):
-    """The best blocks of each row by a gate's logits, as many as the sparsity leaves.
+    """The best blocks by a gate's estimate, as many as the sparsity leaves to heads and rows together.
 
     Args:
         gate: a `SparseGate`, of these heads. sparsity, block_q, block_k: see `SparseTiling`; a gate works for other
@@ -91,8 +91,8 @@ class LearnedTiling(SparseTiling):
             raise ContractError(f"tiling {self.name} plans from query and key: they were not given")
         with torch.no_grad():
             cut = cut_of(request, self.block_q, self.block_k, self.sparsity, query.device)
-            priority = self.gate(query, key, request, self.block_q, self.block_k)
-            return select(priority.masked_fill_(cut.forced, torch.inf), cut, self.block_q, self.block_k)
+            logits = self.gate(query, key, request, self.block_q, self.block_k).masked_fill_(cut.hidden, -torch.inf)
+            return allocate(logits.softmax(-1).nan_to_num_(0.0), cut, self.block_q, self.block_k)
 
 
 def block_mass(query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:

@@ -7,6 +7,7 @@ Every function takes query [batch, heads_q, len_q, dim] and key [batch, heads_kv
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,40 +15,41 @@ from torch import Tensor
 from hal_core import AttentionRequest
 
 
-def mean_pooled(query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
-    """Scores of the means of the blocks' queries and keys, in natural units.
-
-    Source: Jiang et al. 2024 (MInference), block-sparse heads; Lai et al. 2025 (FlexPrefill).
-    """
-    pooled = _pool(query, block_q), _repeat(_pool(key, block_k), query.shape[1])
-    return (pooled[0] @ pooled[1].mT).mul_(request.effective_scale)
+Kind = Literal["mean", "antidiagonal"]
 
 
-def antidiagonal(
-    query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int, stride: int
+def estimated_share(
+    query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int, kind: Kind, stride: int
 ) -> Tensor:
-    """Share of each row's attention that each block gets, estimated from one pair of positions in `stride`.
+    """Share of each query block's attention that each key block gets, estimated from squares of stride x stride pairs.
 
-    In a square of stride x stride pairs those of an antidiagonal are summed: query position i with key position
-    stride - 1 - i. So every query and every key is read once, and vertical as well as diagonal lines of large scores are
-    seen. One product of [len_q / stride, stride * dim] and [len_k / stride, stride * dim] gives all sums.
+    "mean": a square's score is that of the mean of its queries and the mean of its keys, which is the mean of all its
+    scores: one product of [len_q / stride, dim] and [len_k / stride, dim]. With stride = block this is the pooling of
+    MInference (Jiang et al. 2024); smaller squares tell more, and cost 1 / stride^2 of the scores of dense attention.
+
+    "antidiagonal": the mean of the scores on its antidiagonal, query position i with key position stride - 1 - i: one
+    product of [len_q / stride, stride * dim] and [len_k / stride, stride * dim], 1 / stride of the scores of dense
+    attention. Every query and every key counts once, and vertical as well as diagonal lines of large scores are seen
+    (Xu et al. 2025, XAttention, section 3.1).
 
     Returns:
-        Sums over a block's squares of softmax(sum / stride): each query block's row sums to 1, hidden squares apart.
-
-    Source: Xu et al. 2025 (XAttention), section 3.1.
+        Means over a block's rows of squares, and sums over its columns of squares, of the softmax over all visible
+        squares: a query block's row sums to 1, or to 0 where it sees nothing.
     """
     batch, heads, len_q, _ = query.shape
-    parts = _squares(query, stride), _squares(key, stride).flip(3)
-    rows, columns = (part.flatten(3) for part in parts)
-    scale = request.effective_scale / stride
+    if kind == "mean":
+        rows, columns, scale = _pool(query, stride), _pool(key, stride), request.effective_scale
+    else:
+        parts = _squares(query, stride), _squares(key, stride).flip(3)
+        rows, columns = (part.flatten(3) for part in parts)
+        scale = request.effective_scale / stride
     low, high = request.band(len_q, key.shape[2])
     out = query.new_zeros((batch, heads, -(-len_q // block_q), -(-key.shape[2] // block_k)), dtype=torch.float32)
     per_row, per_column = block_q // stride, block_k // stride
     group = heads // key.shape[1]
     position = torch.arange(columns.shape[2], device=query.device) * stride
     room = 1 << 20 if query.device.type == "cpu" else 1 << 28
-    step = max(room // max(columns.shape[2] * per_row, 1), 1) * per_row  # whole blocks of rows at once
+    step = max(room // max(columns.shape[2] * per_row * heads, 1), 1) * per_row  # whole blocks of rows at once
     for start in range(0, rows.shape[2], step):
         part = rows[:, :, start : start + step].unflatten(1, (-1, group))
         scores = (part.flatten(2, 3) @ columns.mT).unflatten(2, (group, -1)).flatten(1, 2).mul_(scale)
@@ -56,9 +58,12 @@ def antidiagonal(
             scores.masked_fill_(position > place + stride - 1 + high, -math.inf)
         if low is not None:
             scores.masked_fill_(position + stride - 1 < place + low, -math.inf)
-        scores = scores.softmax(-1).nan_to_num_(0.0)
+        scores = scores.softmax(-1, dtype=torch.float32)
+        if (low, high) != (None, None):
+            scores.nan_to_num_(0.0)  # rows that see nothing
         short = -scores.shape[2] % per_row, -scores.shape[3] % per_column
-        scores = torch.nn.functional.pad(scores, (0, short[1], 0, short[0]))
+        if any(short):
+            scores = torch.nn.functional.pad(scores, (0, short[1], 0, short[0]))
         sums = scores.unflatten(3, (-1, per_column)).sum(-1).unflatten(2, (-1, per_row)).mean(3)
         first = start // per_row
         out[:, :, first : first + sums.shape[2], : sums.shape[3]] = sums

@@ -110,7 +110,8 @@ class Cut(NamedTuple):
     Attributes:
         first, stop: int64 [query blocks], of `block_range`. budgets: int64 [query blocks], of `row_budgets`.
         hidden: bool [query blocks, key blocks], blocks that no row of the query block sees.
-        forced: bool, likewise: the last visible block of each row, and its first where the budget is two or more.
+        forced: bool, likewise: the last visible block of each row, and its first where that is an eighth of the budget or
+            less: attention gathers at the first tokens (Xiao et al. 2024), which pooling may hide.
         visible: how many block pairs are visible. most: the largest budget.
     """
 
@@ -144,7 +145,7 @@ def _cut(
     budgets = row_budgets(counts, sparsity)
     column = torch.arange(-(-len_k // block_k))
     hidden = (column < first.unsqueeze(1)) | (column >= stop.unsqueeze(1))
-    ends = (column == stop.unsqueeze(1) - 1) | ((column == first.unsqueeze(1)) & (budgets >= 2).unsqueeze(1))
+    ends = (column == stop.unsqueeze(1) - 1) | ((column == first.unsqueeze(1)) & (budgets >= 8).unsqueeze(1))
     tensors = (t.to(device) for t in (first, stop, budgets, hidden, ends & ~hidden))
     return Cut(*tensors, int(counts.sum()), int(budgets.max()) if len(budgets) else 0)
 
@@ -162,6 +163,43 @@ def select(priority: Tensor, cut: Cut, block_q: int, block_k: int, counts: Tenso
     chosen = priority.masked_fill_(cut.hidden, -math.inf).topk(most, dim=-1).indices
     counts = cut.budgets.expand(priority.shape[:-1]) if counts is None else counts
     return BlockPlan(block_q, block_k, chosen.int(), counts.int().contiguous())
+
+
+def allocate(share: Tensor, cut: Cut, block_q: int, block_k: int, p: float | None = None) -> BlockPlan:
+    """The plan of the blocks with the largest share, over all heads and rows of a batch entry together.
+
+    Each entry reads as many blocks as the budgets of its rows and heads add up to: rows and heads whose attention is
+    spread get more of them than those whose attention is near. Waits for the device, to read the longest list.
+
+    Args:
+        share: float [batch, heads, query blocks, key blocks]; written over.
+        p: each row stops at the blocks that hold this share of its total, if that is fewer.
+    """
+    columns = share.shape[-1]
+    ranked = share.masked_fill_(cut.hidden, -math.inf)
+    enough = None if p is None else _enough(ranked, cut, p)
+    ranked = ranked.masked_fill(cut.forced, math.inf)
+    total, many = int(cut.budgets.sum()) * share.shape[1], ranked[0].numel() if len(ranked) else 0
+    if total < many:  # the best of those that are not taken
+        least = ranked.flatten(1).topk(total + 1, dim=1).values[:, -1].view(-1, 1, 1, 1)
+        counts = (ranked > least).sum(-1)
+    else:
+        counts = (ranked > -math.inf).sum(-1)
+    if enough is not None:
+        counts = torch.minimum(counts, enough)
+    most = max(int(counts.max()) if counts.numel() else 0, 1)
+    return BlockPlan(block_q, block_k, ranked.topk(min(most, columns), dim=-1).indices.int(), counts.int())
+
+
+def _enough(share: Tensor, cut: Cut, p: float) -> Tensor:
+    """Each row's number of blocks that hold the share p of its total: those that it reads anyway, then its best."""
+    share = share.clamp(min=0)
+    certain = (share * cut.forced).sum(-1, keepdim=True)
+    ordered = share.masked_fill(cut.forced, 0).sort(-1, descending=True).values
+    enough = p * (certain + ordered.sum(-1, keepdim=True))
+    before = certain + ordered.cumsum(-1) - ordered  # what a row has before it takes a further block
+    counts: Tensor = cut.forced.sum(-1) + ((before < enough) & (ordered > 0)).sum(-1)
+    return counts
 
 
 def plan_density(plan: BlockPlan, request: AttentionRequest) -> float:
