@@ -74,7 +74,8 @@ class Simulated(NamedTuple):
         weights: parameters and buffers. gradients, optimiser: what a step leaves. inputs: of one batch.
         step: the most that lives beside weights, optimiser and inputs, gradients included where there are any.
         activations: what the forward pass keeps for the backward, or holds at its end.
-        layers: bytes that the forward pass of each named module leaves behind. cache: the returned key-value cache.
+        layers: bytes that the forward pass of each named module leaves behind.
+        cache: the returned key-value cache, of each of its layers where it has layers; () for none.
     """
 
     weights: int
@@ -84,7 +85,7 @@ class Simulated(NamedTuple):
     step: int
     activations: int
     layers: dict[str, int]
-    cache: int
+    cache: tuple[int, ...]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -167,7 +168,7 @@ def simulate(
             gradients = sum(_bytes(p.grad) for p in learned if p.grad is not None)
             stepper.step()
             return Simulated(
-                weights, gradients, states, size_of_inputs, count.peak - base, activations, dict(layers), 0
+                weights, gradients, states, size_of_inputs, count.peak - base, activations, dict(layers), ()
             )
         finally:
             model.train(before_mode)
@@ -183,7 +184,8 @@ def _forward(
     with torch.no_grad():
         output = call()
     cache = getattr(output, "past_key_values", None)
-    held = 0 if cache is None else sum({t.untyped_storage()._cdata: _bytes(t) for t in _tensors(cache)}.values())
+    parts = getattr(cache, "layers", None) or ([] if cache is None else [cache])
+    held = tuple(sum({t.untyped_storage()._cdata: _bytes(t) for t in _tensors(part)}.values()) for part in parts)
     return Simulated(weights, 0, 0, inputs, count.peak - base, count.current - base, dict(layers), held)
 
 
