@@ -1,4 +1,4 @@
-"""Transformers on hal: the Hugging Face bridge.
+"""Transformers on hal: the Hugging Face bridge, sparse attention, memory and batch sizes, validation.
 
     import hal_nn
     hal_nn.register_huggingface()
@@ -9,14 +9,31 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal_core import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["register_huggingface", "set_device", "unregister_huggingface"]
+#: Public names by the module that holds them; each is imported when it is used.
+_NAMES = {
+    "benchmark": "benchmark_attention_performance",
+    "hardware": "HardwareAbstractionLayer UnifiedMemoryManager detect_available_devices",
+    "sparse": "DynamicSparseAttention SparsePattern create_sparse_attention",
+    "validation": "ComponentValidator",
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted([*_WHERE, "register_huggingface", "set_device", "unregister_huggingface"])
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are used."""
+    import importlib
+
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
 def register_huggingface() -> None:
