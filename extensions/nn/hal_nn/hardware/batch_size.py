@@ -1,4 +1,4 @@
-"""The largest batch that fits: predicted from two simulated steps, then confirmed by running it."""
+"""The largest batch that fits: predicted from simulated steps, then confirmed by running it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def optimal_batch_size(
 ) -> BatchSize:
     """The largest batch whose step fits into memory.
 
-    Two simulated steps say what an entry takes; what is predicted is run, at most three times: a size that fails is
+    Simulated steps of a few sizes say what fits; what is predicted is run, at most three times: a size that fails is
     given up with its reason, its references are freed, and the next one is predicted from what was measured.
 
     Args:
@@ -85,16 +85,20 @@ def optimal_batch_size(
         raise ContractError(f"global_batch {global_batch!r} was given: use a whole number of 1 or more")
     shapes = sample_of(model, sequence_length, training) if sample is None else sample
     place = next((t.device for t in model.parameters()), torch.device("cpu"))
-    one, two = (estimate_memory(model, n, sample=shapes, training=training) for n in (1, 2))
+    one = estimate_memory(model, 1, sample=shapes, training=training)
     space = available
     if space is None:
         space = int(available_memory(torch.device("cpu") if place.type == "meta" else place) + one.weights)
     usable = int(space * USABLE)
-    each, fixed = max(float(two) - float(one), 1.0), 2 * float(one) - float(two)
-    top = min(most, global_batch or most)
+    predicted = _predicted(
+        lambda size: float(estimate_memory(model, size, sample=shapes, training=training)),
+        float(one),
+        usable,
+        min(most, global_batch or most),
+    )
     probes: list[tuple[int, int | None, str]] = []
     runner = _runner(model, shapes, training) if probe is True else probe
-    size = _dividing(min(int((usable - fixed) // each), top), global_batch)
+    size = _dividing(predicted, global_batch)
     while size >= 1 and runner and place.type != "meta" and len(probes) < MOST_PROBES:
         peak, why = _tried(runner, size, usable - one.weights - one.optimiser)
         probes.append((size, peak, why))
@@ -110,6 +114,43 @@ def optimal_batch_size(
         )
     final = estimate_memory(model, size, sample=shapes, training=training)
     return BatchSize.of(size, -(-(global_batch or size) // size), final, space, probes)
+
+
+def _predicted(needed: Callable[[int], float], one: float, usable: float, most: int) -> int:
+    """The largest size whose simulated step fits, 0 for none.
+
+    What a step needs is the largest of its phases, each of which grows evenly with the size: a convex function, of
+    which a chord is above. So where a line through two sizes, one that fits and one that does not, meets the limit, the
+    size fits.
+    """
+    if one > usable:
+        return 0
+    fits, needs_fits, next_size = 1, one, 2
+    while next_size <= most:
+        needs = needed(next_size)
+        if needs > usable:
+            break
+        fits, needs_fits = next_size, needs
+        next_size = min(2 * next_size, most) if next_size < most else most + 1
+    else:
+        return fits
+    short, needs_short = next_size, needs
+    while short - fits > 1:
+        share = (usable - needs_fits) / (needs_short - needs_fits)
+        middle = min(max(int(fits + share * (short - fits)), fits + 1), short - 1)
+        needs = needed(middle)
+        if needs > usable:
+            short, needs_short = middle, needs
+        elif middle == short - 1:
+            return middle
+        else:
+            # Just above is where the limit is, as a rule: one more look ends the search.
+            fits, needs_fits = middle, needs
+            above = needed(middle + 1)
+            if above > usable:
+                return middle
+            fits, needs_fits = middle + 1, above
+    return fits
 
 
 def _dividing(size: int, whole: int | None) -> int:

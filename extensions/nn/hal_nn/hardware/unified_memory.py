@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,10 +33,11 @@ class UnifiedMemoryManager:
             raise ContractError(f"pool_size_mb {pool_size_mb!r} was given: use 0 or more")
         self.pool_size, self.gc_threshold, self.limit = int(pool_size_mb) << 20, gc_threshold, 0
         self._lock = threading.RLock()
-        self._held: dict[int, tuple[Tensor, Buffer, str]] = {}
+        self._held: dict[int, tuple[weakref.ref[Tensor], Buffer, str]] = {}
         self._managers: dict[str, MemoryManager] = {}
         self._in_use: dict[str, int] = {}
         self._peak = 0
+        self._returned: deque[tuple[Buffer, str]] = deque()
         self.set_memory_limit(max_memory_gb)
 
     def set_memory_limit(self, gb: float) -> None:
@@ -57,6 +60,7 @@ class UnifiedMemoryManager:
         """
         name = _device_id(device)
         with self._lock:
+            self._collect()
             manager = self._managers.setdefault(name, hal.memory(name))
             kind = str(dtype).removeprefix("torch.")
             size = torch.Size(shape).numel() * getattr(torch, kind).itemsize
@@ -68,8 +72,8 @@ class UnifiedMemoryManager:
                     name, size, in_use, self.limit, limited_by="the limit of the UnifiedMemoryManager over all devices"
                 )
             buffer = manager.allocate(tuple(shape), kind)
-            tensor: Tensor = manager.to_torch(buffer)
-            self._held[id(tensor)] = (tensor, buffer, name)
+            tensor: Tensor = manager.to_torch(buffer).detach()  # an object of its own, whose end is noticed
+            self._held[id(tensor)] = (weakref.ref(tensor), buffer, name)
             self._in_use[name] = self._in_use.get(name, 0) + buffer.reserved
             self._peak = max(self._peak, sum(self._in_use.values()))
             return tensor
@@ -87,8 +91,14 @@ class UnifiedMemoryManager:
                 )
             _, buffer, name = self._held.pop(id(tensor))
             self._in_use[name] -= buffer.reserved
+        # A pool keeps a block that nobody refers to any more, and the caller still has the tensor.
+        weakref.finalize(tensor, self._returned.append, (buffer, name))
+
+    def _collect(self) -> None:
+        """Free the buffers whose tensors are gone."""
+        while self._returned:
+            buffer, name = self._returned.popleft()
             manager = self._managers[name]
-            del tensor
             manager.free(buffer)
             if manager.stats().pooled > self.pool_size:
                 manager.trim()
@@ -109,6 +119,7 @@ class UnifiedMemoryManager:
         its manager's own counters.
         """
         with self._lock:
+            self._collect()
             devices = {
                 name: {"in_use": self._in_use.get(name, 0), "manager": manager.stats()._asdict()}
                 for name, manager in self._managers.items()
@@ -118,6 +129,7 @@ class UnifiedMemoryManager:
     def clear_pools(self) -> int:
         """Empty the pools of all devices used so far; bytes given back."""
         with self._lock:
+            self._collect()
             return sum(manager.trim() for manager in self._managers.values())
 
     def _total(self) -> int:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hal_core import AttentionRequest
 
-
 Kind = Literal["mean", "antidiagonal"]
 
 
