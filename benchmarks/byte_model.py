@@ -254,9 +254,9 @@ def described(folder: Path = FOLDER) -> str:
     facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     loss, needles = facts["held_out_loss"], facts["needle_accuracy"]
     return (
-        f"trained for {facts['seconds']:g} s on {facts['device']} ({facts['bytes']:,} bytes in {facts['steps']:,} steps, "
-        f"torch {facts['torch']}); its loss after training was {loss:.3f} nats a byte, and it had {needles:.0%} of the "
-        f"needles' digits."
+        f"trained for {facts['seconds']:g} s on {facts['device']} ({facts['bytes']:,} bytes in {facts['steps']:,} "
+        f"steps, torch {facts['torch']}); its loss after training was {loss:.3f} nats a byte, and it had "
+        f"{needles:.0%} of the needles' digits."
     )
 
 

@@ -1,12 +1,12 @@
-"""Sparse attention against dense attention in one run: every pattern, scoring and planning included.
+r"""Sparse attention against dense attention in one run: every pattern, scoring and planning included.
 
-    python benchmarks/sparse_attention.py [--record]                       # 8,192 tokens on the CPU
-    python benchmarks/sparse_attention.py --device cuda:0 --length 32768 --heads 16 --dim 128 --block 128 --dtype bfloat16
+    python benchmarks/sparse_attention.py [--record]  # 8,192 tokens on the CPU
+    python benchmarks/sparse_attention.py --device cuda:0 --length 32768 --heads 16 --dim 128 --block 128 \
+        --dtype bfloat16
 
-Random data; medians of interleaved rounds; on the CPU elapsed or processor time, on a CUDA device that of its
-events. "given plan" is
-the time with the plan ready. The rate counts the products of the blocks that are read alone. A bar is on the patterns at
-90%: 4 times the dense call on the CPU, 5 times the fastest dense call on CUDA.
+Random data; medians of interleaved rounds; on the CPU elapsed or processor time, on a CUDA device that of its events.
+"given plan" is the time with the plan ready. The rate counts the products of the blocks that are read alone. A bar is
+on the patterns at 90%: 4 times the dense call on the CPU, 5 times the fastest dense call on CUDA.
 """
 
 from __future__ import annotations

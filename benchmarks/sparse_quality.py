@@ -2,11 +2,11 @@
 
     python benchmarks/sparse_quality.py [--record] [--contexts 8] [--needles 16]
 
-Blocks of 32; the sparsity counts blocks of the causal triangle. Every attention of the model runs by the pattern, in all
-layers. Gates of the learned pattern are trained here, one for each layer, on text that the model was trained on. Loss is
-on sources that it was not trained on, in nats for a byte; "loss, more" is against dense attention. The needle task asks
-for 8 digits that were given once, up to 2,000 bytes before; a digit by chance is right in 10% of the cases. The bar: the
-dynamic threshold adds at most 1% to the loss at 80%.
+Blocks of 32; the sparsity counts blocks of the causal triangle. Every attention of the model runs by the pattern, in
+all layers. Gates of the learned pattern are trained here, one for each layer, on text that the model was trained on.
+Loss is on sources that it was not trained on, in nats for a byte; "loss, more" is against dense attention. The needle
+task asks for 8 digits that were given once, up to 2,000 bytes before; a digit by chance is right in 10% of the cases.
+The bar: the dynamic threshold, as it is by default, adds at most 1% to the loss at 80%.
 """
 
 from __future__ import annotations
@@ -105,21 +105,19 @@ def main() -> int:
         rows = [["0%", "dense", "100%", f"{dense:.4f}", "", f"{byte_model.needle_accuracy(model, needles):.0%}", ""]]
     gates, missed = trained_gates(model, given.gate_contexts), False
     for sparsity in SPARSITIES:
-        best = float("inf")
         for name, tilings in variants(sparsity, gates).items():
             tiling = Layers(f"{name} {sparsity}", tilings)
             with hal.use("cpu:0", tiling=tiling):
                 loss, found = byte_model.loss(model, text), byte_model.needle_accuracy(model, needles)
             density, more = sum(tiling.densities) / len(tiling.densities), loss / dense - 1
             verdict = ""
-            if name.startswith("dynamic") and sparsity == 0.8:
-                best = min(best, more)
+            if name == "dynamic_threshold, mean" and sparsity == 0.8:
+                missed |= more > BAR
                 verdict = "held" if more <= BAR else "missed"
             rows.append(
                 [f"{sparsity:.0%}", name, f"{density:.1%}", f"{loss:.4f}", f"{more:+.2%}", f"{found:.0%}", verdict]
             )
             print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-        missed |= sparsity == 0.8 and best > BAR
     columns = ("sparsity", "pattern", "blocks read", "loss", "loss, more", "needle digits", "bar")
     notes = [
         f"{given.contexts} contexts of {byte_model.CONTEXT} bytes, {given.needles} needles, blocks of {BLOCK}.",

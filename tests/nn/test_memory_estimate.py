@@ -152,7 +152,7 @@ def test_the_cache_is_that_of_the_layers() -> None:
     one = 2 * 2 * 2 * 64 * 16 * 4  # key and value, entries, key heads, tokens, head size, bytes
     assert rows["full"].kv_cache == one
     assert 0 < rows["sliding"].kv_cache <= 2 * one + 64  # and two counters
-    assert (rows["full"].count, rows["sliding"].count) == (1, 2)
+    assert (rows["full"].layers, rows["sliding"].layers) == (1, 2)
 
 
 @pytest.mark.slow

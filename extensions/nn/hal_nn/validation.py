@@ -104,7 +104,8 @@ class ComponentValidator:
         flowing = torch.randn(out.shape, generator=torch.Generator().manual_seed(self.seed + 1)).to(out)
         found = torch.autograd.grad(out, [leaf, *weights], flowing, allow_unused=True)
         exact, kept = x.double().requires_grad_(), {p: p.detach().double().requires_grad_() for p in weights}
-        projections = _projections(layer, x.shape[-1], lambda p: kept.get(p, p.detach().double()))
+        exact_of = {id(p): wide for p, wide in kept.items()}
+        projections = _projections(layer, x.shape[-1], lambda p: exact_of.get(id(p), p.detach().double()))
         want = torch.autograd.grad(
             _attention(exact, projections, heads, causal),
             [exact, *kept.values()],

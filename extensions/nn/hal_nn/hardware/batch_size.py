@@ -202,7 +202,7 @@ def _runner(model: nn.Module, shapes: Inputs, training: bool) -> Probe:
             with torch.set_grad_enabled(training):
                 output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
                 if training:
-                    loss_of(output).backward()  # type: ignore[no-untyped-call]
+                    loss_of(output).backward()
 
         try:
             model.train(training)

@@ -31,7 +31,7 @@ def detect_available_devices() -> dict[str, list[torch.device]]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the host what the system calls available, of an accelerator what is free."""
+    """Bytes that can still be allocated: what the system calls available, or what is free on an accelerator."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

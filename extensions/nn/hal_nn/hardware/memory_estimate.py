@@ -1,7 +1,7 @@
 """What a model takes: weights, gradients, optimiser, activations, cache and workspace, as a whole and by kind of layer.
 
-The step is run on fake tensors (see `simulated_memory`), so the model may lie on the meta device, and the estimate follows
-the code that would run.
+The step is run on fake tensors (see `simulated_memory`), so the model may lie on the meta device, and the estimate
+follows the code that would run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class LayerMemory(NamedTuple):
 
     Attributes:
         kind: "full", "sliding", "linear" or "latent" attention, with "+ experts"; "other" for what is in no layer.
-        count: layers. weights, gradients, optimiser: theirs. activations: what their forward passes leave.
+        layers: how many. weights, gradients, optimiser: theirs. activations: what their forward passes leave.
         kv_cache: what their part of the cache holds.
     """
 
     kind: str
-    count: int
+    layers: int
     weights: int
     gradients: int
     optimiser: int
@@ -78,7 +78,7 @@ class MemoryEstimate(float):
         lines = [f"{self / 1e6:,.1f} MB at the peak (from {self.low / 1e6:,.1f} to {self.high / 1e6:,.1f})"]
         lines += [f"  {name:<12} {getattr(self, name) / 1e6:10,.1f} MB" for name in names]
         lines += [
-            f"  {layer.count} x {layer.kind}: weights {layer.weights / 1e6:,.1f} MB, activations "
+            f"  {layer.layers} x {layer.kind}: weights {layer.weights / 1e6:,.1f} MB, activations "
             f"{layer.activations / 1e6:,.1f} MB, cache {layer.kv_cache / 1e6:,.1f} MB"
             for layer in self.layers
         ]
@@ -129,8 +129,8 @@ def batched(sample: Any, batch_size: int) -> Inputs:
 
 
 def sample_of(model: nn.Module, sequence_length: int | None = None, training: bool = True) -> Inputs:
-    """Inputs of batch size 1 made up for a model: token ids, pixels or audio of a Hugging Face model by its config, with
-    labels where it takes them; features of a module that begins with a linear layer, ids of one that begins with an
+    """Inputs of batch size 1 made up for a model: token ids, pixels or audio of a Hugging Face model by its
+    config, with labels where it takes them; features of a module that begins with a linear layer, ids of one that begins with an
     embedding.
 
     Args:
@@ -171,7 +171,8 @@ def sample_of(model: nn.Module, sequence_length: int | None = None, training: bo
                 return (torch.empty(shape, device="meta"),)
             break
     raise ContractError(
-        f"no sample was given, and none can be made up for {type(model).__name__}: pass sample=, inputs of any batch size"
+        f"no sample was given, and none can be made up for {type(model).__name__}: pass sample=, inputs "
+        f"of any batch size"
     )
 
 
@@ -202,11 +203,10 @@ def _by_kind(model: nn.Module, layers: list[str], found: Simulated) -> list[Laye
         rows[kind] = [a + b for a, b in zip(rows.get(kind, [0] * 6), values, strict=True)]
 
     caches = found.cache if len(found.cache) == len(layers) else (0,) * len(layers)
-    for number, (name, cache) in enumerate(zip(layers, caches, strict=True)):
+    for name, cache in zip(layers, caches, strict=True):
         module = modules[name]
         kind = _kind(config, int(name.rsplit(".", 1)[-1]), module)
         add(kind, list(module.parameters()), found.layers.get(name, 0), cache, 1)
-        del number
     rest = sum(found.cache) - sum(caches)
     add("other", list(model.parameters()), max(found.activations - sum(found.layers.values()), 0), rest, 1)
     return [LayerMemory(kind, *values) for kind, values in rows.items()]

@@ -25,7 +25,7 @@ class StorageCount(TorchDispatchMode):
     """Counts the bytes of storages that live while the mode is on. `current`, `peak`: bytes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
@@ -33,7 +33,8 @@ class StorageCount(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default:  # torch's own shapes are for bfloat16 alone
-            out = args[0].new_empty(_grouped_shape(*args[:2], args[2] if len(args) > 2 else (kwargs or {}).get("offs")))
+            ends = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            out = args[0].new_empty(_grouped_shape(args[0], args[1], ends))
         else:
             out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -102,7 +103,7 @@ def loss_of(output: Any) -> Tensor:
 def training_step(call: Callable[[], Any], optimiser: torch.optim.Optimizer) -> None:
     """One step as it is simulated: forward, backward, optimiser; gradients are dropped at the end."""
     loss = loss_of(call())
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     del loss
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
@@ -163,7 +164,7 @@ def simulate(
             count.peak = count.current
             loss = loss_of(call())
             activations = count.current - base
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             del loss
             gradients = sum(_bytes(p.grad) for p in learned if p.grad is not None)
             stepper.step()

@@ -143,13 +143,14 @@ def train_gate(
     for query, key in samples:
         query, key = query.detach(), key.detach()
         request = AttentionRequest(
-            *query.shape[:2],
-            key.shape[1],
-            query.shape[2],
-            key.shape[2],
-            query.shape[3],
-            query.shape[3],
-            "float32",
+            batch=query.shape[0],
+            heads_q=query.shape[1],
+            heads_kv=key.shape[1],
+            len_q=query.shape[2],
+            len_k=key.shape[2],
+            dim_qk=query.shape[3],
+            dim_v=query.shape[3],
+            dtype="float32",
             causal=Causal.TOP_LEFT if causal else Causal.NONE,
         )
         with torch.no_grad():
@@ -160,7 +161,7 @@ def train_gate(
         found = torch.where(hidden, 0.0, logits.log_softmax(-1))
         loss = (-(target * found).sum(-1) - entropy).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
     return losses

@@ -38,7 +38,7 @@ def lost_mass(lse_plan: Tensor, lse_full: Tensor) -> Tensor:
 
 
 def lost_mass_bound(query: Tensor, key: Tensor, plan: BlockPlan, lse_plan: Tensor, request: AttentionRequest) -> Tensor:
-    """A number for each row that its lost mass certainly does not exceed; costs 2 / block_k of dense attention's scores.
+    """A number for each row that its lost mass certainly does not exceed, for 3 / block_k of the cost of dense scores.
 
     The scores of a block that was left out are bounded in two ways, and the lower bound counts: by the least and the
     largest value of its keys in each dimension, and by the mean of its keys and the largest distance from it. With n

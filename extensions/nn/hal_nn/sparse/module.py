@@ -108,7 +108,8 @@ class DynamicSparseAttention(nn.Module):
         if self.gate is None:
             raise ContractError(f"pattern {self.pattern.value!r} has no gate to train: use pattern='learned'")
         with torch.no_grad():
-            pairs = [tuple(self._projected(x)[:2]) for x in samples]
+            projected = [self._projected(x) for x in samples]
+            pairs = [(query, key) for query, key, _ in projected]
         return train_gate(self.gate, pairs, block_size=self.block_size, causal=self.causal, learning_rate=learning_rate)
 
     def get_sparsity_statistics(self) -> dict[str, Any]:

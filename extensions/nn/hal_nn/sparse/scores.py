@@ -79,7 +79,8 @@ def box_bound(query: Tensor, key: Tensor, request: AttentionRequest, block_q: in
     bounds = row_bounds(query, key, request, block_k)
     short = -bounds.shape[2] % block_q
     bounds = torch.nn.functional.pad(bounds, (0, 0, 0, short), value=-math.inf)
-    return bounds.unflatten(2, (-1, block_q)).amax(3)
+    largest: Tensor = bounds.unflatten(2, (-1, block_q)).amax(3)
+    return largest
 
 
 def row_bounds(query: Tensor, key: Tensor, request: AttentionRequest, block_k: int) -> Tensor:
@@ -91,14 +92,15 @@ def row_bounds(query: Tensor, key: Tensor, request: AttentionRequest, block_k: i
     largest = torch.nn.functional.pad(key, (0, 0, 0, short), value=-math.inf).unflatten(2, (-1, block_k)).amax(3)
     rows = query.to(dtype) * request.effective_scale
     least, largest = (_repeat(each, query.shape[1]).mT for each in (least, largest))
-    return rows.clamp(min=0) @ largest + rows.clamp(max=0) @ least
+    bound: Tensor = rows.clamp(min=0) @ largest + rows.clamp(max=0) @ least
+    return bound
 
 
 def _pool(tensor: Tensor, size: int) -> Tensor:
     """Means of blocks along the length, [batch, heads, blocks, dim], float32; of the last block's own rows."""
     length = tensor.shape[2]
     full = length // size
-    means = tensor[:, :, : full * size].unflatten(2, (full, size)).mean(3, dtype=torch.float32)
+    means: Tensor = tensor[:, :, : full * size].unflatten(2, (full, size)).mean(3, dtype=torch.float32)
     if full * size == length:
         return means
     return torch.cat([means, tensor[:, :, full * size :].mean(2, keepdim=True, dtype=torch.float32)], 2)
@@ -109,7 +111,8 @@ def _squares(tensor: Tensor, stride: int) -> Tensor:
     short = -tensor.shape[2] % stride
     if short:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, short))
-    return tensor.unflatten(2, (-1, stride))
+    squares: Tensor = tensor.unflatten(2, (-1, stride))
+    return squares
 
 
 def _repeat(tensor: Tensor, heads: int) -> Tensor:

@@ -51,6 +51,17 @@ class SparseTiling:
         """Views of [batch, heads, length, dim] along its length; the last one may be shorter."""
         return list(tensor.split(tile_size, dim=2))
 
+    def plan(
+        self,
+        request: AttentionRequest,
+        limits: Mapping[str, int],
+        *,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+    ) -> BlockPlan:
+        """The plan of a call; `query` and `key` are given to a tiling that reads content."""
+        raise NotImplementedError
+
     def shape(self, request: AttentionRequest) -> tuple[int, int]:
         """(query blocks, key blocks)."""
         return -(-request.len_q // self.block_q), -(-request.len_k // self.block_k)
@@ -110,8 +121,8 @@ class Cut(NamedTuple):
     Attributes:
         first, stop: int64 [query blocks], of `block_range`. budgets: int64 [query blocks], of `row_budgets`.
         hidden: bool [query blocks, key blocks], blocks that no row of the query block sees.
-        forced: bool, likewise: the last visible block of each row, and its first where that is an eighth of the budget or
-            less: attention gathers at the first tokens (Xiao et al. 2024), which pooling may hide.
+        forced: bool, likewise: the last visible block of each row, and its first where that is an eighth of the budget
+            or less: attention gathers at the first tokens (Xiao et al. 2024), which pooling may hide.
         visible: how many block pairs are visible. most: the largest budget.
     """
 
@@ -146,8 +157,15 @@ def _cut(
     column = torch.arange(-(-len_k // block_k))
     hidden = (column < first.unsqueeze(1)) | (column >= stop.unsqueeze(1))
     ends = (column == stop.unsqueeze(1) - 1) | ((column == first.unsqueeze(1)) & (budgets >= 8).unsqueeze(1))
-    tensors = (t.to(device) for t in (first, stop, budgets, hidden, ends & ~hidden))
-    return Cut(*tensors, int(counts.sum()), int(budgets.max()) if len(budgets) else 0)
+    return Cut(
+        first.to(device),
+        stop.to(device),
+        budgets.to(device),
+        hidden.to(device),
+        (ends & ~hidden).to(device),
+        int(counts.sum()),
+        int(budgets.max()) if len(budgets) else 0,
+    )
 
 
 def select(priority: Tensor, cut: Cut, block_q: int, block_k: int, counts: Tensor | None = None) -> BlockPlan:
@@ -155,8 +173,8 @@ def select(priority: Tensor, cut: Cut, block_q: int, block_k: int, counts: Tenso
 
     Args:
         priority: float [batch or 1, heads or 1, query blocks, key blocks]; written over.
-        cut: of the same shape. counts: int64, `priority`'s shape without the last dimension: blocks to take, at most the
-            budget; None: the budget.
+        cut: of the same shape. counts: int64, `priority`'s shape without the last dimension: blocks to take, at most
+            the budget; None: the budget.
     """
     most = max(min(cut.most, priority.shape[-1]), 1)
     # In descending order, so that the first entries of a row are its best whatever its count is.

@@ -99,7 +99,7 @@ class Heads(NamedTuple):
     listed: Listed
 
     @property
-    def count(self) -> int:
+    def many(self) -> int:
         return int(self.queries.stop - self.queries.start)
 
 
@@ -120,7 +120,7 @@ def _run(problem: Problem, plan: BlockPlan, scratch: Scratch, out: Tensor, lse: 
     dim_v = problem.source.value.shape[-1]
     hidden = hidden_pairs(problem, scratch)
     for heads in walk(problem, plan, scratch):
-        rows = heads.count * block_q
+        rows = heads.many * block_q
         query = to_blocks(problem.query[heads.batch, heads.queries], block_q, scratch.whole_query)
         query.mul_(problem.rule.factor)
         result = scratch.whole_out[: blocks_q * rows * dim_v].view(blocks_q, rows, dim_v)
@@ -134,7 +134,7 @@ def _run(problem: Problem, plan: BlockPlan, scratch: Scratch, out: Tensor, lse: 
             scores = scores_of(
                 problem, plan, chunk, heads, picked_rows(query, chunk.units, scratch.query), key, scratch
             )
-            hide(problem, plan, chunk, scores, heads.count, hidden)
+            hide(problem, plan, chunk, scores, heads.many, hidden)
             top, anchor, total = scratch.statistics[blocks_q * rows :][: 3 * n * rows].view(3, n, rows, 1)
             torch.amax(scores, -1, keepdim=True, out=top)
             anchor.copy_(top).masked_fill_(top == -math.inf, 0)
@@ -220,7 +220,7 @@ def _partial(band: Band, plan: BlockPlan, starts: Tensor, blocks: Tensor, len_k:
 def chunks(problem: Problem, plan: BlockPlan, heads: Heads) -> Iterator[Chunk]:
     """Query blocks that are multiplied at once, by how many key blocks they read."""
     sizes = BlockSizes.of(problem.request, torch.get_num_threads())
-    at_once = sizes.at_once * (problem.group // heads.count)
+    at_once = sizes.at_once * (problem.group // heads.many)
     for start in range(0, len(heads.listed.order), at_once):
         units = heads.listed.order[start : start + at_once]
         counts = heads.listed.counts[units].tolist()
@@ -265,7 +265,8 @@ def from_blocks(whole: Tensor, size: int, out: Tensor) -> None:
 def picked_rows(whole: Tensor, units: Tensor, room: Tensor) -> Tensor:
     """The rows of some query blocks, [n, rows, dim]."""
     shape = (len(units), *whole.shape[1:])
-    return torch.index_select(whole, 0, units, out=room[: math.prod(shape)].view(shape))
+    picked: Tensor = room[: math.prod(shape)].view(shape)
+    return torch.index_select(whole, 0, units, out=picked)
 
 
 def gathered(blocks: Tensor, chunk: Chunk, room: Tensor) -> Tensor:
@@ -292,7 +293,7 @@ def scores_of(
     slope: Tensor | None = None,
 ) -> Tensor:
     """Scores [n, rows, most * block_k], nothing hidden yet."""
-    shape = (len(chunk.counts), heads.count * plan.block_q, chunk.most * plan.block_k)
+    shape = (len(chunk.counts), heads.many * plan.block_q, chunk.most * plan.block_k)
     scores = scratch.scores[: math.prod(shape)].view(shape)
     torch.bmm(query, key.mT, out=scores)
     return problem.rule.apply_cap(scores, slope)

@@ -107,7 +107,7 @@ def _heads(
             shape = (*part.shape[:2], key.shape[1])
             slope = scratch.slope[: math.prod(shape)].view(shape)
         scores = scores_of(problem, plan, chunk, heads, part, key, scratch, slope)
-        hide(problem, plan, chunk, scores, heads.count, hidden)
+        hide(problem, plan, chunk, scores, heads.many, hidden)
         picks = scratch.statistics[2 * rows :][: 2 * part.shape[0] * part.shape[1]].view(2, -1)
         weights = problem.rule.exponentials(scores, picked_rows(level, chunk.units, picks[0]))
         flowing = picked_rows(grad_out, chunk.units, scratch.grad_out)
