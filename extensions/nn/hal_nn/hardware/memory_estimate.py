@@ -129,9 +129,10 @@ def batched(sample: Any, batch_size: int) -> Inputs:
 
 
 def sample_of(model: nn.Module, sequence_length: int | None = None, training: bool = True) -> Inputs:
-    """Inputs of batch size 1 made up for a model: token ids, pixels or audio of a Hugging Face model by its
-    config, with labels where it takes them; features of a module that begins with a linear layer, ids of one that begins with an
-    embedding.
+    """Inputs of batch size 1 made up for a model.
+
+    For a Hugging Face model: token ids, pixels or audio by its config, with labels where it takes them. Else: features
+    of a module that begins with a linear layer, ids of one that begins with an embedding.
 
     Args:
         sequence_length: tokens; None: 512, or what the model takes at most.

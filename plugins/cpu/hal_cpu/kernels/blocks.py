@@ -266,7 +266,8 @@ def picked_rows(whole: Tensor, units: Tensor, room: Tensor) -> Tensor:
     """The rows of some query blocks, [n, rows, dim]."""
     shape = (len(units), *whole.shape[1:])
     picked: Tensor = room[: math.prod(shape)].view(shape)
-    return torch.index_select(whole, 0, units, out=picked)
+    torch.index_select(whole, 0, units, out=picked)
+    return picked
 
 
 def gathered(blocks: Tensor, chunk: Chunk, room: Tensor) -> Tensor:
