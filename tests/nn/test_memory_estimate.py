@@ -14,7 +14,7 @@ from hal_nn.hardware import estimate_memory, sample_of  # noqa: E402
 from hal_nn.hardware.simulated_memory import training_step  # noqa: E402
 
 from hal_core import ContractError  # noqa: E402
-from hal_core.testing.benchmark import allocator_peak  # noqa: E402
+from hal_core.testing import allocator_peak  # noqa: E402
 
 BATCH, LENGTH = 3, 96
 PLAIN: dict[str, Any] = {

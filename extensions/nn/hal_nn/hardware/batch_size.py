@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hal_core import ContractError, MemoryLimitError
-from hal_core.testing.benchmark import allocator_peak
+from hal_core.testing import allocator_peak
 
 from .devices import available_memory
 from .memory_estimate import Inputs, MemoryEstimate, batched, estimate_memory, sample_of

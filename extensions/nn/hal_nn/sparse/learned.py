@@ -45,12 +45,13 @@ class SparseGate(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
         """Logits, float32 [batch, heads_q, query blocks, key blocks]; nothing hidden."""
-        short = -key.shape[2] % block_k
-        keys = key.float()
-        parts = [_pool(key, block_k)]
-        for sign in (1, -1):
-            filled = nn.functional.pad(sign * keys, (0, 0, 0, short), value=-torch.inf)
-            parts.append(sign * filled.unflatten(2, (-1, block_k)).amax(3))
+        full, parts = key.shape[2] // block_k * block_k, [_pool(key, block_k)]
+        whole, rest = key[:, :, :full].unflatten(2, (-1, block_k)), key[:, :, full:]
+        for extreme in (torch.amax, torch.amin):
+            found = extreme(whole, 3)
+            if rest.shape[2]:
+                found = torch.cat([found, extreme(rest, 2, keepdim=True)], 2)
+            parts.append(found.float())
         rows = _pool(query, block_q) @ self.query
         columns = _repeat(torch.cat(parts, -1) @ self.key, query.shape[1])
         last = (torch.arange(rows.shape[2], device=query.device) + 1) * block_q - 1
