@@ -232,7 +232,8 @@ def key_blocks(tensor: Tensor, size: int, room: Tensor) -> Tensor:
     """[length, dim] as [blocks, size, dim]: a view where it can be, else a copy that ends with zeros."""
     length, dim = tensor.shape
     if not room.numel():
-        return tensor.unflatten(0, (-1, size))
+        view: Tensor = tensor.unflatten(0, (-1, size))
+        return view
     blocks = -(-length // size)
     whole = room[: blocks * size * dim].view(blocks * size, dim)
     whole[:length].copy_(tensor)
