@@ -1,8 +1,14 @@
-"""Transformers on hal: the Hugging Face bridge, sparse attention, memory and batch sizes, validation.
+"""Transformers on hal: the Hugging Face bridge, conversion of any model, drop-in modules, attention by configuration,
+sparse attention, memory and batch sizes, validation.
 
     import hal_nn
     hal_nn.register_huggingface()
     model = AutoModel.from_pretrained(path, attn_implementation="hal")
+
+    model, report = hal_nn.convert(any_model, sample)
+    attention = hal_nn.PhotonicMultiHeadAttention(512, 8)      # nn.MultiheadAttention's arguments and state dict
+    with hal_nn.override_sdpa() as counted:                    # programs that call torch's own function
+        ...
 
 Importing this package imports neither torch nor transformers.
 """
@@ -18,8 +24,18 @@ if TYPE_CHECKING:
 
 #: Public names by the module that holds them; each is imported when it is used.
 _NAMES = {
+    "attention_config": "AttentionConfig AttentionPatterns",
+    "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
     "benchmark": "benchmark_attention_performance",
+    "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
+    "framework": "create_attention register_attention unregister_attention",
+    "global_config": "GlobalConfig",
     "hardware": "HardwareAbstractionLayer UnifiedMemoryManager detect_available_devices",
+    "layers": "AttentionLayer FusedGELU OptimizedLinear",
+    "multihead": "PhotonicMultiHeadAttention",
+    "patterns": "KeyValueCache PatternAttention",
+    "record": "DeviceRecord",
+    "sdpa": "override_sdpa",
     "sparse": "DynamicSparseAttention SparsePattern create_sparse_attention",
     "validation": "ComponentValidator",
 }
@@ -56,7 +72,7 @@ def unregister_huggingface() -> None:
 
 
 def set_device(model: nn.Module, device: str | None) -> nn.Module:
-    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.huggingface.set_device`."""
-    from . import huggingface
+    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.placement.set_device`."""
+    from . import placement
 
-    return huggingface.set_device(model, device)
+    return placement.set_device(model, device)
