@@ -78,21 +78,21 @@ class UnifiedMemoryManager:
             self._peak = max(self._peak, sum(self._in_use.values()))
             return tensor
 
-    def deallocate(self, tensor: Tensor) -> None:
+    def deallocate(self, t: Tensor) -> None:
         """Give a tensor back; its memory is reused once nobody else refers to it.
 
         Raises:
             ContractError: it is not from here, or was given back already.
         """
         with self._lock:
-            if id(tensor) not in self._held:
+            if id(t) not in self._held or self._held[id(t)][0]() is not t:
                 raise ContractError(
                     "this tensor is not from this manager, or was given back: pass one that it handed out"
                 )
-            _, buffer, name = self._held.pop(id(tensor))
+            _, buffer, name = self._held.pop(id(t))
             self._in_use[name] -= buffer.reserved
         # A pool keeps a block that nobody refers to any more, and the caller still has the tensor.
-        weakref.finalize(tensor, self._returned.append, (buffer, name))
+        weakref.finalize(t, self._returned.append, (buffer, name))
 
     def _collect(self) -> None:
         """Free the buffers whose tensors are gone."""
