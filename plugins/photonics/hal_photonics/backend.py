@@ -96,7 +96,7 @@ class ProfileBackend:
             masks=frozenset(MaskKind),
             causal=frozenset(Causal),
             features=_FEATURES | (_GRADIENTS if self.straight_through else frozenset()),
-            tile_sizes=Range(0, p.count("array.inputs")),
+            tile_sizes=Range(0, p.tile_inputs),
             options={"passes": PASSES},
         )
 

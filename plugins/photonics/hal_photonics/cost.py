@@ -314,7 +314,7 @@ def call_memory(profile: Profile, request: AttentionRequest) -> int:
     one readout or one step of the softmax needs beside them.
     """
     r = request
-    size, inputs = DTYPE_BYTES.get(r.dtype, 4), profile.count("array.inputs")
+    size, inputs = DTYPE_BYTES.get(r.dtype, 4), profile.tile_inputs
     group_size, tiles = r.heads_q // max(r.heads_kv, 1), -(-r.dim_qk // inputs)
     held = int(4 * _POOLED * r.batch * r.heads_kv * r.len_k * (r.dim_qk + tiles + r.dim_v))
     results = r.batch * r.heads_q * r.len_q * (size * r.dim_v + (4 if r.lse else 0))
@@ -370,7 +370,7 @@ def _stream_memory(profile: Profile, products: int, rows: int, outputs: int, len
     Args:
         held: the weights are encoded already.
     """
-    width = min(length, profile.count("array.inputs"))
+    width = min(length, profile.tile_inputs)
     codes, streamed, weights = products * rows * outputs, products * rows * width, products * outputs * width
     corrected = int(profile.calibrated)
     before = (1 + corrected) * streamed + (corrected + (not held)) * weights

@@ -24,6 +24,19 @@ FIGURES: Schema = {
         "weight_bits": Kind("bit", 2, 16, "resolution of a weight, sign included", whole=True),
         "adc_bits": Kind("bit", 2, 16, "resolution of a readout, sign included", whole=True),
         "gain": Kind("ratio", 0.01, 1024, "analogue gain in front of the readout"),
+        "tile_inputs": Kind(
+            "count", 0, 4096, "inputs that one readout sums; 0 for all inputs of the array", whole=True, default=0.0
+        ),
+        "range_inputs": Kind(
+            "count",
+            0,
+            65536,
+            "products of full scale that the readout's range holds at gain 1, for a whole tile; 0 for as many as inputs",
+            default=0.0,
+        ),
+        "zero_share": Kind(
+            "ratio", 0, 1, "measured share of exact zeros among readouts of standard normal operands", default=0.0
+        ),
     },
     "noise": {
         "readout_noise": Kind("LSB", 0, 1000, "noise of a readout, rms, everything but the parts named below"),

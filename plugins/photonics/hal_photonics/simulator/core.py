@@ -39,7 +39,7 @@ class Corrections(NamedTuple):
     @classmethod
     def none(cls, profile: Profile) -> Corrections:
         """The corrections of a chip without errors."""
-        cores, columns, inputs = (profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
+        cores, columns, inputs = (*(profile.count(f"array.{n}") for n in ("cores", "outputs")), profile.tile_inputs)
         inverse = torch.zeros(inputs, 7)
         inverse[:, 0] = 1
         ones = torch.ones(columns, inputs)
