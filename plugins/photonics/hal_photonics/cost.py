@@ -284,7 +284,7 @@ def passes_of(request: AttentionRequest) -> int:
 
 
 def product_cost(
-    profile: Profile, size: ProductSize, *, resident: bool = False, duty: float = 1.0, state: str = ""
+    profile: Profile, size: ProductSize, *, resident: bool = False, passes: int = 1, duty: float = 1.0, state: str = ""
 ) -> Cost:
     """Time and energy of products; arguments as for `cost`.
 
@@ -293,7 +293,7 @@ def product_cost(
     """
     elements = size.batch * (size.rows * size.length + (0 if resident else size.outputs * size.length)) + size.results
     moved = elements * DTYPE_BYTES.get(size.dtype, 4)
-    return cost(profile, product_work(profile, size), transferred=moved, duty=duty, state=state)
+    return cost(profile, product_work(profile, size), transferred=moved, passes=passes, duty=duty, state=state)
 
 
 def throughput(profile: Profile) -> float:

@@ -8,7 +8,8 @@ from hal_simulation import Kind, Schema
 
 #: How a weight is held: cells of a crossbar, two interferometer meshes, or micro-rings.
 MECHANISMS = ("crossbar", "mesh", "ring")
-
+#: The most passes of the optics that may be averaged.
+MOST_PASSES = 1024
 
 _INF = math.inf
 
@@ -41,6 +42,9 @@ FIGURES: Schema = {
     "noise": {
         "readout_noise": Kind("LSB", 0, 1000, "noise of a readout, rms, everything but the parts named below"),
         "readout_noise_spread": Kind("ratio", 0, 2, "how the noise differs by column, sd over mean", default=0.0),
+        "after_gain": Kind(
+            "ratio", 0, 1, "share of the readout noise's power that arises behind the gain", default=0.0
+        ),
         "common_noise": Kind("LSB", 0, 1000, "noise that all columns of a core share, rms", default=0.0),
         "column_gain": Kind("ratio", 0.01, 10, "mean gain of a column before calibration", default=1.0),
         "column_gain_spread": Kind("ratio", 0, 1, "standard deviation of the column gain", default=0.0),
