@@ -1,0 +1,105 @@
+"""A two-layer text classifier: which package of the Python standard library a 2 KB piece of source comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+#: Bytes of a piece. Tokens of it that are read. Words that are known. Classes.
+PIECE, LENGTH, WORDS, CLASSES = 2048, 192, 4096, 20
+#: Pieces of one package that are used for training and test, and of one file, at most.
+_MOST, _MOST_TEST, _OF_FILE = 96, 32, 16
+_TOKEN = re.compile(r"[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]")
+#: Not packages of a subject: tests of everything, data, installers.
+_LEFT_OUT = {"test", "site-packages", "ensurepip", "pydoc_data"}
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def pieces() -> tuple[list[str], dict[str, dict[str, list[str]]]]:
+    """The classes, and pieces of source by package and file: the packages with the most files' text."""
+    library = Path(sysconfig.get_path("stdlib"))
+    found: dict[str, dict[str, list[str]]] = {}
+    for package in sorted(p for p in library.iterdir() if p.is_dir() and (p / "__init__.py").exists()):
+        if package.name in _LEFT_OUT:
+            continue
+        for file in sorted(package.rglob("*.py")):
+            if {"test", "tests", "idle_test", "__pycache__"} & set(file.relative_to(library).parts):
+                continue
+            text = file.read_bytes().decode("utf-8", "replace")
+            cut = [text[start : start + PIECE] for start in range(0, len(text) - PIECE // 2, PIECE)][:_OF_FILE]
+            if cut:
+                found.setdefault(package.name, {})[str(file.relative_to(library))] = cut
+    ranked = sorted((name for name in found if len(found[name]) >= 3), key=lambda n: -sum(map(len, found[n].values())))
+    classes = sorted(ranked[:CLASSES])
+    return classes, {name: found[name] for name in classes}
+
+
+def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training tokens [texts, LENGTH] and labels, test tokens and labels; a file is in one of the two, by its name."""
+    classes, found = pieces()
+    train: list[tuple[list[str], int]] = []
+    test: list[tuple[list[str], int]] = []
+    for label, name in enumerate(classes):
+        files = sorted(found[name], key=lambda file: hashlib.sha256(file.encode()).hexdigest())
+        held, seen = files[: max(len(files) // 4, 1)], files[max(len(files) // 4, 1) :]
+        for chosen, into, most in ((seen, train, _MOST), (held, test, _MOST_TEST)):
+            cut = [piece for file in chosen for piece in found[name][file]][:most]
+            into += [(_TOKEN.findall(piece)[:LENGTH], label) for piece in cut]
+    common = Counter(word for words, _ in train for word in set(words)).most_common(WORDS - 2)
+    number = {word: index + 2 for index, (word, _) in enumerate(common)}
+
+    def tensors(rows: list[tuple[list[str], int]]) -> tuple[Tensor, Tensor]:
+        tokens = torch.zeros(len(rows), LENGTH, dtype=torch.int64)
+        for row, (words, _) in enumerate(rows):
+            tokens[row, : len(words)] = torch.tensor([number.get(word, 1) for word in words])
+        return tokens, torch.tensor([label for _, label in rows])
+
+    return *tensors(train), *tensors(test)
+
+
+class Layer(nn.Module):
+    """A transformer encoder layer, norms in front."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.drop(self.out(attend(q, k, v).transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(functional.gelu(self.up(self.norms[1](x)))))
+
+
+class TextClassifier(nn.Module):
+    """Embedding, two encoder layers, the mean of the tokens, a linear classifier.
+
+    Attributes:
+        attend: softmax(q k^T / sqrt(d)) v of [batch, heads, length, dim]; torch's unless it is changed.
+    """
+
+    def __init__(self, dim: int = 64, heads: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(WORDS, dim), nn.Parameter(torch.randn(LENGTH, dim) * 0.02)
+        self.layers = nn.ModuleList(Layer(dim, heads) for _ in range(layers))
+        self.norm, self.classifier = nn.LayerNorm(dim), nn.Linear(dim, CLASSES)
+        self.drop = nn.Dropout(0.3)
+        self.attend: Attend = functional.scaled_dot_product_attention
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.drop(self.words(tokens) + self.places)
+        for layer in self.layers:
+            x = layer(x, self.attend)
+        return self.classifier(self.drop(self.norm(x).mean(1)))
