@@ -6,8 +6,9 @@ import math
 
 from hal_simulation import Kind, Schema
 
-#: How a weight is held: cells of a crossbar, two interferometer meshes, or micro-rings.
-MECHANISMS = ("crossbar", "mesh", "ring")
+#: How a weight is held: cells of a crossbar, two interferometer meshes, micro-rings; or not at all: a dot product
+#: modulates both operands anew at every beat.
+MECHANISMS = ("crossbar", "mesh", "ring", "dot")
 #: The most passes of the optics that may be averaged.
 MOST_PASSES = 1024
 
@@ -85,6 +86,27 @@ FIGURES: Schema = {
             "ratio", 0, 1, "share of a heater's shift that reaches its neighbour", variant="ring"
         ),
         "span": Kind("FWHM", 0.5, 100, "detuning at which a weight counts as fully off resonance", variant="ring"),
+    },
+    "dot": {
+        "rows": Kind("count", 1, 4096, "rows of the first operand that a core takes in a beat", whole=True, variant="dot"),
+        "groups": Kind(
+            "count", 1, 1024, "groups of cores among which the streamed operand is broadcast", whole=True, variant="dot"
+        ),
+        "beats_summed": Kind("count", 1, 1024, "beats summed as charge before a readout", whole=True, variant="dot"),
+        "laser_energy": Kind("J", 0, 1, "of the laser in one beat of one core", variant="dot"),
+        "dac_energy": Kind("J", 0, 1, "of one input conversion", variant="dot"),
+        "modulator_energy": Kind("J", 0, 1, "of one modulated symbol, its routers included", variant="dot"),
+        "detector_energy": Kind("J", 0, 1, "of the two detectors of one dot product in a beat", variant="dot"),
+        "amplifier_energy": Kind("J", 0, 1, "of the amplifier for one readout", variant="dot"),
+        "adc_energy": Kind("J", 0, 1, "of the converter for one readout", variant="dot"),
+        "adder_energy": Kind("J", 0, 1, "of the digital adder for one readout", variant="dot"),
+        "register_energy": Kind("J/B", 0, 1, "of one byte through the registers", variant="dot"),
+        "network_energy": Kind("J/B", 0, 1, "of one byte to the adders", variant="dot"),
+        "local_energy": Kind("J/B", 0, 1, "of one byte of a local buffer", variant="dot"),
+        "global_energy": Kind("J/B", 0, 1, "of one byte of the global buffer", variant="dot"),
+        "dram_energy": Kind("J/B", 0, 1, "of one byte from DRAM", variant="dot"),
+        "dram_bandwidth": Kind("B/s", 1, 1e15, "from DRAM", variant="dot"),
+        "local_bytes": Kind("B", 1, 1e9, "size of a local buffer", variant="dot"),
     },
     "time": {
         "clock": Kind("Hz", 1, 1e13, "vectors a core takes in a second"),

@@ -39,7 +39,7 @@ class Profile(hal_simulation.Profile):
     """A checked photonic profile.
 
     Attributes:
-        mechanism: "crossbar", "mesh" or "ring".
+        mechanism: "crossbar", "mesh", "ring" or "dot".
         chip: the number of the simulated chip; its static errors are drawn from it.
         linearised: whether the vendor has removed the smooth non-linearity of the inputs.
         calibrated: whether this project's calibration is applied; without it the device is as it was measured.
