@@ -9,6 +9,7 @@ library a piece of source comes from are trained here; MiniLM's weights come fro
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import record
 import torch
 from hal_luminous.backend import LuminousBackend
 from hal_photonic_lightmatter.backend import LightmatterBackend
-from hal_photonics import keep_outliers_digital, tune_gains
+from hal_photonics import keep_outliers_digital
 from hal_photonics.backend import PhotonicBackend
 from hal_photonics.profiles.profile import Profile
 from photonics_tasks import training
@@ -32,6 +33,17 @@ OUTLIERS = 0.05
 #: Published for this chip without fine-tuning, share of float32's accuracy; and its SNR at 64 inputs after the best fit.
 PUBLISHED = {"ResNet18, CIFAR-10 (published)": 0.978, "BERT-tiny, IMDB (published)": 0.965}
 SILICON_SNR = 17.33
+
+
+COLUMNS = ["network", "products", "SNR, dB", "accuracy", "share of float32", "draws"]
+NOTES = [
+    "Simulated, but for float32. Share: of float32's accuracy; of MiniLM the nearest neighbours kept among its sentences. SNR: "
+    "of all products of the run.",
+    f"Published for this chip: {', '.join(f'{name} {kept:.1%}' for name, kept in PUBLISHED.items())} of float32.",
+    "Attention runs on the optics in the text classifier, and stays digital in MiniLM.",
+]
+#: An SNR from here on is that of a run without errors.
+_NO_ERROR = 200
 
 
 class Row(NamedTuple):
@@ -145,8 +157,8 @@ def minilm(chip: Profile, sentences: int, draws: int) -> tuple[list[Row], list[s
         judged("MiniLM", f"{how}, {OUTLIERS:.0%} of channels digital", 1.0, outliers, lambda: OnChip(chip, calibrated=True), draws)
     )
     rows.append(judged("MiniLM", f"{how}, 4 passes", 1.0, plain, chip_4, draws))
-    found = model.cheapest_set(OnChip(chip, calibrated=True), 0.9)
-    rows.append(Row("MiniLM", f"{how}, cheapest digital set", float("nan"), found.score, found.score, 2))
+    found = model.cheapest_set(OnChip(chip, calibrated=True), 0.9, draws)
+    rows.append(Row("MiniLM", f"{how}, cheapest digital set", float("nan"), found.score, found.score, draws))
     notes = [
         f"MiniLM keeps {found.score:.0%} of its nearest neighbours with {len(found.layers)} of {len(found.damage)} linear "
         f"layers digital; {found.device_share:.1%} of the linear layers' multiply-accumulates stay on the optics "
@@ -186,33 +198,32 @@ def main() -> None:
     options.add_argument("--sentences", type=int, default=64, help="of MiniLM (default %(default)s)")
     options.add_argument("--cifar", type=Path, help="folder cifar-10-batches-bin: the residual network on CIFAR-10 too")
     options.add_argument("--weights", type=Path, help="folder for trained weights, which are used again")
+    options.add_argument("--rows", type=Path, help="JSON file that rows are kept in, so that tasks can run one by one")
     options = options.parse_args()
     torch.set_num_threads(1)
     chip = next(p for p in profiles() if p.name == SILICON)
-    rows: list[Row] = []
-    notes = [
-        "Simulated, but for float32. Share: of float32's accuracy; of MiniLM the nearest neighbours kept among its sentences. "
-        "SNR: of all products of the run.",
-        f"Published for this chip: {', '.join(f'{name} {kept:.1%}' for name, kept in PUBLISHED.items())} of float32.",
-        "Attention runs on the optics in the text classifier, and stays digital in MiniLM.",
-    ]
-    for name in options.tasks.split(","):
+    kept: list[Row] = []
+    if options.rows is not None and options.rows.exists():
+        kept = [Row(*row) for row in json.loads(options.rows.read_text())]
+    for name in [*options.tasks.split(","), *(["cifar"] if options.cifar is not None else [])]:
+        start, said = time.process_time(), list[str]()
         if name == "minilm":
-            found, said = minilm(chip, options.sentences, options.draws)
-            rows += found
-            notes += said
+            rows, said = minilm(chip, options.sentences, options.draws)
         else:
-            rows += trained_here(getattr(training, name)(options.weights), chip, options.draws)
-    if options.cifar is not None:
-        rows += trained_here(training.cifar(options.cifar, options.weights), chip, options.draws)
-    notes += verdicts(rows)
-    columns = ["network", "products", "SNR, dB", "accuracy", "share of float32", "draws"]
-    table = [
-        [r.task, r.how, f"{r.snr:.1f}" if r.snr < 200 else "", f"{r.score:.1%}", f"{r.kept:.1%}", str(r.draws)] for r in rows
-    ]
-    record.publish(options, "photonics_end_to_end", "Accuracy on photonic profiles", columns, table, notes)
-    if options.record:
-        draw(rows, record.FOLDER / "photonics_end_to_end.png")
+            task = training.cifar(options.cifar, options.weights) if name == "cifar" else getattr(training, name)(options.weights)
+            rows = trained_here(task, chip, options.draws)
+        task_name = rows[0].task
+        notes = [*NOTES, *said, *verdicts(rows), f"Processor time: {time.process_time() - start:.0f} s."]
+        table = [
+            [r.task, r.how, f"{r.snr:.1f}" if r.snr < _NO_ERROR else "", f"{r.score:.1%}", f"{r.kept:.1%}", str(r.draws)]
+            for r in rows
+        ]
+        record.publish(options, "photonics_end_to_end", f"Accuracy of {task_name}", COLUMNS, table, notes, f"Accuracy: {task_name}")
+        kept = [row for row in kept if row.task != task_name] + rows
+        if options.rows is not None:
+            options.rows.write_text(json.dumps(kept))
+        if options.record:
+            draw(kept, record.FOLDER / "photonics_end_to_end.png")
 
 
 def verdicts(rows: list[Row]) -> list[str]:

@@ -50,7 +50,7 @@ def cifar(folder: Path, weights: Path | None) -> Task:
 def text(weights: Path | None) -> Task:
     """The two-layer text classifier."""
     task = Task("text", source_text.TextClassifier(), *source_text.data(), source_text.window, 0.1)
-    return _trained(task, weights, 40, 32, 2e-3)
+    return _trained(task, weights, 36, 32, 2e-3)
 
 
 def _shifted(x: Tensor) -> Tensor:

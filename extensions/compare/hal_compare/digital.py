@@ -52,7 +52,7 @@ def search(
     judge = _Judge(model, files, arguments)
     for row in rows:
         if row.scope is Scope.LINEAR and row.device is not None:
-            found = judge.search(row.device.id, arguments.keep)
+            found = judge.search(row.device.id, row.place, arguments.keep)
             row.digital = frozenset(found.layers)
             chosen.append(Chosen(row.name, found))
     return chosen
@@ -75,9 +75,9 @@ class _Judge:
         for batch, outputs in zip(self._tokens.batches, exact, strict=True):
             self._reference.add(batch, outputs, outputs)
 
-    def search(self, device: str, wanted: float) -> DigitalSet:
+    def search(self, device: str, place: str, wanted: float) -> DigitalSet:
         names = linear_names(self._model.network)
-        network = huggingface.set_device(variant(self._model.network, attention_clock.HAL), device)
+        network = huggingface.set_device(variant(self._model.network, attention_clock.HAL).to(place), device)
         put_linear_layers(network, device)
         layers = {name: _on_device(network, name) for name in names}
         known: dict[frozenset[str], list[Tally]] = {}
@@ -87,7 +87,7 @@ class _Judge:
                 self._progress(f"{device}: {len(digital)} of {len(names)} linear layers digital", 0.0)
                 for name, layer in layers.items():
                     layer.digital = name in digital
-                known[digital] = [self._run(network, draw) for draw in range(self._draws)]
+                known[digital] = [self._run(network, place, draw) for draw in range(self._draws)]
             return known[digital]
 
         tallies(frozenset(names))
@@ -99,12 +99,12 @@ class _Judge:
             damage=lambda digital: sum(sum(tally.errors.values()) for tally in tallies(digital)),
         )
 
-    def _run(self, network: Any, draw: int) -> Tally:
+    def _run(self, network: Any, place: str, draw: int) -> Tally:
         tally, batches = Tally(len(self._tokens.lengths)), self._tokens.batches
         for number, (batch, exact) in enumerate(zip(batches, self._exact, strict=True)):
             torch.manual_seed(draw * len(batches) + number)
-            with torch.no_grad(), clocked(Clock("cpu")):
-                outputs = network(**batch.inputs("cpu"), output_hidden_states=True, use_cache=False)
+            with torch.no_grad(), clocked(Clock(place)):
+                outputs = network(**batch.inputs(place), output_hidden_states=True, use_cache=False)
             tally.add(batch, read_outputs(outputs, batch, self._model.kind, self._model.pooling), exact)
         return tally
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from hal_core import ContractError
-from hal_core.plugin_api import listing
 
 #: Judges the model while the named layers are digital and the others are on the device.
 Judge = Callable[[frozenset[str]], float]
@@ -53,7 +52,7 @@ def match_layers(names: Sequence[str], wanted: Iterable[str]) -> frozenset[str]:
         if not hits:
             close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:3])
             raise ContractError(
-                f"layer {pattern!r} was given: there is none of that name; the closest are {listing(close)}"
+                f"layer {pattern!r} was given: there is none of that name; the closest are {', '.join(close)}"
             )
         found.update(hits)
     return frozenset(found)
