@@ -30,15 +30,15 @@ from torch import nn
 SILICON = "2025"
 #: Share of the input channels that stay digital where outliers do.
 OUTLIERS = 0.05
-#: Published for this chip without fine-tuning, share of float32's accuracy; and its SNR at 64 inputs after the best fit.
+#: Published for this chip without fine-tuning, share of float32's accuracy; its SNR at 64 inputs after the best fit.
 PUBLISHED = {"ResNet18, CIFAR-10 (published)": 0.978, "BERT-tiny, IMDB (published)": 0.965}
 SILICON_SNR = 17.33
 
 
 COLUMNS = ["network", "products", "SNR, dB", "accuracy", "share of float32", "draws"]
 NOTES = [
-    "Simulated, but for float32. Share: of float32's accuracy; of MiniLM the nearest neighbours kept among its sentences. SNR: "
-    "of all products of the run.",
+    "Simulated, but for float32. Share: of float32's accuracy; of MiniLM the nearest neighbours kept among its "
+    "sentences. SNR: of all products of the run.",
     f"Published for this chip: {', '.join(f'{name} {kept:.1%}' for name, kept in PUBLISHED.items())} of float32.",
     "Attention runs on the optics in the text classifier, and stays digital in MiniLM.",
 ]
@@ -86,8 +86,8 @@ def sweep(task: str, base: float, judge: Judge, draws: int) -> list[Row]:
     for profile in profiles():
         name = f"{profile.vendor} {profile.name}"
         if profile.name == SILICON:
-            make: Callable[[], Products] = lambda p=profile: OnChip(p, calibrated=False, level="functional")
-            rows.append(judged(task, f"{name}, number format alone", base, judge, make, 1))
+            products = OnChip(profile, calibrated=False, level="functional")
+            rows.append(judged(task, f"{name}, number format alone", base, judge, lambda p=products: p, 1))
         for calibrated in (False, True):
             how = f"{name}, {'calibrated' if calibrated else 'raw'}"
             rows.append(judged(task, how, base, judge, lambda p=profile, c=calibrated: OnChip(p, calibrated=c), draws))
@@ -154,14 +154,21 @@ def minilm(chip: Profile, sentences: int, draws: int) -> tuple[list[Row], list[s
 
     chip_4 = lambda: OnChip(chip, calibrated=True, passes=4)  # noqa: E731
     rows.append(
-        judged("MiniLM", f"{how}, {OUTLIERS:.0%} of channels digital", 1.0, outliers, lambda: OnChip(chip, calibrated=True), draws)
+        judged(
+            "MiniLM",
+            f"{how}, {OUTLIERS:.0%} of channels digital",
+            1.0,
+            outliers,
+            lambda: OnChip(chip, calibrated=True),
+            draws,
+        )
     )
     rows.append(judged("MiniLM", f"{how}, 4 passes", 1.0, plain, chip_4, draws))
     found = model.cheapest_set(OnChip(chip, calibrated=True), 0.9, draws)
     rows.append(Row("MiniLM", f"{how}, cheapest digital set", float("nan"), found.score, found.score, draws))
     notes = [
-        f"MiniLM keeps {found.score:.0%} of its nearest neighbours with {len(found.layers)} of {len(found.damage)} linear "
-        f"layers digital; {found.device_share:.1%} of the linear layers' multiply-accumulates stay on the optics "
+        f"MiniLM keeps {found.score:.0%} of its nearest neighbours with {len(found.layers)} of {len(found.damage)} "
+        f"linear layers digital; {found.device_share:.1%} of the linear layers' multiply-accumulates stay on the optics "
         f"({found.tried} sets were tried). Digital: {', '.join(found.layers)}."
     ]
     return rows, notes
@@ -177,7 +184,13 @@ def draw(rows: list[Row], path: Path) -> None:
         color = f"C{number}"
         noise = [row for row in rows if row.task == task and row.how.startswith("white noise")]
         panel.plot([r.snr for r in noise], [r.kept for r in noise], "-", color=color, label=f"{task}, white noise")
-        for ending, marker in (("raw", "x"), ("calibrated", "o"), ("digital", "s"), ("passes", "^"), ("its noise", "D")):
+        for ending, marker in (
+            ("raw", "x"),
+            ("calibrated", "o"),
+            ("digital", "s"),
+            ("passes", "^"),
+            ("its noise", "D"),
+        ):
             points = [r for r in rows if r.task == task and r.how.endswith(ending)]
             label = f"{task}, {'fine-tuned' if ending == 'its noise' else ending} (simulated)"
             panel.plot([r.snr for r in points], [r.kept for r in points], marker, color=color, ms=5, label=label)
@@ -187,7 +200,9 @@ def draw(rows: list[Row], path: Path) -> None:
     panel.set_ylim(0, 1.08)
     panel.grid(True, alpha=0.2)
     panel.legend(fontsize=6, ncols=2)
-    figure.suptitle("Accuracy on simulated photonic profiles; published points at the chip's measured 17.33 dB", fontsize=9)
+    figure.suptitle(
+        "Accuracy on simulated photonic profiles; published points at the chip's measured 17.33 dB", fontsize=9
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -210,15 +225,28 @@ def main() -> None:
         if name == "minilm":
             rows, said = minilm(chip, options.sentences, options.draws)
         else:
-            task = training.cifar(options.cifar, options.weights) if name == "cifar" else getattr(training, name)(options.weights)
+            task = (
+                training.cifar(options.cifar, options.weights)
+                if name == "cifar"
+                else getattr(training, name)(options.weights)
+            )
             rows = trained_here(task, chip, options.draws)
         task_name = rows[0].task
         notes = [*NOTES, *said, *verdicts(rows), f"Processor time: {time.process_time() - start:.0f} s."]
         table = [
-            [r.task, r.how, f"{r.snr:.1f}" if r.snr < _NO_ERROR else "", f"{r.score:.1%}", f"{r.kept:.1%}", str(r.draws)]
+            [
+                r.task,
+                r.how,
+                f"{r.snr:.1f}" if r.snr < _NO_ERROR else "",
+                f"{r.score:.1%}",
+                f"{r.kept:.1%}",
+                str(r.draws),
+            ]
             for r in rows
         ]
-        record.publish(options, "photonics_end_to_end", f"Accuracy of {task_name}", COLUMNS, table, notes, f"Accuracy: {task_name}")
+        record.publish(
+            options, "photonics_end_to_end", f"Accuracy of {task_name}", COLUMNS, table, notes, f"Accuracy: {task_name}"
+        )
         kept = [row for row in kept if row.task != task_name] + rows
         if options.rows is not None:
             options.rows.write_text(json.dumps(kept))
@@ -249,7 +277,9 @@ def verdicts(rows: list[Row]) -> list[str]:
         }
         for ending, wanted in bars.items():
             kept = mine[f"{how}, {ending}"].kept
-            said.append(f"{task}, {how}, {ending}: {kept:.1%}, wanted {wanted:.0%}: {'holds' if kept >= wanted else 'missed'}.")
+            said.append(
+                f"{task}, {how}, {ending}: {kept:.1%}, wanted {wanted:.0%}: {'holds' if kept >= wanted else 'missed'}."
+            )
     return said
 
 

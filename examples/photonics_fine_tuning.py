@@ -3,8 +3,8 @@
     python examples/photonics_fine_tuning.py
 
 The chip is simulated (lightmatter:1, the 2025 crossbar as it was measured, uncalibrated). In training the forward pass
-runs on the chip and the gradients are those of the exact layers (the straight-through estimator), so the weights learn to
-live with its gains, offsets and noise.
+runs on the chip and the gradients are those of the exact layers (the straight-through estimator), so the weights learn
+to live with its gains, offsets and noise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MiniLM with its linear layers on the optics: how many nearest neighbours it keeps, and which layers must be digital."""
+"""MiniLM with its linear layers on the optics: the neighbours that it keeps, and the layers that must be digital."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class MiniLM:
         listed = [text for file in texts.read([TEXTS]) for text in file.texts][:sentences]
         parts = [listed[i : i + 8] for i in range(0, len(listed), 8)]
         self.network: Any = model.network
-        self.batches = [dict(model.tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts]
+        self.batches = [
+            dict(model.tokenizer(part, padding=True, truncation=True, return_tensors="pt")) for part in parts
+        ]
         self.exact = self.embeddings(models.in_float64(model.network))
 
     def embeddings(self, network: Any) -> Tensor:

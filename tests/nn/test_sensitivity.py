@@ -31,7 +31,9 @@ def test_from_no_layer_to_all(wanted: float, layers: tuple[str, ...]) -> None:
 
 
 def test_a_score_that_digital_layers_do_not_reach_is_refused() -> None:
-    with pytest.raises(ContractError, match="a score of 1.5 was asked for: with every layer digital it is 1; ask for less"):
+    with pytest.raises(
+        ContractError, match=r"a score of 1\.5 was asked for: with every layer digital it is 1; ask for less"
+    ):
         cheapest_digital_set(WORK, score, 1.5)
     with pytest.raises(ContractError, match="no layers were given"):
         cheapest_digital_set({}, score, 0.5)
@@ -46,5 +48,8 @@ def test_damage_is_that_of_a_layer_alone_and_may_be_finer_than_the_score() -> No
 
 def test_names_and_patterns_find_layers_and_others_are_refused_with_the_closest() -> None:
     assert match_layers(list(WORK), ["head", "block.0.*"]) == {"head", "block.0.up", "block.0.down"}
-    with pytest.raises(ContractError, match="layer 'block.0.upp' was given: there is none of that name; the closest are block.0.up"):
+    with pytest.raises(
+        ContractError,
+        match=r"layer 'block\.0\.upp' was given: there is none of that name; the closest are block\.0\.up",
+    ):
         match_layers(list(WORK), ["block.0.upp"])

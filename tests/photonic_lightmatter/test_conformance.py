@@ -23,7 +23,9 @@ def test_every_profile_conforms(device: str) -> None:
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("device", ["lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4", "lightmatter:5"])
+@pytest.mark.parametrize(
+    "device", ["lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4", "lightmatter:5"]
+)
 @pytest.mark.parametrize("check", ["contract", "refusals", "repeats", "masks"])
 def test_every_profile_passes_the_checks_that_tell_them_apart(device: str, check: str) -> None:
     report = check_backend(device, quick=True, seed=5, checks=[check])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 SILICON = {"raw": (10.94, 0.5), "column": (11.61, 0.5), "full": (15.46, 0.7), "core": (17.33, 1.0)}
 SEEDS = [1, 2, 3, 4, 5]
-#: Of the public readouts, before any fit: SNR in dB of sums of 1, 2, 4 ... rows of one core, a reduction of 64 times that.
+#: Of the public readouts, before any fit: SNR in dB of sums of 1, 2, 4 ... rows of one core, 64 inputs each.
 RAW_SUMS = {64: 10.89, 128: 10.25, 256: 9.28, 512: 7.75, 1024: 5.69}
 LENGTHS = [64, 128, 256, 512, 1024]
 

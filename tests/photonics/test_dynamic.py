@@ -12,7 +12,7 @@ from hal_simulation import ProductSize
 
 from hal_core import AttentionRequest
 
-#: (tokens, width, heads), bits: mJ and ms of the design study's published simulator (its base design, all optimisations).
+#: Tokens, width, heads, bits: mJ and ms of the published simulator of the base design, with all optimisations.
 PUBLISHED = {
     ("DeiT-T", 197, 192, 3, 4): (0.38430, 0.019353),
     ("DeiT-T", 197, 192, 3, 8): (1.20547, 0.019437),

@@ -67,15 +67,15 @@ def add_parser(subparsers: Any) -> None:
         metavar="LIST",
         action="append",
         default=[],
-        help="linear layers, by name or pattern ('encoder.layer.0.*'), that stay on torch in the rows of --linear; may be "
-        "repeated",
+        help="linear layers, by name or pattern ('encoder.layer.0.*'), that stay on torch in the rows of --linear; may "
+        "be repeated",
     )
     parser.add_argument(
         "--keep",
         metavar="SHARE",
         type=share,
-        help="look for the cheapest set of digital layers with which each row of --linear keeps this share of the float64 "
-        "run's nearest neighbours or next tokens, for example 0.9",
+        help="look for the cheapest set of digital layers with which each row of --linear keeps this share of the "
+        "float64 run's nearest neighbours or next tokens, for example 0.9",
     )
     parser.add_argument("--details", action="store_true", help="print tables of text, error, time, work and energy too")
     parser.add_argument(

@@ -233,7 +233,9 @@ def put_linear_layers(network: nn.Module, device: str, digital: frozenset[str] =
     for name in linear_names(network):
         if name not in digital:
             parent, _, last = name.rpartition(".")
-            setattr(network.get_submodule(parent), last, LinearOnDevice(network.get_submodule(name), device))
+            layer = network.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            setattr(network.get_submodule(parent), last, LinearOnDevice(layer, device))
 
 
 def keep_digital(network: nn.Module, lanes: Sequence[Lane], wanted: Sequence[str]) -> None:

@@ -95,7 +95,9 @@ def cheapest_digital_set(
 
     best = judged(frozenset(layers))
     if best < wanted:
-        raise ContractError(f"a score of {wanted:g} was asked for: with every layer digital it is {best:g}; ask for less")
+        raise ContractError(
+            f"a score of {wanted:g} was asked for: with every layer digital it is {best:g}; ask for less"
+        )
     hurt = layer_damage(layers, damage or (lambda chosen: -judged(chosen)))
     order = sorted(layers, key=lambda name: hurt[name] / max(layers[name], 1), reverse=True)
     low, high = 0, len(order)  # the first `high` are enough

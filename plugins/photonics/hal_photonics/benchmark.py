@@ -26,8 +26,8 @@ from hal_core.plugin_api import (
 )
 
 from .backend import ProfileBackend
-from .discovery import BUNDLED, bundled_names
 from .cost import attention_cost
+from .discovery import BUNDLED, bundled_names
 from .profiles.profile import Profile
 
 _ORIGIN = "published"

@@ -424,7 +424,7 @@ def _stream_memory(profile: Profile, products: int, rows: int, outputs: int, len
 def encoder_cost(
     profile: Profile, *, tokens: int, dim: int, heads: int, layers: int, batch: int = 1, dtype: str = "float32"
 ) -> Cost:
-    """The cost of a transformer encoder's products: projections, attention and a feed-forward part of 4 times the width.
+    """The cost of an encoder's products: projections, attention and a feed-forward part of 4 times the width.
 
     Weights are with the device; softmax and the host between layers are not counted. For BERT-base 768, 12 and 12, for
     DeiT-T 192, 3 and 12.

@@ -75,5 +75,7 @@ def matching(names: Sequence[str], wanted: Sequence[str]) -> frozenset[str]:
             found.update(hits)
             continue
         close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:3])
-        raise ContractError(f"layer {pattern!r} was given: there is none of that name; the closest are {', '.join(close)}")
+        raise ContractError(
+            f"layer {pattern!r} was given: there is none of that name; the closest are {', '.join(close)}"
+        )
     return frozenset(found)

@@ -70,8 +70,6 @@ class OpticalLayer(nn.Module):
         observer: called with each product's inputs [rows, K] and weight [N, K], or None.
     """
 
-    weight: Tensor
-    bias: Tensor | None
     multiply: Multiply
     settings: Settings
     observer: Any

@@ -33,7 +33,7 @@ FIGURES: Schema = {
             "count",
             0,
             65536,
-            "products of full scale that the readout's range holds at gain 1, for a whole tile; 0 for as many as inputs",
+            "products of full scale in the readout's range at gain 1, for a whole tile; 0 for as many as inputs",
             default=0.0,
         ),
         "zero_share": Kind(
@@ -88,7 +88,9 @@ FIGURES: Schema = {
         "span": Kind("FWHM", 0.5, 100, "detuning at which a weight counts as fully off resonance", variant="ring"),
     },
     "dot": {
-        "rows": Kind("count", 1, 4096, "rows of the first operand that a core takes in a beat", whole=True, variant="dot"),
+        "rows": Kind(
+            "count", 1, 4096, "rows of the first operand that a core takes in a beat", whole=True, variant="dot"
+        ),
         "groups": Kind(
             "count", 1, 1024, "groups of cores among which the streamed operand is broadcast", whole=True, variant="dot"
         ),

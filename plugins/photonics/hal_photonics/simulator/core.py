@@ -257,8 +257,12 @@ class PhotonicCore:
             with self._lock:
                 self.readouts += reading.codes.numel()
                 self.clipped += reading.clipped
-        return reading if corrections is None else Reading(
-            corrections.read_outputs(reading.codes, 1.0 if gain is None else gain / c.gain), reading.clipped
+        return (
+            reading
+            if corrections is None
+            else Reading(
+                corrections.read_outputs(reading.codes, 1.0 if gain is None else gain / c.gain), reading.clipped
+            )
         )
 
 

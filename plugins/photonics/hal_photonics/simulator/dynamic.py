@@ -1,14 +1,15 @@
 """What products cost on a dynamically operated design: both operands are modulated anew at every beat.
 
-A core multiplies [rows, K] by [K, columns] in one beat: `dot.rows` by `array.inputs` by `array.outputs`. Light of the first
-operand is shared along the columns of a core, that of the second along its rows and among `dot.groups` groups of cores.
-Detectors sum over a beat; charge is summed over `dot.beats_summed` beats and over the cores of a group before one readout.
-Operands come from a global buffer through local buffers and registers; only weights come from DRAM, while the optics work.
+A core multiplies [rows, K] by [K, columns] in one beat: `dot.rows` by `array.inputs` by `array.outputs`. Light of the
+first operand is shared along the columns of a core, that of the second along its rows and among `dot.groups` groups of
+cores. Detectors sum over a beat; charge is summed over `dot.beats_summed` beats and over the cores of a group before
+one readout. Operands come from a global buffer through local buffers and registers; only weights come from DRAM, while
+the optics work.
 
     T = max(beats / clock, weights / DRAM bandwidth)        E = sum over parts of events times energy
 
-Source: architecture, device library and buffers of Zhu et al. 2024, Lightening-Transformer (HPCA), arXiv:2305.19533. The
-counting of events is this project's own.
+Source: architecture, device library and buffers of Zhu et al. 2024, Lightening-Transformer (HPCA), arXiv:2305.19533.
+The counting of events is this project's own.
 """
 
 from __future__ import annotations
