@@ -168,7 +168,7 @@ def minilm(chip: Profile, sentences: int, draws: int) -> tuple[list[Row], list[s
     rows.append(Row("MiniLM", f"{how}, cheapest digital set", float("nan"), found.score, found.score, draws))
     notes = [
         f"MiniLM keeps {found.score:.0%} of its nearest neighbours with {len(found.layers)} of {len(found.damage)} "
-        f"linear layers digital; {found.device_share:.1%} of the linear layers' multiply-accumulates stay on the optics "
+        f"linear layers digital; {found.device_share:.1%} of these layers' multiply-accumulates stay on the optics "
         f"({found.tried} sets were tried). Digital: {', '.join(found.layers)}."
     ]
     return rows, notes
