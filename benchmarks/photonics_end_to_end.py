@@ -216,10 +216,7 @@ def main() -> None:
     options.add_argument("--rows", type=Path, help="JSON file that rows are kept in, so that tasks can run one by one")
     options = options.parse_args()
     torch.set_num_threads(1)
-    chip = next(p for p in profiles() if p.name == SILICON)
-    kept: list[Row] = []
-    if options.rows is not None and options.rows.exists():
-        kept = [Row(*row) for row in json.loads(options.rows.read_text())]
+    chip, kept = next(p for p in profiles() if p.name == SILICON), list[Row]()
     for name in [*options.tasks.split(","), *(["cifar"] if options.cifar is not None else [])]:
         start, said = time.process_time(), list[str]()
         if name == "minilm":
@@ -247,6 +244,8 @@ def main() -> None:
         record.publish(
             options, "photonics_end_to_end", f"Accuracy of {task_name}", COLUMNS, table, notes, f"Accuracy: {task_name}"
         )
+        if options.rows is not None and options.rows.exists():
+            kept = [Row(*row) for row in json.loads(options.rows.read_text())]
         kept = [row for row in kept if row.task != task_name] + rows
         if options.rows is not None:
             options.rows.write_text(json.dumps(kept))
