@@ -138,9 +138,10 @@ def test_calibration_holds_on_weights_it_has_not_seen(chip: Profile, number: int
     assert report.kept >= 0.8
 
 
-@pytest.fixture(scope="module")
-def calibrated(chip: Profile) -> tuple[SimulatedDriver, Corrections]:
-    driver = SimulatedDriver(chip)
+@pytest.fixture(scope="module", params=["2025", "2025-2ghz"])
+def calibrated(request: pytest.FixtureRequest) -> tuple[SimulatedDriver, Corrections]:
+    """The chips whose errors are those of the silicon, calibrated."""
+    driver = SimulatedDriver(load(PROFILES / f"{request.param}.toml"))
     return driver, calibrate(driver)[0]
 
 
