@@ -81,8 +81,8 @@ class SimulatedDriver:
             for core in range(min(cores, rows)):
                 own = chip.core_weight[core][columns, :width] * (chip.gain[columns].unsqueeze(1) * scale)
                 code[:, core::cores] += light[:, core::cores] @ own.transpose(-1, -2)
-        offset = (chip.offset + self.drift.offset)[:, columns]
-        code += ratio * offset[torch.arange(rows) % cores]
+        offset = ratio * (chip.offset + self.drift.offset)[:, columns]
+        code += offset[torch.arange(rows) % cores]
         if noise is not None:
             # What arises in front of the gain grows with it.
             behind = self.profile["noise.after_gain"]
