@@ -33,8 +33,8 @@ class Products:
 
     def _counted(self, x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
         found, exact = self.raw(x, weight, settings), x @ weight.transpose(-1, -2)
-        self.signal += float(exact.double().square().sum())
-        self.error += float((found - exact).double().square().sum())
+        self.signal += float(torch.linalg.vector_norm(exact)) ** 2
+        self.error += float(torch.linalg.vector_norm(found - exact)) ** 2
         return found
 
     def __call__(self, x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
@@ -72,7 +72,8 @@ class WhiteNoise(Products):
 
     def raw(self, x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
         exact = super().raw(x, weight, settings)
-        return exact + torch.randn_like(exact) * (exact.square().mean().sqrt() * self.share)
+        rms = exact.square().mean((-1, -2), keepdim=True).sqrt()  # of each product of the batch
+        return torch.randn_like(exact).mul_(rms * self.share).add_(exact)
 
 
 class OnChip(Products):
