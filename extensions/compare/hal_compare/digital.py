@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from hal_nn import huggingface
 from hal_nn.sensitivity import DigitalSet, cheapest_digital_set
 from torch import nn
 
-from . import attention_clock
+from hal_core import HalError
+
 from .attention_clock import Clock, clocked
-from .batches import tokenize
-from .lanes import Lane, LinearOnDevice, Scope, linear_names, put_linear_layers
+from .lanes import Lane, LinearOnDevice, Scope, linear_names, make_networks
+from .measure import batches_of
 from .metrics import Outputs, Tally, read_outputs
-from .models import Float64Throughout, Model, in_float64, variant
+from .models import Float64Throughout, Model, in_float64
 from .texts import TextFile
 
 
@@ -52,7 +52,7 @@ def search(
     judge = _Judge(model, files, arguments)
     for row in rows:
         if row.scope is Scope.LINEAR and row.device is not None:
-            found = judge.search(row.device.id, row.place, arguments.keep)
+            found = judge.search(row, arguments.keep)
             row.digital = frozenset(found.layers)
             chosen.append(Chosen(row.name, found))
     return chosen
@@ -62,32 +62,33 @@ class _Judge:
     """Runs the model on all texts with any set of digital layers, against the float64 run."""
 
     def __init__(self, model: Model, files: Sequence[TextFile], arguments: argparse.Namespace) -> None:
-        limits = [limit for limit in (model.positions, arguments.max_length) if limit is not None]
-        self._tokens = tokenize(files, model.tokenizer, arguments.batch, min(limits) if limits else None)
+        self._tokens = batches_of(model, files, arguments.batch, arguments.max_length)
         self._model, self._draws, self._progress = model, arguments.repeats, arguments.progress
         exact, network = [], in_float64(model.network)
         with torch.no_grad(), Float64Throughout():
             for batch in self._tokens.batches:
-                outputs = network(**batch.inputs("cpu"), output_hidden_states=True)
+                outputs = network(**batch.inputs("cpu", torch.float64), output_hidden_states=True)
                 exact.append(read_outputs(outputs, batch, model.kind, model.pooling))
         self._exact: list[Outputs] = exact
         self._reference = Tally(len(self._tokens.lengths))
         for batch, outputs in zip(self._tokens.batches, exact, strict=True):
             self._reference.add(batch, outputs, outputs)
 
-    def search(self, device: str, place: str, wanted: float) -> DigitalSet:
+    def search(self, row: Lane, wanted: float) -> DigitalSet:
         names = linear_names(self._model.network)
-        network = huggingface.set_device(variant(self._model.network, attention_clock.HAL).to(place), device)
-        put_linear_layers(network, device)
-        layers = {name: _on_device(network, name) for name in names}
+        lane = Lane(row.name, row.device, row.place, scope=row.scope)
+        make_networks(self._model.network, [lane])
+        if lane.refusals:
+            raise HalError(lane.refusals[0])
+        layers = {name: _on_device(lane.network, name) for name in names}
         known: dict[frozenset[str], list[Tally]] = {}
 
         def tallies(digital: frozenset[str]) -> list[Tally]:
             if digital not in known:
-                self._progress(f"{device}: {len(digital)} of {len(names)} linear layers digital", 0.0)
+                self._progress(f"{row.name}: {len(digital)} of {len(names)} linear layers digital", 0.0)
                 for name, layer in layers.items():
                     layer.digital = name in digital
-                known[digital] = [self._run(network, place, draw) for draw in range(self._draws)]
+                known[digital] = [self._run(lane, draw) for draw in range(self._draws)]
             return known[digital]
 
         tallies(frozenset(names))
@@ -99,12 +100,12 @@ class _Judge:
             damage=lambda digital: sum(sum(tally.errors.values()) for tally in tallies(digital)),
         )
 
-    def _run(self, network: Any, place: str, draw: int) -> Tally:
+    def _run(self, lane: Lane, draw: int) -> Tally:
         tally, batches = Tally(len(self._tokens.lengths)), self._tokens.batches
         for number, (batch, exact) in enumerate(zip(batches, self._exact, strict=True)):
             torch.manual_seed(draw * len(batches) + number)
-            with torch.no_grad(), clocked(Clock(place)):
-                outputs = network(**batch.inputs(place), output_hidden_states=True, use_cache=False)
+            with torch.no_grad(), clocked(Clock(lane.place)):
+                outputs = lane.forward(batch)
             tally.add(batch, read_outputs(outputs, batch, self._model.kind, self._model.pooling), exact)
         return tally
 

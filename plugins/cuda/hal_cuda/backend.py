@@ -192,6 +192,7 @@ class CudaBackend:
                 "set CUDA_DEVICE_ORDER=PCI_BUS_ID"
             )
         session = CudaSession(device, self.chip(device), lambda: self.rates(device))
+        _load(self.chip(device))
         if not torch.cuda.is_current_stream_capturing():
             session.take_workspaces()
         self._sessions[device.id] = session
@@ -210,6 +211,16 @@ class CudaBackend:
             self._sessions[device.id].refresh()
         return values
 
+    def warm_up(self, device: Device, requests: Sequence[AttentionRequest]) -> Sequence[tuple[str, Callable[[], int]]]:
+        """Compilations of the own kernels of requests, for processes of their own: `hal warm` runs them.
+
+        A request whose features these kernels do not have is left out.
+        """
+        from .kernels import ahead
+
+        taken = [r for r in requests if r.dtype != "float64" and not CAPABILITIES.refusals(r)]
+        return ahead.tasks(taken, self.chip(device), self.rates(device))
+
     def benchmark(self, device: Device) -> BenchSetup:
         """Own kernels and installed peers as columns of `hal bench`, with clocks and power."""
         from .benchmark import CudaBench
@@ -222,6 +233,22 @@ class CudaBackend:
             {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
         )
         return gpus.get(device.id)
+
+
+def _load(chip: Chip) -> None:
+    """Import what a first call would wait for otherwise: the kernels' sources and Triton's driver."""
+    from triton.runtime import driver
+
+    from .kernels.portable import attend  # noqa: F401
+    from .paths import hopper_runs
+    from .runtime import binaries, kept
+
+    if binaries.tested():
+        driver.active.utils  # noqa: B018 - loads the library that it names
+        kept.sources()
+    if hopper_runs(chip):
+        from .kernels.hopper import forward  # noqa: F401
+        from .kernels.hopper_backward import kernel  # noqa: F401
 
 
 def _refuse_fork(device: Device) -> None:

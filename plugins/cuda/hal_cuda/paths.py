@@ -64,12 +64,15 @@ def torch_takes_lengths(path: str, request: AttentionRequest, len_q: int, len_k:
     return len_q == len_k != 1 if request.causal is not Causal.NONE else len_q * len_k != 1
 
 
+def hopper_runs(chip: Chip) -> bool:
+    """Whether the kernel runs on a chip, under this version of Triton."""
+    return chip.capability == (9, 0) and binaries.tested() and not binaries.INTERPRETED
+
+
 def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
     """Whether the kernel is right for a request; tensors must also suit the copy engine (`fits`)."""
     return (
-        chip.capability == (9, 0)
-        and binaries.tested()
-        and not binaries.INTERPRETED
+        hopper_runs(chip)
         and request.dtype in ("float16", "bfloat16")
         and request.mask is MaskKind.NONE
         and not request.dropout

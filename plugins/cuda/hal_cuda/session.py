@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -114,6 +115,13 @@ class CudaSession(SessionBase):
             return paths.choose(request, self.chip, self._rates()).path
         return paths.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
 
+    def outpaces(self, request: AttentionRequest, backend: str) -> bool:
+        """Whether an own kernel is estimated to be as fast as a backend of torch ("cudnn", "flash", "efficient"), or is
+        the only one of the two that is known to be right for a request.
+        """
+        own_or_backend = (*cost.OWN, backend)
+        return paths.choose(request, self.chip, self._rates(), lambda path: path in own_or_backend).path in cost.OWN
+
     def path_of_lengths(self, request: AttentionRequest) -> str:
         """The same of a request whose lengths are exact, which a path may hand on to another one."""
         return paths.path_of_lengths(self.path_of(request), request)
@@ -179,6 +187,8 @@ class CudaSession(SessionBase):
         ) -> Any:
             if self._lost:
                 raise DeviceUnavailableError(self._lost)
+            if not hasattr(_thread, "ready"):
+                self._enter_thread()
             try:
                 if not (query.numel() and key.numel()):
                     result = _nothing(query, key, value, mask, request)
@@ -195,6 +205,16 @@ class CudaSession(SessionBase):
                 raise named from error
 
         return run
+
+    def _enter_thread(self) -> None:
+        """Make the device's context current in a thread that has called nothing of CUDA's runtime: kernels are launched
+        by the driver, which wants one. While a graph is captured there is one.
+        """
+        if self.device.reads[0] != "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                return
+            torch.zeros((), device=self.device.reads[0])
+        _thread.ready = True
 
     def _several(self) -> bool:
         """Whether another GPU may be torch's current one."""
@@ -267,9 +287,15 @@ class CudaSession(SessionBase):
 
         Raises:
             UnsupportedError: a paged cache, or float64.
-            ContractError: dropout without rng.
+            ContractError: dropout without rng; no log-sum-exp of every row.
         """
         request = prepared.request
+        if lse is None or lse.shape != out.shape[:3]:
+            found = "none" if lse is None else f"one of shape {tuple(lse.shape)}"
+            raise ContractError(
+                f"a gradient needs the forward's log-sum-exp of shape {tuple(out.shape[:3])}, and {found} "
+                "was given: run the forward with lse=True in its request (return_lse=True)"
+            )
         if request.page_size is not None or request.dtype == "float64":
             what = "a paged cache" if request.page_size is not None else "float64"
             raise UnsupportedError(
@@ -280,6 +306,8 @@ class CudaSession(SessionBase):
             raise ContractError("dropout without rng was given: pass the forward's rng=(seed, offset)")
         if self._lost:
             raise DeviceUnavailableError(self._lost)
+        if not hasattr(_thread, "ready"):
+            self._enter_thread()
         query, key, value = prepared.query, prepared.key, prepared.value
         if not (query.numel() and key.numel()):
             of_mask = None if mask is None or "mask" not in request.grads else torch.zeros_like(mask)
@@ -367,6 +395,9 @@ class CudaSession(SessionBase):
                 super().close()
             self.closed = True
 
+
+#: What a thread remembers: `ready` once it has the context of a device.
+_thread = threading.local()
 
 #: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements
 #: open.

@@ -104,7 +104,7 @@ class CompiledFunction:
     def _symbolic(self, special: _Specialized, fidelity: int) -> Any:
         from ..runtime.timing import time_program
 
-        self._stats = time_program(special.program, fidelity)
+        self._stats = time_program(special.program, fidelity, fuse=self.optimize)
         specs = special.program.specs(special.program.outputs)
         return special.arrange([Tensor(spec.shape, dtype=spec.dtype) for spec in specs])
 
@@ -119,7 +119,7 @@ class CompiledFunction:
         from ..runtime.runtime import KPURuntime
 
         inputs = dict(zip(special.program.inputs, special.inputs(given), strict=True))
-        results, self._stats = KPURuntime(fidelity).execute(special.program, inputs)
+        results, self._stats = KPURuntime(fidelity, fuse=self.optimize).execute(special.program, inputs)
         return list(results) if isinstance(results, (tuple, list)) else [results]
 
     def _specialize(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Specialized, list[Tensor]]:
@@ -215,7 +215,8 @@ def compile(func: Callable[..., Any] | None = None, *, fidelity: int | None = 0,
 
     Args:
         fidelity: BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2); None: what `set_fidelity` says at each call.
-        optimize: fold transpositions into the products that read them, and remove operations whose results are unused.
+        optimize: fold transpositions into the products that read them, remove operations whose results are unused, and
+            run elementwise chains with the product before them (`ExecutionStats.fused` names them).
     """
     from ..simulator.fidelity import check_fidelity
 

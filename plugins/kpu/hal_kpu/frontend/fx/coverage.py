@@ -123,6 +123,11 @@ class Coverage:
         """Of all timed programs, one after the other; 0 in BEHAVIORAL."""
         return sum(int(stats.cycles) for stats in self.execution)
 
+    @property
+    def fused(self) -> tuple[tuple[str, int], ...]:
+        """((opcodes with "+" between, how often), ...) of operations that were timed as one."""
+        return tuple(collections.Counter(label for stats in self.execution for label in stats.fused).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the shares."""
         listed_apart = ("execution", "fallback", "outside", "opcodes")
@@ -132,6 +137,7 @@ class Coverage:
             "fallback": listed,
             "outside": [{"operator": name, "count": count, "macs": macs} for name, count, macs in self.outside],
             "opcodes": dict(self.opcodes),
+            "fused": dict(self.fused),
             "shares": self.shares,
             "cycles": self.cycles,
         }
@@ -159,6 +165,7 @@ class Coverage:
             "modelled": f"KPU time is modelled ({self.fidelity}, simulated); the host's is this machine's clock",
             "measured": "time is this machine's clock over values it computes itself: no model of the KPU's time",
         }[self.time_basis]
+        joined = [f"as one: {label} x {count}" for label, count in self.fused]
         left = [f"on the host: {name} x {count}: {reason}" for name, reason, count in self.fallback]
         left += [
             f"on the host, outside of compiled graphs: {name} x {count}{f', {macs:,} MACs' if macs else ''}"
@@ -168,7 +175,7 @@ class Coverage:
             return ["torch.compile sent no graph: all of it ran on the host, as nn.LSTM does", *left]
         if not self.whole:
             left.append("outside of compiled graphs: not seen; `with hal_kpu.measure()` counts it")
-        return [head, basis, *(left or ["on the host: nothing"])]
+        return [head, basis, *joined, *(left or ["on the host: nothing"])]
 
     def table(self) -> Any:
         """A rich table."""
