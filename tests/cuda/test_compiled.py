@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 QUICK = (
     "sm_90 hopper 64/64 8192 full",
     "sm_90 hopper 128/128 8192 causal",
+    "sm_90 fp8 128/128 causal",
     "sm_90 attend causal",
     "sm_90 merge decode",
     "sm_90 grad_kv causal",

@@ -24,17 +24,28 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip
+from .kernels.fp8.wish import ERROR
+from .kernels.skipping.wish import threshold_of
 from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
-OWN = frozenset({"hopper", "portable"})
+OWN = frozenset({"hopper", "portable", "fp8", "skipping"})
 #: What sets requests apart from those of the main table, for gradients; the first that holds names a request.
 FORMS = ("float32", "deterministic", "dropout", "mask", "bias", "bias gradient")
 #: Operations of forward and backward together over the forward's: five products beside its two.
 GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
-_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "efficient": 0.3, "composed": 0.05}
+_ASSUMED_SHARE = {
+    "hopper": 0.8,
+    "fp8": 1.2,
+    "portable": 0.5,
+    "skipping": 0.4,
+    "cudnn": 0.6,
+    "flash": 0.45,
+    "efficient": 0.3,
+    "composed": 0.05,
+}
 #: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
 _PRODUCTS_A_CYCLE = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
 
@@ -205,19 +216,31 @@ def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip
     source = f"{'gradients by ' if request.grads else ''}{others} ({rates.source})"
     time = Quantity(middle / spread, middle * (2 - 1 / spread), rates.basis, rates.provenance, source)
     energy = None
-    if rates.joules_per_flop is not None and rates.joules_per_byte is not None and choice.path in OWN:
+    if (
+        rates.joules_per_flop is not None
+        and rates.joules_per_byte is not None
+        and choice.path in OWN - {"fp8", "skipping"}
+    ):
         joules = 2.0 * request.visible_macs * rates.joules_per_flop + request.bytes_moved * rates.joules_per_byte
         energy = Quantity(
             joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
         )
-    return Estimate(time=time, energy=energy, memory=memory(request, choice.path, chip))
+    error = None
+    if choice.path == "fp8":
+        error = Quantity(0.0, ERROR, Basis.DECLARED, Provenance.ASSUMED, label("fp8"))
+    elif (threshold := threshold_of(request)) is not None:
+        lost = min(request.len_k * 2.0**-threshold, 1.0)
+        error = Quantity(0.0, lost, Basis.DECLARED, Provenance.ASSUMED, "what a row may lose of its sum of weights")
+    return Estimate(time=time, energy=energy, error=error, memory=memory(request, choice.path, chip))
 
 
 def label(path: str) -> str:
     """A path's name for people."""
     return {
         "hopper": "own Hopper kernel",
+        "fp8": "own Hopper kernel in FP8 (e4m3), operands quantised in the call",
         "portable": "own Triton kernel",
+        "skipping": "own Triton kernel that skips tiles",
         "cudnn": "torch cuDNN",
         "flash": "torch FlashAttention",
         "efficient": "torch efficient attention",
@@ -252,6 +275,12 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
 def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     """What the own forward kernels borrow."""
     r = request
+    if path == "fp8":
+        from .kernels.fp8.operands import quantised_bytes
+
+        return quantised_bytes(r)
+    if path == "skipping":
+        return 0
     if path == "hopper":
         return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
     split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)

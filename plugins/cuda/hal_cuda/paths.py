@@ -13,6 +13,8 @@ from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
 from .cost import Choice, Rates, seconds
 from .discovery import Chip
+from .kernels.fp8.wish import wish_of
+from .kernels.skipping.wish import threshold_of
 from .runtime import binaries
 from .tiling import WARPGROUP_ROWS, packs, parts, value_parts
 
@@ -28,6 +30,10 @@ def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
     """Every path that is right for a request."""
     if request.tiling is not None:  # torch's paths cut by themselves, the Hopper kernel has sizes of its own
         return ["portable"]
+    if wish_of(request) is not None:  # asked for, so nothing else is right
+        return ["fp8"]
+    if threshold_of(request) is not None:
+        return ["skipping"]
     if request.dtype == "float64":
         return ["composed"]
     hopper = hopper_takes(request, chip) and (not request.grads or hopper_differentiates(request))

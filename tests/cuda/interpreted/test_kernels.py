@@ -378,7 +378,7 @@ def test_nothing_to_read_gives_zeros_with_gradients(generator: torch.Generator, 
     assert all(t.grad is not None and t.grad.shape == t.shape and not bool(t.grad.any()) for t in tensors)
 
 
-@pytest.mark.parametrize("check", ["contract", "refusals", "inputs_unchanged", "strides"])
+@pytest.mark.parametrize("check", ["contract", "refusals", "inputs_unchanged", "strides", "options"])
 def test_conformance(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
     assert result.status in ("passed", "skipped"), result.detail
