@@ -41,6 +41,11 @@ _BACKWARD = (
 _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
 )
+_FP8 = (
+    *(f"fp8/{file}" for file in ("forward", "producer", "consumer", "wide", "softmax", "result", "layouts", "config")),
+    "fp8/quantise",
+    *("hopper/pipeline", "hopper/softmax", "hopper/result", "hopper/config"),
+)
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
     "hopper.forward": _HOPPER,
@@ -50,6 +55,14 @@ KERNELS = {
     "hopper_backward.backward": _HOPPER_BACKWARD,
     "hopper_backward.prepare": ("hopper_backward/rows",),
     "hopper_backward.finish": ("hopper_backward/rows",),
+    "fp8.forward_fp8": _FP8,
+    "fp8.quantise_all": ("fp8/quantise",),
+    "fp8.quantise_rows": ("fp8/quantise",),
+    "fp8.quantise_values": ("fp8/quantise",),
+    "fp8.tile_maxima": ("fp8/quantise",),
+    "fp8.tile_sums": ("fp8/quantise",),
+    "fp8.mean_of_sums": ("fp8/quantise",),
+    "skipping.attend_skipping": ("skipping/attend",),
     "portable.attend": _ATTEND,
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),
@@ -121,6 +134,7 @@ def measure() -> dict[str, float]:
         "portable.list_once": lambda: listed(bench),
         "hopper.tile_table": lambda: tabled(bench),
     }
+    checks["skipping.attend_skipping"] = lambda: wished(128, {"skip_tiles": 60})
     checks |= {kernel: partial(beside, function) for kernel, function in BESIDE.items()}
     of_masks = ("portable.normalise", "portable.grad_mask")
     checks |= dict.fromkeys(
@@ -137,6 +151,11 @@ def measure() -> dict[str, float]:
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
         checks["extra.gelu_linear_hopper"] = fused_product
+        by_blocks, by_heads = {"fp8": "block"}, {"fp8": "head centred"}
+        at_once = ("fp8.forward_fp8", "fp8.quantise_all")
+        checks |= dict.fromkeys(at_once, lambda: max(wished(dim, by_blocks) for dim in (64, 128, 256)))
+        apart = ("quantise_rows", "quantise_values", "tile_maxima", "tile_sums", "mean_of_sums")
+        checks |= dict.fromkeys((f"fp8.{name}" for name in apart), lambda: wished(128, by_heads))
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
@@ -180,6 +199,21 @@ def dense(bench: Bench, path: str, heads_kv: int, len_q: int, len_k: int, dim: i
     def error() -> float:
         given = normal(1, 8, len_q, dim), normal(1, heads_kv, len_k, dim), normal(1, heads_kv, len_k, dim_v or dim)
         return relative_error(call(*given), exact(*given))
+
+    return root_mean_square(error)
+
+
+def wished(dim: int, options: dict[str, Any]) -> float:
+    """Error of bottom-right causal attention with options of the device."""
+    from cuda_attention import DEVICE, normal
+
+    import hal_core as hal
+
+    def error() -> float:
+        given = normal(1, 8, 1500, dim), normal(1, 4, 2000, dim), normal(1, 4, 2000, dim)
+        with hal.use(DEVICE, options=options):
+            out = hal.attention(*given, causal="bottom_right", enable_gqa=True)
+        return relative_error(out, exact(*given))
 
     return root_mean_square(error)
 

@@ -24,6 +24,8 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip, Found, find
+from .kernels.fp8 import wish as fp8
+from .kernels.skipping import wish as skipping
 from .tiling import FOREIGN_SIZES, foreign_excess
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ CAPABILITIES = Capabilities(
     page_sizes=Range(1),
     block_sizes=Range(1, 1 << 16),
     tile_sizes=Choice(FOREIGN_SIZES),
+    options={**fp8.OPTIONS, **skipping.OPTIONS},
 )
 
 
@@ -96,6 +99,12 @@ class CudaBackend:
         """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain
         tensors.
         """
+        if request.options:
+            from .runtime import binaries
+
+            runs = binaries.tested() and not binaries.INTERPRETED
+            yield from fp8.refusals(request, self.chip(device).capability, runs)
+            yield from skipping.refusals(request)
         if request.tiling is not None:
             yield from self._tiling_refusals(request, device)
         if request.page_size is None:

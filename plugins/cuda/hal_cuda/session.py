@@ -36,10 +36,13 @@ from . import cost, paths
 from .cost import Rates
 from .discovery import Chip
 from .kernels import composed
+from .kernels.fp8.launch import Fp8Path
 from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
 from .kernels.portable.launch import PortablePath
+from .kernels.portable.short_launch import ShortPath, takes as short_takes
+from .kernels.skipping.launch import SkippedTiles, SkippingPath, Tally
 from .memory import CudaMemory, StreamWorkspaces
 from .runtime.context import Context
 from .tiling import CudaTiling
@@ -85,6 +88,7 @@ class CudaSession(SessionBase):
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
         self._backwards: dict[AttentionRequest, Callable[..., Grads]] = {}
         self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
+        self._tally: Tally | None = None
         self._lost = ""
         _open.add(self)
 
@@ -145,10 +149,16 @@ class CudaSession(SessionBase):
     def _made(self, request: AttentionRequest) -> Path:
         name = paths.forward_path(self.path_of(request), request, self.chip)
         if name == "portable":
-            return PortablePath(request, self._context)
+            portable = PortablePath(request, self._context)
+            return ShortPath(request, self._context, portable) if short_takes(request) else portable
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
             return kind(request, self._context, PortablePath(request, self._context))
+        if name == "fp8":
+            return Fp8Path(request, self._context)
+        if name == "skipping":
+            self._tally = self._tally or Tally(self._context)
+            return SkippingPath(request, self._context, self._tally)
         if name == "composed":
             return lambda *given: composed.attend(request, self._context, *given)
         return self._native(name, request)
@@ -334,6 +344,10 @@ class CudaSession(SessionBase):
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
         return found
+
+    def skipped_tiles(self) -> SkippedTiles:
+        """What calls with the option "skip_tiles" have skipped since this was last asked. Waits for the device."""
+        return SkippedTiles(0, 0, 0.0) if self._tally is None else self._tally.read()
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """A kernel beside attention, see `hal_cuda.kernels`."""

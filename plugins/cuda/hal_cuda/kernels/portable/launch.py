@@ -27,6 +27,7 @@ from ...tiling import Tiles, packs, power_of_two, split_keys, tiles_of_plan
 from .attend import attend
 from .block_plans import listed_once
 from .dropout import random_words
+from .mask_tiles import mask_constants, mask_form, mask_steps
 from .merge import merge
 
 TYPES = {
@@ -132,6 +133,7 @@ class PortablePath:
             value.stride(),
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
             extras,
+            mask_form(mask),
             workspace is None,
             None if cut is None else (cut.block_q, cut.block_k),
         )
@@ -265,7 +267,11 @@ class PortablePath:
         if mask is None and plan is None and tables is None:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
         unit, even = aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
-        chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, unit, even)
+        mask_type = "u8" if mask is None else TYPES[mask.dtype]
+        of_mask = tuple(mask_constants(mask).items()), tuple(mask_steps(mask).items())
+        rows = tiles.rows if plan is None else plan.block_q
+        even_rows = not pack and not r.packed and not len_q % rows and not rows % tiles.rows
+        chosen = _Chosen(tiles, mask_type, of_mask, pack, split, at_once, unit, even, even_rows)
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
         like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
@@ -284,7 +290,7 @@ class PortablePath:
         if chosen.joins:  # a capture of a graph does not join, and must not compile either
             self._kernel(chosen._replace(joins=0), dtype)
             self._merge(dtype)
-        r, (tiles, mask_type, pack, split, joins, aligned, even) = self.request, chosen
+        r, (tiles, mask_type, of_mask, pack, split, joins, aligned, even, even_rows) = self.request, chosen
         left, right = self._band
         constants = {
             "GROUP": r.heads_q // r.heads_kv,
@@ -296,6 +302,7 @@ class PortablePath:
             "BN": tiles.keys,
             "PAGE": r.page_size or 0,
             "MASK": {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}[r.mask],
+            **dict(of_mask[0]),
             "BOTTOM": r.causal is Causal.BOTTOM_RIGHT,
             "LEFT": left is not None,
             "RIGHT": right is not None,
@@ -310,12 +317,13 @@ class PortablePath:
             "JOIN": joins,
             "ALIGNED": aligned,
             "EVEN": even,
+            "EVEN_ROWS": even_rows,
             "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
             "ROWS": _rows_joined(tiles, r, joins),
         }
         signature = attend_signature(TYPES[dtype], mask_type)
-        run = launcher(self.chip, attend, signature, constants, num_warps=tiles.warps)
+        run = launcher(self.chip, attend, signature, constants, dict(of_mask[1]), num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
 
@@ -332,15 +340,20 @@ class PortablePath:
 
 
 class _Chosen(NamedTuple):
-    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names."""
+    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names.
+
+    of_mask: constants of a mask, and what its address and strides are multiples of.
+    """
 
     tiles: Tiles
     mask_type: str
+    of_mask: tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, int], ...]]
     pack: bool
     split: bool
     joins: int
     aligned: bool
     even: bool
+    even_rows: bool
 
 
 def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
