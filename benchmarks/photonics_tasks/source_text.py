@@ -57,8 +57,9 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for chosen, into, most in ((seen, train, _MOST), (held, test, _MOST_TEST)):
             cut = [piece for file in chosen for piece in found[name][file]][:most]
             into += [(_TOKEN.findall(piece)[: TOKENS - 1], label) for piece in cut]
-    common = Counter(word for words, _ in train for word in set(words)).most_common(WORDS - 3)
-    number = {word: index + 3 for index, (word, _) in enumerate(common)}
+    counts = Counter(word for words, _ in train for word in set(words))
+    known = sorted(counts, key=lambda word: (-counts[word], word))[: WORDS - 3]  # equal in every process
+    number = {word: index + 3 for index, word in enumerate(known)}
 
     def tensors(rows: list[tuple[list[str], int]]) -> tuple[Tensor, Tensor]:
         tokens = torch.zeros(len(rows), TOKENS, dtype=torch.int64)
