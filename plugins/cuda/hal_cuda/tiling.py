@@ -79,6 +79,10 @@ class CudaTiling(DenseTiling):
         """Tiles of the portable kernel: those measured, or the largest smaller ones that were not too large."""
         return self._too_large.get(request) or choose_tiles(request, request.len_q)
 
+    def splits(self, request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int) -> Splits:
+        """How the keys of the portable kernel's tiles are divided among programs."""
+        return choose_splits(request, tiles, len_q, len_k, batch, self._chip)
+
     def shrink(self, request: AttentionRequest, tiles: Tiles) -> bool:
         """Remember that tiles do not fit the chip's shared memory. False where there are no smaller ones."""
         smaller = shrunk(tiles)
@@ -262,12 +266,10 @@ class KeySplit(NamedTuple):
 
 
 def split_keys(
-    request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip, may_join: bool
+    request: AttentionRequest, tiles: Tiles, splits: Splits, len_q: int, batch: int, may_join: bool
 ) -> KeySplit:
-    """The division of the keys for exact lengths. may_join: there is a workspace."""
-    if not packs(request, len_q):
-        return KeySplit(Splits(1, 0), 0, 0)
-    splits, group = choose_splits(request, tiles, len_q, len_k, batch, chip), request.heads_q // request.heads_kv
+    """What a division of the keys takes. may_join: there is a workspace."""
+    group = request.heads_q // request.heads_kv
     if splits.programs == 1:
         return KeySplit(splits, 0, 0)
     beside = 2 if request.mask is MaskKind.ADDITIVE else 1  # largest score and sum of weights, or their log-sum-exp

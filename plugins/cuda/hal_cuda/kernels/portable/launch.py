@@ -23,7 +23,7 @@ from hal_core.plugin_api import (
 from ...memory import Borrowed, Workspace, borrowing
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, current_stream, dependent_launch, launcher
-from ...tiling import Tiles, packs, power_of_two, split_keys, tiles_of_plan
+from ...tiling import Splits, Tiles, packs, power_of_two, split_keys, tiles_of_plan
 from .attend import attend
 from .block_plans import listed_once
 from .dropout import random_words
@@ -228,7 +228,8 @@ class PortablePath:
             assert tables is not None
             len_k = tables.page_table.shape[1] * key.shape[2]
         pack, group = packs(r, len_q), heads_q // heads_kv
-        splits, partial, at_once = split_keys(r, tiles, len_q, len_k, batch, self.chip, joins)
+        whole = self._context.tiling.splits(r, tiles, len_q, len_k, batch) if pack else Splits(1, 0)
+        splits, partial, at_once = split_keys(r, tiles, whole, len_q, batch, joins)
         split = splits.programs > 1
         if plan is not None:
             row_tiles = -(-len_q // plan.block_q) * -(-plan.block_q // tiles.rows)

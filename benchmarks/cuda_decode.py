@@ -1,0 +1,340 @@
+"""Attention of one query on a long cache, on a CUDA device: the own kernel beside the installed peers, in one run.
+
+    python benchmarks/cuda_decode.py [--record] [--only shapes,sweep] [--sweep-file FILE]
+
+Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
+Ratios are the best peer's time over ours: above 1 is faster. Peers are cuDNN and FlashAttention-2 as torch ships them
+and, where it is installed, FlashInfer on pages of 16. `sweep` times every split of the keys and several tiles of each
+shape, and shows how far the model's choice lies behind the best of them (its regret).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from cuda_attention import DEVICE, Bench, conditions, normal
+from hal_cuda.calibrate import read_bandwidth
+from hal_cuda.discovery import Chip
+from hal_cuda.kernels.portable import launch
+from hal_cuda.memory import StreamWorkspaces
+from hal_cuda.runtime.context import Context
+from hal_cuda.runtime.launch import compiled
+from hal_cuda.tiling import CudaTiling, Splits, Tiles
+from record import parser, publish
+from torch import Tensor
+
+import hal_core as hal
+from hal_core import AttentionRequest, PooledMemory
+from hal_core.testing import relative_error
+
+SECTIONS = ("shapes", "sweep")
+#: (batch, keys, head size) of each group of query heads; the last two batches of keys fill the device many times over.
+CALLS = (
+    (1, 8192, 128),
+    (1, 32768, 128),
+    (8, 4096, 128),
+    (32, 2048, 128),
+    (64, 1024, 128),
+    (256, 512, 128),
+    (4, 8192, 64),
+    (32, 1024, 64),
+    (2, 4096, 256),
+    (16, 2048, 256),
+)
+#: Query heads and key heads of each group and head size, as models have them.
+HEADS = {
+    (1, 64): (32, 32),
+    (1, 128): (32, 32),
+    (1, 256): (16, 16),
+    (4, 64): (32, 8),
+    (4, 128): (32, 8),
+    (4, 256): (16, 4),
+    (8, 64): (64, 8),
+    (8, 128): (64, 8),
+    (8, 256): (32, 4),
+    (16, 64): (64, 4),
+    (16, 128): (32, 2),
+    (16, 256): (16, 1),
+}
+#: Tiles that the sweep tries for a head size, (keys, warps, stages).
+SWEPT = {
+    64: ((128, 4, 3), (64, 4, 3), (64, 4, 5), (128, 4, 5), (256, 4, 3), (64, 2, 4), (128, 8, 3)),
+    128: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (32, 4, 4), (32, 4, 6), (128, 4, 3), (64, 8, 3), (32, 2, 4)),
+    256: ((32, 4, 3), (32, 4, 4), (32, 4, 6), (64, 4, 3), (64, 4, 4), (64, 8, 3), (16, 4, 5)),
+}
+PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 33, 50, 66, 100)
+
+
+class Shape(NamedTuple):
+    """One call: a query token for each of `batch` sequences of `keys` keys."""
+
+    group: int
+    batch: int
+    keys: int
+    dim: int
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return HEADS[self.group, self.dim]
+
+    def request(self) -> AttentionRequest:
+        heads_q, heads_kv = self.heads
+        return AttentionRequest(
+            batch=self.batch,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            len_q=1,
+            len_k=self.keys,
+            dim_qk=self.dim,
+            dim_v=self.dim,
+            dtype="bfloat16",
+            device=DEVICE,
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        heads_q, heads_kv = self.heads
+        cache = (self.batch, heads_kv, self.keys, self.dim)
+        return normal(self.batch, heads_q, 1, self.dim), normal(*cache), normal(*cache)
+
+
+SHAPES = [Shape(group, *call) for group in (1, 4, 8, 16) for call in CALLS]
+
+
+def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip: Chip) -> None:
+    """Compile kernels into Triton's disk cache, a few in each of 16 processes."""
+    begun = time.time()
+    kernels = sorted(dict.fromkeys(kernels), key=lambda kernel: kernel[3])  # those that compile others first
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
+        failed = [text for text in pool.map(_compile, kernels, [chip] * len(kernels)) if text]
+    print(f"{len(kernels)} kernels compiled in {time.time() - begun:.0f} s", *failed[:5], file=sys.stderr, flush=True)
+
+
+def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> str:
+    """Compile one kernel; gives the error as text, or nothing."""
+    request, tiles, split, joins = kernel
+
+    def made(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
+        return compiled(chip, fn, signature, constants, divisible or {}, options)
+
+    memory = PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
+    try:
+        with mock.patch.object(launch, "launcher", made):
+            path = launch.PortablePath(request, context)
+            path._kernel(launch._Chosen(tiles, "u8", True, split, joins, True, False), torch.bfloat16)
+    except Exception as error:
+        return f"{tiles}: {error}"
+    return ""
+
+
+class Forced(CudaTiling):
+    """A tiling that is told its tiles and the parts of the keys."""
+
+    def __init__(self, chip: Chip, tiles: Tiles, parts: int) -> None:
+        super().__init__(chip, lambda request: "portable")
+        self._tiles, self._parts = tiles, parts
+
+    def tiles(self, request: AttentionRequest) -> Tiles:
+        return self._tiles
+
+    def splits(self, request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int) -> Splits:
+        steps = -(-len_k // tiles.keys)
+        each = -(-steps // self._parts)
+        return Splits(-(-steps // each), each * tiles.keys)
+
+
+def shapes(bench: Bench, options: Any) -> None:
+    """The model's choice against the peers."""
+    chosen = [_chosen(bench, shape) for shape in SHAPES]
+    compile_ahead([kernel for *_, kernels in chosen for kernel in kernels], bench.chip)
+    ceiling, rows, ratios = read_bandwidth(bench.flush), [], []
+    for shape, (tiles, splits, _) in zip(SHAPES, chosen, strict=True):
+        given, request = shape.tensors(), shape.request()
+        own = partial(bench.own("portable", request), *given)
+        peers = bench.peers.decode(*given)
+        error = relative_error(own()[0], next(iter(peers.values()))())
+        assert error < 1e-2, (shape, error)
+        times = bench.times({"own": own, **peers})
+        best = min(time for name, time in times.items() if name != "own")
+        ratios.append((best / times["own"], shape))
+        flashinfer = min((time for name, time in times.items() if name.startswith("FlashInfer")), default=math.nan)
+        heads_q, heads_kv = shape.heads
+        rows.append(
+            [
+                *map(str, (shape.group, f"{heads_q}/{heads_kv}", shape.dim, shape.batch, shape.keys)),
+                *(f"{times.get(name, math.nan) * 1e3:.1f}" for name in ("own", "cuDNN", "FA2")),
+                "-" if math.isnan(flashinfer) else f"{flashinfer * 1e3:.1f}",
+                f"{best / times['own']:.3f}",
+                f"{request.bytes_moved / times['own'] * 1e3 / ceiling:.2f}",
+                f"{tiles.keys}x{tiles.warps}x{tiles.stages}, {splits.programs}",
+            ]
+        )
+        del given, own, peers
+    columns = (
+        "group",
+        "heads",
+        "head_dim",
+        "batch",
+        "keys",
+        "own",
+        "cuDNN",
+        "FA2",
+        "FlashInfer",
+        "best peer / own",
+        "share of the ceiling",
+        "keys x warps x stages, parts",
+    )
+    worst, where = min(ratios)
+    notes = [
+        "Microseconds; one query, bf16. FlashInfer: the faster of its two kernels, on pages of 16.",
+        f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f} ({where}).",
+        f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
+        *conditions(bench),
+    ]
+    publish(options, "cuda_decode", "Decode over 40 shapes", columns, rows, notes, "Shapes")
+
+
+def geometric(values: Any) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def _chosen(bench: Bench, shape: Shape) -> tuple[Tiles, Splits, list[Any]]:
+    """What the device's tiling chooses, and the kernels to compile for it."""
+    request, tiling = shape.request(), CudaTiling(bench.chip, lambda request: "portable")
+    tiles = tiling.tiles(request)
+    splits = tiling.splits(request, tiles, 1, shape.keys, shape.batch)
+    return tiles, splits, [(_kernel_of(shape), tiles, splits.programs > 1, _joins(splits.programs))]
+
+
+def _kernel_of(shape: Shape) -> AttentionRequest:
+    """The request of a kernel, the same for all lengths and batches."""
+    return replace(shape.request(), batch=1, len_k=8192)
+
+
+def _joins(parts: int) -> int:
+    """Parts that the kernel to compile joins at once; with it, the one that joins none is compiled."""
+    return 0 if parts == 1 else 16 if parts <= 16 else 64
+
+
+def sweep(bench: Bench, options: Any) -> None:
+    """Tiles and parts of every shape."""
+    found, cells = [], [(shape, list(_cells(shape, options.tiles))) for shape in SHAPES]
+    kernels = [(_kernel_of(shape), tiles, parts > 1, _joins(parts)) for shape, tried in cells for tiles, parts in tried]
+    compile_ahead(kernels, bench.chip)
+    begun, rows = time.time(), []
+    for shape, tried in cells:
+        given, request = shape.tensors(), shape.request()
+        calls: dict[str, Callable[[], Any]] = dict(bench.peers.decode(*given))
+        want = next(iter(calls.values()))()
+        session: Any = hal.session(DEVICE)
+        model = _chosen(bench, shape)[:2]
+        labels = {}
+        for tiles, parts in [(model[0], 0), *tried]:
+            tiling = (
+                CudaTiling(bench.chip, lambda request: "portable") if not parts else Forced(bench.chip, tiles, parts)
+            )
+            path = launch.PortablePath(request, session._context._replace(tiling=tiling))
+            name = f"{tiles.keys},{tiles.warps},{tiles.stages},{parts}" if parts else "model"
+            try:
+                error = relative_error(path(*given).out, want)
+            except Exception as failure:
+                print(shape, name, failure, file=sys.stderr)
+                continue
+            if not error < 1e-2:
+                print(shape, name, "error", error, file=sys.stderr, flush=True)
+            calls[name], labels[name] = partial(path, *given), parts
+        times = _medians(bench, calls)
+        peer = min(value for name, value in times.items() if name not in labels)
+        swept = {name: value for name, value in times.items() if labels.get(name)}
+        best = min(swept, key=lambda name: swept[name])
+        found.append({"shape": shape._asdict(), "heads": shape.heads, "model": str(model), "times": times})
+        rows.append(
+            [
+                *map(str, shape),
+                f"{peer * 1e3:.1f}",
+                f"{times['model'] * 1e3:.1f}",
+                f"{swept[best] * 1e3:.1f}",
+                best,
+                f"{times['model'] / swept[best]:.3f}",
+                f"{peer / times['model']:.3f}",
+                f"{peer / swept[best]:.3f}",
+            ]
+        )
+        print(rows[-1], f"{time.time() - begun:.0f} s", flush=True)
+        if options.sweep_file:
+            Path(options.sweep_file).write_text(json.dumps(found), encoding="utf-8")
+        del given, calls, want
+        if time.time() - begun > options.seconds:
+            break
+    columns = ("group", "batch", "keys", "head_dim", "best peer", "model", "best", "which", "regret")
+    columns += ("peer / model", "peer / best")
+    notes = [
+        "Microseconds; `which` is keys, warps, stages of the tile and parts of the keys.",
+        f"Geometric means: regret {geometric(float(row[8]) for row in rows):.3f}, best peer over the model "
+        f"{geometric(float(row[9]) for row in rows):.3f}, over the best {geometric(float(row[10]) for row in rows):.3f}.",
+        *conditions(bench),
+    ]
+    publish(options, "cuda_decode", "Tiles and parts", columns, rows, notes, "Sweep")
+
+
+def _cells(shape: Shape, most: int) -> Any:
+    """Tiles and parts worth trying: several tiles for groups of 1 and 8, fewer for the others."""
+    tiles = SWEPT[shape.dim][:most] if shape.group in (1, 8) else SWEPT[shape.dim][: min(most, 4)]
+    whole = shape.batch * shape.heads[1]
+    for (keys, warps, stages), parts in product(tiles, PARTS):
+        steps = -(-shape.keys // keys)
+        each = -(-steps // parts)
+        exact = -(-steps // each) == parts
+        if exact and (parts == 1 or whole * parts <= 16 * 132) and (parts > 1 or whole * steps >= 64 or steps == 1):
+            yield Tiles(16, keys, warps, stages), parts
+
+
+def _medians(bench: Bench, calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+    """Median milliseconds of interleaved calls, which have run before."""
+    time.sleep(0.02)
+    clocked: dict[str, list[Any]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            bench.flush.random_(0, 7)
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            clocked[name].append((start, stop))
+    torch.cuda.synchronize()
+    return {n: statistics.median(a.elapsed_time(b) for a, b in pairs) for n, pairs in clocked.items()}
+
+
+RUN = {"shapes": shapes, "sweep": sweep}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--only", default="shapes", help="sections to run")
+    options.add_argument("--tiles", type=int, default=8, help="tiles that the sweep tries for a head size")
+    options.add_argument("--sweep-file", default="", help="where the sweep leaves its times, as JSON")
+    options.add_argument("--seconds", type=float, default=600, help="after which the sweep ends")
+    chosen = options.parse_args()
+    torch.manual_seed(int(time.time()))
+    bench = Bench()
+    with torch.no_grad():
+        for section in chosen.only.split(","):
+            RUN[section](bench, chosen)
+
+
+if __name__ == "__main__":
+    main()
