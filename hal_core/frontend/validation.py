@@ -16,7 +16,8 @@ from .operands import Operands
 
 LAYOUT = "[batch, heads, length, head_dim]"
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+#: Dtypes that only key and value may have, as a cache with scales; a uint8 holds two int4.
+_CACHES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8}
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _LARGEST = 1 << 48  # of a whole number that stands for tokens
 
@@ -50,7 +51,8 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         packed, page_size = tables.cu_seqlens_q is not None, len_k if tables.page_table is not None else None
         batch, len_q, len_k = _table_sizes(query, key, tables, options)
     heads = f"{heads_q} query heads and {heads_kv} key heads were given"
-    cache_dtype = None if key.dtype == query.dtype else str(key.dtype).removeprefix("torch.")
+    kind = "int4" if key.dtype == torch.uint8 else str(key.dtype).removeprefix("torch.")
+    cache_dtype = None if key.dtype == query.dtype else kind
     scaled = tables is not None and tables.key_scale is not None and tables.value_scale is not None
     refuse(
         (
@@ -68,7 +70,8 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         ),
         (
             cache_dtype is None and tables is not None and not tables.key_scale is tables.value_scale is None,
-            f"key_scale or value_scale was given with {key.dtype}: they scale an FP8 key and value, leave them out",
+            f"key_scale or value_scale was given with {key.dtype}: they scale an FP8, int8 or int4 key and value, leave "
+            "them out",
         ),
     )
     shape = (batch, heads_q, len_q, len_k)
@@ -77,7 +80,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     mask_batch, mask_heads = (1, 1) if mask is None else (1, 1, *mask.shape)[-4:-2]
     if plan is not None:
         _check_plan(plan, shape, query)
-    kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
+    mask_kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
     return AttentionRequest(
         batch=batch,
         heads_q=heads_q,
@@ -85,10 +88,10 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         len_q=len_q,
         len_k=len_k,
         dim_qk=dim_qk,
-        dim_v=value.shape[3],
+        dim_v=_numbers(value),
         dtype=str(query.dtype).removeprefix("torch."),
         device=str(query.device),
-        mask=kind,
+        mask=mask_kind,
         mask_batch=mask_batch,
         mask_heads=mask_heads,
         packed=packed,
@@ -136,16 +139,19 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{name} is {tensor.layout}: pass a dense tensor, and a block_plan for sparsity",
             ),
             (
-                tensor.dtype not in _FLOATS | _FP8,
+                tensor.dtype not in _FLOATS | _CACHES,
                 f"{name} is {tensor.dtype}: cast it to float32, bfloat16, float16 or float64",
             ),
         )
     given = [[getattr(t, field) for t in (query, key, value)] for field in ("dtype", "device", "shape")]
     (q_dtype, k_dtype, v_dtype), devices, (q, k, v) = given
     refuse(
-        (q_dtype in _FP8, f"query is {q_dtype}: only key and value may be FP8, with key_scale and value_scale"),
         (
-            v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _FP8),
+            q_dtype in _CACHES,
+            f"query is {q_dtype}: only key and value may be FP8, int8 or int4, with key_scale and value_scale",
+        ),
+        (
+            v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _CACHES),
             f"query {q_dtype}, key {k_dtype} and value {v_dtype} were given: cast them to one dtype",
         ),
         (
@@ -153,9 +159,14 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query on {devices[0]}, key on {devices[1]} and value on {devices[2]} were given: move them to one device",
         ),
         (k[:3] != v[:3], f"key {list(k)} and value {list(v)} were given: batch, heads and length must be equal"),
-        (q[3] != k[3], f"head_dim {q[3]} of query and {k[3]} of key were given: make them equal"),
+        (q[3] != _numbers(key), f"head_dim {q[3]} of query and {_numbers(key)} of key were given: make them equal"),
         (0 in (q[3], v[3]), "a head_dim of 0 was given: use 1 or more"),
     )
+
+
+def _numbers(cache: Tensor) -> int:
+    """The head size of keys or values; a byte holds two int4."""
+    return cache.shape[3] * (2 if cache.dtype == torch.uint8 else 1)
 
 
 def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallOptions) -> tuple[int, int, int]:
@@ -166,15 +177,23 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
             (table is not None and kind != torch.int32, f"{name} is {kind}: pass an int32 tensor"),
             (place != query.device, f"{name} on {place} and query on {query.device} were given: move the table"),
         )
-    for name, factor in zip(t._fields[4:], t[4:], strict=True):
-        wide = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1], 1, 1)
+    batch, heads = query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1]
+    for name, factor, wide in (
+        ("key_scale", t.key_scale, ((batch, heads, 1, query.shape[3]),)),
+        ("value_scale", t.value_scale, ((batch, heads, 1, 1), (key.shape[0], heads, key.shape[2], 1))),
+    ):
         what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
-        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and _broadcasts(factor.shape, wide)
+        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32
+        offered = " or ".join(str(list(shape)) for shape in dict.fromkeys(wide))
         refuse(
             (
-                factor is not None and not fits,
-                f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}",
-            )
+                factor is not None and not (fits and any(_broadcasts(factor.shape, shape) for shape in wide)),
+                f"{name} {what} was given: pass float32 that broadcasts to {offered}",
+            ),
+            (
+                factor is not None and getattr(factor, "device", query.device) != query.device,
+                f"{name} on {getattr(factor, 'device', None)} and query on {query.device} were given: move the scale",
+            ),
         )
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     refuse(

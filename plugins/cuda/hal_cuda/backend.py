@@ -55,6 +55,7 @@ CAPABILITIES = Capabilities(
             "dropout",
             "packed",
             "paged",
+            "fp8_cache",
             "block_plan",
             "lse",
             "backward",
@@ -67,6 +68,7 @@ CAPABILITIES = Capabilities(
     heads=Range(1, 65535),
     length=Range(0, (1 << 31) - (1 << 16)),
     page_sizes=Range(1),
+    cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "int4"}),
     block_sizes=Range(1, 1 << 16),
     tile_sizes=Choice(FOREIGN_SIZES),
 )

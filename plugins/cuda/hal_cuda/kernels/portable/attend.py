@@ -13,6 +13,7 @@ Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decodi
 import triton
 import triton.language as tl
 
+from .cache import INT4, PLAIN, decoded, decoded_pairs, scaled_query
 from .dropout import kept
 from .merge import LN2, LOG2E, gathered, settled
 
@@ -37,6 +38,8 @@ def attend(
     cu_k,
     page_table,
     seqlens,
+    key_scale,
+    value_scale,
     plan_index,
     plan_count,
     q_b,
@@ -62,6 +65,12 @@ def attend(
     mask_m,
     mask_n,
     table_b,
+    ks_b,
+    ks_h,
+    ks_d,
+    vs_b,
+    vs_h,
+    vs_n,
     index_b,
     index_h,
     index_m,
@@ -100,6 +109,9 @@ def attend(
     DROPOUT: tl.constexpr,
     PACKED: tl.constexpr,
     SEQLENS: tl.constexpr,
+    CACHE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FAST: tl.constexpr,
     PLAN: tl.constexpr,
     PACK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -117,6 +129,9 @@ def attend(
     then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
     right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
     keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
+
+    CACHE: what keys and values are (see `cache`), with DQ and DV numbers of which int4 has two in a byte. key_scale
+    [batch, heads, dim], value_scale [batch, heads, 1] or with TOKENS one for each key, where the key lies.
 
     With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
     log-sum-exp, [batch, heads, len_q, splits]; under an additive mask, whose lowest numbers leave float32 no digits for
@@ -187,10 +202,30 @@ def attend(
         low = low // BN * BN + split * chunk
         high = tl.minimum(high, low + chunk)
 
-    d_q = tl.arange(0, BDQ)
-    d_v = tl.arange(0, BDV)
-    q_at = q + tensor_batch * q_b + heads64[:, None] * q_h + (q_start + tokens64)[:, None] * q_m + d_q[None, :] * q_d
-    q_tile = tl.load(q_at, mask=row_ok[:, None] & (d_q[None, :] < DQ), other=0.0)
+    # Elements of a row of keys and of values in memory, and numbers of each.
+    EACH: tl.constexpr = 2 if CACHE == INT4 else 1
+    DK: tl.constexpr = DQ // EACH
+    DW: tl.constexpr = DV // EACH
+    d_q = tl.arange(0, BDQ // EACH)
+    d_v = tl.arange(0, BDV // EACH)
+    q_row = q + tensor_batch * q_b + heads64[:, None] * q_h + (q_start + tokens64)[:, None] * q_m
+    q_ok, d_ok = row_ok[:, None] & (d_q[None, :] < DK), d_q < DK
+    factor = scale
+    if CACHE == PLAIN:
+        q_tile = tl.load(q_row + d_q[None, :] * q_d, mask=q_ok, other=0.0)
+    else:
+        COMPUTE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
+        scale_at = key_scale + tensor_batch * ks_b + kv64 * ks_h
+        q_tile, largest = scaled_query(q_row + EACH * d_q[None, :] * q_d, q_ok, scale_at + EACH * d_q * ks_d, d_ok)
+        if CACHE == INT4:
+            q_at = q_row + (2 * d_q[None, :] + 1) * q_d
+            q_odd, largest_odd = scaled_query(q_at, q_ok, scale_at + (2 * d_q + 1) * ks_d, d_ok)
+            largest = tl.maximum(largest, largest_odd)
+        shorten = 1.0 / tl.where(largest == 0.0, 1.0, largest)
+        q_tile = (q_tile * shorten[:, None]).to(COMPUTE)
+        if CACHE == INT4:
+            q_odd = (q_odd * shorten[:, None]).to(COMPUTE)
+        factor = (scale * largest)[:, None]
 
     if PLAN:
         index_at = plan_index + batch64 * index_b + head.to(tl.int64) * index_h + plan_row.to(tl.int64) * index_m
@@ -205,12 +240,19 @@ def attend(
     # stay
     # natural: the lowest finite number of a mask times log2(e) would be -inf.
     NATURAL: tl.constexpr = SOFTCAP or MASK == 2
-    factor = scale
     if not NATURAL:
-        factor = scale * LOG2E
+        factor = factor * LOG2E
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    sums = tl.zeros([BM, BDV], tl.float32)
+    sums = tl.zeros([BM, BDV // EACH], tl.float32)
+    if CACHE == INT4:
+        sums_odd = sums
+    if CACHE != PLAIN:
+        value_at, unit = value_scale + kv64 * vs_h, 0.0
+        if not TOKENS:
+            unit = tl.load(value_at + tensor_batch * vs_b)
+        elif PAGE == 0:
+            value_at += tensor_batch * vs_b + k_start * vs_n
     k_base = k + kv64 * k_h
     v_base = v + kv64 * v_h
     if PAGE == 0:
@@ -239,9 +281,16 @@ def attend(
             k_tile = tl.load(k_at)
             v_tile = tl.load(v_at)
         else:
-            k_tile = tl.load(k_at, mask=column_ok[None, :] & (d_q[:, None] < DQ), other=0.0)
-            v_tile = tl.load(v_at, mask=column_ok[:, None] & (d_v[None, :] < DV), other=0.0)
-        scores = tl.dot(q_tile, k_tile, input_precision="ieee") * factor
+            k_tile = tl.load(k_at, mask=column_ok[None, :] & d_ok[:, None], other=0.0)
+            v_tile = tl.load(v_at, mask=column_ok[:, None] & (d_v[None, :] < DW), other=0.0)
+        if CACHE == INT4:
+            k_tile, k_odd = decoded_pairs(k_tile, COMPUTE, FAST)
+            scores = tl.dot(q_tile, k_tile, input_precision="ieee")
+            scores = tl.dot(q_odd, k_odd, scores, input_precision="ieee") * factor
+        else:
+            if CACHE != PLAIN:
+                k_tile = decoded(k_tile, COMPUTE, FAST)
+            scores = tl.dot(q_tile, k_tile, input_precision="ieee") * factor
         if SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
         visible = column_ok[None, :]
@@ -277,7 +326,24 @@ def attend(
                 seed, offset, place + number[:, None], place + tokens[:, None], place + columns[None, :], probability
             )
             weights = tl.where(keep, weights, 0.0)
+        if TOKENS:  # weights take the scales over the largest one so far
+            if PAGE > 0:
+                scale_row = page * vs_b + slot * vs_n
+            else:
+                scale_row = columns.to(tl.int64) * vs_n
+            scales = tl.load(value_at + scale_row, mask=column_ok, other=0.0)
+            grown = tl.maximum(unit, tl.max(tl.abs(scales), 0))
+            over = 1.0 / tl.where(grown == 0.0, 1.0, grown)
+            shrink *= unit * over
+            weights *= (scales * over)[None, :]
+            unit = grown
         sums = sums * shrink[:, None]
+        if CACHE == INT4:
+            weights, sums_odd = weights.to(COMPUTE), sums_odd * shrink[:, None]
+            v_tile, v_odd = decoded_pairs(v_tile, COMPUTE, FAST)
+            sums_odd = tl.dot(weights, v_odd, sums_odd, input_precision="ieee")
+        elif CACHE != PLAIN:
+            v_tile = decoded(v_tile, COMPUTE, FAST)
         sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums, input_precision="ieee")  # float32 without TF32
 
     if PDL:
@@ -286,7 +352,11 @@ def attend(
     keep_share = 1.0
     if DROPOUT:
         keep_share = 1.0 - probability
-    sums = sums * (1.0 / tl.where(dead, 1.0, total * keep_share))[:, None]
+    shorten = 1.0 / tl.where(dead, 1.0, total * keep_share)
+    if CACHE != PLAIN:
+        shorten *= unit
+    sums = sums * shorten[:, None]
+    d_out, out_ok = EACH * d_v, row_ok[:, None] & (d_v[None, :] < DW)
     row_lse = tl.where(dead, float("-inf"), (most + tl.log2(tl.where(dead, 1.0, total))) * LN2)
     if MASK == 2:
         row_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
@@ -294,8 +364,10 @@ def attend(
         row_place = ((batch64 * tl.num_programs(1) * GROUP + heads64) * len_q + tokens64) * splits
         numbers = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * len_q * splits
         lse_part = part + numbers * DV
-        at = part + (row_place + split)[:, None] * DV + d_v[None, :]
-        tl.store(at, sums, mask=row_ok[:, None] & (d_v[None, :] < DV))
+        at = part + (row_place + split)[:, None] * DV + d_out[None, :]
+        tl.store(at, sums, mask=out_ok)
+        if CACHE == INT4:
+            tl.store(at + 1, sums_odd * shorten[:, None], mask=out_ok)
         if MASK == 2:
             tl.store(lse_part + row_place + split, most, mask=row_ok)
             tl.store(lse_part + numbers + row_place + split, total, mask=row_ok)
@@ -316,15 +388,16 @@ def attend(
                     joined, whole_lse = settled(all_most, all_total, all_sums)
                     head64, token64 = row_head.to(tl.int64), token.to(tl.int64)
                     o_at = out + batch64 * o_b + head64 * o_h + token64 * o_m
-                    where = ok[:, None] & (d_v[None, :] < DV)
-                    tl.store(o_at[:, None] + d_v[None, :], joined.to(out.dtype.element_ty), mask=where)
+                    d_all = tl.arange(0, BDV)
+                    where = ok[:, None] & (d_all[None, :] < DV)
+                    tl.store(o_at[:, None] + d_all[None, :], joined.to(out.dtype.element_ty), mask=where)
                     if LSE:
                         tl.store(lse + batch64 * l_b + head64 * l_h + token64 * l_m, whole_lse, mask=ok)
     else:
         row_out = q_start + tokens64
-        o_at = out + tensor_batch * o_b + heads64 * o_h + row_out * o_m
-        tl.store(
-            o_at[:, None] + d_v[None, :], sums.to(out.dtype.element_ty), mask=row_ok[:, None] & (d_v[None, :] < DV)
-        )
+        o_at = (out + tensor_batch * o_b + heads64 * o_h + row_out * o_m)[:, None] + d_out[None, :]
+        tl.store(o_at, sums.to(out.dtype.element_ty), mask=out_ok)
+        if CACHE == INT4:
+            tl.store(o_at + 1, (sums_odd * shorten[:, None]).to(out.dtype.element_ty), mask=out_ok)
         if LSE:
             tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)

@@ -21,6 +21,7 @@ from hal_core.plugin_api import (
 )
 
 from ...memory import Borrowed, Workspace, borrowing
+from ...runtime import binaries
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, current_stream, dependent_launch, launcher
 from ...tiling import Splits, Tiles, packs, power_of_two, split_keys, tiles_of_plan
@@ -36,8 +37,12 @@ TYPES = {
     torch.float64: "fp64",
     torch.bool: "u8",
     torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
 }
-_STRIDES = 28  # q_b to count_h in the kernel's signature
+_STRIDES = 34  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
 
 
@@ -106,7 +111,7 @@ class PortablePath:
         with borrowing(self._context.memory) as borrow:
             blocks = None if blocks is None else listed_once(blocks, self.chip, borrow)
             if tables is not None:
-                tables = SequenceMetadata(*(last_dim_contiguous(t, borrow) for t in tables[:4]))
+                tables = SequenceMetadata(*(last_dim_contiguous(t, borrow) for t in tables[:4]), *tables[4:])
             return self._run(query, key, value, mask, blocks, tables, rng, cut)
 
     def _run(
@@ -144,13 +149,13 @@ class PortablePath:
                 joins = workspace is not None
                 launch = self._launches[form] = self._build(query, key, value, mask, plan, tables, joins, cut)
             self._last = (form, launch)
-        out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
+        out = torch.empty_like(query) if launch.like_query else empty_result(query, self.request.dim_v)
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
         arguments = launch.arguments
         if rng is not None:
             arguments = arguments.copy()
             arguments[launch.seed : launch.seed + 2] = random_words(rng)
-        others = () if plain else (mask, *(tables or _NO_TABLES)[:4], *((None, None) if plan is None else plan[2:]))
+        others = () if plain else (mask, *(tables or _NO_TABLES), *((None, None) if plan is None else plan[2:]))
         if launch.joins:
             assert workspace is not None
             launch.run(launch.grid, (query, key, value, out, lse, *workspace, *others), arguments)
@@ -219,9 +224,9 @@ class PortablePath:
         joins: bool,
     ) -> Launch:
         r = self.request
-        out = empty_result(query, value.shape[3])
+        out = empty_result(query, r.dim_v)
         batch, heads_q, len_q, dim_qk = query.shape
-        heads_kv, len_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+        heads_kv, len_k = key.shape[1], key.shape[2]
         if r.packed:
             batch, len_q, len_k = r.batch, r.len_q, r.len_k
         elif r.page_size is not None:
@@ -244,6 +249,7 @@ class PortablePath:
             *_lse_strides(out),
             *mask_strides(mask),
             0 if tables is None or tables.page_table is None else tables.page_table.stride(0),
+            *scale_strides(tables),
             *plan_strides(plan),
             r.effective_scale,
             r.softcap or 1.0,
@@ -266,9 +272,10 @@ class PortablePath:
         if mask is None and plan is None and tables is None:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
         unit, even = aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
-        chosen = _Chosen(tiles, "u8" if mask is None else TYPES[mask.dtype], pack, split, at_once, unit, even)
+        types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype])
+        chosen = _Chosen(tiles, types, pack, split, at_once, unit, even, scaled_tokens(tables))
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
-        like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
+        like_query = dim_qk == r.dim_v and _same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
         if at_once or not split:
             return launch
@@ -285,14 +292,15 @@ class PortablePath:
         if chosen.joins:  # a capture of a graph does not join, and must not compile either
             self._kernel(chosen._replace(joins=0), dtype)
             self._merge(dtype)
-        r, (tiles, mask_type, pack, split, joins, aligned, even) = self.request, chosen
+        r, (tiles, types, pack, split, joins, aligned, even, tokens) = self.request, chosen
+        least = 32 if r.cache_dtype == "int4" else 16  # of numbers in a product, each half's own
         left, right = self._band
         constants = {
             "GROUP": r.heads_q // r.heads_kv,
             "DQ": r.dim_qk,
             "DV": r.dim_v,
-            "BDQ": max(16, power_of_two(r.dim_qk)),
-            "BDV": max(16, power_of_two(r.dim_v)),
+            "BDQ": max(least, power_of_two(r.dim_qk)),
+            "BDV": max(least, power_of_two(r.dim_v)),
             "BM": tiles.rows,
             "BN": tiles.keys,
             "PAGE": r.page_size or 0,
@@ -304,6 +312,9 @@ class PortablePath:
             "DROPOUT": r.dropout > 0,
             "PACKED": r.packed,
             "SEQLENS": r.page_size is not None,
+            "CACHE": CACHES[r.cache_dtype],
+            "TOKENS": tokens,
+            "FAST": r.cache_dtype is not None and not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,
             "SPLIT": split,
@@ -315,7 +326,7 @@ class PortablePath:
             "STAGES": tiles.stages,
             "ROWS": _rows_joined(tiles, r, joins),
         }
-        signature = attend_signature(TYPES[dtype], mask_type)
+        signature = attend_signature(TYPES[dtype], *types)
         run = launcher(self.chip, attend, signature, constants, num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
@@ -333,15 +344,18 @@ class PortablePath:
 
 
 class _Chosen(NamedTuple):
-    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names."""
+    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names. types: Triton's, of
+    the mask and of keys and values.
+    """
 
     tiles: Tiles
-    mask_type: str
+    types: tuple[str, str]
     pack: bool
     split: bool
     joins: int
     aligned: bool
     even: bool
+    tokens: bool = False
 
 
 def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
@@ -349,6 +363,8 @@ def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
     return min(tiles.rows, max(64 * 32 * tiles.warps // (parts * power_of_two(request.dim_v)), 1)) if parts else 0
 
 
+#: What `attend` reads a cache as, by its dtype.
+CACHES = {None: 0, "int8": 1, "int4": 2, "float8_e4m3fn": 3, "float8_e5m2": 3}
 _NO_TABLES = SequenceMetadata()
 _POINTERS = (
     "q",
@@ -363,18 +379,21 @@ _POINTERS = (
     "cu_k",
     "page_table",
     "seqlens",
+    "key_scale",
+    "value_scale",
     "plan_index",
     "plan_count",
 )
-_OTHERS = 7  # of the pointers: mask, tables and plan
+_OTHERS = 9  # of the pointers: mask, tables, scales and plan
 _SEED = _STRIDES + 3
 
 
-def attend_signature(dtype: str, mask: str) -> dict[str, str]:
+def attend_signature(dtype: str, mask: str, cache: str) -> dict[str, str]:
     """Triton types of `attend`'s run-time arguments."""
     types = dict.fromkeys(attend.arg_names, "i32")
-    types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
-    types |= dict.fromkeys(("lse", "part"), "*fp32") | {"mask": f"*{mask}"}
+    types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "out"), f"*{dtype}")
+    types |= dict.fromkeys(("k", "v"), f"*{cache}") | {"mask": f"*{mask}"}
+    types |= dict.fromkeys(("lse", "part", "key_scale", "value_scale"), "*fp32")
     types |= dict.fromkeys(attend.arg_names[len(_POINTERS) : len(_POINTERS) + _STRIDES], "i64")
     return types | dict.fromkeys(("scale", "softcap", "probability"), "fp32") | {"seed": "i64", "offset": "i32"}
 
@@ -395,7 +414,9 @@ def last_dim_contiguous(table: Tensor | None, borrow: Borrowed) -> Tensor | None
 def extras_of(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
     """What else the arguments depend on."""
     table = tables.page_table if tables is not None else None
+    scales = [] if tables is None else [scale for scale in tables[4:] if scale is not None]
     return (
+        *((scale.shape, scale.stride()) for scale in scales),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype),
         None if plan is None else (plan.indices.shape, plan.counts.shape, plan.indices.stride(), plan.counts.stride()),
         None if table is None else (table.shape, table.stride(0)),
@@ -404,14 +425,16 @@ def extras_of(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetad
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8
-    elements.
+    elements, of bytes 16.
     """
     steps = addresses = 0
     for tensor in tensors:
         batch, head, row, last = tensor.stride()
         if last != 1:
             return False
-        steps, addresses = steps | batch | head | row, addresses | tensor.data_ptr()
+        step = batch | head | row
+        steps |= step if tensor.itemsize > 1 else step >> 1 | step & 1  # in steps of 16 bytes
+        addresses |= tensor.data_ptr()
     return not steps % 8 and not addresses % 16
 
 
@@ -439,6 +462,22 @@ def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     if mask is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def scale_strides(tables: SequenceMetadata | None) -> tuple[int, ...]:
+    """Strides of a cache's scales: batch, head and channel of the keys', batch (or page), head and key of the values'.
+    Broadcast dimensions have 0.
+    """
+    if tables is None or tables.key_scale is None:
+        return (0,) * 6
+    keys, values = (mask_strides(scale[(None,) * (4 - scale.dim())]) for scale in tables[4:])
+    return keys[0], keys[1], keys[3], *values[:3]
+
+
+def scaled_tokens(tables: SequenceMetadata | None) -> bool:
+    """Whether every key's value has a scale of its own."""
+    scale = None if tables is None else tables.value_scale
+    return scale is not None and scale.dim() > 1 and scale.shape[-2] > 1
 
 
 def plan_strides(plan: BlockPlan | None) -> tuple[int, ...]:
