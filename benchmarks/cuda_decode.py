@@ -16,7 +16,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -38,10 +38,10 @@ from record import parser, publish
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, PooledMemory
-from hal_core.testing import relative_error
+from hal_core import AttentionRequest, PooledMemory, SequenceMetadata
+from hal_core.testing import reference, relative_error
 
-SECTIONS = ("shapes", "sweep")
+SECTIONS = ("shapes", "caches", "sweep", "cache_sweep")
 #: (batch, keys, head size) of each group of query heads; the last two batches of keys fill the device many times over.
 CALLS = (
     (1, 8192, 128),
@@ -86,6 +86,7 @@ class Shape(NamedTuple):
     batch: int
     keys: int
     dim: int
+    cache: str | None = None
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -103,15 +104,31 @@ class Shape(NamedTuple):
             dim_v=self.dim,
             dtype="bfloat16",
             device=DEVICE,
+            cache_dtype=self.cache,
         )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value in bf16."""
         heads_q, heads_kv = self.heads
         cache = (self.batch, heads_kv, self.keys, self.dim)
         return normal(self.batch, heads_q, 1, self.dim), normal(*cache), normal(*cache)
 
+    @property
+    def bytes_read(self) -> int:
+        """Of keys and values, their scales of tokens included."""
+        heads_kv, request = self.heads[1], self.request()
+        return request.bytes_moved + (4 * self.batch * heads_kv * self.keys if self.cache else 0)
+
 
 SHAPES = [Shape(group, *call) for group in (1, 4, 8, 16) for call in CALLS]
+CACHED = [
+    Shape(*call, cache)
+    for call in ((4, 1, 32768, 128), (4, 32, 8192, 128), (8, 32, 4096, 128), (8, 32, 4096, 64), (1, 16, 4096, 128))
+    for cache in ("int8", "int4", "float8_e4m3fn")
+]
+#: Triton's names of keys and values of a cache, whose values are read as words of two bytes.
+TYPES = {None: ("bf16", "bf16"), "int8": ("i8", "i16"), "int4": ("u8", "i16"), "float8_e4m3fn": ("fp8e4nv", "i16")}
+CACHE_TILES = ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 4), (128, 8, 3), (256, 8, 3))
 
 
 def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip: Chip) -> None:
@@ -135,7 +152,10 @@ def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> s
     try:
         with mock.patch.object(launch, "launcher", made):
             path = launch.PortablePath(request, context)
-            path._kernel(launch._Chosen(tiles, "u8", True, split, joins, True, False), torch.bfloat16)
+            types = ("u8", *TYPES[request.cache_dtype])
+            tokens = request.cache_dtype is not None
+            chosen = launch._Chosen(tiles, types, True, split, joins, True, False, True, tokens)
+            path._kernel(chosen, torch.bfloat16)
     except Exception as error:
         return f"{tiles}: {error}"
     return ""
@@ -160,7 +180,6 @@ class Forced(CudaTiling):
 def shapes(bench: Bench, options: Any) -> None:
     """The model's choice against the peers."""
     chosen = [_chosen(bench, shape) for shape in SHAPES]
-    compile_ahead([kernel for *_, kernels in chosen for kernel in kernels], bench.chip)
     ceiling, rows, ratios = read_bandwidth(bench.flush), [], []
     for shape, (tiles, splits, _) in zip(SHAPES, chosen, strict=True):
         given, request = shape.tensors(), shape.request()
@@ -208,6 +227,43 @@ def shapes(bench: Bench, options: Any) -> None:
     publish(options, "cuda_decode", "Decode over 40 shapes", columns, rows, notes, "Shapes")
 
 
+def caches(bench: Bench, options: Any) -> None:
+    """Quantised caches beside bf16: bytes and time of one call, and the error against the codes' numbers."""
+    found = [_chosen(bench, shape) for shape in CACHED]
+    ceiling, rows = read_bandwidth(bench.flush), []
+    for shape, (tiles, splits, _) in zip(CACHED, found, strict=True):
+        given, request = shape.tensors(), shape.request()
+        bf16 = partial(bench.own("portable", replace(request, cache_dtype=None)), *given)
+        given, tables = quantised(str(shape.cache), *given)
+        own = partial(bench.own("portable", request), *given, None, None, tables)
+        want = reference(given[0][:1].double(), *(t[:1].double() for t in numbers(given, tables))).out
+        error = relative_error(own()[0][:1], want)
+        times = bench.times({"own": own, "bf16": bf16})
+        rows.append(
+            [
+                *map(str, shape),
+                f"{shape.bytes_read / 1e6:.1f}",
+                f"{replace(request, cache_dtype=None).bytes_moved / 1e6:.1f}",
+                *(f"{times[name] * 1e3:.1f}" for name in ("own", "bf16")),
+                f"{times['bf16'] / times['own']:.2f}",
+                f"{shape.bytes_read / times['own'] * 1e3 / ceiling:.2f}",
+                f"{error:.1e}",
+                f"{tiles.keys}x{tiles.warps}x{tiles.stages}, {splits.programs}",
+            ]
+        )
+        print(rows[-1], flush=True)
+        del given, own, bf16, want, tables
+    columns = ("group", "batch", "keys", "head_dim", "cache", "MB read", "MB of bf16", "microseconds", "bf16")
+    columns += ("bf16 / quantised", "share of the ceiling", "error", "keys x warps x stages, parts")
+    notes = [
+        "One bf16 query; keys scaled by channel, values by token, whose scales are read too. The error is against "
+        "float64 over the numbers that the codes stand for, rounded to bf16.",
+        f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
+        *conditions(bench),
+    ]
+    publish(options, "cuda_decode", "Quantised caches", columns, rows, notes, "Quantised caches")
+
+
 def geometric(values: Any) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
@@ -232,14 +288,28 @@ def _joins(parts: int) -> int:
 
 def sweep(bench: Bench, options: Any) -> None:
     """Tiles and parts of every shape."""
-    found, cells = [], [(shape, list(_cells(shape, options.tiles))) for shape in SHAPES]
-    kernels = [(_kernel_of(shape), tiles, parts > 1, _joins(parts)) for shape, tried in cells for tiles, parts in tried]
-    compile_ahead(kernels, bench.chip)
+    sweep_of(bench, options, SHAPES, "Tiles and parts", "Sweep")
+
+
+def cache_sweep(bench: Bench, options: Any) -> None:
+    """The same of quantised caches."""
+    sweep_of(bench, options, CACHED, "Tiles and parts of quantised caches", "Sweep of caches")
+
+
+def sweep_of(bench: Bench, options: Any, chosen: list[Shape], title: str, section: str) -> None:
+    found, cells = [], [(shape, list(_cells(shape, options.tiles))) for shape in chosen]
     begun, rows = time.time(), []
     for shape, tried in cells:
-        given, request = shape.tensors(), shape.request()
-        calls: dict[str, Callable[[], Any]] = dict(bench.peers.decode(*given))
-        want = next(iter(calls.values()))()
+        given, request, tables = shape.tensors(), shape.request(), None
+        calls: dict[str, Callable[[], Any]] = {}
+        if shape.cache is None:
+            calls |= bench.peers.decode(*given)
+            want = next(iter(calls.values()))()
+        else:
+            bf16 = launch.PortablePath(replace(request, cache_dtype=None), hal.session(DEVICE)._context)  # type: ignore[attr-defined]
+            calls["bf16"] = partial(bf16, *given)
+            given, tables = quantised(shape.cache, *given)
+            want = bf16(given[0], *numbers(given, tables)).out
         session: Any = hal.session(DEVICE)
         model = _chosen(bench, shape)[:2]
         labels = {}
@@ -250,13 +320,14 @@ def sweep(bench: Bench, options: Any) -> None:
             path = launch.PortablePath(request, session._context._replace(tiling=tiling))
             name = f"{tiles.keys},{tiles.warps},{tiles.stages},{parts}" if parts else "model"
             try:
-                error = relative_error(path(*given).out, want)
+                call = partial(path, *given, tables=tables)
+                error = relative_error(call().out, want)
             except Exception as failure:
                 print(shape, name, failure, file=sys.stderr)
                 continue
             if not error < 1e-2:
                 print(shape, name, "error", error, file=sys.stderr, flush=True)
-            calls[name], labels[name] = partial(path, *given), parts
+            calls[name], labels[name] = call, parts
         times = _medians(bench, calls)
         peer = min(value for name, value in times.items() if name not in labels)
         swept = {name: value for name, value in times.items() if labels.get(name)}
@@ -264,7 +335,8 @@ def sweep(bench: Bench, options: Any) -> None:
         found.append({"shape": shape._asdict(), "heads": shape.heads, "model": str(model), "times": times})
         rows.append(
             [
-                *map(str, shape),
+                *map(str, shape[:4]),
+                shape.cache or "bf16",
                 f"{peer * 1e3:.1f}",
                 f"{times['model'] * 1e3:.1f}",
                 f"{swept[best] * 1e3:.1f}",
@@ -280,20 +352,34 @@ def sweep(bench: Bench, options: Any) -> None:
         del given, calls, want
         if time.time() - begun > options.seconds:
             break
-    columns = ("group", "batch", "keys", "head_dim", "best peer", "model", "best", "which", "regret")
+    columns = ("group", "batch", "keys", "head_dim", "cache", "best peer", "model", "best", "which", "regret")
     columns += ("peer / model", "peer / best")
     notes = [
         "Microseconds; `which` is keys, warps, stages of the tile and parts of the keys.",
-        f"Geometric means: regret {geometric(float(row[8]) for row in rows):.3f}, best peer over the model "
-        f"{geometric(float(row[9]) for row in rows):.3f}, over the best {geometric(float(row[10]) for row in rows):.3f}.",
+        f"Geometric means: regret {geometric(float(row[9]) for row in rows):.3f}, best peer over the model "
+        f"{geometric(float(row[10]) for row in rows):.3f}, over the best {geometric(float(row[11]) for row in rows):.3f}.",
         *conditions(bench),
     ]
-    publish(options, "cuda_decode", "Tiles and parts", columns, rows, notes, "Sweep")
+    publish(options, "cuda_decode", title, columns, rows, notes, section)
+
+
+def quantised(
+    cache: str, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], SequenceMetadata]:
+    """(query, codes of key and value), and their scales."""
+    made = hal.quantize_cache(key, value, cache)
+    return (query, made.key, made.value), SequenceMetadata(key_scale=made.key_scale, value_scale=made.value_scale)
+
+
+def numbers(given: Sequence[Tensor], tables: SequenceMetadata) -> list[Tensor]:
+    """Key and value of a quantised cache, in bf16."""
+    return [hal.dequantized(c, s).bfloat16() for c, s in zip(given[1:], tables[4:], strict=True)]
 
 
 def _cells(shape: Shape, most: int) -> Any:
     """Tiles and parts worth trying: several tiles for groups of 1 and 8, fewer for the others."""
     tiles = SWEPT[shape.dim][:most] if shape.group in (1, 8) else SWEPT[shape.dim][: min(most, 4)]
+    tiles = tiles if shape.cache is None else CACHE_TILES[:most]
     whole = shape.batch * shape.heads[1]
     for (keys, warps, stages), parts in product(tiles, PARTS):
         steps = -(-shape.keys // keys)
@@ -319,7 +405,20 @@ def _medians(bench: Bench, calls: dict[str, Callable[[], Any]], rounds: int = 7)
     return {n: statistics.median(a.elapsed_time(b) for a, b in pairs) for n, pairs in clocked.items()}
 
 
-RUN = {"shapes": shapes, "sweep": sweep}
+def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
+    """What a section launches, as `compile_ahead` takes it."""
+    shapes = CACHED if "cache" in section else SHAPES
+    shapes = [*shapes, *dict.fromkeys(shape._replace(cache=None) for shape in shapes)]
+    found = [kernel for shape in shapes for kernel in _chosen(bench, shape)[2]]
+    if "sweep" in section:
+        cells = [
+            (shape, *cell) for shape in shapes if shape.cache or section == "sweep" for cell in _cells(shape, most)
+        ]
+        found += [(_kernel_of(shape), tiles, parts > 1, _joins(parts)) for shape, tiles, parts in cells]
+    return found
+
+
+RUN = {"shapes": shapes, "caches": caches, "sweep": sweep, "cache_sweep": cache_sweep}
 
 
 def main() -> None:
@@ -332,7 +431,9 @@ def main() -> None:
     torch.manual_seed(int(time.time()))
     bench = Bench()
     with torch.no_grad():
-        for section in chosen.only.split(","):
+        sections = chosen.only.split(",")
+        compile_ahead([k for section in sections for k in kernels_of(bench, section, chosen.tiles)], bench.chip)
+        for section in sections:
             RUN[section](bench, chosen)
 
 

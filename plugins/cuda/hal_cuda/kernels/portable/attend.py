@@ -13,7 +13,7 @@ Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decodi
 import triton
 import triton.language as tl
 
-from .cache import INT4, PLAIN, decoded, decoded_pairs, scaled_query
+from .cache import INT4, PLAIN, added, nothing, of_bytes, of_words, products, scaled_query
 from .dropout import kept
 from .merge import LN2, LOG2E, gathered, settled
 
@@ -111,6 +111,7 @@ def attend(
     SEQLENS: tl.constexpr,
     CACHE: tl.constexpr,
     TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     FAST: tl.constexpr,
     PLAN: tl.constexpr,
     PACK: tl.constexpr,
@@ -119,6 +120,7 @@ def attend(
     LSE: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
+    SHORT: tl.constexpr,
     PDL: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -128,10 +130,12 @@ def attend(
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher
     then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
     right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
-    keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
+    keys that there are, or pages in all_k. EVEN: every tile of keys is whole. SHORT: the keys of one head, or of a page,
+    lie within 2^31 elements.
 
-    CACHE: what keys and values are (see `cache`), with DQ and DV numbers of which int4 has two in a byte. key_scale
-    [batch, heads, dim], value_scale [batch, heads, 1] or with TOKENS one for each key, where the key lies.
+    CACHE: what keys and values are (see `cache`), with DQ and DV numbers of which int4 has two in a byte; with WORDS
+    values are given as words of two bytes. key_scale [batch, heads, dim], value_scale [batch, heads, 1] or with TOKENS
+    one for each key, where the key lies.
 
     With SPLIT part takes the partial results, float32 [batch, heads, len_q, splits, DV], and after them their natural
     log-sum-exp, [batch, heads, len_q, splits]; under an additive mask, whose lowest numbers leave float32 no digits for
@@ -141,6 +145,8 @@ def attend(
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
+    if SHORT:
+        k_n, v_n = k_n.to(tl.int32), v_n.to(tl.int32)
     pid = tl.program_id(0)
     tile, split = pid, 0
     if SPLIT:
@@ -202,29 +208,22 @@ def attend(
         low = low // BN * BN + split * chunk
         high = tl.minimum(high, low + chunk)
 
-    # Elements of a row of keys and of values in memory, and numbers of each.
-    EACH: tl.constexpr = 2 if CACHE == INT4 else 1
-    DK: tl.constexpr = DQ // EACH
-    DW: tl.constexpr = DV // EACH
-    d_q = tl.arange(0, BDQ // EACH)
-    d_v = tl.arange(0, BDV // EACH)
+    # Numbers of an element of keys and of values, and elements of their rows.
+    KEYS: tl.constexpr = 2 if CACHE == INT4 else 1
+    VALUES: tl.constexpr = KEYS * (2 if WORDS else 1)
+    DK: tl.constexpr = DQ // KEYS
+    DW: tl.constexpr = DV // VALUES
+    d_k = tl.arange(0, BDQ // KEYS)
+    d_v = tl.arange(0, BDV // VALUES)
     q_row = q + tensor_batch * q_b + heads64[:, None] * q_h + (q_start + tokens64)[:, None] * q_m
-    q_ok, d_ok = row_ok[:, None] & (d_q[None, :] < DK), d_q < DK
-    factor = scale
+    q_ok, k_ok = row_ok[:, None] & (d_k[None, :] < DK), d_k < DK
+    COMPUTE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     if CACHE == PLAIN:
-        q_tile = tl.load(q_row + d_q[None, :] * q_d, mask=q_ok, other=0.0)
+        q_tile = (tl.load(q_row + d_k[None, :] * q_d, mask=q_ok, other=0.0),)
+        factor = scale
     else:
-        COMPUTE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
         scale_at = key_scale + tensor_batch * ks_b + kv64 * ks_h
-        q_tile, largest = scaled_query(q_row + EACH * d_q[None, :] * q_d, q_ok, scale_at + EACH * d_q * ks_d, d_ok)
-        if CACHE == INT4:
-            q_at = q_row + (2 * d_q[None, :] + 1) * q_d
-            q_odd, largest_odd = scaled_query(q_at, q_ok, scale_at + (2 * d_q + 1) * ks_d, d_ok)
-            largest = tl.maximum(largest, largest_odd)
-        shorten = 1.0 / tl.where(largest == 0.0, 1.0, largest)
-        q_tile = (q_tile * shorten[:, None]).to(COMPUTE)
-        if CACHE == INT4:
-            q_odd = (q_odd * shorten[:, None]).to(COMPUTE)
+        q_tile, largest = scaled_query(q_row, q_d, q_ok, scale_at, ks_d, d_k, k_ok, KEYS, COMPUTE)
         factor = (scale * largest)[:, None]
 
     if PLAN:
@@ -244,9 +243,7 @@ def attend(
         factor = factor * LOG2E
     most = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    sums = tl.zeros([BM, BDV // EACH], tl.float32)
-    if CACHE == INT4:
-        sums_odd = sums
+    sums = nothing(BM, BDV // VALUES, VALUES)
     if CACHE != PLAIN:
         value_at, unit = value_scale + kv64 * vs_h, 0.0
         if not TOKENS:
@@ -271,26 +268,19 @@ def attend(
         if PAGE > 0:
             page = tl.load(page_table + batch64 * table_b + columns // PAGE, mask=column_ok, other=0)
             page = tl.minimum(page.to(tl.uint32), (all_k - 1).to(tl.uint32)).to(tl.int64)
-            slot = (columns % PAGE).to(tl.int64)
+            slot = columns % PAGE
             k_row, v_row = page * k_b + slot * k_n, page * v_b + slot * v_n
         else:
-            k_row, v_row = columns.to(tl.int64) * k_n, columns.to(tl.int64) * v_n
-        k_at = k_base + k_row[None, :] + d_q[:, None] * k_d
+            k_row, v_row = columns * k_n, columns * v_n
+        k_at = k_base + k_row[None, :] + d_k[:, None] * k_d
         v_at = v_base + v_row[:, None] + d_v[None, :] * v_d
         if EVEN and DQ == BDQ and DV == BDV:
             k_tile = tl.load(k_at)
             v_tile = tl.load(v_at)
         else:
-            k_tile = tl.load(k_at, mask=column_ok[None, :] & d_ok[:, None], other=0.0)
+            k_tile = tl.load(k_at, mask=column_ok[None, :] & k_ok[:, None], other=0.0)
             v_tile = tl.load(v_at, mask=column_ok[:, None] & (d_v[None, :] < DW), other=0.0)
-        if CACHE == INT4:
-            k_tile, k_odd = decoded_pairs(k_tile, COMPUTE, FAST)
-            scores = tl.dot(q_tile, k_tile, input_precision="ieee")
-            scores = tl.dot(q_odd, k_odd, scores, input_precision="ieee") * factor
-        else:
-            if CACHE != PLAIN:
-                k_tile = decoded(k_tile, COMPUTE, FAST)
-            scores = tl.dot(q_tile, k_tile, input_precision="ieee") * factor
+        scores = products(q_tile, of_bytes(k_tile, CACHE, COMPUTE, FAST), KEYS) * factor
         if SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
         visible = column_ok[None, :]
@@ -337,14 +327,11 @@ def attend(
             shrink *= unit * over
             weights *= (scales * over)[None, :]
             unit = grown
-        sums = sums * shrink[:, None]
-        if CACHE == INT4:
-            weights, sums_odd = weights.to(COMPUTE), sums_odd * shrink[:, None]
-            v_tile, v_odd = decoded_pairs(v_tile, COMPUTE, FAST)
-            sums_odd = tl.dot(weights, v_odd, sums_odd, input_precision="ieee")
-        elif CACHE != PLAIN:
-            v_tile = decoded(v_tile, COMPUTE, FAST)
-        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums, input_precision="ieee")  # float32 without TF32
+        if WORDS:
+            v_planes = of_words(v_tile, CACHE, COMPUTE, FAST)
+        else:
+            v_planes = of_bytes(v_tile, CACHE, COMPUTE, FAST)
+        sums = added(weights.to(v_planes[0].dtype), v_planes, sums, shrink, VALUES)
 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -355,8 +342,7 @@ def attend(
     shorten = 1.0 / tl.where(dead, 1.0, total * keep_share)
     if CACHE != PLAIN:
         shorten *= unit
-    sums = sums * shorten[:, None]
-    d_out, out_ok = EACH * d_v, row_ok[:, None] & (d_v[None, :] < DW)
+    d_out, out_ok = VALUES * d_v[None, :], row_ok[:, None] & (d_v[None, :] < DW)
     row_lse = tl.where(dead, float("-inf"), (most + tl.log2(tl.where(dead, 1.0, total))) * LN2)
     if MASK == 2:
         row_lse = tl.where(dead, float("-inf"), most + tl.log2(tl.where(dead, 1.0, total)) * LN2)
@@ -364,10 +350,9 @@ def attend(
         row_place = ((batch64 * tl.num_programs(1) * GROUP + heads64) * len_q + tokens64) * splits
         numbers = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * len_q * splits
         lse_part = part + numbers * DV
-        at = part + (row_place + split)[:, None] * DV + d_out[None, :]
-        tl.store(at, sums, mask=out_ok)
-        if CACHE == INT4:
-            tl.store(at + 1, sums_odd * shorten[:, None], mask=out_ok)
+        at = part + (row_place + split)[:, None] * DV + d_out
+        for plane in tl.static_range(VALUES):
+            tl.store(at + plane, sums[plane] * shorten[:, None], mask=out_ok)
         if MASK == 2:
             tl.store(lse_part + row_place + split, most, mask=row_ok)
             tl.store(lse_part + numbers + row_place + split, total, mask=row_ok)
@@ -395,9 +380,8 @@ def attend(
                         tl.store(lse + batch64 * l_b + head64 * l_h + token64 * l_m, whole_lse, mask=ok)
     else:
         row_out = q_start + tokens64
-        o_at = (out + tensor_batch * o_b + heads64 * o_h + row_out * o_m)[:, None] + d_out[None, :]
-        tl.store(o_at, sums.to(out.dtype.element_ty), mask=out_ok)
-        if CACHE == INT4:
-            tl.store(o_at + 1, (sums_odd * shorten[:, None]).to(out.dtype.element_ty), mask=out_ok)
+        o_at = (out + tensor_batch * o_b + heads64 * o_h + row_out * o_m)[:, None] + d_out
+        for plane in tl.static_range(VALUES):
+            tl.store(o_at + plane, (sums[plane] * shorten[:, None]).to(out.dtype.element_ty), mask=out_ok)
         if LSE:
             tl.store(lse + tensor_batch * l_b + heads64 * l_h + row_out * l_m, row_lse, mask=row_ok)

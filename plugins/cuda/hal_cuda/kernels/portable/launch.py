@@ -39,6 +39,7 @@ TYPES = {
     torch.int32: "i32",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.int16: "i16",
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
@@ -126,6 +127,8 @@ class PortablePath:
         cut: TilePlan | None,
     ) -> AttentionOutput:
         plain = mask is None and plan is None and tables is None
+        if self.request.cache_dtype is not None:
+            value = in_words(value)
         extras = None if plain else extras_of(mask, plan, tables)
         workspace = self._workspace(query) if self._may_join else None
         form = (
@@ -272,8 +275,9 @@ class PortablePath:
         if mask is None and plan is None and tables is None:
             arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
         unit, even = aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
-        types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype])
-        chosen = _Chosen(tiles, types, pack, split, at_once, unit, even, scaled_tokens(tables))
+        types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype], TYPES[value.dtype])
+        short = key.shape[2] * max(key.stride(2), value.stride(2)) < 1 << 31
+        chosen = _Chosen(tiles, types, pack, split, at_once, unit, even, short, scaled_tokens(tables))
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
         like_query = dim_qk == r.dim_v and _same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
@@ -292,8 +296,8 @@ class PortablePath:
         if chosen.joins:  # a capture of a graph does not join, and must not compile either
             self._kernel(chosen._replace(joins=0), dtype)
             self._merge(dtype)
-        r, (tiles, types, pack, split, joins, aligned, even, tokens) = self.request, chosen
-        least = 32 if r.cache_dtype == "int4" else 16  # of numbers in a product, each half's own
+        r, (tiles, types, pack, split, joins, aligned, even, short, tokens) = self.request, chosen
+        least = {None: 16, "int4": 64}.get(r.cache_dtype, 32)  # of numbers in a product, each plane's own 16
         left, right = self._band
         constants = {
             "GROUP": r.heads_q // r.heads_kv,
@@ -314,6 +318,7 @@ class PortablePath:
             "SEQLENS": r.page_size is not None,
             "CACHE": CACHES[r.cache_dtype],
             "TOKENS": tokens,
+            "WORDS": types[2] == "i16",
             "FAST": r.cache_dtype is not None and not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,
@@ -322,6 +327,7 @@ class PortablePath:
             "JOIN": joins,
             "ALIGNED": aligned,
             "EVEN": even,
+            "SHORT": short,
             "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
             "ROWS": _rows_joined(tiles, r, joins),
@@ -345,16 +351,17 @@ class PortablePath:
 
 class _Chosen(NamedTuple):
     """What a kernel is compiled for, beside its request: see `attend`'s constants of these names. types: Triton's, of
-    the mask and of keys and values.
+    mask, keys and values.
     """
 
     tiles: Tiles
-    types: tuple[str, str]
+    types: tuple[str, str, str]
     pack: bool
     split: bool
     joins: int
     aligned: bool
     even: bool
+    short: bool = True
     tokens: bool = False
 
 
@@ -364,7 +371,7 @@ def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
 
 
 #: What `attend` reads a cache as, by its dtype.
-CACHES = {None: 0, "int8": 1, "int4": 2, "float8_e4m3fn": 3, "float8_e5m2": 3}
+CACHES = {None: 0, "int8": 1, "int4": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 _NO_TABLES = SequenceMetadata()
 _POINTERS = (
     "q",
@@ -388,11 +395,11 @@ _OTHERS = 9  # of the pointers: mask, tables, scales and plan
 _SEED = _STRIDES + 3
 
 
-def attend_signature(dtype: str, mask: str, cache: str) -> dict[str, str]:
+def attend_signature(dtype: str, mask: str, key: str, value: str) -> dict[str, str]:
     """Triton types of `attend`'s run-time arguments."""
     types = dict.fromkeys(attend.arg_names, "i32")
     types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "out"), f"*{dtype}")
-    types |= dict.fromkeys(("k", "v"), f"*{cache}") | {"mask": f"*{mask}"}
+    types |= {"k": f"*{key}", "v": f"*{value}", "mask": f"*{mask}"}
     types |= dict.fromkeys(("lse", "part", "key_scale", "value_scale"), "*fp32")
     types |= dict.fromkeys(attend.arg_names[len(_POINTERS) : len(_POINTERS) + _STRIDES], "i64")
     return types | dict.fromkeys(("scale", "softcap", "probability"), "fp32") | {"seed": "i64", "offset": "i32"}
@@ -462,6 +469,13 @@ def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     if mask is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def in_words(value: Tensor) -> Tensor:
+    """The bytes of quantised values as words of two where they lie so, else as they are."""
+    batch, head, row, last = value.stride()
+    odd = (batch | head | row | value.shape[3] | value.data_ptr()) & 1
+    return value if odd or last != 1 else value.view(torch.int16)
 
 
 def scale_strides(tables: SequenceMetadata | None) -> tuple[int, ...]:
