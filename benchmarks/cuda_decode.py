@@ -72,9 +72,9 @@ HEADS = {
 }
 #: Tiles that the sweep tries for a head size, (keys, warps, stages).
 SWEPT = {
-    64: ((128, 4, 3), (64, 4, 3), (64, 4, 5), (128, 4, 5), (256, 4, 3), (64, 2, 4), (128, 8, 3)),
-    128: ((64, 4, 3), (64, 4, 4), (64, 4, 6), (32, 4, 4), (32, 4, 6), (128, 4, 3), (64, 8, 3), (32, 2, 4)),
-    256: ((32, 4, 3), (32, 4, 4), (32, 4, 6), (64, 4, 3), (64, 4, 4), (64, 8, 3), (16, 4, 5)),
+    64: ((128, 4, 3), (64, 4, 4), (128, 4, 5), (64, 4, 3), (256, 4, 3), (64, 2, 4), (128, 8, 3)),
+    128: ((64, 4, 3), (128, 4, 3), (64, 4, 5), (32, 4, 5), (64, 4, 4), (64, 8, 3), (32, 2, 4)),
+    256: ((32, 4, 4), (64, 4, 3), (32, 4, 3), (32, 4, 6), (64, 8, 3), (64, 4, 4), (16, 4, 5)),
 }
 PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 33, 50, 66, 100)
 
@@ -128,7 +128,7 @@ CACHED = [
 ]
 #: Triton's names of keys and values of a cache, whose values are read as words of two bytes.
 TYPES = {None: ("bf16", "bf16"), "int8": ("i8", "i16"), "int4": ("u8", "i16"), "float8_e4m3fn": ("fp8e4nv", "i16")}
-CACHE_TILES = ((64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 4, 4), (128, 8, 3), (256, 8, 3))
+CACHE_TILES = ((128, 4, 3), (64, 4, 4), (128, 4, 4), (64, 4, 3), (128, 8, 3), (256, 8, 3))
 
 
 def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip: Chip) -> None:
@@ -220,7 +220,7 @@ def shapes(bench: Bench, options: Any) -> None:
     worst, where = min(ratios)
     notes = [
         "Microseconds; one query, bf16. FlashInfer: the faster of its two kernels, on pages of 16.",
-        f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f} ({where}).",
+        f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f}, {where}.",
         f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
         *conditions(bench),
     ]
@@ -348,7 +348,9 @@ def sweep_of(bench: Bench, options: Any, chosen: list[Shape], title: str, sectio
         )
         print(rows[-1], f"{time.time() - begun:.0f} s", flush=True)
         if options.sweep_file:
-            Path(options.sweep_file).write_text(json.dumps(found), encoding="utf-8")
+            Path(f"{options.sweep_file}_{section.replace(' ', '_')}.json").write_text(
+                json.dumps(found), encoding="utf-8"
+            )
         del given, calls, want
         if time.time() - begun > options.seconds:
             break
@@ -356,8 +358,9 @@ def sweep_of(bench: Bench, options: Any, chosen: list[Shape], title: str, sectio
     columns += ("peer / model", "peer / best")
     notes = [
         "Microseconds; `which` is keys, warps, stages of the tile and parts of the keys.",
-        f"Geometric means: regret {geometric(float(row[9]) for row in rows):.3f}, best peer over the model "
-        f"{geometric(float(row[10]) for row in rows):.3f}, over the best {geometric(float(row[11]) for row in rows):.3f}.",
+        "Geometric means: regret {:.3f}, best peer over the model {:.3f}, over the best {:.3f}.".format(
+            *(geometric(float(row[place]) for row in rows) for place in (9, 10, 11))
+        ),
         *conditions(bench),
     ]
     publish(options, "cuda_decode", title, columns, rows, notes, section)
@@ -378,8 +381,8 @@ def numbers(given: Sequence[Tensor], tables: SequenceMetadata) -> list[Tensor]:
 
 def _cells(shape: Shape, most: int) -> Any:
     """Tiles and parts worth trying: several tiles for groups of 1 and 8, fewer for the others."""
-    tiles = SWEPT[shape.dim][:most] if shape.group in (1, 8) else SWEPT[shape.dim][: min(most, 4)]
-    tiles = tiles if shape.cache is None else CACHE_TILES[:most]
+    tiles = SWEPT[shape.dim][:most] if shape.group in (1, 8) else SWEPT[shape.dim][: min(most, 3)]
+    tiles = tiles if shape.cache is None else CACHE_TILES[: max(most - 3, 2)]
     whole = shape.batch * shape.heads[1]
     for (keys, warps, stages), parts in product(tiles, PARTS):
         steps = -(-shape.keys // keys)
@@ -411,9 +414,8 @@ def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
     shapes = [*shapes, *dict.fromkeys(shape._replace(cache=None) for shape in shapes)]
     found = [kernel for shape in shapes for kernel in _chosen(bench, shape)[2]]
     if "sweep" in section:
-        cells = [
-            (shape, *cell) for shape in shapes if shape.cache or section == "sweep" for cell in _cells(shape, most)
-        ]
+        tried = [shape for shape in shapes if shape.cache or section == "sweep"]
+        cells = [(shape, *cell) for shape in tried for cell in _cells(shape, most)]
         found += [(_kernel_of(shape), tiles, parts > 1, _joins(parts)) for shape, tiles, parts in cells]
     return found
 

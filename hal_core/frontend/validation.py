@@ -70,8 +70,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         ),
         (
             cache_dtype is None and tables is not None and not tables.key_scale is tables.value_scale is None,
-            f"key_scale or value_scale was given with {key.dtype}: they scale an FP8, int8 or int4 key and value, leave "
-            "them out",
+            f"key_scale or value_scale was given with {key.dtype}: they scale FP8, int8 or int4, leave them out",
         ),
     )
     shape = (batch, heads_q, len_q, len_k)

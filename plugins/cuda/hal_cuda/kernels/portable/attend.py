@@ -1,4 +1,4 @@
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM108
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="attr-defined"
 """Attention in Triton: every feature, any strides, compute capability 8.0 and up; also runs in Triton's interpreter.
@@ -130,8 +130,8 @@ def attend(
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher
     then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
     right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
-    keys that there are, or pages in all_k. EVEN: every tile of keys is whole. SHORT: the keys of one head, or of a page,
-    lie within 2^31 elements.
+    keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
+    SHORT: the keys of one head, or of a page, lie within 2^31 elements.
 
     CACHE: what keys and values are (see `cache`), with DQ and DV numbers of which int4 has two in a byte; with WORDS
     values are given as words of two bytes. key_scale [batch, heads, dim], value_scale [batch, heads, 1] or with TOKENS

@@ -1,4 +1,4 @@
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM300
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Quantised keys and values, as `attend` reads them: codes become numbers in registers, never in memory.
 
