@@ -220,7 +220,7 @@ def shapes(bench: Bench, options: Any) -> None:
     worst, where = min(ratios)
     notes = [
         "Microseconds; one query, bf16. FlashInfer: the faster of its two kernels, on pages of 16.",
-        f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f}, {where}.",
+        f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f}: {where}",
         f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
         *conditions(bench),
     ]
