@@ -152,6 +152,7 @@ class AttentionRequest(Record):
             f"dropout {self.dropout:g}": self.dropout > 0,
             "packed": self.packed,
             f"pages of {self.page_size}": self.page_size is not None,
+            f"{self.cache_dtype} cache": self.cache_dtype is not None,
             f"block plan {self.block_plan}": self.block_plan is not None,
             f"tiling {self.tiling}": self.tiling is not None,
             ", ".join(f"{name}={value}" for name, value in self.options): bool(self.options),
@@ -199,8 +200,8 @@ class SequenceMetadata(NamedTuple):
         page_table: int32 [batch, most pages], the page number of each sequence's pages in order.
         cache_seqlens: int32 [batch], keys that each sequence holds in the cache.
         key_scale: float32, broadcastable to [batch, heads_kv, 1, dim_qk]; multiplies a cache's keys.
-        value_scale: float32, broadcastable to [batch, heads_kv, 1, 1], or one for each key, in the layout of `value`
-            with a head size of 1; multiplies a cache's values.
+        value_scale: float32, broadcastable to [batch, heads_kv, 1, 1], or one for each key: `value`'s shape with a head
+            size of 1 (and pages of 2 or more); multiplies a cache's values.
     """
 
     cu_seqlens_q: Any = None

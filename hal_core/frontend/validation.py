@@ -87,7 +87,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         len_q=len_q,
         len_k=len_k,
         dim_qk=dim_qk,
-        dim_v=_numbers(value),
+        dim_v=head_size(value),
         dtype=str(query.dtype).removeprefix("torch."),
         device=str(query.device),
         mask=mask_kind,
@@ -158,12 +158,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query on {devices[0]}, key on {devices[1]} and value on {devices[2]} were given: move them to one device",
         ),
         (k[:3] != v[:3], f"key {list(k)} and value {list(v)} were given: batch, heads and length must be equal"),
-        (q[3] != _numbers(key), f"head_dim {q[3]} of query and {_numbers(key)} of key were given: make them equal"),
+        (q[3] != head_size(key), f"head_dim {q[3]} of query and {head_size(key)} of key were given: make them equal"),
         (0 in (q[3], v[3]), "a head_dim of 0 was given: use 1 or more"),
     )
 
 
-def _numbers(cache: Tensor) -> int:
+def head_size(cache: Tensor) -> int:
     """The head size of keys or values; a byte holds two int4."""
     return cache.shape[3] * (2 if cache.dtype == torch.uint8 else 1)
 
@@ -176,18 +176,19 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
             (table is not None and kind != torch.int32, f"{name} is {kind}: pass an int32 tensor"),
             (place != query.device, f"{name} on {place} and query on {query.device} were given: move the table"),
         )
-    batch, heads = query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1]
+    lead, tokens = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1]), (*key.shape[:3], 1)
     for name, factor, wide in (
-        ("key_scale", t.key_scale, ((batch, heads, 1, query.shape[3]),)),
-        ("value_scale", t.value_scale, ((batch, heads, 1, 1), (key.shape[0], heads, key.shape[2], 1))),
+        ("key_scale", t.key_scale, (*lead, 1, query.shape[3])),
+        ("value_scale", t.value_scale, (*lead, 1, 1)),
     ):
         what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
         fits = isinstance(factor, Tensor) and factor.dtype == torch.float32
-        offered = " or ".join(str(list(shape)) for shape in dict.fromkeys(wide))
+        if fits and name == "value_scale" and factor.dim() > 1 and factor.shape[-2] > 1:
+            wide = tokens
         refuse(
             (
-                factor is not None and not (fits and any(_broadcasts(factor.shape, shape) for shape in wide)),
-                f"{name} {what} was given: pass float32 that broadcasts to {offered}",
+                factor is not None and not (fits and _broadcasts(factor.shape, wide)),
+                f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}",
             ),
             (
                 factor is not None and getattr(factor, "device", query.device) != query.device,

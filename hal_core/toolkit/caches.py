@@ -62,7 +62,7 @@ def quantize_cache(
     if key_scale is None:
         key_scale = _scale(key, lead, dtype)
     value_scale = _scale(value, (3,) if values == "token" else (*lead, 3), dtype)
-    return QuantizedCache(_codes(key, key_scale, dtype), _codes(value, value_scale, dtype), key_scale, value_scale)
+    return QuantizedCache(codes_of(key, key_scale, dtype), codes_of(value, value_scale, dtype), key_scale, value_scale)
 
 
 def _scale(numbers: Tensor, axes: tuple[int, ...], dtype: str) -> Tensor:
@@ -71,7 +71,8 @@ def _scale(numbers: Tensor, axes: tuple[int, ...], dtype: str) -> Tensor:
     return (largest / LARGEST_CODE[dtype]).where(largest > 0, 1)
 
 
-def _codes(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
+def codes_of(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
+    """The codes of a cache dtype nearest to numbers [..., dim] over `scale`, which broadcasts to them."""
     import torch
 
     limit = LARGEST_CODE[dtype]

@@ -116,7 +116,7 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
         Q.to(torch.float8_e5m2),
         Q.to(torch.float8_e5m2),
         {"key_scale": torch.ones(3), "value_scale": torch.ones(1)},
-        "key_scale [3] torch.float32 was given: pass float32 that broadcasts to [2, 4, 1, 1]",
+        "key_scale [3] torch.float32 was given: pass float32 that broadcasts to [2, 4, 1, 8]",
     ),
     "NaN softcap": (Q, Q, Q, {"softcap": NAN}, "softcap nan"),
     "softcap of 0": (Q, Q, Q, {"softcap": 0.0}, "softcap 0.0"),

@@ -64,7 +64,7 @@ CAPABILITIES = Capabilities(
     batch=Range(0),
     length=Range(0),
     page_sizes=Range(1),
-    cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2"}),
+    cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "int4"}),
     block_sizes=Range(1),
     tile_sizes=Range(0, LARGEST_BLOCK),
 )

@@ -63,7 +63,7 @@ def sequences(
             _cut(of_sequence(mask, number), len_q, len_k),
             None if plan is None else _plan_of(plan, number),
             of_sequence(tables.key_scale, number),
-            of_sequence(tables.value_scale, number),
+            _of_keys(tables.value_scale, columns, paged, number),
         )
 
 
@@ -77,6 +77,13 @@ def of_sequence(tensor: Tensor | None, number: int) -> Tensor | None:
     if tensor is None or tensor.dim() < 4 or tensor.shape[0] == 1:
         return tensor
     return tensor[number : number + 1]
+
+
+def _of_keys(scale: Tensor | None, columns: slice, paged: bool, number: int) -> Tensor | None:
+    """A sequence's part of value scales; those of keys lie where the keys lie."""
+    if scale is None or scale.dim() < 2 or scale.shape[-2] == 1:
+        return of_sequence(scale, number)
+    return scale if paged else scale[..., columns, :]
 
 
 def _cut(mask: Tensor | None, len_q: int, len_k: int) -> Tensor | None:
