@@ -30,6 +30,7 @@ from cuda_attention import DEVICE, Bench, conditions, normal
 from hal_cuda.calibrate import read_bandwidth
 from hal_cuda.discovery import Chip
 from hal_cuda.kernels.portable import launch
+from hal_cuda.kernels.portable.schedule import MOST_JOINED
 from hal_cuda.memory import StreamWorkspaces
 from hal_cuda.runtime.context import Context
 from hal_cuda.runtime.launch import compiled
@@ -72,11 +73,11 @@ HEADS = {
 }
 #: Tiles that the sweep tries for a head size, (keys, warps, stages).
 SWEPT = {
-    64: ((128, 4, 3), (64, 4, 4), (128, 4, 5), (64, 4, 3), (256, 4, 3), (64, 2, 4), (128, 8, 3)),
-    128: ((64, 4, 3), (128, 4, 3), (64, 4, 5), (32, 4, 5), (64, 4, 4), (64, 8, 3), (32, 2, 4)),
-    256: ((32, 4, 4), (64, 4, 3), (32, 4, 3), (32, 4, 6), (64, 8, 3), (64, 4, 4), (16, 4, 5)),
+    64: ((128, 4, 3), (64, 4, 4)),
+    128: ((64, 4, 4), (128, 4, 3), (64, 4, 3)),
+    256: ((64, 4, 3), (32, 4, 3), (64, 8, 3)),
 }
-PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 33, 50, 66, 100)
+PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
 
 class Shape(NamedTuple):
@@ -128,7 +129,7 @@ CACHED = [
 ]
 #: Triton's names of keys and values of a cache, whose values are read as words of two bytes.
 TYPES = {None: ("bf16", "bf16"), "int8": ("i8", "i16"), "int4": ("u8", "i16"), "float8_e4m3fn": ("fp8e4nv", "i16")}
-CACHE_TILES = ((128, 4, 3), (64, 4, 4), (128, 4, 4), (64, 4, 3), (128, 8, 3), (256, 8, 3))
+CACHE_TILES = ((128, 4, 3), (256, 8, 3), (128, 8, 3), (256, 4, 3))
 
 
 def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip: Chip) -> None:
@@ -142,7 +143,7 @@ def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip
 
 def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> str:
     """Compile one kernel; gives the error as text, or nothing."""
-    request, tiles, split, joins = kernel
+    request, tiles, split, joins, *behind = kernel
 
     def made(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
         return compiled(chip, fn, signature, constants, divisible or {}, options)
@@ -150,15 +151,20 @@ def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> s
     memory = PooledMemory("cpu")
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     try:
-        with mock.patch.object(launch, "launcher", made):
+        with mock.patch.object(launch, "launcher", made), mock.patch.object(launch, "AHEAD", not behind):
             path = launch.PortablePath(request, context)
-            types = ("u8", *TYPES[request.cache_dtype])
+            types = ("u8", *_types(request))
             tokens = request.cache_dtype is not None
             chosen = launch._Chosen(tiles, types, True, split, joins, True, False, True, tokens)
             path._kernel(chosen, torch.bfloat16)
     except Exception as error:
         return f"{tiles}: {error}"
     return ""
+
+
+def _types(request: AttentionRequest) -> tuple[str, str]:
+    key, value = TYPES[request.cache_dtype]
+    return key, key if request.cache_dtype == "int4" and request.dim_v < 128 else value
 
 
 class Forced(CudaTiling):
@@ -283,7 +289,7 @@ def _kernel_of(shape: Shape) -> AttentionRequest:
 
 def _joins(parts: int) -> int:
     """Parts that the kernel to compile joins at once; with it, the one that joins none is compiled."""
-    return 0 if parts == 1 else 16 if parts <= 16 else 64
+    return 0 if parts == 1 else MOST_JOINED
 
 
 def sweep(bench: Bench, options: Any) -> None:
@@ -328,7 +334,14 @@ def sweep_of(bench: Bench, options: Any, chosen: list[Shape], title: str, sectio
             if not error < 1e-2:
                 print(shape, name, "error", error, file=sys.stderr, flush=True)
             calls[name], labels[name] = call, parts
+        if shape.group in (4, 8) and not shape.cache:
+            with mock.patch.object(launch, "AHEAD", False):
+                path = launch.PortablePath(request, session._context)
+                path(*given)
+            calls["behind"] = partial(path, *given)
         times = _medians(bench, calls)
+        if "behind" in times:
+            print("without prefetch", round(times.pop("behind") / times["model"], 4))
         peer = min(value for name, value in times.items() if name not in labels)
         swept = {name: value for name, value in times.items() if labels.get(name)}
         best = min(swept, key=lambda name: swept[name])
@@ -381,8 +394,7 @@ def numbers(given: Sequence[Tensor], tables: SequenceMetadata) -> list[Tensor]:
 
 def _cells(shape: Shape, most: int) -> Any:
     """Tiles and parts worth trying: several tiles for groups of 1 and 8, fewer for the others."""
-    tiles = SWEPT[shape.dim][:most] if shape.group in (1, 8) else SWEPT[shape.dim][: min(most, 3)]
-    tiles = tiles if shape.cache is None else CACHE_TILES[: max(most - 3, 2)]
+    tiles = (SWEPT[shape.dim] if shape.cache is None else CACHE_TILES)[:most]
     whole = shape.batch * shape.heads[1]
     for (keys, warps, stages), parts in product(tiles, PARTS):
         steps = -(-shape.keys // keys)
@@ -413,6 +425,8 @@ def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
     shapes = CACHED if "cache" in section else SHAPES
     shapes = [*shapes, *dict.fromkeys(shape._replace(cache=None) for shape in shapes)]
     found = [kernel for shape in shapes for kernel in _chosen(bench, shape)[2]]
+    if section == "sweep":
+        found += [(*kernel, True) for shape in shapes if shape.group in (4, 8) for kernel in _chosen(bench, shape)[2]]
     if "sweep" in section:
         tried = [shape for shape in shapes if shape.cache or section == "sweep"]
         cells = [(shape, *cell) for shape in tried for cell in _cells(shape, most)]

@@ -242,7 +242,7 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
     r = request
     if path == "hopper":
         return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
-    tiles, splits = choose_tiles(r, r.len_q), Splits(1, 0)
+    tiles, splits = choose_tiles(r, r.len_q, chip), Splits(1, 0)
     if packs(r, r.len_q):
         splits = choose_splits(r, tiles, r.len_q, r.len_k, r.batch, chip)
     split = split_keys(r, tiles, splits, r.len_q, r.batch, not r.deterministic)

@@ -325,7 +325,7 @@ def test_splits_cover_every_key() -> None:
             batch=1, heads_q=32, heads_kv=8, len_q=1, len_k=keys, dim_qk=128, dim_v=128, dtype="bfloat16"
         )
         assert packs(request, 1)
-        tiles = choose_tiles(request, 1)
+        tiles = choose_tiles(request, 1, CHIP)
         splits = choose_splits(request, tiles, 1, keys, 1, CHIP)
         assert (splits.programs - 1) * splits.chunk < keys <= splits.programs * splits.chunk
 
@@ -334,7 +334,7 @@ def test_tiles_shrink_to_nothing_left() -> None:
     request = AttentionRequest(
         batch=1, heads_q=1, heads_kv=1, len_q=4096, len_k=4096, dim_qk=256, dim_v=256, dtype="bfloat16"
     )
-    tiles, seen = choose_tiles(request, 4096), []
+    tiles, seen = choose_tiles(request, 4096, CHIP), []
     while tiles is not None:
         seen.append(tiles)
         tiles = shrunk(tiles)

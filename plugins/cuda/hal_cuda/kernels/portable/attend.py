@@ -13,6 +13,7 @@ Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decodi
 import triton
 import triton.language as tl
 
+from .ahead import prefetched
 from .cache import INT4, PLAIN, added, nothing, of_bytes, of_words, products, scaled_query
 from .dropout import kept
 from .merge import LN2, LOG2E, gathered, settled
@@ -113,6 +114,7 @@ def attend(
     TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     FAST: tl.constexpr,
+    AHEAD: tl.constexpr,
     PLAN: tl.constexpr,
     PACK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -205,6 +207,8 @@ def attend(
     if RIGHT:
         high = tl.maximum(tl.minimum(last_token + shift + right + 1, len_k), 0)
     if SPLIT:
+        if SEQLENS:  # a short sequence is shared by all programs too
+            chunk = tl.minimum(chunk, ((high - low // BN * BN + BN - 1) // BN + splits - 1) // splits * BN)
         low = low // BN * BN + split * chunk
         high = tl.minimum(high, low + chunk)
 
@@ -215,6 +219,16 @@ def attend(
     DW: tl.constexpr = DV // VALUES
     d_k = tl.arange(0, BDQ // KEYS)
     d_v = tl.arange(0, BDV // VALUES)
+    k_base = k + kv64 * k_h
+    v_base = v + kv64 * v_h
+    if PAGE == 0:
+        k_base += tensor_batch * k_b + k_start * k_n
+        v_base += tensor_batch * v_b + k_start * v_n
+    if AHEAD:
+        # The first tiles come to the second-level cache while the query is waited for.
+        for ahead in tl.static_range(STAGES - 1):
+            prefetched(k_base, k_n, low + ahead * BN, high, DK, BN)
+            prefetched(v_base, v_n, low + ahead * BN, high, DW, BN)
     q_row = q + tensor_batch * q_b + heads64[:, None] * q_h + (q_start + tokens64)[:, None] * q_m
     q_ok, k_ok = row_ok[:, None] & (d_k[None, :] < DK), d_k < DK
     COMPUTE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
@@ -250,11 +264,6 @@ def attend(
             unit = tl.load(value_at + tensor_batch * vs_b)
         elif PAGE == 0:
             value_at += tensor_batch * vs_b + k_start * vs_n
-    k_base = k + kv64 * k_h
-    v_base = v + kv64 * v_h
-    if PAGE == 0:
-        k_base += tensor_batch * k_b + k_start * k_n
-        v_base += tensor_batch * v_b + k_start * v_n
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         if PLAN:
             block = tl.maximum(tl.load(index_at + step // steps_in_block), 0)

@@ -29,6 +29,7 @@ from .attend import attend
 from .block_plans import listed_once
 from .dropout import random_words
 from .merge import merge
+from .schedule import MERGED, rows_joined
 
 TYPES = {
     torch.float32: "fp32",
@@ -45,6 +46,7 @@ TYPES = {
 }
 _STRIDES = 34  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
+AHEAD = True
 
 
 def empty_result(query: Tensor, dim_v: int) -> Tensor:
@@ -283,9 +285,12 @@ class PortablePath:
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
         if at_once or not split:
             return launch
-        merging = [*out.stride()[:3], splits.programs]
+        count = batch * heads_q * len_q
+        merging, parts = [*out.stride()[:3], splits.programs, heads_q, len_q, count], merged_parts(splits.programs)
         return launch._replace(
-            merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch)
+            merge=self._merge(query.dtype, parts),
+            merge_arguments=merging,
+            merge_grid=(-(-count // merged_rows(r.dim_v, parts)), 1, 1),
         )
 
     def _kernel(self, chosen: _Chosen, dtype: torch.dtype) -> Launcher:
@@ -295,7 +300,8 @@ class PortablePath:
             return run
         if chosen.joins:  # a capture of a graph does not join, and must not compile either
             self._kernel(chosen._replace(joins=0), dtype)
-            self._merge(dtype)
+            for parts in (4, MERGED):
+                self._merge(dtype, parts)
         r, (tiles, types, pack, split, joins, aligned, even, short, tokens) = self.request, chosen
         least = {None: 16, "int4": 64}.get(r.cache_dtype, 32)  # of numbers in a product, each plane's own 16
         left, right = self._band
@@ -319,7 +325,8 @@ class PortablePath:
             "CACHE": CACHES[r.cache_dtype],
             "TOKENS": tokens,
             "WORDS": types[2] == "i16",
-            "FAST": r.cache_dtype is not None and not binaries.INTERPRETED,
+            "FAST": not binaries.INTERPRETED,
+            "AHEAD": AHEAD and pack and aligned and r.page_size is None and not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,
             "SPLIT": split,
@@ -330,22 +337,23 @@ class PortablePath:
             "SHORT": short,
             "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
-            "ROWS": _rows_joined(tiles, r, joins),
+            "ROWS": rows_joined(tiles, power_of_two(r.dim_v)) if joins else 0,
         }
         signature = attend_signature(TYPES[dtype], *types)
         run = launcher(self.chip, attend, signature, constants, num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
 
-    def _merge(self, dtype: torch.dtype) -> Launcher:
-        run = self._runs.get("merge")
+    def _merge(self, dtype: torch.dtype, parts: int) -> Launcher:
+        run = self._runs.get(f"merge {parts}")
         if run is None:
             pdl, dim_v = dependent_launch(self.chip), self.request.dim_v
             constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
-            constants["TOTALS"] = self.request.mask is MaskKind.ADDITIVE
+            constants |= {"TOTALS": self.request.mask is MaskKind.ADDITIVE}
+            constants |= {"ROWS": merged_rows(dim_v, parts), "PARTS": parts}
             signature = merge_signature(TYPES[dtype])
             run = launcher(self.chip, merge, signature, constants, num_warps=4, launch_pdl=pdl)
-            self._runs["merge"] = run
+            self._runs[f"merge {parts}"] = run
         return run
 
 
@@ -365,13 +373,20 @@ class _Chosen(NamedTuple):
     tokens: bool = False
 
 
-def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
-    """Rows whose `parts` partial results fill 64 registers of a thread."""
-    return min(tiles.rows, max(64 * 32 * tiles.warps // (parts * power_of_two(request.dim_v)), 1)) if parts else 0
-
-
 #: What `attend` reads a cache as, by its dtype.
 CACHES = {None: 0, "int8": 1, "int4": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
+
+
+def merged_parts(splits: int) -> int:
+    """Parts of a row that `merge` reads at a time: two kernels serve all lengths."""
+    return 4 if splits <= 4 else MERGED
+
+
+def merged_rows(dim_v: int, parts: int) -> int:
+    """Rows of a program of `merge`, whose parts fill 64 registers of a thread."""
+    return max(64 * 128 // (parts * power_of_two(dim_v)), 1)
+
+
 _NO_TABLES = SequenceMetadata()
 _POINTERS = (
     "q",
@@ -407,7 +422,7 @@ def attend_signature(dtype: str, mask: str, key: str, value: str) -> dict[str, s
 
 def merge_signature(dtype: str) -> dict[str, str]:
     """Triton types of `merge`'s run-time arguments."""
-    types = dict.fromkeys(("o_b", "o_h", "o_m"), "i64") | {"splits": "i32"}
+    types = dict.fromkeys(("o_b", "o_h", "o_m"), "i64") | dict.fromkeys(("splits", "heads", "len_q", "count"), "i32")
     return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
 
 
@@ -475,7 +490,8 @@ def in_words(value: Tensor) -> Tensor:
     """The bytes of quantised values as words of two where they lie so, else as they are."""
     batch, head, row, last = value.stride()
     odd = (batch | head | row | value.shape[3] | value.data_ptr()) & 1
-    return value if odd or last != 1 else value.view(torch.int16)
+    narrow = value.dtype == torch.uint8 and value.shape[3] < 64  # four warps want 32 columns of each plane
+    return value if odd or narrow or last != 1 else value.view(torch.int16)
 
 
 def scale_strides(tables: SequenceMetadata | None) -> tuple[int, ...]:
