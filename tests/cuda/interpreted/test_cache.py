@@ -40,6 +40,7 @@ def drawn(
     return query, key, value
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values", ["token", "head"])
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def test_kernel_agrees_with_float64(
     assert lse <= 2e-6
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("joined", [True, False], ids=["by the last program", "by a second kernel"])
 @pytest.mark.parametrize(
     ("len_q", "len_k", "options"),
@@ -151,6 +152,7 @@ def test_split_keys_are_joined(
     assert CONTEXT.workspaces.idle
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Generator, deterministic: bool) -> None:
     query, key = (torch.randn(1, 2, length, 16, generator=generator) for length in (1, 70))
@@ -172,6 +174,7 @@ def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Ge
     assert launch.joins != deterministic
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("deterministic", [False, True], ids=["by the last program", "by a second kernel"])
 @pytest.mark.parametrize("lowest", [-1e4, -1e9, torch.finfo(torch.float32).min])
 def test_split_keys_of_very_low_rows_are_joined_by_their_weights(
