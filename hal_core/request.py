@@ -55,6 +55,8 @@ class AttentionRequest(Record):
         dropout: probability of dropping a normalised weight; kept ones are divided by 1 - dropout.
         packed: sequences are packed along the length, with cumulative lengths.
         page_size: tokens in a page of a paged key/value cache; None for no paging.
+        used: only some keys of each batch entry or packed sequence are there, as many as cache_seqlens says; for packed
+            ones cu_seqlens_k says where they begin. A paged cache is so always.
         cache_dtype: dtype of key and value where it is not `dtype` (a cache with scales: FP8, "int8", or "int4", two of
             which share a byte along the head size); None otherwise.
         block_plan: (block_q, block_k, max_blocks) of a block-sparse plan; None for dense.
@@ -88,6 +90,7 @@ class AttentionRequest(Record):
     dropout: float = 0.0
     packed: bool = False
     page_size: int | None = None
+    used: bool = False
     cache_dtype: str | None = None
     block_plan: tuple[int, int, int] | None = None
     tiling: tuple[str, int, int] | None = None
@@ -152,6 +155,7 @@ class AttentionRequest(Record):
             f"dropout {self.dropout:g}": self.dropout > 0,
             "packed": self.packed,
             f"pages of {self.page_size}": self.page_size is not None,
+            "used lengths": self.used,
             f"{self.cache_dtype} cache": self.cache_dtype is not None,
             f"block plan {self.block_plan}": self.block_plan is not None,
             f"tiling {self.tiling}": self.tiling is not None,
@@ -198,7 +202,8 @@ class SequenceMetadata(NamedTuple):
     Attributes:
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], cumulative lengths of packed queries and keys.
         page_table: int32 [batch, most pages], the page number of each sequence's pages in order.
-        cache_seqlens: int32 [batch], keys that each sequence holds in the cache.
+        cache_seqlens: int32 [batch] or [sequences], keys that each sequence holds in the cache; without pages, how many
+            of the keys of a batch entry or packed sequence are used.
         key_scale: float32, broadcastable to [batch, heads_kv, 1, dim_qk]; multiplies a cache's keys.
         value_scale: float32, broadcastable to [batch, heads_kv, 1, 1], or one for each key: `value`'s shape with a head
             size of 1 (and pages of 2 or more); multiplies a cache's values.

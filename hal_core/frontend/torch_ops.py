@@ -17,8 +17,8 @@ from ..registry import registry
 from ..request import AttentionOutput, Causal
 from .dispatch import find
 from .execution import BoundAttention
-from .validation import head_size
 from .operands import Operands, gradient_bits
+from .validation import head_size
 
 AUTOMATIC = "automatic"
 _TENSORS = (

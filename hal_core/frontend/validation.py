@@ -46,9 +46,10 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     plan: Any = given_plan
     _check_tensors(query, key, value)
     batch, heads_q, len_q, dim_qk = query.shape
-    heads_kv, len_k, packed, page_size = key.shape[1], key.shape[2], False, None
+    heads_kv, len_k, packed, page_size, used = key.shape[1], key.shape[2], False, None, False
     if tables is not None:
         packed, page_size = tables.cu_seqlens_q is not None, len_k if tables.page_table is not None else None
+        used = tables.cache_seqlens is not None and page_size is None
         batch, len_q, len_k = _table_sizes(query, key, tables, options)
     heads = f"{heads_q} query heads and {heads_kv} key heads were given"
     kind = "int4" if key.dtype == torch.uint8 else str(key.dtype).removeprefix("torch.")
@@ -95,6 +96,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         mask_heads=mask_heads,
         packed=packed,
         page_size=page_size,
+        used=used,
         cache_dtype=cache_dtype,
         block_plan=None if plan is None else (plan.block_q, plan.block_k, plan.indices.shape[-1]),
         last_dim_contiguous=all(t.stride(3) == 1 or t.shape[3] == 1 for t in (query, key, value)),
@@ -198,8 +200,15 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
-        ((pages is None) != (held is None), "one of page_table and cache_seqlens was given: pass both"),
+        (pages is not None and held is None, "page_table without cache_seqlens was given: pass both"),
         (cu_q is not None and pages is not None, "packed lengths and a paged cache were given: use one of them"),
+    )
+    count = batch if cu_q is None else cu_q.numel() - 1
+    refuse(
+        (
+            held is not None and held.shape != (count,),
+            f"cache_seqlens {[*getattr(held, 'shape', ())]} was given: use [{count}]",
+        )
     )
     if cu_q is not None:
         given: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
@@ -226,9 +235,8 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
         return batch, query.shape[2], key.shape[2]
     refuse(
         (
-            pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,),
-            f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)} were given: use [batch, most pages] "
-            f"and [batch] with batch {batch}",
+            pages.dim() != 2 or pages.shape[0] != batch,
+            f"page_table {list(pages.shape)} was given: use [batch, most pages] with batch {batch}",
         )
     )
     return batch, query.shape[2], pages.shape[1] * key.shape[2]
@@ -246,10 +254,18 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
     ):
         ends = [] if cumulative is None else cumulative.tolist()
         steps = [after - before for before, after in itertools.pairwise(ends)]
+        if request.used and name == "cu_seqlens_k":
+            continue  # where each begins, in any order
         if ends and (ends[0] != 0 or ends[-1] != total or min(steps) < 0 or max(steps) > longest):
             raise ContractError(
                 f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
             )
+    if request.used:
+        held, begin = tables.cache_seqlens, 0 if tables.cu_seqlens_k is None else tables.cu_seqlens_k[:-1]
+        if held.numel() and (
+            int(held.min()) < 0 or int((held + begin).max()) > key.shape[2] or int(held.max()) > request.len_k
+        ):
+            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 or more, and keys that there are")
     if tables.page_table is not None and tables.page_table.shape[0]:
         held, size, most = tables.cache_seqlens, key.shape[2], tables.page_table.shape[1] * key.shape[2]
         if int(held.min()) < 0 or int(held.max()) > most:

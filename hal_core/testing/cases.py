@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,10 @@ class _Drawing:
             tables = tables._replace(page_table=table, cache_seqlens=held)
         else:
             key, value = (self.laid_out(batch, r.heads_kv, len_k, dim, layout) for dim in (r.dim_qk, r.dim_v))
+        if r.used:
+            tables = tables._replace(cache_seqlens=held)
+            for cache, (s, length) in itertools.product((key, value), enumerate(held.tolist())):
+                cache[s, :, length:] = 100.0
         if r.packed:
             totals = [self.here([0, *lengths]).cumsum(0).int() for lengths in zip(*self.case.sequences, strict=True)]
             tables = tables._replace(cu_seqlens_q=totals[0], cu_seqlens_k=totals[1])

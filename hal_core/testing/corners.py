@@ -144,6 +144,11 @@ class Corners:
                 _each("sequences", (decode, ((3, 5), (3, 20)))),
                 [*causals, causals[2] | {"window": (3, 2)}, *some_grouped, {"lse": True}],
             ],
+            "used_lengths": [
+                _each("used", (True,)),
+                _each("sequences", (decode, ((3, 5), (3, 20)))),
+                [*causals, causals[2] | {"window": (3, 2)}, *some_grouped],
+            ],
             "fp8_cache": [
                 [self.cached(name) for name in sorted(c.cache_dtypes)],
                 [{}, *some_grouped],
@@ -264,6 +269,7 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
         "dropout": {"dropout": 0.1},
         "lse": {"lse": True},
         "packed": {"packed": True, "sequences": ((base.len_q, base.len_k), (base.len_q, base.len_q))},
+        "used_lengths": {"used": True, "sequences": ((base.len_q, base.len_k), (base.len_q, base.len_q))},
         "backward": {"grads": QKV},
         "mask_grad": {"grads": frozenset({"mask"}), "mask": MaskKind.ADDITIVE},
         "lse_grad": {"grads": QKV, "lse": True, "grad_lse": True},

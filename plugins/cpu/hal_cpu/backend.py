@@ -52,6 +52,7 @@ CAPABILITIES = Capabilities(
             "dropout",
             "packed",
             "paged",
+            "used_lengths",
             "fp8_cache",
             "block_plan",
             "lse",
@@ -111,6 +112,14 @@ class CpuBackend:
                 "gradients through a paged cache",
                 "gradients of plain key and value",
                 "gather the pages, or call under torch.no_grad()",
+            )
+        if request.grads and request.used:
+            yield Refusal(
+                Code.BACKWARD,
+                "used",
+                "gradients through used lengths",
+                "gradients of whole key and value",
+                "cut the keys, or call under torch.no_grad()",
             )
         if request.grads and request.cache_dtype is not None:
             yield Refusal(

@@ -167,7 +167,7 @@ class CpuSession(SessionBase):
         self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, out: Tensor | None
     ) -> AttentionOutput:
         request = prepared.request
-        if request.packed or request.page_size is not None:
+        if request.packed or request.page_size is not None or request.used:
             return self._sequences(prepared, mask, rng, out)
         result = self._dense(prepared, mask, rng, self.memory, out=out)
         return result if out is None or result.out is out else AttentionOutput(out.copy_(result.out), result.lse)
@@ -269,7 +269,7 @@ class CpuSession(SessionBase):
             room = result.out[part.batch, :, part.rows]
             lse = None if result.lse is None else result.lse[part.batch, :, part.rows]
             if part.pages is None:
-                keys, values = key[:, :, part.columns], value[:, :, part.columns]
+                keys, values = key[part.keys, :, part.columns], value[part.keys, :, part.columns]
                 one = Prepared(rows, keys, values, part.request, tile_size, part.plan, scales)
                 found = self._dense(one, part.mask, rng, memory, part.number, room, lse)
             else:

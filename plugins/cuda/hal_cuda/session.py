@@ -266,12 +266,13 @@ class CudaSession(SessionBase):
         """Gradients by own kernels, whatever path the forward took.
 
         Raises:
-            UnsupportedError: a paged cache, or float64.
+            UnsupportedError: a paged or quantised cache, used lengths, or float64.
             ContractError: dropout without rng.
         """
         request = prepared.request
-        if request.page_size is not None or request.dtype == "float64":
-            what = "a paged cache" if request.page_size is not None else "float64"
+        cached = request.page_size is not None or request.used or request.cache_dtype is not None
+        if cached or request.dtype == "float64":
+            what = "a cache" if cached else "float64"
             raise UnsupportedError(
                 f"a backward of {what} from a given output was asked of {self.device.id}, and float32, bfloat16 and "
                 "float16 on plain keys are offered: call hal.attention with tensors that require gradients"

@@ -165,7 +165,10 @@ def attend(
     if PACKED:
         first_q, first_k = within(cu_q + batch, 0, all_q), within(cu_k + batch, 0, all_k)
         len_q = within(cu_q + batch + 1, first_q, all_q) - first_q
-        len_k = within(cu_k + batch + 1, first_k, all_k) - first_k
+        if SEQLENS:  # cu_k says where each begins, in any order
+            len_k = tl.minimum(len_k, all_k - first_k)
+        else:
+            len_k = within(cu_k + batch + 1, first_k, all_k) - first_k
         q_start, k_start = first_q.to(tl.int64), first_k.to(tl.int64)
         tensor_batch = tl.zeros([], tl.int64)
     if SEQLENS:

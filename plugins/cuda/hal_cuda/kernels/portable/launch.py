@@ -321,7 +321,7 @@ class PortablePath:
             "SOFTCAP": r.softcap is not None,
             "DROPOUT": r.dropout > 0,
             "PACKED": r.packed,
-            "SEQLENS": r.page_size is not None,
+            "SEQLENS": r.page_size is not None or r.used,
             "CACHE": CACHES[r.cache_dtype],
             "TOKENS": tokens,
             "WORDS": types[2] == "i16",
@@ -467,7 +467,7 @@ def _same_layout(one: Tensor, other: Tensor) -> bool:
 
 def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
     """Whether no tile of keys is cut short, nor a plan's last block, whose tiles may lie behind the keys."""
-    if request.packed or request.page_size is not None:
+    if request.packed or request.page_size is not None or request.used:
         return False
     block = keys if request.block_plan is None else request.block_plan[1]
     return not len_k % block and not block % keys
