@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -76,3 +77,44 @@ def test_codes_are_read_as_the_numbers_they_stand_for(
     bound = 1e-3 if kind == "float16" else 3e-6
     assert relative_error(out, want.out) <= bound
     assert relative_error(lse, want.lse) <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_hold_codes_and_their_scales(generator: torch.Generator, dtype: str) -> None:
+    """Whatever lies behind a sequence's end, or in a page that the table names wrongly, changes nothing outside it."""
+    query, key, value = drawn(generator, (4, 2), 1, 48, 32)
+    cache = hal.quantize_cache(key, value, dtype)
+    held, table = torch.tensor([37, 16]).int(), torch.tensor([[5, 2, 0], [3, 999, -1]]).int()
+    pages = []
+    for t in (cache.key, cache.value, cache.value_scale):
+        whole = torch.zeros(7, 2, 16, t.shape[-1], dtype=t.dtype)
+        for s, number in ((0, 0), (0, 1), (0, 2), (1, 0)):
+            whole[int(table[s, number])] = t[s, :, 16 * number : 16 * number + 16]
+        pages.append(whole)
+    pages[2][0, :, 5:] = math.nan  # behind the first sequence's 37 keys
+    request = request_of(query, key, dtype, page_size=16)
+    tables = SequenceMetadata(None, None, table, held, cache.key_scale, pages[2])
+    out = PortablePath(request, CONTEXT)(query, *pages[:2], tables=tables).out
+    numbers = [hal.dequantized(c, s, torch.float64) for c, s in zip(cache[:2], cache[2:], strict=True)]
+    for s, count in enumerate(held.tolist()):
+        want = reference(query[s, None].double(), *(t[s, None, :, :count] for t in numbers)).out
+        assert relative_error(out[s, None], want) <= 3e-6
+
+
+@pytest.mark.parametrize("layout", ["bytes", "strided"])
+def test_codes_may_lie_anywhere(generator: torch.Generator, layout: str) -> None:
+    """Odd strides and addresses are read byte by byte."""
+    query, key, value = drawn(generator, (4, 2), 1, 70, 32)
+    cache = hal.quantize_cache(key, value, "int8")
+    if layout == "bytes":
+        given = []
+        for t in cache[:2]:
+            room = torch.zeros(2, 2, 70, 35, dtype=t.dtype)[..., 1:33]
+            given.append(room.copy_(t))
+    else:
+        given = [t.mT.contiguous().mT for t in cache[:2]]
+    request = request_of(query, key, "int8", last_dim_contiguous=layout == "bytes")
+    tables = SequenceMetadata(key_scale=cache.key_scale, value_scale=cache.value_scale)
+    out = PortablePath(request, CONTEXT)(query, *given, tables=tables).out
+    numbers = [hal.dequantized(c, s, torch.float64) for c, s in zip(cache[:2], cache[2:], strict=True)]
+    assert relative_error(out, reference(query.double(), *numbers).out) <= 3e-6
