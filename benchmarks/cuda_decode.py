@@ -143,7 +143,7 @@ def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip
 
 def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> str:
     """Compile one kernel; gives the error as text, or nothing."""
-    request, tiles, split, joins, *behind = kernel
+    request, tiles, split, joins = kernel
 
     def made(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
         return compiled(chip, fn, signature, constants, divisible or {}, options)
@@ -151,7 +151,7 @@ def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> s
     memory = PooledMemory("cpu")
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     try:
-        with mock.patch.object(launch, "launcher", made), mock.patch.object(launch, "AHEAD", not behind):
+        with mock.patch.object(launch, "launcher", made):
             path = launch.PortablePath(request, context)
             types = ("u8", *_types(request))
             tokens = request.cache_dtype is not None
@@ -191,7 +191,7 @@ def shapes(bench: Bench, options: Any) -> None:
         given, request = shape.tensors(), shape.request()
         own = partial(bench.own("portable", request), *given)
         peers = bench.peers.decode(*given)
-        error = relative_error(own()[0], next(iter(peers.values()))())
+        error = relative_error(own(), next(iter(peers.values()))())
         assert error < 1e-2, (shape, error)
         times = bench.times({"own": own, **peers})
         best = min(time for name, time in times.items() if name != "own")
@@ -243,7 +243,7 @@ def caches(bench: Bench, options: Any) -> None:
         given, tables = quantised(str(shape.cache), *given)
         own = partial(bench.own("portable", request), *given, None, None, tables)
         want = reference(given[0][:1].double(), *(t[:1].double() for t in numbers(given, tables))).out
-        error = relative_error(own()[0][:1], want)
+        error = relative_error(own()[:1], want)
         times = bench.times({"own": own, "bf16": bf16})
         rows.append(
             [
@@ -334,14 +334,7 @@ def sweep_of(bench: Bench, options: Any, chosen: list[Shape], title: str, sectio
             if not error < 1e-2:
                 print(shape, name, "error", error, file=sys.stderr, flush=True)
             calls[name], labels[name] = call, parts
-        if shape.group in (4, 8) and not shape.cache:
-            with mock.patch.object(launch, "AHEAD", False):
-                path = launch.PortablePath(request, session._context)
-                path(*given)
-            calls["behind"] = partial(path, *given)
         times = _medians(bench, calls)
-        if "behind" in times:
-            print("without prefetch", round(times.pop("behind") / times["model"], 4))
         peer = min(value for name, value in times.items() if name not in labels)
         swept = {name: value for name, value in times.items() if labels.get(name)}
         best = min(swept, key=lambda name: swept[name])
@@ -425,8 +418,6 @@ def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
     shapes = CACHED if "cache" in section else SHAPES
     shapes = [*shapes, *dict.fromkeys(shape._replace(cache=None) for shape in shapes)]
     found = [kernel for shape in shapes for kernel in _chosen(bench, shape)[2]]
-    if section == "sweep":
-        found += [(*kernel, True) for shape in shapes if shape.group in (4, 8) for kernel in _chosen(bench, shape)[2]]
     if "sweep" in section:
         tried = [shape for shape in shapes if shape.cache or section == "sweep"]
         cells = [(shape, *cell) for shape in tried for cell in _cells(shape, most)]

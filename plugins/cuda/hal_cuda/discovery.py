@@ -137,5 +137,5 @@ class Chip:
             capability=(facts.major, facts.minor),
             multiprocessors=facts.multi_processor_count,
             shared_memory=facts.shared_memory_per_block_optin,
-            **({"bandwidth": 0.92 * peak} if peak else {}),
+            bandwidth=0.92 * peak or 4.4e12,
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, DenseTiling, MaskKind, TilePlan
 
 from .discovery import Chip
-from .kernels.portable.schedule import MOST_JOINED, Tiles, Work, fastest, tile_choices
+from .kernels.portable.schedule import MOST_JOINED, Tiles as Tiles, Work, fastest, tile_choices
 from .memory import COUNTERS, PARTIAL
 
 if TYPE_CHECKING:

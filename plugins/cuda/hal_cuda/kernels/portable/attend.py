@@ -13,7 +13,6 @@ Sources: Dao 2023 (FlashAttention-2), algorithm 1; Dao et al. 2023 (Flash-Decodi
 import triton
 import triton.language as tl
 
-from .ahead import prefetched
 from .cache import INT4, PLAIN, added, nothing, of_bytes, of_words, products, scaled_query
 from .dropout import kept
 from .merge import LN2, LOG2E, gathered, settled
@@ -114,7 +113,6 @@ def attend(
     TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
     PLAN: tl.constexpr,
     PACK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -227,11 +225,6 @@ def attend(
     if PAGE == 0:
         k_base += tensor_batch * k_b + k_start * k_n
         v_base += tensor_batch * v_b + k_start * v_n
-    if AHEAD:
-        # The first tiles come to the second-level cache while the query is waited for.
-        for ahead in tl.static_range(STAGES - 1):
-            prefetched(k_base, k_n, low + ahead * BN, high, DK, BN)
-            prefetched(v_base, v_n, low + ahead * BN, high, DW, BN)
     q_row = q + tensor_batch * q_b + heads64[:, None] * q_h + (q_start + tokens64)[:, None] * q_m
     q_ok, k_ok = row_ok[:, None] & (d_k[None, :] < DK), d_k < DK
     COMPUTE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16

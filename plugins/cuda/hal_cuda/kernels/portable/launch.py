@@ -46,7 +46,8 @@ TYPES = {
 }
 _STRIDES = 34  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
-AHEAD = True
+#: Rows from which a program of `merge` joins several.
+MANY_ROWS = 1024
 
 
 def empty_result(query: Tensor, dim_v: int) -> Tensor:
@@ -114,7 +115,8 @@ class PortablePath:
         with borrowing(self._context.memory) as borrow:
             blocks = None if blocks is None else listed_once(blocks, self.chip, borrow)
             if tables is not None:
-                tables = SequenceMetadata(*(last_dim_contiguous(t, borrow) for t in tables[:4]), *tables[4:])
+                made = (last_dim_contiguous(t, borrow) for t in tables[:4])
+                tables = SequenceMetadata(*made, key_scale=tables.key_scale, value_scale=tables.value_scale)
             return self._run(query, key, value, mask, blocks, tables, rng, cut)
 
     def _run(
@@ -286,11 +288,11 @@ class PortablePath:
         if at_once or not split:
             return launch
         count = batch * heads_q * len_q
-        merging, parts = [*out.stride()[:3], splits.programs, heads_q, len_q, count], merged_parts(splits.programs)
+        merging, many = [*out.stride()[:3], splits.programs, heads_q, len_q, count], count >= MANY_ROWS
         return launch._replace(
-            merge=self._merge(query.dtype, parts),
+            merge=self._merge(query.dtype, many),
             merge_arguments=merging,
-            merge_grid=(-(-count // merged_rows(r.dim_v, parts)), 1, 1),
+            merge_grid=(-(-count // merged_at_once(r.dim_v, many)[0]), 1, 1),
         )
 
     def _kernel(self, chosen: _Chosen, dtype: torch.dtype) -> Launcher:
@@ -300,8 +302,8 @@ class PortablePath:
             return run
         if chosen.joins:  # a capture of a graph does not join, and must not compile either
             self._kernel(chosen._replace(joins=0), dtype)
-            for parts in (4, MERGED):
-                self._merge(dtype, parts)
+            for many in (False, True):
+                self._merge(dtype, many)
         r, (tiles, types, pack, split, joins, aligned, even, short, tokens) = self.request, chosen
         least = {None: 16, "int4": 64}.get(r.cache_dtype, 32)  # of numbers in a product, each plane's own 16
         left, right = self._band
@@ -326,7 +328,6 @@ class PortablePath:
             "TOKENS": tokens,
             "WORDS": types[2] == "i16",
             "FAST": not binaries.INTERPRETED,
-            "AHEAD": AHEAD and pack and aligned and r.page_size is None and not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,
             "SPLIT": split,
@@ -344,16 +345,16 @@ class PortablePath:
         self._runs[chosen] = run
         return run
 
-    def _merge(self, dtype: torch.dtype, parts: int) -> Launcher:
-        run = self._runs.get(f"merge {parts}")
+    def _merge(self, dtype: torch.dtype, many: bool) -> Launcher:
+        run = self._runs.get(f"merge {many}")
         if run is None:
             pdl, dim_v = dependent_launch(self.chip), self.request.dim_v
             constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
             constants |= {"TOTALS": self.request.mask is MaskKind.ADDITIVE}
-            constants |= {"ROWS": merged_rows(dim_v, parts), "PARTS": parts}
+            constants |= dict(zip(("ROWS", "PARTS"), merged_at_once(dim_v, many), strict=True))
             signature = merge_signature(TYPES[dtype])
             run = launcher(self.chip, merge, signature, constants, num_warps=4, launch_pdl=pdl)
-            self._runs[f"merge {parts}"] = run
+            self._runs[f"merge {many}"] = run
         return run
 
 
@@ -377,14 +378,11 @@ class _Chosen(NamedTuple):
 CACHES = {None: 0, "int8": 1, "int4": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 
 
-def merged_parts(splits: int) -> int:
-    """Parts of a row that `merge` reads at a time: two kernels serve all lengths."""
-    return 4 if splits <= 4 else MERGED
-
-
-def merged_rows(dim_v: int, parts: int) -> int:
-    """Rows of a program of `merge`, whose parts fill 64 registers of a thread."""
-    return max(64 * 128 // (parts * power_of_two(dim_v)), 1)
+def merged_at_once(dim_v: int, many: bool) -> tuple[int, int]:
+    """(rows, parts of each) that a program of `merge` reads at once: all parts of one row, where there are few rows;
+    of many, as many as fill 64 registers of a thread.
+    """
+    return (max(64 * 128 // (4 * power_of_two(dim_v)), 1), 4) if many else (1, MERGED)
 
 
 _NO_TABLES = SequenceMetadata()

@@ -79,11 +79,11 @@ COSTS = Costs(
     start=2.5e-6,
     tile=0.49e-6,
     share=0.7,
-    again=3.5e-6,
-    join=2.5e-6,
-    round=0.6e-6,
-    merge=3.5e-6,
-    merged=0.8e-9,
+    again=1.5e-6,
+    join=1.5e-6,
+    round=0.9e-6,
+    merge=4.5e-6,
+    merged=8e-9,
     number={None: 30e-12, "int8": 37e-12, "int4": 33e-12, "float8_e4m3fn": 34e-12, "float8_e5m2": 34e-12},
 )
 
