@@ -2,9 +2,9 @@
 
 A program owns some rows of one key head and walks its part of the keys, tile by tile. As many programs run at once as
 multiprocessors hold (registers, shared memory); they begin together, so the work is done in waves. A wave takes the
-longest of three times: that of one program alone, which is a chain of latencies; that of its bytes at the device's
-bandwidth; that of the products and conversions of all programs of a multiprocessor. Dividing the keys makes more and
-shorter programs, and adds the joining of their results.
+longer of two times: that of its bytes at the device's bandwidth, and that of one program, which is a chain of latencies
+where it is alone on its multiprocessor, and of the products and conversions of all where there are several. Dividing
+the keys makes more and shorter programs, and adds the joining of their results.
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ class Costs(NamedTuple):
 
     start: of a program, until its first tile is there. tile: of the chain of latencies of a tile, beside `number` for
     each number of its keys and values that a program alone on its multiprocessor takes, by the cache's dtype. share:
-    of that time which a program takes from the others of its multiprocessor. again: of a second wave, whose programs
-    still begin nearly together; those of later waves no longer do. join, round: of joining by the last program of a
+    of that time which a program takes from the others of its multiprocessor. opened: of the memory for each tile,
+    beside its bytes. again: of a second wave, whose programs still begin nearly together; those of later waves no
+    longer do. join, round: of joining by the last program of a
     tile, and of each of its rounds. merge, merged: of the second kernel, and for each row.
     """
 
     start: float
     tile: float
     share: float
+    opened: float
     again: float
     join: float
     round: float
@@ -76,9 +78,10 @@ class Costs(NamedTuple):
 
 
 COSTS = Costs(
-    start=2.5e-6,
+    start=3.0e-6,
     tile=0.49e-6,
-    share=0.7,
+    share=0.8,
+    opened=0.3e-9,
     again=1.5e-6,
     join=1.5e-6,
     round=0.9e-6,
@@ -116,7 +119,7 @@ def fastest(work: Work, tiles: Tiles, most_joined: int, chip: Chip, costs: Costs
     tiles_of_keys = max(-(-work.keys // tiles.keys), 1)
     numbers, processors = tiles.keys * work.numbers, chip.multiprocessors
     alone = costs.tile + costs.number[work.cache] * numbers
-    reading, beside = numbers * work.bits / 8 / chip.bandwidth, costs.share * alone
+    reading, beside = numbers * work.bits / 8 / chip.bandwidth + costs.opened, costs.share * alone
     slots = resident(work, tiles, chip) * processors
     joining = costs.join + costs.round * -(-min(work.rows, tiles.rows) // rows_joined(tiles, work.dim_v))
     merging = costs.merge + costs.merged * work.heads * work.rows
@@ -130,8 +133,8 @@ def fastest(work: Work, tiles: Tiles, most_joined: int, chip: Chip, costs: Costs
         time = costs.again if programs > slots else 0.0
         for count, running in ((programs // slots, slots), (1, programs % slots)):
             if count and running:
-                together = -(-running // processors) * beside
-                time += count * max(costs.start + steps * alone, steps * running * reading, steps * together)
+                together = max(-(-running // processors) * beside, alone)
+                time += count * max(costs.start + steps * together, steps * running * reading)
         if parts > 1:
             time += joining if parts <= most_joined else merging + costs.round * (parts // MERGED)
         if time < best[0]:
