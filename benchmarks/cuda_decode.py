@@ -42,7 +42,7 @@ import hal_core as hal
 from hal_core import AttentionRequest, PooledMemory, SequenceMetadata
 from hal_core.testing import reference, relative_error
 
-SECTIONS = ("shapes", "caches", "sweep", "cache_sweep")
+SECTIONS = ("shapes", "caches", "paged", "sweep", "cache_sweep")
 #: (batch, keys, head size) of each group of query heads; the last two batches of keys fill the device many times over.
 CALLS = (
     (1, 8192, 128),
@@ -75,7 +75,7 @@ HEADS = {
 SWEPT = {
     64: ((128, 4, 3), (64, 4, 4)),
     128: ((64, 4, 4), (128, 4, 3), (64, 4, 3)),
-    256: ((64, 4, 3), (32, 4, 3), (64, 8, 3)),
+    256: ((64, 4, 3), (32, 4, 3), (32, 4, 4)),
 }
 PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
@@ -143,7 +143,7 @@ def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip
 
 def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> str:
     """Compile one kernel; gives the error as text, or nothing."""
-    request, tiles, split, joins = kernel
+    request, tiles, split, joins, *held = kernel
 
     def made(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
         return compiled(chip, fn, signature, constants, divisible or {}, options)
@@ -151,7 +151,7 @@ def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> s
     memory = PooledMemory("cpu")
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     try:
-        with mock.patch.object(launch, "launcher", made):
+        with mock.patch.object(launch, "launcher", made), mock.patch.object(launch, "REREAD", not held):
             path = launch.PortablePath(request, context)
             types = ("u8", *_types(request))
             tokens = request.cache_dtype is not None
@@ -190,18 +190,21 @@ def shapes(bench: Bench, options: Any) -> None:
     for shape, (tiles, splits, _) in zip(SHAPES, chosen, strict=True):
         given, request = shape.tensors(), shape.request()
         own = partial(bench.own("portable", request), *given)
+        with mock.patch.object(launch, "REREAD", False):
+            held = partial(bench.own("portable", request), *given)
+            held()
         peers = bench.peers.decode(*given)
         error = relative_error(own(), next(iter(peers.values()))())
         assert error < 1e-2, (shape, error)
-        times = bench.times({"own": own, **peers})
-        best = min(time for name, time in times.items() if name != "own")
+        times = bench.times({"own": own, "held": held, **peers})
+        best = min(time for name, time in times.items() if name not in ("own", "held"))
         ratios.append((best / times["own"], shape))
         flashinfer = min((time for name, time in times.items() if name.startswith("FlashInfer")), default=math.nan)
         heads_q, heads_kv = shape.heads
         rows.append(
             [
                 *map(str, (shape.group, f"{heads_q}/{heads_kv}", shape.dim, shape.batch, shape.keys)),
-                *(f"{times.get(name, math.nan) * 1e3:.1f}" for name in ("own", "cuDNN", "FA2")),
+                *(f"{times.get(name, math.nan) * 1e3:.1f}" for name in ("own", "held", "cuDNN", "FA2")),
                 "-" if math.isnan(flashinfer) else f"{flashinfer * 1e3:.1f}",
                 f"{best / times['own']:.3f}",
                 f"{request.bytes_moved / times['own'] * 1e3 / ceiling:.2f}",
@@ -216,6 +219,7 @@ def shapes(bench: Bench, options: Any) -> None:
         "batch",
         "keys",
         "own",
+        "query held",
         "cuDNN",
         "FA2",
         "FlashInfer",
@@ -225,7 +229,8 @@ def shapes(bench: Bench, options: Any) -> None:
     )
     worst, where = min(ratios)
     notes = [
-        "Microseconds; one query, bf16. FlashInfer: the faster of its two kernels, on pages of 16.",
+        "Microseconds; one query, bf16. Query held: the own kernel with the query read once, before the keys. "
+        "FlashInfer: the faster of its two kernels, on pages of 16.",
         f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f}: {where}",
         f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
         *conditions(bench),
@@ -268,6 +273,43 @@ def caches(bench: Bench, options: Any) -> None:
         *conditions(bench),
     ]
     publish(options, "cuda_decode", "Quantised caches", columns, rows, notes, "Quantised caches")
+
+
+def paged_request(cache: str | None) -> AttentionRequest:
+    """64 sequences of up to 32k keys in pages of 16, 32 query heads on 8 key heads."""
+    shape = Shape(4, 64, 32768, 128, cache)
+    return replace(shape.request(), page_size=16)
+
+
+def paged(bench: Bench, options: Any) -> None:
+    """Pages of sequences of 1k to 32k keys, in bf16 and quantised."""
+    generator = torch.Generator().manual_seed(1)
+    held = torch.randint(1024, 32769, (64,), generator=generator, dtype=torch.int32)
+    pages = -(-held // 16)
+    order, table = torch.randperm(int(pages.sum()), generator=generator).to(torch.int32), torch.zeros(64, 2048).int()
+    for s, (count, end) in enumerate(zip(pages.tolist(), pages.cumsum(0).tolist(), strict=True)):
+        table[s, :count] = order[end - count : end]
+    ceiling, rows, plain = read_bandwidth(bench.flush), [], (len(order), 8, 16, 128)
+    where = {"page_table": table.cuda(), "cache_seqlens": held.cuda()}
+    query, key, value = normal(64, 32, 1, 128), normal(*plain), normal(*plain)
+    calls: dict[str, Callable[[], Any]] = {}
+    for cache in (None, "int8", "int4", "float8_e4m3fn"):
+        given, scales = (key, value), {}
+        if cache is not None:
+            made = hal.quantize_cache(key, value, cache, shared=True)
+            given, scales = (made.key, made.value), {"key_scale": made.key_scale, "value_scale": made.value_scale}
+        tables = SequenceMetadata(**where, **scales)
+        calls[cache or "bf16"] = partial(bench.own("portable", paged_request(cache)), query, *given, None, None, tables)
+    want = calls["bf16"]()
+    errors = {name: relative_error(call(), want) for name, call in calls.items()}
+    for name, time_ms in bench.times(calls).items():
+        tokens = {"bf16": 512, "int4": 128}.get(name, 256) + (0 if name == "bf16" else 4)
+        nbytes = int(held.sum()) * 8 * tokens
+        shown = [f"{nbytes / 1e6:.0f}", f"{time_ms * 1e3:.1f}", f"{nbytes / time_ms * 1e3 / ceiling:.2f}"]
+        rows.append([name, *shown, f"{errors[name]:.1e}"])
+    columns = ("cache", "MB read", "microseconds", "share of the ceiling", "difference from bf16")
+    notes = ["64 sequences of 1k to 32k keys, pages of 16, 32 query heads on 8 key heads.", *conditions(bench)]
+    publish(options, "cuda_decode", "Paged caches", columns, rows, notes, "Paged caches")
 
 
 def geometric(values: Any) -> float:
@@ -415,9 +457,19 @@ def _medians(bench: Bench, calls: dict[str, Callable[[], Any]], rounds: int = 7)
 
 def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
     """What a section launches, as `compile_ahead` takes it."""
+    if section == "paged":
+        tiling, made = CudaTiling(bench.chip, lambda request: "portable"), []
+        for cache in (None, "int8", "int4", "float8_e4m3fn"):
+            request = paged_request(cache)
+            tiles = tiling.tiles(request)
+            parts = tiling.splits(request, tiles, 1, request.len_k, 64).programs
+            made.append((request, tiles, parts > 1, 0))
+        return made
     shapes = CACHED if "cache" in section else SHAPES
     shapes = [*shapes, *dict.fromkeys(shape._replace(cache=None) for shape in shapes)]
     found = [kernel for shape in shapes for kernel in _chosen(bench, shape)[2]]
+    if section == "shapes":
+        found += [(*kernel, True) for kernel in found]
     if "sweep" in section:
         tried = [shape for shape in shapes if shape.cache or section == "sweep"]
         cells = [(shape, *cell) for shape in tried for cell in _cells(shape, most)]
@@ -425,12 +477,12 @@ def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
     return found
 
 
-RUN = {"shapes": shapes, "caches": caches, "sweep": sweep, "cache_sweep": cache_sweep}
+RUN = {"shapes": shapes, "caches": caches, "sweep": sweep, "cache_sweep": cache_sweep, "paged": paged}
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--only", default="shapes", help="sections to run")
+    options.add_argument("--only", default="shapes", help=f"sections to run, of {', '.join(SECTIONS)}")
     options.add_argument("--tiles", type=int, default=8, help="tiles that the sweep tries for a head size")
     options.add_argument("--sweep-file", default="", help="where the sweep leaves its times, as JSON")
     options.add_argument("--seconds", type=float, default=600, help="after which the sweep ends")

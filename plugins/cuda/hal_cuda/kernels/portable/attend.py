@@ -113,6 +113,7 @@ def attend(
     TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     FAST: tl.constexpr,
+    REREAD: tl.constexpr,
     PLAN: tl.constexpr,
     PACK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -131,7 +132,8 @@ def attend(
     then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
     right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
     keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
-    SHORT: the keys of one head, or of a page, lie within 2^31 elements.
+    SHORT: the keys of one head, or of a page, lie within 2^31 elements. REREAD: the query comes with every tile of
+    keys, whose loads then do not wait for it.
 
     CACHE: what keys and values are (see `cache`), with DQ and DV numbers of which int4 has two in a byte; with WORDS
     values are given as words of two bytes. key_scale [batch, heads, dim], value_scale [batch, heads, 1] or with TOKENS
@@ -229,7 +231,9 @@ def attend(
     q_ok, k_ok = row_ok[:, None] & (d_k[None, :] < DK), d_k < DK
     COMPUTE: tl.constexpr = tl.float32 if q.dtype.element_ty == tl.float32 else tl.float16
     if CACHE == PLAIN:
-        q_tile = (tl.load(q_row + d_k[None, :] * q_d, mask=q_ok, other=0.0),)
+        q_at = q_row + d_k[None, :] * q_d
+        if not REREAD:
+            q_tile = (tl.load(q_at, mask=q_ok, other=0.0),)
         factor = scale
     else:
         scale_at = key_scale + tensor_batch * ks_b + kv64 * ks_h
@@ -285,6 +289,8 @@ def attend(
         else:
             k_tile = tl.load(k_at, mask=column_ok[None, :] & k_ok[:, None], other=0.0)
             v_tile = tl.load(v_at, mask=column_ok[:, None] & (d_v[None, :] < DW), other=0.0)
+        if REREAD:  # a mask that says nothing keeps the load in the loop
+            q_tile = (tl.load(q_at, mask=q_ok & (step >= 0), other=0.0),)
         scores = products(q_tile, of_bytes(k_tile, CACHE, COMPUTE, FAST), KEYS) * factor
         if SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))

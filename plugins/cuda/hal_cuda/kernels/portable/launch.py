@@ -46,6 +46,7 @@ TYPES = {
 }
 _STRIDES = 34  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
+REREAD = True
 #: Rows from which a program of `merge` joins several.
 MANY_ROWS = 1024
 
@@ -327,6 +328,7 @@ class PortablePath:
             "CACHE": CACHES[r.cache_dtype],
             "TOKENS": tokens,
             "WORDS": types[2] == "i16",
+            "REREAD": REREAD and pack and r.cache_dtype is None,
             "FAST": not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,
