@@ -103,6 +103,8 @@ def of_bytes(codes, CACHE: tl.constexpr, COMPUTE: tl.constexpr, FAST: tl.constex
                 pack=4,
             ),
         )
+    elif CACHE == E5M2:  # the upper byte of a float16
+        return ((codes.to(tl.uint8, bitcast=True).to(tl.int16) << 8).to(tl.float16, bitcast=True).to(COMPUTE),)
     else:
         return (codes.to(COMPUTE),)
 
@@ -206,7 +208,12 @@ def of_words(codes, CACHE: tl.constexpr, COMPUTE: tl.constexpr, FAST: tl.constex
         return (one.to(COMPUTE), two.to(COMPUTE), three.to(COMPUTE), four.to(COMPUTE))
     elif CACHE == INT8:
         return (((codes << 8) >> 8).to(COMPUTE), (codes >> 8).to(COMPUTE))
+    elif CACHE == E5M2:
+        one, two = (codes << 8).to(tl.float16, bitcast=True), (codes & -256).to(tl.float16, bitcast=True)
+        return (one.to(COMPUTE), two.to(COMPUTE))
     else:
         one, two = (codes & 255).to(tl.uint8), ((codes >> 8) & 255).to(tl.uint8)
-        KIND: tl.constexpr = tl.float8e4nv if CACHE == E4M3 else tl.float8e5
-        return (one.to(KIND, bitcast=True).to(COMPUTE), two.to(KIND, bitcast=True).to(COMPUTE))
+        return (
+            one.to(tl.float8e4nv, bitcast=True).to(COMPUTE),
+            two.to(tl.float8e4nv, bitcast=True).to(COMPUTE),
+        )
