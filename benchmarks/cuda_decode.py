@@ -143,7 +143,7 @@ def compile_ahead(kernels: list[tuple[AttentionRequest, Tiles, bool, int]], chip
 
 def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> str:
     """Compile one kernel; gives the error as text, or nothing."""
-    request, tiles, split, joins, *held = kernel
+    request, tiles, split, joins = kernel
 
     def made(chip: Chip, fn: Any, signature: Any, constants: Any, divisible: Any = None, **options: Any) -> Any:
         return compiled(chip, fn, signature, constants, divisible or {}, options)
@@ -151,7 +151,7 @@ def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> s
     memory = PooledMemory("cpu")
     context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "portable"))
     try:
-        with mock.patch.object(launch, "launcher", made), mock.patch.object(launch, "REREAD", not held):
+        with mock.patch.object(launch, "launcher", made):
             path = launch.PortablePath(request, context)
             types = ("u8", *_types(request))
             tokens = request.cache_dtype is not None
@@ -186,25 +186,23 @@ class Forced(CudaTiling):
 def shapes(bench: Bench, options: Any) -> None:
     """The model's choice against the peers."""
     chosen = [_chosen(bench, shape) for shape in SHAPES]
-    ceiling, rows, ratios = read_bandwidth(bench.flush), [], []
+    ceiling, rows, ratios, timed = read_bandwidth(bench.flush), [], [], []
     for shape, (tiles, splits, _) in zip(SHAPES, chosen, strict=True):
         given, request = shape.tensors(), shape.request()
         own = partial(bench.own("portable", request), *given)
-        with mock.patch.object(launch, "REREAD", False):
-            held = partial(bench.own("portable", request), *given)
-            held()
         peers = bench.peers.decode(*given)
         error = relative_error(own(), next(iter(peers.values()))())
         assert error < 1e-2, (shape, error)
-        times = bench.times({"own": own, "held": held, **peers})
-        best = min(time for name, time in times.items() if name not in ("own", "held"))
+        times = bench.times({"own": own, **peers})
+        best = min(time for name, time in times.items() if name != "own")
         ratios.append((best / times["own"], shape))
+        timed.append(times)
         flashinfer = min((time for name, time in times.items() if name.startswith("FlashInfer")), default=math.nan)
         heads_q, heads_kv = shape.heads
         rows.append(
             [
                 *map(str, (shape.group, f"{heads_q}/{heads_kv}", shape.dim, shape.batch, shape.keys)),
-                *(f"{times.get(name, math.nan) * 1e3:.1f}" for name in ("own", "held", "cuDNN", "FA2")),
+                *(f"{times.get(name, math.nan) * 1e3:.1f}" for name in ("own", "cuDNN", "FA2")),
                 "-" if math.isnan(flashinfer) else f"{flashinfer * 1e3:.1f}",
                 f"{best / times['own']:.3f}",
                 f"{request.bytes_moved / times['own'] * 1e3 / ceiling:.2f}",
@@ -219,7 +217,6 @@ def shapes(bench: Bench, options: Any) -> None:
         "batch",
         "keys",
         "own",
-        "query held",
         "cuDNN",
         "FA2",
         "FlashInfer",
@@ -228,10 +225,11 @@ def shapes(bench: Bench, options: Any) -> None:
         "keys x warps x stages, parts",
     )
     worst, where = min(ratios)
+    alone = [times["cuDNN"] / times["own"] for times in timed if "cuDNN" in times]
     notes = [
-        "Microseconds; one query, bf16. Query held: the own kernel with the query read once, before the keys. "
-        "FlashInfer: the faster of its two kernels, on pages of 16.",
+        "Microseconds; one query, bf16. FlashInfer: the faster of its two kernels, on pages of 16.",
         f"Best peer's time over ours: geometric mean {geometric(r for r, _ in ratios):.3f}, worst {worst:.3f}: {where}",
+        f"cuDNN's time over ours: geometric mean {geometric(alone):.3f}, worst {min(alone):.3f}.",
         f"Read ceiling {ceiling / 1e12:.2f} TB/s.",
         *conditions(bench),
     ]
@@ -468,8 +466,6 @@ def kernels_of(bench: Bench, section: str, most: int) -> list[Any]:
     shapes = CACHED if "cache" in section else SHAPES
     shapes = [*shapes, *dict.fromkeys(shape._replace(cache=None) for shape in shapes)]
     found = [kernel for shape in shapes for kernel in _chosen(bench, shape)[2]]
-    if section == "shapes":
-        found += [(*kernel, True) for kernel in found]
     if "sweep" in section:
         tried = [shape for shape in shapes if shape.cache or section == "sweep"]
         cells = [(shape, *cell) for shape in tried for cell in _cells(shape, most)]

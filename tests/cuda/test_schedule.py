@@ -59,7 +59,7 @@ def test_more_processors_take_more_parts() -> None:
 
 
 def test_programs_of_a_processor_are_counted_as_compiled_kernels_take_memory() -> None:
-    """Shared memory of 75776, 112640 and 143360 bytes, as Triton says of these tiles, and more than 160 KB."""
+    """Shared memory of 71680, 104448 and 139264 bytes, as Triton says of these tiles, and more than 160 KB."""
     work = Work(8, 8, 8192, 128, 128, 16, 2, None)
     tiles = (Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 4), Tiles(16, 128, 4, 3), Tiles(16, 64, 4, 6))
     assert [resident(work, tile, H200) for tile in tiles] == [3, 2, 1, 1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, DenseTiling, MaskKind, TilePlan
 
 from .discovery import Chip
-from .kernels.portable.schedule import MOST_JOINED, Tiles as Tiles, Work, fastest, tile_choices
+from .kernels.portable.schedule import MOST_JOINED, Tiles as Tiles, Work, fastest, resident, tile_choices
 from .memory import COUNTERS, PARTIAL
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class CudaTiling(DenseTiling):
     def splits(self, request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int) -> Splits:
         """How the keys of the portable kernel's tiles are divided among programs."""
         return choose_splits(request, tiles, len_q, len_k, batch, self._chip)
+
+    def alone(self, request: AttentionRequest, tiles: Tiles) -> bool:
+        """Whether a multiprocessor holds one decoding program at a time, so that no other hides its first loads."""
+        return resident(_work(request, tiles, 1, request.len_k, request.batch), tiles, self._chip) == 1
 
     def shrink(self, request: AttentionRequest, tiles: Tiles) -> bool:
         """Remember that tiles do not fit the chip's shared memory. False where there are no smaller ones."""
@@ -229,12 +233,9 @@ def choose_decode(
     plain, size = request.mask is MaskKind.NONE, DTYPE_BYTES[request.dtype]
     rows = max(16, power_of_two(len_q * group))
     choices = (tiles,) if tiles else tile_choices(rows, wide, plain, size, request.cache_dtype)
-    bits = 4 if request.cache_dtype == "int4" else 8 * DTYPE_BYTES[request.cache_dtype or request.dtype]
-    dims = power_of_two(request.dim_qk), power_of_two(request.dim_v)
     best: tuple[float, Tiles, int] | None = None
     for tile in choices:
-        keys = _keys_read(request, len_q, len_k, tile.keys)
-        work = Work(request.heads_kv * batch, len_q * group, keys, *dims, bits, size, request.cache_dtype)
+        work = _work(request, tile, len_q, len_k, batch)
         time, parts = fastest(work, tile, _most_joined(request, tile, len_q, batch), chip)
         if best is None or time < best[0]:
             best = time, tile, parts
@@ -247,6 +248,22 @@ def choose_decode(
     steps = max(-(-keys // tile.keys), 1)
     each = -(-steps // min(parts, steps))
     return tile, Splits(-(-steps // each), each * tile.keys)
+
+
+def _work(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int) -> Work:
+    """A decoding step as the model takes it."""
+    rows, cache = len_q * (request.heads_q // request.heads_kv), request.cache_dtype
+    size = DTYPE_BYTES[request.dtype]
+    return Work(
+        heads=request.heads_kv * batch,
+        rows=rows,
+        keys=_keys_read(request, len_q, len_k, tiles.keys),
+        dim_qk=power_of_two(request.dim_qk),
+        dim_v=power_of_two(request.dim_v),
+        bits=4 if cache == "int4" else 8 * DTYPE_BYTES[cache or request.dtype],
+        size=size,
+        cache=cache,
+    )
 
 
 def _keys_read(request: AttentionRequest, len_q: int, len_k: int, keys: int) -> int:

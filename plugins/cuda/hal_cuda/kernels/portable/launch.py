@@ -46,7 +46,6 @@ TYPES = {
 }
 _STRIDES = 34  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
-REREAD = True
 #: Rows from which a program of `merge` joins several.
 MANY_ROWS = 1024
 
@@ -328,7 +327,7 @@ class PortablePath:
             "CACHE": CACHES[r.cache_dtype],
             "TOKENS": tokens,
             "WORDS": types[2] == "i16",
-            "REREAD": REREAD and pack and r.cache_dtype is None,
+            "REREAD": pack and r.cache_dtype is None and self._context.tiling.alone(r, tiles),
             "FAST": not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,

@@ -94,13 +94,12 @@ COSTS = Costs(
 def resident(work: Work, tiles: Tiles, chip: Chip) -> int:
     """Programs that a multiprocessor holds at once.
 
-    Triton keeps one tile less than stages in shared memory, with each the query, which a quantised cache has once, and
-    the weights of one tile. Registers are those of compiled kernels: about 56, and 7 for every 16 numbers of a tile
-    that a thread holds.
+    Triton keeps one tile less than stages in shared memory, and the query and the weights of a tile. Registers are
+    those of compiled kernels: about 56, and 7 for every 16 numbers of a tile that a thread holds.
     """
-    threads, kept = 32 * tiles.warps, tiles.stages - 1
-    shared = kept * tiles.keys * work.numbers * work.bits // 8 + _RESERVED
-    shared += tiles.rows * ((kept if work.cache is None else 1) * work.dim_qk + tiles.keys) * work.size
+    threads = 32 * tiles.warps
+    shared = (tiles.stages - 1) * tiles.keys * work.numbers * work.bits // 8
+    shared += tiles.rows * (work.dim_qk + tiles.keys) * work.size + _RESERVED
     registers = min(56 + 7 * tiles.keys * work.numbers // (16 * threads), 255)
     return max(min(chip.shared_memory // shared, REGISTERS // (registers * threads)), 1)
 
