@@ -89,11 +89,14 @@ def source_hash(files: tuple[str, ...]) -> str:
 
 
 def said_by(source: str) -> str:
-    """The syntax tree of a source text without positions and docstrings."""
+    """The syntax tree of a source text without positions, docstrings and empty lists (Python versions differ there)."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             del node.body[0]
+        for name in node._fields:
+            if getattr(node, name, None) == []:
+                delattr(node, name)
     return ast.dump(tree)
 
 

@@ -11,9 +11,11 @@ import json
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import record
@@ -27,7 +29,7 @@ from hal_kpu.simulator.products.lowering import lower_product
 from hal_kpu.simulator.products.product import Product
 from hal_kpu.simulator.transactional import run_transactional
 
-SIZE, ROUNDS, CASES = 512, 3, 200
+SIZE, ROUNDS, CASES, MODEL_CASES = 512, 3, 200, 600
 
 
 def timed(call: Callable[[], object], rounds: int = ROUNDS) -> float:
@@ -149,19 +151,110 @@ def deviations() -> list[list[str]]:
     ]
 
 
+def models(path: str = "tests/kpu") -> list[list[str]]:
+    """TRANSACTIONAL beside CYCLE_ACCURATE on 600 programs of what models run, by kind."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / path))
+    from model_programs import KINDS, model_case
+
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    faster, pages = [], []
+    for seed in range(MODEL_CASES):
+        case = model_case(seed)
+        begun = time.process_time()
+        exact = sum(run_cycle_accurate(program, case.profile, reuse_above=1 << 60).cycles for program in case.programs)
+        between = time.process_time()
+        if case.product is not None and exact > 100_000:
+            rows, cols, _ = case.profile.arrays(case.product.dtype)
+            multiply(*_operands(case.product), rows, cols, case.dataflow)
+        stepped = time.process_time()
+        run_transactional(case.programs[0], case.profile)  # the costs of its page patterns are kept from here on
+        warm = time.process_time()
+        quick = sum(run_transactional(program, case.profile).cycles for program in case.programs)
+        ended = time.process_time()
+        found[KINDS[seed % len(KINDS)]].append(abs(quick / exact - 1))
+        if case.product is not None and exact > 100_000:
+            faster.append((stepped - begun) / (ended - warm))
+            pages.append((between - begun) / (ended - warm))
+    every = sorted(each for kind in found.values() for each in kind)
+    beyond = sum(each > 0.05 for each in every)
+    title = f"{MODEL_CASES} programs of models (tests/kpu/model_programs.py, seeds 0 to {MODEL_CASES - 1})"
+    table = [
+        [f"{title}: median deviation", f"{statistics.median(every):.2%}", "<= 1%"],
+        ["  beyond 5%", f"{beyond} of {len(every)}", f"<= {len(every) // 20}"],
+        ["  the worst", f"{every[-1]:.1%}", "<= 10%"],
+    ]
+    table += [[f"  {kind}: the worst of {len(each)}", f"{max(each):.1%}", ""] for kind, each in found.items()]
+    return [
+        *table,
+        [
+            f"{len(faster)} of these products above 100,000 cycles: CYCLE_ACCURATE / TRANSACTIONAL, processor time",
+            f"median {statistics.median(faster):.0f}, least {min(faster):.0f}",
+            ">= 50",
+        ],
+        ["  without the PEs and their values", f"median {statistics.median(pages):.0f}, least {min(pages):.0f}", ""],
+    ]
+
+
+def _operands(product: Product) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    p, dtype = product, np.int32 if product.dtype == "int8" else np.float32
+    return np.ones((p.batch, p.M, p.K), dtype), np.ones((p.batch, p.K, p.N), dtype)
+
+
+def layer() -> list[list[str]]:
+    """A BERT-base layer of 128 tokens on T64 in bfloat16, operations one by one and as one; and its first compile."""
+    import torch
+    from hal_kpu.frontend.fx import plan
+    from hal_kpu.runtime.timing import time_program
+    from transformers import BertConfig
+    from transformers.models.bert.modeling_bert import BertLayer
+
+    programs: list[Any] = []
+    made = plan.Plan.__init__
+    plan.Plan.__init__ = lambda own, *given: (programs.append(given[0]), made(own, *given))[1]  # type: ignore[method-assign, assignment, func-returns-value]
+    network = BertLayer(BertConfig(_attn_implementation="sdpa")).eval().bfloat16()
+    x = torch.randn(1, 128, 768).bfloat16()
+    compiled = torch.compile(network, backend="kpu_transactional")
+    begun = time.process_time()
+    with torch.no_grad():
+        compiled(x)
+    seconds = time.process_time() - begun
+    rows = [["BERT-base layer, first compile and run, processor time", f"{seconds:.1f} s", "<= 5 s"]]
+    for fidelity, name in ((TRANSACTIONAL, "TRANSACTIONAL"), (CYCLE_ACCURATE, "CYCLE_ACCURATE")):
+        apart, together = (
+            sum(time_program(program, fidelity, fuse=fuse).cycles for program in programs) for fuse in (False, True)
+        )
+        ratio = f"{together:,} of {apart:,} cycles: {together / apart:.2f}"
+        rows.append([f"  operations as one against one by one, {name}", ratio, "<= 0.70"])
+    return rows
+
+
 def main() -> None:
     parser: argparse.ArgumentParser = record.parser(__doc__)
     parser.add_argument("--scalesim-python", metavar="PATH", help="a Python that can import scalesim")
+    parser.add_argument("--only", default="simulators,models,layer", help="some of them, with commas between")
     options = parser.parse_args()
-    rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
-    notes = [
-        "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not calibrated.",
-        "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs with "
-        "values.",
-    ]
-    record.publish(
-        options, "kpu", "Simulators of the KPU", ["what", "measured", "bar"], rows, notes, section="Simulators"
-    )
+    header = ["what", "measured", "bar"]
+    if "simulators" in options.only:
+        rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
+        notes = [
+            "Wall-clock medians on a machine that others may use. Simulated times, of a profile that is not "
+            "calibrated.",
+            "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs "
+            "with values.",
+        ]
+        record.publish(options, "kpu", "Simulators of the KPU", header, rows, notes, section="Simulators")
+    if "models" in options.only:
+        notes = [
+            "On T64, T256 and T768; float32, bfloat16 and int8; all dataflows. TRANSACTIONAL from CYCLE_ACCURATE, "
+            "every loop turn of which is timed.",
+            "Programs up to a length are timed page by page in TRANSACTIONAL too (hal_kpu.simulator.transactional).",
+        ]
+        title = "Programs of models"
+        record.publish(options, "kpu", title, header, models(), notes, section=title)
+    if "layer" in options.only:
+        notes = ["Modelled cycles; processor time on a machine that others may use."]
+        title = "A transformer layer"
+        record.publish(options, "kpu", title, header, layer(), notes, section=title)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         meter as meter,
         prefer as prefer,
         use as use,
+        watch as watch,
     )
     from .plans import BlockPlan as BlockPlan, Tile as Tile, TilePlan as TilePlan
     from .protocols import (
@@ -126,7 +127,7 @@ _PUBLIC = {
     "access": "current_caller",
     "registry": "capabilities device devices kernel memory register session unregister",
     "selection": "check_all replay",
-    "options": "Meter caller configure current_meter meter prefer use",
+    "options": "Meter caller configure current_meter meter prefer use watch",
     "calibration": "cache_dir",
     "toolkit.session": "SessionBase SimpleSession",
     "toolkit.memory": "PooledMemory",

@@ -15,7 +15,7 @@ from typing import Any, Self
 import attrs
 
 from .access import caller_var
-from .decision import NO_POLICY, Policy
+from .decision import NO_POLICY, Decision, Policy
 from .device_info import Device, Estimate, MeterRecord, Quantity
 from .errors import ContractError, refuse
 from .registry import registry
@@ -238,12 +238,46 @@ class Meter:
         return sum(record.wall for record in self.records.values())
 
 
-meter_var: ContextVar[Meter | None] = ContextVar("hal_meter", default=None)
+class watch:  # noqa: N801 - reads as a statement: with hal.watch() as seen
+    """Keep the decision of the newest attention call inside, without timing it or waiting for its device.
+
+    Attributes:
+        decision: the decision that ran; None before a call has ended. calls: how many have.
+    """
+
+    def __init__(self) -> None:
+        self.decision: Decision | None = None
+        self._cost: Estimate | None = None
+        self.outer, self.calls = meter_var.get(), 0
+        self.costs: dict[tuple[int, int], Estimate] = {} if self.outer is None else self.outer.costs
+
+    def __enter__(self) -> Self:
+        self._token = meter_var.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        meter_var.reset(self._token)
+
+    def saw(self, decision: Decision, cost: Estimate | None) -> None:
+        self.decision, self.calls, self._cost = decision, self.calls + 1, cost
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What the session said of the newest call, or the decision's estimate, made for its length bucket; None where
+        neither says anything.
+        """
+        return self._cost if self._cost or self.decision is None else self.decision.winner.estimate
+
+
+meter_var: ContextVar[Meter | watch | None] = ContextVar("hal_meter", default=None)
 
 
 def current_meter() -> Meter | None:
     """The innermost `meter` around the caller; None where nothing is metered."""
-    return meter_var.get()
+    found = meter_var.get()
+    while isinstance(found, watch):
+        found = found.outer
+    return found
 
 
 @contextmanager

@@ -19,23 +19,24 @@ from ..selection import check_all, cut_request, decide, tiling_limits
 if TYPE_CHECKING:
     import torch
 
-    from . import dispatch, execution, operands, torch_ops, validation
+    from . import dispatch, execution, inputs, operands, torch_ops, validation, vmap
 else:
-    torch = dispatch = execution = operands = torch_ops = validation = None
+    torch = dispatch = execution = inputs = operands = torch_ops = validation = vmap = None
 
-_compiling = _tracing = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
+_compiling = _tracing = _transform = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
 _OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
 
 
 def _load() -> None:
     """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
-    global torch, dispatch, execution, operands, torch_ops, validation
-    global _compiling, _tracing, _grad_enabled, _autocast, _gradient_bits
+    global torch, dispatch, execution, inputs, operands, torch_ops, validation, vmap
+    global _compiling, _tracing, _transform, _grad_enabled, _autocast, _gradient_bits
     import torch
 
-    from . import dispatch, execution, operands, torch_ops, validation
+    from . import dispatch, execution, inputs, operands, torch_ops, validation, vmap
 
     _grad_enabled, _autocast, _tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
+    _transform = torch._C._functorch.peek_interpreter_stack
     _gradient_bits, _compiling = operands.gradient_bits, torch.compiler.is_compiling  # last: then all of it is set
 
 
@@ -139,20 +140,44 @@ def attention(
         max_seqlen_k,
     )
     overrides = (backend, objective, allow_simulated, transfer, tiling)
-    if _compiling() or _tracing():  # torch.jit.trace records the operator too
-        return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
+    # torch.jit.trace records the operator too, and vmap maps it.
+    if _compiling() or _tracing() or (_transform() is not None and vmap.is_mapped()):
+        return _in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
     given = (query, key, value, attn_mask, block_plan, tables)
     bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
-    found = dispatch.find(given, bits, options, overrides)
+    try:
+        found = dispatch.find(given, bits, options, overrides)
+    except ContractError as error:
+        if isinstance(error, dispatch.NoDataError):
+            return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
+        return inputs.attend(attention, error, given[:4], _keywords(block_plan, named, rng, options, overrides))
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
     if found.needs_rng:
         rng = draw_rng(rng)
     meter = meter_var.get()
     return found.run(*given, rng) if meter is None else found.metered(meter, found.run, (*given, rng))
+
+
+def _keywords(block_plan: Any, named: Any, rng: Any, options: Any, overrides: Any) -> dict[str, Any]:
+    """What `attention` was given beside query, key, value and mask, by name."""
+    tables = dict(zip(SequenceMetadata._fields, named, strict=True))
+    given = validation.CallOptions(*options)._asdict() | dict(zip(_OVERRIDES, overrides, strict=True)) | tables
+    return given | {"block_plan": block_plan, "rng": rng}
+
+
+def _in_graph(query: Any, key: Any, value: Any, mask: Any, *others: Any) -> Any:
+    """A call while torch compiles, traces, exports or maps it."""
+    given, keywords = (query, key, value, mask), _keywords(*others)
+    if not inputs.is_regular(given, keywords):
+        error = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
+        return inputs.attend(attention, error, given, keywords)
+    if not _compiling() and _tracing() and torch.onnx.is_in_onnx_export():
+        return inputs.exported(*given, keywords)
+    return torch_ops.in_graph(query, key, value, mask, *others)
 
 
 def _causal_bias(mask: Any, options: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -7,19 +7,25 @@ from torch import Tensor
 
 from ..capability import Code
 from ..decision import Decision, Policy
-from ..errors import PluginError, refuse
+from ..errors import ContractError, PluginError, refuse
 from ..options import merged_policy, policy_var
 from ..registry import registry
 from ..request import AttentionRequest
 from ..selection import check_all, settled
 from .execution import BoundAttention
 from .operands import GRADS, Operands
-from .validation import CallOptions, build_request, check_tables, is_plain
+from .validation import CallOptions, build_request, check_tables, is_fake, is_plain
 
 Overrides = tuple[Any, ...]  # backend, objective, allow_simulated, transfer, tiling
 _bound: dict[Any, Any] = {}
 _MOST_BOUND = 4096
 _SENTINEL = object()  # support changes inside this length bucket: exact lengths decide
+
+
+class NoDataError(ContractError):
+    """A well-formed call whose tensors have shapes and no data: `attention` answers with a shape."""
+
+
 _GRAD_SETS = [frozenset(n for bit, n in enumerate(GRADS) if bits >> bit & 1) for bits in range(16)]
 registry.on_change.append(_bound.clear)
 
@@ -79,6 +85,8 @@ def find(
     ):  # a wrong rank, a nested tensor or an unhashable option: described below, not cached
         static = None
     request, policy = describe(Operands(*operands), bits, options, overrides)
+    if is_fake(query):
+        raise NoDataError("a tensor without data was given: call attention itself, which gives one of the right shape")
     place: Any = (bucketed(request), policy)
     found = _kept(place)
     if found is None:
@@ -98,7 +106,7 @@ def describe(
         (overrides[-1] is not None and operands.plan is not None, "tiling and block_plan were given: pass one of them")
     )
     request = build_request(operands, CallOptions(*options), _GRAD_SETS[bits if type(bits) is int else 0])
-    if operands.tables is not None and operands.query.device.type == "cpu":
+    if operands.tables is not None and operands.query.device.type == "cpu" and not is_fake(operands.query):
         check_tables(operands.tables, request, operands.query, operands.key)
     policy = merged_policy(*overrides)
     return replace(request, options=policy.options or ()), policy

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ..decision import Decision
 from ..device_info import Fidelity
 from ..errors import ContractError, MemoryLimitError, PluginError, UnsupportedError
-from ..options import Meter, meter_var
+from ..options import Meter, meter_var, watch
 from ..plans import BlockPlan, TilePlan
 from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
@@ -200,8 +200,12 @@ class BoundAttention:
             plan.check(self.tiling.name)
         return plan
 
-    def metered(self, meter: Meter, run: Run, arguments: tuple[Any, ...]) -> Any:
-        """Run a call between two synchronisations and add it to the meter."""
+    def metered(self, meter: Meter | watch, run: Run, arguments: tuple[Any, ...]) -> Any:
+        """Run a call between two synchronisations and add it to the meter; or let it be watched."""
+        if isinstance(meter, watch):
+            result = run(*arguments) if meter.outer is None else self.metered(meter.outer, run, arguments)
+            meter.saw(self.decision, meter.costs.pop((id(self), get_ident()), None))
+            return result
         synchronize = getattr(self.session, "synchronize", lambda: None)
         synchronize()
         start = perf_counter()
@@ -285,6 +289,18 @@ class ExplicitBackward(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         return tuple(bound.backward(Operands.unflat(tensors, cut), out, lse, grad_out, grad_lse, rng))
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], *arguments: Any) -> Any:
+        """Several gradients of one forward, as torch.func.jacrev asks for them."""
+        each = [
+            ExplicitBackward.apply(  # type: ignore[no-untyped-call]
+                *(t if type(d) is not int else t.select(d, i) for t, d in zip(arguments, dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        grads = [None if first is None else torch.stack(grads) for first, *grads in zip(each[0], *each, strict=True)]
+        return tuple(grads), tuple(None if grad is None else 0 for grad in grads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:

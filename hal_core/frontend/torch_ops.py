@@ -1,10 +1,11 @@
-"""Operators for torch.compile and torch.jit.trace, one pair per backend name, so that no cache of compiled code can
-mistake one for another.
+"""Operators for torch.compile, torch.jit.trace and torch.func.vmap, one pair per backend name, so that no cache of
+compiled code can mistake one for another.
 
 The selection is read while tracing, from a mirror that Dynamo guards; the operator compares it with the truth when it
 runs. Eager calls do not come through here.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .dispatch import find
 from .execution import BoundAttention
 from .operands import Operands, gradient_bits
 from .validation import head_size
+from .vmap import MappedAttention, gradient_bits as bits_of_any_level, rule
 
 AUTOMATIC = "automatic"
 _TENSORS = (
@@ -35,6 +37,7 @@ _STATIC = (
 _TENSOR_COUNT, _STATIC_COUNT = _TENSORS.count(",") + 1, _STATIC.count(",") + 1
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
+BACKWARDS: dict[Any, Any] = {}
 _tilings: dict[str, Any] = {}
 
 
@@ -66,6 +69,9 @@ def in_graph(
     name = given[0] or (mirror.names[0] if len(mirror.names) == 1 else settings.name)
     operator = OPERATORS.get(name.partition(":")[0], OPERATORS[AUTOMATIC])
     bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        bits = bits_of_any_level((query, key, value, mask))
+        operator = partial(MappedAttention.apply, (operator, BACKWARDS[operator]))
     seed = (
         torch.tensor([rng[0], rng[1]], dtype=torch.int64)
         if rng is not None
@@ -101,7 +107,8 @@ def in_graph(
         *given,
         None if tiling is None else _registered(tiling),
         mirror.key if given[0] is None else None,
-        bits if torch.compiler.is_compiling() else -1,  # torch.jit guards nothing: those required when it runs
+        # torch.jit guards nothing: those required when it runs.
+        bits if torch.compiler.is_compiling() or not torch._C._is_tracing() else -1,
     )
     return AttentionOutput(out, lse) if return_lse else out
 
@@ -219,6 +226,10 @@ def define(name: str) -> None:
 
     torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
     OPERATORS[name] = getattr(torch.ops.hal, forward).default
+    BACKWARDS[OPERATORS[name]] = backward_operator
+    seed = _TENSOR_COUNT - 1
+    torch.library.register_vmap(f"hal::{forward}", rule(OPERATORS[name], 0, seed), lib=_library)
+    torch.library.register_vmap(f"hal::{backward}", rule(backward_operator, 4, seed + 4), lib=_library)
 
 
 def _define_all() -> None:

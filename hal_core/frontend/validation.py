@@ -108,10 +108,13 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether a tensor's memory is what its shape and strides say: a plain tensor, a parameter, or one that torch
-    traces.
-    """
-    return type(tensor) in _PLAIN or not isinstance(tensor, Tensor) or hasattr(tensor, "fake_mode")
+    """Whether a tensor's memory is what its shape and strides say: a plain tensor or a parameter."""
+    return type(tensor) in _PLAIN or not isinstance(tensor, Tensor)
+
+
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor has a shape and no data: one of a FakeTensorMode, or on the meta device."""
+    return hasattr(tensor, "fake_mode") or tensor.is_meta
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -130,10 +133,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
         refuse(
             (
-                not is_plain(tensor),
+                not is_plain(tensor) and not is_fake(tensor),
                 f"{name} is a {type(tensor).__name__}, a tensor subclass: pass a plain torch tensor",
             ),
-            (tensor.device.type == "meta", f"{name} is on the meta device and holds no data: move it to a real device"),
             (tensor.dim() != 4, f"{name} has shape {list(tensor.shape)}: reshape it to {LAYOUT}"),
             (
                 tensor.layout != torch.strided,
@@ -285,7 +287,10 @@ def _check_mask(mask: Any, shape: tuple[int, ...], query: Tensor, packed: bool) 
     floats = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
     refuse(
         (packed, "attn_mask and packed lengths were given: use one of them"),
-        (not is_plain(mask), f"attn_mask is a {type(mask).__name__}, a tensor subclass: pass a plain torch tensor"),
+        (
+            not is_plain(mask) and not is_fake(mask),
+            f"attn_mask is a {type(mask).__name__}, a tensor subclass: pass a plain torch tensor",
+        ),
         (
             mask.dtype not in (torch.bool, query.dtype, torch.float32),
             f"attn_mask is {mask.dtype}: pass bool (True: attend), or {floats}, which is added to the scores",
@@ -337,7 +342,7 @@ def _check_plan(plan: Any, shape: tuple[int, ...], query: Tensor) -> None:
         ),
         (not indices.device == counts.device == query.device, f"block_plan on {indices.device} was given: move it"),
     )
-    if indices.device.type == "cpu":  # reading an accelerator's would wait for it
+    if indices.device.type == "cpu" and not is_fake(indices):  # reading an accelerator's would wait for it
         listed = torch.arange(size[3]) < counts.unsqueeze(-1)
         wrong = (listed & ((indices < 0) | (indices >= columns))).any() | ((counts < 0) | (counts > size[3])).any()
         bounds = f"outside 0 to {columns - 1}, or a count over its list"

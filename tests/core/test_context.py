@@ -337,3 +337,19 @@ def test_a_meter_adds_up_over_threads_that_share_it(fake: Fake, tensors: Tensors
     assert record.calls == 64
     assert record.energy is not None
     assert math.isclose(record.energy.middle, 32.0)
+
+
+def test_watch_keeps_the_decision_that_ran_and_leaves_the_meter_around_it_alone() -> None:
+    query = torch.ones(1, 2, 4, 8)
+    with hal.meter() as metered, hal.watch() as outer, hal.watch() as seen:
+        assert hal.current_meter() is metered
+        assert (seen.decision, seen.estimate, seen.calls) == (None, None, 0)
+        hal.attention(query, query, query, backend="cpu:0")
+    assert seen.decision is outer.decision
+    assert seen.decision is not None
+    assert seen.decision.chosen == "cpu:0"
+    assert seen.estimate is seen.decision.winner.estimate
+    assert seen.calls == outer.calls == metered.records["cpu:0"].calls == 1
+    with hal.watch() as refused, pytest.raises(hal.ContractError):
+        hal.attention(query, query, query[0, 0, 0])
+    assert refused.decision is None

@@ -28,8 +28,15 @@ def table(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 Q = t(2, 4, 5, 8)
 #: What is wrong -> (query, key, value, options, a part of the sentence).
 BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
-    "rank 3": (t(4, 5, 8), t(4, 5, 8), t(4, 5, 8), {}, "query has shape [4, 5, 8]: reshape it to [batch, heads"),
-    "rank 5": (Q, t(1, 2, 4, 5, 8), Q, {}, "key has shape [1, 2, 4, 5, 8]"),
+    "rank 1": (t(8), t(8), t(8), {}, "query has shape [8]: reshape it to [batch, heads"),
+    "rank 5": (Q, t(3, 3, 4, 5, 8), Q, {}, "key has shape [3, 3, 4, 5, 8]"),
+    "rank 3 with a cache's scales": (
+        t(4, 5, 8),
+        t(4, 5, 8),
+        t(4, 5, 8),
+        {"key_scale": t(1), "value_scale": t(1)},
+        "query has shape [4, 5, 8]: reshape it to [batch, heads",
+    ),
     "rank of value": (Q, Q, t(2, 4, 5), {}, "value has shape [2, 4, 5]"),
     "no tensor": (np.zeros((2, 4, 5, 8), np.float32), Q, Q, {}, "query is a ndarray: pass a torch tensor"),
     "nothing": (Q, None, Q, {}, "key is a NoneType"),
@@ -51,7 +58,13 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "complex": (Q.cfloat(), Q.cfloat(), Q.cfloat(), {}, "query is torch.complex64"),
     "FP8 query": (Q.to(torch.float8_e5m2),) * 3 + ({}, "only key and value may be FP8"),
     "FP8 without scales": (Q, Q.to(torch.float8_e5m2), Q.to(torch.float8_e5m2), {}, "pass key_scale and value_scale"),
-    "devices": (Q, t(2, 4, 5, 8, device="meta"), t(2, 4, 5, 8, device="meta"), {}, "key is on the meta device"),
+    "devices": (
+        Q,
+        t(2, 4, 5, 8, device="meta"),
+        t(2, 4, 5, 8, device="meta"),
+        {},
+        "key on meta and value on meta were given",
+    ),
     "sparse": (Q.to_sparse(), Q, Q, {}, "query is torch.sparse_coo"),
     "mask of a wrong length": (
         Q,
@@ -70,7 +83,8 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "NaN scale": (Q, Q, Q, {"scale": NAN}, "scale nan was given"),
     "infinite scale": (Q, Q, Q, {"scale": INF}, "scale inf was given"),
     "scale as text": (Q, Q, Q, {"scale": "0.5"}, "scale '0.5' was given"),
-    "scale as a tensor": (Q, Q, Q, {"scale": torch.tensor(0.5)}, "scale"),
+    "scale as a tensor of two": (Q, Q, Q, {"scale": torch.tensor([0.5, 0.5])}, "scale"),
+    "a scale that is trained": (Q, Q, Q, {"scale": torch.tensor(0.5, requires_grad=True)}, "scale"),
     "scale above every float": (Q, Q, Q, {"scale": 10**400}, "scale of 1329 bits was given"),
     "no dropout": (Q, Q, Q, {"dropout_p": None}, "dropout_p None was given"),
     "causal as text": (Q, Q, Q, {"is_causal": "yes"}, "is_causal 'yes' was given: pass True or False"),
@@ -122,7 +136,7 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "softcap of 0": (Q, Q, Q, {"softcap": 0.0}, "softcap 0.0"),
     "negative softcap": (Q, Q, Q, {"softcap": -3.0}, "softcap -3.0"),
     "negative dropout": (Q, Q, Q, {"dropout_p": -0.1}, "dropout_p -0.1"),
-    "dropout of 1": (Q, Q, Q, {"dropout_p": 1.0}, "dropout_p 1.0"),
+    "dropout above 1": (Q, Q, Q, {"dropout_p": 1.5}, "dropout_p 1.5"),
     "NaN dropout": (Q, Q, Q, {"dropout_p": NAN}, "dropout_p nan"),
     "NaN error": (Q, Q, Q, {"max_error": NAN}, "max_error nan"),
     "negative error": (Q, Q, Q, {"max_error": -1.0}, "max_error -1.0"),
@@ -420,9 +434,9 @@ def test_other_tensor_subclasses_are_refused_by_name(fake: Any) -> None:
 
 def test_a_mistake_of_the_caller_is_a_value_error_and_a_runtime_error() -> None:
     with pytest.raises(ValueError, match="reshape it"):
-        hal.attention(t(5, 8), t(5, 8), t(5, 8))
+        hal.attention(t(8), t(8), t(8))
     with pytest.raises(RuntimeError, match="reshape it"):
-        hal.attention(t(5, 8), t(5, 8), t(5, 8))
+        hal.attention(t(8), t(8), t(8))
 
 
 def test_under_hal_check_inputs_that_are_not_finite_are_refused_by_name(fake: Any, monkeypatch: Any) -> None:

@@ -8,12 +8,23 @@ from typing import Any
 
 import pytest
 from hal_kpu.profiles.profile import Profile, load
+from hal_kpu.simulator.dram.averaged import AveragedMemory
+from hal_kpu.simulator.dram.banked import Timing
+from hal_kpu.simulator.engines import Engines, Fault
 from hal_kpu.simulator.movement import Builder, Place, Program
+from hal_kpu.simulator.stats import Run
 
 
 def quick_first(number: int, cases: Iterable[Any]) -> list[Any]:
     """Cases of which the first `number` always run, and the others with those that are slow."""
     return [case if at < number else pytest.param(case, marks=pytest.mark.slow) for at, case in enumerate(cases)]
+
+
+def run_averaged(program: Program, profile: Profile, fault: Fault | None = None) -> Run:
+    """TRANSACTIONAL as it runs long programs, whatever this one's length."""
+    memory = AveragedMemory(Timing.of(profile))
+    timeline = Engines(program, profile, memory, fault=fault).run()
+    return Run(program=program, profile=profile, fidelity="transactional", timeline=timeline, memory=memory.counters)
 
 
 def random_program(seed: int, slots: int = 0) -> Program:

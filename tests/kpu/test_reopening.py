@@ -9,7 +9,8 @@ from hal_kpu.simulator.dram.banked import BankedMemory, Timing
 from hal_kpu.simulator.dram.reopening import reopenings
 from hal_kpu.simulator.engines import Engines
 from hal_kpu.simulator.movement import Builder, Place, Program
-from hal_kpu.simulator.transactional import run_transactional
+
+from .programs import run_averaged
 
 PROFILE = load("t32x32")
 TIMING = Timing.of(PROFILE)
@@ -43,7 +44,7 @@ def test_the_walk_finds_every_page_that_the_banks_open_again(pages, late):
     if pages <= TIMING.group:
         assert walked(program) == 0
     if not late and pages >= 20:  # nothing hides the time of a page: without the walk, these take 16% less
-        assert run_transactional(program, PROFILE).cycles == pytest.approx(exact, rel=0.05)
+        assert run_averaged(program, PROFILE).cycles == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize("pages", [9, 20, 32])
@@ -51,7 +52,7 @@ def test_taking_over_rounds_that_reopen_pages_is_exact(pages):
     program = rounds(pages)
     memory = AveragedMemory(TIMING)
     memory.steady = False
-    done = run_transactional(program, PROFILE)
+    done = run_averaged(program, PROFILE)
     assert done.timeline.reused > 0
     assert done.timeline.makespan == Engines(program, PROFILE, memory).run().makespan
 

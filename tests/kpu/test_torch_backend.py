@@ -232,7 +232,8 @@ def test_a_model_that_sends_no_graph_covers_nothing():
     with torch.no_grad(), measure() as measurement:
         torch.compile(model, backend="kpu")(x)
     coverage = measurement.coverage()
-    assert coverage.graphs == coverage.nodes == 0
+    assert coverage.graphs == coverage.kpu_nodes == 0
+    assert coverage.macs == 3 * 2 * 16 * 8
     assert set(coverage.shares.values()) == {0.0}
     assert "sent no graph" in coverage.summary()
 
@@ -386,3 +387,47 @@ def test_the_plain_backend_follows_the_process(monkeypatch):
             assert (get_last_stats().cycles > 0) == (fidelity == TRANSACTIONAL)
     finally:
         set_fidelity(BEHAVIORAL)
+
+
+def test_compiled_models_follow_the_process_machine(monkeypatch):
+    import hal_kpu
+
+    compiled, x = torch.compile(nn.Linear(64, 64), backend="kpu_transactional"), torch.randn(128, 64)
+
+    def cycles() -> int:
+        with torch.no_grad():
+            compiled(x)
+        return get_last_stats().cycles
+
+    first = cycles()
+    monkeypatch.setenv("HAL_KPU_PROFILE", "t768")
+    by_variable = cycles()
+    try:
+        hal_kpu.set_profile("t256")
+        assert hal_kpu.get_profile().name == "t256"
+        assert len({first, by_variable, cycles()}) == 3
+    finally:
+        hal_kpu.set_profile(None)
+    assert cycles() == by_variable
+    with pytest.raises(ContractError, match="'t65' is no profile: use"):
+        hal_kpu.set_profile("t65")
+
+
+@pytest.mark.parametrize("backend", ["kpu_transactional", "kpu_cycle_accurate"])
+def test_int8_products_run_on_the_arrays_that_multiply_them(backend, seed):
+    """T64 multiplies int8 on 44 arrays and float32 on 7."""
+    torch.manual_seed(seed)
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((256, 64), (96, 64)))
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        return torch._int_mm(a, b.T)
+
+    got, coverage = torch.compile(run, backend=backend)(a, b), get_last_stats()
+    assert got.dtype == torch.int32
+    assert torch.equal(got, (a.long() @ b.T.long()).int())
+    assert coverage.fallback == ()
+    assert coverage.macs == coverage.kpu_macs == 256 * 64 * 96
+    assert coverage.active_macs == (coverage.macs if backend.endswith("accurate") else 0)
+    floats = torch.compile(lambda a, b: a @ b.T, backend=backend)
+    floats(a.float(), b.float())
+    assert coverage.cycles < get_last_stats().cycles

@@ -373,3 +373,43 @@ def test_a_function_without_a_fidelity_follows_the_process(draw):
 def test_an_unknown_fidelity_is_refused():
     with pytest.raises(ContractError, match="fidelity 5 was given"):
         hal_kpu.compile(lambda x: x, fidelity=5)
+
+
+def test_a_tuple_of_whole_numbers_is_a_shape_and_is_timed(draw):
+    @hal_kpu.compile(fidelity=hal_kpu.TRANSACTIONAL)
+    def block(x, weight):
+        return operators.relu(x @ weight), x.reshape(-1)
+
+    x, weight = Tensor((96, 64), dtype="bfloat16"), Tensor((64, 32), dtype="bfloat16", name="weight")
+    assert x.is_symbolic()
+    assert (x.shape, x.dtype, x.nbytes) == ((96, 64), torch.bfloat16, 2 * 96 * 64)
+    (first, second), stats = block.execute_with_stats(x, weight)
+    assert first.is_symbolic()
+    assert (first.shape, first.dtype, second.shape) == ((96, 32), torch.bfloat16, (96 * 64,))
+    assert block(x, weight)[0].shape == (96, 32)
+    data = [draw(96, 64).bfloat16(), draw(64, 32).bfloat16()]
+    _, measured = block.execute_with_stats(*data)
+    assert stats.cycles == measured.cycles > 0
+    with pytest.raises(ContractError, match="a symbolic tensor has none"):
+        first.numpy()
+    with pytest.raises(ContractError, match=r"the shape \(2, -1\) was given: sizes of 0 or more"):
+        Tensor((2, -1))
+    assert Tensor([2, 3]).values().tolist() == [2, 3]
+    assert Tensor((2.0, 3.0)).values().tolist() == [2.0, 3.0]
+
+
+def test_concat_takes_its_axis_by_either_name(draw):
+    a, b = draw(2, 3), draw(2, 5)
+    for named in ({"axis": 1}, {"dim": 1}, {"dim": -1}):
+        assert torch.equal(hal_kpu.concat([a, b], **named).values(), torch.cat([a, b], 1))
+    assert hal_kpu.concat([a, a]).shape == (4, 3)
+    with pytest.raises(ContractError, match="two names of one thing, pass one"):
+        hal_kpu.concat([a, b], axis=1, dim=1)
+
+
+def test_info_says_what_a_run_would_use(monkeypatch):
+    monkeypatch.setenv("HAL_KPU_PROFILE", "t256")
+    found = hal_kpu.info()
+    assert (found["profile"], found["clock_ghz"], found["fidelity"]) == ("t256", 0.6, "BEHAVIORAL")
+    assert found["torch"] == torch.__version__
+    assert hal_kpu.TORCH_AVAILABLE

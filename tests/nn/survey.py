@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import signal
 import sys
@@ -28,6 +29,7 @@ from hal_core import HalError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import tiny_inputs
 import tiny_models
 
 TABLE = Path(__file__).with_name("model_types.json")
@@ -79,7 +81,10 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
     """The row of a model type.
 
     Returns:
-        result: "equal", "refused", "cannot be built" or "different". class: the model's. reason: of the last three.
+        result: "equal", "refused", "cannot be built" (eager does not run), "not finished" (eager ran, and hal went
+        over the limits of time or memory) or "different". class: the model's. reason: of all but the first.
+        converted: of a refused type, what `hal_nn.convert` makes of it: "equal", "partly", with what stays on torch, or
+        why nothing is converted.
         forward: "padded", or "unpadded" where the model takes no padding mask. generate, backward: true where eager
         does it too, and hal gives the same. torch: warnings' names, of models and parts whose attention stays on torch.
         reference: "sdpa", where eager gives no finite result.
@@ -99,9 +104,11 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
             ours.load_state_dict(eager.state_dict())
             row |= _compared(eager, ours, model_type, sizes, seed)
         except HalError as error:
-            return row | {"result": "refused", "reason": _short(error)}
-        except (tiny_models.CannotBuildError, TimeoutError, MemoryError) as error:
+            return row | {"result": "refused", "reason": _short(error)} | _converted(eager, seed)
+        except tiny_models.CannotBuildError as error:
             return row | {"result": "cannot be built", "reason": _short(error)}
+        except (TimeoutError, MemoryError) as error:  # eager ran, so that this is hal's
+            return row | {"result": "not finished", "reason": _short(error)}
         except Exception as error:
             return row | {"result": "different", "reason": _short(error)}
     kinds = (CallWarning, PartWarning)
@@ -113,21 +120,61 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
     return {"result": "equal"} | row
 
 
+def _converted(eager: Any, seed: int) -> dict[str, str]:
+    """What `hal_nn.convert` makes of a model; nothing where its inputs are not known."""
+    try:
+        given = tiny_inputs.inputs(eager, seed)
+        want = _run(eager, given, seed)
+    except Exception:
+        return {}
+    try:
+        with _limit(PATIENCE):
+            _, report = hal_nn.convert(eager, given)
+        if (error := difference(_run(eager, given, seed), want, given.get("attention_mask"))) > FORWARD:
+            return {"converted": f"different: {error:.1e}"}
+    except HalError as error:
+        text, nothing, why = " ".join(str(error).split()).partition(" has nothing to convert (")
+        return {
+            "converted": f"nothing: {why.partition('): pass a model')[0]}"[:160]
+            if nothing
+            else f"refused: {text[:150]}"
+        }
+    except Exception as error:
+        return {"converted": f"different: {_short(error)}"}
+    kinds = sorted({f"{layer.kind}: {layer.reason}" for layer in report.skipped})
+    return {"converted": "partly: " + "; ".join(kinds)[:160] if kinds else "equal"}
+
+
+_WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x\d+ and (\d+)x\d+\)")
+
+
 def _first(model_type: str, seed: int) -> tuple[Any, Any]:
     """An eager model that runs, and the sizes it was built with."""
     reasons: list[str] = []
     refused = None
     for sizes in tiny_models.CHOICES:
+        if sizes.place and refused is not None:
+            break  # the first class builds
         try:
             with _limit(PATIENCE):
                 eager = tiny_models.build(model_type, "eager", seed, sizes)
                 refused = refused or (eager, sizes)
-                with torch.no_grad():
-                    if not tensors(eager(**tiny_models.inputs(eager, seed))):
-                        raise tiny_models.CannotBuildError("no output to compare")
-                return eager, sizes
         except Exception as error:
             reasons.append(_short(error))
+            continue
+        for variant in (*tiny_inputs.VARIANTS, None):
+            if variant is None:  # rows of the width that its first layer multiplies
+                if (found := _WIDTHS.search(" ".join(reasons))) is None:
+                    break
+                eager.tiny_width, variant = int(found[1]), 0
+            eager.tiny_variant = variant
+            try:
+                with _limit(PATIENCE), torch.no_grad():
+                    if not tensors(eager(**tiny_inputs.inputs(eager, seed))):
+                        raise tiny_models.CannotBuildError("no output to compare")
+                return eager, sizes
+            except Exception as error:
+                reasons.append(_short(error))
     if refused is not None:  # what hal refuses needs no inputs
         try:
             tiny_models.build(model_type, "hal", seed, refused[1])
@@ -140,7 +187,7 @@ def _first(model_type: str, seed: int) -> tuple[Any, Any]:
 
 def _compared(eager: Any, ours: Any, model_type: str, sizes: Any, seed: int) -> dict[str, Any]:
     """Forward, with and without padding, generate and backward. Raises AssertionError where hal differs."""
-    given = tiny_models.inputs(eager, seed)
+    given = tiny_inputs.inputs(eager, seed)
     row: dict[str, Any] = {"forward": "padded" if "attention_mask" in given else "unpadded"}
     elsewhere = Elsewhere()
     want = _run(eager, given, seed)
@@ -158,7 +205,7 @@ def _compared(eager: Any, ours: Any, model_type: str, sizes: Any, seed: int) -> 
     others = [{name: one for name, one in given.items() if name != "attention_mask"}] if mask is not None else []
     causal = eager.can_generate() and not eager.config.is_encoder_decoder and "input_ids" in given
     if causal and mask is not None:
-        others.append(tiny_models.inputs(eager, seed + 1, "left"))
+        others.append(tiny_inputs.inputs(eager, seed + 1, "left"))
     for other in others:
         with contextlib.suppress(_EagerNeedsItError):
             _agree("forward without padding or padded left", eager, ours, other, seed)
@@ -193,7 +240,7 @@ def _both(eager: Any, ours: Any, step: Callable[[Any], Any]) -> tuple[Any, Any] 
 
 def _generated(eager: Any, ours: Any, seed: int) -> bool:
     side = "right" if eager.config.is_encoder_decoder else "left"
-    given = tiny_models.inputs(eager, seed, side)
+    given = tiny_inputs.inputs(eager, seed, side)
     given = {name: one for name, one in given.items() if name in ("input_ids", "attention_mask")}
 
     def step(model: Any) -> Any:
@@ -268,7 +315,7 @@ def _cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tensors(output: Any) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of an output, caches left out."""
+    """The floating-point tensors of an output, caches left out, and weights that a model gives without being asked."""
     pairs: Any = ()
     if hasattr(output, "items"):
         pairs = output.items()
@@ -278,7 +325,7 @@ def tensors(output: Any) -> dict[str, torch.Tensor]:
     for name, value in pairs:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             found[str(name)] = value
-        elif "past" not in str(name):
+        elif "past" not in str(name) and str(name) != "attentions":
             found |= {f"{name}.{inner}": one for inner, one in tensors(value).items()}
     return found
 

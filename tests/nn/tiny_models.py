@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -38,6 +38,7 @@ SIZES: Sizes = (
     (r"(image_size|.*image_size|img_size)", 32),
     (r"sliding_window|attention_window_size|local_window_size|attention_chunk_size", 8),
     (r"num_queries|num_query_tokens|num_latents", 8),
+    (r"upsample_groups", 64),
 )
 #: The same when widths that the first table makes do not fit together: only what multiplies is cut.
 LAYERS_ONLY = tuple(one for one in SIZES if re.search("_layers|vocab|num_experts|position|index", one[0]))
@@ -51,7 +52,16 @@ WIDE = tuple(
     )
     for pattern, value in SIZES
 )
-CHOICES = (SIZES, UNGROUPED, WIDE, LAYERS_ONLY)
+
+
+class Choice(NamedTuple):
+    """A way to build a tiny model: sizes of its config, and which of the classes that take the config."""
+
+    sizes: Sizes
+    place: int = 0
+
+
+CHOICES = tuple(Choice(sizes, place) for place in (0, 1) for sizes in (SIZES, UNGROUPED, WIDE, LAYERS_ONLY))
 #: What a type needs besides: arguments of its config.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4, "context_length": 8},
@@ -84,7 +94,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "time_series_transformer": {"prediction_length": 4, "context_length": 8},
     "diffusion_gemma": {"hidden_size": 64},
 }
-LARGEST = 50_000_000
+LARGEST = 80_000_000
 #: Types whose smallest images keep a forward pass busy for minutes.
 TOO_SLOW = frozenset({"sam3_tracker"})
 LENGTH = 11
@@ -107,7 +117,12 @@ def tiny_config(model_type: str, sizes: Sizes) -> Any:
             default = kind()
         except Exception as error:
             raise CannotBuildError(f"no default config: {type(error).__name__}") from None
-        return kind(**(_shrunk(default, sizes) | ARGUMENTS.get(model_type, {})))
+        made = kind(**(_shrunk(default, sizes) | ARGUMENTS.get(model_type, {})))
+    for config in (made, *(getattr(made, name, None) for name in made.sub_configs)):
+        rope = getattr(config, "rope_parameters", None)
+        if re.match("Glm|Qwen2_5OmniTalker", type(config).__name__) and isinstance(rope, dict) and sizes is SIZES:
+            rope.setdefault("mrope_section", [2, 3, 3])
+    return made
 
 
 def _shrunk(default: Any, sizes: Sizes) -> dict[str, Any]:
@@ -174,23 +189,26 @@ _HEADS = [
 ]
 
 
-def model_class(model_type: str) -> Any:
-    """The class with a language head where there is one, else the base model, else any class of the type."""
+def model_classes(model_type: str) -> list[Any]:
+    """The classes with a language head, then the base model; where there is none, any class of the type."""
     tables = [getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in _HEADS]
     tables.append(modeling_auto.MODEL_MAPPING_NAMES)
     tables += [one for name, one in sorted(vars(modeling_auto).items()) if re.fullmatch("MODEL_.*_MAPPING_NAMES", name)]
+    classes: list[Any] = []
     for table in tables:
         found = table.get(model_type)
         kind = getattr(transformers, found if isinstance(found, str) else found[0], None) if found else None
-        if kind is not None:
-            return kind
+        if kind is not None and kind not in classes:
+            classes.append(kind)
+    if classes:
+        return classes
     config = CONFIG_MAPPING[model_type]
     module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
     for kind in vars(module).values():
         if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
             continue
         if kind.config_class is config and not kind.__name__.endswith("PreTrainedModel"):
-            return kind
+            return [kind]
     raise CannotBuildError("no model class takes this config")
 
 
@@ -208,7 +226,7 @@ def fill(model: Any, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def build(model_type: str, attention: str, seed: int, sizes: Sizes) -> Any:
+def build(model_type: str, attention: str, seed: int, choice: Choice) -> Any:
     """A tiny model with random weights.
 
     Raises:
@@ -216,7 +234,10 @@ def build(model_type: str, attention: str, seed: int, sizes: Sizes) -> Any:
     """
     if model_type in TOO_SLOW:
         raise CannotBuildError("its forward pass takes minutes")
-    kind, config = model_class(model_type), tiny_config(model_type, sizes)
+    classes = model_classes(model_type)
+    if choice.place >= len(classes):
+        raise CannotBuildError("no other class takes this config")
+    kind, config = classes[choice.place], tiny_config(model_type, choice.sizes)
     with torch.device("meta"):
         parameters = sum(one.numel() for one in kind(_on(copy.deepcopy(config), "eager")).parameters())
     if parameters > LARGEST:
@@ -233,107 +254,3 @@ def _on(config: Any, attention: str) -> Any:
             config.decoder_start_token_id = 1
     config._attn_implementation = attention
     return config
-
-
-def inputs(model: Any, seed: int = 0, side: str = "right") -> dict[str, Any]:
-    """Arguments of a model's forward for a batch of 2, its first sequence padded on a side.
-
-    Models of text and images are given text alone.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    generator = torch.Generator().manual_seed(seed)
-    given = {
-        "input_ids": _text,
-        "inputs_embeds": _text,
-        "pixel_values": _text,
-        "input_values": _waves,
-        "input_features": _features,
-        "pixel_values_videos": _video,
-    }.get(model.main_input_name, lambda *_: {})(model, accepted, generator, side)
-    if "decoder_input_ids" in accepted and (model.config.is_encoder_decoder or "input_ids" not in given):
-        given["decoder_input_ids"] = _tokens(model.config, 7, generator)
-    if "bbox" in accepted:
-        given["bbox"] = torch.randint(0, 8, (2, LENGTH, 4), generator=generator).sort(-1).values
-    if "visual_feats" in accepted:
-        given["visual_feats"] = torch.randn(2, 5, model.config.visual_feat_dim, generator=generator)
-        given["visual_pos"] = torch.rand(2, 5, model.config.visual_pos_dim, generator=generator)
-    if "past_values" in accepted:
-        given["past_values"] = _series(model.config, generator)
-    if not given:
-        raise CannotBuildError(f"no inputs known for {sorted(accepted)[:4]}")
-    return given
-
-
-def _tokens(config: Any, length: int, generator: torch.Generator) -> torch.Tensor:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = int(getattr(text, "vocab_size", None) or 128)
-    return torch.randint(min(10, vocabulary // 2), min(vocabulary, 100), (2, length), generator=generator)
-
-
-def _text(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
-    """Token ids with their mask, and an image where the model has no cache to take it for optional."""
-    given: dict[str, Any] = {}
-    if "input_ids" in accepted:
-        given["input_ids"] = _tokens(model.config, LENGTH, generator)
-        if "attention_mask" in accepted:
-            given["attention_mask"] = mask = torch.ones(2, LENGTH, dtype=torch.long)
-            mask[0, slice(4) if side == "left" else slice(-4, None)] = 0
-    optional = "input_ids" in given and ("logits_to_keep" in accepted or "past_key_values" in accepted)
-    if "pixel_values" in accepted and not optional:
-        config, vision = model.config, _vision(model.config)
-        found = (getattr(one, name, None) for one in (config, vision) for name in ("num_channels", "in_channels"))
-        channels = next((one for one in found if isinstance(one, int)), 3)
-        given["pixel_values"] = torch.randn(2, channels, *_image_size(config), generator=generator)
-    return given
-
-
-def _waves(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
-    config = model.config
-    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        return {"input_values": torch.randn(2, config.max_length, config.num_mel_bins, generator=generator)}
-    given = {"input_values": torch.randn(2, 4000, generator=generator)}
-    if "attention_mask" in accepted:
-        given["attention_mask"] = torch.ones(2, 4000, dtype=torch.long)
-        given["attention_mask"][0, 2500:] = 0
-    return given
-
-
-def _features(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
-    config = model.config
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
-    bins = next((getattr(config, name) for name in names if getattr(config, name, None)), 80)
-    if type(model).__name__.startswith("Whisper"):
-        return {"input_features": torch.randn(2, bins, 2 * config.max_source_positions, generator=generator)}
-    given = {"input_features": torch.randn(2, 64, bins, generator=generator)}
-    if "attention_mask" in accepted:
-        given["attention_mask"] = torch.ones(2, 64, dtype=torch.long)
-        given["attention_mask"][0, -20:] = 0
-    return given
-
-
-def _video(model: Any, accepted: Any, generator: torch.Generator, side: str) -> dict[str, Any]:
-    frames = getattr(model.config, "num_frames", None) or getattr(model.config, "frames_per_clip", 2)
-    return {"pixel_values_videos": torch.randn(1, frames, 3, *_image_size(model.config), generator=generator)}
-
-
-def _series(config: Any, generator: torch.Generator) -> torch.Tensor:
-    length = getattr(config, "context_length", None) or getattr(config, "context_len", 32)
-    lags = max(getattr(config, "lags_sequence", None) or [0])
-    channels = getattr(config, "num_input_channels", None)
-    return torch.randn((2, length + lags, channels) if channels else (2, length + lags), generator=generator)
-
-
-def _vision(config: Any) -> Any:
-    names = ("vision_config", "backbone_config", "encoder")
-    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), config)
-
-
-def _image_size(config: Any) -> tuple[int, int]:
-    for one in (config, _vision(config)):
-        for name in ("image_size", "img_size", "input_image_size"):
-            size = getattr(one, name, None)
-            if isinstance(size, int) and size > 1:
-                return size, size
-            if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size):
-                return size[0], size[1]
-    return 64, 64

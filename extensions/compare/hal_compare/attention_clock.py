@@ -90,6 +90,17 @@ def _reporting(inner: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
+def timed(inner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function with the arguments of `hal.attention` that reports to the clock."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        batch, heads, len_q, dim = query.shape
+        with inside(batch * heads * len_q * key.shape[2] * (dim + value.shape[3]), attention=True):
+            return inner(query, key, value, *rest, **options)
+
+    return attention
+
+
 AttentionInterface.register(HAL, _reporting(huggingface.attention_forward))
 AttentionMaskInterface.register(HAL, huggingface.attention_mask)
 AttentionInterface.register(TORCH, _reporting(sdpa_attention_forward))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hal_core import HalError
 from hal_core.plugin_api import CommandResult
 
 DESCRIPTION = """\
@@ -34,6 +35,18 @@ def add_parser(subparsers: Any) -> None:
         help="a UTF-8 file, or a folder of *.txt: texts divided by blank lines, or one a line; may be repeated "
         "(default: a short sample)",
     )
+    for option, what in (
+        ("--images", "images, for a model that reads them"),
+        ("--audio", "wav files, for one of sound"),
+    ):
+        parser.add_argument(
+            option,
+            metavar="FOLDER",
+            action="append",
+            type=Path,
+            default=[],
+            help=f"a folder of {what}; may be repeated",
+        )
     parser.add_argument(
         "--devices",
         metavar="LIST",
@@ -102,12 +115,11 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
             all of them are looked at before anything is measured.
     """
-    from . import lanes, measure, models, report, tables, texts
+    from . import lanes, measure, models, report, tables, tasks
 
     if arguments.report is not None:
         report.check_target(arguments.report)
-    models.find(arguments.model)
-    read = texts.read(arguments.text)
+    read = _files(arguments, tasks.task_of(models.find(arguments.model)).modality)
     every = ["all"] if arguments.all else []
     rows = lanes.rows_for(
         _names(arguments.devices) or (["all"] if arguments.all else []),
@@ -134,6 +146,23 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     shown = [tables.summary(comparison), *(tables.details(comparison) if arguments.details else [])]
     ran = any(row.ran for row in comparison.rows if not row.baseline)
     return CommandResult(data, shown, text, 0 if ran else 1)
+
+
+def _files(arguments: argparse.Namespace, modality: str) -> Any:
+    """The files of the option that the model reads."""
+    from . import media, texts
+
+    given = {"text": arguments.text, "image": arguments.images, "audio": arguments.audio}
+    options = {"text": "--text FILE", "image": "--images FOLDER", "audio": "--audio FOLDER"}
+    others = [options[name] for name, paths in given.items() if paths and name != modality]
+    if others or (modality != "text" and not given[modality]):
+        what = f"{' and '.join(others)} was given" if others else "no input was given"
+        raise HalError(f"{arguments.model} reads {modality}, and {what}: pass {options[modality]}")
+    if modality == "image":
+        return media.read(given["image"], media.IMAGES, "images")
+    if modality == "audio":
+        return media.read(given["audio"], media.SOUNDS, "wav files")
+    return texts.read(given["text"])
 
 
 def _names(listed: Sequence[str]) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import attrs
 import torch
-from hal_nn import huggingface
+from hal_nn import huggingface, model_check
+from hal_nn.reroute import reroute_layers
 from torch import nn
 
 import hal_core as hal
@@ -49,7 +50,7 @@ class Lane:
         noisy: whether the device's errors are random. refused_batches: how many. slow: whether it is over its budget.
         tallies: accuracy by repeat.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
-        records: the meter's, by group.
+        records: the meter's, by group. dtype: of the run.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Lane:
     macs: dict[int, int] = attrs.field(factory=dict)
     calls: dict[int, int] = attrs.field(factory=dict)
     records: dict[int, list[Any]] = attrs.field(factory=dict)
+    dtype: torch.dtype = torch.float32
 
     @property
     def timed_in_metered_pass(self) -> bool:
@@ -76,7 +78,7 @@ class Lane:
 
     def forward(self, batch: Batch) -> Any:
         """The network on a batch."""
-        return self.network(**batch.inputs(self.place), output_hidden_states=True, use_cache=False)
+        return self.network(**batch.inputs(self.place, self.dtype), output_hidden_states=True)
 
 
 def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequence[str] = ()) -> list[Lane]:
@@ -192,6 +194,7 @@ def make_networks(network: Any, lanes: Sequence[Lane]) -> None:
     for lane in lanes:
         if lane.refusals:
             continue
+        lane.dtype = network.dtype
         if lane.place not in placed:
             placed[lane.place] = variant(network, "eager").to(lane.place)
         try:
@@ -204,7 +207,12 @@ def _network_of(lane: Lane, network: Any) -> Any:
     if lane.scope is Scope.COMPILED:
         assert lane.device is not None
         return torch.compile(variant(network, "sdpa"), backend=dynamo_backend(lane.device) or "")
-    own = variant(network, attention_clock.TORCH if lane.baseline else attention_clock.HAL)
+    if model_check.class_refusal(type(network)) or model_check.model_refusal(network):
+        own = variant(network, "eager")  # its layers compute attention by their own code, whose products are sent
+        run = nn.functional.scaled_dot_product_attention if lane.baseline else hal.attention
+        reroute_layers(own, attention_clock.timed(run))
+    else:
+        own = variant(network, attention_clock.TORCH if lane.baseline else attention_clock.HAL)
     if lane.device is not None:
         huggingface.set_device(own, lane.device.id)
     if lane.device is not None and lane.scope is Scope.LINEAR:

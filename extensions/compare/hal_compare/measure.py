@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hal_core as hal
 from hal_core import Basis, Decision, Fidelity, HalError, Provenance, UnsupportedError
 
-from . import attention_clock
+from . import attention_clock, media
 from .attention_clock import Clock, clocked
 from .batches import Batch, Tokens, tokenize
 from .lanes import Lane, Scope, is_noisy, make_networks
@@ -59,8 +59,7 @@ def compare(
     Raises:
         HalError: the text does not fit the model.
     """
-    limits = [limit for limit in (model.positions, max_length) if limit is not None]
-    tokens = tokenize(files, model.tokenizer, batch_size, min(limits) if limits else None)
+    tokens = _batches(model, files, batch_size, max_length)
     texts = len(tokens.lengths)
     reference_network = in_float64(model.network)
     make_networks(model.network, lanes)
@@ -102,6 +101,15 @@ def compare(
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
 
 
+def _batches(model: Model, files: Sequence[TextFile], batch_size: int, max_length: int | None) -> Tokens:
+    """The files as batches of what the model reads."""
+    if model.task.modality != "text":
+        return media.batches(files, model, batch_size)
+    limits = [limit for limit in (model.positions, max_length) if limit is not None]
+    start = model.start if model.kind == "seq2seq" else None
+    return tokenize(files, model.tokenizer, batch_size, min(limits) if limits else None, start)
+
+
 def _length_of(tokens: Tokens, batch: Batch, seconds: float) -> float:
     """Seconds of a whole pass, from those of one batch, in proportion to the tokens."""
     cells = [each.mask.numel() for each in tokens.batches]
@@ -111,8 +119,16 @@ def _length_of(tokens: Tokens, batch: Batch, seconds: float) -> float:
 def _reference(model: Model, network: Any, batch: Batch) -> tuple[Outputs, int]:
     """The float64 run of a batch and the multiply-accumulates of its matrix products."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, Float64Throughout():
-        outputs = network(**batch.inputs("cpu"), output_hidden_states=True)
+    try:
+        with torch.no_grad(), counter, Float64Throughout():
+            outputs = network(**batch.inputs("cpu", torch.float64), output_hidden_states=True)
+    except Exception as error:  # a model that is not given all that it needs fails in its own way
+        if isinstance(error, HalError) or os.environ.get("HAL_DEBUG") == "1":
+            raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise HalError(
+            f"{type(network).__name__} does not run on {model.task.modality} alone ({what}): give one of its parts"
+        ) from error
     return read_outputs(outputs, batch, model.kind, model.pooling), counter.get_total_flops() // 2
 
 

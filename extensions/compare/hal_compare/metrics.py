@@ -9,8 +9,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from hal_core import HalError
+
 from .batches import Batch
-from .models import Kind, Pooling
+from .models import Pooling
 
 
 @attrs.frozen
@@ -18,10 +20,11 @@ class Outputs:
     """What is kept of a model's run over one batch.
 
     Attributes:
-        hidden: one [texts, length, hidden] for the embeddings and for each layer.
+        hidden: one [texts, length, hidden] for the embeddings and for each layer; of an encoder-decoder the encoder's,
+            then the decoder's.
         vectors: [texts, hidden], float64: the embedding, or a causal model's last token.
-        tokens: int64 [texts, length], the most likely next token. losses: float64 [texts, length - 1], of the token
-            that follows. Both None for an embedding model.
+        tokens: int64 [texts, length], the most likely next token, or class; None for an embedding model. losses:
+            float64 [texts, length - 1], of the token that follows; None without tokens that follow.
     """
 
     hidden: tuple[Tensor, ...]
@@ -30,17 +33,47 @@ class Outputs:
     losses: Tensor | None = None
 
 
-def read_outputs(outputs: Any, batch: Batch, kind: Kind, pooling: Pooling) -> Outputs:
-    """Keep what the metrics need, on the CPU."""
-    hidden = tuple(state.detach().to("cpu") for state in outputs.hidden_states)
-    vectors = pool(hidden[-1].double(), batch.mask, "lasttoken" if kind == "causal" else pooling)
+def read_outputs(outputs: Any, batch: Batch, kind: str, pooling: Pooling) -> Outputs:
+    """Keep what the metrics need, on the CPU.
+
+    Raises:
+        HalError: the model gives no hidden states.
+    """
+    names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+    states = [state for name in names for state in getattr(outputs, name, None) or ()]
+    if not states:
+        raise HalError(f"{type(outputs).__name__} has no hidden states, which compare reads: give another model")
+    hidden = tuple(_sequence(state.detach().to("cpu")) for state in states)
+    last = pool(hidden[-1].double(), fitted(batch.mask, hidden[-1]), "lasttoken" if kind in NEXT else pooling)
     if kind == "embedding":
-        return Outputs(hidden, vectors)
+        return Outputs(hidden, last)
     logits = outputs.logits.detach().to("cpu")
+    logits = logits if logits.ndim == 3 else logits.unsqueeze(1)
+    if batch.features is not None:
+        return Outputs(hidden, last, logits.argmax(-1))
+    guesses = logits[:, :-1] if kind == "causal" else logits[:, 1:]  # an encoder-decoder's are one position late
     losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].double().flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none"
+        guesses.double().flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none"
     )
-    return Outputs(hidden, vectors, logits.argmax(-1), losses.view(len(batch.texts), -1))
+    return Outputs(hidden, last, logits.argmax(-1), losses.view(len(batch.texts), -1))
+
+
+#: Kinds that decide on the next token.
+NEXT = ("causal", "seq2seq")
+
+
+def _sequence(state: Tensor) -> Tensor:
+    """Hidden states as [texts, length, hidden]; feature maps [texts, channels, height, width] row by row."""
+    if state.ndim == 4:
+        return state.flatten(2).transpose(1, 2)
+    return state.flatten(1, -2) if state.ndim > 4 else state if state.ndim == 3 else state.unsqueeze(1)
+
+
+def fitted(mask: Tensor, hidden: Tensor) -> Tensor:
+    """The mask for states of a length; all of them where they are no tokens."""
+    if mask.shape[1] == hidden.shape[1]:
+        return mask
+    return torch.ones(hidden.shape[:2], dtype=mask.dtype)
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -55,7 +88,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 def errors(hidden: Tensor, reference: Tensor, mask: Tensor) -> list[float]:
     """||hidden - reference|| / ||reference|| of each text, over its real tokens."""
-    real = mask.unsqueeze(-1).double()
+    real = fitted(mask, hidden).unsqueeze(-1).double()
     distance = ((hidden.double() - reference) * real).flatten(1).norm(dim=1)
     relative: list[float] = (distance / (reference * real).flatten(1).norm(dim=1)).tolist()
     return relative
@@ -82,10 +115,12 @@ class Tally:
             self.layers[text] = [layer[place] for layer in by_layer]
             self.cosines[text] = cosines[place]
             self._vectors[text] = got.vectors[place]
-        if got.tokens is not None and got.losses is not None and reference.tokens is not None:
-            real = batch.mask.bool()
-            self._same += int((got.tokens == reference.tokens)[real].sum())
-            self._positions += int(real.sum())
+        if got.tokens is None or reference.tokens is None:
+            return
+        real = fitted(batch.mask, got.tokens).bool()
+        self._same += int((got.tokens == reference.tokens)[real].sum())
+        self._positions += int(real.sum())
+        if got.losses is not None:
             self._loss += float(got.losses[real[:, 1:]].sum())
             self._followers += int(real[:, 1:].sum())
 

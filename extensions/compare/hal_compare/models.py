@@ -18,12 +18,13 @@ try:
     import torch
     import transformers
     from torch import Tensor, nn
+
+    from .tasks import Task, task_of
 except ImportError as error:
     raise HalError(
         f"hal compare needs torch, transformers and safetensors ({error}): pip install 'hal-nn[hf]'"
     ) from error
 
-Kind = Literal["embedding", "causal"]
 Pooling = Literal["mean", "cls", "lasttoken"]
 
 #: Short names of models that come as wheels.
@@ -47,20 +48,34 @@ class Model:
     """A model with real weights, ready to be compared.
 
     Attributes:
-        name: as given. path: where it was read. kind: "embedding" (an encoder) or "causal".
+        name: as given. path: where it was read. task: what it reads and decides.
         network: transformers' model, in eval mode, eager attention, in the run's dtype, on the CPU.
+        tokenizer: of a model that reads text, else None. processor: of images or sound, else None.
         pooling: how an embedding is made of token vectors; "mean" where the model does not say.
         stored: dtypes of the stored weights. positions: most tokens of a text; None for no limit.
     """
 
     name: str
     path: Path
-    kind: Kind
+    task: Task
     network: Any
     tokenizer: Any
+    processor: Any
     pooling: Pooling
     stored: tuple[str, ...]
     positions: int | None
+
+    @property
+    def kind(self) -> str:
+        """What is decided, as in `Task`."""
+        return self.task.kind
+
+    @property
+    def start(self) -> int:
+        """The token that an encoder-decoder's decoder starts with."""
+        config = self.network.config
+        found = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+        return next((int(token) for token in found if isinstance(token, int)), 0)
 
     @property
     def dtype(self) -> str:
@@ -80,17 +95,18 @@ class Model:
     def describe(self) -> dict[str, Any]:
         """Facts for tables and reports."""
         config = self.network.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None)
+        heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
         return {
             "name": self.name,
             "architecture": type(self.network).__name__,
             "kind": self.kind,
+            "modality": self.task.modality,
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "layers": getattr(config, "num_hidden_layers", None),
             "heads": heads,
             "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None),
-            "hidden_size": getattr(config, "hidden_size", None),
+            "head_dim": getattr(config, "head_dim", None) or _quotient(width, heads),
+            "hidden_size": width,
             "stored_dtype": ", ".join(self.stored),
             "dtype": self.dtype,
             "pooling": self.pooling if self.kind == "embedding" else None,
@@ -101,18 +117,21 @@ class Model:
 def load(name: str, dtype: str) -> Model:
     """Load a model from a folder, or out of an installed wheel. Nothing is fetched, nothing unpickled.
 
+    Encoders, causal decoders and encoder-decoders of text, models of images, and models of sound.
+
     Args:
-        name: a folder with config.json, *.safetensors and a tokenizer; "minilm"; or an installed distribution.
+        name: a folder with config.json, *.safetensors and a tokenizer, or preprocessor_config.json where it reads
+            images or sound; "minilm"; or an installed distribution.
         dtype: of the run ("float32", "bfloat16", "float16").
 
     Raises:
-        HalError: no such folder or wheel, a file is missing, the weights do not fit or are not finite, or the kind of
-            model is not one that is compared (an encoder, or a causal decoder).
+        HalError: no such folder or wheel, a file is missing, the weights do not fit or are not finite, or the model
+            reads something else.
     """
     path = find(name)
-    kind = _kind(path)
+    task = task_of(path)
     check_size(path)
-    auto: Any = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
+    auto: Any = getattr(transformers, task.auto)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     quiet: Any = transformers.utils.logging
     verbosity = quiet.get_verbosity()
@@ -143,16 +162,23 @@ def load(name: str, dtype: str) -> Model:
         raise HalError(f"the weights in {path} hold NaN or infinity in {broken!r}: give the folder of a sound model")
     config = network.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    reads_text = task.modality == "text"
     return Model(
         name=name,
         path=path,
-        kind=kind,
+        task=task,
         network=network.eval(),
-        tokenizer=_tokenizer(path, options),
+        tokenizer=_tokenizer(path, options) if reads_text else None,
+        processor=None if reads_text else _processor(path, task, options),
         pooling=_pooling(path),
         stored=stored_dtypes(path),
         positions=positions,
     )
+
+
+def _quotient(width: Any, heads: Any) -> int | None:
+    """The width of a head; None where layers differ, or the model says nothing."""
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -174,6 +200,20 @@ def _tokenizer(path: Path, options: dict[str, Any]) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # a damaged file raises whatever its reader raises
         raise HalError(f"transformers cannot load the tokenizer in {path} ({_first_line(error)}): repair it") from error
+
+
+def _processor(path: Path, task: Task, options: dict[str, Any]) -> Any:
+    """The folder's processor of images or sound."""
+    auto: Any = transformers.AutoImageProcessor if task.modality == "image" else transformers.AutoFeatureExtractor
+    if not (path / "preprocessor_config.json").is_file():
+        raise HalError(
+            f"{path} has no preprocessor_config.json, and its model reads {task.modality}: save one there, for example "
+            f"with {auto.__name__}.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
+    try:
+        return auto.from_pretrained(path, **options)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise HalError(f"transformers cannot load the processor in {path} ({_first_line(error)}): repair it") from error
 
 
 def check_size(path: Path) -> None:
@@ -256,20 +296,6 @@ def stored_dtypes(path: Path) -> tuple[str, ...]:
             for key in weights.keys():  # noqa: SIM118 - not a mapping
                 found.add(names.get(weights.get_slice(key).get_dtype()))
     return tuple(sorted(name for name in found if name))
-
-
-def _kind(path: Path) -> Kind:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HalError(f"{path / 'config.json'} is not JSON ({error}): repair it") from error
-    if not isinstance(config, dict):
-        raise HalError(f"{path / 'config.json'} holds a {type(config).__name__}, not an object: repair it")
-    named = config.get("architectures")
-    architecture = str(named[0]) if isinstance(named, list) and named else ""
-    if config.get("is_encoder_decoder"):
-        raise HalError(f"{path} holds {architecture}, an encoder-decoder: compare takes an encoder or a causal decoder")
-    return "causal" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "embedding"
 
 
 def _pooling(path: Path) -> Pooling:

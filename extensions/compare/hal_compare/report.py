@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hal_core import Basis, Fidelity, HalError
 
-from . import charts
+from . import charts, tables
 from .charts import Mark, bars, colour, dots, lines, shares
 from .figures import NOT_AVAILABLE, cosine, interval, joules, macs, percent, plain, ratio, seconds
 from .result import Comparison, Figure, Row
@@ -109,7 +109,7 @@ def _cards(comparison: Comparison, ran: Sequence[Row]) -> str:
             if row.costs.energy is None
             else joules(row.costs.energy.middle)
         )
-        what = "same next token" if comparison.model["kind"] == "causal" else "same neighbour"
+        what = tables.task(comparison)
         cards += (
             f'<div class="card" style="--tone:{colour(tones[row.name])}"><header><b>{escape(row.name)}</b>'
             f'<span class="badge {row.fidelity}">{row.fidelity}</span></header><dl>'
@@ -263,7 +263,7 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
-    causal = comparison.model["kind"] == "causal"
+    causal = comparison.model["kind"] in ("causal", "seq2seq")
     accuracy, time, energy = [], [], []
     for row in ran:
         found, costs = row.accuracy, row.costs
@@ -339,9 +339,8 @@ def _tables(comparison: Comparison, ran: Sequence[Row]) -> str:
 def _task(comparison: Comparison, ran: Sequence[Row]) -> list[str]:
     """Columns of what the error does to the task."""
     decisions = next((row.accuracy.decisions for row in ran if row.accuracy), 0)
-    if comparison.model["kind"] == "causal":
-        return [f"same next token, of {decisions:,}", "perplexity"]
-    return [f"same nearest neighbour, of {decisions:,}"]
+    columns = [f"{tables.task(comparison)}, of {decisions:,}"]
+    return [*columns, "perplexity"] if comparison.model["kind"] in ("causal", "seq2seq") else columns
 
 
 def _refused(comparison: Comparison) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from hal_core import Fidelity
 from hal_core.plugin_api import Table
 
+from .decisions import DECISIONS, ITEMS
 from .figures import NOT_AVAILABLE, cosine, joules, macs, percent, plain, ratio, seconds, varied
 from .result import Comparison, Costs, Row
 
@@ -32,7 +33,7 @@ def _summary_notes(comparison: Comparison) -> list[str]:
     ran = [row for row in comparison.rows if row.ran]
     if not ran:
         return []
-    noun = "positions whose next token" if comparison.model["kind"] == "causal" else "texts whose nearest neighbour"
+    noun = DECISIONS[comparison.model["kind"]][0].format(items=items(comparison))
     share = sum(group.attention_macs for group in comparison.groups) / comparison.macs
     notes = [
         f"Error: of the worst text's hidden states, relative to a float64 run. Task kept: {noun} is the float64 run's.",
@@ -65,7 +66,12 @@ def origins(row: Row) -> str:
 
 def task(comparison: Comparison) -> str:
     """The name of the task figure."""
-    return "same next token" if comparison.model["kind"] == "causal" else "same neighbour"
+    return DECISIONS[comparison.model["kind"]][1]
+
+
+def items(comparison: Comparison) -> str:
+    """What the model was run on: "texts", "images" or "clips"."""
+    return ITEMS[comparison.model.get("modality", "text")]
 
 
 def details(comparison: Comparison) -> list[Table]:
@@ -93,8 +99,13 @@ def headline(comparison: Comparison) -> str:
     texts = sum(group.texts for group in comparison.groups)
     return (
         f"{Path(model['name']).name}: {model['architecture']}, {model['parameters'] / 1e6:.3g} M parameters, "
-        f"{model['dtype']}; {texts} texts, {comparison.tokens:,} tokens; {_times(comparison.repeats)} per device"
+        f"{model['dtype']}; {_amount(comparison, texts)}; {_times(comparison.repeats)} per device"
     )
+
+
+def _amount(comparison: Comparison, number: int) -> str:
+    named = f"{number} {items(comparison)}"
+    return named if comparison.model.get("modality", "text") != "text" else f"{named}, {comparison.tokens:,} tokens"
 
 
 def _times(repeats: int) -> str:
@@ -145,7 +156,7 @@ def _text(comparison: Comparison) -> Table:
 
 
 def _accuracy(comparison: Comparison, ran: Sequence[Row]) -> Table:
-    causal = comparison.model["kind"] == "causal"
+    causal = any(row.accuracy is not None and row.accuracy.perplexity is not None for row in ran)
     rows = []
     for row in ran:
         found = row.accuracy

@@ -1,22 +1,50 @@
-"""Transformers on hal: the Hugging Face bridge.
+"""Transformers on hal: the Hugging Face bridge, conversion of any model, drop-in modules, attention by configuration.
 
     import hal_nn
     hal_nn.register_huggingface()
     model = AutoModel.from_pretrained(path, attn_implementation="hal")
+
+    model, report = hal_nn.convert(any_model, sample)
+    attention = hal_nn.PhotonicMultiHeadAttention(512, 8)      # nn.MultiheadAttention's arguments and state dict
+    with hal_nn.override_sdpa() as counted:                    # programs that call torch's own function
+        ...
 
 Importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal_core import __version__ as __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["register_huggingface", "set_device", "unregister_huggingface"]
+#: Public names by the module that holds them; each is imported when it is used.
+_NAMES = {
+    "attention_config": "AttentionConfig AttentionPatterns",
+    "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
+    "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
+    "framework": "create_attention register_attention unregister_attention",
+    "global_config": "GlobalConfig",
+    "layers": "AttentionLayer FusedGELU OptimizedLinear",
+    "multihead": "PhotonicMultiHeadAttention",
+    "patterns": "KeyValueCache PatternAttention",
+    "record": "DeviceRecord",
+    "sdpa": "override_sdpa",
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted([*_WHERE, "register_huggingface", "set_device", "unregister_huggingface"])
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported when they are used."""
+    import importlib
+
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
 def register_huggingface() -> None:
@@ -39,7 +67,7 @@ def unregister_huggingface() -> None:
 
 
 def set_device(model: nn.Module, device: str | None) -> nn.Module:
-    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.huggingface.set_device`."""
-    from . import huggingface
+    """Send the attention of `model`, or of a part of it, to `device`; see `hal_nn.placement.set_device`."""
+    from . import placement
 
-    return huggingface.set_device(model, device)
+    return placement.set_device(model, device)

@@ -35,6 +35,7 @@ try:
         packed_in,
         says_packed,
     )
+    from .placement import calls, device_of, set_device as set_device
 except ImportError as error:
     raise HalError(
         f"the Hugging Face bridge needs torch and transformers 5 or newer ({error}): pip install 'hal-nn[hf]'"
@@ -74,8 +75,6 @@ REFUSED_ARGUMENTS = {
     "seq_idx": "packed sequences by index; pass cu_seq_lens_q and cu_seq_lens_k, or position_ids alone",
 }
 
-_DEVICE = "_hal_device"  # in a module's __dict__, so that deepcopy keeps it and reading it costs one look-up
-
 
 def register() -> None:
     """Register attention and mask function under `NAME`, and have every model checked (`model_check`).
@@ -92,29 +91,6 @@ def unregister() -> None:
     model_check.uninstall()
     AttentionInterface._global_mapping.pop(NAME, None)
     AttentionMaskInterface._global_mapping.pop(NAME, None)
-
-
-def set_device(model: nn.Module, device: str | None) -> nn.Module:
-    """Send the attention of `model` to `device`, whatever `hal.use` says; None takes the setting back.
-
-    Args:
-        model: a model, or a part of one: layers may be put on different devices.
-        device: a device ("cpu:0") or a backend ("cpu").
-
-    Returns:
-        model.
-
-    Raises:
-        UnknownBackendError, DeviceUnavailableError: no such device.
-    """
-    if device is not None:
-        hal.session(device)
-    for module in model.modules():
-        if device is None:
-            module.__dict__.pop(_DEVICE, None)
-        else:
-            module.__dict__[_DEVICE] = device
-    return model
 
 
 def attention_forward(
@@ -220,7 +196,7 @@ def attention_forward(
         plain["softcap"] = softcap
     if deterministic:
         plain["deterministic"] = True
-    if (device := module.__dict__.get(_DEVICE)) is not None:
+    if (device := device_of(module)) is not None:
         plain["backend"] = device
     try:
         out = _attend(query, key, value, attention_mask, dropout, sink, options | plain)
@@ -229,7 +205,7 @@ def attention_forward(
             raise
         out = _attend(query, key, value, dense(), dropout, sink, plain)
     if not torch.compiler.is_compiling():
-        model_check.calls.count += 1
+        calls.count += 1
     return out.transpose(1, 2).contiguous(), None
 
 

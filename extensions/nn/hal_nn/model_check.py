@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,20 +27,19 @@ from transformers import PreTrainedModel
 from hal_core import HalError
 from hal_core.plugin_api import merged_policy
 
+from .attention_code import (
+    OTHER_OPERATIONS as OTHER_OPERATIONS,
+    POOLING_HEADS as POOLING_HEADS,
+    asks_interface as _asks_interface,
+    computes_attention as _computes_attention,
+    is_called_attention as _is_called_attention,
+    is_pooling_head as _is_pooling_head,
+)
 from .masks import note_layers
+from .placement import calls
+from .reroute import is_accounted, is_rerouted
 
 NAME = "hal"
-
-#: Layers, by the end of their names, that are called attention and are another operation: they weigh sampled points,
-#: the states of earlier layers or channels, by no product of queries and keys. Their models' other layers run on hal.
-OTHER_OPERATIONS = ("DeformableAttention", "BlockAttentionResidual", "PatchTSMixerGatedAttention")
-
-#: Layers, by the end of their names, that reduce a sequence to one vector by an attention of their own behind the last
-#: layer. They stay on torch, and a warning names them when the model is built.
-POOLING_HEADS = ("PoolingHead",)
-
-_OWN_ATTENTION = re.compile(r"softmax|scaled_dot_product_attention|multi_head_attention_forward", re.IGNORECASE)
-_INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|attention_interface")
 
 
 class CallWarning(UserWarning):
@@ -53,18 +50,8 @@ class PartWarning(UserWarning):
     """A part of a model that runs on hal computes attention on torch."""
 
 
-class _Calls(threading.local):
-    """Of this thread: attention calls that went through hal, and the watch that is on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.outer: str | None = None  # the implementation of the model whose call is watched now
-
-
-calls = _Calls()
 _watched: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_sources: dict[type[Any], str] = {}
 _originals: dict[str, Any] = {}
 _tables: list[dict[str, Any]] = []
 
@@ -182,7 +169,8 @@ def model_refusal(model: PreTrainedModel) -> str:
 
     Models inside it that have a config of their own are left to their own check.
     """
-    own = sorted({type(layer).__name__ for layer in _layers(model) if _computes_attention(type(layer))})
+    layers = [layer for layer in _layers(model) if not is_accounted(layer)]
+    own = sorted({type(layer).__name__ for layer in layers if _computes_attention(type(layer))})
     if not own:
         return ""
     names = " and ".join([", ".join(own[:-1]), own[-1]] if len(own) > 1 else own)
@@ -205,37 +193,6 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield child
             if not _is_pooling_head(type(child)):
                 yield from _layers(child)
-
-
-def _is_pooling_head(kind: type[Any]) -> bool:
-    return kind.__name__.endswith(POOLING_HEADS)
-
-
-def _is_called_attention(kind: type[Any]) -> bool:
-    return re.search("attention|attn", kind.__name__, re.IGNORECASE) is not None
-
-
-def _forward_source(kind: type[Any]) -> str:
-    """The source of the class that gives `kind` its forward; "" if there is none, as for classes typed at a prompt."""
-    if kind not in _sources:
-        try:
-            _sources[kind] = inspect.getsource(next(one for one in kind.__mro__ if "forward" in vars(one)))
-        except (OSError, TypeError, StopIteration):
-            _sources[kind] = ""
-    return _sources[kind]
-
-
-def _asks_interface(kind: type[Any]) -> bool:
-    return _is_called_attention(kind) and bool(_INTERFACE.search(_forward_source(kind)))
-
-
-def _computes_attention(kind: type[Any]) -> bool:
-    """Whether layers of a class compute attention by their own code."""
-    if issubclass(kind, nn.MultiheadAttention):
-        return True
-    if not _is_called_attention(kind) or kind.__name__.endswith((*OTHER_OPERATIONS, *POOLING_HEADS)):
-        return False
-    return bool(_OWN_ATTENTION.search(_forward_source(kind))) and not _asks_interface(kind)
 
 
 def _refuse_tables(kind: type) -> None:
@@ -271,7 +228,9 @@ def _being_built(kind: type[Any]) -> type[Any]:
 def _is_compiled(model: nn.Module) -> bool:
     """Whether a part is compiled, whose calls are not counted."""
     return any(
-        getattr(part, "_compiled_call_impl", None) is not None or "forward" in vars(part) or hasattr(part, "_orig_mod")
+        getattr(part, "_compiled_call_impl", None) is not None
+        or ("forward" in vars(part) and not is_rerouted(part))
+        or hasattr(part, "_orig_mod")
         for part in model.modules()
     )
 

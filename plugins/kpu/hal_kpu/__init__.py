@@ -53,8 +53,11 @@ _NAMES = {
         "get_clock_frequency",
         "get_fidelity",
         "get_fidelity_name",
+        "get_profile",
+        "info",
         "set_clock_frequency",
         "set_fidelity",
+        "set_profile",
     ),
     "simulator.fidelity": ("BEHAVIORAL", "CYCLE_ACCURATE", "TRANSACTIONAL"),
     "simulator.opcodes.specs": ("TensorSpec",),
@@ -65,13 +68,17 @@ _NAMES = {
 #: Modules that are public under a shorter name.
 _MODULES = {"datasets": "frontend.data.datasets"}
 _WHERE = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted([*_WHERE, *_MODULES])
+#: Whether torch is here, without which no value can be computed.
+TORCH_AVAILABLE: bool
+__all__ = sorted([*_WHERE, *_MODULES, "TORCH_AVAILABLE"])
 
 
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are used: finding the plugin loads neither torch nor numpy."""
-    import importlib
+    import importlib.util
 
+    if name == "TORCH_AVAILABLE":
+        return importlib.util.find_spec("torch") is not None
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name not in _WHERE:

@@ -23,14 +23,13 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, attention_memory
-from .profiles.profile import Profile, load
+from .profiles.profile import Profile
+from .runtime.settings import get_profile
 from .tiling import Blocks, longest_head, room
 
 if TYPE_CHECKING:
     from .session import KPUSession
 
-#: The profile of kpu:0: a bundled name, or the path of a TOML file.
-PROFILE_VARIABLE = "HAL_KPU_PROFILE"
 _NUMERICS = {
     "float32": Numerics(relative=1e-5, lse=1e-5, gradient=1e-5),
     "bfloat16": Numerics(relative=6e-3, lse=1e-4, gradient=2e-2),
@@ -73,11 +72,11 @@ class KPUDevices:
     """kpu:0, simulated.
 
     Args:
-        profile: of the machine; None for the one that HAL_KPU_PROFILE names, or T64.
+        profile: of the machine; None for the process's (`hal_kpu.set_profile`, HAL_KPU_PROFILE), or T64.
     """
 
     def __init__(self, profile: Profile | None = None) -> None:
-        self.profile = profile or load(os.environ.get(PROFILE_VARIABLE) or "t64")
+        self.profile = profile or get_profile()
 
     def devices(self) -> Sequence[Device]:
         p = self.profile

@@ -136,11 +136,10 @@ class Emitter:
         count = x.tensor.numel() if axes is None else _product(x.shape[axis] for axis in axes)
         return self.sum(x, axes, keepdims) / count
 
-    def matmul(self, a: Value, b: Value, start: Value | None = None) -> Value:
+    def matmul(self, a: Value, b: Value, start: Value | None = None, **flags: Any) -> Value:
         """a[..., M, K] @ b[..., K, N] (+ start). A transposition of an operand is done by the streamer, not the
-        mover.
+        mover. flags: other attributes of the opcode.
         """
-        flags = {}
         sides = []
         for side, value in (("transpose_a", a), ("transpose_b", b)):
             source = self._transposed(value)

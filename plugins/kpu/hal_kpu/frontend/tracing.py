@@ -80,10 +80,12 @@ class CompiledFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result, computed by the program. Timed too where the fidelity is TRANSACTIONAL or
-        CYCLE_ACCURATE.
+        CYCLE_ACCURATE. Of symbolic tensors the results are symbolic: the program is timed and computes nothing.
         """
         fidelity = self._fidelity_now()
         special, given = self._specialize(args, kwargs)
+        if any(tensor.is_symbolic() for tensor in given):
+            return self._symbolic(special, fidelity)
         if fidelity == 0:
             results = special.executor.run(special.inputs(given))
             self._stats = None
@@ -94,8 +96,17 @@ class CompiledFunction:
     def execute_with_stats(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """(result, `ExecutionStats`), at the function's fidelity."""
         special, given = self._specialize(args, kwargs)
+        if any(tensor.is_symbolic() for tensor in given):
+            return self._symbolic(special, self._fidelity_now()), self.stats
         results = self._timed(special, given, self._fidelity_now())
         return special.arrange([Tensor(result) for result in results]), self.stats
+
+    def _symbolic(self, special: _Specialized, fidelity: int) -> Any:
+        from ..runtime.timing import time_program
+
+        self._stats = time_program(special.program, fidelity, fuse=self.optimize)
+        specs = special.program.specs(special.program.outputs)
+        return special.arrange([Tensor(spec.shape, dtype=spec.dtype) for spec in specs])
 
     def _fidelity_now(self) -> int:
         if self.fidelity is not None:
@@ -108,7 +119,7 @@ class CompiledFunction:
         from ..runtime.runtime import KPURuntime
 
         inputs = dict(zip(special.program.inputs, special.inputs(given), strict=True))
-        results, self._stats = KPURuntime(fidelity).execute(special.program, inputs)
+        results, self._stats = KPURuntime(fidelity, fuse=self.optimize).execute(special.program, inputs)
         return list(results) if isinstance(results, (tuple, list)) else [results]
 
     def _specialize(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Specialized, list[Tensor]]:
@@ -204,7 +215,8 @@ def compile(func: Callable[..., Any] | None = None, *, fidelity: int | None = 0,
 
     Args:
         fidelity: BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2); None: what `set_fidelity` says at each call.
-        optimize: fold transpositions into the products that read them, and remove operations whose results are unused.
+        optimize: fold transpositions into the products that read them, remove operations whose results are unused, and
+            run elementwise chains with the product before them (`ExecutionStats.fused` names them).
     """
     from ..simulator.fidelity import check_fidelity
 

@@ -29,14 +29,20 @@ class KPURuntime:
             products take their values from the PEs, stepped cycle by cycle). None: the process's.
         profile: a `Profile`, a name or a path; None: t64.
         dataflow: of products: "os", "ws" or "is".
+        fuse: time operations that can run as one together (`fusion`); a program is timed as it is written otherwise.
     """
 
     def __init__(
-        self, fidelity: int | None = None, profile: Profile | str | None = None, dataflow: Dataflow = "os"
+        self,
+        fidelity: int | None = None,
+        profile: Profile | str | None = None,
+        dataflow: Dataflow = "os",
+        fuse: bool = False,
     ) -> None:
         self.fidelity = get_fidelity() if fidelity is None else check_fidelity(fidelity)
         self.dataflow: Dataflow = dataflow
         self._profile = profile
+        self._fuse = fuse
 
     @property
     def profile(self) -> Profile:
@@ -57,7 +63,7 @@ class KPURuntime:
             BufferTooSmallError: a tile that the machine cannot hold.
         """
         given = _in_order(program, inputs)
-        stats = time_program(program, self.fidelity, self._profile, self.dataflow)
+        stats = time_program(program, self.fidelity, self._profile, self.dataflow, self._fuse)
         if self.fidelity != CYCLE_ACCURATE:
             results = _run(program, given)
         else:

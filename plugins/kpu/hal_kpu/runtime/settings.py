@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
+from pathlib import Path
 
 import attrs
 
@@ -13,13 +15,15 @@ from ..profiles.profile import Profile, load
 from ..simulator.fidelity import BEHAVIORAL, FIDELITIES, check_fidelity
 
 DEFAULT_PROFILE = "t64"
+#: The process's profile where `set_profile` names none: a bundled name, or the path of a TOML file.
+PROFILE_VARIABLE = "HAL_KPU_PROFILE"
 
 
 @attrs.define
 class _Settings:
     fidelity: int = BEHAVIORAL
     clock_ghz: float | None = None
-    profile: str = DEFAULT_PROFILE
+    profile: Profile | None = None
 
 
 _settings, _lock = _Settings(), threading.Lock()
@@ -53,12 +57,32 @@ def get_clock_frequency() -> float:
     """In GHz."""
     if _settings.clock_ghz is not None:
         return _settings.clock_ghz
-    return load(_settings.profile)["clock.frequency"] / 1e9
+    return float(get_profile()["clock.frequency"]) / 1e9
+
+
+def set_profile(profile: Profile | str | Path | None) -> None:
+    """The machine of the process, where none is given: a bundled name, the path of a TOML file, or a profile. None: the
+    one that HAL_KPU_PROFILE names, or T64.
+
+    Compiled models and the simulators follow it at once; kpu:0 is the machine that was set when it was first looked
+    for.
+
+    Raises:
+        ProfileError: no such profile, or the first thing that is wrong in it.
+    """
+    found = profile if profile is None or isinstance(profile, Profile) else load(profile)
+    with _lock:
+        _settings.profile = found
+
+
+def get_profile() -> Profile:
+    """The machine of the process."""
+    return _settings.profile or load(os.environ.get(PROFILE_VARIABLE) or DEFAULT_PROFILE)
 
 
 def current_profile(profile: Profile | str | None = None) -> Profile:
     """A profile, or the process's, at the process's clock."""
-    found = profile if isinstance(profile, Profile) else load(profile or _settings.profile)
+    found = profile if isinstance(profile, Profile) else load(profile) if profile else get_profile()
     if _settings.clock_ghz is None:
         return found
     return _clocked(found, _settings.clock_ghz)
@@ -67,3 +91,20 @@ def current_profile(profile: Profile | str | None = None) -> Profile:
 @functools.lru_cache(maxsize=64)
 def _clocked(profile: Profile, ghz: float) -> Profile:
     return profile.replace(clock__frequency=ghz * 1e9)
+
+
+def info() -> dict[str, object]:
+    """What a run of this process would use: version, machine, clock in GHz, fidelity, and torch's version or None."""
+    from importlib import metadata
+
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = None
+    return {
+        "version": metadata.version("hal-kpu"),
+        "profile": get_profile().name,
+        "clock_ghz": get_clock_frequency(),
+        "fidelity": get_fidelity_name(),
+        "torch": torch,
+    }

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from ..frontend.dfx.program import DFXProgram
 from ..profiles.profile import Profile
 from ..simulator.array import Dataflow
 from ..simulator.cycle_accurate import run_cycle_accurate
+from ..simulator.engines import BufferTooSmallError
 from ..simulator.fidelity import BEHAVIORAL, FIDELITIES, TRANSACTIONAL, check_fidelity
 from ..simulator.opcodes.table import OPCODES
 from ..simulator.opcodes.work import Work
 from ..simulator.products.lowering import lower
 from ..simulator.stats import ExecutionStats, Run
 from ..simulator.transactional import run_transactional
+from .fusion import Group, groups
 from .settings import current_profile
 
 
@@ -48,11 +51,18 @@ def works(program: DFXProgram) -> list[Work]:
 
 
 def time_program(
-    program: DFXProgram, fidelity: int, profile: Profile | str | None = None, dataflow: Dataflow = "os"
+    program: DFXProgram,
+    fidelity: int,
+    profile: Profile | str | None = None,
+    dataflow: Dataflow = "os",
+    fuse: bool = False,
 ) -> ExecutionStats:
     """What a program costs: its operations one after the other, each between barriers, tensors in DRAM between them.
 
     In BEHAVIORAL the counts are there and the cycles are 0.
+
+    Args:
+        fuse: operations that can run as one (`fusion`) do, where that takes less time.
     """
     machine = current_profile(profile)
     stats = ExecutionStats(
@@ -60,9 +70,31 @@ def time_program(
         profile=machine.name,
         execution_backend=FIDELITIES[check_fidelity(fidelity)],
     )
-    for op, work in zip(program.ops, works(program), strict=True):
-        run = time_work(work, machine, fidelity, dataflow)
-        stats.add(run, op.opcode)
+    asked = works(program)
+    fused = {group.members[0]: group for group in groups(program, asked)} if fuse and fidelity != BEHAVIORAL else {}
+    done: set[int] = set()
+    for index, (op, work) in enumerate(zip(program.ops, asked, strict=True)):
+        if index in done:
+            continue
+        group = fused.get(index)
+        together = None if group is None else _together(group, asked, machine, fidelity, dataflow)
+        if group is not None and together is not None:
+            stats.add(together, group.label, len(group.members))
+            done.update(group.members)
+            continue
+        stats.add(time_work(work, machine, fidelity, dataflow), op.opcode)
         if fidelity == BEHAVIORAL:
             stats.count(work.macs, work.elements * work.passes, work.dtype)
     return stats
+
+
+def _together(group: Group, asked: Sequence[Work], profile: Profile, fidelity: int, dataflow: Dataflow) -> Run | None:
+    """The run of a group as one; None where it is one operation, does not fit, or is faster one by one."""
+    if len(group.members) == 1 or (group.work.engine == "array" and dataflow != "os"):
+        return None
+    try:
+        run = time_work(group.work, profile, fidelity, dataflow)
+    except BufferTooSmallError:
+        return None
+    apart = [time_work(asked[member], profile, fidelity, dataflow) for member in group.members]
+    return run if run is not None and run.cycles < sum(one.cycles for one in apart if one is not None) else None

@@ -19,6 +19,7 @@ from .timeline import EngineTime, Repeat, Timeline
 
 TileCycles = Callable[[int, int, int, int], int]
 _FREE, _KEEP, _AGAIN = range(3)
+_WORTH = 8  # turns of a loop from which looking for a repetition takes less time than it saves
 _DMA = (Opcode.DMA_LOAD_TILE, Opcode.DMA_STORE_TILE)
 
 
@@ -104,7 +105,9 @@ class _Step:
 
 @attrs.define(slots=True)
 class _Turn:
-    """A loop with everything looked up, and what its body touches."""
+    """A loop with everything looked up, and what its body touches. repeats: whether to look for turns like earlier
+    ones.
+    """
 
     count: int
     body: list[Any]
@@ -112,7 +115,7 @@ class _Turn:
     buffers: list[int]
     memory: bool
     barrier: bool
-    uneven: bool
+    repeats: bool
 
 
 @attrs.define(slots=True)
@@ -209,7 +212,7 @@ class Engines:
             sorted(buffers),
             any(step.queue == 0 for step in steps),
             any(step.engine < 0 for step in steps),
-            self._uneven(item),
+            self._steady and item.count >= _WORTH and not self._uneven(item),
         )
 
     def _uneven(self, loop: Loop) -> bool:
@@ -389,7 +392,7 @@ class Engines:
             index += 1
             if self._limit and max(self._free) > self._limit:
                 raise TooSlow(f"program {self.program.name} takes more than {self._limit} cycles")
-            if not self._steady or turn.uneven or turn.count < 4 or index >= turn.count or self._waiting or self._group:
+            if not turn.repeats or index >= turn.count or self._waiting or self._group:
                 continue
             base, state = self._relative(turn)
             if state in seen:

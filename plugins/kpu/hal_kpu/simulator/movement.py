@@ -75,7 +75,7 @@ class Take:
     again: bool = False
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Place:
     """Where a tile lies in DRAM: `rows` pieces of `row_bytes`, `pitch` bytes apart, from byte `base` on.
 

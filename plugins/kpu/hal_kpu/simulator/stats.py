@@ -65,6 +65,7 @@ class ExecutionStats:
             ("dma", "mover", "streamer"). macs_by_dtype: of the operands.
         active_macs: multiply-accumulates that the stepped PEs did; None where none were stepped.
         execution_backend: the fidelity, and whether tile timing was reused.
+        fused: operations that ran as one, their opcodes with "+" between.
         parts: operation by operation, for timelines.
     """
 
@@ -92,6 +93,7 @@ class ExecutionStats:
     macs_by_dtype: dict[str, int] = attrs.field(factory=dict)
     timing_reused: bool = False
     active_macs: int | None = None
+    fused: list[str] = attrs.field(factory=list)
     parts: list[Part] = attrs.field(factory=list, repr=False)
 
     @property
@@ -132,10 +134,12 @@ class ExecutionStats:
                 name = f"{part.label} {span.name}" if part.label else span.name
                 yield attrs.evolve(span, name=name, start=span.start + part.start, end=span.end + part.start)
 
-    def add(self, run: Run | None, label: str = "") -> None:
-        """Another operation, after a barrier; None for one that takes no time."""
+    def add(self, run: Run | None, label: str = "", operations: int = 1) -> None:
+        """Another operation, or so many that ran as one, after a barrier; None for one that takes no time."""
         self.parts.append(Part(label=label, start=self.cycles, run=run))
-        self.ops_executed += 1
+        self.ops_executed += operations
+        if operations > 1:
+            self.fused.append(label)
         if run is None:
             return
         program, timeline = run.program, run.timeline

@@ -80,6 +80,10 @@ def _mm(mode: _ArrayMode, a: Tensor, b: Tensor) -> Tensor:
     return mode.product(a[None], b[None])[0]
 
 
+def _int_mm(mode: _ArrayMode, a: Tensor, b: Tensor) -> Tensor:
+    return mode.product(a[None], b[None], exact=True)[0]
+
+
 def _bmm(mode: _ArrayMode, a: Tensor, b: Tensor) -> Tensor:
     return mode.product(a, b)
 
@@ -241,6 +245,7 @@ def _weight_gradient(mode: _ArrayMode, grad: Tensor, x: Tensor, w: Tensor, conv:
 
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
+    aten._int_mm.default: _int_mm,
     aten.bmm.default: _bmm,
     aten.bmm.out: _bmm_out,
     aten.mv.default: _mv,

@@ -2,6 +2,7 @@
 // ELEMENT (read), RESULT (written) and OPERATION are defined where it is compiled; partial results are float.
 
 static const int THREADS = 256, WARPS = THREADS / 32;
+static const int LANES = 8;  // threads of a short row: each keeps several loads in flight where a warp would have one
 
 struct Sum {
     static __device__ __forceinline__ float neutral() { return 0.0f; }
@@ -12,9 +13,10 @@ struct Max {  // NaN where either is
     static __device__ __forceinline__ float join(float a, float b) { return a != a ? a : b > a || b != b ? b : a; }
 };
 
-template <typename Op> __device__ __forceinline__ float over_warp(float x) {
+// The result is in the first of each `width` threads of a warp.
+template <typename Op, int width = 32> __device__ __forceinline__ float over_warp(float x) {
 #pragma unroll
-    for (int step = 16; step; step >>= 1) x = Op::join(x, __shfl_down_sync(0xffffffffu, x, step));
+    for (int step = width / 2; step; step >>= 1) x = Op::join(x, __shfl_down_sync(0xffffffffu, x, step, width));
     return x;
 }
 
@@ -77,13 +79,13 @@ __device__ __forceinline__ void reduce_rows(const T* x, R* out, i64 length, i64 
     if (threadIdx.x == 0) narrow(found, out[blockIdx.x]);
 }
 
-// Short rows, a warp each.
+// Short rows, LANES threads each. Threads without a row find nothing: every thread of a warp takes part in its shuffles.
 template <typename T, typename R, typename Op>
 __device__ __forceinline__ void reduce_short_rows(const T* x, R* out, i64 length, i64 rows) {
-    const i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (row >= rows) return;
-    const float found = over_warp<Op>(over_span<T, Op>(x + row * length, length, threadIdx.x % 32, 32));
-    if (threadIdx.x % 32 == 0) narrow(found, out[row]);
+    const i64 row = (i64)blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+    const i64 count = row < rows ? length : 0;
+    const float found = over_warp<Op, LANES>(over_span<T, Op>(x + row * length, count, threadIdx.x % LANES, LANES));
+    if (threadIdx.x % LANES == 0 && row < rows) narrow(found, out[row]);
 }
 
 // Pieces of the middle dimension: 32 threads side by side along inner, SIZE numbers each, and WARPS along length. x:

@@ -10,7 +10,7 @@ from ..extra.checks import aligned, chip_of
 from ..extra.forms import pieces_of, reduce
 from . import module
 
-_SHORT = 1024  # the longest row that a warp reduces alone
+_SHORT, _ROWS = 1024, 32  # the longest row that eight threads reduce, and such rows of a block
 _LEAST_ROW, _LEAST_COLUMN = 1 << 14, 64
 
 
@@ -20,7 +20,7 @@ def _run(source: Tensor, out: Tensor, outer: int, length: int, inner: int, *, op
     count = np.int64
     if inner == 1 and length <= _SHORT:
         made = _function(source, out, operation, "short_rows", chip.index)
-        module.launch(made, chip.index, -(-outer // 8), 256, (source, out, count(length), count(outer)))
+        module.launch(made, chip.index, -(-outer // _ROWS), 256, (source, out, count(length), count(outer)))
     elif inner == 1:
         pieces, piece = pieces_of(outer, length, _LEAST_ROW, chip)
         target = out if pieces == 1 else out.new_empty((outer, pieces), dtype=torch.float32)

@@ -16,6 +16,8 @@ from .forms import pieces_of, reduce
 
 #: Numbers that a program reads in one step, of rows and of columns.
 ROW_STEP, COLUMN_STEP = 4096, (32, 128)
+#: Numbers of all the short rows of a program: 32 of a thread, several loads in flight.
+SHORT_ROWS = 8192
 #: Shortest piece of a row, and fewest rows of a piece of a column, that are worth a program of their own.
 LEAST_ROW, LEAST_COLUMN = 1 << 14, 64
 ALL = tl.constexpr(tl.PropagateNan.ALL)
@@ -81,7 +83,7 @@ def _run(source: Tensor, out: Tensor, outer: int, length: int, inner: int, *, la
     chip = chip_of(source.device)
     if inner == 1:
         step = min(triton.next_power_of_2(length), ROW_STEP)
-        rows = max(1, ROW_STEP // step // 4)
+        rows = SHORT_ROWS // step if step < ROW_STEP else 1
         pieces, piece = pieces_of(-(-outer // rows), length, LEAST_ROW, chip)
         made = out if pieces == 1 else out.new_empty((outer, pieces), dtype=torch.float32)
         even = length % 8 == 0 and piece % 8 == 0 and aligned(source)

@@ -116,7 +116,7 @@ class PortablePath:
             blocks = None if blocks is None else listed_once(blocks, self.chip, borrow)
             if tables is not None:
                 made = (last_dim_contiguous(t, borrow) for t in tables[:4])
-                tables = SequenceMetadata(*made, key_scale=tables.key_scale, value_scale=tables.value_scale)
+                tables = SequenceMetadata(*made)._replace(key_scale=tables.key_scale, value_scale=tables.value_scale)
             return self._run(query, key, value, mask, blocks, tables, rng, cut)
 
     def _run(

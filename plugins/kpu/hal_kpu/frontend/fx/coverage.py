@@ -7,14 +7,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import inspect
+import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import attrs
 
 from ...simulator.fidelity import FIDELITIES
+from .macs import Counting, Work
 from .plan import Plan
 
 
@@ -54,11 +57,17 @@ class Run:
         self.timings: list[Any] = []
 
 
+#: What the partitions that run now report to; operators that run meanwhile are counted there.
+RUN: ContextVar[Run | None] = ContextVar("hal_kpu_run", default=None)
+
+
 @attrs.frozen(kw_only=True)
 class Coverage:
     """How much of some runs the KPU did.
 
     Attributes:
+        whole: whether all that ran was seen, as inside `measure`; else `nodes`, `macs`, `bytes` and `seconds` are those
+            of compiled graphs alone.
         graphs: runs of compiled graphs. graph_breaks: pieces that the model was compiled in, less one.
         nodes, kpu_nodes: ATen operators run, and those of them that lower to DFX opcodes.
         macs, kpu_macs: multiply-accumulates of matrix products and convolutions.
@@ -66,7 +75,8 @@ class Coverage:
         seconds, kpu_seconds: time. time_basis: "modelled": the KPU's by its cycle model, the host's by its clock;
             "measured": both by the clock of the machine that computes the values.
         boundary_bytes: crossing between KPU and host inside graphs.
-        fallback: ((operator, why, how often), ...) on the host.
+        fallback: ((operator, why, how often), ...) on the host, of compiled graphs.
+        outside: ((operator, how often, MACs), ...) that ran outside of compiled graphs, on the host.
         opcodes: DFX opcodes run, and how often.
         fidelity: "behavioral", "transactional" or "cycle_accurate".
         active_macs: multiply-accumulates counted in the PEs, stepped cycle by cycle; CYCLE_ACCURATE only, else 0.
@@ -88,12 +98,14 @@ class Coverage:
     fallback: tuple[tuple[str, str, int], ...]
     opcodes: tuple[tuple[str, int], ...]
     fidelity: str
+    whole: bool = False
+    outside: tuple[tuple[str, int, int], ...] = ()
     active_macs: int = 0
     execution: tuple[Any, ...] = attrs.field(default=(), repr=False)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of nodes, MACs, bytes and time on the KPU, each 0 to 1; 1 where there was nothing to share, 0 where nothing
+        """Of nodes, MACs, bytes and time on the KPU, each 0 to 1; 1 where there was nothing to share, 0 where no graph
         ran.
         """
         if not self.graphs:
@@ -111,13 +123,21 @@ class Coverage:
         """Of all timed programs, one after the other; 0 in BEHAVIORAL."""
         return sum(int(stats.cycles) for stats in self.execution)
 
+    @property
+    def fused(self) -> tuple[tuple[str, int], ...]:
+        """((opcodes with "+" between, how often), ...) of operations that were timed as one."""
+        return tuple(collections.Counter(label for stats in self.execution for label in stats.fused).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the shares."""
-        fields = attrs.asdict(self, filter=lambda field, _: field.name not in ("execution", "fallback", "opcodes"))
+        listed_apart = ("execution", "fallback", "outside", "opcodes")
+        fields = attrs.asdict(self, filter=lambda field, _: field.name not in listed_apart)
         listed = [{"operator": name, "reason": reason, "count": count} for name, reason, count in self.fallback]
         return fields | {
             "fallback": listed,
+            "outside": [{"operator": name, "count": count, "macs": macs} for name, count, macs in self.outside],
             "opcodes": dict(self.opcodes),
+            "fused": dict(self.fused),
             "shares": self.shares,
             "cycles": self.cycles,
         }
@@ -127,11 +147,15 @@ class Coverage:
         names = {"nodes": ("nodes", "operators"), "macs": ("macs", "MACs"), "bytes": ("bytes", "bytes")}
         shares = self.shares
         lines = [
-            [title, f"{getattr(self, f'kpu_{name}'):,}", f"{getattr(self, name):,}", f"{shares[name]:.1%}"]
+            [title, f"{getattr(self, f'kpu_{name}'):,}", f"{getattr(self, name):,}", self._percent(shares[name])]
             for name, title in names.values()
         ]
-        times = [f"{self.kpu_seconds:.3g} s", f"{self.seconds:.3g} s", f"{shares['time']:.1%}"]
+        times = [f"{self.kpu_seconds:.3g} s", f"{self.seconds:.3g} s", self._percent(shares["time"])]
         return [*lines, [f"time, {self.time_basis}", *times]]
+
+    def _percent(self, share: float) -> str:
+        """A share, rounded down, so that 100% is all; of the graphs, where nothing else was seen."""
+        return f"{math.floor(share * 1000) / 10:.1f}%{'' if self.whole else ' of graphs'}"
 
     def notes(self) -> list[str]:
         """What the table does not say: breaks, bytes across, and each operator left to the host with its reason."""
@@ -141,10 +165,17 @@ class Coverage:
             "modelled": f"KPU time is modelled ({self.fidelity}, simulated); the host's is this machine's clock",
             "measured": "time is this machine's clock over values it computes itself: no model of the KPU's time",
         }[self.time_basis]
-        if not self.graphs:
-            return ["torch.compile sent no graph: all of it ran on the host, as nn.LSTM does"]
+        joined = [f"as one: {label} x {count}" for label, count in self.fused]
         left = [f"on the host: {name} x {count}: {reason}" for name, reason, count in self.fallback]
-        return [head, basis, *(left or ["on the host: nothing"])]
+        left += [
+            f"on the host, outside of compiled graphs: {name} x {count}{f', {macs:,} MACs' if macs else ''}"
+            for name, count, macs in self.outside
+        ]
+        if not self.graphs:
+            return ["torch.compile sent no graph: all of it ran on the host, as nn.LSTM does", *left]
+        if not self.whole:
+            left.append("outside of compiled graphs: not seen; `with hal_kpu.measure()` counts it")
+        return [head, basis, *joined, *(left or ["on the host: nothing"])]
 
     def table(self) -> Any:
         """A rich table."""
@@ -160,8 +191,9 @@ class Coverage:
         return "\n".join([*("  ".join(row) for row in self.rows()), *self.notes()])
 
 
-def cover(runs: Sequence[Run], fidelity: int = 0) -> Coverage:
-    """Add runs up."""
+def cover(runs: Sequence[Run], fidelity: int = 0, outside: Mapping[str, Work] | None = None) -> Coverage:
+    """Add runs up. outside: what ran beside them; None where nobody looked."""
+    others = sorted((outside or {}).items(), key=lambda item: (-item[1].macs, -item[1].calls, item[0]))
     plans = [plan for run in runs for plan in run.plans]
     timings = [stats for run in runs for stats in run.timings]
     fallback = collections.Counter((op.name, op.reason) for run in runs for op in run.graph.fallback)
@@ -174,19 +206,21 @@ def cover(runs: Sequence[Run], fidelity: int = 0) -> Coverage:
     return Coverage(
         graphs=len(runs),
         graph_breaks=max(len(frames) - 1, 0),
-        nodes=sum(run.graph.nodes for run in runs),
+        nodes=sum(run.graph.nodes for run in runs) + sum(work.calls for _, work in others),
         kpu_nodes=sum(run.graph.kpu_nodes for run in runs),
-        macs=kpu_macs + sum(run.host_macs for run in runs),
+        macs=kpu_macs + sum(run.host_macs for run in runs) + sum(work.macs for _, work in others),
         kpu_macs=kpu_macs,
-        bytes=kpu_bytes + sum(run.host_bytes for run in runs),
+        bytes=kpu_bytes + sum(run.host_bytes for run in runs) + sum(work.bytes for _, work in others),
         kpu_bytes=kpu_bytes,
-        seconds=kpu_seconds + sum(run.host_wall for run in runs),
+        seconds=kpu_seconds + sum(run.host_wall for run in runs) + sum(work.seconds for _, work in others),
         kpu_seconds=kpu_seconds,
         time_basis="modelled" if timings else "measured",
         boundary_bytes=sum(run.boundary_bytes for run in runs),
         fallback=tuple((name, reason, count) for (name, reason), count in fallback.most_common()),
         opcodes=tuple(opcodes.most_common()),
         fidelity=FIDELITIES[fidelity],
+        whole=outside is not None,
+        outside=tuple((name, work.calls, work.macs) for name, work in others),
         active_macs=sum(run.active_macs for run in runs),
         execution=tuple(timings),
     )
@@ -235,12 +269,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Measurement]:
-        """Everything that runs inside."""
+        """Everything that runs inside: compiled graphs of all threads, and in this thread what runs outside of them."""
         runs: list[Run] = []
         with self._lock:
             self._open.append(runs)
         try:
-            yield Measurement(self, runs)
+            with Counting(paused=lambda: RUN.get() is not None) as counting:
+                yield Measurement(self, runs, counting.work)
         finally:
             with self._lock:
                 self._open = [other for other in self._open if other is not runs]
@@ -249,12 +284,12 @@ class Recorder:
 class Measurement:
     """What ran inside a `measure`."""
 
-    def __init__(self, recorder: Recorder, runs: list[Run]) -> None:
-        self._recorder, self._runs = recorder, runs
+    def __init__(self, recorder: Recorder, runs: list[Run], outside: Mapping[str, Work]) -> None:
+        self._recorder, self._runs, self._outside = recorder, runs, outside
 
     def coverage(self) -> Coverage:
         """So far."""
-        return cover(self._runs, self._recorder._fidelity)
+        return cover(self._runs, self._recorder._fidelity, self._outside)
 
 
 RECORDER = Recorder()

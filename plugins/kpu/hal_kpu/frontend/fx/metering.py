@@ -34,7 +34,7 @@ def meter_run(run: Run) -> None:
     fidelity = run.fidelity or TRANSACTIONAL
     for plan in run.plans:
         kept = profile == current_profile()  # the plan keeps its time on the process's machine
-        stats = plan.time(fidelity) if kept else time_program(plan.program, fidelity, profile)
+        stats = plan.time(fidelity) if kept else time_program(plan.program, fidelity, profile, fuse=True)
         stated = Cost(stats=stats, energy=energy(stats, profile), profile=profile).estimate()
         wall, moved = run.kpu_wall / len(run.plans), run.boundary_bytes // len(run.plans)
         meter.add(device, wall, stated.time, stated.energy, plan.macs, moved)

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
-from torch.utils.flop_counter import flop_registry
 
 from hal_core.plugin_api import current_meter
 
 from ...runtime.settings import current_profile
 from ...simulator.values import array_values
-from .coverage import RECORDER, GraphRecord, HostOp, Run
+from .coverage import RECORDER, RUN, GraphRecord, HostOp, Run
 from .lowering import _attribute, hint, is_operator, lower_graph, why_not
+from .macs import Counting, tensors_of
 from .plan import Plan, arrange
 from .registry import NotLowered
 
 _SHAPES_KEPT = 64  # programs of one partition that are kept, by sizes; the least recently used goes first
-
-
-_RUN: ContextVar[Run | None] = ContextVar("hal_kpu_run", default=None)  # what partitions of this thread report to
 
 
 def _layout(node: Any) -> tuple[int, ...] | None:
@@ -70,7 +66,7 @@ class Partition(torch.nn.Module):
         self._layouts = [_layout(item) for item in results]
 
     def forward(self, *args: Any) -> Any:
-        begun, run = time.perf_counter(), _RUN.get()
+        begun, run = time.perf_counter(), RUN.get()
         key = tuple(tuple(item.shape) if isinstance(item, Tensor) else item for item in args)
         plan = self._plans.get(key)
         with _values_of(run.fidelity if run is not None else 0) as counted:
@@ -144,12 +140,12 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         fidelity = self._fidelity()
         run = Run(self.record, fidelity)
-        token = _RUN.set(run)
+        token = RUN.set(run)
         try:
             with torch.no_grad():
                 outputs = self.partitions[0](*args) if self._rest is None else _Host(self._rest, run).run(*args)
         finally:
-            _RUN.reset(token)
+            RUN.reset(token)
         if fidelity:
             run.timings = [plan.time(fidelity) for plan in run.plans]
         RECORDER.add(run, fidelity)
@@ -180,15 +176,14 @@ class _Host(Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         begun = time.perf_counter()
-        out = n.target(*args, **kwargs)  # type: ignore[operator]
+        with Counting() as counted:
+            out = n.target(*args, **kwargs)  # type: ignore[operator]
         self._run.host_wall += time.perf_counter() - begun
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        self._run.host_macs += counted.macs
+        inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
         self._run.host_bytes += sum(tensor.nbytes for tensor in (*inputs, *outputs))
-        packet = getattr(n.target, "overloadpacket", None)
-        if packet in flop_registry:
-            self._run.host_macs += int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
         crossing = [node for node in n.all_input_nodes if self._from_partition(node)]
-        self._run.boundary_bytes += sum(t.nbytes for node in crossing for t in _tensors(self.env.get(node)))
+        self._run.boundary_bytes += sum(t.nbytes for node in crossing for t in tensors_of(self.env.get(node)))
         if any(self._into_partition(user) for user in n.users):
             self._run.boundary_bytes += sum(tensor.nbytes for tensor in outputs)
         return out
@@ -202,11 +197,3 @@ class _Host(Interpreter):
         if node.target is operator.getitem:
             return any(self._into_partition(user) for user in node.users)
         return node in self._partitions
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []

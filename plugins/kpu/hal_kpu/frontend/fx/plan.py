@@ -29,7 +29,7 @@ class Plan:
         """What a run costs at a timed fidelity on the process's machine; computed once."""
         machine = (fidelity, current_profile())
         if self._timed is None or self._timed[0] != machine:
-            self._timed = machine, time_program(self.program, fidelity, machine[1])
+            self._timed = machine, time_program(self.program, fidelity, machine[1], fuse=True)
         return self._timed[1]
 
     def run(self, inputs: Sequence[Tensor]) -> list[Any]:

@@ -209,10 +209,14 @@ def transpose(x: Any, axes: Sequence[int] | None = None) -> Tensor:
     return _one("transpose", tensor, axes=order)
 
 
-def concat(tensors: Sequence[Any], axis: int = 0) -> Tensor:
+def concat(tensors: Sequence[Any], axis: int | None = None, dim: int | None = None) -> Tensor:
+    """Tensors one after the other along an axis (0 where none is given), which may be called `dim` too."""
     parts = [_tensor(part) for part in tensors]
     if not parts:
         raise ContractError("concat of no tensors: one or more is wanted.")
+    if axis is not None and dim is not None:
+        raise ContractError(f"concat of axis {axis} and dim {dim}: they are two names of one thing, pass one.")
+    axis = axis or dim or 0
     return _one("concat", *parts, axis=_axis("concat", parts[0], axis))
 
 

@@ -64,18 +64,30 @@ class Tensor:
 
     Args:
         data: a torch tensor, a NumPy array, numbers in lists, or another Tensor. Types are kept: integers and halves
-            too.
+            too. A tuple of whole numbers is a shape, and the tensor symbolic: a compiled function that is called with
+            one is timed, and gives symbolic tensors.
         name: for programs and messages.
-        dtype: converts, where it is given. Without it Python's floats become float32, its integers int64.
+        dtype: converts, where it is given. Without it floats of Python become float32, its integers int64; a symbolic
+            tensor is float32.
 
     `+ - * / @` work with Tensors of the same type, and the first four with numbers. Types are never mixed without a
     `cast`: an int8 tensor plus 1.5 is refused.
     """
 
     __slots__ = ("_graph", "_meta", "data", "name")
+    data: torch.Tensor | None
+    name: str | None
+    _graph: object | None
+    _meta: TensorMeta
     __array_priority__ = 1000  # NumPy arrays on the left leave the operator to this class
 
     def __init__(self, data: Any, name: str | None = None, dtype: Any = None) -> None:
+        if isinstance(data, tuple) and all(isinstance(size, int) and not isinstance(size, bool) for size in data):
+            if any(size < 0 for size in data):
+                raise ContractError(f"the shape {data} was given: sizes of 0 or more are wanted.")
+            self.data, self.name, self._graph = None, name, None
+            self._meta = TensorMeta(data, as_dtype("float32" if dtype is None else dtype), name)
+            return
         if isinstance(data, Tensor):
             if data.data is None:
                 raise ContractError(
@@ -88,9 +100,7 @@ class Tensor:
                 dtype = "float32"
             data = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
         wanted = as_dtype(data.dtype if dtype is None else dtype)
-        self.data: torch.Tensor | None = data.detach().to(wanted)
-        self.name = name
-        self._graph: object | None = None
+        self.data, self.name, self._graph = data.detach().to(wanted), name, None
         self._meta = TensorMeta(tuple(data.shape), wanted, name)
 
     @classmethod
@@ -145,7 +155,7 @@ class Tensor:
         return self.size
 
     def is_symbolic(self) -> bool:
-        """Whether it is a symbol of a function that is being traced, and has no values."""
+        """Whether it has no values: made of a shape, or a symbol of a function that is being traced."""
         return self.data is None
 
     def values(self) -> torch.Tensor:
@@ -156,8 +166,8 @@ class Tensor:
         """
         if self.data is None:
             raise ContractError(
-                f"the values of {self!r} were asked for while tracing, when there are none yet: "
-                f"return it and read the result."
+                f"the values of {self!r} were asked for, and a symbolic tensor has none: while tracing, return it and "
+                f"read the result; one made of a shape stands for values in calls of compiled functions only."
             )
         return self.data
 

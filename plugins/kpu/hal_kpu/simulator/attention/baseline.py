@@ -80,34 +80,36 @@ def run(program: Program, profile: Profile, fidelity: str) -> Run:
 
 
 def unfused(profile: Profile, request: AttentionRequest, fidelity: str = "transactional") -> ExecutionStats:
+    """`works`, one after the other."""
+    stats = new_stats(profile, fidelity)
+    for label, work in works(request):
+        program = lower(work, profile)
+        stats.add(None if program is None else run(program, profile, fidelity), label)
+    return stats
+
+
+def works(request: AttentionRequest) -> tuple[tuple[str, Work], ...]:
     """QK^T, softmax and PV as operations of their own, each from DRAM to DRAM, scores and weights in the request's
     dtype.
 
     Scale, mask and cap are part of the softmax's pass over the scores, as they are in the fused program.
     """
-    r, stats = request, new_stats(profile, fidelity)
-    size, heads = DTYPE_BYTES[r.dtype], r.batch * r.heads_q
+    r, size, heads = request, DTYPE_BYTES[request.dtype], request.batch * request.heads_q
     pairs = heads * r.len_q * r.len_k
     query, key, value = heads * r.len_q * r.dim_qk, heads * r.len_k * r.dim_qk, heads * r.len_k * r.dim_v
-    works = (
+    softmax = Work(
+        engine="vector",
+        elements=pairs,
+        passes=softmax_passes(r),
+        reads_bytes=pairs * size,
+        writes_bytes=pairs * size,
+        dtype=r.dtype,
+    )
+    return (
         ("QK^T", _product(r, r.len_k, r.dim_qk, (query + key) * size, pairs * size)),
-        (
-            "softmax",
-            Work(
-                engine="vector",
-                elements=pairs,
-                passes=softmax_passes(r),
-                reads_bytes=pairs * size,
-                writes_bytes=pairs * size,
-                dtype=r.dtype,
-            ),
-        ),
+        ("softmax", softmax),
         ("PV", _product(r, r.dim_v, r.len_k, (pairs + value) * size, heads * r.len_q * r.dim_v * size)),
     )
-    for label, work in works:
-        program = lower(work, profile)
-        stats.add(None if program is None else run(program, profile, fidelity), label)
-    return stats
 
 
 def _product(r: AttentionRequest, outputs: int, length: int, reads: int, writes: int) -> Work:

@@ -52,7 +52,7 @@ class _Ticks:
     misses: float
 
 
-_TURNS, _ROWS, _OUTER = 4, 128, (0, 1, 5)
+_TURNS, _ROWS, _OUTER = 4, 512, (0, 1, 5)
 
 
 def _burst_bytes(timing: Timing, place: Place, base: int) -> int:
@@ -95,6 +95,17 @@ def _samples(timing: Timing, place: Place) -> Place:
     return attrs.evolve(place, base=base, steps=(*outer, sum(place.steps[-1:])), counts=(_turns(place),))
 
 
+def _cut(place: Place, scale: float, burst: int) -> Place:
+    """A place with 1/scale of the bytes: of many rows fewer, of few rows shorter ones. Every transfer of a group is cut
+    alike, so that they share the memory as the whole ones do.
+    """
+    rows = max(1, round(place.rows / scale))
+    left = place.bytes / scale / rows
+    if scale == 1 or abs(left - place.row_bytes) <= place.row_bytes / 16:  # of the rounding alone
+        return attrs.evolve(place, rows=rows)
+    return attrs.evolve(place, rows=rows, row_bytes=max(1, round(left / burst) * burst or round(left)))
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     """What a group costs in the steady state of its innermost loop: measured over a few turns of the banked memory.
@@ -103,7 +114,7 @@ def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     """
     calm = attrs.evolve(timing, refresh=0.0, channel=math.inf)  # both come in later
     scale = max(1.0, *(place.rows / _ROWS for place in places))
-    cut = [attrs.evolve(place, rows=max(1, round(place.rows / scale))) for place in places]
+    cut = [_cut(place, scale, timing.burst) for place in places]
     turns = min(place.counts[0] for place in cut)
     whole = alone = hits = misses = 0.0
     data = [0] * len(cut)  # bytes in whole bursts, of all turns

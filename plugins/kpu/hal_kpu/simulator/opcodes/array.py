@@ -14,11 +14,13 @@ def _matmul(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]
     """a[..., M, K] @ b[..., K, N]; a third input starts the accumulators: any shape that broadcasts to the result.
 
     With transpose_a the first comes as [..., K, M], with transpose_b the second as [..., N, K]: the streamer feeds
-    columns in place of rows.
+    columns in place of rows. With accumulators = "int32", int8 operands give what the accumulators hold.
     """
     a, b = inputs[:2]
     a = a.transpose(-1, -2) if attrs.get("transpose_a") else a
     b = b.transpose(-1, -2) if attrs.get("transpose_b") else b
+    if attrs.get("accumulators") == "int32":
+        return (torch._int_mm(a, b),)
     if len(inputs) == 2:
         return (torch.matmul(a, b),)
     if a.dim() == b.dim() == 2 and inputs[2].dim() <= 2 and inputs[2].dtype == a.dtype:
@@ -105,10 +107,11 @@ def _convolution_grad(which: int) -> Opcode:
     return Opcode(name, value, work, arity=(3, 3), required=_WINDOW)
 
 
+_PRODUCT = frozenset({"M", "K", "N", "transpose_a", "transpose_b", "accumulators"})
 _WINDOW = frozenset({"stride", "padding", "dilation", "transposed", "output_padding", "groups"})
 
 ARRAY = [
-    Opcode("matmul", _matmul, _matmul_work, (2, 3), optional={"M", "K", "N", "transpose_a", "transpose_b"}),
+    Opcode("matmul", _matmul, _matmul_work, (2, 3), optional=_PRODUCT),
     Opcode("convolution", _convolution, _convolution_work, (2, 3), required=_WINDOW),
     _convolution_grad(0),
     _convolution_grad(1),

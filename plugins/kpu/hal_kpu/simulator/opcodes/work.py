@@ -29,6 +29,8 @@ class Work:
         reads_bytes, writes_bytes: each operand and result once, as they cross the outermost buffer when nothing is
             kept.
         dtype: of the operands that are computed with.
+        epilogue, epilogue_bytes: vector operations on a product's results as they leave the arrays, all together, and
+            what these read beside them; `writes_bytes` is then what they leave behind.
     """
 
     engine: Engine
@@ -41,6 +43,8 @@ class Work:
     reads_bytes: int = 0
     writes_bytes: int = 0
     dtype: str = "float32"
+    epilogue: int = 0
+    epilogue_bytes: int = 0
 
     @property
     def macs(self) -> int:

@@ -73,7 +73,20 @@ def product_of(work: Work) -> Product:
     if read < batch * (a if work.batch == batch else 0) + batch * b:
         share = max(read - batch * b, 0) / (batch * M * K * size)  # overlapping windows of a convolution
         share = min(1.0, max(share, size / (K * size)))
-    return Product(batch=batch, M=M, N=N, K=K, dtype=work.dtype, size=size, out_size=min(out, 8), a_share=share)
+    if not work.epilogue:
+        out = min(out, 8)
+    return Product(
+        batch=batch,
+        M=M,
+        N=N,
+        K=K,
+        dtype=work.dtype,
+        size=size,
+        out_size=out,
+        a_share=share,
+        epilogue=work.epilogue,
+        extra=work.epilogue_bytes,
+    )
 
 
 def itemsize(dtype: str) -> int:

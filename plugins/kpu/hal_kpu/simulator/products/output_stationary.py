@@ -9,7 +9,7 @@ from __future__ import annotations
 import attrs
 
 from ...profiles.profile import Profile
-from ..movement import Program, Take
+from ..movement import Level, Program, Take
 from .product import Product, Tiling, Writer, runs
 
 
@@ -50,8 +50,20 @@ class _Outputs:
             ("a L1", "L1", t.slots, a),
             ("b L1", "L1", t.slots, w),
             ("sums", "PE", t.slots, out),
+            *(self._epilogue_buffers(out) if p.epilogue else ()),
         ):
-            b.buffer(name, level, slots, size)  # type: ignore[arg-type]
+            b.buffer(name, level, slots, size)
+
+    def _share(self, total: int, outputs: int) -> int:
+        """Of a total over all results, the part of a tile of so many."""
+        return -(-total * outputs // (self.product.batch * self.product.M * self.product.N))
+
+    def _epilogue_buffers(self, out: int) -> list[tuple[str, Level, int, int]]:
+        found: list[tuple[str, Level, int, int]] = [("done L2", "L2", self.tiling.slots, out)]
+        if self.product.extra:
+            beside = self._share(self.product.extra, self.tiling.batches * self.tall * self.wide)
+            found += [("beside L3", "L3", self.tiling.slots, beside), ("beside L2", "L2", self.tiling.slots, beside)]
+        return found
 
     def _moves(self, x: int, y: int) -> dict[str, int]:
         """How far a, b and c go when the loops go on by x lanes of the staying and y of the streaming operand."""
@@ -92,8 +104,20 @@ class _Outputs:
                 self._piece(row, col, rows, cols, k, depth, p.K if last else 0, use)
         out = t.batches * rows * cols * p.out_size
         b.drain("sums", "c L2", out, self.array[0])
-        b.move("c L2", "c L3", out, mover=2)
+        if p.epilogue:
+            self._epilogue(t.batches * rows * cols, out)
+        b.move("done L2" if p.epilogue else "c L2", "c L3", out, mover=2)
         b.store("c L3", out, channel=2, place=self.writer.place("c", row, col, rows, cols), late=True)
+
+    def _epilogue(self, outputs: int, out: int) -> None:
+        """The vector units on a tile of results in L2, with what they read beside it."""
+        p, b = self.product, self.writer.builder
+        takes, beside = ["c L2"], self._share(p.extra, outputs)
+        if beside:
+            b.load("beside L3", beside, channel=3, place=self.writer.beside(beside))
+            b.move("beside L3", "beside L2", beside, mover=3)
+            takes.append("beside L2")
+        b.vector(takes, "done L2", operations=self._share(p.epilogue, outputs), size=2 * out + beside)
 
     def _piece(self, row: int, col: int, rows: int, cols: int, k: int, depth: int, total: int, use: _Use) -> None:
         """`depth` elements of K of one tile. `total`: all of K with the last piece."""

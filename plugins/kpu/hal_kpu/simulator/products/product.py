@@ -21,6 +21,7 @@ class Product:
     Attributes:
         dtype: of the operands. size, out_size: bytes of an operand's and of a result's element.
         a_share: bytes of a in DRAM over M x K elements; below 1 where windows of a convolution overlap.
+        epilogue: vector operations on all results as they leave the arrays. extra: bytes that these read beside them.
     """
 
     batch: int
@@ -31,6 +32,8 @@ class Product:
     size: int = 4
     out_size: int = 4
     a_share: float = 1.0
+    epilogue: int = 0
+    extra: int = 0
 
     @property
     def macs(self) -> int:
@@ -93,6 +96,8 @@ class Writer:
             "b": p.batch * p.K * p.N * p.size,
             "c": p.batch * p.M * p.N * p.out_size,
         }
+        if p.extra:
+            sizes["extra"] = p.extra
         self.base = {name: self.builder.region(size) for name, size in sizes.items()}
         self._steps: list[tuple[int, int, int, int]] = []
         self._counts: list[int] = []
@@ -126,6 +131,13 @@ class Writer:
         if cols == width:
             return Place(base, rows * cols * size, 1, 0, steps, counts)
         return Place(base, cols * size, rows, width * size, steps, counts)
+
+    def beside(self, size: int) -> Place:
+        """What an epilogue reads for a tile: contiguous, tile after tile, as far as it reaches."""
+        counts, steps, step = tuple(self._counts), [0] * len(self._counts), size
+        for index in range(len(steps) - 1, -1, -1):
+            steps[index], step = step, step * counts[index]
+        return Place(self.base["extra"], size, 1, 0, tuple(steps), counts)
 
     def scratch(self, offset: int, size: int) -> Place:
         """`size` bytes of sums that are not yet results, without gaps, in a region of their own."""

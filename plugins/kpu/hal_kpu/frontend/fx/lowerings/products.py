@@ -27,6 +27,12 @@ def product_and_sum(e: Emitter, start: Value, a: Value, b: Value, *, beta: Numbe
     return out if beta == 0 else out + (start if beta == 1 else start * beta)
 
 
+@lowers(aten._int_mm.default)
+def integer_product(e: Emitter, a: Value, b: Value) -> Value:
+    """int8 operands, on the arrays that multiply them; the sums are int32."""
+    return e.matmul(a, b, accumulators="int32")
+
+
 @lowers(aten.dot.default, aten.vdot.default)
 def dot(e: Emitter, a: Value, b: Value) -> Value:
     return e.reshape(e.matmul(e.reshape(a, (1, a.shape[0])), e.reshape(b, (b.shape[0], 1))), ())

@@ -1,0 +1,114 @@
+"""PyTorch's own attention tests on the CPU, as they are and with hal in place.
+
+    TORCH_TESTS=<folder `test` of a PyTorch checkout> python tests/outside/torch_cpu.py
+
+The checkout should be of the PyTorch that is installed. `F.scaled_dot_product_attention` is then
+`hal_nn.override_sdpa`'s function, and nn.MultiheadAttention is hal_nn.PhotonicMultiHeadAttention. A test that fails
+with hal alone is printed; one that only wants an error of another type, or wants torch's fused operator to be called,
+is counted apart. The exit code is 1 where another one is left. `--record` writes the counts to
+docs/benchmarks/outside_torch_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RECORD = HERE.parents[1] / "docs" / "benchmarks" / "outside_torch_cpu.json"
+#: Files of a checkout's test folder, and the tests that are about attention on the CPU; "" for all.
+FILES = {"test_transformers.py": "TestSDPA or TestAttnBias or scaled_dot_product", "nn/test_multihead_attention.py": ""}
+#: Tests that are about torch's fused operator, and pass only where it is called.
+FUSED = re.compile(r"fast_path_mock")
+#: What a test says that wanted an error of another type or with another sentence.
+OTHER_ERROR = re.compile(
+    r"does not match|not raised|DID NOT RAISE|^hal_core\.errors\.\w+Error|ContractError|UnsupportedError"
+)
+
+
+def outcomes(folder: Path, own: bool, log: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(every test's outcome, calls that hal ran)."""
+    for file in (name for name in FILES if (folder / name).exists()):
+        environment = os.environ | {
+            "HAL_OUTSIDE_OWN": str(int(own)),
+            "HAL_OUTSIDE_LOG": str(log),
+            "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(folder), os.environ.get("PYTHONPATH", "")]),
+        }
+        command = [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "in_place", "-p", "no:cacheprovider", "--noconftest"),
+            *("-c", os.devnull, "--rootdir", str(folder), "-k", FILES[file], str(folder / file)),
+        ]
+        with log.with_suffix(".txt").open("a") as text:
+            subprocess.run(command, cwd=folder, env=environment, stdout=text, stderr=text, check=False)
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return {one["test"]: one for one in records if "test" in one}, sum(one.get("calls", 0) for one in records)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true")
+    parser.add_argument("--logs", help="keep pytest's output in this folder")
+    options = parser.parse_args()
+    given = os.environ.get("TORCH_TESTS")
+    if not given or not Path(given).is_dir():
+        print("TORCH_TESTS names no folder: pass the folder `test` of a PyTorch checkout")
+        return 2
+    import torch
+
+    with tempfile.TemporaryDirectory() as made:
+        logs = Path(options.logs or made)
+        logs.mkdir(parents=True, exist_ok=True)
+        for old in logs.glob("*.log"):
+            old.unlink()
+        before, _ = outcomes(Path(given).resolve(), False, logs / "torch.log")
+        after, calls = outcomes(Path(given).resolve(), True, logs / "hal.log")
+    return report(before, after, calls, torch.__version__, options.record)
+
+
+def report(before: Any, after: Any, calls: int, version: str, record: bool) -> int:
+    """Print, record, and say by the exit code whether hal fails where torch does not."""
+    missing = before.keys() - after.keys()
+    failed = sorted(
+        name
+        for name, one in before.items()
+        if one["outcome"] != "failed" and after.get(name, {"outcome": "failed"})["outcome"] == "failed"
+    )
+    other = [name for name in failed if name in after and OTHER_ERROR.search(after[name]["why"])]
+    fused = [name for name in failed if FUSED.search(name)]
+    left = [name for name in failed if name not in other and name not in fused]
+    counts = {
+        name: dict(Counter(one["outcome"] for one in tests.values()))
+        for name, tests in (("torch", before), ("hal", after))
+    }
+    print(f"PyTorch {version}: torch {counts['torch']}, hal {counts['hal']}; hal ran {calls} calls")
+    print(f"{len(missing)} did not run with hal; {len(other)} want another error; {len(fused)} a fused operator")
+    print(f"{len(left)} fail with hal alone")
+    for name in failed:
+        what = "ERROR TYPE" if name in other else "FUSED" if name in fused else "FAILED"
+        print(f"{what} {name}\n  {after.get(name, {}).get('why', '')[:500]}")
+    if record:
+        found = {
+            "date": datetime.date.today().isoformat(),
+            "torch": version,
+            "counts": counts,
+            "calls": calls,
+            "another error": other,
+            "torch's fused operator": fused,
+            "failures of hal alone": left,
+        }
+        RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 2 if not before else int(bool(left))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
