@@ -389,7 +389,8 @@ def test_conformance(check: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "check", ["dtypes", "lengths", "masks", "causal", "gradients", "mask_gradient", "lse_gradient"]
+    "check",
+    ["dtypes", "lengths", "masks", "causal", "used_lengths", "fp8_cache", "gradients", "mask_gradient", "lse_gradient"],
 )
 def test_conformance_of_results(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
