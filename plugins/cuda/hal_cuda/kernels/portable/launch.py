@@ -20,34 +20,40 @@ from hal_core.plugin_api import (
     TilePlan,
 )
 
-from ...memory import Borrowed, Workspace, borrowing
+from ...memory import Workspace, borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, current_stream, dependent_launch, launcher
 from ...tiling import Splits, Tiles, packs, power_of_two, split_keys, tiles_of_plan
+from .arguments import (
+    CACHES,
+    MANY_ROWS,
+    NO_TABLES,
+    OTHERS,
+    SEED,
+    TYPES as TYPES,
+    aligned as aligned,
+    attend_signature,
+    extras_of as extras_of,
+    in_words as in_words,
+    last_dim_contiguous as last_dim_contiguous,
+    lse_strides,
+    mask_strides as mask_strides,
+    merge_signature,
+    merged_at_once,
+    plan_strides as plan_strides,
+    same_layout,
+    scale_strides,
+    scaled_tokens,
+    whole_tiles,
+)
 from .attend import attend
 from .block_plans import listed_once
 from .dropout import random_words
 from .merge import merge
-from .schedule import MERGED, rows_joined
+from .schedule import rows_joined
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float64: "fp64",
-    torch.bool: "u8",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e5m2: "fp8e5",
-}
-_STRIDES = 34  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
-#: Rows from which a program of `merge` joins several.
-MANY_ROWS = 1024
 
 
 def empty_result(query: Tensor, dim_v: int) -> Tensor:
@@ -162,7 +168,7 @@ class PortablePath:
         if rng is not None:
             arguments = arguments.copy()
             arguments[launch.seed : launch.seed + 2] = random_words(rng)
-        others = () if plain else (mask, *(tables or _NO_TABLES), *((None, None) if plan is None else plan[2:]))
+        others = () if plain else (mask, *(tables or NO_TABLES), *((None, None) if plan is None else plan[2:]))
         if launch.joins:
             assert workspace is not None
             launch.run(launch.grid, (query, key, value, out, lse, *workspace, *others), arguments)
@@ -253,7 +259,7 @@ class PortablePath:
             *key.stride(),
             *value.stride(),
             *out.stride()[:3],
-            *_lse_strides(out),
+            *lse_strides(out),
             *mask_strides(mask),
             0 if tables is None or tables.page_table is None else tables.page_table.stride(0),
             *scale_strides(tables),
@@ -275,15 +281,15 @@ class PortablePath:
             query.shape[2],
             key.shape[2] if r.page_size is None else key.shape[0],
         ]
-        seed = _SEED
+        seed = SEED
         if mask is None and plan is None and tables is None:
-            arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
-        unit, even = aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
+            arguments, seed = [None] * OTHERS + arguments, seed + OTHERS
+        unit, even = aligned(query, key, value), not pack and whole_tiles(r, len_k, tiles.keys)
         types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype], TYPES[value.dtype])
         short = key.shape[2] * max(key.stride(2), value.stride(2)) < 1 << 31
         chosen = _Chosen(tiles, types, pack, split, at_once, unit, even, short, scaled_tokens(tables))
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
-        like_query = dim_qk == r.dim_v and _same_layout(out, torch.empty_like(query))
+        like_query = dim_qk == r.dim_v and same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
         if at_once or not split:
             return launch
@@ -373,146 +379,3 @@ class _Chosen(NamedTuple):
     even: bool
     short: bool = True
     tokens: bool = False
-
-
-#: What `attend` reads a cache as, by its dtype.
-CACHES = {None: 0, "int8": 1, "int4": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
-
-
-def merged_at_once(dim_v: int, many: bool) -> tuple[int, int]:
-    """(rows, parts of each) that a program of `merge` reads at once: all parts of one row, where there are few rows;
-    of many, as many as fill 64 registers of a thread.
-    """
-    return (max(64 * 128 // (4 * power_of_two(dim_v)), 1), 4) if many else (1, MERGED)
-
-
-_NO_TABLES = SequenceMetadata()
-_POINTERS = (
-    "q",
-    "k",
-    "v",
-    "out",
-    "lse",
-    "part",
-    "arrived",
-    "mask",
-    "cu_q",
-    "cu_k",
-    "page_table",
-    "seqlens",
-    "key_scale",
-    "value_scale",
-    "plan_index",
-    "plan_count",
-)
-_OTHERS = 9  # of the pointers: mask, tables, scales and plan
-_SEED = _STRIDES + 3
-
-
-def attend_signature(dtype: str, mask: str, key: str, value: str) -> dict[str, str]:
-    """Triton types of `attend`'s run-time arguments."""
-    types = dict.fromkeys(attend.arg_names, "i32")
-    types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "out"), f"*{dtype}")
-    types |= {"k": f"*{key}", "v": f"*{value}", "mask": f"*{mask}"}
-    types |= dict.fromkeys(("lse", "part", "key_scale", "value_scale"), "*fp32")
-    types |= dict.fromkeys(attend.arg_names[len(_POINTERS) : len(_POINTERS) + _STRIDES], "i64")
-    return types | dict.fromkeys(("scale", "softcap", "probability"), "fp32") | {"seed": "i64", "offset": "i32"}
-
-
-def merge_signature(dtype: str) -> dict[str, str]:
-    """Triton types of `merge`'s run-time arguments."""
-    types = dict.fromkeys(("o_b", "o_h", "o_m"), "i64") | dict.fromkeys(("splits", "heads", "len_q", "count"), "i32")
-    return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
-
-
-def last_dim_contiguous(table: Tensor | None, borrow: Borrowed) -> Tensor | None:
-    """A table whose last dimension is contiguous: itself, or a copy."""
-    if table is None or table.stride(-1) == 1:
-        return table
-    return borrow(table.shape, table.dtype).copy_(table)
-
-
-def extras_of(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
-    """What else the arguments depend on."""
-    table = tables.page_table if tables is not None else None
-    scales = [] if tables is None else [scale for scale in tables[4:] if scale is not None]
-    return (
-        *((scale.shape, scale.stride()) for scale in scales),
-        None if mask is None else (mask.shape, mask.stride(), mask.dtype),
-        None if plan is None else (plan.indices.shape, plan.counts.shape, plan.indices.stride(), plan.counts.stride()),
-        None if table is None else (table.shape, table.stride(0)),
-    )
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8
-    elements, of bytes 16.
-    """
-    steps = addresses = 0
-    for tensor in tensors:
-        batch, head, row, last = tensor.stride()
-        if last != 1:
-            return False
-        step = batch | head | row
-        steps |= step if tensor.itemsize > 1 else step >> 1 | step & 1  # in steps of 16 bytes
-        addresses |= tensor.data_ptr()
-    return not steps % 8 and not addresses % 16
-
-
-def _same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of one shape lie in memory alike; a dimension of one element may have any stride."""
-    return all(n == 1 or a == b for n, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
-
-
-def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
-    """Whether no tile of keys is cut short, nor a plan's last block, whose tiles may lie behind the keys."""
-    if request.packed or request.page_size is not None or request.used:
-        return False
-    block = keys if request.block_plan is None else request.block_plan[1]
-    return not len_k % block and not block % keys
-
-
-def _lse_strides(out: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and row of the log-sum-exp."""
-    heads, length = out.shape[1:3]
-    return heads * length, length, 1
-
-
-def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
-    """Strides as they are; 0 where the mask is broadcast."""
-    if mask is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-
-
-def in_words(value: Tensor) -> Tensor:
-    """The bytes of quantised values as words of two where they lie so, else as they are."""
-    batch, head, row, last = value.stride()
-    odd = (batch | head | row | value.shape[3] | value.data_ptr()) & 1
-    narrow = value.dtype == torch.uint8 and value.shape[3] < 64  # four warps want 32 columns of each plane
-    return value if odd or narrow or last != 1 else value.view(torch.int16)
-
-
-def scale_strides(tables: SequenceMetadata | None) -> tuple[int, ...]:
-    """Strides of a cache's scales: batch, head and channel of the keys', batch (or page), head and key of the values'.
-    Broadcast dimensions have 0.
-    """
-    if tables is None or tables.key_scale is None:
-        return (0,) * 6
-    keys, values = (mask_strides(scale[(None,) * (4 - scale.dim())]) for scale in tables[4:])
-    return keys[0], keys[1], keys[3], *values[:3]
-
-
-def scaled_tokens(tables: SequenceMetadata | None) -> bool:
-    """Whether every key's value has a scale of its own."""
-    scale = None if tables is None else tables.value_scale
-    return scale is not None and scale.dim() > 1 and scale.shape[-2] > 1
-
-
-def plan_strides(plan: BlockPlan | None) -> tuple[int, ...]:
-    if plan is None:
-        return (0, 0, 0, 0, 0)
-    i, c = plan.indices, plan.counts
-    sizes = [0 if n == 1 else s for n, s in zip(i.shape[:2], i.stride()[:2], strict=True)]
-    counts = [0 if n == 1 else s for n, s in zip(c.shape[:2], c.stride()[:2], strict=True)]
-    return (*sizes, i.stride(2), *counts)
