@@ -93,6 +93,11 @@ if TYPE_CHECKING:
         SequenceMetadata as SequenceMetadata,
     )
     from .selection import check_all as check_all, replay as replay
+    from .toolkit.caches import (
+        QuantizedCache as QuantizedCache,
+        dequantized as dequantized,
+        quantize_cache as quantize_cache,
+    )
     from .toolkit.masks import (
         dense_mask as dense_mask,
         expand_block_plan as expand_block_plan,
@@ -127,6 +132,7 @@ _PUBLIC = {
     "toolkit.session": "SessionBase SimpleSession",
     "toolkit.memory": "PooledMemory",
     "toolkit.tiling": "DenseTiling",
+    "toolkit.caches": "QuantizedCache dequantized quantize_cache",
     "toolkit.masks": "dense_mask expand_block_plan merge_partials slice_mask",
     "frontend.api": "attention bind explain",
 }

@@ -14,14 +14,15 @@ from .request import AttentionRequest, Causal, MaskKind
 Code = enum.StrEnum(
     "Code",
     "DTYPE CACHE_DTYPE HEAD_DIM VALUE_DIM BATCH HEADS LENGTH GROUPED_HEADS STRIDES MASK CAUSAL DIAGONAL WINDOW SOFTCAP "
-    "DROPOUT PACKED PAGED BLOCK_PLAN LSE BACKWARD MASK_GRADIENT LSE_GRADIENT DETERMINISTIC MAX_ERROR MEMORY PLACEMENT "
-    "TILING OPTION FIDELITY UNAVAILABLE ACCESS DEVICE",
+    "DROPOUT PACKED PAGED USED_LENGTHS BLOCK_PLAN LSE BACKWARD MASK_GRADIENT LSE_GRADIENT DETERMINISTIC MAX_ERROR "
+    "MEMORY PLACEMENT TILING OPTION FIDELITY UNAVAILABLE ACCESS DEVICE",
 )
 #: The codes that are not called after the request's field.
 _CODES = {
     "len_q": "length",
     "len_k": "length",
     "page_size": "paged",
+    "used": "used_lengths",
     "mask_grad": "mask_gradient",
     "lse_grad": "lse_gradient",
 }
@@ -125,6 +126,7 @@ FEATURES = frozenset(
         "dropout",
         "packed",
         "paged",
+        "used_lengths",
         "fp8_cache",
         "block_plan",
         "lse",
@@ -231,6 +233,7 @@ class Capabilities(Record):
                 f"pages of {self.page_sizes}" if has("paged") else "no pages",
                 "gather the pages",
             ),
+            (r.used and lacks("used_lengths"), "used", "used lengths", "all keys", "cut the keys, or use pages"),
             (
                 r.cache_dtype is not None and (lacks("fp8_cache") or r.cache_dtype not in self.cache_dtypes),
                 "cache_dtype",

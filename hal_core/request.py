@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 #: For annotations: torch itself is imported when a tensor arrives.
 Tensor: TypeAlias = "torch.Tensor"
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 
 
 class MaskKind(enum.StrEnum):
@@ -55,7 +55,10 @@ class AttentionRequest(Record):
         dropout: probability of dropping a normalised weight; kept ones are divided by 1 - dropout.
         packed: sequences are packed along the length, with cumulative lengths.
         page_size: tokens in a page of a paged key/value cache; None for no paging.
-        cache_dtype: dtype of key and value where it is not `dtype` (an FP8 cache with scales); None otherwise.
+        used: only some keys of each batch entry or packed sequence are there, as many as cache_seqlens says; for packed
+            ones cu_seqlens_k says where they begin. A paged cache is so always.
+        cache_dtype: dtype of key and value where it is not `dtype` (a cache with scales: FP8, "int8", or "int4", two of
+            which share a byte along the head size); None otherwise.
         block_plan: (block_q, block_k, max_blocks) of a block-sparse plan; None for dense.
         tiling: (name, block_q, block_k) of a tiling that the caller brings, 0 for uneven ranges; None: the device's
             own.
@@ -87,6 +90,7 @@ class AttentionRequest(Record):
     dropout: float = 0.0
     packed: bool = False
     page_size: int | None = None
+    used: bool = False
     cache_dtype: str | None = None
     block_plan: tuple[int, int, int] | None = None
     tiling: tuple[str, int, int] | None = None
@@ -131,9 +135,9 @@ class AttentionRequest(Record):
     def bytes_moved(self) -> int:
         """Fewest bytes: query, key and value read once, output written once."""
         size = DTYPE_BYTES.get(self.dtype, 4)
-        cache = DTYPE_BYTES.get(self.cache_dtype or self.dtype, size)
-        tokens = self.heads_q * self.len_q * size + self.heads_kv * self.len_k * cache
-        return self.batch * tokens * (self.dim_qk + self.dim_v)
+        bits = 4 if self.cache_dtype == "int4" else 8 * DTYPE_BYTES.get(self.cache_dtype or self.dtype, size)
+        tokens = 8 * self.heads_q * self.len_q * size + self.heads_kv * self.len_k * bits
+        return self.batch * tokens * (self.dim_qk + self.dim_v) // 8
 
     def describe(self) -> str:
         """One line for messages: "batch 2, heads 32/8, 4096 x 4096, head_dim 80, bfloat16, causal"."""
@@ -151,6 +155,8 @@ class AttentionRequest(Record):
             f"dropout {self.dropout:g}": self.dropout > 0,
             "packed": self.packed,
             f"pages of {self.page_size}": self.page_size is not None,
+            "used lengths": self.used,
+            f"{self.cache_dtype} cache": self.cache_dtype is not None,
             f"block plan {self.block_plan}": self.block_plan is not None,
             f"tiling {self.tiling}": self.tiling is not None,
             ", ".join(f"{name}={value}" for name, value in self.options): bool(self.options),
@@ -196,8 +202,11 @@ class SequenceMetadata(NamedTuple):
     Attributes:
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], cumulative lengths of packed queries and keys.
         page_table: int32 [batch, most pages], the page number of each sequence's pages in order.
-        cache_seqlens: int32 [batch], keys that each sequence holds in the cache.
-        key_scale, value_scale: float32, broadcastable to [batch, heads_kv, 1, 1]; multiply an FP8 cache.
+        cache_seqlens: int32 [batch] or [sequences], keys that each sequence holds in the cache; without pages, how many
+            of the keys of a batch entry or packed sequence are used.
+        key_scale: float32, broadcastable to [batch, heads_kv, 1, dim_qk]; multiplies a cache's keys.
+        value_scale: float32, broadcastable to [batch, heads_kv, 1, 1], or one for each key: `value`'s shape with a head
+            size of 1 (and pages of 2 or more); multiplies a cache's values.
     """
 
     cu_seqlens_q: Any = None

@@ -105,7 +105,10 @@ def attention(
             on an accelerator waits for it.
         page_table, cache_seqlens: paged cache: key and value are [pages, heads_kv, page_size, dim], the tables int32
             [batch, most pages] and [batch].
-        key_scale, value_scale: float32 factors of an FP8 key and value.
+            Without page_table, how many keys of each batch entry or packed sequence are used; of packed ones
+            cu_seqlens_k then says where each begins.
+        key_scale, value_scale: float32 factors of an FP8, int8 or int4 (uint8, two in a byte) key and value, of a
+            channel and of a token or head (see `quantize_cache`).
 
     Returns:
         [batch, heads_q, len_q, dim_v] in the query's dtype, or AttentionOutput. A row that reads no key gives 0 and

@@ -106,7 +106,7 @@ class BoundAttention:
             check_tables(others[2], self.request, query, key)
         result = self._call(query, key, value, *others)
         wanted = {
-            "out": f"{[*query.shape[:3], value.shape[3]]} {query.dtype} on {query.device}",
+            "out": f"{[*query.shape[:3], self.request.dim_v]} {query.dtype} on {query.device}",
             "log-sum-exp": f"{[*query.shape[:3]]} {torch.promote_types(query.dtype, torch.float32)} on {query.device}",
         }
         results = result if isinstance(result, tuple) else (result,)

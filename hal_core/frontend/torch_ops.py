@@ -19,6 +19,7 @@ from ..request import AttentionOutput, Causal
 from .dispatch import find
 from .execution import BoundAttention
 from .operands import Operands, gradient_bits
+from .validation import head_size
 from .vmap import MappedAttention, gradient_bits as bits_of_any_level, rule
 
 AUTOMATIC = "automatic"
@@ -163,7 +164,7 @@ def _new_lse(query: Tensor, wanted: bool) -> Tensor:
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     query, value, bits, return_lse = arguments[0], arguments[2], arguments[-1], arguments[_TENSOR_COUNT + 11]
-    return query.new_empty((*query.shape[:-1], value.shape[-1])), _new_lse(query, bool(return_lse or bits))
+    return query.new_empty((*query.shape[:-1], head_size(value))), _new_lse(query, bool(return_lse or bits))
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from .operands import Operands
 
 LAYOUT = "[batch, heads, length, head_dim]"
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+#: Dtypes that only key and value may have, as a cache with scales; a uint8 holds two int4.
+_CACHES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8}
 _PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _LARGEST = 1 << 48  # of a whole number that stands for tokens
 
@@ -45,12 +46,14 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     plan: Any = given_plan
     _check_tensors(query, key, value)
     batch, heads_q, len_q, dim_qk = query.shape
-    heads_kv, len_k, packed, page_size = key.shape[1], key.shape[2], False, None
+    heads_kv, len_k, packed, page_size, used = key.shape[1], key.shape[2], False, None, False
     if tables is not None:
         packed, page_size = tables.cu_seqlens_q is not None, len_k if tables.page_table is not None else None
+        used = tables.cache_seqlens is not None and page_size is None
         batch, len_q, len_k = _table_sizes(query, key, tables, options)
     heads = f"{heads_q} query heads and {heads_kv} key heads were given"
-    cache_dtype = None if key.dtype == query.dtype else str(key.dtype).removeprefix("torch.")
+    kind = "int4" if key.dtype == torch.uint8 else str(key.dtype).removeprefix("torch.")
+    cache_dtype = None if key.dtype == query.dtype else kind
     scaled = tables is not None and tables.key_scale is not None and tables.value_scale is not None
     refuse(
         (
@@ -68,7 +71,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         ),
         (
             cache_dtype is None and tables is not None and not tables.key_scale is tables.value_scale is None,
-            f"key_scale or value_scale was given with {key.dtype}: they scale an FP8 key and value, leave them out",
+            f"key_scale or value_scale was given with {key.dtype}: they scale FP8, int8 or int4, leave them out",
         ),
     )
     shape = (batch, heads_q, len_q, len_k)
@@ -77,7 +80,7 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
     mask_batch, mask_heads = (1, 1) if mask is None else (1, 1, *mask.shape)[-4:-2]
     if plan is not None:
         _check_plan(plan, shape, query)
-    kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
+    mask_kind = MaskKind.NONE if mask is None else MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
     return AttentionRequest(
         batch=batch,
         heads_q=heads_q,
@@ -85,14 +88,15 @@ def build_request(operands: Operands, options: CallOptions, grads: frozenset[str
         len_q=len_q,
         len_k=len_k,
         dim_qk=dim_qk,
-        dim_v=value.shape[3],
+        dim_v=head_size(value),
         dtype=str(query.dtype).removeprefix("torch."),
         device=str(query.device),
-        mask=kind,
+        mask=mask_kind,
         mask_batch=mask_batch,
         mask_heads=mask_heads,
         packed=packed,
         page_size=page_size,
+        used=used,
         cache_dtype=cache_dtype,
         block_plan=None if plan is None else (plan.block_q, plan.block_k, plan.indices.shape[-1]),
         last_dim_contiguous=all(t.stride(3) == 1 or t.shape[3] == 1 for t in (query, key, value)),
@@ -138,16 +142,19 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{name} is {tensor.layout}: pass a dense tensor, and a block_plan for sparsity",
             ),
             (
-                tensor.dtype not in _FLOATS | _FP8,
+                tensor.dtype not in _FLOATS | _CACHES,
                 f"{name} is {tensor.dtype}: cast it to float32, bfloat16, float16 or float64",
             ),
         )
     given = [[getattr(t, field) for t in (query, key, value)] for field in ("dtype", "device", "shape")]
     (q_dtype, k_dtype, v_dtype), devices, (q, k, v) = given
     refuse(
-        (q_dtype in _FP8, f"query is {q_dtype}: only key and value may be FP8, with key_scale and value_scale"),
         (
-            v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _FP8),
+            q_dtype in _CACHES,
+            f"query is {q_dtype}: only key and value may be FP8, int8 or int4, with key_scale and value_scale",
+        ),
+        (
+            v_dtype != k_dtype or (k_dtype != q_dtype and k_dtype not in _CACHES),
             f"query {q_dtype}, key {k_dtype} and value {v_dtype} were given: cast them to one dtype",
         ),
         (
@@ -155,9 +162,14 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query on {devices[0]}, key on {devices[1]} and value on {devices[2]} were given: move them to one device",
         ),
         (k[:3] != v[:3], f"key {list(k)} and value {list(v)} were given: batch, heads and length must be equal"),
-        (q[3] != k[3], f"head_dim {q[3]} of query and {k[3]} of key were given: make them equal"),
+        (q[3] != head_size(key), f"head_dim {q[3]} of query and {head_size(key)} of key were given: make them equal"),
         (0 in (q[3], v[3]), "a head_dim of 0 was given: use 1 or more"),
     )
+
+
+def head_size(cache: Tensor) -> int:
+    """The head size of keys or values; a byte holds two int4."""
+    return cache.shape[3] * (2 if cache.dtype == torch.uint8 else 1)
 
 
 def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallOptions) -> tuple[int, int, int]:
@@ -168,21 +180,37 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
             (table is not None and kind != torch.int32, f"{name} is {kind}: pass an int32 tensor"),
             (place != query.device, f"{name} on {place} and query on {query.device} were given: move the table"),
         )
-    for name, factor in zip(t._fields[4:], t[4:], strict=True):
-        wide = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1], 1, 1)
+    lead, tokens = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1]), (*key.shape[:3], 1)
+    for name, factor, wide in (
+        ("key_scale", t.key_scale, (*lead, 1, query.shape[3])),
+        ("value_scale", t.value_scale, (*lead, 1, 1)),
+    ):
         what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
-        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32 and _broadcasts(factor.shape, wide)
+        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32
+        if fits and name == "value_scale" and factor.dim() > 1 and factor.shape[-2] > 1:
+            wide = tokens
         refuse(
             (
-                factor is not None and not fits,
+                factor is not None and not (fits and _broadcasts(factor.shape, wide)),
                 f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}",
-            )
+            ),
+            (
+                factor is not None and getattr(factor, "device", query.device) != query.device,
+                f"{name} on {getattr(factor, 'device', None)} and query on {query.device} were given: move the scale",
+            ),
         )
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
-        ((pages is None) != (held is None), "one of page_table and cache_seqlens was given: pass both"),
+        (pages is not None and held is None, "page_table without cache_seqlens was given: pass both"),
         (cu_q is not None and pages is not None, "packed lengths and a paged cache were given: use one of them"),
+    )
+    count = batch if cu_q is None else cu_q.numel() - 1
+    refuse(
+        (
+            held is not None and held.shape != (count,),
+            f"cache_seqlens {[*getattr(held, 'shape', ())]} was given: use [{count}]",
+        )
     )
     if cu_q is not None:
         given: tuple[Any, Any] = (options.max_seqlen_q, options.max_seqlen_k)
@@ -209,9 +237,8 @@ def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallO
         return batch, query.shape[2], key.shape[2]
     refuse(
         (
-            pages.dim() != 2 or pages.shape[0] != batch or held.shape != (batch,),
-            f"page_table {list(pages.shape)} and cache_seqlens {list(held.shape)} were given: use [batch, most pages] "
-            f"and [batch] with batch {batch}",
+            pages.dim() != 2 or pages.shape[0] != batch,
+            f"page_table {list(pages.shape)} was given: use [batch, most pages] with batch {batch}",
         )
     )
     return batch, query.shape[2], pages.shape[1] * key.shape[2]
@@ -229,10 +256,18 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
     ):
         ends = [] if cumulative is None else cumulative.tolist()
         steps = [after - before for before, after in itertools.pairwise(ends)]
+        if request.used and name == "cu_seqlens_k":
+            continue  # where each begins, in any order
         if ends and (ends[0] != 0 or ends[-1] != total or min(steps) < 0 or max(steps) > longest):
             raise ContractError(
                 f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
             )
+    if request.used:
+        held, begin = tables.cache_seqlens, 0 if tables.cu_seqlens_k is None else tables.cu_seqlens_k[:-1]
+        if held.numel() and (
+            int(held.min()) < 0 or int((held + begin).max()) > key.shape[2] or int(held.max()) > request.len_k
+        ):
+            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 or more, and keys that there are")
     if tables.page_table is not None and tables.page_table.shape[0]:
         held, size, most = tables.cache_seqlens, key.shape[2], tables.page_table.shape[1] * key.shape[2]
         if int(held.min()) < 0 or int(held.max()) > most:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import AttentionRequest, BlockPlan, MaskKind, SequenceMetadata
+from ..toolkit.caches import LARGEST_CODE, codes_of
 
 QKV = frozenset({"q", "k", "v"})
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -111,12 +113,20 @@ class _Drawing:
             tables = tables._replace(page_table=table, cache_seqlens=held)
         else:
             key, value = (self.laid_out(batch, r.heads_kv, len_k, dim, layout) for dim in (r.dim_qk, r.dim_v))
+        if r.used:
+            tables = tables._replace(cache_seqlens=held)
+            for cache, (s, length) in itertools.product((key, value), enumerate(held.tolist())):
+                cache[s, :, length:] = 100.0
         if r.packed:
             totals = [self.here([0, *lengths]).cumsum(0).int() for lengths in zip(*self.case.sequences, strict=True)]
             tables = tables._replace(cu_seqlens_q=totals[0], cu_seqlens_k=totals[1])
         if r.cache_dtype is not None:
-            key, value = (t.to(getattr(torch, r.cache_dtype)) for t in (key, value))
-            scales = [torch.rand(r.batch, r.heads_kv, 1, 1, **self.random).to(r.device) + 0.5 for _ in range(2)]
+            by_token = r.cache_dtype.startswith("int")  # and keys by channel
+            code = 4 / LARGEST_CODE[r.cache_dtype] if by_token else 1.0  # about what one is worth
+            shapes = [(r.batch, r.heads_kv, 1, r.dim_qk if by_token else 1)]
+            shapes.append((*value.shape[:3], 1) if by_token and value.shape[2] > 1 else (r.batch, r.heads_kv, 1, 1))
+            key, value = (codes_of(t, torch.full((), code, device=r.device), r.cache_dtype) for t in (key, value))
+            scales = [(torch.rand(shape, **self.random).to(r.device) + 0.5) * code for shape in shapes]
             tables = tables._replace(key_scale=scales[0], value_scale=scales[1])
         grad_out = self.laid_out(batch, r.heads_q, len_q, r.dim_v, layout if layout != "sliced" else "contiguous")
         grad_lse = self.normal(batch, r.heads_q, len_q).to(torch.promote_types(query.dtype, torch.float32))

@@ -12,6 +12,7 @@ What each subject's check promises:
     mask_gradient: it has the mask's own shape. lse_gradient: gradients flow through the log-sum-exp.
     dropout: weights are dropped at the asked rate, by (seed, offset) alone, and kept ones scaled.
     packed: sequences do not see each other. paged: a cache is read through its table, up to each sequence's length.
+    used_lengths: keys behind a sequence's own are not read.
     fp8_cache: it is multiplied by its scales. block_plan: its pairs are read, and no others.
     combinations: every two claims hold together.
 """
@@ -51,6 +52,7 @@ SUBJECTS = (
     "lse_gradient",
     "dropout",
     "paged",
+    "used_lengths",
     "fp8_cache",
     "block_plan",
     "combinations",

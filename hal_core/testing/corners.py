@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import AttentionRequest, Capabilities, Causal, Choice, Code, Device, MaskKind, Range
+from ..toolkit.caches import LARGEST_CODE
 from .cases import DTYPES, LAYOUTS, MASK_SHAPES, QKV, Case
 
 LONGEST, WIDEST = 600, 512
@@ -143,13 +144,25 @@ class Corners:
                 _each("sequences", (decode, ((3, 5), (3, 20)))),
                 [*causals, causals[2] | {"window": (3, 2)}, *some_grouped, {"lse": True}],
             ],
+            "used_lengths": [
+                _each("used", (True,)),
+                _each("sequences", (decode, ((3, 5), (3, 20)))),
+                [*causals, causals[2] | {"window": (3, 2)}, *some_grouped],
+            ],
             "fp8_cache": [
-                _each("cache_dtype", sorted(c.cache_dtypes)),
+                [self.cached(name) for name in sorted(c.cache_dtypes)],
                 [{}, *some_grouped],
                 [{}, *({"page_size": size, "sequences": decode} for size in page_sizes[:1])],
             ],
             "block_plan": [_each("block_plan", blocks), shapes[::2], causals[:2]],
         }
+
+    def cached(self, name: str) -> dict[str, Any]:
+        """The change to a cache dtype; two int4 share a byte, so its head size is even."""
+        dim = self.base.dim_qk
+        if name == "int4" and dim % 2:
+            dim = next((size for size in self.dims if not size % 2), 2 * dim)
+        return {"cache_dtype": name, "dim_qk": dim, "dim_v": dim}
 
     def lengths(self) -> list[dict[str, Any]]:
         """Ragged pairs, both ends of the claim where they are short enough, and empty ones where they are claimed."""
@@ -245,7 +258,7 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
     c, base, sizes = corners.capabilities, corners.base, (3, 8, 16, 24, 33, 48, 80, 257)
     pages = c.page_sizes if "paged" in c.features else Choice(())
     blocks = c.block_sizes if "block_plan" in c.features else Choice(())
-    caches = {"float8_e4m3fn", "float8_e5m2"} - (c.cache_dtypes if "fp8_cache" in c.features else set())
+    caches = {*LARGEST_CODE} - (c.cache_dtypes if "fp8_cache" in c.features else set())
     absent: dict[str, dict[str, Any]] = {
         "grouped_heads": {"heads_q": 2 * base.heads_q, "heads_kv": base.heads_q} | _merged(corners.grouped[:1]),
         "strides": {"layout": "strided"},
@@ -256,6 +269,7 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
         "dropout": {"dropout": 0.1},
         "lse": {"lse": True},
         "packed": {"packed": True, "sequences": ((base.len_q, base.len_k), (base.len_q, base.len_q))},
+        "used_lengths": {"used": True, "sequences": ((base.len_q, base.len_k), (base.len_q, base.len_q))},
         "backward": {"grads": QKV},
         "mask_grad": {"grads": frozenset({"mask"}), "mask": MaskKind.ADDITIVE},
         "lse_grad": {"grads": QKV, "lse": True, "grad_lse": True},
@@ -267,7 +281,6 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
         (Code.DTYPE, "dtype", set(DTYPES) - c.dtypes),
         (Code.MASK, "mask", set(MaskKind) - c.masks),
         (Code.CAUSAL, "causal", set(Causal) - c.causal),
-        (Code.CACHE_DTYPE, "cache_dtype", caches),
         (Code.VALUE_DIM, "dim_v", _beyond(c.head_dim, sizes)),
         (Code.BATCH, "batch", _beyond(c.batch, (3,))),
         (Code.LENGTH, "len_q", _beyond(c.length, (0, 1, 37))),
@@ -276,6 +289,7 @@ def _outside(corners: Corners) -> Iterator[tuple[Code, dict[str, Any]]]:
         (Code.BLOCK_PLAN, "block_plan", [(size, size, 1) for size in _beyond(blocks, (3, 16, 48))]),
     ):
         yield from ((code, {field: value}) for value in sorted(values))
+    yield from ((Code.CACHE_DTYPE, corners.cached(name)) for name in sorted(caches))
     yield from ((Code.HEAD_DIM, {"dim_qk": size, "dim_v": size}) for size in _beyond(c.head_dim, sizes))
     yield from ((Code.HEADS, {"heads_q": size, "heads_kv": size}) for size in _beyond(c.heads, (3,)))
     yield from (

@@ -16,7 +16,7 @@ from ..device_info import Basis, Estimate, Provenance, Quantity
 from ..plans import TilePlan
 from ..request import DTYPE_BYTES
 
-_FEATURES: Any = FEATURES - {"packed", "paged", "fp8_cache", "block_plan"}
+_FEATURES: Any = FEATURES - {"packed", "paged", "used_lengths", "fp8_cache", "block_plan"}
 _NUMERICS: Any = {"float32": Numerics(1e-5, gradient=1e-5), "bfloat16": Numerics(4e-3, gradient=1e-2)}
 CLAIMS = Capabilities(
     dtypes=_NUMERICS, numerics=_NUMERICS, head_dim=Range(1, 256), masks=MaskKind, causal=Causal, features=_FEATURES

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import AttentionOutput, AttentionRequest, BlockPlan, Causal, ContractError, Grads, SequenceMetadata
 from ..frontend.operands import Operands
 from ..frontend.validation import CallOptions, build_request
+from ..toolkit.caches import dequantized
 
 
 def request_of(
@@ -152,17 +153,27 @@ def _sequences(
     sequence.
     """
     cu_q, cu_k, pages, held, key_scale, value_scale = tables
-    if cu_q is None and pages is None:
+    if cu_q is None and held is None:
         yield query, _scaled(key, key_scale), _scaled(value, value_scale), *masks
         return
     for s in range(request.batch):
         if pages is not None:
             q, count = query[s : s + 1], int(held[s])
             listed = pages[s, : -(-count // key.shape[2])].long()
-            k, v = (t[listed].transpose(0, 1).flatten(1, 2)[None, :, :count] for t in (key, value))
+            k, v = (_listed(t, listed, count) for t in (key, value))
+        elif cu_q is None:
+            q, k, v = query[s : s + 1], *(t[s : s + 1, :, : int(held[s])] for t in (key, value))
         else:
-            q, k, v = (t[:, :, int(cu[s]) : int(cu[s + 1])] for t, cu in ((query, cu_q), (key, cu_k), (value, cu_k)))
-        k, v = _scaled(k, _of_sequence(key_scale, s)), _scaled(v, _of_sequence(value_scale, s))
+            end = int(cu_k[s + 1] if held is None else cu_k[s] + held[s])
+            q, *others = query[:, :, int(cu_q[s]) : int(cu_q[s + 1])], key, value
+            k, v = (t[:, :, int(cu_k[s]) : end] for t in others)
+        of_values = _of_sequence(value_scale, s)
+        if value_scale is not None and value_scale.dim() > 1 and value_scale.shape[-2] > 1:  # where the keys lie
+            wide = value_scale.expand(*value.shape[:3], 1)
+            of_values = (
+                _listed(wide, listed, count) if pages is not None else wide[:, :, int(cu_k[s]) : int(cu_k[s + 1])]
+            )
+        k, v = _scaled(k, _of_sequence(key_scale, s)), _scaled(v, of_values)
         yield q, k, v, *(_of_sequence(mask, s, q.shape[2], k.shape[2]) for mask in masks)
 
 
@@ -225,8 +236,13 @@ def _planned_pairs(plan: BlockPlan, len_q: int, len_k: int) -> Tensor:
     return pairs[..., :len_k]
 
 
+def _listed(cache: Tensor, pages: Tensor, count: int) -> Tensor:
+    """The first `count` tokens of the listed pages, [1, heads, count, dim]."""
+    return cache[pages].transpose(0, 1).flatten(1, 2)[None, :, :count]
+
+
 def _scaled(cache: Tensor, scale: Tensor | None) -> Tensor:
-    return cache if scale is None else cache.double() * scale.double()
+    return cache if scale is None else dequantized(cache, scale, torch.float64)
 
 
 def _of_sequence(tensor: Tensor | None, sequence: int, *lengths: int) -> Tensor | None:

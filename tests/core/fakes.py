@@ -47,7 +47,7 @@ def full(**changes: Any) -> Capabilities:
         "head_dim": Range(1, 512),
         "masks": MaskKind,
         "causal": Causal,
-        "features": FEATURES - {"packed", "paged", "fp8_cache"},
+        "features": FEATURES - {"packed", "paged", "used_lengths", "fp8_cache"},
         "block_sizes": Range(1),
         "length": Range(0),
     }

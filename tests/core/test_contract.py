@@ -130,7 +130,7 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
         Q.to(torch.float8_e5m2),
         Q.to(torch.float8_e5m2),
         {"key_scale": torch.ones(3), "value_scale": torch.ones(1)},
-        "key_scale [3] torch.float32 was given: pass float32 that broadcasts to [2, 4, 1, 1]",
+        "key_scale [3] torch.float32 was given: pass float32 that broadcasts to [2, 4, 1, 8]",
     ),
     "NaN softcap": (Q, Q, Q, {"softcap": NAN}, "softcap nan"),
     "softcap of 0": (Q, Q, Q, {"softcap": 0.0}, "softcap 0.0"),
@@ -184,6 +184,23 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     ),
     "one cumulative length": (t(1, 4, 5, 8), t(1, 4, 5, 8), t(1, 4, 5, 8), {"cu_seqlens_q": table(0, 5)}, "pass both"),
     "scales of a cache that has none": (Q, Q, Q, {"key_scale": t(1), "value_scale": t(1)}, "key_scale"),
+    "int8 without scales": (Q, Q.to(torch.int8), Q.to(torch.int8), {}, "pass key_scale and value_scale"),
+    "int8 query": (Q.to(torch.int8),) * 3 + ({}, "only key and value may be FP8, int8 or int4"),
+    "int4 of another head size": (Q, Q.to(torch.uint8), Q.to(torch.uint8), {}, "head_dim 8 of query and 16 of key"),
+    "value scales of other tokens": (
+        Q,
+        Q.to(torch.int8),
+        Q.to(torch.int8),
+        {"key_scale": t(1), "value_scale": t(2, 4, 3, 1)},
+        "value_scale [2, 4, 3, 1] torch.float32 was given: pass float32 that broadcasts to [2, 4, 5, 1]",
+    ),
+    "value scales of channels": (
+        Q,
+        Q.to(torch.int8),
+        Q.to(torch.int8),
+        {"key_scale": t(1), "value_scale": t(4, 1, 8)},
+        "pass float32 that broadcasts to [2, 4, 1, 1]",
+    ),
     "one scale": (Q, Q.to(torch.float8_e5m2), Q.to(torch.float8_e5m2), {"key_scale": t(1)}, "value_scale"),
 }
 PACKED = {"max_seqlen_q": 3, "max_seqlen_k": 3}
@@ -226,9 +243,19 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
         "use one of them",
     ),
     "pages without lengths": ({"page_table": t(1, 1, dtype=torch.int32)}, "pass both"),
-    "lengths without pages": ({"cache_seqlens": table(3)}, "pass both"),
+    "used lengths of another batch": ({"cache_seqlens": table(3, 3)}, "use [1]"),
+    "more keys than there are": ({"cache_seqlens": table(6)}, "keys that there are"),
+    "fewer keys than none": ({"cache_seqlens": table(-1)}, "keys that there are"),
+    "used keys behind the end": (
+        PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(3, 0, 5), "cache_seqlens": table(3, 1)},
+        "keys that there are",
+    ),
+    "used lengths of another count": (
+        PACKED | {"cu_seqlens_q": table(0, 3, 5), "cu_seqlens_k": table(0, 3, 5), "cache_seqlens": table(3)},
+        "use [2]",
+    ),
     "page table of another batch": (
-        {"page_table": t(2, 1, dtype=torch.int32), "cache_seqlens": table(3, 3)},
+        {"page_table": t(2, 1, dtype=torch.int32), "cache_seqlens": table(3)},
         "with batch 1",
     ),
     "pages of int64": (

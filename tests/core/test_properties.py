@@ -98,6 +98,7 @@ AIMS: tuple[tuple[str, Callable[[list[Any]], dict[str, Any]], str], ...] = (
     ("narrow", lambda t: {"window": (2, 2)}, ""),
     ("narrow", lambda t: {"softcap": 3.0}, ""),
     ("narrow", lambda t: {"diagonal": 1}, ""),
+    ("narrow", lambda t: {"cache_seqlens": torch.tensor([1, 3], dtype=torch.int32)}, ""),
     ("narrow", lambda t: {"deterministic": True}, ""),
     ("narrow", lambda t: {"dropout_p": 0.2}, ""),
     ("narrow", lambda t: {"max_error": 1e-9}, ""),

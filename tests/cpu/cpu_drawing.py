@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
 
 def draw(seed: int, feature: str, dtype: str) -> Call:
-    """A call that uses `feature` ("plain", "mask", "window", ..., "packed", "paged", "fp8"), everything else by
+    """A call that uses `feature` ("plain", "mask", "window", ..., "packed", "paged", "fp8", "int"), everything else by
     chance.
     """
     chance, generator = random.Random(f"{seed} {feature} {dtype}"), torch.Generator().manual_seed(seed)
@@ -93,6 +93,16 @@ def draw(seed: int, feature: str, dtype: str) -> Call:
         shape = chance.choice([(1, 1, 1, 1), (batch, 1, 1, 1), (batch, heads_kv, 1, 1), (1, heads_kv, 1, 1)])
         scales = (torch.rand(shape, generator=generator) + 0.5 for _ in range(2))
         tables = SequenceMetadata(None, None, None, None, *scales)
+    elif feature == "int":
+        made = hal.quantize_cache(
+            normal(batch, heads_kv, len_k, 2 * dim),
+            normal(batch, heads_kv, len_k, 2 * dim_v),
+            chance.choice(["int8", "int4"]),
+            values=chance.choice(["token", "head"]),
+            shared=chance.random() < 0.5,
+        )
+        query, key, value = normal(batch, heads, len_q, 2 * dim), made.key, made.value
+        tables = SequenceMetadata(key_scale=made.key_scale, value_scale=made.value_scale)
     elif feature == "strides":
         key = normal(batch, heads_kv, dim, len_k).mT
         value = normal(batch, len_k, heads_kv, dim_v).transpose(1, 2)
@@ -120,7 +130,7 @@ def draw(seed: int, feature: str, dtype: str) -> Call:
     if (feature == "plan" or chance.random() < 0.1) and len_q and len_k:
         plan = draw_plan(chance, generator, (batch, heads, len_q, len_k))
     grads: frozenset[str] = frozenset()
-    if feature not in ("paged", "fp8") and chance.random() < 0.7:
+    if feature not in ("paged", "fp8", "int") and chance.random() < 0.7:
         grads = frozenset(name for name in "qkv" if chance.random() < 0.8) or frozenset("q")
         if mask is not None and mask.dtype != torch.bool and chance.random() < 0.6:
             grads |= {"mask"}

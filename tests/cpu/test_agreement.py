@@ -16,7 +16,7 @@ from hal_core.testing import reference, relative_error
 sys.path.insert(0, str(Path(__file__).parent))
 from cpu_drawing import BOUNDS, Call, draw, hold
 
-FEATURES = ("plain", "mask", "causal", "window", "softcap", "plan", "packed", "paged", "fp8", "strides")
+FEATURES = ("plain", "mask", "causal", "window", "softcap", "plan", "packed", "paged", "fp8", "int", "strides")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

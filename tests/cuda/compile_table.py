@@ -41,7 +41,17 @@ from hal_cuda.runtime.launch import compiled
 from hal_cuda.tiling import FOREIGN_SIZES, CudaTiling, foreign_excess, hopper_tiles
 from triton.backends.compiler import GPUTarget
 
-from hal_core import AttentionRequest, BlockPlan, Causal, Grads, MaskKind, PooledMemory, SequenceMetadata, TilePlan
+from hal_core import (
+    AttentionRequest,
+    BlockPlan,
+    Causal,
+    Grads,
+    MaskKind,
+    PooledMemory,
+    SequenceMetadata,
+    TilePlan,
+    quantize_cache,
+)
 
 TABLE = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
 ASSEMBLERS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -228,14 +238,20 @@ def portable_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any
         "decode": {"len_q": 1, "len_k": 8192},
         "paged decode": {"len_q": 1, "page_size": 16},
         "joined decode": {"len_q": 1, "len_k": 8192},
+        "int8 decode": {"len_q": 1, "len_k": 8192, "cache_dtype": "int8"},
+        "int4 decode": {"len_q": 1, "len_k": 8192, "cache_dtype": "int4"},
     }
+    if capability >= (8, 9):
+        changes["e4m3 decode"] = {"len_q": 1, "len_k": 8192, "cache_dtype": "float8_e4m3fn"}
     found: dict[str, Callable[[], Any]] = {}
     for name, change in changes.items():
         request = replace(base, **change)
         before = len(_launched)
         with mock.patch.object(launch, "launcher", _recorded):
             path = launch.PortablePath(request, context)
-            path._build(*_tensors(request), joins=name.startswith("joined"), cut=None)
+            query, key, value, *others = _tensors(request)
+            value = value if request.cache_dtype is None else launch.in_words(value)
+            path._build(query, key, value, *others, joins=name.startswith("joined"), cut=None)
         made = _launched[-1:] if name.startswith("joined") else _launched[before:]  # behind the two that captures take
         for part, make in zip(("attend", "merge"), made, strict=False):
             found[f"sm_{capability[0]}{capability[1]} {part} {name}"] = make
@@ -399,6 +415,9 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
         mask = torch.empty(1, 1, r.len_q, r.len_k, dtype=torch.bool if r.mask is MaskKind.BOOLEAN else torch.float32)
     if r.block_plan is not None:
         plan = BlockPlan(128, 128, torch.zeros(1, 1, 8, 2, dtype=torch.int32), torch.ones(1, 1, 8, dtype=torch.int32))
+    if r.cache_dtype is not None:
+        made = quantize_cache(torch.ones(key.shape), torch.ones(key.shape), r.cache_dtype)
+        return query, *made[:2], mask, plan, SequenceMetadata(None, None, None, None, *made[2:])
     if r.page_size is not None:
         key = torch.empty(64, r.heads_kv, r.page_size, r.dim_qk, dtype=kind)
         held = torch.ones(r.batch, dtype=torch.int32)

@@ -144,13 +144,13 @@ def test_tensors_of_several_devices_are_refused(gpu: str) -> None:
         hal.attention(query, query, query, torch.ones(64, 64, dtype=torch.bool), backend=gpu)
 
 
-def test_a_head_size_or_cache_dtype_without_a_kernel_names_what_is_offered(gpu: str) -> None:
+def test_a_head_size_or_a_cache_s_gradient_without_a_kernel_names_what_is_offered(gpu: str) -> None:
     wide = normal(1, 1, 32, 264)
     with pytest.raises(hal.UnsupportedError, match=r"head_dim +264 asked, 1 to 256 offered"):
         hal.attention(wide, wide, wide, backend=gpu)
-    query = normal(1, 1, 32, 64)
-    cache, scale = query.to(torch.float8_e4m3fn), torch.ones(1, device="cuda")
-    with pytest.raises(hal.UnsupportedError, match="cache_dtype"):
+    query = normal(1, 1, 32, 64).requires_grad_()
+    cache, scale = query.detach().to(torch.float8_e4m3fn), torch.ones(1, device="cuda")
+    with pytest.raises(hal.UnsupportedError, match="gradients through a cache of float8_e4m3fn"):
         hal.attention(query, cache, cache, key_scale=scale, value_scale=scale, backend=gpu)
 
 

@@ -139,14 +139,85 @@ def test_a_cache_may_be_named_by_a_batch_index() -> None:
     assert relative_error(lse, want_lse) <= 1e-5
 
 
+def varlen(q: Tensor, **given: Any) -> Tensor:
+    """A call of one sequence."""
+    ends, row = torch.tensor([0, q.shape[1]], dtype=torch.int32), q[0]
+    found: Tensor = flash_attn_varlen_func(row, row, row, ends, ends, q.shape[1], q.shape[1], **given)
+    return found
+
+
+WINDOWS = [(5, 0), (4, 3), (-1, 2), (6, -1), (0, 0)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("used", [False, True])
+def test_each_sequence_has_its_own_diagonal_and_used_keys(window: tuple[int, int], used: bool) -> None:
+    ends_q, ends_k, counts = [0, 5, 6, 20], [0, 9, 12, 30], [9, 3, 18]
+    if used:
+        counts = [4, 0, 11]
+    q, k, v = draw(20, 4, 16), draw(30, 2, 16), draw(30, 2, 16)
+    tables = [torch.tensor(ends, dtype=torch.int32) for ends in (ends_q, ends_k)]
+    given: dict[str, Any] = {"seqused_k": torch.tensor(counts, dtype=torch.int32)} if used else {}
+    out = flash_attn_varlen_func(q, k, v, *tables, 14, 18, window_size=window, **given)
+    for (a, b), c, count in zip(pairwise(ends_q), ends_k, counts, strict=False):
+        want = plain(q[None, a:b], k[None, c : c + count], v[None, c : c + count], False, window)[0][0]
+        assert relative_error(out[a:b], want) <= 1e-5
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_a_cache_has_windows_without_causal(window: tuple[int, int], in_pages: bool) -> None:
+    q, k_cache, v_cache = draw(2, 3, 4, 16), draw(2, 16, 2, 16), draw(2, 16, 2, 16)
+    held, caches, given = torch.tensor([13, 6], dtype=torch.int32), (k_cache, v_cache), {}
+    if in_pages:
+        (pages_k, table), pages_v = paged(k_cache, 4), torch.empty(8, 4, 2, 16)
+        pages_v[table.view(-1).long()] = v_cache.reshape(-1, 4, 2, 16)
+        caches, given = (pages_k, pages_v), {"block_table": table}
+    out = flash_attn_with_kvcache(q, *caches, cache_seqlens=held, window_size=window, **given)
+    for entry, n in enumerate(held.tolist()):
+        want = plain(q[entry, None], k_cache[entry, None, :n], v_cache[entry, None, :n], False, window)[0][0]
+        assert relative_error(out[entry], want) <= 1e-5
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("appended", [False, True])
+def test_a_cache_may_begin_behind_padding(causal: bool, appended: bool) -> None:
+    q, k_cache, v_cache, new = draw(2, 3, 4, 16), draw(4, 16, 2, 16), draw(4, 16, 2, 16), draw(2, 3, 2, 16)
+    held, pad = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([13, 9], [4, 2]))
+    chosen = torch.tensor([3, 1], dtype=torch.int32)
+    given: dict[str, Any] = {"causal": causal, "cache_batch_idx": chosen, "cache_seqlens": held}
+    written = (new, new) if appended else ()
+    out, lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, *written, cache_leftpad=pad, return_softmax_lse=True, **given
+    )
+    for entry, n in enumerate(held.tolist()):
+        a, row = int(pad[entry]), int(chosen[entry])
+        k, v = (t[row, None, a : n + 3 * appended] for t in (k_cache, v_cache))
+        want, want_lse = plain(q[entry, None], k, v, causal, (-1, -1))
+        assert relative_error(out[entry], want[0]) <= 1e-5
+        assert relative_error(lse[entry], want_lse[0]) <= 1e-5
+        assert not appended or torch.equal(k_cache[row, n : n + 3], new[entry])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
         (lambda q: flash_attn_func(q, q, q, alibi_slopes=torch.ones(2)), hal.UnsupportedError, "additive mask"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q, q), hal.ContractError, "cache_seqlens"),
         (lambda q: flash_attn_with_kvcache(q, q, q, q), hal.ContractError, "pass both"),
-        (lambda q: flash_attn_with_kvcache(q, q, q, cache_leftpad=q), hal.UnsupportedError, "first slot"),
-        (lambda q: flash_attn_with_kvcache(q, q, q, window_size=(3, 3)), hal.UnsupportedError, "causal=True"),
+        (
+            lambda q: flash_attn_with_kvcache(q, q, q, cache_leftpad=q, block_table=q),
+            hal.UnsupportedError,
+            "without pages",
+        ),
+        (lambda q: flash_attn_with_kvcache(q, q, q, cache_leftpad=q), hal.ContractError, "cache_leftpad"),
+        (lambda q: varlen(q, seqused_q=torch.ones(1)), hal.UnsupportedError, "seqused_q"),
+        (lambda q: flash_attn_with_kvcache(q, q, q, q, q, cache_seqlens=1), hal.ContractError, "pass room for them"),
+        (
+            lambda q: flash_attn_with_kvcache(q, q, q, cache_leftpad=torch.zeros(1), cache_seqlens=9),
+            hal.ContractError,
+            "keys that there are",
+        ),
     ],
 )
 def test_what_cannot_be_said_is_refused(call: Any, error: type[Exception], said: str) -> None:

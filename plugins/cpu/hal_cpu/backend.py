@@ -52,6 +52,7 @@ CAPABILITIES = Capabilities(
             "dropout",
             "packed",
             "paged",
+            "used_lengths",
             "fp8_cache",
             "block_plan",
             "lse",
@@ -64,7 +65,7 @@ CAPABILITIES = Capabilities(
     batch=Range(0),
     length=Range(0),
     page_sizes=Range(1),
-    cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2"}),
+    cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "int4"}),
     block_sizes=Range(1),
     tile_sizes=Range(0, LARGEST_BLOCK),
 )
@@ -111,6 +112,14 @@ class CpuBackend:
                 "gradients through a paged cache",
                 "gradients of plain key and value",
                 "gather the pages, or call under torch.no_grad()",
+            )
+        if request.grads and request.used:
+            yield Refusal(
+                Code.BACKWARD,
+                "used",
+                "gradients through used lengths",
+                "gradients of whole key and value",
+                "cut the keys, or call under torch.no_grad()",
             )
         if request.grads and request.cache_dtype is not None:
             yield Refusal(

@@ -35,6 +35,7 @@ def path_of(request: AttentionRequest) -> Path:
         or request.window is not None
         or request.cache_dtype is not None
         or request.page_size is not None
+        or request.used
         or request.block_plan is not None
         or request.dropout
         or request.tiling is not None

@@ -167,7 +167,7 @@ class CpuSession(SessionBase):
         self, prepared: Prepared, mask: Tensor | None, rng: tuple[int, int] | None, out: Tensor | None
     ) -> AttentionOutput:
         request = prepared.request
-        if request.packed or request.page_size is not None:
+        if request.packed or request.page_size is not None or request.used:
             return self._sequences(prepared, mask, rng, out)
         result = self._dense(prepared, mask, rng, self.memory, out=out)
         return result if out is None or result.out is out else AttentionOutput(out.copy_(result.out), result.lse)
@@ -184,7 +184,7 @@ class CpuSession(SessionBase):
     ) -> AttentionOutput:
         """Attention of a dense batch. Kernels that can, write to `out` and `lse`."""
         query, key, value, request, _, _, tables = prepared
-        dim_v, len_q, len_k = value.shape[-1], query.shape[2], key.shape[2]
+        dim_v, len_q, len_k = request.dim_v, query.shape[2], key.shape[2]
         path = path_of(request)
         if path in ("native", "packed"):
             return AttentionOutput(native.bind(request, memory)(query, key, value, mask))
@@ -218,7 +218,7 @@ class CpuSession(SessionBase):
         query, request = prepared.query, _exact(prepared.request, prepared.query, source.length, mask)
         plan = self._plan(request, prepared)
         if out is None:
-            out = torch.empty((*query.shape[:3], source.value.shape[-1]), dtype=query.dtype)
+            out = torch.empty((*query.shape[:3], source.dim_v), dtype=query.dtype)
         if lse is None and request.lse:
             lse = torch.empty(query.shape[:3], dtype=source.dtype)
         given = _block_plan(prepared.plan)
@@ -249,7 +249,7 @@ class CpuSession(SessionBase):
     ) -> AttentionOutput:
         query, request, tables = prepared.query, prepared.request, prepared.tables
         assert tables is not None
-        result = nothing(query, prepared.value.shape[-1], request.lse, out)
+        result = nothing(query, request.dim_v, request.lse, out)
         parts = sequences(request, query, mask, _block_plan(prepared.plan), tables)
         with SharedMemory(self.memory) as memory:
             self._attend_each(longest_first(parts), prepared, rng, result, memory)
@@ -273,7 +273,7 @@ class CpuSession(SessionBase):
             room = result.out[part.batch, :, part.rows]
             lse = None if result.lse is None else result.lse[part.batch, :, part.rows]
             if part.pages is None:
-                keys, values = key[:, :, part.columns], value[:, :, part.columns]
+                keys, values = key[part.keys, :, part.columns], value[part.keys, :, part.columns]
                 one = Prepared(rows, keys, values, part.request, tile_size, part.plan, scales)
                 found = self._dense(one, part.mask, rng, memory, part.number, room, lse)
             else:

@@ -57,6 +57,8 @@ CAPABILITIES = Capabilities(
             "dropout",
             "packed",
             "paged",
+            "used_lengths",
+            "fp8_cache",
             "block_plan",
             "lse",
             "backward",
@@ -69,6 +71,7 @@ CAPABILITIES = Capabilities(
     heads=Range(1, 65535),
     length=Range(0, (1 << 31) - (1 << 16)),
     page_sizes=Range(1),
+    cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "int4"}),
     block_sizes=Range(1, 1 << 16),
     tile_sizes=Choice(FOREIGN_SIZES),
     options={**fp8.OPTIONS, **skipping.OPTIONS},
@@ -107,24 +110,19 @@ class CudaBackend:
             yield from skipping.refusals(request)
         if request.tiling is not None:
             yield from self._tiling_refusals(request, device)
-        if request.page_size is None:
-            return
-        if request.grads:
-            yield Refusal(
-                Code.BACKWARD,
-                "page_size",
-                "gradients through a paged cache",
-                "gradients of plain key and value",
-                "gather the pages, or call under torch.no_grad()",
-            )
-        if request.dtype == "float64":
-            yield Refusal(
-                Code.PAGED,
-                "page_size",
-                "a paged cache in float64",
-                "float32, bfloat16 or float16 pages",
-                "cast to float32",
-            )
+        cache = "" if request.page_size is None else "a paged cache"
+        cache = f"a cache of {request.cache_dtype}" if request.cache_dtype is not None else cache
+        cache = "used lengths" if request.used and not cache else cache
+        field = "page_size" if request.page_size is not None else "used" if request.used else "cache_dtype"
+        if cache and request.grads:
+            fix = "gather the pages, or call under torch.no_grad()"
+            yield Refusal(Code.BACKWARD, field, f"gradients through {cache}", "gradients of plain key and value", fix)
+        if cache and request.dtype == "float64":
+            offered = "float32, bfloat16 or float16"
+            yield Refusal(Code.DTYPE, field, f"{cache} in float64", offered, "cast to float32")
+        if request.cache_dtype == "float8_e4m3fn" and self.chip(device).capability < (8, 9):
+            offered = "int8 or int4 before compute capability 8.9"
+            yield Refusal(Code.CACHE_DTYPE, "cache_dtype", request.cache_dtype, offered, "quantize to int8")
 
     def _tiling_refusals(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
         """Why a tiling that the caller brings does not suit: the backward and torch have cuts of their own, and shared

@@ -26,7 +26,7 @@ from hal_core.plugin_api import (
 from .discovery import Chip
 from .kernels.fp8.wish import ERROR
 from .kernels.skipping.wish import threshold_of
-from .tiling import choose_tiles, hopper_backward_tiles, packs, split_keys
+from .tiling import Splits, choose_splits, choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
@@ -283,7 +283,10 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
         return 0
     if path == "hopper":
         return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
-    split = split_keys(r, choose_tiles(r, r.len_q), r.len_q, r.len_k, r.batch, chip, not r.deterministic)
+    tiles, splits = choose_tiles(r, r.len_q, chip), Splits(1, 0)
+    if packs(r, r.len_q):
+        splits = choose_splits(r, tiles, r.len_q, r.len_k, r.batch, chip)
+    split = split_keys(r, tiles, splits, r.len_q, r.batch, not r.deterministic)
     lists = 0
     if r.block_plan is not None and r.block_plan[2] > 1:
         lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4

@@ -113,7 +113,7 @@ class Chip:
         capability: compute capability, (major, minor).
         multiprocessors: how many the chip has.
         shared_memory: bytes that one program may have.
-        decode_programs: programs of the decode kernel that fit on one multiprocessor.
+        bandwidth: bytes a second that a kernel reads of the device's memory.
         torch_attention: whether torch's own fused attention runs on the device.
     """
 
@@ -121,7 +121,7 @@ class Chip:
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int
-    decode_programs: int = 1
+    bandwidth: float = 4.4e12
     torch_attention: bool = True
 
     @classmethod
@@ -130,9 +130,12 @@ class Chip:
         import torch
 
         facts: Any = torch.cuda.get_device_properties(index)
+        # Kilohertz and bits; data moves at both edges of the clock, and kernels reach 92% of that.
+        peak = 2e3 * getattr(facts, "memory_clock_rate", 0) * getattr(facts, "memory_bus_width", 0) / 8
         return cls(
             index=index,
             capability=(facts.major, facts.minor),
             multiprocessors=facts.multi_processor_count,
             shared_memory=facts.shared_memory_per_block_optin,
+            bandwidth=0.92 * peak or 4.4e12,
         )

@@ -85,6 +85,8 @@ def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
         and not request.dropout
         and (not request.packed or _fills_tiles(request))
         and request.page_size is None
+        and not request.used
+        and request.cache_dtype is None
         and request.block_plan is None
         and request.last_dim_contiguous
         and max(request.dim_qk, request.dim_v) <= 256
@@ -132,6 +134,8 @@ def torch_takes(request: AttentionRequest) -> bool:
         and not request.dropout
         and not request.packed
         and request.page_size is None
+        and not request.used
+        and request.cache_dtype is None
         and request.block_plan is None
         and not request.lse
         and not request.deterministic

@@ -296,7 +296,7 @@ class CudaSession(SessionBase):
         """Gradients by own kernels, whatever path the forward took.
 
         Raises:
-            UnsupportedError: a paged cache, or float64.
+            UnsupportedError: a paged or quantised cache, used lengths, or float64.
             ContractError: dropout without rng; no log-sum-exp of every row.
         """
         request = prepared.request
@@ -306,8 +306,9 @@ class CudaSession(SessionBase):
                 f"a gradient needs the forward's log-sum-exp of shape {tuple(out.shape[:3])}, and {found} "
                 "was given: run the forward with lse=True in its request (return_lse=True)"
             )
-        if request.page_size is not None or request.dtype == "float64":
-            what = "a paged cache" if request.page_size is not None else "float64"
+        cached = request.page_size is not None or request.used or request.cache_dtype is not None
+        if cached or request.dtype == "float64":
+            what = "a cache" if cached else "float64"
             raise UnsupportedError(
                 f"a backward of {what} from a given output was asked of {self.device.id}, and float32, bfloat16 and "
                 "float16 on plain keys are offered: call hal.attention with tensors that require gradients"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, DenseTiling, MaskKind, TilePlan
 
 from .discovery import Chip
+from .kernels.portable.schedule import MOST_JOINED, Tiles as Tiles, Work, fastest, resident, tile_choices
 from .memory import COUNTERS, PARTIAL
 
 if TYPE_CHECKING:
@@ -20,10 +22,6 @@ MOST_PACKED_TOKENS = 16
 WARPGROUP_ROWS = 64
 #: Block sizes of a tiling that the caller brings, which the portable kernel is compiled for.
 FOREIGN_SIZES = (32, 64, 128)
-#: Numbers of a tile's partial results up to which its last program joins them; one program reads more of them too
-#: slowly.
-_MOST_JOINED = 1 << 15
-_JOINED = (16, 64)  # splits that it joins at once: two kernels serve all lengths
 
 
 class CudaTiling(DenseTiling):
@@ -83,7 +81,15 @@ class CudaTiling(DenseTiling):
 
     def tiles(self, request: AttentionRequest) -> Tiles:
         """Tiles of the portable kernel: those measured, or the largest smaller ones that were not too large."""
-        return self._too_large.get(request) or choose_tiles(request, request.len_q)
+        return self._too_large.get(request) or choose_tiles(request, request.len_q, self._chip)
+
+    def splits(self, request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int) -> Splits:
+        """How the keys of the portable kernel's tiles are divided among programs."""
+        return choose_splits(request, tiles, len_q, len_k, batch, self._chip)
+
+    def alone(self, request: AttentionRequest, tiles: Tiles) -> bool:
+        """Whether a multiprocessor holds one decoding program at a time, so that no other hides its first loads."""
+        return resident(_work(request, tiles, 1, request.len_k, request.batch), tiles, self._chip) == 1
 
     def shrink(self, request: AttentionRequest, tiles: Tiles) -> bool:
         """Remember that tiles do not fit the chip's shared memory. False where there are no smaller ones."""
@@ -112,33 +118,19 @@ class CudaTiling(DenseTiling):
         return [self, *(DenseTiling(q, k) for q, k in others)]
 
 
-class Tiles(NamedTuple):
-    """Rows and keys of a tile, warps of a program, stages of its loads."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
 def packs(request: AttentionRequest, len_q: int) -> bool:
     """Whether the query heads of a group share a tile."""
     few = len_q <= MOST_PACKED_TOKENS and len_q * (request.heads_q // request.heads_kv) <= MOST_PACKED_ROWS
     return few and not request.packed and request.block_plan is None and request.tiling is None
 
 
-def choose_tiles(request: AttentionRequest, len_q: int) -> Tiles:
+def choose_tiles(request: AttentionRequest, len_q: int, chip: Chip) -> Tiles:
     """Tiles measured on Hopper; `shrunk` gives the next smaller ones where a chip's shared memory does not hold
     them.
     """
-    wide = max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
-    plain = request.mask is MaskKind.NONE
     if packs(request, len_q):
-        rows = max(16, power_of_two(len_q * (request.heads_q // request.heads_kv)))
-        if request.dtype == "float32":
-            return Tiles(rows, 32, 4, 2)
-        many = wide <= 64 or (wide <= 128 and request.len_k > 2048)
-        return Tiles(rows, 128 if many and plain and rows <= 32 else 64, 4, 3 if plain else 2)
+        return choose_decode(request, len_q, request.len_k, request.batch, chip)[0]
+    wide, plain = widest(request), request.mask is MaskKind.NONE
     if request.dtype == "float32":
         tiles = Tiles(32, 32, 4, 2 if wide <= 128 else 1)
     elif wide > 128:
@@ -237,31 +229,85 @@ class Splits(NamedTuple):
     chunk: int
 
 
-def choose_splits(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip) -> Splits:
-    """Divide the keys where tiles alone would leave multiprocessors idle."""
-    heads = request.heads_kv
-    row_tiles = -(-len_q * (request.heads_q // request.heads_kv) // tiles.rows)
-    keys = len_k
+@lru_cache(maxsize=4096)
+def choose_decode(
+    request: AttentionRequest, len_q: int, len_k: int, batch: int, chip: Chip, tiles: Tiles | None = None
+) -> tuple[Tiles, Splits]:
+    """Tiles of a request whose heads are packed, and the division of its keys: the fastest by the model.
+
+    tiles: those to divide the keys for; None: any.
+    """
+    group, wide = request.heads_q // request.heads_kv, widest(request)
+    plain, size = request.mask is MaskKind.NONE, DTYPE_BYTES[request.dtype]
+    rows = max(16, power_of_two(len_q * group))
+    choices = (tiles,) if tiles else tile_choices(rows, wide, plain, size, request.cache_dtype)
+    best: tuple[float, Tiles, int] | None = None
+    for tile in choices:
+        work = _work(request, tile, len_q, len_k, batch)
+        time, parts = fastest(work, tile, _most_joined(request, tile, len_q, batch), chip)
+        if best is None or time < best[0]:
+            best = time, tile, parts
+    assert best is not None
+    _, tile, parts = best
+    keys = _keys_read(request, len_q, len_k, tile.keys)
+    programs = request.heads_kv * batch * -(-len_q * group // tile.rows)
+    if request.page_size is not None and programs * 2 > chip.multiprocessors:
+        parts = -(-keys // 4096)  # lengths differ within a batch: even pieces keep the longest from finishing alone
+    steps = max(-(-keys // tile.keys), 1)
+    each = -(-steps // min(parts, steps))
+    return tile, Splits(-(-steps // each), each * tile.keys)
+
+
+def _work(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int) -> Work:
+    """A decoding step as the model takes it."""
+    rows, cache = len_q * (request.heads_q // request.heads_kv), request.cache_dtype
+    size = DTYPE_BYTES[request.dtype]
+    return Work(
+        heads=request.heads_kv * batch,
+        rows=rows,
+        keys=_keys_read(request, len_q, len_k, tiles.keys),
+        dim_qk=power_of_two(request.dim_qk),
+        dim_v=power_of_two(request.dim_v),
+        bits=4 if cache == "int4" else 8 * DTYPE_BYTES[cache or request.dtype],
+        size=size,
+        cache=cache,
+    )
+
+
+def _keys_read(request: AttentionRequest, len_q: int, len_k: int, keys: int) -> int:
+    """Keys that a tile of rows reads. keys: of a tile, by which a window's begin is rounded."""
     if request.window is not None and request.window[0] is not None:
         right = 0 if request.causal is not Causal.NONE else request.window[1]
         if right is not None:
-            keys = min(keys, request.window[0] + right + len_q + tiles.keys)
-    steps = max(-(-keys // tiles.keys), 1)
-    programs = heads * batch * row_tiles
-    slots = chip.multiprocessors * chip.decode_programs
-    wanted = max(slots // max(programs, 1), 1)
-    if request.page_size is not None and programs * 2 > slots:
-        wanted = -(-keys // 4096)  # lengths differ within a batch: even pieces keep the longest from finishing alone
-    steps_each = -(-steps // max(min(wanted, steps, 128), 1))
-    return Splits(-(-steps // steps_each), steps_each * tiles.keys)
+            return min(len_k, request.window[0] + right + len_q + keys)
+    return len_k
+
+
+def widest(request: AttentionRequest) -> int:
+    """The larger head size, as a power of two."""
+    return max(power_of_two(request.dim_qk), power_of_two(request.dim_v))
+
+
+def choose_splits(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip) -> Splits:
+    """The division of the keys for given tiles."""
+    return choose_decode(request, len_q, len_k, batch, chip, tiles)[1]
+
+
+def _most_joined(request: AttentionRequest, tiles: Tiles, len_q: int, batch: int) -> int:
+    """Parts of the keys up to which the last program of a tile may join them in the stream's workspace."""
+    rows, beside = len_q * (request.heads_q // request.heads_kv), 2 if request.mask is MaskKind.ADDITIVE else 1
+    if batch * request.heads_kv * -(-rows // tiles.rows) > COUNTERS:
+        return 0
+    numbers = batch * request.heads_kv * rows * (request.dim_v + beside)
+    return min(PARTIAL // max(numbers, 1), MOST_JOINED)
 
 
 class KeySplit(NamedTuple):
     """How the keys of a request's tiles are divided among programs.
 
-    splits: programs and keys of each. partial: numbers that hold their partial results; 0: keys are not
-    divided. joined: the most splits that the last program of a tile joins in the stream's workspace; 0: a second kernel
-    joins them.
+    splits: programs and keys of each. partial: numbers that hold their partial results; 0: keys are not divided.
+    joined: the most splits that the last program of a tile joins in the stream's workspace; 0: a second kernel joins
+    them.
     """
 
     splits: Splits
@@ -270,20 +316,15 @@ class KeySplit(NamedTuple):
 
 
 def split_keys(
-    request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch: int, chip: Chip, may_join: bool
+    request: AttentionRequest, tiles: Tiles, splits: Splits, len_q: int, batch: int, may_join: bool
 ) -> KeySplit:
-    """The division of the keys for exact lengths. may_join: there is a workspace."""
-    if not packs(request, len_q):
-        return KeySplit(Splits(1, 0), 0, 0)
-    splits, group = choose_splits(request, tiles, len_q, len_k, batch, chip), request.heads_q // request.heads_kv
+    """What a division of the keys takes. may_join: there is a workspace."""
     if splits.programs == 1:
         return KeySplit(splits, 0, 0)
     beside = 2 if request.mask is MaskKind.ADDITIVE else 1  # largest score and sum of weights, or their log-sum-exp
     partial = batch * request.heads_q * len_q * splits.programs * (request.dim_v + beside)
-    programs = batch * request.heads_kv * -(-len_q * group // tiles.rows)
-    fits = partial <= PARTIAL and programs <= COUNTERS
-    fits = fits and min(len_q * group, tiles.rows) * splits.programs * request.dim_v <= _MOST_JOINED
-    return KeySplit(splits, partial, next((n for n in _JOINED if may_join and fits and splits.programs <= n), 0))
+    joined = may_join and splits.programs <= _most_joined(request, tiles, len_q, batch)
+    return KeySplit(splits, partial, MOST_JOINED if joined else 0)
 
 
 def power_of_two(number: int) -> int:

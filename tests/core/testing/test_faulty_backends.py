@@ -167,7 +167,17 @@ def test_each_fault_fails_its_own_check_and_no_other(name: str, seed: int) -> No
 def test_every_check_finds_some_fault() -> None:
     found = {made.check for made in (FAULTS | MORE).values()}
     # Features that the honest device does not claim, and checks with faulty devices in tests of their own.
-    apart = {"packed", "paged", "fp8_cache", "block_plan", "discovery", "kernels", "value_dim", "combinations"}
+    apart = {
+        "packed",
+        "paged",
+        "used_lengths",
+        "fp8_cache",
+        "block_plan",
+        "discovery",
+        "kernels",
+        "value_dim",
+        "combinations",
+    }
     alike = {"strides", "softcap", "mask_gradient", "lse_gradient", "prepared_reuse", "huge_strides"}
     assert set(CHECKS) - found <= apart | alike
 
@@ -181,7 +191,7 @@ def test_an_honest_device_passes_everything_quickly(seed: int) -> None:
     report = check_backend(DenseBackend(), quick=True, seed=seed)
     assert report.passed, str(report)
     skipped = {result.name for result in report.results if result.status == "skipped"}
-    assert skipped == {"packed", "paged", "fp8_cache", "block_plan", "discovery", "kernels", "costs"}
+    assert skipped == {"packed", "paged", "used_lengths", "fp8_cache", "block_plan", "discovery", "kernels", "costs"}
     assert not any(result.warning for result in report.results if result.name != "estimates")
 
 

@@ -114,6 +114,7 @@ def test_kernel_agrees_with_float64(
     assert lse <= 2e-6
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("joined", [True, False], ids=["by the last program", "by a second kernel"])
 @pytest.mark.parametrize(
     ("len_q", "len_k", "options"),
@@ -151,6 +152,7 @@ def test_split_keys_are_joined(
     assert CONTEXT.workspaces.idle
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Generator, deterministic: bool) -> None:
     query, key = (torch.randn(1, 2, length, 16, generator=generator) for length in (1, 70))
@@ -172,6 +174,7 @@ def test_a_result_that_must_repeat_is_joined_as_in_a_capture(generator: torch.Ge
     assert launch.joins != deterministic
 
 
+@pytest.mark.usefixtures("divided")
 @pytest.mark.parametrize("deterministic", [False, True], ids=["by the last program", "by a second kernel"])
 @pytest.mark.parametrize("lowest", [-1e4, -1e9, torch.finfo(torch.float32).min])
 def test_split_keys_of_very_low_rows_are_joined_by_their_weights(
@@ -325,7 +328,7 @@ def test_splits_cover_every_key() -> None:
             batch=1, heads_q=32, heads_kv=8, len_q=1, len_k=keys, dim_qk=128, dim_v=128, dtype="bfloat16"
         )
         assert packs(request, 1)
-        tiles = choose_tiles(request, 1)
+        tiles = choose_tiles(request, 1, CHIP)
         splits = choose_splits(request, tiles, 1, keys, 1, CHIP)
         assert (splits.programs - 1) * splits.chunk < keys <= splits.programs * splits.chunk
 
@@ -334,7 +337,7 @@ def test_tiles_shrink_to_nothing_left() -> None:
     request = AttentionRequest(
         batch=1, heads_q=1, heads_kv=1, len_q=4096, len_k=4096, dim_qk=256, dim_v=256, dtype="bfloat16"
     )
-    tiles, seen = choose_tiles(request, 4096), []
+    tiles, seen = choose_tiles(request, 4096, CHIP), []
     while tiles is not None:
         seen.append(tiles)
         tiles = shrunk(tiles)
@@ -386,7 +389,8 @@ def test_conformance(check: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "check", ["dtypes", "lengths", "masks", "causal", "gradients", "mask_gradient", "lse_gradient"]
+    "check",
+    ["dtypes", "lengths", "masks", "causal", "used_lengths", "fp8_cache", "gradients", "mask_gradient", "lse_gradient"],
 )
 def test_conformance_of_results(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]

@@ -15,7 +15,8 @@ from interpreted_device import CHIP, CONTEXT
 from torch import Tensor
 
 import hal_core as hal
-from hal_core import AttentionRequest, SequenceMetadata
+from hal_core import AttentionRequest, Causal, SequenceMetadata
+from hal_core.testing import reference, relative_error
 
 
 def listed(
@@ -156,3 +157,47 @@ def test_wrong_page_tables_read_inside_the_cache(
     )
     query = torch.randn(1, 2, 1, 32, generator=generator)
     assert bool(torch.isfinite(PortablePath(request, CONTEXT)(query, cache, cache, tables=tables).out).all())
+
+
+@pytest.mark.parametrize("len_q", [1, 20])
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_that_are_not_used_are_not_read(generator: torch.Generator, packed: bool, len_q: int) -> None:
+    """Each sequence has its own diagonal, which ends in the last used key; packed ones begin in any order."""
+    begins, counts, longest = [40, 0, 70], [25, 40, 7], 40
+    query = torch.randn(3, 4, len_q, 32, generator=generator)
+    whole = torch.full((2, 2, 100, 32), math.nan)
+    caches = torch.full((2, 3, 2, longest, 32), math.nan)
+    for s, (begin, count) in enumerate(zip(begins, counts, strict=True)):
+        whole[:, :, begin : begin + count] = torch.randn(2, 2, count, 32, generator=generator)
+        caches[:, s, :, :count] = whole[:, :, begin : begin + count]
+    held = torch.tensor(counts, dtype=torch.int32)
+    request = AttentionRequest(
+        batch=3, heads_q=4, heads_kv=2, len_q=len_q, len_k=longest, dim_qk=32, dim_v=32, dtype="float32",
+        causal=Causal.BOTTOM_RIGHT, window=(9, None), diagonal=2, used=True, packed=packed,
+    )  # fmt: skip
+    if packed:
+        begin, rows = torch.tensor([*begins, 100]).int(), torch.arange(0, 3 * len_q + 1, len_q).int()
+        tables = SequenceMetadata(cu_seqlens_q=rows, cu_seqlens_k=begin, cache_seqlens=held)
+        given = query.transpose(0, 1).flatten(1, 2)[None], *whole[:, None]
+    else:
+        tables, given = SequenceMetadata(cache_seqlens=held), (query, *caches)
+    out = PortablePath(request, CONTEXT)(*given, tables=tables).out
+    out = out[0].unflatten(1, (3, len_q)).transpose(0, 1) if packed else out
+    for s, count in enumerate(counts):
+        want = reference(
+            query[s, None], *caches[:, s, None, :, :count], causal="bottom_right", window=(9, None), diagonal=2
+        ).out
+        assert relative_error(out[s, None], want) <= 3e-6
+
+
+@pytest.mark.parametrize("held", [1 << 30, -4])
+@pytest.mark.parametrize("begin", [-7, 60, 1 << 30])
+def test_wrong_used_lengths_read_inside_the_keys(generator: torch.Generator, held: int, begin: int) -> None:
+    key = surrounded(generator, 100)
+    query = torch.randn(1, 2, 8, 32, generator=generator)
+    request = AttentionRequest(
+        batch=1, heads_q=2, heads_kv=2, len_q=8, len_k=100, dim_qk=32, dim_v=32, dtype="float32", packed=True, used=True
+    )
+    rows, begins, counts = (torch.tensor(numbers).int() for numbers in ([0, 8], [begin, 100], [held]))
+    tables = SequenceMetadata(cu_seqlens_q=rows, cu_seqlens_k=begins, cache_seqlens=counts)
+    assert bool(torch.isfinite(PortablePath(request, CONTEXT)(query, key, key, tables=tables).out).all())

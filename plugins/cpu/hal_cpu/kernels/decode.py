@@ -68,7 +68,7 @@ def _attend(problem: Problem, tile: Tile, scratch: Scratch, chunk: int) -> tuple
     """(out [pairs, rows, dim_v], log-sum-exp [pairs, rows, 1] where it is asked for) of one tile, in scratch memory."""
     start, stop = problem.band.range(tile.rows, problem.source.length)
     many, rows = tile.pairs, problem.group * tile.row_count
-    out = scratch.out[: many * rows * problem.source.value.shape[-1]].view(many, rows, -1)
+    out = scratch.out[: many * rows * problem.source.dim_v].view(many, rows, -1)
     if start >= stop:
         return out.zero_(), None
     keys = slice(start, stop)

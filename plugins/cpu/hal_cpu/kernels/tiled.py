@@ -63,7 +63,7 @@ def attend_rows(problem: Problem, scratch: Scratch, tile: Tile) -> tuple[Tensor,
     """
     query = scaled_query(problem, tile, scratch.query)
     many, rows = query.shape[:2]
-    dim_v = problem.source.value.shape[-1]
+    dim_v = problem.source.dim_v
     out = scratch.out[: many * rows * dim_v].view(many, rows, dim_v).zero_()
     top, new_top, anchor, shrink, total, part = scratch.statistics[: 6 * many * rows].view(6, many, rows, 1)
     top.fill_(-math.inf)

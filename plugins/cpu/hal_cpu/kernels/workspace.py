@@ -230,7 +230,7 @@ def _chunk(request: AttentionRequest, heads: int, pairs: int, columns: int) -> t
     if request.page_size is None or request.page_size >= SMALLEST_COPIED_PAGE:
         return pairs * columns, 0
     tokens = heads * (columns + 2 * request.page_size)
-    size = DTYPE_BYTES[request.cache_dtype or request.dtype]
+    size = DTYPE_BYTES.get(request.cache_dtype or request.dtype, 1)  # int4 by its bytes
     return tokens, -(-tokens * max(request.dim_qk, request.dim_v) * size // _wide(request))
 
 

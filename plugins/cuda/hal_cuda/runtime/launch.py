@@ -14,6 +14,7 @@ from . import binaries
 Launcher = Callable[[tuple[int, int, int], Sequence[Any], list[Any]], None]
 
 _ALIGNED = dict.fromkeys("qkv", 16) | dict.fromkeys(("q_b", "q_h", "q_m", "k_b", "k_h", "k_n", "v_b", "v_h", "v_n"), 8)
+_ALIGNED_BYTES = dict.fromkeys(("k_b", "k_h", "k_n"), 16)  # values are words then, or read as they are
 _ALIGNED_RESULT = {"out": 16, "o_b": 8, "o_h": 8, "o_m": 8}
 _ALIGNED_GRAD = {"grad_out": 16, "g_b": 8, "g_h": 8, "g_m": 8}
 _ALIGNED_GRADS = dict.fromkeys(("dq", "dk", "dv"), 16) | {
@@ -84,6 +85,7 @@ def compiled(
     known = dict(divisible) | ({"part": 16} if "part" in signature else {})
     if constants.get("ALIGNED"):
         known |= _ALIGNED | (_ALIGNED_RESULT if constants.get("DV", 1) % 8 == 0 else {})
+    known |= _ALIGNED_BYTES if constants.get("ALIGNED") and constants.get("CACHE") else {}
     known |= _ALIGNED_GRAD if constants.get("GRAD_ALIGNED") else {}
     known |= _ALIGNED_GRADS if constants.get("RESULT_ALIGNED") else {}
     return binaries.compile_for(fn, signature, constants, target, known, **options)

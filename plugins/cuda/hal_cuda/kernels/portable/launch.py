@@ -20,25 +20,40 @@ from hal_core.plugin_api import (
     TilePlan,
 )
 
-from ...memory import Borrowed, Workspace, borrowing
+from ...memory import Workspace, borrowing
+from ...runtime import binaries
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, current_stream, dependent_launch, launcher
-from ...tiling import Tiles, packs, power_of_two, split_keys, tiles_of_plan
+from ...tiling import Splits, Tiles, packs, power_of_two, split_keys, tiles_of_plan
+from .arguments import (
+    CACHES,
+    MANY_ROWS,
+    NO_TABLES,
+    OTHERS,
+    SEED,
+    TYPES as TYPES,
+    aligned as aligned,
+    attend_signature,
+    extras_of as extras_of,
+    in_words as in_words,
+    last_dim_contiguous as last_dim_contiguous,
+    lse_strides,
+    mask_strides as mask_strides,
+    merge_signature,
+    merged_at_once,
+    plan_strides as plan_strides,
+    same_layout,
+    scale_strides,
+    scaled_tokens,
+    whole_tiles,
+)
 from .attend import attend
 from .block_plans import listed_once
 from .dropout import random_words
 from .mask_tiles import mask_constants, mask_form, mask_steps
 from .merge import merge
+from .schedule import rows_joined
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float64: "fp64",
-    torch.bool: "u8",
-    torch.int32: "i32",
-}
-_STRIDES = 28  # q_b to count_h in the kernel's signature
 _MOST_LAUNCHES = 512
 
 
@@ -107,7 +122,8 @@ class PortablePath:
         with borrowing(self._context.memory) as borrow:
             blocks = None if blocks is None else listed_once(blocks, self.chip, borrow)
             if tables is not None:
-                tables = SequenceMetadata(*(last_dim_contiguous(t, borrow) for t in tables[:4]))
+                made = (last_dim_contiguous(t, borrow) for t in tables[:4])
+                tables = SequenceMetadata(*made)._replace(key_scale=tables.key_scale, value_scale=tables.value_scale)
             return self._run(query, key, value, mask, blocks, tables, rng, cut)
 
     def _run(
@@ -122,6 +138,8 @@ class PortablePath:
         cut: TilePlan | None,
     ) -> AttentionOutput:
         plain = mask is None and plan is None and tables is None
+        if self.request.cache_dtype is not None:
+            value = in_words(value)
         extras = None if plain else extras_of(mask, plan, tables)
         workspace = self._workspace(query) if self._may_join else None
         form = (
@@ -146,13 +164,13 @@ class PortablePath:
                 joins = workspace is not None
                 launch = self._launches[form] = self._build(query, key, value, mask, plan, tables, joins, cut)
             self._last = (form, launch)
-        out = torch.empty_like(query) if launch.like_query else empty_result(query, value.shape[3])
+        out = torch.empty_like(query) if launch.like_query else empty_result(query, self.request.dim_v)
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if self.request.lse else None
         arguments = launch.arguments
         if rng is not None:
             arguments = arguments.copy()
             arguments[launch.seed : launch.seed + 2] = random_words(rng)
-        others = () if plain else (mask, *(tables or _NO_TABLES)[:4], *((None, None) if plan is None else plan[2:]))
+        others = () if plain else (mask, *(tables or NO_TABLES), *((None, None) if plan is None else plan[2:]))
         if launch.joins:
             assert workspace is not None
             launch.run(launch.grid, (query, key, value, out, lse, *workspace, *others), arguments)
@@ -221,16 +239,17 @@ class PortablePath:
         joins: bool,
     ) -> Launch:
         r = self.request
-        out = empty_result(query, value.shape[3])
+        out = empty_result(query, r.dim_v)
         batch, heads_q, len_q, dim_qk = query.shape
-        heads_kv, len_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
+        heads_kv, len_k = key.shape[1], key.shape[2]
         if r.packed:
             batch, len_q, len_k = r.batch, r.len_q, r.len_k
         elif r.page_size is not None:
             assert tables is not None
             len_k = tables.page_table.shape[1] * key.shape[2]
         pack, group = packs(r, len_q), heads_q // heads_kv
-        splits, partial, at_once = split_keys(r, tiles, len_q, len_k, batch, self.chip, joins)
+        whole = self._context.tiling.splits(r, tiles, len_q, len_k, batch) if pack else Splits(1, 0)
+        splits, partial, at_once = split_keys(r, tiles, whole, len_q, batch, joins)
         split = splits.programs > 1
         if plan is not None:
             row_tiles = -(-len_q // plan.block_q) * -(-plan.block_q // tiles.rows)
@@ -242,9 +261,10 @@ class PortablePath:
             *key.stride(),
             *value.stride(),
             *out.stride()[:3],
-            *_lse_strides(out),
+            *lse_strides(out),
             *mask_strides(mask),
             0 if tables is None or tables.page_table is None else tables.page_table.stride(0),
+            *scale_strides(tables),
             *plan_strides(plan),
             r.effective_scale,
             r.softcap or 1.0,
@@ -263,23 +283,29 @@ class PortablePath:
             query.shape[2],
             key.shape[2] if r.page_size is None else key.shape[0],
         ]
-        seed = _SEED
+        seed = SEED
         if mask is None and plan is None and tables is None:
-            arguments, seed = [None] * _OTHERS + arguments, seed + _OTHERS
-        unit, even = aligned(query, key, value), not pack and _whole_tiles(r, len_k, tiles.keys)
-        mask_type = "u8" if mask is None else TYPES[mask.dtype]
+            arguments, seed = [None] * OTHERS + arguments, seed + OTHERS
+        unit, even = aligned(query, key, value), not pack and whole_tiles(r, len_k, tiles.keys)
+        types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype], TYPES[value.dtype])
+        short = key.shape[2] * max(key.stride(2), value.stride(2)) < 1 << 31
         of_mask = tuple(mask_constants(mask).items()), tuple(mask_steps(mask).items())
         rows = tiles.rows if plan is None else plan.block_q
         even_rows = not pack and not r.packed and not len_q % rows and not rows % tiles.rows
-        chosen = _Chosen(tiles, mask_type, of_mask, pack, split, at_once, unit, even, even_rows)
+        chosen = _Chosen(
+            tiles, types, of_mask, pack, split, at_once, unit, even, even_rows, short, scaled_tokens(tables)
+        )
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
-        like_query = dim_qk == dim_v and _same_layout(out, torch.empty_like(query))
+        like_query = dim_qk == r.dim_v and same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
         if at_once or not split:
             return launch
-        merging = [*out.stride()[:3], splits.programs]
+        count = batch * heads_q * len_q
+        merging, many = [*out.stride()[:3], splits.programs, heads_q, len_q, count], count >= MANY_ROWS
         return launch._replace(
-            merge=self._merge(query.dtype), merge_arguments=merging, merge_grid=(len_q, heads_q, batch)
+            merge=self._merge(query.dtype, many),
+            merge_arguments=merging,
+            merge_grid=(-(-count // merged_at_once(r.dim_v, many)[0]), 1, 1),
         )
 
     def _kernel(self, chosen: _Chosen, dtype: torch.dtype) -> Launcher:
@@ -289,15 +315,17 @@ class PortablePath:
             return run
         if chosen.joins:  # a capture of a graph does not join, and must not compile either
             self._kernel(chosen._replace(joins=0), dtype)
-            self._merge(dtype)
-        r, (tiles, mask_type, of_mask, pack, split, joins, aligned, even, even_rows) = self.request, chosen
+            for many in (False, True):
+                self._merge(dtype, many)
+        r, (tiles, types, of_mask, pack, split, joins, aligned, even, even_rows, short, tokens) = self.request, chosen
+        least = {None: 16, "int4": 64}.get(r.cache_dtype, 32)  # of numbers in a product, each plane's own 16
         left, right = self._band
         constants = {
             "GROUP": r.heads_q // r.heads_kv,
             "DQ": r.dim_qk,
             "DV": r.dim_v,
-            "BDQ": max(16, power_of_two(r.dim_qk)),
-            "BDV": max(16, power_of_two(r.dim_v)),
+            "BDQ": max(least, power_of_two(r.dim_qk)),
+            "BDV": max(least, power_of_two(r.dim_v)),
             "BM": tiles.rows,
             "BN": tiles.keys,
             "PAGE": r.page_size or 0,
@@ -309,7 +337,12 @@ class PortablePath:
             "SOFTCAP": r.softcap is not None,
             "DROPOUT": r.dropout > 0,
             "PACKED": r.packed,
-            "SEQLENS": r.page_size is not None,
+            "SEQLENS": r.page_size is not None or r.used,
+            "CACHE": CACHES[r.cache_dtype],
+            "TOKENS": tokens,
+            "WORDS": types[2] == "i16",
+            "REREAD": pack and r.cache_dtype is None and self._context.tiling.alone(r, tiles),
+            "FAST": not binaries.INTERPRETED,
             "PLAN": r.block_plan is not None,
             "PACK": pack,
             "SPLIT": split,
@@ -318,35 +351,36 @@ class PortablePath:
             "ALIGNED": aligned,
             "EVEN": even,
             "EVEN_ROWS": even_rows,
+            "SHORT": short,
             "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
-            "ROWS": _rows_joined(tiles, r, joins),
+            "ROWS": rows_joined(tiles, power_of_two(r.dim_v)) if joins else 0,
         }
-        signature = attend_signature(TYPES[dtype], mask_type)
+        signature = attend_signature(TYPES[dtype], *types)
         run = launcher(self.chip, attend, signature, constants, dict(of_mask[1]), num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
 
-    def _merge(self, dtype: torch.dtype) -> Launcher:
-        run = self._runs.get("merge")
+    def _merge(self, dtype: torch.dtype, many: bool) -> Launcher:
+        run = self._runs.get(f"merge {many}")
         if run is None:
             pdl, dim_v = dependent_launch(self.chip), self.request.dim_v
             constants = {"DV": dim_v, "BDV": max(16, power_of_two(dim_v)), "LSE": self.request.lse, "PDL": pdl}
-            constants["TOTALS"] = self.request.mask is MaskKind.ADDITIVE
+            constants |= {"TOTALS": self.request.mask is MaskKind.ADDITIVE}
+            constants |= dict(zip(("ROWS", "PARTS"), merged_at_once(dim_v, many), strict=True))
             signature = merge_signature(TYPES[dtype])
             run = launcher(self.chip, merge, signature, constants, num_warps=4, launch_pdl=pdl)
-            self._runs["merge"] = run
+            self._runs[f"merge {many}"] = run
         return run
 
 
 class _Chosen(NamedTuple):
-    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names.
-
-    of_mask: constants of a mask, and what its address and strides are multiples of.
+    """What a kernel is compiled for, beside its request: see `attend`'s constants of these names. types: Triton's, of
+    mask, keys and values. of_mask: constants of a mask, and what its address and strides are multiples of.
     """
 
     tiles: Tiles
-    mask_type: str
+    types: tuple[str, str, str]
     of_mask: tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, int], ...]]
     pack: bool
     split: bool
@@ -354,109 +388,5 @@ class _Chosen(NamedTuple):
     aligned: bool
     even: bool
     even_rows: bool
-
-
-def _rows_joined(tiles: Tiles, request: AttentionRequest, parts: int) -> int:
-    """Rows whose `parts` partial results fill 64 registers of a thread."""
-    return min(tiles.rows, max(64 * 32 * tiles.warps // (parts * power_of_two(request.dim_v)), 1)) if parts else 0
-
-
-_NO_TABLES = SequenceMetadata()
-_POINTERS = (
-    "q",
-    "k",
-    "v",
-    "out",
-    "lse",
-    "part",
-    "arrived",
-    "mask",
-    "cu_q",
-    "cu_k",
-    "page_table",
-    "seqlens",
-    "plan_index",
-    "plan_count",
-)
-_OTHERS = 7  # of the pointers: mask, tables and plan
-_SEED = _STRIDES + 3
-
-
-def attend_signature(dtype: str, mask: str) -> dict[str, str]:
-    """Triton types of `attend`'s run-time arguments."""
-    types = dict.fromkeys(attend.arg_names, "i32")
-    types |= dict.fromkeys(_POINTERS, "*i32") | dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}")
-    types |= dict.fromkeys(("lse", "part"), "*fp32") | {"mask": f"*{mask}"}
-    types |= dict.fromkeys(attend.arg_names[len(_POINTERS) : len(_POINTERS) + _STRIDES], "i64")
-    return types | dict.fromkeys(("scale", "softcap", "probability"), "fp32") | {"seed": "i64", "offset": "i32"}
-
-
-def merge_signature(dtype: str) -> dict[str, str]:
-    """Triton types of `merge`'s run-time arguments."""
-    types = dict.fromkeys(("o_b", "o_h", "o_m"), "i64") | {"splits": "i32"}
-    return types | {"part": "*fp32", "out": f"*{dtype}", "lse": "*fp32"}
-
-
-def last_dim_contiguous(table: Tensor | None, borrow: Borrowed) -> Tensor | None:
-    """A table whose last dimension is contiguous: itself, or a copy."""
-    if table is None or table.stride(-1) == 1:
-        return table
-    return borrow(table.shape, table.dtype).copy_(table)
-
-
-def extras_of(mask: Tensor | None, plan: BlockPlan | None, tables: SequenceMetadata | None) -> Any:
-    """What else the arguments depend on."""
-    table = tables.page_table if tables is not None else None
-    return (
-        None if mask is None else (mask.shape, mask.stride(), mask.dtype),
-        None if plan is None else (plan.indices.shape, plan.counts.shape, plan.indices.stride(), plan.counts.stride()),
-        None if table is None else (table.shape, table.stride(0)),
-    )
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether loads of 16 bytes are possible: from 16-byte addresses, unit last strides, the others in steps of 8
-    elements.
-    """
-    steps = addresses = 0
-    for tensor in tensors:
-        batch, head, row, last = tensor.stride()
-        if last != 1:
-            return False
-        steps, addresses = steps | batch | head | row, addresses | tensor.data_ptr()
-    return not steps % 8 and not addresses % 16
-
-
-def _same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of one shape lie in memory alike; a dimension of one element may have any stride."""
-    return all(n == 1 or a == b for n, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
-
-
-def _whole_tiles(request: AttentionRequest, len_k: int, keys: int) -> bool:
-    """Whether no tile of keys is cut short, nor a plan's last block, whose tiles may lie behind the keys."""
-    if request.packed or request.page_size is not None:
-        return False
-    block = keys if request.block_plan is None else request.block_plan[1]
-    return not len_k % block and not block % keys
-
-
-def _lse_strides(out: Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head and row of the log-sum-exp."""
-    heads, length = out.shape[1:3]
-    return heads * length, length, 1
-
-
-def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
-    """Strides as they are; 0 where the mask is broadcast."""
-    if mask is None:
-        return (0, 0, 0, 0)
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-
-
-def plan_strides(plan: BlockPlan | None) -> tuple[int, ...]:
-    if plan is None:
-        return (0, 0, 0, 0, 0)
-    i, c = plan.indices, plan.counts
-    sizes = [0 if n == 1 else s for n, s in zip(i.shape[:2], i.stride()[:2], strict=True)]
-    counts = [0 if n == 1 else s for n, s in zip(c.shape[:2], c.stride()[:2], strict=True)]
-    return (*sizes, i.stride(2), *counts)
+    short: bool = True
+    tokens: bool = False

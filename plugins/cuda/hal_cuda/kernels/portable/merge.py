@@ -52,26 +52,33 @@ def merge(
     o_h,
     o_m,
     splits,
+    heads,
+    len_q,
+    count,
     DV: tl.constexpr,
     BDV: tl.constexpr,
     LSE: tl.constexpr,
     PDL: tl.constexpr,
     TOTALS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Join the partial results of `attend`. Grid: (len_q, heads, batch)."""
-    row, head, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows, heads = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
-    place = (batch * heads + head) * rows + row + tl.zeros([1], tl.int64)
+    """Join the partial results of `attend`, those of ROWS rows in a program, PARTS of each at a time.
+
+    Grid: (row groups,). count: rows of all heads and batch entries.
+    """
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = place < count
     d = tl.arange(0, BDV)[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    numbers = tl.num_programs(2) * heads * rows * splits
+    numbers = count.to(tl.int64) * splits
     lse_part = part + numbers * DV
-    most, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    sums = tl.zeros([1, BDV], tl.float32)
-    for start in range(0, splits, 16):  # up to 16 parts their loads do not wait for each other
+    most, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, BDV], tl.float32)
+    for start in range(0, splits, PARTS):
         some_most, some_total, some_sums = gathered(
-            part, lse_part, numbers, place, place >= 0, start, splits, DV, BDV, 16, TOTALS
+            part, lse_part, numbers, place, ok, start, splits, DV, BDV, PARTS, TOTALS
         )
         raised = tl.maximum(most, some_most)
         anchor = tl.where(raised == float("-inf"), 0.0, raised)
@@ -80,6 +87,8 @@ def merge(
         sums = sums * shrink[:, None] + some_sums * grow[:, None]
         most = raised
     joined, whole_lse = settled(most, total, sums)
-    tl.store(out + batch * o_b + head * o_h + row * o_m + d, joined.to(out.dtype.element_ty), mask=d < DV)
+    batch, head, row = place // (heads * len_q), place // len_q % heads, place % len_q
+    at = (out + batch * o_b + head * o_h + row * o_m)[:, None] + d
+    tl.store(at, joined.to(out.dtype.element_ty), mask=ok[:, None] & (d < DV))
     if LSE:
-        tl.store(lse + place, whole_lse)
+        tl.store(lse + place, whole_lse, mask=ok)
