@@ -100,7 +100,7 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
 
     path = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
-    assert len(rows) <= 250
+    assert len(rows) <= 300
     tuned = {
         name: row
         for name, row in rows.items()
