@@ -6,6 +6,8 @@
 # make docs       builds the documentation site into out/site
 # make wheels     builds a wheel of every distribution into dist/
 # make bench      runs every benchmark and records its figures in docs/benchmarks
+# make outside-tests   on a GPU: PyTorch's own attention tests, with PyTorch's kernels and with ours behind its operators;
+#                 TORCH_TESTS=<folder `test` of a checkout of the PyTorch that is installed>
 #
 # PYTHON=python3   use an environment that has torch and the test tools already: nothing is downloaded, this project's
 #                  packages are installed into it without an index (for machines without a network)
@@ -25,7 +27,7 @@ RUN := .venv/bin/python
 READY := .venv/.installed
 endif
 
-.PHONY: demo demo-all test test-all lint docs wheels bench venv model clean
+.PHONY: demo demo-all test test-all lint docs wheels bench outside-tests venv model clean
 .DEFAULT_GOAL := test
 
 venv: $(READY)
@@ -98,6 +100,9 @@ wheels: $(READY)
 
 bench: $(READY)
 	@for script in $(sort $(filter-out %_worker.py,$(wildcard benchmarks/*.py))); do echo "== $$script"; $(RUN) $$script --record || exit 1; done
+
+outside-tests: $(READY)
+	@TORCH_TESTS="$(TORCH_TESTS)" $(RUN) tests/cuda/outside/torch_tests.py --record
 
 clean:
 	rm -rf .venv out dist $(addsuffix /build,$(FOLDERS)) .pytest_cache .mypy_cache .ruff_cache .hypothesis

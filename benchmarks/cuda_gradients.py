@@ -1,6 +1,7 @@
 """Gradients of attention on a CUDA device: own kernels beside the installed peers, and whole calls beside SDPA.
 
-    python benchmarks/cuda_gradients.py [--record] [--only error,backward,special,models]
+    python benchmarks/cuda_gradients.py [--record] [--only error,accuracy,backward,special,deterministic,models]
+        [--match TEXT]
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
 Ratios are the best peer's time over ours: above 1 is faster. `backward` times the gradients alone, from a forward's
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hal_core as hal
 from hal_core.testing import relative_error
 
-SECTIONS = ("error", "backward", "special", "models")
+SECTIONS = ("error", "accuracy", "backward", "special", "deterministic", "models")
+SEEDS = 5
 PEERS = ("cuDNN", "FA2", "FA4")
 
 
@@ -162,6 +165,65 @@ def error(bench: Bench, options: Any) -> None:
     publish(options, "cuda_gradients", "Errors", columns, bad if options.brief else rows, notes, "Errors")
 
 
+def accuracy(bench: Bench, options: Any) -> None:
+    """Root mean square over seeds of each gradient's error against float64, beside the peers'."""
+    rows, worst = [], 0.0
+    shapes = [(dim, length, causal, 4) for dim in (64, 128, 256) for length in (1000, 2048) for causal in (False, True)]
+    for dim, length, causal, heads_kv in [*shapes, (64, 2048, True, 1), (128, 2048, True, 1)]:
+        squares: dict[str, list[float]] = {}
+        for _ in range(SEEDS):
+            query, grad_out = (normal(2, 4, length, dim) for _ in range(2))
+            key, value = (normal(2, heads_kv, length, dim) for _ in range(2))
+            given = (query, key, value, grad_out)
+            want = exact_gradients(*given, {"is_causal": causal})
+            calls = {"own": own_backward(bench.chip, *given, is_causal=causal)}
+            calls["cuDNN"] = torch_backward(SDPBackend.CUDNN_ATTENTION, *given, causal)
+            calls["FA2"] = torch_backward(SDPBackend.FLASH_ATTENTION, *given, causal)
+            for name, call in calls.items():
+                errors = [relative_error(got, right) for got, right in zip(call()[:3], want, strict=True)]
+                squares[name] = [old + new * new for old, new in zip(squares.get(name, [0.0] * 3), errors, strict=True)]
+        found = {name: [math.sqrt(total / SEEDS) for total in each] for name, each in squares.items()}
+        ratios = [found["own"][i] / min(found["cuDNN"][i], found["FA2"][i]) for i in range(3)]
+        worst = max(worst, *ratios)
+        shown = [" ".join(f"{e:.2e}" for e in found[name]) for name in ("own", "cuDNN", "FA2")]
+        form = f"{'causal' if causal else 'full'}, 4 heads on {heads_kv}"
+        rows.append([str(dim), str(length), form, *shown, f"{max(ratios):.3f}"])
+    columns = ("head_dim", "tokens", "mask", "own: dQ dK dV", "cuDNN", "FA2", "own / best peer")
+    notes = [f"bf16, {SEEDS} seeds, root mean square. Worst {worst:.3f} of the best peer.", *conditions(bench)]
+    publish(options, "cuda_gradients", "Accuracy", columns, rows, notes, "Accuracy")
+
+
+def deterministic(bench: Bench, options: Any) -> None:
+    """Gradients that are the same to the bit in every run, beside the fastest."""
+    rows = []
+    for dim in (64, 128):
+        for length in (2048, 8192):
+            for causal in (True, False):
+                shape = (max(16384 // length, 1), heads_of(dim), length, dim)
+                given = [normal(*shape) for _ in range(4)]
+                fastest = own_backward(bench.chip, *given, is_causal=causal)
+                repeats = repeating(fastest)
+                first, moved = repeats(), 0
+                for _ in range(20):
+                    moved += not all(torch.equal(a, b) for a, b in zip(first[:3], repeats()[:3], strict=True))
+                times = bench.times({"repeats": repeats, "fastest": fastest})
+                flops = 10.0 * shape[0] * shape[1] * length * length * dim / (2 if causal else 1)
+                rates = [f"{flops / times[name] / 1e9:.0f}" for name in ("repeats", "fastest")]
+                rows.append([str(dim), str(length), "causal" if causal else "full", *rates, str(moved)])
+    columns = ("head_dim", "tokens", "mask", "deterministic, TFLOP/s", "fastest", "launches of 20 that moved")
+    publish(options, "cuda_gradients", "Deterministic", columns, rows, conditions(bench), "Deterministic")
+
+
+def repeating(call: Any) -> Any:
+    """A call of `own_backward` with deterministic gradients, on the same tensors."""
+    from hal_cuda.kernels.gradients import OwnBackward
+
+    session: Any = hal.session(DEVICE)
+    request = replace(call.func._portable.request, deterministic=True)
+    path = "hopper" if call.func._hopper is not None else "portable"
+    return partial(OwnBackward(path, request, session._context), *call.args)
+
+
 def backward(bench: Bench, options: Any) -> None:
     """The gradients alone, against the best peer."""
     rows, ratios = [], []
@@ -232,7 +294,7 @@ def flash_window(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, le
 def models(bench: Bench, options: Any) -> None:
     """Forward and backward of training shapes through `hal.attention`, against SDPA's default on the same tensors."""
     rows, ratios = [], []
-    for shape in SHAPES:
+    for shape in (shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"):
         own, theirs = trained(shape)
         try:
             theirs()
@@ -325,6 +387,8 @@ def kernel_names(call: Callable[[], Any]) -> list[str]:
 
 RUN: dict[str, Callable[[Bench, Any], None]] = {
     "error": error,
+    "accuracy": accuracy,
+    "deterministic": deterministic,
     "backward": backward,
     "special": special,
     "models": models,
@@ -334,6 +398,7 @@ RUN: dict[str, Callable[[Bench, Any], None]] = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", default=",".join(SECTIONS), help="sections to run")
+    options.add_argument("--match", default="", help="model shapes to run: those whose description holds this text")
     options.add_argument("--brief", action="store_true", help="of the errors, print those that are too large")
     chosen = options.parse_args()
     torch.manual_seed(int(time.time()))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, Causal, SequenceMetadata
-from hal_core.testing import reference_gradients, relative_error, request_of
+from hal_core.testing import reference, reference_gradients, relative_error, request_of
 
 if TYPE_CHECKING:
     from cuda_attention import Bench
@@ -38,8 +38,14 @@ _BACKWARD = (
     *("portable/backward", "portable/backward_kv", "portable/backward_q", "portable/backward_step"),
     *("portable/attend", "portable/merge", "portable/dropout"),
 )
+_SHORT = ("portable/short", "portable/mask_tiles", "portable/dropout")
 _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
+)
+_FP8 = (
+    *(f"fp8/{file}" for file in ("forward", "producer", "consumer", "wide", "softmax", "result", "layouts", "config")),
+    "fp8/quantise",
+    *("hopper/pipeline", "hopper/softmax", "hopper/result", "hopper/config"),
 )
 #: Kernel and the files of hal_cuda/kernels whose source its check vouches for.
 KERNELS = {
@@ -50,6 +56,14 @@ KERNELS = {
     "hopper_backward.backward": _HOPPER_BACKWARD,
     "hopper_backward.prepare": ("hopper_backward/rows",),
     "hopper_backward.finish": ("hopper_backward/rows",),
+    "fp8.forward_fp8": _FP8,
+    "fp8.quantise_all": ("fp8/quantise",),
+    "fp8.quantise_rows": ("fp8/quantise",),
+    "fp8.quantise_values": ("fp8/quantise",),
+    "fp8.tile_maxima": ("fp8/quantise",),
+    "fp8.tile_sums": ("fp8/quantise",),
+    "fp8.mean_of_sums": ("fp8/quantise",),
+    "skipping.attend_skipping": ("skipping/attend",),
     "portable.attend": _ATTEND,
     "portable.merge": ("portable/merge",),
     "portable.keep_mask": ("portable/dropout",),
@@ -69,6 +83,9 @@ KERNELS = {
     "portable.grad_q": _BACKWARD,
     "portable.normalise": (*_BACKWARD, "portable/backward_mask"),
     "portable.grad_mask": (*_BACKWARD, "portable/backward_mask"),
+    "portable.sum_parts": (*_SHORT, "portable/backward_mask"),
+    "portable.attend_short": _SHORT,
+    "portable.backward_short": _SHORT,
 }
 #: The function by whose cases in cuda_extra.py a kernel beside attention is checked.
 BESIDE = {
@@ -121,12 +138,15 @@ def measure() -> dict[str, float]:
         "portable.list_once": lambda: listed(bench),
         "hopper.tile_table": lambda: tabled(bench),
     }
+    checks["skipping.attend_skipping"] = lambda: wished(128, {"skip_tiles": 60})
     checks |= {kernel: partial(beside, function) for kernel, function in BESIDE.items()}
     of_masks = ("portable.normalise", "portable.grad_mask")
     checks |= dict.fromkeys(
         ("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, "portable")
     )
     checks |= dict.fromkeys(of_masks, lambda: backward(bench, "portable", masked=True))
+    of_short = ("portable.attend_short", "portable.backward_short", "portable.sum_parts")
+    checks |= dict.fromkeys(of_short, lambda: short(bench))
     checks |= dict.fromkeys(("portable.mark_blocks", "portable.list_rows"), lambda: turned(bench))
     if bench.chip.capability == (9, 0):
         checks["hopper.forward"] = lambda: max(dense(bench, "hopper", 4, 1500, 2000, dim) for dim in (104, 128, 256))
@@ -137,6 +157,11 @@ def measure() -> dict[str, float]:
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
         checks["extra.gelu_linear_hopper"] = fused_product
+        by_blocks, by_heads = {"fp8": "block"}, {"fp8": "head centred"}
+        at_once = ("fp8.forward_fp8", "fp8.quantise_all")
+        checks |= dict.fromkeys(at_once, lambda: max(wished(dim, by_blocks) for dim in (64, 128, 256)))
+        apart = ("quantise_rows", "quantise_values", "tile_maxima", "tile_sums", "mean_of_sums")
+        checks |= dict.fromkeys((f"fp8.{name}" for name in apart), lambda: wished(128, by_heads))
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
     return {name: check() for name, check in checks.items()}
 
@@ -180,6 +205,21 @@ def dense(bench: Bench, path: str, heads_kv: int, len_q: int, len_k: int, dim: i
     def error() -> float:
         given = normal(1, 8, len_q, dim), normal(1, heads_kv, len_k, dim), normal(1, heads_kv, len_k, dim_v or dim)
         return relative_error(call(*given), exact(*given))
+
+    return root_mean_square(error)
+
+
+def wished(dim: int, options: dict[str, Any]) -> float:
+    """Error of bottom-right causal attention with options of the device."""
+    from cuda_attention import DEVICE, normal
+
+    import hal_core as hal
+
+    def error() -> float:
+        given = normal(1, 8, 1500, dim), normal(1, 4, 2000, dim), normal(1, 4, 2000, dim)
+        with hal.use(DEVICE, options=options):
+            out = hal.attention(*given, causal="bottom_right", enable_gqa=True)
+        return relative_error(out, exact(*given))
 
     return root_mean_square(error)
 
@@ -261,6 +301,26 @@ def listed(bench: Bench) -> float:
     given = [indices.view(-1, 200).tolist(), counts.view(-1).tolist()]
     wrong = [list(dict.fromkeys(row[:n])) != kept[:m] for row, n, kept, m in zip(*given, *got, strict=True)]
     return sum(wrong) / len(wrong)
+
+
+def short(bench: Bench) -> float:
+    """Largest error of the output and of a gradient of short rows, under a bias with a gradient."""
+    from cuda_attention import normal
+    from hal_cuda.kernels.portable.short_launch import ShortBackward, ShortPath
+    from hal_cuda.memory import CudaMemory, StreamWorkspaces
+    from hal_cuda.runtime.context import Context
+    from hal_cuda.tiling import CudaTiling
+
+    memory = CudaMemory(0)
+    context = Context(bench.chip, memory, StreamWorkspaces(memory), CudaTiling(bench.chip, lambda request: "portable"))
+    given, bias, grad_out = [normal(256, 4, 49, 32) for _ in range(3)], normal(1, 4, 49, 49), normal(256, 4, 49, 32)
+    request = request_of(*given, bias, grads=frozenset({"q", "k", "v", "mask"}), return_lse=True)
+    out, lse = ShortPath(request, context, None)(*given, bias)
+    found = ShortBackward(request, context)(*given, out, lse, grad_out, bias, None, None)
+    want = reference_gradients(*given, bias, grad_out=grad_out, request=request)
+    assert found is not None
+    errors = [relative_error(got, right) for got, right in zip(found, want, strict=True)]
+    return max(*errors, relative_error(out, reference(*given, bias, request=request)[0]))
 
 
 def backward(bench: Bench, path: str, dim: int = 128, dim_v: int = 128, masked: bool = False) -> float:

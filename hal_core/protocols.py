@@ -131,6 +131,9 @@ class AttentionBackend(Protocol):
     A backend may also have:
         why_absent(): why it found no device, in one sentence with the fix, for `hal doctor`.
         calibrate(device, progress): measurements as a dict, which its estimates then use.
+        warm_up(device, requests): work that compiles ahead what the requests will need, as (name, function without
+            arguments), for `hal warm`, which runs it in several processes: functions are pickled, and return how many
+            kernels there are.
         kernel_names(device): names of kernels beside attention, a frozenset. Its sessions have `kernel(name)`, which
             returns the callable.
     """

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .benchmark import BenchmarkResult, BenchmarkRunner, Comparison
+    from .benchmark import BenchmarkResult, BenchmarkRunner, Comparison, allocator_peak
     from .cases import Case, Inputs
     from .conformance import CHECKS, CheckResult, Report, check_backend
     from .corners import claimed_cases, unclaimed_cases
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .suite import ConformanceSuite
 
 _PARTS = {
-    "benchmark": ("BenchmarkResult", "BenchmarkRunner", "Comparison"),
+    "benchmark": ("BenchmarkResult", "BenchmarkRunner", "Comparison", "allocator_peak"),
     "cases": ("Case", "Inputs"),
     "conformance": ("CHECKS", "CheckResult", "Report", "check_backend"),
     "corners": ("claimed_cases", "unclaimed_cases"),
@@ -38,6 +38,7 @@ __all__ = [
     "ConformanceSuite",
     "Inputs",
     "Report",
+    "allocator_peak",
     "check_backend",
     "claimed_cases",
     "reference",

@@ -135,14 +135,19 @@ def refusals(s: Subject) -> Measure:
 
 
 def options(s: Subject) -> Measure:
-    """Declared device options are accepted with their values and keep the declared numerics; others are refused."""
+    """Declared device options are accepted with their values, in one dtype at least, and keep the declared numerics, or
+    the error that the estimate states; others are refused. `check` may refuse a declared one by its own code."""
     worst, tried, offered = Measure(), 0, s.capabilities.options
     plain = s.probe()
     for name, values in sorted(offered.items()):
         for value in _some(values):
             case = attrs.evolve(plain, request=replace(plain.request, options=((name, value),)))
+            dtypes = (d for d in sorted(s.capabilities.dtypes) if s.accepts(replace(case.request, dtype=d)))
+            case = attrs.evolve(case, request=replace(case.request, dtype=next(dtypes, case.request.dtype)))
             if not s.accepts(case.request):
                 reasons = [*s.capabilities.refusals(case.request), *s.backend.check(case.request, s.device)]
+                if all(reason.code is Code.OPTION for reason in reasons):
+                    continue  # what data cannot say: this device does not have it
                 raise Failure(f"option {name}={value!r} is declared, and refused: {'; '.join(map(str, reasons))}")
             try:
                 worst, tried = s.worse(worst, s.hold(case)), tried + 1

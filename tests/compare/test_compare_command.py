@@ -199,6 +199,41 @@ def test_a_linear_row_that_cannot_be_is_refused_before_anything_runs(capsys, enc
     assert "--linear takes able:0" in message
 
 
+def test_digital_layers_are_named_or_looked_for_and_bad_wishes_are_refused(capsys, encoder, text, device):
+    device("able", linear_error=1e-3)
+    wide = (encoder, "--text", text, "--devices", "able", "--linear", "able")
+    message = refused(capsys, *wide, "--digital", "encoder.layer.0.output.dens")
+    assert "layer 'encoder.layer.0.output.dens' was given" in message
+    assert "the closest are encoder.layer.0.output.dense" in message
+    for option, value in (("--digital", "encoder.*"), ("--keep", "0.9")):
+        assert f"{option} is about linear layers" in refused(capsys, encoder, "--text", text, option, value)
+    assert "name the digital layers, or have them" in refused(capsys, *wide, "--digital", "encoder.*", "--keep", "0.9")
+
+
+def test_digital_layers_stay_off_the_device(capsys, encoder, text, device):
+    device("able", linear_error=1e-2)
+    wide = (encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", "1", "--json")
+    found = {}
+    capsys.readouterr()  # what fixtures printed
+    for name, extra in (("all", ()), ("some", ("--digital", "encoder.layer.0.*"))):
+        assert compare(*wide, *extra) == 0
+        data = json.loads(capsys.readouterr().out)
+        row = next(row for row in data["rows"] if row["name"] == "able:0 +linear")
+        found[name] = (row["costs"]["macs"], data["digital"])
+    assert found["some"][0] < found["all"][0]
+    assert found["all"][1] == {}
+    assert all(layer.startswith("encoder.layer.0.") for layer in found["some"][1]["able:0 +linear"])
+
+
+def test_the_cheapest_digital_set_keeps_what_was_asked_for(capsys, encoder, text, device):
+    device("able", linear_error=0.5)
+    wide = (encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", "1")
+    assert compare(*wide, "--keep", "1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "able:0 +linear: " in said
+    assert "of their multiply-accumulates stay on the device, 100.0% of the decisions are kept" in said
+
+
 def test_named_devices_that_are_all_absent_are_refused_before_anything_runs(capsys, encoder, text):
     assert "cpu has cpu:0" in refused(capsys, encoder, "--text", text, "--devices", "cpu:7")
 

@@ -61,6 +61,8 @@ CASES: dict[str, dict[str, Any]] = {
     "paged": {"page": 16, "len_q": 1, "len_k": 2048},
     "paged, many rows": {"page": 16, "len_q": 64, "len_k": 1024},
     "packed sequences": {"sequences": True},
+    "backward, block plan": {"plan": True, "grads": "qkv"},
+    "block plan, strided": {"plan": True, "strided": True, "len_k": 896},
     "backward, tiled": {"softcap": 20.0, "grads": "qkv"},
     "backward, mask": {"mask": (2, 8), "grads": "qkvm"},
     "backward, dropout": {"dropout_p": 0.2, "grads": "qkv"},

@@ -114,6 +114,71 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     return found
 
 
+def fp8_variants() -> dict[str, Callable[[], Any]]:
+    """The FP8 forward with the edges it may meet, and the kernels that quantise for it."""
+    from hal_cuda.kernels.fp8 import launch as fp8, operands
+    from hal_cuda.kernels.fp8.wish import Wish
+    from hal_cuda.memory import borrowing
+    from hal_cuda.tiling import fp8_tiles
+
+    plain: dict[str, Any] = dict.fromkeys(("right", "shifted", "ragged", "lse", "mean"), False) | {"blocks": True}
+    edges: dict[str, dict[str, Any]] = {
+        "full": {},
+        "causal": {"right": True},
+        "full ragged": {"ragged": True, "lse": True},
+        "causal shifted": {"right": True, "shifted": True, "lse": True, "mean": True},
+        "full per head": {"blocks": False, "lse": True},
+    }
+    found: dict[str, Callable[[], Any]] = {}
+    shapes = [(dim, edge) for dim in (64, 128, 256) for edge in edges if dim == 128 or edge in ("full", "causal")]
+    for dim, edge in shapes:
+        flags = edges[edge]
+        tiles = fp8_tiles(dim, whole=not {"shifted", "ragged"} & set(flags))
+        config = fp8.config_of(tiles, dim_qk=dim, dim_v=dim, group=1, **(plain | flags))
+        found[f"sm_90 fp8 {dim}/{dim} {edge}"] = partial(fp8.compile_forward, "bf16", config)
+    chip, memory = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10), PooledMemory("cpu")
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "fp8"))
+    given = torch.empty(1, 2, 256, 128, dtype=torch.bfloat16)
+    wishes = {"blocks": Wish(), "heads centred": Wish("head", True)}
+    for name, wish in wishes.items():
+        before = len(_launched)
+        with mock.patch.object(operands, "launcher", _recorded_extra), borrowing(memory) as borrow:
+            operands.Quantiser(context, wish)(borrow, given, given, given, 1.0, True)
+        for place, make in enumerate(_launched[before:]):
+            found[f"sm_90 fp8 operands {name} {place}"] = make
+    return found
+
+
+def skipping_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
+    """The kernel that skips tiles."""
+    from hal_cuda.kernels.skipping import launch as skipping
+
+    chip, memory = (
+        Chip(index=0, capability=capability, multiprocessors=132, shared_memory=163 << 10),
+        PooledMemory("cpu"),
+    )
+    context = Context(chip, memory, StreamWorkspaces(memory), CudaTiling(chip, lambda request: "skipping"))
+    found: dict[str, Callable[[], Any]] = {}
+    for dim, causal in ((128, Causal.TOP_LEFT), (256, Causal.NONE)):
+        request = AttentionRequest(
+            batch=1,
+            heads_q=8,
+            heads_kv=2,
+            len_q=512,
+            len_k=512,
+            dim_qk=dim,
+            dim_v=dim,
+            dtype="bfloat16",
+            causal=causal,
+            lse=True,
+            options=(("skip_tiles", 10),),
+        )
+        with mock.patch.object(skipping, "launcher", _recorded_extra):
+            skipping.SkippingPath(request, context, skipping.Tally(context))(*_tensors(request)[:3])
+        found[f"sm_{capability[0]}{capability[1]} skipping {dim} {causal}"] = _launched[-1]
+    return found
+
+
 def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
     """The Gluon backward: its head sizes times the edges they may meet, and the kernels around it."""
     from hal_cuda.kernels.hopper_backward import launch as backward
@@ -134,6 +199,18 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             config = backward.config_of(hopper_backward_tiles(*dims, settings["right"]), group=1, **settings)
             name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
             found[name] = partial(backward.compile_backward, "bf16", config)
+            if max(dims) <= 128 and edge in ("full", "causal"):
+                ordered = config._replace(ordered=True, engine=True)
+                if edge == "full":
+                    found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
+                    dropped = config._replace(dropout=True)
+                    found[f"{name} dropout"] = partial(backward.compile_backward, "bf16", dropped)
+                    for kind, mask in (("boolean", 1), ("additive", 2))[: 1 if max(dims) <= 64 else 2]:
+                        masked = config._replace(mask=mask, stages=2)
+                        found[f"{name} {kind} mask"] = partial(backward.compile_backward, "bf16", masked)
+                    planned = config._replace(per_block=128 // config.rows)
+                    found[f"{name} planned"] = partial(backward.compile_backward, "bf16", planned)
+                found[f"{name} ordered"] = partial(backward.compile_backward, "bf16", ordered)
     return found
 
 
@@ -228,7 +305,7 @@ def backward_variants(capability: tuple[int, int], shared_memory: int, features:
             backward_launch.PortableBackward(request, context)._build(_form(request))
         kernels = ["grad_kv", "grad_q"]
         if request.mask is MaskKind.ADDITIVE:
-            kernels = ["normalise", *kernels, "grad_mask"]
+            kernels = ["normalise", *kernels, "grad_mask", "sum_parts"]
         if name == "plain":
             kernels = ["prepare", *kernels]
         for kernel, make in zip(reversed(kernels), reversed(_launched[before:]), strict=False):
@@ -350,7 +427,8 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    found = hopper_variants() | hopper_backward_variants()
+    found = hopper_variants() | hopper_backward_variants() | fp8_variants()
+    found |= skipping_variants((9, 0)) | skipping_variants((8, 0))
     for capability in ((9, 0), (8, 0), (10, 0)):
         found |= portable_variants(capability)
     found |= backward_variants((9, 0), 227 << 10, 99) | backward_variants((8, 0), 163 << 10, 8)

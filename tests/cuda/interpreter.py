@@ -19,6 +19,7 @@ def prepare() -> None:
 
     interpreter._patch_lang_tensor = patched
     _widen_products(interpreter)
+    _round_to_e4m3(interpreter)
 
 
 def _widen_products(interpreter: Any) -> None:
@@ -33,3 +34,20 @@ def _widen_products(interpreter: Any) -> None:
         return original(self, a, b, d, *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _round_to_e4m3(interpreter: Any) -> None:
+    """The interpreter halves what it rounds up to a power of two; round as torch, which has the GPU's rule."""
+    import numpy as np
+    import torch
+    import triton.language as tl
+
+    original = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, given: Any, kind: Any, rounding: Any) -> Any:
+        if (given.dtype.scalar, kind.scalar) != (tl.float32, tl.float8e4nv):
+            return original(self, given, kind, rounding)
+        numbers = torch.from_numpy(np.ascontiguousarray(given.data)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(numbers.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

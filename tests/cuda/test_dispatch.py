@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'hal-cuda[dev]'")
 
 from hal_cuda import cost
-from hal_cuda.cost import Rates, shipped
+from hal_cuda.cost import FORMS, Rates, form_of, shipped
 from hal_cuda.discovery import Chip
-from hal_cuda.paths import candidates, choose
+from hal_cuda.paths import candidates, choose, hopper_assists
 from hal_cuda.runtime import binaries
 
 from hal_core import AttentionRequest, Causal, Estimate, MaskKind
@@ -81,7 +81,7 @@ def test_gradients_have_own_kernels_and_those_of_torch_as_candidates() -> None:
     assert paths(grads=grads, softcap=3.0) == ["hopper", "portable"]
     assert paths(grads=grads, mask=MaskKind.BOOLEAN) == ["portable", "efficient"]
     assert paths(grads=grads, mask=MaskKind.ADDITIVE) == ["portable"]
-    assert paths(grads=frozenset({"q"}), deterministic=True) == ["portable"]
+    assert paths(grads=frozenset({"q"}), deterministic=True) == ["hopper", "portable"]
     assert paths(grads=grads, dtype="float64") == ["composed"]
     source = estimate(replace(PLAIN, grads=grads), HOPPER, rates()).time.source
     assert source.startswith("gradients by own Hopper kernel")
@@ -98,6 +98,46 @@ def test_gradients_have_own_kernels_and_those_of_torch_as_candidates() -> None:
 )
 def test_torch_is_offered_the_lengths_that_it_takes(changes: dict[str, Any], torch_too: bool) -> None:
     assert ("cudnn" in paths(grads=frozenset("qkv"), **changes)) == torch_too
+
+
+def test_gradients_that_repeat_have_the_hopper_kernel_up_to_a_head_size_of_128() -> None:
+    wanted: dict[str, Any] = {"grads": frozenset("qkv"), "deterministic": True}
+    assert paths(**wanted) == ["hopper", "portable"]
+    assert paths(**wanted, dim_v=256) == ["portable"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "assisted"),
+    [
+        ({}, False),
+        ({"mask": MaskKind.BOOLEAN}, True),
+        ({"mask": MaskKind.ADDITIVE}, True),
+        ({"dropout": 0.1}, True),
+        ({"block_plan": (128, 128, 4)}, True),
+        ({"mask": MaskKind.BOOLEAN, "dtype": "float32"}, False),
+        ({"dropout": 0.1, "packed": True}, False),
+        ({"dropout": 0.1, "deterministic": True, "dim_v": 256}, False),
+    ],
+    ids=str,
+)
+def test_the_hopper_backward_assists_a_portable_forward(changes: dict[str, Any], assisted: bool) -> None:
+    request = replace(PLAIN, grads=frozenset("qkv"), lse=True, **changes)
+    assert hopper_assists(request, HOPPER) is assisted
+    assert not hopper_assists(request, AMPERE)
+
+
+def test_each_form_of_gradients_is_named_by_what_is_slowest_in_it() -> None:
+    grads = frozenset("qkv")
+    changes: tuple[dict[str, Any], ...] = (
+        {"dtype": "float32", "mask": MaskKind.BOOLEAN},
+        {"deterministic": True, "dropout": 0.1},
+        {"dropout": 0.1, "mask": MaskKind.ADDITIVE},
+        {"mask": MaskKind.BOOLEAN},
+        {"mask": MaskKind.ADDITIVE},
+        {"mask": MaskKind.ADDITIVE, "grads": grads | {"mask"}},
+    )
+    assert tuple(form_of(replace(PLAIN, **({"grads": grads} | change))) for change in changes) == FORMS
+    assert form_of(replace(PLAIN, grads=grads)) == ""
 
 
 def test_an_untested_triton_leaves_the_gluon_kernel_out(monkeypatch: pytest.MonkeyPatch) -> None:

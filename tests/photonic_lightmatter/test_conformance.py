@@ -16,14 +16,16 @@ class TestMeasuredChip(ConformanceSuite):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "device", ["lightmatter:0", "lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4"]
+    "device", ["lightmatter:0", "lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4", "lightmatter:5"]
 )
 def test_every_profile_conforms(device: str) -> None:
     report = check_backend(device)
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("device", ["lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4"])
+@pytest.mark.parametrize(
+    "device", ["lightmatter:1", "lightmatter:2", "lightmatter:3", "lightmatter:4", "lightmatter:5"]
+)
 @pytest.mark.parametrize("check", ["contract", "refusals", "repeats", "masks"])
 def test_every_profile_passes_the_checks_that_tell_them_apart(device: str, check: str) -> None:
     report = check_backend(device, quick=True, seed=5, checks=[check])
@@ -32,7 +34,7 @@ def test_every_profile_passes_the_checks_that_tell_them_apart(device: str, check
 
 def test_the_devices_are_the_published_chips_all_simulated() -> None:
     devices = LightmatterBackend().devices()
-    assert [d.model for d in devices] == ["2025", "2025-raw", "2025-2ghz", "envise", "mars"]
+    assert [d.model for d in devices] == ["2025", "2025-raw", "2025-2ghz", "envise", "mars", "2025-128"]
     assert {d.fidelity for d in devices} == {hal.Fidelity.SIMULATED}
     assert "not calibrated by us" in devices[1].features
-    assert [d.features[0] for d in devices] == ["crossbar"] * 4 + ["mesh"]
+    assert [d.features[0] for d in devices] == ["crossbar"] * 4 + ["mesh", "crossbar"]

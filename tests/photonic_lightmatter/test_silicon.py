@@ -8,6 +8,8 @@ full 64 x 64 affine map, and by one such map for each core; signal is the fitted
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import attrs
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hal_photonic_lightmatter.backend import PROFILES
 from hal_photonics.benchmark import GPUS
 from hal_photonics.calibrate import calibrate, decibels
 from hal_photonics.cost import attention_cost, efficiency, throughput
-from hal_photonics.profiles.profile import Profile, load
+from hal_photonics.profiles.profile import Profile, ProfileError, load, predicted_zeros
 from hal_photonics.simulator.blockfloat import encode
 from hal_photonics.simulator.chip import SimulatedDriver
 from hal_photonics.simulator.core import Corrections, PhotonicCore, generator
@@ -23,6 +25,9 @@ from torch import Tensor
 
 SILICON = {"raw": (10.94, 0.5), "column": (11.61, 0.5), "full": (15.46, 0.7), "core": (17.33, 1.0)}
 SEEDS = [1, 2, 3, 4, 5]
+#: Of the public readouts, before any fit: SNR in dB of sums of 1, 2, 4 ... rows of one core, 64 inputs each.
+RAW_SUMS = {64: 10.89, 128: 10.25, 256: 9.28, 512: 7.75, 1024: 5.69}
+LENGTHS = [64, 128, 256, 512, 1024]
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +138,65 @@ def test_calibration_holds_on_weights_it_has_not_seen(chip: Profile, number: int
     assert report.kept >= 0.8
 
 
+@pytest.fixture(scope="module", params=["2025", "2025-2ghz"])
+def calibrated(request: pytest.FixtureRequest) -> tuple[SimulatedDriver, Corrections]:
+    """The chips whose errors are those of the silicon, calibrated."""
+    driver = SimulatedDriver(load(PROFILES / f"{request.param}.toml"))
+    return driver, calibrate(driver)[0]
+
+
+def snr(core: PhotonicCore, length: int) -> float:
+    draw = torch.Generator().manual_seed(length)
+    x, w = torch.randn(1, 512, length, generator=draw), torch.randn(1, 128, length, generator=draw)
+    return decibels(x @ w.mT, core.product(x, w, generator((1, length))))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_calibrated_chip_is_as_good_at_every_length_as_the_silicon_at_64(
+    calibrated: tuple[SimulatedDriver, Corrections], length: int
+) -> None:
+    """Within 1 dB of the silicon after the best affine fit of each core."""
+    assert snr(PhotonicCore(*calibrated), length) == pytest.approx(SILICON["core"][0], abs=1)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_uncalibrated_chip_loses_with_the_length_what_the_silicon_loses(chip: Profile, length: int) -> None:
+    """A column's offset is the same in every tile, so it adds coherently: the silicon's own rows say so."""
+    found = [snr(PhotonicCore(SimulatedDriver(attrs.evolve(chip, chip=seed))), length) for seed in SEEDS]
+    assert sum(found) / len(found) == pytest.approx(RAW_SUMS[length], abs=0.7)
+
+
+def test_width_range_and_gain_give_the_zeros_of_the_silicon(chip: Profile) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, w = torch.randn(1, 4096, 64, generator=draw), torch.randn(1, 64, 64, generator=draw)
+    zeros = float((PhotonicCore(SimulatedDriver(chip)).product(x, w, generator((1, 1))) == 0).double().mean())
+    assert zeros == pytest.approx(chip["converters.zero_share"], rel=0.1)
+    assert predicted_zeros(chip) == pytest.approx(zeros, rel=0.1)
+
+
+def test_a_profile_that_contradicts_its_measured_zeros_is_refused_with_the_three_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "chip.toml"
+    text = (PROFILES / "2025.toml").read_text()
+    file.write_text(text.replace("range_inputs = { value = 64", "range_inputs = { value = 128"))
+    with pytest.raises(ProfileError, match=r"tile_inputs 64, range_inputs 128 and gain 1.86 predict 2.48% .* 1.26%"):
+        load(file)
+
+
+def test_the_other_reading_is_a_profile_that_states_no_zeros_and_is_4_decibels_worse(chip: Profile) -> None:
+    other = load(PROFILES / "2025-128.toml")
+    assert (other.tile_inputs, other.range_inputs, other["converters.zero_share"]) == (128, 128, 0)
+    assert predicted_zeros(other) > 1.5 * chip["converters.zero_share"]
+    driver = SimulatedDriver(other)
+    assert snr(PhotonicCore(driver, calibrate(driver)[0]), 256) == pytest.approx(13.3, abs=0.5)
+
+
 def test_pre_distortion_is_worth_its_place(chip: Profile) -> None:
     """Mutation: the one-hot step's result taken away."""
     driver, plain = SimulatedDriver(chip), Corrections.none(chip)
     corrections, report = calibrate(driver)
     without = corrections._replace(cell_gain=plain.cell_gain, cell_offset=plain.cell_offset)
     draw = torch.Generator().manual_seed(3)
-    x, w = torch.randn(1, 512, 128, generator=draw), torch.randn(1, 128, 128, generator=draw)
+    x, w = torch.randn(1, 512, 64, generator=draw), torch.randn(1, 128, 64, generator=draw)
     found = decibels(x @ w.mT, PhotonicCore(driver, without).product(x, w, generator((1, 1))))
     assert report.after - found > 1
 
@@ -149,8 +206,8 @@ def test_one_core_without_its_structure_is_caught(chip: Profile) -> None:
     driver = SimulatedDriver(chip)
     corrections, _ = calibrate(driver)
     driver.chip.offset[0] = driver.chip.offset[1:].mean(0)
-    x, _ = encode(torch.zeros(1, 64, 128), 511)
-    w, _ = encode(torch.zeros(1, 128, 128), 63)
+    x, _ = encode(torch.zeros(1, 64, 64), 511)
+    w, _ = encode(torch.zeros(1, 128, 64), 63)
     codes = corrections.read_outputs(driver.read(x, w, noise=generator((1, 1)), averages=256).codes)[0]
     by_core = [float(codes[core::4].mean(0).square().mean().sqrt()) for core in range(4)]
     assert by_core[0] > 3 * max(by_core[1:])

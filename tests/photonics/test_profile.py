@@ -61,7 +61,7 @@ def line_of(key: str) -> str:
             'trip = { value = 10, unit = "degC", provenance = "assumed", source = "x" }',
             "thermal.trip: 10 was given",
         ),
-        ("mechanism", 'mechanism = "magic"', "mechanism: 'magic' was given: use crossbar, mesh or ring"),
+        ("mechanism", 'mechanism = "magic"', "mechanism: 'magic' was given: use crossbar, dot, mesh or ring"),
         ("vendor", "", "vendor: None was given"),
     ],
 )

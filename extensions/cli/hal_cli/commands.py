@@ -49,6 +49,20 @@ COMMANDS = (
     ),
     _Command("calibrate", "measure a device; its estimates use the result", (_DEVICE,)),
     _Command(
+        "warm",
+        "compile a device's kernels ahead, so that first calls do not wait",
+        (
+            _DEVICE,
+            (
+                "--model",
+                {"help": "what this model needs: a config.json, its folder, or a name that transformers knows"},
+            ),
+            ("--dtype", {"help": "comma-separated (default: the model's, or bfloat16)"}),
+            ("--training", _YES | {"help": "gradients too"}),
+            ("--processes", {"type": int, "help": "how many compile at once (default: one for each core)"}),
+        ),
+    ),
+    _Command(
         "conformance",
         "hold a device to everything it claims",
         (

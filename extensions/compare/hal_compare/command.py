@@ -74,6 +74,21 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="every device instead of one per family (unless --devices names them), and --linear all --compiled all",
     )
+    parser.add_argument(
+        "--digital",
+        metavar="LIST",
+        action="append",
+        default=[],
+        help="linear layers, by name or pattern ('encoder.layer.0.*'), that stay on torch in the rows of --linear; may "
+        "be repeated",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="SHARE",
+        type=share,
+        help="look for the cheapest set of digital layers with which each row of --linear keeps this share of the "
+        "float64 run's nearest neighbours or next tokens, for example 0.9",
+    )
     parser.add_argument("--details", action="store_true", help="print tables of text, error, time, work and energy too")
     parser.add_argument(
         "--repeats",
@@ -105,6 +120,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given: pass a number above 0, up to 1")
+    return number
+
+
 def run(arguments: argparse.Namespace) -> CommandResult:
     """Compare, and write the report.
 
@@ -115,7 +141,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
             all of them are looked at before anything is measured.
     """
-    from . import lanes, measure, models, report, tables, tasks
+    from . import digital, lanes, measure, models, report, tables, tasks
 
     if arguments.report is not None:
         report.check_target(arguments.report)
@@ -126,7 +152,16 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         [*_names(arguments.linear), *every],
         [*_names(arguments.compiled), *every],
     )
+    if (arguments.keep or arguments.digital) and not any(row.scope is lanes.Scope.LINEAR for row in rows):
+        option = "--keep" if arguments.keep else "--digital"
+        raise HalError(f"{option} is about linear layers, and none run on a device: add --linear and a device")
+    if arguments.keep and arguments.digital:
+        raise HalError("--digital and --keep were given: name the digital layers, or have them looked for")
     model = models.load(arguments.model, arguments.dtype)
+    lanes.keep_digital(model.network, rows, _names(arguments.digital))
+    chosen = []
+    if arguments.keep:
+        chosen = digital.search(model, read, rows, arguments)
     comparison = measure.compare(
         model,
         read,
@@ -139,6 +174,8 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         progress=arguments.progress,
     )
     data, text = comparison.to_dict(), tables.refused(comparison)
+    data["digital"] = {row.name: sorted(row.digital) for row in rows if row.digital}
+    text += [one.sentence for one in chosen]
     if arguments.report is not None:
         report.write(comparison, arguments.report)
         data["report"] = str(arguments.report)

@@ -12,6 +12,7 @@ import attrs
 import torch
 from hal_nn import huggingface, model_check
 from hal_nn.reroute import reroute_layers
+from hal_nn.sensitivity import match_layers
 from torch import nn
 
 import hal_core as hal
@@ -49,6 +50,7 @@ class Lane:
             order.
         noisy: whether the device's errors are random. refused_batches: how many. slow: whether it is over its budget.
         tallies: accuracy by repeat.
+        digital: names of linear layers that stay off the device in a lane of linear layers.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
         records: the meter's, by group. dtype: of the run.
     """
@@ -59,6 +61,7 @@ class Lane:
     baseline: bool = False
     scope: Scope = Scope.ATTENTION
     network: Any = None
+    digital: frozenset[str] = frozenset()
     refusals: list[str] = attrs.field(factory=list)
     noisy: bool = False
     refused_batches: int = 0
@@ -176,13 +179,21 @@ def dynamo_backend(device: Device) -> str | None:
 
 
 class LinearOnDevice(nn.Module):
-    """A linear layer whose product runs as a device's `linear` kernel, timed by the clock of the current context."""
+    """A linear layer whose product runs as a device's `linear` kernel, timed by the clock of the current context.
+
+    Attributes:
+        digital: whether it runs on torch instead. macs: multiply-accumulates of all its calls.
+    """
 
     def __init__(self, layer: nn.Linear, device: str) -> None:
         super().__init__()
         self.weight, self.bias, self._linear = layer.weight, layer.bias, hal.kernel("linear", backend=device)
+        self.digital, self.macs = False, 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.macs += x.numel() * self.weight.shape[0]
+        if self.digital:
+            return nn.functional.linear(x, self.weight, self.bias)
         with attention_clock.inside(x.numel() * self.weight.shape[0]):
             result: torch.Tensor = self._linear(x, self.weight, self.bias)
         return result
@@ -216,8 +227,32 @@ def _network_of(lane: Lane, network: Any) -> Any:
     if lane.device is not None:
         huggingface.set_device(own, lane.device.id)
     if lane.device is not None and lane.scope is Scope.LINEAR:
-        for module in list(own.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, LinearOnDevice(child, lane.device.id))
+        put_linear_layers(own, lane.device.id, lane.digital)
     return own
+
+
+def linear_names(network: nn.Module) -> list[str]:
+    """Names of the model's linear layers, in its order."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+
+
+def put_linear_layers(network: nn.Module, device: str, digital: frozenset[str] = frozenset()) -> None:
+    """Replace the model's linear layers by ones on a device, in place, apart from the digital ones."""
+    for name in linear_names(network):
+        if name not in digital:
+            parent, _, last = name.rpartition(".")
+            layer = network.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            setattr(network.get_submodule(parent), last, LinearOnDevice(layer, device))
+
+
+def keep_digital(network: nn.Module, lanes: Sequence[Lane], wanted: Sequence[str]) -> None:
+    """Name the layers that stay digital in every lane of linear layers.
+
+    Raises:
+        ContractError: a name, or pattern, that no linear layer has, with the closest ones.
+    """
+    chosen = match_layers(linear_names(network), wanted)
+    for lane in lanes:
+        if lane.scope is Scope.LINEAR:
+            lane.digital = chosen

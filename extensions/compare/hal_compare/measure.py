@@ -59,7 +59,7 @@ def compare(
     Raises:
         HalError: the text does not fit the model.
     """
-    tokens = _batches(model, files, batch_size, max_length)
+    tokens = batches_of(model, files, batch_size, max_length)
     texts = len(tokens.lengths)
     reference_network = in_float64(model.network)
     make_networks(model.network, lanes)
@@ -101,7 +101,7 @@ def compare(
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
 
 
-def _batches(model: Model, files: Sequence[TextFile], batch_size: int, max_length: int | None) -> Tokens:
+def batches_of(model: Model, files: Sequence[TextFile], batch_size: int, max_length: int | None) -> Tokens:
     """The files as batches of what the model reads."""
     if model.task.modality != "text":
         return media.batches(files, model, batch_size)

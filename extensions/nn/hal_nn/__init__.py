@@ -1,4 +1,5 @@
-"""Transformers on hal: the Hugging Face bridge, conversion of any model, drop-in modules, attention by configuration.
+"""Transformers on hal: the Hugging Face bridge, conversion of any model, drop-in modules, attention by configuration,
+sparse attention, memory and batch sizes, validation.
 
     import hal_nn
     hal_nn.register_huggingface()
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
 _NAMES = {
     "attention_config": "AttentionConfig AttentionPatterns",
     "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
+    "benchmark": "benchmark_attention_performance",
     "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
     "framework": "create_attention register_attention unregister_attention",
     "global_config": "GlobalConfig",
+    "hardware": "HardwareAbstractionLayer UnifiedMemoryManager detect_available_devices",
     "layers": "AttentionLayer FusedGELU OptimizedLinear",
     "multihead": "PhotonicMultiHeadAttention",
     "patterns": "KeyValueCache PatternAttention",
     "record": "DeviceRecord",
     "sdpa": "override_sdpa",
+    "sparse": "DynamicSparseAttention SparsePattern create_sparse_attention",
+    "validation": "ComponentValidator",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted([*_WHERE, "register_huggingface", "set_device", "unregister_huggingface"])

@@ -51,10 +51,17 @@ class Rates:
         tiled = peak * 0.7
         rates = {
             f"{path} {dtype}": rate * (0.5 if dtype == "float64" else 1.0)
-            for path, rate in (("native", peak), ("packed", peak), ("fused", peak), ("decode", tiled), ("tiled", tiled))
+            for path, rate in (
+                ("native", peak),
+                ("packed", peak),
+                ("fused", peak),
+                ("decode", tiled),
+                ("blocks", tiled),
+                ("tiled", tiled),
+            )
             for dtype in _BYTES
         }
-        counts = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "tiled": 10}
+        counts = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "blocks": 20, "tiled": 10}
         calls = {path: count * _ASSUMED_CALL for path, count in counts.items()}
         return cls(
             bandwidth=_ASSUMED_BANDWIDTH * machine.cores,

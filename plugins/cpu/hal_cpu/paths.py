@@ -8,7 +8,7 @@ from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
 from .discovery import this_machine
 
-Path = Literal["native", "packed", "fused", "decode", "tiled"]
+Path = Literal["native", "packed", "fused", "decode", "blocks", "tiled"]
 
 #: Query rows that share a key head (group times len_q) up to which packing them into one product pays.
 MOST_PACKED_ROWS = 128
@@ -16,14 +16,20 @@ MOST_PACKED_ROWS = 128
 MOST_DECODE_ROWS = 32
 #: Bytes of key and value from which float16 is better widened chunk by chunk than given to torch's kernel.
 FEWEST_WIDENED_BYTES = 1 << 20
+#: Smallest blocks of a plan that are multiplied as blocks, and the most scores of the rows of one block.
+SMALLEST_BLOCK = 8
+MOST_BLOCK_SCORES = 1 << 22
 
 
 def path_of(request: AttentionRequest) -> Path:
     """The path of a request, from its static fields alone. A packed sequence is asked about by itself.
 
     native: torch's scaled_dot_product_attention. packed: the same with the heads of a group as rows. fused: torch's
-    kernel with its log-sum-exp. decode: few query rows, arranged around reading the keys. tiled: everything else.
+    kernel with its log-sum-exp. decode: few query rows, arranged around reading the keys. blocks: a block plan, many
+    query blocks at once. tiled: everything else.
     """
+    if _multiplies_blocks(request):
+        return "blocks"
     special = bool(
         request.softcap is not None
         or request.window is not None
@@ -49,6 +55,23 @@ def path_of(request: AttentionRequest) -> Path:
     if tiled:
         return "tiled"
     return "fused" if request.lse or shifted else "native"
+
+
+def _multiplies_blocks(request: AttentionRequest) -> bool:
+    """Whether a block plan is run as products over gathered blocks: no mask, no dropout, no cache of another form."""
+    if request.block_plan is None:
+        return False
+    block_q, block_k, most = request.block_plan
+    most = min(most, -(-request.len_k // max(block_k, 1)))
+    scores = block_q * (request.heads_q // max(request.heads_kv, 1)) * block_k * most
+    return (
+        min(block_q, block_k) >= SMALLEST_BLOCK
+        and scores <= MOST_BLOCK_SCORES
+        and request.mask is MaskKind.NONE
+        and not request.dropout
+        and request.cache_dtype is None
+        and request.page_size is None
+    )
 
 
 def sees_less(request: AttentionRequest) -> bool:

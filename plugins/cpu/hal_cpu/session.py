@@ -22,7 +22,7 @@ from hal_core.plugin_api import (
     TilePlan,
 )
 
-from .kernels import decode, fused, native, tiled, tiled_backward
+from .kernels import blocks, blocks_backward, decode, fused, native, tiled, tiled_backward
 from .kernels.heads import pack_heads, unpack_heads
 from .kernels.keyvalue import KeyValue
 from .kernels.problem import Problem, visible_blocks
@@ -221,9 +221,13 @@ class CpuSession(SessionBase):
             out = torch.empty((*query.shape[:3], source.dim_v), dtype=query.dtype)
         if lse is None and request.lse:
             lse = torch.empty(query.shape[:3], dtype=source.dtype)
-        blocks = _block_plan(prepared.plan)
+        given = _block_plan(prepared.plan)
+        if given is not None and path_of(_listing(request, given)) == "blocks":
+            problem = Problem.of(_listing(request, given), plan, query, source, mask)
+            blocks.forward(problem, given, memory, out, lse)
+            return AttentionOutput(out, lse)
         with Workspace(memory) as workspace:
-            visible = None if blocks is None else visible_blocks(blocks, source.length, workspace)
+            visible = None if given is None else visible_blocks(given, source.length, workspace)
             problem = Problem.of(request, plan, query, source, mask, visible, rng, first_batch)
             # Uneven ranges are the tiled kernel's: the decode kernel takes all rows, and keys from first to last.
             kernel = decode if path_of(request) == "decode" and plan.ranges is None else tiled
@@ -302,9 +306,12 @@ class CpuSession(SessionBase):
             grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, memory)
             return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), grads, strict=True)))
         source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k, mask)
-        plan, blocks = self._plan(exact, prepared), _block_plan(prepared.plan)
+        plan, listed = self._plan(exact, prepared), _block_plan(prepared.plan)
+        if listed is not None and path_of(_listing(exact, listed)) == "blocks":
+            problem = Problem.of(_listing(exact, listed), plan, query, source, mask)
+            return blocks_backward.backward(problem, listed, memory, given)
         with Workspace(memory) as workspace:
-            visible = None if blocks is None else visible_blocks(blocks, len_k, workspace)
+            visible = None if listed is None else visible_blocks(listed, len_k, workspace)
             problem = Problem.of(exact, plan, query, source, mask, visible, rng, first_batch)
             found = tiled_backward.backward(problem, memory, given, () if mask is None else mask.shape)
             del visible, problem
@@ -318,6 +325,12 @@ def _native(request: AttentionRequest) -> bool:
 
 def _block_plan(plan: TilePlan | BlockPlan | None) -> BlockPlan | None:
     return plan if isinstance(plan, BlockPlan) else None
+
+
+def _listing(request: AttentionRequest, plan: BlockPlan) -> AttentionRequest:
+    """The request with the plan's own number of entries: a strategy that reads content declares a bound."""
+    stated = (plan.block_q, plan.block_k, plan.indices.shape[-1])
+    return request if request.block_plan == stated else replace(request, block_plan=stated)
 
 
 def _exact(request: AttentionRequest, query: Tensor, len_k: int, mask: Tensor | None) -> AttentionRequest:

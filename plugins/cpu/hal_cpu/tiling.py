@@ -138,6 +138,30 @@ class TileSizes(NamedTuple):
         return cls(min(pairs // max(request.heads_kv, 1), max(request.batch, 1)), request.heads_kv, rows, columns)
 
 
+class BlockSizes(NamedTuple):
+    """Of a block plan: rows of a query block over the heads of a group, the most keys that are listed for it, query
+    blocks, key blocks, and how many query blocks are multiplied at once.
+    """
+
+    rows: int
+    keys: int
+    blocks_q: int
+    blocks_k: int
+    at_once: int
+
+    @classmethod
+    def of(cls, request: AttentionRequest, threads: int) -> BlockSizes:
+        """As many blocks at once as the second-level caches of all threads hold the scores of; lengths are exact."""
+        assert request.block_plan is not None
+        block_q, block_k, most = request.block_plan
+        block_q = max(min(block_q, request.len_q), 1)  # a shorter call is one block
+        blocks_q, blocks_k = -(-request.len_q // block_q), -(-request.len_k // block_k)
+        rows = block_q * (request.heads_q // max(request.heads_kv, 1))
+        keys = min(most, blocks_k) * block_k
+        room = threads * this_machine().l2 // (8 if request.dtype == "float64" else 4)
+        return cls(rows, keys, blocks_q, blocks_k, max(min(room // max(rows * keys, 1), blocks_q), 1))
+
+
 class DecodeSizes(NamedTuple):
     """Batch entries worked on at once, and keys converted at once."""
 

@@ -24,6 +24,8 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip, Found, find
+from .kernels.fp8 import wish as fp8
+from .kernels.skipping import wish as skipping
 from .tiling import FOREIGN_SIZES, foreign_excess
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ CAPABILITIES = Capabilities(
     cache_dtypes=frozenset({"float8_e4m3fn", "float8_e5m2", "int8", "int4"}),
     block_sizes=Range(1, 1 << 16),
     tile_sizes=Choice(FOREIGN_SIZES),
+    options={**fp8.OPTIONS, **skipping.OPTIONS},
 )
 
 
@@ -99,6 +102,12 @@ class CudaBackend:
         """What data cannot say: a cache has no gradients, and float64 is composed of torch's operations on plain
         tensors.
         """
+        if request.options:
+            from .runtime import binaries
+
+            runs = binaries.tested() and not binaries.INTERPRETED
+            yield from fp8.refusals(request, self.chip(device).capability, runs)
+            yield from skipping.refusals(request)
         if request.tiling is not None:
             yield from self._tiling_refusals(request, device)
         cache = "" if request.page_size is None else "a paged cache"
@@ -190,6 +199,7 @@ class CudaBackend:
                 "set CUDA_DEVICE_ORDER=PCI_BUS_ID"
             )
         session = CudaSession(device, self.chip(device), lambda: self.rates(device))
+        _load(self.chip(device))
         if not torch.cuda.is_current_stream_capturing():
             session.take_workspaces()
         self._sessions[device.id] = session
@@ -208,6 +218,16 @@ class CudaBackend:
             self._sessions[device.id].refresh()
         return values
 
+    def warm_up(self, device: Device, requests: Sequence[AttentionRequest]) -> Sequence[tuple[str, Callable[[], int]]]:
+        """Compilations of the own kernels of requests, for processes of their own: `hal warm` runs them.
+
+        A request whose features these kernels do not have is left out.
+        """
+        from .kernels import ahead
+
+        taken = [r for r in requests if r.dtype != "float64" and not CAPABILITIES.refusals(r)]
+        return ahead.tasks(taken, self.chip(device), self.rates(device))
+
     def benchmark(self, device: Device) -> BenchSetup:
         """Own kernels and installed peers as columns of `hal bench`, with clocks and power."""
         from .benchmark import CudaBench
@@ -220,6 +240,22 @@ class CudaBackend:
             {} if self._found is None else dict(zip([d.id for d in self._found.devices], self._found.gpus, strict=True))
         )
         return gpus.get(device.id)
+
+
+def _load(chip: Chip) -> None:
+    """Import what a first call would wait for otherwise: the kernels' sources and Triton's driver."""
+    from triton.runtime import driver
+
+    from .kernels.portable import attend  # noqa: F401
+    from .paths import hopper_runs
+    from .runtime import binaries, kept
+
+    if binaries.tested():
+        driver.active.utils  # noqa: B018 - loads the library that it names
+        kept.sources()
+    if hopper_runs(chip):
+        from .kernels.hopper import forward  # noqa: F401
+        from .kernels.hopper_backward import kernel  # noqa: F401
 
 
 def _refuse_fork(device: Device) -> None:

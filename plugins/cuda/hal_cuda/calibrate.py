@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from hal_core.plugin_api import AttentionRequest, Causal, Device, DeviceUnavailableError, MaskKind
 
 from . import paths
-from .cost import GRADIENT_FLOPS, OWN, Rates
+from .cost import FORMS, GRADIENT_FLOPS, OWN, Rates
 from .discovery import Chip
 from .runtime import nvml
 from .session import CudaSession
@@ -24,20 +24,44 @@ from .session import CudaSession
 TOKENS, HIDDEN = 16384, 2048
 LENGTHS = (512, 1000, 1500, 2048, 3000, 8192, 16384)  # some fill their tiles, some do not
 DIMS = (64, 96, 128, 192, 256)
-GRADIENT_LENGTHS = (512, 1000, 2048, 8192, 16384)  # of forward and backward together
-FORMS, FORM_DIMS, FORM_LENGTHS = (
-    ("float32", "mask"),
-    (64, 128),
-    (512, 2048),
-)  # gradients of what is not in the main table
+#: Of forward and backward together. Short ones lie on both sides of whole tiles, whose number rules there.
+GRADIENT_LENGTHS = (128, 197, 256, 257, 384, 448, 512, 1000, 2048, 8192, 16384)
+FORM_DIMS, FORM_LENGTHS = (64, 128), (128, 256, 512, 2048)  # gradients of each of `cost.FORMS`
+_RNG = (7, 11)
 #: Largest range of the middle half of a measurement's times, as a share of their median; how often one is tried.
 MOST_SPREAD, ATTEMPTS = 0.5, 3
+
+
+class Cell(NamedTuple):
+    """A request whose paths are measured: see `Rates.grid`."""
+
+    dim: int
+    length: int
+    causal: bool
+    grads: bool
+    form: str = ""
+
+
+def cells() -> list[Cell]:
+    """What a calibration measures."""
+    found = [
+        Cell(dim, length, causal, grads)
+        for grads, lengths in ((False, LENGTHS), (True, GRADIENT_LENGTHS))
+        for dim in DIMS
+        for length in lengths
+        for causal in (False, True)
+    ]
+    for form in FORMS:
+        diagonals = (False, True) if form == "deterministic" else (False,)
+        lengths = (*FORM_LENGTHS, 8192) if form == "deterministic" else FORM_LENGTHS
+        found += [Cell(dim, n, causal, True, form) for dim in FORM_DIMS for n in lengths for causal in diagonals]
+    return found
 
 
 def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable[[str, float], None]) -> dict[str, Any]:
     """Everything `Rates.of` reads, and the conditions it was measured under.
 
-    One or two minutes on a large GPU, and some more where no kernel has been compiled yet.
+    Two or three minutes on a large GPU, and some more where no kernel has been compiled yet.
     """
     with torch.cuda.device(chip.index), torch.no_grad():
         flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -56,18 +80,11 @@ def measure(device: Device, chip: Chip, gpu: nvml.Gpu | None, progress: Callable
         rates = Rates.assumed(chip.capability, chip.multiprocessors, None)
         values["launch"], values["decode_share"] = _decode(device, chip, rates, values["bandwidth"], flush)
         values["grid"] = []
-        cells = [
-            (dim, length, causal, grads, "")
-            for grads, lengths in ((False, LENGTHS), (True, GRADIENT_LENGTHS))
-            for dim in DIMS
-            for length in lengths
-            for causal in (False, True)
-        ]
-        cells += [(dim, length, False, True, form) for form in FORMS for dim in FORM_DIMS for length in FORM_LENGTHS]
-        for place, (dim, length, causal, grads, form) in enumerate(cells):
-            what = "gradients" if grads else "attention"
-            progress(f"{what}, head_dim {dim}, {length} tokens", 0.1 + 0.8 * place / len(cells))
-            values["grid"] += _cell(device, chip, rates, dim, length, causal, grads, form, flush)
+        measured = cells()
+        for place, cell in enumerate(measured):
+            what = "gradients" if cell.grads else "attention"
+            progress(f"{what}, head_dim {cell.dim}, {cell.length} tokens", 0.1 + 0.8 * place / len(measured))
+            values["grid"] += measure_cell(device, chip, rates, cell, flush)
         progress("energy", 0.92)
         values |= _energy(device, chip, rates, gpu)
         progress("done", 1.0)
@@ -175,38 +192,27 @@ def gradients_on_path(
 
         return by_torch
     request = replace(request, lse=True)
-    forward = session.bind(request)
+    forward, rng = session.bind(request), _RNG if request.dropout else None
 
     def by_own(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, mask: Tensor | None = None) -> Any:
-        out, lse = forward(query, key, value, mask)
+        out, lse = forward(query, key, value, mask, None, None, rng)
         prepared = session.prepare_attention(query, key, value, request=request)
-        return session.compute_attention_backward(prepared, out, lse, grad_out, mask)
+        return session.compute_attention_backward(prepared, out, lse, grad_out, mask, rng=rng)
 
     return by_own
 
 
-def _cell(
-    device: Device,
-    chip: Chip,
-    rates: Rates,
-    dim: int,
-    length: int,
-    causal: bool,
-    grads: bool,
-    form: str,
-    flush: Tensor,
-) -> list[dict[str, Any]]:
-    """Rates of every path; with `grads` of forward and backward, in operations of both. form: see `Rates.grid`."""
-    request = request_for(max(TOKENS // length, 1), HIDDEN // dim, HIDDEN // dim, length, length, dim, causal)
+def measure_cell(device: Device, chip: Chip, rates: Rates, cell: Cell, flush: Tensor) -> list[dict[str, Any]]:
+    """Rates of every path; with `grads` of forward and backward, in operations of both."""
+    dim, length, causal, grads, form = cell
+    heads = HIDDEN // dim
+    request = request_for(max(TOKENS // length, 1), heads, heads, length, length, dim, causal)
     given: tuple[Tensor, ...] = tensors(request)
     if grads:
         request, given = replace(request, grads=frozenset("qkv")), (*given, torch.randn_like(given[0]))
-    mask = None
+    request, mask = formed(request, form)
     if form == "float32":
-        request, given = replace(request, dtype="float32"), tuple(tensor.float() for tensor in given)
-    elif form == "mask":
-        request = replace(request, mask=MaskKind.BOOLEAN)
-        mask = torch.rand(1, 1, length, length, device="cuda") < 0.5
+        given = tuple(tensor.float() for tensor in given)
     bound, times = (gradients_on_path, GRADIENT_FLOPS) if grads else (on_path, 1.0)
     rows = []
     for path in paths.candidates(request, chip):
@@ -217,6 +223,24 @@ def _cell(
         row = {"path": path, "dim": dim, "length": length, "causal": causal, "rate": rate}
         rows.append(row | ({"grads": True} if grads else {}) | ({"form": form} if form else {}))
     return rows
+
+
+def formed(request: AttentionRequest, form: str) -> tuple[AttentionRequest, Tensor | None]:
+    """The request in one of `cost.FORMS`, and its mask: over rows and keys, and where it is added also over heads."""
+    if form == "float32":
+        return replace(request, dtype="float32"), None
+    if form == "dropout":
+        return replace(request, dropout=0.1), None
+    if form == "deterministic":
+        return replace(request, deterministic=True), None
+    if form == "mask":
+        visible = torch.rand(1, 1, request.len_q, request.len_k, device="cuda") < 0.5
+        return replace(request, mask=MaskKind.BOOLEAN), visible
+    if form:
+        bias = torch.randn(1, request.heads_q, request.len_q, request.len_k, device="cuda", dtype=torch.bfloat16)
+        wanted = request.grads | ({"mask"} if form == "bias gradient" else set())
+        return replace(request, mask=MaskKind.ADDITIVE, mask_heads=request.heads_q, grads=wanted), bias
+    return request, None
 
 
 def _decode(device: Device, chip: Chip, rates: Rates, bandwidth: float, flush: Tensor) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,28 @@ from hal_core.plugin_api import (
 )
 
 from .discovery import Chip
+from .kernels.fp8.wish import ERROR
+from .kernels.skipping.wish import threshold_of
 from .tiling import Splits, choose_splits, choose_tiles, hopper_backward_tiles, packs, split_keys
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
-OWN = frozenset({"hopper", "portable"})
+OWN = frozenset({"hopper", "portable", "fp8", "skipping"})
+#: What sets requests apart from those of the main table, for gradients; the first that holds names a request.
+FORMS = ("float32", "deterministic", "dropout", "mask", "bias", "bias gradient")
 #: Operations of forward and backward together over the forward's: five products beside its two.
 GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
-_ASSUMED_SHARE = {"hopper": 0.8, "portable": 0.5, "cudnn": 0.6, "flash": 0.45, "efficient": 0.3, "composed": 0.05}
+_ASSUMED_SHARE = {
+    "hopper": 0.8,
+    "fp8": 1.2,
+    "portable": 0.5,
+    "skipping": 0.4,
+    "cudnn": 0.6,
+    "flash": 0.45,
+    "efficient": 0.3,
+    "composed": 0.05,
+}
 #: Dense 16-bit multiply-adds a cycle of one multiprocessor, from NVIDIA's architecture papers, by compute capability.
 _PRODUCTS_A_CYCLE = {(8, 0): 1024, (8, 6): 512, (8, 9): 512, (9, 0): 2048, (10, 0): 4096, (12, 0): 512}
 
@@ -50,8 +64,8 @@ class Rates:
     Attributes:
         bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
             seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
-            path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of
-            float32 ("float32") or of a mask ("mask"). joules_per_flop, joules_per_byte: None where not measured. basis,
+            path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of one
+            of `FORMS`. joules_per_flop, joules_per_byte: None where not measured. basis,
             provenance, source: of all of it.
     """
 
@@ -109,8 +123,9 @@ class Rates:
         slower = 8.0 if request.dtype in ("float32", "float64") else 1.0
         rows = [row for row in self.grid if (row["path"], row.get("grads", False)) == kind]
         measured = [row for row in rows if row.get("form", "") == form] if form else []
-        if measured:  # without a diagonal: its cost is that of the pairs it leaves
+        if measured:  # where a form has no diagonal measured, its cost is that of the pairs it leaves
             slower = 1.0
+            measured = [row for row in measured if row["causal"] == causal] or measured
         else:
             measured = [row for row in rows if row["causal"] == causal and not row.get("form", "")]
         dims = sorted({row["dim"] for row in measured})
@@ -127,8 +142,16 @@ class Rates:
 
 
 def form_of(request: AttentionRequest) -> str:
-    """What sets a request apart from those of the main table: "float32", "mask" or nothing."""
-    return "float32" if request.dtype == "float32" else "mask" if request.mask is not MaskKind.NONE else ""
+    """Which of `FORMS` a request has; "" for none of them."""
+    holds = (
+        request.dtype == "float32",
+        request.deterministic,
+        request.dropout > 0,
+        request.mask is MaskKind.BOOLEAN,
+        request.mask is MaskKind.ADDITIVE and "mask" not in request.grads,
+        request.mask is MaskKind.ADDITIVE,
+    )
+    return next((form for form, found in zip(FORMS, holds, strict=True) if found), "")
 
 
 def _between(points: list[tuple[int, float]], length: int) -> float:
@@ -193,19 +216,31 @@ def estimate(request: AttentionRequest, choice: Choice, rates: Rates, chip: Chip
     source = f"{'gradients by ' if request.grads else ''}{others} ({rates.source})"
     time = Quantity(middle / spread, middle * (2 - 1 / spread), rates.basis, rates.provenance, source)
     energy = None
-    if rates.joules_per_flop is not None and rates.joules_per_byte is not None and choice.path in OWN:
+    if (
+        rates.joules_per_flop is not None
+        and rates.joules_per_byte is not None
+        and choice.path in OWN - {"fp8", "skipping"}
+    ):
         joules = 2.0 * request.visible_macs * rates.joules_per_flop + request.bytes_moved * rates.joules_per_byte
         energy = Quantity(
             joules / 1.3, joules * 1.3, rates.basis, rates.provenance, f"board energy by NVML ({rates.source})"
         )
-    return Estimate(time=time, energy=energy, memory=memory(request, choice.path, chip))
+    error = None
+    if choice.path == "fp8":
+        error = Quantity(0.0, ERROR, Basis.DECLARED, Provenance.ASSUMED, label("fp8"))
+    elif (threshold := threshold_of(request)) is not None:
+        lost = min(request.len_k * 2.0**-threshold, 1.0)
+        error = Quantity(0.0, lost, Basis.DECLARED, Provenance.ASSUMED, "what a row may lose of its sum of weights")
+    return Estimate(time=time, energy=energy, error=error, memory=memory(request, choice.path, chip))
 
 
 def label(path: str) -> str:
     """A path's name for people."""
     return {
         "hopper": "own Hopper kernel",
+        "fp8": "own Hopper kernel in FP8 (e4m3), operands quantised in the call",
         "portable": "own Triton kernel",
+        "skipping": "own Triton kernel that skips tiles",
         "cudnn": "torch cuDNN",
         "flash": "torch FlashAttention",
         "efficient": "torch efficient attention",
@@ -227,7 +262,7 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
         forward = _own_forward_memory(r, path, chip)
         if not r.grads:
             return result + forward
-        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r)
+        backward = _hopper_backward_memory(r) if path == "hopper" else _portable_backward_memory(r, chip)
         return result + 4 * rows * (not r.lse) + max(forward, backward)
     if path == "efficient" and r.mask is not MaskKind.NONE:  # as an additive mask, padded to whole 16 columns
         result += r.mask_batch * r.mask_heads * r.len_q * (r.len_k + 16) * DTYPE_BYTES[r.dtype]
@@ -240,6 +275,12 @@ def memory(request: AttentionRequest, path: str, chip: Chip) -> int:
 def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int:
     """What the own forward kernels borrow."""
     r = request
+    if path == "fp8":
+        from .kernels.fp8.operands import quantised_bytes
+
+        return quantised_bytes(r)
+    if path == "skipping":
+        return 0
     if path == "hopper":
         return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
     tiles, splits = choose_tiles(r, r.len_q, chip), Splits(1, 0)
@@ -252,10 +293,26 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
     return lists + (0 if split.joined else 4 * split.partial)
 
 
-def _portable_backward_memory(request: AttentionRequest) -> int:
-    from .kernels.portable.backward_launch import backward_memory
+def _portable_backward_memory(request: AttentionRequest, chip: Chip) -> int:
+    """The most of what the backwards take that may serve a request of the portable path, by its tensors."""
+    from .kernels.portable import backward_launch, short_launch
 
-    return backward_memory(request)
+    r = request
+    found = backward_launch.backward_memory(r)
+    if short_launch.takes(r):
+        found = max(found, short_launch.backward_memory(r))
+    beside = r.mask is not MaskKind.NONE or r.block_plan is not None or r.dropout > 0
+    if chip.capability == (9, 0) and r.dtype in ("float16", "bfloat16") and beside and not r.packed:
+        hopper, rows = _hopper_backward_memory(r), r.batch * r.heads_q * (r.len_q + 128)
+        if r.mask is MaskKind.ADDITIVE or r.dropout:
+            hopper += 8 * rows
+        if "mask" in r.grads:
+            hopper += backward_launch.backward_memory(replace(r, grads=frozenset({"mask"})))
+        if r.block_plan is not None:
+            blocks_q, blocks_k = -(-r.len_q // r.block_plan[0]), -(-r.len_k // r.block_plan[1])
+            hopper += r.batch * r.heads_q * blocks_k * (5 * blocks_q + 4)
+        found = max(found, hopper)
+    return found
 
 
 def _gradients(request: AttentionRequest) -> int:
@@ -272,7 +329,7 @@ def _hopper_backward_memory(request: AttentionRequest) -> int:
     right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
     tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
     rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
-    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2)
+    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2) + 8 * rows // tiles.rows * r.deterministic
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:

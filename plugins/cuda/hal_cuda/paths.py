@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
 from .cost import Choice, Rates, seconds
 from .discovery import Chip
+from .kernels.fp8.wish import wish_of
+from .kernels.skipping.wish import threshold_of
 from .runtime import binaries
 from .tiling import WARPGROUP_ROWS, packs, parts, value_parts
 
@@ -27,6 +30,10 @@ def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
     """Every path that is right for a request."""
     if request.tiling is not None:  # torch's paths cut by themselves, the Hopper kernel has sizes of its own
         return ["portable"]
+    if wish_of(request) is not None:  # asked for, so nothing else is right
+        return ["fp8"]
+    if threshold_of(request) is not None:
+        return ["skipping"]
     if request.dtype == "float64":
         return ["composed"]
     hopper = hopper_takes(request, chip) and (not request.grads or hopper_differentiates(request))
@@ -64,12 +71,15 @@ def torch_takes_lengths(path: str, request: AttentionRequest, len_q: int, len_k:
     return len_q == len_k != 1 if request.causal is not Causal.NONE else len_q * len_k != 1
 
 
+def hopper_runs(chip: Chip) -> bool:
+    """Whether the kernel runs on a chip, under this version of Triton."""
+    return chip.capability == (9, 0) and binaries.tested() and not binaries.INTERPRETED
+
+
 def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
     """Whether the kernel is right for a request; tensors must also suit the copy engine (`fits`)."""
     return (
-        chip.capability == (9, 0)
-        and binaries.tested()
-        and not binaries.INTERPRETED
+        hopper_runs(chip)
         and request.dtype in ("float16", "bfloat16")
         and request.mask is MaskKind.NONE
         and not request.dropout
@@ -88,10 +98,20 @@ def hopper_takes(request: AttentionRequest, chip: Chip) -> bool:
 
 
 def hopper_differentiates(request: AttentionRequest) -> bool:
-    """Whether the Hopper backward is right for a request that the Hopper forward takes: it adds the query's gradient up
-    in any order, and takes no packed lengths.
+    """Whether the Hopper backward is right for a request that the Hopper forward takes: it takes no packed lengths, and
+    above a head size of 128 it adds the query's gradient up in any order.
     """
-    return not request.packed and not request.deterministic
+    return not request.packed and not (request.deterministic and max(request.dim_qk, request.dim_v) > 128)
+
+
+def hopper_assists(request: AttentionRequest, chip: Chip) -> bool:
+    """Whether the Hopper backward may serve a request whose forward is portable, with a mask, a block plan or
+    dropout; calls that
+    it does not take go on to the portable backward.
+    """
+    bare = replace(request, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None, dropout=0.0)
+    beside = request.mask is not MaskKind.NONE or request.block_plan is not None or request.dropout > 0
+    return beside and hopper_takes(bare, chip) and hopper_differentiates(request)
 
 
 def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:

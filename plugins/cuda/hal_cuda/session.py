@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,10 +36,13 @@ from . import cost, paths
 from .cost import Rates
 from .discovery import Chip
 from .kernels import composed
+from .kernels.fp8.launch import Fp8Path
 from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
 from .kernels.portable.launch import PortablePath
+from .kernels.portable.short_launch import ShortPath, takes as short_takes
+from .kernels.skipping.launch import SkippedTiles, SkippingPath, Tally
 from .memory import CudaMemory, StreamWorkspaces
 from .runtime.context import Context
 from .tiling import CudaTiling
@@ -84,6 +88,7 @@ class CudaSession(SessionBase):
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
         self._backwards: dict[AttentionRequest, Callable[..., Grads]] = {}
         self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
+        self._tally: Tally | None = None
         self._lost = ""
         _open.add(self)
 
@@ -114,6 +119,13 @@ class CudaSession(SessionBase):
             return paths.choose(request, self.chip, self._rates()).path
         return paths.choose(request, self.chip, self._rates(), lambda path: path in allowed).path
 
+    def outpaces(self, request: AttentionRequest, backend: str) -> bool:
+        """Whether an own kernel is estimated to be as fast as a backend of torch ("cudnn", "flash", "efficient"), or is
+        the only one of the two that is known to be right for a request.
+        """
+        own_or_backend = (*cost.OWN, backend)
+        return paths.choose(request, self.chip, self._rates(), lambda path: path in own_or_backend).path in cost.OWN
+
     def path_of_lengths(self, request: AttentionRequest) -> str:
         """The same of a request whose lengths are exact, which a path may hand on to another one."""
         return paths.path_of_lengths(self.path_of(request), request)
@@ -137,10 +149,16 @@ class CudaSession(SessionBase):
     def _made(self, request: AttentionRequest) -> Path:
         name = paths.forward_path(self.path_of(request), request, self.chip)
         if name == "portable":
-            return PortablePath(request, self._context)
+            portable = PortablePath(request, self._context)
+            return ShortPath(request, self._context, portable) if short_takes(request) else portable
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
             return kind(request, self._context, PortablePath(request, self._context))
+        if name == "fp8":
+            return Fp8Path(request, self._context)
+        if name == "skipping":
+            self._tally = self._tally or Tally(self._context)
+            return SkippingPath(request, self._context, self._tally)
         if name == "composed":
             return lambda *given: composed.attend(request, self._context, *given)
         return self._native(name, request)
@@ -179,6 +197,8 @@ class CudaSession(SessionBase):
         ) -> Any:
             if self._lost:
                 raise DeviceUnavailableError(self._lost)
+            if not hasattr(_thread, "ready"):
+                self._enter_thread()
             try:
                 if not (query.numel() and key.numel()):
                     result = _nothing(query, key, value, mask, request)
@@ -195,6 +215,16 @@ class CudaSession(SessionBase):
                 raise named from error
 
         return run
+
+    def _enter_thread(self) -> None:
+        """Make the device's context current in a thread that has called nothing of CUDA's runtime: kernels are launched
+        by the driver, which wants one. While a graph is captured there is one.
+        """
+        if self.device.reads[0] != "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                return
+            torch.zeros((), device=self.device.reads[0])
+        _thread.ready = True
 
     def _several(self) -> bool:
         """Whether another GPU may be torch's current one."""
@@ -267,9 +297,15 @@ class CudaSession(SessionBase):
 
         Raises:
             UnsupportedError: a paged or quantised cache, used lengths, or float64.
-            ContractError: dropout without rng.
+            ContractError: dropout without rng; no log-sum-exp of every row.
         """
         request = prepared.request
+        if lse is None or lse.shape != out.shape[:3]:
+            found = "none" if lse is None else f"one of shape {tuple(lse.shape)}"
+            raise ContractError(
+                f"a gradient needs the forward's log-sum-exp of shape {tuple(out.shape[:3])}, and {found} "
+                "was given: run the forward with lse=True in its request (return_lse=True)"
+            )
         cached = request.page_size is not None or request.used or request.cache_dtype is not None
         if cached or request.dtype == "float64":
             what = "a cache" if cached else "float64"
@@ -281,6 +317,8 @@ class CudaSession(SessionBase):
             raise ContractError("dropout without rng was given: pass the forward's rng=(seed, offset)")
         if self._lost:
             raise DeviceUnavailableError(self._lost)
+        if not hasattr(_thread, "ready"):
+            self._enter_thread()
         query, key, value = prepared.query, prepared.key, prepared.value
         if not (query.numel() and key.numel()):
             of_mask = None if mask is None or "mask" not in request.grads else torch.zeros_like(mask)
@@ -307,6 +345,10 @@ class CudaSession(SessionBase):
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
         return found
+
+    def skipped_tiles(self) -> SkippedTiles:
+        """What calls with the option "skip_tiles" have skipped since this was last asked. Waits for the device."""
+        return SkippedTiles(0, 0, 0.0) if self._tally is None else self._tally.read()
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """A kernel beside attention, see `hal_cuda.kernels`."""
@@ -368,6 +410,9 @@ class CudaSession(SessionBase):
                 super().close()
             self.closed = True
 
+
+#: What a thread remembers: `ready` once it has the context of a device.
+_thread = threading.local()
 
 #: Sessions of this process. A fork's handlers stay for good: one for each session would keep all that measurements
 #: open.

@@ -9,6 +9,18 @@ from hal_core.plugin_api import BackendSpec, hookimpl
 
 if TYPE_CHECKING:
     from .backend import ProfileBackend as ProfileBackend, register_profile as register_profile
+    from .frontend.convert import optical_layers as optical_layers, to_optics as to_optics
+    from .frontend.layers import (
+        DeviceProduct as DeviceProduct,
+        OpticalConv2d as OpticalConv2d,
+        OpticalLinear as OpticalLinear,
+        Settings as Settings,
+    )
+    from .frontend.tune import (
+        keep_outliers_digital as keep_outliers_digital,
+        tune_gains as tune_gains,
+        with_settings as with_settings,
+    )
     from .profiles.profile import Profile as Profile, ProfileError as ProfileError, load as load
     from .runtime.driver import Driver as Driver
     from .simulator.chip import Fault as Fault, SimulatedDriver as SimulatedDriver
@@ -16,6 +28,9 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "backend": ("ProfileBackend", "register_profile"),
+    "frontend.convert": ("optical_layers", "to_optics"),
+    "frontend.layers": ("DeviceProduct", "OpticalConv2d", "OpticalLinear", "Settings"),
+    "frontend.tune": ("keep_outliers_digital", "tune_gains", "with_settings"),
     "profiles.profile": ("Profile", "ProfileError", "load"),
     "runtime.driver": ("Driver",),
     "simulator.chip": ("Fault", "SimulatedDriver"),

@@ -32,13 +32,14 @@ from hal_core.plugin_api import (
 
 from .cost import attention_cost, call_memory, passes_of
 from .discovery import BUNDLED as BUNDLED, cards, profiles
+from .profiles.figures import MOST_PASSES
 from .profiles.profile import Profile, load, word
 
 if TYPE_CHECKING:
     from .session import PhotonicSession
 
 #: Passes of the optics that may be averaged.
-PASSES = Range(1, 1024)
+PASSES = Range(1, MOST_PASSES)
 _MOST_DECIBELS = 200
 _FEATURES = frozenset({"grouped_heads", "value_dim", "strides", "diagonal", "window", "softcap", "lse"})
 _GRADIENTS = frozenset({"backward", "mask_grad", "lse_grad"})
@@ -96,7 +97,7 @@ class ProfileBackend:
             masks=frozenset(MaskKind),
             causal=frozenset(Causal),
             features=_FEATURES | (_GRADIENTS if self.straight_through else frozenset()),
-            tile_sizes=Range(0, p.count("array.inputs")),
+            tile_sizes=Range(0, p.tile_inputs),
             options={"passes": PASSES},
         )
 

@@ -27,6 +27,7 @@ from hal_core.plugin_api import (
 
 from .backend import ProfileBackend
 from .cost import attention_cost
+from .discovery import BUNDLED, bundled_names
 from .profiles.profile import Profile
 
 _ORIGIN = "published"
@@ -200,15 +201,15 @@ def _measured(against: str) -> Other:
 
 
 def profile_named(name: str) -> Profile:
-    """The profile of a device id or backend name, or of a file.
+    """The profile of a device id or backend name, of a file, or a bundled one by its name ("lightening-8").
 
     Raises:
-        HalError: neither.
+        HalError: none of them.
     """
-    if Path(name).suffix == ".toml":
+    if Path(name).suffix == ".toml" or name in bundled_names():
         from .profiles.profile import load
 
-        return load(name)
+        return load(name if Path(name).suffix == ".toml" else BUNDLED / f"{name}.toml")
     device = find_devices(name)[0]
     backend = registry.backend_of(device)
     if not isinstance(backend, ProfileBackend):

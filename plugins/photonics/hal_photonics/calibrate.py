@@ -152,7 +152,7 @@ def calibrate(
 def probes(profile: Profile, seed: int, rows: int = _PROBES) -> tuple[Tensor, Tensor]:
     """Standard normal inputs [1, rows, K] and weights [1, N, K] of a whole tile."""
     draw = torch.Generator().manual_seed(seed)
-    width = profile.count("array.inputs")
+    width = profile.tile_inputs
     weights = torch.randn(1, profile.count("array.outputs"), width, generator=draw)
     return torch.randn(1, rows, width, generator=draw), weights
 
@@ -164,7 +164,8 @@ def probe_snr(core: PhotonicCore, seed: int, noise: torch.Generator, rows: int =
 
 
 def _dark(driver: Driver, noise: torch.Generator) -> Tensor:
-    cores, columns, inputs = (driver.profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
+    cores, columns = (driver.profile.count(f"array.{n}") for n in ("cores", "outputs"))
+    inputs = driver.profile.tile_inputs
     codes = driver.read(
         torch.zeros(1, cores, inputs), torch.zeros(1, columns, inputs), noise=noise, averages=_DARK
     ).codes
@@ -182,7 +183,7 @@ def _straight(driver: Driver, corrections: Corrections, codes: Tensor, width: in
 def _vector_sweep(driver: Driver, corrections: Corrections, noise: torch.Generator, points: int = 41) -> Tensor:
     """Inverse responses [inputs, 7]: powers 1 to 7 of the wanted input give the input to send."""
     c = PhotonicCore(driver).converters
-    columns, width = driver.profile.count("array.outputs"), driver.profile.count("array.inputs")
+    columns, width = driver.profile.count("array.outputs"), driver.profile.tile_inputs
     steps = torch.linspace(-1, 1, points).mul(c.input_levels).round()
     inputs = torch.diag_embed(steps.unsqueeze(1).expand(points, width))  # [points, width, width]: one input at a time
     weights = torch.full((1, columns, width), float(c.weight_levels)).expand(points, -1, -1)
@@ -207,7 +208,7 @@ def _vector_sweep(driver: Driver, corrections: Corrections, noise: torch.Generat
 def _one_hot(driver: Driver, corrections: Corrections, noise: torch.Generator, steps: int = 9) -> tuple[Tensor, Tensor]:
     """(gain, offset) of every cell [columns, inputs], in full scale, by least squares over weight codes."""
     c = PhotonicCore(driver).converters
-    columns, width = driver.profile.count("array.outputs"), driver.profile.count("array.inputs")
+    columns, width = driver.profile.count("array.outputs"), driver.profile.tile_inputs
     codes = torch.linspace(-0.9, 0.9, steps).mul(c.weight_levels).round()
     one_hot = corrections.sent_inputs(torch.eye(width) * c.input_levels, c.input_levels)
     weights = codes.view(-1, 1, 1).expand(steps, columns, width)

@@ -9,8 +9,8 @@ times: weights and stream take n times their time and energy; softmax and host t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from hal_simulation import ProductSize, modelled, worst
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Causal, Estimate, MaskKind, Provenance, TilePlan
 
 from .profiles.profile import Profile
+from .simulator.dynamic import PARTS, Dynamic, dynamic_cost
 from .tiling import heads_at_once, narrowed, rows_at_once
 
 #: Parts of time (s) and energy (J), in the order of every table.
@@ -33,7 +34,7 @@ _SHARES = {
     "digital": "power.share_digital",
 }
 #: Tensors of the size of a weight tile that a mechanism needs to realise one.
-_CELLS = {"crossbar": 2, "mesh": 6.4, "ring": 7.2}
+_CELLS = {"crossbar": 2, "mesh": 6.4, "ring": 7.2, "dot": 2}
 #: Size of a pool's block over what was asked for, on average.
 _POOLED = 1.03
 #: Row ranges that the cost of a plan is summed over at most.
@@ -266,10 +267,16 @@ def attention_cost(
     those of the request's options.
     """
     r = request
+    softmax = r.visible_macs // max(r.dim_qk + r.dim_v, 1)
+    if profile.mechanism == "dot":
+        scores = ProductSize(r.batch * r.heads_q, r.len_q, r.len_k, r.dim_qk, r.dtype)
+        mixed = ProductSize(r.batch * r.heads_q, r.len_q, r.dim_v, r.len_k, r.dtype)
+        rest = cost(profile, Work(0, 0, 0), softmax=softmax, transferred=r.bytes_moved, state=state, host=host)
+        return _dynamic(profile, [(scores, False), (mixed, False)], rest, passes_of(r), duty, r.macs)
     return cost(
         profile,
         attention_work(profile, r, plan),
-        softmax=r.visible_macs // max(r.dim_qk + r.dim_v, 1),
+        softmax=softmax,
         transferred=r.bytes_moved,
         passes=passes_of(r),
         duty=duty,
@@ -284,7 +291,7 @@ def passes_of(request: AttentionRequest) -> int:
 
 
 def product_cost(
-    profile: Profile, size: ProductSize, *, resident: bool = False, duty: float = 1.0, state: str = ""
+    profile: Profile, size: ProductSize, *, resident: bool = False, passes: int = 1, duty: float = 1.0, state: str = ""
 ) -> Cost:
     """Time and energy of products; arguments as for `cost`.
 
@@ -293,13 +300,47 @@ def product_cost(
     """
     elements = size.batch * (size.rows * size.length + (0 if resident else size.outputs * size.length)) + size.results
     moved = elements * DTYPE_BYTES.get(size.dtype, 4)
-    return cost(profile, product_work(profile, size), transferred=moved, duty=duty, state=state)
+    if profile.mechanism == "dot":
+        rest = cost(profile, Work(0, 0, 0), transferred=moved, state=state)
+        return _dynamic(profile, [(size, resident)], rest, passes, duty, size.macs)
+    return cost(profile, product_work(profile, size), transferred=moved, passes=passes, duty=duty, state=state)
+
+
+def _dynamic(
+    profile: Profile, products: Iterable[tuple[ProductSize, bool]], rest: Cost, passes: int, duty: float, macs: int
+) -> Cost:
+    """The cost on a design without held weights.
+
+    Args:
+        products: each with whether its second operand is weights. rest: softmax and host.
+    """
+    total = reduce(Dynamic.plus, (dynamic_cost(profile, size, weights=weights) for size, weights in products))
+    optics = passes * (total.optics + total.waiting)
+    seconds = dict(rest.seconds) | {
+        "weights": passes * total.waiting,
+        "stream": passes * total.optics,
+        "derating": optics * (1 / duty - 1),
+    }
+    joules = {part: passes * energy for part, energy in total.joules.items()}
+    joules |= {part: rest.joules[part] for part in ("softmax", "host")}
+    time = [rest.provenances[part] for part in TIME_PARTS if rest.seconds[part]]
+    own = profile.provenance("dot", "array", "time.clock")
+    return attrs.evolve(
+        rest,
+        seconds=seconds,
+        joules=joules,
+        provenances=dict(rest.provenances) | dict.fromkeys(PARTS, own),
+        time_provenance=worst([own, *time]),
+        energy_provenance=worst([own, *([profile.provenance("power.host")] if joules["host"] else [])]),
+        macs=macs,
+    )
 
 
 def throughput(profile: Profile) -> float:
     """Peak operations per second with the weights loaded; a multiply-accumulate is two operations."""
     p = profile
-    return 2 * p["array.cores"] * p["array.outputs"] * p["array.inputs"] * p["time.clock"]
+    rows = p.count("dot.rows") if p.mechanism == "dot" else 1
+    return rows * 2 * p["array.cores"] * p["array.outputs"] * p["array.inputs"] * p["time.clock"]
 
 
 def efficiency(profile: Profile) -> float:
@@ -314,7 +355,7 @@ def call_memory(profile: Profile, request: AttentionRequest) -> int:
     one readout or one step of the softmax needs beside them.
     """
     r = request
-    size, inputs = DTYPE_BYTES.get(r.dtype, 4), profile.count("array.inputs")
+    size, inputs = DTYPE_BYTES.get(r.dtype, 4), profile.tile_inputs
     group_size, tiles = r.heads_q // max(r.heads_kv, 1), -(-r.dim_qk // inputs)
     held = int(4 * _POOLED * r.batch * r.heads_kv * r.len_k * (r.dim_qk + tiles + r.dim_v))
     results = r.batch * r.heads_q * r.len_q * (size * r.dim_v + (4 if r.lse else 0))
@@ -370,7 +411,7 @@ def _stream_memory(profile: Profile, products: int, rows: int, outputs: int, len
     Args:
         held: the weights are encoded already.
     """
-    width = min(length, profile.count("array.inputs"))
+    width = min(length, profile.tile_inputs)
     codes, streamed, weights = products * rows * outputs, products * rows * width, products * outputs * width
     corrected = int(profile.calibrated)
     before = (1 + corrected) * streamed + (corrected + (not held)) * weights
@@ -378,3 +419,36 @@ def _stream_memory(profile: Profile, products: int, rows: int, outputs: int, len
     cells = streamed + _CELLS[profile.mechanism] * weights
     read = 2 * codes + streamed + weights
     return int(4 * (codes + before + max(bent, cells, read)))
+
+
+def encoder_cost(
+    profile: Profile, *, tokens: int, dim: int, heads: int, layers: int, batch: int = 1, dtype: str = "float32"
+) -> Cost:
+    """The cost of an encoder's products: projections, attention and a feed-forward part of 4 times the width.
+
+    Weights are with the device; softmax and the host between layers are not counted. For BERT-base 768, 12 and 12, for
+    DeiT-T 192, 3 and 12.
+    """
+    rows = batch * tokens
+    sizes = [(dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim)]
+    products = [ProductSize(1, rows, outputs, length, dtype) for length, outputs in sizes]
+    request = AttentionRequest(batch, heads, heads, tokens, tokens, dim // heads, dim // heads, dtype)
+    parts = [attention_cost(profile, request, host=False)]
+    for size in products:
+        if profile.mechanism == "dot":
+            parts.append(_dynamic(profile, [(size, True)], cost(profile, Work(0, 0, 0), host=False), 1, 1.0, size.macs))
+        else:
+            parts.append(cost(profile, product_work(profile, size), host=False))
+
+    def summed(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {part: layers * sum(one[part] for one in each) for part in each[0]}
+
+    first = parts[0]
+    return attrs.evolve(
+        first,
+        seconds=summed([part.seconds for part in parts]) | {"softmax": 0.0},
+        joules=summed([part.joules for part in parts]) | {"softmax": 0.0},
+        time_provenance=worst(part.time_provenance for part in parts),
+        energy_provenance=worst(part.energy_provenance for part in parts),
+        macs=layers * sum(part.macs for part in parts),
+    )

@@ -20,7 +20,7 @@ from .profiles.profile import Profile, load
 #: Profile files of the generic device, separated as in PATH; the bundled profile where it is not set.
 PROFILES_VARIABLE = "HAL_PHOTONIC_PROFILES"
 IDS_VARIABLE = "HAL_PHOTONIC_PCI_IDS"
-#: The folder of the bundled profile, generic.toml.
+#: The folder of the bundled profiles; generic.toml is the device photonic:0.
 BUNDLED = Path(__file__).parent / "profiles"
 _BUS = Path("/sys/bus/pci/devices")
 _PAIR = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}")
@@ -34,6 +34,11 @@ def profiles() -> list[Profile]:
     """
     listed = [part for part in os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep) if part]
     return [load(file) for file in listed] if listed else [load(BUNDLED / "generic.toml")]
+
+
+def bundled_names() -> list[str]:
+    """Names of the bundled profile files, devices or not: `hal photonics sweep --device NAME` takes them."""
+    return sorted(path.stem for path in BUNDLED.glob("*.toml"))
 
 
 class Card(NamedTuple):

@@ -78,7 +78,7 @@ class PhotonicSession(ChipController, SessionBase):
         straight_through: bool = False,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        outputs, inputs = (driver.profile.count(f"array.{name}") for name in ("outputs", "inputs"))
+        outputs, inputs = driver.profile.count("array.outputs"), driver.profile.tile_inputs
         SessionBase.__init__(
             self, PhotonicMemory(device.id), PhotonicTiling(device.id.partition(":")[0], outputs, inputs)
         )
@@ -92,7 +92,7 @@ class PhotonicSession(ChipController, SessionBase):
 
     def optimize_tiling(self, sequence_length: int, batch_size: int, num_heads: int) -> dict[str, int]:
         """The array's own tile: keys or outputs by inputs."""
-        return {"block_k": self.profile.count("array.outputs"), "inputs": self.profile.count("array.inputs")}
+        return {"block_k": self.profile.count("array.outputs"), "inputs": self.profile.tile_inputs}
 
     def prepare_attention(
         self,

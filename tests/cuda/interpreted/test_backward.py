@@ -356,12 +356,12 @@ def test_tiles_shrink_until_shared_memory_holds_them(
     compiled = backward_launch.launcher
     seen: list[tuple[str, int]] = []
 
-    def small(chip: Any, kernel: Any, signature: Any, constants: Any, **options: Any) -> Any:
+    def small(chip: Any, kernel: Any, signature: Any, constants: Any, divisible: Any, **options: Any) -> Any:
         area = constants.get("BN", 0) * constants["BM"]
         seen.append((kernel.__name__, area))
         if kernel.__name__ == "grad_kv" and area > most:
             raise OutOfResources(area, most, "shared memory")
-        return compiled(chip, kernel, signature, constants, **options)
+        return compiled(chip, kernel, signature, constants, divisible, **options)
 
     monkeypatch.setattr(backward_launch, "launcher", small)
     query, key, value = draw(generator, 40, 64)

@@ -381,7 +381,7 @@ def test_nothing_to_read_gives_zeros_with_gradients(generator: torch.Generator, 
     assert all(t.grad is not None and t.grad.shape == t.shape and not bool(t.grad.any()) for t in tensors)
 
 
-@pytest.mark.parametrize("check", ["contract", "refusals", "inputs_unchanged", "strides"])
+@pytest.mark.parametrize("check", ["contract", "refusals", "inputs_unchanged", "strides", "options"])
 def test_conformance(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
     assert result.status in ("passed", "skipped"), result.detail
@@ -395,3 +395,28 @@ def test_conformance(check: str) -> None:
 def test_conformance_of_results(check: str) -> None:
     result = check_backend(InterpretedBackend(), checks=[check], quick=True).results[0]
     assert result.status in ("passed", "skipped"), result.detail
+
+
+def test_dropout_keeps_pairs_as_if_drawn_one_by_one() -> None:
+    """Its share, and the shares of pairs of neighbours along keys, rows and heads, are those of independent draws."""
+    probability = 0.3
+    keep = dropout_pattern(CHIP, (1, 2, 24, 2048), probability, (12, 1 << 35), "cpu").double()
+    bound = 5 * math.sqrt(0.21 / keep.numel())
+    assert abs(float(keep.mean()) - 0.7) <= bound
+    other = dropout_pattern(CHIP, (1, 2, 24, 2048), probability, (13, 1 << 35), "cpu").double()
+    centred = keep - 0.7
+    for one, two in (
+        (centred[..., ::2], centred[..., 1::2]),  # of one word
+        (centred[..., 1:], centred[..., :-1]),
+        (centred[..., 2:], centred[..., :-2]),
+        (centred[:, :, 1:], centred[:, :, :-1]),
+        (centred[:, 1:], centred[:, :-1]),
+        (centred, other - 0.7),
+    ):
+        assert abs(float((one * two).mean())) <= 5 * 0.21 / math.sqrt(one.numel())
+
+
+@pytest.mark.parametrize("probability", [1e-6, 0.5, 0.999])
+def test_dropout_of_any_probability(probability: float) -> None:
+    keep = dropout_pattern(CHIP, (1, 2, 16, 1024), probability, (1, 2), "cpu").double()
+    assert abs(float(keep.mean()) - (1 - probability)) <= 5 * math.sqrt(probability / keep.numel()) + 2**-16

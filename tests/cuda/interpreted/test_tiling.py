@@ -26,10 +26,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     original = launch.launcher
 
-    def noted(chip: Any, fn: Any, signature: Any, constants: Any, **options: Any) -> Any:
+    def noted(chip: Any, fn: Any, signature: Any, constants: Any, *given: Any, **options: Any) -> Any:
         if fn is launch.attend:
             found.append((constants["BM"], constants["BN"]))
-        return original(chip, fn, signature, constants, **options)
+        return original(chip, fn, signature, constants, *given, **options)
 
     monkeypatch.setattr(launch, "launcher", noted)
     return found

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind, pooled_size
 
 from ..paths import doubles, path_of, reads_in_place, sees_less, widens
-from ..tiling import CpuTiling, DecodeSizes, TileSizes
-from .workspace import BackwardParts, DecodeParts, TiledParts
+from ..tiling import BlockSizes, CpuTiling, DecodeSizes, TileSizes
+from .workspace import BackwardParts, BlockParts, DecodeParts, TiledParts
 
 
 def peak_memory(request: AttentionRequest, threads: int, multiplies_bfloat16: bool) -> int:
@@ -51,6 +51,8 @@ def _dense(request: AttentionRequest, threads: int, multiplies_bfloat16: bool) -
     path = path_of(request)
     if path == "decode":
         return _results(request) + _decode(request, multiplies_bfloat16)
+    if path == "blocks":
+        return _results(request) + _blocks(request, threads)
     if path == "tiled":
         return _results(request) + _tiled(request, threads)
     return _torch(request, path, threads)
@@ -70,6 +72,14 @@ def _tiled(request: AttentionRequest, threads: int) -> int:
     if "mask" in request.grads and DTYPE_BYTES[request.dtype] != wide:  # summed in float32
         total += pooled_size(_mask_elements(request) * wide)
     return total
+
+
+def _blocks(request: AttentionRequest, threads: int) -> int:
+    sizes, wide = BlockSizes.of(request, threads), _wide(request)
+    forward = pooled_size(sum(BlockParts.of(request, sizes)) * wide)
+    if not request.grads:
+        return forward
+    return forward + pooled_size(sum(BlockParts.of(request, sizes, backward=True)) * wide)
 
 
 def _decode(request: AttentionRequest, multiplies_bfloat16: bool) -> int:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind
 
-from ..tiling import DecodeSizes, TileSizes
+from ..paths import reads_in_place
+from ..tiling import BlockSizes, DecodeSizes, TileSizes
 
 
 class TiledParts(NamedTuple):
@@ -145,6 +146,75 @@ class DecodeParts(NamedTuple):
                 _mask_tile(request, tile, group),
                 -(-pairs * rows * (request.len_k + request.dim_v) // 2) if narrow else 0,
                 runs * rows * request.dim_v if direct and runs > 1 else 0,
+            )
+        )
+
+
+class BlockParts(NamedTuple):
+    """Of a block plan, whose query blocks are multiplied many at once; the last six are the backward's alone.
+
+    Attributes:
+        scores: products, scores and weights. key, value: blocks that were gathered. query, out: rows of the query
+        blocks at work. whole_query, whole_out: of all blocks of a head. whole_key, whole_value: a head's keys as
+        blocks, where they are no view. statistics: maxima and sums of rows. listed: three lists as int64 and one as
+        bool. hidden: pairs of a block that causal and window hide, as bool.
+        grad_scores, slope: as scores. grad_out: as out. whole_grad_out: as whole_out. key_sum, value_sum: sums over
+        all blocks of a head.
+    """
+
+    scores: int
+    key: int
+    value: int
+    query: int
+    out: int
+    whole_query: int
+    whole_out: int
+    whole_key: int
+    whole_value: int
+    statistics: int
+    listed: int
+    hidden: int
+    grad_scores: int
+    slope: int
+    grad_out: int
+    whole_grad_out: int
+    key_sum: int
+    value_sum: int
+
+    @classmethod
+    def of(cls, request: AttentionRequest, sizes: BlockSizes, *, backward: bool = False) -> BlockParts:
+        assert request.block_plan is not None
+        wide, group = _wide(request), request.heads_q // max(request.heads_kv, 1)
+        block_q, block_k, most = request.block_plan
+        block_q, most = max(min(block_q, request.len_q), 1), min(most, sizes.blocks_k)
+        rows, all_rows = sizes.at_once * sizes.rows, sizes.blocks_q * sizes.rows
+        # A pattern for each query head gathers the keys of its group's other heads too.
+        gathered, keys = sizes.at_once * group * sizes.keys, sizes.blocks_k * block_k
+        copied = not reads_in_place(request) or request.len_k % block_k != 0
+        listed = sizes.blocks_q * most
+        later = (
+            rows * sizes.keys,
+            rows * sizes.keys if request.softcap is not None else 0,
+            rows * request.dim_v,
+            all_rows * request.dim_v,
+            keys * request.dim_qk,
+            keys * request.dim_v,
+        )
+        return cls(
+            *_on_lines(
+                rows * sizes.keys,
+                gathered * request.dim_qk,
+                gathered * request.dim_v,
+                rows * request.dim_qk,
+                rows * max(request.dim_v, request.dim_qk),
+                all_rows * request.dim_qk,
+                all_rows * max(request.dim_v, request.dim_qk),
+                keys * request.dim_qk if copied else 0,
+                keys * request.dim_v if copied else 0,
+                3 * rows + 2 * all_rows,
+                -(-listed * 25 // wide),
+                -(-block_q * block_k // wide),
+                *(later if backward else (0,) * 6),
             )
         )
 

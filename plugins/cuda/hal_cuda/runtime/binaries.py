@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
 
 from hal_core.plugin_api import DeviceUnavailableError
+
+from . import kept
 
 #: Versions whose launcher and Gluon dialect this package was run with. Others take Triton's own, slower launch.
 TESTED_TRITON = ("3.6",)
 INTERPRETED = bool(knobs.runtime.interpret)
 
 _lock = threading.Lock()
-_kernels: dict[Any, Kernel] = {}
+_kernels: dict[Any, Kernel | Unloaded] = {}
+_ahead: dict[str, int] = {}
 
 
 def tested() -> bool:
@@ -65,12 +71,17 @@ def compile_for(
     }
     try:
         source = kind(fn, typed, dict(constants), attributes)
+        known = kept.key(fn.__module__, fn.__name__, typed, constants, attributes, target, options, edit is not None)
+        found = kept.find(known, source)
+        if found is not None:
+            return found
         made = triton.compile(source, target=target, options=options)
         # Right but slower without: where Triton is told, or was when this was cached, to keep binaries alone, and where
         # it is told to take code from a folder of overrides, which goes before this one.
         if edit is not None and "ptx" in made.asm and not knobs.compilation.override:
             options["ir_override"] = _kept(made, edit(made.asm["ptx"]))
             made = triton.compile(source, target=target, options=options)
+        kept.keep(known, made)
         return made
     except OSError as error:
         raise DeviceUnavailableError(
@@ -117,27 +128,83 @@ class Kernel:
             None,
         )
         self.registers, self.spills = compiled.n_regs, compiled.n_spills
-        self.maps: list[Any] = getattr(compiled.metadata, "tensordesc_meta", None) or []
-        self.constants = [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
+        self.maps = _maps(compiled)
+        self.constants = _constants(compiled)
 
     def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
         """Launch. Arguments in the kernel's order: pointers as integers, tensor maps followed by shape and strides."""
         self._launch(*grid, stream, self._function, *self._flags, *arguments)
 
 
-def kernel(key: Any, make: Callable[[], Any]) -> Kernel:
-    """The loaded kernel of a key; compiled once in a process."""
+class Unloaded:
+    """A kernel that was compiled ahead: what a launch is built from, without a device. Launching it does nothing.
+
+    Raises:
+        OutOfResources: it needs more shared memory than the chip has, as Triton finds when it loads a kernel.
+    """
+
+    def __init__(self, compiled: Any, shared_memory: int) -> None:
+        if compiled.metadata.shared > shared_memory:
+            raise OutOfResources(compiled.metadata.shared, shared_memory, "shared memory")
+        self.maps = _maps(compiled)
+        self.constants = _constants(compiled)
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
+        """Nothing: no kernel outlives `compiling_ahead`."""
+
+
+def _maps(compiled: Any) -> list[Any]:
+    """Layouts of a kernel's tensor maps, in its order."""
+    return getattr(compiled.metadata, "tensordesc_meta", None) or []
+
+
+def _constants(compiled: Any) -> list[str]:
+    """Names of a kernel's constexpr arguments."""
+    return [name for name in compiled.src.fn.arg_names if compiled.src.signature[name] == "constexpr"]
+
+
+def kernel(key: Any, make: Callable[[], Any]) -> Any:
+    """The loaded kernel of a key, a Kernel; compiled once in a process. Unloaded where it is compiled ahead."""
     found = _kernels.get(key)
     if found is None:
         with _lock:
             found = _kernels.get(key)
             if found is None:
-                found = _kernels[key] = Kernel(make())
+                made = make()
+                found = _kernels[key] = Unloaded(made, _ahead["shared_memory"]) if _ahead else Kernel(made)
     return found
+
+
+@contextmanager
+def compiling_ahead(shared_memory: int) -> Iterator[Callable[[], int]]:
+    """In this context kernels of the whole process are compiled, not loaded, and their launches do nothing: calls on
+    tensors without memory compile what they need. No GPU is needed. For processes that do nothing else.
+
+    Args:
+        shared_memory: bytes that one program may have on the chip that the kernels are for.
+
+    Yields:
+        How many kernels were made in it.
+    """
+    from unittest import mock
+
+    before = dict(_kernels)
+    _kernels.clear()
+    _ahead["shared_memory"] = shared_memory
+    try:
+        # Builds of torch without CUDA have no streams, and elsewhere asking for one takes memory of the device.
+        with mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True):
+            yield lambda: len(_kernels)
+    finally:
+        _ahead.clear()
+        _kernels.clear()
+        _kernels.update(before)
 
 
 def tensor_map(pointer: int, shape: Sequence[int], strides: Sequence[int], meta: Mapping[str, Any]) -> Any:
     """A CUtensorMap as Triton's launcher takes it; holds addresses alone, so it may outlive the tensor."""
+    if _ahead:
+        return None
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
     from triton.runtime import driver
 

@@ -82,7 +82,7 @@ def compiled(
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * chip.capability[0] + chip.capability[1], 32)
-    known = {"part": 16} if "part" in signature else dict(divisible)
+    known = dict(divisible) | ({"part": 16} if "part" in signature else {})
     if constants.get("ALIGNED"):
         known |= _ALIGNED | (_ALIGNED_RESULT if constants.get("DV", 1) % 8 == 0 else {})
     known |= _ALIGNED_BYTES if constants.get("ALIGNED") and constants.get("CACHE") else {}

@@ -20,42 +20,54 @@ class Product(MeteredKernel):
 
     Options of a call:
         rng: (seed, offset) of the readout noise; None draws a pair from torch's default generator.
+        passes: of the optics, averaged; their time and energy are those of so many products.
+        gain: in front of the readouts; None for the profile's.
     """
 
     def __init__(self, chip: ChipController) -> None:
         super().__init__(chip.device)
         self._chip = chip
 
-    def _product_cost(self, size: ProductSize, resident: bool) -> tuple[Estimate, int]:
+    def _product_cost(self, size: ProductSize, resident: bool, passes: int) -> tuple[Estimate, int]:
         chip = self._chip
         state = "" if chip.state == "ready" else str(chip.state)
-        cost = product_cost(chip.profile, size, resident=resident, duty=chip.supervisor.duty, state=state)
+        cost = product_cost(
+            chip.profile, size, resident=resident, passes=passes, duty=chip.supervisor.duty, state=state
+        )
         return cost.estimate(memory=size.results * DTYPE_BYTES.get(size.dtype, 4)), cost.macs
 
 
 class Matmul(Product):
-    """matmul(a [..., M, K], b [..., K, N], *, rng=None) -> [..., M, N]; b is held as weights."""
+    """matmul(a [..., M, K], b [..., K, N], *, rng=None, passes=1, gain=None) -> [..., M, N]; b is held as weights."""
 
     def run(self, *operands: Any, **options: Any) -> Tensor:
         self._chip.require_service()
         a, b = operands
         with torch.no_grad():
-            return self._chip.core.multiply(a, b, rng=drawn(options.get("rng")))
+            return self._chip.core.multiply(a, b, **_drawn(options))
 
     def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
-        return self._product_cost(matmul_size(*operands), resident=False)
+        return self._product_cost(matmul_size(*operands), resident=False, passes=options.get("passes", 1))
 
 
 class Linear(Product):
-    """linear(x [..., K], weight [N, K], bias [N] or None, *, rng=None) -> [..., N]; the bias is added digitally."""
+    """linear(x [..., K], weight [N, K], bias [N] or None, *, rng=None, passes=1, gain=None) -> [..., N].
+
+    The bias is added digitally.
+    """
 
     def run(self, *operands: Any, **options: Any) -> Tensor:
         self._chip.require_service()
         with torch.no_grad():
-            return self._chip.core.linear(*operands, rng=drawn(options.get("rng")))
+            return self._chip.core.linear(*operands, **_drawn(options))
 
     def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
-        return self._product_cost(linear_size(*operands), resident=True)
+        return self._product_cost(linear_size(*operands), resident=True, passes=options.get("passes", 1))
+
+
+def _drawn(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a pair for the noise."""
+    return options | {"rng": drawn(options.get("rng"))}
 
 
 KERNELS: dict[str, type[Product]] = {"matmul": Matmul, "linear": Linear}

@@ -15,8 +15,8 @@ from hal_core.plugin_api import AttentionOutput
 
 def with_gradients_of(found: AttentionOutput, exact: AttentionOutput) -> AttentionOutput:
     """The values of `found`, differentiated as `exact` is."""
-    lse = None if found.lse is None else _valued(found.lse, exact.lse)
-    return AttentionOutput(_valued(found.out, exact.out), lse)
+    lse = None if found.lse is None else valued(found.lse, exact.lse)
+    return AttentionOutput(valued(found.out, exact.out), lse)
 
 
 class _Valued(torch.autograd.Function):
@@ -31,6 +31,7 @@ class _Valued(torch.autograd.Function):
         return None, grads[0]
 
 
-def _valued(values: Tensor, differentiable: Tensor | None) -> Tensor:
+def valued(values: Tensor, differentiable: Tensor | None) -> Tensor:
+    """The values of the first tensor with the gradient of the second."""
     result: Tensor = _Valued.apply(values, differentiable)  # type: ignore[no-untyped-call]
     return result

@@ -6,9 +6,11 @@ import math
 
 from hal_simulation import Kind, Schema
 
-#: How a weight is held: cells of a crossbar, two interferometer meshes, or micro-rings.
-MECHANISMS = ("crossbar", "mesh", "ring")
-
+#: How a weight is held: cells of a crossbar, two interferometer meshes, micro-rings; or not at all: a dot product
+#: modulates both operands anew at every beat.
+MECHANISMS = ("crossbar", "mesh", "ring", "dot")
+#: The most passes of the optics that may be averaged.
+MOST_PASSES = 1024
 
 _INF = math.inf
 
@@ -24,10 +26,26 @@ FIGURES: Schema = {
         "weight_bits": Kind("bit", 2, 16, "resolution of a weight, sign included", whole=True),
         "adc_bits": Kind("bit", 2, 16, "resolution of a readout, sign included", whole=True),
         "gain": Kind("ratio", 0.01, 1024, "analogue gain in front of the readout"),
+        "tile_inputs": Kind(
+            "count", 0, 4096, "inputs that one readout sums; 0 for all inputs of the array", whole=True, default=0.0
+        ),
+        "range_inputs": Kind(
+            "count",
+            0,
+            65536,
+            "products of full scale in the readout's range at gain 1, for a whole tile; 0 for as many as inputs",
+            default=0.0,
+        ),
+        "zero_share": Kind(
+            "ratio", 0, 1, "measured share of exact zeros among readouts of standard normal operands", default=0.0
+        ),
     },
     "noise": {
         "readout_noise": Kind("LSB", 0, 1000, "noise of a readout, rms, everything but the parts named below"),
         "readout_noise_spread": Kind("ratio", 0, 2, "how the noise differs by column, sd over mean", default=0.0),
+        "after_gain": Kind(
+            "ratio", 0, 1, "share of the readout noise's power that arises behind the gain", default=0.0
+        ),
         "common_noise": Kind("LSB", 0, 1000, "noise that all columns of a core share, rms", default=0.0),
         "column_gain": Kind("ratio", 0.01, 10, "mean gain of a column before calibration", default=1.0),
         "column_gain_spread": Kind("ratio", 0, 1, "standard deviation of the column gain", default=0.0),
@@ -68,6 +86,29 @@ FIGURES: Schema = {
             "ratio", 0, 1, "share of a heater's shift that reaches its neighbour", variant="ring"
         ),
         "span": Kind("FWHM", 0.5, 100, "detuning at which a weight counts as fully off resonance", variant="ring"),
+    },
+    "dot": {
+        "rows": Kind(
+            "count", 1, 4096, "rows of the first operand that a core takes in a beat", whole=True, variant="dot"
+        ),
+        "groups": Kind(
+            "count", 1, 1024, "groups of cores among which the streamed operand is broadcast", whole=True, variant="dot"
+        ),
+        "beats_summed": Kind("count", 1, 1024, "beats summed as charge before a readout", whole=True, variant="dot"),
+        "laser_energy": Kind("J", 0, 1, "of the laser in one beat of one core", variant="dot"),
+        "dac_energy": Kind("J", 0, 1, "of one input conversion", variant="dot"),
+        "modulator_energy": Kind("J", 0, 1, "of one modulated symbol, its routers included", variant="dot"),
+        "detector_energy": Kind("J", 0, 1, "of the two detectors of one dot product in a beat", variant="dot"),
+        "amplifier_energy": Kind("J", 0, 1, "of the amplifier for one readout", variant="dot"),
+        "adc_energy": Kind("J", 0, 1, "of the converter for one readout", variant="dot"),
+        "adder_energy": Kind("J", 0, 1, "of the digital adder for one readout", variant="dot"),
+        "register_energy": Kind("J/B", 0, 1, "of one byte through the registers", variant="dot"),
+        "network_energy": Kind("J/B", 0, 1, "of one byte to the adders", variant="dot"),
+        "local_energy": Kind("J/B", 0, 1, "of one byte of a local buffer", variant="dot"),
+        "global_energy": Kind("J/B", 0, 1, "of one byte of the global buffer", variant="dot"),
+        "dram_energy": Kind("J/B", 0, 1, "of one byte from DRAM", variant="dot"),
+        "dram_bandwidth": Kind("B/s", 1, 1e15, "from DRAM", variant="dot"),
+        "local_bytes": Kind("B", 1, 1e9, "size of a local buffer", variant="dot"),
     },
     "time": {
         "clock": Kind("Hz", 1, 1e13, "vectors a core takes in a second"),

@@ -41,7 +41,14 @@ class Driver(Protocol):
     profile: Profile
 
     def read(
-        self, inputs: Tensor, weights: Tensor, *, noise: torch.Generator | None, averages: int = 1, ideal: bool = False
+        self,
+        inputs: Tensor,
+        weights: Tensor,
+        *,
+        noise: torch.Generator | None,
+        averages: int = 1,
+        gain: float | None = None,
+        ideal: bool = False,
     ) -> Reading:
         """Load weight codes and stream input codes.
 
@@ -49,7 +56,8 @@ class Driver(Protocol):
             inputs: whole numbers as float32, [batch, rows, K]; row r runs on core r mod cores.
             weights: likewise, [batch, outputs, K]; output i runs on column i mod columns, in as many loads as it takes.
             noise: the generator of the readout noise; None for the chip's own noise (a simulated chip: no noise).
-            averages: readouts to average over. ideal: leave the readout's range open, for diagnosis.
+            averages: readouts to average over. gain: in front of the readout; None for the profile's.
+            ideal: leave the readout's range open, for diagnosis.
         """
         ...
 

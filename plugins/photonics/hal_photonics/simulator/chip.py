@@ -56,16 +56,24 @@ class SimulatedDriver:
     # Readouts
 
     def read(
-        self, inputs: Tensor, weights: Tensor, *, noise: torch.Generator | None, averages: int = 1, ideal: bool = False
+        self,
+        inputs: Tensor,
+        weights: Tensor,
+        *,
+        noise: torch.Generator | None,
+        averages: int = 1,
+        gain: float | None = None,
+        ideal: bool = False,
     ) -> Reading:
         c, chip = self._converters, self.chip
+        ratio = 1.0 if gain is None else gain / c.gain
         batch, rows, width = inputs.shape
         outputs = weights.shape[1]
         columns = torch.arange(outputs) % len(chip.gain)
         light = chip.bent(inputs / c.input_levels, self.linearised).mul_(self._light())
         cells = chip.realised(weights / c.weight_levels, columns)
         light, cells = self._damaged(light, cells, columns)
-        scale = c.gain / c.lsb(width)
+        scale = ratio * c.gain / c.lsb(width)
         cells.mul_((chip.gain * self.drift.gain)[columns].unsqueeze(1)).mul_(scale)
         code = torch.matmul(light, cells.transpose(-1, -2))
         cores = len(chip.offset)
@@ -73,12 +81,15 @@ class SimulatedDriver:
             for core in range(min(cores, rows)):
                 own = chip.core_weight[core][columns, :width] * (chip.gain[columns].unsqueeze(1) * scale)
                 code[:, core::cores] += light[:, core::cores] @ own.transpose(-1, -2)
-        offset = (chip.offset + self.drift.offset)[:, columns]
+        offset = ratio * (chip.offset + self.drift.offset)[:, columns]
         code += offset[torch.arange(rows) % cores]
         if noise is not None:
+            # What arises in front of the gain grows with it.
+            behind = self.profile["noise.after_gain"]
+            grown = math.sqrt(behind + (1 - behind) * ratio * ratio)
             share = 1 / math.sqrt(averages)
-            code += torch.randn(code.shape, generator=noise).mul_(chip.noise[columns] * share)
-            code += torch.randn((batch, rows, 1), generator=noise).mul_(chip.shared * share)
+            code += torch.randn(code.shape, generator=noise).mul_(chip.noise[columns] * (grown * share))
+            code += torch.randn((batch, rows, 1), generator=noise).mul_(chip.shared * ratio * share)
         if averages == 1:
             code.round_()
         top = c.adc_levels

@@ -12,13 +12,17 @@ NARROWEST = 32
 
 
 class Converters(NamedTuple):
-    """Resolutions in bits, sign included, the analogue gain, and the longest tile along the reduction."""
+    """Resolutions in bits, sign included, the analogue gain, and the longest tile along the reduction.
+
+    `range_inputs`: products of full scale that the readout's range holds at gain 1, for a whole tile; 0 for `inputs`.
+    """
 
     input_bits: int
     weight_bits: int
     adc_bits: int
     gain: float
     inputs: int
+    range_inputs: float = 0.0
 
     @classmethod
     def of(cls, profile: Profile) -> Converters:
@@ -28,7 +32,8 @@ class Converters(NamedTuple):
             weight_bits=profile.count("converters.weight_bits"),
             adc_bits=profile.count("converters.adc_bits"),
             gain=profile["converters.gain"],
-            inputs=profile.count("array.inputs"),
+            inputs=profile.tile_inputs,
+            range_inputs=profile["converters.range_inputs"],
         )
 
     @property
@@ -52,7 +57,8 @@ class Converters(NamedTuple):
         The readout's range follows the width of the tile down to `NARROWEST` inputs; below that, a few aligned products
         of full scale would clip.
         """
-        return max(width, min(NARROWEST, self.inputs)) / self.adc_levels
+        share = self.range_inputs / self.inputs if self.range_inputs else 1.0
+        return share * max(width, min(NARROWEST, self.inputs)) / self.adc_levels
 
     def tiles(self, length: int, width: int | None = None) -> Iterator[slice]:
         """The tiles of a reduction of `length`: `width` wide, and no wider than the array."""

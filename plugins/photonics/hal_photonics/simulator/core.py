@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hal_core.plugin_api import ContractError
 
+from ..profiles.figures import FIGURES, MOST_PASSES
 from ..profiles.profile import Profile
 from ..runtime.driver import Driver, Reading
 from .blockfloat import encode, product
@@ -39,7 +40,7 @@ class Corrections(NamedTuple):
     @classmethod
     def none(cls, profile: Profile) -> Corrections:
         """The corrections of a chip without errors."""
-        cores, columns, inputs = (profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
+        cores, columns, inputs = (*(profile.count(f"array.{n}") for n in ("cores", "outputs")), profile.tile_inputs)
         inverse = torch.zeros(inputs, 7)
         inverse[:, 0] = 1
         ones = torch.ones(columns, inputs)
@@ -61,12 +62,16 @@ class Corrections(NamedTuple):
         wanted = (codes / levels).sub_(self.cell_offset[columns, :width]).div_(self.cell_gain[columns, :width])
         return wanted.clamp_(-1, 1).mul_(levels).round_()
 
-    def read_outputs(self, codes: Tensor) -> Tensor:
-        """Codes [batch, rows, N] with offsets and column gains taken out, in place."""
+    def read_outputs(self, codes: Tensor, ratio: float = 1.0) -> Tensor:
+        """Codes [batch, rows, N] with offsets and column gains taken out, in place.
+
+        Args:
+            ratio: of the readouts' gain to that at which the offsets were measured.
+        """
         cores, count = self.offset.shape
         columns = torch.arange(codes.shape[-1]) % count
         rows = torch.arange(codes.shape[-2]) % cores
-        return codes.sub_(self.offset[:, columns][rows]).div_(self.column_gain[columns])
+        return codes.sub_(self.offset[:, columns][rows], alpha=ratio).div_(self.column_gain[columns])
 
 
 class WeightTile(NamedTuple):
@@ -113,20 +118,32 @@ class PhotonicCore:
         with self._lock:
             self.readouts = self.clipped = 0
 
-    def multiply(self, a: Tensor, b: Tensor, *, rng: tuple[int, int] | None = None, level: Level = "device") -> Tensor:
+    def multiply(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        rng: tuple[int, int] | None = None,
+        level: Level = "device",
+        passes: int = 1,
+        gain: float | None = None,
+    ) -> Tensor:
         """a @ b.
 
         Args:
             a: [..., M, K], streamed. b: [..., K, N], held as weights. Leading dimensions as for torch.matmul.
             rng: (seed, offset) of the noise; None for a chip without noise (its static errors stay).
             level: "functional" for block floating point alone, "device" for the chip.
+            passes: of the optics, averaged. gain: in front of the readouts; None for the profile's.
 
         Returns:
             [..., M, N], a's dtype.
 
         Raises:
-            ContractError: a NaN or an infinity, with its position; operands whose shapes or dtypes do not fit.
+            ContractError: a NaN or an infinity, with its position; operands whose shapes or dtypes do not fit; passes
+                or a gain that no chip has.
         """
+        check_options(passes, gain)
         matmul_size(a, b)
         check_operands(a=a, b=b)
         check_finite(a=a, b=b)
@@ -134,28 +151,38 @@ class PhotonicCore:
         inputs = a.expand(*lead, *a.shape[-2:]).reshape(-1, *a.shape[-2:]).float()
         held = b.transpose(-1, -2)
         weights = held.expand(*lead, *held.shape[-2:]).reshape(-1, *held.shape[-2:]).float()
-        result = self.product(inputs, weights, generator(rng), level)
+        result = self.product(inputs, weights, generator(rng), level, passes=passes, gain=gain)
         return result.view(*lead, a.shape[-2], b.shape[-1]).to(a.dtype)
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, rng: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rng: tuple[int, int] | None = None,
+        passes: int = 1,
+        gain: float | None = None,
     ) -> Tensor:
         """x [..., K] @ weight [N, K]^T + bias [N]; weight is held, the bias is added digitally.
 
         Args:
             rng: (seed, offset) of the noise; None for a chip without noise (its static errors stay).
+            passes: of the optics, averaged. gain: in front of the readouts; None for the profile's.
 
         Returns:
             [..., N], x's dtype.
 
         Raises:
-            ContractError: a NaN or an infinity in x or weight, with its position; operands that do not fit.
+            ContractError: a NaN or an infinity in x or weight, with its position; operands that do not fit; passes or a
+                gain that no chip has.
         """
+        check_options(passes, gain)
         linear_size(x, weight, bias)
         check_operands(x=x, weight=weight)
         check_finite(x=x, weight=weight)
         rows = x.reshape(1, -1, x.shape[-1]).float()
-        flat = self.product(rows, weight.float().unsqueeze(0), generator(rng))
+        flat = self.product(rows, weight.float().unsqueeze(0), generator(rng), passes=passes, gain=gain)
         result = flat.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
         return result if bias is None else result + bias.to(result.dtype)
 
@@ -168,22 +195,24 @@ class PhotonicCore:
         *,
         tiles: Sequence[slice] | None = None,
         passes: int = 1,
+        gain: float | None = None,
     ) -> Tensor:
         """inputs [batch, M, K] @ weights [batch, N, K]^T, float32, finite.
 
         Args:
             noise: where noise is drawn from, in a fixed order; None for none.
             tiles: the cut along K, each tile at most as wide as the array; None for tiles as wide as the array.
-            passes: of the optics, averaged.
+            passes: of the optics, averaged. gain: in front of the readouts; None for the profile's.
 
         Returns:
             [batch, M, N], float32.
         """
         if level == "functional":
-            return product(inputs, weights, self.converters)[0]
+            c = self.converters
+            return product(inputs, weights, c if gain is None else c._replace(gain=gain))[0]
         places = list(self.converters.tiles(inputs.shape[-1])) if tiles is None else tiles
         loaded = (self.load(weights, place) for place in places)
-        return self.stream(inputs, weights.shape[1], loaded, noise, passes=passes)
+        return self.stream(inputs, weights.shape[1], loaded, noise, passes=passes, gain=gain)
 
     def load(self, weights: Tensor, place: slice) -> WeightTile:
         """The tile `place` along K of weights [batch, N, K], encoded."""
@@ -197,6 +226,7 @@ class PhotonicCore:
         noise: torch.Generator | None,
         *,
         passes: int = 1,
+        gain: float | None = None,
     ) -> Tensor:
         """Stream inputs through tiles of weights; sums over the tiles are digital. Arguments as for `product`.
 
@@ -211,21 +241,29 @@ class PhotonicCore:
         for tile in tiles:
             x, x_scale = encode(inputs[..., tile.place], c.input_levels)
             # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
-            scale = tile.scales * (c.lsb(x.shape[-1]) / c.gain)
-            total.addcmul_(self._read(x, tile.codes, noise, passes).codes.mul_(x_scale), scale.transpose(-1, -2))
+            scale = tile.scales * (c.lsb(x.shape[-1]) / (gain or c.gain))
+            total.addcmul_(self._read(x, tile.codes, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
         return total
 
-    def _read(self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1) -> Reading:
+    def _read(
+        self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1, gain: float | None = None
+    ) -> Reading:
         c, corrections = self.converters, self.corrections
         if corrections is not None:
             x = corrections.sent_inputs(x, c.input_levels)
             w = corrections.sent_weights(w, c.weight_levels)
-        reading = self.driver.read(x, w, noise=noise, averages=passes)
-        if c.may_clip:
+        reading = self.driver.read(x, w, noise=noise, averages=passes, gain=gain)
+        if c.may_clip or gain is not None:
             with self._lock:
                 self.readouts += reading.codes.numel()
                 self.clipped += reading.clipped
-        return reading if corrections is None else Reading(corrections.read_outputs(reading.codes), reading.clipped)
+        return (
+            reading
+            if corrections is None
+            else Reading(
+                corrections.read_outputs(reading.codes, 1.0 if gain is None else gain / c.gain), reading.clipped
+            )
+        )
 
 
 def generator(rng: tuple[int, int] | None) -> torch.Generator | None:
@@ -250,6 +288,15 @@ def drawn(rng: tuple[int, int] | None) -> tuple[int, int]:
         return rng
     seed, offset = torch.randint(0, 2**62, (2,)).tolist()
     return seed, offset
+
+
+def check_options(passes: int, gain: float | None) -> None:
+    """Raise ContractError for passes or a gain that no chip has."""
+    if type(passes) is not int or not 1 <= passes <= MOST_PASSES:
+        raise ContractError(f"passes {passes!r} was given: use a whole number from 1 to {MOST_PASSES}")
+    kind = FIGURES["converters"]["gain"]
+    if gain is not None and not (isinstance(gain, int | float) and kind.low <= gain <= kind.high):
+        raise ContractError(f"gain {gain!r} was given: use a number from {kind.low:g} to {kind.high:g}, or None")
 
 
 def check_operands(**operands: Tensor) -> None:

@@ -78,6 +78,7 @@ class Imperfections:
         self.profile = profile
         draw = torch.Generator().manual_seed(profile.chip * 7919 + 17)
         cores, outputs, inputs = (profile.count(f"array.{n}") for n in ("cores", "outputs", "inputs"))
+        tile = profile.tile_inputs  # every tile of the array's inputs is simulated by the first one's cells
         n = {key.partition(".")[2]: f.value for key, f in profile.figures.items() if key.startswith("noise.")}
 
         def normal(*shape: int) -> Tensor:
@@ -99,11 +100,13 @@ class Imperfections:
         width = math.sqrt(math.log1p(n["weight_error_spread"] ** 2))
         columns = torch.exp(width * normal(outputs))
         columns = columns / columns.square().mean().sqrt()
-        self.weight = cells * columns.unsqueeze(1) * normal(outputs, inputs)
-        self.core_weight = n["core_weight_error"] * normal(cores, outputs, inputs) if n["core_weight_error"] else None
+        self.weight = (cells * columns.unsqueeze(1) * normal(outputs, inputs))[:, :tile]
+        self.core_weight = None
+        if n["core_weight_error"]:
+            self.core_weight = (n["core_weight_error"] * normal(cores, outputs, inputs))[..., :tile]
         levels = (1 << (profile.count("converters.input_bits") - 1)) - 1
-        self.bow = _bow(normal(inputs, 4)) * (n["input_bow"] / levels)
-        self.ripple = normal(inputs) * (math.sqrt(2) * n["input_ripple"] / levels)
+        self.bow = _bow(normal(inputs, 4))[:tile] * (n["input_bow"] / levels)
+        self.ripple = normal(inputs)[:tile] * (math.sqrt(2) * n["input_ripple"] / levels)
         self.crosstalk = n["crosstalk"]
 
     def bent(self, inputs: Tensor, linearised: bool) -> Tensor:
@@ -143,7 +146,7 @@ class Imperfections:
                 crosstalk=profile["ring.thermal_crosstalk"],
             )
         if profile.mechanism == "mesh":
-            size = max(profile.count("array.outputs"), profile.count("array.inputs"))
+            size = max(profile.count("array.outputs"), profile.tile_inputs)
             share = MESH_PAIR * mesh.relative_error(size, profile["mesh.phase_error"])
             rms = weights.square().mean((-1, -2), keepdim=True).sqrt()
             return weights + error + share * rms * self._mesh_direction(weights, columns)

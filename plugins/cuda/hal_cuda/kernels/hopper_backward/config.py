@@ -20,6 +20,12 @@ class Config(NamedTuple):
         engine: the copy engine adds the query's gradient to global memory, else each thread does.
         right, left: keys end, or begin, at a diagonal. ragged: the last block of keys may be cut short.
         softcap: scores are capped.
+        ordered: blocks of keys add to a tile of the query's gradient in the order of their numbers, the last first, so
+            that the sums are the same in every run. With `engine` alone.
+        padded: a mask says of each key whether any row reads it.
+        per_block: tiles in a row block of a block plan; 0 without a plan. Not for `wide`, nor `ordered`.
+        mask: 1: a boolean one, 2: an additive one, both of rows and keys; 0: neither.
+        dropout: not with an additive mask, nor for `wide`.
     """
 
     group: int
@@ -35,6 +41,21 @@ class Config(NamedTuple):
     left: bool
     ragged: bool
     softcap: bool
+    ordered: bool = False
+    padded: bool = False
+    per_block: int = 0
+    mask: int = 0
+    dropout: bool = False
+
+    @property
+    def statistics(self) -> int:
+        """Numbers of each row, see `Maps`: a power of two."""
+        return 4 if self.mask == 2 or self.dropout else 2
+
+    @property
+    def planned(self) -> bool:
+        """Whether the tiles that a block meets are listed, see `Lists`."""
+        return self.per_block > 0
 
     @property
     def wide(self) -> bool:
@@ -44,8 +65,10 @@ class Config(NamedTuple):
 
 class Maps(NamedTuple):
     """Tensor maps. query, grad_out, key, value, grad_key, grad_value: [batch, heads, length, dim]; statistics: float32
-    [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; sums: the float32 sums of the
-    query's gradient, 256 numbers a row."""
+    [batch * heads * tiles * 2, rows], a tile's log-sum-exp (base 2) and its `delta`; under an additive mask
+    [batch * heads * tiles * 4, rows]: the log-sum-exp natural, then `delta`, and the weights' correction (the third of
+    the portable kernels' `numbers`); with dropout as many, the third and fourth the row's words; mask:
+    [batch or 1, heads or 1, rows, keys]; sums: the float32 sums of the query's gradient, 256 numbers a row."""
 
     query: Any
     grad_out: Any
@@ -55,6 +78,7 @@ class Maps(NamedTuple):
     grad_key: Any
     grad_value: Any
     sums: Any
+    mask: Any
 
 
 class Shared(NamedTuple):
@@ -67,6 +91,7 @@ class Shared(NamedTuple):
     value: Any
     grad_scores: Any
     grad_query: Any
+    mask: Any
 
 
 class Barriers(NamedTuple):
@@ -81,6 +106,37 @@ class Barriers(NamedTuple):
     scored: Any
 
 
+class Order(NamedTuple):
+    """The order in which blocks add to a tile of the query's gradient.
+
+    arrivals: int32 [batch * heads * tiles, 2], how many blocks have added each warpgroup's half. blocks: of a key head.
+    """
+
+    arrivals: Any
+    blocks: Any
+
+
+class Lists(NamedTuple):
+    """What is read of some keys alone.
+
+    visible: bytes, at batch entry * visible_b + key, where `padded`: 0 hides the key from all rows. indices, counts:
+    with a block plan, int32 at batch entry * list_b + query head * list_h + its key block (times `rows`, of indices):
+    the row blocks that list a key block, and how many. rows: row blocks of the plan. blocks: of the kernel in a key
+    block. mask_b, mask_h: 1 where `Maps.mask` runs over batch entries, over heads.
+    """
+
+    visible: Any
+    visible_b: Any
+    indices: Any
+    counts: Any
+    list_b: Any
+    list_h: Any
+    rows: Any
+    blocks: Any
+    mask_b: Any
+    mask_h: Any
+
+
 class Edges(NamedTuple):
     """Query row i reads keys from i + below to i + above, none from len_k on."""
 
@@ -90,21 +146,29 @@ class Edges(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """scale: of the scores, in base-2 units. out_scale: of the gradients. cap_in, cap_out: as in the forward."""
+    """scale: of the scores, in base-2 units but under an additive mask. out_scale: of the gradients. cap_in, cap_out:
+    as in the forward. kept: 1 / (1 - the probability of dropout). least: the 16 bits of a pair from which on dropout
+    keeps it.
+    """
 
     scale: Any
     out_scale: Any
     cap_in: Any
     cap_out: Any
+    kept: Any
+    least: Any
 
 
 class Block(NamedTuple):
     """A block of keys and the tiles of query rows that read it.
 
-    key: the first key. place: batch entry * heads + key head; heads: of the keys. first: the first tile. count: tiles,
-    at least one. begun, ended: tiles from `begun` to `ended` meet no edge. tiles: of a query head.
+    number: of the block among those of a key head. key: the first key. place: batch entry * heads + key head; heads:
+    of the keys. first: the first tile. count: tiles, at least one. begun, ended: tiles from `begun` to `ended` meet no
+    edge. tiles: of a query head. steps: tiles of all query heads of the group; with a plan `first` is 0, and they are
+    listed.
     """
 
+    number: Any
     key: Any
     place: Any
     heads: Any
@@ -113,3 +177,4 @@ class Block(NamedTuple):
     begun: Any
     ended: Any
     tiles: Any
+    steps: Any

@@ -17,14 +17,49 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .config import Barriers, Block, Edges, Maps, Scaling, Shared
-from .pipeline import add_grad_query, hide, opaque, pass_turn, take_turn
+from .config import Barriers, Block, Edges, Lists, Maps, Order, Scaling, Shared
+from .pipeline import (
+    add_grad_query,
+    count,
+    hide,
+    opaque,
+    pass_turn,
+    steps_of,
+    take_turn,
+    tile_of,
+    written,
+)
 
 
 @gluon.jit
-def weights(q, do, k, v, stage, phase, row0, key0, shared: Shared, barriers: Barriers, edges: Edges, scaling: Scaling,
-            c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
-    # S' and dP' begun, S' waited for. Returns the weights P' in float32; what the gradient of the scores is a multiple
+def visible_keys(key0, block: Block, lists: Lists, edges: Edges, C: gl.constexpr, SL: gl.constexpr):
+    # Whether a mask lets rows read each of 64 keys.
+    keys = key0 + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    if C.padded:
+        at = lists.visible + (block.place // block.heads).to(gl.int64) * lists.visible_b + keys
+        return gl.expand_dims(gl.load(at, mask=keys < edges.len_k, other=0) != 0, 1)
+    else:
+        return gl.expand_dims(keys, 1)
+
+
+@gluon.jit
+def signed(p, key0, step, base, scaling: Scaling, SL: gl.constexpr):
+    # Weights, negative where dropout drops the pair: the pattern of `dropout.kept_pairs`, in no register of its own.
+    keys = key0 + gl.arange(0, 64, gl.SliceLayout(1, SL))
+    half = gl.expand_dims(keys // 2, 1).to(gl.uint32)
+    word = half * step.to(gl.uint32, bitcast=True) + base.to(gl.uint32, bitcast=True)
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    word = word ^ (word >> 16)
+    part = gl.where(gl.expand_dims(keys % 2, 1) != 0, word >> 16, word & 0xFFFF).to(gl.int32)
+    return gl.where(part >= scaling.least, p, 0.0 - p)
+
+
+@gluon.jit
+def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges,
+            scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
+    # S' and dP' begun, S' waited for. seen: of `visible_keys`. Returns the weights P' in float32, negative
+    # where dropout drops them; what the gradient of the scores is a multiple
     # of, which is P' unless scores are capped; and dP' on its way.
     BM: gl.constexpr = C.rows
     z = gl.zeros([64, BM], gl.float32, SL)
@@ -36,13 +71,28 @@ def weights(q, do, k, v, stage, phase, row0, key0, shared: Shared, barriers: Bar
     dp = warpgroup_mma(v, do.permute((1, 0)), z, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     lse = shared.statistics.index(stage).slice(0, 1).load(SL)
+    x = s * scaling.scale
     if C.softcap:
         t = 1.0 - 2.0 / (gl.exp2(s * scaling.cap_in) + 1.0)
-        p = gl.exp2(scaling.cap_out * t - lse)
+        x = scaling.cap_out * t
+    if C.mask > 0:
+        given = shared.mask.index(stage).reshape([BM, C.keys]).permute((1, 0))
+        given = given.slice(0 if C.wide else c * 64, 64).load(SL)
+    if C.mask == 2:  # the difference first: the lowest finite number of a mask times log2(e) would be -inf
+        share = shared.statistics.index(stage).slice(2, 1).load(SL)
+        p = gl.exp2((x + given.to(gl.float32) - lse) * 1.4426950408889634 + share)
     else:
-        p = gl.exp2(s * scaling.scale - lse)
+        p = gl.exp2(x - lse)
+    if C.mask == 1:
+        p = gl.where(given != 0, p, 0.0)
     if MASK:
         p = hide(p, key0, row0, edges, C, SL)
+    if C.padded:
+        p = gl.where(seen, p, 0.0)
+    if C.dropout:
+        step = shared.statistics.index(stage).slice(2, 1).load(SL)
+        base = shared.statistics.index(stage).slice(3, 1).load(SL)
+        p = signed(p, key0, step, base, scaling, SL)
     slope = p
     if C.softcap:
         slope = p * (1.0 - t * t)
@@ -60,9 +110,9 @@ def grad_query(ds, k, c: gl.constexpr, C: gl.constexpr, QL: gl.constexpr):
 
 
 @gluon.jit
-def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers: Barriers, edges: Edges,
-         scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr, PL: gl.constexpr,
-         QL: gl.constexpr):  # fmt: skip
+def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, barriers: Barriers, block: Block,
+         order: Order, edges: Edges, scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr,
+         SL: gl.constexpr, PL: gl.constexpr, QL: gl.constexpr):  # fmt: skip
     # One tile of queries; prev: the tile of dQ that the step before worked on.
     ST: gl.constexpr = C.stages
     NS: gl.constexpr = C.score_stages
@@ -74,14 +124,20 @@ def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers
     do = shared.grad_out.index(stage).reshape([C.rows, D])
     q = shared.query.index(stage).reshape([C.rows, D])
     v = shared.value.index(kb).reshape([128, D]).slice(c * 64, 64)
-    p, slope, dp = weights(q, do, kk.slice(c * 64, 64), v, stage, (i // ST) & 1, m * C.rows, key0, shared, barriers,
-                           edges, scaling, c, MASK, C, SL)  # fmt: skip
-    p16 = gl.convert_layout(p.to(KIND), PL, assert_trivial=True)
+    p, slope, dp = weights(q, do, kk.slice(c * 64, 64), v, stage, (i // ST) & 1, m * C.rows, key0, seen, shared,
+                           barriers, edges, scaling, c, MASK, C, SL)  # fmt: skip
+    if C.dropout:
+        p16 = gl.convert_layout(gl.maximum(p, 0.0).to(KIND), PL, assert_trivial=True)
+    else:
+        p16 = gl.convert_layout(p.to(KIND), PL, assert_trivial=True)
     dv = warpgroup_mma(p16, do, dv, is_async=True)
     pass_turn(c, C)
     dp = warpgroup_mma_wait(1, deps=[dp])
     delta = shared.statistics.index(stage).slice(1, 1).load(SL)
-    ds16 = (slope * (dp - delta)).to(KIND)
+    if C.dropout:
+        ds16 = (gl.abs(slope) * (gl.where(slope > 0.0, dp * scaling.kept, 0.0) - delta)).to(KIND)
+    else:
+        ds16 = (slope * (dp - delta)).to(KIND)
     d16 = gl.convert_layout(ds16, PL, assert_trivial=True)
     dk = warpgroup_mma(d16, q, dk, is_async=True)
     b = i % NS  # both have read the dS that lay here, NS - 1 steps ago
@@ -94,13 +150,13 @@ def step(i, m, prev, pointer, dk, dv, key0, maps: Maps, shared: Shared, barriers
     dq = grad_query(shared.grad_scores.index(pb), kk, c, C, QL)
     dv, dk, dq, p16, d16 = warpgroup_mma_wait(0, deps=[dv, dk, dq, p16, d16])
     mbarrier.arrive(barriers.done.index(stage), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, c, C)
+    add_grad_query(dq, pointer, maps, shared, prev, i, block, order, edges, c, C)
     return dk, dv
 
 
 @gluon.jit
-def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, edges: Edges, scaling: Scaling,
-             c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists,
+             order: Order, edges: Edges, scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.rows, 16])
     GL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.dim_qk, 16])
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=GL, k_width=2)
@@ -110,8 +166,9 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     D: gl.constexpr = C.dim_qk
     BM: gl.constexpr = C.rows
     KIND: gl.constexpr = shared.query.dtype
-    n = block.count * C.group
+    n = block.steps
     key0 = block.key + c * 64
+    seen = visible_keys(key0, block, lists, edges, C, SL)
     dk = gl.zeros([64, D], gl.float32, GL)
     dv = gl.zeros([64, D], gl.float32, GL)
     mbarrier.wait(barriers.key, 0)
@@ -123,29 +180,39 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
         pass_turn(c, C)
     prev = block.place * C.group * block.tiles + block.first
     i = 0
-    for g in range(C.group):
-        base = (block.place * C.group + g) * block.tiles + block.first
-        start, end = i * 0, block.count
-        if C.right or C.ragged:
-            start = block.begun
-            for j in range(block.begun):
-                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, edges, scaling,
-                              c, True, C, SL, PL, QL)  # fmt: skip
+    if C.planned:
+        for g in range(C.group):
+            base = (block.place * C.group + g) * block.tiles
+            for j in range(steps_of(block, g, lists, C)):
+                m = tile_of(block, g, j, lists, C)
+                dk, dv = step(i, m, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block, order,
+                              edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                prev = base + m
+                i += 1
+    else:
+        for g in range(C.group):
+            base = (block.place * C.group + g) * block.tiles + block.first
+            start, end = i * 0, block.count
+            if C.right or C.ragged:
+                start = block.begun
+                for j in range(block.begun):
+                    dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
+                                  order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                    prev = base + j
+                    i += 1
+            if C.left:
+                end = block.ended
+            for j in range(start, end):
+                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
+                              order, edges, scaling, c, False, C, SL, PL, QL)  # fmt: skip
                 prev = base + j
                 i += 1
-        if C.left:
-            end = block.ended
-        for j in range(start, end):
-            dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, edges, scaling, c,
-                          False, C, SL, PL, QL)  # fmt: skip
-            prev = base + j
-            i += 1
-        if C.left:
-            for j in range(end, block.count):
-                dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, maps, shared, barriers, edges, scaling,
-                              c, True, C, SL, PL, QL)  # fmt: skip
-                prev = base + j
-                i += 1
+            if C.left:
+                for j in range(end, block.count):
+                    dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
+                                  order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                    prev = base + j
+                    i += 1
     if c == 0:  # leave no arrival pending
         take_turn(c, C)
     b = (n - 1) % NS  # the last dQ
@@ -154,9 +221,15 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     dq = grad_query(shared.grad_scores.index(b), kk, c, C, QL)
     dq = warpgroup_mma_wait(0, deps=[dq])
     mbarrier.arrive(barriers.done.index(n % ST), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, c, C)
+    add_grad_query(dq, pointer, maps, shared, prev, n, block, order, edges, c, C)
+    if C.ordered:
+        written(c)
+        count(order, prev, c, n * 0 + 1)
+    of_value = dv
+    if C.dropout:
+        of_value = dv * scaling.kept
     # The rows of the values have been read by this warpgroup alone, those of the keys by both.
-    shared.value.index(0).reshape([128, D]).slice(c * 64, 64).store(dv.to(KIND))
+    shared.value.index(0).reshape([128, D]).slice(c * 64, 64).store(of_value.to(KIND))
     mbarrier.wait(barriers.done.index(n % ST), (n // ST) & 1)
     kk.slice(c * 64, 64).store((dk * scaling.out_scale).to(KIND))
     fence_async_shared()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal, Grads
+from hal_core.plugin_api import AttentionRequest, BlockPlan, Causal, Grads, MaskKind
 
-from ...memory import borrowing
+from ...memory import Borrowed, borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
 from ...tiling import HopperBackwardTiles, hopper_backward_tiles, power_of_two
 from ..hopper.launch import LOG2E, add_map, fits, side
+from ..portable.block_plans import rows_of_blocks
+from ..portable.dropout import random_words
 from .config import Config
 from .rows import finish, prepare
 
@@ -22,10 +25,13 @@ from .rows import finish, prepare
 _MOST_BLOCKS, _MOST_TOGETHER = 256, 16
 _MOST_KEPT = 1024
 _RUN_TIME = ("tiles", "blocks", "together", "heads_kv", "len_k", "below", "above")
-_SCALING = ("scale", "out_scale", "cap_in", "cap_out")
+_LISTS = ("visible_b", "list_b", "list_h", "list_rows", "list_blocks", "mask_b", "mask_h")
+_SCALING = ("scale", "out_scale", "cap_in", "cap_out", "kept")
 PREPARE_SIGNATURE = {
     **dict.fromkeys(("lse", "grad_lse", "statistics", "sums"), "*fp32"),
+    "arrivals": "*i32",
     **dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m", "l_b", "l_h", "l_m"), "i64"),
+    **{"seed": "i64", "offset": "i32"},
     **dict.fromkeys(("heads", "len_q", "tiles"), "i32"),
 }
 FINISH_SIGNATURE = {
@@ -40,7 +46,18 @@ ALIGNED |= dict.fromkeys(("o_b", "o_h", "o_m", "g_b", "g_h", "g_m"), 8)
 
 
 def config_of(
-    tiles: HopperBackwardTiles, *, group: int, right: bool, left: bool, ragged: bool, softcap: bool
+    tiles: HopperBackwardTiles,
+    *,
+    group: int,
+    right: bool,
+    left: bool,
+    ragged: bool,
+    softcap: bool,
+    ordered: bool = False,
+    padded: bool = False,
+    per_block: int = 0,
+    mask: int = 0,
+    dropout: bool = False,
 ) -> Config:
     """What the kernel is compiled for; see `Config`."""
     return Config(
@@ -49,14 +66,19 @@ def config_of(
         rows=tiles.rows,
         dim_qk=tiles.dim_qk,
         dim_v=tiles.dim_v,
-        stages=tiles.stages,
+        stages=2 if mask or dropout else tiles.stages,
         score_stages=2,
         turns=tiles.turns,
-        engine=tiles.engine,
+        engine=tiles.engine or ordered,
         right=right,
         left=left,
         ragged=ragged,
         softcap=softcap,
+        ordered=ordered,
+        padded=padded,
+        per_block=per_block,
+        mask=mask,
+        dropout=dropout,
     )
 
 
@@ -66,11 +88,10 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
 
     kind = gl.float16 if dtype == "fp16" else gl.bfloat16
 
-    def operand(rows: int, dim: int) -> str:
-        block = [1, 1, rows, dim]
-        return (
-            f"tensordesc<{dtype}[{', '.join(map(str, block))}],{gl.NVMMASharedLayout.get_default_for(block, kind)!r}>"
-        )
+    def operand(rows: int, dim: int, bytes_alone: bool = False) -> str:
+        block, name = [1, 1, rows, dim], "u8" if bytes_alone else dtype
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.uint8 if bytes_alone else kind)
+        return f"tensordesc<{name}[{', '.join(map(str, block))}],{layout!r}>"
 
     def numbers(rows: int, columns: int) -> str:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
@@ -78,10 +99,18 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
 
     C = config
     own, own_k, own_v = (C.keys, C.dim_qk // 2, C.dim_v // 2) if C.wide else (C.keys // 2, C.dim_qk, C.dim_v)
-    types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(2, C.rows)}
+    types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(C.statistics, C.rows)}
     types |= {"kd": operand(C.keys, C.dim_qk), "vd": operand(C.keys, C.dim_v)}
-    types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256), "sums": "*fp32"}
-    return types | dict.fromkeys(_RUN_TIME, "i32") | dict.fromkeys(_SCALING, "fp32")
+    types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256)}
+    types["md"] = operand(C.rows, C.keys, C.mask == 1) if C.mask else types["qd"]
+    types |= {"sums": "*fp32", "arrivals": "*i32", "visible": "*u8", "indices": "*i32", "counts": "*i32"}
+    return (
+        types
+        | dict.fromkeys(_LISTS, "i32")
+        | dict.fromkeys(_RUN_TIME, "i32")
+        | dict.fromkeys(_SCALING, "fp32")
+        | {"least": "i32"}
+    )
 
 
 def compile_backward(dtype: str, config: Config) -> Any:
@@ -100,7 +129,9 @@ class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
     sides: what the tensor maps are made from, in the kernel's order; made: for each of them its arguments by address.
-    statistics, sums: float32 numbers of scratch memory. tiles: grid of `prepare` and `finish`;
+    statistics, sums: float32 numbers of scratch memory, arrivals: int32 ones. in_block: blocks of the kernel in a key
+    block of the plan. of_keys: the mask, if any, is one of keys alone. normalise: as `PortableBackward.normaliser`.
+    tiles: grid of `prepare` and `finish`;
     sizes: their numbers after the strides.
     """
 
@@ -111,6 +142,10 @@ class Launch(NamedTuple):
     tail: list[Any]
     statistics: int
     sums: int
+    arrivals: int
+    of_keys: bool
+    normalise: Callable[[dict[str, Tensor | None]], None] | None
+    in_block: int
     prepare: Launcher
     finish: Launcher
     tiles: tuple[int, int, int]
@@ -129,42 +164,96 @@ class HopperBackward:
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
-        grad_lse: Tensor | None = None,
+        grad_lse: Tensor | None = None, mask: Tensor | None = None, plan: BlockPlan | None = None,
+        rng: tuple[int, int] | None = None,
     ) -> Grads | None:  # fmt: skip
-        """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural."""
+        """out, grad_out: [batch, heads, len_q, dim_v]; lse, grad_lse: float32 [batch, heads, len_q], natural.
+
+        mask: of four dimensions. plan: whose blocks are whole tiles (see `_takes`).
+        """
         given = (query, key, value, grad_out)
         pointers = [t.data_ptr() for t in given]
         if not fits(*given, out) or (pointers[0] | pointers[1] | pointers[2] | pointers[3] | out.data_ptr()) & 15:
             return None
-        form = (*((t.shape, t.stride()) for t in given), grad_lse is None)
+        if not self._takes(query, key, value, mask, plan):
+            return None
+        of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
+        form = (*((t.shape, t.stride()) for t in given), grad_lse is None, plan and plan[:2], of_mask)
         launch = self._launches.get(form)
         if launch is None:
             if len(self._launches) >= _MOST_KEPT:
                 self._launches.clear()
-            launch = self._launches[form] = self._build(*given, grad_lse is not None)
+            launch = self._launches[form] = self._build(*given, grad_lse is not None, mask, plan)
         grads = [torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]]
         with borrowing(self._context.memory) as borrow:
             statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
+            arrivals = borrow((launch.arrivals,), torch.int32) if launch.arrivals else None
             lse = lse if lse.is_contiguous() else borrow(lse.shape, lse.dtype).copy_(lse)
+            words = (0, 0) if rng is None else random_words(rng)
             of_lse = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-            rows = [*out.stride()[:3], *grad_out.stride()[:3], *of_lse, *launch.sizes]
-            launch.prepare(launch.tiles, (out, grad_out, lse, grad_lse, statistics, sums), rows)
+            rows = [*out.stride()[:3], *grad_out.stride()[:3], *of_lse, *words, *launch.sizes]
+            launch.prepare(launch.tiles, (out, grad_out, lse, grad_lse, statistics, sums, arrivals), rows)
+            if launch.normalise is not None:
+                launch.normalise({"q": query, "k": key, "numbers": statistics, "mask": mask})
             addresses = (
                 *(pointers[0], pointers[3], statistics.data_ptr(), pointers[1], pointers[2]),
                 *(grads[1].data_ptr(), grads[2].data_ptr(), sums.data_ptr()),
+                pointers[0] if mask is None or launch.of_keys else mask.data_ptr(),
             )
             arguments: list[Any] = []
             for place, pointer in enumerate(addresses):
                 kept = launch.made[place]
                 arguments += kept.get(pointer) or add_map(launch.sides[place], kept, pointer)
-            arguments.append(sums.data_ptr())
+            arguments += [sums.data_ptr(), 0 if arrivals is None else arrivals.data_ptr()]
+            arguments += [
+                mask.data_ptr() if mask is not None and launch.of_keys else 0,
+                *self._listed(plan, key, mask, launch, borrow),
+            ]
             arguments += launch.tail
             launch.kernel(launch.grid, torch._C._cuda_getCurrentRawStream(self.chip.index), arguments)
             numbers = [*grads[0].stride()[:3], *launch.sizes, self.request.effective_scale]
             launch.finish(launch.tiles, (sums, grads[0]), numbers)
         return Grads(grads[0], grads[1], grads[2], None)
 
-    def _build(self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, of_lse: bool) -> Launch:
+    def _takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None) -> bool:
+        """Whether the kernel is right for a mask and a plan, and for dropout."""
+        if self.request.dropout and max(query.shape[3], value.shape[3]) > 128:
+            return False
+        if mask is not None and not _of_keys(mask):
+            additive = self.request.mask is MaskKind.ADDITIVE
+            kind, wide = query.dtype if additive else torch.bool, max(query.shape[3], value.shape[3])
+            if wide > 128 or (
+                additive and (wide <= 64 or self.request.dropout)
+            ):  # shared memory does not hold its tiles
+                return False
+            whole = mask.shape[2] == query.shape[2] > 1 and mask.shape[3] == key.shape[2] > 1
+            if mask.dtype != kind or not whole or mask.data_ptr() & 15 or not fits(mask):
+                return False
+        if plan is not None:
+            tiles = hopper_backward_tiles(query.shape[3], value.shape[3], True)
+            if tiles.dim_qk > 128 or self.request.deterministic or plan.block_k % tiles.keys:
+                return False
+            # The last row block may end in the middle of a tile, not before its last one.
+            return plan.block_q == tiles.rows or not (plan.block_q % tiles.rows or query.shape[2] % plan.block_q)
+        return True
+
+    def _listed(
+        self, plan: BlockPlan | None, key: Tensor, mask: Tensor | None, launch: Launch, borrow: Borrowed
+    ) -> list[Any]:
+        """The kernel's arguments for `Lists`, after the mask."""
+        visible_b = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+        runs_over = [0, 0] if mask is None else [int(size > 1) for size in mask.shape[:2]]
+        if plan is None:
+            return [0, 0, visible_b, 0, 0, 0, 1, *runs_over]
+        lists = rows_of_blocks(plan, key.shape[2], self.chip, borrow)
+        batch, heads, blocks_k, rows = lists.indices.shape
+        steps = 0 if batch == 1 else heads * blocks_k, 0 if heads == 1 else blocks_k
+        return [lists.indices.data_ptr(), lists.counts.data_ptr(), visible_b, *steps, rows, launch.in_block, *runs_over]
+
+    def _build(
+        self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, of_lse: bool,
+        mask: Tensor | None, plan: BlockPlan | None,
+    ) -> Launch:  # fmt: skip
         r, chip = self.request, self.chip
         batch, heads, len_q, dim_qk = query.shape
         heads_kv, len_k, dim_v = key.shape[1], key.shape[2], value.shape[3]
@@ -172,7 +261,7 @@ class HopperBackward:
         if r.causal is not Causal.NONE:
             right = 0 if right is None else min(right, 0)
         shift = r.diagonal + (len_k - len_q if r.causal is Causal.BOTTOM_RIGHT else 0)
-        tiles = hopper_backward_tiles(dim_qk, dim_v, right is not None)
+        tiles, of_keys = hopper_backward_tiles(dim_qk, dim_v, right is not None), mask is not None and _of_keys(mask)
         config = config_of(
             tiles,
             group=heads // heads_kv,
@@ -180,6 +269,11 @@ class HopperBackward:
             left=left is not None,
             ragged=len_k % tiles.keys != 0,
             softcap=r.softcap is not None,
+            ordered=r.deterministic,
+            padded=of_keys,
+            dropout=r.dropout > 0,
+            mask=0 if mask is None or of_keys else 1 if r.mask is MaskKind.BOOLEAN else 2,
+            per_block=0 if plan is None else plan.block_q // tiles.rows,
         )
         dtype = "fp16" if query.dtype == torch.float16 else "bf16"
         made = binaries.kernel(("hopper backward", chip.index, dtype, config), lambda: compile_backward(dtype, config))
@@ -187,26 +281,36 @@ class HopperBackward:
         together, places = 1, batch * heads_kv
         while (
             right is not None
+            and plan is None
             and together < _MOST_TOGETHER
             and 2 * together * blocks <= _MOST_BLOCKS
             and places % (2 * together) == 0
         ):
             together *= 2
-        scale, cap_in, cap_out = r.effective_scale * LOG2E, 0.0, 0.0
+        unit = 1.0 if config.mask == 2 else LOG2E
+        scale, cap_in, cap_out = r.effective_scale * unit, 0.0, 0.0
         if r.softcap is not None:
-            cap_in, cap_out = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * LOG2E
+            cap_in, cap_out = 2 * LOG2E * r.effective_scale / r.softcap, r.softcap * unit
         tail = [
             *(row_tiles, blocks, together, heads_kv, len_k, shift - (left or 0), shift + (right or 0)),
-            *(scale, r.effective_scale, cap_in, cap_out, None),
+            *(scale, r.effective_scale, cap_in, cap_out),
+            *(1 / (1 - r.dropout), int(torch.tensor(r.dropout).mul(65536).add(0.5)), None),
         ]
-        statistics, sums = batch * heads * row_tiles * 2 * tiles.rows, batch * heads * row_tiles * tiles.size
+        all_tiles = batch * heads * row_tiles
+        statistics, sums = all_tiles * config.statistics * tiles.rows, all_tiles * tiles.size
         of_grads = [(tuple(t.shape), _dense_strides(t)) for t in (key, value)]
         of_scratch = [((statistics // tiles.rows, tiles.rows), (tiles.rows, 1)), ((sums // 256, 256), (256, 1))]
         forms = [side(query), side(grad_out), of_scratch[0], side(key), side(value), *of_grads, of_scratch[1]]
+        forms.append(side(query if mask is None or of_keys else mask))
         sides = tuple((shape, strides, meta) for (shape, strides), meta in zip(forms, made.maps, strict=True))
         constants = {"DV": dim_v, "BDV": power_of_two(dim_v), "SUMS": tiles.size, "BM": tiles.rows}
         kinds = {"out": f"*{dtype}", "grad_out": f"*{dtype}"}
-        constants["GRAD_LSE"] = of_lse
+        constants |= {
+            "GRAD_LSE": of_lse,
+            "ORDERED": r.deterministic,
+            "NATURAL": config.mask == 2,
+            "WORDS": config.dropout,
+        }
         preparing = launcher(chip, prepare, kinds | PREPARE_SIGNATURE, constants, ALIGNED, num_warps=8)
         finishing = {"D": dim_qk, "BD": tiles.dim_qk, "BM": tiles.rows}
         ending = launcher(chip, finish, {"grad_query": f"*{dtype}"} | FINISH_SIGNATURE, finishing, ALIGNED, num_warps=8)
@@ -218,11 +322,28 @@ class HopperBackward:
             tail=tail,
             statistics=statistics,
             sums=sums,
+            of_keys=of_keys,
+            normalise=self._normalise(query, key, value, grad_out, mask, tiles.rows) if config.mask == 2 else None,
+            in_block=1 if plan is None else plan.block_k // tiles.keys,
+            arrivals=batch * heads * row_tiles * 2 if r.deterministic else 0,
             prepare=preparing,
             finish=ending,
             tiles=(row_tiles * batch * heads, 1, 1),
             sizes=[heads, len_q, row_tiles],
         )
+
+    def _normalise(
+        self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, mask: Tensor | None, rows: int
+    ) -> Callable[[dict[str, Tensor | None]], None]:
+        """What writes the corrections of weights into `Maps.statistics`."""
+        from ..portable.backward_launch import PortableBackward
+
+        return PortableBackward(self.request, self._context).normaliser(query, key, value, grad_out, mask, rows)
+
+
+def _of_keys(mask: Tensor) -> bool:
+    """Whether a mask says of each key whether rows read it, one byte behind the other."""
+    return mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1 < mask.shape[3] and mask.stride(3) == 1
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -8,12 +8,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .config import Barriers, Block, Edges, Maps, Shared
+from .config import Barriers, Block, Edges, Lists, Maps, Order, Shared
 
 SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
 ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
 THREE = gl.constexpr("=r,r,r")
 TURN = gl.constexpr(8)  # the first named barrier of the turns: those below are Triton's
+ALONE = gl.constexpr(10)  # the first of the barriers of each consumer's own threads
+#: Wait for the copies of this thread to be written, then for the other threads of the warpgroup.
+WRITTEN = gl.constexpr("cp.async.bulk.wait_group 0; bar.sync $1, $2; mov.b32 $0, $1;")
+#: Count a block's sums as added, by one thread, where $2 is not 0.
+COUNT = gl.constexpr(
+    "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; setp.ne.and.u32 r, $2, "
+    "0, p; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, $2; }"
+)
+#: Wait until $2 blocks have been counted; at once where it is negative.
+AWAIT = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 n; LOOK: ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra LOOK; mov.b32 "
+    "$0, n; }"
+)
 
 
 @builtin
@@ -48,13 +61,45 @@ def pass_turn(c: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
+def listed_steps(number, place, heads, g, lists: Lists, C: gl.constexpr):
+    # Tiles of one query head of the group that a block plan lets these keys meet.
+    at = (place // heads) * lists.list_b + (place % heads * C.group + g) * lists.list_h + number // lists.blocks
+    return gl.load(lists.counts + at) * C.per_block
+
+
+@gluon.jit
+def steps_of(block: Block, g, lists: Lists, C: gl.constexpr):
+    # Tiles of query head g of the group. Keys that nobody reads meet one tile, which their length of 0 hides.
+    if C.planned:
+        steps = listed_steps(block.number, block.place, block.heads, g, lists, C)
+        return gl.where(block.count == 0, gl.where(g == 0, 1, 0), steps)
+    else:
+        return block.count
+
+
+@gluon.jit
+def tile_of(block: Block, g, j, lists: Lists, C: gl.constexpr):
+    # The tile of step j of query head g.
+    if C.planned:
+        at = (block.place // block.heads) * lists.list_b + (block.place % block.heads * C.group + g) * lists.list_h
+        at = (at + block.number // lists.blocks) * lists.rows + j // C.per_block
+        tile = gl.load(lists.indices + at) * C.per_block + j % C.per_block
+        return gl.where(block.count == 0, 0, tile)
+    else:
+        return block.first + j
+
+
+@gluon.jit
+def block_of(tiles, blocks, together, heads_kv, lists: Lists, edges: Edges, C: gl.constexpr):
     # The block of this program. Heads are worked on `together`, so that their queries and gradients stay in the
     # second-level cache; among those, the first keys come first, which a causal diagonal gives the most rows.
     program = gl.program_id(0)
     turn = program % (together * blocks)
     place = program // (together * blocks) * together + turn % together
-    key = (turn // together) * C.keys
+    number = turn // together
+    if C.ordered:  # a block waits for those behind it alone: they have begun
+        number = blocks - 1 - number
+    key = number * C.keys
     first, count = tiles * 0, tiles
     if C.right:
         first = gl.minimum(gl.maximum(key - edges.above, 0) // C.rows, tiles - 1)
@@ -70,11 +115,16 @@ def block_of(tiles, blocks, together, heads_kv, edges: Edges, C: gl.constexpr):
         reach = key - edges.below - C.rows + 1
         ended = gl.where(reach < 0, 0, gl.maximum(reach, 0) // C.rows + 1 - first)
         ended = gl.minimum(gl.maximum(ended, begun), count)
+    if C.planned:
+        first, count = tiles * 0, tiles * 0
+        for g in range(C.group):
+            count += listed_steps(number, place, heads_kv, g, lists, C)
+        return Block(number, key, place, heads_kv, first, count, first, first, tiles, gl.maximum(count, 1))
     if C.ragged:
         cut = key + C.keys > edges.len_k
         begun = gl.where(cut, count, begun)
         ended = gl.where(cut, count, ended)
-    return Block(key, place, heads_kv, first, count, begun, ended, tiles)
+    return Block(number, key, place, heads_kv, first, count, begun, ended, tiles, count * C.group)
 
 
 @gluon.jit
@@ -120,39 +170,103 @@ def send_tile(dq, sums, staged, row):
 
 
 @gluon.jit
-def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, c: gl.constexpr, C: gl.constexpr):
+def before(m, block: Block, order: Order, edges: Edges, C: gl.constexpr):
+    # How many blocks add to tile m before this one: those behind it that read the tile, see `block_of`.
+    last = order.blocks - 1
+    if C.right:
+        reach = gl.maximum((m + 1) * C.rows - 1 + edges.above, 0) // C.keys  # the last block at this diagonal
+        last = gl.where(m == block.tiles - 1, last, gl.minimum(reach, last))
+    return last - block.number
+
+
+@gluon.jit
+def written(c: gl.constexpr):
+    # The sums that this warpgroup has sent lie in memory.
+    gl.inline_asm_elementwise(
+        WRITTEN, THREE, [gl.to_tensor(ALONE + c), gl.to_tensor(128)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def count(order: Order, tile, c: gl.constexpr, wanted):
+    gl.inline_asm_elementwise(
+        COUNT, "=r,l,r", [order.arrivals + tile * 2 + c, gl.to_tensor(wanted)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def send_in_order(dq, sums, staged, row, tile, i, block: Block, order: Order, edges: Edges, c: gl.constexpr,
+                  C: gl.constexpr):  # fmt: skip
+    # As `send_tile`, once the blocks before this one have added to the tile. The first step's zeros may be added at any
+    # time, and are not counted. The tile of the step before is counted now.
+    m = tile % block.tiles
+    earlier = gl.where(m == block.first, tile - 1 - block.tiles + block.count, tile - 1)  # of the head before, or this
+    RL: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
+    x = in_order(dq, 16, 256, RL)
+    written(c)
+    count(order, earlier, c, (i >= 2).to(gl.int32))
+    staged.store(x)
+    fence_async_shared()
+    ahead = gl.where(i == 0, -1, before(m, block, order, edges, C))
+    gl.inline_asm_elementwise(
+        AWAIT, "=r,l,r", [order.arrivals + tile * 2 + c, ahead], dtype=gl.int32, is_pure=False, pack=1
+    )
+    reduce_add(sums, [row, 0], staged)
+
+
+@gluon.jit
+def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, i, block: Block, order: Order, edges: Edges,
+                   c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     # A warpgroup's half of a tile of the query's gradient, added to its sums.
     SIZE: gl.constexpr = C.rows * C.dim_qk
-    if C.engine:
+    if C.ordered:
+        row = tile * (SIZE // 256) + c * 16
+        send_in_order(dq, maps.sums, shared.grad_query.index(c), row, tile, i, block, order, edges, c, C)
+    elif C.engine:
         send_tile(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16)
     else:
         add_tile(dq, pointer + tile.to(gl.int64) * SIZE + c * 4096)
 
 
 @gluon.jit
-def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, C: gl.constexpr):
+def load_step(i, head, tile, at_key, maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists,
+              C: gl.constexpr):  # fmt: skip
+    # The tile of queries of step i, and what goes with it.
+    stage = i % C.stages
+    mbarrier.wait(barriers.done.index(stage), ((i // C.stages) & 1) ^ 1)
+    full = barriers.query.index(stage)
+    size: gl.constexpr = maps.query.block_type.nbytes + maps.statistics.block_type.nbytes
+    if C.mask > 0:
+        mbarrier.expect(full, size + maps.mask.block_type.nbytes)
+    else:
+        mbarrier.expect(full, size)
+    batch = block.place // block.heads
+    at_row = [batch, head, tile * C.rows, 0]
+    tma.async_copy_global_to_shared(maps.query, at_row, full, shared.query.index(stage))
+    numbers = ((batch * block.heads * C.group + head) * block.tiles + tile) * C.statistics
+    tma.async_copy_global_to_shared(maps.statistics, [numbers, 0], full, shared.statistics.index(stage))
+    if C.mask > 0:
+        at_mask = [batch * lists.mask_b, head * lists.mask_h, tile * C.rows, block.key]
+        tma.async_copy_global_to_shared(maps.mask, at_mask, full, shared.mask.index(stage))
+    if i == 0:
+        mbarrier.expect(barriers.value, maps.value.block_type.nbytes)
+        tma.async_copy_global_to_shared(maps.value, at_key, barriers.value, shared.value.index(0))
+    full_grad = barriers.grad_out.index(stage)
+    mbarrier.expect(full_grad, maps.grad_out.block_type.nbytes)
+    tma.async_copy_global_to_shared(maps.grad_out, at_row, full_grad, shared.grad_out.index(stage))
+
+
+@gluon.jit
+def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists, C: gl.constexpr):
     # The warpgroup that loads: the block's keys and values once, then the tiles of each query head of the group.
     mbarrier.expect(barriers.key, maps.key.block_type.nbytes)
     batch, head_kv = block.place // block.heads, block.place % block.heads
-    at = [batch, head_kv, block.key, 0]
-    tma.async_copy_global_to_shared(maps.key, at, barriers.key, shared.key.index(0))
+    at_key = [batch, head_kv, block.key, 0]
+    tma.async_copy_global_to_shared(maps.key, at_key, barriers.key, shared.key.index(0))
     i = 0
     for g in range(C.group):
         head = head_kv * C.group + g
-        for j in range(block.count):
-            tile = block.first + j
-            stage = i % C.stages
-            mbarrier.wait(barriers.done.index(stage), ((i // C.stages) & 1) ^ 1)
-            full = barriers.query.index(stage)
-            mbarrier.expect(full, maps.query.block_type.nbytes + maps.statistics.block_type.nbytes)
-            at_row = [batch, head, tile * C.rows, 0]
-            tma.async_copy_global_to_shared(maps.query, at_row, full, shared.query.index(stage))
-            numbers = ((block.place * C.group + g) * block.tiles + tile) * 2
-            tma.async_copy_global_to_shared(maps.statistics, [numbers, 0], full, shared.statistics.index(stage))
-            if i == 0:
-                mbarrier.expect(barriers.value, maps.value.block_type.nbytes)
-                tma.async_copy_global_to_shared(maps.value, at, barriers.value, shared.value.index(0))
-            full_grad = barriers.grad_out.index(stage)
-            mbarrier.expect(full_grad, maps.grad_out.block_type.nbytes)
-            tma.async_copy_global_to_shared(maps.grad_out, at_row, full_grad, shared.grad_out.index(stage))
+        for j in range(steps_of(block, g, lists, C)):
+            tile = tile_of(block, g, j, lists, C)
+            load_step(i, head, tile, at_key, maps, shared, barriers, block, lists, C)
             i += 1

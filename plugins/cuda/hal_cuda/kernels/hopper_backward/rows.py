@@ -5,14 +5,18 @@
 import triton
 import triton.language as tl
 
+from ..portable.dropout import row_words
+
 
 @triton.jit
-def prepare(out, grad_out, lse, grad_lse, statistics, sums, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, heads, len_q,
-            tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
-            GRAD_LSE: tl.constexpr):  # fmt: skip
-    """Write statistics, float32 [batch * heads, tiles, 2, BM]: the log-sum-exp in base 2, infinity for rows that read
-    no key and rows behind the last, which gives weights of 0; and delta = sum(out * grad_out) - grad_lse. Set to 0 the
-    sums, float32 [batch * heads, tiles, SUMS].
+def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, o_m, g_b, g_h, g_m, l_b, l_h, l_m, seed,
+            offset, heads, len_q, tiles, DV: tl.constexpr, BDV: tl.constexpr, SUMS: tl.constexpr, BM: tl.constexpr,
+            GRAD_LSE: tl.constexpr,
+            ORDERED: tl.constexpr, NATURAL: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """Write statistics, float32 [batch * heads, tiles, 2, BM], or 4 numbers of a row where NATURAL or WORDS: the
+    log-sum-exp in base 2 or natural, infinity for rows that read no key and rows behind the last, which gives weights
+    of 0; delta = sum(out * grad_out) - grad_lse; and 0, for `normalise` to change, or the row's words of dropout. Set
+    to 0 the sums, float32 [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles, 2].
 
     Grid: batch * heads * tiles. lse: contiguous [batch, heads, len_q]; l_b to l_m: strides of grad_lse.
     """
@@ -29,12 +33,22 @@ def prepare(out, grad_out, lse, grad_lse, statistics, sums, o_b, o_h, o_m, g_b, 
     delta = tl.sum(product, 1)
     if GRAD_LSE:
         delta -= tl.load(grad_lse + batch * l_b + head * l_h + row64 * l_m, mask=row < len_q, other=0.0)
-    level = tl.load(lse + place * len_q + row, mask=row < len_q, other=float("inf")) * 1.4426950408889634
+    level = tl.load(lse + place * len_q + row, mask=row < len_q, other=float("inf"))
+    if not NATURAL:
+        level *= 1.4426950408889634
     level = tl.where(level == float("-inf"), float("inf"), level)
-    at = statistics + number * 2 * BM + tl.arange(0, BM)
+    at = statistics + number * ((4 if NATURAL or WORDS else 2) * BM) + tl.arange(0, BM)
     tl.store(at, level)
     tl.store(at + BM, delta)
+    if WORDS:
+        step, base = row_words(seed, offset, row * 0 + place.to(tl.int32), row)
+        tl.store(at + 2 * BM, step.to(tl.float32, bitcast=True))
+        tl.store(at + 3 * BM, base.to(tl.float32, bitcast=True))
+    if NATURAL:
+        tl.store(at + 2 * BM, tl.zeros([BM], tl.float32))
     tl.store(sums + number * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
+    if ORDERED:
+        tl.store(arrivals + number * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
 
 
 @triton.jit

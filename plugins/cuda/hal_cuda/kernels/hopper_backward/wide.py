@@ -16,13 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .config import Barriers, Block, Edges, Maps, Scaling, Shared
-from .consumer import weights
+from .config import Barriers, Block, Edges, Lists, Maps, Scaling, Shared
+from .consumer import visible_keys, weights
 from .pipeline import add_tile, opaque
 
 
 @gluon.jit
-def step_wide(i, m, tile, pointer, dk, dv, shared: Shared, barriers: Barriers, block: Block, edges: Edges,
+def step_wide(i, m, tile, pointer, dk, dv, seen, shared: Shared, barriers: Barriers, block: Block, edges: Edges,
               scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr,
               PL: gl.constexpr, VL: gl.constexpr, QL: gl.constexpr):  # fmt: skip
     ST: gl.constexpr = C.stages
@@ -35,8 +35,8 @@ def step_wide(i, m, tile, pointer, dk, dv, shared: Shared, barriers: Barriers, b
     stage = i % ST
     do = shared.grad_out.index(stage).reshape([C.rows, C.dim_v])
     q = shared.query.index(stage).reshape([C.rows, D])
-    p, slope, dp = weights(q, do, k, v, stage, (i // ST) & 1, m * C.rows, block.key, shared, barriers, edges, scaling,
-                           c, MASK, C, SL)  # fmt: skip
+    p, slope, dp = weights(q, do, k, v, stage, (i // ST) & 1, m * C.rows, block.key, seen, shared, barriers, edges,
+                           scaling, c, MASK, C, SL)  # fmt: skip
     p16 = gl.convert_layout(p.to(KIND), VL, assert_trivial=True)
     dv = warpgroup_mma(p16, do.slice(c * HV, HV, dim=1), dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=[dp])
@@ -61,8 +61,8 @@ def step_wide(i, m, tile, pointer, dk, dv, shared: Shared, barriers: Barriers, b
 
 
 @gluon.jit
-def consumer_wide(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, edges: Edges,
-                  scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer_wide(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists,
+                  edges: Edges, scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     HV: gl.constexpr = C.dim_v // 2
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.rows, 16])
     GL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
@@ -72,7 +72,8 @@ def consumer_wide(pointer, maps: Maps, shared: Shared, barriers: Barriers, block
     QL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     ST: gl.constexpr = C.stages
     KIND: gl.constexpr = shared.query.dtype
-    n = block.count * C.group
+    n = block.steps
+    seen = visible_keys(block.key, block, lists, edges, C, SL)
     dk = gl.zeros([64, 128], gl.float32, GL)
     dv = gl.zeros([64, HV], gl.float32, WL)
     mbarrier.wait(barriers.key, 0)
@@ -84,18 +85,18 @@ def consumer_wide(pointer, maps: Maps, shared: Shared, barriers: Barriers, block
         if C.right or C.ragged:
             start = block.begun
             for j in range(block.begun):
-                dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, shared, barriers, block, edges,
+                dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, seen, shared, barriers, block, edges,
                                    scaling, c, True, C, SL, PL, VL, QL)  # fmt: skip
                 i += 1
         if C.left:
             end = block.ended
         for j in range(start, end):
-            dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, shared, barriers, block, edges, scaling,
-                               c, False, C, SL, PL, VL, QL)  # fmt: skip
+            dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, seen, shared, barriers, block, edges,
+                               scaling, c, False, C, SL, PL, VL, QL)  # fmt: skip
             i += 1
         if C.left:
             for j in range(end, block.count):
-                dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, shared, barriers, block, edges,
+                dk, dv = step_wide(i, block.first + j, base + j, pointer, dk, dv, seen, shared, barriers, block, edges,
                                    scaling, c, True, C, SL, PL, VL, QL)  # fmt: skip
                 i += 1
     mbarrier.wait(barriers.done.index((n - 1) % ST), ((n - 1) // ST) & 1)  # both have read the keys and the values

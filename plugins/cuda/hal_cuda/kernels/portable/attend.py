@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from .cache import INT4, PLAIN, added, nothing, of_bytes, of_words, products, scaled_query
-from .dropout import kept
+from .dropout import kept_pairs, row_words
+from .mask_tiles import mask_tile
 from .merge import LN2, LOG2E, gathered, settled
 
 
@@ -102,6 +103,9 @@ def attend(
     BN: tl.constexpr,
     PAGE: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
     BOTTOM: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -122,6 +126,7 @@ def attend(
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
     SHORT: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
     PDL: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -131,7 +136,8 @@ def attend(
     Pointers may be misaligned and strides anything; ALIGNED says that q, k and v have unit last stride (the launcher
     then knows their addresses and strides as multiples of 16 bytes). len_q, len_k bound packed and paged lengths. left,
     right count keys around the diagonal row + diagonal (+ len_k - len_q with BOTTOM). all_q, all_k: packed queries and
-    keys that there are, or pages in all_k. EVEN: every tile of keys is whole.
+    keys that there are, or pages in all_k. EVEN, EVEN_ROWS: every tile of keys, of rows is whole. MASK_ROWS, MASK_KEYS:
+    see `mask_tile`; MASK_UNIT: a mask has unit last stride.
     SHORT: the keys of one head, or of a page, lie within 2^31 elements. REREAD: the query comes with every tile of
     keys, whose loads then do not wait for it.
 
@@ -149,6 +155,8 @@ def attend(
         q_d, k_d, v_d = 1, 1, 1
     if SHORT:
         k_n, v_n = k_n.to(tl.int32), v_n.to(tl.int32)
+    if MASK_UNIT:
+        mask_n = 1
     pid = tl.program_id(0)
     tile, split = pid, 0
     if SPLIT:
@@ -264,6 +272,9 @@ def attend(
             unit = tl.load(value_at + tensor_batch * vs_b)
         elif PAGE == 0:
             value_at += tensor_batch * vs_b + k_start * vs_n
+    step_words, base_words = tokens, tokens
+    if DROPOUT:
+        step_words, base_words = row_words(seed, offset, batch * (heads_kv * GROUP) + heads, tokens)
     for step in tl.range(first_step, last_step, num_stages=STAGES):
         if PLAN:
             block = tl.maximum(tl.load(index_at + step // steps_in_block), 0)
@@ -300,12 +311,29 @@ def attend(
         if RIGHT:
             visible = visible & (columns[None, :] <= (tokens + shift + right)[:, None])
         if MASK > 0:
-            mask_at = mask + batch64 * mask_b + heads64[:, None] * mask_h + tokens64[:, None] * mask_m
-            mask_at += columns.to(tl.int64)[None, :] * mask_n
-            if MASK == 1:
-                visible = visible & (tl.load(mask_at, mask=visible & row_ok[:, None], other=0) != 0)
+            mask_at = mask + batch64 * mask_b
+            if PACK:
+                mask_at = mask_at + heads64[:, None] * mask_h + tokens64[:, None] * mask_m
+                mask_at += columns.to(tl.int64)[None, :] * mask_n
+                given = tl.load(mask_at, mask=visible & row_ok[:, None], other=0)
             else:
-                scores += tl.load(mask_at, mask=visible & row_ok[:, None], other=0.0).to(tl.float32)
+                given = mask_tile(
+                    mask_at + head.to(tl.int64) * mask_h,
+                    tokens[:, None],
+                    columns[None, :],
+                    mask_m,
+                    mask_n,
+                    end_row,
+                    end,
+                    MASK_ROWS,
+                    MASK_KEYS,
+                    EVEN_ROWS,
+                    EVEN,
+                )
+            if MASK == 1:
+                visible = visible & (given != 0)
+            else:
+                scores += given.to(tl.float32)
         if NATURAL and MASK != 2:
             scores *= LOG2E
         if not (EVEN and MASK != 1 and not LEFT and not RIGHT):
@@ -321,11 +349,7 @@ def attend(
         total = total * shrink + tl.sum(weights, 1)
         most = raised
         if DROPOUT:
-            place = tl.zeros([BM, BN], tl.int32)
-            number = batch * (heads_kv * GROUP) + heads
-            keep = kept(
-                seed, offset, place + number[:, None], place + tokens[:, None], place + columns[None, :], probability
-            )
+            keep = kept_pairs(step_words[:, None], base_words[:, None], start, probability, BN, False)
             weights = tl.where(keep, weights, 0.0)
         if TOKENS:  # weights take the scales over the largest one so far
             if PAGE > 0:

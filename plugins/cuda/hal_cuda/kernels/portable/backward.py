@@ -11,6 +11,7 @@ Source: Dao 2023 (FlashAttention-2), algorithm 2, with the gradient of the queri
 import triton
 import triton.language as tl
 
+from .dropout import row_words
 from .merge import LOG2E
 
 
@@ -36,18 +37,22 @@ def prepare(
     e_h,
     e_m,
     count,
+    seed,
+    offset,
     len_q,
     DV: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
     NATURAL: tl.constexpr,
     GRAD_LSE: tl.constexpr,
+    WORDS: tl.constexpr,
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
 ):
     """Write delta, sum(grad_out * out) - grad_lse, and the log-sum-exp of every row into `numbers`.
 
     Grid: (row tiles, heads, batch) of the tensors. count: rows of all heads. NATURAL: scores are natural, else base-2.
+    WORDS: where among `numbers` the random words of dropout are written, 0 for nowhere.
     """
     if ALIGNED:
         o_d = 1
@@ -72,3 +77,8 @@ def prepare(
     at = numbers + (batch * tl.num_programs(1) + head) * len_q + rows64
     tl.store(at, tl.where(fully_masked, 0.0, delta), mask=there)
     tl.store(at + count, tl.where(fully_masked, float("inf"), row_lse), mask=there)
+    if WORDS > 0:
+        number = tl.zeros([BM], tl.int32) + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        step, base = row_words(seed, offset, number, rows)
+        tl.store(at + WORDS * count, step.to(tl.float32, bitcast=True), mask=there)
+        tl.store(at + (WORDS + 1) * count, base.to(tl.float32, bitcast=True), mask=there)

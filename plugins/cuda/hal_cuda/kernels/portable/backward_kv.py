@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from .backward_step import band, block_of_step, kept_pairs, loaded, sequence, weights
+from .backward_step import band, block_of_step, loaded, sequence, weights
+from .dropout import kept_pairs, row_words
 from .merge import LOG2E
 
 
@@ -21,7 +22,7 @@ def kv_step(
     mask_at,
     start,
     end_q,
-    columns,
+    first_key,
     end_k,
     q_m,
     g_m,
@@ -41,24 +42,33 @@ def kv_step(
     BDQ: tl.constexpr,
     BDV: tl.constexpr,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
+    PACKED: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what BM rows from `start` on give to the gradients of a tile of keys and values, scores transposed.
 
     q_at, g_at: addresses of the tile of row 0, of queries [BDQ, BM] and of the output's gradient [BM, BDV].
     """
-    rows = start + tl.arange(0, BM)
+    rows, columns = start + tl.arange(0, BM), first_key + tl.arange(0, BN)
     there = rows < end_q
     q_tile = loaded(q_at + start * q_m, there[None, :], tl.arange(0, BDQ)[:, None] < DQ, EDGE, DQ != BDQ)
     g_tile = loaded(g_at + start * g_m, there[:, None], tl.arange(0, BDV)[None, :] < DV, EDGE, DV != BDV)
     row_lse = tl.load(row_at + count + rows, mask=there if EDGE else None, other=float("inf") if EDGE else None)
+    share = row_lse
+    if MASK == 2:
+        share = loaded(row_at + 2 * count + rows, there, there, EDGE, False)
     products = tl.dot(k_tile, q_tile, input_precision="ieee")
     found, bent = weights(
         products,
@@ -67,6 +77,7 @@ def kv_step(
         end_q,
         end_k,
         row_lse[None, :],
+        share[None, :],
         mask_at,
         mask_m,
         mask_n,
@@ -75,16 +86,24 @@ def kv_step(
         low,
         high,
         MASK,
+        MASK_ROWS,
+        MASK_KEYS,
         LEFT,
         RIGHT,
         SOFTCAP,
+        EVEN_Q,
+        EVEN_K,
         EDGE,
     )
-    if MASK == 2:
-        found *= loaded(row_at + 2 * count + rows, there, there, EDGE, False)[None, :]
     used = found
     if DROPOUT:
-        keep = kept_pairs(seed, offset, number, rows[None, :], columns[:, None], probability)
+        if PACKED:  # a row's words depend on its place in the sequence
+            step, base = row_words(seed, offset, rows * 0 + number, rows)
+        else:
+            word_at = row_at + (3 if MASK == 2 else 2) * count + rows
+            step = loaded(word_at, there, there, EDGE, False).to(tl.int32, bitcast=True)
+            base = loaded(word_at + count, there, there, EDGE, False).to(tl.int32, bitcast=True)
+        keep = kept_pairs(step[None, :], base[None, :], first_key, probability, BN, True)
         used = tl.where(keep, found, 0.0)
     if VALUE:
         dv = tl.dot(used.to(g_tile.dtype), g_tile, dv, input_precision="ieee")
@@ -169,6 +188,8 @@ def grad_kv(
     BM: tl.constexpr,
     BN: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     BOTTOM: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -285,7 +306,7 @@ def grad_kv(
                     mask_at,
                     row,
                     end_q,
-                    columns,
+                    start,
                     end_k,
                     q_m,
                     g_m,
@@ -305,13 +326,19 @@ def grad_kv(
                     BDQ,
                     BDV,
                     BM,
+                    BN,
                     MASK,
+                    MASK_ROWS,
+                    MASK_KEYS,
                     LEFT,
                     RIGHT,
                     SOFTCAP,
                     DROPOUT,
+                    PACKED,
                     KEY,
                     VALUE,
+                    EVEN_Q or part == 1,  # those tiles are whole
+                    EVEN_K,
                     EDGES if part == 0 else MASK > 0 and not EVEN_K,
                 )
 

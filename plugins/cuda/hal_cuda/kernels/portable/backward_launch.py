@@ -22,24 +22,27 @@ from hal_core.plugin_api import (
     TilePlan,
 )
 
-from ...memory import borrowing
+from ...memory import Borrowed, borrowing
 from ...runtime.context import Context
 from ...runtime.launch import Launcher, launcher
 from ...tiling import Tiles, power_of_two
 from .backward import prepare
 from .backward_kv import grad_kv
-from .backward_mask import grad_mask, normalise
+from .backward_mask import SUM_TILE, grad_mask, normalise, sum_parts
 from .backward_q import grad_q
 from .block_plans import RowLists, listed_once, rows_of_blocks
 from .dropout import random_words
 from .launch import TYPES, aligned, extras_of, last_dim_contiguous, mask_strides, plan_strides
+from .mask_tiles import mask_constants, mask_form, mask_steps
 
 _MOST_LAUNCHES = 512
 #: Triton types of tables and of what is float32 for every dtype.
 _TABLES = dict.fromkeys(("cu_q", "cu_k", "plan_index", "plan_count", "row_index", "row_count"), "i32")
-_TABLES |= {"lse": "fp32", "numbers": "fp32", "listed": "u8"}
+_TABLES |= {"lse": "fp32", "numbers": "fp32", "listed": "u8", "part": "fp32"}
 _POINTERS = frozenset({"q", "k", "v", "out", "grad_out", "grad_lse", "mask", "dq", "dk", "dv", "dm", *_TABLES})
 _MASKS = {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}
+#: Programs below which the gradient of a mask is divided among more of them, along what the mask is broadcast over.
+_MASK_PROGRAMS = 512
 
 
 class _Kernel(NamedTuple):
@@ -61,6 +64,7 @@ class _Filled(NamedTuple):
 
     signature: dict[str, str]
     constants: dict[str, Any]
+    divisible: dict[str, int]
     pointers: tuple[str, ...]
     arguments: list[Any]
     seed: int
@@ -159,6 +163,7 @@ class PortableBackward:
                 (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
                 out.data_ptr() & 15,
                 grad_out.data_ptr() & 15,
+                mask_form(wide_mask),
                 extras,
             )
             kernels = self._launches.get(form)
@@ -189,6 +194,7 @@ class PortableBackward:
                 "dk": given.key,
                 "dv": given.value,
                 "dm": given.mask,
+                "part": None if given.mask is None else self._parts(wide_mask, given.mask, borrow),
             }
             words = None if rng is None else random_words(rng)
             for kernel in kernels:
@@ -210,7 +216,14 @@ class PortableBackward:
             made.append(self._fitting("q", lambda tiles: self._grad_q(form, tiles)))
         if grads.mask is not None:
             made.append(self._fitting("mask", lambda tiles: self._grad_mask(form, tiles)))
+            if _chunks(self.request, form.mask) > 1:
+                made.append(self._sum_parts(form))
         return made
+
+    def _parts(self, wide_mask: Tensor | None, grad_mask: Tensor, borrow: Borrowed) -> Tensor | None:
+        """Memory of the sums of a mask's gradient, where several programs share it."""
+        chunks = _chunks(self.request, wide_mask)
+        return borrow((chunks, grad_mask.numel()), torch.float32) if chunks > 1 else None
 
     def _fitting(self, kernel: str, make: Callable[[Tiles], _Kernel]) -> _Kernel:
         """The kernel with the device's own tiles, or the largest smaller ones that its shared memory holds."""
@@ -230,33 +243,48 @@ class PortableBackward:
         rows = min(max(4096 // power_of_two(self.request.dim_v), 16), 128)
         batch, heads, len_q = form.query.shape[:3]
         constants = {"BM": rows, "GRAD_LSE": form.grad_lse is not None, "ALIGNED": aligned(form.out)}
+        constants["WORDS"] = _numbers(self.request) - 2 if self.request.dropout and not self.request.packed else 0
         filled = self._filled(prepare, form, constants, {"len_q": len_q})
-        run = launcher(self.chip, prepare, filled.signature, filled.constants, num_warps=4)
+        run = launcher(self.chip, prepare, filled.signature, filled.constants, filled.divisible, num_warps=4)
         return filled.kernel(run, (-(-len_q // rows), heads, batch))
 
-    def _normalise(self, form: _Form, tiles: Tiles) -> _Kernel:
-        filled = self._filled(normalise, form, _sizes(tiles), _plan_values(form.plan))
-        run = launcher(self.chip, normalise, filled.signature, filled.constants, num_warps=tiles.warps)
+    def _normalise(self, form: _Form, tiles: Tiles, tiled: int = 0) -> _Kernel:
+        filled = self._filled(normalise, form, _sizes(tiles) | {"TILED": tiled}, _plan_values(form.plan))
+        run = launcher(
+            self.chip, normalise, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps
+        )
         return filled.kernel(run, self._row_grid(form, tiles))
+
+    def normaliser(
+        self, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, mask: Tensor | None, tiled: int
+    ) -> Callable[[dict[str, Tensor | None]], None]:
+        """Launches `normalise` on numbers of another order: float32 [batch * heads, tiles of `tiled` rows, 4, tiled].
+
+        The first of four is the natural log-sum-exp, the third is written.
+        """
+        lse = torch.empty((), device=query.device).expand(query.shape[:3])
+        none = Grads()
+        form = _Form(query, key, value, grad_out, lse, grad_out, None, mask, None, None, none)
+        kernel = self._fitting("q", lambda tiles: self._normalise(form, tiles, tiled))
+        return lambda tensors: kernel.run(kernel.grid, [tensors.get(n) for n in kernel.pointers], kernel.arguments)
 
     def _grad_q(self, form: _Form, tiles: Tiles) -> _Kernel:
         constants = {**_sizes(tiles), **self._whole_tiles(form, tiles), "RESULT_ALIGNED": aligned(form.grads.query)}
         filled = self._filled(grad_q, form, constants, _plan_values(form.plan))
-        run = launcher(self.chip, grad_q, filled.signature, filled.constants, num_warps=tiles.warps)
+        run = launcher(self.chip, grad_q, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps)
         return filled.kernel(run, self._row_grid(form, tiles))
 
     def _grad_kv(self, form: _Form, tiles: Tiles) -> _Kernel:
         found = [grad for grad in (form.grads.key, form.grads.value) if grad is not None]
         constants = {**_sizes(tiles), **self._whole_tiles(form, tiles), "RESULT_ALIGNED": aligned(*found)}
-        unit = form.mask is not None and form.mask.shape[3] > 1 and form.mask.stride(3) == 1
-        constants |= {"MASK_UNIT": unit, "KEY": form.grads.key is not None, "VALUE": form.grads.value is not None}
+        constants |= {"KEY": form.grads.key is not None, "VALUE": form.grads.value is not None}
         batch, _, _, len_k = self._lengths(form)
         key_tiles, values = -(-len_k // tiles.keys), _plan_values(None)
         if form.plan is not None and form.lists is not None:
             values = _plan_values(form.plan._replace(indices=form.lists.indices, counts=form.lists.counts))
             key_tiles = -(-len_k // form.plan.block_k) * -(-form.plan.block_k // tiles.keys)
         filled = self._filled(grad_kv, form, constants, values)
-        run = launcher(self.chip, grad_kv, filled.signature, filled.constants, num_warps=tiles.warps)
+        run = launcher(self.chip, grad_kv, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps)
         return filled.kernel(run, (key_tiles, form.key.shape[1], batch))
 
     def _grad_mask(self, form: _Form, tiles: Tiles) -> _Kernel:
@@ -264,18 +292,35 @@ class PortableBackward:
         assert form.mask is not None
         runs_over = [size > 1 for size in form.mask.shape]
         constants = dict(zip(("OF_BATCH", "OF_HEADS", "OF_ROWS", "OF_KEYS"), runs_over, strict=True)) | _sizes(tiles)
+        chunks = _chunks(self.request, form.mask)
+        constants |= {**self._whole_tiles(form, tiles), "PARTS": chunks > 1}
         strides = (*(0,) * (4 - form.grads.mask.dim()), *form.grads.mask.stride())
         values = dict(zip(("dm_b", "dm_h", "dm_m", "dm_n"), strides, strict=True)) | {"batches": batch, "heads": heads}
+        values["chunks"] = chunks
         listed = (0, 0, 0)
         if form.lists is not None:
             listed = plan_strides(BlockPlan(1, 1, form.lists.listed, form.lists.counts))[:3]  # type: ignore[assignment]
         values |= dict(zip(("listed_b", "listed_h", "listed_n"), listed, strict=True)) | _plan_values(form.plan)
         filled = self._filled(grad_mask, form, constants, values)
-        run = launcher(self.chip, grad_mask, filled.signature, filled.constants, num_warps=tiles.warps)
+        run = launcher(
+            self.chip, grad_mask, filled.signature, filled.constants, filled.divisible, num_warps=tiles.warps
+        )
         tiles_of = [
             -(-n // size) if over else 1 for n, size, over in zip((len_q, len_k), tiles[:2], runs_over[2:], strict=True)
         ]
-        return filled.kernel(run, (tiles_of[0] * tiles_of[1], form.mask.shape[1], form.mask.shape[0]))
+        return filled.kernel(run, (tiles_of[0] * tiles_of[1] * chunks, form.mask.shape[1], form.mask.shape[0]))
+
+    def _sum_parts(self, form: _Form) -> _Kernel:
+        assert form.mask is not None
+        size = form.mask.numel()
+        strides = (*(0,) * (4 - form.grads.mask.dim()), *form.grads.mask.stride())
+        values = dict(zip(("dm_b", "dm_h", "dm_m", "dm_n"), strides, strict=True))
+        values |= {"chunks": _chunks(self.request, form.mask), "size": size, "heads": form.mask.shape[1]}
+        values |= {"rows": form.mask.shape[2], "keys": form.mask.shape[3]}
+        filled = self._filled(sum_parts, form, dict(SUM_TILE), values)
+        signature = filled.signature | {"size": "i64"}
+        run = launcher(self.chip, sum_parts, signature, filled.constants, num_warps=4)
+        return filled.kernel(run, (-(-size // SUM_TILE["BLOCK"]), 1, 1))
 
     def _filled(self, kernel: Any, form: _Form, constants: dict[str, Any], values: dict[str, Any]) -> _Filled:
         """A kernel's types, constants and arguments, by the names of its parameters."""
@@ -288,6 +333,7 @@ class PortableBackward:
         return _Filled(
             {name: _type_of(name, dtype, mask, TYPES[lse]) for name in names},
             {name: constants[name] for name in kernel.arg_names if name in constants},
+            {name: step for name, step in mask_steps(form.mask).items() if name in names},
             pointers,
             arguments,
             names.index("seed") - len(pointers) if "seed" in names else -1,
@@ -345,7 +391,7 @@ class PortableBackward:
             "NATURAL": r.mask is MaskKind.ADDITIVE,
             "ALIGNED": aligned(form.query, form.key, form.value),
             "GRAD_ALIGNED": aligned(form.grad_out),
-        }
+        } | mask_constants(form.mask)
 
     def _lengths(self, form: _Form) -> tuple[int, int, int, int]:
         """(batch entries or sequences, query heads, queries, keys); of packed sequences the most that one has."""
@@ -389,8 +435,22 @@ def _type_of(name: str, dtype: str, mask: str, grad_lse: str) -> str:
 
 
 def _numbers(request: AttentionRequest) -> int:
-    """Numbers of each row that the kernels pass on."""
-    return 3 if request.mask is MaskKind.ADDITIVE else 2
+    """Numbers of each row that the kernels pass on, see `backward_step`."""
+    return 2 + (request.mask is MaskKind.ADDITIVE) + 2 * (request.dropout > 0 and not request.packed)
+
+
+def _chunks(request: AttentionRequest, mask: Tensor | None) -> int:
+    """Into how many parts the batch entries and heads are cut that a mask with a gradient is broadcast over."""
+    if mask is None or "mask" not in request.grads:
+        return 1
+    return _parts_of(request, *mask.shape)
+
+
+def _parts_of(request: AttentionRequest, batches: int, heads: int, rows: int, keys: int) -> int:
+    """The same of a mask's sizes. A tile has 64 rows and keys."""
+    pairs = (request.batch if batches == 1 else 1) * (request.heads_q if heads == 1 else 1)
+    programs = batches * heads * -(-rows // 64) * -(-keys // 64)
+    return min(pairs, max(_MASK_PROGRAMS // programs, 1))
 
 
 def backward_memory(request: AttentionRequest) -> int:
@@ -403,7 +463,9 @@ def backward_memory(request: AttentionRequest) -> int:
     gradients = {"q": rows * r.dim_qk, "k": keys * r.dim_qk, "v": keys * r.dim_v}
     needed = sum(gradients[name] for name in gradients if name in r.grads) * size + 4 * _numbers(r) * rows
     if "mask" in r.grads:
-        needed += r.mask_batch * r.mask_heads * r.len_q * r.len_k * 4
+        sizes = (r.mask_batch, r.mask_heads, r.len_q, r.len_k)
+        parts = _parts_of(r, *sizes)
+        needed += r.mask_batch * r.mask_heads * r.len_q * r.len_k * 4 * (1 + parts * (parts > 1))
     if r.block_plan is not None:
         block_q, block_k, most = r.block_plan
         blocks_q, blocks_k = r.batch * r.heads_q * -(-r.len_q // block_q), -(-r.len_k // block_k)

@@ -7,11 +7,14 @@ gradient.
 import triton
 import triton.language as tl
 
-from .backward_step import band, block_of_step, kept_pairs, loaded, weights
+from .backward_step import band, block_of_step, loaded, weights
+from .dropout import kept_pairs, row_words
 
 #: Size of a log-sum-exp from which on weights are divided by their sum: below it, its rounding in float32 changes a
 #: weight by less than 4e-6.
 LARGE_LSE = tl.constexpr(100.0)
+#: Of `sum_parts`: numbers of a program, and parts that it adds at a time.
+SUM_TILE = {"BLOCK": 64, "TOGETHER": 16}
 
 
 @triton.jit
@@ -54,19 +57,23 @@ def normalise(
     BDQ: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     BOTTOM: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PLAN: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TILED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write 1 / sum over keys of exp(score - lse) of every row under an additive mask as the third of `numbers`.
+    """Write -log2 of the sum over keys of exp(score - lse) of every row under an additive mask: the third of `numbers`.
 
-    It is 1 but for rounding, except where the log-sum-exp is so large that float32 does not hold the logarithm of a
+    It is 0 but for rounding, except where the log-sum-exp is so large that float32 does not hold the logarithm of a
     count: a row wholly at a mask's lowest number has n keys of weight exp(0). Only tiles with such a row are computed.
-    Grid and arguments: as for `grad_q`.
+    Grid and arguments: as for `grad_q`. TILED: rows of a tile where `numbers` are in the Hopper kernel's order, see its
+    `Maps`; else 0.
     """
     if ALIGNED:
         q_d, k_d = 1, 1
@@ -84,7 +91,13 @@ def normalise(
         return
     rows = start + tl.arange(0, BM)
     row_ok, rows64 = rows < end_q, rows.to(tl.int64)
-    row_at = numbers + count + (batch64 * tl.num_programs(1) + head64) * len_q + rows
+    place = batch64 * tl.num_programs(1) + head64
+    if TILED > 0:
+        row_at = numbers + (place * ((len_q + TILED - 1) // TILED) + rows // TILED) * (4 * TILED) + rows % TILED
+        share_at = row_at + 2 * TILED
+    else:
+        row_at = numbers + count + place * len_q + rows
+        share_at = row_at + count
     row_lse = tl.load(row_at, mask=row_ok, other=float("inf"))
     large = (tl.abs(row_lse) > LARGE_LSE) & (row_lse != float("inf"))
     total = tl.where(row_lse == float("inf"), 1.0, tl.zeros([BM], tl.float32))
@@ -117,6 +130,7 @@ def normalise(
                 end_q,
                 end_k,
                 row_lse[:, None],
+                0.0,
                 mask_at,
                 mask_m,
                 mask_n,
@@ -125,16 +139,20 @@ def normalise(
                 low,
                 high,
                 2,
+                MASK_ROWS,
+                MASK_KEYS,
                 LEFT,
                 RIGHT,
                 SOFTCAP,
+                False,
+                False,
                 True,
             )
             total += tl.sum(found, 1)
         total = tl.where(large, total, 1.0)
     else:
         total = tl.full([BM], 1.0, tl.float32)
-    tl.store(row_at + count, 1.0 / total, mask=row_ok)
+    tl.store(share_at, -tl.log2(total), mask=row_ok)
 
 
 @triton.jit
@@ -146,6 +164,7 @@ def grad_mask(
     numbers,
     mask,
     listed,
+    part,
     dm,
     q_b,
     q_h,
@@ -182,6 +201,7 @@ def grad_mask(
     offset,
     batches,
     heads,
+    chunks,
     len_q,
     len_k,
     diagonal,
@@ -204,108 +224,163 @@ def grad_mask(
     PLAN: tl.constexpr,
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     OF_BATCH: tl.constexpr,
     OF_HEADS: tl.constexpr,
     OF_ROWS: tl.constexpr,
     OF_KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Gradient of an additive mask: a program owns a tile of it and adds up whatever the mask is broadcast over.
 
-    Grid: (tiles of rows * tiles of keys, heads, batch entries), all of the mask. OF_BATCH, OF_HEADS, OF_ROWS, OF_KEYS:
-    the dimensions over which it runs; the others are 1. dm: of its shape. listed: with PLAN a byte for each pair of
-    blocks, of `rows_of_blocks`. The rest as in `grad_kv`.
+    Grid: (tiles of rows * tiles of keys * chunks, heads, batch entries), all of the mask. OF_BATCH, OF_HEADS, OF_ROWS,
+    OF_KEYS: the dimensions over which it runs; the others are 1. dm: of its shape. PARTS: the batch entries and heads
+    that a mask is broadcast over are cut into `chunks`, whose sums go to part, float32 [chunks, the mask's elements],
+    for `sum_parts`. listed: with PLAN a byte for each pair of blocks, of `rows_of_blocks`. The rest as in `grad_kv`.
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
     if GRAD_ALIGNED:
         g_d = 1
+    if MASK_UNIT:
+        mask_n = 1
     low, high = band(diagonal, len_q, len_k, left, right, BOTTOM)
-    key_tiles = 1
+    tile, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    row_tiles, key_tiles = (len_q + BM - 1) // BM, (len_k + BN - 1) // BN
+    first_row, rows_walked, first_column, columns_walked, row_tile, key_tile = 0, row_tiles, 0, key_tiles, 0, 0
+    if OF_ROWS and OF_KEYS:
+        row_tile, key_tile = tile // key_tiles, tile % key_tiles
+    elif OF_ROWS:
+        row_tile = tile
+    elif OF_KEYS:
+        key_tile = tile
+    if OF_ROWS:
+        first_row, rows_walked = row_tile, 1
     if OF_KEYS:
-        key_tiles = (len_k + BN - 1) // BN
-    row_tile, key_tile = tl.program_id(0) // key_tiles, tl.program_id(0) % key_tiles
-    first_row, end_row = row_tile, row_tile + 1
-    if not OF_ROWS:
-        first_row, end_row = 0, (len_q + BM - 1) // BM
-    first_batch, some_batches, first_head, some_heads = tl.program_id(2), 1, tl.program_id(1), 1
+        first_column, columns_walked = key_tile, 1
+    pairs = 1
     if not OF_BATCH:
-        first_batch, some_batches = 0, batches
+        pairs *= batches
     if not OF_HEADS:
-        first_head, some_heads = 0, heads
+        pairs *= heads
+    each = (pairs + chunks - 1) // chunks
+    first_pair = chunk * each
+    steps = tl.maximum(tl.minimum(each, pairs - first_pair), 0) * rows_walked * columns_walked
+    if OF_ROWS and OF_KEYS:  # a tile that no row reads
+        if RIGHT:
+            steps = tl.where(key_tile * BN > tl.minimum(row_tile * BM + BM, len_q) - 1 + high, 0, steps)
+        if LEFT:
+            steps = tl.where(key_tile * BN + BN - 1 < row_tile * BM + low, 0, steps)
     lane_q, lane_k, d_q, d_v = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BDQ), tl.arange(0, BDV)
     sums = tl.zeros([BM, BN], tl.float32)
-    for pair in tl.range(0, some_batches * some_heads, num_stages=1):
-        batch, head = first_batch + pair // some_heads, first_head + pair % some_heads
+    for step in tl.range(0, steps, num_stages=STAGES):
+        place = step // columns_walked
+        pair = first_pair + place // rows_walked
+        batch, head = tl.program_id(2), tl.program_id(1)
+        if not OF_BATCH and not OF_HEADS:
+            batch, head = pair // heads, pair % heads
+        elif not OF_BATCH:
+            batch = pair
+        elif not OF_HEADS:
+            head = pair
         batch64 = tl.zeros([], tl.int64) + batch
         head64 = tl.zeros([], tl.int64) + head
         kv64 = head64 // GROUP
-        row_base = numbers + (batch64 * heads + head64) * len_q
-        mask_at = mask + batch64 * mask_b + head64 * mask_h
-        for row_step in tl.range(first_row, end_row, num_stages=1):
-            rows = row_step * BM + lane_q
-            row_ok, rows64 = rows < len_q, rows.to(tl.int64)[:, None]
-            q_at = q + batch64 * q_b + head64 * q_h + rows64 * q_m + d_q[None, :] * q_d
-            g_at = grad_out + batch64 * g_b + head64 * g_h + rows64 * g_m + d_v[None, :] * g_d
-            q_tile = loaded(q_at, row_ok[:, None], d_q[None, :] < DQ, True, DQ != BDQ)
-            g_tile = loaded(g_at, row_ok[:, None], d_v[None, :] < DV, True, DV != BDV)
-            delta = tl.load(row_base + rows, mask=row_ok, other=0.0)
-            row_lse = tl.load(row_base + count + rows, mask=row_ok, other=float("inf"))
-            share = tl.load(row_base + 2 * count + rows, mask=row_ok, other=0.0)
-            first_key, end_key = 0, (len_k + BN - 1) // BN
-            if LEFT:
-                first_key = tl.maximum(row_step * BM + low, 0) // BN
-            if RIGHT:
-                seen = tl.minimum(tl.maximum(tl.minimum(row_step * BM + BM, len_q) + high, 0), len_k)
-                end_key = (seen + BN - 1) // BN
-            if OF_KEYS:
-                first_key, end_key = tl.maximum(key_tile, first_key), tl.minimum(key_tile + 1, end_key)
-            for key_step in tl.range(first_key, end_key, num_stages=STAGES):
-                columns = key_step * BN + lane_k
-                column_ok, columns64 = columns < len_k, columns.to(tl.int64)[None, :]
-                k_at = k + batch64 * k_b + kv64 * k_h + columns64 * k_n + d_q[:, None] * k_d
-                v_at = v + batch64 * v_b + kv64 * v_h + columns64 * v_n + d_v[:, None] * v_d
-                k_tile = loaded(k_at, column_ok[None, :], d_q[:, None] < DQ, True, DQ != BDQ)
-                v_tile = loaded(v_at, column_ok[None, :], d_v[:, None] < DV, True, DV != BDV)
-                found, _ = weights(
-                    tl.dot(q_tile, k_tile, input_precision="ieee"),
-                    rows[:, None],
-                    columns[None, :],
-                    len_q,
-                    len_k,
-                    row_lse[:, None],
-                    mask_at,
-                    mask_m,
-                    mask_n,
-                    scale,
-                    softcap,
-                    low,
-                    high,
-                    2,
-                    LEFT,
-                    RIGHT,
-                    SOFTCAP,
-                    True,
-                )
-                if PLAN:
-                    at = listed + batch64 * listed_b + head64 * listed_h
-                    at += (columns // block_k).to(tl.int64)[None, :] * listed_n + (rows // block_q)[:, None]
-                    present = tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0)
-                    found = tl.where(present != 0, found, 0.0)
-                grad = tl.dot(g_tile, v_tile, input_precision="ieee")
-                if DROPOUT:
-                    keep = kept_pairs(seed, offset, batch * heads + head, rows[:, None], columns[None, :], probability)
-                    grad = tl.where(keep, grad * (1.0 / (1.0 - probability)), 0.0)
-                sums += found * share[:, None] * (grad - delta[:, None])
+        rows = (first_row + place % rows_walked) * BM + lane_q
+        start = (first_column + step % columns_walked) * BN
+        columns = start + lane_k
+        row_ok, rows64 = rows < len_q, rows.to(tl.int64)[:, None]
+        column_ok, columns64 = columns < len_k, columns.to(tl.int64)[None, :]
+        q_at = q + batch64 * q_b + head64 * q_h + rows64 * q_m + d_q[None, :] * q_d
+        g_at = grad_out + batch64 * g_b + head64 * g_h + rows64 * g_m + d_v[None, :] * g_d
+        k_at = k + batch64 * k_b + kv64 * k_h + columns64 * k_n + d_q[:, None] * k_d
+        v_at = v + batch64 * v_b + kv64 * v_h + columns64 * v_n + d_v[:, None] * v_d
+        q_tile = loaded(q_at, row_ok[:, None], d_q[None, :] < DQ, not EVEN_Q, DQ != BDQ)
+        g_tile = loaded(g_at, row_ok[:, None], d_v[None, :] < DV, not EVEN_Q, DV != BDV)
+        k_tile = loaded(k_at, column_ok[None, :], d_q[:, None] < DQ, not EVEN_K, DQ != BDQ)
+        v_tile = loaded(v_at, column_ok[None, :], d_v[:, None] < DV, not EVEN_K, DV != BDV)
+        row_at = numbers + (batch64 * heads + head64) * len_q + rows
+        delta = tl.load(row_at, mask=row_ok, other=0.0)
+        row_lse = tl.load(row_at + count, mask=row_ok, other=float("inf"))
+        share = tl.load(row_at + 2 * count, mask=row_ok, other=0.0)
+        found, _ = weights(
+            tl.dot(q_tile, k_tile, input_precision="ieee"),
+            rows[:, None],
+            columns[None, :],
+            len_q,
+            len_k,
+            row_lse[:, None],
+            share[:, None],
+            mask + batch64 * mask_b + head64 * mask_h,
+            mask_m,
+            mask_n,
+            scale,
+            softcap,
+            low,
+            high,
+            2,
+            OF_ROWS,
+            OF_KEYS,
+            LEFT,
+            RIGHT,
+            SOFTCAP,
+            EVEN_Q,
+            EVEN_K,
+            LEFT or RIGHT or not EVEN_Q or not EVEN_K,
+        )
+        if PLAN:
+            at = listed + batch64 * listed_b + head64 * listed_h
+            at += (columns // block_k).to(tl.int64)[None, :] * listed_n + (rows // block_q)[:, None]
+            present = tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0)
+            found = tl.where(present != 0, found, 0.0)
+        grad = tl.dot(g_tile, v_tile, input_precision="ieee")
+        if DROPOUT:
+            step_words, base_words = row_words(seed, offset, rows * 0 + (batch * heads + head), rows)
+            keep = kept_pairs(step_words[:, None], base_words[:, None], start, probability, BN, False)
+            grad = tl.where(keep, grad * (1.0 / (1.0 - probability)), 0.0)
+        sums += found * (grad - delta[:, None])
 
-    at = dm + tl.program_id(2).to(tl.int64) * dm_b + tl.program_id(1).to(tl.int64) * dm_h
     rows, columns = row_tile * BM + lane_q, key_tile * BN + lane_k
-    if OF_ROWS and OF_KEYS:
-        at += rows.to(tl.int64)[:, None] * dm_m + columns.to(tl.int64)[None, :] * dm_n
-        tl.store(at, sums.to(dm.dtype.element_ty), mask=(rows < len_q)[:, None] & (columns < len_k)[None, :])
-    elif OF_ROWS:
-        tl.store(at + rows.to(tl.int64) * dm_m, tl.sum(sums, 1).to(dm.dtype.element_ty), mask=rows < len_q)
-    elif OF_KEYS:
-        tl.store(at + columns.to(tl.int64) * dm_n, tl.sum(sums, 0).to(dm.dtype.element_ty), mask=columns < len_k)
+    if PARTS:
+        rows_of, keys_of = 1, 1
+        if OF_ROWS:
+            rows_of = len_q
+        if OF_KEYS:
+            keys_of = len_k
+        size = tl.zeros([], tl.int64) + rows_of * keys_of
+        at = part + ((chunk * tl.num_programs(2) + tl.program_id(2)) * tl.num_programs(1) + tl.program_id(1)) * size
+        step_m, step_n = size * 0 + keys_of, size * 0 + 1
     else:
-        tl.store(at, tl.sum(tl.sum(sums, 1), 0).to(dm.dtype.element_ty))
+        at = dm + tl.program_id(2).to(tl.int64) * dm_b + tl.program_id(1).to(tl.int64) * dm_h
+        step_m, step_n = dm_m, dm_n
+    kind: tl.constexpr = tl.float32 if PARTS else dm.dtype.element_ty
+    if OF_ROWS and OF_KEYS:
+        at += rows.to(tl.int64)[:, None] * step_m + columns.to(tl.int64)[None, :] * step_n
+        tl.store(at, sums.to(kind), mask=(rows < len_q)[:, None] & (columns < len_k)[None, :])
+    elif OF_ROWS:
+        tl.store(at + rows.to(tl.int64) * step_m, tl.sum(sums, 1).to(kind), mask=rows < len_q)
+    elif OF_KEYS:
+        tl.store(at + columns.to(tl.int64) * step_n, tl.sum(sums, 0).to(kind), mask=columns < len_k)
+    else:
+        tl.store(at, tl.sum(tl.sum(sums, 1), 0).to(kind))
+
+
+@triton.jit
+def sum_parts(part, dm, dm_b, dm_h, dm_m, dm_n, chunks, size, heads, rows, keys, BLOCK: tl.constexpr,
+              TOGETHER: tl.constexpr):  # fmt: skip
+    """dm: the sum of `chunks` parts of `size` numbers each, TOGETHER of them at a time. heads, rows, keys: of dm.
+
+    Grid: blocks of the numbers.
+    """
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there, lane = place < size, tl.arange(0, TOGETHER)
+    total = tl.zeros([TOGETHER, BLOCK], tl.float32)
+    for first in tl.range(0, chunks, TOGETHER):
+        chunk = (first + lane)[:, None]
+        total += tl.load(part + chunk * size + place[None, :], mask=(chunk < chunks) & there[None, :], other=0.0)
+    row, head = place // keys, place // keys // rows
+    at = dm + head // heads * dm_b + head % heads * dm_h + row % rows * dm_m + place % keys * dm_n
+    tl.store(at, tl.sum(total, 0).to(dm.dtype.element_ty), mask=there)

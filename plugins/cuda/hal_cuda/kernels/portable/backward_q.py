@@ -5,7 +5,8 @@
 import triton
 import triton.language as tl
 
-from .backward_step import band, block_of_step, kept_pairs, loaded, sequence, weights
+from .backward_step import band, block_of_step, loaded, sequence, weights
+from .dropout import kept_pairs, row_words
 from .merge import LOG2E
 
 
@@ -32,9 +33,8 @@ def q_step(
     high,
     factor,
     softcap,
-    seed,
-    offset,
-    number,
+    step,
+    base,
     probability,
     DQ: tl.constexpr,
     DV: tl.constexpr,
@@ -42,15 +42,20 @@ def q_step(
     BDV: tl.constexpr,
     BN: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Add what BN keys from `start` on give to the gradient of a tile of queries.
 
     k_at, v_at: addresses of the tile of key 0, of keys [BDQ, BN] and of values [BDV, BN]. share: of a row's weights.
+    step, base: the rows' random words.
     """
     columns = start + tl.arange(0, BN)
     there = (columns < end_k)[None, :]
@@ -65,6 +70,7 @@ def q_step(
         end_q,
         end_k,
         row_lse[:, None],
+        share[:, None],
         mask_at,
         mask_m,
         mask_n,
@@ -73,15 +79,17 @@ def q_step(
         low,
         high,
         MASK,
+        MASK_ROWS,
+        MASK_KEYS,
         LEFT,
         RIGHT,
         SOFTCAP,
+        EVEN_Q,
+        EVEN_K,
         EDGE,
     )
-    if MASK == 2:
-        found *= share[:, None]
     if DROPOUT:
-        keep = kept_pairs(seed, offset, number, rows[:, None], columns[None, :], probability)
+        keep = kept_pairs(step[:, None], base[:, None], start, probability, BN, False)
         grad = tl.where(keep, grad * (1.0 / (1.0 - probability)), 0.0)
     grad = found * (grad - delta[:, None])
     if SOFTCAP:
@@ -154,6 +162,8 @@ def grad_q(
     BM: tl.constexpr,
     BN: tl.constexpr,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     BOTTOM: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -161,6 +171,7 @@ def grad_q(
     DROPOUT: tl.constexpr,
     PACKED: tl.constexpr,
     PLAN: tl.constexpr,
+    MASK_UNIT: tl.constexpr,
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     RESULT_ALIGNED: tl.constexpr,
@@ -176,6 +187,8 @@ def grad_q(
         q_d, k_d, v_d = 1, 1, 1
     if GRAD_ALIGNED:
         g_d = 1
+    if MASK_UNIT:
+        mask_n = 1
     if RESULT_ALIGNED:
         dq_d = 1
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -235,7 +248,10 @@ def grad_q(
     factor = scale
     if not (SOFTCAP or MASK == 2):
         factor = scale * LOG2E
-    number = batch * tl.num_programs(1) + head
+    step_words, base_words = rows, rows
+    if DROPOUT:
+        number = tl.zeros([BM], tl.int32) + batch * tl.num_programs(1) + head
+        step_words, base_words = row_words(seed, offset, number, rows)
     sums = tl.zeros([BM, BDQ], tl.float32)
     lists, steps, first_step, last_step = plan_index, 1, 0, 0
     if PLAN:
@@ -274,9 +290,8 @@ def grad_q(
                 high,
                 factor,
                 softcap,
-                seed,
-                offset,
-                number,
+                step_words,
+                base_words,
                 probability,
                 DQ,
                 DV,
@@ -284,10 +299,14 @@ def grad_q(
                 BDV,
                 BN,
                 MASK,
+                MASK_ROWS,
+                MASK_KEYS,
                 LEFT,
                 RIGHT,
                 SOFTCAP,
                 DROPOUT,
+                EVEN_Q,
+                EVEN_K or part == 1,  # those tiles are whole
                 EDGES if part == 0 else MASK > 0 and not EVEN_Q,
             )
 

@@ -3,15 +3,17 @@
 """What the backward kernels share: one sequence's place, the tiles of a walk, the weights and gradients of its pairs.
 
 Weights are recomputed from the row's log-sum-exp (Dao et al. 2022, FlashAttention, algorithm 4). `numbers`, written by
-`prepare` and `normalise`, hold float32 [2 or 3, rows of all heads]: delta, the log-sum-exp in the units of the scores
-with +inf for a fully masked row, and under an additive mask the reciprocal of the weights' sum.
+`prepare` and `normalise`, hold float32 [2 to 5, rows of all heads]: delta, the log-sum-exp in the units of the scores
+with +inf for a fully masked row; under an additive mask the reciprocal of the weights' sum, as a base-2
+logarithm; and of dense rows with
+dropout the two words of `dropout.row_words`, bit for bit.
 """
 
 import triton
 import triton.language as tl
 
 from .attend import within
-from .dropout import kept
+from .mask_tiles import mask_tile
 from .merge import LOG2E
 
 
@@ -71,6 +73,7 @@ def weights(
     end_q,
     end_k,
     row_lse,
+    share,
     mask_at,
     mask_m,
     mask_n,
@@ -79,16 +82,21 @@ def weights(
     low,
     high,
     MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    MASK_KEYS: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    EVEN_Q: tl.constexpr,
+    EVEN_K: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """(weights, tanh under a softcap) of a block of products of queries and keys.
 
-    rows, columns: places in the sequence, int32, and row_lse: as `numbers` hold it; blocks that broadcast to the
+    rows, columns: places in the sequence, int32, row_lse and, under an additive mask, share: as `numbers` hold
+    them; blocks that broadcast to the
     products. mask_at: the mask's element of row 0 and key 0. factor: the scale, times log2(e) where scores are base-2.
-    EDGE: the block meets a diagonal, or an end of rows or keys.
+    MASK_ROWS, MASK_KEYS, EVEN_Q, EVEN_K: see `mask_tile`. EDGE: the block meets a diagonal, or an end of rows or keys.
     """
     scores = products * factor
     bent = scores
@@ -101,8 +109,7 @@ def weights(
     if RIGHT:
         visible = visible & (columns <= rows + high)
     if MASK > 0:
-        at = mask_at + rows.to(tl.int64) * mask_m + columns.to(tl.int64) * mask_n
-        given = tl.load(at, mask=visible & (rows < end_q) if EDGE else None, other=0 if EDGE else None)
+        given = mask_tile(mask_at, rows, columns, mask_m, mask_n, end_q, end_k, MASK_ROWS, MASK_KEYS, EVEN_Q, EVEN_K)
         if MASK == 1:
             scores = tl.where(given != 0, scores, float("-inf"))
         else:
@@ -110,16 +117,9 @@ def weights(
     if EDGE:
         scores = tl.where(visible, scores, float("-inf"))
     if MASK == 2:  # the difference first: the lowest finite number of a mask times log2(e) would be -inf
-        found = tl.exp2((scores - row_lse) * LOG2E)
+        found = tl.exp2((scores - row_lse) * LOG2E + share)
     elif SOFTCAP:
         found = tl.exp2(scores * LOG2E - row_lse)
     else:
         found = tl.exp2(scores - row_lse)
     return found, bent
-
-
-@triton.jit
-def kept_pairs(seed, offset, number, rows, columns, probability):
-    """The block of `kept` of rows and columns that broadcast. number: batch entry * heads + query head."""
-    place = rows * 0 + columns * 0
-    return kept(seed, offset, place + number, place + rows, place + columns, probability)

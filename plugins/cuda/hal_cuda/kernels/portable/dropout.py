@@ -16,15 +16,43 @@ from ...runtime.launch import launcher
 
 
 @triton.jit
-def kept(seed, offset, head, row, column, probability):
-    """Whether dropout keeps a pair: a function of (seed, offset) and of the pair's place alone.
+def row_words(seed, offset, head, row):
+    """Two random words of each row, int32, the first odd: Philox of (seed, offset) and the row's place.
 
-    seed: int64. offset: int32. head: batch entry * heads + query head. row, column: places in the sequence. int32
-    blocks of one shape.
+    seed: int64. offset: int32. head: batch entry * heads + query head. row: place in the sequence. int32 blocks of one
+    shape.
     """
     last = (row * 0 + offset).to(tl.uint32)
-    word, _, _, _ = tl.philox(seed, column.to(tl.uint32), row.to(tl.uint32), head.to(tl.uint32), last)
-    return tl.uint_to_uniform_float(word) >= probability
+    zero = (row * 0).to(tl.uint32)
+    step, base, _, _ = tl.philox(seed, row.to(tl.uint32), head.to(tl.uint32), last, zero)
+    return (step | 1).to(tl.int32, bitcast=True), base.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def kept_pairs(step, base, start, probability, BN: tl.constexpr, TURNED: tl.constexpr):
+    """Whether dropout keeps the pairs of a tile of rows and of the BN keys from `start`, an even number, on.
+
+    step, base: `row_words`, [BM, 1], or [1, BM] where TURNED: the result is then [BN, BM].
+
+    A key's word is the row's step times half its number, plus the row's base, mixed; two neighbours share a word and
+    have 16 bits each, so the probability is rounded to a multiple of 2^-16. A thread that holds both mixes once. Philox
+    for each pair would take longer than attention.
+
+    Source: Wellons 2018, "Prospecting for hash functions" (lowbias32).
+    """
+    lane = tl.arange(0, BN)
+    half, odd = (start // 2 + lane // 2).to(tl.uint32), lane % 2
+    if TURNED:
+        half, odd = half[:, None], odd[:, None]
+    else:
+        half, odd = half[None, :], odd[None, :]
+    word = half * step.to(tl.uint32, bitcast=True) + base.to(tl.uint32, bitcast=True)
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    word = word ^ (word >> 16)
+    part = tl.where(odd != 0, word >> 16, word & 0xFFFF).to(tl.int32)
+    least = (tl.zeros([], tl.float32) + probability * 65536.0 + 0.5).to(tl.int32)
+    return part >= least
 
 
 @triton.jit
@@ -33,12 +61,14 @@ def keep_mask(out, seed, offset, rows, columns, first_head, probability, BLOCK: 
 
     Grid: (heads * rows, blocks of columns). Heads are numbered from first_head: batch entry * heads + query head.
     """
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) % rows
-    head = tl.program_id(0) // rows
-    keep = kept(seed, offset, column * 0 + head + first_head, column * 0 + row, column, probability)
-    place = (head.to(tl.int64) * rows + row) * columns + column
-    tl.store(out + place, keep.to(tl.uint8), mask=column < columns)
+    start = tl.program_id(1) * BLOCK
+    column = tl.arange(0, BLOCK)
+    number = tl.zeros([1, 1], tl.int32) + tl.program_id(0)
+    row, head = number % rows, number // rows
+    step, base = row_words(seed, offset, head + first_head, row)
+    keep = kept_pairs(step, base, start, probability, BLOCK, False)
+    place = number.to(tl.int64) * columns + (start + column)[None, :]
+    tl.store(out + place, keep.to(tl.uint8), mask=(start + column < columns)[None, :])
 
 
 def dropout_pattern(

@@ -50,6 +50,7 @@ from .arguments import (
 from .attend import attend
 from .block_plans import listed_once
 from .dropout import random_words
+from .mask_tiles import mask_constants, mask_form, mask_steps
 from .merge import merge
 from .schedule import rows_joined
 
@@ -150,6 +151,7 @@ class PortablePath:
             value.stride(),
             (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15,
             extras,
+            mask_form(mask),
             workspace is None,
             None if cut is None else (cut.block_q, cut.block_k),
         )
@@ -286,8 +288,13 @@ class PortablePath:
             arguments, seed = [None] * OTHERS + arguments, seed + OTHERS
         unit, even = aligned(query, key, value), not pack and whole_tiles(r, len_k, tiles.keys)
         types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype], TYPES[value.dtype])
+        of_mask = tuple(mask_constants(mask).items()), tuple(mask_steps(mask).items())
+        rows = tiles.rows if plan is None else plan.block_q
+        even_rows = not pack and not r.packed and not len_q % rows and not rows % tiles.rows
         short = key.shape[2] * max(key.stride(2), value.stride(2)) < 1 << 31
-        chosen = _Chosen(tiles, types, pack, split, at_once, unit, even, short, scaled_tokens(tables))
+        chosen = _Chosen(
+            tiles, types, of_mask, pack, split, at_once, unit, even, even_rows, short, scaled_tokens(tables)
+        )
         grid = (row_tiles * splits.programs, heads_kv if pack else heads_q, batch)
         like_query = dim_qk == r.dim_v and same_layout(out, torch.empty_like(query))
         launch = Launch(self._kernel(chosen, query.dtype), arguments, seed, grid, like_query, partial, at_once > 0)
@@ -310,7 +317,7 @@ class PortablePath:
             self._kernel(chosen._replace(joins=0), dtype)
             for many in (False, True):
                 self._merge(dtype, many)
-        r, (tiles, types, pack, split, joins, aligned, even, short, tokens) = self.request, chosen
+        r, (tiles, types, of_mask, pack, split, joins, aligned, even, even_rows, short, tokens) = self.request, chosen
         least = {None: 16, "int4": 64}.get(r.cache_dtype, 32)  # of numbers in a product, each plane's own 16
         left, right = self._band
         constants = {
@@ -323,6 +330,7 @@ class PortablePath:
             "BN": tiles.keys,
             "PAGE": r.page_size or 0,
             "MASK": {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}[r.mask],
+            **dict(of_mask[0]),
             "BOTTOM": r.causal is Causal.BOTTOM_RIGHT,
             "LEFT": left is not None,
             "RIGHT": right is not None,
@@ -343,12 +351,13 @@ class PortablePath:
             "ALIGNED": aligned,
             "EVEN": even,
             "SHORT": short,
+            "EVEN_ROWS": even_rows,
             "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
             "ROWS": rows_joined(tiles, power_of_two(r.dim_v)) if joins else 0,
         }
         signature = attend_signature(TYPES[dtype], *types)
-        run = launcher(self.chip, attend, signature, constants, num_warps=tiles.warps)
+        run = launcher(self.chip, attend, signature, constants, dict(of_mask[1]), num_warps=tiles.warps)
         self._runs[chosen] = run
         return run
 
@@ -367,15 +376,17 @@ class PortablePath:
 
 class _Chosen(NamedTuple):
     """What a kernel is compiled for, beside its request: see `attend`'s constants of these names. types: Triton's, of
-    mask, keys and values.
+    mask, keys and values. of_mask: constants of a mask, and what its address and strides are multiples of.
     """
 
     tiles: Tiles
     types: tuple[str, str, str]
+    of_mask: tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, int], ...]]
     pack: bool
     split: bool
     joins: int
     aligned: bool
     even: bool
+    even_rows: bool
     short: bool = True
     tokens: bool = False

@@ -1,0 +1,116 @@
+"""A training step of whole models on a CUDA device: a Llama and a Gemma, random weights, through hal and through SDPA.
+
+    python benchmarks/cuda_training.py [--record] [--tokens 8192] [--layers 0]
+
+A step is forward, loss, backward and a fused AdamW step in bf16, on one sequence of random tokens. The two attention
+settings take turns on the same weights in one run. Medians; lower is better. The shapes are those of Llama 3.2 1B, and
+of Gemma 3 4B with `GEMMA_LAYERS` of its 34 layers, one in six of which reads all tokens and the others 1,024;
+vocabularies are cut to `VOCABULARY` tokens, so that the loss leaves memory for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from cuda_attention import board, open_device
+from cuda_model import in_turns
+from record import parser, publish
+
+VOCABULARY = 32768
+GEMMA_LAYERS = 12
+
+
+def llama(layers: int) -> Any:
+    """Llama 3.2 1B's configuration. layers: 0 for all of them."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers or 16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+    )
+
+
+def gemma(layers: int) -> Any:
+    """Gemma 3 4B's text configuration."""
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=layers or GEMMA_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        sliding_window=1024,
+        max_position_embeddings=131072,
+    )
+
+
+MODELS: dict[str, Callable[[int], Any]] = {"Llama 3.2 1B": llama, "Gemma 3 4B": gemma}
+
+
+def trained(config: Any, tokens: int) -> dict[str, Callable[[], Any]]:
+    """One training step by attention setting, of one model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    ids = torch.randint(0, VOCABULARY, (1, tokens), device="cuda")
+
+    def step(setting: str) -> float:
+        model.set_attn_implementation(setting)
+        with torch.enable_grad():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return {setting: partial(step, setting) for setting in ("hal", "sdpa")}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, default=8192)
+    options.add_argument("--layers", type=int, default=0, help="layers of each model; 0 for as many as the table says")
+    options.add_argument("--steps", type=int, default=7, help="steps of each setting that are timed")
+    chosen = options.parse_args()
+    open_device()
+    import hal_nn
+
+    hal_nn.register_huggingface()
+    rows = []
+    for name, configured in MODELS.items():
+        config = configured(chosen.layers)
+        steps = trained(config, chosen.tokens)
+        losses = {setting: step() for setting, step in steps.items()}  # one step apart, on the same tokens
+        for _ in range(2):
+            for step in steps.values():
+                step()
+        times = in_turns(chosen.steps, steps)
+        shown = [f"{times[setting] * 1e3:.1f}" for setting in ("hal", "sdpa")]
+        lost = " / ".join(f"{losses[setting]:.4f}" for setting in ("hal", "sdpa"))
+        rows.append([name, str(config.num_hidden_layers), *shown, f"{times['sdpa'] / times['hal']:.3f}", lost])
+        print(rows[-1], flush=True)
+        del steps
+        torch.cuda.empty_cache()
+    columns = ("model", "layers", "hal, ms", "sdpa, ms", "sdpa / hal", "loss of hal's first step / of sdpa's after it")
+    notes = [f"{chosen.tokens} tokens, bf16, AdamW; vocabulary of {VOCABULARY}.", board()]
+    publish(chosen, "cuda_training", "A training step", columns, rows, notes)
+
+
+if __name__ == "__main__":
+    main()

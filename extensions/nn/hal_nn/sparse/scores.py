@@ -1,0 +1,119 @@
+"""How much attention each block of keys gets from each block of queries, estimated without the product of all pairs.
+
+Every function takes query [batch, heads_q, len_q, dim] and key [batch, heads_kv, len_k, dim] and gives float32
+[batch, heads_q, query blocks, key blocks].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hal_core import AttentionRequest
+
+Kind = Literal["mean", "antidiagonal"]
+
+
+def estimated_share(
+    query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int, kind: Kind, stride: int
+) -> Tensor:
+    """Share of each query block's attention that each key block gets, estimated from squares of stride x stride pairs.
+
+    "mean": a square's score is that of the mean of its queries and the mean of its keys, which is the mean of all its
+    scores: one product of [len_q / stride, dim] and [len_k / stride, dim]. With stride = block this is the pooling of
+    MInference (Jiang et al. 2024); smaller squares tell more, and cost 1 / stride^2 of the scores of dense attention.
+
+    "antidiagonal": the mean of the scores on its antidiagonal, query position i with key position stride - 1 - i: one
+    product of [len_q / stride, stride * dim] and [len_k / stride, stride * dim], 1 / stride of the scores of dense
+    attention. Every query and every key counts once, and vertical as well as diagonal lines of large scores are seen
+    (Xu et al. 2025, XAttention, section 3.1).
+
+    Returns:
+        Means over a block's rows of squares, and sums over its columns of squares, of the softmax over all visible
+        squares: a query block's row sums to 1, or to 0 where it sees nothing.
+    """
+    batch, heads, len_q, _ = query.shape
+    if kind == "mean":
+        rows, columns, scale = _pool(query, stride), _pool(key, stride), request.effective_scale
+    else:
+        parts = _squares(query, stride), _squares(key, stride).flip(3)
+        rows, columns = (part.flatten(3) for part in parts)
+        scale = request.effective_scale / stride
+    low, high = request.band(len_q, key.shape[2])
+    out = query.new_zeros((batch, heads, -(-len_q // block_q), -(-key.shape[2] // block_k)), dtype=torch.float32)
+    per_row, per_column = block_q // stride, block_k // stride
+    group = heads // key.shape[1]
+    position = torch.arange(columns.shape[2], device=query.device) * stride
+    room = 1 << 20 if query.device.type == "cpu" else 1 << 28
+    step = max(room // max(columns.shape[2] * per_row * heads, 1), 1) * per_row  # whole blocks of rows at once
+    for start in range(0, rows.shape[2], step):
+        part = rows[:, :, start : start + step].unflatten(1, (-1, group))
+        scores = (part.flatten(2, 3) @ columns.mT).unflatten(2, (group, -1)).flatten(1, 2).mul_(scale)
+        place = torch.arange(start, start + part.shape[3], device=query.device).unsqueeze(1) * stride
+        if high is not None:
+            scores.masked_fill_(position > place + stride - 1 + high, -math.inf)
+        if low is not None:
+            scores.masked_fill_(position + stride - 1 < place + low, -math.inf)
+        scores = scores.softmax(-1, dtype=torch.float32)
+        if (low, high) != (None, None):
+            scores.nan_to_num_(0.0)  # rows that see nothing
+        short = -scores.shape[2] % per_row, -scores.shape[3] % per_column
+        if any(short):
+            scores = torch.nn.functional.pad(scores, (0, short[1], 0, short[0]))
+        sums = scores.unflatten(3, (-1, per_column)).sum(-1).unflatten(2, (-1, per_row)).mean(3)
+        first = start // per_row
+        out[:, :, first : first + sums.shape[2], : sums.shape[3]] = sums
+    return out
+
+
+def box_bound(query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
+    """The most that a score of a block can be, by the least and the largest value of its keys in each dimension.
+
+    The maximum over the rows of a query block: meant for decoding, where a block has one row.
+
+    Source: Tang et al. 2024 (Quest), section 3.3.
+    """
+    bounds = row_bounds(query, key, request, block_k)
+    short = -bounds.shape[2] % block_q
+    bounds = torch.nn.functional.pad(bounds, (0, 0, 0, short), value=-math.inf)
+    largest: Tensor = bounds.unflatten(2, (-1, block_q)).amax(3)
+    return largest
+
+
+def row_bounds(query: Tensor, key: Tensor, request: AttentionRequest, block_k: int) -> Tensor:
+    """`box_bound` of every row, [batch, heads_q, len_q, key blocks], float32 or float64."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key = key.to(dtype)
+    short = -key.shape[2] % block_k
+    least = torch.nn.functional.pad(key, (0, 0, 0, short), value=math.inf).unflatten(2, (-1, block_k)).amin(3)
+    largest = torch.nn.functional.pad(key, (0, 0, 0, short), value=-math.inf).unflatten(2, (-1, block_k)).amax(3)
+    rows = query.to(dtype) * request.effective_scale
+    least, largest = (_repeat(each, query.shape[1]).mT for each in (least, largest))
+    bound: Tensor = rows.clamp(min=0) @ largest + rows.clamp(max=0) @ least
+    return bound
+
+
+def _pool(tensor: Tensor, size: int) -> Tensor:
+    """Means of blocks along the length, [batch, heads, blocks, dim], float32; of the last block's own rows."""
+    length = tensor.shape[2]
+    full = length // size
+    means: Tensor = tensor[:, :, : full * size].unflatten(2, (full, size)).mean(3, dtype=torch.float32)
+    if full * size == length:
+        return means
+    return torch.cat([means, tensor[:, :, full * size :].mean(2, keepdim=True, dtype=torch.float32)], 2)
+
+
+def _squares(tensor: Tensor, stride: int) -> Tensor:
+    """[batch, heads, length / stride, stride, dim], the last one filled up with zeros."""
+    short = -tensor.shape[2] % stride
+    if short:
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, short))
+    squares: Tensor = tensor.unflatten(2, (-1, stride))
+    return squares
+
+
+def _repeat(tensor: Tensor, heads: int) -> Tensor:
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)

@@ -1,0 +1,81 @@
+"""A model's linear and convolutional layers put on a photonic device, all but those that are named."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from hal_core.plugin_api import ContractError
+
+from .layers import DeviceProduct, Multiply, OpticalLayer, Settings, can_convert, optical_layer
+
+
+def to_optics(
+    model: nn.Module,
+    device: str | Multiply,
+    *,
+    digital: Sequence[str] = (),
+    passes: int = 1,
+) -> nn.Module:
+    """A copy of a model whose linear and convolutional layers run on a photonic device.
+
+        optical = hal_photonics.to_optics(model, "lightmatter:0", digital=["classifier"], passes=4)
+
+    Names, parameters and state dict stay. Gradients are straight-through (`OpticalLayer`), so the copy can be trained.
+
+    Args:
+        model: anything with `nn.Linear` or ungrouped `nn.Conv2d` layers; it is left as it is.
+        device: the id of a photonic device, or a product of one's own.
+        digital: names of layers, or patterns ("encoder.*"), that stay as they are.
+        passes: of the optics, averaged, in every layer.
+
+    Raises:
+        ContractError: a name that fits no layer, with the closest ones; passes that no chip has; no layer to convert.
+    """
+    from ..simulator.core import check_options
+
+    check_options(passes, None)
+    named = dict(model.named_modules())
+    names = [name for name, module in named.items() if can_convert(module)]
+    if not names:
+        raise ContractError(f"{type(model).__name__} has no nn.Linear or ungrouped nn.Conv2d layer to convert")
+    stay = matching(names, digital)
+    multiply = DeviceProduct(device) if isinstance(device, str) else device
+    settings = Settings(passes=passes)
+    if names == [""]:  # the model is one layer
+        return copy.deepcopy(model) if stay else optical_layer(copy.deepcopy(model), multiply, settings)
+    result = copy.deepcopy(model)
+    for name in names:
+        if name not in stay:
+            parent, _, last = name.rpartition(".")
+            setattr(result.get_submodule(parent), last, optical_layer(result.get_submodule(name), multiply, settings))
+    return result
+
+
+def optical_layers(model: nn.Module) -> Iterator[tuple[str, OpticalLayer]]:
+    """(name, layer) of the layers that run on the optics, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, OpticalLayer):
+            yield name, module
+
+
+def matching(names: Sequence[str], wanted: Sequence[str]) -> frozenset[str]:
+    """The names that the wanted ones, or patterns among them, mean.
+
+    Raises:
+        ContractError: one that means none, with the closest names.
+    """
+    found: set[str] = set()
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        if hits := [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]:
+            found.update(hits)
+            continue
+        close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:3])
+        raise ContractError(
+            f"layer {pattern!r} was given: there is none of that name; the closest are {', '.join(close)}"
+        )
+    return frozenset(found)

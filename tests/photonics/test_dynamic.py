@@ -1,0 +1,80 @@
+"""The dynamically operated design: its published latency and energy, and its figures from the device library."""
+
+from __future__ import annotations
+
+import pytest
+from hal_photonics.backend import BUNDLED
+from hal_photonics.cost import Cost, attention_cost, efficiency, encoder_cost, product_cost, throughput
+from hal_photonics.profiles.profile import load
+from hal_photonics.simulator.components import LIGHTENING_BASE, component_power
+from hal_photonics.simulator.dynamic import PARTS
+from hal_simulation import ProductSize
+
+from hal_core import AttentionRequest
+
+#: Tokens, width, heads, bits: mJ and ms of the published simulator of the base design, with all optimisations.
+PUBLISHED = {
+    ("DeiT-T", 197, 192, 3, 4): (0.38430, 0.019353),
+    ("DeiT-T", 197, 192, 3, 8): (1.20547, 0.019437),
+    ("DeiT-B", 197, 768, 12, 4): (5.43715, 0.265279),
+    ("DeiT-B", 197, 768, 12, 8): (16.98198, 0.265615),
+    ("BERT-base, 128", 128, 768, 12, 4): (3.95167, 0.167447),
+    ("BERT-base, 128", 128, 768, 12, 8): (11.76653, 0.167463),
+    ("BERT-base, 384", 384, 768, 12, 4): (9.32392, 0.516114),
+    ("BERT-base, 384", 384, 768, 12, 8): (30.53457, 0.516130),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case[0]}, {case[4]} bit")
+def test_latency_and_energy_are_the_published_ones(case: tuple[str, int, int, int, int]) -> None:
+    name, tokens, dim, heads, bits = case
+    profile = load(BUNDLED / f"lightening-{bits}.toml")
+    costs = [encoder_cost(profile, tokens=tokens, dim=dim, heads=heads, layers=12)]
+    if name.startswith("DeiT"):  # the patches' embedding and the classifier
+        costs += [product(profile, 196, 768, dim), product(profile, 1, dim, 1000)]
+    joules, seconds = (sum(getattr(cost, part) for cost in costs) for part in ("energy", "time"))
+    assert joules * 1e3 == pytest.approx(PUBLISHED[case][0], rel=0.02)
+    assert seconds * 1e3 == pytest.approx(PUBLISHED[case][1], rel=0.02)
+
+
+def product(profile: object, rows: int, length: int, outputs: int) -> Cost:
+    return product_cost(profile, ProductSize(1, rows, outputs, length, "float32"), resident=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_profiles_events_are_those_of_the_device_library(bits: int) -> None:
+    profile, library = load(BUNDLED / f"lightening-{bits}.toml"), LIGHTENING_BASE
+    watts = component_power(library, bits)
+    inputs = library.wavelengths * library.cores * (library.height * library.tiles + library.width)
+    readouts = library.tiles * library.height * library.width
+    each = {"laser": library.tiles * library.cores, "DAC": inputs, "modulators": inputs, "ADC": readouts}
+    keys = {"laser": "laser", "DAC": "dac", "modulators": "modulator", "ADC": "adc"}
+    for part, count in each.items():
+        wanted = watts[part] / count / library.clock
+        assert profile[f"dot.{keys[part]}_energy"] == pytest.approx(wanted, rel=1e-3), part
+    total = profile["power.electrical"] + profile["power.laser"] / profile["power.laser_efficiency"]
+    assert total == pytest.approx({4: 14.75, 8: 50.94}[bits], rel=0.01)
+
+
+def test_every_part_is_listed_and_they_add_up() -> None:
+    profile = load(BUNDLED / "lightening-8.toml")
+    cost = encoder_cost(profile, tokens=128, dim=768, heads=12, layers=12)
+    assert set(PARTS) <= set(cost.joules)
+    assert all(cost.joules[part] > 0 for part in PARTS)
+    assert cost.energy == pytest.approx(sum(cost.joules.values()))
+    assert cost.macs == 12 * (128 * 12 * 768 * 768 + 2 * 128 * 128 * 768)
+
+
+def test_passes_multiply_the_optics_of_a_dynamic_design() -> None:
+    profile = load(BUNDLED / "lightening-8.toml")
+    request = AttentionRequest(1, 4, 4, 96, 96, 48, 48, "float32", options=(("passes", 3),))
+    once = attention_cost(profile, request.__class__(1, 4, 4, 96, 96, 48, 48, "float32"), host=False)
+    thrice = attention_cost(profile, request, host=False)
+    assert thrice.time == pytest.approx(3 * once.time)
+    assert thrice.energy == pytest.approx(3 * once.energy)
+
+
+def test_the_measured_analog_chip_has_its_published_throughput_and_efficiency() -> None:
+    profile = load(BUNDLED / "hermes.toml")
+    assert throughput(profile) == pytest.approx(16.1e12, rel=0.01)
+    assert efficiency(profile) == pytest.approx(2.48e12, rel=0.01)
