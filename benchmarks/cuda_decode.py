@@ -30,6 +30,7 @@ from cuda_attention import DEVICE, Bench, conditions, normal
 from hal_cuda.calibrate import read_bandwidth
 from hal_cuda.discovery import Chip
 from hal_cuda.kernels.portable import launch
+from hal_cuda.kernels.portable.mask_tiles import mask_constants, mask_steps
 from hal_cuda.kernels.portable.schedule import MOST_JOINED
 from hal_cuda.memory import StreamWorkspaces
 from hal_cuda.runtime.context import Context
@@ -155,7 +156,8 @@ def _compile(kernel: tuple[AttentionRequest, Tiles, bool, int], chip: Chip) -> s
             path = launch.PortablePath(request, context)
             types = ("u8", *_types(request))
             tokens = request.cache_dtype is not None
-            chosen = launch._Chosen(tiles, types, True, split, joins, True, False, True, tokens)
+            of_mask = tuple(mask_constants(None).items()), tuple(mask_steps(None).items())
+            chosen = launch._Chosen(tiles, types, of_mask, True, split, joins, True, False, False, True, tokens)
             path._kernel(chosen, torch.bfloat16)
     except Exception as error:
         return f"{tiles}: {error}"

@@ -64,6 +64,8 @@ def refusals(request: AttentionRequest, capability: tuple[int, int], tested: boo
         (not 1e-6 <= r.effective_scale <= 1e6, "scale", str(r.scale), "a scale from 1e-6 to 1e6", ""),
         (r.packed, "packed", "packed lengths", "padded batches", ""),
         (r.page_size is not None, "page_size", str(r.page_size), "no pages", ""),
+        (r.used, "used", "used lengths", "all keys", ""),
+        (r.cache_dtype is not None, "cache_dtype", str(r.cache_dtype), "the query's dtype", ""),
         (r.block_plan is not None, "block_plan", str(r.block_plan), "dense", ""),
         (r.tiling is not None, "tiling", str(r.tiling), "its own tiling", "leave tiling= out"),
         (bool(r.grads), "backward", f"gradients of {', '.join(sorted(r.grads))}", "forward alone", "use no_grad()"),

@@ -125,8 +125,8 @@ def attend(
     LSE: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
     SHORT: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
     PDL: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -153,10 +153,10 @@ def attend(
     """
     if ALIGNED:
         q_d, k_d, v_d = 1, 1, 1
-    if MASK_UNIT:
-        mask_n = 1
     if SHORT:
         k_n, v_n = k_n.to(tl.int32), v_n.to(tl.int32)
+    if MASK_UNIT:
+        mask_n = 1
     pid = tl.program_id(0)
     tile, split = pid, 0
     if SPLIT:

@@ -288,10 +288,10 @@ class PortablePath:
             arguments, seed = [None] * OTHERS + arguments, seed + OTHERS
         unit, even = aligned(query, key, value), not pack and whole_tiles(r, len_k, tiles.keys)
         types = ("u8" if mask is None else TYPES[mask.dtype], TYPES[key.dtype], TYPES[value.dtype])
-        short = key.shape[2] * max(key.stride(2), value.stride(2)) < 1 << 31
         of_mask = tuple(mask_constants(mask).items()), tuple(mask_steps(mask).items())
         rows = tiles.rows if plan is None else plan.block_q
         even_rows = not pack and not r.packed and not len_q % rows and not rows % tiles.rows
+        short = key.shape[2] * max(key.stride(2), value.stride(2)) < 1 << 31
         chosen = _Chosen(
             tiles, types, of_mask, pack, split, at_once, unit, even, even_rows, short, scaled_tokens(tables)
         )
@@ -350,8 +350,8 @@ class PortablePath:
             "JOIN": joins,
             "ALIGNED": aligned,
             "EVEN": even,
-            "EVEN_ROWS": even_rows,
             "SHORT": short,
+            "EVEN_ROWS": even_rows,
             "PDL": split and not joins and dependent_launch(self.chip),
             "STAGES": tiles.stages,
             "ROWS": rows_joined(tiles, power_of_two(r.dim_v)) if joins else 0,

@@ -37,6 +37,8 @@ def refusals(request: AttentionRequest) -> Iterator[Refusal]:
         (r.dropout > 0, "dropout", str(r.dropout), "no dropout"),
         (r.packed, "packed", "packed lengths", "padded batches"),
         (r.page_size is not None, "page_size", str(r.page_size), "no pages"),
+        (r.used, "used", "used lengths", "all keys"),
+        (r.cache_dtype is not None, "cache_dtype", str(r.cache_dtype), "the query's dtype"),
         (r.block_plan is not None, "block_plan", str(r.block_plan), "dense"),
         (r.tiling is not None, "tiling", str(r.tiling), "its own tiling"),
         (bool(r.grads), "backward", f"gradients of {', '.join(sorted(r.grads))}", "forward alone"),
