@@ -136,7 +136,7 @@ def test_an_encoder_decoder_of_text(folder, text):
 
 def test_an_encoder_decoder_is_given_the_text_one_position_late(folder, text):
     model = models.load(str(folder(transformers.T5ForConditionalGeneration, T5)), "float32")
-    batch = measure._batches(model, texts.read([text]), 3, None).batches[-1]
+    batch = measure.batches_of(model, texts.read([text]), 3, None).batches[-1]
     given = batch.inputs("cpu", torch.float32)
     assert given["decoder_input_ids"][:, 0].tolist() == [0] * len(batch.ids)
     assert torch.equal(given["decoder_input_ids"][:, 1:], given["input_ids"][:, :-1])
@@ -210,7 +210,7 @@ def test_wav_files_of_every_width(sounds):
 
 def test_sound_is_resampled_to_the_models_rate(folder, sounds):
     model = models.load(str(folder(transformers.Wav2Vec2ForCTC, WAV2VEC2, extractor())), "float32")
-    shapes = {tuple(batch.features["input_values"].shape) for batch in measure._batches(
+    shapes = {tuple(batch.features["input_values"].shape) for batch in measure.batches_of(
         model, media.read([sounds], media.SOUNDS, "wav files"), 2, None).batches}  # fmt: skip
     assert shapes == {(2, 2400), (2, 1800)}
 

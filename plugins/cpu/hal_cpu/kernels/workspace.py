@@ -186,12 +186,12 @@ class BlockParts(NamedTuple):
         assert request.block_plan is not None
         wide, group = _wide(request), request.heads_q // max(request.heads_kv, 1)
         block_q, block_k, most = request.block_plan
-        block_q, most = max(min(block_q, request.len_q), 1), min(most, sizes.blocks_k)
+        block_q = max(min(block_q, request.len_q), 1)
         rows, all_rows = sizes.at_once * sizes.rows, sizes.blocks_q * sizes.rows
         # A pattern for each query head gathers the keys of its group's other heads too.
         gathered, keys = sizes.at_once * group * sizes.keys, sizes.blocks_k * block_k
         copied = not reads_in_place(request) or request.len_k % block_k != 0
-        listed = sizes.blocks_q * most
+        listed = sizes.blocks_q * most  # whole lists: of a short sequence's, any entries may count
         later = (
             rows * sizes.keys,
             rows * sizes.keys if request.softcap is not None else 0,

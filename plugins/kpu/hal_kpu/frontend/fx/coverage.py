@@ -173,9 +173,8 @@ class Coverage:
         ]
         if not self.graphs:
             return ["torch.compile sent no graph: all of it ran on the host, as nn.LSTM does", *left]
-        if not self.whole:
-            left.append("outside of compiled graphs: not seen; `with hal_kpu.measure()` counts it")
-        return [head, basis, *joined, *(left or ["on the host: nothing"])]
+        unseen = ["outside of compiled graphs: not seen; `with hal_kpu.measure()` counts it"]
+        return [head, basis, *joined, *(left or ["on the host: nothing"]), *([] if self.whole else unseen)]
 
     def table(self) -> Any:
         """A rich table."""
