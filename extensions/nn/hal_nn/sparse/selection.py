@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -15,7 +16,7 @@ from hal_core import AttentionRequest, BlockPlan, ContractError
 MOST_SPARSITY = 0.95
 
 
-class SparseTiling:
+class SparseTiling(abc.ABC):
     """What the sparse tilings have in common; a subclass gives `plan`.
 
     Args:
@@ -51,6 +52,7 @@ class SparseTiling:
         """Views of [batch, heads, length, dim] along its length; the last one may be shorter."""
         return list(tensor.split(tile_size, dim=2))
 
+    @abc.abstractmethod
     def plan(
         self,
         request: AttentionRequest,
@@ -60,7 +62,6 @@ class SparseTiling:
         key: Tensor | None = None,
     ) -> BlockPlan:
         """The plan of a call; `query` and `key` are given to a tiling that reads content."""
-        raise NotImplementedError
 
     def shape(self, request: AttentionRequest) -> tuple[int, int]:
         """(query blocks, key blocks)."""
