@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 #: For annotations: torch itself is imported when a tensor arrives.
 Tensor: TypeAlias = "torch.Tensor"
-DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 class MaskKind(enum.StrEnum):
@@ -135,7 +135,11 @@ class AttentionRequest(Record):
     def bytes_moved(self) -> int:
         """Fewest bytes: query, key and value read once, output written once."""
         size = DTYPE_BYTES.get(self.dtype, 4)
-        bits = 4 if self.cache_dtype == "int4" else 8 * DTYPE_BYTES.get(self.cache_dtype or self.dtype, size)
+        bits = (
+            4
+            if self.cache_dtype == "int4"
+            else 8 * DTYPE_BYTES.get(self.cache_dtype or self.dtype, 1 if self.cache_dtype else size)
+        )
         tokens = 8 * self.heads_q * self.len_q * size + self.heads_kv * self.len_k * bits
         return self.batch * tokens * (self.dim_qk + self.dim_v) // 8
 

@@ -50,6 +50,14 @@ def quantize_cache(
 
     Source: Liu et al. 2024 (KIVI): keys have outliers in fixed channels, values in tokens; without its zero points.
     """
+    shapes = [tuple(getattr(given, "shape", ())) for given in (key, value)]
+    refuse(
+        (
+            any(len(shape) != 4 for shape in shapes) or shapes[0][:3] != shapes[1][:3],
+            f"keys of shape {list(shapes[0])} and values of {list(shapes[1])} were given: use tensors of "
+            "[batch, heads_kv, length, dim] that differ in dim alone",
+        )
+    )
     refuse(
         (dtype not in LARGEST_CODE, f"cache dtype {dtype!r} was given: use {', '.join(LARGEST_CODE)}"),
         (values not in ("token", "head"), f"values {values!r} was given: use 'token' or 'head'"),

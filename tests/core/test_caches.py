@@ -63,3 +63,16 @@ def test_zeros_and_pages_have_scales() -> None:
 def test_what_cannot_be_quantized_is_one_sentence(options: dict[str, Any], said: str) -> None:
     with pytest.raises(hal.ContractError, match=said):
         hal.quantize_cache(torch.randn(1, 1, 4, 7), torch.randn(1, 1, 4, 7), **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (torch.randn(1, 2, 300, 8), torch.randn(1, 2, 10, 8)),
+        (torch.randn(2, 30, 8), torch.randn(2, 30, 8)),
+        ([1.0], [2.0]),
+    ],
+)
+def test_keys_and_values_that_are_no_cache_are_refused(key, value):
+    with pytest.raises(hal.ContractError, match=r"use tensors of \[batch, heads_kv, length, dim\]"):
+        hal.quantize_cache(key, value, "int8")

@@ -230,3 +230,30 @@ def test_a_grouped_product_is_counted_by_hand(a, b, ends, macs) -> None:
     offs = torch.tensor([total // 3, total // 3, total], dtype=torch.int32) if ends else None
     packet = torch.ops.aten._grouped_mm
     assert FORMULAS[packet](torch.ones(a), torch.ones(b), offs) == macs
+
+
+def test_the_last_call_is_one_call_with_gradients_and_without() -> None:
+    compiled, x = torch.compile(nn.Linear(16, 32), backend="kpu_transactional"), torch.randn(4, 16)
+
+    def cycles(gradients: bool) -> int:
+        with torch.set_grad_enabled(gradients):
+            out = compiled(x)
+        if gradients:
+            out.sum().backward()
+        return get_last_stats().cycles
+
+    without, training = cycles(False), cycles(True)
+    assert [cycles(True), cycles(False), cycles(False), cycles(True)] == [training, without, without, training]
+
+
+def test_a_layer_that_torch_runs_whole_is_counted_and_nothing_is_no_share() -> None:
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(3, 5, 16)
+    with torch.no_grad(), measure() as measured:
+        torch.compile(layer, backend="kpu")(x)
+    coverage = measured.coverage()
+    assert coverage.macs == 3 * (5 * 16 * (48 + 16 + 2 * 32) + 2 * 5 * 5 * 16)
+    assert coverage.kpu_macs == 0
+    assert coverage.rows()[1][-1] == "0.0%"
+    with measure() as measured:
+        pass
+    assert measured.coverage().rows()[1][-1] == "-"

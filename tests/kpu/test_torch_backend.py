@@ -193,9 +193,9 @@ def test_macs_left_to_the_host_are_counted_there():
     assert (coverage.macs, coverage.kpu_macs) == (3 * 4 * 5, 0)
 
 
-def test_threads_that_run_one_model_do_not_mix(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)  # threads at once may compile more often than once
+def test_threads_that_run_one_model_do_not_mix():
     """Each call of eight threads gets its own result; all calls are counted."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # threads at once may compile more often than once
     model = Mixed()
     compiled = torch.compile(model, backend="kpu", dynamic=True)
     inputs = [torch.randn(rows, 6) for rows in range(2, 10)]

@@ -296,3 +296,11 @@ def test_eight_threads_give_what_one_gives() -> None:
 
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(run, range(8)))
+
+
+@pytest.mark.parametrize("shapes", [((0, 4, 8), (0, 4, 8)), ((2, 0, 8), (2, 5, 8))])
+def test_nothing_gives_nothing_and_its_weights(shapes):
+    query, key = (torch.randn(shape) for shape in shapes)
+    ours, theirs = PhotonicMultiHeadAttention(8, 2, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+    got, want = ours(query, key, key), theirs(query, key, key)
+    assert [t.shape for t in got] == [t.shape for t in want]

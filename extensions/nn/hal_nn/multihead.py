@@ -256,9 +256,10 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(query @ key^T / sqrt(head_dim) + mask), [batch, heads, len_q, len_k]; 0 in rows without a key."""
     batch, heads, rows, size = query.shape
-    operands = query.reshape(batch * heads, rows, size), key.reshape(batch * heads, -1, size).transpose(1, 2)
+    keys = key.shape[2]
+    operands = query.reshape(batch * heads, rows, size), key.reshape(batch * heads, keys, size).transpose(1, 2)
     start = query.new_empty((1, 1, 1))  # ignored: one operator for the product and its scale
-    scores = torch.baddbmm(start, *operands, beta=0, alpha=1 / math.sqrt(size)).view(batch, heads, rows, -1)
+    scores = torch.baddbmm(start, *operands, beta=0, alpha=1 / math.sqrt(size)).view(batch, heads, rows, keys)
     if mask is None:
         return scores.softmax(-1)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask

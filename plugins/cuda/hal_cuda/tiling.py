@@ -268,7 +268,7 @@ def _work(request: AttentionRequest, tiles: Tiles, len_q: int, len_k: int, batch
         keys=_keys_read(request, len_q, len_k, tiles.keys),
         dim_qk=power_of_two(request.dim_qk),
         dim_v=power_of_two(request.dim_v),
-        bits=4 if cache == "int4" else 8 * DTYPE_BYTES[cache or request.dtype],
+        bits=4 if cache == "int4" else 8 * DTYPE_BYTES.get(cache or request.dtype, 1),
         size=size,
         cache=cache,
     )

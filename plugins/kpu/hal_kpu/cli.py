@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .simulator.report import Report
     from .simulator.stats import ExecutionStats
 
-_SHAPE, _MACHINE = "1,8,512,64", "t64"
+_SHAPE = "1,8,512,64"
 _DTYPES = ("float32", "bfloat16", "float16")
 _PRODUCTS = ("float32", "float16", "int8", "int32")
 _FIDELITIES = ("transactional", "cycle_accurate")
@@ -34,7 +34,7 @@ def add_commands(subparsers: Any) -> None:
     yes = {"action": "store_true"}
     machine = (
         "--profile",
-        {"default": _MACHINE, "metavar": "NAME|FILE", "help": "of the machine (default %(default)s)"},
+        {"metavar": "NAME|FILE", "help": "of the machine (default HAL_KPU_PROFILE, or t64)"},
     )
     memory = (
         "--profile",
@@ -93,7 +93,10 @@ def add_commands(subparsers: Any) -> None:
                 *array,
                 (
                     "--profile",
-                    {"metavar": "NAME|FILE", "help": "of the machine (default t64; for a product as gemm's)"},
+                    {
+                        "metavar": "NAME|FILE",
+                        "help": "of the machine (default HAL_KPU_PROFILE, or t64; for a product as gemm's)",
+                    },
                 ),
                 dtype,
                 fidelity,
@@ -174,12 +177,12 @@ def _product(
 
 
 def _attention(options: argparse.Namespace) -> CommandResult:
-    from .profiles.profile import load
+    from .runtime.settings import current_profile
     from .simulator.attention.baseline import compare
     from .simulator.energy import energy
     from .simulator.report import report
 
-    profile, request = load(options.profile or _MACHINE), _request(options)
+    profile, request = current_profile(options.profile), _request(options)
     options.progress("fused and unfused", 0.0)
     found = compare(profile, request, options.fidelity)
     made = report(f"attention, {request.describe()}", found.fused, profile)
@@ -218,12 +221,12 @@ def _trace(options: argparse.Namespace) -> CommandResult:
 
 def _fused(options: argparse.Namespace) -> tuple[str, ExecutionStats, Profile]:
     """(title, counters, profile) of fused attention."""
-    from .profiles.profile import load
+    from .runtime.settings import current_profile
     from .simulator.attention.baseline import run
     from .simulator.attention.program import fused
     from .simulator.stats import new_stats
 
-    profile, request = load(options.profile or _MACHINE), _request(options)
+    profile, request = current_profile(options.profile), _request(options)
     stats = new_stats(profile, options.fidelity)
     stats.add(run(fused(profile, request), profile, options.fidelity), "attention")
     return f"attention, {request.describe()}", stats, profile
@@ -233,7 +236,7 @@ def _request(options: argparse.Namespace) -> AttentionRequest:
     """The attention call that the options describe."""
     from hal_core.plugin_api import AttentionRequest, Causal
 
-    from .profiles.profile import load
+    from .runtime.settings import current_profile
     from .tiling import Blocks, longest_head, room
 
     batch, heads, length, dim = _numbers(options.shape, "--shape", 4, "batch,heads,length,head_dim")
@@ -241,7 +244,7 @@ def _request(options: argparse.Namespace) -> AttentionRequest:
     if kv_heads < 1 or keys < 1 or heads % kv_heads:
         given = f"{heads} query heads, {kv_heads} key heads and {keys} keys were given"
         raise ContractError(f"{given}: use 1 or more of each, and query heads that are a multiple of key heads")
-    profile = load(options.profile or _MACHINE)
+    profile = current_profile(options.profile)
     if room(Blocks.of(profile, options.dtype), dim, dim) > profile.count("buffers.l3"):
         most = longest_head(profile, options.dtype)
         raise ContractError(f"head_dim {dim} was given: {profile.name} holds {most} at most in {options.dtype}")

@@ -147,7 +147,12 @@ class Coverage:
         names = {"nodes": ("nodes", "operators"), "macs": ("macs", "MACs"), "bytes": ("bytes", "bytes")}
         shares = self.shares
         lines = [
-            [title, f"{getattr(self, f'kpu_{name}'):,}", f"{getattr(self, name):,}", self._percent(shares[name])]
+            [
+                title,
+                f"{getattr(self, f'kpu_{name}'):,}",
+                f"{getattr(self, name):,}",
+                self._percent(shares[name]) if getattr(self, name) else "-",
+            ]
             for name, title in names.values()
         ]
         times = [f"{self.kpu_seconds:.3g} s", f"{self.seconds:.3g} s", self._percent(shares["time"])]
@@ -235,6 +240,13 @@ def compiled_callable() -> Any:
     return None if found is None else found.f_locals.get("fn")
 
 
+def _begins_again(first: GraphRecord, graph: GraphRecord) -> bool:
+    """Whether a graph is the one that began the last call, or the same code with gradients where that had none."""
+    if graph is first:
+        return True
+    return graph.kind != "backward" and graph.frame == first.frame and graph.kind != first.kind
+
+
 class Recorder:
     """Keeps the runs of the last call of a compiled model, and of every `measure` that is open.
 
@@ -253,7 +265,7 @@ class Recorder:
         entered = compiled_callable() if run.graph.kind != "backward" else None
         with self._lock:
             another = entered is not None and self._callable() is not entered
-            if another or (self._last and self._last[0].graph is run.graph):
+            if another or (self._last and _begins_again(self._last[0].graph, run.graph)):
                 self._last = []
             if another:
                 self._callable = weakref.ref(entered)

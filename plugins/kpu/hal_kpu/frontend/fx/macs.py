@@ -43,6 +43,7 @@ def _attention_gradients(grad: Tensor, query: Tensor, key: Tensor, value: Tensor
 FORMULAS: dict[Any, Callable[..., int]] = {
     aten._int_mm: lambda a, b, *_, **__: a.shape[0] * a.shape[1] * b.shape[1],
     aten._grouped_mm: _grouped,
+    aten._addmm_activation: lambda start, a, b, **_: a.shape[0] * a.shape[1] * b.shape[1],
     aten.mv: lambda a, x: a.numel(),
     aten.addmv: lambda start, a, x, **_: a.numel(),
     aten.dot: lambda a, b: a.numel(),
@@ -62,6 +63,10 @@ def macs_of(operator: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out)) // 2
     return None
+
+
+#: Operators of torch that are whole layers inside.
+_WHOLE_LAYERS = frozenset({aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default})
 
 
 class Work:
@@ -128,7 +133,7 @@ class Counting(TorchDispatchMode):
         """The result of an operator that is made of others, which are counted; NotImplemented where it is not."""
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
-        if func.namespace in ("aten", "prim", "prims"):
+        if func.namespace in ("aten", "prim", "prims") and func not in _WHOLE_LAYERS:
             with self:
                 return func.decompose(*args, **kwargs)
         keys = [torch._C.DispatchKey.CPU, torch._C.DispatchKey.CompositeExplicitAutograd]
