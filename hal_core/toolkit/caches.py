@@ -50,12 +50,11 @@ def quantize_cache(
 
     Source: Liu et al. 2024 (KIVI): keys have outliers in fixed channels, values in tokens; without its zero points.
     """
-    shapes = [tuple(getattr(given, "shape", ())) for given in (key, value)]
     refuse(
         (
-            any(len(shape) != 4 for shape in shapes) or shapes[0][:3] != shapes[1][:3],
-            f"keys of shape {list(shapes[0])} and values of {list(shapes[1])} were given: use tensors of "
-            "[batch, heads_kv, length, dim] that differ in dim alone",
+            any(len(getattr(given, "shape", ())) != 4 for given in (key, value)) or key.shape[:3] != value.shape[:3],
+            f"keys of shape {list(getattr(key, 'shape', ()))} and values of {list(getattr(value, 'shape', ()))} were "
+            "given: use tensors of [batch, heads_kv, length, dim] that differ in dim alone",
         )
     )
     refuse(
@@ -83,8 +82,7 @@ def codes_of(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
     """The codes of a cache dtype nearest to numbers [..., dim] over `scale`, which broadcasts to them."""
     import torch
 
-    limit = LARGEST_CODE[dtype]
-    codes = (numbers.detach().float() / scale).clamp(-limit, limit)
+    codes = (numbers.detach().float() / scale).clamp(-LARGEST_CODE[dtype], LARGEST_CODE[dtype])
     if dtype.startswith("float8"):
         return codes.to(getattr(torch, dtype))
     codes = codes.round().to(torch.int8)
