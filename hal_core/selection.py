@@ -11,7 +11,7 @@ from .capability import Capabilities, Code, Range, Refusal, listing
 from .decision import FORMAT, Candidate, Decision, Policy, PolicyChoice, figure_text
 from .device_info import Basis, Device, Fidelity, Provenance, Quantity
 from .errors import ContractError, DeviceUnavailableError, PluginError, refuse
-from .plans import BlockPlan
+from .plans import BlockPlan, TilePlan
 from .plugins import failed
 from .registry import registry
 from .request import AttentionRequest
@@ -81,6 +81,30 @@ def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabiliti
     if isinstance(plan, BlockPlan):
         return replace(request, block_plan=(plan.block_q, plan.block_k, plan.indices.shape[-1]))
     return replace(request, tiling=(tiling.name, plan.block_q, plan.block_k))
+
+
+def checked_plan(
+    tiling: Any, request: AttentionRequest, *, capabilities: Capabilities, **content: Any
+) -> TilePlan | BlockPlan:
+    """A tiling's plan within the device's bounds, its tiles checked for coverage. `content`: query and key, where the
+    tiling reads them.
+    """
+    plan: TilePlan | BlockPlan = tiling.plan(request, tiling_limits(capabilities), **content)
+    if isinstance(plan, TilePlan):
+        plan.check(tiling.name)
+    return plan
+
+
+def plan_text(request: AttentionRequest, decision: Decision) -> str:
+    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen or nothing is cut."""
+    if decision.chosen is None or request.block_plan is not None or request.packed or request.page_size is not None:
+        return ""
+    capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
+    brought = decision.policy.tiling
+    cut, tiling = cut_request(request, brought, capabilities), brought or registry.session(decision.chosen).tiling
+    if cut.block_plan is not None:
+        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
+    return f"{checked_plan(tiling, cut, capabilities=capabilities)} ({tiling.name})"
 
 
 def _candidate(

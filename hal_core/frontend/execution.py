@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from time import monotonic, perf_counter
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from ..options import Meter, meter_var, watch
 from ..plans import BlockPlan, TilePlan
 from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
-from ..selection import cut_request, tiling_limits
+from ..selection import checked_plan, cut_request
 from .operands import GRADS, Operands
 from .validation import check_tables
 
@@ -49,7 +49,8 @@ class BoundAttention:
         capabilities = self.backend.capabilities(device)
         self.tiling: Any = decision.policy.tiling if request.block_plan is None else None
         self.request = request = cut_request(request, self.tiling, capabilities)
-        self._bounds, self._kept_plan = tiling_limits(capabilities), lru_cache(_MOST_PLANS)(self._plan)
+        self._plan = partial(checked_plan, self.tiling, capabilities=capabilities)
+        self._kept_plan = lru_cache(_MOST_PLANS)(self._plan)
         self.expires = None if decision.seconds is None else monotonic() + decision.seconds
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
@@ -191,14 +192,8 @@ class BoundAttention:
         """
         request = exact(self.request, query, key)
         if self.tiling.needs_content:
-            return self.tiling.plan(request, self._bounds, query=query, key=key)  # type: ignore[no-any-return]
+            return self._plan(request, query=query, key=key)
         return self._kept_plan(request)
-
-    def _plan(self, request: AttentionRequest) -> TilePlan | BlockPlan:
-        plan: TilePlan | BlockPlan = self.tiling.plan(request, self._bounds)
-        if isinstance(plan, TilePlan):
-            plan.check(self.tiling.name)
-        return plan
 
     def metered(self, meter: Meter | watch, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter; or let it be watched."""
