@@ -5,7 +5,6 @@ The selection is read while tracing, from a mirror that Dynamo guards; the opera
 runs. Eager calls do not come through here.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .dispatch import find
 from .execution import BoundAttention
 from .operands import Operands, gradient_bits
 from .validation import head_size
-from .vmap import MappedAttention, gradient_bits as bits_of_any_level, rule
+from .vmap import gradient_bits as bits_of_any_level, rule
 
 AUTOMATIC = "automatic"
 _TENSORS = (
@@ -37,7 +36,8 @@ _STATIC = (
 _TENSOR_COUNT, _STATIC_COUNT = _TENSORS.count(",") + 1, _STATIC.count(",") + 1
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
-BACKWARDS: dict[Any, Any] = {}
+#: What is called instead of an operator inside vmap, whose transforms differentiate no operator.
+MAPPED: dict[Any, Any] = {}
 _tilings: dict[str, Any] = {}
 
 
@@ -71,7 +71,7 @@ def in_graph(
     bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         bits = bits_of_any_level((query, key, value, mask))
-        operator = partial(MappedAttention.apply, (operator, BACKWARDS[operator]))
+        operator = MAPPED[operator]
     seed = (
         torch.tensor([rng[0], rng[1]], dtype=torch.int64)
         if rng is not None
@@ -81,6 +81,8 @@ def in_graph(
     )
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
+    if isinstance(mask, Tensor):
+        mask = mask[(None,) * (4 - mask.dim())]
     causal = causal.value if isinstance(causal, Causal) else causal
     out, lse = operator(
         query,
@@ -123,9 +125,7 @@ class _Call:
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
-        given = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks or [None])
-        mask = given.mask if given.mask is None else given.mask[(None,) * (4 - given.mask.dim())]
-        self.operands = given._replace(mask=mask)
+        self.operands = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks or [None])
 
     def bound(self) -> BoundAttention:
         found = find(self.operands, self.bits, self.options, self.overrides)
@@ -225,9 +225,13 @@ def define(name: str) -> None:
         return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
 
     torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
-    OPERATORS[name] = getattr(torch.ops.hal, forward).default
-    BACKWARDS[OPERATORS[name]] = backward_operator
-    seed = _TENSOR_COUNT - 1
+    OPERATORS[name], seed = getattr(torch.ops.hal, forward).default, _TENSOR_COUNT - 1
+
+    class Mapped(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward, setup_context, backward = map(staticmethod, (OPERATORS[name], _save, differentiate))
+
+    MAPPED[OPERATORS[name]] = Mapped.apply
     torch.library.register_vmap(f"hal::{forward}", rule(OPERATORS[name], 0, seed), lib=_library)
     torch.library.register_vmap(f"hal::{backward}", rule(backward_operator, 4, seed + 4), lib=_library)
 

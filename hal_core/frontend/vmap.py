@@ -28,45 +28,16 @@ def _is_differentiated(tensor: Tensor) -> bool:
     return tensor.requires_grad or (inner and _is_differentiated(torch._C._functorch.get_unwrapped(tensor)))
 
 
-class MappedAttention(torch.autograd.Function):
-    """A forward operator and its backward operator: operators themselves have no derivative that vmap takes."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(operators: tuple[Any, Any], *arguments: Any) -> tuple[Tensor, Tensor]:
-        return operators[0](*arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        (_, ctx.backward_operator), *arguments = inputs
-        tensors = [place for place, given in enumerate(arguments) if isinstance(given, Tensor)]
-        ctx.tensors, ctx.arguments = tensors, [None if i in tensors else given for i, given in enumerate(arguments)]
-        ctx.save_for_backward(*(arguments[place] for place in tensors), *output)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        arguments = ctx.arguments.copy()
-        for place, tensor in zip(ctx.tensors, tensors, strict=True):
-            arguments[place] = tensor
-        grads = ctx.backward_operator(grad_out, grad_lse, out, lse, *arguments)
-        wanted = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[1:5], strict=True)]
-        return (None, *wanted, *(None,) * (len(arguments) - 4))
-
-
 def rule(operator: Callable[..., tuple[Tensor, ...]], first: int, seed: int) -> Callable[..., Any]:
     """What vmap does with an operator: one call with a larger batch.
 
     Args:
         first: where the query is among its arguments; a backward's gradients and results come before it.
-        seed: where the seed is, the last tensor. The gradient bits are the last argument.
+        seed: where the seed is, the last tensor.
     """
 
     def mapped(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        size, mask_at, mask = info.batch_size, first + 3, arguments[first + 3]
+        size, mask_at = info.batch_size, first + 3
         if any(t is not None for t in arguments[first + 4 : seed]):
             raise ContractError("packed, paged, scaled or block-sparse attention was mapped by vmap: loop over it")
         if arguments[seed] is not None:  # each example draws from its own seed, or all from the same
@@ -78,22 +49,17 @@ def rule(operator: Callable[..., tuple[Tensor, ...]], first: int, seed: int) -> 
             return found, (0,) * len(found)
         wide: list[Any] = [
             t if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
-            for t, d in zip(arguments[: mask_at + 1], dims[: mask_at + 1], strict=True)
+            for t, d in zip(arguments[: mask_at + 1], dims, strict=False)
         ]
-        batch = wide[first].shape[1]
-        flat = [t if t is None else t.flatten(0, 1) if t.dim() > 2 else t[0] for t in wide[:mask_at]]
+        batch, mask = wide[first].shape[1], wide[mask_at]
         if mask is not None:
-            padded = wide[mask_at][(slice(None), *(None,) * (5 - wide[mask_at].dim()))]
-            flat.append(padded.expand(-1, batch, -1, -1, -1).flatten(0, 1))
-        else:
-            flat.append(None)
-        asked = sum(1 << i for i, t in enumerate(flat[first:]) if t is not None and t.requires_grad)
-        found = operator(*flat, *arguments[mask_at + 1 : -1], arguments[-1] | asked)
+            wide[mask_at] = mask.expand(-1, batch, -1, -1, -1)
         # What is not asked for is empty, of one dimension.
+        flat = [t if t is None else t.flatten(0, 1) if t.dim() > 2 else t[0] for t in wide]
+        found = operator(*flat, *arguments[mask_at + 1 :])
         results = [t.expand(size, -1) if t.dim() == 1 else t.unflatten(0, (size, batch)) for t in found]
         if first and mask is not None and results[3].dim() > 2:  # a backward's mask broadcast over the batch
-            like = wide[mask_at].shape
-            results[3] = results[3].sum_to_size(size, *(1,) * (5 - len(like)), *like[1:]).reshape(like)
+            results[3] = results[3].sum_to_size(mask.shape)
         return tuple(results), (0,) * len(results)
 
     return mapped
