@@ -82,23 +82,20 @@ class Registry:
                 _loading.reset(token)
 
     def _add_all(self, distribution: str, backends: list[BackendSpec], kernels: list[KernelSpec]) -> None:
-        before = (dict(self._entries), dict(self._specs))
-        try:
-            for spec in backends:
-                self._add(Entry(spec, distribution))
-            for kernel_spec in kernels:
-                own = (kernel_spec, distribution)
-                if (other := self._specs.setdefault(kernel_spec.name, own)) is not own:
-                    raise PluginError(
-                        f"kernel {kernel_spec.name!r} is specified by {other[1]} and by {distribution}: one of them "
-                        "must rename its own"
-                    )
-        except BaseException:
-            self._entries, self._specs = before
-            raise
+        entries, specs = dict(self._entries), dict(self._specs)
+        for spec in backends:
+            self._add(Entry(spec, distribution), entries)
+        for kernel_spec in kernels:
+            own = (kernel_spec, distribution)
+            if (other := specs.setdefault(kernel_spec.name, own)) is not own:
+                raise PluginError(
+                    f"kernel {kernel_spec.name!r} is specified by {other[1]} and by {distribution}: one of them "
+                    "must rename its own"
+                )
+        self._entries, self._specs = entries, specs
 
-    def _add(self, entry: Entry) -> None:
-        name, other = entry.spec.name, self._entries.get(entry.spec.name)
+    def _add(self, entry: Entry, entries: dict[str, Entry]) -> None:
+        name, other = entry.spec.name, entries.get(entry.spec.name)
         if other is not None:
             by = " and by ".join(e.distribution or "a registration at run time" for e in (other, entry))
             why, fix = f"backend {name!r} is offered by {by}", "uninstall or disable one of them"
@@ -116,7 +113,7 @@ class Registry:
             written, core = (".".join(map(str, version)) for version in (entry.spec.api, API_VERSION))
             why = f"written for plugin contract {written}, this core has {core}"
             entry.failure = failed(name, entry.distribution, "api", PluginError(why), fix)
-        self._entries[name] = entry
+        entries[name] = entry
 
     def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of a hook of every working plugin."""
@@ -270,7 +267,7 @@ class Registry:
         with self._lock:
             if entry.spec.name in self._entries:
                 raise PluginError(f"backend {entry.spec.name!r} is registered already: unregister it first")
-            self._add(entry)
+            self._add(entry, self._entries)
         self.changed()
 
     def unregister(self, name: str) -> None:

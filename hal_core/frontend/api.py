@@ -15,7 +15,7 @@ from ..plans import BlockPlan
 from ..protocols import TilingStrategy
 from ..request import AttentionRequest, Causal, SequenceMetadata, Tensor
 from ..selection import check_all, decide, plan_text
-from . import dispatch, execution, inputs, torch_ops, validation, vmap
+from . import dispatch, execution, inputs, torch_ops, validation
 from .operands import Operands, gradient_bits
 
 _OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
@@ -124,7 +124,7 @@ def attention(
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
     # torch.jit.trace records the operator too, and vmap maps it.
-    if _compiling() or _tracing() or (_transform() is not None and vmap.is_mapped()):
+    if _compiling() or _tracing() or (_transform() is not None and torch_ops.is_mapped()):
         return _in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
     given = (query, key, value, attn_mask, block_plan, tables)
@@ -154,8 +154,8 @@ def _in_graph(query: Any, key: Any, value: Any, mask: Any, *others: Any) -> Any:
     """A call while torch compiles, traces, exports or maps it."""
     given, keywords = (query, key, value, mask), _keywords(*others)
     if not inputs.is_regular(given, keywords):
-        error = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
-        return inputs.attend(attention, error, given, keywords)
+        unfit = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
+        return inputs.attend(attention, unfit, given, keywords)
     if not _compiling() and _tracing() and torch.onnx.is_in_onnx_export():
         return inputs.exported(*given, keywords)
     return torch_ops.in_graph(query, key, value, mask, *others)
@@ -317,9 +317,8 @@ def _bound(found: execution.BoundAttention) -> Any:
         if needs_rng:
             rng = draw_rng(rng)
         meter = current_meter()
-        if meter is not None:
-            return found.metered(meter, found.run, (query, key, value, attn_mask, block_plan, tables, rng))
-        return found.run(query, key, value, attn_mask, block_plan, tables, rng)
+        given = (query, key, value, attn_mask, block_plan, tables, rng)
+        return found.run(*given) if meter is None else found.metered(meter, found.run, given)
 
     bound.decision = found.decision  # type: ignore[attr-defined]
     return bound
