@@ -134,7 +134,10 @@ def attention(
     except ContractError as error:
         if isinstance(error, dispatch.NoDataError):
             return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
-        return inputs.attend(attention, error, given[:4], _keywords(block_plan, named, rng, options, overrides))
+        found = inputs.attend(attention, given[:4], _keywords(block_plan, named, rng, options, overrides), error)
+        if found is None:
+            raise
+        return found
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
     if found.needs_rng:
@@ -153,9 +156,10 @@ def _keywords(block_plan: Any, named: Any, rng: Any, options: Any, overrides: An
 def _in_graph(query: Any, key: Any, value: Any, mask: Any, *others: Any) -> Any:
     """A call while torch compiles, traces, exports or maps it."""
     given, keywords = (query, key, value, mask), _keywords(*others)
-    if not inputs.is_regular(given, keywords):
-        unfit = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
-        return inputs.attend(attention, unfit, given, keywords)
+    unfit = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
+    found = inputs.attend(attention, given, keywords, unfit)
+    if found is not None:
+        return found
     if not _compiling() and _tracing() and torch.onnx.is_in_onnx_export():
         return inputs.exported(*given, keywords)
     return torch_ops.in_graph(query, key, value, mask, *others)

@@ -27,7 +27,9 @@ def _broadcast(*sizes: int) -> int:
     return size
 
 
-def as_4d(tensors: Sequence[Tensor], mask: Any, grouped: bool) -> tuple[list[Any], tuple[int, ...]]:
+def as_4d(
+    tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], mask: Any, grouped: bool
+) -> tuple[list[Any], tuple[int, ...]]:
     """Operands of two or more dimensions as [product of batch, heads, length, head_dim].
 
     Views, but where several batch dimensions are not laid out as one, and where key and value heads that differ are
@@ -39,7 +41,6 @@ def as_4d(tensors: Sequence[Tensor], mask: Any, grouped: bool) -> tuple[list[Any
     Raises:
         ValueError: they do not go together.
     """
-    shapes = [_sizes(t) for t in tensors]
     rank = max(map(len, shapes))
     wide = max(rank, 4)
     if min(map(len, shapes)) < 2 or (isinstance(mask, Tensor) and not 2 <= mask.dim() <= max(rank, 3)):
@@ -73,59 +74,52 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
         return tuple(map(int, tensor.shape))
 
 
-def is_regular(given: Sequence[Any], keywords: dict[str, Any]) -> bool:
-    """Whether a call of these query, key, value and mask is to be run, or refused, as it is."""
-    *tensors, mask = given
-    if not all(isinstance(t, Tensor) for t in tensors) or any(keywords[name] is not None for name in _BEYOND_4D):
-        return True
-    numbers = keywords["scale"], keywords["dropout_p"]
-    if any(t.is_nested for t in tensors) or any(isinstance(n, Tensor) for n in numbers) or numbers[1] == 1:
-        return False
-    if any(t.dim() != 4 for t in tensors) or (isinstance(mask, Tensor) and mask.dim() > 4):
-        return False
-    q, k, v = map(_sizes, tensors)
-    return q[0] == k[0] == v[0] and k[1] == v[1] and (q[1] == k[1] or keywords["enable_gqa"] is True)
-
-
-def attend(attention: Attention, error: ContractError, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
-    """Run a call that was refused with `error` in the form that devices take.
+def attend(attention: Attention, given: Sequence[Any], keywords: dict[str, Any], unfit: ContractError) -> Any:
+    """Run a call that torch takes and devices do not, in the form that devices take.
 
     Args:
         attention: what runs that form. given: query, key, value and mask. keywords: its other arguments.
 
+    Returns:
+        The result; None for a call that is to be run, or refused, as it is.
+
     Raises:
-        ContractError: `error`, where torch would not take the call either.
+        ContractError: `unfit`, where torch would not take the call either.
     """
-    query, key, value, mask = given
-    if is_regular(given, keywords):
-        raise error
-    if any(t.is_nested for t in (query, key, value)):
-        return _jagged(attention, error, given, keywords)
+    *tensors, mask = given
+    if not all(isinstance(t, Tensor) for t in tensors) or any(keywords[name] is not None for name in _BEYOND_4D):
+        return None
+    if any(t.is_nested for t in tensors):
+        return _jagged(attention, given, keywords, unfit)
     numbers = {name: keywords[name] for name in ("scale", "dropout_p") if isinstance(keywords[name], Tensor)}
+    if any(number.dim() or number.requires_grad for number in numbers.values()):
+        raise unfit
     if numbers:
-        if any(number.dim() or number.requires_grad for number in numbers.values()):
-            raise error
         return attention(*given, **keywords | {name: float(number) for name, number in numbers.items()})
     if keywords["dropout_p"] == 1:  # nothing of the weights is left
         result = attention(*given, **keywords | {"dropout_p": 0.0})
         return AttentionOutput(result.out * 0, result.lse) if keywords["return_lse"] else result * 0
+    shapes, grouped = [_sizes(t) for t in tensors], keywords["enable_gqa"] is True
+    q, k, v = (shape[:-2] for shape in shapes)
+    if len(q) == len(k) == 2 and k == v and (q == k or (grouped and q[0] == k[0])) and getattr(mask, "ndim", 4) <= 4:
+        return None
     try:
-        placed, lead = as_4d(given[:3], mask, keywords["enable_gqa"] is True)
+        placed, lead = as_4d(tensors, shapes, mask, grouped)
     except ValueError:
-        raise error from None
+        raise unfit from None
     result = attention(*placed, **keywords | {"enable_gqa": True})
     if keywords["return_lse"]:
         return AttentionOutput(*(part.reshape(*lead, *part.shape[2:]) for part in result))
     return result.reshape(*lead, *result.shape[2:])
 
 
-def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
+def _jagged(attention: Attention, given: Sequence[Any], keywords: dict[str, Any], unfit: ContractError) -> Any:
     """Attention of jagged tensors [batch, heads, ragged length, head_dim], as packed sequences; or of [ragged batch,
     heads, length, head_dim] and [batch, ragged length, head_dim].
     """
     *tensors, mask = given
     if not all(t.is_nested and t.layout is torch.jagged for t in tensors):
-        raise error
+        raise unfit
     ragged = {t._ragged_idx for t in tensors} | {t.dim() for t in tensors}
     refuse(
         (ragged not in ({4, 2}, {4, 1}, {3, 1}), "jagged tensors of different forms were given: make them equal"),
@@ -134,7 +128,6 @@ def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], ke
             "a jagged tensor with gaps was given: call .contiguous() on it",
         ),
         (keywords["return_lse"], "return_lse with jagged tensors was given: pass packed sequences with cu_seqlens_q"),
-        (any(keywords[name] is not None for name in _BEYOND_4D), "jagged tensors and tables were given: pass one"),
     )
     refuse(
         (mask is not None and ragged != {4, 1}, "attn_mask with jagged tensors was given: pad them, or leave it out")
