@@ -17,7 +17,7 @@ from ..plans import BlockPlan
 from ..registry import registry
 from ..request import AttentionOutput, Causal
 from .dispatch import find
-from .execution import BoundAttention
+from .execution import BoundAttention, derivative
 from .operands import Operands, gradient_bits
 from .validation import head_size
 
@@ -33,7 +33,7 @@ _STATIC = (
     "bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend, str? objective, "
     "bool? allow_simulated, bool? transfer, str? tiling, str? expected, int grads"
 )
-_TENSOR_COUNT, _STATIC_COUNT = _TENSORS.count(",") + 1, _STATIC.count(",") + 1
+_TENSOR_COUNT = _TENSORS.count(",") + 1
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
 #: What is called instead of an operator inside vmap, whose transforms differentiate no operator.
@@ -88,7 +88,7 @@ def in_graph(
     bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         bits = _bits_of_any_level((query, key, value, mask))
-        operator = MAPPED[operator]
+        operator, mask = MAPPED[operator], None if mask is None else mask[(None,) * (4 - mask.dim())]
     seed = (
         torch.tensor([rng[0], rng[1]], dtype=torch.int64)
         if rng is not None
@@ -98,8 +98,6 @@ def in_graph(
     )
     blocks, indices, counts = (None, None, None) if plan is None else ([plan[0], plan[1]], plan[2], plan[3])
     left, right = (None, None) if window is None else window
-    if isinstance(mask, Tensor):
-        mask = mask[(None,) * (4 - mask.dim())]
     causal = causal.value if isinstance(causal, Causal) else causal
     out, lse = operator(
         query,
@@ -142,7 +140,9 @@ class _Call:
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
-        self.operands = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks or [None])
+        query, key, value, mask, *others = (None if t is None else t.detach() for t in tensors)
+        mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
+        self.operands = Operands.unflat((query, key, value, mask, *others), blocks or [None])
 
     def bound(self) -> BoundAttention:
         found = find(self.operands, self.bits, self.options, self.overrides)
@@ -212,12 +212,6 @@ def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *argu
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.static = inputs[_TENSOR_COUNT:]
-    ctx.save_for_backward(*inputs[:_TENSOR_COUNT], *output)
-    ctx.set_materialize_grads(False)
-
-
 def _rule(operator: Callable[..., tuple[Tensor, ...]], first: int, seed: int) -> Callable[..., Any]:
     """What vmap does with an operator: one call with a larger batch.
 
@@ -271,19 +265,13 @@ def define(name: str) -> None:
         torch.library.register_fake(f"hal::{operator}", fake, lib=_library)
     backward_operator = getattr(torch.ops.hal, backward).default
 
-    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = backward_operator(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
-        grads = [grad if wanted else None for grad, wanted in zip(found, ctx.needs_input_grad, strict=False)]
-        return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
-
-    torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
+    save, differentiate = derivative(backward_operator, _TENSOR_COUNT)
+    torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=save, lib=_library)
     OPERATORS[name], seed = getattr(torch.ops.hal, forward).default, _TENSOR_COUNT - 1
 
     class Mapped(torch.autograd.Function):
         generate_vmap_rule = True
-        forward, setup_context, backward = map(staticmethod, (OPERATORS[name], _save, differentiate))
+        forward, setup_context, backward = map(staticmethod, (OPERATORS[name], save, differentiate))
 
     MAPPED[OPERATORS[name]] = Mapped.apply
     torch.library.register_vmap(f"hal::{forward}", _rule(OPERATORS[name], 0, seed), lib=_library)
