@@ -340,19 +340,19 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     broken = list[str]()
     every = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
     for found in every:
-        entry, opened = registry.entry(found.id), cast(Any, None)
+        entry = registry.entry(found.id)
         try:
-            provider = registry.backend_of(found)
-            if hasattr(provider, "kernel_names") and name in provider.kernel_names(found):
-                opened = registry.session(found.id)
+            offered = getattr(registry.backend_of(found), "kernel_names", lambda device: ())(found)
+            opened: Any = registry.session(found.id) if name in offered else None
         except (Exception, SystemExit) as error:
             if not isinstance(error, HalError):
                 entry.request_failures[found.id] = failed(entry.spec.name, entry.distribution, "kernel", error)
             if backend is not None:  # without a name, a broken provider does not hide the others
                 raise
             broken.append(f", {found.id} failed ({type(error).__name__}: {error})")
-        if opened is not None:
-            return opened.kernel(name)  # type: ignore[no-any-return]
+        else:
+            if opened is not None:
+                return opened.kernel(name)  # type: ignore[no-any-return]
     where = f"on {backend}" if backend is not None else f"on any installed device{''.join(broken)}"
     raise UnsupportedError(
         f"kernel {name!r} is not provided {where}: specified kernels are {', '.join(sorted(registry.kernel_specs()))}"

@@ -130,8 +130,8 @@ def _candidate(
         request = cut_request(request, policy.tiling, capabilities)
         refusals = capabilities.refusals(request)
         if moved and not (bool(policy.names) if policy.transfer is None else policy.transfer):
-            fix = "pass transfer=True, or move the tensors"
-            refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
+            moving = (request.device, listing(device.reads), "pass transfer=True, or move the tensors")
+            refusals.insert(0, Refusal(Code.PLACEMENT, "device", *moving))
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
         refusals = refusals or list(backend.check(request, device))
         if wrong := [r for r in refusals if not isinstance(r, Refusal)]:
