@@ -158,19 +158,16 @@ class Registry:
         """Every device that is present and works, hardware, emulated and simulated."""
         return [device for entry in self.entries() for device in self.devices_of(entry)]
 
-    def present(self, name: str) -> list[Device]:
-        """As `find`; empty where the backend is installed but has no such device."""
-        entry = self.entry(name)
-        return [device for device in self.devices_of(entry) if name in (device.id, entry.spec.name)]
-
-    def find(self, name: str) -> list[Device]:
-        """Devices that a backend name ("cpu") or device id ("cpu:0") means; never empty.
+    def find(self, name: str, *, may_be_absent: bool = False) -> list[Device]:
+        """Devices that a backend name ("cpu") or device id ("cpu:0") means; empty only if they may be absent.
 
         Raises:
             UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
         """
-        if not (found := self.present(name)):
-            raise DeviceUnavailableError(self.why_absent(self.entry(name), name))
+        entry = self.entry(name)
+        found = [device for device in self.devices_of(entry) if name in (device.id, entry.spec.name)]
+        if not found and not may_be_absent:
+            raise DeviceUnavailableError(self.why_absent(entry, name))
         return found
 
     def entry(self, name: str) -> Entry:

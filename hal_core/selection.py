@@ -130,8 +130,8 @@ def _candidate(
         request = cut_request(request, policy.tiling, capabilities)
         refusals = capabilities.refusals(request)
         if moved and not (bool(policy.names) if policy.transfer is None else policy.transfer):
-            moving = (request.device, listing(device.reads), "pass transfer=True, or move the tensors")
-            refusals.insert(0, Refusal(Code.PLACEMENT, "device", *moving))
+            offered, fix = listing(device.reads), "pass transfer=True, or move the tensors"
+            refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, offered, fix))
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
         refusals = refusals or list(backend.check(request, device))
         if wrong := [r for r in refusals if not isinstance(r, Refusal)]:
@@ -175,11 +175,11 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
     Raises:
         UnknownBackendError, DeviceUnavailableError: a named device does not exist here.
     """
-    # A preference passes over a device that is not here.
-    find = registry.present if policy.fall_through else registry.find
     candidates: list[Candidate] = []
     chosen, reason, seconds = None, "no installed backend has a device", None
-    for devices in [find(name) for name in policy.names] or [registry.devices()]:
+    # A preference passes over a device that is not here.
+    named = [registry.find(name, may_be_absent=policy.fall_through) for name in policy.names]
+    for devices in named or [registry.devices()]:
         seen = [_candidate(request, d, policy, excluded=(excluded or {}).get(d.id, "")) for d in devices]
         candidates += seen
         chosen, reason, seconds = _choose(request, seen, policy)

@@ -1,7 +1,5 @@
 """From a decision to a callable: the session's own fast path, gradients, transfers and limits around it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import replace

@@ -3,8 +3,6 @@
 A regular call does not come here: `attention` asks for help with the ContractError of one that was refused.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ContractError, SelectionChangedError, refuse
+from ..errors import SelectionChangedError, refuse
 from ..options import by_key, meter_var, mirror, policy_var, settings
 from ..plans import BlockPlan
 from ..registry import registry
@@ -222,8 +222,8 @@ def _rule(operator: Callable[..., tuple[Tensor, ...]], first: int, seed: int) ->
 
     def mapped(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         size, mask_at = info.batch_size, first + 3
-        if any(t is not None for t in arguments[first + 4 : seed]):
-            raise ContractError("packed, paged, scaled or block-sparse attention was mapped by vmap: loop over it")
+        others = any(t is not None for t in arguments[first + 4 : seed])
+        refuse((others, "packed, paged, scaled or block-sparse attention was mapped by vmap: loop over it"))
         if arguments[seed] is not None:  # each example draws from its own seed, or all from the same
             each = [
                 operator(*(t if d is None else t.select(d, i) for t, d in zip(arguments, dims, strict=True)))
