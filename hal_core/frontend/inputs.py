@@ -26,41 +26,58 @@ def _broadcast(*sizes: int) -> int:
 
 
 def as_4d(
-    tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], mask: Any, grouped: bool
-) -> tuple[list[Any], tuple[int, ...]]:
+    tensors: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    mask: Tensor | None,
+    grouped: bool,
+    unfit: ContractError,
+) -> tuple[list[Tensor], tuple[int, ...]]:
     """Operands of two or more dimensions as [product of batch, heads, length, head_dim].
 
     Views, but where several batch dimensions are not laid out as one, and where key and value heads that differ are
     repeated. A mask broadcasts as before.
 
     Returns:
-        query, key, value and mask, and the result's dimensions before its length.
+        query, key, value and a mask that was given, and the result's dimensions before its length.
 
     Raises:
-        ValueError: they do not go together.
+        ContractError: `unfit`, or sizes before the length that do not go together, or a mask that does not fit them.
     """
-    rank = max(map(len, shapes))
-    wide = max(rank, 4)
-    if min(map(len, shapes)) < 2 or (isinstance(mask, Tensor) and not 2 <= mask.dim() <= max(rank, 3)):
-        raise ValueError
+    ranks = [len(shape) for shape in shapes]
+    rank, wide = max(ranks), max(*ranks, 4)
+    if min(ranks) < 2:
+        raise unfit
     q, k, v = ((1,) * (wide - len(shape)) + shape for shape in shapes)
-    batch = [_broadcast(*sizes) for sizes in zip(q[:-3], k[:-3], v[:-3], strict=True)]
-    heads_q = q[-3] if grouped else _broadcast(q[-3], k[-3], v[-3])
+    try:
+        batch = [_broadcast(*sizes) for sizes in zip(q[:-3], k[:-3], v[:-3], strict=True)]
+        heads_q = q[-3] if grouped else _broadcast(q[-3], k[-3], v[-3])
+    except ValueError:
+        if {*ranks} == {4}:
+            raise unfit from None
+        query, key, value = map(list, shapes)
+        raise ContractError(
+            f"query {query}, key {key} and value {value} were given, whose sizes before length and head_dim do not go "
+            f"together ({query[:-2]}, {key[:-2]}, {value[:-2]}): make each of them equal or 1, or pass enable_gqa=True "
+            "where the query's heads are a multiple"
+        ) from None
     heads_kv = math.lcm(k[-3], v[-3]) if grouped or k[-3] == v[-3] == 1 else heads_q
-    placed: list[Any] = []
+    placed: list[Tensor] = []
     for tensor, heads in zip(tensors, (heads_q, heads_kv, heads_kv), strict=True):
         tensor = tensor[(None,) * (wide - tensor.dim())]
         if tensor.shape[-3] not in (1, heads):
             tensor = tensor.repeat_interleave(heads // tensor.shape[-3], -3)
         placed.append(tensor.expand(*batch, heads, -1, -1).flatten(0, -4))
-    if isinstance(mask, Tensor):
-        mask = mask[(None,) * (wide - mask.dim())]
-        if any(size != 1 for size in mask.shape[:-3]):
-            if any(size not in (1, whole) for size, whole in zip(mask.shape, batch, strict=False)):
-                raise ValueError
-            mask = mask.expand(*batch, -1, -1, -1)
-        mask = mask.flatten(0, -4)
-    return [*placed, mask], (*batch, heads_q)[wide - rank :]
+    if mask is not None:
+        sizes = _sizes(mask)
+        lead = (1,) * (wide - len(sizes)) + sizes[:-3]
+        if not 2 <= len(sizes) <= max(rank, 3) or any(n not in (1, m) for n, m in zip(lead, batch, strict=False)):
+            scores = [*shapes[0][:-1], shapes[1][-2]]
+            raise ContractError(f"attn_mask has shape {list(sizes)}: pass one that broadcasts to {scores}")
+        mask = mask[(None,) * (wide - len(sizes))]
+        placed.append((mask if {*lead} == {1} else mask.expand(*batch, -1, -1, -1)).flatten(0, -4))
+    if rank == 3 and heads_q == 0:  # an empty batch, not no heads
+        placed = [t.transpose(0, 1) for t in placed]
+    return placed, (*batch, heads_q)[wide - rank :]
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:
@@ -85,7 +102,8 @@ def attend(attention: Attention, given: Sequence[Any], keywords: dict[str, Any],
         ContractError: `unfit`, where torch would not take the call either.
     """
     *tensors, mask = given
-    if not all(isinstance(t, Tensor) for t in tensors) or any(keywords[name] is not None for name in _BEYOND_4D):
+    known = all(isinstance(t, Tensor) for t in tensors) and isinstance(mask, Tensor | None)
+    if not known or any(keywords[name] is not None for name in _BEYOND_4D):
         return None
     if any(t.is_nested for t in tensors):
         return _jagged(attention, given, keywords, unfit)
@@ -99,12 +117,14 @@ def attend(attention: Attention, given: Sequence[Any], keywords: dict[str, Any],
         return AttentionOutput(result.out * 0, result.lse) if keywords["return_lse"] else result * 0
     shapes, grouped = [_sizes(t) for t in tensors], keywords["enable_gqa"] is True
     q, k, v = (shape[:-2] for shape in shapes)
-    if len(q) == len(k) == 2 and k == v and (q == k or (grouped and q[0] == k[0])) and getattr(mask, "ndim", 4) <= 4:
+    if (
+        len(q) == len(k) == 2
+        and k == v
+        and (q == k or (grouped and q[0] == k[0]))
+        and (mask is None or mask.dim() <= 4)
+    ):
         return None
-    try:
-        placed, lead = as_4d(tensors, shapes, mask, grouped)
-    except ValueError:
-        raise unfit from None
+    placed, lead = as_4d(tensors, shapes, mask, grouped, unfit)
     result = attention(*placed, **keywords | {"enable_gqa": True})
     if keywords["return_lse"]:
         return AttentionOutput(*(part.reshape(*lead, *part.shape[2:]) for part in result))
