@@ -321,8 +321,9 @@ def _bound(found: execution.BoundAttention) -> Any:
         if needs_rng:
             rng = draw_rng(rng)
         meter = current_meter()
-        given = (query, key, value, attn_mask, block_plan, tables, rng)
-        return found.run(*given) if meter is None else found.metered(meter, found.run, given)
+        if meter is not None:
+            return found.metered(meter, found.run, (query, key, value, attn_mask, block_plan, tables, rng))
+        return found.run(query, key, value, attn_mask, block_plan, tables, rng)
 
     bound.decision = found.decision  # type: ignore[attr-defined]
     return bound
