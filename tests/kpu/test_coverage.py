@@ -257,3 +257,15 @@ def test_a_layer_that_torch_runs_whole_is_counted_and_nothing_is_no_share() -> N
     with measure() as measured:
         pass
     assert measured.coverage().rows()[1][-1] == "-"
+
+
+@pytest.mark.parametrize("backend", ["kpu", "kpu_transactional"])
+@pytest.mark.parametrize("part", [Recurrent, Hidden], ids=["no graph", "a graph of fallback"])
+def test_where_nothing_ran_on_the_kpu_no_time_of_it_is_stated(part: type[nn.Module], backend: str) -> None:
+    with torch.no_grad(), measure() as measured:
+        torch.compile(part(16), backend=backend)(torch.randn(3, 16))
+    coverage = measured.coverage()
+    assert coverage.kpu_nodes == coverage.kpu_macs == coverage.kpu_seconds == 0
+    assert coverage.rows()[-1] == ["time of the host", "-", f"{coverage.seconds:.3g} s", "-"]
+    for text in ("time, measured", "time, modelled", "KPU time", "100"):
+        assert text not in coverage.summary()
