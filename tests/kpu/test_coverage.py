@@ -149,9 +149,11 @@ def test_macs_on_the_kpu_and_named_elsewhere_are_all_of_a_model(number: int, see
     outside = sum(macs for _, _, macs in coverage.outside)
     if {"Disabled", "Recurrent"} & set(names):
         assert outside > 0, names
-    if {"Disabled", "Recurrent", "Hidden", "Experts"} & set(names):
+    if {"Disabled", "Recurrent", "Hidden"} & set(names):
         assert coverage.kpu_macs < whole, names
         assert "100.0%" not in coverage.rows()[1][-1], names
+    elif "Break" not in names:  # next to one torch runs whole modules outside of graphs
+        assert coverage.kpu_macs == whole, names
 
 
 def test_gradients_are_counted_and_what_starts_them_is_named() -> None:

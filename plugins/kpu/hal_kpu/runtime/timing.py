@@ -82,7 +82,8 @@ def time_program(
             stats.add(together, group.label, len(group.members))
             done.update(group.members)
             continue
-        stats.add(time_work(work, machine, fidelity, dataflow), op.opcode)
+        for number, part in enumerate(work.parts):
+            stats.add(time_work(part, machine, fidelity, dataflow), op.opcode, operations=int(number == 0))
         if fidelity == BEHAVIORAL:
             stats.count(work.macs, work.elements * work.passes, work.dtype)
     return stats
