@@ -15,7 +15,8 @@ from hal_core.plugin_api import ContractError
 
 from ..runtime.executor import Executor
 from .dfx.program import DFXProgram
-from .tensors.graph import DFXEmitter, OpGraph, tracing
+from .emission import DFXEmitter
+from .tensors.graph import OpGraph, tracing
 from .tensors.tensor import Tensor, TensorMeta
 
 
