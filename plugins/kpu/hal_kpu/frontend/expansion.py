@@ -55,9 +55,14 @@ def _extreme(opcode: str) -> Rule:
     return rule
 
 
+def _padded(operands: Sequence[Any], number: int) -> list[Any]:
+    """Operands with None for those that were left out."""
+    return [*operands, *[None] * (number - len(operands))]
+
+
 def _layer_norm(e: Emitter, x: Value, *rest: Any) -> Value:
     *scales, attrs = rest
-    weight, bias = (*scales, *(None,) * (2 - len(scales)))
+    weight, bias = _padded(scales, 2)
     shape = tuple(attrs["normalized_shape"])
     out = RULES["layer_norm"](e, x, weight, bias, shape=shape, eps=attrs.get("eps", 1e-5))
     assert isinstance(out, Value)
@@ -66,7 +71,7 @@ def _layer_norm(e: Emitter, x: Value, *rest: Any) -> Value:
 
 def _batch_norm(e: Emitter, x: Value, *rest: Any) -> Value:
     *given, attrs = rest
-    weight, bias, mean, variance = (*given, *(None,) * (4 - len(given)))
+    weight, bias, mean, variance = _padded(given, 4)
     if mean is None:
         axes = (0, *range(2, x.ndim))
         mean = e.mean(x, axes)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import attrs
-from hal_simulation import Kind, Profile as ProfileFile, ProfileError, Schema
+from hal_simulation import Kind, Profile as ProfileFile, ProfileError as ProfileError, Schema
 
 from hal_core.plugin_api import listing
 

@@ -70,16 +70,24 @@ def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return torch.sum(x, axes, keep, dtype=torch.int64 if x.dtype == torch.bool else x.dtype)
 
 
+def _padded(operands: tuple[Tensor, ...], number: int) -> list[Tensor | None]:
+    """Operands with None for those that were left out."""
+    return [*operands, *[None] * (number - len(operands))]
+
+
 def _layer_norm(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
-    return (F.layer_norm(inputs[0], list(attrs["normalized_shape"]), *inputs[1:], eps=attrs.get("eps", 1e-5)),)
+    x, weight, bias = _padded(inputs, 3)
+    assert x is not None
+    return (F.layer_norm(x, list(attrs["normalized_shape"]), weight, bias, attrs.get("eps", 1e-5)),)
 
 
 def _batch_norm(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
     """(x[n, c, h, w], weight, bias) by the batch's own statistics, (x, weight, bias, mean, variance) by given ones."""
-    x, weight, bias, mean, variance = (*inputs, *(None,) * (5 - len(inputs)))
+    x, weight, bias, mean, variance = _padded(inputs, 5)
+    assert x is not None
     if mean is not None and variance is None:
         raise ValueError("a mean without a variance")
-    return (F.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, attrs.get("eps", 1e-5)),)  # type: ignore[arg-type]
+    return (F.batch_norm(x, mean, variance, weight, bias, mean is None, 0.0, attrs.get("eps", 1e-5)),)
 
 
 def window_of(attrs: Attributes) -> dict[str, Any]:
@@ -99,7 +107,10 @@ def pool_of(attrs: Attributes) -> dict[str, tuple[int, int]]:
 
 
 def _conv2d(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
-    return (F.conv2d(*inputs, **window_of(attrs)),)
+    x, weight, bias = _padded(inputs, 3)
+    assert x is not None
+    assert weight is not None
+    return (F.conv2d(x, weight, bias, **window_of(attrs)),)
 
 
 def _pool(function: Callable[..., Tensor]) -> Form:

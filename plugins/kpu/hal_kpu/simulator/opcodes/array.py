@@ -81,9 +81,17 @@ def _grouped_work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:
         if number and extent:
             one = sizes | {cut: extent}
             read = number * (one["M"] * one["K"] + one["K"] * one["N"]) * DTYPE_BYTES[a.dtype]
-            written = number * one["M"] * one["N"] * DTYPE_BYTES[a.dtype]
             works.append(
-                Work(engine="array", batch=number, **one, reads_bytes=read, writes_bytes=written, dtype=a.dtype)
+                Work(
+                    engine="array",
+                    batch=number,
+                    M=one["M"],
+                    N=one["N"],
+                    K=one["K"],
+                    reads_bytes=read,
+                    writes_bytes=number * one["M"] * one["N"] * DTYPE_BYTES[a.dtype],
+                    dtype=a.dtype,
+                )
             )
     if not works:
         return Work(engine="vector", elements=outputs[0].numel, passes=1, **moved)
