@@ -126,14 +126,10 @@ class FusionCompiler:
             pattern's name -> how many.
     """
 
-    patterns: tuple[FusionPattern, ...]
-    num_fusions: int
-    fusion_stats: dict[str, int]
-
     def __init__(self, patterns: Sequence[FusionPattern] | None = None) -> None:
         self.patterns = tuple(DEFAULT_PATTERNS if patterns is None else patterns)
         self.num_fusions = 0
-        self.fusion_stats = {}
+        self.fusion_stats: dict[str, int] = {}
 
     def optimize(self, graph: OpGraph) -> OpGraph:
         """A graph with the groups joined; the given one stays as it is."""
