@@ -238,8 +238,8 @@ def main() -> None:
     if "simulators" in options.only:
         rows = [*sizes(), *cycle_accurate(options.scalesim_python), same_program(), *deviations()]
         notes = [
-            "Medians of processor time (of SCALE-Sim the clock's) on a machine that others may use. Simulated times, of "
-            "a profile that is not calibrated.",
+            "Medians of processor time (of SCALE-Sim the clock's) on a machine that others may use.",
+            "Simulated times, of a profile that is not calibrated.",
             "The whole run of CYCLE_ACCURATE includes the choice of the schedule, every DRAM page visit, and the PEs "
             "with values.",
         ]
