@@ -108,6 +108,22 @@ def test_a_profile_is_chosen_by_the_environment() -> None:
         assert done.stdout.strip() == wanted, done.stderr
 
 
+def test_a_profile_that_is_not_there_is_named_with_the_closest_and_no_install_is_advised() -> None:
+    code = (
+        "import torch, hal_core as hal, hal_kpu\n"
+        "for call in (lambda: hal.attention(*torch.ones(3, 1, 1, 4, 8), backend='kpu:0'), hal_kpu.info):\n"
+        "    try: call()\n"
+        "    except hal.HalError as error: print(error)"
+    )
+    environment = os.environ | {"HAL_KPU_PROFILE": "t265", "HAL_PLUGINS": "kpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    first, second = done.stdout.splitlines()
+    wanted = "HAL_KPU_PROFILE: 't265' is no profile (did you mean 't256'?): use t16x16, t256, t32x32"
+    assert first.startswith(f"kpu:0 is installed but has no device: {wanted}"), done.stderr
+    assert second.startswith(wanted)
+    assert "pip" not in done.stdout
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_multiply_with_wide_sums(dtype: torch.dtype, draw: torch.Generator) -> None:
     a, b = (torch.randn(3, *size, generator=draw).to(dtype) for size in ((20, 70), (70, 33)))

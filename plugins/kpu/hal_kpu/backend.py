@@ -23,7 +23,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, attention_memory
-from .profiles.profile import Profile
+from .profiles.profile import Profile, ProfileError
 from .runtime.settings import get_profile
 from .tiling import Blocks, longest_head, room
 
@@ -76,10 +76,26 @@ class KPUDevices:
     """
 
     def __init__(self, profile: Profile | None = None) -> None:
-        self.profile = profile or get_profile()
+        self._profile = profile
+        self._wrong = ""
+
+    @property
+    def profile(self) -> Profile:
+        """The machine of kpu:0: of the process when it was first asked for.
+
+        Raises:
+            ProfileError: HAL_KPU_PROFILE names no profile, or one that cannot be used.
+        """
+        self._profile = self._profile or get_profile()
+        return self._profile
 
     def devices(self) -> Sequence[Device]:
-        p = self.profile
+        """kpu:0; none where HAL_KPU_PROFILE names no machine, which `why_absent` then says."""
+        try:
+            p = self.profile
+        except ProfileError as error:
+            self._wrong = str(error)
+            return []
         return [
             Device(
                 id="kpu:0",
@@ -92,6 +108,10 @@ class KPUDevices:
                 features=(f"figures at worst {p.provenance()}", "energy not calibrated", "torch.compile kpu"),
             )
         ]
+
+    def why_absent(self) -> str:
+        """What is wrong with the profile: nothing else keeps a simulated device away."""
+        return self._wrong
 
     def capabilities(self, device: Device) -> Capabilities:
         return Capabilities(
