@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from hal_simulation import linear_size, matmul_size
 from torch import Tensor
 
-from hal_core.plugin_api import ContractError
+from hal_core.plugin_api import ContractError, listing
 
 from ..profiles.figures import FIGURES, MOST_PASSES
 from ..profiles.profile import Profile
@@ -141,9 +141,11 @@ class PhotonicCore:
 
         Raises:
             ContractError: a NaN or an infinity, with its position; operands whose shapes or dtypes do not fit; passes
-                or a gain that no chip has.
+                or a gain that no chip has; another level.
         """
         check_options(passes, gain)
+        if level not in get_args(Level):
+            raise ContractError(f"level {level!r} was given: use {listing(get_args(Level))}")
         matmul_size(a, b)
         check_operands(a=a, b=b)
         check_finite(a=a, b=b)
@@ -295,7 +297,8 @@ def check_options(passes: int, gain: float | None) -> None:
     if type(passes) is not int or not 1 <= passes <= MOST_PASSES:
         raise ContractError(f"passes {passes!r} was given: use a whole number from 1 to {MOST_PASSES}")
     kind = FIGURES["converters"]["gain"]
-    if gain is not None and not (isinstance(gain, int | float) and kind.low <= gain <= kind.high):
+    number = isinstance(gain, int | float) and not isinstance(gain, bool)
+    if gain is not None and not (number and kind.low <= gain <= kind.high):
         raise ContractError(f"gain {gain!r} was given: use a number from {kind.low:g} to {kind.high:g}, or None")
 
 
