@@ -111,8 +111,8 @@ class ProfileBackend:
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
         """Modelled time and energy in the chip's present state, and the memory of the host's simulation."""
         session, profile = self._opened(device), self.profile_of(device)
-        duty, state = (1.0, "") if session is None else (session.supervisor.duty, str(session.state))
-        cost = attention_cost(profile, request, duty=duty, state="" if state == "ready" else state)
+        duty, state = (1.0, "") if session is None else session.condition
+        cost = attention_cost(profile, request, duty=duty, state=state)
         memory = call_memory(profile, request)
         return attrs.evolve(cost.estimate(memory=memory), error=self._error(device, passes_of(request)))
 

@@ -34,11 +34,8 @@ class Product(MeteredKernel):
         self, size: ProductSize, resident: bool, passes: int = 1, gain: float | None = None, **others: Any
     ) -> tuple[Estimate, int]:
         check_options(passes, gain)
-        chip = self._chip
-        state = "" if chip.state == "ready" else str(chip.state)
-        cost = product_cost(
-            chip.profile, size, resident=resident, passes=passes, duty=chip.supervisor.duty, state=state
-        )
+        duty, state = self._chip.condition
+        cost = product_cost(self._chip.profile, size, resident=resident, passes=passes, duty=duty, state=state)
         return cost.estimate(memory=size.results * DTYPE_BYTES.get(size.dtype, 4)), cost.macs
 
 

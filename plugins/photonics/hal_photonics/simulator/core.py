@@ -244,12 +244,13 @@ class PhotonicCore:
             x, x_scale = encode(inputs[..., tile.place], c.input_levels)
             # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
             scale = tile.scales * (c.lsb(x.shape[-1]) / (gain or c.gain))
-            total.addcmul_(self._read(x, tile.codes, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
+            total.addcmul_(self.read(x, tile.codes, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
         return total
 
-    def _read(
+    def read(
         self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1, gain: float | None = None
     ) -> Reading:
+        """Corrected readouts [batch, M, N] of input codes [batch, M, K] and weight codes [batch, N, K] of one tile."""
         c, corrections = self.converters, self.corrections
         if corrections is not None:
             x = corrections.sent_inputs(x, c.input_levels)
@@ -259,13 +260,10 @@ class PhotonicCore:
             with self._lock:
                 self.readouts += reading.codes.numel()
                 self.clipped += reading.clipped
-        return (
-            reading
-            if corrections is None
-            else Reading(
-                corrections.read_outputs(reading.codes, 1.0 if gain is None else gain / c.gain), reading.clipped
-            )
-        )
+        if corrections is None:
+            return reading
+        ratio = 1.0 if gain is None else gain / c.gain
+        return reading._replace(codes=corrections.read_outputs(reading.codes, ratio))
 
 
 def generator(rng: tuple[int, int] | None) -> torch.Generator | None:
