@@ -98,7 +98,7 @@ class TextClassifier(nn.Module):
         attend: softmax(q k^T / sqrt(d)) v of [batch, heads, length, dim]; torch's unless it is changed.
     """
 
-    def __init__(self, dim: int = 64, heads: int = 4, layers: int = 2) -> None:
+    def __init__(self, dim: int = 32, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(WORDS, dim), nn.Parameter(torch.randn(LENGTH, dim) * 0.02)
         self.layers = nn.ModuleList(Layer(dim, heads) for _ in range(layers))

@@ -67,9 +67,10 @@ class OpticalLayer(nn.Module):
 
     Attributes:
         multiply: runs the products. settings: see `Settings`.
-        observer: called with each product's inputs [rows, K] and weight [N, K], or None.
+        observer: called with each product's inputs [rows, K] and weight [N, K], or None. weight: of the layer.
     """
 
+    weight: Tensor
     multiply: Multiply
     settings: Settings
     observer: Any
