@@ -17,7 +17,7 @@ from hal_core import AttentionRequest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
-    from photonics_tasks.encoders import PUBLISHED, Encoder, modelled
+    from photonics_tasks.encoders import PUBLISHED, PUBLISHED_PARTS, Encoder, modelled
 finally:
     sys.path.remove(str(BENCHMARKS))
 
@@ -26,6 +26,11 @@ finally:
 def test_latency_and_energy_are_the_published_ones(encoder: Encoder, bits: int) -> None:
     joules, seconds, _ = modelled(encoder, bits)
     assert (joules, seconds) == pytest.approx(PUBLISHED[encoder, bits], rel=0.02)
+
+
+@pytest.mark.parametrize(("encoder", "bits"), PUBLISHED_PARTS, ids=lambda value: str(getattr(value, "name", value)))
+def test_every_part_of_the_energy_is_the_published_one(encoder: Encoder, bits: int) -> None:
+    assert modelled(encoder, bits)[2] == pytest.approx(PUBLISHED_PARTS[encoder, bits], rel=0.03)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
