@@ -94,6 +94,10 @@ class Layer(nn.Module):
 class TextClassifier(nn.Module):
     """Embedding, two encoder layers, a pooler on the first token as BERT's, a linear classifier.
 
+    With a width of 32, white noise of 10 dB costs it 13.2 points and of 18 dB 2.3, so that it counts as a task (at
+    least 10, at most 4). With 64 it lost 13.0 and 4.0 (accuracy 67%), with 64 and the mean over two windows of a piece
+    6.2 and 0.7, with 32 and two windows 9.0 and 0.4.
+
     Attributes:
         attend: softmax(q k^T / sqrt(d)) v of [batch, heads, length, dim]; torch's unless it is changed.
     """
