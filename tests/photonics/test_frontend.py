@@ -83,6 +83,36 @@ def test_layers_stay_digital_by_name_and_by_pattern() -> None:
         to_optics(named, DEVICE, digital=["clasifier"])
 
 
+def test_a_layer_under_two_names_runs_on_the_optics_under_both() -> None:
+    shared = nn.Linear(8, 8)
+    plain = nn.ModuleDict({"first": shared, "second": shared, "third": nn.Linear(8, 8)})
+    optical = to_optics(plain, exactly)
+    assert isinstance(optical["second"], OpticalLinear)
+    assert optical["first"] is optical["second"]
+    assert [name for name, _ in optical_layers(to_optics(plain, exactly, digital=["second"]))] == ["third"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_of_torchs_encoder_run_on_the_optics_in_evaluation_too(padded: bool) -> None:
+    """Its fast path multiplies by the weights of its layers without calling them."""
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval()
+    ran = []
+
+    def product(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+        ran.append(weight.shape)
+        return exactly(x, weight, settings)
+
+    optical, x = copy.deepcopy(to_optics(plain, product)), torch.randn(2, 5, 32)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    with torch.no_grad():
+        found, wanted = optical(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask)
+    keep = torch.ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+    torch.testing.assert_close(found[keep], wanted[keep], rtol=1e-4, atol=1e-5)
+    assert ran == [(64, 32), (32, 64)] * 2
+    # Attention multiplies by its output projection's weight itself, so that layer is none that can run on the optics.
+    assert [name.rpartition(".")[2] for name, _ in optical_layers(optical)] == ["linear1", "linear2"] * 2
+
+
 @pytest.mark.parametrize("passes", [0, -1, 1025, 1.5, True])
 def test_passes_that_no_chip_has_are_refused(passes: object) -> None:
     linear = hal.kernel("linear", backend=DEVICE)

@@ -46,20 +46,24 @@ def to_optics(
             f"device {device!r} was given: pass the id of a photonic device, or a product of your own, a function of "
             "(x, weight, settings)"
         )
-    named = dict(model.named_modules())
-    names = [name for name, module in named.items() if can_convert(module)]
-    if not names:
+    result = copy.deepcopy(model)
+    layers = {name: module for name, module in result.named_modules(remove_duplicate=False) if can_convert(module)}
+    if not layers:
         raise ContractError(f"{type(model).__name__} has no nn.Linear or ungrouped nn.Conv2d layer to convert")
-    stay = matching(names, digital)
+    stay = {layers[name] for name in matching(list(layers), digital)}
     multiply = DeviceProduct(device) if isinstance(device, str) else device
     settings = Settings(passes=passes)
-    if names == [""]:  # the model is one layer
-        return copy.deepcopy(model) if stay else optical_layer(copy.deepcopy(model), multiply, settings)
-    result = copy.deepcopy(model)
-    for name in names:
-        if name not in stay:
+    # A layer that the model holds under several names is converted once, and is digital if one of them is named.
+    optical = {layer: optical_layer(layer, multiply, settings) for layer in layers.values() if layer not in stay}
+    if "" in layers:  # the model is one layer
+        return optical.get(result, result)
+    for name, layer in layers.items():
+        if layer in optical:
             parent, _, last = name.rpartition(".")
-            setattr(result.get_submodule(parent), last, optical_layer(result.get_submodule(name), multiply, settings))
+            setattr(result.get_submodule(parent), last, optical[layer])
+    for module in result.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # only the fast path, which optical layers are never on, reads them
     return result
 
 
