@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     )
     data, text = comparison.to_dict(), tables.refused(comparison)
     data["digital"] = {row.name: sorted(row.digital) for row in rows if row.digital}
-    text += [one.sentence for one in chosen]
+    text += digital.sentences(model.network, rows, chosen)
     if arguments.report is not None:
         report.write(comparison, arguments.report)
         data["report"] = str(arguments.report)

@@ -31,7 +31,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, call_memory, passes_of
-from .discovery import BUNDLED as BUNDLED, cards, profiles
+from .discovery import BUNDLED as BUNDLED, bundled, bundled_names, cards, profiles
 from .profiles.figures import MOST_PASSES
 from .profiles.profile import Profile, load, word
 
@@ -111,8 +111,8 @@ class ProfileBackend:
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
         """Modelled time and energy in the chip's present state, and the memory of the host's simulation."""
         session, profile = self._opened(device), self.profile_of(device)
-        duty, state = (1.0, "") if session is None else (session.supervisor.duty, str(session.state))
-        cost = attention_cost(profile, request, duty=duty, state="" if state == "ready" else state)
+        duty, state = (1.0, "") if session is None else session.condition
+        cost = attention_cost(profile, request, duty=duty, state=state)
         memory = call_memory(profile, request)
         return attrs.evolve(cost.estimate(memory=memory), error=self._error(device, passes_of(request)))
 
@@ -177,11 +177,16 @@ class PhotonicBackend(ProfileBackend):
 
 
 def register_profile(path: str | Path, name: str, *, straight_through: bool = False) -> Device:
-    """Make a profile file a device, `<name>:0`, in this process.
+    """Make a profile a device, `<name>:0`, in this process.
+
+    Args:
+        path: a profile file, or the name of a bundled profile ("lightening-8").
+        straight_through: claim gradients, those of exact attention at the chip's output.
 
     Raises:
         ProfileError: what is wrong with the file. PluginError: the name is taken.
     """
-    backend = ProfileBackend(name, [load(path)], straight_through=straight_through)
+    profile = bundled(str(path)) if path in bundled_names() else load(path)
+    backend = ProfileBackend(name, [profile], straight_through=straight_through)
     register(backend)
     return backend.devices()[0]
