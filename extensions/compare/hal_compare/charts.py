@@ -15,6 +15,7 @@ from .result import Figure
 
 WIDTH, LABEL, RIGHT, ROW = 540, 148, 84, 34
 _PLOT = WIDTH - LABEL - RIGHT
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @attrs.frozen(kw_only=True)
@@ -76,12 +77,12 @@ def bars(marks: Sequence[Mark], show: Callable[[float], str], name: str, *, line
 def dots(marks: Sequence[Mark], name: str) -> str:
     """A hollow dot for the first part and a filled one for the last, joined, on a logarithmic axis."""
     values = [v for mark in marks for part in mark.parts for v in (part.low, part.high) if v > 0]
-    first, last = _decades(values)
+    first, last = decades(values)
     ticks = [((d - first) / (last - first), f"1e{d}") for d in range(first, last + 1, 1 + (last - first) // 9)]
     body = _axis(ticks, len(marks))
 
     def place(value: float) -> float:
-        share = (_log10(value) - first) / (last - first)
+        share = (log10(value) - first) / (last - first)
         return LABEL + min(max(share, 0.0), 1.0) * _PLOT
 
     for number, mark in enumerate(marks):
@@ -108,12 +109,12 @@ def lines(series: Sequence[tuple[Mark, Sequence[float]]], name: str) -> str:
     """Values by layer on a logarithmic axis; modelled series are dashed."""
     height, left, right = 230, 40, WIDTH - 156
     values = [v for _, row in series for v in row if v > 0]
-    first, last = _decades(values)
+    first, last = decades(values)
     count = max(len(row) for _, row in series)
 
     def at(index: int, value: float) -> tuple[float, float]:
         x = left + index / max(count - 1, 1) * (right - left)
-        share = (_log10(value) - first) / (last - first)
+        share = (log10(value) - first) / (last - first)
         return x, 10 + (1 - min(max(share, 0.0), 1.0)) * (height - 20)
 
     body = ""
@@ -159,7 +160,13 @@ def nice_step(value: float) -> float:
     return next((scale * m for m in (1, 2, 5) if scale * m >= value * 0.999), scale * 10)
 
 
-def _decades(values: Sequence[float]) -> tuple[int, int]:
+def power(exponent: int) -> str:
+    """A power of ten: "10⁻⁶"."""
+    return "10" + str(exponent).translate(_RAISED)
+
+
+def decades(values: Sequence[float]) -> tuple[int, int]:
+    """Exponents of the powers of ten around all values, two different ones at least."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return -8, 0
@@ -167,7 +174,7 @@ def _decades(values: Sequence[float]) -> tuple[int, int]:
     return first, max(last, first + 1)
 
 
-def _log10(value: float) -> float:
+def log10(value: float) -> float:
     """log10 with a bound for 0, for NaN and for infinity, which a chart draws at its edges."""
     if math.isnan(value) or value == math.inf:
         return 400.0
