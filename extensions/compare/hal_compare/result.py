@@ -169,7 +169,8 @@ class Comparison:
     Attributes:
         command, created: how and when (UTC). versions, machine: what ran it. model: facts of the model.
         groups: the text files. batches, batch_size, repeats: how it was run.
-        rows: the baseline and the devices.
+        rows: the baseline and the devices. assumed_power: watts that the user assumed for rows without a meter; None
+            where no energy is assumed.
     """
 
     command: str
@@ -182,6 +183,7 @@ class Comparison:
     batch_size: int
     repeats: int
     rows: tuple[Row, ...]
+    assumed_power: float | None = None
 
     @property
     def macs(self) -> int:
