@@ -21,46 +21,59 @@ def conclusion(comparison: Comparison) -> str:
     """
     ran = [row for row in comparison.rows if row.ran]
     rows = [row for row in ran if row.scope == "attention"] or ran
-    measured = [row for row in rows if _simulated(row) is False]
+    part = rows[0].scope if rows and len({row.scope for row in rows}) == 1 else "its part"
+    measured = [row for row in rows if not _simulated(row)]
     modelled = [row for row in rows if _simulated(row)]
     clauses = []
     if measured:
-        clauses.append(f"Measured: {_of(measured)}")
+        clauses.append(f"measured: {_of(measured, part)}")
     if modelled:
-        origins = sorted({row.costs.on_device.origin for row in modelled if row.costs is not None})
-        word = (
-            "simulated, with times and energies that are" if measured else "Simulated, with times and energies that are"
-        )
-        clauses.append(f"{word} {' or '.join(origins)}: {_of(modelled)}")
+        clauses.append(f"simulated ({' or '.join(_origins(modelled))}): {_of(modelled, part)}")
     if assumed := _assumed(rows):
         clauses.append(assumed)
-    return f"{'; '.join(clauses)}." if clauses else ""
+    said = "; ".join(clauses)
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
+
+
+def _origins(rows: Sequence[Row]) -> list[str]:
+    """The origins of all figures that are ranked."""
+    figures = [_figures(row) for row in rows]
+    return sorted({figure.origin for each in figures for figure in each if figure is not None})
+
+
+def _figures(row: Row) -> tuple[Figure | None, Figure | None, Figure | None]:
+    """Error, time and energy."""
+    if row.accuracy is None or row.costs is None:
+        return None, None, None
+    return row.accuracy.worst, row.costs.on_device, row.costs.energy
 
 
 def _simulated(row: Row) -> bool:
     return row.device is not None and row.device.fidelity == Fidelity.SIMULATED
 
 
-def _of(rows: Sequence[Row]) -> str:
-    """ "kpu:0 is the most accurate (error 9.6e-07) and the fastest (21.2 ms ±50%)", row by row."""
-    figures: list[tuple[str, Callable[[Row], Figure | None], Callable[[float], str], str]] = [
-        ("the most accurate", lambda row: row.accuracy.worst if row.accuracy else None, ratio, "error "),
-        ("the fastest", lambda row: row.costs.on_device if row.costs else None, seconds, ""),
-        ("the cheapest", lambda row: row.costs.energy if row.costs else None, joules, ""),
-    ]
+def _of(rows: Sequence[Row], part: str) -> str:
+    """ "kpu:0 is the most accurate (error 9.6e-07) and the fastest (21.2 ms ±50% of attention)", row by row."""
+    claims: tuple[tuple[str, Callable[[float], str], str, str], ...] = (
+        ("the most accurate", ratio, "error ", ""),
+        ("the fastest", seconds, "", f" of {part}"),
+        ("the cheapest", joules, "", ""),
+    )
     said: dict[str, list[str]] = {}
-    missing = False
-    for what, of, show, word in figures:
-        found = [(row, figure) for row in rows if (figure := of(row)) is not None and figure.basis != Basis.DECLARED]
-        if not found:
-            missing = True
-            continue
-        best, figure = min(found, key=lambda pair: pair[1].middle)
-        level = [row.name for row, other in found if row is not best and _level(figure, other, show)]
-        beside = f", level with {_listed(level)}" if level else ""
-        said.setdefault(best.name, []).append(f"{what} ({word}{varied(figure, show)}{beside})")
-    clauses = [f"{name} is {_listed(claims)}" for name, claims in said.items()]
-    return _listed([*clauses, "no energy was metered" if missing else ""])
+    for place, (claim, show, before, after) in enumerate(claims):
+        found = [(row, figure) for row in rows if (figure := _figures(row)[place]) and figure.basis != Basis.DECLARED]
+        if found:
+            best, figure = min(found, key=lambda pair: pair[1].middle)
+            level = [_named(row) for row, other in found if row is not best and _level(figure, other, show)]
+            beside = f", level with {_listed(level)}" if level else ""
+            said.setdefault(_named(best), []).append(f"{claim} ({before}{varied(figure, show)}{after}{beside})")
+    clauses = [f"{name} is {_listed(claimed)}" for name, claimed in said.items()]
+    metered = any((energy := _figures(row)[2]) and energy.basis != Basis.DECLARED for row in rows)
+    return _listed([*clauses, *([] if metered else ["no energy was metered"])])
+
+
+def _named(row: Row) -> str:
+    return f"{row.name} (emulated)" if row.fidelity == Fidelity.EMULATED else row.name
 
 
 def _level(best: Figure, other: Figure, show: Callable[[float], str]) -> bool:

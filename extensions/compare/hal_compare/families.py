@@ -16,7 +16,7 @@ class Family(NamedTuple):
     Attributes:
         name: the backend's name, or "torch". rows: the first one stands for the family, the others are its variants:
             further devices and profiles, and rows in which a device runs more of the model.
-        colour: index of its colour in the style sheet; 0, grey, for torch.
+        colour: index of its colour in the style sheet; 0, grey, for torch and for a family that did not run.
     """
 
     name: str
@@ -31,9 +31,10 @@ def families(rows: Sequence[Row]) -> list[Family]:
         found.setdefault(family_name(row), []).append(row)
     made, number = [], 0
     for name, members in found.items():
-        number += name != "torch"
+        coloured = name != "torch" and any(row.ran for row in members)
         members.sort(key=lambda row: (not row.ran, row.scope != "attention"))
-        made.append(Family(name, tuple(members), 0 if name == "torch" else 1 + (number - 1) % 7))
+        made.append(Family(name, tuple(members), 1 + number % 7 if coloured else 0))
+        number += coloured
     return made
 
 

@@ -69,7 +69,7 @@ class Accuracy:
         worst, mean: over texts, of ||h - reference|| / ||reference||, h the last hidden states of a text's real tokens.
         cosine, cosine_mean: lowest and mean over texts, between the text's vector and the reference's: the embedding,
             or for a causal model the last token's hidden state.
-        layers: the mean error after the embeddings and after each layer, first repeat.
+        layers: the mean error over texts after the embeddings and after each layer, median over repeats.
         agreement: share of texts with the reference's nearest neighbour, or of positions with its next token.
         decisions: how many texts or positions that is.
         perplexity, reference_perplexity: of the text under a causal model; None for an embedding model.

@@ -89,7 +89,9 @@ def _cell(column: Column, cell: Cell) -> str:
 def _name(row: Row, family: Family) -> str:
     from ..families import title
 
-    vendor = "scaled_dot_product_attention" if row.device is None else f"{row.device.vendor} {row.device.model}".strip()
+    vendor = "scaled_dot_product_attention" if row.baseline else "not here"
+    if row.device is not None:
+        vendor = f"{row.device.vendor} {row.device.model}".strip()
     swatch = f'<span class="swatch" style="--tone:{colour(family.colour)}"></span>'
     return f"{swatch}{escape(title(row))}<small>{escape(vendor)}</small>"
 

@@ -128,7 +128,7 @@ def layers(result: Comparison, ran: Sequence[Row]) -> str:
     signs = ("solid", "dashed", "dotted")
     drawn = "; ".join(f"{signs[place % 3]}: {style}" for place, style in enumerate(styles)) if len(styles) > 1 else ""
     return (
-        '<section><h2>Error by layer</h2><p class="lead">Mean over texts of the first run, after the embeddings ("in") '
+        '<section><h2>Error by layer</h2><p class="lead">Mean over texts, median of the runs, after the embeddings ("in") '
         f"and after each layer; all other rows in grey. {escape(drawn)}</p>"
         f'<div class="panels">{panels}</div></section>'
     )
@@ -163,7 +163,8 @@ def times(ran: Sequence[Row]) -> str:
         "Time of the device's part",
         "Of one pass over all text",
         _ranked(ran, lambda row: row.costs.on_device if row.costs else None, seconds, "time of the device's part"),
-        "Measured rows first, then modelled ones (square): the two are not ranked together.",
+        "Measured rows first, then modelled ones (square), and rows of other parts of the model below: none of these are "
+        "ranked together.",
     )
 
 
@@ -180,13 +181,13 @@ def energies(ran: Sequence[Row]) -> str:
 def _ranked(ran: Sequence[Row], of: Callable[[Row], Figure | None], show: Callable[[float], str], name: str) -> str:
     colours, marks = tones(ran), []
 
-    def place(row: Row) -> tuple[bool, bool, float]:
-        figure = of(row)
-        return (
-            figure is None,
-            figure is not None and figure.basis is not Basis.MEASURED,
-            figure.middle if figure else 0.0,
-        )
+    parts = list(dict.fromkeys(row.scope for row in ran))
+
+    def place(row: Row) -> tuple[int, bool, bool, float]:
+        figure, part = of(row), parts.index(row.scope)
+        if figure is None:
+            return part, True, True, 0.0
+        return part, False, figure.basis is not Basis.MEASURED, figure.middle
 
     for row in sorted(ran, key=place):
         figure = of(row)
