@@ -124,10 +124,11 @@ def layers(result: Comparison, ran: Sequence[Row]) -> str:
         picture = charts.lines(series, f"error by layer: {end}", behind=behind)
         panels += f"<figure><h3>{escape(name)}</h3>{picture}</figure>"
     signs = ("solid", "dashed", "dotted")
-    drawn = "; ".join(f"{signs[place % 3]}: {style}" for place, style in enumerate(styles)) if len(styles) > 1 else ""
+    named = "; ".join(f"{signs[place % 3]}: {style}" for place, style in enumerate(styles))
+    drawn = f" Lines: {named}." if len(styles) > 1 else ""
     return (
         '<section><h2>Error by layer</h2><p class="lead">Mean over texts, median of the runs, after the embeddings '
-        f'("in") and after each layer; all other rows in grey. {escape(drawn)}</p>'
+        f'("in") and after each layer; all other rows in grey.{escape(drawn)}</p>'
         f'<div class="panels">{panels}</div></section>'
     )
 
