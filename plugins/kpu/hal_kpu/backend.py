@@ -48,6 +48,7 @@ _FEATURES = frozenset(
         "mask_grad",
         "lse_grad",
         "deterministic",
+        "block_plan",
     }
 )
 
@@ -94,6 +95,7 @@ class KPUDevices:
         ]
 
     def capabilities(self, device: Device) -> Capabilities:
+        blocks = Range(min(min(self.profile.arrays(dtype)[:2]) for dtype in _NUMERICS))
         return Capabilities(
             dtypes=frozenset(_NUMERICS),
             numerics=_NUMERICS,
@@ -103,7 +105,8 @@ class KPUDevices:
             batch=Range(0),
             length=Range(0),
             head_dim=Range(1, max(longest_head(self.profile, dtype) for dtype in _NUMERICS)),
-            tile_sizes=Range(min(min(self.profile.arrays(dtype)[:2]) for dtype in _NUMERICS)),
+            tile_sizes=blocks,
+            block_sizes=blocks,
             options=OPTIONS,
         )
 
