@@ -89,6 +89,24 @@ def add_parser(subparsers: Any) -> None:
         help="look for the cheapest set of digital layers with which each row of --linear keeps this share of the "
         "float64 run's nearest neighbours or next tokens, for example 0.9",
     )
+    parser.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the devices that have it, for example passes=4 for photonic ones; may be repeated",
+    )
+    parser.add_argument(
+        "--layers", action="store_true", help="error, time and energy of every layer of the model too, in every row"
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="LIST",
+        action="append",
+        default=[],
+        help="the same of these layers, or attention modules and linear layers in them, by name or pattern "
+        "('encoder.layer.0.*'); may be repeated",
+    )
     parser.add_argument("--details", action="store_true", help="print tables of text, error, time, work and energy too")
     parser.add_argument(
         "--repeats",
@@ -141,7 +159,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
             all of them are looked at before anything is measured.
     """
-    from . import digital, lanes, measure, models, report, tables, tasks
+    from . import device_options, digital, lanes, layers, layers_report, measure, models, report, tables, tasks
 
     if arguments.report is not None:
         report.check_target(arguments.report)
@@ -157,7 +175,9 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         raise HalError(f"{option} is about linear layers, and none run on a device: add --linear and a device")
     if arguments.keep and arguments.digital:
         raise HalError("--digital and --keep were given: name the digital layers, or have them looked for")
+    optional = device_options.set_options(rows, arguments.option)
     model = models.load(arguments.model, arguments.dtype)
+    by_layer = layers.chosen(model.network, _names(arguments.layer)) if arguments.layers or arguments.layer else []
     lanes.keep_digital(model.network, rows, _names(arguments.digital))
     chosen = []
     if arguments.keep:
@@ -173,7 +193,11 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         budget=arguments.budget,
         progress=arguments.progress,
     )
-    data, text = comparison.to_dict(), tables.refused(comparison)
+    if by_layer:
+        tokens = measure.batches_of(model, read, arguments.batch, arguments.max_length)
+        comparison = layers.with_layers(comparison, model, rows, tokens, by_layer, arguments.progress)
+    data, text = comparison.to_dict(), [*tables.refused(comparison), *optional]
+    data["options"] = {row.name: row.options for row in rows if row.options}
     data["digital"] = {row.name: sorted(row.digital) for row in rows if row.digital}
     text += [one.sentence for one in chosen]
     if arguments.report is not None:
@@ -181,6 +205,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         data["report"] = str(arguments.report)
         text.append(f"report: {os.path.relpath(arguments.report)}")
     shown = [tables.summary(comparison), *(tables.details(comparison) if arguments.details else [])]
+    shown += layers_report.tables(comparison)
     ran = any(row.ran for row in comparison.rows if not row.baseline)
     return CommandResult(data, shown, text, 0 if ran else 1)
 

@@ -278,7 +278,7 @@ def _row(lane: Lane, files: Sequence[TextFile], reference: Tally) -> Row:
 
 
 def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
-    basis, provenance, source = _error_origin(lane)
+    basis, provenance, source = error_origin(lane)
 
     def figure(of: Callable[[Tally], float]) -> Figure:
         return Figure.over([of(tally) for tally in lane.tallies], basis, provenance, source)
@@ -296,7 +296,7 @@ def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
     )
 
 
-def _error_origin(lane: Lane) -> tuple[Basis, Provenance, str]:
+def error_origin(lane: Lane) -> tuple[Basis, Provenance, str]:
     """A simulated device's error is what its model gives; that of any other was measured on its real values."""
     if lane.device is None or lane.device.fidelity != Fidelity.SIMULATED:
         return Basis.MEASURED, Provenance.MEASURED_SILICON, "compared with the float64 run"

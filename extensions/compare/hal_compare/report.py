@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hal_core import Basis, Fidelity, HalError
 
-from . import charts, tables
+from . import charts, layers_report, tables
 from .charts import Mark, bars, colour, dots, lines, shares
 from .figures import NOT_AVAILABLE, cosine, interval, joules, macs, percent, plain, ratio, seconds
 from .result import Comparison, Figure, Row
@@ -49,7 +49,8 @@ def render(comparison: Comparison) -> str:
     ran = [row for row in comparison.rows if row.ran]
     parts = [_header(comparison)]
     if ran:
-        parts += [_cards(comparison, ran), _charts(comparison, ran), _tables(comparison, ran)]
+        parts += [_cards(comparison, ran), _charts(comparison, ran), layers_report.section(comparison)]
+        parts += [_tables(comparison, ran)]
     parts += [_refused(comparison), _terms(comparison), _origins(comparison)]
     title = escape(f"hal compare: {comparison.model['name']}")
     return (
