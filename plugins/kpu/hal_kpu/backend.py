@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import attrs
+from hal_simulation import Variation, variations
+
 from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
@@ -137,3 +140,36 @@ class KPUDevices:
     def kernel_names(self, device: Device) -> frozenset[str]:
         """The kernels beside attention."""
         return frozenset({"matmul", "linear"})
+
+    def variations(self, device: Device, default: float | None = None) -> list[Variation]:
+        """The figures of the machine with their uncertainties; see `hal_simulation.variations`."""
+        return variations(self.profile, default)
+
+    def varied(self, device: Device, name: str, **figures: float) -> KPUDevices:
+        """A backend of one device, `<name>:0`: the machine with some figures changed.
+
+        Args:
+            figures: by "section__key", in the figure's unit.
+
+        Raises:
+            ProfileError: no such figure, or a value that is not possible.
+        """
+        return _OtherMachine(name, self.profile.replace(**figures))
+
+
+class _OtherMachine(KPUDevices):
+    """A machine under another name. torch.compile's backends are kpu:0's alone."""
+
+    def __init__(self, name: str, profile: Profile) -> None:
+        super().__init__(profile)
+        self._name = name
+
+    def devices(self) -> Sequence[Device]:
+        return [
+            attrs.evolve(
+                device,
+                id=f"{self._name}:0",
+                features=tuple(text for text in device.features if not text.startswith("torch.compile")),
+            )
+            for device in super().devices()
+        ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import attrs
+from hal_simulation import Variation, variations
 
 from hal_core.plugin_api import (
     AttentionRequest,
@@ -164,6 +165,22 @@ class ProfileBackend:
     def kernel_names(self, device: Device) -> frozenset[str]:
         """`matmul` and `linear`."""
         return frozenset({"matmul", "linear"})
+
+    def variations(self, device: Device, default: float | None = None) -> list[Variation]:
+        """The figures of the device's profile with their uncertainties; see `hal_simulation.variations`."""
+        return variations(self.profile_of(device), default)
+
+    def varied(self, device: Device, name: str, **figures: float) -> ProfileBackend:
+        """A backend of one device, `<name>:0`: the device with some figures changed.
+
+        Args:
+            figures: by "section__key", in the figure's unit.
+
+        Raises:
+            ProfileError: no such figure, or a value that is not possible.
+        """
+        changed = self.profile_of(device).replace(**figures)
+        return ProfileBackend(name, [changed], straight_through=self.straight_through)
 
 
 class PhotonicBackend(ProfileBackend):
