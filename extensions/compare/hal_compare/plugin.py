@@ -9,7 +9,9 @@ from hal_core.plugin_api import hookimpl
 
 @hookimpl
 def hal_commands(subparsers: Any) -> None:
-    """Add `hal compare`."""
+    """Add `hal compare` and `hal sweep`."""
     from . import command
+    from .sweep import command as sweep
 
     command.add_parser(subparsers)
+    sweep.add_parser(subparsers)
