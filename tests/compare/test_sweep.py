@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import chromium
 import pytest
 import torch
 from hal_cli import main
@@ -129,7 +130,27 @@ def test_files_table_and_page_have_the_same_numbers(grid, capsys, tmp_path, monk
             assert line["energy_j"] == ""
     for outside in ("http:", "https:", "<script", "<link", "url("):
         assert outside not in page.replace("http://www.w3.org", ""), "the page asks for something"
-    assert page.count('<div class="pareto">') == 2 * 4, "error against time, and energy, for each of four workloads"
+    for title, count in (("Error against time", 4), ("Error against energy", 4), ("Energy over the length", 2)):
+        assert page.count(f"<h3>{title}</h3>") == count, "one for each of four workloads; one for each batch size"
+
+
+@pytest.mark.skipif(chromium.program() is None, reason="no Chromium is installed")
+def test_the_page_fits_narrow_and_wide_windows(profiled, encoder, text, capsys, tmp_path):
+    out = tmp_path / "out"
+    arguments = [encoder, "--text", text, "--devices", f"cpu:0,{profiled}", "--profiles", "*", "--lengths", "4,8,12"]
+    assert sweep(*arguments, "--out", out) == 0
+    inside = """[...document.querySelectorAll('svg')].filter(svg => svg.getClientRects().length).every(svg =>
+        [...svg.querySelectorAll('text')].every(text => {
+            const outer = svg.getBoundingClientRect(), inner = text.getBoundingClientRect();
+            return inner.left >= outer.left - 1 && inner.right <= outer.right + 1 && inner.bottom <= outer.bottom + 1
+                && inner.height >= 8;
+        }))"""
+    with chromium.Chromium() as browser:
+        for width in (400, 800, 1400):
+            browser.open(out / "sweep.html", width, dark=width == 800)
+            assert browser.run("document.documentElement.scrollWidth") <= width
+            assert browser.run(inside), f"a text leaves its chart, or is too small, at {width} px"
+        assert browser.messages == []
 
 
 def test_it_goes_on_from_what_is_there_and_ends_with_the_same(grid, capsys, tmp_path, monkeypatch):

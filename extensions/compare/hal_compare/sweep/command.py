@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
 
     lengths = whole_numbers(arguments.lengths, "--lengths") if arguments.lengths else []
     batches = whole_numbers(arguments.batches, "--batches") if arguments.batches else [8]
-    folder = arguments.out or Path(f"sweep-{Path(arguments.model).name}")
+    folder = arguments.out or Path(f"sweep-{Path(arguments.model).expanduser().resolve().name}")
     if folder.exists() and not folder.is_dir():
         raise HalError(f"--out {folder} is a file: give a folder")
     with ExitStack() as stack:

@@ -1,4 +1,7 @@
-"""Figures over the length of the texts, a line for each device, as inline SVG on logarithmic axes."""
+"""Figures over the length of the texts, a line for each device, as inline SVG on logarithmic axes.
+
+As the scatter charts of `hal_compare.pareto`, a chart is drawn for wide and for narrow pages.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from html import escape
 import attrs
 
 from ..charts import colour
-from ..pareto import Axis, Scale
+from ..pareto import NARROW, WIDE, Axis, Scale
 from ..result import Figure
 
-WIDTH, HEIGHT = 560, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 150, 26, 46
+HEIGHT = 320
+_LEFT, _TOP, _BOTTOM = 46, 26, 46
+#: Room for the names at the right, in a drawing of each width.
+_NAMES = {WIDE[0]: 150, NARROW[0]: 116}
 _LINE = 15
 
 
@@ -41,15 +46,28 @@ def curves(series: Sequence[Curve], lengths: Sequence[int], axis: Axis) -> str:
     series = [one for one in series if one.points]
     if not series:
         return ""
-    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+    name = f"{axis.name} by tokens: " + "; ".join(
+        f"{one.label} {axis.show(one.points[0][1].middle)} to {axis.show(one.points[-1][1].middle)}" for one in series
+    )
+    height = max(HEIGHT, _TOP + _LINE * (len(series) + 1))
+    drawn = "".join(
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}">'
+        f"{_drawing(series, lengths, axis, width - _NAMES[width])}</svg>"
+        for kind, (width, _) in (("wide", WIDE), ("narrow", NARROW))
+    )
+    return f'<div class="pareto">{drawn}</div>'
+
+
+def _drawing(series: Sequence[Curve], lengths: Sequence[int], axis: Axis, right: int) -> str:
+    """The picture, whose plot ends at `right`."""
+    bottom = HEIGHT - _BOTTOM
     rows = Scale([figure.middle for one in series for _, figure in one.points], bottom, _TOP)
 
     def across(length: int) -> float:
         span = math.log(lengths[-1] / lengths[0]) or 1.0
         return _LEFT + 12 + math.log(length / lengths[0]) / span * (right - _LEFT - 24)
 
-    body = _grid(rows, lengths, across, right, bottom, axis)
-    ends = []
+    body, ends = _grid(rows, lengths, across, right, bottom, axis), []
     for one in sorted(series, key=lambda curve: rows.place(curve.points[-1][1].middle)):
         places = [(across(length), rows.place(figure.middle)) for length, figure in one.points]
         tone, dash = colour(one.colour), ' stroke-dasharray="5 4"' if one.modelled else ""
@@ -59,12 +77,7 @@ def curves(series: Sequence[Curve], lengths: Sequence[int], axis: Axis) -> str:
             tip = f"{one.label}, {length} tokens: {axis.show(figure.middle)} ({figure.origin})"
             body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{tone}"><title>{escape(tip)}</title></circle>'
         ends.append((places[-1], one))
-    body += _names(ends, right, bottom)
-    name = f"{axis.name} by tokens: " + "; ".join(
-        f"{one.label} {axis.show(one.points[0][1].middle)} to {axis.show(one.points[-1][1].middle)}" for one in series
-    )
-    lowest = max(HEIGHT, _TOP + _LINE * (len(series) + 1))
-    return f'<svg viewBox="0 0 {WIDTH} {lowest}" role="img" aria-label="{escape(name)}">{body}</svg>'
+    return body + _names(ends, right, bottom)
 
 
 def _grid(

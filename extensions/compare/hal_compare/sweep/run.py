@@ -164,9 +164,9 @@ class _Clock:
         return self._work(workload) * sum(took for _, took in known) / units if units else 0.0
 
     def _work(self, workload: tuple[int, int]) -> float:
-        """Units of work: in proportion to the tokens, and beyond 256 of them to their square."""
+        """Units of work: what a short text costs too, then in proportion to the tokens, and at last to their square."""
         length, batch = workload
-        return self._plan.count(batch) * length * (1 + length / 256)
+        return self._plan.count(batch) * (64 + length * (1 + length / 512))
 
 
 def duration(seconds: float) -> str:
