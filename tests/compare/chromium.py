@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,8 @@ from typing import Any, Self
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 #: Environment variable that names the program where it is not on PATH.
 VARIABLE = "HAL_CHROMIUM"
+#: Seconds without an answer after which the browser is given up.
+TIMEOUT = 90
 
 
 def program() -> str | None:
@@ -82,11 +85,12 @@ class Chromium:
                 self.messages.append(json.dumps(reply["params"])[:500])
 
     def _read(self) -> dict[str, Any]:
-        deadline = time.monotonic() + 120
         while b"\0" not in self._rest:
-            read = self._out.read(1 << 16)
-            if not read or time.monotonic() > deadline:
-                raise RuntimeError("the browser went away")
+            ready, _, _ = select.select([self._out], [], [], TIMEOUT)
+            read = self._out.read(1 << 16) if ready else b""
+            if not read:
+                self._process.kill()
+                raise RuntimeError("the browser went away" if ready else f"the browser was silent for {TIMEOUT} s")
             self._rest += read
         first, _, self._rest = self._rest.partition(b"\0")
         return dict(json.loads(first))
@@ -114,9 +118,8 @@ class Chromium:
         self.send("Input.dispatchKeyEvent", type="keyUp", **options)
 
     def screenshot(self, path: Path) -> None:
-        """Save a picture of the whole page."""
-        shot = self.send("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
+        """Save a picture of what the window shows."""
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +129,10 @@ class Chromium:
     ) -> None:
         self._in.close()
         self._process.terminate()
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._out.close()
         self._profile.cleanup()

@@ -109,7 +109,19 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text that are used")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the run")
-    parser.add_argument("--report", metavar="FILE", type=Path, help="write a self-contained HTML report")
+    parser.add_argument(
+        "--assume-power",
+        metavar="WATTS",
+        type=watts,
+        help="state an energy for torch's attention and for devices of this host without a meter: this power times "
+        "their time, marked as assumed",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="write a self-contained HTML report, and beside it the same as CSV and JSON, and timelines of simulators",
+    )
     parser.set_defaults(run=run)
 
 
@@ -118,6 +130,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} was given: pass a whole number, 1 or more")
     return int(text)
+
+
+def watts(text: str) -> float:
+    """A power above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} was given: pass a number of watts above 0, for example 65")
+    return number
 
 
 def share(text: str) -> float:
@@ -141,16 +164,16 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
             all of them are looked at before anything is measured.
     """
-    from . import digital, lanes, measure, models, report, tables, tasks
+    from . import assumed, digital, lanes, measure, models, report, tables, tasks, timelines
 
     if arguments.report is not None:
         report.check_target(arguments.report)
     read = _files(arguments, tasks.task_of(models.find(arguments.model)).modality)
     every = ["all"] if arguments.all else []
     rows = lanes.rows_for(
-        _names(arguments.devices) or (["all"] if arguments.all else []),
-        [*_names(arguments.linear), *every],
-        [*_names(arguments.compiled), *every],
+        _names(arguments.devices, "--devices") or (["all"] if arguments.all else []),
+        [*_names(arguments.linear, "--linear"), *every],
+        [*_names(arguments.compiled, "--compiled"), *every],
     )
     if (arguments.keep or arguments.digital) and not any(row.scope is lanes.Scope.LINEAR for row in rows):
         option = "--keep" if arguments.keep else "--digital"
@@ -158,7 +181,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     if arguments.keep and arguments.digital:
         raise HalError("--digital and --keep were given: name the digital layers, or have them looked for")
     model = models.load(arguments.model, arguments.dtype)
-    lanes.keep_digital(model.network, rows, _names(arguments.digital))
+    lanes.keep_digital(model.network, rows, _names(arguments.digital, "--digital"))
     chosen = []
     if arguments.keep:
         chosen = digital.search(model, read, rows, arguments)
@@ -173,13 +196,16 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         budget=arguments.budget,
         progress=arguments.progress,
     )
+    if arguments.assume_power is not None:
+        comparison = assumed.with_assumed_power(comparison, arguments.assume_power)
     data, text = comparison.to_dict(), tables.refused(comparison)
     data["digital"] = {row.name: sorted(row.digital) for row in rows if row.digital}
     text += [one.sentence for one in chosen]
     if arguments.report is not None:
-        report.write(comparison, arguments.report)
-        data["report"] = str(arguments.report)
-        text.append(f"report: {os.path.relpath(arguments.report)}")
+        written = report.write(comparison, arguments.report, data, timelines.timelines(comparison))
+        data["report"], data["beside"] = str(written[0]), [str(path) for path in written[1:]]
+        beside = ", ".join(path.name for path in written[1:])
+        text.append(f"report: {os.path.relpath(written[0])} (beside it: {beside})")
     shown = [tables.summary(comparison), *(tables.details(comparison) if arguments.details else [])]
     ran = any(row.ran for row in comparison.rows if not row.baseline)
     return CommandResult(data, shown, text, 0 if ran else 1)
@@ -202,8 +228,16 @@ def _files(arguments: argparse.Namespace, modality: str) -> Any:
     return texts.read(given["text"])
 
 
-def _names(listed: Sequence[str]) -> list[str]:
-    return [name for words in listed for name in words.split(",") if name]
+def _names(listed: Sequence[str], option: str) -> list[str]:
+    """The names that an option lists.
+
+    Raises:
+        HalError: the option was given, and names nothing.
+    """
+    names = [name.strip() for words in listed for name in words.split(",") if name.strip()]
+    if listed and not names:
+        raise HalError(f"{option} {listed[0]!r} was given, which names nothing: give names divided by commas")
+    return names
 
 
 def command_line() -> str:

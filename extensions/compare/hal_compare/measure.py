@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import statistics
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -275,7 +276,7 @@ def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
         mean=figure(lambda tally: sum(tally.errors.values()) / len(tally.errors)),
         cosine=figure(lambda tally: min(tally.cosines.values())),
         cosine_mean=figure(lambda tally: sum(tally.cosines.values()) / len(tally.cosines)),
-        layers=tuple(lane.tallies[0].layer_means),
+        layers=tuple(map(statistics.median, zip(*(tally.layer_means for tally in lane.tallies), strict=True))),
         agreement=figure(lambda tally: tally.agreement(reference)),
         decisions=reference.decisions,
         perplexity=None if reference.perplexity is None else figure(lambda tally: tally.perplexity or 0.0),

@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 
 import attrs
 
-from .charts import colour, decades, log10, power
+from .charts import colour
 from .result import Figure
+from .scale import Scale, power
 
 #: Width and height of the drawings, in units that are about one pixel.
 WIDE, NARROW = (560, 360), (340, 380)
@@ -22,8 +23,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 26, 46
 _FONT, _RADIUS = 12.0, 5.0
 #: Width of a character in shares of the font's size: an upper bound of the average in common sans-serif fonts.
 _CHARACTER = 0.62
-#: Length of an axis that stands for three or more empty decades, in decades.
-_GAP = 0.5
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +33,7 @@ class Point:
         label: written beside it. x, y: its figures; smaller is better for both. colour: index of a colour, or
             "neutral". shape: "circle" for hardware, "square" for an emulation, "diamond" for a simulation.
         modelled: whether one of its figures is modelled: such points have a front of their own, dashed.
+        ranked: False for a point in no front, drawn hollow: one of its figures is an assumption of the user's.
         note: added to the text that a pointer shows.
     """
 
@@ -43,6 +43,7 @@ class Point:
     colour: int | str = "neutral"
     shape: Literal["circle", "square", "diamond"] = "circle"
     modelled: bool = False
+    ranked: bool = True
     note: str = ""
 
 
@@ -77,54 +78,6 @@ class Box(NamedTuple):
         steps = [step / 12 for step in range(13)]
         points = [(x1 + (x2 - x1) * share, y1 + (y2 - y1) * share) for share in steps]
         return any(self.left < x < self.right and self.top < y < self.bottom for x, y in points)
-
-
-class Scale:
-    """A logarithmic axis between two places of a drawing. Runs of three or more decades without a value are cut short.
-
-    Args:
-        values: all that has to have a place; those that are 0 or not finite lie on the edge.
-        start, end: where the axis begins and ends; `end` may lie before `start`.
-
-    Attributes:
-        ticks: (exponent, place) of the powers of ten. minor: places of their doubles and fives. gaps: (from, to) of
-            what is cut.
-    """
-
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        first, last = decades([value for value in values if value > 0])
-        held = {math.floor(log10(value)) for value in values if 0 < value < math.inf}
-        lengths: list[tuple[int, int, float]] = []  # (first exponent, last exponent, length in decades)
-        for cell in range(first, last):
-            if cell in held or not lengths or (lengths[-1][2] == 1.0 and lengths[-1][0] in held):
-                lengths.append((cell, cell + 1, 1.0))
-            else:
-                begin = lengths.pop()[0]
-                lengths.append((begin, cell + 1, float(cell + 1 - begin)))
-        lengths = [(low, high, _GAP if high - low >= 3 else size) for low, high, size in lengths]
-        unit = (end - start) / sum(size for _, _, size in lengths)
-        self._pieces: list[tuple[int, int, float, float]] = []
-        self.ticks: list[tuple[int, float]] = [(first, start)]
-        self.minor: list[float] = []
-        self.gaps: list[tuple[float, float]] = []
-        place = start
-        for low, high, size in lengths:
-            after = place + size * unit
-            self._pieces.append((low, high, place, after))
-            whole = high - low == size
-            self.ticks += [(low + step, place + step * unit) for step in range(1, high - low)] if whole else []
-            self.ticks.append((high, after))
-            self.minor += [place + math.log10(step) * unit for step in (2, 5)] if size == 1.0 else []
-            self.gaps += [] if whole else [(place, after)]
-            place = after
-
-    def place(self, value: float) -> float:
-        """Where a value lies."""
-        exponent = log10(value)
-        for low, high, begin, end in self._pieces:
-            if exponent <= high:
-                return begin + min(max((exponent - low) / (high - low), 0.0), 1.0) * (end - begin)
-        return self._pieces[-1][3]
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -172,7 +125,7 @@ def _drawing(points: Sequence[Point], x: Axis, y: Axis, width: int, height: int)
     across, up = columns.place, rows.place
     body = _grid(plot, columns, rows, x, y)
     for modelled in (False, True):
-        best = front([point for point in points if point.modelled is modelled])
+        best = front([point for point in points if point.ranked and point.modelled is modelled])
         corners = [(across(point.x.middle), up(point.y.middle)) for point in best]
         dash = ' stroke-dasharray="5 4"' if modelled else ""
         body += f'<path class="front" d="{_stairs(corners)}"{dash}/>' if len(corners) > 1 else ""
@@ -213,19 +166,13 @@ def _grid(plot: Box, columns: Scale, rows: Scale, x: Axis, y: Axis) -> str:
 
     body = "".join(vertical(place, "grid minor") for place in columns.minor)
     body += "".join(horizontal(place, "grid minor") for place in rows.minor)
-    after = -math.inf
-    for exponent, place in columns.ticks:
-        body += vertical(place, "grid")
-        if place >= after:  # a label wherever there is room for one
-            anchor = "end" if place > plot.right - 20 else "middle"
-            body += _tick(place, plot.bottom + 16, x.tick(exponent), anchor)
-            after = place + 54
-    before = math.inf
-    for exponent, place in rows.ticks:
-        body += horizontal(place, "grid")
-        if place <= before:
-            body += _tick(plot.left - 6, place + 4, y.tick(exponent), "end")
-            before = place - 15
+    body += "".join(vertical(place, "grid") for _, place in columns.ticks)
+    body += "".join(horizontal(place, "grid") for _, place in rows.ticks)
+    for exponent, place in columns.spaced(56):
+        anchor = "end" if place > plot.right - 20 else "middle"
+        body += _tick(place, plot.bottom + 16, x.tick(exponent), anchor)
+    for exponent, place in rows.spaced(15):
+        body += _tick(plot.left - 6, place + 4, y.tick(exponent), "end")
     for low, high in columns.gaps:
         body += vertical(low + (high - low) / 2 - 3, "gap") + vertical(low + (high - low) / 2 + 3, "gap")
     for low, high in rows.gaps:
@@ -251,7 +198,9 @@ def _shape(point: Point, x: float, y: float) -> str:
         "square": f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}z",
         "diamond": f"M{x:.1f} {y - r - 1.5:.1f}l{r + 1.5} {r + 1.5}l{-r - 1.5} {r + 1.5}l{-r - 1.5} {-r - 1.5}z",
     }
-    return f'<path class="point" fill="{colour(point.colour)}" d="{outlines[point.shape]}">'
+    tone = colour(point.colour)
+    fill, edge = (tone, "") if point.ranked else ("var(--card)", f' style="stroke:{tone};stroke-width:2"')
+    return f'<path class="point" fill="{fill}"{edge} d="{outlines[point.shape]}">'
 
 
 _Found = tuple[Box, tuple[float, float] | None]
@@ -325,4 +274,4 @@ def _candidates(label: str, x: float, y: float) -> Iterator[Box]:
             yield Box(left, top, left + width, top + height)
 
 
-__all__ = ["NARROW", "WIDE", "Axis", "Box", "Point", "Scale", "front", "pareto"]
+__all__ = ["NARROW", "WIDE", "Axis", "Box", "Point", "front", "pareto"]

@@ -1,0 +1,6 @@
+"""The report of a comparison: a page that needs no network, and the same numbers as CSV and JSON beside it."""
+
+from .files import check_target, write
+from .page import render
+
+__all__ = ["check_target", "render", "write"]
