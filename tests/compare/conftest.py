@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -147,6 +147,37 @@ def device() -> Iterator[Callable[..., str]]:
     yield add
     for name in names:
         hal.unregister(name)
+
+
+class ProfiledDevice:
+    """A backend that simulates from profiles, with the methods that a sweep asks for. A file holds its joules."""
+
+    JOULES: ClassVar[dict[str, float]] = {"small": 1e-12, "small-fast": 2e-12, "large": 3e-12}
+
+    def __init__(self, name: str, joules: float) -> None:
+        self._made = FakeDevice(name, joules=joules)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+    def profile_names(self) -> list[str]:
+        return list(self.JOULES)
+
+    def at_profile(self, profile: str, name: str) -> ProfiledDevice:
+        if not profile.endswith(".toml"):
+            return ProfiledDevice(name, self.JOULES[profile])
+        try:
+            return ProfiledDevice(name, float(Path(profile).read_text()))
+        except ValueError:
+            raise hal.ContractError(f"{profile}: no number: give one") from None
+
+
+@pytest.fixture
+def profiled() -> Iterator[str]:
+    """Register a `ProfiledDevice` for the length of a test; gives its id."""
+    hal.register(ProfiledDevice("profiled", 1e-12), "profiled")
+    yield "profiled:0"
+    hal.unregister("profiled")
 
 
 WORDS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import statistics
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -15,7 +16,6 @@ from typing import Any
 
 import attrs
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import hal_core as hal
 from hal_core import Basis, Decision, Fidelity, HalError, Provenance, UnsupportedError
@@ -25,7 +25,8 @@ from .attention_clock import Clock, clocked
 from .batches import Batch, Tokens, tokenize
 from .lanes import Lane, Scope, is_noisy, make_networks
 from .metrics import Outputs, Tally, read_outputs
-from .models import Float64Throughout, Model, in_float64
+from .models import Model
+from .reference_runs import ReferenceRuns
 from .result import Accuracy, Comparison, Costs, Figure, Group, Row
 from .texts import TextFile
 
@@ -41,6 +42,7 @@ def compare(
     command: str,
     budget: float = math.inf,
     progress: Callable[[str, float], None] = lambda text, share: None,
+    reference_runs: ReferenceRuns | None = None,
 ) -> Comparison:
     """Run the model on the text once per lane and repeat, in turn, and gather what came out.
 
@@ -55,13 +57,15 @@ def compare(
         repeats: timed passes, and draws of noise. batch_size: texts in a batch. max_length: tokens of a text; None for
             the model's own limit. command: kept in the result. budget: seconds. progress: called with a text and the
             share done.
+        reference_runs: the batches with their float64 runs, where several comparisons share them; `files`, `batch_size`
+            and `max_length` then only describe them.
 
     Raises:
         HalError: the text does not fit the model.
     """
-    tokens = batches_of(model, files, batch_size, max_length)
+    truths = reference_runs or ReferenceRuns(model, batches_of(model, files, batch_size, max_length))
+    tokens = truths.tokens
     texts = len(tokens.lengths)
-    reference_network = in_float64(model.network)
     make_networks(model.network, lanes)
     reference = Tally(texts)
     macs: dict[int, int] = {}
@@ -76,7 +80,7 @@ def compare(
 
     for number, batch in enumerate(tokens.batches):
         step("float64 reference")
-        truth, work = _reference(model, reference_network, batch)
+        truth, work = truths.run(number)
         macs[batch.group] = macs.get(batch.group, 0) + work
         reference.add(batch, truth, truth)
         for lane in lanes:
@@ -114,22 +118,6 @@ def _length_of(tokens: Tokens, batch: Batch, seconds: float) -> float:
     """Seconds of a whole pass, from those of one batch, in proportion to the tokens."""
     cells = [each.mask.numel() for each in tokens.batches]
     return seconds * sum(cells) / max(batch.mask.numel(), 1)
-
-
-def _reference(model: Model, network: Any, batch: Batch) -> tuple[Outputs, int]:
-    """The float64 run of a batch and the multiply-accumulates of its matrix products."""
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter, Float64Throughout():
-            outputs = network(**batch.inputs("cpu", torch.float64), output_hidden_states=True)
-    except Exception as error:  # a model that is not given all that it needs fails in its own way
-        if isinstance(error, HalError) or os.environ.get("HAL_DEBUG") == "1":
-            raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise HalError(
-            f"{type(network).__name__} does not run on {model.task.modality} alone ({what}): give one of its parts"
-        ) from error
-    return read_outputs(outputs, batch, model.kind, model.pooling), counter.get_total_flops() // 2
 
 
 def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
@@ -288,7 +276,7 @@ def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
         mean=figure(lambda tally: sum(tally.errors.values()) / len(tally.errors)),
         cosine=figure(lambda tally: min(tally.cosines.values())),
         cosine_mean=figure(lambda tally: sum(tally.cosines.values()) / len(tally.cosines)),
-        layers=tuple(lane.tallies[0].layer_means),
+        layers=tuple(map(statistics.median, zip(*(tally.layer_means for tally in lane.tallies), strict=True))),
         agreement=figure(lambda tally: tally.agreement(reference)),
         decisions=reference.decisions,
         perplexity=None if reference.perplexity is None else figure(lambda tally: tally.perplexity or 0.0),

@@ -69,7 +69,7 @@ class Accuracy:
         worst, mean: over texts, of ||h - reference|| / ||reference||, h the last hidden states of a text's real tokens.
         cosine, cosine_mean: lowest and mean over texts, between the text's vector and the reference's: the embedding,
             or for a causal model the last token's hidden state.
-        layers: the mean error after the embeddings and after each layer, first repeat.
+        layers: the mean error over texts after the embeddings and after each layer, median over repeats.
         agreement: share of texts with the reference's nearest neighbour, or of positions with its next token.
         decisions: how many texts or positions that is.
         perplexity, reference_perplexity: of the text under a causal model; None for an embedding model.
@@ -191,7 +191,8 @@ class Comparison:
     Attributes:
         command, created: how and when (UTC). versions, machine: what ran it. model: facts of the model.
         groups: the text files. batches, batch_size, repeats: how it was run.
-        rows: the baseline and the devices.
+        rows: the baseline and the devices. assumed_power: watts that the user assumed for rows without a meter; None
+            where no energy is assumed.
     """
 
     command: str
@@ -204,6 +205,7 @@ class Comparison:
     batch_size: int
     repeats: int
     rows: tuple[Row, ...]
+    assumed_power: float | None = None
 
     @property
     def macs(self) -> int:

@@ -11,7 +11,7 @@ from html import escape
 
 import attrs
 
-from .charts import nice_step
+from .scale import nice_step
 
 ROW, TOP, LABEL, GAP = 24, 34, 150, 18
 

@@ -169,14 +169,14 @@ def _coarse(module: nn.Module, bits: int) -> Iterator[None]:
     ]
     weight = getattr(module, "weight", None)
     kept = weight.data if isinstance(weight, torch.Tensor) else None
-    if kept is not None:
+    if weight is not None and kept is not None:
         weight.data = rounded(kept)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        if kept is not None:
+        if weight is not None and kept is not None:
             weight.data = kept
 
 

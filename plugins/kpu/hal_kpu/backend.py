@@ -26,7 +26,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, attention_memory
-from .profiles.profile import Profile
+from .profiles.profile import Profile, load, names
 from .runtime.settings import get_profile
 from .tiling import Blocks, longest_head, room
 
@@ -91,7 +91,7 @@ class KPUDevices:
                 vendor=p.vendor,
                 model=p.name.upper(),
                 fidelity=Fidelity.SIMULATED,
-                driver=f"simulated from profile {p.name}",
+                driver=" ".join(["simulated from profile", p.name, *([] if p.name in names() else [p.digest])]),
                 memory=host_memory(),
                 features=(f"figures at worst {p.provenance()}", "energy not calibrated", "torch.compile kpu"),
             )
@@ -154,22 +154,38 @@ class KPUDevices:
         Raises:
             ProfileError: no such figure, or a value that is not possible.
         """
-        return _OtherMachine(name, self.profile.replace(**figures))
+        return _KPUBeside(self.profile.replace(**figures), name)
+
+    def profile_names(self) -> Sequence[str]:
+        """The bundled machines, whichever of them kpu:0 is."""
+        return names()
+
+    def at_profile(self, profile: str, name: str) -> KPUDevices:
+        """A backend of another machine, `<name>:0`.
+
+        Args:
+            profile: a bundled name, or the path of a TOML file.
+
+        Raises:
+            ProfileError: no such profile, or the first thing that is wrong in it.
+        """
+        return _KPUBeside(load(profile), name)
 
 
-class _OtherMachine(KPUDevices):
-    """A machine under another name. torch.compile's backends are kpu:0's alone."""
+class _KPUBeside(KPUDevices):
+    """A machine beside that of kpu:0. torch.compile's backends and their meter are kpu:0's, so it has none."""
 
-    def __init__(self, name: str, profile: Profile) -> None:
+    def __init__(self, profile: Profile, name: str) -> None:
         super().__init__(profile)
         self._name = name
 
     def devices(self) -> Sequence[Device]:
+        """`<name>:0`, simulated."""
         return [
             attrs.evolve(
                 device,
                 id=f"{self._name}:0",
-                features=tuple(text for text in device.features if not text.startswith("torch.compile")),
+                features=tuple(feature for feature in device.features if not feature.startswith("torch.compile")),
             )
             for device in super().devices()
         ]

@@ -29,10 +29,12 @@ from hal_core.plugin_api import (
 from .cost import Cost, attention_cost, attention_memory, fidelity_of, product_cost
 from .kernels.extra import KERNELS, ProductKernel
 from .profiles.profile import Profile
-from .simulator.attention.baseline import Comparison, compare
+from .simulator.attention.baseline import Comparison, compare, run
 from .simulator.attention.block_plans import buffer_size, listed, reads_of
+from .simulator.attention.program import fused
 from .simulator.attention.values import Operands, backward, described, forward
 from .simulator.attention.workspace import workspace_size
+from .simulator.trace import chrome_trace
 from .simulator.values import array_values
 from .tiling import Blocks, KPUTiling, cut_into
 
@@ -165,6 +167,15 @@ class KPUSession(SessionBase):
     def compare(self, request: AttentionRequest) -> Comparison:
         """Both cycle counts of a call: fused on the chip, and with scores that go through DRAM."""
         return compare(self.profile, request)
+
+    def trace(self, request: AttentionRequest) -> dict[str, Any]:
+        """The timeline of a call, fused on the chip, as Chrome trace JSON, which Perfetto opens.
+
+        Raises:
+            ContractError: it has more spans than a browser opens with ease.
+        """
+        timeline = run(fused(self.profile, request), self.profile, "transactional").timeline
+        return chrome_trace([(f"attention, {request.describe()}", timeline)], self.profile)
 
     def product_cost(self, batch: int, rows: int, outputs: int, length: int, dtype: str) -> Cost:
         """What `batch` products [rows, length] @ [length, outputs] cost."""

@@ -32,7 +32,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, call_memory, passes_of
-from .discovery import BUNDLED as BUNDLED, cards, profiles
+from .discovery import BUNDLED as BUNDLED, bundled_names, cards, profiles
 from .profiles.figures import MOST_PASSES
 from .profiles.profile import Profile, load, word
 
@@ -182,6 +182,22 @@ class ProfileBackend:
         changed = self.profile_of(device).replace(**figures)
         return ProfileBackend(name, [changed], straight_through=self.straight_through)
 
+    def profile_names(self) -> Sequence[str]:
+        """The profiles of its devices."""
+        return [profile.name for profile in self.profiles]
+
+    def at_profile(self, profile: str, name: str) -> ProfileBackend:
+        """A backend of one device, `<name>:0`.
+
+        Args:
+            profile: one of `profile_names`, or the path of a profile file.
+
+        Raises:
+            ProfileError: what is wrong with the file.
+        """
+        own = next((one for one in self.profiles if one.name == profile), None)
+        return ProfileBackend(name, [own or load(profile)], straight_through=self.straight_through)
+
 
 class PhotonicBackend(ProfileBackend):
     """The generic devices: simulated from profile files; they report cards whose PCI ids the user configured."""
@@ -191,6 +207,16 @@ class PhotonicBackend(ProfileBackend):
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
         return (*super()._remarks(profile), *(card.remark for card in cards()))
+
+    def profile_names(self) -> Sequence[str]:
+        """The profiles of its devices, and all that are bundled."""
+        return list(dict.fromkeys([*super().profile_names(), *bundled_names()]))
+
+    def at_profile(self, profile: str, name: str) -> ProfileBackend:
+        """As of any photonic device; bundled profiles go by their name."""
+        if profile in super().profile_names() or profile not in bundled_names():
+            return super().at_profile(profile, name)
+        return super().at_profile(str(BUNDLED / f"{profile}.toml"), name)
 
 
 def register_profile(path: str | Path, name: str, *, straight_through: bool = False) -> Device:

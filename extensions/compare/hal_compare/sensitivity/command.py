@@ -13,9 +13,9 @@ from hal_core.plugin_api import CommandResult
 from ..command import add_input, command_line, files_of, names_of, positive, share
 
 DESCRIPTION = """\
-What moves a model's result most. With --device: which figure of the simulated device's profile, each alone at both ends
-of its stated uncertainty, or of a default that is marked assumed. With --layers: which layer of the model, each alone with
-the device's errors, or without a device with noise or fewer bits.
+What moves a model's result most. With --device: which figure of the simulated device's profile, each alone at both
+ends of its stated uncertainty, or of a default that is marked assumed. With --layers: which layer of the model, each
+alone with the device's errors, or without a device with noise or fewer bits.
 """
 
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     if arguments.report is not None:
         report.check_target(arguments.report)
     read = files_of(arguments, tasks.task_of(models.find(arguments.model)).modality)
-    patterns = names_of(arguments.layer if by_layer else arguments.figures)
+    patterns = names_of(arguments.layer, "--layer") if by_layer else names_of(arguments.figures, "--figures")
     device = None
     if arguments.device is not None:
         device = tornado.device_of(arguments.device) if by_layer else tornado.simulated_device(arguments.device)
@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         model_layers.check(model.network, patterns, device)
     tokens = measure.batches_of(model, _first(read, arguments.texts), 8, arguments.max_length)
     trial = Trial(model, tokens, draws=arguments.draws, linear=not arguments.attention)
-    progress, found = arguments.progress, None
+    progress = arguments.progress
+    found: tornado.Tornado | model_layers.LayerEffects
     if device is None:
         noise = None if arguments.bits else arguments.noise or 0.1
         found = model_layers.disturbed(trial, patterns, noise=noise, bits=arguments.bits, progress=progress)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hal_core import Device, HalError
 
-from ..lanes import Lane, LinearOnDevice, Scope, linear_names
+from ..lanes import Lane, LinearOnDevice, linear_devices, linear_names
 from .trial import Trial
 
 
@@ -55,22 +55,37 @@ class LayerEffects:
         return attrs.asdict(self)
 
 
+def check(network: nn.Module, patterns: Sequence[str], device: Device | None) -> None:
+    """Refuse what cannot be looked at, before anything is measured.
+
+    Raises:
+        ContractError: a layer that is not there, with the closest names. HalError: a model without layers, or a device
+            without a linear kernel.
+    """
+    names = list(sensitive_layers(network)) if device is None else linear_names(network)
+    if not names:
+        raise HalError(f"{type(network).__name__} has no linear layers: leave --layers out")
+    match_layers(names, patterns)
+    if device is not None and device.id not in linear_devices():
+        able = ", ".join(sorted(linear_devices())) or "none is installed"
+        raise HalError(
+            f"{device.id} has no linear kernel, so no linear layer runs on it: name a device that has one ({able}), or "
+            "leave --device out and pass --noise or --bits"
+        )
+
+
 def on_device(
     trial: Trial, device: Device, patterns: Sequence[str], progress: Callable[[str, float], None]
 ) -> LayerEffects:
     """The linear layers of the model, each alone on a device, all others on torch; attention stays exact too.
 
     Raises:
-        ContractError: an unknown layer, with the closest names. HalError: a device without a linear kernel.
+        As `check`.
     """
+    check(trial.model.network, patterns, device)
     names = linear_names(trial.model.network)
     wanted = match_layers(names, patterns) if patterns else frozenset(names)
     lane = trial.lane(device, attention=False)
-    if lane.scope is not Scope.LINEAR:
-        raise HalError(
-            f"{device.id} has no linear kernel, so the model's layers do not run on it one by one: leave --device out, "
-            "and pass --noise or --bits"
-        )
     layers = {name: _layer(lane, name) for name in names}
     others, done = frozenset(names) - wanted, 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from hal_core.plugin_api import Table
 
 from ..figures import ratio
-from ..report import STYLE, replace_file
+from ..report import STYLE, replace_whole
 from ..strips import Mark, Strip, draw
 from .model_layers import LayerEffects
 from .tables import SHOW, value_of, varied_by
@@ -21,7 +21,7 @@ MOST = 15
 
 def write(path: Path, title: str, command: str, found: Tornado | LayerEffects, shown: Sequence[Table]) -> None:
     """Write the page; a reader never sees half of it."""
-    replace_file(path, render(title, command, found, shown))
+    replace_whole({path: render(title, command, found, shown)})
 
 
 def render(title: str, command: str, found: Tornado | LayerEffects, shown: Sequence[Table]) -> str:

@@ -61,8 +61,8 @@ def notes(found: Tornado) -> list[str]:
     else:
         assumed = f"±{found.default:.0%}, as asked for"
     said = [
-        f"Each figure alone at both ends of its interval, {part} on the device, equal seeds. Swing: between both ends, of "
-        "the result as it is.",
+        f"Each figure alone at both ends of its interval, {part} on the device, equal seeds. Swing: between both ends, "
+        "relative to the result as it is.",
         f"Stated: the profile gives the uncertainty. Assumed: it gives none, and the interval is {assumed}.",
     ]
     if found.without_effect:
@@ -77,11 +77,8 @@ def notes(found: Tornado) -> list[str]:
 
 def _short(reason: str) -> str:
     """The reason without the value that was tried, so that figures with one reason come together."""
-    return (
-        reason.partition(" alone, it: ")[2].partition(": ")[0] + " contradict each other"
-        if " alone, " in reason
-        else reason
-    )
+    _, alone, contradiction = reason.partition(" alone, it: ")
+    return f"{contradiction.partition(': their')[0]} contradict each other" if alone else reason
 
 
 def of_layers(found: LayerEffects, most: int) -> list[Table]:

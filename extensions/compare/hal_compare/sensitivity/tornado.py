@@ -23,7 +23,7 @@ from ..lanes import Lane, Scope
 from .trial import Outcome, Trial
 
 #: The name of the backend that stands for the device with changed figures.
-CHANGED = "hal-sensitivity"
+CHANGED = "hal_sensitivity"
 
 
 @attrs.frozen(kw_only=True)
@@ -108,7 +108,7 @@ def simulated_device(name: str) -> Device:
     Raises:
         HalError: it is simulated from no profile.
     """
-    device = find_devices(name)[0]
+    device = device_of(name)
     if not hasattr(registry.backend_of(device), "varied"):
         able = [each.id for each in registry.devices() if hasattr(registry.backend_of(each), "varied")]
         wanted = f"use a device that is, {', '.join(able)}" if able else "install a plugin that is, hal-kpu for example"
@@ -116,6 +116,23 @@ def simulated_device(name: str) -> Device:
             f"{device.id} was given, and it is not simulated from a profile, so no figure moves it: {wanted}"
         )
     return device
+
+
+def device_of(name: str) -> Device:
+    """The device of an id, or the first of a backend."""
+    return find_devices(name)[0]
+
+
+def chosen(device: Device, patterns: Sequence[str], default: float | None) -> list[Any]:
+    """The figures of a device's profile that patterns name, all without a pattern, in the profile's order.
+
+    Raises:
+        ContractError: a pattern of no figure, with the closest.
+    """
+    backend: Any = registry.backend_of(device)
+    every: list[Any] = backend.variations(device, default)
+    wanted = match_layers([each.key for each in every], patterns, "figure") if patterns else None
+    return [each for each in every if wanted is None or each.key in wanted]
 
 
 def measure(
@@ -136,12 +153,8 @@ def measure(
         ContractError: a pattern of no figure, with the closest. HalError: the device does not run the model.
     """
     backend: Any = registry.backend_of(device)
-    every = backend.variations(device, default)
-    wanted = (
-        match_layers([each.key for each in every], patterns, "figure") if patterns else {each.key for each in every}
-    )
-    chosen = [each for each in every if each.key in wanted]
-    varied = [each for each in chosen if not each.reason]
+    listed = chosen(device, patterns, default)
+    varied = [each for each in listed if not each.reason]
     progress(f"{device.id} as it is", 0.0)
     lane = trial.lane(device)
     nominal = trial.run(lane)
@@ -151,12 +164,13 @@ def measure(
         with _registered(backend.varied(device, CHANGED, **figures)) as changed:
             return trial.run(_moved(trial, lane, changed))
 
-    moving, still = [], []
+    moving: list[Any] = []
+    still: list[Any] = []
     for section, group in groupby(varied, key=lambda each: each.key.partition(".")[0]):
-        listed = list(group)
-        progress(f"{section}: {len(listed)} figures together", 0.0)
-        together = _together(listed, outcome) if len(listed) > 1 and not patterns else None
-        (still if together == nominal else moving).extend(listed)
+        figures = list(group)
+        progress(f"{section}: {len(figures)} figures together", 0.0)
+        together = _together(figures, outcome) if len(figures) > 1 and not patterns else None
+        (still if together == nominal else moving).extend(figures)
     bars = []
     for number, each in enumerate(moving):
         progress(f"{each.key}", number / len(moving))
@@ -167,7 +181,7 @@ def measure(
         nominal=nominal,
         bars=tuple(bars),
         without_effect=tuple(each.key for each in still),
-        fixed={each.key: each.reason for each in chosen if each.reason},
+        fixed={each.key: each.reason for each in listed if each.reason},
         default=default,
         linear=lane.scope is Scope.LINEAR,
     )
