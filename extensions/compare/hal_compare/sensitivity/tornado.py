@@ -112,9 +112,7 @@ def simulated_device(name: str) -> Device:
     if not hasattr(registry.backend_of(device), "varied"):
         able = [each.id for each in registry.devices() if hasattr(registry.backend_of(each), "varied")]
         wanted = f"use a device that is, {', '.join(able)}" if able else "install a plugin that is, hal-kpu for example"
-        raise HalError(
-            f"{device.id} was given, and it is not simulated from a profile, so no figure moves it: {wanted}"
-        )
+        raise HalError(f"{device.id} is not simulated from a profile, so it has no figures to change: {wanted}")
     return device
 
 
