@@ -120,7 +120,7 @@ def test_every_number_is_equal_in_table_json_and_report(encoder, text, device, c
         cells += [joules(layer["energy"]["middle"]), percent(layer["energy_share"])]
         assert " ".join([layer["name"], *cells]) in printed
         for text_ in (cells[0], f"{cells[1]} · {cells[2]}", f"{cells[3]} · {cells[4]}"):
-            assert f">{text_}<" in html
+            assert f"</span>{text_}</td>" in html
     assert found["layers"][2]["time"] is None
 
 
@@ -170,8 +170,9 @@ def test_pictures_draw_zero_infinity_and_nothing():
     marks = [Mark(None, value, "x", "tip <b>") for value in (0.0, 1e-3, float("inf"), float("nan"))]
     strip = Strip(title="error", marks=[*marks, None], log=True)
     assert axis_of([strip]) == (1e-3, 1e-2)
-    picture = draw(["a", "b", "c", "d", "<script>"], [strip], name="test")
+    picture = draw(["a", "b", "c", "d", "<script>"], [strip], name="test", first="layer")
     assert "<script>" not in picture
-    assert picture.count("<circle") == 4
+    assert picture.count('class="dot"') == 4
+    assert picture.count("left:100%") == 2, "what is not finite lies at the end"
     assert "nan" not in picture
     assert "inf" not in picture

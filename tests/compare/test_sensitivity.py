@@ -140,7 +140,8 @@ def test_numbers_of_the_page_are_those_of_the_table(encoder, text, profiled):
     found = tornado.measure(trial_of(encoder, text), profiled, patterns=["cost.seconds"])
     shown = tables.of_figures(found, 10)
     html = page.render("a model", "hal sensitivity", found, shown)
-    assert f">{shown[0].rows[0][3]}<" in html
+    assert f'data-label="time">{shown[0].rows[0][3]}</td>' in html
+    assert f"</span>{shown[0].rows[0][3]}</td>" in html
     assert "<script" not in page.render("<script>", "x", found, shown)
 
 

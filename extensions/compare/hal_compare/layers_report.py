@@ -10,7 +10,7 @@ from hal_core.plugin_api import Table
 from .figures import joules, percent, ratio, seconds
 from .layers import NOT_APART
 from .result import Comparison, Figure, Layer, Row
-from .strips import Mark, Strip, axis_of, draw
+from .strips import STYLE, Mark, Strip, axis_of, draw
 
 #: Of the tables and the pictures.
 EXPLAINED = (
@@ -71,13 +71,12 @@ def section(comparison: Comparison) -> str:
             for place, strip in enumerate(strips[row.name])
             if place == 0 or any(mark is not None for mark in strip.marks)
         ]
-        picture = draw(
-            [layer.name for layer in row.layers], shown, name=f"error, time and energy of {row.name} by layer"
-        )
+        names, said = [layer.name for layer in row.layers], f"error, time and energy of {row.name} by layer"
+        picture = draw(names, shown, name=said, first="layer")
         figures += f"<figure><h3>{escape(row.name)}</h3><p>{escape(_origins(row))}</p>{picture}</figure>"
     return (
         f"<section><h2>Layer by layer</h2><p>{escape(EXPLAINED)} The pictures have equal axes.</p>"
-        f'<div class="charts">{figures}</div></section>'
+        f'{STYLE}<div class="charts">{figures}</div></section>'
     )
 
 

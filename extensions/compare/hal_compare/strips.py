@@ -1,6 +1,7 @@
-"""Small multiples as inline SVG: named rows, and beside them narrow charts that share the rows.
+"""Small multiples: a table whose cells hold a bar or a dot over its number, on an axis that a column's cells share.
 
-Colours and fonts come from the page's style sheet, so light and dark both work.
+It is a real table, so that readers that cannot see it read the numbers, and its text keeps its size at every width.
+Colours come from the page's style sheet.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import attrs
 
 from .scale import nice_step
 
-ROW, TOP, LABEL, GAP = 24, 34, 150, 18
+#: The style of the pictures; once on a page that has any.
+STYLE = (
+    "<style>.strips{table-layout:fixed;font-size:13px}.strips th,.strips td{padding:5px 12px 5px 0;border:0;"
+    "vertical-align:middle}.strips tbody th{color:var(--ink);overflow-wrap:anywhere}.strips td{line-height:1.2}"
+    ".strips .track{position:relative;display:block;height:9px;margin-bottom:3px;background:var(--track);"
+    "border-radius:2px}.strips .track *{position:absolute;top:0;height:9px;border-radius:2px;background:var(--c1)}"
+    ".strips .track .dot{width:9px;margin-left:-4px;border-radius:50%}.strips .track .middle{top:-3px;height:15px;"
+    "width:2px;margin-left:-1px;background:var(--ink)}</style>"
+)
 
 
 @attrs.frozen
@@ -21,8 +30,8 @@ class Mark:
     """One row's value in a strip.
 
     Attributes:
-        start, stop: ends of its bar, in the strip's unit; start is None for a dot. text: written beside it. tip: for a
-            pointer and for screen readers. low, high: colours of the parts before and after the strip's `middle`.
+        start, stop: ends of its bar, in the strip's unit; start is None for a dot. text: written under it. tip: for a
+            pointer.
     """
 
     start: float | None
@@ -37,8 +46,8 @@ class Strip:
 
     Attributes:
         title: above it. marks: in the rows' order. log: whether the axis is logarithmic. middle: a value with a line of
-            its own; bars of two colours meet there. span: (low, high) of the axis, where several charts share it; None
-            for that of the marks.
+            its own, in the middle of the axis. span: (low, high) of the axis, where several charts share it; None for
+            that of the marks.
     """
 
     title: str
@@ -52,7 +61,6 @@ def axis_of(strips: Sequence[Strip]) -> tuple[float, float]:
     """The axis that holds every mark of some strips: whole decades, or from 0 to a round number."""
     marks = [mark for strip in strips for mark in strip.marks if mark is not None]
     values = [value for mark in marks for value in (mark.start, mark.stop) if value is not None]
-    values += [strip.middle for strip in strips if strip.middle is not None]
     values = [value for value in values if math.isfinite(value)]
     if any(strip.log for strip in strips):
         above = [value for value in values if value > 0] or [1.0]
@@ -61,67 +69,49 @@ def axis_of(strips: Sequence[Strip]) -> tuple[float, float]:
     middle = strips[0].middle
     if middle is not None:
         reach = max([abs(value - middle) for value in values], default=0.0) or abs(middle) or 1.0
-        return middle - reach * 1.05, middle + reach * 1.05
+        return middle - reach, middle + reach
     top = max(values, default=0.0) or 1.0
-    step = nice_step(top / 2)
+    step = nice_step(top / 4)
     return 0.0, math.ceil(top / step * 0.999) * step
 
 
-def draw(labels: Sequence[str], strips: Sequence[Strip], *, name: str, colour: str = "var(--c1)") -> str:
-    """Rows with their strips, as wide as they need to be.
+def draw(labels: Sequence[str], strips: Sequence[Strip], *, name: str, first: str) -> str:
+    """Rows with their strips, as wide as the place that they are in.
 
     Args:
-        name: what the picture shows, for readers that cannot see it. colour: of the marks, a style sheet's variable.
+        name: what the picture shows. first: heads the column of labels.
     """
-    width = 540
-    plot = (width - LABEL - GAP * len(strips)) / max(len(strips), 1)
-    height, body = TOP + ROW * len(labels) + 8, ""
+    share = 100 / (len(strips) + 1)
+    head = f'<th style="width:{share:.4g}%">{escape(first)}</th>'
+    head += "".join(f"<th>{escape(strip.title)}</th>" for strip in strips)
+    axes = [strip.span or axis_of([strip]) for strip in strips]
+    body = ""
     for number, label in enumerate(labels):
-        short = label if len(label) <= 24 else f"…{label[-23:]}"
-        body += _text(LABEL - 10, TOP + ROW * number + 16, short, "label", "end", label)
-    for place, strip in enumerate(strips):
-        body += _strip(strip, LABEL + GAP + place * (plot + GAP), plot - GAP, height, colour)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}">{body}</svg>'
+        cells = "".join(_cell(strip, strip.marks[number], axis) for strip, axis in zip(strips, axes, strict=True))
+        body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
+    return (
+        f'<table class="strips" aria-label="{escape(name)}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
-def _strip(strip: Strip, left: float, width: float, height: int, colour: str) -> str:
-    low, high = strip.span or axis_of([strip])
-
-    def at(value: float) -> float:
-        if not math.isfinite(value):
-            return left + width
-        if strip.log:
-            share = math.log10(max(value, low) / low) / math.log10(high / low)
-        else:
-            share = (value - low) / (high - low)
-        return left + min(max(share, 0.0), 1.0) * width
-
-    body = _text(left, 13, strip.title, "label")
-    for edge in (low, high) if strip.middle is None else (strip.middle,):
-        body += f'<line class="grid" x1="{at(edge):.1f}" x2="{at(edge):.1f}" y1="{TOP - 6}" y2="{height - 6}"/>'
-    for number, mark in enumerate(strip.marks):
-        y = TOP + ROW * number
-        if mark is None:
-            body += _text(left, y + 16, "none", "muted")
-            continue
-        stop, title = at(mark.stop), f"<title>{escape(mark.tip)}</title>"
-        if mark.start is None:
-            body += f'<circle cx="{stop:.1f}" cy="{y + 12}" r="4.5" fill="{colour}">{title}</circle>'
-        else:
-            first, last = sorted((at(mark.start), stop))
-            body += (
-                f'<rect x="{first:.1f}" y="{y + 5}" width="{max(last - first, 1):.1f}" height="14" rx="2" '
-                f'fill="{colour}">{title}</rect>'
-            )
-            stop = last
-        room = left + width + GAP - stop
-        inside = room < 8 + 6.2 * len(mark.text)
-        first = stop if mark.start is None else min(at(mark.start), stop)
-        x = (first if inside else stop) + (-8 if inside else 8)
-        body += _text(x, y + 16, mark.text, "value", "end" if inside else "start")
-    return body
+def _cell(strip: Strip, mark: Mark | None, axis: tuple[float, float]) -> str:
+    if mark is None:
+        return '<td><span class="none">none</span></td>'
+    stop = _place(mark.stop, axis, strip.log)
+    if mark.start is None:
+        drawn = f'<i class="dot" style="left:{stop:.4g}%"></i>'
+    else:
+        low, high = sorted((_place(mark.start, axis, strip.log), stop))
+        drawn = f'<i style="left:{low:.4g}%;width:max({high - low:.4g}%,2px)"></i>'
+    if strip.middle is not None:
+        drawn += f'<i class="middle" style="left:{_place(strip.middle, axis, strip.log):.4g}%"></i>'
+    return f'<td title="{escape(mark.tip)}"><span class="track">{drawn}</span>{escape(mark.text)}</td>'
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start", tip: str = "") -> str:
-    title = f"<title>{escape(tip)}</title>" if tip and tip != text else ""
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}{title}</text>'
+def _place(value: float, axis: tuple[float, float], log: bool) -> float:
+    """Where a value lies on an axis, percent of its length; what is not finite lies at its end."""
+    low, high = axis
+    if not math.isfinite(value):
+        return 100.0
+    share = math.log10(max(value, low) / low) / math.log10(high / low) if log else (value - low) / (high - low)
+    return 100 * min(max(share, 0.0), 1.0)

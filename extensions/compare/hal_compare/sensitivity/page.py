@@ -10,7 +10,7 @@ from hal_core.plugin_api import Table
 
 from ..figures import ratio
 from ..report import STYLE, replace_whole
-from ..strips import Mark, Strip, draw
+from ..strips import STYLE as STRIPS, Mark, Strip, draw
 from .model_layers import LayerEffects
 from .tables import SHOW, value_of, varied_by
 from .tornado import Tornado
@@ -31,7 +31,8 @@ def render(title: str, command: str, found: Tornado | LayerEffects, shown: Seque
     body = "".join(map(_table, shown))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{head}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE.read_text()}</style></head>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style>{STRIPS}</head>"
         f'<body><main><p class="kicker">hal sensitivity</p><h1>{escape(title)}</h1>'
         f'<section><h2>What moves it most</h2><div class="charts">{pictures}</div></section>'
         f"<section><h2>All numbers</h2>{body}</section>"
@@ -46,13 +47,15 @@ def _tornado(found: Tornado) -> str:
         show, nominal, marks = SHOW[result], getattr(found.nominal, result), []
         ranked = found.ranked(result)[:MOST]
         for bar in ranked:
-            ends = sorted((getattr(bar.low, result), getattr(bar.high, result)))
+            ends = getattr(bar.low, result), getattr(bar.high, result)
             text = f"{show(ends[0])} to {show(ends[1])}"
             figure = bar.figure
             tip = f"{figure.key} {value_of(bar)} {varied_by(bar)}: {text}; {figure.provenance}, {figure.source}"
             marks.append(Mark(ends[0], ends[1], text, tip))
         strip = Strip(title=f"{show(nominal)} as it is", marks=marks, middle=nominal)
-        picture = draw([bar.figure.key for bar in ranked], [strip], name=f"{result} by figure of {found.device}")
+        picture = draw(
+            [bar.figure.key for bar in ranked], [strip], name=f"{result} by figure of {found.device}", first="figure"
+        )
         figures += (
             f"<figure><h3>{result.capitalize()}</h3><p>of {escape(found.device)} with one figure at the ends of its "
             f"interval</p>{picture}</figure>"
@@ -70,15 +73,23 @@ def _layers(found: LayerEffects) -> str:
         [layer.name for layer in ranked],
         [Strip(title="error", marks=marks, log=True)],
         name="error of the model by layer",
+        first="layer",
     )
     return f"<figure><h3>Error of the model</h3><p>with {escape(found.cause)} in one layer</p>{picture}</figure>"
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    """The table in the report's style, which stacks its cells where there is no room: the roles say what they are."""
+    head = "".join(f'<th role="columnheader">{escape(column)}</th>' for column in table.columns)
+    body = ""
+    for row in table.rows:
+        cells = (
+            f'<td role="cell" data-label="{escape(column)}">{escape(cell)}</td>'
+            for column, cell in zip(table.columns, row, strict=True)
+        )
+        body += f'<tr role="row">{"".join(cells)}</tr>'
     below = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
     return (
-        f'<div class="box scroll"><table><caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table>{below}</div>"
+        f'<div class="box scroll"><table role="table"><caption>{escape(table.title)}</caption><thead role="rowgroup">'
+        f'<tr role="row">{head}</tr></thead><tbody role="rowgroup">{body}</tbody></table>{below}</div>'
     )
