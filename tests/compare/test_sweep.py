@@ -113,7 +113,7 @@ def test_files_table_and_page_have_the_same_numbers(grid, capsys, tmp_path, monk
     data = json.loads(Path("out/sweep.json").read_text())
     lines = list(csv.DictReader(Path("out/sweep.csv").read_text().splitlines()))
     page = Path("out/sweep.html").read_text()
-    assert len(lines) == len(data["cells"]) == page.count("<tr>") - 1
+    assert len(lines) == len(data["cells"]) == page.count('<tr role="row">') - 1
     from hal_compare.figures import joules, ratio
 
     for line, cell in zip(lines, data["cells"], strict=True):
@@ -122,14 +122,14 @@ def test_files_table_and_page_have_the_same_numbers(grid, capsys, tmp_path, monk
         assert line["time_s_origin"] in ("measured", "modelled, paper-projection")
         shown = ratio(cell["error"]["middle"])
         assert shown in printed
-        assert f"<b>{shown}</b>" in page
+        assert f">{shown}</span>" in page
         if cell["energy"]:
             assert float(line["energy_j"]) == cell["energy"]["middle"]
-            assert f"<b>{joules(cell['energy']['middle'])}</b>" in page
+            assert f">{joules(cell['energy']['middle'])}</span>" in page
         else:
             assert line["energy_j"] == ""
-    for outside in ("http:", "https:", "<script", "<link", "url("):
-        assert outside not in page.replace("http://www.w3.org", ""), "the page asks for something"
+    for outside in ("http:", "https:", "src=", "<link", "url("):
+        assert outside not in page, "the page asks for something"
     for title, count in (("Error against time", 4), ("Error against energy", 4), ("Energy over the length", 2)):
         assert page.count(f"<h3>{title}</h3>") == count, "one for each of four workloads; one for each batch size"
 
