@@ -134,6 +134,6 @@ def _provenance(data: dict[str, Any]) -> str:
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return (
         f'<section><h2>Where it comes from</h2><p>{escape(ORIGINS)}</p><div class="box"><pre>'
-        f'{escape(data["command"])}</pre></div><details class="box"><summary>Machine and versions</summary><dl class="terms">{listed}</dl></details>'
-        "</section>"
+        f'{escape(data["command"])}</pre></div><details class="box"><summary>Machine and versions</summary>'
+        f'<dl class="terms">{listed}</dl></details></section>'
     )
