@@ -94,7 +94,7 @@ def dots(
             drawn += _span(f"{kind}{' modelled-dot' if mark.modelled else ''}", place, None, tone, tip)
         body += _row(mark, drawn)
     gaps = "".join(_span("gap", *gap) for gap in scale.gaps)
-    return _rows(body, [(place, tick(exponent)) for exponent, place in scale.spaced(24)], name, gaps)
+    return _rows(body, [(place, tick(exponent)) for exponent, place in scale.spaced(28)], name, gaps)
 
 
 def shares(rows: Sequence[tuple[str, int | str, float]], name: str) -> str:
@@ -161,11 +161,11 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 def _rows(body: str, ticks: Sequence[tuple[float, str]], name: str, over: str = "") -> str:
     """Rows over an axis with (percent, text), and what is drawn over all of them."""
     grid = "".join(_span("grid", place) for place, _ in ticks)
-    marks = "".join(
-        f'<span class="{"tick last" if place > 90 else "tick first" if place < 10 else "tick"}" '
-        f'style="left:{place:.2f}%">{escape(text)}</span>'
-        for place, text in ticks
-    )
+    marks = ""
+    for number, (place, text) in enumerate(ticks):
+        side = " first" if place < 10 else " last" if place > 90 else ""
+        inner = " inner" if 0 < number < len(ticks) - 1 else ""  # narrow pages have no room for it
+        marks += f'<span class="tick{side}{inner}" style="left:{place:.2f}%">{escape(text)}</span>'
     return (
         f'<div class="rows" role="img" aria-label="{escape(name)}"><div class="over"><div class="plot">{grid}{over}'
         f'</div></div>{body}<div class="ticks"><div class="plot">{marks}</div></div></div>'

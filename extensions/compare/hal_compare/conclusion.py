@@ -69,7 +69,7 @@ def _of(rows: Sequence[Row], part: str) -> str:
             said.setdefault(_named(best), []).append(f"{claim} ({before}{varied(figure, show)}{after}{beside})")
     clauses = [f"{name} is {_listed(claimed)}" for name, claimed in said.items()]
     metered = any((energy := _figures(row)[2]) and energy.basis != Basis.DECLARED for row in rows)
-    return _listed([*clauses, *([] if metered else ["no energy was metered"])])
+    return ", and ".join([_listed(clauses, ", "), *([] if metered else ["no energy was metered"])])
 
 
 def _named(row: Row) -> str:
@@ -91,7 +91,6 @@ def _assumed(rows: Sequence[Row]) -> str:
     return f"at an assumed power, {_listed([f'{name} takes {varied(energy, joules)}' for name, energy in found])}"
 
 
-def _listed(words: Sequence[str]) -> str:
-    """ "a, b and c"."""
-    words = [word for word in words if word]
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+def _listed(words: Sequence[str], comma: str = "") -> str:
+    """ "a, b and c"; with a comma before the "and" where the words have one of their own."""
+    return f"{comma.strip()} and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

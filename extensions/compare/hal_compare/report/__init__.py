@@ -1,6 +1,6 @@
 """The report of a comparison: a page that needs no network, and the same numbers as CSV and JSON beside it."""
 
 from .files import check_target, write
-from .page import render
+from .page import Beside, render
 
-__all__ = ["check_target", "render", "write"]
+__all__ = ["Beside", "check_target", "render", "write"]

@@ -48,9 +48,7 @@ def comparison(result: Comparison, ran: Sequence[Row]) -> str:
             drawn += "".join(_panel(rows, tones(result.rows), f"{head}{name}", x, of) for head, x, of in _PANELS)
     if not drawn:
         return ""
-    return (
-        f'<section aria-label="The comparison"><div class="charts pair">{drawn}</div>{_legend(result, ran)}</section>'
-    )
+    return f'<section><h2>The comparison</h2><div class="charts">{drawn}</div>{_legend(result, ran)}</section>'
 
 
 def _panel(rows: Sequence[Row], colours: dict[str, int], head: str, x: Axis, of: Callable[[Row], Figure | None]) -> str:
@@ -126,10 +124,11 @@ def layers(result: Comparison, ran: Sequence[Row]) -> str:
         picture = charts.lines(series, f"error by layer: {end}", behind=behind)
         panels += f"<figure><h3>{escape(name)}</h3>{picture}</figure>"
     signs = ("solid", "dashed", "dotted")
-    drawn = "; ".join(f"{signs[place % 3]}: {style}" for place, style in enumerate(styles)) if len(styles) > 1 else ""
+    named = "; ".join(f"{signs[place % 3]}: {style}" for place, style in enumerate(styles))
+    drawn = f" Lines: {named}." if len(styles) > 1 else ""
     return (
-        '<section><h2>Error by layer</h2><p class="lead">Mean over texts, median of the runs, after the embeddings ("in") '
-        f"and after each layer; all other rows in grey. {escape(drawn)}</p>"
+        '<section><h2>Error by layer</h2><p class="lead">Mean over texts, median of the runs, after the embeddings '
+        f'("in") and after each layer; all other rows in grey.{escape(drawn)}</p>'
         f'<div class="panels">{panels}</div></section>'
     )
 
@@ -163,8 +162,8 @@ def times(ran: Sequence[Row]) -> str:
         "Time of the device's part",
         "Of one pass over all text",
         _ranked(ran, lambda row: row.costs.on_device if row.costs else None, seconds, "time of the device's part"),
-        "Measured rows first, then modelled ones (square), and rows of other parts of the model below: none of these are "
-        "ranked together.",
+        "Measured rows first, then modelled ones (square); rows with other parts of the model below: none are ranked "
+        "together.",
     )
 
 
