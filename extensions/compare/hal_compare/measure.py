@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -51,7 +52,8 @@ def compare(
     machine reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would
     take longer than `budget` seconds, judged by its first warm-up, is timed in the metered pass of the other batches
     (but for a compiled model, which compiles and plans for new lengths there), and once alone unless its device is
-    noisy: every noisy device has `repeats` draws, however fast the host is.
+    noisy: every noisy device has `repeats` draws, however fast the host is. A lane that is `slow` from the start has no
+    warm-up: its metered pass is the first draw of every batch.
 
     Args:
         repeats: timed passes, and draws of noise. batch_size: texts in a batch. max_length: tokens of a text; None for
@@ -70,8 +72,9 @@ def compare(
     reference = Tally(texts)
     macs: dict[int, int] = {}
     for lane in lanes:
-        lane.tallies = [Tally(texts) for _ in range(repeats)]
         lane.noisy = lane.device is not None and is_noisy(lane.device, model.dtype)
+        lane.tallies = [Tally(texts) for _ in range(repeats if lane.noisy or not lane.slow else 1)]
+    without_warm_up = [lane.slow for lane in lanes]
     steps = len(tokens.batches) * (1 + len(lanes) * (1 + repeats))
     done = iter(range(steps))
 
@@ -88,7 +91,8 @@ def compare(
             start = perf_counter()
             torch.manual_seed(number)
             outputs = _metered(model, lane, batch)
-            if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
+            long = _length_of(tokens, batch, perf_counter() - start) * repeats > budget
+            if number == 0 and long and not lane.slow:
                 lane.slow = True
                 if not lane.noisy:
                     del lane.tallies[1:]
@@ -96,9 +100,10 @@ def compare(
                 lane.tallies[0].add(batch, outputs, truth)
         for repeat in range(repeats):
             turn = (repeat + number) % len(lanes)
-            for lane in lanes[turn:] + lanes[:turn]:
+            order = list(zip(lanes, without_warm_up, strict=True))
+            for lane, cold in order[turn:] + order[:turn]:
                 step(lane.name)
-                timed_before = number > 0 and repeat == 0 and lane.timed_in_metered_pass
+                timed_before = (number > 0 or cold) and repeat == 0 and lane.timed_in_metered_pass
                 if not lane.refusals and not timed_before and repeat < len(lane.tallies):
                     torch.manual_seed(repeat * len(tokens.batches) + number)
                     lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
@@ -325,6 +330,12 @@ def _summed(quantities: Sequence[Any]) -> Figure | None:
 
 def versions() -> dict[str, str]:
     """Versions of what had a part in the numbers."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Read once: a process cannot change what is installed under it."""
     named = [
         "hal-core",
         "hal-nn",
@@ -337,7 +348,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed as a distribution"
-    return found
+    return tuple(found.items())
 
 
 def machine() -> dict[str, str]:

@@ -30,13 +30,13 @@ class SweptLane:
 
     @property
     def simulated(self) -> bool:
-        """Whether its time is modelled, so that timing it again tells nothing."""
+        """Whether its time is modelled, so that neither warming up nor timing it again tells anything."""
         return self.lane.device is not None and self.lane.device.fidelity == "simulated"
 
     def fresh(self) -> Lane:
         """A lane to measure."""
         lane = self.lane
-        return Lane(self.label, lane.device, lane.place, baseline=lane.baseline, scope=lane.scope)
+        return Lane(self.label, lane.device, lane.place, baseline=lane.baseline, scope=lane.scope, slow=self.simulated)
 
 
 @attrs.frozen(kw_only=True)

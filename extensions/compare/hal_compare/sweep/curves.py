@@ -12,8 +12,9 @@ from html import escape
 import attrs
 
 from ..charts import colour
-from ..pareto import NARROW, WIDE, Axis, Scale
+from ..pareto import NARROW, WIDE, Axis
 from ..result import Figure
+from ..scale import Scale
 
 HEIGHT = 320
 _LEFT, _TOP, _BOTTOM = 46, 26, 46
@@ -83,14 +84,11 @@ def _drawing(series: Sequence[Curve], lengths: Sequence[int], axis: Axis, right:
 def _grid(
     rows: Scale, lengths: Sequence[int], across: Callable[[int], float], right: float, bottom: float, axis: Axis
 ) -> str:
-    body, before = "", math.inf
-    for exponent, place in rows.ticks:
+    body = ""
+    for _, place in rows.ticks:
         body += f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}"/>'
-        if place <= before:  # a label wherever there is room for one
-            body += (
-                f'<text class="tick" x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{axis.tick(exponent)}</text>'
-            )
-            before = place - _LINE
+    for exponent, place in rows.spaced(_LINE):
+        body += f'<text class="tick" x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{axis.tick(exponent)}</text>'
     for low, high in rows.gaps:
         for place in ((low + high) / 2 - 3, (low + high) / 2 + 3):
             body += f'<line class="gap" x1="{_LEFT}" x2="{right}" y1="{place:.1f}" y2="{place:.1f}"/>'

@@ -1,4 +1,4 @@
-"""A sweep as one self-contained HTML page: no script, no font, no request to anywhere."""
+"""A sweep as one self-contained HTML page, in the style of the report of `hal compare`: it fetches nothing."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from hal_core import Basis
 
 from ..charts import colour
-from ..figures import NOT_AVAILABLE, interval, joules, percent, ratio, seconds
+from ..figures import joules, ratio, seconds
 from ..pareto import Axis, pareto
-from ..report import STYLE
+from ..report.html_tables import grid_table
+from ..report.page import Beside, document, files_beside
 from ..result import Figure
 from .cells import Cell
 from .curves import Curve, curves
-from .fronts import COSTS, Cost, best, by_workload, cost_of, families, points, short
+from .fronts import COSTS, Cost, by_workload, cost_of, families, points, short
 from .run import Plan, sources
-from .tables import conclusion, headline, notes, refused
+from .tables import ORIGINS, conclusion, headline, refused, results
 
 _ERROR = Axis("error of the worst text", ratio)
 _COSTS: dict[Cost, tuple[str, Axis]] = {
@@ -30,38 +31,42 @@ _COSTS: dict[Cost, tuple[str, Axis]] = {
 def render(plan: Plan, cells: Sequence[Cell], data: dict[str, Any]) -> str:
     """The whole page. data: what `files.as_dict` gives."""
     colours = families(cells)
+    beside = [
+        Beside("sweep.csv", "every figure with its range and origin (CSV)"),
+        Beside("sweep.json", "the same as data"),
+    ]
     parts = [
         _header(plan, cells, data),
         _pareto(cells, colours),
         _curves(plan, cells, colours),
-        _table(cells),
+        _table(plan, cells),
         _refused(cells),
-        _terms(plan, cells),
-        _origins(data),
+        _provenance(data),
+        files_beside(beside),
     ]
-    title = escape(f"hal sweep: {data['model']['name']}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE.read_text()}</style></head>'
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return document(f"hal sweep: {data['model']['name']}", "".join(parts))
 
 
 def _header(plan: Plan, cells: Sequence[Cell], data: dict[str, Any]) -> str:
     created = data["created"].replace("T", " ").replace("+00:00", " UTC")
     lead = headline(plan).partition(": ")[2]
     return (
-        f'<p class="kicker">hal sweep · {escape(created)}</p><h1>{escape(Path(data["model"]["name"]).name)}</h1>'
-        f'<p class="lead">{escape(conclusion(cells))}</p><p>{escape(lead)}. Every number is marked with its origin.</p>'
+        f'<header><p class="kicker">hal sweep · {escape(created)}</p>'
+        f"<h1>{escape(Path(data['model']['name']).name)}</h1>"
+        f'<p class="conclusion">{escape(conclusion(cells))}</p><p>{escape(lead)}.</p></header>'
     )
 
 
 def _legend(cells: Sequence[Cell], colours: dict[str, int]) -> str:
     keys = "".join(
-        f'<span class="key" style="background:{colour(colours[family])}"></span>{escape(family)} '
+        f'<li><span class="swatch" style="--tone:{colour(colours[family])}"></span>{escape(family)}</li>'
         for family in dict.fromkeys(cell.family for cell in cells if cell.ran)
     )
-    return f"{keys} Circle: hardware, square: emulated, diamond: simulated."
+    return (
+        f'<ul class="legend">{keys}<li>● hardware</li><li>■ emulated</li><li>◆ simulated</li><li>Lower left is better. '
+        "Lines are Pareto fronts, solid of measured and dashed of modelled figures; bars are ranges; dotted double "
+        "lines stand for empty decades.</li></ul>"
+    )
 
 
 def _pareto(cells: Sequence[Cell], colours: dict[str, int]) -> str:
@@ -74,11 +79,10 @@ def _pareto(cells: Sequence[Cell], colours: dict[str, int]) -> str:
                 figures += f"<figure><h3>{title}</h3><p>{text}</p>{picture}</figure>"
     if not figures:
         return ""
-    caption = (
-        f"{_legend(cells, colours)} Lines: the Pareto fronts, dashed that of modelled figures. Bars: the range over "
-        "draws, or of a model's figure."
+    return (
+        f'<section><h2>What no other device beats</h2><div class="charts">{figures}</div>{_legend(cells, colours)}'
+        "</section>"
     )
-    return f'<h2>What no other device beats</h2><p>{caption}</p><div class="charts">{figures}</div>'
 
 
 def _curves(plan: Plan, cells: Sequence[Cell], colours: dict[str, int]) -> str:
@@ -102,84 +106,34 @@ def _curves(plan: Plan, cells: Sequence[Cell], colours: dict[str, int]) -> str:
             picture = curves(series, plan.lengths, axis)
             if picture:
                 figures += f"<figure><h3>{title}</h3><p>Batches of {batch}</p>{picture}</figure>"
-    return f'<h2>Over the length of the texts</h2><p>Dashed: modelled.</p><div class="charts">{figures}</div>'
+    return (
+        "<section><h2>Over the length of the texts</h2><p>Dashed: modelled.</p>"
+        f'<div class="charts">{figures}</div></section>'
+    )
 
 
 def _getter(cost: Cost) -> Callable[[Cell], Figure | None]:
     return lambda cell: cost_of(cell, cost)
 
 
-def _value(figure: Figure | None, show: Callable[[float], str]) -> str:
-    if figure is None:
-        return f'<span class="none">{NOT_AVAILABLE}</span>'
-    between = f"<small>{escape(range_)}</small>" if (range_ := interval(figure, show)) else ""
-    return (
-        f'<span title="{escape(figure.source)}"><b>{escape(show(figure.middle))}</b>{between}'
-        f'<small class="{figure.basis}">{escape(figure.origin)}</small></span>'
-    )
-
-
-def _table(cells: Sequence[Cell]) -> str:
-    columns = [
-        "tokens",
-        "batch",
-        "device",
-        "error",
-        "kept",
-        "time",
-        "the rest, on this host",
-        "energy",
-        "front",
-        "draws",
-    ]
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = ""
-    for own in by_workload([cell for cell in cells if cell.ran]).values():
-        front = {cost: {id(cell) for cell in best(own, cost)} for cost in COSTS}
-        for cell in own:
-            badge = f'<span class="badge {cell.fidelity}">{cell.fidelity}</span>'
-            values = [
-                f"{cell.length:,}",
-                str(cell.batch),
-                f"{escape(cell.label)} {badge}<small>{escape(cell.scope)}</small>",
-                _value(cell.error, ratio),
-                _value(cell.kept, percent),
-                _value(cell.time, seconds),
-                _value(cell.host, seconds),
-                _value(cell.energy, joules),
-                ", ".join(cost for cost in COSTS if id(cell) in front[cost]),
-                str(cell.draws),
-            ]
-            body += f"<tr>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-    return (
-        '<h2>All numbers</h2><div class="box scroll" tabindex="0" role="region" aria-label="all numbers"><table>'
-        f"<caption>Of one batch; the same are in sweep.csv and sweep.json</caption><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _table(plan: Plan, cells: Sequence[Cell]) -> str:
+    grid = results(plan, [cell for cell in cells if cell.ran], sources(plan))
+    return f"<section><h2>All numbers</h2>{grid_table(grid)}</section>"
 
 
 def _refused(cells: Sequence[Cell]) -> str:
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in refused(cells))
-    return f'<h2>Did not run</h2><div class="box refused"><ul>{reasons}</ul></div>' if reasons else ""
+    if not reasons:
+        return ""
+    return f'<section><h2>Did not run</h2><div class="box refused"><ul>{reasons}</ul></div></section>'
 
 
-def _terms(plan: Plan, cells: Sequence[Cell]) -> str:
-    said = [*notes(plan, cells, sources(plan))]
-    listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
-    origins = (
-        "Measured: read off a clock, or computed from values that came out of the device. Modelled: what a device's "
-        "model says; behind it, the worst origin of its figures: measured silicon, a vendor's publication, a paper's "
-        "projection, or an assumption. Simulated: the values are a model's too. Emulated: real values in this host's "
-        "time."
-    )
-    return f'<h2>How to read it</h2><div class="box">{listed}<p>{escape(origins)}</p></div>'
-
-
-def _origins(data: dict[str, Any]) -> str:
+def _provenance(data: dict[str, Any]) -> str:
     facts = {**data["machine"], **{f"{name} version": number for name, number in data["versions"].items()}}
     facts |= {f"remark {number}": remark for number, remark in enumerate(data["remarks"], 1)}
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return (
-        f'<h2>Where it comes from</h2><div class="box"><pre>{escape(data["command"])}</pre></div>'
-        f'<div class="box"><dl class="terms">{listed}</dl></div>'
+        f'<section><h2>Where it comes from</h2><p>{escape(ORIGINS)}</p><div class="box"><pre>'
+        f'{escape(data["command"])}</pre></div><details class="box"><summary>Machine and versions</summary>'
+        f'<dl class="terms">{listed}</dl></details></section>'
     )

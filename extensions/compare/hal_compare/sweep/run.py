@@ -104,7 +104,7 @@ def sweep(plan: Plan, records: Records, progress: Progress, *, resume: bool = Tr
                 batch_size=workload[1],
                 max_length=workload[0],
                 command=plan.command,
-                budget=0.0 if swept.simulated else plan.budget,
+                budget=plan.budget,
                 progress=clock.within(workload, swept.label),
                 reference_runs=shared,
             )

@@ -10,37 +10,47 @@ from hal_core.plugin_api import Table
 from ..decisions import DECISIONS, ITEMS
 from ..figures import NOT_AVAILABLE, joules, percent, ratio, seconds
 from ..result import Figure
+from ..tables import Cell as Shown, Column, Grid
 from .cells import Cell
 from .fronts import Cost, best, by_workload, cost_of
 from .run import Plan
 from .token_texts import MEANING, Source
 
 _COSTS: dict[Cost, Callable[[float], str]] = {"time": seconds, "energy": joules}
+ORIGINS = (
+    "Measured: read off a clock, or computed from values that came out of the device. Modelled: by the model of a "
+    "device; behind the comma, the worst origin of its figures: measured silicon, a vendor's publication, a paper's "
+    "projection, or an assumption. Simulated: the values are a model's too. Emulated: real values in this host's time."
+)
 _ERROR = "Error: of the worst text's hidden states, relative to a float64 run, median of the draws."
 
 
 def tables(plan: Plan, cells: Sequence[Cell], sources: dict[int, Source]) -> list[Table]:
     """All results, and below them where their figures are from."""
-    return [_results(plan, cells, sources), *_origins(cells)]
+    return [results(plan, cells, sources).table(), *_origins(cells)]
 
 
-def _results(plan: Plan, cells: Sequence[Cell], sources: dict[int, Source]) -> Table:
-    rows = []
-    for (length, batch), own in by_workload(cells).items():
+def results(plan: Plan, cells: Sequence[Cell], sources: dict[int, Source]) -> Grid:
+    """A line for each cell, by length and batch."""
+    lines: list[tuple[None, list[Shown]]] = []
+    for own in by_workload(cells).values():
         time, energy = ({cell.label for cell in best(own, cost)} for cost in _COSTS)
-        first = [f"{length:,}", str(batch)]
         for cell in own:
-            rows.append([*first, cell.label, *_figures(cell), _mark(cell.label in time, cell.label in energy)])
-            first = ["", ""]
-    columns = ["tokens", "batch", "device", "error", "kept", "time", "energy", "front"]
-    return Table(headline(plan), columns, rows, notes(plan, cells, sources))
+            front = _mark(cell.label in time, cell.label in energy)
+            sizes = [Shown(f"{cell.length:,}", cell.length), Shown(str(cell.batch), cell.batch)]
+            lines.append((None, [Shown(cell.label), *sizes, *_figures(cell), Shown(front)]))
+    columns = ["device", "tokens", "batch", "error", "kept", "time", "energy", "front"]
+    return Grid(headline(plan), [Column(name) for name in columns], lines, notes(plan, cells, sources))
 
 
-def _figures(cell: Cell) -> list[str]:
-    if cell.error is None or cell.kept is None or cell.time is None:
-        return ["did not run", "", "", ""]
-    energy = NOT_AVAILABLE if cell.energy is None else joules(cell.energy.middle)
-    return [ratio(cell.error.middle), percent(cell.kept.middle), seconds(cell.time.middle), energy]
+def _figures(cell: Cell) -> list[Shown]:
+    if not cell.ran:
+        return [Shown("did not run"), Shown(""), Shown(""), Shown("")]
+    shown = ((cell.error, ratio), (cell.kept, percent), (cell.time, seconds), (cell.energy, joules))
+    return [
+        Shown(NOT_AVAILABLE) if figure is None else Shown(show(figure.middle), figure.middle, figure)
+        for figure, show in shown
+    ]
 
 
 def _mark(time: bool, energy: bool) -> str:
@@ -97,11 +107,7 @@ def _origins(cells: Sequence[Cell]) -> list[Table]:
             ]
         )
     columns = ["device", "kind", "error", "time", "energy", "draws"]
-    note = (
-        "Measured: read off a clock, or computed from values that came out of the device. Modelled: by the model of a "
-        "device; behind the comma, the worst origin of its figures."
-    )
-    return [Table("Where the numbers are from", columns, rows, [note])] if rows else []
+    return [Table("Where the numbers are from", columns, rows, [ORIGINS])] if rows else []
 
 
 def origin(figure: Figure | None) -> str:
