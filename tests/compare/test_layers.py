@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -122,6 +123,12 @@ def test_every_number_is_equal_in_table_json_and_report(encoder, text, device, c
         for text_ in (cells[0], f"{cells[1]} · {cells[2]}", f"{cells[3]} · {cells[4]}"):
             assert f"</span>{text_}</td>" in html
     assert found["layers"][2]["time"] is None
+    with (tmp_path / "report.layers.csv").open(encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["row"] == fake]
+    for line, layer in zip(lines, found["layers"], strict=True):
+        assert (line["layer"], int(line["device_macs"])) == (layer["name"], layer["macs"])
+        for column, name in (("error", "error"), ("device_seconds", "time"), ("device_joules", "energy")):
+            assert line[column] == ("" if layer[name] is None else repr(layer[name]["middle"]))
 
 
 def test_without_layers_the_report_has_no_such_part(encoder, text, device):

@@ -11,7 +11,7 @@ from typing import Any
 
 from hal_core import HalError
 
-from ..export import to_csv
+from ..export import layers_to_csv, to_csv
 from ..result import Comparison
 from ..timelines import Timeline
 from .page import Beside, render
@@ -64,6 +64,9 @@ def write(
             comparison.to_dict() if data is None else data, indent=1, allow_nan=False
         ),
     }
+    if layers := layers_to_csv(comparison):
+        beside.append(Beside(f"{path.stem}.layers.csv", "every layer of every row as a table (CSV)"))
+        texts[path.with_name(beside[-1].name)] = layers
     for timeline in timelines:
         name = f"{path.stem}.{timeline.device.replace(':', '-')}.trace.json"
         if timeline.trace is None:
