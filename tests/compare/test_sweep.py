@@ -92,9 +92,15 @@ def test_it_equals_a_comparison_on_the_same_texts(encoder, text, capsys, tmp_pat
     maker = TextMaker(model, texts.read([text]))
     made = maker.make(4, 6, maker.source(4, 6))
     found = measure.compare(
-        model, made.described(6), lanes.rows_for(names), repeats=3, batch_size=2, max_length=6, command="",
+        model,
+        made.described(6),
+        lanes.rows_for(names),
+        repeats=3,
+        batch_size=2,
+        max_length=6,
+        command="",
         reference_runs=ReferenceRuns(model, made.tokens(2, None)),
-    )  # fmt: skip
+    )
     for cell, row in zip(data["cells"], found.rows, strict=True):
         if row.name in names:
             worst = row.accuracy.worst
@@ -233,9 +239,21 @@ def test_another_version_and_a_damaged_record_are_said_once_and_measured_anew(gr
 
 def test_what_a_key_holds_decides():
     key = Key(
-        model="m", weights="w", device="d", profile="", fingerprint="f", scope="attention", dtype="float32", length=8,
-        batch=1, texts=8, text="t", draws=3, version="1", machine="host",
-    )  # fmt: skip
+        model="m",
+        weights="w",
+        device="d",
+        profile="",
+        fingerprint="f",
+        scope="attention",
+        dtype="float32",
+        length=8,
+        batch=1,
+        texts=8,
+        text="t",
+        draws=3,
+        version="1",
+        machine="host",
+    )
     for field in attrs.fields(Key):
         other = attrs.evolve(key, **{field.name: 9 if field.type == "int" else "other"})
         assert key.differs(attrs.asdict(other)) == [field.name]
@@ -334,9 +352,21 @@ def test_a_length_that_no_text_has_is_random_and_said(encoder, text, capsys, tmp
 def test_a_causal_model_and_linear_layers(decoder, text, device, capsys, tmp_path):
     fake = device("fake", linear_error=1e-2, joules=1e-12)
     data = data_of(
-        capsys, decoder, "--text", text, "--devices", f"cpu:0,{fake}", "--linear", "all", "--lengths", 8, "--batches",
-        4, "--out", tmp_path / "out",
-    )  # fmt: skip
+        capsys,
+        decoder,
+        "--text",
+        text,
+        "--devices",
+        f"cpu:0,{fake}",
+        "--linear",
+        "all",
+        "--lengths",
+        8,
+        "--batches",
+        4,
+        "--out",
+        tmp_path / "out",
+    )
     by_label = {cell["label"]: cell for cell in data["cells"]}
     assert list(by_label) == ["torch sdpa", "cpu:0", fake, f"{fake} +linear"]
     assert by_label[f"{fake} +linear"]["error"]["middle"] > 10 * by_label[fake]["error"]["middle"]
@@ -348,9 +378,21 @@ def test_profiles_are_rows_of_their_own_and_leave_no_device_behind(profiled, enc
     mine = tmp_path / "mine.toml"
     mine.write_text("5e-12")
     data = data_of(
-        capsys, encoder, "--text", text, "--devices", f"cpu:0,{profiled}", "--profiles", f"SMALL*,{mine}", "--lengths",
-        "4,8", "--batches", 2, "--out", tmp_path / "out",
-    )  # fmt: skip
+        capsys,
+        encoder,
+        "--text",
+        text,
+        "--devices",
+        f"cpu:0,{profiled}",
+        "--profiles",
+        f"SMALL*,{mine}",
+        "--lengths",
+        "4,8",
+        "--batches",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
     labels = ["torch sdpa", "cpu:0", "profiled small", "profiled small-fast", "profiled mine"]
     assert list(dict.fromkeys(cell["label"] for cell in data["cells"])) == labels
     cells = {cell["profile"]: cell for cell in data["cells"] if cell["length"] == 8}

@@ -111,9 +111,14 @@ def test_positions_behind_the_padding_are_not_counted(tmp_path, save_tokenizer):
     import transformers
 
     config = transformers.RobertaConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=42, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=42,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     transformers.RobertaModel(config).save_pretrained(tmp_path / "roberta")
     save_tokenizer(tmp_path / "roberta")
