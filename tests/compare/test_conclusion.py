@@ -91,8 +91,16 @@ def test_assumed_energy_is_power_times_time_for_hardware_without_a_meter_alone()
 def test_families_hold_their_variants_and_name_their_profiles():
     found = families(comparisons.every_family().rows)
     assert [family.name for family in found] == [
-        "torch", "cpu", "kpu", "lightmatter", "luminous", "opencl", "photonic", "vulkan", "cuda"
-    ]  # fmt: skip
+        "torch",
+        "cpu",
+        "kpu",
+        "lightmatter",
+        "luminous",
+        "opencl",
+        "photonic",
+        "vulkan",
+        "cuda",
+    ]
     lightmatter = found[3]
     assert len(lightmatter.rows) == 12
     assert [row.scope for row in lightmatter.rows[:6]] == ["attention"] * 6

@@ -65,10 +65,12 @@ def test_labels_overlap_neither_each_other_nor_points_and_stay_inside(size, seed
     plot = Box(46, 26, size[0] - 14, size[1] - 46)
     count = 24
     places = [
-        (generator.gauss(0.5, 0.2) % 1 * (plot.right - plot.left) + plot.left,
-         generator.choice([0.1, 0.15, 0.8]) * (plot.bottom - plot.top) + plot.top)
+        (
+            generator.gauss(0.5, 0.2) % 1 * (plot.right - plot.left) + plot.left,
+            generator.choice([0.1, 0.15, 0.8]) * (plot.bottom - plot.top) + plot.top,
+        )
         for _ in range(count)
-    ]  # fmt: skip
+    ]
     points = [point(1, 1, f"device:{number}") for number in range(count)]
     found = [each for each in _labels(points, places, plot) if each is not None]
     boxes = [box for box, _ in found]

@@ -185,8 +185,11 @@ def check(arguments: list[str], target: Path, capsys: pytest.CaptureFixture[str]
     assert seen == 9 * len(ran)
 
     charted = [value for value in page.values if not value[1].endswith("%") or "±" in value[1]]
-    for path, show in ((("accuracy", "worst"), figures.ratio), (("costs", "on_device"), figures.seconds),
-                       (("costs", "remainder"), figures.seconds)):  # fmt: skip
+    for path, show in (
+        (("accuracy", "worst"), figures.ratio),
+        (("costs", "on_device"), figures.seconds),
+        (("costs", "remainder"), figures.seconds),
+    ):
         for name in ran:
             want = written(from_json(rows[name][path[0]][path[1]]), show)
             assert any(label.startswith(name.split(" ")[0]) and text == want for label, text in charted), (name, path)

@@ -13,7 +13,6 @@ from .families import title
 from .figures import NOT_AVAILABLE, cosine, joules, macs, percent, plain, ratio, seconds, varied
 from .result import Comparison, Costs, Figure, Row
 from .sentences import (
-    decided,
     energy_notes,
     file_names,
     headline,
@@ -196,4 +195,4 @@ def _costs(row: Row) -> Costs:
     return row.costs
 
 
-__all__ = ["Cell", "Column", "Grid", "decided", "details", "grids", "headline", "overview", "refused", "summary"]
+__all__ = ["Cell", "Column", "Grid", "details", "grids", "headline", "overview", "refused", "summary", "task"]

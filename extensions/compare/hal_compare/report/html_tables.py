@@ -9,7 +9,7 @@ from hal_core import Basis
 
 from .. import tables
 from ..charts import colour
-from ..families import Family, families
+from ..families import Family, families, title
 from ..figures import NOT_AVAILABLE
 from ..result import Comparison, Row
 from ..sentences import notes
@@ -87,8 +87,6 @@ def _cell(column: Column, cell: Cell) -> str:
 
 
 def _name(row: Row, family: Family) -> str:
-    from ..families import title
-
     vendor = "scaled_dot_product_attention" if row.baseline else "not here"
     if row.device is not None:
         vendor = f"{row.device.vendor} {row.device.model}".strip()

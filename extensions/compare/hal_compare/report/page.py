@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..conclusion import conclusion
 from ..result import Comparison, Row
 from ..sentences import headline
+from ..tables import grids
 from . import pictures, sections
 from .html_tables import families_table, grid_table
 
@@ -90,8 +91,6 @@ def _side_by_side(comparison: Comparison, ran: Sequence[Row]) -> str:
 
 
 def _all_numbers(comparison: Comparison) -> str:
-    from ..tables import grids
-
     drawn = "".join(grid_table(grid) for grid in grids(comparison))
     return f'<section><h2>All numbers</h2><p class="lead">{escape(headline(comparison))}.</p>{drawn}</section>'
 
