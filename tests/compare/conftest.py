@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this one
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

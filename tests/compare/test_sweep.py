@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import chromium
 import pytest
 import torch
 from hal_cli import main
@@ -27,6 +26,8 @@ from hal_compare.sweep.token_texts import TextMaker
 
 import hal_core as hal
 from hal_core import MaskKind
+
+from .chromium import VARIABLE, Chromium, program
 
 #: Figures that are not read off a clock.
 EXACT = ("error", "mean_error", "kept", "energy", "decisions", "macs", "draws", "length", "batch", "label", "source")
@@ -91,9 +92,15 @@ def test_it_equals_a_comparison_on_the_same_texts(encoder, text, capsys, tmp_pat
     maker = TextMaker(model, texts.read([text]))
     made = maker.make(4, 6, maker.source(4, 6))
     found = measure.compare(
-        model, made.described(6), lanes.rows_for(names), repeats=3, batch_size=2, max_length=6, command="",
+        model,
+        made.described(6),
+        lanes.rows_for(names),
+        repeats=3,
+        batch_size=2,
+        max_length=6,
+        command="",
         reference_runs=ReferenceRuns(model, made.tokens(2, None)),
-    )  # fmt: skip
+    )
     for cell, row in zip(data["cells"], found.rows, strict=True):
         if row.name in names:
             worst = row.accuracy.worst
@@ -134,7 +141,8 @@ def test_files_table_and_page_have_the_same_numbers(grid, capsys, tmp_path, monk
         assert page.count(f"<h3>{title}</h3>") == count, "one for each of four workloads; one for each batch size"
 
 
-@pytest.mark.skipif(chromium.program() is None, reason="no Chromium is installed")
+@pytest.mark.skipif(program() is None, reason=f"no Chromium is on PATH, and {VARIABLE} does not name one")
+@pytest.mark.xdist_group("browser")
 def test_the_page_fits_narrow_and_wide_windows(profiled, encoder, text, capsys, tmp_path):
     out = tmp_path / "out"
     arguments = [encoder, "--text", text, "--devices", f"cpu:0,{profiled}", "--profiles", "*", "--lengths", "4,8,12"]
@@ -145,7 +153,7 @@ def test_the_page_fits_narrow_and_wide_windows(profiled, encoder, text, capsys, 
             return inner.left >= outer.left - 1 && inner.right <= outer.right + 1 && inner.bottom <= outer.bottom + 1
                 && inner.height >= 8;
         }))"""
-    with chromium.Chromium() as browser:
+    with Chromium() as browser:
         for width in (400, 800, 1400):
             browser.open(out / "sweep.html", width, dark=width == 800)
             assert browser.run("document.documentElement.scrollWidth") <= width
@@ -180,24 +188,24 @@ def test_it_goes_on_from_what_is_there_and_ends_with_the_same(grid, capsys, tmp_
 
 def test_a_killed_process_leaves_whole_records_and_the_same_command_goes_on(encoder, text, tmp_path):
     command = [sys.executable, "-m", "hal_core", "sweep", str(encoder), "--text", str(text), "--devices", "cpu:0"]
-    command += ["--lengths", "3,4,5,6,7,8,9,10", "--batches", "1,2", "--texts", "4", "--repeats", "8", "--json"]
+    command += ["--lengths", "3,4,5,6", "--batches", "1,2", "--texts", "4", "--json"]
     command += ["--out", str(tmp_path / "out")]
     environment = os.environ | {"HAL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     cells = tmp_path / "out" / "cells"
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while len(list(cells.glob("*.json"))) < 3:
+    deadline = time.monotonic() + 400
+    while len(list(cells.glob("*.json"))) < 1:
         assert first.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
     there = {path: path.read_bytes() for path in cells.glob("*.json")}
-    assert 3 <= len(there) < 32
+    assert 1 <= len(there) < 16
     assert not (tmp_path / "out" / "sweep.json").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["cells"]) == 32
+    assert len(json.loads(done.stdout)["cells"]) == 16
     assert {path: path.read_bytes() for path in there} == there, "what was there was not measured again"
 
 
@@ -231,9 +239,21 @@ def test_another_version_and_a_damaged_record_are_said_once_and_measured_anew(gr
 
 def test_what_a_key_holds_decides():
     key = Key(
-        model="m", weights="w", device="d", profile="", fingerprint="f", scope="attention", dtype="float32", length=8,
-        batch=1, texts=8, text="t", draws=3, version="1", machine="host",
-    )  # fmt: skip
+        model="m",
+        weights="w",
+        device="d",
+        profile="",
+        fingerprint="f",
+        scope="attention",
+        dtype="float32",
+        length=8,
+        batch=1,
+        texts=8,
+        text="t",
+        draws=3,
+        version="1",
+        machine="host",
+    )
     for field in attrs.fields(Key):
         other = attrs.evolve(key, **{field.name: 9 if field.type == "int" else "other"})
         assert key.differs(attrs.asdict(other)) == [field.name]
@@ -332,9 +352,21 @@ def test_a_length_that_no_text_has_is_random_and_said(encoder, text, capsys, tmp
 def test_a_causal_model_and_linear_layers(decoder, text, device, capsys, tmp_path):
     fake = device("fake", linear_error=1e-2, joules=1e-12)
     data = data_of(
-        capsys, decoder, "--text", text, "--devices", f"cpu:0,{fake}", "--linear", "all", "--lengths", 8, "--batches",
-        4, "--out", tmp_path / "out",
-    )  # fmt: skip
+        capsys,
+        decoder,
+        "--text",
+        text,
+        "--devices",
+        f"cpu:0,{fake}",
+        "--linear",
+        "all",
+        "--lengths",
+        8,
+        "--batches",
+        4,
+        "--out",
+        tmp_path / "out",
+    )
     by_label = {cell["label"]: cell for cell in data["cells"]}
     assert list(by_label) == ["torch sdpa", "cpu:0", fake, f"{fake} +linear"]
     assert by_label[f"{fake} +linear"]["error"]["middle"] > 10 * by_label[fake]["error"]["middle"]
@@ -346,9 +378,21 @@ def test_profiles_are_rows_of_their_own_and_leave_no_device_behind(profiled, enc
     mine = tmp_path / "mine.toml"
     mine.write_text("5e-12")
     data = data_of(
-        capsys, encoder, "--text", text, "--devices", f"cpu:0,{profiled}", "--profiles", f"SMALL*,{mine}", "--lengths",
-        "4,8", "--batches", 2, "--out", tmp_path / "out",
-    )  # fmt: skip
+        capsys,
+        encoder,
+        "--text",
+        text,
+        "--devices",
+        f"cpu:0,{profiled}",
+        "--profiles",
+        f"SMALL*,{mine}",
+        "--lengths",
+        "4,8",
+        "--batches",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
     labels = ["torch sdpa", "cpu:0", "profiled small", "profiled small-fast", "profiled mine"]
     assert list(dict.fromkeys(cell["label"] for cell in data["cells"])) == labels
     cells = {cell["profile"]: cell for cell in data["cells"] if cell["length"] == 8}

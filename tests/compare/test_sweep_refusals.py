@@ -96,8 +96,7 @@ def test_what_does_not_fit_into_memory_is_refused_without_allocating_it(refused,
     monkeypatch.setattr(limits, "available_memory", lambda place: 20_000_000)
     message = refused("--devices", "cpu:0", "--lengths", "4,40", "--batches", "1,1000000")
     assert "40 tokens in batches of 1000000 need about" in message
-    assert "and 1 others too" in message
-    assert "0.018 GB may be used" in message
+    assert "0.018 GB may be used, and 1 more of the combinations do not fit" in message
 
 
 def test_the_memory_of_a_workload_holds_its_float64_scores(encoder):
@@ -112,9 +111,14 @@ def test_positions_behind_the_padding_are_not_counted(tmp_path, save_tokenizer):
     import transformers
 
     config = transformers.RobertaConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=42, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=42,
+        pad_token_id=1,
+    )
     torch.manual_seed(0)
     transformers.RobertaModel(config).save_pretrained(tmp_path / "roberta")
     save_tokenizer(tmp_path / "roberta")
@@ -129,3 +133,18 @@ def test_default_lengths_are_those_that_the_model_takes(encoder, text, tmp_path,
     monkeypatch.setattr("hal_compare.sweep.run.sweep", lambda plan, *rest, **options: asked.append(plan) or [])
     main(["sweep", str(encoder), "--text", str(text), "--devices", "cpu:0", "--out", str(tmp_path / "out")])
     assert (asked[0].lengths, asked[0].batches) == ([32], [8])
+
+
+def test_the_memory_that_a_device_says_it_takes_is_added(encoder, device, monkeypatch):
+    import attrs
+
+    import hal_core as hal
+
+    name = device("greedy")
+    greedy = hal.device(name)
+    model = models.load(str(encoder), "float32")
+    alone = limits.check_memory(model, [(8, 2)], [4], [])
+    backend = limits.registry.backend_of(greedy)
+    real = backend.estimate
+    monkeypatch.setattr(backend, "estimate", lambda *given: attrs.evolve(real(*given), memory=1 << 20))
+    assert limits.check_memory(model, [(8, 2)], [4], [greedy]) == alone + (1 << 20)

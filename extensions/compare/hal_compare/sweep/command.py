@@ -189,7 +189,8 @@ def _plan(arguments: argparse.Namespace, lengths: list[int], batches: list[int],
         budget=arguments.budget,
         command=command_line(),
     )
-    check_memory(plan.model, plan.workloads, [plan.count(batch) for _, batch in plan.workloads])
+    devices = [swept.lane.device for swept in lanes if swept.lane.device is not None]
+    check_memory(plan.model, plan.workloads, [plan.count(batch) for _, batch in plan.workloads], devices)
     return plan
 
 

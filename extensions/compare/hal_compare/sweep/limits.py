@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from hal_nn.hardware import available_memory, estimate_memory
 
-from hal_core import HalError
+from hal_core import AttentionRequest, Device, HalError
+from hal_core.plugin_api import registry
 
 from ..models import Model
 from .token_texts import TextMaker
@@ -42,33 +43,51 @@ def check_lengths(model: Model, lengths: Sequence[int], maker: TextMaker) -> Non
         )
 
 
-def check_memory(model: Model, workloads: Sequence[tuple[int, int]], texts: Sequence[int]) -> int:
+def check_memory(
+    model: Model, workloads: Sequence[tuple[int, int]], texts: Sequence[int], devices: Sequence[Device]
+) -> int:
     """Raise HalError where the largest workload does not fit into the memory of this host.
 
     Args:
         workloads: (length, batch). texts: how many there are of each, whose float64 runs are kept.
+        devices: whose own estimates of an attention call are added.
 
     Returns:
         Bytes that the largest one is expected to need.
     """
     available = int(available_memory(torch.device("cpu")) * USABLE)
-    most, needed, refused = 0, 0, []
+    most, refused = 0, []
     for (length, batch), count in sorted(
         zip(workloads, texts, strict=True), key=lambda one: one[0][0] ** 2 * one[0][1], reverse=True
     ):
         needed = bytes_needed(model, length, batch, count)
+        if needed <= available:
+            needed += max((attention_bytes(model, device, length, batch) for device in devices), default=0)
         most = max(most, needed)
         if needed <= available:  # what is smaller fits too
             break
         refused.append((length, batch, needed))
     if refused:
         length, batch, needed = refused[0]
-        more = f", and {len(refused) - 1} others too" if len(refused) > 1 else ""
+        more = "" if len(refused) == 1 else f", and {len(refused) - 1} more of the combinations do not fit"
         raise HalError(
-            f"{length} tokens in batches of {batch} need about {needed / 1e9:.3g} GB{more}, and "
-            f"{available / 1e9:.3g} GB may be used: ask for shorter texts or smaller batches"
+            f"{length} tokens in batches of {batch} need about {needed / 1e9:.3g} GB, and {available / 1e9:.3g} GB may "
+            f"be used{more}: ask for shorter texts or smaller batches"
         )
     return most
+
+
+def attention_bytes(model: Model, device: Device, length: int, batch: int) -> int:
+    """What a device says that one attention call of the model allocates; 0 where it refuses the call."""
+    told = model.describe()
+    heads, heads_kv, dim = (told[name] for name in ("heads", "key_value_heads", "head_dim"))
+    if not all(isinstance(size, int) for size in (heads, heads_kv, dim)):
+        return 0  # layers differ, or the model says nothing
+    request = AttentionRequest(batch, heads, heads_kv, length, length, dim, dim, model.dtype)
+    try:
+        return registry.backend_of(device).estimate(request, device).memory
+    except Exception:  # how it fails is for the row to say
+        return 0
 
 
 def bytes_needed(model: Model, length: int, batch: int, texts: int) -> int:
