@@ -229,3 +229,32 @@ def test_a_session_states_what_the_prepared_call_costs() -> None:
     assert meter.records["kpu:0"].time.middle == cost.time.middle, "the exact lengths, not those of the bucket"
     coarse = session.cost(session.prepare_attention(q, k, k, 96, request=request))
     assert coarse.time.middle > cost.time.middle, "one block of all rows leaves arrays without work"
+
+
+def test_other_machines_are_devices_beside_it(tmp_path) -> None:
+    from hal_kpu.profiles.profile import FOLDER
+
+    devices = KPUDevices()
+    assert {"t64", "t256", "t768"} <= set(devices.profile_names())
+    mine = tmp_path / "mine.toml"
+    mine.write_text((FOLDER / "t256.toml").read_text().replace('name = "t256"', 'name = "mine"'))
+    q = torch.randn(1, 8, 256, 64)
+    times = {}
+    for number, profile in enumerate(("t256", str(mine), "t4x4")):
+        hal.register(devices.at_profile(profile, f"beside{number}"), f"beside{number}")
+        try:
+            device = hal.device(f"beside{number}")
+            assert device.model == (profile if number != 1 else "mine").upper()
+            assert not any(feature.startswith("torch.compile") for feature in device.features), "that is kpu:0's"
+            with hal.meter() as meter:
+                hal.attention(q, q, q, backend=device.id)
+            times[number] = meter.records[device.id].time.middle
+            if number == 1:
+                before = device.fingerprint
+                mine.write_text(mine.read_text() + "\n# changed\n")
+                assert devices.at_profile(str(mine), "beside1").devices()[0].fingerprint != before
+        finally:
+            hal.unregister(f"beside{number}")
+    assert times[0] == times[1] < times[2]
+    with pytest.raises(ContractError, match="no profile"):
+        devices.at_profile("t65", "beside")
