@@ -164,3 +164,15 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     bad = written(tmp_path, TEXT.replace(line_of("gain"), "gain = 1"))
     assert main(["photonics", "profile", str(bad)]) == 2
     assert "converters.gain" in capsys.readouterr().err
+
+
+def test_profiles_are_devices_beside_the_others(tmp_path: Path) -> None:
+    backend = PhotonicBackend()
+    assert {"generic", "hermes", "lightening-4", "lightening-8"} <= set(backend.profile_names())
+    for name in backend.profile_names():
+        (device,) = backend.at_profile(name, "beside").devices()
+        assert (device.id, device.model) == ("beside:0", name)
+    (own,) = backend.at_profile(str(written(tmp_path, TEXT.replace('"generic"', '"mine"', 1))), "beside").devices()
+    assert own.model == "mine"
+    with pytest.raises(ProfileError, match=r"none\.toml"):
+        backend.at_profile("none.toml", "beside")

@@ -91,7 +91,7 @@ class _Judge:
 
     def search(self, row: Lane, wanted: float) -> DigitalSet:
         names = linear_names(self._model.network)
-        lane = Lane(row.name, row.device, row.place, scope=row.scope)
+        lane = Lane(row.name, row.device, row.place, scope=row.scope, options=row.options)
         make_networks(self._model.network, [lane])
         if lane.refusals:
             raise HalError(lane.refusals[0])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import attrs
+from hal_simulation import Variation, variations
 
 from hal_core.plugin_api import (
     AttentionRequest,
@@ -165,6 +166,38 @@ class ProfileBackend:
         """`matmul` and `linear`."""
         return frozenset({"matmul", "linear"})
 
+    def variations(self, device: Device, default: float | None = None) -> list[Variation]:
+        """The figures of the device's profile with their uncertainties; see `hal_simulation.variations`."""
+        return variations(self.profile_of(device), default)
+
+    def varied(self, device: Device, name: str, **figures: float) -> ProfileBackend:
+        """A backend of one device, `<name>:0`: the device with some figures changed.
+
+        Args:
+            figures: by "section__key", in the figure's unit.
+
+        Raises:
+            ProfileError: no such figure, or a value that is not possible.
+        """
+        changed = self.profile_of(device).replace(**figures)
+        return ProfileBackend(name, [changed], straight_through=self.straight_through)
+
+    def profile_names(self) -> Sequence[str]:
+        """The profiles of its devices."""
+        return [profile.name for profile in self.profiles]
+
+    def at_profile(self, profile: str, name: str) -> ProfileBackend:
+        """A backend of one device, `<name>:0`.
+
+        Args:
+            profile: one of `profile_names`, or the path of a profile file.
+
+        Raises:
+            ProfileError: what is wrong with the file.
+        """
+        own = next((one for one in self.profiles if one.name == profile), None)
+        return ProfileBackend(name, [own or load(profile)], straight_through=self.straight_through)
+
 
 class PhotonicBackend(ProfileBackend):
     """The generic devices: simulated from profile files; they report cards whose PCI ids the user configured."""
@@ -174,6 +207,16 @@ class PhotonicBackend(ProfileBackend):
 
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
         return (*super()._remarks(profile), *(card.remark for card in cards()))
+
+    def profile_names(self) -> Sequence[str]:
+        """The profiles of its devices, and all that are bundled."""
+        return list(dict.fromkeys([*super().profile_names(), *bundled_names()]))
+
+    def at_profile(self, profile: str, name: str) -> ProfileBackend:
+        """As of any photonic device; bundled profiles go by their name."""
+        if profile in super().profile_names() or profile not in bundled_names():
+            return super().at_profile(profile, name)
+        return super().at_profile(str(BUNDLED / f"{profile}.toml"), name)
 
 
 def register_profile(path: str | Path, name: str, *, straight_through: bool = False) -> Device:
