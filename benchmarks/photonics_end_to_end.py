@@ -59,8 +59,8 @@ class Row(NamedTuple):
 
 
 Judge = Callable[[Products], float]
-#: Epochs and largest rate of the fine-tuning, where they are not 3 and 3e-4. Of three ways for the text classifier, this
-#: one kept 99.1% of float32's accuracy, 3 epochs at 3e-4 kept 96.9%, and the same without dropout 98.0%.
+#: Epochs and largest rate of the fine-tuning, where they are not 3 and 3e-4. Of three ways for the text classifier,
+#: this one kept 99.1% of float32's accuracy, 3 epochs at 3e-4 kept 96.9%, and the same without dropout 98.0%.
 FINE_TUNING = {"text": (2, 1e-4)}
 #: Tasks that are trained here, by the name of the command.
 TASKS = {"digits": training.digits, "text": training.text}
