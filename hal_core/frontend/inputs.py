@@ -132,18 +132,45 @@ def attend(attention: Attention, error: ContractError, given: Sequence[Any], key
     if keywords["dropout_p"] == 1:  # nothing of the weights is left
         result = attention(*given, **keywords | {"dropout_p": 0.0})
         return AttentionOutput(result.out * 0, result.lse) if keywords["return_lse"] else result * 0
-    layout = Layout.of([_sizes(t) for t in (query, key, value)], keywords["enable_gqa"] is True)
+    shapes = [_sizes(t) for t in (query, key, value)]
+    if max(map(len, shapes)) == 3 and any(shape[-3:-2] == (0,) for shape in shapes):  # an empty batch, not no heads
+        return _empty(attention, given, keywords)
+    layout = Layout.of(shapes, keywords["enable_gqa"] is True)
     if layout is None:
-        raise error
+        raise error if min(map(len, shapes)) < 2 or {*map(len, shapes)} == {4} else _unequal(shapes)
     placed = [layout.place(query, layout.heads_q)] + [layout.place(t, layout.heads_kv) for t in (key, value)]
     if isinstance(mask, Tensor):
-        mask = layout.place_mask(mask)
-        if mask is None:
-            raise error
+        placed_mask = layout.place_mask(mask)
+        if placed_mask is None:
+            scores = [*shapes[0][:-1], shapes[1][-2]]
+            raise ContractError(f"attn_mask has shape {list(mask.shape)}: pass one that broadcasts to {scores}")
+        mask = placed_mask
     result = attention(*placed, mask, **keywords | {"enable_gqa": layout.heads_q != layout.heads_kv})
     if keywords["return_lse"]:
         return AttentionOutput(layout.restore(result.out, 2), layout.restore(result.lse, 1))
     return layout.restore(result, 2)
+
+
+def _unequal(shapes: Sequence[Sequence[int]]) -> ContractError:
+    """The refusal of operands of two, three, five or more dimensions that do not go together."""
+    given = [f"{name} {list(shape)}" for name, shape in zip(("query", "key", "value"), shapes, strict=True)]
+    leading = ", ".join(str(list(shape[:-2])) for shape in shapes)
+    return ContractError(
+        f"{given[0]}, {given[1]} and {given[2]} were given, whose sizes before length and head_dim do not go together "
+        f"({leading}): make each of them equal or 1, or pass enable_gqa=True where the query's heads are a multiple"
+    )
+
+
+def _empty(attention: Attention, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
+    """Attention of [0, length, head_dim], with one head."""
+    *tensors, mask = given
+    if isinstance(mask, Tensor) and mask.dim() == 3:
+        mask = mask.unsqueeze(-3)
+    tensors = [t.unsqueeze(-3) for t in tensors]
+    result = attention(*tensors, mask, **keywords)
+    if keywords["return_lse"]:
+        return AttentionOutput(result.out.squeeze(-3), result.lse.squeeze(-2))
+    return result.squeeze(-3)
 
 
 def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
