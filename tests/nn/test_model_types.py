@@ -71,7 +71,9 @@ def test_what_is_refused_is_converted_or_the_table_says_why():
     made = Counter(row["converted"].partition(":")[0] for row in TYPES.values() if row["result"] == "refused")
     assert made == {"equal": 88, "partly": 7, "nothing": 13, "refused": 1, "not tried": 22}
     assert all(row["result"] == "refused" for row in TYPES.values() if "converted" in row)
-    assert all(row["converted"].partition(": ")[2] for row in TYPES.values() if row.get("converted", "equal") != "equal")
+    assert all(
+        row["converted"].partition(": ")[2] for row in TYPES.values() if row.get("converted", "equal") != "equal"
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -131,7 +133,7 @@ def _failing_on_hal(monkeypatch, error):
 
 @pytest.mark.parametrize("runs", [True, False])
 @pytest.mark.parametrize(
-    "error, result",
+    ("error", "result"),
     [
         (TimeoutError("over 60 s"), "not finished"),
         (MemoryError("out of memory"), "not finished"),
