@@ -35,10 +35,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, shapes: Sequence[Sequence[int]], grouped: bool) -> Layout | None:
-        """The layout of query, key and value of these shapes; None where they do not go together."""
+        """The layout of query, key and value, of two sizes or more each; None where they do not go together."""
         rank = max(map(len, shapes))
-        if min(map(len, shapes)) < 2:
-            return None
         wide = [(1,) * (max(rank, 3) - len(shape)) + tuple(shape) for shape in shapes]
         heads_q, heads_k, heads_v = (shape[-3] for shape in wide)
         try:
@@ -101,8 +99,8 @@ def is_regular(given: Sequence[Any], keywords: dict[str, Any]) -> bool:
     *tensors, mask = given
     if not all(isinstance(t, Tensor) for t in tensors) or any(keywords[name] is not None for name in _BEYOND_4D):
         return True
-    numbers = keywords["scale"], keywords["dropout_p"]
-    if any(t.is_nested for t in tensors) or any(isinstance(n, Tensor) for n in numbers) or numbers[1] == 1:
+    by_tensors = any(isinstance(keywords[name], Tensor) for name in ("scale", "dropout_p"))
+    if by_tensors or any(t.is_nested for t in tensors) or keywords["dropout_p"] == 1:
         return False
     if any(t.dim() != 4 for t in tensors) or (isinstance(mask, Tensor) and mask.dim() > 4):
         return False
@@ -134,43 +132,34 @@ def attend(attention: Attention, error: ContractError, given: Sequence[Any], key
         return AttentionOutput(result.out * 0, result.lse) if keywords["return_lse"] else result * 0
     shapes = [_sizes(t) for t in (query, key, value)]
     if max(map(len, shapes)) == 3 and any(shape[-3:-2] == (0,) for shape in shapes):  # an empty batch, not no heads
-        return _empty(attention, given, keywords)
-    layout = Layout.of(shapes, keywords["enable_gqa"] is True)
+        given = [t.unsqueeze(-3) if isinstance(t, Tensor) and (t is not mask or t.dim() == 3) else t for t in given]
+        result = attention(*given, **keywords)
+        return AttentionOutput(*(t.squeeze(1) for t in result)) if keywords["return_lse"] else result.squeeze(1)
+    layout = None if min(map(len, shapes)) < 2 else Layout.of(shapes, keywords["enable_gqa"] is True)
     if layout is None:
-        raise error if min(map(len, shapes)) < 2 or {*map(len, shapes)} == {4} else _unequal(shapes)
+        refuse(
+            (
+                min(map(len, shapes)) > 1 and {*map(len, shapes)} != {4},  # else `error` says more
+                f"query, key and value {', '.join(str([*shape]) for shape in shapes)} were given, whose sizes before "
+                f"length and head_dim do not go together ({', '.join(str([*shape[:-2]]) for shape in shapes)}): make "
+                "each of them equal or 1, or pass enable_gqa=True where the query's heads are a multiple",
+            )
+        )
+        raise error
     placed = [layout.place(query, layout.heads_q)] + [layout.place(t, layout.heads_kv) for t in (key, value)]
     if isinstance(mask, Tensor):
-        placed_mask = layout.place_mask(mask)
-        if placed_mask is None:
-            scores = [*shapes[0][:-1], shapes[1][-2]]
-            raise ContractError(f"attn_mask has shape {list(mask.shape)}: pass one that broadcasts to {scores}")
-        mask = placed_mask
+        mask = layout.place_mask(mask)
+        refuse(
+            (
+                mask is None,
+                f"attn_mask has shape {[*given[3].shape]}: pass one that broadcasts to "
+                f"{[*shapes[0][:-1], shapes[1][-2]]}",
+            )
+        )
     result = attention(*placed, mask, **keywords | {"enable_gqa": layout.heads_q != layout.heads_kv})
     if keywords["return_lse"]:
         return AttentionOutput(layout.restore(result.out, 2), layout.restore(result.lse, 1))
     return layout.restore(result, 2)
-
-
-def _unequal(shapes: Sequence[Sequence[int]]) -> ContractError:
-    """The refusal of operands of two, three, five or more dimensions that do not go together."""
-    given = [f"{name} {list(shape)}" for name, shape in zip(("query", "key", "value"), shapes, strict=True)]
-    leading = ", ".join(str(list(shape[:-2])) for shape in shapes)
-    return ContractError(
-        f"{given[0]}, {given[1]} and {given[2]} were given, whose sizes before length and head_dim do not go together "
-        f"({leading}): make each of them equal or 1, or pass enable_gqa=True where the query's heads are a multiple"
-    )
-
-
-def _empty(attention: Attention, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
-    """Attention of [0, length, head_dim], with one head."""
-    *tensors, mask = given
-    if isinstance(mask, Tensor) and mask.dim() == 3:
-        mask = mask.unsqueeze(-3)
-    tensors = [t.unsqueeze(-3) for t in tensors]
-    result = attention(*tensors, mask, **keywords)
-    if keywords["return_lse"]:
-        return AttentionOutput(result.out.squeeze(-3), result.lse.squeeze(-2))
-    return result.squeeze(-3)
 
 
 def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
@@ -192,19 +181,15 @@ def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], ke
     )
     query, key, _ = tensors
     if ragged == {4, 1}:
-        mask = mask.values() if getattr(mask, "is_nested", False) else mask
-        out = attention(*(t.values() for t in tensors), mask, **keywords)
+        out = attention(*(t.values() if getattr(t, "is_nested", False) else t for t in given), **keywords)
         return torch.nested.nested_tensor_from_jagged(out, query.offsets())
     refuse((mask is not None, "attn_mask with jagged tensors was given: pad them, or leave the mask out"))
-    if ragged == {4, 2}:
-        packed = [t.transpose(1, 2).values().transpose(0, 1).unsqueeze(0) for t in tensors]
-    else:
-        packed = [t.values()[None, None] for t in tensors]
+    headed = ragged == {4, 2}
+    packed = [t.transpose(1, 2).values().transpose(0, 1)[None] if headed else t.values()[None, None] for t in tensors]
     tables = {name: t.offsets().to(torch.int32) for name, t in (("cu_seqlens_q", query), ("cu_seqlens_k", key))}
     out = attention(*packed, None, **keywords | tables)[0]
-    rows = out.transpose(0, 1) if ragged == {4, 2} else out[0]
-    nested = torch.nested.nested_tensor_from_jagged(rows, query.offsets())
-    return nested.transpose(1, 2) if ragged == {4, 2} else nested
+    nested = torch.nested.nested_tensor_from_jagged(out.transpose(0, 1) if headed else out[0], query.offsets())
+    return nested.transpose(1, 2) if headed else nested
 
 
 def exported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keywords: dict[str, Any]) -> Tensor:
