@@ -111,7 +111,9 @@ def test_a_compiled_causal_bias_is_causal(lower: bool) -> None:
 
 
 def test_shapes_that_do_not_go_together_are_refused_with_the_sizes_that_do_not() -> None:
-    sentence = r"\[3, 5, 8\], \[2, 5, 8\], .* do not go together \(\[3\], \[2\], \[2\]\): make each of them equal"
+    sentence = (
+        r"query \[3, 5, 8\], key \[2, 5, 8\] .* do not go together \(\[3\], \[2\], \[2\]\): make each of them equal"
+    )
     tensors = torch.ones(3, 5, 8), torch.ones(2, 5, 8), torch.ones(2, 5, 8)
     with pytest.raises(hal.ContractError, match=sentence):
         hal.attention(*tensors)

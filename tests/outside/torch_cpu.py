@@ -5,8 +5,8 @@
 The checkout should be of the PyTorch that is installed. `F.scaled_dot_product_attention` is then
 `hal_nn.override_sdpa`'s function, and nn.MultiheadAttention is hal_nn.PhotonicMultiHeadAttention. A test that fails
 with hal alone is printed; one that only wants an error of another type, wants torch's fused operator to be called, or
-compares with torch's own drawing of dropout, is counted apart. The exit code is 1 where another one is left. `--record` writes the counts to
-docs/benchmarks/outside_torch_cpu.json.
+compares with torch's own drawing of dropout, is counted apart. The exit code is 1 where another one is left.
+`--record` writes the counts to docs/benchmarks/outside_torch_cpu.json.
 """
 
 from __future__ import annotations
