@@ -66,8 +66,7 @@ def quantize_cache(
         ),
     )
     lead = (0, 2) if shared else (2,)
-    if key_scale is None:
-        key_scale = _scale(key, lead, dtype)
+    key_scale = _scale(key, lead, dtype) if key_scale is None else key_scale
     value_scale = _scale(value, (3,) if values == "token" else (*lead, 3), dtype)
     return QuantizedCache(codes_of(key, key_scale, dtype), codes_of(value, value_scale, dtype), key_scale, value_scale)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..errors import ContractError
+from ..errors import refuse
 from ..plans import BlockPlan, Tile
 from ..request import AttentionRequest, Tensor
 
@@ -29,11 +29,13 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    if out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64):
-        raise ContractError(
+    refuse(
+        (
+            out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64),
             f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given: lse wants out's shape without "
-            "the last dimension, in float32 or float64"
+            "the last dimension, in float32 or float64",
         )
+    )
     fully_masked = lse == -math.inf  # its out may hold anything, NaN included, and must not leak, nor may its gradient
     none = fully_masked.all(dim=0)
     total = torch.logsumexp(lse.masked_fill(none, 0), dim=0)  # of finite rows: the gradient of log(0) is NaN

@@ -252,6 +252,21 @@ def test_digital_layers_stay_off_the_device(capsys, encoder, text, device):
     assert all(layer.startswith("encoder.layer.0.") for layer in found["some"][1]["able:0 +linear"])
 
 
+def test_the_result_lists_the_digital_layers_and_says_when_none_is_left_on_the_device(capsys, encoder, text, device):
+    device("able", linear_error=1e-2)
+    wide = (encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", "1")
+    for pattern, said in (
+        (
+            "*.output.dense",
+            "able:0 +linear: 4 of 13 linear layers stay digital: encoder.layer.0.attention.output.dense, ",
+        ),
+        ("*", "able:0 +linear: all 13 linear layers stay digital, so only attention runs on the device"),
+    ):
+        capsys.readouterr()
+        assert compare(*wide, "--digital", pattern) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_cheapest_digital_set_keeps_what_was_asked_for(capsys, encoder, text, device):
     device("able", linear_error=0.5)
     wide = (encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", "1")

@@ -411,7 +411,7 @@ def test_compiled_models_follow_the_process_machine(monkeypatch):
     finally:
         hal_kpu.set_profile(None)
     assert cycles() == by_variable
-    with pytest.raises(ContractError, match="'t65' is no profile: use"):
+    with pytest.raises(ContractError, match=r"'t65' is no profile \(did you mean 't64'\?\): use"):
         hal_kpu.set_profile("t65")
 
 

@@ -111,6 +111,27 @@ class Costs:
 
 
 @attrs.frozen(kw_only=True)
+class Layer:
+    """One layer of the model, or a part of one, as a row ran it.
+
+    Attributes:
+        name: of the module. error: mean over texts of ||x - reference|| / ||reference||, x the layer's output in the
+            row, and so with the errors of all layers before it.
+        time, energy: of what ran on the device in it, in one pass; None where nothing did, and where the device states
+            no energy. time_share, energy_share: of the device's part of the whole model.
+        macs: multiply-accumulates on the device.
+    """
+
+    name: str
+    error: Figure
+    time: Figure | None = None
+    time_share: float | None = None
+    energy: Figure | None = None
+    energy_share: float | None = None
+    macs: int = 0
+
+
+@attrs.frozen(kw_only=True)
 class Row:
     """One device's part of a comparison.
 
@@ -122,7 +143,7 @@ class Row:
         refusals: reasons, as sentences; empty where it ran. refused_batches: how many of the batches it refused.
         repeats: timed runs, and draws of a noisy device's noise; one where more would have taken too long.
         accuracy, costs: None where it was refused.
-        groups: costs by text file.
+        groups: costs by text file. layers: empty where they were not asked for, or cannot be told apart.
     """
 
     name: str
@@ -136,6 +157,7 @@ class Row:
     accuracy: Accuracy | None = None
     costs: Costs | None = None
     groups: dict[str, Costs] = attrs.field(factory=dict)
+    layers: tuple[Layer, ...] = ()
 
     @property
     def ran(self) -> bool:

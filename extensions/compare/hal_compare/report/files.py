@@ -11,7 +11,7 @@ from typing import Any
 
 from hal_core import HalError
 
-from ..export import to_csv
+from ..export import layers_to_csv, to_csv
 from ..result import Comparison
 from ..timelines import Timeline
 from .page import Beside, render
@@ -79,6 +79,9 @@ def write(
             comparison.to_dict() if data is None else data, indent=1, allow_nan=False
         ),
     }
+    if layers := layers_to_csv(comparison):
+        beside.append(Beside(f"{path.stem}.layers.csv", "every layer of every row as a table (CSV)"))
+        texts[path.with_name(beside[-1].name)] = layers
     for timeline in timelines:
         name = f"{path.stem}.{timeline.device.replace(':', '-')}.trace.json"
         if timeline.trace is None:
@@ -87,11 +90,12 @@ def write(
         beside.append(Beside(name, f"timeline of {timeline.what} on {timeline.device}, for ui.perfetto.dev"))
         texts[path.with_name(name)] = json.dumps(timeline.trace, allow_nan=False)
     texts[path] = render(comparison, beside)
-    _write_all(texts)
+    replace_whole(texts)
     return [path, *(written for written in texts if written != path)]
 
 
-def _write_all(texts: Mapping[Path, str]) -> None:
+def replace_whole(texts: Mapping[Path, str]) -> None:
+    """Write files, the last one last: all are written beside their places and then renamed."""
     partial: dict[str, Path] = {}
     try:
         for path, text in texts.items():

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import layers_report
 from ..conclusion import conclusion
 from ..result import Comparison, Row
 from ..sentences import headline
@@ -40,15 +41,23 @@ def render(comparison: Comparison, beside: Sequence[Beside] = ()) -> str:
         parts += [families_table(comparison), _layers(comparison, ran), _side_by_side(comparison, ran)]
         parts.append(_all_numbers(comparison))
     parts += [sections.refused(comparison), sections.terms(comparison), sections.provenance(comparison)]
-    parts.append(_beside(beside))
-    title = escape(f"hal compare: {comparison.model['name']}")
+    parts.append(files_beside(beside))
+    return document(f"hal compare: {comparison.model['name']}", "".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page with the style, the script and the policy of a report.
+
+    Args:
+        title: as text. body: as HTML.
+    """
     script = SCRIPT.read_text(encoding="utf-8")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
         f'content="light dark"><style>{STYLE.read_text(encoding="utf-8")}</style></head>'
-        f"<body><main>{''.join(parts)}</main><script>{script}</script></body></html>\n"
+        f"<body><main>{body}</main><script>{script}</script></body></html>\n"
     )
 
 
@@ -71,7 +80,7 @@ def _head(comparison: Comparison, ran: Sequence[Row]) -> str:
 
 def _layers(comparison: Comparison, ran: Sequence[Row]) -> str:
     """What is known layer by layer."""
-    return pictures.layers(comparison, ran)
+    return pictures.layers(comparison, ran) + layers_report.section(comparison)
 
 
 def _side_by_side(comparison: Comparison, ran: Sequence[Row]) -> str:
@@ -87,7 +96,8 @@ def _all_numbers(comparison: Comparison) -> str:
     return f'<section><h2>All numbers</h2><p class="lead">{escape(headline(comparison))}.</p>{drawn}</section>'
 
 
-def _beside(beside: Sequence[Beside]) -> str:
+def files_beside(beside: Sequence[Beside]) -> str:
+    """Links to the files beside the page."""
     if not beside:
         return ""
     listed = "".join(
