@@ -166,7 +166,6 @@ def test_linear_layers_on_a_device_are_its_work_its_error_and_its_time(encoder, 
     assert alone.costs.macs == sum(group.attention_macs for group in result.groups) < wide.costs.macs
     assert alone.accuracy.worst.middle < 1e-5 < 1e-4 < wide.accuracy.worst.middle < 1e-2
     assert wide.costs.on_device.middle == pytest.approx(result.macs * 1e-9)
-    assert wide.costs.inside.middle > alone.costs.inside.middle
     assert wide.costs.calls == alone.costs.calls
     assert {alone.scope, wide.scope} == {"attention", "attention and linear layers"}
 
