@@ -105,12 +105,17 @@ def test_a_section_that_moves_nothing_together_is_not_taken_apart(encoder, text,
     runs: list[list[str]] = []
     hal.register(Idle())
     try:
-        found = tornado.measure(trial_of(encoder, text), hal.device("profiled:0"))
+        shown: list[float] = []
+        found = tornado.measure(
+            trial_of(encoder, text), hal.device("profiled:0"), progress=lambda text, share: shown.append(share)
+        )
     finally:
         hal.unregister("profiled")
     assert found.without_effect == ("idle.first", "idle.third")
     assert ["idle__first", "idle__third"] in runs
     assert ["idle__first"] not in runs
+    assert shown == sorted(shown)
+    assert 0 <= shown[0] < shown[-1] < 1
 
 
 def test_the_command_says_what_is_stated_and_what_is_assumed(encoder, text, profiled, capsys, tmp_path):

@@ -162,17 +162,20 @@ def measure(
         with _registered(backend.varied(device, CHANGED, **figures)) as changed:
             return trial.run(_moved(trial, lane, changed))
 
+    sections = {name: list(each) for name, each in groupby(varied, key=lambda each: each.key.partition(".")[0])}
+    steps, done = len(sections) + len(varied), 0
     moving: list[Any] = []
     still: list[Any] = []
-    for section, group in groupby(varied, key=lambda each: each.key.partition(".")[0]):
-        figures = list(group)
-        progress(f"{section}: {len(figures)} figures together", 0.0)
+    for section, figures in sections.items():
+        progress(f"{section}: {len(figures)} figures together", done / steps)
         together = _together(figures, outcome) if len(figures) > 1 and not patterns else None
         (still if together == nominal else moving).extend(figures)
+        done += 1 + (len(figures) if together == nominal else 0)
     bars = []
-    for number, each in enumerate(moving):
-        progress(f"{each.key}", number / len(moving))
+    for each in moving:
+        progress(f"{each.key}", done / steps)
         bars.append(Bar(figure=each, low=outcome([(each, each.low)]), high=outcome([(each, each.high)])))
+        done += 1
     return Tornado(
         device=device.id,
         profile=device.model,
