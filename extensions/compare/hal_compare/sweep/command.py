@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,8 +109,6 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text, device, profile, length, batch or folder that cannot be used: all of them are looked
             at before anything is measured. KeyboardInterrupt: stopped by the user; it says what is kept.
     """
-    from .. import report
-
     lengths = whole_numbers(arguments.lengths, "--lengths") if arguments.lengths else []
     batches = whole_numbers(arguments.batches, "--batches") if arguments.batches else [8]
     folder = arguments.out or Path(f"sweep-{Path(arguments.model).expanduser().resolve().name}")
@@ -118,8 +117,22 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     with ExitStack() as stack:
         lanes = _lanes(arguments, stack)
         plan = _plan(arguments, lengths, batches, lanes)
-        report.check_target(folder / "sweep.html")
+        _check_folder(folder)
         return _swept(arguments, plan, folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder, and raise HalError where nothing could be written. Files of an earlier sweep are replaced."""
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "cells"):
+            with tempfile.NamedTemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        raise HalError(f"--out {folder} cannot be written ({error.strerror}): give another folder") from error
+    for name in ("sweep.html", "sweep.csv", "sweep.json"):
+        if (folder / name).is_dir():
+            raise HalError(f"--out {folder} has a folder called {name}: give another folder, or move that one")
 
 
 def _lanes(arguments: argparse.Namespace, stack: ExitStack) -> list[SweptLane]:
