@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hal_core as hal
 import hal_parallel
+from hal_parallel.dropout import Dropout
+from hal_parallel import unshard
 from hal_parallel.layout import TokenLayout, make_layout, shard
 
 INFINITY = float("inf")
@@ -68,9 +70,12 @@ def reference(case: dict[str, Any], tensors: dict[str, Any]) -> dict[str, torch.
     if mask is not None and mask.is_floating_point():
         mask = leaves["mask"] = mask.detach().clone().requires_grad_(case.get("grads", True))
     options = dict(case.get("options", {}), enable_gqa=True) | tables(case)
-    out, lse = hal.attention(
-        leaves["query"], leaves["key"], leaves["value"], mask, return_lse=True, backend="cpu", **options
-    )
+    if options.get("dropout_p"):
+        out, lse = dense_dropout(leaves, mask, options)
+    else:
+        out, lse = hal.attention(
+            leaves["query"], leaves["key"], leaves["value"], mask, return_lse=True, backend="cpu", **options
+        )
     found = {"out": out.detach(), "lse": lse.detach()}
     if case.get("grads", True):
         grads = torch.autograd.grad((out, finite(lse)), list(leaves.values()), (tensors["grad_out"], tensors["grad_lse"]))
@@ -78,7 +83,26 @@ def reference(case: dict[str, Any], tensors: dict[str, Any]) -> dict[str, torch.
     return found
 
 
+def dense_dropout(leaves: dict[str, Any], mask: Any, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention whose dropped pairs are those of `hal_parallel.dropout`, all pairs at once."""
+    query, key, value = (leaves[name].double() for name in ("query", "key", "value"))
+    group = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(group, 1).mT * query.shape[3] ** -0.5
+    rows, keys = torch.arange(scores.shape[2]), torch.arange(scores.shape[3])
+    if options.get("is_causal"):
+        scores = scores.masked_fill(keys > rows[:, None], -INFINITY)
+    if mask is not None:
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -INFINITY)
+    lse = scores.logsumexp(-1)
+    keep = Dropout(options["dropout_p"], options["rng"]).keep(*scores.shape[:2], rows, keys)
+    weights = (scores - finite(lse)[..., None]).exp() * keep / (1 - options["dropout_p"])
+    out = weights @ value.repeat_interleave(group, 1)
+    return out.to(leaves["query"].dtype), lse.to(torch.promote_types(leaves["query"].dtype, torch.float32))
+
+
 def layouts(case: dict[str, Any], world: int) -> tuple[TokenLayout, TokenLayout]:
+    if "indices" in case:
+        return TokenLayout.of(case["indices"]), TokenLayout.of(case["indices"])
     name, len_q = case.get("layout", "contiguous"), case.get("len_q", 24)
     len_k = case.get("len_k", len_q)
     names = name if isinstance(name, tuple) else (name, name)
@@ -101,7 +125,7 @@ def sharded(case: dict[str, Any], mesh: Any, tensors: dict[str, Any], rank: int,
         leaves["value"],
         mesh,
         leaves.get("mask"),
-        layout=case.get("layout", "contiguous"),
+        layout=(rows, columns) if "indices" in case else case.get("layout", "contiguous"),
         strategy=case.get("strategy", "ring"),
         length=(rows.length, columns.length),
         return_lse=True,
@@ -154,6 +178,13 @@ def compare_all(mesh: Any, rank: int, world: int, cases: list[dict[str, Any]]) -
 def results(mesh: Any, rank: int, world: int, cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:
     """This rank's results, for tests that compare worlds."""
     return [sharded(case, mesh, draw(case), rank, world) for case in cases]
+
+
+def drawn_dropout(mesh: Any, rank: int, world: int, cases: list[dict[str, Any]]) -> list[float]:
+    """The keys' gradients of all ranks together say which pairs every rank dropped."""
+    torch.manual_seed(torch.randint(1 << 30, ()).item() + rank)
+    parts = [unshard(result["out"], mesh) for result in results(mesh, rank, world, cases)]
+    return [float(part.double().sum()) for part in parts]
 
 
 def refused(mesh: Any, rank: int, world: int, cases: list[list[dict[str, Any]]]) -> list[str]:

@@ -69,3 +69,69 @@ def test_a_ring_over_ulysses_gives_the_results_of_one_process(ranks, seed):
         for n, (feature, layout) in enumerate(itertools.product(FEATURES.values(), LAYOUTS))
     ]
     within(ranks.run("compare_all", "2x2", cases=cases), cases)
+
+
+DROPOUT = {"dropout_p": 0.3, "rng": (11, 7)}
+DROPPED = (
+    {"options": {**DROPOUT, "is_causal": True}, "heads": 8, "batch": 2, "len_q": 21},
+    {"options": DROPOUT, "mask": "boolean", "mask_heads": 4},
+    {"options": {**DROPOUT, "is_causal": True}, "mask": "additive"},
+)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_dropout_follows_the_positions_in_the_sequence(ranks, world, seed):
+    """The pattern is that of the whole sequence for any number of ranks, layout and strategy, in both passes."""
+    strategies = ("ring", "gathered", "ulysses", "pass_query")
+    cases = [
+        {**feature, "strategy": strategy, "layout": layout, "seed": seed}
+        for feature, strategy, layout in itertools.product(DROPPED, strategies, LAYOUTS)
+    ]
+    within(ranks.run("compare_all", world, cases=cases), cases)
+
+
+def test_dropout_without_rng_is_drawn_by_the_first_rank(ranks, seed):
+    """Ranks whose generators differ run one pattern."""
+    cases = [{"options": {"dropout_p": 0.5}, "strategy": "gathered", "grads": False, "seed": seed}]
+    first, second = (ranks.run("drawn_dropout", 2, cases=cases) for _ in range(2))
+    assert first[0] == first[1] and first != second
+
+
+@pytest.mark.parametrize("device", ["opencl", "kpu"])
+def test_other_devices_inside_give_the_same_results(ranks, device, seed):
+    features = [FEATURES[name] for name in ("causal", "padded", "window", "grouped heads", "boolean mask")]
+    features.append(DROPPED[0])
+    cases = [
+        {**feature, "strategy": strategy, "layout": "zigzag", "seed": seed, "backend": device}
+        for feature, strategy in itertools.product(features, ("ring", "ulysses"))
+    ]
+    within(ranks.run("compare_all", 2, cases=cases), cases)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float64", 1e-12), ("bfloat16", 2e-2), ("float16", 5e-3)], ids=lambda value: str(value)
+)
+def test_dtypes(ranks, dtype, bound, seed):
+    cases = [
+        {"dtype": dtype, "strategy": strategy, "layout": "zigzag", "options": {"is_causal": True}, "seed": seed}
+        for strategy in ("ring", "gathered", "ulysses", "pass_query")
+    ]
+    within(ranks.run("compare_all", 4, cases=cases), cases, bound)
+
+
+def test_equal_calls_give_equal_bits(ranks, seed):
+    case = {"strategy": "ring", "layout": "striped", "options": {"is_causal": True, "deterministic": True}, "seed": seed}
+    for first, second in ranks.run("results", 4, cases=[case, case]):
+        assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_explicit_token_indices_are_a_layout(ranks, seed):
+    """Tokens in any order, unevenly held: steps that no two pieces share are said by a mask."""
+    held = [[5, 3, 17, 0, 1, 2, -1], [4, 6, 8, 10, 12, 14, 16], [7, 9, -1, -1, 11, 13, 15], [18, 19, 20, 21, 22, 23, -1]]
+    cases = [
+        {"indices": held, "options": options, "strategy": strategy, "seed": seed, "mask": mask}
+        for options in ({"is_causal": True}, {"is_causal": True, "window": (5, None)})
+        for strategy in ("ring", "gathered", "ulysses", "pass_query")
+        for mask in (None, "boolean", "additive")
+    ]
+    within(ranks.run("compare_all", 4, cases=cases), cases)

@@ -171,13 +171,17 @@ class PartialGradients:
         ):
             if isinstance(total, Tensor) and grad is not None:
                 total[:, :, place] += grad.to(total.device)
-        if self.mask is not None and found[3] is not None:
-            rows = call.rows if self.mask.shape[2] > 1 else slice(None)
-            columns = _columns(call, self.mask)
-            if isinstance(columns, slice):
-                self.mask[:, :, rows, columns] += found[3]
-            else:
-                self.mask[:, :, rows].index_add_(3, columns, found[3].to(self.dtype))
+        if self.mask is None or found[3] is None:
+            return
+        part = self.mask[:, :, call.rows] if self.mask.shape[2] > 1 else self.mask
+        columns = _columns(call, part)
+        count = found[3].shape[3] if part.shape[3] > 1 else 1
+        # What hides pairs beside the mask may have made it wider: dropout has a pattern for every head.
+        grad = found[3].to(self.dtype).sum_to_size(*part.shape[:3], count)
+        if isinstance(columns, slice):
+            part[..., columns] += grad
+        else:
+            part.index_add_(3, columns, grad)
 
 
 def _of(given: Operands, call: Call) -> Operands:
