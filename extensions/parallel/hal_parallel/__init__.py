@@ -20,6 +20,7 @@ _NAMES = {
     "cost": "LinkRate StrategyEstimate measure_link",
     "exchange": "ExchangeError",
     "layout": "TokenLayout make_layout",
+    "modules": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention create_ring_attention",
     "sharding": "shard unshard",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

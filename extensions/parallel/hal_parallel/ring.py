@@ -122,7 +122,7 @@ def ring_backward(
         coming, pending = _pass_on(plan, held, step, "backward")
         arriving = [torch.empty_like(total) for total in sums]
         behind = _shift(plan, sums, arriving, 1, f"gradients of keys and values, backward, step {step} of {plan.steps}")
-        own = [torch.zeros_like(t, dtype=partial.dtype) for name, t in tensors.items() if name in wanted]
+        own = [t.new_zeros(t.shape, dtype=partial.dtype, device=given.query.device) for name, t in tensors.items() if name in wanted]
         named = dict(zip([name for name in tensors if name in wanted], own, strict=True))
         local = given._replace(key=held[0], value=held[1])
         partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))
