@@ -20,6 +20,7 @@ _NAMES = {
     "cost": "LinkRate StrategyEstimate measure_link",
     "exchange": "ExchangeError",
     "layout": "TokenLayout make_layout",
+    "models": "context",
     "modules": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention create_ring_attention",
     "sharding": "shard unshard",
 }

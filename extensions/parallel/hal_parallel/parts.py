@@ -149,6 +149,7 @@ class PartialGradients:
             if self.dropout is None:
                 found = self.inner.backward(*operands, call, (out, lse, grad_out), grad_lse, self.wanted)
                 self._sum(found, given, call, key, value)
+                del found  # its memory serves the next call
                 continue
             # d score = weight * keep / (1 - p) * (grad_out . value) - weight * delta: the first term from the kept pairs
             # with an output of 0, whose delta is 0; the second from all pairs, as a gradient of the log-sum-exp.

@@ -32,7 +32,9 @@ def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int |
 
 
 def block_sizes(d: Description, memory: int, moved: bool) -> tuple[int, int]:
-    """(query rows, keys) of a block: the largest, halving from the whole, whose estimate stays within `memory` bytes."""
+    """(query rows, keys) of a block: the largest, halving from the whole, that takes at most half of `memory` bytes. The
+    other half is for what the process has freed and not given back to the system.
+    """
     r = d.request
     rows, keys = max(r.len_q, 1), max(r.len_k, 1)
     size = {"float64": 8, "float32": 4}.get(r.dtype, 2)
@@ -41,9 +43,9 @@ def block_sizes(d: Description, memory: int, moved: bool) -> tuple[int, int]:
         estimate = choose(request, d.policy).decision.winner.estimate
         needed = 0 if estimate is None else estimate.memory
         # Rows of output, its gradient and its products that are cut out; keys and values that are brought.
-        needed += r.batch * r.heads_q * rows * r.dim_v * size * (3 if r.grads else 1)
+        needed += r.batch * r.heads_q * rows * r.dim_v * size * (4 if r.grads else 1)
         needed += r.batch * r.heads_kv * keys * (r.dim_qk + r.dim_v) * size * (2 if moved else 0)
-        if needed <= memory:
+        if 2 * needed <= memory:
             break
         rows, keys = (rows // 2, keys) if rows >= keys else (rows, keys // 2)
     return rows, keys
