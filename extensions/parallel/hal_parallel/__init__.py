@@ -22,6 +22,7 @@ _NAMES = {
     "layout": "TokenLayout make_layout",
     "models": "context",
     "modules": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention create_ring_attention",
+    "planning": "AttentionLayers Plan plan",
     "sharding": "shard unshard",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -78,13 +78,14 @@ def attention(
     found, error, chosen = None, None, -1
     world = 1 if topology is None else topology.world
     try:
+        if topology is not None:
+            _check_place(query, topology)
         sequences = (cu_seqlens_q, cu_seqlens_k)
         found = describe(
             query, key, value, attn_mask, dropout_p, options, layout, length, sequences, world, return_lse
         )
         seed, offset = _drawn(rng, bool(found.dropout))
         if topology is not None:
-            _check_place(query, topology)
             chosen = _chosen(strategy, found, topology)
             Run(found, topology, (seed, offset)).device(list(STRATEGIES)[chosen])
     except (HalError, TypeError) as caught:
@@ -172,9 +173,8 @@ def _chosen(strategy: str, description: Description, topology: Topology) -> int:
     return list(STRATEGIES).index(strategy)
 
 
-def _check_place(query: Tensor, topology: Topology) -> None:
-    kind = query.device.type
-    if kind not in topology.kinds:
+def _check_place(query: Any, topology: Topology) -> None:
+    if isinstance(query, Tensor) and query.device.type not in topology.kinds:
         raise ContractError(
             f"a query on {query.device} and a mesh of {', '.join(sorted(topology.kinds))} devices were given: move the "
             "tensors, or make the mesh for their device"
@@ -194,7 +194,7 @@ def _drawn(rng: Any, wanted: bool) -> tuple[int, int]:
 def _follow_autocast(*tensors: Any) -> list[Any]:
     """Cast as torch's autocast casts scaled_dot_product_attention's tensors; float64 stays."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return list(tensors)
     kinds, target = (torch.float32, torch.float16, torch.bfloat16), torch.get_autocast_dtype(kind)
     return [t.to(target) if isinstance(t, Tensor) and t.dtype in kinds else t for t in tensors]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,8 +19,6 @@ from .strategies import STRATEGIES, why_not
 from .topology import Topology, topology_of
 from .visible import find_calls
 
-#: Work of forward and backward over that of the forward alone, in products: 2 and 5.
-_WITH_BACKWARD = 3.5
 _FORMAT = 1
 
 
@@ -52,7 +49,7 @@ def measure_link(mesh: Any = None, size: int = 1 << 23, repeats: int = 7) -> Lin
     """Measure the link between neighbouring ranks, all ranks together, and store it for `auto` and `hal plan`.
 
     Args:
-        size: bytes of the large message. repeats: the median counts, of the slowest rank.
+        size: bytes of the large message. repeats: the least time counts, of the slowest rank.
 
     Raises:
         ContractError: there is no process group. OSError: the cache cannot be written.
@@ -71,10 +68,10 @@ def measure_link(mesh: Any = None, size: int = 1 << 23, repeats: int = 7) -> Lin
             ring.shift([send], [receive], 1, "measuring the link").wait()
             receive.sum().item()  # an accelerator is waited for
             passes.append(time.perf_counter() - start)
-        times.append(statistics.median(passes[1:]))
+        times.append(min(passes[1:]))
     own = torch.tensor([*times, 0.0], dtype=torch.float64, device=ring.device)
     latency, whole = ring.all_gather(own, "measuring the link").amax(0).tolist()[:2]
-    rate = LinkRate(size / max(whole - latency, 1e-9), latency, "measured")
+    rate = LinkRate(size / max(whole - latency, whole / 10), latency, "measured")
     values = {"format": _FORMAT, "bandwidth": rate.bandwidth, "latency": rate.latency}
     write_whole(_path(ring.device.type, topology.world), json.dumps(values))
     return rate
@@ -148,7 +145,7 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
     size, wide = DTYPE_BYTES[r.dtype], max(DTYPE_BYTES[r.dtype], 4)
     keys = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v)
     queries, rows = r.batch * r.heads_q * d.queries.local * r.dim_qk, r.batch * r.heads_q * d.queries.local
-    results, back = rows * r.dim_v, _WITH_BACKWARD if r.grads else 1.0
+    results, back = rows * r.dim_v, 2 if r.grads else 1
     pair = seconds_per_pair(d)
     work = _work(name, d, shape)
     compute = pair * sum(work)
@@ -168,14 +165,14 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
         sent = int(keys * (world - 1) * (size + wide * bool(r.grads)))
         memory = keys * world * (size + wide * bool(r.grads)) + results * wide
     elif name == "ulysses":
-        sent = int((queries + keys + results) * size * (world - 1) / world * (2 if r.grads else 1))
+        sent = int((queries + keys + results) * size * (world - 1) / world * back)
         memory = (queries + keys) * size + results * (size + wide)
     else:
         replicated = d.queries.local == d.queries.length and world > 1
         sent = (results * size + rows * wide) * (world - 1) + (0 if replicated else queries * size * (world - 1))
-        sent = int(sent * (2 if r.grads else 1))
+        sent *= back
         memory = (queries * size + results * (size + wide)) * (1 if replicated else world)
-    exchange = link.seconds(sent, {"gathered": 2, "ulysses": 4}.get(name, 3) * (2 if r.grads else 1))
+    exchange = link.seconds(sent, {"gathered": 2, "ulysses": 4}.get(name, 3) * back)
     return StrategyEstimate(name, "", compute, exchange, compute + exchange, sent, memory)
 
 
