@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hal_parallel
 import torch
 import torch.distributed as dist
+from hal_parallel import exchange, inner
 
 import hal_core as hal
-import hal_parallel
-from hal_parallel import exchange, inner
 
 WORLD = 4
 VICTIM = 2
@@ -32,7 +32,12 @@ def rank_of_a_trial(rank: int, trial: dict[str, Any], folder: Path) -> None:
 
     def call() -> Any:
         return hal_parallel.attention(
-            *tensors, strategy=trial["strategy"], layout="zigzag", is_causal=True, backend="cpu", timeout=trial["timeout"]
+            *tensors,
+            strategy=trial["strategy"],
+            layout="zigzag",
+            is_causal=True,
+            backend="cpu",
+            timeout=trial["timeout"],
         )
 
     call().sum().backward()

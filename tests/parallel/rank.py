@@ -1,4 +1,4 @@
-"""One rank of the tests: reads calls from its standard input, runs them with the other ranks, writes what they returned.
+"""One rank of the tests: reads calls from standard input, runs them with the other ranks, writes what they returned.
 
 Started by `ranks.Ranks`; a call names a function of this file.
 """
@@ -11,15 +11,15 @@ import sys
 import traceback
 from typing import Any
 
+import hal_parallel
 import torch
 import torch.distributed as dist
+from hal_parallel import unshard
+from hal_parallel.dropout import Dropout
+from hal_parallel.layout import TokenLayout, make_layout, shard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import hal_core as hal
-import hal_parallel
-from hal_parallel.dropout import Dropout
-from hal_parallel import unshard
-from hal_parallel.layout import TokenLayout, make_layout, shard
 
 INFINITY = float("inf")
 
@@ -78,7 +78,9 @@ def reference(case: dict[str, Any], tensors: dict[str, Any]) -> dict[str, torch.
         )
     found = {"out": out.detach(), "lse": lse.detach()}
     if case.get("grads", True):
-        grads = torch.autograd.grad((out, finite(lse)), list(leaves.values()), (tensors["grad_out"], tensors["grad_lse"]))
+        grads = torch.autograd.grad(
+            (out, finite(lse)), list(leaves.values()), (tensors["grad_out"], tensors["grad_lse"])
+        )
         found |= dict(zip(leaves, grads, strict=True))
     return found
 
@@ -216,7 +218,8 @@ def called(mesh: Any, rank: int, world: int, code: str, **given: Any) -> Any:
 
     path, _, name = code.rpartition(":")
     spec = importlib.util.spec_from_file_location("called", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)(mesh, rank, world, **given)

@@ -1,4 +1,4 @@
-"""Attention of a sequence over ranks against one process: out, log-sum-exp and gradients, for every strategy and layout."""
+"""Attention over ranks against one process: out, log-sum-exp and gradients, for every strategy and layout."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "deterministic": {"options": {"is_causal": True, "deterministic": True}},
     "forward alone": {"options": {"is_causal": True}, "grads": False},
     "no token": {"len_q": 0},
+    "one row on each rank": {"mask": "additive", "mask_heads": 4, "len_q": 3, "len_k": 9, "batch": 2},
+    "one row and key on each rank": {"mask": "boolean", "len_q": 4, "batch": 2},
     "one token": {"len_q": 1, "options": {"is_causal": True}},
 }  # fmt: skip
 
@@ -94,7 +96,8 @@ def test_dropout_without_rng_is_drawn_by_the_first_rank(ranks, seed):
     """Ranks whose generators differ run one pattern."""
     cases = [{"options": {"dropout_p": 0.5}, "strategy": "gathered", "grads": False, "seed": seed}]
     first, second = (ranks.run("drawn_dropout", 2, cases=cases) for _ in range(2))
-    assert first[0] == first[1] and first != second
+    assert first[0] == first[1]
+    assert first != second
 
 
 @pytest.mark.parametrize("device", ["opencl", "kpu"])
@@ -120,14 +123,24 @@ def test_dtypes(ranks, dtype, bound, seed):
 
 
 def test_equal_calls_give_equal_bits(ranks, seed):
-    case = {"strategy": "ring", "layout": "striped", "options": {"is_causal": True, "deterministic": True}, "seed": seed}
+    case = {
+        "strategy": "ring",
+        "layout": "striped",
+        "options": {"is_causal": True, "deterministic": True},
+        "seed": seed,
+    }
     for first, second in ranks.run("results", 4, cases=[case, case]):
         assert all(first[name].equal(second[name]) for name in first)
 
 
 def test_explicit_token_indices_are_a_layout(ranks, seed):
     """Tokens in any order, unevenly held: steps that no two pieces share are said by a mask."""
-    held = [[5, 3, 17, 0, 1, 2, -1], [4, 6, 8, 10, 12, 14, 16], [7, 9, -1, -1, 11, 13, 15], [18, 19, 20, 21, 22, 23, -1]]
+    held = [
+        [5, 3, 17, 0, 1, 2, -1],
+        [4, 6, 8, 10, 12, 14, 16],
+        [7, 9, -1, -1, 11, 13, 15],
+        [18, 19, 20, 21, 22, 23, -1],
+    ]
     cases = [
         {"indices": held, "options": options, "strategy": strategy, "seed": seed, "mask": mask}
         for options in ({"is_causal": True}, {"is_causal": True, "window": (5, None)})

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hal_parallel
 import pytest
 import torch
-
-import hal_parallel
-from hal_core import ContractError
 from hal_parallel.cost import LinkRate
 from hal_parallel.planning import AttentionLayers, plan
+
+from hal_core import ContractError
 
 pytestmark = pytest.mark.xdist_group("parallel")
 HERE = str(Path(__file__))
@@ -73,20 +73,32 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"length": 17}, {}, "length 17 and a query shard of 8 tokens on each of 2 ranks were given: pass"),
     ({"layout": "round"}, {}, "layout 'round' of the query was given: use contiguous, zigzag, striped"),
     ({"strategy": "star"}, {}, "strategy 'star' was given: use auto, ring, gathered, ulysses"),
-    ({"strategy": "ring_ulysses"}, {}, "it takes a mesh of 2 dimensions: use ring, gathered, ulysses, pass_query, auto"),
+    (
+        {"strategy": "ring_ulysses"},
+        {},
+        "it takes a mesh of 2 dimensions: use ring, gathered, ulysses, pass_query, auto",
+    ),
     ({"mask": (16, 16)}, {}, "that is the mask of the whole sequence): pass this rank's shard of 8 rows"),
     ({"mask": (8, 8)}, {}, "attn_mask of 8 rows and 8 keys was given: pass this rank's shard of 8 rows in the order"),
     ({"block_plan": 1}, {}, "block_plan was given, which hal_parallel does not run: pass the pattern as a mask shard"),
     ({"page_table": [[1]]}, {}, "page_table was given, which hal_parallel does not run: gather the pages"),
-    ({"cu_seqlens_q": [0, 8], "cu_seqlens_k": [0, 8]}, {}, "of the whole sequence, the same on every rank, from 0 to 16"),
+    (
+        {"cu_seqlens_q": [0, 8], "cu_seqlens_k": [0, 8]},
+        {},
+        "of the whole sequence, the same on every rank, from 0 to 16",
+    ),
     ({"dropout_p": 1.5}, {}, "dropout_p 1.5 was given: use 0 or more and less than 1"),
     ({"window": (-1, 0)}, {}, "window (-1, 0) was given: use (left, right)"),
     ({"colour": "red"}, {}, "unknown argument 'colour' was given"),
     ({"rng": (1,)}, {}, "rng (1,) was given: pass (seed, offset)"),
     ({"timeout": 0}, {}, "timeout 0 was given: pass seconds, more than 0"),
     ({}, {"query": {"dtype": torch.float64}}, "cast"),
-    ({}, {n: {"device": "meta"} for n in ("query", "key", "value")}, "a query on meta and a mesh of cpu devices were"),
-    ({"layout": ("replicated", "zigzag")}, {"query": {"requires_grad": True}}, "gradients of q with replicated queries"),
+    ({}, {n: {"device": "meta"} for n in ("query", "key", "value")}, "a query on meta and a mesh of cpu"),
+    (
+        {"layout": ("replicated", "zigzag")},
+        {"query": {"requires_grad": True}},
+        "gradients of q with replicated queries",
+    ),
 ]
 
 
@@ -126,7 +138,7 @@ def test_the_plan_command_reads_a_configuration(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["plan", str(tmp_path), "--tokens", "4096", "--gpus", "4", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [kind["layers"]["count"] for kind in found["layers"]] == [3, 3]
+    assert [kind["layers"]["number"] for kind in found["layers"]] == [3, 3]
     assert found["strategy"] in ("ring", "gathered", "pass_query")
     full, narrow = ({e["strategy"]: e["compute"] for e in kind["strategies"]} for kind in found["layers"])
     assert narrow["ring"] < full["ring"] / 4

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from hal_core import AttentionRequest, Causal, ContractError, dense_mask
 from hal_parallel.dropout import Dropout
 from hal_parallel.layout import NAMES, TokenLayout, joined_ranks, make_layout, shard, unshard
 from hal_parallel.visible import Call, Rule, band_options, find_calls, tokens_of
+
+from hal_core import AttentionRequest, Causal, ContractError, dense_mask
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Hugging Face models whose sequence is cut over ranks: loss, gradients, training and generated tokens of one process."""
+"""Hugging Face models whose sequence is cut over ranks: loss, gradients and generated tokens of one process."""
 
 from __future__ import annotations
 
@@ -79,7 +79,11 @@ MASK = [[1] * 22, [1] * 15 + [0] * 7]
     [
         ("llama", "zigzag", {}),
         ("llama", "striped", {"attention_mask": MASK}),
-        ("llama", "contiguous", {"input_ids": tokens(1).tolist(), "labels": tokens(1).tolist(), "position_ids": PACKED}),
+        (
+            "llama",
+            "contiguous",
+            {"input_ids": tokens(1).tolist(), "labels": tokens(1).tolist(), "position_ids": PACKED},
+        ),
         ("mistral", "zigzag", {"config": {"sliding_window": 6}}),
         ("gemma2", "zigzag", {"config": {"sliding_window": 6, "head_dim": 8}}),
     ],
@@ -89,7 +93,10 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, kind, layout, given)
         assert max(errors) < 2e-5
 
 
-@pytest.mark.parametrize(("kind", "batch", "options"), [("llama", 1, {}), ("llama", 2, {}), ("mistral", 1, {"config": {"sliding_window": 6}})])
+@pytest.mark.parametrize(
+    ("kind", "batch", "options"),
+    [("llama", 1, {}), ("llama", 2, {}), ("mistral", 1, {"config": {"sliding_window": 6}})],
+)
 def test_generate_gives_the_tokens_of_one_process(ranks, kind, batch, options):
     for got, want, held in ranks.run("called", 4, code=f"{HERE}:generated", kind=kind, batch=batch, options=options):
         assert got == want

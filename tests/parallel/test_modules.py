@@ -1,15 +1,15 @@
-"""Modules on shards and on whole sequences against torch's own attention, and names that users of other systems know."""
+"""Modules on shards and on whole sequences against torch's own attention."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import hal_parallel
 import pytest
 import torch
 import torch.nn.functional as F
 
-import hal_parallel
 from hal_core import ContractError
 
 pytestmark = pytest.mark.xdist_group("parallel")
@@ -20,7 +20,8 @@ BATCH, TOKENS, WIDTH, HEADS = 2, 21, 32, 4
 def plain(layer: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The layer on a whole sequence in one process."""
     q, k, v = (
-        part(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2) for part in (layer.q_proj, layer.k_proj, layer.v_proj)
+        part(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril() if layer.causal else None
     if mask is not None:

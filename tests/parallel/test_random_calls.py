@@ -29,7 +29,9 @@ def calls(draw: Any) -> dict[str, Any]:
         "len_k": draw(st.one_of(st.just(len_q), st.integers(0, 40))),
         "dim": draw(st.sampled_from([4, 8, 12])),
         "dim_v": draw(st.sampled_from([None, None, 5])),
-        "strategy": draw(st.sampled_from(["ring", "ring", "gathered", "ulysses", "pass_query", "auto", "ring_ulysses"])),
+        "strategy": draw(
+            st.sampled_from(["ring", "ring", "gathered", "ulysses", "pass_query", "auto", "ring_ulysses"])
+        ),
         "grads": draw(st.booleans()),
         "timeout": 20,
     }

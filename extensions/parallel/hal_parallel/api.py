@@ -14,8 +14,8 @@ from hal_core import AttentionOutput, ContractError, Decision, HalError
 from . import cost
 from .agreement import agree
 from .description import Description, describe
-from .streaming import one_device
 from .strategies import STRATEGIES, Given, Run, check_strategy
+from .streaming import one_device
 from .topology import Topology, topology_of
 
 
@@ -81,9 +81,7 @@ def attention(
         if topology is not None:
             _check_place(query, topology)
         sequences = (cu_seqlens_q, cu_seqlens_k)
-        found = describe(
-            query, key, value, attn_mask, dropout_p, options, layout, length, sequences, world, return_lse
-        )
+        found = describe(query, key, value, attn_mask, dropout_p, options, layout, length, sequences, world, return_lse)
         seed, offset = _drawn(rng, bool(found.dropout))
         if topology is not None:
             chosen = _chosen(strategy, found, topology)

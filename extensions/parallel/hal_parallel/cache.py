@@ -1,4 +1,4 @@
-"""A Hugging Face cache whose keys and values lie on all ranks: the prompt in its layout, new tokens dealt out in turn."""
+"""A Hugging Face cache that lies on all ranks: the prompt in its layout, new tokens dealt out in turn."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class ShardedCache(DynamicCache):
         """Of the tokens that are held, those of the call under way included."""
         prompt, world, new = self.prompt, self.prompt.world, self.seen + self.coming - self.prompt.length
         pieces = tuple(
-            (*held, Piece(prompt.local, prompt.length + rank, -(-(new - rank) // world), world))
-            if new > rank
-            else held
+            (*held, Piece(prompt.local, prompt.length + rank, -(-(new - rank) // world), world)) if new > rank else held
             for rank, held in enumerate(prompt.pieces)
         )
         return TokenLayout("cache", prompt.length + new, prompt.local + -(-new // world), pieces)
@@ -44,7 +42,8 @@ class ShardedCache(DynamicCache):
         """Keep this rank's part of new keys and values, and give all that it holds."""
         if self.seen == 0:
             return super().update(key_states, value_states, layer_idx)
-        layer, world, slots = self.layers[layer_idx], self.prompt.world, self.layout.local
+        layer: Any = self.layers[layer_idx]
+        world, slots = self.prompt.world, self.layout.local
         missing = slots - layer.keys.shape[2]
         if missing:
             layer.keys, layer.values = (

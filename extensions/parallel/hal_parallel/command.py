@@ -67,10 +67,14 @@ def run(options: argparse.Namespace) -> CommandResult:
         rows = [
             [e.strategy, f"no: {e.refusal}", "", "", ""]
             if e.refusal
-            else [e.strategy, *(f"{1e3 * t:.3g} ms" for t in (e.total, e.compute, e.exchange)), f"{e.memory / 2**20:,.1f} MiB"]
+            else [
+                e.strategy,
+                *(f"{1e3 * t:.3g} ms" for t in (e.total, e.compute, e.exchange)),
+                f"{e.memory / 2**20:,.1f} MiB",
+            ]
             for e in estimates
         ]
-        title = f"One of {kind.count} layers: heads {kind.heads}/{kind.heads_kv}, head_dim {kind.dim_qk}{window}"
+        title = f"One of {kind.number} layers: heads {kind.heads}/{kind.heads_kv}, head_dim {kind.dim_qk}{window}"
         tables.append(Table(title, ["strategy", "time", "compute", "exchange", "memory beside"], rows))
     return CommandResult(as_dict(found), tables)
 

@@ -28,8 +28,8 @@ REFUSED = {
 POLICY = ("backend", "objective", "allow_simulated", "transfer")
 #: Arguments of `hal.attention` that every rank's calls are given as they are.
 OPTIONS = (
-    *POLICY, "is_causal", "scale", "enable_gqa", "causal", "diagonal", "window", "softcap", "max_error", "deterministic",
-    "max_seqlen_q", "max_seqlen_k",
+    *POLICY, "is_causal", "causal", "diagonal", "window", "softcap", "scale", "enable_gqa", "max_error",
+    "deterministic", "max_seqlen_q", "max_seqlen_k",
 )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def _checked(
     """The core's own check of what is not about ranks, once for calls that are alike."""
     fields = [(tuple(t.shape), t.dtype, t.device, t.stride(3) == 1) for t in (query, key, value)]
     of_mask = None if mask is None else (tuple(mask.shape), mask.dtype, mask.device)
-    place = (*fields, of_mask, dropout, tuple(sorted(options.items(), key=str)), grads, policy)
+    place: Any = (*fields, of_mask, dropout, tuple(sorted(options.items(), key=str)), grads, policy)
     try:
         found = _requests.get(place)
     except TypeError:  # an argument that cannot be hashed is wrong, and the core says how
@@ -156,7 +156,7 @@ def _checked(
         part = None if mask is None else mask.detach()[..., :1]
         views = [t.requires_grad_(name in grads) for name, t in zip("qkv", views, strict=True)]
         options = {name: options[name] for name in options if not name.startswith("max_seqlen")}
-        request = hal.explain(*views, part, dropout_p=dropout, return_lse=True, **options).request
+        request = hal.explain(views[0], views[1], views[2], part, dropout_p=dropout, return_lse=True, **options).request
         found = replace(request, len_k=key.shape[2], grads=grads, grad_lse=False)
         if place is not None:
             if len(_requests) > 512:

@@ -1,5 +1,5 @@
-"""Dropout whose pattern is a function of (seed, offset) and of global positions: batch entry, query head, query token, key
-token. The pattern is the same for any number of ranks, layout, strategy and device.
+"""Dropout whose pattern is a function of (seed, offset) and of global positions: batch entry, query head, query token,
+key token. It is the same for any number of ranks, layout, strategy and device.
 """
 
 from __future__ import annotations

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from hal_core import HalError
 
+# torch 2.13 renames both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 #: Seconds that a rank waits for another one, where the call does not say.
 TIMEOUT = 300.0
 
@@ -86,7 +90,7 @@ class Link:
             return tensor.expand(self.size, *tensor.shape).contiguous()
         flat = _plain(tensor).flatten()
         found = flat.new_empty(self.size * flat.numel())
-        self._run(lambda: dist.all_gather_into_tensor(found, flat, self.group, async_op=True), what)
+        self._run(lambda: _all_gather(found, flat, self.group, async_op=True), what)
         return found.view(tensor.dtype).view(self.size, *tensor.shape)
 
     def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
@@ -104,7 +108,7 @@ class Link:
             return tensor[0]
         flat = tensor.contiguous().flatten()
         found = flat.new_empty(flat.numel() // self.size)
-        self._run(lambda: dist.reduce_scatter_tensor(found, flat, group=self.group, async_op=True), what)
+        self._run(lambda: _reduce_scatter(found, flat, group=self.group, async_op=True), what)
         return found.view(tensor.shape[1:])
 
     def all_reduce(self, tensor: Tensor, what: str) -> Tensor:

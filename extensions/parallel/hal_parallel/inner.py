@@ -1,4 +1,4 @@
-"""The device inside: one dense call of a rank, forward and backward from a given (out, log-sum-exp), on any hal device."""
+"""The device inside: a rank's dense calls, forward and backward from a given (out, log-sum-exp), on any hal device."""
 
 from __future__ import annotations
 
@@ -61,12 +61,15 @@ class Inner(NamedTuple):
         grads: frozenset[str],
     ) -> Grads:
         """Gradients of one call from the whole rows' (out, log-sum-exp, gradient of out)."""
-        sizes = {"len_q": query.shape[2], "len_k": key.shape[2], "grads": grads, "grad_lse": grad_lse is not None}
+        sizes: dict[str, Any] = {
+            "len_q": query.shape[2],
+            "len_k": key.shape[2],
+            "grads": grads,
+            "grad_lse": grad_lse is not None,
+        }
         request = replace(self.request, **sizes, **mask_fields(mask), **_band_fields(call))
         if self.target is not None:
-            query, key, value, mask, given, grad_lse = moved_to(
-                self.target, (query, key, value, mask, given, grad_lse)
-            )
+            query, key, value, mask, given, grad_lse = moved_to(self.target, (query, key, value, mask, given, grad_lse))
         out, lse, grad_out = (tensor.contiguous() for tensor in given)
         session = hal.session(self.device)
         prepared = session.prepare_attention(query, key, value, request=request)

@@ -1,7 +1,7 @@
 """Which tokens of a sequence each rank holds, and in which order.
 
-    zigzag = make_layout("zigzag", 10, 2)
-    zigzag.indices(0)        # tensor([0, 1, 2, 9, -1, -1]): -1 pads
+zigzag = make_layout("zigzag", 10, 2)
+zigzag.indices(0)        # tensor([0, 1, 2, 9, -1, -1]): -1 pads
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ class Piece(NamedTuple):
     """Tokens start, start + step, ... in neighbouring slots of a rank's tensors.
 
     Attributes:
-        at: the first slot. start: the token in it. count: how many. step: from one token to the next.
+        at: the first slot. start: the token in it. size: how many. step: from one token to the next.
     """
 
     at: int
     start: int
-    count: int
+    size: int
     step: int = 1
 
     @property
     def last(self) -> int:
         """The token in the last slot."""
-        return self.start + (self.count - 1) * self.step
+        return self.start + (self.size - 1) * self.step
 
     def part(self, first: int, stop: int) -> Piece:
         """Tokens number `first` to `stop` of this piece."""
@@ -67,14 +67,14 @@ class TokenLayout:
     @property
     def padding(self) -> int:
         """Slots of all ranks that hold no token; a replicated layout has none."""
-        held = sum(piece.count for pieces in self.pieces for piece in pieces)
+        held = sum(piece.size for pieces in self.pieces for piece in pieces)
         return self.local * self.world - held
 
     def indices(self, rank: int) -> Tensor:
         """int64 [local]: the global token in each slot of a rank, -1 for padding."""
         found = torch.full((self.local,), -1)
         for piece in self.pieces[rank]:
-            found[piece.at : piece.at + piece.count] = torch.arange(piece.start, piece.last + 1, piece.step)
+            found[piece.at : piece.at + piece.size] = torch.arange(piece.start, piece.last + 1, piece.step)
         return found
 
     @classmethod
@@ -100,11 +100,11 @@ def _pieces_of(tokens: Sequence[int]) -> Pieces:
     for at, token in enumerate(tokens):
         if token == -1:
             continue
-        piece = found[-1] if found and found[-1].at + found[-1].count == at else None
-        if piece is not None and piece.count == 1 and token > piece.start:
+        piece = found[-1] if found and found[-1].at + found[-1].size == at else None
+        if piece is not None and piece.size == 1 and token > piece.start:
             found[-1] = Piece(piece.at, piece.start, 2, token - piece.start)
         elif piece is not None and token == piece.last + piece.step:
-            found[-1] = piece._replace(count=piece.count + 1)
+            found[-1] = piece._replace(size=piece.size + 1)
         else:
             found.append(Piece(at, token, 1))
     return tuple(found)
@@ -154,11 +154,11 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
         last = found[-1] if found else None
         if (
             last is not None
-            and last.at + last.count == piece.at
+            and last.at + last.size == piece.at
             and last.step == piece.step
             and piece.start == last.last + last.step
         ):
-            found[-1] = last._replace(count=last.count + piece.count)
+            found[-1] = last._replace(size=last.size + piece.size)
         else:
             found.append(piece)
     return found

@@ -1,8 +1,8 @@
 """`with hal_parallel.context(mesh):` a Hugging Face model runs on a sequence that is cut over the ranks.
 
-    with hal_parallel.context(mesh, layout="zigzag"):
-        loss = model(input_ids=ids, labels=ids).loss      # every rank is given the whole batch
-        loss.backward()                                   # gradients are to be averaged over the mesh: DDP, FSDP2
+with hal_parallel.context(mesh, layout="zigzag"):
+    loss = model(input_ids=ids, labels=ids).loss      # every rank is given the whole batch
+    loss.backward()                                   # gradients are to be averaged over the mesh: DDP, FSDP2
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class _Context:
         tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
         if tokens is None or getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(
-                f"a {type(model).__name__} was called inside hal_parallel.context, which cuts input_ids or inputs_embeds "
-                "of one sequence: call encoder-decoders outside"
+                f"a {type(model).__name__} was called inside hal_parallel.context, which cuts input_ids or "
+                "inputs_embeds of one sequence: call encoder-decoders outside"
             )
         length, rank = tokens.shape[1], self.topology.rank
         layout = make_layout(self.layout, length, self.topology.world)
@@ -128,8 +128,8 @@ class _Context:
         held, wanted = given.get("past_key_values"), given.get("use_cache")
         if held is not None and held.get_seq_length() > 0:
             raise UnsupportedError(
-                f"a {type(held).__name__} of {held.get_seq_length()} tokens was given inside hal_parallel.context: fill "
-                "the cache inside the same context"
+                f"a {type(held).__name__} of {held.get_seq_length()} tokens was given inside hal_parallel.context: "
+                "fill the cache inside the same context"
             )
         if wanted is None:
             wanted = bool(getattr(model.config, "use_cache", False)) and held is not None
@@ -161,7 +161,7 @@ class _Context:
         if labels is None:
             return False
         if labels.dim() != 2 or labels.shape[1] != layout.length:
-            raise UnsupportedError(f"labels {list(labels.shape)} were given: use [batch, {layout.length}], a token's each")
+            raise UnsupportedError(f"labels {list(labels.shape)} were given: use [batch, {layout.length}]")
         following = given.get("shift_labels")
         if following is None:
             following = nn.functional.pad(labels[:, 1:], (0, 1), value=_MISSING)
@@ -231,8 +231,8 @@ def context(
 ) -> Iterator[None]:
     """Inside, Hugging Face models that were built with attn_implementation="hal" run on sequences cut over the mesh.
 
-    Every rank calls the model with the whole batch. Inputs, positions and labels are cut by the layout, the loss is that
-    of the whole sequence, equal on every rank, and logits are this rank's tokens' (with a cache: all tokens'). The
+    Every rank calls the model with the whole batch. Inputs, positions and labels are cut by the layout, the loss is
+    that of the whole sequence, equal on every rank, and logits are this rank's tokens' (with a cache: all tokens'). The
     gradients of a rank are those of its tokens times the number of ranks: average them over the mesh, as DDP and FSDP2
     do. `generate` has the prompt's cache sharded, and deals out the tokens that follow.
 
@@ -259,13 +259,13 @@ def context(
         return None
 
     tables[0][NAME], tables[1][NAME] = now.attend, no_mask
-    PreTrainedModel.__call__ = __call__
+    setattr(PreTrainedModel, "__call__", __call__)  # noqa: B010 - mypy refuses to assign a method
     _active.append(now)
     try:
         yield
     finally:
         _active.pop()
-        PreTrainedModel.__call__ = original
+        setattr(PreTrainedModel, "__call__", original)  # noqa: B010
         for table, function in zip(tables, before, strict=True):
             table[NAME] = function
 

@@ -94,8 +94,8 @@ class RingAttentionLayer(nn.Module):
         tokens = hidden_states.shape[1] * (1 if topology is None else topology.world) if length is None else length
         if tokens > self.max_sequence_length:
             raise ContractError(
-                f"a sequence of {tokens} tokens was given, and max_sequence_length is {self.max_sequence_length}: build "
-                "the layer with a larger one"
+                f"a sequence of {tokens} tokens was given, and max_sequence_length is {self.max_sequence_length}: "
+                "build the layer with a larger one"
             )
         query, key, value = (
             layer(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -154,8 +154,8 @@ class ContextParallelAttention(RingAttentionLayer):
         topology = topology_of(self.mesh)
         if topology is not None and topology.world != self.context_parallel_size:
             raise ContractError(
-                f"context_parallel_size {self.context_parallel_size} was given, and the mesh has {topology.world} ranks: "
-                "pass a device_mesh of as many"
+                f"context_parallel_size {self.context_parallel_size} was given, and the mesh has {topology.world} "
+                "ranks: pass a device_mesh of as many"
             )
         tokens = hidden_states.shape[1]
         part = shard(hidden_states, self.mesh, self.layout, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -151,7 +152,7 @@ class PartialGradients:
                 self._sum(found, given, call, key, value)
                 del found  # its memory serves the next call
                 continue
-            # d score = weight * keep / (1 - p) * (grad_out . value) - weight * delta: the first term from the kept pairs
+            # d score = weight * keep / (1 - p) * (grad_out . value) - weight * delta: the first term from kept pairs
             # with an output of 0, whose delta is 0; the second from all pairs, as a gradient of the log-sum-exp.
             keep, nothing = _keep(self.dropout, operands.query, call), torch.zeros_like(out)
             query, keys, values, mask = operands
@@ -204,7 +205,7 @@ def _columns(call: Call, mask: Tensor) -> slice | Tensor:
         return slice(None)
     pieces = call.tokens[1]
     tokens = [(piece.start, piece.last + 1) for piece in pieces]
-    if all(a[1] == b[0] for a, b in zip(tokens, tokens[1:], strict=False)) and all(p.step == 1 for p in pieces):
+    if all(a[1] == b[0] for a, b in itertools.pairwise(tokens)) and all(p.step == 1 for p in pieces):
         return slice(tokens[0][0], tokens[-1][1])
     return tokens_of(pieces, mask.device)
 

@@ -18,7 +18,7 @@ from .visible import Rule
 class AttentionLayers(NamedTuple):
     """Attention layers that are alike: how many, their heads, head sizes, whether causal, and window (None: none)."""
 
-    count: int
+    number: int
     heads: int
     heads_kv: int
     dim_qk: int
@@ -111,7 +111,9 @@ def plan(
     held = [_shard(kind, batch, placed.local, size) for kind in layers]
     saved = "query, key, value and output kept for the backward pass" if training else "cache of keys and values"
     memory = {
-        saved: sum(kind.count * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)),
+        saved: sum(
+            kind.number * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)
+        ),
         "a layer's query, key, value and output": max(map(sum, held)),
         "beside them, one layer at a time": max(estimate.memory for _, estimate in each),
     }
@@ -124,7 +126,7 @@ def plan(
         layout,
         chosen,
         found,
-        sum(kind.count * one.total for kind, one in each),
+        sum(kind.number * one.total for kind, one in each),
         memory,
         link,
         "none" if estimate is None else str(estimate.time.basis),
@@ -136,7 +138,7 @@ def _summed(found: list[tuple[AttentionLayers, tuple[StrategyEstimate, ...]]]) -
     summed = []
     for same in zip(*(given for _, given in found), strict=True):
         reason = next((one.refusal for one in same if one.refusal), "")
-        total = sum(kind.count * one.total for (kind, _), one in zip(found, same, strict=True))
+        total = sum(kind.number * one.total for (kind, _), one in zip(found, same, strict=True))
         summed.append(same[0]._replace(refusal=reason, total=total))
     return tuple(summed)
 

@@ -1,5 +1,5 @@
-"""The ring: keys and values travel from rank to rank while each attends to those that it holds; in the backward pass their
-gradients travel with them.
+"""The ring: keys and values travel from rank to rank while each attends to those that it holds; in the backward pass
+their gradients travel with them.
 
 Source: Liu, Zaharia & Abbeel 2023 (Ring Attention); gradients from the merged result: Dao et al. 2022, algorithm 4.
 """
@@ -55,9 +55,7 @@ class RingPlan:
     def steps(self) -> int:
         """Steps after which no rank reads any more of the keys that travel: the same number on every rank."""
         size = len(self.keys)
-        needed = [
-            step for step in range(size) for rank in range(size) if self.calls((rank - step) % size, rank)
-        ]
+        needed = [step for step in range(size) for rank in range(size) if self.calls((rank - step) % size, rank)]
         return max(needed, default=0) + 1
 
 
@@ -122,7 +120,11 @@ def ring_backward(
         coming, pending = _pass_on(plan, held, step, "backward")
         arriving = [torch.empty_like(total) for total in sums]
         behind = _shift(plan, sums, arriving, 1, f"gradients of keys and values, backward, step {step} of {plan.steps}")
-        own = [t.new_zeros(t.shape, dtype=partial.dtype, device=given.query.device) for name, t in tensors.items() if name in wanted]
+        own = [
+            t.new_zeros(t.shape, dtype=partial.dtype, device=given.query.device)
+            for name, t in tensors.items()
+            if name in wanted
+        ]
         named = dict(zip([name for name in tensors if name in wanted], own, strict=True))
         local = given._replace(key=held[0], value=held[1])
         partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))

@@ -24,7 +24,9 @@ def shard(tensor: Tensor, mesh: Any = None, layout: Any = "contiguous", dim: int
     return layouts.shard(tensor, found, rank, dim, fill)
 
 
-def unshard(tensor: Tensor, mesh: Any = None, layout: Any = "contiguous", dim: int = 2, length: int | None = None) -> Tensor:
+def unshard(
+    tensor: Tensor, mesh: Any = None, layout: Any = "contiguous", dim: int = 2, length: int | None = None
+) -> Tensor:
     """The whole sequence, on every rank, of the parts that the ranks hold; differentiable.
 
     Args:

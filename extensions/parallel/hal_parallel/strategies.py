@@ -1,4 +1,4 @@
-"""What travels: keys (ring), all keys at once (gathered), heads (Ulysses), or queries; each as exchanges around `ring`."""
+"""What travels: keys (ring), all keys at once (gathered), heads (Ulysses), or queries."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def gathered(given: Given, run: Run) -> tuple[Tensor, Tensor]:
 
 
 def ulysses(given: Given, run: Run) -> tuple[Tensor, Tensor]:
-    """Heads travel: each rank computes a part of the heads over the tokens of all ranks that share heads; between groups
-    of such ranks keys travel.
+    """Heads travel: each rank computes a part of the heads over the tokens of all ranks that share heads; between
+    groups of such ranks keys travel.
 
     Source: Jacobs et al. 2023 (DeepSpeed Ulysses); over a ring: Fang & Zhao 2024 (USP).
     """
@@ -117,9 +117,9 @@ def ulysses(given: Given, run: Run) -> tuple[Tensor, Tensor]:
         for tensor, name in ((given.key, "keys"), (given.value, "values"))
     )
     mask, first = given.mask, heads.rank * (given.query.shape[1] // heads.size)
-    if mask is not None and mask.shape[1] > 1 and mask.shape[2] == 1:
-        mask = mask[:, first : first + query.shape[1]]
-    elif mask is not None and mask.shape[2] > 1:
+    if mask is not None and mask.shape[2] != d.queries.local:  # one row for all
+        mask = mask[:, first : first + query.shape[1]] if mask.shape[1] > 1 else mask
+    elif mask is not None:
         whole = trade(mask, heads, 1, 2, "mask") if mask.shape[1] > 1 else gather_tokens(mask, heads, 2, "mask")
         mask = _ordered(whole, rows)
     places = (tuple(pieces for pieces, _ in of_queries), tuple(pieces for pieces, _ in of_keys))
@@ -140,7 +140,7 @@ def pass_query(given: Given, run: Run) -> tuple[Tensor, Tensor]:
         return merge_partials(link.all_gather(out, "partial outputs"), link.all_gather(lse, "partial log-sum-exp"))
     pieces, order = joined_ranks(d.queries, tuple(range(link.size)), _step(own))
     query, mask = _ordered(gather_tokens(given.query, link, 2, "queries"), order), given.mask
-    if mask is not None and mask.shape[2] > 1:
+    if mask is not None and mask.shape[2] == d.queries.local:
         mask = _ordered(gather_tokens(mask, link, 2, "mask"), order)
     out, lse = _attend(run.plan("pass_query", None, (pieces,), (own,)), given._replace(query=query, mask=mask))
     out, lse = _unordered(out, order), _unordered(lse, order)
@@ -189,7 +189,7 @@ def _attend(plan: RingPlan, given: Given) -> tuple[Tensor, Tensor]:
 
 
 def _step(pieces: Pieces) -> int:
-    return next((piece.step for piece in pieces if piece.count > 1), 1)
+    return next((piece.step for piece in pieces if piece.size > 1), 1)
 
 
 def _ordered(tensor: Tensor, order: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A long sequence on one device: blocks of keys stream through it, and the same sums as the ring's put them together."""
+"""A long sequence on one device: blocks of keys stream through it, put together by the ring's own sums."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int |
 
 
 def block_sizes(d: Description, memory: int, moved: bool) -> tuple[int, int]:
-    """(query rows, keys) of a block: the largest, halving from the whole, that takes at most half of `memory` bytes. The
-    other half is for what the process has freed and not given back to the system.
+    """(query rows, keys) of a block: the largest, halving from the whole, that takes at most half of `memory` bytes.
+    The other half is for what the process has freed and not given back to the system.
     """
     r = d.request
     rows, keys = max(r.len_q, 1), max(r.len_k, 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Call(NamedTuple):
         return AttentionRequest(**sizes, dtype="float32", **band_options(self.low, self.high)).visible_macs
 
 
-def band_options(low: int | None, high: int | None) -> dict[str, object]:
+def band_options(low: int | None, high: int | None) -> dict[str, Any]:
     """A band of slots as `hal.attention`'s causal, diagonal and window."""
     if high is None:
         return {} if low is None else {"causal": Causal.NONE, "diagonal": low, "window": (0, None)}
@@ -115,8 +115,8 @@ def find_calls(
             if band is None:
                 continue
             last = spans[-1] if spans else None
-            near = last is not None and _size(last) + key.count <= (most_keys or _size(last) + key.count)
-            near = near and last is not None and last[-1].at + last[-1].count == key.at
+            near = last is not None and _size(last) + key.size <= (most_keys or _size(last) + key.size)
+            near = near and last is not None and last[-1].at + last[-1].size == key.at
             if band == (None, None):
                 if near and last is not None:
                     last.append(key)
@@ -147,11 +147,11 @@ class _Whole(NamedTuple):
 
 
 def _slots(span: list[Piece]) -> slice:
-    return slice(span[0].at, span[-1].at + span[-1].count)
+    return slice(span[0].at, span[-1].at + span[-1].size)
 
 
 def _size(span: list[Piece]) -> int:
-    return sum(piece.count for piece in span)
+    return sum(piece.size for piece in span)
 
 
 def _cut(pieces: Iterable[Piece], edges: tuple[int, ...], most: int | None) -> Iterator[tuple[Piece, int]]:
@@ -159,14 +159,12 @@ def _cut(pieces: Iterable[Piece], edges: tuple[int, ...], most: int | None) -> I
     for piece in pieces:
         for sequence, (begin, end) in enumerate(itertools.pairwise(edges)):
             first = max(-(-(begin - piece.start) // piece.step), 0)
-            stop = min(-(-(end - piece.start) // piece.step), piece.count)
+            stop = min(-(-(end - piece.start) // piece.step), piece.size)
             for at in range(first, stop, most or max(stop - first, 1)):
                 yield piece.part(at, min(at + (most or stop), stop)), sequence
 
 
-def _clipped(
-    query: Piece, key: Piece, low: int | None, high: int | None
-) -> tuple[int | None, int | None] | None:
+def _clipped(query: Piece, key: Piece, low: int | None, high: int | None) -> tuple[int | None, int | None] | None:
     """The bounds of key - query token that hide a pair of the two pieces; None where every pair is hidden."""
     least, most = key.start - query.last, key.last - query.start
     if (high is not None and least > high) or (low is not None and most < low):
@@ -179,14 +177,14 @@ def _clipped(
 
 def _banded(query: Piece, key: Piece, low: int | None, high: int | None) -> Call | None:
     """The call of two pieces under a band of tokens; None where no pair is visible."""
-    rows, columns = slice(query.at, query.at + query.count), slice(key.at, key.at + key.count)
-    step = query.step if query.count > 1 else key.step
-    if key.count > 1 and key.step != step:
+    rows, columns = slice(query.at, query.at + query.size), slice(key.at, key.at + key.size)
+    step = query.step if query.size > 1 else key.step
+    if key.size > 1 and key.step != step:
         return Call(rows, columns, None, None, ((query,), (key,)), (low, high))
     between = query.start - key.start
     low = None if low is None else -(-(low + between) // step)
     high = None if high is None else (high + between) // step
-    if (low is not None and low > key.count - 1) or (high is not None and high < 1 - query.count):
+    if (low is not None and low > key.size - 1) or (high is not None and high < 1 - query.size):
         return None
     if low is not None and high is not None and low > high:
         return None
@@ -202,16 +200,14 @@ def _behind(call: Call, span: list[Piece]) -> Call:
     """A call over a span that all its rows read, and the keys behind it that its band bounds."""
     assert call.high is not None
     keys = slice(span[0].at, call.keys.stop)
-    return call._replace(
-        keys=keys, high=call.high + _size(span), tokens=(call.tokens[0], (*span, *call.tokens[1]))
-    )
+    return call._replace(keys=keys, high=call.high + _size(span), tokens=(call.tokens[0], (*span, *call.tokens[1])))
 
 
 def _join(whole: list[_Whole], query: Piece, spans: list[list[Piece]], most: int | None) -> None:
     """Note that a piece of queries reads whole spans, together with its neighbour where that reads the same."""
     last = whole[-1] if whole else None
-    if last is not None and last.spans == spans and last.queries[-1].at + last.queries[-1].count == query.at:
-        size = _size(last.queries) + query.count
+    if last is not None and last.spans == spans and last.queries[-1].at + last.queries[-1].size == query.at:
+        size = _size(last.queries) + query.size
         if size <= (most or size):
             last.queries.append(query)
             return
