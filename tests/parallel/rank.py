@@ -31,9 +31,15 @@ def draw(case: dict[str, Any]) -> dict[str, Any]:
     batch, heads, heads_kv, len_q, len_k, dim, dim_v = (
         case.get(name, default)
         for name, default in (
-            ("batch", 1), ("heads", 4), ("heads_kv", 4), ("len_q", 24), ("len_k", None), ("dim", 8), ("dim_v", None)
+            ("batch", 1),
+            ("heads", 4),
+            ("heads_kv", 4),
+            ("len_q", 24),
+            ("len_k", None),
+            ("dim", 8),
+            ("dim_v", None),
         )
-    )  # fmt: skip
+    )
     len_k, dim_v = len_q if len_k is None else len_k, dim if dim_v is None else dim_v
 
     def normal(*shape: int) -> torch.Tensor:
@@ -64,8 +70,10 @@ def tables(case: dict[str, Any]) -> dict[str, Any]:
 def reference(case: dict[str, Any], tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One process on the CPU device."""
     wanted = [n for n in ("query", "key", "value", "mask") if tensors[n] is not None and tensors[n].is_floating_point()]
-    leaves = {n: tensors[n].detach().clone().requires_grad_(n in wanted and case.get("grads", True))
-              for n in ("query", "key", "value") }  # fmt: skip
+    leaves = {
+        n: tensors[n].detach().clone().requires_grad_(n in wanted and case.get("grads", True))
+        for n in ("query", "key", "value")
+    }
     mask = tensors["mask"]
     if mask is not None and mask.is_floating_point():
         mask = leaves["mask"] = mask.detach().clone().requires_grad_(case.get("grads", True))

@@ -33,7 +33,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "mask of keys and heads": {"mask": "additive", "mask_rows": 1, "mask_heads": 4, "len_q": 22},
     "packed": {"cu_seqlens_q": [0, 5, 5, 19, 24], "cu_seqlens_k": [0, 5, 5, 19, 24], "options": {"is_causal": True}},
     "packed, other keys": {
-        "len_q": 18, "len_k": 24, "cu_seqlens_q": [0, 7, 9, 18], "cu_seqlens_k": [0, 11, 12, 24],
+        "len_q": 18,
+        "len_k": 24,
+        "cu_seqlens_q": [0, 7, 9, 18],
+        "cu_seqlens_k": [0, 11, 12, 24],
         "options": {"causal": "bottom_right", "window": (5, None)},
     },
     "deterministic": {"options": {"is_causal": True, "deterministic": True}},
@@ -42,7 +45,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "one row on each rank": {"mask": "additive", "mask_heads": 4, "len_q": 3, "len_k": 9, "batch": 2},
     "one row and key on each rank": {"mask": "boolean", "len_q": 4, "batch": 2},
     "one token": {"len_q": 1, "options": {"is_causal": True}},
-}  # fmt: skip
+}
 
 
 def within(found: list[Any], cases: list[dict[str, Any]], bound: float = BOUND) -> None:

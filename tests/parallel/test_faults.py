@@ -81,7 +81,7 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
         {"options": {"dropout_p": 0.1, "rng": (1, 3)}},
         ["rng (1, 2) on rank 0, (1, 3) on rank 1"],
     ),
-]  # fmt: skip
+]
 
 
 def test_ranks_that_were_given_different_calls_all_refuse(ranks):

@@ -20,9 +20,14 @@ def build(kind: str = "llama", **more: Any) -> Any:
 
     hal_nn.register_huggingface()
     sizes: dict[str, Any] = {
-        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-    }  # fmt: skip
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
     names = {"llama": "Llama", "mistral": "Mistral", "gemma2": "Gemma2"}
     config = getattr(transformers, f"{names[kind]}Config")(**sizes | more, attn_implementation="hal")
     torch.manual_seed(5)

@@ -58,10 +58,12 @@ def run(options: argparse.Namespace) -> CommandResult:
                 [f"attention of {sum(counts)} layers, {step}", f"{found.seconds:.3g} s"],
                 *([what, f"{size / 2**20:,.1f} MiB"] for what, size in found.memory.items()),
             ],
-            [f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
-             "Weights, their gradients and the layers around attention are not part of this plan."],
+            [
+                f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
+                "Weights, their gradients and the layers around attention are not part of this plan.",
+            ],
         )
-    ]  # fmt: skip
+    ]
     for kind, estimates in found.layers:
         window = "" if kind.window is None else f", window {kind.window}"
         rows = [

@@ -28,9 +28,19 @@ REFUSED = {
 POLICY = ("backend", "objective", "allow_simulated", "transfer")
 #: Arguments of `hal.attention` that every rank's calls are given as they are.
 OPTIONS = (
-    *POLICY, "is_causal", "causal", "diagonal", "window", "softcap", "scale", "enable_gqa", "max_error",
-    "deterministic", "max_seqlen_q", "max_seqlen_k",
-)  # fmt: skip
+    *POLICY,
+    "is_causal",
+    "causal",
+    "diagonal",
+    "window",
+    "softcap",
+    "scale",
+    "enable_gqa",
+    "max_error",
+    "deterministic",
+    "max_seqlen_q",
+    "max_seqlen_k",
+)
 
 
 @dataclass(frozen=True)
