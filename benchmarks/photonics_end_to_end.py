@@ -9,6 +9,7 @@ library a piece of source comes from are trained here; MiniLM's weights come fro
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -58,6 +59,8 @@ class Row(NamedTuple):
 
 
 Judge = Callable[[Products], float]
+#: Tasks that are trained here, by the name of the command.
+TASKS = {"digits": training.digits, "text": training.text}
 
 
 def profiles() -> list[Profile]:
@@ -131,7 +134,7 @@ def trained_here(task: training.Task, chip: Profile, draws: int) -> list[Row]:
 
 def exact(task: training.Task, tuned: nn.Module) -> nn.Module:
     """The task's network with the weights of a fine-tuned one."""
-    network = type(task.network)() if task.name != "CIFAR-10" else task.network
+    network = copy.deepcopy(task.network)
     network.load_state_dict(tuned.state_dict())
     return network.eval()
 
@@ -152,18 +155,11 @@ def minilm(chip: Profile, sentences: int, draws: int) -> tuple[list[Row], list[s
         products.signal = products.error = 0.0
         return model.kept(model.embeddings(network))
 
-    chip_4 = lambda: OnChip(chip, calibrated=True, passes=4)  # noqa: E731
-    rows.append(
-        judged(
-            "MiniLM",
-            f"{how}, {OUTLIERS:.0%} of channels digital",
-            1.0,
-            outliers,
-            lambda: OnChip(chip, calibrated=True),
-            draws,
-        )
-    )
-    rows.append(judged("MiniLM", f"{how}, 4 passes", 1.0, plain, chip_4, draws))
+    def on_chip(passes: int = 1) -> Callable[[], Products]:
+        return lambda: OnChip(chip, calibrated=True, passes=passes)
+
+    rows.append(judged("MiniLM", f"{how}, {OUTLIERS:.0%} of channels digital", 1.0, outliers, on_chip(), draws))
+    rows.append(judged("MiniLM", f"{how}, 4 passes", 1.0, plain, on_chip(4), draws))
     found = model.cheapest_set(OnChip(chip, calibrated=True), 0.9, draws)
     rows.append(Row("MiniLM", f"{how}, cheapest digital set", float("nan"), found.score, found.score, draws))
     notes = [
@@ -215,6 +211,8 @@ def main() -> None:
     options.add_argument("--weights", type=Path, help="folder for trained weights, which are used again")
     options.add_argument("--rows", type=Path, help="JSON file that rows are kept in, so that tasks can run one by one")
     options = options.parse_args()
+    if unknown := set(options.tasks.split(",")) - {*TASKS, "minilm"}:
+        raise SystemExit(f"--tasks: {', '.join(sorted(unknown))} was given: use {', '.join(TASKS)} or minilm")
     torch.set_num_threads(1)
     chip, kept = next(p for p in profiles() if p.name == SILICON), list[Row]()
     for name in [*options.tasks.split(","), *(["cifar"] if options.cifar is not None else [])]:
@@ -222,28 +220,17 @@ def main() -> None:
         if name == "minilm":
             rows, said = minilm(chip, options.sentences, options.draws)
         else:
-            task = (
-                training.cifar(options.cifar, options.weights)
-                if name == "cifar"
-                else getattr(training, name)(options.weights)
-            )
+            cifar = name == "cifar"
+            task = training.cifar(options.cifar, options.weights) if cifar else TASKS[name](options.weights)
             rows = trained_here(task, chip, options.draws)
         task_name = rows[0].task
         notes = [*NOTES, *said, *verdicts(rows), f"Processor time: {time.process_time() - start:.0f} s."]
         table = [
-            [
-                r.task,
-                r.how,
-                f"{r.snr:.1f}" if r.snr < _NO_ERROR else "",
-                f"{r.score:.1%}",
-                f"{r.kept:.1%}",
-                str(r.draws),
-            ]
-            for r in rows
+            [row.task, row.how, _decibels(row.snr), f"{row.score:.1%}", f"{row.kept:.1%}", str(row.draws)]
+            for row in rows
         ]
-        record.publish(
-            options, "photonics_end_to_end", f"Accuracy of {task_name}", COLUMNS, table, notes, f"Accuracy: {task_name}"
-        )
+        title, section = f"Accuracy of {task_name}", f"Accuracy: {task_name}"
+        record.publish(options, "photonics_end_to_end", title, COLUMNS, table, notes, section)
         if options.rows is not None and options.rows.exists():
             kept = [Row(*row) for row in json.loads(options.rows.read_text())]
         kept = [row for row in kept if row.task != task_name] + rows
@@ -251,6 +238,10 @@ def main() -> None:
             options.rows.write_text(json.dumps(kept))
         if options.record:
             draw(kept, record.FOLDER / "photonics_end_to_end.png")
+
+
+def _decibels(snr: float) -> str:
+    return f"{snr:.1f}" if snr < _NO_ERROR else ""
 
 
 def verdicts(rows: list[Row]) -> list[str]:

@@ -5,6 +5,7 @@ They are aliases in sys.modules, not files: a module `hal_core.memory` on disk w
 
 import sys
 import warnings
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -31,22 +32,18 @@ def warn(old: str, new: str) -> None:
     warnings.warn(f"{old} has moved: use {new}", DeprecationWarning, stacklevel=3)
 
 
-class _Alias(ModuleType):
-    def __init__(self, name: str, places: list[str]) -> None:
-        super().__init__(name)
-        self.__path__, self._places = list[str](), places
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("__"):
-            for place in self._places:
-                if hasattr(module := import_module(place), name):
-                    public = hasattr(sys.modules["hal_core"], name)
-                    warn(f"{self.__name__}.{name}", f"hal_core.{name}" if public else f"{place}.{name}")
-                    return getattr(module, name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+def _moved_name(old: str, places: list[str], name: str) -> Any:
+    """The name of an old module, from where it is now."""
+    for place in places if not name.startswith("__") else ():
+        if hasattr(module := import_module(place), name):
+            public = hasattr(sys.modules["hal_core"], name)
+            warn(f"{old}.{name}", f"hal_core.{name}" if public else f"{place}.{name}")
+            return getattr(module, name)
+    raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
 
 def install() -> None:
     for old, places in _PLACES.items():
         full = [place if place.startswith("hal_") else f"hal_core.{place}" for place in places.split()]
-        sys.modules.setdefault(f"hal_core.{old}", _Alias(f"hal_core.{old}", full))
+        alias = sys.modules.setdefault(f"hal_core.{old}", ModuleType(f"hal_core.{old}"))
+        vars(alias).update(__path__=[], __getattr__=partial(_moved_name, alias.__name__, full))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         write_whole as write_whole,
     )
     from .capability import listing as listing
-    from .frontend.api import plan_text as plan_text
     from .frontend.execution import moved_to as moved_to
     from .frontend.validation import check_tables as check_tables
     from .options import merged_policy as merged_policy, meter_var as meter_var
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
         registry as registry,
     )
     from .request import DTYPE_BYTES as DTYPE_BYTES
-    from .selection import decide as decide, tiling_limits as tiling_limits
+    from .selection import decide as decide, plan_text as plan_text, tiling_limits as tiling_limits
     from .testing.bench_setup import BenchSetup as BenchSetup, Call as Call, Ceilings as Ceilings
     from .toolkit.memory import pooled_size as pooled_size
     from .toolkit.session import checked_buffer as checked_buffer
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "calibration": "calibrate load_calibration write_whole",
     "capability": "listing",
-    "frontend.api": "plan_text",
     "frontend.execution": "moved_to",
     "frontend.validation": "check_tables",
     "options": "merged_policy meter_var",
@@ -46,7 +44,7 @@ _NAMES = {
     "protocols": "Autograd Progress",
     "registry": "find_devices open_session refresh registry",
     "request": "DTYPE_BYTES",
-    "selection": "decide tiling_limits",
+    "selection": "decide plan_text tiling_limits",
     "testing.bench_setup": "BenchSetup Call Ceilings",
     "toolkit.memory": "pooled_size",
     "toolkit.session": "checked_buffer",

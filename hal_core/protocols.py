@@ -80,6 +80,7 @@ class Session(AbstractContextManager["Session"], Protocol):
         timer(report): start timing a call without synchronising; returns a function that ends it. `report(seconds)` is
             called once the time is known. Without it calls are timed by the host's clock.
         kernel(name): a kernel beside attention. synchronize(): wait for the device.
+        trace(request): what a simulated device does in a call, as Chrome trace JSON (a timeline).
         closed: True once closed; a closed session is opened anew when it is asked for.
     """
 

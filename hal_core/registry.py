@@ -82,23 +82,20 @@ class Registry:
                 _loading.reset(token)
 
     def _add_all(self, distribution: str, backends: list[BackendSpec], kernels: list[KernelSpec]) -> None:
-        before = (dict(self._entries), dict(self._specs))
-        try:
-            for spec in backends:
-                self._add(Entry(spec, distribution))
-            for kernel_spec in kernels:
-                own = (kernel_spec, distribution)
-                if (other := self._specs.setdefault(kernel_spec.name, own)) is not own:
-                    raise PluginError(
-                        f"kernel {kernel_spec.name!r} is specified by {other[1]} and by {distribution}: one of them "
-                        "must rename its own"
-                    )
-        except BaseException:
-            self._entries, self._specs = before
-            raise
+        entries, specs = dict(self._entries), dict(self._specs)
+        for spec in backends:
+            self._add(Entry(spec, distribution), entries)
+        for kernel_spec in kernels:
+            own = (kernel_spec, distribution)
+            if (other := specs.setdefault(kernel_spec.name, own)) is not own:
+                raise PluginError(
+                    f"kernel {kernel_spec.name!r} is specified by {other[1]} and by {distribution}: one of them "
+                    "must rename its own"
+                )
+        self._entries, self._specs = entries, specs
 
-    def _add(self, entry: Entry) -> None:
-        name, other = entry.spec.name, self._entries.get(entry.spec.name)
+    def _add(self, entry: Entry, entries: dict[str, Entry]) -> None:
+        name, other = entry.spec.name, entries.get(entry.spec.name)
         if other is not None:
             by = " and by ".join(e.distribution or "a registration at run time" for e in (other, entry))
             why, fix = f"backend {name!r} is offered by {by}", "uninstall or disable one of them"
@@ -116,7 +113,7 @@ class Registry:
             written, core = (".".join(map(str, version)) for version in (entry.spec.api, API_VERSION))
             why = f"written for plugin contract {written}, this core has {core}"
             entry.failure = failed(name, entry.distribution, "api", PluginError(why), fix)
-        self._entries[name] = entry
+        entries[name] = entry
 
     def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of a hook of every working plugin."""
@@ -161,19 +158,16 @@ class Registry:
         """Every device that is present and works, hardware, emulated and simulated."""
         return [device for entry in self.entries() for device in self.devices_of(entry)]
 
-    def present(self, name: str) -> list[Device]:
-        """As `find`; empty where the backend is installed but has no such device."""
-        entry = self.entry(name)
-        return [device for device in self.devices_of(entry) if name in (device.id, entry.spec.name)]
-
-    def find(self, name: str) -> list[Device]:
-        """Devices that a backend name ("cpu") or device id ("cpu:0") means; never empty.
+    def find(self, name: str, *, may_be_absent: bool = False) -> list[Device]:
+        """Devices that a backend name ("cpu") or device id ("cpu:0") means; empty only if they may be absent.
 
         Raises:
             UnknownBackendError: no installed plugin offers it. DeviceUnavailableError: installed, but not present.
         """
-        if not (found := self.present(name)):
-            raise DeviceUnavailableError(self.why_absent(self.entry(name), name))
+        entry = self.entry(name)
+        found = [device for device in self.devices_of(entry) if name in (device.id, entry.spec.name)]
+        if not found and not may_be_absent:
+            raise DeviceUnavailableError(self.why_absent(entry, name))
         return found
 
     def entry(self, name: str) -> Entry:
@@ -270,7 +264,7 @@ class Registry:
         with self._lock:
             if entry.spec.name in self._entries:
                 raise PluginError(f"backend {entry.spec.name!r} is registered already: unregister it first")
-            self._add(entry)
+            self._add(entry, self._entries)
         self.changed()
 
     def unregister(self, name: str) -> None:
@@ -343,19 +337,19 @@ def kernel(name: str, backend: str | None = None) -> Callable[..., Any]:
     broken = list[str]()
     every = sorted(registry.devices(), key=lambda d: d.fidelity.rank) if backend is None else registry.find(backend)
     for found in every:
-        entry, opened = registry.entry(found.id), cast(Any, None)
+        entry = registry.entry(found.id)
         try:
-            provider = registry.backend_of(found)
-            if hasattr(provider, "kernel_names") and name in provider.kernel_names(found):
-                opened = registry.session(found.id)
+            offered = getattr(registry.backend_of(found), "kernel_names", lambda device: ())(found)
+            opened: Any = registry.session(found.id) if name in offered else None
         except (Exception, SystemExit) as error:
             if not isinstance(error, HalError):
                 entry.request_failures[found.id] = failed(entry.spec.name, entry.distribution, "kernel", error)
             if backend is not None:  # without a name, a broken provider does not hide the others
                 raise
             broken.append(f", {found.id} failed ({type(error).__name__}: {error})")
-        if opened is not None:
-            return opened.kernel(name)  # type: ignore[no-any-return]
+        else:
+            if opened is not None:
+                return opened.kernel(name)  # type: ignore[no-any-return]
     where = f"on {backend}" if backend is not None else f"on any installed device{''.join(broken)}"
     raise UnsupportedError(
         f"kernel {name!r} is not provided {where}: specified kernels are {', '.join(sorted(registry.kernel_specs()))}"

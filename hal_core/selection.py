@@ -11,7 +11,7 @@ from .capability import Capabilities, Code, Range, Refusal, listing
 from .decision import FORMAT, Candidate, Decision, Policy, PolicyChoice, figure_text
 from .device_info import Basis, Device, Fidelity, Provenance, Quantity
 from .errors import ContractError, DeviceUnavailableError, PluginError, refuse
-from .plans import BlockPlan
+from .plans import BlockPlan, TilePlan
 from .plugins import failed
 from .registry import registry
 from .request import AttentionRequest
@@ -83,6 +83,30 @@ def cut_request(request: AttentionRequest, tiling: Any, capabilities: Capabiliti
     return replace(request, tiling=(tiling.name, plan.block_q, plan.block_k))
 
 
+def checked_plan(
+    tiling: Any, request: AttentionRequest, *, capabilities: Capabilities, **content: Any
+) -> TilePlan | BlockPlan:
+    """A tiling's plan within the device's bounds, its tiles checked for coverage. `content`: query and key, where the
+    tiling reads them.
+    """
+    plan: TilePlan | BlockPlan = tiling.plan(request, tiling_limits(capabilities), **content)
+    if isinstance(plan, TilePlan):
+        plan.check(tiling.name)
+    return plan
+
+
+def plan_text(request: AttentionRequest, decision: Decision) -> str:
+    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen or nothing is cut."""
+    if decision.chosen is None or request.block_plan is not None or request.packed or request.page_size is not None:
+        return ""
+    capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
+    brought = decision.policy.tiling
+    cut, tiling = cut_request(request, brought, capabilities), brought or registry.session(decision.chosen).tiling
+    if cut.block_plan is not None:
+        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
+    return f"{checked_plan(tiling, cut, capabilities=capabilities)} ({tiling.name})"
+
+
 def _candidate(
     request: AttentionRequest, device: Device, policy: Policy, *, estimated: bool = True, excluded: str = ""
 ) -> Candidate:
@@ -106,8 +130,8 @@ def _candidate(
         request = cut_request(request, policy.tiling, capabilities)
         refusals = capabilities.refusals(request)
         if moved and not (bool(policy.names) if policy.transfer is None else policy.transfer):
-            fix = "pass transfer=True, or move the tensors"
-            refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, listing(device.reads), fix))
+            offered, fix = listing(device.reads), "pass transfer=True, or move the tensors"
+            refusals.insert(0, Refusal(Code.PLACEMENT, "device", request.device, offered, fix))
         # A feature's refusals are asked of the device only for what its data allows: check() may rely on that.
         refusals = refusals or list(backend.check(request, device))
         if wrong := [r for r in refusals if not isinstance(r, Refusal)]:
@@ -151,11 +175,11 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
     Raises:
         UnknownBackendError, DeviceUnavailableError: a named device does not exist here.
     """
-    # A preference passes over a device that is not here.
-    find = registry.present if policy.fall_through else registry.find
     candidates: list[Candidate] = []
     chosen, reason, seconds = None, "no installed backend has a device", None
-    for devices in [find(name) for name in policy.names] or [registry.devices()]:
+    # A preference passes over a device that is not here.
+    named = [registry.find(name, may_be_absent=policy.fall_through) for name in policy.names]
+    for devices in named or [registry.devices()]:
         seen = [_candidate(request, d, policy, excluded=(excluded or {}).get(d.id, "")) for d in devices]
         candidates += seen
         chosen, reason, seconds = _choose(request, seen, policy)

@@ -1,1 +1,1 @@
-"""The tasks of photonics_end_to_end: data, networks and training that need nothing but what is installed."""
+"""What the photonic benchmarks share: tasks with data, networks and training, and published figures to compare with."""

@@ -94,11 +94,15 @@ class Layer(nn.Module):
 class TextClassifier(nn.Module):
     """Embedding, two encoder layers, a pooler on the first token as BERT's, a linear classifier.
 
+    With a width of 32, white noise of 10 dB costs it 13.2 points and of 18 dB 2.3, so that it counts as a task (at
+    least 10, at most 4). With 64 it lost 13.0 and 4.0 (accuracy 67%), with 64 and the mean over two windows of a piece
+    6.2 and 0.7, with 32 and two windows 9.0 and 0.4.
+
     Attributes:
         attend: softmax(q k^T / sqrt(d)) v of [batch, heads, length, dim]; torch's unless it is changed.
     """
 
-    def __init__(self, dim: int = 64, heads: int = 4, layers: int = 2) -> None:
+    def __init__(self, dim: int = 32, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(WORDS, dim), nn.Parameter(torch.randn(LENGTH, dim) * 0.02)
         self.layers = nn.ModuleList(Layer(dim, heads) for _ in range(layers))

@@ -1,43 +1,26 @@
-"""`attention`, `bind` and `explain`: what a user calls. The first tensor imports torch."""
+"""`attention`, `bind` and `explain`: what a user calls. The core imports torch with this module, and not before."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import attrs
+import torch
 
 from ..decision import Decision, Policy
 from ..errors import ContractError, DeviceUnavailableError, refuse
 from ..options import meter_var
 from ..plans import BlockPlan
 from ..protocols import TilingStrategy
-from ..registry import registry
 from ..request import AttentionRequest, Causal, SequenceMetadata, Tensor
-from ..selection import check_all, cut_request, decide, tiling_limits
+from ..selection import check_all, decide, plan_text
+from . import dispatch, execution, inputs, torch_ops, validation
+from .operands import Operands, gradient_bits
 
-if TYPE_CHECKING:
-    import torch
-
-    from . import dispatch, execution, inputs, operands, torch_ops, validation, vmap
-else:
-    torch = dispatch = execution = inputs = operands = torch_ops = validation = vmap = None
-
-_compiling = _tracing = _transform = _grad_enabled = _autocast = _gradient_bits = cast(Any, None)
 _OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
-
-
-def _load() -> None:
-    """Import torch and what needs it. Import statements alone: Dynamo runs those while it traces."""
-    global torch, dispatch, execution, inputs, operands, torch_ops, validation, vmap
-    global _compiling, _tracing, _transform, _grad_enabled, _autocast, _gradient_bits
-    import torch
-
-    from . import dispatch, execution, inputs, operands, torch_ops, validation, vmap
-
-    _grad_enabled, _autocast, _tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
-    _transform = torch._C._functorch.peek_interpreter_stack
-    _gradient_bits, _compiling = operands.gradient_bits, torch.compiler.is_compiling  # last: then all of it is set
+_compiling, _tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
+_autocast, _transform = torch._C._is_any_autocast_enabled, torch._C._functorch.peek_interpreter_stack
 
 
 def attention(
@@ -119,8 +102,6 @@ def attention(
         UnknownBackendError, DeviceUnavailableError: the named backend does not exist, or not here.
         MemoryLimitError: a configured limit would be exceeded.
     """
-    if _compiling is None:
-        _load()
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
@@ -143,17 +124,20 @@ def attention(
     if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
     # torch.jit.trace records the operator too, and vmap maps it.
-    if _compiling() or _tracing() or (_transform() is not None and vmap.is_mapped()):
+    if _compiling() or _tracing() or (_transform() is not None and torch_ops.is_mapped()):
         return _in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
     tables = None if named.count(None) == 6 else SequenceMetadata(*named)
     given = (query, key, value, attn_mask, block_plan, tables)
-    bits = _gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
+    bits = gradient_bits(query, key, value, attn_mask) if _grad_enabled() else 0
     try:
         found = dispatch.find(given, bits, options, overrides)
     except ContractError as error:
         if isinstance(error, dispatch.NoDataError):
             return torch_ops.in_graph(query, key, value, attn_mask, block_plan, named, rng, options, overrides)
-        return inputs.attend(attention, error, given[:4], _keywords(block_plan, named, rng, options, overrides))
+        found = inputs.attend(attention, given[:4], _keywords(block_plan, named, rng, options, overrides), error)
+        if found is None:
+            raise
+        return found
     if attn_mask is not None and attn_mask.dim() != 4:
         given = (query, key, value, attn_mask[(None,) * (4 - attn_mask.dim())], block_plan, tables)
     if found.needs_rng:
@@ -172,9 +156,10 @@ def _keywords(block_plan: Any, named: Any, rng: Any, options: Any, overrides: An
 def _in_graph(query: Any, key: Any, value: Any, mask: Any, *others: Any) -> Any:
     """A call while torch compiles, traces, exports or maps it."""
     given, keywords = (query, key, value, mask), _keywords(*others)
-    if not inputs.is_regular(given, keywords):
-        error = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
-        return inputs.attend(attention, error, given, keywords)
+    unfit = ContractError("query, key, value or attn_mask of shapes that do not go together were given")
+    found = inputs.attend(attention, given, keywords, unfit)
+    if found is not None:
+        return found
     if not _compiling() and _tracing() and torch.onnx.is_in_onnx_export():
         return inputs.exported(*given, keywords)
     return torch_ops.in_graph(query, key, value, mask, *others)
@@ -220,8 +205,6 @@ def _described(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any]
 ) -> tuple[AttentionRequest, Policy]:
     """The exact request and policy of a call given as `attention` takes it."""
-    if _compiling is None:
-        _load()
     defaults, tables = validation.CallOptions._field_defaults, SequenceMetadata._fields
     known = {*defaults, *_OVERRIDES, *tables, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):
@@ -230,10 +213,10 @@ def _described(
         query, key, value, mask = _follow_autocast(query, key, value, mask)
     mask, options = _causal_bias(mask, tuple((defaults | keywords)[name] for name in defaults))
     named = SequenceMetadata(*map(keywords.get, tables))
-    given = operands.Operands(
+    given = Operands(
         query, key, value, mask, keywords.get("block_plan"), None if named.count(None) == len(named) else named
     )
-    bits = _gradient_bits(query, key, value, mask) if _grad_enabled() else 0
+    bits = gradient_bits(query, key, value, mask) if _grad_enabled() else 0
     return dispatch.describe(given, bits, options, tuple(map(keywords.get, _OVERRIDES)))
 
 
@@ -248,20 +231,6 @@ def explain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     request, policy = _described(query, key, value, attn_mask, keywords)
     decision = dispatch.decide_exact(request, policy)
     return attrs.evolve(decision, request=request, plan=plan_text(request, decision))
-
-
-def plan_text(request: AttentionRequest, decision: Decision) -> str:
-    """How the chosen device cuts the work at the exact lengths; "" where no device was chosen or nothing is cut."""
-    if decision.chosen is None or request.block_plan is not None or request.packed or request.page_size is not None:
-        return ""
-    capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
-    tiling = decision.policy.tiling or registry.session(decision.chosen).tiling
-    cut = cut_request(request, tiling, capabilities)
-    if cut.block_plan is not None:
-        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
-    plan: Any = tiling.plan(request if decision.policy.tiling is None else cut, tiling_limits(capabilities))
-    plan.check(tiling.name)
-    return f"{plan} ({tiling.name})"
 
 
 def bind(
@@ -345,7 +314,7 @@ def _bound(found: execution.BoundAttention) -> Any:
                 f"{device_id} was unregistered or closed after this call was bound, or the process was forked: bind "
                 "again, and start the children of this process by the spawn method"
             )
-        if without_grads and grad_enabled() and _gradient_bits(query, key, value, attn_mask):
+        if without_grads and grad_enabled() and gradient_bits(query, key, value, attn_mask):
             raise ContractError(
                 "a call bound without gradients was given a tensor that requires one: bind with such tensors"
             )
@@ -367,7 +336,7 @@ def _check_bound(found: execution.BoundAttention, even: bool, given: tuple[Any, 
     request = found.request
     longest = (request.len_q, request.len_k)
     options = validation.CallOptions(enable_gqa=True, max_seqlen_q=request.len_q, max_seqlen_k=request.len_k)
-    this = validation.build_request(operands.Operands(*given), options, frozenset())
+    this = validation.build_request(Operands(*given), options, frozenset())
     for field in _FIXED if found.tiling is None else _FIXED[:-1]:
         now, wanted = getattr(this, field), getattr(request, field)
         refuse(

@@ -1,11 +1,9 @@
 """From a decision to a callable: the session's own fast path, gradients, transfers and limits around it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from time import monotonic, perf_counter
 from types import SimpleNamespace
@@ -22,7 +20,7 @@ from ..options import Meter, meter_var, watch
 from ..plans import BlockPlan, TilePlan
 from ..registry import registry
 from ..request import AttentionOutput, AttentionRequest, Grads
-from ..selection import cut_request, tiling_limits
+from ..selection import checked_plan, cut_request
 from .operands import GRADS, Operands
 from .validation import check_tables
 
@@ -49,7 +47,8 @@ class BoundAttention:
         capabilities = self.backend.capabilities(device)
         self.tiling: Any = decision.policy.tiling if request.block_plan is None else None
         self.request = request = cut_request(request, self.tiling, capabilities)
-        self._bounds, self._kept_plan = tiling_limits(capabilities), lru_cache(_MOST_PLANS)(self._plan)
+        self._plan = partial(checked_plan, self.tiling, capabilities=capabilities)
+        self._kept_plan = lru_cache(_MOST_PLANS)(self._plan)
         self.expires = None if decision.seconds is None else monotonic() + decision.seconds
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
@@ -123,7 +122,7 @@ class BoundAttention:
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
         tensors, cut = Operands(query, key, value, mask, plan, tables).flat()
-        out, lse = ExplicitAttention.apply(self, rng, cut, *tensors)  # type: ignore[no-untyped-call]
+        out, lse = ExplicitAttention.apply(*tensors, self, rng, cut)  # type: ignore[no-untyped-call]
         return AttentionOutput(out, lse) if self.request.lse else out
 
     def _surrounded(self, run: Run, query: Tensor, key: Tensor, *others: Any) -> Any:
@@ -191,14 +190,8 @@ class BoundAttention:
         """
         request = exact(self.request, query, key)
         if self.tiling.needs_content:
-            return self.tiling.plan(request, self._bounds, query=query, key=key)  # type: ignore[no-any-return]
+            return self._plan(request, query=query, key=key)
         return self._kept_plan(request)
-
-    def _plan(self, request: AttentionRequest) -> TilePlan | BlockPlan:
-        plan: TilePlan | BlockPlan = self.tiling.plan(request, self._bounds)
-        if isinstance(plan, TilePlan):
-            plan.check(self.tiling.name)
-        return plan
 
     def metered(self, meter: Meter | watch, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter; or let it be watched."""
@@ -243,51 +236,14 @@ def moved_to(target: Any, value: Any) -> Any:
     return tree_map(lambda part: part.to(target) if isinstance(part, Tensor) else part, value)
 
 
-class ExplicitAttention(torch.autograd.Function):
-    """Forward and backward of a session. Tensors are saved with save_for_backward, so changing one in place raises."""
-
-    @staticmethod
-    def forward(bound: BoundAttention, rng: Any, cut: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(bound._base(*Operands.unflat(tensors, cut), rng))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.bound, ctx.rng, ctx.cut, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.set_materialize_grads(False)
-        if not ctx.bound.request.grad_lse:
-            ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        *tensors, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = ExplicitBackward.apply(  # type: ignore[no-untyped-call]
-            ctx.bound, ctx.rng, ctx.cut, out, lse, grad_out, grad_lse, *tensors
-        )
-        return (None, None, None, *grads, *(None,) * (len(tensors) - len(grads)))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise UnsupportedError(
-            f"forward-mode derivatives of attention were asked for ({ctx.bound.request.describe()}): use reverse mode"
-        )
-
-
 class ExplicitBackward(torch.autograd.Function):
     """The backward as a function of its own, so that differentiating it once more is refused by name."""
 
     @staticmethod
     def forward(
-        bound: BoundAttention,
-        rng: Any,
-        cut: Any,
-        out: Tensor,
-        lse: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        *tensors: Tensor | None,
+        grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
     ) -> tuple[Tensor | None, ...]:
+        *tensors, bound, rng, cut = arguments
         return tuple(bound.backward(Operands.unflat(tensors, cut), out, lse, grad_out, grad_lse, rng))
 
     @staticmethod
@@ -304,7 +260,7 @@ class ExplicitBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.described = inputs[0].request.describe()
+        ctx.described = inputs[-3].request.describe()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -312,3 +268,42 @@ class ExplicitBackward(torch.autograd.Function):
             f"a second derivative of attention was asked for ({ctx.described}), and first ones are offered: use "
             "torch's math attention where second derivatives are needed"
         )
+
+
+def derivative(backward: Callable[..., Any], count: int) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """(setup_context, backward) of a forward that gives (out, lse): its first `count` arguments are its tensors, query,
+    key, value and mask the first of them. Tensors are saved with save_for_backward, so changing one in place raises.
+
+    Args:
+        backward: (grad_out, grad_lse, out, lse, and the forward's arguments) -> gradients of the first four.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.static = inputs[count:]
+        ctx.save_for_backward(*inputs[:count], *output)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = backward(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
+        grads = [grad if wanted else None for grad, wanted in zip(found, ctx.needs_input_grad, strict=False)]
+        return (*grads, *(None,) * (count + len(ctx.static) - len(grads)))
+
+    return save, differentiate
+
+
+class ExplicitAttention(torch.autograd.Function):
+    """Forward and backward of a session, from the twelve tensors of `Operands.flat`, the bound call, rng, and `cut`."""
+
+    setup_context, backward = map(staticmethod, derivative(ExplicitBackward.apply, 12))
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, bound, rng, cut = arguments
+        return tuple(bound._base(*Operands.unflat(tensors, cut), rng))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        described = ctx.static[0].request.describe()
+        raise UnsupportedError(f"forward-mode derivatives of attention were asked for ({described}): use reverse mode")

@@ -3,12 +3,10 @@
 A regular call does not come here: `attention` asks for help with the ContractError of one that was refused.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,70 +19,65 @@ Attention = Callable[..., Any]
 _BEYOND_4D = ("block_plan", "cu_seqlens_q", "cu_seqlens_k", "page_table", "cache_seqlens", "key_scale", "value_scale")
 
 
-class Layout(NamedTuple):
-    """What operands of two or more dimensions become: [product of batch, heads, length, head_dim].
-
-    batch: the dimensions before the heads, broadcast. heads_q, heads_kv: query heads, and key and value heads.
-    rank: dimensions of the result.
-    """
-
-    batch: tuple[int, ...]
-    heads_q: int
-    heads_kv: int
-    rank: int
-
-    @classmethod
-    def of(cls, shapes: Sequence[Sequence[int]], grouped: bool) -> Layout | None:
-        """The layout of query, key and value of these shapes; None where they do not go together."""
-        rank = max(map(len, shapes))
-        if min(map(len, shapes)) < 2:
-            return None
-        wide = [(1,) * (max(rank, 3) - len(shape)) + tuple(shape) for shape in shapes]
-        heads_q, heads_k, heads_v = (shape[-3] for shape in wide)
-        try:
-            batch = tuple(_broadcast(*sizes) for sizes in zip(*(shape[:-3] for shape in wide), strict=True))
-            if grouped:
-                heads_kv = math.lcm(heads_k, heads_v)
-            else:
-                heads_q = _broadcast(heads_q, heads_k, heads_v)
-                heads_kv = 1 if heads_k == heads_v == 1 else heads_q
-        except ValueError:
-            return None
-        fits = heads_q == heads_kv or (heads_kv and heads_q % heads_kv == 0)
-        return cls(batch, heads_q, heads_kv, rank) if fits else None
-
-    def place(self, tensor: Tensor, heads: int) -> Tensor:
-        """An operand as [batch, heads, length, head_dim]. Views, but where several batch dimensions are not laid out as
-        one, and where key and value heads that differ are repeated.
-        """
-        tensor = tensor[(None,) * (len(self.batch) + 3 - tensor.dim())]
-        if tensor.shape[-3] not in (1, heads):
-            tensor = tensor.repeat_interleave(heads // tensor.shape[-3], -3)
-        return tensor.expand(*self.batch, heads, -1, -1).reshape(math.prod(self.batch), heads, *tensor.shape[-2:])
-
-    def place_mask(self, mask: Tensor) -> Tensor | None:
-        """A mask of up to the scores' dimensions, still broadcasting where it can; None where it does not go with
-        them.
-        """
-        if not 2 <= mask.dim() <= max(self.rank, 3):
-            return None
-        mask = mask[(None,) * (len(self.batch) + 3 - mask.dim())]
-        if all(size == 1 for size in mask.shape[:-3]):
-            return mask.reshape(1, *mask.shape[-3:])
-        if any(size not in (1, whole) for size, whole in zip(mask.shape[:-3], self.batch, strict=True)):
-            return None
-        return mask.expand(*self.batch, -1, -1, -1).reshape(math.prod(self.batch), *mask.shape[-3:])
-
-    def restore(self, result: Tensor, dims: int) -> Tensor:
-        """A result [batch, heads, ...] with the operands' leading dimensions and its own last `dims`."""
-        lead = (*self.batch, self.heads_q)[len(self.batch) + 3 - self.rank :]
-        return result.reshape(*lead, *result.shape[-dims:])
-
-
 def _broadcast(*sizes: int) -> int:
     """The size that sizes of one dimension broadcast to. ValueError: they do not."""
     (size,) = {size for size in sizes if size != 1} or {1}
     return size
+
+
+def as_4d(
+    tensors: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    mask: Tensor | None,
+    grouped: bool,
+    unfit: ContractError,
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Operands of two or more dimensions as [product of batch, heads, length, head_dim].
+
+    Views, but where several batch dimensions are not laid out as one, and where key and value heads that differ are
+    repeated. A mask broadcasts as before.
+
+    Returns:
+        query, key, value and a mask that was given, and the result's dimensions before its length.
+
+    Raises:
+        ContractError: `unfit`, or sizes before the length that do not go together, or a mask that does not fit them.
+    """
+    ranks = [len(shape) for shape in shapes]
+    rank, wide = max(ranks), max(*ranks, 4)
+    if min(ranks) < 2:
+        raise unfit
+    q, k, v = ((1,) * (wide - len(shape)) + shape for shape in shapes)
+    try:
+        batch = [_broadcast(*sizes) for sizes in zip(q[:-3], k[:-3], v[:-3], strict=True)]
+        heads_q = q[-3] if grouped else _broadcast(q[-3], k[-3], v[-3])
+    except ValueError:
+        if {*ranks} == {4}:
+            raise unfit from None
+        query, key, value = map(list, shapes)
+        raise ContractError(
+            f"query {query}, key {key} and value {value} were given, whose sizes before length and head_dim do not go "
+            f"together ({query[:-2]}, {key[:-2]}, {value[:-2]}): make each of them equal or 1, or pass enable_gqa=True "
+            "where the query's heads are a multiple"
+        ) from None
+    heads_kv = math.lcm(k[-3], v[-3]) if grouped or k[-3] == v[-3] == 1 else heads_q
+    placed: list[Tensor] = []
+    for tensor, heads in zip(tensors, (heads_q, heads_kv, heads_kv), strict=True):
+        tensor = tensor[(None,) * (wide - tensor.dim())]
+        if tensor.shape[-3] not in (1, heads):
+            tensor = tensor.repeat_interleave(heads // tensor.shape[-3], -3)
+        placed.append(tensor.expand(*batch, heads, -1, -1).flatten(0, -4))
+    if mask is not None:
+        sizes = _sizes(mask)
+        lead = (1,) * (wide - len(sizes)) + sizes[:-3]
+        if not 2 <= len(sizes) <= max(rank, 3) or any(n not in (1, m) for n, m in zip(lead, batch, strict=False)):
+            scores = [*shapes[0][:-1], shapes[1][-2]]
+            raise ContractError(f"attn_mask has shape {list(sizes)}: pass one that broadcasts to {scores}")
+        mask = mask[(None,) * (wide - len(sizes))]
+        placed.append((mask if {*lead} == {1} else mask.expand(*batch, -1, -1, -1)).flatten(0, -4))
+    if rank == 3 and heads_q == 0:  # an empty batch, not no heads
+        placed = [t.transpose(0, 1) for t in placed]
+    return placed, (*batch, heads_q)[wide - rank :]
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:
@@ -96,63 +89,55 @@ def _sizes(tensor: Tensor) -> tuple[int, ...]:
         return tuple(map(int, tensor.shape))
 
 
-def is_regular(given: Sequence[Any], keywords: dict[str, Any]) -> bool:
-    """Whether a call of these query, key, value and mask is to be run, or refused, as it is."""
-    *tensors, mask = given
-    if not all(isinstance(t, Tensor) for t in tensors) or any(keywords[name] is not None for name in _BEYOND_4D):
-        return True
-    numbers = keywords["scale"], keywords["dropout_p"]
-    if any(t.is_nested for t in tensors) or any(isinstance(n, Tensor) for n in numbers) or numbers[1] == 1:
-        return False
-    if any(t.dim() != 4 for t in tensors) or (isinstance(mask, Tensor) and mask.dim() > 4):
-        return False
-    q, k, v = map(_sizes, tensors)
-    return q[0] == k[0] == v[0] and k[1] == v[1] and (q[1] == k[1] or keywords["enable_gqa"] is True)
-
-
-def attend(attention: Attention, error: ContractError, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
-    """Run a call that was refused with `error` in the form that devices take.
+def attend(attention: Attention, given: Sequence[Any], keywords: dict[str, Any], unfit: ContractError) -> Any:
+    """Run a call that torch takes and devices do not, in the form that devices take.
 
     Args:
         attention: what runs that form. given: query, key, value and mask. keywords: its other arguments.
 
+    Returns:
+        The result; None for a call that is to be run, or refused, as it is.
+
     Raises:
-        ContractError: `error`, where torch would not take the call either.
+        ContractError: `unfit`, where torch would not take the call either.
     """
-    query, key, value, mask = given
-    if is_regular(given, keywords):
-        raise error
-    if any(t.is_nested for t in (query, key, value)):
-        return _jagged(attention, error, given, keywords)
+    *tensors, mask = given
+    known = all(isinstance(t, Tensor) for t in tensors) and isinstance(mask, Tensor | None)
+    if not known or any(keywords[name] is not None for name in _BEYOND_4D):
+        return None
+    if any(t.is_nested for t in tensors):
+        return _jagged(attention, given, keywords, unfit)
     numbers = {name: keywords[name] for name in ("scale", "dropout_p") if isinstance(keywords[name], Tensor)}
+    if any(number.dim() or number.requires_grad for number in numbers.values()):
+        raise unfit
     if numbers:
-        if any(number.dim() or number.requires_grad for number in numbers.values()):
-            raise error
         return attention(*given, **keywords | {name: float(number) for name, number in numbers.items()})
     if keywords["dropout_p"] == 1:  # nothing of the weights is left
         result = attention(*given, **keywords | {"dropout_p": 0.0})
         return AttentionOutput(result.out * 0, result.lse) if keywords["return_lse"] else result * 0
-    layout = Layout.of([_sizes(t) for t in (query, key, value)], keywords["enable_gqa"] is True)
-    if layout is None:
-        raise error
-    placed = [layout.place(query, layout.heads_q)] + [layout.place(t, layout.heads_kv) for t in (key, value)]
-    if isinstance(mask, Tensor):
-        mask = layout.place_mask(mask)
-        if mask is None:
-            raise error
-    result = attention(*placed, mask, **keywords | {"enable_gqa": layout.heads_q != layout.heads_kv})
+    shapes, grouped = [_sizes(t) for t in tensors], keywords["enable_gqa"] is True
+    q, k, v = (shape[:-2] for shape in shapes)
+    if (
+        len(q) == len(k) == 2
+        and k == v
+        and (q == k or (grouped and q[0] == k[0]))
+        and (mask is None or mask.dim() <= 4)
+    ):
+        return None
+    placed, lead = as_4d(tensors, shapes, mask, grouped, unfit)
+    result = attention(*placed, **keywords | {"enable_gqa": True})
     if keywords["return_lse"]:
-        return AttentionOutput(layout.restore(result.out, 2), layout.restore(result.lse, 1))
-    return layout.restore(result, 2)
+        return AttentionOutput(*(part.reshape(*lead, *part.shape[2:]) for part in result))
+    return result.reshape(*lead, *result.shape[2:])
 
 
-def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], keywords: dict[str, Any]) -> Any:
+def _jagged(attention: Attention, given: Sequence[Any], keywords: dict[str, Any], unfit: ContractError) -> Any:
     """Attention of jagged tensors [batch, heads, ragged length, head_dim], as packed sequences; or of [ragged batch,
     heads, length, head_dim] and [batch, ragged length, head_dim].
     """
     *tensors, mask = given
     if not all(t.is_nested and t.layout is torch.jagged for t in tensors):
-        raise error
+        raise unfit
     ragged = {t._ragged_idx for t in tensors} | {t.dim() for t in tensors}
     refuse(
         (ragged not in ({4, 2}, {4, 1}, {3, 1}), "jagged tensors of different forms were given: make them equal"),
@@ -161,43 +146,41 @@ def _jagged(attention: Attention, error: ContractError, given: Sequence[Any], ke
             "a jagged tensor with gaps was given: call .contiguous() on it",
         ),
         (keywords["return_lse"], "return_lse with jagged tensors was given: pass packed sequences with cu_seqlens_q"),
-        (any(keywords[name] is not None for name in _BEYOND_4D), "jagged tensors and tables were given: pass one"),
+    )
+    refuse(
+        (mask is not None and ragged != {4, 1}, "attn_mask with jagged tensors was given: pad them, or leave it out")
     )
     query, key, _ = tensors
+    values = [t.values() for t in tensors]
     if ragged == {4, 1}:
-        mask = mask.values() if getattr(mask, "is_nested", False) else mask
-        out = attention(*(t.values() for t in tensors), mask, **keywords)
-        return torch.nested.nested_tensor_from_jagged(out, query.offsets())
-    refuse((mask is not None, "attn_mask with jagged tensors was given: pad them, or leave the mask out"))
-    if ragged == {4, 2}:
-        packed = [t.transpose(1, 2).values().transpose(0, 1).unsqueeze(0) for t in tensors]
+        out = attention(*values, mask.values() if getattr(mask, "is_nested", False) else mask, **keywords)
     else:
-        packed = [t.values()[None, None] for t in tensors]
-    tables = {name: t.offsets().to(torch.int32) for name, t in (("cu_seqlens_q", query), ("cu_seqlens_k", key))}
-    out = attention(*packed, None, **keywords | tables)[0]
-    rows = out.transpose(0, 1) if ragged == {4, 2} else out[0]
-    nested = torch.nested.nested_tensor_from_jagged(rows, query.offsets())
-    return nested.transpose(1, 2) if ragged == {4, 2} else nested
+        tables = {name: t.offsets().to(torch.int32) for name, t in (("cu_seqlens_q", query), ("cu_seqlens_k", key))}
+        packed = [t[(None,) * (4 - t.dim())] for t in values]
+        out = attention(*packed, None, **keywords | tables).reshape(values[0].shape[:-1] + values[2].shape[-1:])
+    return torch.nested.nested_tensor_from_jagged(out, query.offsets(), jagged_dim=query._ragged_idx)
 
 
 def exported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keywords: dict[str, Any]) -> Tensor:
     """Torch's own operator in place of the call: what torch.onnx.export(dynamo=False) has a translation for."""
     said = ("dropout_p", "is_causal", "scale", "enable_gqa", "causal")
     plain = {name: usual for name, usual in CallOptions._field_defaults.items() if name not in said}
-    for name, given in keywords.items():
-        refuse(
-            (
-                given != plain.get(name, given) or (name in _BEYOND_4D and given is not None),
-                f"{name} was given to an ONNX export by tracing, which has no word for it: export with dynamo=True",
-            )
-        )
+    unsaid = [
+        name
+        for name, given in keywords.items()
+        if given != plain.get(name, given) or (name in _BEYOND_4D and given is not None)
+    ]
     causal = keywords["is_causal"] or keywords["causal"] == Causal.TOP_LEFT
     refuse(
+        (
+            bool(unsaid),
+            f"{', '.join(unsaid)} was given to an ONNX export by tracing, which cannot say it: export with dynamo=True",
+        ),
         (
             keywords["causal"] == Causal.BOTTOM_RIGHT or (causal and mask is not None),
             "causal='bottom_right', or causal and a mask, was given to an ONNX export by tracing, which cannot say it: "
             "pass a mask that holds both",
-        )
+        ),
     )
     group = _sizes(query)[1] // _sizes(key)[1]
     if group > 1:

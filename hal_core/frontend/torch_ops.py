@@ -5,7 +5,7 @@ The selection is read while tracing, from a mirror that Dynamo guards; the opera
 runs. Eager calls do not come through here.
 """
 
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from ..plans import BlockPlan
 from ..registry import registry
 from ..request import AttentionOutput, Causal
 from .dispatch import find
-from .execution import BoundAttention
+from .execution import BoundAttention, derivative
 from .operands import Operands, gradient_bits
 from .validation import head_size
-from .vmap import MappedAttention, gradient_bits as bits_of_any_level, rule
 
 AUTOMATIC = "automatic"
 _TENSORS = (
@@ -34,10 +33,11 @@ _STATIC = (
     "bool deterministic, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str? backend, str? objective, "
     "bool? allow_simulated, bool? transfer, str? tiling, str? expected, int grads"
 )
-_TENSOR_COUNT, _STATIC_COUNT = _TENSORS.count(",") + 1, _STATIC.count(",") + 1
+_TENSOR_COUNT = _TENSORS.count(",") + 1
 _library = torch.library.Library("hal", "FRAGMENT")
 OPERATORS: dict[str, Any] = {}
-BACKWARDS: dict[Any, Any] = {}
+#: What is called instead of an operator inside vmap, whose transforms differentiate no operator.
+MAPPED: dict[Any, Any] = {}
 _tilings: dict[str, Any] = {}
 
 
@@ -50,6 +50,23 @@ def _registered(tiling: Any) -> str:
 
 # What torch.compiler.assume_constant_result sets, without its import of all of Dynamo.
 _registered._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_mapped() -> bool:
+    """Whether the caller is inside vmap and wants no more than first derivatives, which the operators have."""
+    kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    transforms = torch._C._functorch.TransformType
+    return transforms.Vmap in kinds and transforms.Jvp not in kinds and kinds.count(transforms.Grad) < 2
+
+
+def _bits_of_any_level(tensors: Iterable[Tensor | None]) -> int:
+    """As `operands.gradient_bits`, for any level of the transforms around the caller."""
+    return sum(1 << place for place, t in enumerate(tensors) if t is not None and _is_differentiated(t))
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    inner = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.requires_grad or (inner and _is_differentiated(torch._C._functorch.get_unwrapped(tensor)))
 
 
 def in_graph(
@@ -70,8 +87,8 @@ def in_graph(
     operator = OPERATORS.get(name.partition(":")[0], OPERATORS[AUTOMATIC])
     bits = int(gradient_bits(query, key, value, mask)) if torch.is_grad_enabled() else 0
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        bits = bits_of_any_level((query, key, value, mask))
-        operator = partial(MappedAttention.apply, (operator, BACKWARDS[operator]))
+        bits = _bits_of_any_level((query, key, value, mask))
+        operator, mask = MAPPED[operator], None if mask is None else mask[(None,) * (4 - mask.dim())]
     seed = (
         torch.tensor([rng[0], rng[1]], dtype=torch.int64)
         if rng is not None
@@ -123,9 +140,9 @@ class _Call:
         self.options = (*static[:6], (left, right) if windowed else None, *static[6:-4])
         self.overrides = (*static[-4:], None if tiling is None else _tilings[tiling])
         self.rng = None if seed is None else tuple(seed.tolist())
-        given = Operands.unflat([None if t is None else t.detach() for t in tensors], blocks or [None])
-        mask = given.mask if given.mask is None else given.mask[(None,) * (4 - given.mask.dim())]
-        self.operands = given._replace(mask=mask)
+        query, key, value, mask, *others = (None if t is None else t.detach() for t in tensors)
+        mask = None if mask is None else mask[(None,) * (4 - mask.dim())]
+        self.operands = Operands.unflat((query, key, value, mask, *others), blocks or [None])
 
     def bound(self) -> BoundAttention:
         found = find(self.operands, self.bits, self.options, self.overrides)
@@ -195,10 +212,41 @@ def _fake_backward(_: Tensor, __: Tensor | None, out: Tensor, lse: Tensor, *argu
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.static = inputs[_TENSOR_COUNT:]
-    ctx.save_for_backward(*inputs[:_TENSOR_COUNT], *output)
-    ctx.set_materialize_grads(False)
+def _rule(operator: Callable[..., tuple[Tensor, ...]], first: int, seed: int) -> Callable[..., Any]:
+    """What vmap does with an operator: one call with a larger batch.
+
+    Args:
+        first: where the query is among its arguments; a backward's gradients and results come before it.
+        seed: where the seed is, the last tensor.
+    """
+
+    def mapped(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        size, mask_at = info.batch_size, first + 3
+        others = any(t is not None for t in arguments[first + 4 : seed])
+        refuse((others, "packed, paged, scaled or block-sparse attention was mapped by vmap: loop over it"))
+        if arguments[seed] is not None:  # each example draws from its own seed, or all from the same
+            each = [
+                operator(*(t if d is None else t.select(d, i) for t, d in zip(arguments, dims, strict=True)))
+                for i in range(size)
+            ]
+            found = tuple(map(torch.stack, zip(*each, strict=True)))
+            return found, (0,) * len(found)
+        wide: list[Any] = [
+            t if t is None else t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(arguments[: mask_at + 1], dims, strict=False)
+        ]
+        batch, mask = wide[first].shape[1], wide[mask_at]
+        if mask is not None:
+            wide[mask_at] = mask.expand(-1, batch, -1, -1, -1)
+        # What is not asked for is empty, of one dimension.
+        flat = [t if t is None else t.flatten(0, 1) if t.dim() > 2 else t[0] for t in wide]
+        found = operator(*flat, *arguments[mask_at + 1 :])
+        results = [t.expand(size, -1) if t.dim() == 1 else t.unflatten(0, (size, batch)) for t in found]
+        if first and mask is not None and results[3].dim() > 2:  # a backward's mask broadcast over the batch
+            results[3] = results[3].sum_to_size(mask.shape)
+        return tuple(results), (0,) * len(results)
+
+    return mapped
 
 
 def define(name: str) -> None:
@@ -217,19 +265,17 @@ def define(name: str) -> None:
         torch.library.register_fake(f"hal::{operator}", fake, lib=_library)
     backward_operator = getattr(torch.ops.hal, backward).default
 
-    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = backward_operator(grad_out, grad_lse, out, lse, *tensors, *ctx.static)
-        grads = [grad if wanted else None for grad, wanted in zip(found, ctx.needs_input_grad, strict=False)]
-        return (*grads, *(None,) * (_TENSOR_COUNT + _STATIC_COUNT - 4))
+    save, differentiate = derivative(backward_operator, _TENSOR_COUNT)
+    torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=save, lib=_library)
+    OPERATORS[name], seed = getattr(torch.ops.hal, forward).default, _TENSOR_COUNT - 1
 
-    torch.library.register_autograd(f"hal::{forward}", differentiate, setup_context=_save, lib=_library)
-    OPERATORS[name] = getattr(torch.ops.hal, forward).default
-    BACKWARDS[OPERATORS[name]] = backward_operator
-    seed = _TENSOR_COUNT - 1
-    torch.library.register_vmap(f"hal::{forward}", rule(OPERATORS[name], 0, seed), lib=_library)
-    torch.library.register_vmap(f"hal::{backward}", rule(backward_operator, 4, seed + 4), lib=_library)
+    class Mapped(torch.autograd.Function):
+        generate_vmap_rule = True
+        forward, setup_context, backward = map(staticmethod, (OPERATORS[name], save, differentiate))
+
+    MAPPED[OPERATORS[name]] = Mapped.apply
+    torch.library.register_vmap(f"hal::{forward}", _rule(OPERATORS[name], 0, seed), lib=_library)
+    torch.library.register_vmap(f"hal::{backward}", _rule(backward_operator, 4, seed + 4), lib=_library)
 
 
 def _define_all() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ContractError, refuse
+from ..errors import refuse
 from ..plans import BlockPlan
 from ..request import AttentionRequest, Causal, MaskKind, SequenceMetadata
 from .operands import Operands
@@ -174,31 +174,26 @@ def head_size(cache: Tensor) -> int:
 
 def _table_sizes(query: Tensor, key: Tensor, t: SequenceMetadata, options: CallOptions) -> tuple[int, int, int]:
     """(batch, len_q, len_k) of a call with tables; lengths may be upper bounds."""
-    for name, table in zip(t._fields[:4], t[:4], strict=True):
+    for name, table in zip(t._fields, t, strict=True):
+        wanted = torch.float32 if name.endswith("scale") else torch.int32
         kind, place = getattr(table, "dtype", type(table).__name__), getattr(table, "device", query.device)
         refuse(
-            (table is not None and kind != torch.int32, f"{name} is {kind}: pass an int32 tensor"),
-            (place != query.device, f"{name} on {place} and query on {query.device} were given: move the table"),
+            (table is not None and kind != wanted, f"{name} is {kind}: pass a tensor of {wanted}"),
+            (place != query.device, f"{name} on {place} and query on {query.device} were given: move it"),
         )
-    lead, tokens = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1]), (*key.shape[:3], 1)
-    for name, factor, wide in (
-        ("key_scale", t.key_scale, (*lead, 1, query.shape[3])),
-        ("value_scale", t.value_scale, (*lead, 1, 1)),
-    ):
-        what = f"{list(factor.shape)} {factor.dtype}" if isinstance(factor, Tensor) else repr(factor)
-        fits = isinstance(factor, Tensor) and factor.dtype == torch.float32
-        if fits and name == "value_scale" and factor.dim() > 1 and factor.shape[-2] > 1:
-            wide = tokens
-        refuse(
+    lead = (query.shape[0] if t.cu_seqlens_q is None else 1, key.shape[1])
+    wide = {"key_scale": (*lead, 1, query.shape[3]), "value_scale": (*lead, 1, 1)}
+    if t.value_scale is not None and t.value_scale.dim() > 1 and t.value_scale.shape[-2] > 1:
+        wide["value_scale"] = (*key.shape[:3], 1)  # one for each key
+    refuse(
+        *(
             (
-                factor is not None and not (fits and _broadcasts(factor.shape, wide)),
-                f"{name} {what} was given: pass float32 that broadcasts to {list(wide)}",
-            ),
-            (
-                factor is not None and getattr(factor, "device", query.device) != query.device,
-                f"{name} on {getattr(factor, 'device', None)} and query on {query.device} were given: move the scale",
-            ),
+                not _broadcasts(shape := getattr(getattr(t, name), "shape", ()), most),
+                f"{name} {list(shape)} torch.float32 was given: pass float32 that broadcasts to {list(most)}",
+            )
+            for name, most in wide.items()
         )
+    )
     cu_q, cu_k, pages, held, batch = t.cu_seqlens_q, t.cu_seqlens_k, t.page_table, t.cache_seqlens, query.shape[0]
     refuse(
         ((cu_q is None) != (cu_k is None), "one of cu_seqlens_q and cu_seqlens_k was given: pass both"),
@@ -250,28 +245,27 @@ def check_tables(tables: SequenceMetadata, request: AttentionRequest, query: Ten
 
     Raises ContractError where an entry would make a device read outside its memory.
     """
+    begins = None if request.used else tables.cu_seqlens_k  # of used lengths in any order
     for name, cumulative, longest, total in (
         ("cu_seqlens_q", tables.cu_seqlens_q, request.len_q, query.shape[2]),
-        ("cu_seqlens_k", tables.cu_seqlens_k, request.len_k, key.shape[2]),
+        ("cu_seqlens_k", begins, request.len_k, key.shape[2]),
     ):
         ends = [] if cumulative is None else cumulative.tolist()
         steps = [after - before for before, after in itertools.pairwise(ends)]
-        if request.used and name == "cu_seqlens_k":
-            continue  # where each begins, in any order
-        if ends and (ends[0] != 0 or ends[-1] != total or min(steps) < 0 or max(steps) > longest):
-            raise ContractError(
-                f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}"
+        refuse(
+            (
+                bool(ends) and (ends[0] != 0 or ends[-1] != total or min(steps) < 0 or max(steps) > longest),
+                f"{name} {ends} was given: start at 0, never fall, end at {total}, and no step over {longest}",
             )
+        )
     if request.used:
         held, begin = tables.cache_seqlens, 0 if tables.cu_seqlens_k is None else tables.cu_seqlens_k[:-1]
-        if held.numel() and (
-            int(held.min()) < 0 or int((held + begin).max()) > key.shape[2] or int(held.max()) > request.len_k
-        ):
-            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 or more, and keys that there are")
+        over = (held < 0) | (held + begin > key.shape[2]) | (held > request.len_k)
+        refuse((bool(over.any()), f"cache_seqlens {held.tolist()} was given: use 0 or more, and keys that there are"))
     if tables.page_table is not None and tables.page_table.shape[0]:
         held, size, most = tables.cache_seqlens, key.shape[2], tables.page_table.shape[1] * key.shape[2]
-        if int(held.min()) < 0 or int(held.max()) > most:
-            raise ContractError(f"cache_seqlens {held.tolist()} was given: use 0 to {most}, pages times page size")
+        over = (held < 0) | (held > most)
+        refuse((bool(over.any()), f"cache_seqlens {held.tolist()} was given: use 0 to {most}, pages times page size"))
         pages = (held.unsqueeze(1) + size - 1) // max(size, 1)
         used = torch.arange(tables.page_table.shape[1], device=held.device) < pages
         refuse(

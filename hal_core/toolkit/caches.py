@@ -1,11 +1,11 @@
 """Quantised key and value caches: making them, and reading them as numbers."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..errors import refuse
-from ..request import Tensor
 
 #: The largest code of each cache dtype.
 LARGEST_CODE = {"int8": 127, "int4": 7, "float8_e4m3fn": 448, "float8_e5m2": 57344}
@@ -66,8 +66,7 @@ def quantize_cache(
         ),
     )
     lead = (0, 2) if shared else (2,)
-    if key_scale is None:
-        key_scale = _scale(key, lead, dtype)
+    key_scale = _scale(key, lead, dtype) if key_scale is None else key_scale
     value_scale = _scale(value, (3,) if values == "token" else (*lead, 3), dtype)
     return QuantizedCache(codes_of(key, key_scale, dtype), codes_of(value, value_scale, dtype), key_scale, value_scale)
 
@@ -80,8 +79,6 @@ def _scale(numbers: Tensor, axes: tuple[int, ...], dtype: str) -> Tensor:
 
 def codes_of(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
     """The codes of a cache dtype nearest to numbers [..., dim] over `scale`, which broadcasts to them."""
-    import torch
-
     codes = (numbers.detach().float() / scale).clamp(-LARGEST_CODE[dtype], LARGEST_CODE[dtype])
     if dtype.startswith("float8"):
         return codes.to(getattr(torch, dtype))
@@ -91,8 +88,6 @@ def codes_of(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
 
 def dequantized(codes: Tensor, scale: Tensor | None = None, dtype: Any = None) -> Tensor:
     """A cache's numbers, [..., dim], in a torch dtype (float32 where None is given); `scale` broadcasts to them."""
-    import torch
-
     if codes.dtype == torch.uint8:
         signed = codes.view(torch.int8)
         codes = torch.stack((signed << 4 >> 4, signed >> 4), -1).flatten(-2)

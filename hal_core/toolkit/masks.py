@@ -1,13 +1,14 @@
 """Masks of causal, window and block plans, and merging of partial results."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
-from ..errors import ContractError
+import torch
+from torch import Tensor
+
+from ..errors import refuse
 from ..plans import BlockPlan, Tile
-from ..request import AttentionRequest, Tensor
+from ..request import AttentionRequest
 
 
 def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,13 +28,13 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Milakov & Gimelshein 2018 (online softmax), equation 3; Rabe & Staats 2021, section 3.
     """
-    import torch
-
-    if out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64):
-        raise ContractError(
+    refuse(
+        (
+            out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64),
             f"out {tuple(out.shape)} and lse {tuple(lse.shape)} {lse.dtype} were given: lse wants out's shape without "
-            "the last dimension, in float32 or float64"
+            "the last dimension, in float32 or float64",
         )
+    )
     fully_masked = lse == -math.inf  # its out may hold anything, NaN included, and must not leak, nor may its gradient
     none = fully_masked.all(dim=0)
     total = torch.logsumexp(lse.masked_fill(none, 0), dim=0)  # of finite rows: the gradient of log(0) is NaN
@@ -53,8 +54,6 @@ def slice_mask(mask: Tensor, tile: Tile) -> Tensor:
 
 def expand_block_plan(plan: BlockPlan, len_q: int, len_k: int) -> Tensor:
     """The boolean mask [batch or 1, heads or 1, len_q, len_k] of a block plan."""
-    import torch
-
     blocks_k = -(-len_k // plan.block_k)
     listed = torch.arange(plan.indices.shape[-1], device=plan.indices.device) < plan.counts.unsqueeze(-1)
     # Entries past the count go to one block beyond the last, which is cut off again.
@@ -70,8 +69,6 @@ def dense_mask(request: AttentionRequest, len_q: int, len_k: int, *, device: Any
     low, high = request.band(len_q, len_k)
     if low is None and high is None:
         return None
-    import torch
-
     distance = torch.arange(len_k, device=device) - torch.arange(len_q, device=device).unsqueeze(1)
     visible = torch.ones_like(distance, dtype=torch.bool) if high is None else distance <= high
     return visible if low is None else visible & (distance >= low)

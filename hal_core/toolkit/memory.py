@@ -1,7 +1,5 @@
 """A memory manager over torch's allocator: a pool that reuses blocks within a limit."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..errors import ContractError, refuse
+from ..errors import refuse
 from ..plans import TilePlan
 from ..request import DTYPE_BYTES, AttentionRequest, Tensor
 
@@ -48,11 +48,13 @@ class DenseTiling:
         def needed(tile: int) -> int:
             return tile * (4 * head_dim * size + 4 * tile)
 
-        if needed(minimum) > available_memory:
-            raise ContractError(
+        refuse(
+            (
+                needed(minimum) > available_memory,
                 f"a tile of {minimum} tokens at head_dim {head_dim} needs {needed(minimum):,} bytes and "
-                f"{available_memory:,} are available: allow a smaller minimum or more memory"
+                f"{available_memory:,} are available: allow a smaller minimum or more memory",
             )
+        )
         tile, top = minimum, min(maximum, max(minimum, 1 << max(sequence_length - 1, 0).bit_length()))
         while tile * 2 <= top and needed(tile * 2) <= available_memory:
             tile *= 2

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -40,10 +40,11 @@ class FakeDevice:
         linear_error: float | None = None,
         compiles: str = "",
         count: int = 1,
+        most_passes: int = 0,
     ) -> None:
         self.name, self.fidelity, self.noise, self.masks, self.fails = name, fidelity, noise, masks, fails
         self.seconds, self.joules, self.linear_error = seconds, joules, linear_error
-        self.count = count
+        self.count, self.most_passes = count, most_passes
         self.features = (f"torch.compile {compiles}",) if compiles else ()
         if compiles and compiles not in torch._dynamo.list_backends():
             torch._dynamo.register_backend(lambda graph, example: self.compiled(graph, example), name=compiles)
@@ -77,14 +78,15 @@ class FakeDevice:
     def kernel_names(self, device: Device) -> frozenset[str]:
         return frozenset() if self.linear_error is None else frozenset({"linear"})
 
-    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        """The product with a relative error, and its seconds for the meter."""
+    def linear(self, x: Any, weight: Any, bias: Any = None, *, passes: int = 1) -> Any:
+        """The product with a relative error, and its seconds for the meter, those of all passes."""
         start, product = perf_counter(), torch.nn.functional.linear(x, weight)
         error = torch.randn(product.shape, generator=torch.Generator().manual_seed(1))
         product = product + (self.linear_error or 0.0) * product.norm() / error.norm() * error
         if (meter := current_meter()) is not None:
             macs = x.numel() * weight.shape[0]
-            stated = Quantity(macs * self.seconds, macs * self.seconds, "modelled", "paper-projection", "a test")
+            seconds = passes * macs * self.seconds
+            stated = Quantity(seconds, seconds, "modelled", "paper-projection", "a test")
             meter.add(self.devices()[0], perf_counter() - start, stated, None, macs, 0)
         return product if bias is None else product + bias
 
@@ -97,6 +99,7 @@ class FakeDevice:
             masks=self.masks,
             causal=frozenset({Causal.NONE, Causal.TOP_LEFT}),
             features=frozenset({"grouped_heads", "strides"}),
+            options={"passes": Range(1, self.most_passes)} if self.most_passes else {},
         )
 
     def check(self, request: Any, device: Device) -> list[Any]:
@@ -104,7 +107,7 @@ class FakeDevice:
 
     def estimate(self, request: Any, device: Device) -> Estimate:
         def stated(per_mac: float) -> Quantity:
-            value = request.macs * per_mac
+            value = request.macs * per_mac * dict(request.options).get("passes", 1)
             return Quantity(value, value, "modelled", "paper-projection", "a test")
 
         return Estimate(time=stated(self.seconds), energy=None if self.joules is None else stated(self.joules))
@@ -144,6 +147,37 @@ def device() -> Iterator[Callable[..., str]]:
     yield add
     for name in names:
         hal.unregister(name)
+
+
+class ProfiledDevice:
+    """A backend that simulates from profiles, with the methods that a sweep asks for. A file holds its joules."""
+
+    JOULES: ClassVar[dict[str, float]] = {"small": 1e-12, "small-fast": 2e-12, "large": 3e-12}
+
+    def __init__(self, name: str, joules: float) -> None:
+        self._made = FakeDevice(name, joules=joules)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)
+
+    def profile_names(self) -> list[str]:
+        return list(self.JOULES)
+
+    def at_profile(self, profile: str, name: str) -> ProfiledDevice:
+        if not profile.endswith(".toml"):
+            return ProfiledDevice(name, self.JOULES[profile])
+        try:
+            return ProfiledDevice(name, float(Path(profile).read_text()))
+        except ValueError:
+            raise hal.ContractError(f"{profile}: no number: give one") from None
+
+
+@pytest.fixture
+def profiled() -> Iterator[str]:
+    """Register a `ProfiledDevice` for the length of a test; gives its id."""
+    hal.register(ProfiledDevice("profiled", 1e-12), "profiled")
+    yield "profiled:0"
+    hal.unregister("profiled")
 
 
 WORDS = [

@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hal_cli import main
+from hal_cli import main, output
 from hal_cli.progress import Progress
-from hal_compare import measure
+from hal_compare import assumed, measure, models, tables
 from safetensors.torch import load_file, save_file
 
 import hal_core as hal
 from hal_core import MaskKind
+
+from . import comparisons
 
 
 def compare(*arguments) -> int:
@@ -48,7 +50,7 @@ def test_the_plugin_is_an_entry_point_that_imports_neither_torch_nor_transformer
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("width", [100, 80])
+@pytest.mark.parametrize("width", [120, 100, 80])
 def test_one_table_fits_the_terminal_and_names_error_task_time_energy_and_origin(
     encoder, text, device, capsys, monkeypatch, width
 ):
@@ -57,13 +59,34 @@ def test_one_table_fits_the_terminal_and_names_error_task_time_energy_and_origin
     assert compare(encoder, "--text", text, "--devices", f"cpu:0,{noisy}", "--devices", bare, "--repeats", 2) == 0
     printed = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
-    assert sum(line.startswith("──") for line in printed.splitlines()) == 1, "one table"
-    words = set(printed.split())
-    for line in ("torch sdpa hardware", "cpu:0 hardware", f"{noisy} simulated", "modelled, paper-projection"):
+    words = {word.strip(",:;()") for word in printed.split()}
+    for line in ("torch sdpa hardware", "cpu:0 hardware", f"{noisy} simulated", "modelled paper-projection"):
         assert words.issuperset(line.split())
-    columns = ["device", "kind", "error", "task", "kept", "time", "energy", "measured", "not", "available"]
+    columns = ["kind", "error", "kept", "time", "energy", "origin", "measured", "not", "available"]
     assert words.issuperset(columns), "a word is broken"
+    assert "Measured: " in printed
     assert re.search(r"bare:0 refused \d of 2 batches:\n +mask .*boolean asked", printed)
+
+
+@pytest.mark.parametrize("width", [120, 100, 80])
+def test_rows_of_every_device_fit_by_stacking_and_break_neither_words_nor_numbers(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    result = assumed.with_assumed_power(comparisons.every_family(), 65)
+    shown = [tables.summary(result), *tables.details(result)]
+    capsys.readouterr()
+    for table in shown:
+        output.show_table(table)
+        printed = capsys.readouterr().out
+        assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
+        words = {word.strip(":") for word in printed.split()}
+        for row in table.rows:
+            for cell in row:
+                assert {word.strip(":") for word in cell.split()} <= words, f"a word of {cell!r} is broken"
+                if len(cell) <= 13:
+                    assert cell in printed, f"{cell!r} is on two lines"
+        if width == 80 and len(table.columns) > 6:
+            assert "──" not in printed, "rows are blocks"
+    assert any("lightmatter:3 envise" in row[0] for row in shown[0].rows), "a profile goes by its name"
 
 
 def test_details_are_tables_that_fit_too(encoder, text, device, capsys, monkeypatch):
@@ -72,7 +95,7 @@ def test_details_are_tables_that_fit_too(encoder, text, device, capsys, monkeypa
     assert compare(encoder, "--text", text, "--devices", f"cpu:0,{noisy}", "--repeats", 2, "--details") == 0
     printed = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= 100
-    for title in ("Text", "Error of the hidden states against float64, by text", "Time of one pass, median of 2"):
+    for title in ("Text", "Error of the hidden states against float64, by text", "Time of one pass"):
         assert title in printed
 
 
@@ -103,13 +126,17 @@ def test_json_is_all_there_is_on_standard_output(encoder, text, capsys, tmp_path
     assert [row["name"] for row in data["rows"]] == ["torch sdpa", "cpu:0"]
     assert data["repeats"] == 1
     assert data["report"] == str(report)
+    beside = json.loads((report.parent / "report.json").read_text(encoding="utf-8"))
+    assert {key: data[key] for key in beside} == beside, "the file has what --json prints"
     assert report.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_last_line_is_the_reports_path(encoder, text, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert compare(encoder, "--text", text, "--devices", "cpu", "--repeats", 1, "--report", "report.html") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "report: report.html"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "report: report.html (beside it: report.csv, report.json)"
+    assert {path.name for path in tmp_path.glob("report.*")} == {"report.html", "report.csv", "report.json"}
 
 
 def test_exit_code_1_where_no_device_ran(encoder, text, device, capsys):
@@ -225,6 +252,21 @@ def test_digital_layers_stay_off_the_device(capsys, encoder, text, device):
     assert all(layer.startswith("encoder.layer.0.") for layer in found["some"][1]["able:0 +linear"])
 
 
+def test_the_result_lists_the_digital_layers_and_says_when_none_is_left_on_the_device(capsys, encoder, text, device):
+    device("able", linear_error=1e-2)
+    wide = (encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", "1")
+    for pattern, said in (
+        (
+            "*.output.dense",
+            "able:0 +linear: 4 of 13 linear layers stay digital: encoder.layer.0.attention.output.dense, ",
+        ),
+        ("*", "able:0 +linear: all 13 linear layers stay digital, so only attention runs on the device"),
+    ):
+        capsys.readouterr()
+        assert compare(*wide, "--digital", pattern) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_cheapest_digital_set_keeps_what_was_asked_for(capsys, encoder, text, device):
     device("able", linear_error=0.5)
     wide = (encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", "1")
@@ -307,10 +349,62 @@ def test_repeats_that_are_no_count(encoder, value, capsys):
 
 
 def test_a_report_that_cannot_be_written_is_said_before_anything_runs(capsys, encoder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "compare", lambda *_, **__: pytest.fail("it was measured"))
     assert "is a folder" in refused(capsys, encoder, "--text", text, "--report", tmp_path)
     file = tmp_path / "file"
     file.write_text("")
     assert "cannot be written" in refused(capsys, encoder, "--text", text, "--report", file / "report.html")
+    for name in ("report.csv", "report.JSON"):
+        message = refused(capsys, encoder, "--text", text, "--report", tmp_path / name)
+        assert "give the page's name" in message
+        assert "report.html" in message
+    (tmp_path / "page.csv").mkdir()
+    assert "beside the page" in refused(capsys, encoder, "--text", text, "--report", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("option", ["--devices", "--linear", "--compiled"])
+def test_a_list_that_names_nothing_is_refused_before_anything_runs(capsys, encoder, text, monkeypatch, option):
+    monkeypatch.setattr(measure, "compare", lambda *_, **__: pytest.fail("it was measured"))
+    assert f"{option} ',' was given, which names nothing" in refused(capsys, encoder, "--text", text, option, ",")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (("--devices", "cpu:7"), "cpu has cpu:0"),
+        (("--devices", "cpx"), "did you mean 'cpu'"),
+        (("--linear", "cpu"), "cpu:0 has no linear kernel"),
+        (("--compiled", "cpu"), "cpu:0 has no torch.compile backend"),
+        (("--linear", "cpx"), "did you mean 'cpu'"),
+        (("--keep", "0.5"), "--keep is about linear layers"),
+    ],
+)
+def test_impossible_wishes_are_refused_before_anything_is_measured(capsys, encoder, text, monkeypatch, options, wanted):
+    monkeypatch.setattr(measure, "compare", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert wanted in refused(capsys, encoder, "--text", text, *options)
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "nan", "inf", "lots"])
+def test_a_power_that_is_none(encoder, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare(encoder, "--assume-power", value)
+    assert "watts above 0" in capsys.readouterr().err
+
+
+def test_a_power_is_assumed_on_request_alone(encoder, text, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    run = (encoder, "--text", text, "--devices", "cpu:0", "--repeats", 1)
+    assert compare(*run) == 0
+    printed = capsys.readouterr().out
+    assert "assumed" not in printed
+    assert "not available" in printed
+    assert compare(*run, "--assume-power", 65) == 0
+    printed = capsys.readouterr().out
+    assert "declared, assumed" in " ".join(printed.split())
+    assert "65 W assumed, times the time of its part; it is no measurement" in " ".join(printed.split())
+    assert "not available" not in printed
 
 
 def test_an_uninstalled_wheel_names_the_command(capsys, monkeypatch):

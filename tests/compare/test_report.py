@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
+import json
 import os
+import re
 from html.parser import HTMLParser
 
 import attrs
 import pytest
-from hal_compare import charts, figures, lanes, measure, models, report, texts
+from hal_compare import charts, figures, lanes, measure, models, report, scale, texts
 from hal_compare.result import Figure
+from hal_compare.timelines import Timeline
 
 from hal_core import Basis, MaskKind, Provenance
+
+from . import comparisons
 
 
 @pytest.fixture
@@ -60,11 +68,32 @@ def test_the_page_stands_alone(result):
     text = report.render(result)
     page = Page(text)
     assert not page.references
-    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    for outside in ("http:", "https:", "@import", "url(http", "//cdn"):
+    assert not {"link", "img", "iframe", "object"} & set(page.tags)
+    for outside in ("http:", "https:", "@import", "url(", "//cdn"):
         assert outside not in text
-    assert page.tags.count("svg") == 6, "five charts and the hatch"
     assert "prefers-color-scheme: dark" in text
+
+
+def test_its_policy_lets_nothing_in_but_its_own_script(result):
+    text = report.render(result)
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
+    script = re.search(r"<script>(.*)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert text.count("<script") == 1
+    assert not re.search(r"<[^>]* on[a-z]+=", text)
+
+
+def test_it_opens_with_the_conclusion_and_the_comparison(result):
+    from hal_compare.conclusion import conclusion
+
+    page = Page(report.render(comparisons.every_family()))
+    said = conclusion(comparisons.every_family())
+    order = [page.text.index(part) for part in (said, "Error against time", "Error against energy", "By family")]
+    assert order == sorted(order)
+    assert page.text.count("Error against") == 4, (
+        "attention, and attention with linear layers; one compiled row is no chart"
+    )
 
 
 def test_the_page_holds_every_row_number_origin_version_and_the_command(result):
@@ -81,32 +110,86 @@ def test_the_page_holds_every_row_number_origin_version_and_the_command(result):
     noisy = next(row for row in result.rows if row.name == "noisy:0")
     assert figures.ratio(noisy.accuracy.worst.middle) in page.text
     assert figures.joules(noisy.costs.energy.middle) in page.text
-    assert figures.seconds(noisy.costs.total.middle) in page.text
+    assert figures.seconds(noisy.costs.on_device.middle) in page.text
+    assert figures.seconds(noisy.costs.remainder.middle) in page.text
     assert result.groups[0].sha256 in page.text
 
 
 def test_names_cannot_inject_markup(result):
     rows = tuple(attrs.evolve(row, name="<script>x</script>") for row in result.rows)
     evil = attrs.evolve(result, rows=rows, model={**result.model, "note": "<b>", "name": "<img src=x>"})
-    page = Page(report.render(evil))
-    assert not {"script", "img"} & set(page.tags)
+    page = Page(report.render(evil, [report.Beside("<img>", "<img>")]))
+    assert page.tags.count("script") == 1, "its own"
+    assert "img" not in page.tags
 
 
-def test_the_report_takes_its_place_whole_or_not_at_all(result, tmp_path, monkeypatch):
+def test_the_report_and_the_files_beside_it_take_their_places_whole_or_not_at_all(result, tmp_path, monkeypatch):
     target = tmp_path / "report.html"
-    report.write(result, target)
-    whole = target.read_text(encoding="utf-8")
-    assert whole.endswith("</html>\n")
-    assert target.stat().st_mode & 0o777 == 0o644
+    trace = Timeline("kpu:0", "attention", {"traceEvents": []})
+    refused = Timeline("npu:0", "attention", None, "too many spans")
+    written = report.write(result, target, {"format": 1}, [trace, refused])
+    assert [path.name for path in written] == ["report.html", "report.csv", "report.json", "report.kpu-0.trace.json"]
+    whole = {path: path.read_text(encoding="utf-8") for path in written}
+    assert whole[target].endswith("</html>\n")
+    page = Page(whole[target])
+    assert page.references == ["report.csv", "report.json", "report.kpu-0.trace.json"]
+    assert "no timeline of npu:0: too many spans" in page.text
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in written)
+    assert json.loads(whole[tmp_path / "report.json"]) == {"format": 1}
+    assert json.loads(whole[tmp_path / "report.kpu-0.trace.json"]) == {"traceEvents": []}
 
-    def fails(comparison):
-        raise RuntimeError("midway")
+    real = os.replace
 
-    monkeypatch.setattr(report, "render", fails)
-    with pytest.raises(RuntimeError, match="midway"):
+    def fails(source, place):
+        if str(place).endswith(".html"):
+            raise OSError("midway")
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="midway"):
         report.write(result, target)
-    assert target.read_text(encoding="utf-8") == whole
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".report")]
+    assert target.read_text(encoding="utf-8") == whole[target]
+
+    def breaks(comparison, beside):
+        raise RuntimeError("before")
+
+    monkeypatch.setattr(report.files, "render", breaks)
+    with pytest.raises(RuntimeError, match="before"):
+        report.write(result, target)
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".txt" and path.is_file()} == {
+        path.name for path in written
+    }, "nothing half written is left"
+
+
+def test_without_data_the_json_file_holds_the_comparison(result, tmp_path):
+    report.write(result, tmp_path / "a.html")
+    data = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in data["rows"]] == [row.name for row in result.rows]
+
+
+def test_the_csv_file_has_a_line_a_row_and_every_figure_with_its_origin(result, tmp_path):
+    report.write(result, tmp_path / "a.html")
+    with open(tmp_path / "a.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["row"] for line in lines] == [row.name for row in result.rows]
+    by_name = {line["row"]: line for line in lines}
+    noisy = next(row for row in result.rows if row.name == "noisy:0")
+    assert float(by_name["noisy:0"]["device_joules"]) == noisy.costs.energy.middle
+    assert float(by_name["noisy:0"]["error_worst_text_high"]) == noisy.accuracy.worst.high
+    assert by_name["noisy:0"]["device_seconds_basis"] == "modelled"
+    assert by_name["noisy:0"]["device_seconds_source"] == "a test"
+    assert by_name["cpu:0"]["device_joules"] == "", "nothing is guessed"
+    assert "boolean asked" in by_name["bare:0"]["refusals"]
+
+
+def test_a_host_time_is_added_to_no_modelled_time_and_ranks_nothing():
+    result = comparisons.every_family()
+    text = report.render(result)
+    kpu = next(row for row in result.rows if row.name == "kpu:0")
+    assert figures.seconds(kpu.costs.total.middle) not in Page(text).text
+    for column in ("host's part", "run", "its part of the run"):
+        name = column.replace("'", "&#x27;")
+        assert f'class="plain">{name}</th>' in text, f"{column} has no button to sort by"
 
 
 def test_a_page_where_nothing_ran_still_says_why(encoder, text, device):
@@ -181,4 +264,4 @@ def test_charts_draw_zero_infinitely_small_and_absent_values():
 
 @pytest.mark.parametrize(("value", "step"), [(0.9, 1), (1, 1), (1.1, 2), (3, 5), (7, 10), (0.03, 0.05)])
 def test_axis_steps_are_round(value, step):
-    assert charts.nice_step(value) == pytest.approx(step)
+    assert scale.nice_step(value) == pytest.approx(step)

@@ -32,7 +32,7 @@ Q = t(2, 4, 5, 8)
 #: What is wrong -> (query, key, value, options, a part of the sentence).
 BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
     "rank 1": (t(8), t(8), t(8), {}, "query has shape [8]: reshape it to [batch, heads"),
-    "rank 5": (Q, t(3, 3, 4, 5, 8), Q, {}, "key has shape [3, 3, 4, 5, 8]"),
+    "rank 5": (Q, t(3, 3, 4, 5, 8), Q, {}, "[3, 3, 4, 5, 8]"),
     "rank 3 with a cache's scales": (
         t(4, 5, 8),
         t(4, 5, 8),
@@ -40,7 +40,7 @@ BAD: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
         {"key_scale": t(1), "value_scale": t(1)},
         "query has shape [4, 5, 8]: reshape it to [batch, heads",
     ),
-    "rank of value": (Q, Q, t(2, 4, 5), {}, "value has shape [2, 4, 5]"),
+    "rank of value": (Q, Q, t(2, 4, 5), {}, "[2, 4, 5]"),
     "no tensor": (np.zeros((2, 4, 5, 8), np.float32), Q, Q, {}, "query is a ndarray: pass a torch tensor"),
     "nothing": (Q, None, Q, {}, "key is a NoneType"),
     "a list": (Q, Q, [1.0], {}, "value is a list"),

@@ -35,6 +35,8 @@ FORMS: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
     "fewer value heads than key heads": ((2, 8, 5, 8), (2, 4, 6, 8), (2, 2, 6, 8), None, {"enable_gqa": True}),
     "a tensor as scale": ((2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8), None, {"scale": torch.tensor(0.3)}),
     "dropout of 1": ((2, 4, 5, 8), (2, 4, 6, 8), (2, 4, 6, 8), None, {"dropout_p": 1.0}),
+    "rank 3, no batch": ((0, 5, 8), (0, 6, 8), (0, 6, 8), (5, 6), {}),
+    "rank 3, no batch of queries": ((0, 5, 8), (1, 6, 8), (6, 8), (1, 5, 6), {"scale": 0.3}),
     "no batch": ((0, 4, 5, 8), (1, 4, 5, 8), (1, 4, 5, 8), None, {}),
 }
 Call = Callable[..., Tensor]
@@ -108,11 +110,25 @@ def test_a_compiled_causal_bias_is_causal(lower: bool) -> None:
     assert error(found, sdpa(query, *tensors[1:], mask)) <= 1e-5
 
 
-def test_shapes_that_do_not_go_together_are_refused_with_the_first_sentence() -> None:
-    with pytest.raises(hal.ContractError, match="query has shape"):
-        hal.attention(torch.ones(3, 5, 8), torch.ones(2, 5, 8), torch.ones(2, 5, 8))
-    with pytest.raises(hal.ContractError, match=r"do not go together|query has shape"):
-        torch.compile(hal.attention, backend="eager")(torch.ones(3, 5, 8), torch.ones(2, 5, 8), torch.ones(2, 5, 8))
+def test_shapes_that_do_not_go_together_are_refused_with_the_sizes_that_do_not() -> None:
+    sentence = (
+        r"query \[3, 5, 8\], key \[2, 5, 8\] .* do not go together \(\[3\], \[2\], \[2\]\): make each of them equal"
+    )
+    tensors = torch.ones(3, 5, 8), torch.ones(2, 5, 8), torch.ones(2, 5, 8)
+    with pytest.raises(hal.ContractError, match=sentence):
+        hal.attention(*tensors)
+    with pytest.raises(hal.ContractError, match=sentence):
+        torch.compile(hal.attention, backend="eager")(*tensors)
+    with pytest.raises(hal.ContractError, match=r"\(\[3, 2, 2\], \[2, 2, 2\], \[2, 2, 2\]\)"):
+        hal.attention(torch.ones(3, 2, 2, 5, 8), torch.ones(2, 2, 2, 5, 8), torch.ones(2, 2, 2, 5, 8))
+    with pytest.raises(hal.ContractError, match=r"query has shape \[8\]"):
+        hal.attention(torch.ones(8), torch.ones(5, 8), torch.ones(5, 8))
+
+
+def test_a_mask_that_does_not_broadcast_is_what_is_refused() -> None:
+    tensors = torch.ones(3, 2, 5, 8)
+    with pytest.raises(hal.ContractError, match=r"attn_mask has shape \[1, 1, 5, 5\]: .* broadcasts to \[2, 5, 5\]"):
+        hal.attention(*tensors, torch.ones(1, 1, 5, 5, dtype=torch.bool))
 
 
 def test_nothing_of_a_fake_call_stays_in_a_device_s_memory() -> None:

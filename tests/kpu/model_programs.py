@@ -25,12 +25,15 @@ KINDS = ("scores", "weighted", "linear", "random", "convolution", "fused", "unfu
 
 
 class Case(NamedTuple):
-    """Programs that run one after the other on a machine. product: the one that they are, where they are one."""
+    """Programs that run one after the other on a machine.
+
+    products: what the PEs multiply in them; of fused attention, whose products are parts of one program, nothing.
+    """
 
     about: str
     programs: list[Program]
     profile: Profile
-    product: Product | None
+    products: list[Product | Work]
     dataflow: Dataflow
 
 
@@ -39,7 +42,8 @@ def model_case(seed: int) -> Case:
     rng, kind = random.Random(seed), KINDS[seed % len(KINDS)]
     profile, flow = load(rng.choice(["t64", "t256", "t768"])), rng.choice(DATAFLOWS)
     dtype = rng.choice([*SIZES][:2] if kind in ("fused", "unfused") else [*SIZES])
-    about, programs, product = f"{kind} {profile.name} {dtype}", [], None
+    about, programs = f"{kind} {profile.name} {dtype}", []
+    products: list[Product | Work] = []
     if kind in ("fused", "unfused"):
         request = _request(rng, dtype)
         about += f" {request.heads_q} x {request.len_q} x {request.len_k} x {request.dim_qk}"
@@ -47,7 +51,9 @@ def model_case(seed: int) -> Case:
             programs = [fused(profile, request)]
         else:
             about += f" {flow}"
-            programs = [lower(work, profile, flow) for _, work in works(request)]
+            steps = [work for _, work in works(request)]
+            programs = [lower(work, profile, flow) for work in steps]
+            products = [work for work in steps if work.macs]
     elif kind == "elementwise":
         elements, reads = rng.randint(1, 1 << 20), rng.randint(1, 3)
         size = SIZES[dtype] * elements
@@ -63,9 +69,9 @@ def model_case(seed: int) -> Case:
     else:
         product = _product(rng, kind, dtype)
         about += f" {flow} {product.batch} x {product.M} x {product.N} x {product.K} share {product.a_share:.2f}"
-        programs = [lower_product(product, profile, flow)]
+        programs, products = [lower_product(product, profile, flow)], [product]
     found = [program for program in programs if program is not None]
-    return Case(f"seed {seed}: {about}", found, profile, product, flow)
+    return Case(f"seed {seed}: {about}", found, profile, products, flow)
 
 
 def _request(rng: random.Random, dtype: str) -> AttentionRequest:

@@ -129,6 +129,8 @@ def test_profile_shows_every_figure_with_its_origin():
         (["attention", "--shape", "1,4,64,64", "--kv-heads", "0"], "0 key heads"),
         (["attention", "--shape", "1,4,²,64"], "pass batch,heads,length,head_dim"),
         (["attention", "--shape", "1,1,32,32", "--plot", "nothing.abc"], "choose a name that ends in .png"),
+        (["gemm", "8", "8", "8", "--plot", "no-such-folder/p.png"], "no-such-folder is no folder"),
+        (["attention", "--shape", "1,1,32,32", "--plot", "no-such-folder/p.png"], "no-such-folder is no folder"),
         (["trace", "--gemm", "1,2"], "pass M,N,K"),
         (["trace", "--shape", "1,1,32,32", "--out", "no-such-folder/t.json"], "no-such-folder is no folder"),
         (["report", "berd"], "no model 'berd'"),
@@ -140,3 +142,10 @@ def test_bad_input_is_one_sentence(words, sentence):
         run(*words)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["no-such-folder/p.png", "p.docx"])
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_simulated(monkeypatch, file):
+    monkeypatch.setattr("hal_kpu.simulator.products.gemm.simulate_gemm", lambda *args, **kwargs: pytest.fail("it ran"))
+    with pytest.raises(HalError, match=r"no-such-folder is no folder|\.png, \.svg or \.pdf"):
+        run("gemm", "8", "8", "8", "--plot", file)

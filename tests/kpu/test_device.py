@@ -108,6 +108,22 @@ def test_a_profile_is_chosen_by_the_environment() -> None:
         assert done.stdout.strip() == wanted, done.stderr
 
 
+def test_a_profile_that_is_not_there_is_named_with_the_closest_and_no_install_is_advised() -> None:
+    code = (
+        "import torch, hal_core as hal, hal_kpu\n"
+        "for call in (lambda: hal.attention(*torch.ones(3, 1, 1, 4, 8), backend='kpu:0'), hal_kpu.info):\n"
+        "    try: call()\n"
+        "    except hal.HalError as error: print(error)"
+    )
+    environment = os.environ | {"HAL_KPU_PROFILE": "t265", "HAL_PLUGINS": "kpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    first, second = done.stdout.splitlines()
+    wanted = "HAL_KPU_PROFILE: 't265' is no profile (did you mean 't256'?): use t16x16, t256, t32x32"
+    assert first.startswith(f"kpu:0 is installed but has no device: {wanted}"), done.stderr
+    assert second.startswith(wanted)
+    assert "pip" not in done.stdout
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_multiply_with_wide_sums(dtype: torch.dtype, draw: torch.Generator) -> None:
     a, b = (torch.randn(3, *size, generator=draw).to(dtype) for size in ((20, 70), (70, 33)))
@@ -213,3 +229,32 @@ def test_a_session_states_what_the_prepared_call_costs() -> None:
     assert meter.records["kpu:0"].time.middle == cost.time.middle, "the exact lengths, not those of the bucket"
     coarse = session.cost(session.prepare_attention(q, k, k, 96, request=request))
     assert coarse.time.middle > cost.time.middle, "one block of all rows leaves arrays without work"
+
+
+def test_other_machines_are_devices_beside_it(tmp_path) -> None:
+    from hal_kpu.profiles.profile import FOLDER
+
+    devices = KPUDevices()
+    assert {"t64", "t256", "t768"} <= set(devices.profile_names())
+    mine = tmp_path / "mine.toml"
+    mine.write_text((FOLDER / "t256.toml").read_text().replace('name = "t256"', 'name = "mine"'))
+    q = torch.randn(1, 8, 256, 64)
+    times = {}
+    for number, profile in enumerate(("t256", str(mine), "t4x4")):
+        hal.register(devices.at_profile(profile, f"beside{number}"), f"beside{number}")
+        try:
+            device = hal.device(f"beside{number}")
+            assert device.model == (profile if number != 1 else "mine").upper()
+            assert not any(feature.startswith("torch.compile") for feature in device.features), "that is kpu:0's"
+            with hal.meter() as meter:
+                hal.attention(q, q, q, backend=device.id)
+            times[number] = meter.records[device.id].time.middle
+            if number == 1:
+                before = device.fingerprint
+                mine.write_text(mine.read_text() + "\n# changed\n")
+                assert devices.at_profile(str(mine), "beside1").devices()[0].fingerprint != before
+        finally:
+            hal.unregister(f"beside{number}")
+    assert times[0] == times[1] < times[2]
+    with pytest.raises(ContractError, match="no profile"):
+        devices.at_profile("t65", "beside")

@@ -74,8 +74,15 @@ def make_a_ring(data):
 WRONG = {
     "not an object": (lambda d: d["ops"].__setitem__(0, 7), r"ops\[0\] is 7, and an object"),
     "no version": (lambda d: d.pop("version"), r"version is None, and two numbers such as '1.0'"),
-    "newer": (lambda d: d.update(version="1.1"), r"version is '1.1'.*reads up to '1.0': upgrade hal-kpu"),
-    "unknown opcode": (rename_ops, r"ops\[0\].opcode is 'matmull'.*matmul"),
+    "newer": (
+        lambda d: d.update(version="1.2"),
+        r"version is '1.2', and '1.0' or '1.1' is wanted: upgrade hal-kpu, which reads up to '1.1', or write",
+    ),
+    "older": (
+        lambda d: d.update(version="0.9"),
+        r"version is '0.9', and '1.0' or '1.1' is wanted: there was none before",
+    ),
+    "unknown opcode": (rename_ops, r"ops\[0\].opcode is 'matmull', which is not known: did you mean matmul"),
     "cycle": (make_a_ring, r"cycle, ops\[\d\] \w+ -> ops\[\d\] \w+ -> ops\[\d\] \w+"),
     "order": (lambda d: d["ops"].reverse(), r"ops\[0\] reads 'y', which ops\[1\] writes later"),
     "never written": (lambda d: d["ops"].pop(0), r"ops\[0\] reads 'y', which no operation writes"),

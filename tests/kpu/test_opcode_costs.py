@@ -25,6 +25,7 @@ POOL = {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0)}
 PLACES = torch.zeros(4, 6, dtype=torch.int64)
 SAMPLES = {
     "matmul": ((X, X.T.contiguous()), {}),
+    "grouped_matmul": ((X, torch.rand(3, 6, 5), torch.tensor([1, 2, 4], dtype=torch.int32)), {}),
     "convolution": ((IMAGE, WEIGHT), CONV),
     "convolution_input_grad": ((torch.rand(1, 3, 4, 4), IMAGE, WEIGHT), CONV),
     "convolution_weight_grad": ((torch.rand(1, 3, 4, 4), IMAGE, WEIGHT), CONV),

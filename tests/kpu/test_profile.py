@@ -96,7 +96,7 @@ def test_a_bad_file_is_told_the_key_and_what_is_wanted(tmp_path: Path, pattern, 
 
 
 def test_a_wrong_name_a_missing_file_and_bytes():
-    with pytest.raises(ProfileError, match=r"'t65' is no profile: use t16x16, t256"):
+    with pytest.raises(ProfileError, match=r"'t65' is no profile \(did you mean 't64'\?\): use t16x16, t256"):
         profile.load("t65")
     with pytest.raises(ProfileError, match=r"none\.toml: No such file"):
         profile.load("/tmp/none.toml")

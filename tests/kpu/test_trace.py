@@ -11,6 +11,7 @@ from hal_kpu.simulator.attention.program import fused
 from hal_kpu.simulator.trace import chrome_trace, write_trace
 from hal_kpu.simulator.transactional import run_transactional
 
+import hal_core as hal
 from hal_core import AttentionRequest, ContractError
 
 _PROFILE = load("t64")
@@ -72,3 +73,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 def test_too_many_spans_are_refused_rather_than_cut(timelines):
     with pytest.raises(ContractError, match="10 are the most"):
         chrome_trace(timelines, _PROFILE, limit=10)
+
+
+def test_a_session_draws_the_timeline_of_a_call():
+    request = AttentionRequest(1, 2, 2, 64, 64, 32, 32, "float32")
+    session = hal.session("kpu:0")
+    trace = session.trace(request)
+    assert {event["ph"] for event in trace["traceEvents"]} == {"M", "X"}
+    (program,) = trace["otherData"]["programs"]
+    assert "64" in program["program"]
+    assert program["makespan"] == run_transactional(fused(session.profile, request), session.profile).cycles

@@ -1,13 +1,8 @@
-"""The 2025 profile against what was measured on that chip, by the protocol of the fit; and against its supplement.
-
-Protocol: 4096 vectors times one 64 x 64 matrix, all standard normal, row i on core i mod 4. In alternate blocks of four
-rows
-one half is fitted and the other judged: raw (wanted against observed), then observed = a wanted + b by column, by a
-full 64 x 64 affine map, and by one such map for each core; signal is the fitted part's power, noise the rest's.
-"""
+"""The 2025 profile against what was measured on that chip, by the protocol of the fit; and against its supplement."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import attrs
@@ -21,13 +16,25 @@ from hal_photonics.profiles.profile import Profile, ProfileError, load, predicte
 from hal_photonics.simulator.blockfloat import encode
 from hal_photonics.simulator.chip import SimulatedDriver
 from hal_photonics.simulator.core import Corrections, PhotonicCore, generator
-from torch import Tensor
 
-SILICON = {"raw": (10.94, 0.5), "column": (11.61, 0.5), "full": (15.46, 0.7), "core": (17.33, 1.0)}
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    from photonics_tasks.silicon import (
+        GAIN,
+        GAIN_SPREAD,
+        LENGTHS,
+        RAW_SUMS,
+        SNR,
+        column_gains,
+        observe,
+        snr,
+        statistics,
+    )
+finally:
+    sys.path.remove(str(BENCHMARKS))
+
 SEEDS = [1, 2, 3, 4, 5]
-#: Of the public readouts, before any fit: SNR in dB of sums of 1, 2, 4 ... rows of one core, 64 inputs each.
-RAW_SUMS = {64: 10.89, 128: 10.25, 256: 9.28, 512: 7.75, 1024: 5.69}
-LENGTHS = [64, 128, 256, 512, 1024]
 
 
 @pytest.fixture(scope="module")
@@ -35,45 +42,11 @@ def chip() -> Profile:
     return load(PROFILES / "2025.toml")
 
 
-def observe(profile: Profile, seed: int, noise: bool = True) -> tuple[Tensor, Tensor]:
-    """(wanted, observed) [4096, 64] in float64."""
-    draw = torch.Generator().manual_seed(seed)
-    weights, inputs = torch.randn(1, 64, 64, generator=draw), torch.randn(1, 4096, 64, generator=draw)
-    core = PhotonicCore(SimulatedDriver(attrs.evolve(profile, chip=seed)))
-    observed = core.product(inputs, weights, generator((seed, 0)) if noise else None)
-    return (inputs.double() @ weights.double().mT)[0], observed[0].double()
-
-
-def statistics(wanted: Tensor, observed: Tensor) -> dict[str, float]:
-    """SNR in dB by kind of fit, and the share of the residual that all columns have in common."""
-    row = torch.arange(len(wanted))
-    fitted, judged = (row // 4) % 2 == 0, (row // 4) % 2 == 1
-    ones = torch.ones(len(wanted), 1, dtype=torch.float64)
-
-    def affine(columns: Tensor, fit: Tensor, apply: Tensor, target: Tensor) -> Tensor:
-        solved = torch.linalg.lstsq(torch.cat([columns, ones], 1)[fit], target[fit]).solution
-        return torch.cat([columns, ones], 1)[apply] @ solved
-
-    by_column = torch.cat([affine(wanted[:, [c]], fitted, judged, observed[:, [c]]) for c in range(64)], 1)
-    full = affine(wanted, fitted, judged, observed)
-    by_core = torch.zeros_like(observed)
-    for core in range(4):
-        mine = row % 4 == core
-        by_core[judged & mine] = affine(wanted, fitted & mine, judged & mine, observed)
-    seen = observed[judged]
-    found = {"raw": decibels(wanted[judged], seen), "column": decibels(by_column, seen + 0)}
-    for name, predicted in (("column", by_column), ("full", full), ("core", by_core[judged])):
-        residual = seen - predicted
-        found[name] = 10 * float(torch.log10(predicted.square().mean() / residual.square().mean()))
-        found[f"{name}, common"] = float(residual.mean(1).var() / residual.var())
-    return found
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_signal_to_noise_is_that_of_the_silicon(chip: Profile, seed: int) -> None:
     """Rows 3 to 6, one parameter set."""
     found = statistics(*observe(chip, seed))
-    for name, (decibel, tolerance) in SILICON.items():
+    for name, (decibel, tolerance) in SNR.items():
         assert found[name] == pytest.approx(decibel, abs=tolerance), name
 
 
@@ -89,13 +62,11 @@ def test_column_gains_are_those_of_the_silicon(chip: Profile) -> None:
     """Row 7: mean 0.834 within 5%, standard deviation 0.037 within 25%."""
     means, spreads = [], []
     for seed in SEEDS:
-        wanted, observed = observe(chip, seed)
-        middle = wanted - wanted.mean(0)
-        gains = (middle * observed).sum(0) / middle.square().sum(0)
+        gains = column_gains(*observe(chip, seed))
         means.append(float(gains.mean()))
         spreads.append(float(gains.std()))
-    assert sum(means) / len(means) == pytest.approx(0.834, rel=0.05)
-    assert sum(spreads) / len(spreads) == pytest.approx(0.037, rel=0.25)
+    assert sum(means) / len(means) == pytest.approx(GAIN, rel=0.05)
+    assert sum(spreads) / len(spreads) == pytest.approx(GAIN_SPREAD, rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +90,7 @@ def test_a_model_without_one_of_its_parts_is_caught(chip: Profile, mutation: str
     if mutation == "quantisation alone":
         changes |= {"noise__column_gain": 1, "noise__column_gain_spread": 0}
     found = statistics(*observe(chip.replace(**changes), 1, noise=mutation != "noise off"))
-    wrong = {name for name, (decibel, tolerance) in SILICON.items() if abs(found[name] - decibel) > tolerance}
+    wrong = {name for name, (decibel, tolerance) in SNR.items() if abs(found[name] - decibel) > tolerance}
     assert caught <= wrong
 
 
@@ -138,17 +109,11 @@ def test_calibration_holds_on_weights_it_has_not_seen(chip: Profile, number: int
     assert report.kept >= 0.8
 
 
-@pytest.fixture(scope="module", params=["2025", "2025-2ghz"])
+@pytest.fixture(scope="module", params=["2025", "2025-2ghz", "envise"])
 def calibrated(request: pytest.FixtureRequest) -> tuple[SimulatedDriver, Corrections]:
     """The chips whose errors are those of the silicon, calibrated."""
     driver = SimulatedDriver(load(PROFILES / f"{request.param}.toml"))
     return driver, calibrate(driver)[0]
-
-
-def snr(core: PhotonicCore, length: int) -> float:
-    draw = torch.Generator().manual_seed(length)
-    x, w = torch.randn(1, 512, length, generator=draw), torch.randn(1, 128, length, generator=draw)
-    return decibels(x @ w.mT, core.product(x, w, generator((1, length))))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -156,7 +121,7 @@ def test_the_calibrated_chip_is_as_good_at_every_length_as_the_silicon_at_64(
     calibrated: tuple[SimulatedDriver, Corrections], length: int
 ) -> None:
     """Within 1 dB of the silicon after the best affine fit of each core."""
-    assert snr(PhotonicCore(*calibrated), length) == pytest.approx(SILICON["core"][0], abs=1)
+    assert snr(PhotonicCore(*calibrated), length) == pytest.approx(SNR["core"][0], abs=1)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from hal_photonics.cost import ENERGY_PARTS, TIME_PARTS, attention_cost, attention_work, product_cost, throughput
+from hal_photonics.cost import ENERGY_PARTS, TIME_PARTS, attention_cost, product_cost, throughput
 from hal_photonics.profiles.profile import Profile
 from hal_photonics.simulator.components import LIGHTENING_BASE, component_power
+from hal_photonics.simulator.work import attention_work
 from hal_photonics.tiling import narrowed
 from hal_simulation import ProductSize
 

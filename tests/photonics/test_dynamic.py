@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from hal_photonics.backend import BUNDLED
-from hal_photonics.cost import Cost, attention_cost, efficiency, encoder_cost, product_cost, throughput
+from hal_photonics.cost import attention_cost, efficiency, encoder_cost, throughput
 from hal_photonics.profiles.profile import load
 from hal_photonics.simulator.components import LIGHTENING_BASE, component_power
 from hal_photonics.simulator.dynamic import PARTS
-from hal_simulation import ProductSize
 
 from hal_core import AttentionRequest
 
-#: Tokens, width, heads, bits: mJ and ms of the published simulator of the base design, with all optimisations.
-PUBLISHED = {
-    ("DeiT-T", 197, 192, 3, 4): (0.38430, 0.019353),
-    ("DeiT-T", 197, 192, 3, 8): (1.20547, 0.019437),
-    ("DeiT-B", 197, 768, 12, 4): (5.43715, 0.265279),
-    ("DeiT-B", 197, 768, 12, 8): (16.98198, 0.265615),
-    ("BERT-base, 128", 128, 768, 12, 4): (3.95167, 0.167447),
-    ("BERT-base, 128", 128, 768, 12, 8): (11.76653, 0.167463),
-    ("BERT-base, 384", 384, 768, 12, 4): (9.32392, 0.516114),
-    ("BERT-base, 384", 384, 768, 12, 8): (30.53457, 0.516130),
-}
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+try:
+    from photonics_tasks.encoders import PUBLISHED, PUBLISHED_PARTS, Encoder, modelled
+finally:
+    sys.path.remove(str(BENCHMARKS))
 
 
-@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case[0]}, {case[4]} bit")
-def test_latency_and_energy_are_the_published_ones(case: tuple[str, int, int, int, int]) -> None:
-    name, tokens, dim, heads, bits = case
-    profile = load(BUNDLED / f"lightening-{bits}.toml")
-    costs = [encoder_cost(profile, tokens=tokens, dim=dim, heads=heads, layers=12)]
-    if name.startswith("DeiT"):  # the patches' embedding and the classifier
-        costs += [product(profile, 196, 768, dim), product(profile, 1, dim, 1000)]
-    joules, seconds = (sum(getattr(cost, part) for cost in costs) for part in ("energy", "time"))
-    assert joules * 1e3 == pytest.approx(PUBLISHED[case][0], rel=0.02)
-    assert seconds * 1e3 == pytest.approx(PUBLISHED[case][1], rel=0.02)
+@pytest.mark.parametrize(("encoder", "bits"), PUBLISHED, ids=lambda value: str(getattr(value, "name", value)))
+def test_latency_and_energy_are_the_published_ones(encoder: Encoder, bits: int) -> None:
+    joules, seconds, _ = modelled(encoder, bits)
+    assert (joules, seconds) == pytest.approx(PUBLISHED[encoder, bits], rel=0.02)
 
 
-def product(profile: object, rows: int, length: int, outputs: int) -> Cost:
-    return product_cost(profile, ProductSize(1, rows, outputs, length, "float32"), resident=True)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("encoder", "bits"), PUBLISHED_PARTS, ids=lambda value: str(getattr(value, "name", value)))
+def test_every_part_of_the_energy_is_the_published_one(encoder: Encoder, bits: int) -> None:
+    assert modelled(encoder, bits)[2] == pytest.approx(PUBLISHED_PARTS[encoder, bits], rel=0.03)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

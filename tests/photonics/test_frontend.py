@@ -6,6 +6,7 @@ import copy
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,36 @@ def test_layers_stay_digital_by_name_and_by_pattern() -> None:
         to_optics(named, DEVICE, digital=["clasifier"])
 
 
+def test_a_layer_under_two_names_runs_on_the_optics_under_both() -> None:
+    shared = nn.Linear(8, 8)
+    plain = nn.ModuleDict({"first": shared, "second": shared, "third": nn.Linear(8, 8)})
+    optical = to_optics(plain, exactly)
+    assert isinstance(optical["second"], OpticalLinear)
+    assert optical["first"] is optical["second"]
+    assert [name for name, _ in optical_layers(to_optics(plain, exactly, digital=["second"]))] == ["third"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_of_torchs_encoder_run_on_the_optics_in_evaluation_too(padded: bool) -> None:
+    """Its fast path multiplies by the weights of its layers without calling them."""
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2).eval()
+    ran = []
+
+    def product(x: Tensor, weight: Tensor, settings: Settings) -> Tensor:
+        ran.append(weight.shape)
+        return exactly(x, weight, settings)
+
+    optical, x = copy.deepcopy(to_optics(plain, product)), torch.randn(2, 5, 32)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    with torch.no_grad():
+        found, wanted = optical(x, src_key_padding_mask=mask), plain(x, src_key_padding_mask=mask)
+    keep = torch.ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+    torch.testing.assert_close(found[keep], wanted[keep], rtol=1e-4, atol=1e-5)
+    assert ran == [(64, 32), (32, 64)] * 2
+    # Attention multiplies by its output projection's weight itself, so that layer is none that can run on the optics.
+    assert [name.rpartition(".")[2] for name, _ in optical_layers(optical)] == ["linear1", "linear2"] * 2
+
+
 @pytest.mark.parametrize("passes", [0, -1, 1025, 1.5, True])
 def test_passes_that_no_chip_has_are_refused(passes: object) -> None:
     linear = hal.kernel("linear", backend=DEVICE)
@@ -89,6 +120,47 @@ def test_passes_that_no_chip_has_are_refused(passes: object) -> None:
         to_optics(model(), DEVICE, passes=passes)  # type: ignore[arg-type]
     with pytest.raises(ContractError, match=f"passes {passes!r} was given"):
         linear(torch.randn(2, 8), torch.randn(4, 8), passes=passes)
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul"])
+def test_a_mistyped_option_of_a_kernel_is_refused_with_the_options_there_are(name: str) -> None:
+    kernel, operands = hal.kernel(name, backend=DEVICE), (torch.randn(8, 8), torch.randn(8, 8))
+    for ask in (kernel, kernel.estimate):
+        with pytest.raises(ContractError, match=f"option 'pases' was given to {name}: did you mean 'passes'[?]"):
+            ask(*operands, pases=4)
+        with pytest.raises(ContractError, match="passes 0 was given: use a whole number from 1 to 1024"):
+            ask(*operands, passes=0)
+    with pytest.raises(ContractError, match="gain True was given"):
+        kernel(*operands, gain=True)
+
+
+@pytest.mark.parametrize(
+    ("convert", "said"),
+    [
+        (lambda: to_optics("m", DEVICE), "model 'm' was given: pass a torch.nn.Module"),
+        (lambda: to_optics(model(), 5), "device 5 was given: pass the id of a photonic device, or a product of your"),
+        (lambda: to_optics(model(), DEVICE, digital=[3]), "layer 3 was given: pass names of layers as text"),
+        (lambda: to_optics(model(), DEVICE, digital=None), "digital None was given: pass a list of layer names"),
+        (lambda: list(optical_layers("m")), "model 'm' was given: pass a torch.nn.Module"),
+        (lambda: tune_gains("m", print), "model 'm' was given: pass a torch.nn.Module"),
+        (lambda: tune_gains(to_optics(model(), exactly), 5), "run 5 was given: pass a function of the model"),
+        (lambda: tune_gains(to_optics(model(), DEVICE), lambda m: m(images()), ratios=()), r"ratios \(\) was given"),
+        (lambda: keep_outliers_digital(to_optics(model(), exactly), print, "a"), "share 'a' was given"),
+        (lambda: keep_outliers_digital(to_optics(model(), exactly), lambda m: None, 0.1), "ran no optical layer"),
+        (lambda: with_settings(to_optics(model(), exactly), lambda s: None), "change gave None: return Settings"),
+        (
+            lambda: with_settings(to_optics(model(), exactly), lambda s: s._replace(digital_inputs=(2,))),
+            r"digital_inputs \(2,\) of layer '0' were given: use input channels from 0 to 1",
+        ),
+        (
+            lambda: with_settings(to_optics(model(), exactly), lambda s: s._replace(passes=0)),
+            "passes 0 was given: use a whole number from 1 to 1024",
+        ),
+    ],
+)
+def test_other_mistakes_are_refused_with_what_is_wanted(convert: Any, said: str) -> None:
+    with pytest.raises(ContractError, match=said):
+        convert()
 
 
 def test_averaged_products_have_less_noise_and_cost_so_many_products() -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from hal_cli import main
-from hal_photonics.backend import BUNDLED
+from hal_photonics import register_profile
+from hal_photonics.backend import BUNDLED, PhotonicBackend
+from hal_photonics.benchmark import profile_named
 from hal_photonics.profiles.figures import FIGURES
 from hal_photonics.profiles.profile import WORDS, Profile, ProfileError, load
 
-from hal_core import Provenance
+import hal_core as hal
+from hal_core import HalError, Provenance
 
 TEXT = (BUNDLED / "generic.toml").read_text()
 
@@ -112,6 +115,43 @@ def test_what_if_studies_count_as_assumed_and_are_checked(generic: Profile) -> N
         generic.replace(converters__gian=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lightning-8", "did you mean 'lightening-8'?"),
+        ("nope", "name a photonic device ("),
+        ("nope:0", "a profile file (chip.toml) or one of generic, hermes, lightening-4, lightening-8"),
+    ],
+)
+def test_a_profile_name_that_does_not_exist_is_refused_with_those_that_do(
+    name: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["sweep", "--device", name], ["profile", name]):
+        assert main(["photonics", *command]) == 2
+        message = capsys.readouterr().err
+        assert f"profile {name!r} was given: there is none of that name" in message
+        assert said in message
+
+
+def test_a_profile_is_found_by_its_name_its_device_and_its_file(tmp_path: Path) -> None:
+    assert profile_named("hermes") == load(BUNDLED / "hermes.toml")
+    assert profile_named("photonic:0").name == "generic"
+    assert profile_named(str(written(tmp_path, TEXT))).name == "generic"
+    with pytest.raises(HalError, match="cpu:0 is not made of a photonic profile"):
+        profile_named("cpu:0")
+    device = register_profile("lightening-4", "bundled")
+    try:
+        assert profile_named("bundled").name == profile_named(device.id).name == "lightening-4"
+    finally:
+        hal.unregister("bundled")
+
+
+def test_a_missing_file_of_the_variable_is_named_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAL_PHOTONIC_PROFILES", "nope.toml")
+    with pytest.raises(ProfileError, match=r"HAL_PHOTONIC_PROFILES: nope.toml: No such file"):
+        PhotonicBackend()
+
+
 def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = BUNDLED / "generic.toml"
     assert main(["photonics", "profile", str(path), "--json"]) == 0
@@ -124,3 +164,15 @@ def test_the_command_checks_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     bad = written(tmp_path, TEXT.replace(line_of("gain"), "gain = 1"))
     assert main(["photonics", "profile", str(bad)]) == 2
     assert "converters.gain" in capsys.readouterr().err
+
+
+def test_profiles_are_devices_beside_the_others(tmp_path: Path) -> None:
+    backend = PhotonicBackend()
+    assert {"generic", "hermes", "lightening-4", "lightening-8"} <= set(backend.profile_names())
+    for name in backend.profile_names():
+        (device,) = backend.at_profile(name, "beside").devices()
+        assert (device.id, device.model) == ("beside:0", name)
+    (own,) = backend.at_profile(str(written(tmp_path, TEXT.replace('"generic"', '"mine"', 1))), "beside").devices()
+    assert own.model == "mine"
+    with pytest.raises(ProfileError, match=r"none\.toml"):
+        backend.at_profile("none.toml", "beside")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hal_photonics.cost import attention_cost, attention_work, tiles_seen
+from hal_photonics.cost import attention_cost
 from hal_photonics.profiles.profile import Profile
 from hal_photonics.simulator.core import PhotonicCore
+from hal_photonics.simulator.work import attention_work, tiles_seen
 from hal_photonics.tiling import PhotonicTiling, rows_at_once
 
 import hal_core as hal

@@ -17,9 +17,8 @@ DEVICE = Device(id="toy:0", family="toy", vendor="nobody", model="toy", fidelity
 class Doubled(MeteredKernel):
     """Doubles its operand, in a modelled second for each time it is asked to."""
 
-    def run(self, *operands: Any, **options: Any) -> torch.Tensor:
-        result: torch.Tensor = operands[0] * 2
-        return result
+    def run(self, x: torch.Tensor, *, times: int = 1) -> torch.Tensor:
+        return x * 2
 
     def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
         times = options.get("times", 1)
@@ -84,3 +83,29 @@ def test_operands_of_linear_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ContractError, match=r"were given: pass"):
         linear_size(torch.zeros(x), torch.zeros(weight), None if bias is None else torch.zeros(bias))
+
+
+@pytest.mark.parametrize("ask", ["__call__", "estimate"])
+@pytest.mark.parametrize(
+    ("operands", "options", "said"),
+    [
+        (1, {"tims": 3}, "option 'tims' was given to doubled: did you mean 'times'[?] It takes x, times"),
+        (1, {"zzz": 3}, "option 'zzz' was given to doubled: leave it out; it takes x, times"),
+        (0, {}, r"doubled: missing a required argument: 'x': call doubled\(x, \*, times=1\)"),
+        (2, {}, r"doubled: too many positional arguments: call doubled\(x, \*, times=1\)"),
+    ],
+)
+def test_operands_and_options_that_a_kernel_does_not_have_are_refused_with_those_it_has(
+    ask: str, operands: int, options: dict[str, int], said: str
+) -> None:
+    with pytest.raises(ContractError, match=said):
+        getattr(Doubled(DEVICE), ask)(*[torch.ones(1)] * operands, **options)
+
+
+def test_an_operand_that_is_no_tensor_is_refused_by_its_name() -> None:
+    with pytest.raises(ContractError, match="b of type list was given: pass a tensor"):
+        matmul_size(torch.zeros(2, 3), [[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="weight of type NoneType was given: pass a tensor"):
+        linear_size(torch.zeros(2, 3), None)  # type: ignore[arg-type]
+    with pytest.raises(ContractError, match="bias of type int was given: pass a tensor or None"):
+        linear_size(torch.zeros(2, 3), torch.zeros(4, 3), 1)  # type: ignore[arg-type]

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # a command may say what is kept
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 130
 
 

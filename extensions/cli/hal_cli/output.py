@@ -15,6 +15,8 @@ from hal_core.plugin_api import CommandResult, Table
 #: Columns of text where standard output is no terminal and COLUMNS is not set.
 WIDTH = 100
 _GAP = 2
+#: Characters of a cell that is never broken between its words, and of one that has a line of its own in a block.
+_SHORT, _LONG = 16, 60
 
 
 def show(result: CommandResult, as_json: bool) -> None:
@@ -70,7 +72,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def show_table(table: Table) -> None:
-    """Print a table to standard output. Where its words leave no room for the columns, each row becomes a paragraph."""
+    """Print a table to standard output. Where its columns do not fit side by side, each row becomes a small block."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Drawn
@@ -80,10 +82,10 @@ def show_table(table: Table) -> None:
     console = Console(width=room, highlight=False)
     rows = [[str(cell) for cell in row] for row in table.rows]
     widths = column_widths([list(table.columns), *rows], room)
-    if widths is None:
+    if widths is None or _broken_up(rows, widths):
         if table.title:
-            console.print(Text(table.title, style="bold"), soft_wrap=True)
-        print(_paragraphs(table.columns, rows, room))
+            print(wrapped(table.title, room))
+        print(_blocks(table.columns, rows, room))
     else:
         drawn = Drawn(
             title=Text(table.title) if table.title else None,
@@ -129,8 +131,34 @@ def column_widths(lines: Sequence[Sequence[str]], room: int) -> list[int] | None
     return widths
 
 
+def _broken_up(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> bool:
+    """Whether a short cell, as numbers with their units are, would go over several lines."""
+    return any(width < _width(cell) <= _SHORT for row in rows for cell, width in zip(row[1:], widths[1:], strict=True))
+
+
+def _blocks(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> str:
+    """Rows as blocks: the first cell, and below it the others with their columns' names, as many in a line as fit.
+
+    A table with a long cell has a line for each, so that its texts stand below each other.
+    """
+    if any(_width(cell) > _LONG for row in rows for cell in row[1:]):
+        return _paragraphs(columns, rows, room)
+    lines = []
+    for first, *others in rows:
+        lines.append(first)
+        line = ""
+        for piece in (f"{name}: {cell}" for name, cell in zip(columns[1:], others, strict=True) if cell):
+            longer = f"{line}   {piece}" if line else f"  {piece}"
+            if line and _width(longer) > room:
+                lines += wrapped(line, room).splitlines()
+                longer = f"  {piece}"
+            line = longer
+        lines += wrapped(line, room).splitlines() if line else []
+    return "\n".join(lines)
+
+
 def _paragraphs(columns: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> str:
-    """Rows as paragraphs: the first cell, and below it the others with their columns' names."""
+    """Rows as paragraphs: the first cell, and below it a line or more for each of the others."""
     lines = []
     margin = max(map(_width, columns[1:]), default=0)
     for first, *others in rows:

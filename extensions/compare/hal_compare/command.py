@@ -25,28 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare", help="run a model once per device: error, time and energy side by side", description=DESCRIPTION
     )
-    parser.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors, or 'minilm'")
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        action="append",
-        type=Path,
-        default=[],
-        help="a UTF-8 file, or a folder of *.txt: texts divided by blank lines, or one a line; may be repeated "
-        "(default: a short sample)",
-    )
-    for option, what in (
-        ("--images", "images, for a model that reads them"),
-        ("--audio", "wav files, for one of sound"),
-    ):
-        parser.add_argument(
-            option,
-            metavar="FOLDER",
-            action="append",
-            type=Path,
-            default=[],
-            help=f"a folder of {what}; may be repeated",
-        )
+    add_input(parser)
     parser.add_argument(
         "--devices",
         metavar="LIST",
@@ -89,6 +68,24 @@ def add_parser(subparsers: Any) -> None:
         help="look for the cheapest set of digital layers with which each row of --linear keeps this share of the "
         "float64 run's nearest neighbours or next tokens, for example 0.9",
     )
+    parser.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the devices that have it, for example passes=4 for photonic ones; may be repeated",
+    )
+    parser.add_argument(
+        "--layers", action="store_true", help="error, time and energy of every layer of the model too, in every row"
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="LIST",
+        action="append",
+        default=[],
+        help="the same of these layers, or attention modules and linear layers in them, by name or pattern "
+        "('encoder.layer.0.*'); may be repeated",
+    )
     parser.add_argument("--details", action="store_true", help="print tables of text, error, time, work and energy too")
     parser.add_argument(
         "--repeats",
@@ -109,8 +106,46 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--max-length", metavar="N", type=positive, help="tokens of a text that are used")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the run")
-    parser.add_argument("--report", metavar="FILE", type=Path, help="write a self-contained HTML report")
+    parser.add_argument(
+        "--assume-power",
+        metavar="WATTS",
+        type=watts,
+        help="state an energy for torch's attention and for devices of this host without a meter: this power times "
+        "their time, marked as assumed",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="write a self-contained HTML report, and beside it the same as CSV and JSON, and timelines of simulators",
+    )
     parser.set_defaults(run=run)
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Add the model and what it reads."""
+    parser.add_argument("model", metavar="MODEL", help="folder with config.json and *.safetensors, or 'minilm'")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        action="append",
+        type=Path,
+        default=[],
+        help="a UTF-8 file, or a folder of *.txt: texts divided by blank lines, or one a line; may be repeated "
+        "(default: a short sample)",
+    )
+    for option, what in (
+        ("--images", "images, for a model that reads them"),
+        ("--audio", "wav files, for one of sound"),
+    ):
+        parser.add_argument(
+            option,
+            metavar="FOLDER",
+            action="append",
+            type=Path,
+            default=[],
+            help=f"a folder of {what}; may be repeated",
+        )
 
 
 def positive(text: str) -> int:
@@ -118,6 +153,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} was given: pass a whole number, 1 or more")
     return int(text)
+
+
+def watts(text: str) -> float:
+    """A power above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} was given: pass a number of watts above 0, for example 65")
+    return number
 
 
 def share(text: str) -> float:
@@ -141,24 +187,40 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
             all of them are looked at before anything is measured.
     """
-    from . import digital, lanes, measure, models, report, tables, tasks
+    from . import (
+        assumed,
+        device_options,
+        digital,
+        lanes,
+        layers,
+        layers_report,
+        measure,
+        models,
+        report,
+        tables,
+        tasks,
+        timelines,
+    )
 
     if arguments.report is not None:
         report.check_target(arguments.report)
-    read = _files(arguments, tasks.task_of(models.find(arguments.model)).modality)
+    read = files_of(arguments, tasks.task_of(models.find(arguments.model)).modality)
     every = ["all"] if arguments.all else []
     rows = lanes.rows_for(
-        _names(arguments.devices) or (["all"] if arguments.all else []),
-        [*_names(arguments.linear), *every],
-        [*_names(arguments.compiled), *every],
+        names_of(arguments.devices, "--devices") or (["all"] if arguments.all else []),
+        [*names_of(arguments.linear, "--linear"), *every],
+        [*names_of(arguments.compiled, "--compiled"), *every],
     )
     if (arguments.keep or arguments.digital) and not any(row.scope is lanes.Scope.LINEAR for row in rows):
         option = "--keep" if arguments.keep else "--digital"
         raise HalError(f"{option} is about linear layers, and none run on a device: add --linear and a device")
     if arguments.keep and arguments.digital:
         raise HalError("--digital and --keep were given: name the digital layers, or have them looked for")
+    optional = device_options.set_options(rows, arguments.option)
     model = models.load(arguments.model, arguments.dtype)
-    lanes.keep_digital(model.network, rows, _names(arguments.digital))
+    named = names_of(arguments.layer, "--layer")
+    by_layer = layers.chosen(model.network, named) if arguments.layers or named else []
+    lanes.keep_digital(model.network, rows, names_of(arguments.digital, "--digital"))
     chosen = []
     if arguments.keep:
         chosen = digital.search(model, read, rows, arguments)
@@ -173,19 +235,27 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         budget=arguments.budget,
         progress=arguments.progress,
     )
-    data, text = comparison.to_dict(), tables.refused(comparison)
+    if by_layer:
+        tokens = measure.batches_of(model, read, arguments.batch, arguments.max_length)
+        comparison = layers.with_layers(comparison, model, rows, tokens, by_layer, arguments.progress)
+    if arguments.assume_power is not None:
+        comparison = assumed.with_assumed_power(comparison, arguments.assume_power)
+    data, text = comparison.to_dict(), [*tables.refused(comparison), *optional]
+    data["options"] = {row.name: row.options for row in rows if row.options}
     data["digital"] = {row.name: sorted(row.digital) for row in rows if row.digital}
-    text += [one.sentence for one in chosen]
+    text += digital.sentences(model.network, rows, chosen)
     if arguments.report is not None:
-        report.write(comparison, arguments.report)
-        data["report"] = str(arguments.report)
-        text.append(f"report: {os.path.relpath(arguments.report)}")
+        written = report.write(comparison, arguments.report, data, timelines.timelines(comparison))
+        data["report"], data["beside"] = str(written[0]), [str(path) for path in written[1:]]
+        beside = ", ".join(path.name for path in written[1:])
+        text.append(f"report: {os.path.relpath(written[0])} (beside it: {beside})")
     shown = [tables.summary(comparison), *(tables.details(comparison) if arguments.details else [])]
+    shown += layers_report.tables(comparison)
     ran = any(row.ran for row in comparison.rows if not row.baseline)
     return CommandResult(data, shown, text, 0 if ran else 1)
 
 
-def _files(arguments: argparse.Namespace, modality: str) -> Any:
+def files_of(arguments: argparse.Namespace, modality: str) -> Any:
     """The files of the option that the model reads."""
     from . import media, texts
 
@@ -202,8 +272,16 @@ def _files(arguments: argparse.Namespace, modality: str) -> Any:
     return texts.read(given["text"])
 
 
-def _names(listed: Sequence[str]) -> list[str]:
-    return [name for words in listed for name in words.split(",") if name]
+def names_of(listed: Sequence[str], option: str) -> list[str]:
+    """The names that an option lists.
+
+    Raises:
+        HalError: the option was given, and names nothing.
+    """
+    names = [name.strip() for words in listed for name in words.split(",") if name.strip()]
+    if listed and not names:
+        raise HalError(f"{option} {listed[0]!r} was given, which names nothing: give names divided by commas")
+    return names
 
 
 def command_line() -> str:

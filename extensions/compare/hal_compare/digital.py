@@ -58,6 +58,21 @@ def search(
     return chosen
 
 
+def sentences(network: nn.Module, rows: Sequence[Lane], chosen: Sequence[Chosen]) -> list[str]:
+    """What stays digital in each row of linear layers: the set that was found for it, or the layers that were named."""
+    found, names = {one.name: one.sentence for one in chosen}, linear_names(network)
+    for row in rows:
+        if row.digital and row.name not in found:
+            listed = [name for name in names if name in row.digital]
+            found[row.name] = (
+                f"{row.name}: {len(listed)} of {len(names)} linear layers stay digital: {', '.join(listed)}"
+            )
+            if len(listed) == len(names):
+                what = f"all {len(names)} linear layers stay digital, so only attention runs on the device"
+                found[row.name] = f"{row.name}: {what}, as in the row without linear layers"
+    return list(found.values())
+
+
 class _Judge:
     """Runs the model on all texts with any set of digital layers, against the float64 run."""
 
@@ -76,7 +91,7 @@ class _Judge:
 
     def search(self, row: Lane, wanted: float) -> DigitalSet:
         names = linear_names(self._model.network)
-        lane = Lane(row.name, row.device, row.place, scope=row.scope)
+        lane = Lane(row.name, row.device, row.place, scope=row.scope, options=row.options)
         make_networks(self._model.network, [lane])
         if lane.refusals:
             raise HalError(lane.refusals[0])

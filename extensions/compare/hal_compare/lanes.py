@@ -5,7 +5,8 @@ network.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -50,7 +51,7 @@ class Lane:
             order.
         noisy: whether the device's errors are random. refused_batches: how many. slow: whether it is over its budget.
         tallies: accuracy by repeat.
-        digital: names of linear layers that stay off the device in a lane of linear layers.
+        digital: names of linear layers that stay off the device in a lane of linear layers. options: of the device.
         walls, inside: seconds of the whole and of the device's part by group, a value a repeat. macs, calls: by group.
         records: the meter's, by group. dtype: of the run.
     """
@@ -62,6 +63,7 @@ class Lane:
     scope: Scope = Scope.ATTENTION
     network: Any = None
     digital: frozenset[str] = frozenset()
+    options: dict[str, Any] = attrs.field(factory=dict)
     refusals: list[str] = attrs.field(factory=list)
     noisy: bool = False
     refused_batches: int = 0
@@ -80,8 +82,12 @@ class Lane:
         return self.slow and self.scope is not Scope.COMPILED
 
     def forward(self, batch: Batch) -> Any:
-        """The network on a batch."""
-        return self.network(**batch.inputs(self.place, self.dtype), output_hidden_states=True)
+        """The network on a batch, with the device's options."""
+        inputs = batch.inputs(self.place, self.dtype)
+        if not self.options:
+            return self.network(**inputs, output_hidden_states=True)
+        with hal.use(options=self.options):
+            return self.network(**inputs, output_hidden_states=True)
 
 
 def rows_for(names: Sequence[str], linear: Sequence[str] = (), compiled: Sequence[str] = ()) -> list[Lane]:
@@ -185,18 +191,25 @@ class LinearOnDevice(nn.Module):
         digital: whether it runs on torch instead. macs: multiply-accumulates of all its calls.
     """
 
-    def __init__(self, layer: nn.Linear, device: str) -> None:
+    def __init__(self, layer: nn.Linear, device: str, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.weight, self.bias, self._linear = layer.weight, layer.bias, hal.kernel("linear", backend=device)
         self.digital, self.macs = False, 0
+        self._options = {name: value for name, value in (options or {}).items() if _takes(self._linear, name)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.macs += x.numel() * self.weight.shape[0]
         if self.digital:
             return nn.functional.linear(x, self.weight, self.bias)
         with attention_clock.inside(x.numel() * self.weight.shape[0]):
-            result: torch.Tensor = self._linear(x, self.weight, self.bias)
+            result: torch.Tensor = self._linear(x, self.weight, self.bias, **self._options)
         return result
+
+
+def _takes(kernel: Any, option: str) -> bool:
+    """Whether calls of a kernel take an option: it is a parameter of the function, or of a metered kernel's `run`."""
+    parameters = inspect.signature(getattr(kernel, "run", kernel)).parameters
+    return option in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def make_networks(network: Any, lanes: Sequence[Lane]) -> None:
@@ -227,7 +240,7 @@ def _network_of(lane: Lane, network: Any) -> Any:
     if lane.device is not None:
         huggingface.set_device(own, lane.device.id)
     if lane.device is not None and lane.scope is Scope.LINEAR:
-        put_linear_layers(own, lane.device.id, lane.digital)
+        put_linear_layers(own, lane.device.id, lane.digital, lane.options)
     return own
 
 
@@ -236,14 +249,20 @@ def linear_names(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
 
 
-def put_linear_layers(network: nn.Module, device: str, digital: frozenset[str] = frozenset()) -> None:
-    """Replace the model's linear layers by ones on a device, in place, apart from the digital ones."""
+def put_linear_layers(
+    network: nn.Module, device: str, digital: frozenset[str] = frozenset(), options: Mapping[str, Any] | None = None
+) -> None:
+    """Replace the model's linear layers by ones on a device, in place, apart from the digital ones.
+
+    Args:
+        options: of the device; its kernel is given those that it has.
+    """
     for name in linear_names(network):
         if name not in digital:
             parent, _, last = name.rpartition(".")
             layer = network.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            setattr(network.get_submodule(parent), last, LinearOnDevice(layer, device))
+            setattr(network.get_submodule(parent), last, LinearOnDevice(layer, device, options))
 
 
 def keep_digital(network: nn.Module, lanes: Sequence[Lane], wanted: Sequence[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
+import statistics
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -15,7 +17,6 @@ from typing import Any
 
 import attrs
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import hal_core as hal
 from hal_core import Basis, Decision, Fidelity, HalError, Provenance, UnsupportedError
@@ -25,7 +26,8 @@ from .attention_clock import Clock, clocked
 from .batches import Batch, Tokens, tokenize
 from .lanes import Lane, Scope, is_noisy, make_networks
 from .metrics import Outputs, Tally, read_outputs
-from .models import Float64Throughout, Model, in_float64
+from .models import Model
+from .reference_runs import ReferenceRuns
 from .result import Accuracy, Comparison, Costs, Figure, Group, Row
 from .texts import TextFile
 
@@ -41,6 +43,7 @@ def compare(
     command: str,
     budget: float = math.inf,
     progress: Callable[[str, float], None] = lambda text, share: None,
+    reference_runs: ReferenceRuns | None = None,
 ) -> Comparison:
     """Run the model on the text once per lane and repeat, in turn, and gather what came out.
 
@@ -49,25 +52,29 @@ def compare(
     machine reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would
     take longer than `budget` seconds, judged by its first warm-up, is timed in the metered pass of the other batches
     (but for a compiled model, which compiles and plans for new lengths there), and once alone unless its device is
-    noisy: every noisy device has `repeats` draws, however fast the host is.
+    noisy: every noisy device has `repeats` draws, however fast the host is. A lane that is `slow` from the start has no
+    warm-up: its metered pass is the first draw of every batch.
 
     Args:
         repeats: timed passes, and draws of noise. batch_size: texts in a batch. max_length: tokens of a text; None for
             the model's own limit. command: kept in the result. budget: seconds. progress: called with a text and the
             share done.
+        reference_runs: the batches with their float64 runs, where several comparisons share them; `files`, `batch_size`
+            and `max_length` then only describe them.
 
     Raises:
         HalError: the text does not fit the model.
     """
-    tokens = batches_of(model, files, batch_size, max_length)
+    truths = reference_runs or ReferenceRuns(model, batches_of(model, files, batch_size, max_length))
+    tokens = truths.tokens
     texts = len(tokens.lengths)
-    reference_network = in_float64(model.network)
     make_networks(model.network, lanes)
     reference = Tally(texts)
     macs: dict[int, int] = {}
     for lane in lanes:
-        lane.tallies = [Tally(texts) for _ in range(repeats)]
         lane.noisy = lane.device is not None and is_noisy(lane.device, model.dtype)
+        lane.tallies = [Tally(texts) for _ in range(repeats if lane.noisy or not lane.slow else 1)]
+    without_warm_up = [lane.slow for lane in lanes]
     steps = len(tokens.batches) * (1 + len(lanes) * (1 + repeats))
     done = iter(range(steps))
 
@@ -76,7 +83,7 @@ def compare(
 
     for number, batch in enumerate(tokens.batches):
         step("float64 reference")
-        truth, work = _reference(model, reference_network, batch)
+        truth, work = truths.run(number)
         macs[batch.group] = macs.get(batch.group, 0) + work
         reference.add(batch, truth, truth)
         for lane in lanes:
@@ -84,7 +91,8 @@ def compare(
             start = perf_counter()
             torch.manual_seed(number)
             outputs = _metered(model, lane, batch)
-            if number == 0 and _length_of(tokens, batch, perf_counter() - start) * repeats > budget:
+            long = _length_of(tokens, batch, perf_counter() - start) * repeats > budget
+            if number == 0 and long and not lane.slow:
                 lane.slow = True
                 if not lane.noisy:
                     del lane.tallies[1:]
@@ -92,9 +100,10 @@ def compare(
                 lane.tallies[0].add(batch, outputs, truth)
         for repeat in range(repeats):
             turn = (repeat + number) % len(lanes)
-            for lane in lanes[turn:] + lanes[:turn]:
+            order = list(zip(lanes, without_warm_up, strict=True))
+            for lane, cold in order[turn:] + order[:turn]:
                 step(lane.name)
-                timed_before = number > 0 and repeat == 0 and lane.timed_in_metered_pass
+                timed_before = (number > 0 or cold) and repeat == 0 and lane.timed_in_metered_pass
                 if not lane.refusals and not timed_before and repeat < len(lane.tallies):
                     torch.manual_seed(repeat * len(tokens.batches) + number)
                     lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
@@ -114,22 +123,6 @@ def _length_of(tokens: Tokens, batch: Batch, seconds: float) -> float:
     """Seconds of a whole pass, from those of one batch, in proportion to the tokens."""
     cells = [each.mask.numel() for each in tokens.batches]
     return seconds * sum(cells) / max(batch.mask.numel(), 1)
-
-
-def _reference(model: Model, network: Any, batch: Batch) -> tuple[Outputs, int]:
-    """The float64 run of a batch and the multiply-accumulates of its matrix products."""
-    counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter, Float64Throughout():
-            outputs = network(**batch.inputs("cpu", torch.float64), output_hidden_states=True)
-    except Exception as error:  # a model that is not given all that it needs fails in its own way
-        if isinstance(error, HalError) or os.environ.get("HAL_DEBUG") == "1":
-            raise
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise HalError(
-            f"{type(network).__name__} does not run on {model.task.modality} alone ({what}): give one of its parts"
-        ) from error
-    return read_outputs(outputs, batch, model.kind, model.pooling), counter.get_total_flops() // 2
 
 
 def _metered(model: Model, lane: Lane, batch: Batch) -> Outputs | None:
@@ -278,7 +271,7 @@ def _row(lane: Lane, files: Sequence[TextFile], reference: Tally) -> Row:
 
 
 def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
-    basis, provenance, source = _error_origin(lane)
+    basis, provenance, source = error_origin(lane)
 
     def figure(of: Callable[[Tally], float]) -> Figure:
         return Figure.over([of(tally) for tally in lane.tallies], basis, provenance, source)
@@ -288,7 +281,7 @@ def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
         mean=figure(lambda tally: sum(tally.errors.values()) / len(tally.errors)),
         cosine=figure(lambda tally: min(tally.cosines.values())),
         cosine_mean=figure(lambda tally: sum(tally.cosines.values()) / len(tally.cosines)),
-        layers=tuple(lane.tallies[0].layer_means),
+        layers=tuple(map(statistics.median, zip(*(tally.layer_means for tally in lane.tallies), strict=True))),
         agreement=figure(lambda tally: tally.agreement(reference)),
         decisions=reference.decisions,
         perplexity=None if reference.perplexity is None else figure(lambda tally: tally.perplexity or 0.0),
@@ -296,7 +289,7 @@ def _accuracy(lane: Lane, reference: Tally) -> Accuracy:
     )
 
 
-def _error_origin(lane: Lane) -> tuple[Basis, Provenance, str]:
+def error_origin(lane: Lane) -> tuple[Basis, Provenance, str]:
     """A simulated device's error is what its model gives; that of any other was measured on its real values."""
     if lane.device is None or lane.device.fidelity != Fidelity.SIMULATED:
         return Basis.MEASURED, Provenance.MEASURED_SILICON, "compared with the float64 run"
@@ -337,6 +330,12 @@ def _summed(quantities: Sequence[Any]) -> Figure | None:
 
 def versions() -> dict[str, str]:
     """Versions of what had a part in the numbers."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Read once: a process cannot change what is installed under it."""
     named = [
         "hal-core",
         "hal-nn",
@@ -349,7 +348,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed as a distribution"
-    return found
+    return tuple(found.items())
 
 
 def machine() -> dict[str, str]:

@@ -9,7 +9,11 @@ from hal_core.plugin_api import hookimpl
 
 @hookimpl
 def hal_commands(subparsers: Any) -> None:
-    """Add `hal compare`."""
+    """Add `hal compare`, `hal sweep` and `hal sensitivity`."""
     from . import command
+    from .sensitivity import command as sensitivity
+    from .sweep import command as sweep
 
     command.add_parser(subparsers)
+    sweep.add_parser(subparsers)
+    sensitivity.add_parser(subparsers)

@@ -69,7 +69,7 @@ class Accuracy:
         worst, mean: over texts, of ||h - reference|| / ||reference||, h the last hidden states of a text's real tokens.
         cosine, cosine_mean: lowest and mean over texts, between the text's vector and the reference's: the embedding,
             or for a causal model the last token's hidden state.
-        layers: the mean error after the embeddings and after each layer, first repeat.
+        layers: the mean error over texts after the embeddings and after each layer, median over repeats.
         agreement: share of texts with the reference's nearest neighbour, or of positions with its next token.
         decisions: how many texts or positions that is.
         perplexity, reference_perplexity: of the text under a causal model; None for an embedding model.
@@ -111,6 +111,27 @@ class Costs:
 
 
 @attrs.frozen(kw_only=True)
+class Layer:
+    """One layer of the model, or a part of one, as a row ran it.
+
+    Attributes:
+        name: of the module. error: mean over texts of ||x - reference|| / ||reference||, x the layer's output in the
+            row, and so with the errors of all layers before it.
+        time, energy: of what ran on the device in it, in one pass; None where nothing did, and where the device states
+            no energy. time_share, energy_share: of the device's part of the whole model.
+        macs: multiply-accumulates on the device.
+    """
+
+    name: str
+    error: Figure
+    time: Figure | None = None
+    time_share: float | None = None
+    energy: Figure | None = None
+    energy_share: float | None = None
+    macs: int = 0
+
+
+@attrs.frozen(kw_only=True)
 class Row:
     """One device's part of a comparison.
 
@@ -122,7 +143,7 @@ class Row:
         refusals: reasons, as sentences; empty where it ran. refused_batches: how many of the batches it refused.
         repeats: timed runs, and draws of a noisy device's noise; one where more would have taken too long.
         accuracy, costs: None where it was refused.
-        groups: costs by text file.
+        groups: costs by text file. layers: empty where they were not asked for, or cannot be told apart.
     """
 
     name: str
@@ -136,6 +157,7 @@ class Row:
     accuracy: Accuracy | None = None
     costs: Costs | None = None
     groups: dict[str, Costs] = attrs.field(factory=dict)
+    layers: tuple[Layer, ...] = ()
 
     @property
     def ran(self) -> bool:
@@ -169,7 +191,8 @@ class Comparison:
     Attributes:
         command, created: how and when (UTC). versions, machine: what ran it. model: facts of the model.
         groups: the text files. batches, batch_size, repeats: how it was run.
-        rows: the baseline and the devices.
+        rows: the baseline and the devices. assumed_power: watts that the user assumed for rows without a meter; None
+            where no energy is assumed.
     """
 
     command: str
@@ -182,6 +205,7 @@ class Comparison:
     batch_size: int
     repeats: int
     rows: tuple[Row, ...]
+    assumed_power: float | None = None
 
     @property
     def macs(self) -> int:

@@ -28,6 +28,7 @@ _NAMES = {
     "attention_modules": "FlashAttention3 HybridFlashAttention PhotonicAttention PhotonicFlashAttention",
     "benchmark": "benchmark_attention_performance",
     "conversion": "ConversionReport LayerReport convert convert_to_photonic is_converted revert",
+    "disturbance": "LayerSensitivity layer_sensitivity sensitive_layers",
     "framework": "create_attention register_attention unregister_attention",
     "global_config": "GlobalConfig",
     "hardware": "HardwareAbstractionLayer UnifiedMemoryManager detect_available_devices",

@@ -1,7 +1,7 @@
 """Which layers of a model a device's errors hurt most, and the cheapest set of layers to keep off it.
 
 The search knows neither the device nor the model: it is given the layers with their work, and functions that judge the
-model while a set of them is digital.
+model while a set of them is digital. `disturbance` has the effect of noise and of fewer bits, without a device.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ class DigitalSet:
         return 1 - self.digital_share
 
 
-def match_layers(names: Sequence[str], wanted: Iterable[str]) -> frozenset[str]:
+def match_layers(names: Sequence[str], wanted: Iterable[str], what: str = "layer") -> frozenset[str]:
     """The layers that names, or patterns such as "encoder.*", mean.
+
+    Args:
+        what: the names are of, for messages.
 
     Raises:
         ContractError: one that means none, with the closest names.
@@ -52,7 +55,7 @@ def match_layers(names: Sequence[str], wanted: Iterable[str]) -> frozenset[str]:
         if not hits:
             close = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:3])
             raise ContractError(
-                f"layer {pattern!r} was given: there is none of that name; the closest are {', '.join(close)}"
+                f"{what} {pattern!r} was given: there is none of that name; the closest are {', '.join(close)}"
             )
         found.update(hits)
     return frozenset(found)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         worst as worst,
     )
     from .quantity import RELATIVE_UNCERTAINTY as RELATIVE_UNCERTAINTY, modelled as modelled
+    from .uncertainty import Variation as Variation, variations as variations
 
 _WHERE = {
     "metering": ("MeteredKernel",),
     "products": ("ProductSize", "linear_size", "matmul_size"),
     "profile": ("Figure", "Kind", "Profile", "ProfileError", "Schema", "worst"),
     "quantity": ("RELATIVE_UNCERTAINTY", "modelled"),
+    "uncertainty": ("Variation", "variations"),
 }
 
 

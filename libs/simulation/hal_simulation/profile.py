@@ -7,7 +7,8 @@
     [array]
     rows = { value = 32, unit = "count", provenance = "paper-projection", source = "data sheet" }
 
-A plugin subclasses `Profile`, lists the figures in `SCHEMA`, and adds what no single figure can show in `check`.
+A figure may state its uncertainty, relative to its value: `uncertainty = 0.1`. A plugin subclasses `Profile`, lists the
+figures in `SCHEMA`, and adds what no single figure can show in `check`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hal_core.plugin_api import Provenance, listing
 
 from .toml_file import ProfileError as ProfileError, parse_text, read_text
 
-_PARTS = ("value", "unit", "provenance", "source")
+_PARTS = ("value", "unit", "provenance", "source", "uncertainty")
 #: What a figure that the file leaves out has as its source.
 LEFT_OUT = "left out of the profile"
 
@@ -56,12 +57,13 @@ Schema = Mapping[str, Mapping[str, Kind]]
 
 @attrs.frozen
 class Figure:
-    """One number of a profile with where it comes from."""
+    """One number of a profile with where it comes from, and its relative uncertainty where that is stated."""
 
     value: float
     unit: str
     provenance: Provenance
     source: str
+    uncertainty: float | None = None
 
 
 def worst(provenances: Iterable[Provenance]) -> Provenance:
@@ -263,7 +265,12 @@ def _figure(
     source = given.get("source")
     if not isinstance(source, str) or not source:
         raise ProfileError(f"{where}: {name}.source: missing: say where the figure is from, or name a key of [sources]")
-    return Figure(value, kind.unit, provenances[origin], sources.get(source, source))
+    spread = given.get("uncertainty")
+    if spread is not None and (isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread <= 1):
+        wanted = "use a number from 0 to 1, relative to the value, or leave it out"
+        raise ProfileError(f"{where}: {name}.uncertainty: {shown(spread)} was given: {wanted}")
+    stated = None if spread is None else float(spread)
+    return Figure(value, kind.unit, provenances[origin], sources.get(source, source), stated)
 
 
 def _checked_value(where: str, name: str, kind: Kind, value: Any) -> float:

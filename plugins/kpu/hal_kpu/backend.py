@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import attrs
+from hal_simulation import Variation, variations
+
 from hal_core.plugin_api import (
     AttentionRequest,
     Capabilities,
@@ -23,7 +26,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, attention_memory
-from .profiles.profile import Profile
+from .profiles.profile import Profile, ProfileError, load, names
 from .runtime.settings import get_profile
 from .tiling import Blocks, longest_head, room
 
@@ -48,6 +51,7 @@ _FEATURES = frozenset(
         "mask_grad",
         "lse_grad",
         "deterministic",
+        "block_plan",
     }
 )
 
@@ -76,10 +80,26 @@ class KPUDevices:
     """
 
     def __init__(self, profile: Profile | None = None) -> None:
-        self.profile = profile or get_profile()
+        self._profile = profile
+        self._wrong = ""
+
+    @property
+    def profile(self) -> Profile:
+        """The machine of kpu:0: of the process when it was first asked for.
+
+        Raises:
+            ProfileError: HAL_KPU_PROFILE names no profile, or one that cannot be used.
+        """
+        self._profile = self._profile or get_profile()
+        return self._profile
 
     def devices(self) -> Sequence[Device]:
-        p = self.profile
+        """kpu:0; none where HAL_KPU_PROFILE names no machine, which `why_absent` then says."""
+        try:
+            p = self.profile
+        except ProfileError as error:
+            self._wrong = str(error)
+            return []
         return [
             Device(
                 id="kpu:0",
@@ -87,13 +107,18 @@ class KPUDevices:
                 vendor=p.vendor,
                 model=p.name.upper(),
                 fidelity=Fidelity.SIMULATED,
-                driver=f"simulated from profile {p.name}",
+                driver=" ".join(["simulated from profile", p.name, *([] if p.name in names() else [p.digest])]),
                 memory=host_memory(),
                 features=(f"figures at worst {p.provenance()}", "energy not calibrated", "torch.compile kpu"),
             )
         ]
 
+    def why_absent(self) -> str:
+        """What is wrong with the profile: nothing else keeps a simulated device away."""
+        return self._wrong
+
     def capabilities(self, device: Device) -> Capabilities:
+        blocks = Range(min(min(self.profile.arrays(dtype)[:2]) for dtype in _NUMERICS))
         return Capabilities(
             dtypes=frozenset(_NUMERICS),
             numerics=_NUMERICS,
@@ -103,7 +128,8 @@ class KPUDevices:
             batch=Range(0),
             length=Range(0),
             head_dim=Range(1, max(longest_head(self.profile, dtype) for dtype in _NUMERICS)),
-            tile_sizes=Range(min(min(self.profile.arrays(dtype)[:2]) for dtype in _NUMERICS)),
+            tile_sizes=blocks,
+            block_sizes=blocks,
             options=OPTIONS,
         )
 
@@ -134,3 +160,52 @@ class KPUDevices:
     def kernel_names(self, device: Device) -> frozenset[str]:
         """The kernels beside attention."""
         return frozenset({"matmul", "linear"})
+
+    def variations(self, device: Device, default: float | None = None) -> list[Variation]:
+        """The figures of the machine with their uncertainties; see `hal_simulation.variations`."""
+        return variations(self.profile, default)
+
+    def varied(self, device: Device, name: str, **figures: float) -> KPUDevices:
+        """A backend of one device, `<name>:0`: the machine with some figures changed.
+
+        Args:
+            figures: by "section__key", in the figure's unit.
+
+        Raises:
+            ProfileError: no such figure, or a value that is not possible.
+        """
+        return _KPUBeside(self.profile.replace(**figures), name)
+
+    def profile_names(self) -> Sequence[str]:
+        """The bundled machines, whichever of them kpu:0 is."""
+        return names()
+
+    def at_profile(self, profile: str, name: str) -> KPUDevices:
+        """A backend of another machine, `<name>:0`.
+
+        Args:
+            profile: a bundled name, or the path of a TOML file.
+
+        Raises:
+            ProfileError: no such profile, or the first thing that is wrong in it.
+        """
+        return _KPUBeside(load(profile), name)
+
+
+class _KPUBeside(KPUDevices):
+    """A machine beside that of kpu:0. torch.compile's backends and their meter are kpu:0's, so it has none."""
+
+    def __init__(self, profile: Profile, name: str) -> None:
+        super().__init__(profile)
+        self._name = name
+
+    def devices(self) -> Sequence[Device]:
+        """`<name>:0`, simulated."""
+        return [
+            attrs.evolve(
+                device,
+                id=f"{self._name}:0",
+                features=tuple(feature for feature in device.features if not feature.startswith("torch.compile")),
+            )
+            for device in super().devices()
+        ]

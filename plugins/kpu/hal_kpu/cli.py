@@ -6,6 +6,7 @@ Commands return data; whoever called them prints it. What is heavy is imported w
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ _SHAPE = "1,8,512,64"
 _DTYPES = ("float32", "bfloat16", "float16")
 _PRODUCTS = ("float32", "float16", "int8", "int32")
 _FIDELITIES = ("transactional", "cycle_accurate")
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -144,6 +146,7 @@ def _profile(options: argparse.Namespace) -> CommandResult:
 def _gemm(options: argparse.Namespace) -> CommandResult:
     from .simulator.report import report
 
+    _check_plot(options.plot)
     title, stats, profile = _product(options, options.M, options.N, options.K)
     made = report(title, stats, profile)
     return CommandResult(made.to_dict(), made.tables(), _drawn(options, made))
@@ -182,6 +185,7 @@ def _attention(options: argparse.Namespace) -> CommandResult:
     from .simulator.energy import energy
     from .simulator.report import report
 
+    _check_plot(options.plot)
     profile, request = current_profile(options.profile), _request(options)
     options.progress("fused and unfused", 0.0)
     found = compare(profile, request, options.fidelity)
@@ -278,14 +282,23 @@ def _report(options: argparse.Namespace) -> CommandResult:
     return CommandResult(data, [Table(title, ["", "on the KPU", "of all", "share"], found.rows(), notes)])
 
 
+def _check_plot(path: Path | None) -> None:
+    """Raise HalError where a picture could not be written, before anything is simulated."""
+    if path is None:
+        return
+    if path.suffix.lower() not in _PICTURES:
+        raise HalError(f"--plot {path} was given: choose a name that ends in .png, .svg or .pdf")
+    if path.is_dir():
+        raise HalError(f"--plot {path} was given: it is a folder, choose a file name in it")
+    if not path.parent.is_dir():
+        raise HalError(f"--plot {path} was given: {path.parent} is no folder, make it or choose another")
+    if not os.access(path.parent, os.W_OK):
+        raise HalError(f"--plot {path} was given: nothing can be written to {path.parent}, choose another folder")
+
+
 def _drawn(options: argparse.Namespace, made: Report) -> list[str]:
     """Draw the report where `--plot` asks for it: the sentence that says so."""
     if options.plot is None:
         return []
-    try:
-        made.draw(options.plot)
-    except ValueError as error:
-        raise HalError(
-            f"{options.plot} cannot be drawn ({error}): choose a name that ends in .png, .svg or .pdf"
-        ) from None
+    made.draw(options.plot)
     return [f"plot: {options.plot}"]

@@ -6,6 +6,7 @@ driver, the transfer to the KPU's DRAM) is neither modelled nor counted; nor are
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import attrs
@@ -15,6 +16,7 @@ from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, Estimate, pooled_
 
 from .profiles.profile import Profile
 from .simulator.attention.baseline import run
+from .simulator.attention.block_plans import Reads, fullest, planned_rounds, sampled, table_bytes
 from .simulator.attention.program import fused
 from .simulator.attention.workspace import backward_bytes, workspace_size
 from .simulator.energy import Energy, energy
@@ -22,7 +24,7 @@ from .simulator.opcodes.work import Work
 from .simulator.products.lowering import lower
 from .simulator.stats import ExecutionStats, new_stats
 from .simulator.transactional import run_transactional
-from .tiling import filled_up, machine_of, shortened, steps_of
+from .tiling import Round, filled_up, machine_of, shortened, steps_of, without_values
 
 #: What an estimate simulates at fidelity "cycle_accurate", which steps every DRAM page; see `tiling.LONGEST`.
 LONGEST_EXACT = 24
@@ -68,12 +70,18 @@ class Cost:
         )
 
 
-def attention_cost(profile: Profile, request: AttentionRequest) -> Cost:
+def attention_cost(profile: Profile, request: AttentionRequest, reads: Reads | None = None) -> Cost:
     """The cost of one fused attention call, forward, on the machine that the request's options describe.
 
     Cheap: one simulation serves all requests that are cut into equal tiles.
+
+    Args:
+        reads: the key blocks that a request with a block plan reads; None: as many as its plan may list.
     """
     machine, fidelity = machine_of(profile, request), fidelity_of(request)
+    if request.block_plan is not None:
+        rounds, scale = sampled(planned_rounds(machine, request, fullest(request) if reads is None else reads))
+        return attrs.evolve(_planned_cost(machine, _timed(request), rounds, fidelity), scale=scale)
     work = filled_up(machine, request)
     short = shortened(machine, work, None if fidelity == "transactional" else LONGEST_EXACT)
     found = _attention_cost(machine, short, fidelity)
@@ -94,6 +102,22 @@ def _attention_cost(profile: Profile, request: AttentionRequest, fidelity: str) 
     return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
 
 
+@lru_cache(maxsize=256)
+def _planned_cost(
+    profile: Profile, request: AttentionRequest, rounds: tuple[tuple[Round, int], ...], fidelity: str
+) -> Cost:
+    stats = new_stats(profile, fidelity)
+    stats.add(run(fused(profile, request, rounds), profile, fidelity))
+    return Cost(stats=_slim(stats), energy=energy(stats, profile), profile=profile)
+
+
+def _timed(request: AttentionRequest) -> AttentionRequest:
+    """A request with a block plan, cut by its blocks, and without what does not change its time."""
+    assert request.block_plan is not None
+    tiling = ("", *request.block_plan[:2])
+    return replace(without_values(request), tiling=tiling, block_plan=None)
+
+
 def attention_memory(profile: Profile, request: AttentionRequest) -> int:
     """Bytes that a call allocates on the host at its peak: output, log-sum-exp and the workspace of the simulation.
 
@@ -102,6 +126,7 @@ def attention_memory(profile: Profile, request: AttentionRequest) -> int:
     r, block_k = request, steps_of(machine_of(profile, request), request)[1]
     rows = r.batch * r.heads_q * r.len_q
     forward = rows * (r.dim_v * DTYPE_BYTES[r.dtype] + 4) + pooled_size(4 * workspace_size(r, block_k))
+    forward += table_bytes(r)
     return forward + (backward_bytes(r, block_k) if r.grads else 0)
 
 

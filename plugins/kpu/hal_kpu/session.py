@@ -4,7 +4,8 @@ them.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -28,9 +29,12 @@ from hal_core.plugin_api import (
 from .cost import Cost, attention_cost, attention_memory, fidelity_of, product_cost
 from .kernels.extra import KERNELS, ProductKernel
 from .profiles.profile import Profile
-from .simulator.attention.baseline import Comparison, compare
+from .simulator.attention.baseline import Comparison, compare, run
+from .simulator.attention.block_plans import buffer_size, listed, reads_of
+from .simulator.attention.program import fused
 from .simulator.attention.values import Operands, backward, described, forward
 from .simulator.attention.workspace import workspace_size
+from .simulator.trace import chrome_trace
 from .simulator.values import array_values
 from .tiling import Blocks, KPUTiling, cut_into
 
@@ -41,6 +45,7 @@ class Prepared(NamedTuple):
     Attributes:
         request: with the exact lengths. plan: equal blocks. block_k: keys in a tile of scores: those of the plan, or of
             equal pieces of them where L2 does not hold a whole block.
+        blocks: which of them a sparse call reads; None for all.
     """
 
     query: Tensor
@@ -49,6 +54,7 @@ class Prepared(NamedTuple):
     request: AttentionRequest
     plan: TilePlan
     block_k: int
+    blocks: BlockPlan | None = None
 
     def operands(self, mask: Tensor | None, query: Tensor | None = None) -> Operands:
         """The tensors of the call with its mask, and other queries where some are given."""
@@ -91,19 +97,22 @@ class KPUSession(SessionBase):
 
         Args:
             tile_size: rows and keys of square blocks; None for the machine's own cut.
-            plan: a tiling's plan of equal blocks, which takes precedence.
+            plan: a tiling's plan of equal blocks, or a block plan, which takes precedence.
 
         Raises:
             UnsupportedError: a plan of uneven ranges.
         """
-        if plan is None and tile_size is not None:
+        blocks = plan if isinstance(plan, BlockPlan) else None
+        if blocks is not None:
+            plan = TilePlan.equal(request, blocks.block_q, blocks.block_k, cut_by=self.device.family)
+        elif plan is None and tile_size is not None:
             plan = TilePlan.equal(request, tile_size, tile_size, cut_by=self.device.family)
         elif plan is None:
             plan = self.tiling.plan(request, {})
         if not isinstance(plan, TilePlan) or not plan.block_q:
-            raise UnsupportedError(f"{self.device.id} was given {plan}: it runs equal blocks of a tiling alone")
+            raise UnsupportedError(f"{self.device.id} was given {plan}: it runs equal blocks, all or listed ones")
         cut = cut_into(self.profile, request, plan.block_q, plan.block_k)
-        return Prepared(query, key, value, request, plan, cut.block_k)
+        return Prepared(query, key, value, request, plan, cut.block_k, blocks)
 
     def compute_attention(
         self,
@@ -117,9 +126,14 @@ class KPUSession(SessionBase):
         """Attention tile by tile; see `simulator.attention.values.forward`. `rng` is not used: nothing is random."""
         call = prepared.operands(mask, query)
         size = workspace_size(described(call), prepared.block_k)
-        with torch.no_grad(), self._products(prepared.request), self.scratch((size,), "float32") as workspace:
+        with (
+            torch.no_grad(),
+            self._products(prepared.request),
+            self._listed(prepared, call) as call,
+            self.scratch((size,), "float32") as workspace,
+        ):
             result = forward(call, prepared.block_k, workspace)
-            del workspace  # the pool takes back only what nobody refers to
+            del workspace, call  # the pool takes back only what nobody refers to
         lse = result.lse if prepared.request.lse else None
         return AttentionOutput(result.out if out is None else out.copy_(result.out), lse)
 
@@ -135,18 +149,33 @@ class KPUSession(SessionBase):
         rng: tuple[int, int] | None = None,
     ) -> Grads:
         """Gradients from a given (out, lse); see `simulator.attention.values.backward`."""
-        with torch.no_grad(), self._products(prepared.request):
-            return backward(prepared.operands(mask), prepared.block_k, out, lse, grad_out, grad_lse)
+        given = prepared.operands(mask)
+        with torch.no_grad(), self._products(prepared.request), self._listed(prepared, given) as call:
+            grads = backward(call, prepared.block_k, out, lse, grad_out, grad_lse)
+            del call
+            return grads
 
     def cost(self, prepared: Prepared) -> Estimate:
-        """What the prepared call costs: its own program, at the clock and fidelity of the request's options."""
-        plan = prepared.plan
+        """What the prepared call costs: its own program, at the clock and fidelity of the request's options. Of a block
+        plan the tiles that it lists.
+        """
+        plan, blocks = prepared.plan, prepared.blocks
         request = replace(prepared.request, tiling=("", plan.block_q, plan.block_k))
-        return attention_cost(self.profile, request).estimate(memory=attention_memory(self.profile, request))
+        reads = None if blocks is None else reads_of(blocks, request)
+        return attention_cost(self.profile, request, reads).estimate(memory=attention_memory(self.profile, request))
 
     def compare(self, request: AttentionRequest) -> Comparison:
         """Both cycle counts of a call: fused on the chip, and with scores that go through DRAM."""
         return compare(self.profile, request)
+
+    def trace(self, request: AttentionRequest) -> dict[str, Any]:
+        """The timeline of a call, fused on the chip, as Chrome trace JSON, which Perfetto opens.
+
+        Raises:
+            ContractError: it has more spans than a browser opens with ease.
+        """
+        timeline = run(fused(self.profile, request), self.profile, "transactional").timeline
+        return chrome_trace([(f"attention, {request.describe()}", timeline)], self.profile)
 
     def product_cost(self, batch: int, rows: int, outputs: int, length: int, dtype: str) -> Cost:
         """What `batch` products [rows, length] @ [length, outputs] cost."""
@@ -157,6 +186,17 @@ class KPUSession(SessionBase):
         if name not in KERNELS:
             raise UnsupportedError(f"{self.device.id} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
         return KERNELS[name](self.device, self.profile)
+
+    @contextmanager
+    def _listed(self, prepared: Prepared, call: Operands) -> Iterator[Operands]:
+        """The call with the table of its block plan, in memory of the pool."""
+        if prepared.blocks is None:
+            yield call
+            return
+        len_k = call.key.shape[2]
+        with self.scratch((2 * buffer_size(prepared.blocks, len_k),), "float32") as buffer:
+            yield call._replace(listed=listed(prepared.blocks, len_k, buffer.view(torch.int64)))
+            del buffer
 
     def _products(self, request: AttentionRequest) -> AbstractContextManager[Any]:
         """Where matrix products take their values: at fidelity "cycle_accurate" from the PEs, stepped one by one."""

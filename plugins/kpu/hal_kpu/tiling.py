@@ -8,7 +8,7 @@ DRAM once for all of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -184,6 +184,9 @@ def _smaller(block: int, piece: int) -> int:
 
 def steps_of(profile: Profile, request: AttentionRequest) -> tuple[int, int]:
     """(rows of a block that lengths are filled up to, keys of a tile) of a request's cut."""
+    if request.block_plan is not None:
+        block_q, block_k, _ = request.block_plan
+        return block_q, cut_into(profile, request, block_q, block_k).block_k
     if request.tiling is None:
         blocks = Blocks.of(profile, request.dtype)
         return blocks.rows, blocks.keys
@@ -195,15 +198,22 @@ def filled_up(profile: Profile, request: AttentionRequest) -> AttentionRequest:
     """The request with lengths filled up to whole tiles, and without what does not change its time."""
     r, (rows, keys) = request, steps_of(profile, request)
     return replace(
-        r,
+        without_values(r),
         len_q=-(-r.len_q // rows) * rows,
         len_k=-(-r.len_k // keys) * keys,
+        tiling=None if r.tiling is None else ("", *r.tiling[1:]),
+    )
+
+
+def without_values(request: AttentionRequest) -> AttentionRequest:
+    """The request without what changes its values alone, and not its time."""
+    return replace(
+        request,
         mask_batch=1,
         mask_heads=1,
-        tiling=None if r.tiling is None else ("", *r.tiling[1:]),
         options=(),
         scale=None,
-        softcap=None if r.softcap is None else 1.0,
+        softcap=None if request.softcap is None else 1.0,
         grads=frozenset(),
         lse=False,
         grad_lse=False,
@@ -308,15 +318,28 @@ class Round(NamedTuple):
     Attributes:
         rows: of a block. active: arrays that have work. heads: key heads among them: arrays of one head share what it
             loads.
-        seen: for each tile of keys that the block sees, how many of its tiles of rows see it. first: the first such
-            tile.
+        seen: for each tile of keys that the block sees, how many of its tiles of rows see it. at: the number of each
+            such tile.
     """
 
     rows: int
     active: int
     heads: int
     seen: tuple[int, ...]
-    first: int
+    at: Sequence[int]
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """(first tile, tiles of rows that see it, how many tiles) of neighbouring tiles that as many rows see."""
+        first = count = rows = 0
+        for tile, seen in zip(self.at, self.seen, strict=True):
+            if count and (tile, seen) == (first + count, rows):
+                count += 1
+                continue
+            if count:
+                yield first, rows, count
+            first, rows, count = tile, seen, 1
+        if count:
+            yield first, rows, count
 
 
 def rounds(profile: Profile, request: AttentionRequest) -> list[tuple[Round, int]]:
@@ -336,21 +359,30 @@ def _rounds(r: AttentionRequest, cut: Cut) -> list[tuple[Round, int]]:
 
 
 def _block(request: AttentionRequest, cut: Cut, start: int, stop: int) -> Round:
-    """One query block: which tiles of keys its tiles of rows see."""
+    """One query block of a dense call: which tiles of keys its tiles of rows see."""
+    len_k, size = request.len_k, cut.block_k
+    tiles = -(-len_k // size)
+    if request.band(request.len_q, len_k) == (None, None):
+        return Round(stop - start, 0, 0, (-(-(stop - start) // cut.blocks.rows),) * tiles, range(tiles))
+    listed = [(tile, tile * size, min((tile + 1) * size, len_k)) for tile in range(tiles)]
+    return block_of(request, cut, start, stop, listed)
+
+
+def block_of(
+    request: AttentionRequest, cut: Cut, start: int, stop: int, tiles: Sequence[tuple[int, int, int]]
+) -> Round:
+    """Query rows start to stop against tiles of keys, each (number, first key, last key + 1): those that causal and
+    window leave, with how many tiles of rows see them.
+    """
     (low, high), rows = request.band(request.len_q, request.len_k), cut.blocks.rows
-    tiles = -(-request.len_k // cut.block_k)
-    if low is None and high is None:
-        return Round(stop - start, 0, 0, (-(-(stop - start) // rows),) * tiles, 0)
-    seen, first = [], None
-    for tile in range(tiles):
-        keys = tile * cut.block_k, min((tile + 1) * cut.block_k, request.len_k)
-        top = start if high is None else max(start, keys[0] - high)
-        bottom = stop if low is None else min(stop, keys[1] - low)
-        if top >= bottom:
-            continue
-        first = tile if first is None else first
-        seen.append(-(-(bottom - start) // rows) - (top - start) // rows)
-    return Round(stop - start, 0, 0, tuple(seen), first or 0)
+    seen, at = [], []
+    for tile, first, last in tiles:
+        top = start if high is None else max(start, first - high)
+        bottom = stop if low is None else min(stop, last - low)
+        if top < bottom:
+            seen.append(-(-(bottom - start) // rows) - (top - start) // rows)
+            at.append(tile)
+    return Round(stop - start, 0, 0, tuple(seen), tuple(at))
 
 
 def softmax_passes(request: AttentionRequest) -> int:

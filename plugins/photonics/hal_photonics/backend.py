@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import attrs
+from hal_simulation import Variation, variations
 
 from hal_core.plugin_api import (
     AttentionRequest,
@@ -31,7 +32,7 @@ from hal_core.plugin_api import (
 )
 
 from .cost import attention_cost, call_memory, passes_of
-from .discovery import BUNDLED as BUNDLED, cards, profiles
+from .discovery import BUNDLED as BUNDLED, bundled, bundled_names, cards, profiles
 from .profiles.figures import MOST_PASSES
 from .profiles.profile import Profile, load, word
 
@@ -111,8 +112,8 @@ class ProfileBackend:
     def estimate(self, request: AttentionRequest, device: Device) -> Estimate:
         """Modelled time and energy in the chip's present state, and the memory of the host's simulation."""
         session, profile = self._opened(device), self.profile_of(device)
-        duty, state = (1.0, "") if session is None else (session.supervisor.duty, str(session.state))
-        cost = attention_cost(profile, request, duty=duty, state="" if state == "ready" else state)
+        duty, state = (1.0, "") if session is None else session.condition
+        cost = attention_cost(profile, request, duty=duty, state=state)
         memory = call_memory(profile, request)
         return attrs.evolve(cost.estimate(memory=memory), error=self._error(device, passes_of(request)))
 
@@ -165,6 +166,38 @@ class ProfileBackend:
         """`matmul` and `linear`."""
         return frozenset({"matmul", "linear"})
 
+    def variations(self, device: Device, default: float | None = None) -> list[Variation]:
+        """The figures of the device's profile with their uncertainties; see `hal_simulation.variations`."""
+        return variations(self.profile_of(device), default)
+
+    def varied(self, device: Device, name: str, **figures: float) -> ProfileBackend:
+        """A backend of one device, `<name>:0`: the device with some figures changed.
+
+        Args:
+            figures: by "section__key", in the figure's unit.
+
+        Raises:
+            ProfileError: no such figure, or a value that is not possible.
+        """
+        changed = self.profile_of(device).replace(**figures)
+        return ProfileBackend(name, [changed], straight_through=self.straight_through)
+
+    def profile_names(self) -> Sequence[str]:
+        """The profiles of its devices."""
+        return [profile.name for profile in self.profiles]
+
+    def at_profile(self, profile: str, name: str) -> ProfileBackend:
+        """A backend of one device, `<name>:0`.
+
+        Args:
+            profile: one of `profile_names`, or the path of a profile file.
+
+        Raises:
+            ProfileError: what is wrong with the file.
+        """
+        own = next((one for one in self.profiles if one.name == profile), None)
+        return ProfileBackend(name, [own or load(profile)], straight_through=self.straight_through)
+
 
 class PhotonicBackend(ProfileBackend):
     """The generic devices: simulated from profile files; they report cards whose PCI ids the user configured."""
@@ -175,13 +208,28 @@ class PhotonicBackend(ProfileBackend):
     def _remarks(self, profile: Profile) -> tuple[str, ...]:
         return (*super()._remarks(profile), *(card.remark for card in cards()))
 
+    def profile_names(self) -> Sequence[str]:
+        """The profiles of its devices, and all that are bundled."""
+        return list(dict.fromkeys([*super().profile_names(), *bundled_names()]))
+
+    def at_profile(self, profile: str, name: str) -> ProfileBackend:
+        """As of any photonic device; bundled profiles go by their name."""
+        if profile in super().profile_names() or profile not in bundled_names():
+            return super().at_profile(profile, name)
+        return super().at_profile(str(BUNDLED / f"{profile}.toml"), name)
+
 
 def register_profile(path: str | Path, name: str, *, straight_through: bool = False) -> Device:
-    """Make a profile file a device, `<name>:0`, in this process.
+    """Make a profile a device, `<name>:0`, in this process.
+
+    Args:
+        path: a profile file, or the name of a bundled profile ("lightening-8").
+        straight_through: claim gradients, those of exact attention at the chip's output.
 
     Raises:
         ProfileError: what is wrong with the file. PluginError: the name is taken.
     """
-    backend = ProfileBackend(name, [load(path)], straight_through=straight_through)
+    profile = bundled(str(path)) if path in bundled_names() else load(path)
+    backend = ProfileBackend(name, [profile], straight_through=straight_through)
     register(backend)
     return backend.devices()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from hal_core.plugin_api import (
     HalError,
     Provenance,
     Quantity,
+    UnknownBackendError,
     attention,
     find_devices,
     listing,
@@ -27,8 +29,8 @@ from hal_core.plugin_api import (
 
 from .backend import ProfileBackend
 from .cost import attention_cost
-from .discovery import BUNDLED, bundled_names
-from .profiles.profile import Profile
+from .discovery import bundled, bundled_names
+from .profiles.profile import Profile, load
 
 _ORIGIN = "published"
 _PICTURES = (".pdf", ".png", ".svg")
@@ -204,13 +206,22 @@ def profile_named(name: str) -> Profile:
     """The profile of a device id or backend name, of a file, or a bundled one by its name ("lightening-8").
 
     Raises:
-        HalError: none of them.
+        ContractError: there is none of that name. HalError: a device without a profile, or one that is not present.
     """
-    if Path(name).suffix == ".toml" or name in bundled_names():
-        from .profiles.profile import load
-
-        return load(name if Path(name).suffix == ".toml" else BUNDLED / f"{name}.toml")
-    device = find_devices(name)[0]
+    if name in bundled_names():
+        return bundled(name)
+    if Path(name).suffix == ".toml" or Path(name).is_file():
+        return load(name)
+    try:
+        device = find_devices(name)[0]
+    except UnknownBackendError:
+        families = [entry.id for entry in registry.devices() if entry.family == "photonic"]
+        close = difflib.get_close_matches(name, [*bundled_names(), *families], 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ContractError(
+            f"profile {name!r} was given: there is none of that name: {hint}name a photonic device "
+            f"({', '.join(families)}), a profile file (chip.toml) or one of {', '.join(bundled_names())}"
+        ) from None
     backend = registry.backend_of(device)
     if not isinstance(backend, ProfileBackend):
         raise HalError(f"{device.id} is not made of a photonic profile: name a photonic device or a profile file")

@@ -22,6 +22,7 @@ from torch import Tensor
 from .profiles.profile import Profile
 from .runtime.driver import Driver
 from .simulator.blockfloat import encode
+from .simulator.converters import Converters
 from .simulator.core import Corrections, PhotonicCore
 
 Progress = Callable[[str, float], None]
@@ -174,7 +175,7 @@ def _dark(driver: Driver, noise: torch.Generator) -> Tensor:
 
 def _straight(driver: Driver, corrections: Corrections, codes: Tensor, width: int) -> Tensor:
     """Codes [batch, rows, N] as products of full scale, offsets out."""
-    c = PhotonicCore(driver).converters
+    c = Converters.of(driver.profile)
     rows = torch.arange(codes.shape[-2]) % len(corrections.offset)
     columns = torch.arange(codes.shape[-1]) % corrections.offset.shape[1]
     return (codes - corrections.offset[:, columns][rows]) * (c.lsb(width) / c.gain)
@@ -182,7 +183,7 @@ def _straight(driver: Driver, corrections: Corrections, codes: Tensor, width: in
 
 def _vector_sweep(driver: Driver, corrections: Corrections, noise: torch.Generator, points: int = 41) -> Tensor:
     """Inverse responses [inputs, 7]: powers 1 to 7 of the wanted input give the input to send."""
-    c = PhotonicCore(driver).converters
+    c = Converters.of(driver.profile)
     columns, width = driver.profile.count("array.outputs"), driver.profile.tile_inputs
     steps = torch.linspace(-1, 1, points).mul(c.input_levels).round()
     inputs = torch.diag_embed(steps.unsqueeze(1).expand(points, width))  # [points, width, width]: one input at a time
@@ -207,7 +208,7 @@ def _vector_sweep(driver: Driver, corrections: Corrections, noise: torch.Generat
 
 def _one_hot(driver: Driver, corrections: Corrections, noise: torch.Generator, steps: int = 9) -> tuple[Tensor, Tensor]:
     """(gain, offset) of every cell [columns, inputs], in full scale, by least squares over weight codes."""
-    c = PhotonicCore(driver).converters
+    c = Converters.of(driver.profile)
     columns, width = driver.profile.count("array.outputs"), driver.profile.tile_inputs
     codes = torch.linspace(-0.9, 0.9, steps).mul(c.weight_levels).round()
     one_hot = corrections.sent_inputs(torch.eye(width) * c.input_levels, c.input_levels)
@@ -239,7 +240,7 @@ def _random_probes(driver: Driver, corrections: Corrections, noise: torch.Genera
     w, _ = encode(weights, c.weight_levels)
     factor = c.gain / (c.input_levels * c.weight_levels * c.lsb(x.shape[-1]))
     wanted = (x @ w.transpose(-1, -2) * factor)[0]  # [rows, N], codes
-    seen = core._read(x, w, noise).codes[0]
+    seen = core.read(x, w, noise).codes[0]
     cores = len(corrections.offset)
     pull = 0.01 * wanted.square().sum(0)  # towards a gain of 1
     middle = wanted - wanted.mean(0)

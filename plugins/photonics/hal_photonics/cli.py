@@ -25,12 +25,14 @@ def add_commands(subparsers: Any) -> None:
     parent = subparsers.add_parser("photonics", help=text, description=text)
     commands = parent.add_subparsers(title="commands", metavar="COMMAND", required=True)
     profile = commands.add_parser("profile", help="check a profile file and show where each figure is from")
-    profile.add_argument("file", type=Path)
+    profile.add_argument("file", help="a profile file, a photonic device, or the name of a bundled profile")
     profile.set_defaults(run=_profile)
     cards = commands.add_parser("cards", help="look for cards with the PCI ids in HAL_PHOTONIC_PCI_IDS")
     cards.set_defaults(run=_cards)
     sweep = commands.add_parser("sweep", help="time and energy of attention over lengths, against a GPU")
-    sweep.add_argument("--device", default="photonic:0", help="photonic device or profile file (default %(default)s)")
+    sweep.add_argument(
+        "--device", default="photonic:0", help="photonic device, bundled profile or profile file (default %(default)s)"
+    )
     sweep.add_argument("--lengths", default="512,2048,8192,32768", help="comma-separated (default %(default)s)")
     sweep.add_argument("--against", default="published:h200", help="device id to run here, or %(default)s (default)")
     sweep.add_argument("--shape", default="1,32,128", help="batch,heads,head_dim (default %(default)s)")
@@ -40,10 +42,11 @@ def add_commands(subparsers: Any) -> None:
 
 def _profile(options: argparse.Namespace) -> CommandResult:
     from . import cost
-    from .profiles.profile import load, word
+    from .benchmark import profile_named
+    from .profiles.profile import word
     from .simulator import imperfections
 
-    p = load(options.file)
+    p = profile_named(options.file)
     derived = {
         "peak throughput, TOPS": f"{cost.throughput(p) / 1e12:.4g}",
         "efficiency, TOPS/W": f"{cost.efficiency(p) / 1e12:.3g}",

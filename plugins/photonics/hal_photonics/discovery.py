@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from hal_core.plugin_api import ContractError
 
-from .profiles.profile import Profile, load
+from .profiles.profile import Profile, ProfileError, load
 
 #: Profile files of the generic device, separated as in PATH; the bundled profile where it is not set.
 PROFILES_VARIABLE = "HAL_PHOTONIC_PROFILES"
@@ -33,12 +33,22 @@ def profiles() -> list[Profile]:
         ProfileError: a file that is no profile.
     """
     listed = [part for part in os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep) if part]
-    return [load(file) for file in listed] if listed else [load(BUNDLED / "generic.toml")]
+    if not listed:
+        return [bundled("generic")]
+    try:
+        return [load(file) for file in listed]
+    except ProfileError as error:
+        raise ProfileError(f"{PROFILES_VARIABLE}: {error}") from None
 
 
 def bundled_names() -> list[str]:
     """Names of the bundled profile files, devices or not: `hal photonics sweep --device NAME` takes them."""
     return sorted(path.stem for path in BUNDLED.glob("*.toml"))
+
+
+def bundled(name: str) -> Profile:
+    """The bundled profile of a name of `bundled_names`."""
+    return load(BUNDLED / f"{name}.toml")
 
 
 class Card(NamedTuple):

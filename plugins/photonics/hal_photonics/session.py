@@ -181,7 +181,7 @@ class PhotonicSession(ChipController, SessionBase):
 
     def cost(self, prepared: Prepared) -> Estimate:
         """Modelled time and energy of the call that was prepared, in the chip's present state."""
-        duty, state = self.supervisor.duty, "" if self.state == "ready" else str(self.state)
+        duty, state = self.condition
         return attention_cost(self.profile, prepared.request, prepared.plan, duty=duty, state=state).estimate()
 
     def kernel(self, name: str) -> Product:

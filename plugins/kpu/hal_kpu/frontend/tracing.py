@@ -15,7 +15,8 @@ from hal_core.plugin_api import ContractError
 
 from ..runtime.executor import Executor
 from .dfx.program import DFXProgram
-from .tensors.graph import DFXEmitter, OpGraph, tracing
+from .emission import DFXEmitter
+from .tensors.graph import OpGraph, tracing
 from .tensors.tensor import Tensor, TensorMeta
 
 
@@ -170,6 +171,10 @@ class CompiledFunction:
         with tracing(graph):
             results = self._function(*bound.args, **bound.kwargs)
             arrange = self._arrange(graph, results)
+        if self.optimize:
+            from .fusing import FusionCompiler
+
+            graph = FusionCompiler().optimize(graph)
         return _Specialized(graph, DFXEmitter(self.optimize).emit(graph), arrange)
 
     def _arrange(self, graph: OpGraph, results: Any) -> Callable[[list[Tensor]], Any]:
@@ -215,8 +220,9 @@ def compile(func: Callable[..., Any] | None = None, *, fidelity: int | None = 0,
 
     Args:
         fidelity: BEHAVIORAL (0), TRANSACTIONAL (1), CYCLE_ACCURATE (2); None: what `set_fidelity` says at each call.
-        optimize: fold transpositions into the products that read them, remove operations whose results are unused, and
-            run elementwise chains with the product before them (`ExecutionStats.fused` names them).
+        optimize: join products with their bias and activation (`FusionCompiler`), fold transpositions into the products
+            that read them, remove operations whose results are unused, and run elementwise chains with the product
+            before them (`ExecutionStats.fused` names them).
     """
     from ..simulator.fidelity import check_fidelity
 

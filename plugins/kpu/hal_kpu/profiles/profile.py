@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from pathlib import Path
 from typing import ClassVar
 
 import attrs
-from hal_simulation import Kind, Profile as ProfileFile, ProfileError, Schema
+from hal_simulation import Kind, Profile as ProfileFile, ProfileError as ProfileError, Schema
 
 from hal_core.plugin_api import listing
 
@@ -140,7 +141,9 @@ def load(name_or_path: str | Path) -> Profile:
     if text.lower() in names():
         return _bundled(text.lower())
     if not text.endswith(".toml"):
-        raise ProfileError(f"{text!r} is no profile: use {listing(names())}, or the path of a .toml file")
+        close = difflib.get_close_matches(text.lower()[:80], names(), 1)
+        question = "".join(f" (did you mean {name!r}?)" for name in close)
+        raise ProfileError(f"{text!r} is no profile{question}: use {listing(names())}, or the path of a .toml file")
     return Profile.load(Path(text))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..frontend.dfx.program import DFXProgram
+from ..frontend.expansion import general
 from ..simulator.opcodes.table import OPCODES
 
 
@@ -18,7 +19,7 @@ class Executor:
     """
 
     def __init__(self, program: DFXProgram) -> None:
-        self.program = program
+        self.program = program = general(program)
         place = {name: index for index, name in enumerate(program.inputs)}
         for op in program.ops:
             for name in op.outputs:

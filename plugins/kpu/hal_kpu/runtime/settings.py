@@ -11,7 +11,7 @@ import attrs
 
 from hal_core.plugin_api import ContractError
 
-from ..profiles.profile import Profile, load
+from ..profiles.profile import Profile, ProfileError, load
 from ..simulator.fidelity import BEHAVIORAL, FIDELITIES, check_fidelity
 
 DEFAULT_PROFILE = "t64"
@@ -76,8 +76,17 @@ def set_profile(profile: Profile | str | Path | None) -> None:
 
 
 def get_profile() -> Profile:
-    """The machine of the process."""
-    return _settings.profile or load(os.environ.get(PROFILE_VARIABLE) or DEFAULT_PROFILE)
+    """The machine of the process.
+
+    Raises:
+        ProfileError: HAL_KPU_PROFILE names no profile, or one that cannot be used.
+    """
+    if _settings.profile is not None:
+        return _settings.profile
+    try:
+        return load(os.environ.get(PROFILE_VARIABLE) or DEFAULT_PROFILE)
+    except ProfileError as error:
+        raise ProfileError(f"{PROFILE_VARIABLE}: {error}") from None
 
 
 def current_profile(profile: Profile | str | None = None) -> Profile:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 from ..frontend.dfx.program import DFXProgram
+from ..frontend.expansion import general
 from ..profiles.profile import Profile
 from ..simulator.array import Dataflow
 from ..simulator.cycle_accurate import run_cycle_accurate
@@ -42,7 +43,7 @@ def _cycle_accurate(work: Work, profile: Profile, dataflow: Dataflow) -> Run | N
 
 
 def works(program: DFXProgram) -> list[Work]:
-    """What each operation of a program asks of the machine."""
+    """What each operation of a program of general opcodes asks of the machine."""
     tensors = program.tensors
     return [
         OPCODES[op.opcode].work([tensors[n] for n in op.inputs], [tensors[n] for n in op.outputs], op.attrs)
@@ -70,6 +71,7 @@ def time_program(
         profile=machine.name,
         execution_backend=FIDELITIES[check_fidelity(fidelity)],
     )
+    operations, program = len(program.ops), general(program)
     asked = works(program)
     fused = {group.members[0]: group for group in groups(program, asked)} if fuse and fidelity != BEHAVIORAL else {}
     done: set[int] = set()
@@ -82,9 +84,11 @@ def time_program(
             stats.add(together, group.label, len(group.members))
             done.update(group.members)
             continue
-        stats.add(time_work(work, machine, fidelity, dataflow), op.opcode)
+        for number, part in enumerate(work.parts):
+            stats.add(time_work(part, machine, fidelity, dataflow), op.opcode, operations=int(number == 0))
         if fidelity == BEHAVIORAL:
             stats.count(work.macs, work.elements * work.passes, work.dtype)
+    stats.ops_executed = operations
     return stats
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hal_core.plugin_api import ContractError, open_session
 
@@ -67,12 +68,19 @@ class OpticalLayer(nn.Module):
 
     Attributes:
         multiply: runs the products. settings: see `Settings`.
-        observer: called with each product's inputs [rows, K] and weight [N, K], or None.
+        observer: called with each product's inputs [rows, K] and weight [N, K], or None. weight: of the layer.
     """
 
+    weight: Tensor
     multiply: Multiply
     settings: Settings
     observer: Any
+
+    def _put_on(self, multiply: Multiply, settings: Settings) -> None:
+        self.multiply, self.settings, self.observer = multiply, settings, None
+        # torch's encoder layers have a fast path that multiplies by the weights of their layers without calling them;
+        # they do not take it where a layer has a hook.
+        self.register_forward_pre_hook(_called)
 
     #: Columns of the product's input that one input channel has.
     def columns_per_channel(self) -> int:
@@ -89,6 +97,10 @@ class OpticalLayer(nn.Module):
         return found
 
 
+def _called(layer: nn.Module, operands: Any) -> None:
+    """A hook that does nothing."""
+
+
 class OpticalLinear(OpticalLayer, nn.Linear):
     """An `nn.Linear` on a photonic device, with the same weights, names and state."""
 
@@ -96,7 +108,7 @@ class OpticalLinear(OpticalLayer, nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        self.multiply, self.settings, self.observer = multiply, settings, None
+        self._put_on(multiply, settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -112,7 +124,7 @@ class OpticalConv2d(OpticalLayer, nn.Conv2d):
         for name in _CONV:
             setattr(self, name, getattr(layer, name))
         self.weight, self.bias = layer.weight, layer.bias
-        self.multiply, self.settings, self.observer = multiply, settings, None
+        self._put_on(multiply, settings)
 
     def columns_per_channel(self) -> int:
         return self.kernel_size[0] * self.kernel_size[1]
@@ -147,8 +159,11 @@ _CONV = (
 
 
 def can_convert(layer: nn.Module) -> bool:
-    """Whether a layer's product can run on the optics: linear layers, and ungrouped, zero-padded convolutions."""
-    if isinstance(layer, OpticalLayer):
+    """Whether a layer's product can run on the optics: linear layers, and ungrouped, zero-padded convolutions.
+
+    Not the output projection of `nn.MultiheadAttention`, which multiplies by that layer's weight without calling it.
+    """
+    if isinstance(layer, OpticalLayer | NonDynamicallyQuantizableLinear):
         return False
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hal_core.plugin_api import ContractError
 
+from ..simulator.core import check_options
 from .convert import optical_layers
 from .layers import DeviceProduct, OpticalLayer, Settings, split_product
 
@@ -38,8 +39,10 @@ def tune_gains(
         The gain of each layer by name.
 
     Raises:
-        ContractError: a layer that runs on no photonic device, or no optical layer at all.
+        ContractError: no ratios; a layer that runs on no photonic device; no optical layer at all, or none that ran.
     """
+    if not ratios:
+        raise ContractError(f"ratios {ratios!r} was given: pass one gain or more, relative to the profile's")
     chosen = {}
     for name, (layer, x, weight) in _observed(model, run).items():
         if not isinstance(layer.multiply, DeviceProduct):
@@ -71,9 +74,9 @@ def keep_outliers_digital(
         The channels of each layer by name.
 
     Raises:
-        ContractError: another share.
+        ContractError: another share; no optical layer at all, or none that ran.
     """
-    if not 0 < share < 1:
+    if not isinstance(share, int | float) or not 0 < share < 1:
         raise ContractError(f"share {share!r} was given: use one above 0 and below 1")
     chosen = {}
     for name, (layer, x, _) in _observed(model, run).items():
@@ -88,10 +91,29 @@ def keep_outliers_digital(
 
 
 def with_settings(model: nn.Module, change: Callable[[Settings], Settings]) -> nn.Module:
-    """Change the settings of every optical layer, in place. Returns the model."""
-    for _, layer in optical_layers(model):
-        layer.settings = change(layer.settings)
+    """Change the settings of every optical layer, in place. Returns the model.
+
+    Raises:
+        ContractError: settings that no chip or no layer has; no layer is changed then.
+    """
+    changed = []
+    for name, layer in optical_layers(model):
+        settings = change(layer.settings)
+        _check_settings(name, layer, settings)
+        changed.append((layer, settings))
+    for layer, settings in changed:
+        layer.settings = settings
     return model
+
+
+def _check_settings(name: str, layer: OpticalLayer, settings: object) -> None:
+    if not isinstance(settings, Settings):
+        raise ContractError(f"change gave {settings!r}: return Settings, for example settings._replace(passes=4)")
+    check_options(settings.passes, settings.gain)
+    channels = layer.weight.shape[1]
+    if not all(isinstance(channel, int) and 0 <= channel < channels for channel in settings.digital_inputs):
+        given = f"digital_inputs {settings.digital_inputs} of layer {name!r} were given"
+        raise ContractError(f"{given}: use input channels from 0 to {channels - 1}")
 
 
 def _observed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, tuple[OpticalLayer, Tensor, Tensor]]:
@@ -107,6 +129,8 @@ def _observed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
 
         return observe
 
+    if not callable(run):
+        raise ContractError(f"run {run!r} was given: pass a function of the model that runs it on calibration data")
     layers = list(optical_layers(model))
     if not layers:
         raise ContractError(f"{type(model).__name__} has no optical layer: convert it with to_optics first")
@@ -118,4 +142,6 @@ def _observed(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     finally:
         for _, layer in layers:
             layer.observer = None
+    if not found:
+        raise ContractError("run ran no optical layer: pass a function that calls the model that it is given")
     return found

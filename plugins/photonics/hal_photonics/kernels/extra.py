@@ -12,7 +12,9 @@ from hal_core.plugin_api import DTYPE_BYTES, Estimate
 
 from ..cost import product_cost
 from ..runtime.controller import ChipController
-from ..simulator.core import drawn
+from ..simulator.core import check_options, drawn
+
+Rng = tuple[int, int] | None
 
 
 class Product(MeteredKernel):
@@ -28,26 +30,25 @@ class Product(MeteredKernel):
         super().__init__(chip.device)
         self._chip = chip
 
-    def _product_cost(self, size: ProductSize, resident: bool, passes: int) -> tuple[Estimate, int]:
-        chip = self._chip
-        state = "" if chip.state == "ready" else str(chip.state)
-        cost = product_cost(
-            chip.profile, size, resident=resident, passes=passes, duty=chip.supervisor.duty, state=state
-        )
+    def _product_cost(
+        self, size: ProductSize, resident: bool, passes: int = 1, gain: float | None = None, **others: Any
+    ) -> tuple[Estimate, int]:
+        check_options(passes, gain)
+        duty, state = self._chip.condition
+        cost = product_cost(self._chip.profile, size, resident=resident, passes=passes, duty=duty, state=state)
         return cost.estimate(memory=size.results * DTYPE_BYTES.get(size.dtype, 4)), cost.macs
 
 
 class Matmul(Product):
     """matmul(a [..., M, K], b [..., K, N], *, rng=None, passes=1, gain=None) -> [..., M, N]; b is held as weights."""
 
-    def run(self, *operands: Any, **options: Any) -> Tensor:
+    def run(self, a: Tensor, b: Tensor, *, rng: Rng = None, passes: int = 1, gain: float | None = None) -> Tensor:
         self._chip.require_service()
-        a, b = operands
         with torch.no_grad():
-            return self._chip.core.multiply(a, b, **_drawn(options))
+            return self._chip.core.multiply(a, b, rng=drawn(rng), passes=passes, gain=gain)
 
-    def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
-        return self._product_cost(matmul_size(*operands), resident=False, passes=options.get("passes", 1))
+    def cost(self, a: Tensor, b: Tensor, **options: Any) -> tuple[Estimate, int]:
+        return self._product_cost(matmul_size(a, b), resident=False, **options)
 
 
 class Linear(Product):
@@ -56,18 +57,22 @@ class Linear(Product):
     The bias is added digitally.
     """
 
-    def run(self, *operands: Any, **options: Any) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rng: Rng = None,
+        passes: int = 1,
+        gain: float | None = None,
+    ) -> Tensor:
         self._chip.require_service()
         with torch.no_grad():
-            return self._chip.core.linear(*operands, **_drawn(options))
+            return self._chip.core.linear(x, weight, bias, rng=drawn(rng), passes=passes, gain=gain)
 
-    def cost(self, *operands: Any, **options: Any) -> tuple[Estimate, int]:
-        return self._product_cost(linear_size(*operands), resident=True, passes=options.get("passes", 1))
-
-
-def _drawn(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with a pair for the noise."""
-    return options | {"rng": drawn(options.get("rng"))}
+    def cost(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Estimate, int]:
+        return self._product_cost(linear_size(x, weight, bias), resident=True, **options)
 
 
 KERNELS: dict[str, type[Product]] = {"matmul": Matmul, "linear": Linear}

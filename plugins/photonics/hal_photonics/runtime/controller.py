@@ -53,6 +53,11 @@ class ChipController:
         """What led to the present state."""
         return self.supervisor.reason
 
+    @property
+    def condition(self) -> tuple[float, str]:
+        """(duty, state) for a cost: the share of the time the chip may work, and its state, "" where it is ready."""
+        return self.supervisor.duty, "" if self.state is State.READY else str(self.state)
+
     def power_on(self) -> State:
         """Switch on, warm up, calibrate. Returns the state."""
         with self._lock:

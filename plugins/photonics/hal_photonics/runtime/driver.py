@@ -48,7 +48,6 @@ class Driver(Protocol):
         noise: torch.Generator | None,
         averages: int = 1,
         gain: float | None = None,
-        ideal: bool = False,
     ) -> Reading:
         """Load weight codes and stream input codes.
 
@@ -57,7 +56,6 @@ class Driver(Protocol):
             weights: likewise, [batch, outputs, K]; output i runs on column i mod columns, in as many loads as it takes.
             noise: the generator of the readout noise; None for the chip's own noise (a simulated chip: no noise).
             averages: readouts to average over. gain: in front of the readout; None for the profile's.
-            ideal: leave the readout's range open, for diagnosis.
         """
         ...
 

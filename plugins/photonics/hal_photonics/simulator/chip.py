@@ -16,7 +16,6 @@ from ..profiles.profile import Profile
 from ..runtime.driver import Reading, Telemetry
 from .converters import Converters
 from .imperfections import Drift, Imperfections
-from .integers import integer_product
 
 
 class Fault(enum.StrEnum):
@@ -63,7 +62,6 @@ class SimulatedDriver:
         noise: torch.Generator | None,
         averages: int = 1,
         gain: float | None = None,
-        ideal: bool = False,
     ) -> Reading:
         c, chip = self._converters, self.chip
         ratio = 1.0 if gain is None else gain / c.gain
@@ -94,7 +92,7 @@ class SimulatedDriver:
             code.round_()
         top = c.adc_levels
         clipped = 0
-        if not ideal and code.numel():
+        if code.numel():
             low, high = code.aminmax()
             if not max(-float(low), float(high)) <= top:  # a NaN among them leaves the others to be looked at
                 clipped = int((code.abs() > top).sum())
@@ -116,12 +114,6 @@ class SimulatedDriver:
 
     def _light(self) -> float:
         return self._laser_left if self._on else 0.0
-
-    def ideal_codes(self, inputs: Tensor, weights: Tensor) -> Tensor:
-        """What a chip without errors would read, before rounding; for tests."""
-        c = self._converters
-        factor = c.gain / (c.input_levels * c.weight_levels * c.lsb(inputs.shape[-1]))
-        return integer_product(inputs, weights, c) * factor
 
     # Sensors and time
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from hal_simulation import linear_size, matmul_size
 from torch import Tensor
 
-from hal_core.plugin_api import ContractError
+from hal_core.plugin_api import ContractError, listing
 
 from ..profiles.figures import FIGURES, MOST_PASSES
 from ..profiles.profile import Profile
@@ -141,9 +141,11 @@ class PhotonicCore:
 
         Raises:
             ContractError: a NaN or an infinity, with its position; operands whose shapes or dtypes do not fit; passes
-                or a gain that no chip has.
+                or a gain that no chip has; another level.
         """
         check_options(passes, gain)
+        if level not in get_args(Level):
+            raise ContractError(f"level {level!r} was given: use {listing(get_args(Level))}")
         matmul_size(a, b)
         check_operands(a=a, b=b)
         check_finite(a=a, b=b)
@@ -242,12 +244,13 @@ class PhotonicCore:
             x, x_scale = encode(inputs[..., tile.place], c.input_levels)
             # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
             scale = tile.scales * (c.lsb(x.shape[-1]) / (gain or c.gain))
-            total.addcmul_(self._read(x, tile.codes, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
+            total.addcmul_(self.read(x, tile.codes, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
         return total
 
-    def _read(
+    def read(
         self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1, gain: float | None = None
     ) -> Reading:
+        """Corrected readouts [batch, M, N] of input codes [batch, M, K] and weight codes [batch, N, K] of one tile."""
         c, corrections = self.converters, self.corrections
         if corrections is not None:
             x = corrections.sent_inputs(x, c.input_levels)
@@ -257,13 +260,10 @@ class PhotonicCore:
             with self._lock:
                 self.readouts += reading.codes.numel()
                 self.clipped += reading.clipped
-        return (
-            reading
-            if corrections is None
-            else Reading(
-                corrections.read_outputs(reading.codes, 1.0 if gain is None else gain / c.gain), reading.clipped
-            )
-        )
+        if corrections is None:
+            return reading
+        ratio = 1.0 if gain is None else gain / c.gain
+        return reading._replace(codes=corrections.read_outputs(reading.codes, ratio))
 
 
 def generator(rng: tuple[int, int] | None) -> torch.Generator | None:
@@ -295,7 +295,8 @@ def check_options(passes: int, gain: float | None) -> None:
     if type(passes) is not int or not 1 <= passes <= MOST_PASSES:
         raise ContractError(f"passes {passes!r} was given: use a whole number from 1 to {MOST_PASSES}")
     kind = FIGURES["converters"]["gain"]
-    if gain is not None and not (isinstance(gain, int | float) and kind.low <= gain <= kind.high):
+    number = isinstance(gain, int | float) and not isinstance(gain, bool)
+    if gain is not None and not (number and kind.low <= gain <= kind.high):
         raise ContractError(f"gain {gain!r} was given: use a number from {kind.low:g} to {kind.high:g}, or None")
 
 

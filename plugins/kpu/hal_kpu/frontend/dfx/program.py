@@ -2,12 +2,16 @@
 ways.
 
     {"name": "main", "version": "1.0",
-     "tensors": {"x": {"name": "x", "shape": [4, 8], "dtype": "float32", "memory_level": 0, "is_const": false}, ...},
+     "tensors": {"x": {"name": "x", "shape": [4, 8], "dtype": "f32", "memory_level": 0, "is_const": false}, ...},
      "ops": [{"opcode": "matmul", "inputs": ["x", "w"], "outputs": ["y"], "attrs": {"M": 4, "K": 8, "N": 2}}],
      "inputs": ["x", "w"], "outputs": ["y"],
      "metadata": {"num_ops": 1, "num_tensors": 3, "total_matmul_flops": 128, "op_counts": {"matmul": 1}}}
 
 Every tensor is written once: by the caller (an input) or by one operation. What is read from a file is checked whole.
+
+Version 1.0 has the operators of models by their names (relu, conv2d, maxpool2d, ...) and eight types, f32 to bool. 1.1
+adds the machine's general operations (maximum, convolution, max_pool, ...), attributes and types that 1.0 has not, and
+writes types as torch names them. Both are read.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ import attrs
 
 from ...simulator.opcodes.specs import TensorSpec
 from .checks import check_program
+from .opcodes import SHORT_DTYPES
 from .reading import read_program, written_values
-from .records import VERSION, DFXError, DFXOp, names_of
+from .records import VERSION, VERSIONS, DFXError, DFXOp, names_of
 
 
 def _operations(ops: Iterable[DFXOp]) -> tuple[DFXOp, ...]:
@@ -45,14 +50,13 @@ class DFXProgram:
 
     def op_counts(self) -> dict[str, int]:
         """Opcode to how many times it appears, in order of first appearance."""
-        return dict(collections.Counter(op.opcode for op in self.ops))
+        return dict(collections.Counter(str(op.opcode) for op in self.ops))
 
     def total_macs(self) -> int:
         """Multiply-accumulates that the array does: matrix products and convolutions."""
-        from ...simulator.opcodes.table import OPCODES
+        from .forms import macs_of
 
-        work = (OPCODES[op.opcode].work(self.specs(op.inputs), self.specs(op.outputs), op.attrs) for op in self.ops)
-        return sum(one.macs for one in work)
+        return sum(macs_of(op, self.specs(op.inputs), self.specs(op.outputs)) for op in self.ops)
 
     def validate(self) -> DFXProgram:
         """This program, checked.
@@ -69,10 +73,10 @@ class DFXProgram:
         return {
             "name": self.name,
             "version": self.version,
-            "tensors": {name: attrs.asdict(spec) | {"shape": list(spec.shape)} for name, spec in self.tensors.items()},
+            "tensors": {name: self._written(spec) for name, spec in self.tensors.items()},
             "ops": [
                 {
-                    "opcode": op.opcode,
+                    "opcode": str(op.opcode),
                     "inputs": list(op.inputs),
                     "outputs": list(op.outputs),
                     "attrs": written_values(op.attrs),
@@ -89,6 +93,10 @@ class DFXProgram:
             },
         }
 
+    def _written(self, spec: TensorSpec) -> dict[str, Any]:
+        dtype = SHORT_DTYPES.get(spec.dtype, spec.dtype) if self.version == VERSIONS[0] else spec.dtype
+        return attrs.asdict(spec) | {"shape": list(spec.shape), "dtype": dtype}
+
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
@@ -99,7 +107,7 @@ class DFXProgram:
         Raises:
             DFXError: what is wrong first, with its place and what is wanted there.
         """
-        head, tensors, ops = read_program(data, VERSION)
+        head, tensors, ops = read_program(data)
         return cls(
             name=head["name"],
             version=head["version"],

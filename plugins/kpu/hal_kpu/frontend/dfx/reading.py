@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .records import DFXError, shown
+from .opcodes import LONG_DTYPES
+from .records import VERSION, VERSIONS, DFXError, shown
 
 _KINDS = {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "an object"}
 _TENSOR_FIELDS = {"name": str, "shape": list, "dtype": str, "memory_level": int, "is_const": bool}
@@ -15,7 +16,7 @@ DEEPEST, LARGEST = 32, 2**63 - 1
 _OP_FIELDS = {"opcode": str, "inputs": list, "outputs": list, "attrs": dict}
 
 
-def read_program(data: Any, version: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[dict[str, Any]]]:
+def read_program(data: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The parts of a program's dictionary, (head, tensors, ops), with every field of the type it must have.
 
     Raises:
@@ -26,7 +27,7 @@ def read_program(data: Any, version: str) -> tuple[dict[str, Any], dict[str, dic
         raise DFXError(
             f"the DFX program is {shown(data)}, and an object with name, version, tensors and ops is wanted."
         )
-    check_version(data.get("version"), version)
+    check_version(data.get("version"))
     fields = {"name": str, "version": str, "tensors": dict, "ops": list, "inputs": list, "outputs": list}
     head = _fields(data, "the program", fields, {"metadata"})
     for key in ("inputs", "outputs"):
@@ -35,6 +36,8 @@ def read_program(data: Any, version: str) -> tuple[dict[str, Any], dict[str, dic
     for name, spec in head["tensors"].items():
         place = f"tensors.{name}"
         tensors[name] = _fields(spec, place, _TENSOR_FIELDS, set(), defaults={"memory_level": 0, "is_const": False})
+        if head["version"] == VERSIONS[0]:
+            tensors[name]["dtype"] = LONG_DTYPES.get(tensors[name]["dtype"], tensors[name]["dtype"])
         if tensors[name]["name"] != name:
             raise DFXError(f"{place}.name is {tensors[name]['name']!r}, and its key {name!r} is wanted.")
     ops = []
@@ -46,14 +49,23 @@ def read_program(data: Any, version: str) -> tuple[dict[str, Any], dict[str, dic
     return head, tensors, ops
 
 
-def check_version(given: Any, known: str) -> None:
+def check_version(given: Any) -> None:
+    """Raises DFXError for a version that is not one of `VERSIONS`."""
+    wanted = " or ".join(map(repr, VERSIONS))
     parts = given.split(".") if isinstance(given, str) else []
     if len(parts) != 2 or not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise DFXError(f"version is {shown(given)}, and two numbers such as {known!r} are wanted.")
-    if tuple(map(int, parts)) > tuple(map(int, known.split("."))):
         raise DFXError(
-            f"version is {given!r}, and this hal-kpu reads up to {known!r}: upgrade hal-kpu or write {known!r}."
+            f"version is {shown(given)}, and two numbers such as {VERSIONS[0]!r} are wanted: write {wanted}, whichever "
+            f"the program is of."
         )
+    if given in VERSIONS:
+        return
+    if tuple(map(int, parts)) > tuple(map(int, VERSION.split("."))):
+        raise DFXError(
+            f"version is {given!r}, and {wanted} is wanted: upgrade hal-kpu, which reads up to {VERSION!r}, or write "
+            f"the program as {VERSION!r}."
+        )
+    raise DFXError(f"version is {given!r}, and {wanted} is wanted: there was none before {VERSIONS[0]!r}.")
 
 
 def _fields(

@@ -10,7 +10,19 @@ import attrs
 
 from hal_core.plugin_api import ContractError
 
-VERSION = "1.0"
+from .opcodes import DFXOpCode
+
+#: Versions that can be read, oldest first; the last is written where a program has general forms.
+VERSIONS = ("1.0", "1.1")
+VERSION = VERSIONS[-1]
+
+
+def _opcode(name: str) -> str:
+    """A member of `DFXOpCode`; an unknown name as it is, which checking a program refuses."""
+    try:
+        return DFXOpCode(name)
+    except ValueError:
+        return name
 
 
 class DFXError(ContractError):
@@ -42,11 +54,11 @@ def _tuples(value: Any) -> Any:
 
 @attrs.frozen
 class DFXOp:
-    """One operation: an opcode of `hal_kpu.OPCODES`, names of the tensors it reads and writes, and its
+    """One operation: an opcode (`DFXOpCode`, or its text), names of the tensors it reads and writes, and its
     attributes.
     """
 
-    opcode: str
+    opcode: str = attrs.field(converter=_opcode)
     inputs: tuple[str, ...] = attrs.field(converter=names_of)
     outputs: tuple[str, ...] = attrs.field(converter=names_of)
     attrs: dict[str, Any] = attrs.field(factory=dict, converter=_frozen_attrs)

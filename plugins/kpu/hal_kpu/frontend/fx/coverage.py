@@ -73,7 +73,8 @@ class Coverage:
         macs, kpu_macs: multiply-accumulates of matrix products and convolutions.
         bytes, kpu_bytes: operands and results of each operation, read or written once.
         seconds, kpu_seconds: time. time_basis: "modelled": the KPU's by its cycle model, the host's by its clock;
-            "measured": both by the clock of the machine that computes the values.
+            "measured": both by the clock of the machine that computes the values; "host": nothing ran on the KPU, and
+            all is the host's, by its clock.
         boundary_bytes: crossing between KPU and host inside graphs.
         fallback: ((operator, why, how often), ...) on the host, of compiled graphs.
         outside: ((operator, how often, MACs), ...) that ran outside of compiled graphs, on the host.
@@ -155,6 +156,8 @@ class Coverage:
             ]
             for name, title in names.values()
         ]
+        if self.time_basis == "host":
+            return [*lines, ["time of the host", "-", f"{self.seconds:.3g} s", "-"]]
         times = [f"{self.kpu_seconds:.3g} s", f"{self.seconds:.3g} s", self._percent(shares["time"])]
         return [*lines, [f"time, {self.time_basis}", *times]]
 
@@ -169,6 +172,7 @@ class Coverage:
         basis = {
             "modelled": f"KPU time is modelled ({self.fidelity}, simulated); the host's is this machine's clock",
             "measured": "time is this machine's clock over values it computes itself: no model of the KPU's time",
+            "host": "nothing ran on the KPU: time is this machine's clock over what ran on the host",
         }[self.time_basis]
         joined = [f"as one: {label} x {count}" for label, count in self.fused]
         left = [f"on the host: {name} x {count}: {reason}" for name, reason, count in self.fallback]
@@ -218,7 +222,7 @@ def cover(runs: Sequence[Run], fidelity: int = 0, outside: Mapping[str, Work] | 
         kpu_bytes=kpu_bytes,
         seconds=kpu_seconds + sum(run.host_wall for run in runs) + sum(work.seconds for _, work in others),
         kpu_seconds=kpu_seconds,
-        time_basis="modelled" if timings else "measured",
+        time_basis="modelled" if timings else "measured" if any(run.graph.kpu_nodes for run in runs) else "host",
         boundary_bytes=sum(run.boundary_bytes for run in runs),
         fallback=tuple((name, reason, count) for (name, reason), count in fallback.most_common()),
         opcodes=tuple(opcodes.most_common()),

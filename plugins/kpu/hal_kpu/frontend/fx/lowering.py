@@ -17,6 +17,7 @@ from ...simulator.opcodes.specs import DTYPE_BYTES
 from ..dfx.program import DFXProgram
 from ..emitter import Emitter, Value
 from .lowerings import (  # noqa: F401  each registers its lowerings
+    bags,
     chebyshev,
     copies,
     creation,

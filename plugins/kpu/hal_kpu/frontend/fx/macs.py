@@ -125,7 +125,7 @@ class Counting(TorchDispatchMode):
         out = func(*args, **kwargs)
         seconds = time.perf_counter() - begun
         if not _is_free(func):
-            size = sum(tensor.nbytes for tensor in (*given, *tensors_of(out)))
+            size = sum(map(bytes_of, (*given, *tensors_of(out))))
             self.work.setdefault(str(func), Work()).add(macs_of(func, args, kwargs, out) or 0, size, seconds)
         return out
 
@@ -146,6 +146,15 @@ class Counting(TorchDispatchMode):
 def _is_free(func: Any) -> bool:
     """Whether an operator only gives its input another shape, or reads a size."""
     return bool(getattr(func, "is_view", False)) or func in (aten.detach.default, aten._unsafe_view.default)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements; of a sparse one, of those that are there and of their places."""
+    if tensor.layout == torch.strided:
+        return tensor.nbytes
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    return tensor.numel() * tensor.itemsize
 
 
 def tensors_of(value: Any) -> list[Tensor]:

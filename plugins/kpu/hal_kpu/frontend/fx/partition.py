@@ -23,7 +23,7 @@ from ...runtime.settings import current_profile
 from ...simulator.values import array_values
 from .coverage import RECORDER, RUN, GraphRecord, HostOp, Run
 from .lowering import _attribute, hint, is_operator, lower_graph, why_not
-from .macs import Counting, tensors_of
+from .macs import Counting, bytes_of, tensors_of
 from .plan import Plan, arrange
 from .registry import NotLowered
 
@@ -181,11 +181,11 @@ class _Host(Interpreter):
         self._run.host_wall += time.perf_counter() - begun
         self._run.host_macs += counted.macs
         inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
-        self._run.host_bytes += sum(tensor.nbytes for tensor in (*inputs, *outputs))
+        self._run.host_bytes += sum(map(bytes_of, (*inputs, *outputs)))
         crossing = [node for node in n.all_input_nodes if self._from_partition(node)]
-        self._run.boundary_bytes += sum(t.nbytes for node in crossing for t in tensors_of(self.env.get(node)))
+        self._run.boundary_bytes += sum(bytes_of(t) for node in crossing for t in tensors_of(self.env.get(node)))
         if any(self._into_partition(user) for user in n.users):
-            self._run.boundary_bytes += sum(tensor.nbytes for tensor in outputs)
+            self._run.boundary_bytes += sum(map(bytes_of, outputs))
         return out
 
     def _from_partition(self, node: Node) -> bool:

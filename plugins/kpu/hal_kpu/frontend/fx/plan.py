@@ -47,7 +47,7 @@ class Plan:
         work = (
             OPCODES[op.opcode].work(program.specs(op.inputs), program.specs(op.outputs), op.attrs) for op in program.ops
         )
-        return sum(one.reads_bytes + one.writes_bytes for one in work)
+        return sum(part.reads_bytes + part.writes_bytes for one in work for part in one.parts)
 
 
 def arrange(outputs: list[Any], layouts: list[tuple[int, ...] | None]) -> list[Any]:

@@ -1,8 +1,9 @@
-"""`OpGraph`: what a traced function does, operator by operator; and `DFXEmitter`, which turns it into a DFX program."""
+"""`OpGraph`: what a traced function does, operator by operator."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -10,10 +11,61 @@ from typing import Any
 import attrs
 import torch
 
-from ..dfx.program import DFXProgram
+from ..dfx.opcodes import DFXOpCode
 from ..emitter import Emitter, Value
 from .rules import RULES
 from .tensor import Tensor, TensorMeta
+
+#: DFX's name of an operator, where it has another one in Python.
+OPCODE_NAMES = {
+    "max_pool2d": "maxpool2d",
+    "avg_pool2d": "avgpool2d",
+    "adaptive_avg_pool2d": "adaptive_avgpool2d",
+    "batch_norm2d": "batch_norm",
+    "scaled_dot_product_attention": "attention",
+    "multi_head_attention": "attention",
+}
+
+
+class OpType(enum.StrEnum):
+    """Operators of a graph, by the names that DFX has for them."""
+
+    ATTENTION = "attention"
+    CAST = DFXOpCode.CAST
+    MATMUL = DFXOpCode.MATMUL
+    LINEAR = DFXOpCode.LINEAR
+    CONV2D = DFXOpCode.CONV2D
+    RELU = DFXOpCode.RELU
+    GELU = DFXOpCode.GELU
+    SILU = DFXOpCode.SILU
+    SIGMOID = DFXOpCode.SIGMOID
+    TANH = DFXOpCode.TANH
+    SOFTMAX = DFXOpCode.SOFTMAX
+    LAYER_NORM = DFXOpCode.LAYER_NORM
+    BATCH_NORM = DFXOpCode.BATCH_NORM
+    ADD = DFXOpCode.ADD
+    SUB = DFXOpCode.SUB
+    MUL = DFXOpCode.MUL
+    DIV = DFXOpCode.DIV
+    EXP = DFXOpCode.EXP
+    LOG = DFXOpCode.LOG
+    SQRT = DFXOpCode.SQRT
+    SUM = DFXOpCode.SUM
+    MEAN = DFXOpCode.MEAN
+    MAXPOOL2D = DFXOpCode.MAXPOOL2D
+    AVGPOOL2D = DFXOpCode.AVGPOOL2D
+    ADAPTIVE_AVGPOOL2D = DFXOpCode.ADAPTIVE_AVGPOOL2D
+    RESHAPE = DFXOpCode.RESHAPE
+    TRANSPOSE = DFXOpCode.TRANSPOSE
+    CONCAT = DFXOpCode.CONCAT
+    FUSED_MATMUL_BIAS_RELU = DFXOpCode.FUSED_MATMUL_BIAS_RELU
+    FUSED_MATMUL_BIAS_GELU = DFXOpCode.FUSED_MATMUL_BIAS_GELU
+    FUSED_MATMUL_BIAS_SILU = DFXOpCode.FUSED_MATMUL_BIAS_SILU
+    FUSED_MATMUL_RELU = DFXOpCode.FUSED_MATMUL_RELU
+
+    def is_fused(self) -> bool:
+        """Whether it is several operators in one."""
+        return self.startswith("fused_")
 
 
 @attrs.frozen
@@ -24,6 +76,16 @@ class OpNode:
     inputs: tuple[str | None, ...]
     outputs: tuple[str, ...]
     attrs: dict[str, Any]
+
+    @property
+    def op_type(self) -> OpType:
+        """The operator as a member of `OpType`."""
+        return OpType(OPCODE_NAMES.get(self.op, self.op))
+
+    @property
+    def _id(self) -> str:
+        """What no other node of the graph has: the name of its first result."""
+        return self.outputs[0]
 
 
 class OpGraph:
@@ -84,6 +146,17 @@ class OpGraph:
             found, count = f"{name}_{count}", count + 1
         return found
 
+    def with_nodes(self, nodes: list[OpNode]) -> OpGraph:
+        """The same graph with other operators between its inputs and its outputs."""
+        other = OpGraph(self.name)
+        other.nodes, other.inputs, other.outputs = nodes, list(self.inputs), list(self.outputs)
+        other.tensors, other.constants, other._known = dict(self.tensors), dict(self.constants), dict(self._known)
+        return other
+
+    def topological_order(self) -> list[OpNode]:
+        """The operators, each after those that it reads from: the order in which they were called."""
+        return list(self.nodes)
+
     def summary(self) -> str:
         """One line per operator."""
         lines = [f"{self.name}({', '.join(self.inputs)}): {len(self.nodes)} operators, {len(self.constants)} constants"]
@@ -109,29 +182,6 @@ def _empty(meta: TensorMeta) -> torch.Tensor:
 
 def _as_tuple(results: Value | tuple[Value, ...]) -> tuple[Value, ...]:
     return results if isinstance(results, tuple) else (results,)
-
-
-class DFXEmitter:
-    """`DFXEmitter().emit(graph)` gives the program: inputs first, then constants, in the graph's order.
-
-    Args:
-        optimize: fold transpositions into the products that read them, and remove operations whose results are unused.
-    """
-
-    def __init__(self, optimize: bool = True) -> None:
-        self.optimize = optimize
-
-    def emit(self, graph: OpGraph) -> DFXProgram:
-        emitter = Emitter(graph.name, self.optimize)
-        env: dict[str, Value] = {}
-        with torch.device("meta"), torch.no_grad():
-            for name in (*graph.inputs, *graph.constants):
-                env[name] = emitter.input(_empty(graph.tensors[name]), name, is_const=name in graph.constants)
-            for node in graph.nodes:
-                operands = [None if name is None else env[name] for name in node.inputs]
-                results = _as_tuple(RULES[node.op](emitter, *operands, **node.attrs))
-                env.update(zip(node.outputs, results, strict=True))
-        return emitter.program([env[name] for name in graph.outputs])
 
 
 _TRACING: ContextVar[OpGraph | None] = ContextVar("hal_kpu_tracing", default=None)

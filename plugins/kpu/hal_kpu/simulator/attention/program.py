@@ -11,7 +11,7 @@ weights stay in L2; DRAM sees query, key, value and output alone. Blocks run on 
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Sequence
 
 from hal_core.plugin_api import AttentionRequest
 
@@ -20,9 +20,13 @@ from ...tiling import DIVIDE, FADE, SUM_BYTES, Round, cut_of, room, rounds, soft
 from ..movement import Builder, Place, Program, Take
 
 
-def fused(profile: Profile, request: AttentionRequest) -> Program:
-    """The movement program of a request. Ragged tiles are filled up: they take the time of whole ones."""
-    return _Writer(profile, request).whole()
+def fused(profile: Profile, request: AttentionRequest, planned: Sequence[tuple[Round, int]] | None = None) -> Program:
+    """The movement program of a request. Ragged tiles are filled up: they take the time of whole ones.
+
+    Args:
+        planned: the rounds that a block plan leaves, of `block_plans.planned_rounds`; None for those of a dense call.
+    """
+    return _Writer(profile, request).whole(rounds(profile, request) if planned is None else planned)
 
 
 class _Writer:
@@ -81,10 +85,10 @@ class _Writer:
         ):
             self.program.buffer(name, level, slots, held * arrays)  # type: ignore[arg-type]
 
-    def whole(self) -> Program:
+    def whole(self, all_rounds: Sequence[tuple[Round, int]]) -> Program:
         """All rounds. The output of a block is stored after the first loads of the next, which need not wait for it."""
         unstored: Round | None = None
-        for each, times in rounds(self.profile, self.request):
+        for each, times in all_rounds:
             self.active, self.heads = each.active, each.heads
             self._round(each, unstored)
             self.turning = True
@@ -99,9 +103,8 @@ class _Writer:
         r, size = self.request, self.blocks.dtype_bytes
         tiles = -(-each.rows // self.blocks.rows)
         self._load("queries", tiles * self.blocks.rows * r.dim_qk * size, 0, ())
-        at, first = each.first, True
-        for seen, group in groupby(each.seen):
-            count = len(list(group))
+        first = True
+        for at, seen, count in each.runs():
             if first:
                 self._keys(at, ())
                 if unstored is not None:
@@ -114,7 +117,6 @@ class _Writer:
                 self._scores(release=seen == 1)
                 self._mix(release=True)
                 self._rows(seen - 1)
-            at += count
         self._mix(release=True)
         for tile in range(tiles):
             elements = self.active * self.blocks.rows * r.dim_v

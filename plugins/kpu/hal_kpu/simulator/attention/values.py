@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionOutput, AttentionRequest, Grads, MaskKind
 
+from .block_plans import Listed
 from .workspace import areas_of, part_of, workspace_size
 
 #: A log-sum-exp below this says a row's weights too coarsely in float32: its sum is computed again.
@@ -31,23 +32,32 @@ LOWEST_EXACT_LSE = -256.0
 
 
 class Operands(NamedTuple):
-    """The tensors of one call, [batch, heads, length, dim], and what they mean. `mask` is 4-dimensional or None."""
+    """The tensors of one call, [batch, heads, length, dim], and what they mean. `mask` is 4-dimensional or None.
+
+    `listed` is the table of a block plan; None for a dense call.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
     mask: Tensor | None
     request: AttentionRequest
+    listed: Listed | None = None
 
 
 class Place(NamedTuple):
-    """Where a tile of scores lies: batch entries, key heads, query heads, query rows and keys."""
+    """Where a tile of scores lies: batch entries, key heads, query heads, query rows and keys.
+
+    `reading`: which query blocks of a plan read the tile, bool [batch or 1, heads_q or 1, query blocks]; None where all
+    rows do.
+    """
 
     batch: slice
     heads: slice
     query_heads: slice
     rows: slice
     keys: slice
+    reading: Tensor | None = None
 
 
 def described(call: Operands) -> AttentionRequest:
@@ -181,6 +191,8 @@ def _finish_scores(call: Operands, place: Place, scores: Tensor, space: _Workspa
             torch.eq(mask, -torch.inf, out=hidden)  # also where a score is infinite or NaN
             scores.add_(mask if mask.dtype == torch.float32 else space.take(*mask.shape).copy_(mask))
         scores.masked_fill_(hidden, -torch.inf)
+    if place.reading is not None and call.listed is not None:
+        scores.masked_fill_(_unread_rows(place, place.reading, call.listed.block_q, space), -torch.inf)
     low, high = call.request.band(call.query.shape[2], call.key.shape[2])
     rows, keys = place.rows, place.keys
     if (high is None or keys.stop - 1 <= rows.start + high) and (low is None or keys.start >= rows.stop - 1 + low):
@@ -192,6 +204,16 @@ def _finish_scores(call: Operands, place: Place, scores: Tensor, space: _Workspa
     if low is not None:
         visible.triu_(low + offset)
     scores.masked_fill_(visible.logical_not_(), -torch.inf)
+
+
+def _unread_rows(place: Place, reading: Tensor, block_q: int, space: _Workspace | None = None) -> Tensor:
+    """Rows of a tile whose query block does not read it, bool [batch or 1, heads_q or 1, rows, 1]."""
+    first, last = place.rows.start // block_q, -(-place.rows.stop // block_q)
+    shape = (*reading.shape[:2], last - first, block_q)
+    hidden = torch.empty(shape, dtype=torch.bool) if space is None else space.take(*shape, dtype=torch.bool)
+    hidden.copy_(reading[:, :, first:last, None]).logical_not_()
+    start = place.rows.start - first * block_q
+    return hidden.flatten(2).narrow(2, start, _size(place.rows)).unsqueeze(-1)
 
 
 def backward(
@@ -307,12 +329,26 @@ def _key_tiles(call: Operands, batch: slice, heads: slice, rows: slice, block_k:
     len_q, len_k = call.query.shape[2], call.key.shape[2]
     low, high = call.request.band(len_q, len_k)
     query_heads = _query_heads(call, heads)
-    for start in range(0, len_k, block_k):
-        stop = min(start + block_k, len_k)
+    for start, stop, key_block in _key_ranges(call, len_k, block_k):
         first = rows.start if high is None else max(rows.start, start - high)
         last = rows.stop if low is None else min(rows.stop, stop - low)  # row i sees keys from i + low on
+        reading = None
+        if call.listed is not None:
+            reading, size = call.listed.of(batch, query_heads, key_block), call.listed.block_q
+            blocks = reading.flatten(0, 1).any(0).nonzero().flatten().tolist()
+            blocks = [block for block in blocks if block * size < last and (block + 1) * size > first]
+            first, last = (max(first, blocks[0] * size), min(last, (blocks[-1] + 1) * size)) if blocks else (0, 0)
         if first < last:
-            yield Place(batch, heads, query_heads, slice(first, last), slice(start, stop))
+            yield Place(batch, heads, query_heads, slice(first, last), slice(start, stop), reading)
+
+
+def _key_ranges(call: Operands, len_k: int, block_k: int) -> Iterator[tuple[int, int, int]]:
+    """(first key, last key + 1, block of the plan) of each tile; tiles of a plan start anew with each of its blocks."""
+    size = len_k if call.listed is None else call.listed.block_k
+    for block in range(-(-len_k // max(size, 1))):
+        end = min((block + 1) * size, len_k)
+        for start in range(block * size, end, block_k):
+            yield start, min(start + block_k, end), block
 
 
 def _query_heads(call: Operands, heads: slice) -> slice:
@@ -365,6 +401,8 @@ def _scores(call: Operands, place: Place, query: Tensor) -> tuple[Tensor, Tensor
         else:
             hidden = mask == -torch.inf  # also where a score is infinite or NaN
             scores.add_(mask.float().masked_fill(hidden, 0)).masked_fill_(hidden, -torch.inf)
+    if place.reading is not None and call.listed is not None:
+        scores.masked_fill_(_unread_rows(place, place.reading, call.listed.block_q), -torch.inf)
     visible = _visible(call, place)
     return (scores if visible is None else scores.masked_fill_(~visible, -torch.inf)), slope
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from hal_core.plugin_api import DTYPE_BYTES, AttentionRequest, MaskKind
@@ -46,7 +47,16 @@ def areas_of(request: AttentionRequest, part: Part) -> list[tuple[str, int]]:
     areas = [("float32", floats + (masked if narrow and additive else 0))]
     if narrow:
         areas.append((r.dtype, pairs))
-    return [*areas, ("bool", (masked if r.mask is not MaskKind.NONE else 0) + (rows * keys if banded else 0))]
+    flags = (masked if r.mask is not MaskKind.NONE else 0) + (rows * keys if banded else 0)
+    return [*areas, ("bool", flags + _rows_of_blocks(r, part))]
+
+
+def _rows_of_blocks(request: AttentionRequest, part: Part) -> int:
+    """Rows of a part, filled up to whole query blocks of a plan; 0 without a plan."""
+    if request.block_plan is None:
+        return 0
+    heads = part.heads * (request.heads_q // max(request.heads_kv, 1))
+    return part.batch * heads * (part.rows + 2 * request.block_plan[0])
 
 
 def workspace_size(request: AttentionRequest, block_k: int) -> int:
@@ -65,7 +75,7 @@ def backward_bytes(request: AttentionRequest, block_k: int) -> int:
     size, narrow = DTYPE_BYTES[r.dtype], r.dtype != "float32"
     queries, seen = batch * heads * (r.heads_q // max(r.heads_kv, 1)) * rows, batch * heads * keys
     pairs, all_rows = 4 * queries * keys, r.batch * r.heads_q * r.len_q
-    masked = areas_of(r, part_of(r, block_k))[-1][1] if r.mask is not MaskKind.NONE else 0
+    masked = areas_of(replace(r, block_plan=None), part_of(r, block_k))[-1][1] if r.mask is not MaskKind.NONE else 0
     all_pairs = r.mask_batch * r.mask_heads * r.len_q * r.len_k
     sizes = {
         "q": all_rows * r.dim_qk,
@@ -81,6 +91,7 @@ def backward_bytes(request: AttentionRequest, block_k: int) -> int:
     slope = pairs if r.softcap is not None else 0
     bounded = 11 * rows * keys if r.band(r.len_q, r.len_k) != (None, None) else 0
     hidden = masked * (1 + (4 + 4 * narrow) * (r.mask is MaskKind.ADDITIVE))
+    bounded = max(bounded, _rows_of_blocks(r, part_of(r, block_k)))
     last = pairs + slope + (cast if narrow else pairs)
     tile = max(
         query + key + pairs,

@@ -13,7 +13,8 @@ from .banked import BankedMemory, MemoryCounters, Timing, Transfer
 from .pages import page_visits
 from .reopening import Reopening, reopenings
 
-COARSE = 16  # of the averaged memory in a cycle
+COARSE = 4  # of the averaged memory in a cycle
+_STEPS = 64  # in a time of any length, unless it is shorter than that many steps of 1/COARSE
 
 
 @attrs.frozen
@@ -152,6 +153,17 @@ def group_cost(timing: Timing, places: tuple[Place, ...]) -> GroupCost:
     )
 
 
+def _ticks(cycles: float) -> int:
+    """Cycles in 1/COARSE of a cycle, in steps of at most 1/_STEPS of it where it has as many.
+
+    Coarse steps let a turn of a loop end soon in a state that was there before, after which turns are not run again. A
+    longer time never becomes the shorter one.
+    """
+    whole = math.floor(cycles * COARSE + 0.5)
+    step = 1 << max(0, min(whole.bit_length() - _STEPS.bit_length(), COARSE.bit_length() - 1))
+    return (whole + step // 2) // step * step
+
+
 class AveragedMemory:
     """Tile by tile: a group takes the time that its pages take on average, refreshes included. For TRANSACTIONAL."""
 
@@ -168,7 +180,7 @@ class AveragedMemory:
         self._costs: dict[tuple[tuple[Place, ...], int | None], _Ticks] = {}
         self._reopened: dict[tuple[tuple[Place, ...], int | None], Reopening] = {}
         self.uneven: set[Place] = set()  # places whose turns differ
-        self._stretch = COARSE / (1 - timing.refresh * timing.banks / timing.interval)  # the bus waits for refreshes
+        self._stretch = 1 / (1 - timing.refresh * timing.banks / timing.interval)  # the bus waits for refreshes
 
     def expect(self, program: Program) -> None:
         """Look over the program that is to run, for the pages that it finds closed when it comes back to them."""
@@ -210,7 +222,7 @@ class AveragedMemory:
         """
 
         def ticks(cycles: float) -> int:
-            return math.ceil(cycles * self._stretch)
+            return _ticks(cycles * self._stretch)
 
         waited = cost.alone
         if reopened and reopened.share > cost.reopens:
@@ -223,7 +235,7 @@ class AveragedMemory:
             ticks(cost.whole),
             alone,
             [ticks(end * cost.whole) for end in cost.ends],
-            [math.ceil(end * alone) for end in cost.ends],
+            [_ticks(end * alone / COARSE) for end in cost.ends],
             [ticks(port) for port in cost.ports],
             cost.bus,
             cost.hits,

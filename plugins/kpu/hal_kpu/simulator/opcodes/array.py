@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
+from .specs import DTYPE_BYTES
 from .work import Attributes, Opcode, Specs, Work, traffic
 
 
@@ -32,6 +35,67 @@ def _matmul_work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:
     *batch, M, N = outputs[0].shape
     K = inputs[0].shape[-2 if attrs.get("transpose_a") else -1]
     return Work(engine="array", batch=math.prod(batch), M=M, N=N, K=K, **traffic(inputs, outputs))
+
+
+def _grouped(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
+    """(a, b, int32 ends of the groups along the axis that is cut): one product for each group, as torch._grouped_mm.
+
+    a[rows, K] with b[groups, K, N] cuts the rows; a[groups, M, K] with b[K, columns] cuts the columns; a[M, inner] with
+    b[inner, N] cuts the inner axis, and gives [groups, M, N]. What lies beyond the last end is zero.
+    """
+    a, b, ends = inputs
+    shape = grouped_shape(a.shape, b.shape, ends.shape[0])
+    if ends.device.type == "meta":
+        return (a.new_empty(shape),)
+    out, begin = a.new_zeros(shape), 0
+    for group, end in enumerate(ends.tolist()):
+        part = slice(begin, end)
+        if a.dim() == b.dim():
+            out[group] = a[:, part] @ b[part]
+        elif a.dim() == 2:
+            out[part] = a[part] @ b[group]
+        else:
+            out[:, part] = a[group] @ b[:, part]
+        begin = end
+    return (out,)
+
+
+def grouped_shape(a: Sequence[int], b: Sequence[int], groups: int) -> tuple[int, ...]:
+    """Of a grouped product's result."""
+    return (groups, a[-2], b[-1]) if len(a) == len(b) else (a[-2], b[-1])
+
+
+def _grouped_work(inputs: Specs, outputs: Specs, attrs: Attributes) -> Work:
+    """As many products as groups, the axis that is cut spread evenly over them: where the ends lie is known only when
+    it runs. The multiply-accumulates are the same for all ends that reach the last row.
+    """
+    a, b, ends = inputs
+    groups = ends.shape[0]
+    cut, size = ("K", a.shape[1]) if len(a.shape) == len(b.shape) else ("M", a.shape[0])
+    if len(a.shape) > len(b.shape):
+        cut, size = "N", b.shape[1]
+    sizes = {"M": a.shape[-2], "N": b.shape[-1], "K": a.shape[-1]}
+    short, more = divmod(size, max(groups, 1))
+    moved, works = traffic(inputs, outputs), []
+    for number, extent in ((groups - more, short), (more, short + 1)):
+        if number and extent:
+            one = sizes | {cut: extent}
+            read = number * (one["M"] * one["K"] + one["K"] * one["N"]) * DTYPE_BYTES[a.dtype]
+            works.append(
+                Work(
+                    engine="array",
+                    batch=number,
+                    M=one["M"],
+                    N=one["N"],
+                    K=one["K"],
+                    reads_bytes=read,
+                    writes_bytes=number * one["M"] * one["N"] * DTYPE_BYTES[a.dtype],
+                    dtype=a.dtype,
+                )
+            )
+    if not works:
+        return Work(engine="vector", elements=outputs[0].numel, passes=1, **moved)
+    return evolve(works[0], rest=works[1]) if len(works) == 2 else works[0]
 
 
 def _convolution(inputs: tuple[Tensor, ...], attrs: Attributes) -> tuple[Tensor, ...]:
@@ -112,6 +176,7 @@ _WINDOW = frozenset({"stride", "padding", "dilation", "transposed", "output_padd
 
 ARRAY = [
     Opcode("matmul", _matmul, _matmul_work, (2, 3), optional=_PRODUCT),
+    Opcode("grouped_matmul", _grouped, _grouped_work, (3, 3)),
     Opcode("convolution", _convolution, _convolution_work, (2, 3), required=_WINDOW),
     _convolution_grad(0),
     _convolution_grad(1),

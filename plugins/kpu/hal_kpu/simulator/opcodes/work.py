@@ -31,6 +31,7 @@ class Work:
         dtype: of the operands that are computed with.
         epilogue, epilogue_bytes: vector operations on a product's results as they leave the arrays, all together, and
             what these read beside them; `writes_bytes` is then what they leave behind.
+        rest: work that comes after this one in the same operation, counted in `macs` alone; see `parts`.
     """
 
     engine: Engine
@@ -45,11 +46,17 @@ class Work:
     dtype: str = "float32"
     epilogue: int = 0
     epilogue_bytes: int = 0
+    rest: Work | None = None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates on the array."""
-        return self.batch * self.M * self.N * self.K
+        return self.batch * self.M * self.N * self.K + (self.rest.macs if self.rest else 0)
+
+    @property
+    def parts(self) -> tuple[Work, ...]:
+        """What runs one after the other: itself, then the rest."""
+        return (self,) if self.rest is None else (attrs.evolve(self, rest=None), *self.rest.parts)
 
 
 def _names(names: Iterable[str]) -> frozenset[str]:

@@ -33,6 +33,21 @@ def integer_product(e: Emitter, a: Value, b: Value) -> Value:
     return e.matmul(a, b, accumulators="int32")
 
 
+@lowers(aten._grouped_mm.default)
+def grouped_product(
+    e: Emitter,
+    a: Value,
+    b: Value,
+    ends: Value | None = None,
+    bias: Value | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Value:
+    """Products of experts: one for each group of rows. Without ends the groups are equal, and it is a plain batch."""
+    if bias is not None or out_dtype not in (None, a.dtype):
+        raise NotLowered("with a bias" if bias is not None else f"with a result in {out_dtype}")
+    return e.matmul(a, b) if ends is None else e.one("grouped_matmul", a, b, ends)
+
+
 @lowers(aten.dot.default, aten.vdot.default)
 def dot(e: Emitter, a: Value, b: Value) -> Value:
     return e.reshape(e.matmul(e.reshape(a, (1, a.shape[0])), e.reshape(b, (b.shape[0], 1))), ())
