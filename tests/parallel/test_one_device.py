@@ -10,7 +10,7 @@ import sys
 import hal_parallel
 import pytest
 import torch
-from hal_parallel.description import describe
+from hal_parallel.description import Given, describe
 from hal_parallel.dropout import Dropout
 from hal_parallel.streaming import block_sizes
 
@@ -60,7 +60,8 @@ def test_dropout_is_that_of_the_ranks():
 
 def test_blocks_shrink_with_the_memory():
     query = torch.empty(1, 8, 1 << 16, 64)
-    found = describe(query, query, query, None, 0.0, {"backend": "cpu"}, "contiguous", None, (None, None), 1, False)
+    given, places = Given(query, query, query, None), ("contiguous", None, (None, None))
+    found = describe(given, 0.0, {"backend": "cpu"}, places, 1, False)
     sizes = [block_sizes(found, memory << 20, False) for memory in (4096, 128, 16)]
     assert sizes[0] == (1 << 16, 1 << 16)
     assert sizes[0] > sizes[1] > sizes[2]

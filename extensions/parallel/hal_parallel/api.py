@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionOutput, ContractError, Decision, HalError
+from hal_core import AttentionOutput, ContractError, Decision
 
 from . import cost
 from .agreement import agree
-from .description import Description, describe
-from .strategies import STRATEGIES, Given, Run, check_strategy
+from .description import Description, Given, describe
+from .strategies import STRATEGIES, Run, check_strategy
 from .streaming import one_device
 from .topology import Topology, topology_of
 
@@ -80,17 +80,18 @@ def attention(
     try:
         if topology is not None:
             _check_place(query, topology)
-        sequences = (cu_seqlens_q, cu_seqlens_k)
-        found = describe(query, key, value, attn_mask, dropout_p, options, layout, length, sequences, world, return_lse)
+        given, places = Given(query, key, value, attn_mask), (layout, length, (cu_seqlens_q, cu_seqlens_k))
+        found = describe(given, dropout_p, options, places, world, return_lse)
+        if attn_mask is not None:
+            given = given._replace(mask=attn_mask[(None,) * (4 - attn_mask.dim())])
         seed, offset = _drawn(rng, bool(found.dropout))
         if topology is not None:
             chosen = _chosen(strategy, found, topology)
             Run(found, topology, (seed, offset)).device(list(STRATEGIES)[chosen])
-    except (HalError, TypeError) as caught:
+    except Exception as caught:  # the other ranks are told
         if topology is None:
             raise
         error = caught
-    given = Given(query, key, value, None if attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())])
     if topology is None:
         assert found is not None
         out, lse = one_device(given, found, (seed, offset), memory)
@@ -125,21 +126,7 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mesh: Any = None,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    layout: Any = "contiguous",
-    strategy: str = "auto",
-    length: int | tuple[int | None, int | None] | None = None,
-    return_lse: bool = False,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    **options: Any,
+    query: Tensor, key: Tensor, value: Tensor, mesh: Any = None, attn_mask: Tensor | None = None, **options: Any
 ) -> Explanation:
     """The strategy that `attention` with the same arguments takes on this rank, with every strategy's estimate.
 
@@ -151,15 +138,27 @@ def explain(
     topology = topology_of(mesh)
     if topology is None:
         raise ContractError("there is no process group, so the call runs on one device: hal.explain says which")
-    sequences = (cu_seqlens_q, cu_seqlens_k)
-    options["is_causal"] = is_causal
+    given = {name: options.pop(name, default) for name, default in _EXPLAINED.items()}
+    sequences = (given["cu_seqlens_q"], given["cu_seqlens_k"])
     found = describe(
-        query, key, value, attn_mask, dropout_p, options, layout, length, sequences, topology.world, return_lse
+        Given(query, key, value, attn_mask),
+        given["dropout_p"],
+        options,
+        (given["layout"], given["length"], sequences),
+        topology.world,
+        given["return_lse"],
     )
-    name = list(STRATEGIES)[_chosen(strategy, found, topology)]
+    name = list(STRATEGIES)[_chosen(given["strategy"], found, topology)]
     link = cost.stored_link(topology.ring.device.type, topology.world)
     estimates = cost.estimates(found, cost.shape_of(topology), link)
     return Explanation(name, estimates, link, Run(found, topology, (0, 0)).device(name).decision)
+
+
+#: Arguments of `attention` that `explain` reads itself.
+_EXPLAINED: dict[str, Any] = {
+    **{"dropout_p": 0.0, "layout": "contiguous", "length": None, "strategy": "auto", "return_lse": False},
+    **{"cu_seqlens_q": None, "cu_seqlens_k": None},
+}
 
 
 def _chosen(strategy: str, description: Description, topology: Topology) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ OPTIONS = (
     "max_seqlen_q",
     "max_seqlen_k",
 )
+
+
+class Given(NamedTuple):
+    """The tensors of a rank; the mask may be None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -95,23 +104,18 @@ registry.on_change.append(_requests.clear)
 
 
 def describe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    options: dict[str, Any],
-    layout: Any,
-    length: Any,
-    sequences: tuple[Tensor | None, Tensor | None],
-    world: int,
-    return_lse: bool,
+    given: Given, dropout_p: float, options: dict[str, Any], places: tuple[Any, Any, Any], world: int, return_lse: bool
 ) -> Description:
     """Check a rank's own arguments.
+
+    Args:
+        given: its tensors, the mask with as many dimensions as it came with. options: `hal.attention`'s.
+        places: (layout, length, (cu_seqlens_q, cu_seqlens_k)) as they came.
 
     Raises:
         ContractError, UnsupportedError: as `hal_parallel.attention`.
     """
+    (query, key, value, mask), (layout, length, sequences) = given, places
     for name in options:
         if options[name] is not None and name in REFUSED:
             raise UnsupportedError(f"{name} was given, which hal_parallel does not run: {REFUSED[name]}")
@@ -135,23 +139,17 @@ def describe(
             "torch.no_grad(), or shard the queries"
         )
     checked = _check_mask(mask, query, queries, keys)
-    request = _checked(query, key, value, mask, dropout_p, options, grads, policy)
+    request = _checked(given, dropout_p, options, grads, policy)
     rule = Rule(request.causal, request.diagonal, request.window, *_edges(sequences, queries, keys, query, mask))
     request = _local(request, dropout_p, mask, bool(grads) and (return_lse or dropout_p > 0))
     return Description(request, policy, queries, keys, rule, float(dropout_p), grads, checked)
 
 
 def _checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    options: dict[str, Any],
-    grads: frozenset[str],
-    policy: Policy,
+    given: Given, dropout: float, options: dict[str, Any], grads: frozenset[str], policy: Policy
 ) -> AttentionRequest:
     """The core's own check of what is not about ranks, once for calls that are alike."""
+    query, key, value, mask = given
     fields = [(tuple(t.shape), t.dtype, t.device, t.stride(3) == 1) for t in (query, key, value)]
     of_mask = None if mask is None else (tuple(mask.shape), mask.dtype, mask.device)
     place: Any = (*fields, of_mask, dropout, tuple(sorted(options.items(), key=str)), grads, policy)

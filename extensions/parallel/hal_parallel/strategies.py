@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hal_core import AttentionRequest, ContractError, merge_partials
 
-from .description import Description
+from .description import Description, Given
 from .dropout import Dropout
 from .exchange import Link, gather_tokens, trade
 from .inner import Inner, choose
@@ -21,15 +21,6 @@ from .topology import Topology
 
 #: Bytes that one dense call under dropout may take for its pattern: int32 words, and what mixes them.
 _PATTERN = 1 << 26
-
-
-class Given(NamedTuple):
-    """The tensors of a rank; mask 4-D or None."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
 
 
 class Run(NamedTuple):

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .description import Description
+from .description import Description, Given
 from .dropout import Dropout
 from .inner import choose
 from .ring import RingAttention, RingPlan
-from .strategies import Given, most_pairs
+from .strategies import most_pairs
 
 #: Bytes that blocks may take beside inputs and results, where the call does not say.
 MEMORY = 128 << 20
