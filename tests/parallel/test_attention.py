@@ -64,6 +64,7 @@ def test_results_are_those_of_one_process(ranks, strategy, world, seed):
     cases = [
         {**feature, "strategy": strategy, "layout": layout, "seed": seed + n}
         for n, (feature, layout) in enumerate(itertools.product(FEATURES.values(), LAYOUTS))
+        if world == 4 or n // 3 % 3 == n % 3  # of fewer ranks, each feature in one layout
     ]
     within(ranks.run("compare_all", world, cases=cases), cases)
 
