@@ -59,6 +59,9 @@ class Row(NamedTuple):
 
 
 Judge = Callable[[Products], float]
+#: Epochs and largest rate of the fine-tuning, where they are not 3 and 3e-4. Of three ways for the text classifier,
+#: this one kept 99.1% of float32's accuracy, 3 epochs at 3e-4 kept 96.9%, and the same without dropout 98.0%.
+FINE_TUNING = {"text": (2, 1e-4)}
 #: Tasks that are trained here, by the name of the command.
 TASKS = {"digits": training.digits, "text": training.text}
 
@@ -123,7 +126,8 @@ def trained_here(task: training.Task, chip: Profile, draws: int) -> list[Row]:
     rows.append(judged(task.name, f"{how}, {OUTLIERS:.0%} of channels digital", base, outliers, on_chip(), draws))
     rows.append(judged(task.name, f"{how}, 4 passes", base, plain, on_chip(4), draws))
     torch.manual_seed(0)
-    network = training.fine_tuned(task, on_chip()(), epochs=3, batch=32, rate=3e-4)
+    epochs, rate = FINE_TUNING.get(task.name, (3, 3e-4))
+    network = training.fine_tuned(task, on_chip()(), epochs=epochs, batch=32, rate=rate)
 
     def tuned(products: Products) -> float:
         return training.accuracy(task, training.on_products(task, products, network=exact(task, network)))

@@ -9,7 +9,7 @@ from .device_info import Record
 if TYPE_CHECKING:
     import torch
 
-#: For annotations: torch itself is imported with the front end.
+#: For annotations: torch itself is imported when a tensor arrives.
 Tensor: TypeAlias = "torch.Tensor"
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 

@@ -113,8 +113,5 @@ def fine_tuned(task: Task, products: Products, *, epochs: int, batch: int, rate:
     """The network after training with the chip's own products in the forward pass (straight-through gradients)."""
     network = on_products(task, products)
     torch.manual_seed(1)
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     train(task, network, epochs=epochs, batch=batch, rate=rate, decay=0.0)
     return network

@@ -1,12 +1,11 @@
-"""`attention`, `bind` and `explain`: what a user calls. The core imports torch with this module, and not before."""
+"""`attention`, `bind` and `explain`: what a user calls. The first tensor imports torch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
-import torch
 
 from ..decision import Decision, Policy
 from ..errors import ContractError, DeviceUnavailableError, refuse
@@ -15,12 +14,33 @@ from ..plans import BlockPlan
 from ..protocols import TilingStrategy
 from ..request import AttentionRequest, Causal, SequenceMetadata, Tensor
 from ..selection import check_all, decide, plan_text
-from . import dispatch, execution, inputs, torch_ops, validation
-from .operands import Operands, gradient_bits
 
+if TYPE_CHECKING:
+    import torch
+
+    from . import dispatch, execution, inputs, torch_ops, validation
+    from .operands import Operands, gradient_bits
+else:
+    torch = dispatch = execution = inputs = torch_ops = validation = Operands = gradient_bits = None
+
+_compiling = _tracing = _transform = _grad_enabled = _autocast = cast(Any, None)
 _OVERRIDES = ("backend", "objective", "allow_simulated", "transfer", "tiling")
-_compiling, _tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
-_autocast, _transform = torch._C._is_any_autocast_enabled, torch._C._functorch.peek_interpreter_stack
+
+
+def _load() -> None:
+    """Import torch and what needs it: a plugin's light module may name every function here without torch. Import
+    statements alone: Dynamo runs those while it traces.
+    """
+    global torch, dispatch, execution, inputs, torch_ops, validation, Operands, gradient_bits
+    global _compiling, _tracing, _transform, _grad_enabled, _autocast
+    import torch
+
+    from . import dispatch, execution, inputs, torch_ops, validation
+    from .operands import Operands, gradient_bits
+
+    _grad_enabled, _autocast, _tracing = torch.is_grad_enabled, torch._C._is_any_autocast_enabled, torch._C._is_tracing
+    _transform = torch._C._functorch.peek_interpreter_stack
+    _compiling = torch.compiler.is_compiling  # last: then all of it is set
 
 
 def attention(
@@ -102,6 +122,8 @@ def attention(
         UnknownBackendError, DeviceUnavailableError: the named backend does not exist, or not here.
         MemoryLimitError: a configured limit would be exceeded.
     """
+    if _compiling is None:
+        _load()
     if _autocast():
         query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
     named = (cu_seqlens_q, cu_seqlens_k, page_table, cache_seqlens, key_scale, value_scale)
@@ -205,6 +227,8 @@ def _described(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any]
 ) -> tuple[AttentionRequest, Policy]:
     """The exact request and policy of a call given as `attention` takes it."""
+    if _compiling is None:
+        _load()
     defaults, tables = validation.CallOptions._field_defaults, SequenceMetadata._fields
     known = {*defaults, *_OVERRIDES, *tables, "block_plan", "rng"}
     if unknown := sorted(set(keywords) - known):

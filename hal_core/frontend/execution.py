@@ -197,7 +197,7 @@ class BoundAttention:
         """Run a call between two synchronisations and add it to the meter; or let it be watched."""
         if isinstance(meter, watch):
             result = run(*arguments) if meter.outer is None else self.metered(meter.outer, run, arguments)
-            meter.saw(self.decision, meter.costs.pop((id(self), get_ident()), None))
+            meter.saw(self.decision, meter.costs.pop((id(self), get_ident()), None) if meter.costs else None)
             return result
         synchronize = getattr(self.session, "synchronize", lambda: None)
         synchronize()

@@ -1,11 +1,11 @@
 """Quantised key and value caches: making them, and reading them as numbers."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from ..errors import refuse
+from ..request import Tensor
 
 #: The largest code of each cache dtype.
 LARGEST_CODE = {"int8": 127, "int4": 7, "float8_e4m3fn": 448, "float8_e5m2": 57344}
@@ -79,6 +79,8 @@ def _scale(numbers: Tensor, axes: tuple[int, ...], dtype: str) -> Tensor:
 
 def codes_of(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
     """The codes of a cache dtype nearest to numbers [..., dim] over `scale`, which broadcasts to them."""
+    import torch
+
     codes = (numbers.detach().float() / scale).clamp(-LARGEST_CODE[dtype], LARGEST_CODE[dtype])
     if dtype.startswith("float8"):
         return codes.to(getattr(torch, dtype))
@@ -88,6 +90,8 @@ def codes_of(numbers: Tensor, scale: Tensor, dtype: str) -> Tensor:
 
 def dequantized(codes: Tensor, scale: Tensor | None = None, dtype: Any = None) -> Tensor:
     """A cache's numbers, [..., dim], in a torch dtype (float32 where None is given); `scale` broadcasts to them."""
+    import torch
+
     if codes.dtype == torch.uint8:
         signed = codes.view(torch.int8)
         codes = torch.stack((signed << 4 >> 4, signed >> 4), -1).flatten(-2)

@@ -1,14 +1,13 @@
 """Masks of causal, window and block plans, and merging of partial results."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import refuse
 from ..plans import BlockPlan, Tile
-from ..request import AttentionRequest
+from ..request import AttentionRequest, Tensor
 
 
 def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +27,8 @@ def merge_partials(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Milakov & Gimelshein 2018 (online softmax), equation 3; Rabe & Staats 2021, section 3.
     """
+    import torch
+
     refuse(
         (
             out.shape[:-1] != lse.shape or lse.dtype not in (torch.float32, torch.float64),
@@ -54,6 +55,8 @@ def slice_mask(mask: Tensor, tile: Tile) -> Tensor:
 
 def expand_block_plan(plan: BlockPlan, len_q: int, len_k: int) -> Tensor:
     """The boolean mask [batch or 1, heads or 1, len_q, len_k] of a block plan."""
+    import torch
+
     blocks_k = -(-len_k // plan.block_k)
     listed = torch.arange(plan.indices.shape[-1], device=plan.indices.device) < plan.counts.unsqueeze(-1)
     # Entries past the count go to one block beyond the last, which is cut off again.
@@ -69,6 +72,8 @@ def dense_mask(request: AttentionRequest, len_q: int, len_k: int, *, device: Any
     low, high = request.band(len_q, len_k)
     if low is None and high is None:
         return None
+    import torch
+
     distance = torch.arange(len_k, device=device) - torch.arange(len_q, device=device).unsqueeze(1)
     visible = torch.ones_like(distance, dtype=torch.bool) if high is None else distance <= high
     return visible if low is None else visible & (distance >= low)

@@ -63,6 +63,21 @@ def test_a_known_noise_is_found_and_varies_between_repeats(encoder, text, device
     assert again.worst.low == low.worst.low, "the same command gives the same noise"
 
 
+def test_errors_by_layer_are_the_same_statistic_as_the_mean_error(encoder, text, device):
+    noisy = device("noisy", noise=1e-2)
+    result = measure.compare(
+        models.load(str(encoder), "float32"),
+        texts.read([text]),
+        lanes.rows_for(["cpu:0", noisy]),
+        repeats=3,
+        batch_size=4,
+        max_length=None,
+        command="",
+    )
+    for row in result.rows:
+        assert row.accuracy.layers[-1] == row.accuracy.mean.middle, "the median over draws, not the first draw"
+
+
 def test_one_layers_error_is_what_the_noise_makes_of_it(tmp_path, text, device, save_tokenizer, seed):
     """A model whose only layer hands attention's output on: the error of the hidden states is the device's own."""
     config = transformers.LlamaConfig(

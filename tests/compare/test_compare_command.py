@@ -361,6 +361,8 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_runs(capsys, en
     (tmp_path / "page.csv").mkdir()
     assert "beside the page" in refused(capsys, encoder, "--text", text, "--report", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+    message = refused(capsys, encoder, "--text", text, "--report", encoder / "config.html")
+    assert "config.json beside the page, and that is no report's" in message
 
 
 @pytest.mark.parametrize("option", ["--devices", "--linear", "--compiled"])

@@ -161,6 +161,13 @@ def test_the_report_and_the_files_beside_it_take_their_places_whole_or_not_at_al
     }, "nothing half written is left"
 
 
+def test_a_report_takes_the_place_of_an_earlier_one(result, tmp_path):
+    target = tmp_path / "a.html"
+    for _ in range(2):
+        report.check_target(target)
+        report.write(result, target)
+
+
 def test_without_data_the_json_file_holds_the_comparison(result, tmp_path):
     report.write(result, tmp_path / "a.html")
     data = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))

@@ -81,6 +81,13 @@ def test_names_in_a_page_are_names_of_the_code(page):
     assert [name for name in sorted(variables) if name not in source] == []
 
 
+def test_the_guide_says_what_each_name_of_hal_nn_is_for():
+    import hal_nn
+
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert [name for name in hal_nn.__all__ if f"`{name}`" not in text] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

@@ -37,7 +37,7 @@ TABLE = Path(__file__).with_name("model_types.json")
 FORWARD, BACKWARD = 1e-5, 1e-4
 #: Layers that compute weights which nothing reads.
 UNUSED = ("Sam2MultiScaleAttention",)
-#: Seconds for one step with one model.
+#: Seconds of the processor for one step with one model, so that a busy machine cuts nothing off.
 PATIENCE = 60
 
 
@@ -83,15 +83,15 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
     Returns:
         result: "equal", "refused", "cannot be built" (eager does not run), "not finished" (eager ran, and hal went
         over the limits of time or memory) or "different". class: the model's. reason: of all but the first.
-        converted: of a refused type, what `hal_nn.convert` makes of it: "equal", "partly", with what stays on torch, or
-        why nothing is converted.
+        converted: of a refused type, what `hal_nn.convert` makes of it: "equal", "partly", with what stays on torch,
+        why nothing is converted, or "not tried", with why eager itself does not run on any inputs known here.
         forward: "padded", or "unpadded" where the model takes no padding mask. generate, backward: true where eager
         does it too, and hal gives the same. torch: warnings' names, of models and parts whose attention stays on torch.
         reference: "sdpa", where eager gives no finite result.
     """
     hal_nn.register_huggingface()
     try:
-        eager, sizes = _first(model_type, seed)
+        eager, sizes, unrun = _first(model_type, seed)
     except tiny_models.CannotBuildError as error:
         return {"result": "cannot be built", "reason": str(error)}
     row: dict[str, Any] = {"class": type(eager).__name__}
@@ -101,16 +101,17 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
         try:
             with _limit(PATIENCE):
                 ours = tiny_models.build(model_type, "hal", seed, sizes)
+            if unrun:  # hal does not refuse it either
+                return {"result": "cannot be built", "reason": unrun}
             ours.load_state_dict(eager.state_dict())
             row |= _compared(eager, ours, model_type, sizes, seed)
         except HalError as error:
-            return row | {"result": "refused", "reason": _short(error)} | _converted(eager, seed)
+            converted = f"not tried: {unrun}" if unrun else _converted(eager, seed)
+            return row | {"result": "refused", "reason": _short(error), "converted": converted}
         except tiny_models.CannotBuildError as error:
             return row | {"result": "cannot be built", "reason": _short(error)}
-        except (TimeoutError, MemoryError) as error:  # eager ran, so that this is hal's
-            return row | {"result": "not finished", "reason": _short(error)}
-        except Exception as error:
-            return row | {"result": "different", "reason": _short(error)}
+        except Exception as error:  # eager ran, or was built at least, so that this is hal's
+            return row | {"result": "not finished" if _over_limits(error) else "different", "reason": _short(error)}
     kinds = (CallWarning, PartWarning)
     if named := sorted({str(one.message).split()[0] for one in said if issubclass(one.category, kinds)}):
         row["torch"] = named
@@ -120,51 +121,54 @@ def check(model_type: str, seed: int = 0) -> dict[str, Any]:
     return {"result": "equal"} | row
 
 
-def _converted(eager: Any, seed: int) -> dict[str, str]:
-    """What `hal_nn.convert` makes of a model; nothing where its inputs are not known."""
-    try:
-        given = tiny_inputs.inputs(eager, seed)
-        want = _run(eager, given, seed)
-    except Exception:
-        return {}
+def _over_limits(error: BaseException) -> bool:
+    """Whether a step was stopped by the limit of time or of memory; torch's allocator says the second in words."""
+    return isinstance(error, TimeoutError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _converted(eager: Any, seed: int) -> str:
+    """What `hal_nn.convert` makes of a model."""
+    given = tiny_inputs.inputs(eager, seed)
+    want = _run(eager, given, seed)
     try:
         with _limit(PATIENCE):
             _, report = hal_nn.convert(eager, given)
         if (error := difference(_run(eager, given, seed), want, given.get("attention_mask"))) > FORWARD:
-            return {"converted": f"different: {error:.1e}"}
+            return f"different: {error:.1e}"
     except HalError as error:
         text, nothing, why = " ".join(str(error).split()).partition(" has nothing to convert (")
-        return {
-            "converted": f"nothing: {why.partition('): pass a model')[0]}"[:160]
-            if nothing
-            else f"refused: {text[:150]}"
-        }
+        return f"nothing: {why.partition('): pass a model')[0]}"[:160] if nothing else f"refused: {text[:150]}"
     except Exception as error:
-        return {"converted": f"different: {_short(error)}"}
+        return f"{'not finished' if _over_limits(error) else 'different'}: {_short(error)}"
     kinds = sorted({f"{layer.kind}: {layer.reason}" for layer in report.skipped})
-    return {"converted": "partly: " + "; ".join(kinds)[:160] if kinds else "equal"}
+    return "partly: " + "; ".join(kinds)[:160] if kinds else "equal"
 
 
 _WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x\d+ and (\d+)x\d+\)")
 
 
-def _first(model_type: str, seed: int) -> tuple[Any, Any]:
-    """An eager model that runs, and the sizes it was built with."""
+def _first(model_type: str, seed: int) -> tuple[Any, Any, str]:
+    """(an eager model, the sizes it was built with, why it does not run on any inputs known here; "" where it does).
+
+    Raises:
+        CannotBuildError: no eager model is built.
+    """
     reasons: list[str] = []
-    refused = None
+    unrun: list[str] = []
+    built = None
     for sizes in tiny_models.CHOICES:
-        if sizes.place and refused is not None:
+        if sizes.place and built is not None:
             break  # the first class builds
         try:
             with _limit(PATIENCE):
                 eager = tiny_models.build(model_type, "eager", seed, sizes)
-                refused = refused or (eager, sizes)
         except Exception as error:
             reasons.append(_short(error))
             continue
+        built = built or (eager, sizes)
         for variant in (*tiny_inputs.VARIANTS, None):
             if variant is None:  # rows of the width that its first layer multiplies
-                if (found := _WIDTHS.search(" ".join(reasons))) is None:
+                if (found := _WIDTHS.search(" ".join((*reasons, *unrun)))) is None:
                     break
                 eager.tiny_width, variant = int(found[1]), 0
             eager.tiny_variant = variant
@@ -172,17 +176,12 @@ def _first(model_type: str, seed: int) -> tuple[Any, Any]:
                 with _limit(PATIENCE), torch.no_grad():
                     if not tensors(eager(**tiny_inputs.inputs(eager, seed))):
                         raise tiny_models.CannotBuildError("no output to compare")
-                return eager, sizes
+                return eager, sizes, ""
             except Exception as error:
-                reasons.append(_short(error))
-    if refused is not None:  # what hal refuses needs no inputs
-        try:
-            tiny_models.build(model_type, "hal", seed, refused[1])
-        except HalError:
-            return refused
-        except Exception as error:
-            reasons.insert(0, _short(error))
-    raise tiny_models.CannotBuildError(reasons[0])
+                unrun.append(_short(error))
+    if built is None:
+        raise tiny_models.CannotBuildError(reasons[0])
+    return *built, unrun[0]  # what hal refuses needs no inputs
 
 
 def _compared(eager: Any, ours: Any, model_type: str, sizes: Any, seed: int) -> dict[str, Any]:
@@ -357,13 +356,13 @@ def _limit(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"over {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _short(error: BaseException) -> str:

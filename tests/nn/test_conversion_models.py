@@ -68,7 +68,8 @@ def _quiet():
 
 def built(model_type):
     """(eager model, inputs)."""
-    model, _ = survey._first(model_type, 0)
+    model, _, unrun = survey._first(model_type, 0)
+    assert not unrun
     return model, tiny_inputs.inputs(model, 0)
 
 
@@ -185,8 +186,24 @@ def test_token_ids_are_the_sample_of_a_language_model():
     )
 
 
-def test_asking_a_converted_model_for_its_weights_is_refused():
-    model, given = built("bloom")
+@pytest.mark.parametrize("model_type", ["bloom", "gptj", "bert"])
+def test_asking_a_converted_model_for_its_weights_is_refused_by_the_call(model_type):
+    """Not by the first who reads a placeholder. Afterwards, and without the question, it runs."""
+    model, given = built(model_type)
+    want = model(**given)[0]
     hal_nn.convert(model, given)
-    with pytest.raises(HalError, match="hal never holds"), torch.no_grad():
-        model(**given, output_attentions=True).attentions[0].sum()
+    with torch.no_grad():
+        with pytest.raises(HalError, match=r"output_attentions=True was given.* never holds the weights"):
+            model(**given, output_attentions=True)
+        model(**given, output_attentions=False)
+        before = model.config.output_attentions
+        if model_type != "bert":
+            model.config.output_attentions = True
+            with pytest.raises(HalError, match="output_attentions=True was given"):
+                model(**given)
+            model.config.output_attentions = before
+        assert torch.allclose(model(**given)[0], want, atol=1e-4)
+        hal_nn.revert(model)
+        assert not any(part._forward_pre_hooks for part in model.modules())
+        if model_type == "bloom":  # the others keep an implementation without weights, as they were built
+            assert model(**given, output_attentions=True).attentions[0].shape[-1] == given["input_ids"].shape[-1]

@@ -17,6 +17,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 
 import survey
+import tiny_inputs
 import tiny_models
 
 WRITTEN = json.loads(survey.TABLE.read_text(encoding="utf-8"))
@@ -58,19 +59,21 @@ def _quiet():
 
 def test_the_table_has_every_type_and_none_differs():
     counts = Counter(row["result"] for row in TYPES.values())
-    assert counts == {"equal": 456, "refused": 131, "cannot be built": 217}
+    assert counts == {"equal": 457, "refused": 132, "cannot be built": 215}
     assert sum(1 for row in TYPES.values() if row.get("generate")) == 214
-    assert sum(1 for row in TYPES.values() if row.get("backward")) == 454
+    assert sum(1 for row in TYPES.values() if row.get("backward")) == 455
     assert all(row["reason"] for row in TYPES.values() if row["result"] != "equal")
     if SAME_VERSION:
         assert sorted(TYPES) == tiny_models.model_types()
 
 
 def test_what_is_refused_is_converted_or_the_table_says_why():
-    """Types whose inputs are not known here have no such entry."""
-    made = Counter(row["converted"].partition(":")[0] for row in TYPES.values() if "converted" in row)
-    assert made == {"equal": 88, "partly": 7, "nothing": 13, "refused": 1}
+    made = Counter(row["converted"].partition(":")[0] for row in TYPES.values() if row["result"] == "refused")
+    assert made == {"equal": 89, "partly": 7, "nothing": 11, "refused": 1, "not tried": 24}
     assert all(row["result"] == "refused" for row in TYPES.values() if "converted" in row)
+    assert all(
+        row["converted"].partition(": ")[2] for row in TYPES.values() if row.get("converted", "equal") != "equal"
+    )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -115,3 +118,51 @@ def test_the_survey_sees_attention_on_torch_in_silence(monkeypatch):
     monkeypatch.setattr(model_check, "_warn", lambda *_: None)
     row = survey.check("longt5")
     assert row["reason"] == "in silence on torch: LongT5LocalAttention"
+
+
+def _failing_on_hal(monkeypatch, error):
+    build = tiny_models.build
+
+    def failing(model_type, attention, seed, choice):
+        if attention == "hal":
+            raise error
+        return build(model_type, attention, seed, choice)
+
+    monkeypatch.setattr(tiny_models, "build", failing)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize(
+    ("error", "result"),
+    [
+        (TimeoutError("over 60 s"), "not finished"),
+        (MemoryError("out of memory"), "not finished"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "not finished"),
+        (KeyError("hal"), "different"),
+    ],
+)
+def test_a_failure_of_hals_model_is_not_said_of_eager(monkeypatch, runs, error, result):
+    """Whether or not eager runs on inputs that are known here, as long as it can be built."""
+    if not runs:
+        monkeypatch.setattr(tiny_inputs, "inputs", lambda *_: {})
+    _failing_on_hal(monkeypatch, error)
+    row = survey.check("bert")
+    assert (row["result"], row["class"]) == (result, "BertLMHeadModel")
+    assert row["reason"].startswith(type(error).__name__)
+
+
+def test_a_refused_type_that_eager_does_not_run_says_why(monkeypatch):
+    def unknown(*_):
+        raise tiny_models.CannotBuildError("no inputs known for ['anything']")
+
+    monkeypatch.setattr(tiny_inputs, "inputs", unknown)
+    row = survey.check("bloom")
+    assert (row["result"], row["converted"]) == ("refused", "not tried: no inputs known for ['anything']")
+
+
+def test_a_conversion_over_the_limits_is_not_called_different(monkeypatch):
+    def slow(*_):
+        raise TimeoutError("over 60 s")
+
+    monkeypatch.setattr(survey.hal_nn, "convert", slow)
+    assert survey.check("bloom")["converted"] == "not finished: TimeoutError: over 60 s"

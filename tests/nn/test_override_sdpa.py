@@ -78,7 +78,7 @@ def test_a_fallback_is_counted_by_its_reason() -> None:
 
 def test_a_mask_and_causal_are_refused_as_torch_refuses_them() -> None:
     query, mask = torch.randn(1, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool)
-    with override_sdpa(), pytest.raises(RuntimeError, match="attn_mask and is_causal"):
+    with override_sdpa(), pytest.raises(RuntimeError, match="Explicit attn_mask should not be set when is_causal=True"):
         F.scaled_dot_product_attention(query, query, query, mask, is_causal=True)
 
 
@@ -143,3 +143,21 @@ def test_calls_of_eight_threads_are_all_counted() -> None:
     with override_sdpa() as counted, ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: [F.scaled_dot_product_attention(query, query, query) for _ in range(100)], range(8)))
     assert counted.calls == 800
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 10, 8), (2, 4, 0, 8), (2, 4, 10, 0), (0, 0, 0, 0), (2, 0, 10, 8)])
+def test_sizes_of_zero_give_what_torch_gives(shape: tuple[int, ...]) -> None:
+    def call() -> tuple[Any, ...]:
+        query, key, value = torch.zeros(shape), torch.zeros(shape), torch.arange(32.0).expand(*shape[:3], 32).clone()
+        for tensor in (query, key, value):
+            tensor.requires_grad_()
+        out = F.scaled_dot_product_attention(query, key, value)
+        return (out, *torch.autograd.grad(out.sum(), (query, key, value)))
+
+    wanted = call()
+    with override_sdpa() as counted:
+        found = call()
+        assert counted.calls == (shape[1] > 0)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        assert torch.allclose(mine, theirs)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
+from torch import nn
 
 from hal_core import ContractError
+
+from .arguments import is_number, need_parameter_dtype, need_share, need_whole
 
 
 class AttentionPatterns(Enum):
@@ -25,9 +30,20 @@ class AttentionPatterns(Enum):
     DYNAMIC_SPARSE = "dynamic_sparse"  # blocks chosen from query and key at each call
 
 
+#: Patterns of `register_attention`, and what builds them.
+registered: dict[str, Callable[[AttentionConfig], nn.Module]] = {}
+
+
+def known_patterns() -> list[str]:
+    """Names that a configuration's pattern may have."""
+    return [*(pattern.value for pattern in AttentionPatterns), *registered]
+
+
 @dataclass
 class AttentionConfig:
     """What `create_attention` builds.
+
+    It is checked when it is made, and again by `create_attention`, because it can be changed in between.
 
     Attributes:
         embed_dim, num_heads: width, and query heads. head_dim: of a head; embed_dim // num_heads where it is None.
@@ -43,6 +59,9 @@ class AttentionConfig:
             pattern's usual one. block_size: of sparse patterns.
         max_sequence_length: of the ring.
         device: backend or device of hal; None leaves it to `hal.use` and hal's selection. dtype: of the parameters.
+
+    Raises:
+        ContractError: a value that cannot be, or an unknown pattern, with the closest names.
     """
 
     embed_dim: int
@@ -76,17 +95,22 @@ class AttentionConfig:
         """Of a head."""
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
 
+    def __post_init__(self) -> None:
+        self.check()
+
     def check(self) -> None:
         """Raises ContractError with one sentence for the first thing that is wrong."""
-        counts = {"embed_dim": self.embed_dim, "num_heads": self.num_heads, "num_kv_heads": self.kv_heads}
-        counts |= {"head_dim": self.size, "window_size": self.window_size, "block_size": self.block_size}
-        checks: list[tuple[bool, str]] = [
-            (type(given) is not int or given < 1, f"{name} {given!r} was given: use a whole number of 1 or more")
-            for name, given in counts.items()
-        ]
-        for wrong, sentence in checks:
-            if wrong:
-                raise ContractError(sentence)
+        if self.name not in (known := known_patterns()):
+            close = difflib.get_close_matches(str(self.name).lower(), known, 3)
+            hint = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+            raise ContractError(f"pattern {self.pattern!r} was given{hint}: use one of {', '.join(known)}")
+        for name in ("embed_dim", "num_heads", "kv_heads", "window_size", "block_size", "max_sequence_length"):
+            need_whole({"kv_heads": "num_kv_heads"}.get(name, name), getattr(self, name))
+        need_whole("head_dim", 1 if self.head_dim is None else self.head_dim)
+        need_whole("global_tokens", self.global_tokens, 0)
+        need_share("dropout", self.dropout)
+        need_share("sparsity_ratio", self.sparsity_ratio, 0.95, ", the share of keys that is not read")
+        need_parameter_dtype("dtype", self.dtype)
         for wrong, sentence in (
             (
                 self.head_dim is None and self.embed_dim % self.num_heads != 0,
@@ -97,23 +121,23 @@ class AttentionConfig:
                 self.num_heads % self.kv_heads != 0,
                 f"num_heads {self.num_heads} and num_kv_heads {self.kv_heads} were given: the second divides the first",
             ),
-            (not 0 <= self.dropout <= 1, f"dropout {self.dropout!r} was given: use 0 to 1"),
             (
-                type(self.global_tokens) is not int or self.global_tokens < 0,
-                f"global_tokens {self.global_tokens!r} was given: use 0 or more",
+                not is_number(self.rotary_base) or self.rotary_base <= 0,
+                f"rotary_base {self.rotary_base!r} was given: use a number above 0",
             ),
+            (not is_number(self.lambda_init), f"lambda_init {self.lambda_init!r} was given: use a number"),
             (
-                not 0 <= self.sparsity_ratio <= 0.95,
-                f"sparsity_ratio {self.sparsity_ratio!r} was given: use 0 to 0.95, the share of keys that is not read",
-            ),
-            (
-                (self.rotary or self.name == AttentionPatterns.DIFFERENTIAL.value) and self.size % 2 != 0,
-                f"a head_dim of {self.size} was given: rotary embedding and the differential pattern halve it, use an "
-                "even one",
+                self.device is not None and not isinstance(self.device, str),
+                f"device {self.device!r} was given: use a backend or a device of hal, such as 'cpu:0', or None",
             ),
         ):
             if wrong:
                 raise ContractError(sentence)
+        if (self.rotary or self.name == AttentionPatterns.DIFFERENTIAL.value) and self.size % 2 != 0:
+            raise ContractError(
+                f"a head_dim of {self.size} was given: rotary embedding and the differential pattern halve it, use an "
+                "even one"
+            )
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import ContractError, Device, DeviceUnavailableError, Fidelity, UnsupportedError
 
+from .arguments import need_parameter_dtype, need_rows, need_share
 from .multihead import PhotonicMultiHeadAttention
 from .placement import mark
 
@@ -60,6 +61,8 @@ class PhotonicFlashAttention(PhotonicMultiHeadAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_heads(embed_dim, num_heads)
+        need_share("dropout", dropout)
+        need_parameter_dtype("dtype", dtype)
         if photonic_threshold is not None and (type(photonic_threshold) is not int or photonic_threshold < 0):
             raise ContractError(
                 f"photonic_threshold {photonic_threshold!r} was given: pass a key length of 0 or more, or None"
@@ -95,8 +98,7 @@ class PhotonicFlashAttention(PhotonicMultiHeadAttention):
         key = query if key is None else key
         value = key if value is None else value
         for name, given in (("query", query), ("key", key), ("value", value)):
-            if given.dim() != 3 or given.shape[-1] != self.embed_dim:
-                raise ContractError(f"{name} has shape {list(given.shape)}: pass [batch, length, {self.embed_dim}]")
+            need_rows(name, given, self.embed_dim)
         if key.shape != value.shape or key.shape[0] != query.shape[0]:
             raise ContractError(
                 f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} were given: key and "
@@ -200,7 +202,10 @@ class HybridFlashAttention(PhotonicFlashAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         if devices is not None and (
-            isinstance(devices, str) or not devices or not all(isinstance(name, str) for name in devices)
+            isinstance(devices, str)
+            or not isinstance(devices, Sequence)
+            or not devices
+            or not all(isinstance(name, str) for name in devices)
         ):
             raise ContractError(f"devices {devices!r} was given: pass a list of backends or devices, preferred first")
         super().__init__(embed_dim, num_heads, dropout, bias, dtype=dtype)

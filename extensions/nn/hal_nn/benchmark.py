@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
+from .arguments import need_module, need_whole
+
 WARMUP = 10
 
 
@@ -46,12 +48,16 @@ def benchmark_attention_performance(
         peer's median over the model's; "trials"; "device".
 
     Raises:
-        ContractError: fewer than one trial, or a shape without three sizes.
+        ContractError: no module, fewer than one trial, or a shape without three sizes.
     """
-    if type(num_trials) is not int or num_trials < 1:
-        raise ContractError(f"num_trials {num_trials!r} was given: use a whole number of 1 or more")
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise ContractError(f"input_shape {tuple(input_shape)} was given: use (batch, length, d_model)")
+    need_module("model", model)
+    if peer is not None:
+        need_module("peer", peer)
+    need_whole("num_trials", num_trials)
+    need_whole("warmup", warmup, 0)
+    shaped = isinstance(input_shape, Sequence) and len(input_shape) == 3
+    if not shaped or not all(type(size) is int and size >= 1 for size in input_shape):
+        raise ContractError(f"input_shape {input_shape!r} was given: use (batch, length, d_model)")
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
     dtype = torch.float32 if first is None else first.dtype

@@ -9,11 +9,13 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 import hal_core as hal
-from hal_core import DeviceUnavailableError, HalError, UnknownBackendError
+from hal_core import ContractError, DeviceUnavailableError, HalError, UnknownBackendError
 
 from . import multihead, placement, proof
+from .arguments import is_number, need_module
 from .attention_code import (
     OTHER_OPERATIONS,
     asks_interface,
@@ -92,7 +94,8 @@ class _Conversion:
 
     Attributes:
         configs: each with its attention implementation before. rerouted, left: layers. adopted: modules with what
-            `multihead.release` takes. marks: modules with the device that they had.
+            `multihead.release` takes. marks: modules with the device that they had. hooks: those that refuse to give
+            weights.
     """
 
     def __init__(self) -> None:
@@ -101,6 +104,7 @@ class _Conversion:
         self.left: list[nn.Module] = []
         self.adopted: list[tuple[nn.MultiheadAttention, Any]] = []
         self.marks: list[tuple[nn.Module, str | None]] = []
+        self.hooks: list[RemovableHandle] = []
 
     def undo(self) -> None:
         for config, before in reversed(self.configs):
@@ -113,6 +117,8 @@ class _Conversion:
             multihead.release(module, hooks)
         for marked, device in self.marks:
             placement.mark(marked, device)
+        for hook in self.hooks:
+            hook.remove()
 
 
 def convert(
@@ -145,7 +151,11 @@ def convert(
         HalError: nothing to convert; converted already; the model does not run on the sample, or the result is further
             away than allowed. The model is then as it was before.
         UnsupportedError: the device cannot run the attention of the sample. The model is as it was before.
+        ContractError: no module, no names for device, or no tolerance.
     """
+    need_module("model", model)
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
+        raise ContractError(f"tolerance {tolerance!r} was given: use a relative error of 0 or more, or None")
     if is_converted(model):
         raise HalError(f"{type(model).__name__} is converted already: take it back first, with hal_nn.revert(model)")
     chosen = available(device)
@@ -160,6 +170,7 @@ def convert(
             conversion.marks = [(module, placement.device_of(module)) for module in model.modules()]
             placement.set_device(model, chosen)
         _need_layers(model, rows)
+        _refuse_weights(model, conversion)
         if before is None:
             report = ConversionReport(model=type(model).__name__, layers=tuple(rows.values()))
         else:
@@ -181,8 +192,9 @@ def convert_to_photonic(
             `tolerance`, each with the meaning that it has in `convert`.
 
     Raises:
-        HalError: no photonic device is here, or the config has another setting; and as `convert` does.
+        HalError: no photonic device is here, or the config has another setting or none; and as `convert` does.
     """
+    need_module("model", model)
     settings = dict(config) if isinstance(config, Mapping) else {} if config is None else _settings(config)
     if unknown := sorted(settings.keys() - _SETTINGS):
         raise HalError(f"{', '.join(unknown)} was given in config: it takes {', '.join(_SETTINGS)}")
@@ -199,7 +211,10 @@ _SETTINGS = ("device", "sample", "tolerance")
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+    found = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+    if not found:
+        raise HalError(f"config is a {type(config).__name__} without {', '.join(_SETTINGS)}: pass a mapping of them")
+    return found
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -210,6 +225,7 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         HalError: the model is not converted.
     """
+    need_module("model", model)
     conversion = model.__dict__.get(_CONVERSION)
     if conversion is None:
         raise HalError(f"{type(model).__name__} is not converted: pass the model that hal_nn.convert was given")
@@ -220,6 +236,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 def is_converted(model: nn.Module) -> bool:
     """Whether `convert` was called on the model, or on a part of it."""
+    need_module("model", model)
     return any(_CONVERSION in module.__dict__ for module in model.modules())
 
 
@@ -228,7 +245,10 @@ def available(device: str | Sequence[str] | None) -> str | None:
 
     Raises:
         HalError: none of a list is here. UnknownBackendError, DeviceUnavailableError: one alone is not.
+        ContractError: neither a name nor names.
     """
+    if not (device is None or isinstance(device, str | Sequence)):
+        raise ContractError(f"device {device!r} was given: use a device or backend of hal, or a list of them")
     if device is None or isinstance(device, str):
         if device is not None:
             hal.session(device)
@@ -330,6 +350,22 @@ def _use_interface(model: nn.Module, conversion: _Conversion, rows: dict[str, La
     for name, layer, found in layers:
         reason = next((refused[id(config)] for config in found if id(config) in refused), "")
         rows[name] = LayerReport(name=name, kind=type(layer).__name__, way="" if reason else "interface", reason=reason)
+
+
+def _refuse_weights(model: nn.Module, conversion: _Conversion) -> None:
+    """Have the models of transformers around rerouted layers refuse output_attentions: those layers have no weights."""
+    for part in model.modules():
+        if hasattr(part, "get_correct_attn_implementation") and any(map(is_rerouted, part.modules())):
+            conversion.hooks.append(part.register_forward_pre_hook(_without_weights, with_kwargs=True))
+
+
+def _without_weights(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    asked = kwargs.get("output_attentions")
+    if getattr(module.config, "output_attentions", False) if asked is None else asked:
+        raise HalError(
+            f"output_attentions=True was given to {type(module).__name__}, whose attention was converted to run on "
+            "hal, which never holds the weights: revert the model for such calls (hal_nn.revert)"
+        )
 
 
 def _need_layers(model: nn.Module, rows: Mapping[str, LayerReport]) -> None:

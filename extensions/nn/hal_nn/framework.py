@@ -11,10 +11,9 @@ from torch import nn
 from hal_core import ContractError, HalError
 
 from . import patterns
-from .attention_config import AttentionConfig, AttentionPatterns
+from .attention_config import AttentionConfig, AttentionPatterns, known_patterns as known_patterns, registered
 
 Factory = Callable[[AttentionConfig], nn.Module]
-_factories: dict[str, Factory] = {}
 
 
 def register_attention(name: str, factory: Factory | None = None) -> Any:
@@ -24,24 +23,23 @@ def register_attention(name: str, factory: Factory | None = None) -> Any:
         name: of the pattern. factory: takes the `AttentionConfig`, gives a module. None: a decorator is returned.
 
     Raises:
-        ContractError: the name is taken.
+        ContractError: the name is taken or no text, or the factory cannot be called.
     """
+    if not isinstance(name, str) or not name:
+        raise ContractError(f"the pattern name {name!r} was given: use a text that is not empty")
+    if factory is not None and not callable(factory):
+        raise ContractError(f"factory is a {type(factory).__name__}: pass a function of an AttentionConfig")
     if factory is None:
         return lambda decorated: register_attention(name, decorated)
     if name in known_patterns():
         raise ContractError(f"pattern {name!r} is registered already: use another name, or unregister_attention first")
-    _factories[name] = factory
+    registered[name] = factory
     return factory
 
 
 def unregister_attention(name: str) -> None:
     """Forget a pattern of `register_attention`; one that is not known is ignored."""
-    _factories.pop(name, None)
-
-
-def known_patterns() -> list[str]:
-    """Names that a configuration's pattern may have."""
-    return [*(pattern.value for pattern in AttentionPatterns), *_factories]
+    registered.pop(name, None)
 
 
 def create_attention(config: AttentionConfig) -> nn.Module:
@@ -51,15 +49,22 @@ def create_attention(config: AttentionConfig) -> nn.Module:
         ContractError: a malformed configuration or an unknown pattern. HalError: the pattern needs a package that is
             not installed.
     """
+    if not isinstance(config, AttentionConfig):
+        raise ContractError(
+            f"create_attention was given a {type(config).__name__}: pass an AttentionConfig(embed_dim, num_heads, "
+            f"pattern=...), with one of {', '.join(known_patterns())}"
+        )
     config.check()
-    if config.name in _factories:
-        return _factories[config.name](config)
+    if config.name in registered:
+        made = registered[config.name](config)
+        if not isinstance(made, nn.Module):
+            raise ContractError(
+                f"the factory of pattern {config.name!r} gave a {type(made).__name__}: return a torch.nn.Module"
+            )
+        return made
     if config.name == AttentionPatterns.RING.value:
         return _ring(config)
-    made = patterns.MODULES.get(config.name)
-    if made is None:
-        raise ContractError(f"pattern {config.pattern!r} was given: use one of {', '.join(known_patterns())}")
-    return made(config)
+    return patterns.MODULES[config.name](config)
 
 
 def _ring(config: AttentionConfig) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
+from .arguments import need_tensor, need_whole
 from .attention_modules import PhotonicFlashAttention
 
 LEVELS = ("conservative", "balanced", "aggressive")
@@ -37,7 +38,7 @@ class OptimizedLinear(nn.Linear):
             relative error of up to 2^-8 of each factor.
 
     Raises:
-        ContractError: another level.
+        ContractError: another level, sizes that are no whole numbers; by a call, an input of another width or dtype.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class OptimizedLinear(nn.Linear):
     ) -> None:
         if optimization_level not in LEVELS:
             raise ContractError(f"optimization_level {optimization_level!r} was given: use one of {', '.join(LEVELS)}")
+        need_whole("in_features", in_features)
+        need_whole("out_features", out_features)
         super().__init__(in_features, out_features, bias, **more)
         self.optimization_level = optimization_level
 
@@ -52,6 +55,11 @@ class OptimizedLinear(nn.Linear):
         """[..., in_features] -> [..., out_features], in the input's dtype."""
         if self.optimization_level == "conservative":
             return super().forward(input)
+        need_tensor("input", input, f"[..., {self.in_features}]")
+        if not input.dim() or input.shape[-1] != self.in_features or not input.is_floating_point():
+            raise ContractError(
+                f"input {list(input.shape)} {input.dtype} was given: pass floats [..., {self.in_features}]"
+            )
         rows = input.reshape(-1, self.in_features)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
@@ -82,7 +90,14 @@ class FusedGELU(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape and dtype as x."""
+        """The same shape and dtype as x.
+
+        Raises:
+            ContractError: x is no tensor of floats.
+        """
+        need_tensor("x", x, "of floats")
+        if not x.is_floating_point():
+            raise ContractError(f"x is {x.dtype}: cast it to a floating-point dtype")
         return F.gelu(x, approximate=self.approximate)
 
     def extra_repr(self) -> str:

@@ -91,8 +91,13 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         """
         if query.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
-        batched = _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
-        mask, causal = self._mask(query, key, key_padding_mask, attn_mask, is_causal, need_weights)
+        mask, causal, batched = None, False, True
+        # Python that runs between torch's operators finds cold caches: the usual call takes the shortest way.
+        if attn_mask is not None or key_padding_mask is not None or is_causal or not query.dim() == 3 == key.dim():
+            batched = _functional._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+            mask, causal = self._mask(query, key, key_padding_mask, attn_mask, is_causal, need_weights)
+        elif value.dim() != 3:
+            _functional._mha_shape_check(query, key, value, None, None, self.num_heads)  # raises
         if not batched:
             same = key is query, value is key
             query = query.unsqueeze(0)
@@ -221,16 +226,17 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """(result, weights per head or None)."""
-        dropout, size = self.dropout if self.training else 0.0, key.shape[2]
-        options: dict[str, Any] = {"dropout_p": dropout, "is_causal": causal}
-        if not need_weights:
-            return self.attend(query, key, value, mask, **options), None
-        if dropout:  # its pattern is the device's: unit vectors as values give the weights that it used
-            units = torch.eye(size, dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
-            both = self.attend(query, key, torch.cat((value, units), -1), mask, **options)
-            out, weights = both.split((self.head_dim, size), -1)
-            return out, weights
-        return self.attend(query, key, value, mask, **options), _weights(query, key, mask)
+        options: dict[str, Any] = {"is_causal": True} if causal else {}
+        if self.training and self.dropout:
+            options["dropout_p"] = self.dropout
+            if need_weights:  # its pattern is the device's: unit vectors as values give the weights that it used
+                size = key.shape[2]
+                units = torch.eye(size, dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
+                both = self.attend(query, key, torch.cat((value, units), -1), mask, **options)
+                out, weights = both.split((self.head_dim, size), -1)
+                return out, weights
+        out = self.attend(query, key, value, mask, **options)
+        return out, _weights(query, key, mask) if need_weights else None
 
     def _nested(self, query: Any, key: Any, value: Any, padding: Any, need_weights: bool, mask: Any) -> Tensor:
         """Self-attention of nn.TransformerEncoder's nested tensor [batch, ragged length, embed_dim]."""

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import hal_core as hal
 from hal_core import BlockPlan, ContractError, HalError
 
+from .arguments import need_rows
 from .attention_config import AttentionConfig
 from .attention_modules import readable_mask
 from .placement import mark
@@ -31,12 +33,31 @@ class KeyValueCache:
         return 0 if self.key is None else self.key.shape[2]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, the given ones last."""
+        """All keys and values, the given ones last.
+
+        Raises:
+            ContractError: key and value do not go together, or with what the cache holds.
+        """
+        if not all(isinstance(t, Tensor) and t.dim() == 4 for t in (key, value)) or key.shape[:3] != value.shape[:3]:
+            said = " and ".join(str(list(t.shape)) if isinstance(t, Tensor) else repr(t) for t in (key, value))
+            raise ContractError(
+                f"key and value {said} were given: pass two tensors [batch, kv_heads, length, head_dim] of one batch, "
+                "heads and length"
+            )
         if self.key is not None and self.value is not None:
             if key.shape[0] != self.key.shape[0]:
                 raise ContractError(
                     f"a batch of {key.shape[0]} was given to a cache of {self.key.shape[0]}: start another cache"
                 )
+            for new, held in ((key, self.key), (value, self.value)):
+                if (new.shape[1], new.shape[3], new.dtype, new.device) != (
+                    *(held.shape[1], held.shape[3]),
+                    *(held.dtype, held.device),
+                ):
+                    raise ContractError(
+                        f"{list(new.shape)} {new.dtype} on {new.device} was given to a cache of {list(held.shape)} "
+                        f"{held.dtype} on {held.device}: start another cache"
+                    )
             key, value = torch.cat((self.key, key), 2), torch.cat((self.value, value), 2)
         self.key, self.value = key, value
         return key, value
@@ -75,6 +96,7 @@ class PatternAttention(DeviceRecord, nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(config.embed_dim, narrow, **options) for _ in range(2))
         self.out_proj = nn.Linear(wide, config.embed_dim, **options)
         if config.device is not None:
+            hal.session(config.device)  # an unknown one is refused here, not by the first call
             mark(self, config.device)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
@@ -88,8 +110,9 @@ class PatternAttention(DeviceRecord, nn.Module):
             [batch, length, embed_dim].
         """
         config = self.config
-        if x.dim() != 3 or x.shape[-1] != config.embed_dim:
-            raise ContractError(f"x has shape {list(x.shape)}: pass [batch, length, {config.embed_dim}]")
+        need_rows("x", x, config.embed_dim)
+        if cache is not None and not isinstance(cache, KeyValueCache):
+            raise ContractError(f"cache is a {type(cache).__name__}: pass a KeyValueCache()")
         if cache is not None and not self.cached:
             raise ContractError(
                 f"a cache was given to the pattern {config.name!r}, which reads whole sequences: pass x"

@@ -8,6 +8,8 @@ from torch import nn
 
 import hal_core as hal
 
+from .arguments import need_module
+
 _DEVICE = "_hal_device"  # in a module's __dict__, so that deepcopy keeps it and reading it costs one look-up
 
 
@@ -33,8 +35,9 @@ def set_device(model: nn.Module, device: str | None) -> nn.Module:
         model.
 
     Raises:
-        UnknownBackendError, DeviceUnavailableError: no such device.
+        UnknownBackendError, DeviceUnavailableError: no such device. ContractError: no module.
     """
+    need_module("model", model)
     if device is not None:
         hal.session(device)
     for module in model.modules():

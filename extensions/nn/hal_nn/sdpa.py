@@ -82,7 +82,16 @@ class override_sdpa:  # noqa: N801 - reads as a statement: with hal_nn.override_
             if attn_mask is not None and is_causal:  # as torch, which `hal.attention` need not be
                 if isinstance(attn_mask, CausalBias):
                     raise ContractError("CausalBias should not be used with causal=True: pass one of them")
-                raise ContractError("attn_mask and is_causal=True were given: pass a mask that holds both")
+                raise ContractError(
+                    "Explicit attn_mask should not be set when is_causal=True: pass a mask that holds both"
+                )
+            if isinstance(query, Tensor) and isinstance(key, Tensor) and not query.is_nested:
+                if query.dim() > 2 and query.shape[-3] == 0:  # no head, so that no device has anything to do
+                    return self._original(
+                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                    )
+                if query.shape[-1:] == key.shape[-1:] == (0,):  # all scores are 0
+                    query, key, scale = F.pad(query, (0, 1)), F.pad(key, (0, 1)), 1.0
             try:
                 out = hal.attention(
                     query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hal_core import ContractError
 from hal_core.testing import relative_error
 
+from .arguments import need_module, need_whole, torch_device
+
 #: Largest ||x - reference|| / ||reference|| of a dtype.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 Projection = tuple[Tensor, Tensor | None]
@@ -32,10 +34,13 @@ class ComponentValidator:
 
     Args:
         device: where layers are run; they are moved there. seed: of the inputs.
+
+    Raises:
+        ContractError: no such kind of torch device.
     """
 
     def __init__(self, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.device, self.seed = torch.device(device), seed
+        self.device, self.seed = torch_device(device), seed
 
     def validate_attention_component(
         self,
@@ -64,7 +69,11 @@ class ComponentValidator:
         Raises:
             ContractError: heads that do not divide d_model, a layer without parameters, projections that are not found.
         """
-        if num_heads < 1 or d_model % num_heads:
+        need_module("layer", layer)
+        sizes = {"d_model": d_model, "num_heads": num_heads, "batch_size": batch_size}
+        for name, size in (sizes | {"sequence_length": sequence_length}).items():
+            need_whole(name, size)
+        if d_model % num_heads:
             raise ContractError(
                 f"d_model {d_model} and num_heads {num_heads} were given: use heads that divide d_model"
             )
@@ -133,6 +142,8 @@ class ComponentValidator:
         Raises:
             ContractError: the layer has no `weight` of [out_features, in_features].
         """
+        need_module("layer", layer)
+        need_whole("batch_size", batch_size)
         layer = layer.to(self.device)
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
         if not isinstance(weight, Tensor) or tuple(weight.shape) != (out_features, in_features):

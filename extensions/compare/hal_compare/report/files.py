@@ -16,6 +16,9 @@ from ..result import Comparison
 from ..timelines import Timeline
 from .page import Beside, render
 
+#: How the files beside a page begin, by which an earlier report's are told from the user's own.
+_STARTS = {".csv": b"row,family,", ".json": b'{\n "format": '}
+
 
 def check_target(path: Path) -> None:
     """Make the report's folder, and raise HalError where the report or a file beside it could not be written, before
@@ -28,15 +31,27 @@ def check_target(path: Path) -> None:
         )
     if path.is_dir():
         raise HalError(f"the report {path} is a folder: give a file name, for example {path / 'report.html'}")
-    for beside in (path.with_suffix(".csv"), path.with_suffix(".json")):
+    for suffix, start in _STARTS.items():
+        beside = path.with_suffix(suffix)
         if beside.is_dir():
             raise HalError(f"the report writes {beside} beside the page, and that is a folder: give another name")
+        if beside.is_file() and not _begins(beside, start):
+            raise HalError(f"the report writes {beside} beside the page, and that is no report's: give another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise HalError(f"the report {path} cannot be written ({error.strerror}): give another place") from error
+
+
+def _begins(path: Path, start: bytes) -> bool:
+    """Whether a file starts as a report's does, so that it may be replaced; an unreadable one does not."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
 
 
 def write(

@@ -11,6 +11,7 @@ from torch import nn
 import hal_core as hal
 from hal_core import ContractError, DeviceUnavailableError, HalError
 
+from ..arguments import need_module, need_parameter_dtype, torch_device
 from .batch_size import BatchSize, optimal_batch_size
 from .devices import detect_available_devices
 from .memory_estimate import MemoryEstimate, estimate_memory
@@ -26,7 +27,8 @@ class HardwareAbstractionLayer:
         device: the one that is used.
 
     Raises:
-        ContractError: an empty list. DeviceUnavailableError: none of the devices is present.
+        ContractError: no list, an empty one, or a name that torch does not know. DeviceUnavailableError: none of the
+            devices is present.
     """
 
     def __init__(self, target_devices: Sequence[torch.device | str] | None = None) -> None:
@@ -34,7 +36,9 @@ class HardwareAbstractionLayer:
         if target_devices is None:
             self.devices = present
         else:
-            wanted = [torch.device(each) for each in target_devices]
+            if isinstance(target_devices, str) or not isinstance(target_devices, Sequence):
+                raise ContractError(f"target_devices {target_devices!r} was given: pass a list, such as ['cpu']")
+            wanted = [torch_device(each) for each in target_devices]
             if not wanted:
                 raise ContractError("target_devices is empty: pass torch devices, or None for all that there are")
             wanted = [torch.device(d.type, 0) if d.index is None and d.type != "cpu" else d for d in wanted]
@@ -57,7 +61,12 @@ class HardwareAbstractionLayer:
             The model, compiled where asked for, with `.hal_report`: a dict of "device", "dtype", "compiled",
             "attention" (what its attention runs on, and why where that is not hal) and "hal_devices" (those that read
             the device's tensors).
+
+        Raises:
+            ContractError: no module, or a dtype that parameters cannot have.
         """
+        need_module("model", model)
+        need_parameter_dtype("dtype", dtype)
         if dtype is None and self.device.type == "cuda" and torch.cuda.is_bf16_supported():
             dtype = torch.bfloat16
         model.to(device=self.device, dtype=dtype)

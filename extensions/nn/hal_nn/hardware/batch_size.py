@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from hal_core import ContractError, MemoryLimitError
 from hal_core.testing import allocator_peak
 
+from ..arguments import need_module, need_whole
 from .devices import available_memory
 from .memory_estimate import Inputs, MemoryEstimate, batched, estimate_memory, sample_of
 from .simulated_memory import loss_of
@@ -81,8 +82,12 @@ def optimal_batch_size(
     Raises:
         ContractError: not even one entry fits; the message says what it takes and what there is.
     """
-    if global_batch is not None and (type(global_batch) is not int or global_batch < 1):
-        raise ContractError(f"global_batch {global_batch!r} was given: use a whole number of 1 or more")
+    need_module("model", model)
+    need_whole("global_batch", 1 if global_batch is None else global_batch)
+    need_whole("most", most)
+    need_whole("available", 0 if available is None else available, 0)
+    if not callable(probe) and type(probe) is not bool:
+        raise ContractError(f"probe {probe!r} was given: use True, False, or a function of a batch size")
     shapes = sample_of(model, sequence_length, training) if sample is None else sample
     place = next((t.device for t in model.parameters()), torch.device("cpu"))
     one = estimate_memory(model, 1, sample=shapes, training=training)

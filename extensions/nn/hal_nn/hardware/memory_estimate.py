@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
+from ..arguments import need_module, need_whole
 from .simulated_memory import OptimiserFactory, Simulated, simulate
 
 #: Share that an estimate may be off by, both ways: against torch's CPU allocator twelve models were within 7%.
@@ -104,10 +105,10 @@ def estimate_memory(
         optimiser: makes one of a list of parameters; None: AdamW.
 
     Raises:
-        ContractError: a batch size below 1, or no sample where none can be made up.
+        ContractError: no module, a batch size below 1, or no sample where none can be made up.
     """
-    if type(batch_size) is not int or batch_size < 1:
-        raise ContractError(f"batch_size {batch_size!r} was given: use a whole number of 1 or more")
+    need_module("model", model)
+    need_whole("batch_size", batch_size)
     inputs = batched(sample_of(model, sequence_length, training) if sample is None else sample, batch_size)
     blocks = layers_of(model)
     found = simulate(model, inputs, training=training, optimiser=optimiser, watched=frozenset(blocks))
@@ -140,6 +141,7 @@ def sample_of(model: nn.Module, sequence_length: int | None = None, training: bo
     Raises:
         ContractError: nothing fits the model.
     """
+    need_module("model", model)
     config, takes = getattr(model, "config", None), inspect.signature(model.forward).parameters
     length = sequence_length or min(512, getattr(config, "max_position_embeddings", None) or 512)
     ids = torch.empty(1, length, dtype=torch.long, device="meta")

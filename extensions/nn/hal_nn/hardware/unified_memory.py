@@ -15,6 +15,8 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import Buffer, ContractError, MemoryLimitError, MemoryManager
 
+from ..arguments import is_number
+
 
 class UnifiedMemoryManager:
     """Tensors from the memory managers of devices (`hal_core.memory`), within one limit over all of them.
@@ -27,9 +29,9 @@ class UnifiedMemoryManager:
     """
 
     def __init__(self, max_memory_gb: float = 16.0, pool_size_mb: int = 512, gc_threshold: float = 0.8) -> None:
-        if not 0 < gc_threshold <= 1:
+        if not (is_number(gc_threshold) and 0 < gc_threshold <= 1):
             raise ContractError(f"gc_threshold {gc_threshold!r} was given: use a share above 0, up to 1")
-        if pool_size_mb < 0:
+        if not is_number(pool_size_mb) or pool_size_mb < 0:
             raise ContractError(f"pool_size_mb {pool_size_mb!r} was given: use 0 or more")
         self.pool_size, self.gc_threshold, self.limit = int(pool_size_mb) << 20, gc_threshold, 0
         self._lock = threading.RLock()
@@ -42,7 +44,7 @@ class UnifiedMemoryManager:
 
     def set_memory_limit(self, gb: float) -> None:
         """Set the limit, in GiB. What is handed out already stays."""
-        if not gb > 0:
+        if not is_number(gb) or gb <= 0:
             raise ContractError(f"a memory limit of {gb!r} GB was given: use a number above 0")
         self.limit = int(gb * (1 << 30))
 
@@ -55,14 +57,17 @@ class UnifiedMemoryManager:
             device: a torch device, a hal device ("vulkan:0") or a backend ("cpu").
 
         Raises:
-            MemoryLimitError: the limit would be exceeded with all pools empty. DeviceUnavailableError,
-            UnknownBackendError: no such device.
+            ContractError: sizes or a dtype that cannot be. MemoryLimitError: the limit would be exceeded with all pools
+            empty. DeviceUnavailableError, UnknownBackendError: no such device.
         """
-        name = _device_id(device)
+        name, kind = _device_id(device), str(dtype).removeprefix("torch.")
+        if not isinstance(getattr(torch, kind, None), torch.dtype):
+            raise ContractError(f"dtype {dtype!r} was given: use one of torch, such as torch.float32")
+        if not isinstance(shape, Sequence) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ContractError(f"shape {shape!r} was given: use a sequence of whole numbers of 0 or more")
         with self._lock:
             self._collect()
             manager = self._managers.setdefault(name, hal.memory(name))
-            kind = str(dtype).removeprefix("torch.")
             size = torch.Size(shape).numel() * getattr(torch, kind).itemsize
             if self._total() + size > self.gc_threshold * self.limit:
                 self.clear_pools()

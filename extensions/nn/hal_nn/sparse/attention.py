@@ -11,6 +11,7 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import AttentionRequest, BlockPlan, Causal, ContractError, UnsupportedError
 
+from ..arguments import is_number, need_tensor
 from .lost_mass import dense_lse, lost_mass, lost_mass_bound
 from .selection import SparseTiling, cut_of
 
@@ -67,6 +68,45 @@ def request_of(query: Tensor, key: Tensor, value: Tensor, causal: str, scale: fl
     )
 
 
+#: Arguments of `hal.attention` that the plan, the judge or this function speak for.
+_OWN = ("attn_mask", "block_plan", "diagonal", "is_causal", "return_lse", "softcap", "tiling", "window")
+_TABLES = ("cu_seqlens_q", "cu_seqlens_k", "page_table", "cache_seqlens", "key_scale", "value_scale")
+
+
+def _check(tensors: tuple[Any, Any, Any], tiling: Any, causal: Any, options: dict[str, Any]) -> None:
+    for name, given in zip(("query", "key", "value"), tensors, strict=True):
+        need_tensor(name, given, "[batch, heads, length, head_dim]")
+        if given.dim() != 4 or not given.is_floating_point():
+            raise ContractError(
+                f"{name} {list(given.shape)} {given.dtype} was given: pass floats [batch, heads, length, head_dim]"
+            )
+    query, key, value = tensors
+    fits = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3] and key.shape[:3] == value.shape[:3]
+    if not fits or not key.shape[1] or query.shape[1] % key.shape[1]:
+        shapes = ", ".join(str(list(t.shape)) for t in tensors)
+        raise ContractError(
+            f"query, key and value {shapes} were given: use one batch, one head_dim of query and key, one shape of key "
+            "and value but for head_dim, and query heads that are a multiple of theirs"
+        )
+    if not isinstance(tiling, SparseTiling):
+        raise ContractError(
+            f"tiling is a {type(tiling).__name__}: pass hal_nn.sparse.tiling_of(pattern, sparsity, block_size)"
+        )
+    if causal not in (known := [each.value for each in Causal]):
+        raise ContractError(f"causal {causal!r} was given: use one of {', '.join(map(repr, known))}")
+    if own := [name for name in (*_OWN, *_TABLES) if isinstance(options.get(name), Tensor) or options.get(name)]:
+        raise ContractError(
+            f"{', '.join(own)} was given to sparse_attention, whose plan does not know it: leave it out, or call "
+            "hal.attention with block_plan=tiling.plan(...)"
+        )
+
+
+def need_judge(judge: Any) -> None:
+    """Raise ContractError unless an argument is a `Judge` or None."""
+    if judge not in (None, "bound", "rows", "exact"):
+        raise ContractError(f"judge {judge!r} was given: use 'bound', 'rows', 'exact' or None")
+
+
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -99,12 +139,12 @@ def sparse_attention(
     Raises:
         ContractError: an argument that cannot be. UnsupportedError: no device runs the call as a mask either.
     """
-    if max_lost is not None and (judge is None or not 0 <= max_lost <= 1):
+    _check((query, key, value), tiling, causal, options)
+    if max_lost is not None and (judge is None or not is_number(max_lost) or not 0 <= max_lost <= 1):
         raise ContractError(
             f"max_lost {max_lost!r} and judge {judge!r} were given: use a share from 0 to 1 and a judge"
         )
-    if judge not in (None, "bound", "rows", "exact"):
-        raise ContractError(f"judge {judge!r} was given: use 'bound', 'rows', 'exact' or None")
+    need_judge(judge)
     request = request_of(query, key, value, causal, scale)
     plan = tiling.plan(request, {}, query=query.detach(), key=key.detach())
     plain = {"causal": causal, "scale": scale, "enable_gqa": query.shape[1] != key.shape[1], **options}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
+from ..arguments import is_number
 from . import scores
 from .selection import SparseTiling, allocate, cut_of, select
 
@@ -53,7 +54,7 @@ class DynamicTiling(SparseTiling):
             raise ContractError(f"score {score!r} was given: use 'mean', 'antidiagonal' or 'quest'")
         if budget not in ("call", "row"):
             raise ContractError(f"budget {budget!r} was given: use 'call' or 'row'")
-        if p is not None and not 0 < p <= 1:
+        if p is not None and not (is_number(p) and 0 < p <= 1):
             raise ContractError(f"p {p!r} was given: use a share above 0, up to 1, or None")
         common = math.gcd(block_q, block_k)
         if stride is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hal_core import AttentionRequest, BlockPlan, Causal, ContractError
 
+from ..arguments import need_tensor, need_whole
 from .scores import _pool, _repeat
 from .selection import SparseTiling, allocate, cut_of
 
@@ -28,13 +29,18 @@ class SparseGate(nn.Module):
     Args:
         num_heads, num_kv_heads: of the attention. head_dim: of queries and keys.
 
+    Raises:
+        ContractError: sizes that cannot be; by a call, queries and keys of other heads or another head_dim.
+
     Source: Gao et al. 2024 (SeerAttention), section 3; there, pooling comes before the rotary embedding.
     """
 
     def __init__(self, num_heads: int, head_dim: int, num_kv_heads: int | None = None) -> None:
         super().__init__()
-        kv = num_kv_heads or num_heads
-        if num_heads < 1 or kv < 1 or num_heads % kv:
+        kv = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("num_kv_heads", kv)):
+            need_whole(name, size)
+        if num_heads % kv:
             raise ContractError(f"{num_heads} heads and {kv} key heads were given: use a multiple")
         own = torch.eye(head_dim).repeat(num_heads, 1, 1)
         other = torch.zeros(kv, 3 * head_dim, head_dim)
@@ -43,8 +49,20 @@ class SparseGate(nn.Module):
         self.distance = nn.Parameter(torch.zeros(num_heads, _DISTANCES))
         self.number = next(_numbers)
 
+    def need_heads(self, query: Tensor, key: Tensor) -> None:
+        """Raise ContractError unless queries and keys are of the gate's heads and head_dim."""
+        heads, kv, size = self.query.shape[0], self.key.shape[0], self.query.shape[1]
+        for name, given, wanted in (("query", query, heads), ("key", key, kv)):
+            need_tensor(name, given, f"[batch, {wanted}, length, {size}]")
+            if given.dim() != 4 or (given.shape[1], given.shape[3]) != (wanted, size):
+                raise ContractError(
+                    f"{name} {list(given.shape)} was given to a gate of {heads} heads, {kv} key heads and head_dim "
+                    f"{size}: pass [batch, {wanted}, length, {size}]"
+                )
+
     def forward(self, query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
         """Logits, float32 [batch, heads_q, query blocks, key blocks]; nothing hidden."""
+        self.need_heads(query, key)
         full, parts = key.shape[2] // block_k * block_k, [_pool(key, block_k)]
         whole, rest = key[:, :, :full].unflatten(2, (-1, block_k)), key[:, :, full:]
         for extreme in (torch.amax, torch.amin):
@@ -75,6 +93,8 @@ class LearnedTiling(SparseTiling):
 
     def __init__(self, gate: SparseGate, sparsity: float = 0.9, block_q: int = 64, block_k: int = 64) -> None:
         super().__init__(sparsity, block_q, block_k)
+        if not isinstance(gate, SparseGate):
+            raise ContractError(f"gate is a {type(gate).__name__}: pass a SparseGate(num_heads, head_dim)")
         self.gate = gate
         self.max_blocks = 1 << 14
         self.name = f"learned(gate {gate.number},{self.sparsity:g},{block_q}x{block_k})"
@@ -138,10 +158,20 @@ def train_gate(
 
     Returns:
         The loss of each step, in nats, less the entropy of the target: 0 is a perfect gate.
+
+    Raises:
+        ContractError: no gate, no pairs, or tensors that the gate is not of.
     """
+    if not isinstance(gate, SparseGate):
+        raise ContractError(f"gate is a {type(gate).__name__}: pass a SparseGate(num_heads, head_dim)")
+    need_whole("block_size", block_size)
     losses = []
     optimiser = torch.optim.Adam(gate.parameters(), lr=learning_rate)
-    for query, key in samples:
+    for sample in samples:
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise ContractError(f"a sample is a {type(sample).__name__}: pass pairs (query, key)")
+        query, key = sample
+        gate.need_heads(query, key)
         query, key = query.detach(), key.detach()
         request = AttentionRequest(
             batch=query.shape[0],

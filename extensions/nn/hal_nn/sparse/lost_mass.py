@@ -12,6 +12,7 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
+from ..arguments import need_tensor
 from .scores import row_bounds
 from .selection import block_range
 
@@ -30,6 +31,8 @@ def lost_mass(lse_plan: Tensor, lse_full: Tensor) -> Tensor:
         float [batch, heads, len_q], 0 to 1. A row that reads no key at all loses nothing; one that reads none of its
         keys loses 1.
     """
+    for name, given in (("lse_plan", lse_plan), ("lse_full", lse_full)):
+        need_tensor(name, given, "[batch, heads, len_q]")
     if lse_plan.shape != lse_full.shape:
         raise ContractError(f"log-sum-exps {list(lse_plan.shape)} and {list(lse_full.shape)} were given: use one shape")
     none = lse_full == -math.inf

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import hal_core as hal
 from hal_core import ContractError
 
-from .attention import Judge, SparseResult, sparse_attention
+from ..arguments import need_rows, need_share, need_whole
+from .attention import Judge, SparseResult, need_judge, sparse_attention
 from .learned import SparseGate, train_gate
 from .patterns import SparsePattern, tiling_of
 from .selection import SparseTiling
@@ -30,7 +32,8 @@ class DynamicSparseAttention(nn.Module):
         options: of the pattern's tiling.
 
     Raises:
-        ContractError: heads that do not divide d_model, an unknown pattern, a sparsity that cannot be.
+        ContractError: heads that do not divide d_model, an unknown pattern, a sparsity that cannot be, another judge.
+        UnknownBackendError, DeviceUnavailableError: no such backend.
     """
 
     def __init__(
@@ -49,12 +52,18 @@ class DynamicSparseAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or d_model < 1 or d_model % num_heads:
+        need_whole("d_model", d_model)
+        need_whole("num_heads", num_heads)
+        if d_model % num_heads:
             raise ContractError(
                 f"d_model {d_model} and num_heads {num_heads} were given: use heads that divide d_model"
             )
-        if max_lost_mass is not None and judge is None:
-            judge = "bound"
+        if max_lost_mass is not None:
+            need_share("max_lost_mass", max_lost_mass)
+            judge = "bound" if judge is None else judge
+        need_judge(judge)
+        if backend is not None:
+            hal.session(backend)
         self.d_model, self.num_heads, self.head_dim = d_model, num_heads, d_model // num_heads
         self.sparsity_ratio, self.pattern, self.block_size = sparsity_ratio, SparsePattern.of(pattern), block_size
         self.causal, self.judge, self.max_lost_mass, self.backend = causal, judge, max_lost_mass, backend
@@ -70,6 +79,7 @@ class DynamicSparseAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention over [batch, length, d_model]."""
+        need_rows("x", x, self.d_model)
         query, key, value = self._projected(x)
         result = sparse_attention(
             query,
@@ -97,16 +107,19 @@ class DynamicSparseAttention(nn.Module):
         """Train the gate of a LEARNED module to tell which blocks dense attention reads; the projections stay.
 
         Args:
-            samples: inputs [batch, length, d_model]; one step for each.
+            samples: a list of inputs [batch, length, d_model]; one step for each.
 
         Returns:
             The loss of each step, see `train_gate`.
 
         Raises:
-            ContractError: the pattern is not LEARNED.
+            ContractError: the pattern is not LEARNED, or a sample has another shape.
         """
         if self.gate is None:
             raise ContractError(f"pattern {self.pattern.value!r} has no gate to train: use pattern='learned'")
+        samples = list(samples)
+        for x in samples:
+            need_rows("each sample", x, self.d_model)
         with torch.no_grad():
             projected = [self._projected(x) for x in samples]
             pairs = [(query, key) for query, key, _ in projected]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
+from ..arguments import need_whole
 from .selection import Cut, SparseTiling, cut_of, select
 
 
@@ -64,6 +65,7 @@ class StaticTiling(SparseTiling):
     ) -> None:
         super().__init__(sparsity, block_q, block_k)
         self.pattern, self.seed = SparsePattern.of(pattern), seed
+        need_whole("seed", seed, 0)
         if self.pattern not in STATIC:
             raise ContractError(f"pattern {self.pattern.value!r} reads queries and keys: use tiling_of")
         self.name = f"{self.pattern.value}({self.sparsity:g},{block_q}x{block_k},seed {seed})"
@@ -111,6 +113,13 @@ def _own_block(request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
     return ((last + offset).clamp(min=0)) // block_k
 
 
+#: What the patterns take beside sparsity and block sizes; the fixed ones take a seed.
+_OPTIONS = {
+    SparsePattern.DYNAMIC_THRESHOLD: {"score", "p", "stride", "budget"},
+    SparsePattern.LEARNED: {"gate"},
+}
+
+
 def tiling_of(
     pattern: SparsePattern | str, sparsity: float = 0.9, block_size: int = 64, **options: Any
 ) -> SparseTiling:
@@ -121,9 +130,13 @@ def tiling_of(
         options: of the pattern: seed; `DynamicTiling`'s score, p and others; `LearnedTiling`'s gate.
 
     Raises:
-        ContractError: unknown pattern, a sparsity that cannot be, LEARNED without a gate.
+        ContractError: unknown pattern, a sparsity that cannot be, LEARNED without a gate, an option of another pattern.
     """
     pattern = SparsePattern.of(pattern)
+    if unknown := sorted(options.keys() - (taken := _OPTIONS.get(pattern, {"seed"}))):
+        raise ContractError(
+            f"{', '.join(unknown)} was given to pattern {pattern.value!r}: it takes {', '.join(sorted(taken))}"
+        )
     if pattern in STATIC:
         return StaticTiling(pattern, sparsity, block_size, block_size, **options)
     if pattern is SparsePattern.DYNAMIC_THRESHOLD:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
+from ..arguments import is_number, need_whole
+
 MOST_SPARSITY = 0.95
 
 
@@ -34,11 +36,10 @@ class SparseTiling(abc.ABC):
     needs_content = False
 
     def __init__(self, sparsity: float, block_q: int, block_k: int) -> None:
-        if not isinstance(sparsity, int | float) or not 0 <= sparsity <= MOST_SPARSITY:
+        if not is_number(sparsity) or not 0 <= sparsity <= MOST_SPARSITY:
             raise ContractError(f"sparsity {sparsity!r} was given: use a number from 0 to {MOST_SPARSITY}")
         for name, size in (("block_q", block_q), ("block_k", block_k)):
-            if type(size) is not int or size < 1:
-                raise ContractError(f"{name} {size!r} was given: use a whole number of 1 or more")
+            need_whole(name, size)
         self.sparsity, self.block_q, self.block_k = float(sparsity), block_q, block_k
         self.name = ""
 
