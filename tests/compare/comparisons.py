@@ -109,7 +109,7 @@ def comparison(*rows: Row, **changes: Any) -> Comparison:
         attention_macs=353_000_000,
     )
     facts: dict[str, Any] = {
-        "command": "hal compare minilm --all",
+        "command": f"hal compare minilm --all --text {'/a/long/path' * 12}/texts --report out/report-all.html",
         "created": "2026-11-30T20:00:00+00:00",
         "versions": {"python": "3.11", "hal-core": "0.2.0"},
         "machine": {"system": "Linux", "processor": "a processor with a name of some length at 2.4 GHz"},
