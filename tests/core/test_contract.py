@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -446,6 +449,22 @@ def test_a_causal_bias_of_torch_is_the_causal_option_that_it_means(fake: Any, va
     assert hal.explain(query, key, value, mask, backend="one").request.causal == corner
     with pytest.raises(ContractError, match="CausalBias as attn_mask and is_causal"):
         hal.attention(query, key, value, mask, is_causal=True)
+
+
+def test_explain_and_bind_do_not_import_dynamo() -> None:
+    """Dynamo takes seconds to import; a call that has no CausalBias does not need it."""
+    code = (
+        "import sys, torch, hal_core as hal\n"
+        "from fakes import FakeBackend\n"
+        "hal.register(FakeBackend('one'))\n"
+        "t = torch.zeros(1, 1, 2, 2)\n"
+        "hal.explain(t, t, t, torch.zeros(2, 2), backend='one'), hal.bind(t, t, t, backend='one')\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_other_tensor_subclasses_are_refused_by_name(fake: Any) -> None:

@@ -61,7 +61,12 @@ ROLES = {
     "py.typed": "the marker of typed packages",
 }
 #: What an extension may import of other extensions.
-EXTENSIONS = {"compare": {"hal_nn", "hal_cli"}, "parallel": {"hal_nn"}, "precision": {"hal_nn"}, "router": {"hal_nn"}}
+EXTENSIONS = {
+    "compare": {"hal_nn", "hal_cli"},
+    "parallel": {"hal_nn", "hal_cli"},
+    "precision": {"hal_nn"},
+    "router": {"hal_nn"},
+}
 
 
 def packages(kind: str) -> dict[str, Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,12 +133,19 @@ def test_sparse_patterns_run_through_their_tiling(pattern: str) -> None:
 
 
 def test_the_ring_runs_or_names_its_package() -> None:
-    config = AttentionConfig(EMBED, HEADS, pattern=AttentionPatterns.RING)
+    config = AttentionConfig(EMBED, HEADS, pattern=AttentionPatterns.RING, causal=True, num_kv_heads=1, softcap=3.0)
     if importlib.util.find_spec("hal_parallel") is None:
         with pytest.raises(hal.HalError, match="pip install hal-parallel"):
             create_attention(config)
     else:
-        assert create_attention(config)(torch.randn(1, 8, EMBED)).shape == (1, 8, EMBED)
+        x, ring = torch.randn(2, 8, EMBED), create_attention(config)
+        same = create_attention(replace(config, pattern="causal"))
+        same.load_state_dict(ring.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is no process group
+            assert torch.allclose(ring(x), same(x), atol=1e-6)
+        with pytest.raises(hal.HalError, match="rotary was given with the pattern 'ring'"):
+            create_attention(replace(config, rotary=True))
 
 
 def test_a_registered_pattern_is_built_by_its_factory() -> None:

@@ -70,6 +70,21 @@ def create_attention(config: AttentionConfig) -> nn.Module:
 def _ring(config: AttentionConfig) -> nn.Module:
     if importlib.util.find_spec("hal_parallel") is None:
         raise HalError("the pattern 'ring' is hal-parallel's, which is not installed: pip install hal-parallel")
+    if config.rotary:
+        raise HalError("rotary was given with the pattern 'ring', which does not rotate: rotate query and key yourself")
     create = importlib.import_module("hal_parallel").create_ring_attention
-    made: nn.Module = create(config.embed_dim, config.num_heads, config.max_sequence_length)
+    made: nn.Module = create(
+        config.embed_dim,
+        config.num_heads,
+        config.max_sequence_length,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dropout=config.dropout,
+        bias=config.bias,
+        causal=config.causal,
+        scale=config.scale,
+        softcap=config.softcap,
+        backend=config.device,
+        dtype=config.dtype,
+    )
     return made

@@ -1,0 +1,99 @@
+"""`hal plan`: memory and time of a model's attention over devices, and which strategy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hal_core import ContractError
+from hal_core.plugin_api import CommandResult, Table
+
+_ABOUT = "plan a model's attention over several devices: memory per rank, time per step, which strategy"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `plan` to the subparsers of `hal`."""
+    parser = subparsers.add_parser("plan", help=_ABOUT, description=_ABOUT)
+    parser.add_argument("model", metavar="MODEL", help="a config.json, its folder, or a name that transformers knows")
+    parser.add_argument("--tokens", type=int, required=True, help="of the whole sequence")
+    parser.add_argument("--gpus", type=int, required=True, metavar="P", help="devices that share the sequence")
+    parser.add_argument("--device", help="hal device of each rank (default: the best here)")
+    parser.add_argument("--dtype", help="default: the model's, or bfloat16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layout", default="zigzag", choices=("contiguous", "zigzag", "striped"))
+    parser.add_argument("--training", action="store_true", help="forward and backward")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> CommandResult:
+    """Plan, and show every strategy's estimate."""
+    from hal_cli import model_config
+
+    from .planning import AttentionLayers, as_dict, plan
+
+    config = model_config.read(options.model)
+    kinds = model_config.layers(config)
+    counts = _counts(config, kinds)
+    dtype = options.dtype or next((kind.dtype for kind in kinds if kind.dtype), "bfloat16")
+    layers = [
+        AttentionLayers(count, k.heads, k.heads_kv, k.dim_qk, k.dim_v, k.causal, k.window, k.softcap, k.scale)
+        for k, count in zip(kinds, counts, strict=True)
+    ]
+    found = plan(
+        layers,
+        options.tokens,
+        options.gpus,
+        device=options.device,
+        dtype=dtype,
+        batch=options.batch,
+        layout=options.layout,
+        training=options.training,
+    )
+    step = "forward and backward" if options.training else "forward"
+    tables = [
+        Table(
+            f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}",
+            ["of a rank", "amount"],
+            [
+                [f"attention of {sum(counts)} layers, {step}", f"{found.seconds:.3g} s"],
+                *([what, f"{size / 2**20:,.1f} MiB"] for what, size in found.memory.items()),
+            ],
+            [
+                f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
+                "Weights, their gradients and the layers around attention are not part of this plan.",
+            ],
+        )
+    ]
+    for kind, estimates in found.layers:
+        window = "" if kind.window is None else f", window {kind.window}"
+        rows = [
+            [e.strategy, f"no: {e.refusal}", "", "", ""]
+            if e.refusal
+            else [
+                e.strategy,
+                *(f"{1e3 * t:.3g} ms" for t in (e.total, e.compute, e.exchange)),
+                f"{e.memory / 2**20:,.1f} MiB",
+            ]
+            for e in estimates
+        ]
+        title = f"One of {kind.number} layers: heads {kind.heads}/{kind.heads_kv}, head_dim {kind.dim_qk}{window}"
+        tables.append(Table(title, ["strategy", "time", "compute", "exchange", "memory beside"], rows))
+    return CommandResult(as_dict(found), tables)
+
+
+def _counts(config: dict[str, Any], kinds: list[Any]) -> list[int]:
+    """How many layers there are of each kind."""
+    names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    nested = [part for part in config.values() if isinstance(part, dict)]
+    total = next((part[name] for part in (config, *nested) for name in names if isinstance(part.get(name), int)), None)
+    if total is None or total < 1:
+        raise ContractError("the model's configuration does not say how many layers it has (num_hidden_layers)")
+    narrow = sum("sliding" in str(kind) for kind in config.get("layer_types") or ())
+    if len(kinds) == 1:
+        return [total]
+    if len(kinds) == 2 and narrow and [kind.window is None for kind in kinds] == [True, False]:
+        return [total - narrow, narrow]
+    raise ContractError(
+        f"the model's configuration has {len(kinds)} kinds of attention layers without a list of which: plan its text "
+        "model's configuration alone"
+    )

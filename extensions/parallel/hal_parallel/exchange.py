@@ -1,0 +1,181 @@
+"""What ranks send each other: torch.distributed's operations with a time-out that names rank, step and peer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hal_core import HalError
+
+# torch 2.13 renames both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+#: Seconds that a rank waits for another one, where the call does not say.
+TIMEOUT = 300.0
+
+
+_LATE, _LOST = ("timed out", "timeout"), ("connection", "closed", "reset", "broken pipe")
+
+
+class ExchangeError(HalError, RuntimeError):
+    """Another rank did not answer in time, or is gone. The process group cannot be used any more."""
+
+
+class Pending:
+    """Operations under way. `wait` names who was waited for."""
+
+    def __init__(self, link: Link, works: Sequence[Any], what: str, kept: Sequence[Tensor] = ()) -> None:
+        self._link, self._works, self._what = link, works, what
+        self._kept = kept  # alive until they are sent
+
+    def wait(self) -> None:
+        for work in self._works:
+            try:
+                work.wait(timedelta(seconds=self._link.timeout))
+            except RuntimeError as error:
+                raise self._link.failed(self._what, error) from error
+        self._kept = ()
+
+
+class Link:
+    """One rank's side of a process group.
+
+    Attributes:
+        rank, size: within the group. ranks: global ranks of its members. timeout: seconds of every wait.
+        device: torch device whose tensors the group sends.
+    """
+
+    def __init__(self, group: Any, timeout: float, device: torch.device) -> None:
+        self.group, self.timeout, self.device = group, timeout, device
+        self.ranks: list[int] = dist.get_process_group_ranks(group)
+        self.rank, self.size = dist.get_rank(group), len(self.ranks)
+
+    def failed(self, what: str, error: Exception) -> ExchangeError:
+        """The error of a wait, with this rank's name."""
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        late, lost = (any(word in str(error).lower() for word in words) for words in (_LATE, _LOST))
+        happened = f"nothing came within {self.timeout:g} s" if late else "the connection is lost" if lost else "failed"
+        return ExchangeError(
+            f"rank {dist.get_rank()} waited for {what}, and {happened} ({first}): look at that rank's own error, then "
+            "start all ranks again"
+        )
+
+    def _start(self, begin: Any, what: str) -> Any:
+        try:
+            return begin()
+        except RuntimeError as error:
+            raise self.failed(what, error) from error
+
+    def shift(self, send: Sequence[Tensor], receive: Sequence[Tensor], hops: int, what: str) -> Pending:
+        """Send tensors to the rank `hops` further on and receive from the one `hops` before; both go on meanwhile."""
+        to, source = (self.rank + hops) % self.size, (self.rank - hops) % self.size
+        place = {"group": self.group, "group_peer": to}
+        operations = [dist.P2POp(dist.isend, tensor, **place) for tensor in send]
+        place = {"group": self.group, "group_peer": source}
+        operations += [dist.P2POp(dist.irecv, tensor, **place) for tensor in receive]
+        peers = f"rank {self.ranks[source]}" if to == source else f"ranks {self.ranks[source]} and {self.ranks[to]}"
+        what = f"{peers} ({what})"
+        return Pending(self, self._start(lambda: dist.batch_isend_irecv(operations), what), what, send)
+
+    def all_gather(self, tensor: Tensor, what: str) -> Tensor:
+        """[ranks, *shape]: every rank's tensor; all have one shape."""
+        if self.size == 1 or not tensor.numel():
+            return tensor.expand(self.size, *tensor.shape).contiguous()
+        flat = _plain(tensor).flatten()
+        found = flat.new_empty(self.size * flat.numel())
+        self._run(lambda: _all_gather(found, flat, self.group, async_op=True), what)
+        return found.view(tensor.dtype).view(self.size, *tensor.shape)
+
+    def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
+        """[ranks, ...]: the part that every rank holds for this one; part i of `tensor` goes to rank i."""
+        if self.size == 1 or not tensor.numel():
+            return tensor
+        flat = _plain(tensor).flatten()
+        found = torch.empty_like(flat)
+        self._run(lambda: dist.all_to_all_single(found, flat, group=self.group, async_op=True), what)
+        return found.view(tensor.dtype).view(tensor.shape)
+
+    def reduce_scatter(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum over the ranks of part i of [ranks, ...], on rank i."""
+        if self.size == 1 or not tensor.numel():
+            return tensor[0]
+        flat = tensor.contiguous().flatten()
+        found = flat.new_empty(flat.numel() // self.size)
+        self._run(lambda: _reduce_scatter(found, flat, group=self.group, async_op=True), what)
+        return found.view(tensor.shape[1:])
+
+    def all_reduce(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum over the ranks, in a new tensor."""
+        found = tensor.clone()
+        self._run(lambda: dist.all_reduce(found, group=self.group, async_op=True), what)
+        return found
+
+    def _run(self, begin: Any, what: str) -> None:
+        what = f"{self.others} ({what})"
+        work = self._start(begin, what)
+        if work is not None:
+            Pending(self, [work], what).wait()
+
+    @property
+    def others(self) -> str:
+        """The other ranks, for messages."""
+        names = [str(rank) for i, rank in enumerate(self.ranks) if i != self.rank]
+        return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of a dtype that every group sends."""
+    tensor = tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, link: Link, dim: int, what: str) -> Tensor:
+        ctx.link, ctx.dim, ctx.what, ctx.dtype = link, dim, what, tensor.dtype
+        return torch.cat(list(link.all_gather(tensor, what)), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        parts = torch.stack(wide.chunk(ctx.link.size, ctx.dim))
+        return ctx.link.reduce_scatter(parts, f"gradients of {ctx.what}").to(ctx.dtype), None, None, None
+
+
+class _Trade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, link: Link, split: int, join: int, what: str) -> Tensor:
+        ctx.link, ctx.split, ctx.join, ctx.what = link, split, join, what
+        return _traded(tensor, link, split, join, what)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        what = f"gradients of {ctx.what}"
+        return _traded(grad, ctx.link, ctx.join, ctx.split, what), None, None, None, None
+
+
+def _traded(tensor: Tensor, link: Link, split: int, join: int, what: str) -> Tensor:
+    return torch.cat(list(link.all_to_all(torch.stack(tensor.chunk(link.size, split)), what)), join)
+
+
+def gather_tokens(tensor: Tensor, link: Link, dim: int, what: str) -> Tensor:
+    """Every rank's tensor joined along `dim`, in the order of ranks. Gradients are summed in at least float32."""
+    if math.prod(tensor.shape) == 0 or link.size == 1:
+        return tensor if link.size == 1 else torch.cat([tensor] * link.size, dim)
+    found: Tensor = _GatherTokens.apply(tensor, link, dim, what)  # type: ignore[no-untyped-call]
+    return found
+
+
+def trade(tensor: Tensor, link: Link, split: int, join: int, what: str) -> Tensor:
+    """Cut a tensor along `split` into a part for each rank, and join what the ranks hold for this one along `join`."""
+    if link.size == 1:
+        return tensor
+    found: Tensor = _Trade.apply(tensor, link, split, join, what)  # type: ignore[no-untyped-call]
+    return found

@@ -1,0 +1,306 @@
+"""`with hal_parallel.context(mesh):` a Hugging Face model runs on a sequence that is cut over the ranks.
+
+with hal_parallel.context(mesh, layout="zigzag"):
+    loss = model(input_ids=ids, labels=ids).loss      # every rank is given the whole batch
+    loss.backward()                                   # gradients are to be averaged over the mesh: DDP, FSDP2
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hal_core import ContractError, HalError, UnsupportedError
+
+try:
+    from hal_nn.huggingface import IGNORED_ARGUMENTS, NAME
+    from hal_nn.placement import calls, device_of
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+    from .cache import ShardedCache
+except ImportError as error:
+    raise HalError(f"a whole model needs hal-nn and transformers ({error}): pip install 'hal-parallel[hf]'") from error
+
+from .api import attention
+from .exchange import Link
+from .layout import REPLICATED, TokenLayout, make_layout, shard
+from .sharding import unshard
+from .topology import Topology, topology_of
+
+#: Inputs by the dimension of their tokens, and what padding holds.
+_TOKENS = {"input_ids": (1, 0), "inputs_embeds": (1, 0), "token_type_ids": (1, 0)}
+_IGNORED = frozenset({*IGNORED_ARGUMENTS, "shift_labels", "labels"})
+_MISSING = -100  # a label that counts for nothing
+
+
+class _Sequence:
+    """The call under way: its layout, or the cache that it goes on with, and what hides keys."""
+
+    def __init__(self, layout: TokenLayout, cache: ShardedCache | None) -> None:
+        self.layout, self.cache = layout, cache
+        self.keys: Tensor | None = None  # bool [batch, 1, 1, tokens]
+        self.edges: Tensor | None = None  # int32 [sequences + 1] of packed ones
+
+
+class _Context:
+    def __init__(self, topology: Topology, mesh: Any, layout: str, strategy: str, timeout: float | None) -> None:
+        self.topology, self.mesh, self.layout = topology, mesh, layout
+        self.strategy, self.timeout = strategy, timeout
+        self.sequence: _Sequence | None = None
+
+    def call(self, original: Any, model: Any, *args: Any, **options: Any) -> Any:
+        """A model's call: the outermost has its inputs cut, and its loss summed."""
+        if self.sequence is not None:
+            return original(model, *args, **options)
+        bound = inspect.signature(type(model).forward).bind(model, *args, **options)
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        held = given.get("past_key_values")
+        going_on = isinstance(held, ShardedCache) and held.seen > 0
+        try:
+            return self._step(original, model, given) if going_on else self._whole(original, model, given)
+        finally:
+            self.sequence = None
+
+    def _whole(self, original: Any, model: Any, given: dict[str, Any]) -> Any:
+        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+        if tokens is None or getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedError(
+                f"a {type(model).__name__} was called inside hal_parallel.context, which cuts input_ids or "
+                "inputs_embeds of one sequence: call encoder-decoders outside"
+            )
+        length, rank = tokens.shape[1], self.topology.rank
+        layout = make_layout(self.layout, length, self.topology.world)
+        cache = self._cache(model, given, layout)
+        self.sequence = _Sequence(layout, cache)
+        self.sequence.keys = _key_mask(given.pop("attention_mask", None), length)
+        self._positions(given, tokens, layout)
+        for name, (dim, fill) in _TOKENS.items():
+            if given.get(name) is not None:
+                given[name] = shard(given[name], layout, rank, dim, fill)
+        counted = self._labels(given, layout)
+        keep, whole = given.pop("logits_to_keep", None), cache is not None
+        last = next(r for r, pieces in enumerate(layout.pieces) for p in pieces if p.last == length - 1)
+        if keep == 1:
+            slot = int((layout.indices(rank) == length - 1).nonzero()[0, 0]) if rank == last else 0
+            given["logits_to_keep"] = torch.tensor([slot], device=tokens.device)
+        elif keep is not None and not (isinstance(keep, int) and keep == 0):
+            raise UnsupportedError(f"logits_to_keep {keep!r} was given inside hal_parallel.context: use 0 or 1")
+        if cache is not None:
+            cache.coming = length
+        outputs = original(model, **given)
+        if cache is not None:
+            cache.seen, cache.coming = length, 0
+        logits = getattr(outputs, "logits", None)
+        if keep == 1 and logits is not None:
+            for link in self.topology.links:
+                logits = link.all_gather(logits, "the last token's logits")
+            outputs.logits = logits.reshape(self.topology.world, *outputs.logits.shape)[last]
+        elif whole and logits is not None:
+            outputs.logits = unshard(logits, self.mesh, layout, 1, length)
+        if counted and getattr(outputs, "loss", None) is not None:
+            outputs.loss = _sum(outputs.loss, self.topology.links)
+        return outputs
+
+    def _step(self, original: Any, model: Any, given: dict[str, Any]) -> Any:
+        """New tokens, which every rank computes, over the cache of all ranks."""
+        cache = given["past_key_values"]
+        count = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None).shape[1]
+        self.sequence = _Sequence(cache.prompt, cache)
+        self.sequence.keys = _key_mask(given.pop("attention_mask", None), cache.seen + count)
+        cache.coming = count
+        if given.get("position_ids") is None:
+            device = next(model.parameters()).device
+            given["position_ids"] = torch.arange(cache.seen, cache.seen + count, device=device)[None]
+        outputs = original(model, **given)
+        cache.seen, cache.coming = cache.seen + count, 0
+        return outputs
+
+    def _cache(self, model: Any, given: dict[str, Any], layout: TokenLayout) -> ShardedCache | None:
+        """The cache that this call fills, put in place of the one that the model would make."""
+        held, wanted = given.get("past_key_values"), given.get("use_cache")
+        if held is not None and held.get_seq_length() > 0:
+            raise UnsupportedError(
+                f"a {type(held).__name__} of {held.get_seq_length()} tokens was given inside hal_parallel.context: "
+                "fill the cache inside the same context"
+            )
+        if wanted is None:
+            wanted = bool(getattr(model.config, "use_cache", False)) and held is not None
+        if not wanted or given.get("labels") is not None:
+            given |= {"use_cache": False, "past_key_values": None} if _takes(model, "use_cache") else {}
+            return None
+        cache = ShardedCache(layout, self.topology.rank)
+        given |= {"past_key_values": cache, "use_cache": True}
+        return cache
+
+    def _positions(self, given: dict[str, Any], tokens: Tensor, layout: TokenLayout) -> None:
+        """Positions in the whole sequence; those that start again are packed sequences."""
+        assert self.sequence is not None
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(layout.length, device=tokens.device)[None]
+        elif positions.dim() != 2:
+            raise UnsupportedError(f"position_ids {list(positions.shape)} were given: use [batch, tokens]")
+        elif positions.shape[0] == 1 and self.sequence.keys is None:
+            starts = (positions[0].diff() != 1).nonzero()[:, 0] + 1
+            if len(starts):
+                edges = [0, *starts.tolist(), layout.length]
+                self.sequence.edges = torch.tensor(edges, dtype=torch.int32, device=tokens.device)
+        given["position_ids"] = shard(positions, layout, self.topology.rank, 1)
+
+    def _labels(self, given: dict[str, Any], layout: TokenLayout) -> bool:
+        """Labels of this rank's tokens, shifted over the whole sequence; whether there are any."""
+        labels = given.get("labels")
+        if labels is None:
+            return False
+        if labels.dim() != 2 or labels.shape[1] != layout.length:
+            raise UnsupportedError(f"labels {list(labels.shape)} were given: use [batch, {layout.length}]")
+        following = given.get("shift_labels")
+        if following is None:
+            following = nn.functional.pad(labels[:, 1:], (0, 1), value=_MISSING)
+        if given.get("num_items_in_batch") is None:
+            given["num_items_in_batch"] = (following != _MISSING).sum()
+        rank = self.topology.rank
+        given["labels"] = shard(labels, layout, rank, 1, _MISSING)
+        given["shift_labels"] = shard(following, layout, rank, 1, _MISSING)
+        return True
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention as transformers' models call it, over the tokens of all ranks."""
+        now = self.sequence
+        unknown = [name for name, value in others.items() if value is not None and name not in _IGNORED]
+        if now is None or attention_mask is not None or unknown:
+            what = f"the argument {unknown[0]!r}" if unknown else "a mask of its own, or a call outside a model's"
+            raise UnsupportedError(
+                f"the model passed {what} to attention, which hal_parallel.context does not run: call it outside"
+            )
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        decoding = now.cache is not None and now.cache.seen > 0
+        layout: Any = now.layout
+        if decoding and now.cache is not None:
+            layout = make_layout(REPLICATED, query.shape[2], self.topology.world), now.cache.layout
+        out = attention(
+            query,
+            key,
+            value,
+            self.mesh,
+            now.keys,
+            dropout,
+            layout=layout,
+            strategy="pass_query" if decoding else self.strategy,
+            causal="bottom_right" if causal else "none",
+            window=None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+            softcap=softcap,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+            cu_seqlens_q=None if decoding else now.edges,
+            cu_seqlens_k=None if decoding else now.edges,
+            backend=device_of(module),
+            timeout=self.timeout,
+        )
+        calls.count += 1
+        return out.transpose(1, 2).contiguous(), None
+
+
+_active: list[_Context] = []
+
+
+@contextmanager
+def context(
+    mesh: Any = None, *, layout: str = "zigzag", strategy: str = "auto", timeout: float | None = None
+) -> Iterator[None]:
+    """Inside, Hugging Face models that were built with attn_implementation="hal" run on sequences cut over the mesh.
+
+    Every rank calls the model with the whole batch. Inputs, positions and labels are cut by the layout, the loss is
+    that of the whole sequence, equal on every rank, and logits are this rank's tokens' (with a cache: all tokens'). The
+    gradients of a rank are those of its tokens times the number of ranks: average them over the mesh, as DDP and FSDP2
+    do. `generate` has the prompt's cache sharded, and deals out the tokens that follow.
+
+    Args:
+        mesh, layout, strategy, timeout: as `hal_parallel.attention`'s; the layout by name. Decoding passes queries.
+
+    Raises:
+        ContractError: no process group, a layout that is no name, or a context inside another.
+    """
+    topology = topology_of(mesh, timeout)
+    if topology is None:
+        raise ContractError("there is no process group for hal_parallel.context: start with torchrun, or leave it out")
+    make_layout(layout, 0, topology.world)
+    if layout == REPLICATED or _active:
+        raise ContractError("a replicated layout, or a context inside another, was given: use one of contiguous ones")
+    now, original = _Context(topology, mesh, layout, strategy, timeout), PreTrainedModel.__call__
+    tables = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    before = [table[NAME] for table in tables]
+
+    def __call__(self: Any, *args: Any, **options: Any) -> Any:  # noqa: N807 - what it replaces has this name
+        return now.call(original, self, *args, **options)
+
+    def no_mask(**_: Any) -> None:
+        return None
+
+    tables[0][NAME], tables[1][NAME] = now.attend, no_mask
+    setattr(PreTrainedModel, "__call__", __call__)  # noqa: B010 - mypy refuses to assign a method
+    _active.append(now)
+    try:
+        yield
+    finally:
+        _active.pop()
+        setattr(PreTrainedModel, "__call__", original)  # noqa: B010
+        for table, function in zip(tables, before, strict=True):
+            table[NAME] = function
+
+
+def _key_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """transformers' mask of padding, [batch, tokens], as one of keys; None where nothing is hidden."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise UnsupportedError(
+            f"attention_mask {list(mask.shape)} was given inside hal_parallel.context: use [batch, {length}]"
+        )
+    seen = mask.bool()
+    return None if bool(seen.all()) else seen[:, None, None]
+
+
+def _takes(model: Any, name: str) -> bool:
+    parameters = inspect.signature(type(model).forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over ranks whose gradient is that of every rank's result: with it, averaged gradients are exact."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, link: Link) -> Tensor:
+        ctx.size = link.size
+        return link.all_reduce(value, "the loss")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.size, None
+
+
+def _sum(value: Tensor, links: list[Link]) -> Tensor:
+    for link in links:
+        value = _Sum.apply(value, link)  # type: ignore[no-untyped-call]
+    return value

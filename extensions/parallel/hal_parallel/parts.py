@@ -1,0 +1,222 @@
+"""Attention over parts of the keys: partial results merged in the forward pass, gradients from the merged result."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import Dropout
+from .inner import Inner
+from .visible import Call, tokens_of
+
+
+class Accumulator:
+    """The merged attention over the keys seen so far.
+
+    Attributes:
+        out: [batch, heads, rows, dim_v], in the dtype of sums. top, total: [batch, heads, rows]: the largest partial
+            log-sum-exp, and the sum of exponentials below it; -inf and 0 for a row without a key so far.
+
+    Source: Milakov & Gimelshein 2018 (online softmax), equation 3.
+    """
+
+    def __init__(self, query: Tensor, dim_v: int) -> None:
+        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.out = query.new_zeros((*query.shape[:3], dim_v), dtype=self.dtype)
+        self.top = query.new_full(query.shape[:3], -math.inf, dtype=self.dtype)
+        self.total = torch.zeros_like(self.top)
+        self._seen: list[slice] = []
+
+    def add(self, rows: slice, out: Tensor | None, lse: Tensor) -> None:
+        """Merge a partial result of some rows; `out` may be written to, None: the log-sum-exp alone counts."""
+        top, total = self.top[:, :, rows], self.total[:, :, rows]
+        if not any(seen.start < rows.stop and rows.start < seen.stop for seen in self._seen):
+            self._seen.append(rows)
+            top.copy_(lse)
+            total.copy_(lse > -math.inf)
+            if out is not None:
+                self.out[:, :, rows] = out
+            return
+        self._seen.append(rows)
+        highest = torch.maximum(top, lse)
+        anchor = highest.masked_fill(highest == -math.inf, 0)
+        old, new = total.mul_((top - anchor).exp_()), (lse - anchor).exp_()
+        top.copy_(highest)
+        both = old + new
+        if out is not None:
+            share = new.div_(both.masked_fill(both == 0, 1)).unsqueeze_(-1)
+            out = out.to(self.dtype) if out.dtype != self.dtype else out
+            # out + share * (part - out): a weighted mean without a temporary of the output's size.
+            self.out[:, :, rows].mul_(1 - share).add_(out.mul_(share))
+        total.copy_(both)
+
+    @property
+    def lse(self) -> Tensor:
+        """The merged log-sum-exp; -inf for a row without a key."""
+        return self.top + self.total.log()
+
+
+class Operands(NamedTuple):
+    """What a rank computes with: query and mask rows of its own, keys and values of any rank.
+
+    `mask` is 4-D, [1 or batch, 1 or heads, 1 or rows, 1 or all tokens of the keys]; its columns are in the order of
+    tokens.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+class PartialAttention:
+    """The dense calls of a rank, one set of keys after the other.
+
+    Args:
+        inner: the device that runs them. dropout: None for none.
+    """
+
+    def __init__(self, inner: Inner, dropout: Dropout | None, query: Tensor, dim_v: int) -> None:
+        self.inner, self.dropout = inner, dropout
+        self.kept = Accumulator(query, dim_v)
+        self.every = self.kept if dropout is None else Accumulator(query[..., :0], 0)
+
+    def add(self, given: Operands, calls: Sequence[Call]) -> None:
+        """Attend to the keys of some calls."""
+        for call in calls:
+            query, key, value, mask = _of(given, call)
+            if self.dropout is None:
+                self.kept.add(call.rows, *self.inner.forward(query, key, value, mask, call))
+                continue
+            # Weights of dropped pairs are left out of the products and not of the sums below them.
+            keep = _keep(self.dropout, query, call)
+            self.kept.add(call.rows, *self.inner.forward(query, key, value, _both(mask, keep), call))
+            self.every.add(call.rows, None, self.inner.forward(query, key, value, mask, call)[1])
+
+    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(out, log-sum-exp) over all keys that were added."""
+        out, lse = self.kept.out, self.every.lse
+        if self.dropout is not None:
+            share = (self.kept.lse - lse.masked_fill(lse == -math.inf, 0)).exp_()
+            out.mul_(share.div_(1 - self.dropout.probability).unsqueeze_(-1))
+        return out.to(dtype), lse
+
+
+class PartialGradients:
+    """Gradients from a merged result, one set of keys after the other.
+
+    Args:
+        out, lse: the result. grad_out, grad_lse: its gradients, the second may be None.
+        wanted: of "q", "k", "v", "mask".
+    """
+
+    def __init__(
+        self,
+        inner: Inner,
+        dropout: Dropout | None,
+        given: Operands,
+        result: tuple[Tensor, Tensor],
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        wanted: frozenset[str],
+    ) -> None:
+        self.inner, self.dropout, self.wanted = inner, dropout, wanted
+        self.out, self.lse = result
+        self.dtype = self.lse.dtype
+        self.grad_out, self.grad_lse = grad_out, grad_lse
+        self.query = torch.zeros_like(given.query, dtype=self.dtype) if "q" in wanted else None
+        mask = given.mask
+        self.mask = torch.zeros_like(mask, dtype=self.dtype) if mask is not None and "mask" in wanted else None
+        if dropout is not None:
+            self._grad_kept = grad_out / (1 - dropout.probability)
+            delta = (self.out.to(self.dtype) * grad_out).sum(-1)
+            self._grad_sums = -delta if grad_lse is None else grad_lse - delta
+
+    def add(self, given: Operands, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
+        """Add the gradients that some calls give to the sums of query and mask, and to those of their keys and values.
+
+        Args:
+            key, value: sums in the shape of the keys and values, in the dtype of sums; None where not wanted.
+        """
+        for call in calls:
+            operands, rows = _of(given, call), call.rows
+            out, lse, grad_out = (t[:, :, rows] for t in (self.out, self.lse, self.grad_out))
+            grad_lse = None if self.grad_lse is None else self.grad_lse[:, :, rows]
+            if self.dropout is None:
+                found = self.inner.backward(*operands, call, (out, lse, grad_out), grad_lse, self.wanted)
+                self._sum(found, given, call, key, value)
+                del found  # its memory serves the next call
+                continue
+            # d score = weight * keep / (1 - p) * (grad_out . value) - weight * delta: the first term from kept pairs
+            # with an output of 0, whose delta is 0; the second from all pairs, as a gradient of the log-sum-exp.
+            keep, nothing = _keep(self.dropout, operands.query, call), torch.zeros_like(out)
+            query, keys, values, mask = operands
+            pair = (nothing, lse, self._grad_kept[:, :, rows])
+            found = self.inner.backward(query, keys, values, _both(mask, keep), call, pair, None, self.wanted)
+            self._sum(found, given, call, key, value)
+            if rest := self.wanted - {"v"}:
+                pair = (nothing, lse, torch.zeros_like(grad_out))
+                sums = self._grad_sums[:, :, rows]
+                found = self.inner.backward(query, keys, values, mask, call, pair, sums, rest)
+                self._sum(found, given, call, key, None)
+
+    def _sum(self, found: tuple[Tensor | None, ...], given: Operands, call: Call, key: object, value: object) -> None:
+        for total, grad, place in (
+            (self.query, found[0], call.rows),
+            (key, found[1], call.keys),
+            (value, found[2], call.keys),
+        ):
+            if isinstance(total, Tensor) and grad is not None:
+                total[:, :, place] += grad.to(total.device)
+        if self.mask is None or found[3] is None:
+            return
+        part = self.mask[:, :, call.rows] if self.mask.shape[2] > 1 else self.mask
+        columns = _columns(call, part)
+        count = found[3].shape[3] if part.shape[3] > 1 else 1
+        # What hides pairs beside the mask may have made it wider: dropout has a pattern for every head.
+        grad = found[3].to(self.dtype).sum_to_size(*part.shape[:3], count)
+        if isinstance(columns, slice):
+            part[..., columns] += grad
+        else:
+            part.index_add_(3, columns, grad)
+
+
+def _of(given: Operands, call: Call) -> Operands:
+    """The operands of one call. Keys that lie elsewhere (in host memory) come to the queries."""
+    query = given.query[:, :, call.rows]
+    key, value = given.key[:, :, call.keys].to(query.device), given.value[:, :, call.keys].to(query.device)
+    mask = given.mask
+    if mask is not None:
+        mask = mask[:, :, call.rows] if mask.shape[2] > 1 else mask
+        columns = _columns(call, mask)
+        mask = mask[..., columns] if isinstance(columns, slice) else mask.index_select(3, columns)
+    seen = call.visible(query.device)
+    return Operands(query, key, value, mask if seen is None else _both(mask, seen[None, None]))
+
+
+def _columns(call: Call, mask: Tensor) -> slice | Tensor:
+    """The mask's columns of the keys of a call."""
+    if mask.shape[3] == 1:
+        return slice(None)
+    pieces = call.tokens[1]
+    tokens = [(piece.start, piece.last + 1) for piece in pieces]
+    if all(a[1] == b[0] for a, b in itertools.pairwise(tokens)) and all(p.step == 1 for p in pieces):
+        return slice(tokens[0][0], tokens[-1][1])
+    return tokens_of(pieces, mask.device)
+
+
+def _keep(dropout: Dropout, query: Tensor, call: Call) -> Tensor:
+    rows, keys = (tokens_of(pieces, query.device) for pieces in call.tokens)
+    return dropout.keep(query.shape[0], query.shape[1], rows, keys)
+
+
+def _both(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask that hides what either hides."""
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -math.inf)

@@ -1,0 +1,15 @@
+"""The hooks of hal-parallel. Light: imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hal_core.plugin_api import hookimpl
+
+
+@hookimpl
+def hal_commands(subparsers: Any) -> None:
+    """Add `hal plan`."""
+    from . import command
+
+    command.add_parser(subparsers)

@@ -1,0 +1,167 @@
+"""The ring: keys and values travel from rank to rank while each attends to those that it holds; in the backward pass
+their gradients travel with them.
+
+Source: Liu, Zaharia & Abbeel 2023 (Ring Attention); gradients from the merged result: Dao et al. 2022, algorithm 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dropout import Dropout
+from .exchange import Link, Pending
+from .inner import Inner
+from .layout import Pieces
+from .parts import Operands, PartialAttention, PartialGradients
+from .visible import Call, Rule, find_calls
+
+
+@dataclass(frozen=True, eq=False)
+class RingPlan:
+    """A rank's part of one attention call.
+
+    Attributes:
+        link: the ring; None where this rank holds all keys. inner: the device of its dense calls.
+        queries: the tokens of all ring ranks' queries; keys: of their keys. rank: this one.
+        rule: what a token reads. most: bounds of the rows and keys of a dense call, None for none.
+        dropout: None for none.
+    """
+
+    link: Link | None
+    inner: Inner
+    queries: tuple[Pieces, ...]
+    keys: tuple[Pieces, ...]
+    rank: int
+    rule: Rule
+    most: tuple[int | None, int | None] = (None, None)
+    dropout: Dropout | None = None
+
+    def calls(self, source: int, rank: int | None = None) -> tuple[Call, ...]:
+        """The dense calls of a rank (this one) over the keys of rank `source`."""
+        queries = self.queries[self.rank if rank is None else rank]
+        return find_calls(queries, self.keys[source], self.rule, *self.most)
+
+    def source(self, step: int) -> int:
+        """Whose keys this rank holds at a step."""
+        return (self.rank - step) % len(self.keys)
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps after which no rank reads any more of the keys that travel: the same number on every rank."""
+        size = len(self.keys)
+        needed = [step for step in range(size) for rank in range(size) if self.calls((rank - step) % size, rank)]
+        return max(needed, default=0) + 1
+
+
+class RingAttention(torch.autograd.Function):
+    """Local query, key, value and mask -> local (out, log-sum-exp)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: RingPlan, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = ring_forward(plan, Operands(query, key, value, mask))
+        ctx.save_for_backward(query, key, value, mask, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        *tensors, out, lse = ctx.saved_tensors
+        wanted = frozenset(
+            name for name, needed in zip(("q", "k", "v", "mask"), ctx.needs_input_grad[1:], strict=True) if needed
+        )
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        with torch.autocast(out.device.type, enabled=False):
+            grads = ring_backward(ctx.plan, Operands(*tensors), (out, lse), grad_out, grad_lse, wanted)
+        return (None, *grads)
+
+
+def ring_forward(plan: RingPlan, given: Operands) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) of the local queries over the keys of all ranks."""
+    partial = PartialAttention(plan.inner, plan.dropout, given.query, given.value.shape[3])
+    held = [given.key.contiguous(), given.value.contiguous()] if plan.link is not None else [given.key, given.value]
+    for step in range(plan.steps):
+        coming, pending = _pass_on(plan, held, step, "forward")
+        partial.add(given._replace(key=held[0], value=held[1]), plan.calls(plan.source(step)))
+        if pending is not None:
+            pending.wait()
+            held = coming
+    return partial.result(given.query.dtype)
+
+
+def ring_backward(
+    plan: RingPlan,
+    given: Operands,
+    result: tuple[Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the local query, key, value and mask; None where not wanted.
+
+    The sums of dK and dV travel one step behind their keys: a rank adds its part to the sums that came, and passes them
+    on while it computes the next part. The order of the sums is that of the ring, so equal calls give equal gradients.
+    """
+    partial = PartialGradients(plan.inner, plan.dropout, given, result, grad_out, grad_lse, wanted)
+    tensors = {"k": given.key, "v": given.value}
+    held = [given.key.contiguous(), given.value.contiguous()] if plan.link is not None else [given.key, given.value]
+    sums: list[Tensor] = []
+    for step in range(plan.steps):
+        coming, pending = _pass_on(plan, held, step, "backward")
+        arriving = [torch.empty_like(total) for total in sums]
+        behind = _shift(plan, sums, arriving, 1, f"gradients of keys and values, backward, step {step} of {plan.steps}")
+        own = [
+            t.new_zeros(t.shape, dtype=partial.dtype, device=given.query.device)
+            for name, t in tensors.items()
+            if name in wanted
+        ]
+        named = dict(zip([name for name in tensors if name in wanted], own, strict=True))
+        local = given._replace(key=held[0], value=held[1])
+        partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))
+        if behind is not None:
+            behind.wait()
+            own = [total.add_(part) for total, part in zip(arriving, own, strict=True)]
+        sums = own
+        if pending is not None:
+            pending.wait()
+            held = coming
+    sums = _home(plan, sums)
+    found = iter(sums)
+    grad_key, grad_value = (next(found).to(t.dtype) if name in wanted else None for name, t in tensors.items())
+    grad_query = None if partial.query is None else partial.query.to(given.query.dtype)
+    grad_mask = None if partial.mask is None or given.mask is None else partial.mask.to(given.mask.dtype)
+    return grad_query, grad_key, grad_value, grad_mask
+
+
+def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple[list[Tensor], Pending | None]:
+    """Begin to pass the keys and values on; (what comes, what to wait for), nothing after the last step."""
+    if plan.link is None or step + 1 >= plan.steps:
+        return [], None
+    coming = [torch.empty_like(tensor) for tensor in held]
+    return coming, _shift(plan, held, coming, 1, f"keys and values, {phase}, step {step + 1} of {plan.steps}")
+
+
+def _shift(plan: RingPlan, send: list[Tensor], receive: list[Tensor], hops: int, what: str) -> Pending | None:
+    return None if plan.link is None or not send else plan.link.shift(send, receive, hops, what)
+
+
+def _home(plan: RingPlan, sums: list[Tensor]) -> list[Tensor]:
+    """The sums of this rank's own keys, from the rank that added the last part."""
+    hops = -(plan.steps - 1) % len(plan.keys)
+    if plan.link is None or hops == 0 or not sums:
+        return sums
+    own = [torch.empty_like(total) for total in sums]
+    pending = _shift(plan, sums, own, hops, "gradients of keys and values, backward, the way home")
+    if pending is not None:
+        pending.wait()
+    return own

@@ -1,0 +1,83 @@
+"""The ranks that share a sequence: from a mesh or a process group to links."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from hal_core import ContractError
+
+from .exchange import TIMEOUT, Link
+
+
+class Topology(NamedTuple):
+    """Ranks in a ring, or in a ring of groups that share heads.
+
+    Attributes:
+        ring: ranks among which keys travel. heads: ranks among which heads travel (the second dimension of a 2-D mesh);
+            None for a 1-D mesh. kinds: device types whose tensors the ranks can send.
+    """
+
+    ring: Link
+    heads: Link | None
+    kinds: frozenset[str]
+
+    @property
+    def links(self) -> list[Link]:
+        """Innermost first: gathering over one after the other reaches every rank, in the order of ranks."""
+        return [self.ring] if self.heads is None else [self.heads, self.ring]
+
+    @property
+    def world(self) -> int:
+        return self.ring.size * (1 if self.heads is None else self.heads.size)
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among those that share the sequence: tokens are laid out in this order."""
+        return self.ring.rank if self.heads is None else self.ring.rank * self.heads.size + self.heads.rank
+
+    @property
+    def names(self) -> list[int]:
+        """Global ranks, in the order of ranks. Of a 2-D mesh the numbers within the mesh."""
+        return self.ring.ranks if self.heads is None else list(range(self.world))
+
+
+def topology_of(mesh: Any, timeout: float | None = None) -> Topology | None:
+    """The links of a DeviceMesh, a process group, or None for the default group; None without any group.
+
+    Raises:
+        ContractError: neither of them, a mesh of more than two dimensions, or a time-out that is not positive.
+    """
+    seconds = TIMEOUT if timeout is None else timeout
+    if not isinstance(seconds, int | float) or not seconds > 0:
+        raise ContractError(f"timeout {timeout!r} was given: pass seconds, more than 0")
+    if not dist.is_available() or not dist.is_initialized():
+        if mesh is not None:
+            raise ContractError(
+                f"a {type(mesh).__name__} was given, and there is no process group: call "
+                "torch.distributed.init_process_group first, or leave mesh out for one device"
+            )
+        return None
+    if mesh is None:
+        groups: list[Any] = [dist.group.WORLD]
+    elif isinstance(mesh, DeviceMesh):
+        if mesh.ndim > 2:
+            raise ContractError(
+                f"a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names} was given: pass the one or two over which the "
+                'sequence is cut, mesh["ring"] or mesh["ring", "heads"]'
+            )
+        groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    elif isinstance(mesh, dist.ProcessGroup):
+        groups = [mesh]
+    else:
+        raise ContractError(f"a {type(mesh).__name__} was given as mesh: pass a DeviceMesh, a process group or None")
+    kinds = frozenset(device.type for device in groups[0]._device_types)
+    if isinstance(mesh, DeviceMesh):
+        kinds &= {mesh.device_type}
+    kind = "cpu" if "cpu" in kinds else min(kinds)
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+    links = [Link(group, float(seconds), device) for group in groups]
+    return Topology(links[0], links[1] if len(links) > 1 else None, kinds)

@@ -1,0 +1,152 @@
+"""Without a process group: the whole sequence on one device, its keys block by block, within a limit of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import hal_parallel
+import pytest
+import torch
+from hal_parallel.description import Given, describe
+from hal_parallel.dropout import Dropout
+from hal_parallel.streaming import block_sizes
+
+import hal_core as hal
+
+pytestmark = pytest.mark.filterwarnings("ignore:hal_parallel. there is no process group")
+
+
+def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    dead = want == -torch.inf  # log-sum-exp of rows without a key
+    assert torch.equal(dead, got == -torch.inf)
+    got, want = (tensor.detach().double().masked_fill(dead, 0) for tensor in (got, want))
+    return float((got - want).norm() / want.norm())
+
+
+def drawn(length: int, heads: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(length)
+    return [torch.randn(1, heads, length, 16, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "opencl", "vulkan"])
+def test_blocks_give_the_result_of_one_call(backend):
+    if not any(device.family == backend for device in hal.devices()):
+        pytest.skip(f"{backend} has no device here")
+    tensors = drawn(700)
+    mask = torch.rand(1, 1, 700, 700) > 0.2
+    want, lse = hal.attention(*tensors, mask, is_causal=True, return_lse=True, backend="cpu")
+    flowing = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, tensors, flowing)
+    got = hal_parallel.attention(*tensors, None, mask, is_causal=True, return_lse=True, backend=backend, memory=400_000)
+    found = torch.autograd.grad(got.out, tensors, flowing)
+    assert norm_error(got.out, want) < 1e-5
+    assert norm_error(got.lse, lse) < 1e-5
+    assert max(map(norm_error, found, wanted)) < 1e-5
+
+
+def test_dropout_is_that_of_the_ranks():
+    """The pattern is the positions' own, with blocks of any size."""
+    tensors = [tensor.detach() for tensor in drawn(300)]
+    given = {"dropout_p": 0.4, "rng": (3, 4), "backend": "cpu"}
+    one, many = (hal_parallel.attention(*tensors, memory=memory, **given) for memory in (1 << 30, 200_000))
+    assert norm_error(many, one) < 1e-6
+    weights = (tensors[0] @ tensors[1].mT * 0.25).softmax(-1)
+    keep = Dropout(0.4, (3, 4)).keep(1, 2, torch.arange(300), torch.arange(300))
+    assert norm_error(one, weights * keep / 0.6 @ tensors[2]) < 1e-5
+
+
+def test_blocks_shrink_with_the_memory():
+    query = torch.empty(1, 8, 1 << 16, 64)
+    given, places = Given(query, query, query, None), ("contiguous", None, (None, None))
+    found = describe(given, 0.0, {"backend": "cpu"}, places, 1, False)
+    sizes = [block_sizes(found, memory << 20, False) for memory in (4096, 128, 16)]
+    assert sizes[0] == (1 << 16, 1 << 16)
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_it_says_once_that_there_is_one_device():
+    code = (
+        "import torch, hal_parallel, warnings\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2): hal_parallel.attention(*[torch.zeros(1, 1, 4, 8)] * 3, backend='cpu')\n"
+        "print([str(each.message) for each in said if 'hal_parallel' in str(each.message)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    said = (
+        "['hal_parallel: there is no process group, so the whole sequence runs on one device, its keys block by block']"
+    )
+    assert done.stdout.strip() == said, done.stderr
+
+
+#: Peak resident set beside inputs and results, in MiB, and the error on some rows against float64.
+PEAK = """
+import json, sys, threading, time, torch, warnings
+warnings.simplefilter("ignore")
+import hal_core as hal, hal_parallel
+length, memory, backward, device = json.loads(sys.argv[1])
+
+def resident():
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Rss:")) * 1024
+
+def watched(function):
+    peak, done = [resident()], threading.Event()
+    def look():
+        while not done.is_set():
+            peak.append(resident()); time.sleep(0.02)
+    thread = threading.Thread(target=look); thread.start()
+    before, result = peak[0], function()
+    done.set(); thread.join()
+    return result, max(peak) - before
+
+draw = lambda n: [torch.randn(1, 8, n, 64, requires_grad=bool(backward)) for _ in range(3)]
+small = draw(700)
+warm = hal_parallel.attention(*small, is_causal=True, backend=device, memory=memory)
+if backward:
+    torch.autograd.grad(warm.sum(), small)
+tensors = draw(length)
+call = lambda: hal_parallel.attention(*tensors, is_causal=True, backend=device, memory=memory, return_lse=True)
+result, peak = watched(call)
+beside = [peak - result.out.nbytes - result.lse.nbytes]
+rows = torch.tensor([0, 1, length // 2, length - 1])
+with torch.no_grad():
+    query, key, value = (tensor.double() for tensor in tensors)
+    scores = query[:, :, rows] @ key.mT / 8
+    scores.masked_fill_(torch.arange(length) > rows[:, None], -torch.inf)
+    want = scores.softmax(-1) @ value
+    error = float((result.out[:, :, rows] - want).norm() / want.norm())
+    del scores, key, value, query
+if backward:
+    flowing = torch.randn_like(result.out)
+    grads, peak = watched(lambda: torch.autograd.grad(result.out, tensors, flowing))
+    beside.append(peak - sum(grad.nbytes for grad in grads))
+print(json.dumps([[size / 2**20 for size in beside], error]))
+"""
+
+
+def peaks(length: int, memory: int, backward: bool, device: str = "cpu", threads: int = 2) -> list[float]:
+    command = [sys.executable, "-c", PEAK, json.dumps([length, memory, backward, device])]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, error = json.loads(done.stdout.splitlines()[-1])
+    print(found, error)
+    assert error < 1e-5
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the resident set is read from Linux's /proc")
+def test_blocks_stay_within_the_memory():
+    """A whole call of 8192 tokens takes 17 MiB of partial results beside them."""
+    assert max(peaks(8192, 12 << 20, False)) < 12
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the resident set is read from Linux's /proc")
+@pytest.mark.parametrize("backward", [False, True])
+def test_64k_tokens_stay_within_128_mib(backward):
+    assert max(peaks(1 << 16, 128 << 20, backward)) < 128
