@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> CommandResult:
             f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}",
             ["of a rank", "amount"],
             [
-                [f"attention of {sum(counts)} layers, {step}", f"{found.seconds:.3g} s"],
+                [f"attention of {sum(counts)} layers, {step}", _time(found.seconds)],
                 *([what, f"{size / 2**20:,.1f} MiB"] for what, size in found.memory.items()),
             ],
             [
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> CommandResult:
             if e.refusal
             else [
                 e.strategy,
-                *(f"{1e3 * t:.3g} ms" for t in (e.total, e.compute, e.exchange)),
+                *map(_time, (e.total, e.compute, e.exchange)),
                 f"{e.memory / 2**20:,.1f} MiB",
             ]
             for e in estimates
@@ -79,6 +79,12 @@ def run(options: argparse.Namespace) -> CommandResult:
         title = f"One of {kind.number} layers: heads {kind.heads}/{kind.heads_kv}, head_dim {kind.dim_qk}{window}"
         tables.append(Table(title, ["strategy", "time", "compute", "exchange", "memory beside"], rows))
     return CommandResult(as_dict(found), tables)
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1000:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _counts(config: dict[str, Any], kinds: list[Any]) -> list[int]:
