@@ -114,6 +114,7 @@ def test_profile_shows_every_figure_with_its_origin():
         "unit": "count",
         "provenance": "paper-projection",
         "source": found["figures"]["array.rows"]["source"],
+        "uncertainty": None,
     }
     assert "figures assumed" in shown(run("profile", "t64"))
 
