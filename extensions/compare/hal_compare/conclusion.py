@@ -69,7 +69,7 @@ def _of(rows: Sequence[Row], part: str) -> str:
             said.setdefault(_named(best), []).append(f"{claim} ({before}{varied(figure, show)}{after}{beside})")
     clauses = [f"{name} is {_listed(claimed)}" for name, claimed in said.items()]
     metered = any((energy := _figures(row)[2]) and energy.basis != Basis.DECLARED for row in rows)
-    return ", and ".join([_listed(clauses, ", "), *([] if metered else ["no energy was metered"])])
+    return _listed([*clauses, *([] if metered else ["no energy was metered"])], ", ")
 
 
 def _named(row: Row) -> str:
