@@ -196,6 +196,9 @@ class LinearOnDevice(nn.Module):
         self.weight, self.bias, self._linear = layer.weight, layer.bias, hal.kernel("linear", backend=device)
         self.digital, self.macs = False, 0
         self._options = {name: value for name, value in (options or {}).items() if _takes(self._linear, name)}
+        # torch's encoder layers have a fast path that multiplies by their layers' weights without calling them; they do
+        # not take it where a layer has a hook.
+        self.register_forward_pre_hook(_called)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.macs += x.numel() * self.weight.shape[0]
@@ -204,6 +207,10 @@ class LinearOnDevice(nn.Module):
         with attention_clock.inside(x.numel() * self.weight.shape[0]):
             result: torch.Tensor = self._linear(x, self.weight, self.bias, **self._options)
         return result
+
+
+def _called(layer: nn.Module, operands: Any) -> None:
+    """A hook that does nothing."""
 
 
 def _takes(kernel: Any, option: str) -> bool:
@@ -257,12 +264,16 @@ def put_linear_layers(
     Args:
         options: of the device; its kernel is given those that it has.
     """
+    placed: dict[nn.Module, LinearOnDevice] = {}
     for name in linear_names(network):
         if name not in digital:
-            parent, _, last = name.rpartition(".")
             layer = network.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            setattr(network.get_submodule(parent), last, LinearOnDevice(layer, device, options))
+            placed[layer] = LinearOnDevice(layer, device, options)
+    for name, module in list(network.named_modules(remove_duplicate=False)):  # a layer may have several names
+        if module in placed:
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, placed[module])
 
 
 def keep_digital(network: nn.Module, lanes: Sequence[Lane], wanted: Sequence[str]) -> None:
