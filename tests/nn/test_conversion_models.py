@@ -188,7 +188,7 @@ def test_token_ids_are_the_sample_of_a_language_model():
 
 @pytest.mark.parametrize("model_type", ["bloom", "gptj", "bert"])
 def test_asking_a_converted_model_for_its_weights_is_refused_by_the_call(model_type):
-    """Not by the first who reads a placeholder. Afterwards, and without the question, it runs."""
+    """The call itself raises, before code of the model can read weights that are not there; calls without it run."""
     model, given = built(model_type)
     want = model(**given)[0]
     hal_nn.convert(model, given)

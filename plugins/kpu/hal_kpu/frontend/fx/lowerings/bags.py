@@ -6,6 +6,8 @@ own behind the bags (or behind the table, in gradients), which is cut off. Sums 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...emitter import Emitter, Value
@@ -124,22 +126,11 @@ def embedding_bag(
 
 
 @lowers(aten._embedding_bag_forward_only.default)
-def embedding_bag_forward(
-    e: Emitter,
-    table: Value,
-    indices: Value,
-    offsets: Value,
-    scale_by_freq: bool = False,
-    mode: int = _SUM,
-    sparse: bool = False,
-    factors: Value | None = None,
-    with_last: bool = False,
-    padding: int = -1,
-) -> tuple[Value, ...]:
-    """As above; the sizes have the length of the offsets."""
-    given = (table, indices, offsets, scale_by_freq, mode, sparse, factors, with_last, padding)
-    out, bag, sizes, places = embedding_bag(e, *given)
-    return out, bag, e.one("pad", sizes, widths=(0, 1)) if with_last else sizes, places
+def embedding_bag_forward(e: Emitter, table: Value, indices: Value, offsets: Value, *options: Any) -> tuple[Value, ...]:
+    """As above; the sizes have as many entries as torch.compile is told: as many as there are offsets."""
+    out, bag, sizes, places = embedding_bag(e, table, indices, offsets, *options)
+    more = offsets.shape[0] - sizes.shape[0]
+    return out, bag, e.one("pad", sizes, widths=(0, more)) if more else sizes, places
 
 
 def _gradient(
