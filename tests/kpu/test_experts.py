@@ -260,9 +260,7 @@ def test_an_inference_bag_gives_all_four_results_of_torch(with_last: bool, draw:
     assert relative(got[0], want[0].double()) <= 1e-6
     assert torch.equal(got[1], want[1])
     assert torch.equal(got[2][:5], want[2][:5])
-    assert (
-        got[2].shape == offsets.shape
-    )  # torch.compile is told so; torch's own kernel gives one less
+    assert got[2].shape == offsets.shape  # torch.compile is told so; torch's own kernel gives one less
     assert got[3].shape == want[3].shape
 
 
