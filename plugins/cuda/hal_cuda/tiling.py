@@ -67,6 +67,9 @@ class CudaTiling(DenseTiling):
         if path == "hopper":
             tiles = hopper_tiles_of(request)
             return TilePlan.equal(request, WARPGROUP_ROWS * tiles.consumers, tiles.keys, cut_by="cuda")
+        if path == "masked":
+            keys = 128 if max(request.dim_qk, request.dim_v) <= 128 else 64
+            return TilePlan.equal(request, MASKED_ROWS, keys, cut_by="cuda")
         if path == "fp8":
             fp8 = fp8_tiles(max(request.dim_qk, request.dim_v), fp8_whole(request))
             return TilePlan.equal(request, WARPGROUP_ROWS * fp8.consumers, fp8.keys, cut_by="cuda")
@@ -410,6 +413,57 @@ def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
     ends = right is not None or request.causal is not Causal.NONE
     dims = (request.dim_qk, request.dim_v)
     return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)
+
+
+class MaskedTiles(NamedTuple):
+    """How the masked Hopper forward runs a head size; see `HopperTiles`. dim_qk, dim_v: head sizes as it computes
+    them.
+    """
+
+    keys: int
+    dim_qk: int
+    dim_v: int
+    stages: int
+    queries: int
+    own_output: bool
+    arrive: bool
+
+
+#: Query rows of a program of the masked Hopper forward: two warpgroups.
+MASKED_ROWS = 2 * WARPGROUP_ROWS
+#: Shared memory of a program on Hopper, without what barriers take.
+_HOPPER_SHARED = (227 << 10) - 512
+
+
+@lru_cache(maxsize=4096)
+def masked_tiles(dim_qk: int, dim_v: int, mask_bytes: int, block: tuple[int, int] | None) -> MaskedTiles | None:
+    """The masked Hopper forward's tiles; None where it has none.
+
+    Tiles of 128 keys up to head size 128. Where shared memory does not hold them with what they bring, first the second
+    stage of queries goes, then the result's own memory, then half of the keys.
+
+    Args:
+        dim_qk, dim_v: head sizes, up to 256. mask_bytes: of an element of a mask over rows and keys; 0: there is none.
+        block: sizes of a block plan's blocks. A program takes one tile of rows then, so that neither a second stage of
+            queries nor memory for the result would serve it, and keys get a third or fourth stage.
+    """
+    wide_qk, wide_v = max(64, power_of_two(dim_qk)), max(64, power_of_two(dim_v))
+    if block is not None and (block[0] % MASKED_ROWS or block[1] % 64):
+        return None
+    ways = [(3, 2, True), (2, 2, True), (2, 1, True), (2, 1, False)]
+    if block is not None:
+        ways = [(4, 1, False), (3, 1, False), (2, 1, False)]
+    largest = 128 if max(wide_qk, wide_v) <= 128 else 64
+    for keys in (128, 64):
+        if keys > largest or (block is not None and block[1] % keys):
+            continue
+        for stages, queries, own in ways:
+            own = own or wide_qk != wide_v  # the query's memory has other rows
+            rows = MASKED_ROWS * 2 * (queries * wide_qk + own * wide_v)
+            if rows + stages * keys * (2 * (wide_qk + wide_v) + MASKED_ROWS * mask_bytes) <= _HOPPER_SHARED:
+                named = stages <= 3 and max(wide_qk, wide_v) == 128
+                return MaskedTiles(keys, wide_qk, wide_v, stages, queries, own, named)
+    return None
 
 
 class Fp8Tiles(NamedTuple):
