@@ -122,6 +122,7 @@ def masked_variants() -> dict[str, Callable[[], Any]]:
     forms: dict[str, dict[str, Any]] = {
         "plan": {"per_block": 1, "ragged": True},
         "plan causal": {"per_block": 1, "ragged": True, "right": True},
+        "plan of 64": {"per_block": 1, "ragged": True},
         "boolean mask": {"mask": 1},
         "boolean mask causal": {"mask": 1, "right": True},
         "additive mask": {"mask": 2},
@@ -136,9 +137,11 @@ def masked_variants() -> dict[str, Callable[[], Any]]:
             settings = nothing | {"mask": 0, "per_block": 0, "lse": True} | flags
             kind = ("u8", "u8", "bf16")[settings["mask"]]
             size = 0 if settings["of_keys"] else settings["mask"]
-            tiles = masked_tiles(dim, dim, size, (128, 128) if settings["per_block"] else None)
-            assert tiles is not None
-            settings["per_block"] *= 128 // tiles.keys
+            block = 64 if form.endswith("of 64") else 128
+            tiles = masked_tiles(dim, dim, size, (block, block) if settings["per_block"] else None)
+            if tiles is None:
+                continue
+            settings["per_block"] *= block // tiles.keys
             config = masked.config_of(tiles, group=1, **settings)
             found[f"sm_90 hopper masked {dim}/{dim} {form}"] = partial(masked.compile_masked, "bf16", kind, config)
     return found

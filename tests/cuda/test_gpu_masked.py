@@ -125,9 +125,11 @@ def drawn_plan(seed: int, blocks: tuple[int, int], len_q: int, len_k: int, batch
     return BlockPlan(*blocks, indices, counts)
 
 
-@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (256, 256), (384, 192)], ids=str)
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (256, 256), (384, 192), (64, 64), (192, 128)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_block_plans(gpu: str, seed: int, dim: int, blocks: tuple[int, int]) -> None:
+    if dim > 128 and blocks[0] % 128:
+        pytest.skip("two programs of one warpgroup do not fit a multiprocessor")
     for place, options in enumerate(OPTIONS):
         len_q, len_k = ((1000, 1500), (1536, 1152))[place % 2]
         given = operands(seed + place, len_q, len_k, dim)

@@ -16,7 +16,7 @@ from .discovery import Chip
 from .kernels.fp8.wish import wish_of
 from .kernels.skipping.wish import threshold_of
 from .runtime import binaries
-from .tiling import WARPGROUP_ROWS, masked_tiles, packs, parts, value_parts
+from .tiling import WARPGROUP_ROWS, masked_tiles_of, packs, parts, value_parts
 
 #: Torch's own attention backends, which are candidates beside the kernels of this package.
 TORCH_BACKENDS = {
@@ -130,9 +130,7 @@ def masked_takes(request: AttentionRequest, chip: Chip) -> bool:
     if few or r.packed or (r.mask is MaskKind.NONE and r.block_plan is None):
         return False
     bare = replace(r, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None)
-    block = None if r.block_plan is None else r.block_plan[:2]
-    sizes = 0 if r.mask is MaskKind.NONE else 1
-    return hopper_takes(bare, chip) and masked_tiles(r.dim_qk, r.dim_v, sizes, block) is not None
+    return hopper_takes(bare, chip) and masked_tiles_of(r) is not None
 
 
 def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:

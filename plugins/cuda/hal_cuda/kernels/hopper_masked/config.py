@@ -17,7 +17,7 @@ class Config(NamedTuple):
         group: query heads of a key head. rows: query rows of a consumer warpgroup. keys: keys of a tile.
         dim_qk, dim_v: head sizes as the kernel computes them, 64, 128 or 256; what a tensor lacks is read as zeros.
         stages: shared-memory stages of keys, of their mask and of values. query_stages: of query tiles.
-        consumers: warpgroups that compute. turns, named, own_output, held, lazy: as in the Hopper kernel.
+        consumers: warpgroups that compute, 1 or 2. turns, named, own_output, held, lazy: as in the Hopper kernel.
         left, right: rows begin, or end, at a diagonal. ragged: a tile may reach past the last key.
         softcap: scores are capped. lse, natural_lse: the log-sum-exp is written, of maxima in base-2 or natural units.
         mask: 0: none. 1: boolean. 2: additive; scores then stay in natural units. of_keys: it runs over keys, not over

@@ -63,12 +63,22 @@ def forward_masked(qd, kd, vd, od, md, lse, mask, indices, counts, mask_b, mask_
     fence_async_shared()
     staged = Staged(q_s, k_s, v_s, m_s, o_s, o_s)
     barriers = Barriers(qf, qe, kf, ke, vf, ve)
-    gl.warp_specialize(
-        [
-            (producer, (inputs, staged, barriers, work, lists, C)),
-            (consumer, (output, staged, barriers, work, lists, scaling, gl.constexpr(0), C)),
-            (consumer, (output, staged, barriers, work, lists, scaling, gl.constexpr(1), C)),
-        ],
-        [4, 4],
-        [240, 240],
-    )
+    if NC == 1:
+        gl.warp_specialize(
+            [
+                (producer, (inputs, staged, barriers, work, lists, C)),
+                (consumer, (output, staged, barriers, work, lists, scaling, gl.constexpr(0), C)),
+            ],
+            [4],
+            [216],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (producer, (inputs, staged, barriers, work, lists, C)),
+                (consumer, (output, staged, barriers, work, lists, scaling, gl.constexpr(0), C)),
+                (consumer, (output, staged, barriers, work, lists, scaling, gl.constexpr(1), C)),
+            ],
+            [4, 4],
+            [240, 240],
+        )

@@ -21,7 +21,7 @@ from hal_core.plugin_api import (
 from ...memory import borrowing
 from ...runtime import binaries
 from ...runtime.context import Context
-from ...tiling import MASKED_ROWS, WARPGROUP_ROWS, MaskedTiles, masked_tiles
+from ...tiling import WARPGROUP_ROWS, MaskedTiles, masked_tiles
 from ..hopper.launch import CACHED, LOG2E, add_map, fits, side
 from ..hopper.schedule import OVERHEAD, Schedule, key_tiles, schedule
 from ..portable.arguments import TYPES, plan_strides
@@ -60,7 +60,7 @@ def config_of(
         dim_v=tiles.dim_v,
         stages=tiles.stages,
         query_stages=tiles.queries,
-        consumers=MASKED_ROWS // WARPGROUP_ROWS,
+        consumers=tiles.consumers,
         turns=False,
         named=tiles.arrive,
         own_output=tiles.own_output,
@@ -106,8 +106,9 @@ def compile_masked(dtype: str, mask: str, config: Config) -> Any:
 
     from .kernel import forward_masked
 
-    signature = kernel_signature(dtype, mask, config)
-    return binaries.compile_for(forward_masked, signature, {"C": config}, GPUTarget("cuda", 90, 32), num_warps=4)
+    signature, target = kernel_signature(dtype, mask, config), GPUTarget("cuda", 90, 32)
+    most = {"maxnreg": 128} if config.consumers == 1 else {}  # two programs share a multiprocessor's registers
+    return binaries.compile_for(forward_masked, signature, {"C": config}, target, num_warps=4, **most)
 
 
 class Launch(NamedTuple):
@@ -200,7 +201,7 @@ class HopperMaskedPath:
             return None
         exact = replace(r, len_q=len_q, len_k=len_k)
         cut = self._context.tiling.plan_for("masked", exact)
-        if cut.block_q != MASKED_ROWS:
+        if cut.block_q != tiles.rows:
             return None
         left, right = r.window or (None, None)
         if r.causal is not Causal.NONE:
@@ -223,12 +224,12 @@ class HopperMaskedPath:
         dtype, of_mask = TYPES[query.dtype], "u8" if mask is None else TYPES[mask.dtype]
         key_of = ("hopper masked", chip.index, dtype, of_mask, config)
         made = binaries.kernel(key_of, lambda: compile_masked(dtype, of_mask, config))
-        row_tiles = -(-len_q // MASKED_ROWS)
+        row_tiles, rows = -(-len_q // tiles.rows), tiles.rows
         cached = len_k * (dim_qk + dim_v) * query.itemsize * heads_kv // heads
         if plan is None:
             costs = [
-                OVERHEAD + key_tiles(first, MASKED_ROWS, len_k, shift, left, right, tiles.keys)
-                for first in range((row_tiles - 1) * MASKED_ROWS, -1, -MASKED_ROWS)
+                OVERHEAD + key_tiles(first, rows, len_k, shift, left, right, tiles.keys)
+                for first in range((row_tiles - 1) * rows, -1, -rows)
             ]
             shared = schedule(costs, batch * heads, chip.multiprocessors, CACHED // max(cached, 1))
         else:
@@ -254,7 +255,7 @@ class HopperMaskedPath:
             sides=sides,
             made=tuple({} for _ in sides),
             steps=steps,
-            blocks=(1, 0) if plan is None else (plan.block_q // MASKED_ROWS, -(-len_k // plan.block_k)),
+            blocks=(1, 0) if plan is None else (plan.block_q // rows, -(-len_k // plan.block_k)),
             tail=tail,
             of_rows=of_rows,
         )
