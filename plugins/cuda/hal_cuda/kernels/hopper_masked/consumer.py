@@ -58,8 +58,7 @@ def mask_of_keys(t, tile, lists: Lists, SL: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def shown(s, given, t, row0, tile, work: Work, scaling: Scaling, SL: gl.constexpr, EDGE: gl.constexpr,
-          C: gl.constexpr):  # fmt: skip
+def shown(s, given, t, row0, tile, work: Work, scaling: Scaling, SL: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr):
     # Scores under the mask `given`, and with EDGE without what lies beyond the diagonals or behind the last key; with
     # an additive mask in natural units, else still to be scaled.
     BM: gl.constexpr = C.rows
@@ -106,8 +105,21 @@ def mask_tile(staged: Staged, stage, c: gl.constexpr, SL: gl.constexpr, C: gl.co
 
 
 @gluon.jit
-def first_step(q, q2, staged: Staged, barriers: Barriers, kj, t, row0, tile, work: Work, lists: Lists,
-               scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def first_step(
+    q,
+    q2,
+    staged: Staged,
+    barriers: Barriers,
+    kj,
+    t,
+    row0,
+    tile,
+    work: Work,
+    lists: Lists,
+    scaling: Scaling,
+    c: gl.constexpr,
+    C: gl.constexpr,
+):
     # Q K^T of the first tile of keys and its softmax.
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
@@ -139,8 +151,23 @@ def first_step(q, q2, staged: Staged, barriers: Barriers, kj, t, row0, tile, wor
 
 
 @gluon.jit
-def step(q, q2, staged: Staged, barriers: Barriers, kj, t, row0, tile, state: State, work: Work, lists: Lists,
-         scaling: Scaling, c: gl.constexpr, EDGE: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def step(
+    q,
+    q2,
+    staged: Staged,
+    barriers: Barriers,
+    kj,
+    t,
+    row0,
+    tile,
+    state: State,
+    work: Work,
+    lists: Lists,
+    scaling: Scaling,
+    c: gl.constexpr,
+    EDGE: gl.constexpr,
+    C: gl.constexpr,
+):
     # Q K^T of the keys at place kj (tile t) beside P V of the tile before them, then the softmax of the first. EDGE: a
     # diagonal or the last key may cut the tile.
     BM: gl.constexpr = C.rows
@@ -208,8 +235,16 @@ def put_lse(output: Output, m, l, row0, tile, work: Work, C: gl.constexpr):
 
 
 @gluon.jit
-def consumer(output: Output, staged: Staged, barriers: Barriers, work: Work, lists: Lists, scaling: Scaling,
-             c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def consumer(
+    output: Output,
+    staged: Staged,
+    barriers: Barriers,
+    work: Work,
+    lists: Lists,
+    scaling: Scaling,
+    c: gl.constexpr,
+    C: gl.constexpr,
+):
     BM: gl.constexpr = C.rows
     BN: gl.constexpr = C.keys
     DV: gl.constexpr = C.dim_v

@@ -19,9 +19,39 @@ from .pipeline import producer
 
 
 @gluon.jit
-def forward_masked(qd, kd, vd, od, md, lse, mask, indices, counts, mask_b, mask_h, index_b, index_h, index_m, count_b,
-                   count_h, block_tiles, blocks, total, row_tiles, together, heads, len_q, len_k, shift, left, right,
-                   scale, cap_in, cap_out, C: gl.constexpr):  # fmt: skip
+def forward_masked(
+    qd,
+    kd,
+    vd,
+    od,
+    md,
+    lse,
+    mask,
+    indices,
+    counts,
+    mask_b,
+    mask_h,
+    index_b,
+    index_h,
+    index_m,
+    count_b,
+    count_h,
+    block_tiles,
+    blocks,
+    total,
+    row_tiles,
+    together,
+    heads,
+    len_q,
+    len_k,
+    shift,
+    left,
+    right,
+    scale,
+    cap_in,
+    cap_out,
+    C: gl.constexpr,
+):
     """Grid: one program a multiprocessor (persistent) or one a tile of C.rows * C.consumers rows.
 
     qd to md: tensor maps of [batch, heads, length, dim] with blocks [1, 1, rows or keys, dim], md of the mask with

@@ -107,7 +107,9 @@ def compile_masked(dtype: str, mask: str, config: Config) -> Any:
     from .kernel import forward_masked
 
     signature, target = kernel_signature(dtype, mask, config), GPUTarget("cuda", 90, 32)
-    most = {"maxnreg": 128} if config.consumers == 1 else {}  # two programs share a multiprocessor's registers
+    most: dict[str, Any] = (
+        {"maxnreg": 128} if config.consumers == 1 else {}
+    )  # two programs share a multiprocessor's registers
     return binaries.compile_for(forward_masked, signature, {"C": config}, target, num_warps=4, **most)
 
 
@@ -273,9 +275,8 @@ def readable(mask: Tensor, len_q: int, len_k: int) -> bool:
     """Whether the kernel reads a mask: of every key, one behind the other, and of no row or of every row, in steps of
     16 bytes.
     """
-    if mask.shape[3] != len_k or mask.stride(3) != 1 or mask.dtype not in (
-        *(torch.bool, torch.float16, torch.bfloat16, torch.float32),
-    ):  # fmt: skip
+    kinds = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+    if mask.shape[3] != len_k or mask.stride(3) != 1 or mask.dtype not in kinds:
         return False
     if mask.shape[2] > 1:
         return mask.shape[2] == len_q and fits(mask)

@@ -38,8 +38,9 @@ def key_tile(row: Row, i, lists: Lists, C: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(inputs: Inputs, staged: Staged, barriers: Barriers, place, batch, head, row0, key0, lists: Lists,
-              C: gl.constexpr):  # fmt: skip
+def load_keys(
+    inputs: Inputs, staged: Staged, barriers: Barriers, place, batch, head, row0, key0, lists: Lists, C: gl.constexpr
+):
     # A tile of keys and the mask of all rows for them, into the stage that the tile C.stages places before has left.
     NC: gl.constexpr = C.consumers
     stage = place % C.stages
