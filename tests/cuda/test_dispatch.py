@@ -173,6 +173,7 @@ def test_masks_and_block_plans_have_a_hopper_kernel(changes: dict[str, Any], tak
         ({"mask": MaskKind.BOOLEAN}, "mask"),
         ({"mask": MaskKind.ADDITIVE}, "bias"),
         ({"block_plan": (128, 128, 4)}, "block plan"),
+        ({"block_plan": (64, 64, 4)}, "small block plan"),
     ],
 )
 def test_the_masked_kernel_is_chosen_where_it_was_measured_alone(changes: dict[str, Any], form: str) -> None:
@@ -186,6 +187,8 @@ def test_the_masked_kernel_is_chosen_where_it_was_measured_alone(changes: dict[s
     assert choose(request, HOPPER, attrs.evolve(found, grid=others + rows)).path == "masked"
     slower = tuple(dict(row, rate=row["rate"] / 2) if row["path"] == "masked" else row for row in rows)
     assert choose(request, HOPPER, attrs.evolve(found, grid=others + slower)).path == "portable"
+    short = replace(request, len_q=2048, len_k=2048)
+    assert choose(short, HOPPER, attrs.evolve(found, grid=others + rows)).path == "portable"
 
 
 def test_the_measured_table_decides() -> None:

@@ -34,7 +34,7 @@ OWN = frozenset({"hopper", "masked", "portable", "fp8", "skipping"})
 #: What sets requests apart from those of the main table, for gradients; the first that holds names a request.
 FORMS = ("float32", "deterministic", "dropout", "mask", "bias", "bias gradient")
 #: The same without gradients: what the masked Hopper kernel is measured with.
-FORWARD_FORMS = ("mask", "bias", "block plan")
+FORWARD_FORMS = ("mask", "bias", "block plan", "small block plan")
 #: Operations of forward and backward together over the forward's: five products beside its two.
 GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
@@ -119,9 +119,10 @@ class Rates:
         )
 
     def knows(self, path: str, request: AttentionRequest) -> bool:
-        """Whether a path was measured with requests of this form."""
+        """Whether a path was measured with requests of this form, of at most twice the length."""
         asked = path, bool(request.grads), form_of(request)
-        return any((row["path"], row.get("grads", False), row.get("form", "")) == asked for row in self.grid)
+        rows = (row for row in self.grid if (row["path"], row.get("grads", False), row.get("form", "")) == asked)
+        return any(row["length"] <= 2 * request.len_q for row in rows)
 
     def rate(self, path: str, request: AttentionRequest) -> Rate:
         """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
@@ -155,7 +156,9 @@ def form_of(request: AttentionRequest) -> str:
         if request.dtype not in ("float16", "bfloat16") or request.dropout:
             return ""
         found = {MaskKind.BOOLEAN: "mask", MaskKind.ADDITIVE: "bias"}.get(request.mask, "")
-        return found or ("block plan" if request.block_plan is not None else "")
+        if found or request.block_plan is None:
+            return found
+        return "small block plan" if request.block_plan[0] % 128 else "block plan"
     holds = (
         request.dtype == "float32",
         request.deterministic,
