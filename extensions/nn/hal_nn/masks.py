@@ -12,7 +12,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     eager_mask,
     packed_sequence_mask_function,
-    remap_positions_for_packed_sequence,
     sdpa_mask,
     sliding_window_overlay,
 )
@@ -170,7 +169,7 @@ def _mark(mask: Tensor, function: Callable[..., Any]) -> None:
 
 
 _SEQUENCES = packed_sequence_mask_function.__name__
-_REMAPPED = remap_positions_for_packed_sequence.__name__
+_REMAPPED = "remap_positions_for_packed_sequence"  # not in every transformers 5
 _WINDOW = sliding_window_overlay.__name__
 _JOINED, _CAUSAL, _FULL = "and_masks", causal_mask_function.__name__, bidirectional_mask_function.__name__
 
