@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -294,7 +295,11 @@ def flash_window(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, le
 def models(bench: Bench, options: Any) -> None:
     """Forward and backward of training shapes through `hal.attention`, against SDPA's default on the same tensors."""
     rows, ratios = [], []
-    for shape in (shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"):
+    shapes = [shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"]
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_shape, shapes))
+    for number, shape in enumerate(shapes):
+        print(f"{number + 1} of {len(shapes)}: {shape.model}, {shape.described()}", file=sys.stderr, flush=True)
         own, theirs = trained(shape)
         try:
             theirs()
@@ -319,6 +324,12 @@ def models(bench: Bench, options: Any) -> None:
     ]
     columns = ("model", "batch x heads x tokens x head_dim", "hal, ms", "SDPA, ms", "SDPA / hal", "path")
     publish(options, "cuda_gradients", "Models", columns, rows, [*notes, *conditions(bench)], "Models")
+
+
+def compile_shape(shape: Shape) -> None:
+    """Put the kernels of one training call into Triton's cache."""
+    with suppress(torch.OutOfMemoryError):  # beside the other processes; it is compiled when its turn comes
+        trained(shape)[0]()
 
 
 class Trained:
