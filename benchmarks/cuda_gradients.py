@@ -294,7 +294,9 @@ def flash_window(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, le
 def models(bench: Bench, options: Any) -> None:
     """Forward and backward of training shapes through `hal.attention`, against SDPA's default on the same tensors."""
     rows, ratios = [], []
-    for shape in (shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"):
+    chosen = [shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"]
+    compile_ahead(bench, chosen)
+    for shape in chosen:
         own, theirs = trained(shape)
         try:
             theirs()
@@ -319,6 +321,37 @@ def models(bench: Bench, options: Any) -> None:
     ]
     columns = ("model", "batch x heads x tokens x head_dim", "hal, ms", "SDPA, ms", "SDPA / hal", "path")
     publish(options, "cuda_gradients", "Models", columns, rows, [*notes, *conditions(bench)], "Models")
+
+
+def compile_ahead(bench: Bench, shapes: list[Shape]) -> None:
+    """Compile the own kernels of shapes into Triton's disk cache, in several processes at once."""
+    tasks = bench.backend.warm_up(bench.device, [trained_request(shape) for shape in shapes])
+    with ProcessPoolExecutor(15, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(compile_all) for _, compile_all in tasks]:
+            future.result()
+
+
+def trained_request(shape: Shape) -> hal.AttentionRequest:
+    """The request of a shape's training call."""
+    s, of_mask = shape, {"": hal.MaskKind.NONE, "padding": hal.MaskKind.BOOLEAN}
+    return hal.AttentionRequest(
+        batch=s.batch,
+        heads_q=s.heads,
+        heads_kv=s.heads_kv,
+        len_q=s.len_q,
+        len_k=s.len_k,
+        dim_qk=s.dim,
+        dim_v=s.values,
+        dtype=s.dtype,
+        device=DEVICE,
+        mask=of_mask.get(s.mask, hal.MaskKind.ADDITIVE),
+        mask_batch=s.batch if s.mask == "padding" else 1,
+        mask_heads=s.heads if s.mask in ("bias", "alibi") else 1,
+        causal=hal.Causal.TOP_LEFT if s.causal else hal.Causal.NONE,
+        window=s.window,
+        dropout=s.dropout,
+        grads=frozenset({"q", "k", "v"} | ({"mask"} if s.mask == "bias" else set())),
+    )
 
 
 class Trained:
