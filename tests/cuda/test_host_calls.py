@@ -113,12 +113,14 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_training_call_describes_nothing_anew(launchless: str, name: str) -> None:
     mask, options = CALLS[name]
-    leaves = [_draw(2, 4, 512, 64) for _ in range(3)]
+    leaves = query, key, value = _draw(2, 4, 512, 64), _draw(2, 4, 512, 64), _draw(2, 4, 512, 64)
     wanted = [*leaves, *([mask] if mask is not None and mask.requires_grad else [])]
     grad_out = torch.zeros(2, 4, 512, 64, dtype=torch.bfloat16)
 
     def call() -> Any:
-        return torch.autograd.grad(hal.attention(*leaves, mask, backend=launchless, **options), wanted, grad_out)
+        return torch.autograd.grad(
+            hal.attention(query, key, value, mask, backend=launchless, **options), wanted, grad_out
+        )
 
     call()
     call()
@@ -136,8 +138,8 @@ def test_a_training_call_describes_nothing_anew(launchless: str, name: str) -> N
 def test_lengths_of_one_bucket_have_backwards_of_their_own(launchless: str) -> None:
     session: Any = hal.session(launchless)
     for length in (512, 384, 512, 384):
-        leaves = [_draw(2, 4, length, 64) for _ in range(3)]
-        out = hal.attention(*leaves, backend=launchless)
+        leaves = query, key, value = (_draw(2, 4, length, 64), _draw(2, 4, length, 64), _draw(2, 4, length, 64))
+        out = hal.attention(query, key, value, backend=launchless)
         found = torch.autograd.grad(out, leaves, torch.zeros_like(out))
         assert all(grad.shape == leaf.shape for grad, leaf in zip(found, leaves, strict=True))
     assert sorted(request.len_q for request in session._backwards) == [384, 512]
