@@ -65,24 +65,27 @@ MODELS: dict[str, Callable[[int], Any]] = {
 
 
 def trained(config: Any, tokens: int) -> dict[str, Callable[[], Any]]:
-    """One training step by attention setting, of one model."""
+    """One training step by attention setting, of two models that hold the same parameters."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    def build(setting: str) -> Any:
+        with torch.device("cuda"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=setting).to(torch.bfloat16).train()
+
+    models = {setting: build(setting) for setting in ("hal", "sdpa")}
+    models["sdpa"].load_state_dict(models["hal"].state_dict(keep_vars=True), assign=True)
+    optimizer = torch.optim.AdamW(models["hal"].parameters(), lr=1e-6, fused=True)
     ids = torch.randint(0, VOCABULARY, (1, tokens), device="cuda")
 
     def step(setting: str) -> float:
-        model.set_attn_implementation(setting)
         with torch.enable_grad():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = models[setting](input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return {setting: partial(step, setting) for setting in ("hal", "sdpa")}
+    return {setting: partial(step, setting) for setting in models}
 
 
 def main() -> None:
@@ -90,7 +93,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=8192)
     options.add_argument("--layers", type=int, default=0, help="layers of each model; 0 for all that it has")
     options.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    options.add_argument("--steps", type=int, default=7, help="steps of each setting that are timed")
+    options.add_argument("--steps", type=int, default=11, help="steps of each setting that are timed")
     chosen = options.parse_args()
     open_device()
     import hal_nn

@@ -88,6 +88,8 @@ class CudaSession(SessionBase):
         self._context = Context(chip, self.memory, StreamWorkspaces(self.memory), self.tiling)
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
         self._backwards: dict[AttentionRequest, Callable[..., Grads]] = {}
+        # By the request's identity, which is kept with it: a request takes longer to hash than the rest of the search.
+        self._met: dict[int, tuple[AttentionRequest, Callable[..., Grads]]] = {}
         self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
         self._tally: Tally | None = None
         self._lost = ""
@@ -346,11 +348,17 @@ class CudaSession(SessionBase):
 
     def _backward(self, request: AttentionRequest) -> Callable[..., Grads]:
         """The own kernels' backward of a request, kept."""
+        met = self._met.get(id(request))
+        if met is not None:
+            return met[1]
+        if len(self._met) >= _MOST_BOUND:
+            self._met.clear()
         found = self._backwards.get(request)
         if found is None:
             if len(self._backwards) >= _MOST_BOUND:
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
+        self._met[id(request)] = (request, found)
         return found
 
     def skipped_tiles(self) -> SkippedTiles:
@@ -407,6 +415,7 @@ class CudaSession(SessionBase):
         """Forget bound paths, after rates changed."""
         self._bound.clear()
         self._backwards.clear()
+        self._met.clear()
 
     def close(self) -> None:
         """Give memory back; after it the session serves no call. May be called twice."""
