@@ -72,7 +72,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         units: int64 [n], numbers of query blocks. counts: how many key blocks each reads.
-        picked: int64 [n, most], key blocks; past the count the last one again. partial: pairs (unit's place, entry's place).
+        picked: int64 [n, most], key blocks; past the count the last one again.
+        partial: pairs (unit's place, entry's place).
     """
 
     units: Tensor
