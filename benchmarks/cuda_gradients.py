@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -295,8 +296,9 @@ def models(bench: Bench, options: Any) -> None:
     """Forward and backward of training shapes through `hal.attention`, against SDPA's default on the same tensors."""
     rows, ratios = [], []
     chosen = [shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"]
-    compile_ahead(bench, chosen)
-    for shape in chosen:
+    compile_ahead(chosen)
+    for number, shape in enumerate(chosen):
+        print(f"{number + 1} of {len(chosen)}: {shape.model}, {shape.described()}", file=sys.stderr, flush=True)
         own, theirs = trained(shape)
         try:
             theirs()
@@ -323,35 +325,16 @@ def models(bench: Bench, options: Any) -> None:
     publish(options, "cuda_gradients", "Models", columns, rows, [*notes, *conditions(bench)], "Models")
 
 
-def compile_ahead(bench: Bench, shapes: list[Shape]) -> None:
+def compile_ahead(shapes: list[Shape]) -> None:
     """Compile the own kernels of shapes into Triton's disk cache, in several processes at once."""
-    tasks = [task for shape in shapes for task in bench.backend.warm_up(bench.device, [trained_request(shape)])]
-    with ProcessPoolExecutor(15, multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(compile_all) for _, compile_all in tasks]:
-            future.result()
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_shape, shapes))
 
 
-def trained_request(shape: Shape) -> hal.AttentionRequest:
-    """The request of a shape's training call."""
-    s, of_mask = shape, {"": hal.MaskKind.NONE, "padding": hal.MaskKind.BOOLEAN}
-    return hal.AttentionRequest(
-        batch=s.batch,
-        heads_q=s.heads,
-        heads_kv=s.heads_kv,
-        len_q=s.len_q,
-        len_k=s.len_k,
-        dim_qk=s.dim,
-        dim_v=s.values,
-        dtype=s.dtype,
-        device=DEVICE,
-        mask=of_mask.get(s.mask, hal.MaskKind.ADDITIVE),
-        mask_batch=s.batch if s.mask == "padding" else 1,
-        mask_heads=s.heads if s.mask in ("bias", "alibi") else 1,
-        causal=hal.Causal.TOP_LEFT if s.causal else hal.Causal.NONE,
-        window=s.window,
-        dropout=s.dropout,
-        grads=frozenset({"q", "k", "v"} | ({"mask"} if s.mask == "bias" else set())),
-    )
+def compile_shape(shape: Shape) -> None:
+    """Put the kernels of one training call into Triton's cache."""
+    with suppress(torch.OutOfMemoryError):  # beside the other processes; it is compiled when its turn comes
+        trained(shape)[0]()
 
 
 class Trained:
@@ -413,7 +396,7 @@ def middle_of_three(bench: Bench, own: Callable[[], Any], theirs: Callable[[], A
 def host(bench: Bench, options: Any) -> None:
     """Time of the host for training calls through `hal.attention`, beside SDPA's; the device is idle before each."""
     chosen = [shape for shape in SHAPES if shape.model in HOSTED and options.match in f"{shape.model}"]
-    compile_ahead(bench, chosen)
+    compile_ahead(chosen)
     rows = []
     for shape in chosen:
         own, theirs = trained(shape)

@@ -100,12 +100,13 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
 
     path = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
-    assert len(rows) <= 300
+    assert len(rows) <= 320
     tuned = {
         name: row
         for name, row in rows.items()
         if "hopper" in name
         and "packed" not in name
+        and "masked" not in name
         and "backward" not in name
         and any(dims in name for dims in TUNED)
         and name.endswith((" full", " causal"))

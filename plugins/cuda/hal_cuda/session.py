@@ -40,6 +40,7 @@ from .kernels.fp8.launch import Fp8Path
 from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
+from .kernels.hopper_masked.launch import HopperMaskedPath
 from .kernels.portable.launch import PortablePath
 from .kernels.portable.short_launch import ShortPath, takes as short_takes
 from .kernels.skipping.launch import SkippedTiles, SkippingPath, Tally
@@ -152,7 +153,13 @@ class CudaSession(SessionBase):
         name = paths.forward_path(self.path_of(request), request, self.chip)
         if name == "portable":
             portable = PortablePath(request, self._context)
-            return ShortPath(request, self._context, portable) if short_takes(request) else portable
+            if short_takes(request):
+                return ShortPath(request, self._context, portable)
+            if request.grads and self.path_of(replace(request, grads=frozenset())) == "masked":
+                return HopperMaskedPath(request, self._context, portable)
+            return portable
+        if name == "masked":
+            return HopperMaskedPath(request, self._context, PortablePath(request, self._context))
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
             return kind(request, self._context, PortablePath(request, self._context))
