@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .frontend.validation import check_tables as check_tables
     from .options import merged_policy as merged_policy, meter_var as meter_var
     from .plans import visible_keys as visible_keys
+    from .plugins import LoadFailure as LoadFailure
     from .protocols import Autograd as Autograd, Progress as Progress
     from .registry import (
         find_devices as find_devices,
@@ -41,6 +42,7 @@ _NAMES = {
     "frontend.validation": "check_tables",
     "options": "merged_policy meter_var",
     "plans": "visible_keys",
+    "plugins": "LoadFailure",
     "protocols": "Autograd Progress",
     "registry": "find_devices open_session refresh registry",
     "request": "DTYPE_BYTES",

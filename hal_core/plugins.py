@@ -51,13 +51,14 @@ class Plugins:
     """Loads the entry points, each by itself, and calls their hooks, each by itself.
 
     Attributes:
-        by_name: every plugin that was found.
+        by_name: every plugin that was found. manager: pluggy's, in which a plugin may change its hooks at run time;
+            calls follow after `registry.changed()`.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, Plugin] = {}
-        self._manager = pluggy.PluginManager("hal")
-        self._manager.add_hookspecs(Hooks)
+        self.manager = pluggy.PluginManager("hal")
+        self.manager.add_hookspecs(Hooks)
 
     def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None]) -> None:
         """Import every allowed entry point and hand what it offers to `add(distribution, backends, kernels)`.
@@ -91,7 +92,7 @@ class Plugins:
                 stage = "import"
                 module = _within(IMPORT_SECONDS, point.load, f"importing {point.value}")
                 stage = "hook"
-                self._manager.register(module, name)
+                self.manager.register(module, name)
                 add(
                     distribution,
                     _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION)),
@@ -100,32 +101,33 @@ class Plugins:
             except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
                 if isinstance(error, KeyboardInterrupt):  # the user's: see `_within`
                     raise
-                if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
-                    self._manager.unregister(name=name)
+                if other is None and self.manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
+                    self.manager.unregister(name=name)
                 plugin.failure = failed(name, distribution, stage, error)
 
-    def _implementations(self, hook: str) -> dict[str, Any]:
-        return {found.plugin_name: found for found in getattr(self._manager.hook, hook).get_hookimpls()}
+    def implementations(self, hook: str) -> list[Any]:
+        """pluggy's record of each working plugin that implements a hook, in the order of `by_name`."""
+        found = {each.plugin_name: each for each in getattr(self.manager.hook, hook).get_hookimpls()}
+        return [found[name] for name, plugin in self.by_name.items() if plugin.failure is None and name in found]
 
     def call(self, plugin: str, hook: str, **arguments: Any) -> Any:
-        found = self._implementations(hook).get(plugin)
-        return found and found.function(*(arguments[name] for name in found.argnames))
+        found = [each for each in getattr(self.manager.hook, hook).get_hookimpls() if each.plugin_name == plugin]
+        return found and found[0].function(*(arguments[name] for name in found[0].argnames))
 
-    def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
-        for plugin in self.having(hook):
+    def call_each(self, hook: str, found: list[Any] | None = None, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later.
+
+        `found`: what `implementations` gave earlier, for hooks that are called often.
+        """
+        for each in self.implementations(hook) if found is None else found:
+            plugin = each.plugin_name
             try:
-                result = self.call(plugin, hook, **arguments)
+                result = None if self.by_name[plugin].failure else each.function(*map(arguments.get, each.argnames))
             except (Exception, SystemExit, GeneratorExit) as error:  # the others must still be called
                 self.fail(plugin, hook, error)
             else:
                 if result is not None:
                     yield plugin, result
-
-    def having(self, hook: str) -> list[str]:
-        """The working plugins that implement a hook."""
-        implementing = self._implementations(hook)
-        return [name for name, plugin in self.by_name.items() if plugin.failure is None and name in implementing]
 
     def fail(self, name: str, hook: str, error: BaseException) -> None:
         """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""

@@ -50,6 +50,7 @@ class Registry:
 
     Attributes:
         plugins: every plugin. access: the access policy. memory_limits: bytes by device id, "" for every device.
+        avoided: why automatic selection and `prefer` pass a device over, by device id; a named device is not held back.
         on_change: called when devices or settings change; caches of decisions clear themselves here.
     """
 
@@ -58,7 +59,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._specs: dict[str, tuple[KernelSpec, str]] = {spec.name: (spec, "hal-core") for spec in KERNELS}
         self.plugins, self.access = Plugins(), AccessPolicy(None)
-        self.memory_limits: dict[str, int] = {}
+        self.memory_limits, self.avoided = dict[str, int](), dict[str, LoadFailure]()
         self.on_change: list[Callable[[], None]] = []
 
     # Discovery

@@ -49,7 +49,10 @@ class BoundAttention:
         self.request = request = cut_request(request, self.tiling, capabilities)
         self._plan = partial(checked_plan, self.tiling, capabilities=capabilities)
         self._kept_plan = lru_cache(_MOST_PLANS)(self._plan)
-        self.expires = None if decision.seconds is None else monotonic() + decision.seconds
+        unlimited = decision.seconds is None and decision.expired is None
+        self.expires = (
+            None if unlimited else monotonic() + (float("inf") if decision.seconds is None else decision.seconds)
+        )
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
         if mode not in ("native", "explicit"):
@@ -60,7 +63,7 @@ class BoundAttention:
         self.explicit = mode == "explicit"
         self._target = device.reads[0] if winner.transfer else None
         self._memory = winner.estimate.memory if winner.estimate is not None else 0
-        self._limit, self._observed = registry.memory_limit(device.id), bool(registry.plugins.having("hal_call"))
+        self._limit, self._observed = registry.memory_limit(device.id), registry.plugins.implementations("hal_call")
         self._checks_all = os.environ.get("HAL_CHECK") == "1"
         self._call = self._session_run(replace(request, lse=True) if self.explicit else request)
         self._base: Run = self._checked
@@ -68,8 +71,9 @@ class BoundAttention:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the decision is to be made anew: a policy gave it a time, or a backend failed while it was made."""
-        return self.expires is not None and monotonic() >= self.expires
+        """Whether the decision is to be made anew: a policy said when, or a backend failed while it was made."""
+        expired = self.decision.expired
+        return self.expires is not None and (monotonic() >= self.expires or (expired is not None and expired()))
 
     def _session_run(self, request: AttentionRequest) -> Run:
         """The session's fast path where it has one. A call inside a meter is prepared apart where its session can say
@@ -143,7 +147,11 @@ class BoundAttention:
         timer, start = getattr(self.session, "timer", None), perf_counter()
         # A device with events of its own reports when they are read.
         stop = timer(self._report) if timer is not None and self._observed else None
-        result = self._surrounded(self._explicit if self.explicit else self._base, *arguments)
+        try:
+            result = self._surrounded(self._explicit if self.explicit else self._base, *arguments)
+        except Exception as error:
+            list(registry.call_each("hal_error", decision=self.decision, error=error))
+            raise
         if stop is not None:
             stop()
         elif self._observed:
@@ -151,7 +159,7 @@ class BoundAttention:
         return result
 
     def _report(self, seconds: float) -> None:
-        list(registry.call_each("hal_call", decision=self.decision, seconds=seconds))
+        list(registry.plugins.call_each("hal_call", self._observed, decision=self.decision, seconds=seconds))
 
     def forward_run(self, *arguments: Any) -> Any:
         """The call without the core's autograd, with the log-sum-exp that an explicit backward needs."""
