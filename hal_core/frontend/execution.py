@@ -26,7 +26,7 @@ from .validation import check_tables
 
 #: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
 Run = Callable[..., Any]
-_MOST_PLANS = 256
+_MOST_PLANS, _TOLD = 256, ("decision", "seconds")
 
 
 class BoundAttention:
@@ -67,6 +67,7 @@ class BoundAttention:
         self._checks_all = os.environ.get("HAL_CHECK") == "1"
         self._call = self._session_run(replace(request, lse=True) if self.explicit else request)
         self._base: Run = self._checked
+        self._inner, self._timer = self._whole, getattr(self.session, "timer", None) if self._observed else None
         self.run: Run = self._reported
 
     @property
@@ -120,8 +121,9 @@ class BoundAttention:
                 raise PluginError(f"{self.device.id} gave {what} {offered}: {form} is wanted")
         if not self._checks_all:  # from now on without this method, and without what is switched off
             self._base = self._call
-            if self.tiling is None and self._target is None and self._limit is None and not self._observed:
-                self.run = self._explicit if self.explicit else self._call
+            if self.tiling is None and self._target is None and self._limit is None:
+                self._inner = self._explicit if self.explicit else self._call
+                self.run = self._reported if self._observed else self._inner
         return result
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
@@ -144,11 +146,10 @@ class BoundAttention:
 
     def _reported(self, *arguments: Any) -> Any:
         """The eager call with all that may surround it, reported to `hal_call` observers."""
-        timer, start = getattr(self.session, "timer", None), perf_counter()
         # A device with events of its own reports when they are read.
-        stop = timer(self._report) if timer is not None and self._observed else None
+        stop, start = None if self._timer is None else self._timer(self._report), perf_counter()
         try:
-            result = self._surrounded(self._explicit if self.explicit else self._base, *arguments)
+            result = self._inner(*arguments)
         except Exception as error:
             list(registry.call_each("hal_error", decision=self.decision, error=error))
             raise
@@ -159,7 +160,18 @@ class BoundAttention:
         return result
 
     def _report(self, seconds: float) -> None:
-        list(registry.plugins.call_each("hal_call", self._observed, decision=self.decision, seconds=seconds))
+        for each in self._observed:  # most take both, which needs no look at names
+            try:
+                if each.argnames == _TOLD:
+                    each.function(self.decision, seconds)
+                else:
+                    registry.plugins.call(each.plugin_name, "hal_call", decision=self.decision, seconds=seconds)
+            except (Exception, SystemExit, GeneratorExit) as error:
+                registry.plugins.fail(each.plugin_name, "hal_call", error)
+                self._observed = registry.plugins.implementations("hal_call")
+
+    def _whole(self, *arguments: Any) -> Any:
+        return self._surrounded(self._explicit if self.explicit else self._base, *arguments)
 
     def forward_run(self, *arguments: Any) -> Any:
         """The call without the core's autograd, with the log-sum-exp that an explicit backward needs."""
@@ -196,10 +208,8 @@ class BoundAttention:
         """The plan of the caller's tiling at the tensors' lengths, checked for coverage when it is made and then
         kept.
         """
-        request = exact(self.request, query, key)
-        if self.tiling.needs_content:
-            return self._plan(request, query=query, key=key)
-        return self._kept_plan(request)
+        request, content = exact(self.request, query, key), self.tiling.needs_content
+        return self._plan(request, query=query, key=key) if content else self._kept_plan(request)
 
     def metered(self, meter: Meter | watch, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter; or let it be watched."""
@@ -233,10 +243,9 @@ def _with_lengths(request: AttentionRequest, len_q: int, len_k: int) -> Attentio
 
 def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionRequest:
     """The request with the tensors' lengths. Packed and paged calls keep their bounds: their lengths lie in tables."""
-    len_q, len_k = query.shape[2], key.shape[2]
-    if request.packed or request.page_size is not None or (len_q == request.len_q and len_k == request.len_k):
-        return request
-    return _with_lengths(request, len_q, len_k)
+    lengths = query.shape[2], key.shape[2]
+    fixed = request.packed or request.page_size is not None or lengths == (request.len_q, request.len_k)
+    return request if fixed else _with_lengths(request, *lengths)
 
 
 def moved_to(target: Any, value: Any) -> Any:
