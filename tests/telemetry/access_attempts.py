@@ -1,7 +1,7 @@
 """500 attempts to use a denied device: 25 ways in 20 situations, while an allowed caller uses the device all the time.
 
-Run by test_access.py in a process whose policy allows the device `secret` to the caller `trainer` alone, who is known by
-a secret. Prints JSON: how many attempts were made, what each kind of outcome was, and the breaches.
+Run by test_access.py in a process whose policy allows the device `secret` to the caller `trainer` alone, who is known
+by a secret. Prints JSON: how many attempts were made, what each kind of outcome was, and the breaches.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ WAYS: dict[str, Way] = {
     "the file rewritten": rewritten,
     "gradients": with_gradients,
     "torch.func.vmap": mapped,
-    "a wrong secret": partial(inside, lambda: hal.caller("trainer", "guess"), partial(attend, backend="secret")),
+    "a wrong secret": partial(inside, lambda: hal.caller("trainer", "guess"), lambda: hal.session("secret")),
 }
 
 

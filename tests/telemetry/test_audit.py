@@ -193,12 +193,12 @@ def test_a_record_that_cannot_be_written_stops_calls_or_warns(
 
     monkeypatch.setattr(os, "write", full)
     if refuse:
-        with pytest.raises(hal.HalError, match="No space left on device.*everything is denied"):
+        with pytest.raises(hal.HalError, match=r"No space left on device.*everything is denied"):
             hal.attention(*qkv, backend="cpu:0")
         with pytest.raises(hal.HalError, match="everything is denied"):
             hal.session("cpu:0")
     else:
-        with pytest.warns(RuntimeWarning, match="No space left on device.*go on without"):
+        with pytest.warns(RuntimeWarning, match=r"No space left on device.*go on without"):
             hal.attention(*qkv, backend="cpu:0")
     assert 'hal_audit_records_total{outcome="failed"}' in hal_telemetry.metrics_text()
     monkeypatch.undo()
