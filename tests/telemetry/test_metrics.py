@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -173,38 +174,52 @@ def test_a_port_in_use_is_refused_in_a_sentence(site: Any) -> None:
 def test_the_environment_switches_it_on_before_the_first_call(site: Any) -> None:
     site.add("good")
     code = """
-    import json, torch, urllib.request, hal_core as hal
-    q = torch.randn(1, 2, 3, 4)
-    hal.attention(q, q, q)
+    import json, urllib.request, hal_core as hal
+    from hal_core.plugin_api import decide, merged_policy
+    decide(hal.AttentionRequest(1, 1, 1, 4, 4, 4, 4, "float32", "cpu"), merged_policy("good"))
     from hal_telemetry.control import state
     with urllib.request.urlopen(f"http://127.0.0.1:{state.server.server_port}/calls") as answer:
-        print(json.dumps(json.load(answer)))
+        print(json.dumps(json.load(answer)["decisions"]))
     """
-    found = site.run(code, HAL_METRICS="127.0.0.1:0")
-    assert [(row["device"], row["calls"]) for row in found["series"]] == [("good:0", 1)]
-    assert found["calls"][0]["request"].startswith("batch 1")
+    assert site.run(code, HAL_METRICS="127.0.0.1:0") == [{"device": "good:0", "origin": "argument", "count": 1}]
+    implements = """
+    import json
+    from hal_core.plugin_api import registry
+    registry.discover()
+    hooks = ("hal_call", "hal_decision", "hal_error")
+    print(json.dumps([len(registry.plugins.implementations(hook)) for hook in hooks]))
+    """
+    assert site.run(implements, HAL_METRICS="127.0.0.1:0") == [1, 1, 1]
+    assert site.run(implements) == [0, 0, 0]
 
 
-def test_a_child_process_counts_its_own_calls(site: Any) -> None:
-    site.add("good")
-    code = """
-    import json, os, torch, hal_core as hal, hal_telemetry
+def test_a_child_process_counts_its_own_calls_and_leaves_the_port_to_its_parent(
+    fake: Any, qkv: list[torch.Tensor]
+) -> None:
     from hal_telemetry.control import state
-    torch.set_num_threads(1)  # a child of fork has no pool of threads
-    hal_telemetry.enable(0)
-    q = torch.randn(1, 2, 3, 4)
-    calls = lambda: sum(row["calls"] for row in hal_telemetry.snapshot()["series"])
-    [hal.attention(q, q, q) for _ in range(3)]
+
+    fake("forked")
+    port = hal_telemetry.enable(0)
+    decision = hal.explain(*qkv, backend="forked")
+
+    def calls() -> int:
+        return sum(int(row["calls"]) for row in hal_telemetry.snapshot()["series"])
+
+    for _ in range(3):
+        recorder.observe(decision, 0.1)
     read, write = os.pipe()
-    if os.fork() == 0:
-        before = calls()
-        hal.attention(q, q, q)
-        os.write(write, json.dumps([before, calls(), state.server]).encode())
-        os._exit(0)
-    os.wait()
-    print(json.dumps([calls(), json.loads(os.read(read, 100))]))
-    """
-    assert site.run(code) == [3, [0, 1, None]]
+    if (child := os.fork()) == 0:
+        try:
+            before = calls()
+            recorder.observe(decision, 0.1)
+            os.write(write, json.dumps([before, calls(), state.server]).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert json.loads(os.read(read, 100)) == [0, 1, None]
+    assert calls() == 3
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/calls", timeout=10) as answer:
+        assert json.load(answer)["series"][0]["calls"] == 3
 
 
 def test_a_switched_off_plugin_is_refused_in_a_sentence(site: Any) -> None:

@@ -74,6 +74,6 @@ def trace(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        export_trace(path, start)
         if not was_on:
             control.disable()
+        export_trace(path, start)
