@@ -140,20 +140,15 @@ def hooks() -> SimpleNamespace:
     wanted: list[Told] = [recorder.observe] if state.recording else []
     wanted += [state.spans] if state.spans is not None else []
     wanted += [_audit_call] if state.log is not None and state.log_calls else []
-    if len(wanted) == 1:
-        only = wanted[0]
-
-        def hal_call(decision: Decision, seconds: float) -> None:
-            only(decision, seconds)
-
-        found.hal_call = hookimpl(hal_call)
+    if wanted == [recorder.observe]:
+        found.hal_call = recorder.observe
     elif wanted:
 
-        def hal_call_each(decision: Decision, seconds: float) -> None:
+        def hal_call(decision: Decision, seconds: float) -> None:
             for tell in wanted:
                 tell(decision, seconds)
 
-        found.hal_call = hookimpl(hal_call_each)
+        found.hal_call = hookimpl(hal_call)
     if state.recording:
         found.hal_decision, found.hal_error = hookimpl(_decided), hookimpl(_failed)
     return found

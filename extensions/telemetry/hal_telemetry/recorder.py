@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from time import perf_counter, time
 from typing import Any, NamedTuple
 
-from hal_core import Decision, Fidelity
+from hal_core import Decision, Fidelity, hookimpl
 from hal_core.plugin_api import registry
 
 #: Upper bounds of the histogram of seconds, 1 - 2 - 5 from ten microseconds to fifty seconds.
@@ -39,6 +39,16 @@ class Call(NamedTuple):
     thread: int
 
 
+def _add(counts: list[int], bounds: Sequence[float], ordered: list[float]) -> None:
+    """Count ordered values by upper bounds, the last place beyond them. Bounds are looked up, as they are fewer."""
+    last, before = bisect_left(bounds, ordered[-1]), 0
+    for place in range(bisect_left(bounds, ordered[0]), last):
+        upto = bisect_right(ordered, bounds[place])
+        counts[place] += upto - before
+        before = upto
+    counts[last] += len(ordered) - before
+
+
 class Series:
     """Sums over the calls of one device and caller.
 
@@ -52,6 +62,18 @@ class Series:
         self.calls, self.seconds = 0, 0.0
         self.buckets, self.ratios = [0] * (len(SECONDS) + 1), [0] * (len(RATIOS) + 1)
         self.ratio_sum = self.error_sum = 0.0
+
+    def add(self, durations: list[float], estimated: float) -> None:
+        """Add calls of one decision: their durations in order, and what each was estimated to take, 0 for nothing."""
+        total, count = sum(durations), len(durations)
+        self.calls += count
+        self.seconds += total
+        _add(self.buckets, SECONDS, durations)
+        if estimated:
+            below = bisect_right(durations, estimated)
+            _add(self.ratios, [ratio * estimated for ratio in RATIOS], durations)
+            self.ratio_sum += total / estimated
+            self.error_sum += total - 2 * sum(durations[:below]) + (2 * below - count) * estimated
 
     def quantile(self, share: float) -> float:
         """The upper bound of the bucket that holds the quantile, in seconds; 0 without calls, inf beyond the last."""
@@ -74,12 +96,15 @@ class Recorder:
     """
 
     def __init__(self) -> None:
+        self._pending = deque[tuple[Decision, float, float, int]]()
         self.reset()
+        self.observe = self._observer()
         os.register_at_fork(after_in_child=self.reset)
 
     def reset(self) -> None:
         """Forget everything; in a child process too, which made none of its parent's calls."""
-        self._lock, self._pending = threading.RLock(), deque[tuple[Decision, float, float, int]]()
+        self._lock = threading.RLock()
+        self._pending.clear()
         self.calls: deque[tuple[Decision, float, float, int]] = deque(maxlen=MOST_CALLS)
         self.series: dict[tuple[str, str], Series] = {}
         self.decisions, self.refusals, self.errors = Counter[Any](), Counter[Any](), Counter[Any]()
@@ -87,30 +112,30 @@ class Recorder:
         self._known: dict[int, tuple[Series, float, Decision]] = {}
         self.started, self.clock = time(), perf_counter()
 
-    def observe(self, decision: Decision, seconds: float) -> None:
-        """Note a call that ended."""
-        pending = self._pending
-        pending.append((decision, seconds, perf_counter(), get_ident()))
-        if len(pending) >= BATCH:
-            self.drain()
+    def _observer(self) -> Callable[[Decision, float], None]:
+        """`observe(decision, seconds)`, which notes a call that ended: the hook itself, so that little is paid."""
+        pending, note, drain, clock, thread = self._pending, self._pending.append, self.drain, perf_counter, get_ident
+
+        def hal_call(decision: Decision, seconds: float) -> None:
+            note((decision, seconds, clock(), thread()))
+            if len(pending) >= BATCH:
+                drain()
+
+        return hookimpl(hal_call)
 
     def drain(self) -> None:
-        """Add the noted calls to the sums."""
+        """Add the noted calls to the sums, those of one decision together."""
         with self._lock:
-            pending, known = self._pending, self._known
+            pending, groups = self._pending, defaultdict[int, list[float]](list)
             batch = [pending.popleft() for _ in range(len(pending))]
             self.dropped += max(0, len(self.calls) + len(batch) - MOST_CALLS)
             self.calls.extend(batch)
             for decision, seconds, _, _ in batch:
-                series, estimated, _ = known.get(id(decision)) or self._sums_of(decision)
-                series.calls += 1
-                series.seconds += seconds
-                series.buckets[bisect_left(SECONDS, seconds)] += 1
-                if estimated:
-                    ratio = seconds / estimated
-                    series.ratios[bisect_left(RATIOS, ratio)] += 1
-                    series.ratio_sum += ratio
-                    series.error_sum += abs(seconds - estimated)
+                groups[id(decision)].append(seconds)
+            new = {id(fields[0]): fields[0] for fields in batch} if groups.keys() - self._known.keys() else {}
+            for key, durations in groups.items():
+                series, estimated, _ = self._known.get(key) or self._sums_of(new[key])
+                series.add(sorted(durations), estimated)
 
     def _sums_of(self, decision: Decision) -> tuple[Series, float, Decision]:
         """(series, estimated seconds or 0, the decision, which is kept so that its identity stays its own)."""
