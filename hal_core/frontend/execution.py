@@ -144,9 +144,10 @@ class BoundAttention:
 
     def _reported(self, *arguments: Any) -> Any:
         """The eager call with all that may surround it, reported to `hal_call` observers."""
-        timer, start = getattr(self.session, "timer", None), perf_counter()
+        timer, lengths = getattr(self.session, "timer", None), (arguments[0].shape[2], arguments[1].shape[2])
+        start = perf_counter()
         # A device with events of its own reports when they are read.
-        stop = timer(self._report) if timer is not None and self._observed else None
+        stop = timer(partial(self._report, lengths)) if timer is not None and self._observed else None
         try:
             result = self._surrounded(self._explicit if self.explicit else self._base, *arguments)
         except Exception as error:
@@ -155,11 +156,12 @@ class BoundAttention:
         if stop is not None:
             stop()
         elif self._observed:
-            self._report(perf_counter() - start)
+            self._report(lengths, perf_counter() - start)
         return result
 
-    def _report(self, seconds: float) -> None:
-        list(registry.plugins.call_each("hal_call", self._observed, decision=self.decision, seconds=seconds))
+    def _report(self, lengths: tuple[int, int], seconds: float) -> None:
+        given = {"decision": self.decision, "seconds": seconds, "lengths": lengths}
+        list(registry.plugins.call_each("hal_call", self._observed, **given))
 
     def forward_run(self, *arguments: Any) -> Any:
         """The call without the core's autograd, with the log-sum-exp that an explicit backward needs."""
