@@ -114,15 +114,12 @@ class Plugins:
         found = [each for each in getattr(self.manager.hook, hook).get_hookimpls() if each.plugin_name == plugin]
         return found and found[0].function(*(arguments[name] for name in found[0].argnames))
 
-    def call_each(self, hook: str, found: list[Any] | None = None, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later.
-
-        `found`: what `implementations` gave earlier, for hooks that are called often.
-        """
-        for each in self.implementations(hook) if found is None else found:
+    def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
+        for each in self.implementations(hook):
             plugin = each.plugin_name
             try:
-                result = None if self.by_name[plugin].failure else each.function(*map(arguments.get, each.argnames))
+                result = each.function(*map(arguments.get, each.argnames))
             except (Exception, SystemExit, GeneratorExit) as error:  # the others must still be called
                 self.fail(plugin, hook, error)
             else:

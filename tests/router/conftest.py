@@ -43,8 +43,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def device(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeBackend]]:
-    """device(name, estimate, takes): a fake device; its attribute `takes(request)` gives the seconds that a call lets pass,
-    and `error` is what a call raises, where it is set.
+    """device(name, estimate, takes): a fake device. Its attribute `takes(request)` gives the seconds that a call lets
+    pass, and `error` is what a call raises, where it is set.
     """
     names: list[str] = []
     for real in hal.devices():  # this machine's own devices take no time by the fake clock

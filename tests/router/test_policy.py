@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import warnings
 from typing import Any
@@ -216,10 +217,10 @@ def test_a_devices_own_tilings_are_tried_and_the_best_is_kept(router: Any, clock
     assert {"cpu:0"} < names
     assert any("cpu(" in name for name in names)
     for arm in _arms(router, q, k, v):
-        keys = control.router and _keys(q, k, v)
+        keys = _keys(q, k, v)
         for _ in range(20):
             seconds = 1e-4 if arm.name == sorted(names)[-1] else 1e-3
-            router.chooser.observe(keys, arm, -9.0, __import__("math").log(seconds), False)
+            router.chooser.observe(keys, arm, -9.0, math.log(seconds), False)
     decision = hal.explain(q, k, v, window=(64, 64), softcap=5.0)
     assert sorted(names)[-1] in decision.reason
     out = hal.attention(q, k, v, window=(64, 64), softcap=5.0)
@@ -232,7 +233,7 @@ def _request(q: Any, k: Any, v: Any) -> Any:
 
 def _arms(router: Any, q: Any, k: Any, v: Any) -> Any:
     decision = _request(q, k, v)
-    return router.arms(decision.request, [decision.winner], hal.Policy())
+    return router.arms(decision.request, [decision.winner], hal.Policy(), _keys(q, k, v))
 
 
 def _keys(q: Any, k: Any, v: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 from .estimator import NOTICED_LOAD, Believed, Estimator, Keys
@@ -91,7 +90,8 @@ class Chooser:
         self.calls, self.explored, self.served, self.spent = 0, 0, 0.0, 0.0
         self.typical: float | None = None
         self._hoped: dict[str, int] = {}
-        self._recent: deque[float] = deque(maxlen=128)
+        self._recent: deque[float] = deque(maxlen=64)
+        self._unsorted = 0
 
     def rank(self, keys: Keys, arms: Sequence[Arm]) -> list[Ranked]:
         """Every arm, the fastest believed first."""
@@ -171,8 +171,9 @@ class Chooser:
             self.explored += calls
             self.spent += calls * max(seconds - math.exp(best), 0.0)
         self._recent.append(log_seconds)
-        if len(self._recent) >= FEWEST and (self.calls % 8 < calls or self.typical is None):
-            self.typical = median(self._recent)
+        self._unsorted += 1
+        if self._unsorted >= 8 and len(self._recent) >= FEWEST:
+            self.typical, self._unsorted = sorted(self._recent)[len(self._recent) // 2], 0
         if arm.learns:
             self.estimator.learn(arm.name, arm.device, keys, log_seconds - math.log(max(arm.seconds, 1e-12)), calls)
             self.estimator.load(arm.device).seen = self.calls

@@ -30,8 +30,8 @@ class Hooks:
         return self.router.policy(request, candidates, policy)
 
     @hookimpl
-    def hal_call(self, decision: Any, seconds: float, lengths: tuple[int, int]) -> None:
-        self.router.call(decision, seconds, lengths)
+    def hal_call(self, decision: Any, seconds: float, operands: Any) -> None:
+        self.router.call(decision, seconds, operands)
 
     @hookimpl
     def hal_error(self, decision: Any, error: Exception) -> None:

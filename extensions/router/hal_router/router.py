@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from hal_core import AttentionRequest, Candidate, Decision, Fidelity, Policy, PolicyChoice
+from hal_core import AttentionRequest, Candidate, Code, Decision, Fidelity, Policy, PolicyChoice
 from hal_core.plugin_api import registry, tiling_limits
 
 from .breaker import Breakers
 from .choice import Arm, Choice, Chooser, Ranked
-from .estimator import Estimator, Keys
+from .estimator import NOTICED_LOAD, Estimator, Keys
 from .objective import deadline_var
 
 #: Calls of one decision that are averaged before they are learned from, and the innovation that is learned at once.
-BATCH, SURPRISE = 16, 0.25
+BATCH, SURPRISE = 64, 0.25
+#: Measured over believed time of a call that is averaged with others.
+LOW, HIGH = 0.7, 1.4
 #: Calls between looks at whether a cached decision should be made anew, to explore.
 LOOK = 8
 #: Tilings of a device that are tried beside its own, and how much slower they are believed to be at first.
@@ -33,48 +34,51 @@ class Slot:
 
     Attributes:
         expected: log seconds believed for the lengths that the decision was made for. stale: to be decided anew.
+        per_second: 1 / the seconds believed, for the lengths of the newest calls. most: calls that may be averaged.
     """
 
     __slots__ = (
-        "__weakref__",
         "arm",
         "arms",
         "best",
         "deadline",
         "expected",
         "explored",
-        "fixed",
         "keys",
         "lengths",
+        "most",
         "pending",
         "pending_sum",
-        "shifts",
+        "per_second",
         "stale",
-        "warm",
     )
 
     def __init__(self, keys: Keys, request: AttentionRequest, chosen: Ranked, best: float, arms: list[Arm]) -> None:
         self.keys, self.arm, self.arms, self.best = keys, chosen.arm, arms, best
         self.expected, self.explored, self.stale, self.deadline = chosen.log_seconds, False, False, deadline_var.get()
-        self.lengths, self.fixed = (request.len_q, request.len_k), _FIXED
-        self.pending, self.pending_sum, self.warm = 0, 0.0, False
-        self.shifts: dict[tuple[int, int], float] = {self.lengths: 0.0}
+        self.lengths = (request.len_q, request.len_k)
+        self.pending, self.pending_sum, self.most = 0, 0.0, 0
+        self.per_second = math.exp(-self.expected)
 
     def expired(self) -> bool:
         """Whether the decision is to be made anew."""
         return self.stale or deadline_var.get() != self.deadline
 
-    def shift(self, lengths: tuple[int, int]) -> float:
-        """log(time at these lengths / time at the decision's), from the pairs of query and key."""
-        found = self.shifts.get(lengths)
-        if found is None:
-            seconds = math.exp(self.expected)
-            fixed = min(self.fixed / seconds, 1.0)
-            pairs = lengths[0] * lengths[1] / max(self.lengths[0] * self.lengths[1], 1)
-            found = math.log(fixed + (1.0 - fixed) * pairs) if pairs > 0 else 0.0
-            if len(self.shifts) < 1024:
-                self.shifts[lengths] = found
-        return found
+    def believe(self, log_seconds: float) -> None:
+        """Take another belief of what a call takes at the decision's lengths."""
+        if log_seconds != self.expected:
+            self.per_second *= math.exp(self.expected - log_seconds)
+            self.expected = log_seconds
+
+    def scale(self, len_q: int, len_k: int) -> float:
+        """1 / the seconds believed for calls of these lengths, from now on: the part that is not fixed goes with the
+        pairs of query and key.
+        """
+        seconds = math.exp(self.expected)
+        fixed = min(_FIXED, seconds)
+        pairs = len_q * len_k / max(self.lengths[0] * self.lengths[1], 1)
+        self.per_second = 1.0 / max(fixed + (seconds - fixed) * pairs, 1e-12)
+        return self.per_second
 
 
 class Router:
@@ -89,29 +93,43 @@ class Router:
         self.totals: dict[str, list[float]] = {}  # calls, seconds, regret, explored calls, explored seconds
         self.on_save: Callable[[], object] | None = None
         self._lock, self._clock, self._saved = threading.RLock(), clock, clock()
-        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
+        self._slots: dict[Keys, Slot] = {}  # the newest of each shape
         self._named: dict[int, tuple[Decision, Slot]] = {}
         self._loads: dict[str, float] = {}
+        self._tilings: dict[tuple[str, Keys], list[Any]] = {}
         self._next_look, self._warm = LOOK, set[tuple[str, str]]()
 
     # Choosing
 
     def policy(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> PolicyChoice | None:
         """The hook `hal_policy`. The core asks it only where the caller left a choice."""
-        arms = self.arms(request, candidates, policy)
+        keys, objective, deadline = Keys.of(request), policy.objective or "time", deadline_var.get()
+        arms = self.arms(request, candidates, policy, keys)
         if not arms:
             return None
-        keys, objective, deadline = Keys.of(request), policy.objective or "time", deadline_var.get()
         with self._lock:
             # A caller who named devices, even several, is not explored with; nor is one who bounds error or time.
             free = not policy.names and request.max_error is None and not request.deterministic
             found = self.chooser.choose(keys, arms, objective, deadline, may_explore=free)
             slot = Slot(keys, request, found.chosen, found.best.log_seconds, arms)
             slot.explored = bool(found.why)
-            self._slots.add(slot)
+            if len(self._slots) >= 1024:
+                self._slots.clear()
+            self._slots[keys] = slot
         return PolicyChoice(found.chosen.arm.device, -1.0, explained(found), found.chosen.arm.tiling, slot.expired)
 
-    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> list[Arm]:
+    def _tilings_of(self, keys: Keys, request: AttentionRequest, candidate: Candidate) -> list[Any]:
+        place = (candidate.device.id, keys)
+        found = self._tilings.get(place)
+        if found is None or candidate.device.id not in registry.entry(candidate.device.id).sessions:
+            if len(self._tilings) > 4096:
+                self._tilings.clear()
+            found = tilings(request, candidate)
+            if candidate.device.id in registry.entry(candidate.device.id).sessions:
+                self._tilings[place] = found
+        return found
+
+    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy, keys: Keys) -> list[Arm]:
         """Devices that state a time, and their tilings where the caller brings none and the device's own is used."""
         found = list[Arm]()
         for candidate in candidates:
@@ -130,7 +148,7 @@ class Router:
             )
             found.append(arm)
             if arm.learns and policy.tiling is None and not candidate.transfer:
-                for tiling in tilings(request, candidate):
+                for tiling in self._tilings_of(keys, request, candidate):
                     found.append(
                         arm._replace(name=f"{device.id} {tiling.name}", seconds=arm.seconds * HANDICAP, tiling=tiling)
                     )
@@ -138,20 +156,22 @@ class Router:
 
     # Learning
 
-    def call(self, decision: Decision, seconds: float, lengths: tuple[int, int]) -> None:
+    def call(self, decision: Decision, seconds: float, operands: tuple[Any, ...] | None) -> None:
         """The hook `hal_call`: called after every call, so it does next to nothing for an expected time."""
         expired: Any = decision.expired
         try:
             slot: Slot = expired.__self__
-            off = math.log(seconds) - slot.expected - slot.shifts[lengths]
-        except (AttributeError, KeyError, ValueError):
+            ratio = seconds * slot.per_second
+        except AttributeError:
             slot = self._slot_of(decision)
-            off = math.log(max(seconds, 1e-9)) - slot.expected - slot.shift(lengths)
-        if -SURPRISE < off < SURPRISE and slot.pending < BATCH and not slot.explored and slot.warm:
+            ratio = seconds * slot.per_second
+        if not LOW < ratio < HIGH and operands is not None:  # perhaps of other lengths than the call before
+            ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
+        if LOW < ratio < HIGH and slot.pending < slot.most:
             slot.pending += 1
-            slot.pending_sum += off
+            slot.pending_sum += ratio
         else:
-            self._learn(slot, off)
+            self._learn(slot, math.log(max(ratio, 1e-9)))
 
     def _slot_of(self, decision: Decision) -> Slot:
         """The slot of a decision of this policy, or one made for a decision that was none of its: named devices teach
@@ -164,12 +184,12 @@ class Router:
             kept = self._named.get(id(decision))
             if kept is None or kept[0] is not decision:
                 winner, request = decision.winner, decision.request
-                [arm] = self.arms(request, [winner], decision.policy)[:1] or [
+                keys = Keys.of(request)
+                [arm] = self.arms(request, [winner], decision.policy, keys)[:1] or [
                     Arm(winner.device.id, winner.device.id, 1.0)
                 ]
                 if decision.policy.tiling is not None:
                     arm = arm._replace(name=f"{arm.device} {decision.policy.tiling.name}")
-                keys = Keys.of(request)
                 chosen = self.chooser.rank(keys, [arm])[0]
                 kept = (decision, Slot(keys, request, chosen, chosen.log_seconds, [arm]))
                 if len(self._named) > 1024:
@@ -182,8 +202,8 @@ class Router:
             device = slot.arm.device
             self.breakers.succeeded(device)
             # The first call of a session compiles, allocates and warms up: what it takes beyond belief is not learned.
-            first, place, slot.warm = not slot.warm, (slot.arm.name, slot.keys.kind), True
-            if first and place not in self._warm and off > SURPRISE and slot.arm.learns:
+            place, slot.most = (slot.arm.name, slot.keys.kind), 0 if slot.explored else self._patience(slot)
+            if place not in self._warm and off > SURPRISE and slot.arm.learns:
                 self._warm.add(place)
                 self.chooser.calls += 1
                 self.chooser.served += math.exp(slot.expected + off)
@@ -191,7 +211,9 @@ class Router:
                     self.chooser.spent += math.exp(slot.expected + off) - math.exp(slot.best)
                 return
             self._warm.add(place)
-            calls, mean = slot.pending + 1, (slot.pending_sum + off) / (slot.pending + 1)
+            calls, mean = slot.pending + 1, off
+            if slot.pending:
+                mean = (slot.pending * math.log(slot.pending_sum / slot.pending) + off) / calls
             slot.pending, slot.pending_sum = 0, 0.0
             measured = slot.expected + mean
             self.chooser.observe(slot.keys, slot.arm, slot.best, measured, slot.explored, calls)
@@ -208,6 +230,14 @@ class Router:
             self._saved = self._clock()
             threading.Thread(target=self.on_save, name="hal-router-save", daemon=True).start()
 
+    def _patience(self, slot: Slot) -> int:
+        """Calls that may be averaged: few while something is explored or a device is loaded."""
+        chooser = self.chooser
+        if len(slot.arms) == 1:
+            return BATCH
+        watching = chooser.calls < 64 or any(load.value > NOTICED_LOAD for load in chooser.estimator.loads.values())
+        return LOOK if watching else BATCH
+
     def _reconsider(self, slot: Slot) -> None:
         """End decisions that beliefs no longer hold up: this one, or all where the load of a device has changed."""
         device, chooser = slot.arm.device, self.chooser
@@ -216,14 +246,16 @@ class Router:
             slot.stale = True
         if abs(load - self._loads.get(device, 0.0)) > 0.2:
             self._loads[device] = load
-            looked = list(self._slots)
+            looked = list(self._slots.values())
+            for each in looked:
+                each.most = min(each.most, self._patience(each))
         else:
             looked = [slot]
         for each in looked:
             self._refresh(each)
         if chooser.calls >= self._next_look:
             self._next_look = chooser.calls + LOOK
-            for each in list(self._slots):
+            for each in list(self._slots.values()):
                 if not each.stale and len(each.arms) > 1 and each.deadline is None:
                     choice = chooser.choose(each.keys, each.arms)
                     if choice.why and choice.chosen.arm.name != each.arm.name:
@@ -239,7 +271,7 @@ class Router:
         if not slot.explored:
             slot.best = ranked[0].log_seconds
             slot.stale = slot.stale or own.log_seconds > ranked[0].log_seconds + 0.03
-        slot.expected = own.log_seconds
+        slot.believe(own.log_seconds)
 
     def error(self, decision: Decision, error: Exception) -> None:
         """The hook `hal_error`."""
@@ -248,9 +280,13 @@ class Router:
 
     def decided(self, decision: Decision) -> None:
         """The hook `hal_decision`: devices that refuse by their own state, a hot chip say, are shown with breakers."""
+        known = self.breakers.by_device
         for candidate in decision.candidates:
-            held = next((str(r) for r in candidate.refusals if r.code == "device" and r.field == "state"), "")
-            self.breakers.hold(candidate.device.id, held)
+            refusals, device = candidate.refusals, candidate.device.id
+            if refusals and refusals[0].code is Code.DEVICE and refusals[0].field == "state":
+                self.breakers.hold(device, str(refusals[0]))
+            elif device in known:
+                self.breakers.hold(device, "")
 
 
 def explained(choice: Choice) -> str:
