@@ -26,7 +26,7 @@ from .validation import check_tables
 
 #: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
 Run = Callable[..., Any]
-_MOST_PLANS, _TOLD = 256, ("decision", "seconds")
+_MOST_PLANS, _TOLD = 256, ("decision", "seconds", "operands")
 
 
 class BoundAttention:
@@ -36,7 +36,8 @@ class BoundAttention:
         run: the eager call, with gradients. decision, request: why.
         session, entry, backend, device: whose. explicit: whether the core differentiates.
         state: the session, or a stand-in: has `closed`. needs_rng: dropout or noise wants (seed, offset).
-        expires: `time.monotonic()` after which the decision is made anew; None: it stays.
+        expired: whether the decision is to be made anew: a policy says so, its time is over, or a backend failed while
+            it was made; None: it stays.
     """
 
     def __init__(self, decision: Decision, request: AttentionRequest) -> None:
@@ -49,10 +50,8 @@ class BoundAttention:
         self.request = request = cut_request(request, self.tiling, capabilities)
         self._plan = partial(checked_plan, self.tiling, capabilities=capabilities)
         self._kept_plan = lru_cache(_MOST_PLANS)(self._plan)
-        unlimited = decision.seconds is None and decision.expired is None
-        self.expires = (
-            None if unlimited else monotonic() + (float("inf") if decision.seconds is None else decision.seconds)
-        )
+        ends = None if decision.seconds is None else monotonic() + decision.seconds
+        self.expired = decision.expired if ends is None else lambda: monotonic() >= ends
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
         if mode not in ("native", "explicit"):
@@ -69,12 +68,6 @@ class BoundAttention:
         self._base: Run = self._checked
         self._inner, self._timer = self._whole, getattr(self.session, "timer", None) if self._observed else None
         self.run: Run = self._reported
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the decision is to be made anew: a policy said when, or a backend failed while it was made."""
-        expired = self.decision.expired
-        return self.expires is not None and (monotonic() >= self.expires or (expired is not None and expired()))
 
     def _session_run(self, request: AttentionRequest) -> Run:
         """The session's fast path where it has one. A call inside a meter is prepared apart where its session can say
@@ -149,7 +142,8 @@ class BoundAttention:
     def _reported(self, *arguments: Any) -> Any:
         """The eager call with all that may surround it, reported to `hal_call` observers."""
         # A device with events of its own reports when they are read.
-        stop, start = None if self._timer is None else self._timer(self._report), perf_counter()
+        # A device with events of its own reports when they are read, and its tensors may be others by then.
+        stop, start = None if self._timer is None else self._timer(partial(self._report, None)), perf_counter()
         try:
             result = self._inner(*arguments)
         except Exception as error:
@@ -158,16 +152,17 @@ class BoundAttention:
         if stop is not None:
             stop()
         elif self._observed:
-            self._report(perf_counter() - start)
+            self._report(arguments, perf_counter() - start)
         return result
 
-    def _report(self, seconds: float) -> None:
-        for each in self._observed:  # most take both, which needs no look at names
+    def _report(self, operands: tuple[Any, ...] | None, seconds: float) -> None:
+        told = (self.decision, seconds, operands)
+        for each in self._observed:  # most take the first, which needs no look at names
             try:
-                if each.argnames == _TOLD:
-                    each.function(self.decision, seconds)
+                if each.argnames == _TOLD[: len(each.argnames)]:
+                    each.function(*told[: len(each.argnames)])
                 else:
-                    registry.plugins.call(each.plugin_name, "hal_call", decision=self.decision, seconds=seconds)
+                    registry.plugins.call(each.plugin_name, "hal_call", **dict(zip(_TOLD, told, strict=True)))
             except (Exception, SystemExit, GeneratorExit) as error:
                 registry.plugins.fail(each.plugin_name, "hal_call", error)
                 self._observed = registry.plugins.implementations("hal_call")
