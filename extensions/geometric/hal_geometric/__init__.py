@@ -17,9 +17,20 @@ from hal_core import __version__ as __version__
 
 #: Public names by the module that holds them; modules that are public themselves.
 _NAMES = {
+    "core": "QuantumGeometricCore",
     "manifold": "Euclidean Lorentz Manifold Poincare Product Sphere",
 }
-_MODULES = ("manifold",)
+_MODULES = (
+    "arithmetic",
+    "flow",
+    "graph",
+    "information",
+    "lift",
+    "manifold",
+    "metric",
+    "pattern",
+    "quantum",
+)
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted([*_WHERE, *_MODULES])
 

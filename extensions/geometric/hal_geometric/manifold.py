@@ -328,7 +328,7 @@ class Lorentz(Manifold):
 
         x_0' = c_0 x_0 - c.x, x' = x - x_0 c + (c.x) / (1 + c_0) c, for K = -1 and the spatial parts c and x.
         """
-        c = centre * self._k
+        c = centre * self._k  # linear in x, so x keeps its scale
         c0, c1, x0, x1 = c[..., :1], c[..., 1:], x[..., :1], x[..., 1:]
         along = _dot(c1, x1)
         return torch.cat([c0 * x0 - along, x1 - x0 * c1 + along / (1 + c0) * c1], -1)
@@ -438,7 +438,8 @@ class Product(Manifold):
         """The factors' points (or vectors) of x."""
         if x.shape[-1] != sum(self.sizes):
             raise ContractError(f"{x.shape[-1]} numbers were given: {self!r} has {sum(self.sizes)} ({self.sizes})")
-        return x.split(self.sizes, -1)
+        cut: Sequence[Tensor] = torch.split(x, self.sizes, -1)
+        return cut
 
     def _each(self, name: str, *given: Tensor) -> list[Tensor]:
         cut = zip(*map(self.parts, given), strict=True)
