@@ -17,11 +17,15 @@ from hal_core import __version__ as __version__
 
 #: Public names by the module that holds them; modules that are public themselves.
 _NAMES = {
+    "adaptive": "AdaptiveResult ContentOrder adaptive_attention content_order",
     "core": "QuantumGeometricCore",
     "manifold": "Euclidean Lorentz Manifold Poincare Product Sphere",
+    "tile": "QuantumMotivicTile",
+    "tiling": "AdaptiveTiling",
 }
 _MODULES = (
     "arithmetic",
+    "certificate",
     "flow",
     "graph",
     "information",
