@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import Any
 
 import hal_parallel
 import pytest
 import torch
 from hal_parallel.description import Given, describe
 from hal_parallel.dropout import Dropout
-from hal_parallel.streaming import block_sizes
+from hal_parallel.streaming import choose_blocks
 
 import hal_core as hal
+from hal_core import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:hal_parallel. there is no process group")
 
@@ -58,13 +61,43 @@ def test_dropout_is_that_of_the_ranks():
     assert norm_error(one, weights * keep / 0.6 @ tensors[2]) < 1e-5
 
 
-def test_blocks_shrink_with_the_memory():
-    query = torch.empty(1, 8, 1 << 16, 64)
+def described(length: int, grads: bool = False, dtype: torch.dtype = torch.float32, batch: int = 1) -> Any:
+    query = torch.empty(batch, 8, length, 64, requires_grad=grads, dtype=dtype)
     given, places = Given(query, query, query, None), ("contiguous", None, (None, None))
-    found = describe(given, 0.0, {"backend": "cpu"}, places, 1, False)
-    sizes = [block_sizes(found, memory << 20, False) for memory in (4096, 128, 16)]
-    assert sizes[0] == (1 << 16, 1 << 16)
-    assert sizes[0] > sizes[1] > sizes[2]
+    return describe(given, 0.0, {"backend": "cpu"}, places, 1, False)
+
+
+def test_blocks_shrink_with_the_memory():
+    """First fewer batch entries, then fewer heads, then fewer rows and keys."""
+    found = described(1 << 16, batch=2)
+    sizes = [choose_blocks(found, memory << 20, False)[:4] for memory in (4096, 900, 128, 16)]
+    assert sizes[0] == (2, 8, 1 << 16, 1 << 16)
+    assert sizes[1] == (1, 8, 1 << 16, 1 << 16)
+    assert sizes[2] == (1, 1, 1 << 16, 1 << 16)
+    assert sizes[3][:2] == (1, 1)
+    assert max(sizes[3]) < 1 << 16
+
+
+def test_too_little_memory_is_refused_with_what_is_enough():
+    """Sums of 16-bit gradients are 32 bits wide; the bytes that the refusal names are enough."""
+    found = described(1 << 14, grads=True, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="Nothing was allocated") as refused:
+        choose_blocks(found, 2 << 20, False)
+    enough = int(re.search(r"pass memory=(\d+) or more", str(refused.value))[1])
+    assert choose_blocks(found, enough, False).needed == enough
+    with pytest.raises(UnsupportedError):
+        choose_blocks(found, enough - 1, False)
+    assert choose_blocks(found, None, False).needed > enough, "without a limit the calls alone are bounded"
+
+
+def test_the_configured_limit_is_the_limit():
+    found = described(1 << 14)
+    free = choose_blocks(found, None, False).needed
+    try:
+        hal.configure(memory_limit={"cpu:0": 6 << 20})
+        assert choose_blocks(found, None, False).needed <= 6 << 20 < free
+    finally:
+        hal.configure()
 
 
 def test_it_says_once_that_there_is_one_device():
@@ -106,8 +139,8 @@ def watched(function):
 draw = lambda n: [torch.randn(1, 8, n, 64, requires_grad=bool(backward)) for _ in range(3)]
 small = draw(700)
 warm = hal_parallel.attention(*small, is_causal=True, backend=device, memory=memory)
-if backward:
-    torch.autograd.grad(warm.sum(), small)
+if backward:  # with a given gradient: torch imports what takes 25 MiB for the first of those
+    torch.autograd.grad(warm, small, torch.ones_like(warm))
 tensors = draw(length)
 call = lambda: hal_parallel.attention(*tensors, is_causal=True, backend=device, memory=memory, return_lse=True)
 result, peak = watched(call)

@@ -62,6 +62,9 @@ class Inner(NamedTuple):
     ) -> Grads:
         """Gradients of one call from the whole rows' (out, log-sum-exp, gradient of out)."""
         sizes: dict[str, Any] = {
+            "batch": query.shape[0],
+            "heads_q": query.shape[1],
+            "heads_kv": key.shape[1],
             "len_q": query.shape[2],
             "len_k": key.shape[2],
             "grads": grads,
