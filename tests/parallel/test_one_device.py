@@ -61,6 +61,21 @@ def test_dropout_is_that_of_the_ranks():
     assert norm_error(one, weights * keep / 0.6 @ tensors[2]) < 1e-5
 
 
+def test_entries_and_heads_apart_give_the_same():
+    """Grouped heads, a mask and dropout whose pattern differs by batch entry and head, in small blocks and in one."""
+    torch.manual_seed(5)
+    sizes = ((4, 96), (2, 80), (2, 80))
+    tensors = [torch.randn(2, heads, length, 16, requires_grad=True) for heads, length in sizes]
+    masks = [torch.randn(*shape, 80, requires_grad=True) for shape in ((2, 4, 96), (1, 1, 96), (1, 4, 1))]
+    for mask in masks:
+        results = []
+        for memory in (1 << 30, 700_000):
+            given = {"dropout_p": 0.4, "rng": (3, 4), "enable_gqa": True, "backend": "cpu", "memory": memory}
+            out = hal_parallel.attention(*tensors, None, mask, **given)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (*tensors, mask))])
+        assert max(map(norm_error, *results)) < 1e-5
+
+
 def described(length: int, grads: bool = False, dtype: torch.dtype = torch.float32, batch: int = 1) -> Any:
     query = torch.empty(batch, 8, length, 64, requires_grad=grads, dtype=dtype)
     given, places = Given(query, query, query, None), ("contiguous", None, (None, None))
