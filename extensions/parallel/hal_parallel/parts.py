@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hal_core import AttentionRequest
+
 from .dropout import Dropout
 from .inner import Inner
 from .visible import Call, tokens_of
@@ -125,6 +127,17 @@ def _cut(tensor: Tensor, entries: slice, heads: slice) -> Tensor:
 
 
 WHOLE = Part(slice(None), slice(None), slice(None))
+
+
+def cut(r: AttentionRequest, batch: int, heads_kv: int) -> tuple[Part, ...]:
+    """A request's parts of so many batch entries and key heads."""
+    if (batch, heads_kv) == (r.batch, r.heads_kv):
+        return (WHOLE,)
+    group = r.heads_q // r.heads_kv
+    return tuple(
+        Part(slice(i, i + batch), slice(j * group, (j + heads_kv) * group), slice(j, j + heads_kv))
+        for i, j in itertools.product(range(0, r.batch, batch), range(0, r.heads_kv, heads_kv))
+    )
 
 
 class PartialAttention:

@@ -128,8 +128,9 @@ def ring_backward(
     Args:
         into: where gradients are written, None: in new tensors. The mask's is added to.
     """
+    places = {"q": (given.query, into.query), "k": (given.key, into.key), "v": (given.value, into.value)}
     names = [name for name in "kv" if name in wanted]
-    keys = {"k": (given.key, into.key), "v": (given.value, into.value)}
+    keys = [places[name] for name in names]
     query = new_sum(given.query, result.lse, into.query) if "q" in wanted else None
     partial = PartialGradients(plan.inner, part.dropout(plan.dropout), result, wanted, query, into.mask)
     held = _held(plan, given)
@@ -138,7 +139,7 @@ def ring_backward(
         coming, pending = _pass_on(plan, held, step, "backward")
         arriving = [torch.empty_like(total) for total in sums]
         behind = _shift(plan, sums, arriving, 1, f"gradients of keys and values, backward, step {step} of {plan.steps}")
-        own = [new_sum(keys[name][0], result.lse, keys[name][1]) for name in names]
+        own = [new_sum(like, result.lse, place if plan.link is None else None) for like, place in keys]
         local, named = given._replace(key=held[0], value=held[1]), dict(zip(names, own, strict=True))
         partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))
         if behind is not None:
@@ -149,7 +150,6 @@ def ring_backward(
             pending.wait()
             held = coming
     found = dict(zip(names, _home(plan, sums), strict=True)) | ({} if query is None else {"q": query})
-    places = {"q": (given.query, into.query), **keys}
     return [finished(found[name], *places[name]) if name in found else None for name in "qkv"]
 
 

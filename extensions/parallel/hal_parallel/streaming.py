@@ -4,7 +4,6 @@ by the ring's own sums.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from hal_core.plugin_api import DTYPE_BYTES, registry
 from .description import Description, Given
 from .dropout import Dropout
 from .inner import Inner, choose
-from .parts import WHOLE, Part
+from .parts import cut
 from .ring import RingAttention, RingPlan
 
 #: Bytes that blocks may take beside inputs and results on a device of host memory, where the call does not say.
@@ -46,16 +45,10 @@ def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int |
         UnsupportedError: the smallest blocks take more than `memory`, with the bytes that they take.
     """
     blocks = choose_blocks(d, memory, given.key.device != given.query.device)
-    r, parts = d.request, [WHOLE]
-    if (blocks.batch, blocks.heads_kv) != (r.batch, r.heads_kv):
-        group, entries, heads = r.heads_q // r.heads_kv, blocks.batch, blocks.heads_kv
-        parts = [
-            Part(slice(i, i + entries), slice(j * group, (j + heads) * group), slice(j, j + heads))
-            for i, j in itertools.product(range(0, r.batch, entries), range(0, r.heads_kv, heads))
-        ]
+    parts = cut(d.request, blocks.batch, blocks.heads_kv)
     dropout = Dropout(d.dropout, rng) if d.dropout else None
     most = blocks.rows, blocks.keys
-    plan = RingPlan(None, blocks.inner, d.queries.pieces, d.keys.pieces, 0, d.rule, most, dropout, tuple(parts))
+    plan = RingPlan(None, blocks.inner, d.queries.pieces, d.keys.pieces, 0, d.rule, most, dropout, parts)
     out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
     return out, lse
 
