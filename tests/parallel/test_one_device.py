@@ -50,6 +50,19 @@ def test_blocks_give_the_result_of_one_call(backend):
     assert max(map(norm_error, found, wanted)) < 1e-5
 
 
+def test_keys_past_a_devices_buffer_range_stream():
+    """More keys than a buffer of the device may hold: hal.attention refuses them, blocks of heads are served."""
+    if not any(device.family == "vulkan" for device in hal.devices()):
+        pytest.skip("vulkan has no device here")
+    torch.manual_seed(1)
+    query, (key, value) = torch.randn(1, 8, 32, 64), (torch.randn(1, 8, 70_000, 64) for _ in range(2))
+    request = hal.explain(query, key, value, backend="vulkan")
+    if request.chosen is not None:
+        pytest.skip("vulkan:0 holds 143 MB in a buffer")
+    got = hal_parallel.attention(query, key, value, backend="vulkan")
+    assert norm_error(got, hal.attention(query, key, value, backend="cpu")) < 1e-5
+
+
 def test_dropout_is_that_of_the_ranks():
     """The pattern is the positions' own, with blocks of any size."""
     tensors = [tensor.detach() for tensor in drawn(300)]
@@ -189,8 +202,8 @@ def peaks(length: int, memory: int, backward: bool, device: str = "cpu", threads
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the resident set is read from Linux's /proc")
 def test_blocks_stay_within_the_memory():
-    """A whole call of 8192 tokens takes 17 MiB of partial results beside them."""
-    assert max(peaks(8192, 12 << 20, False)) < 12
+    """A whole call of 4096 tokens and its gradients take 32 MiB of partial results beside them."""
+    assert max(peaks(4096, 8 << 20, True, threads=1)) < 8
 
 
 @pytest.mark.slow
