@@ -42,16 +42,8 @@ def run(options: argparse.Namespace) -> CommandResult:
         AttentionLayers(count, k.heads, k.heads_kv, k.dim_qk, k.dim_v, k.causal, k.window, k.softcap, k.scale)
         for k, count in zip(kinds, counts, strict=True)
     ]
-    found = plan(
-        layers,
-        options.tokens,
-        options.gpus,
-        device=options.device,
-        dtype=dtype,
-        batch=options.batch,
-        layout=options.layout,
-        training=options.training,
-    )
+    given = {name: getattr(options, name) for name in ("device", "batch", "layout", "training")}
+    found = plan(layers, options.tokens, options.gpus, dtype=dtype, **given)
     step = "forward and backward" if options.training else "forward"
     tables = [
         Table(
@@ -72,11 +64,7 @@ def run(options: argparse.Namespace) -> CommandResult:
         rows = [
             [e.strategy, f"no: {e.refusal}", "", "", ""]
             if e.refusal
-            else [
-                e.strategy,
-                *map(_time, (e.total, e.compute, e.exchange)),
-                f"{e.memory / 2**20:,.1f} MiB",
-            ]
+            else [e.strategy, *map(_time, (e.total, e.compute, e.exchange)), f"{e.memory / 2**20:,.1f} MiB"]
             for e in estimates
         ]
         title = f"One of {kind.number} layers: heads {kind.heads}/{kind.heads_kv}, head_dim {kind.dim_qk}{window}"
