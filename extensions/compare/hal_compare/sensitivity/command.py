@@ -11,6 +11,7 @@ from hal_core import HalError
 from hal_core.plugin_api import CommandResult
 
 from ..command import add_input, command_line, files_of, names_of, positive, share
+from ..threads import spin_briefly
 
 DESCRIPTION = """\
 What moves a model's result most. With --device: which figure of the simulated device's profile, each alone at both
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text, device, figure or layer that does not exist, wishes that do not go together, or a page
             that cannot be written; all of them are looked at before anything is measured.
     """
+    spin_briefly()
     from .. import measure, models, report, tasks
     from . import model_layers, page, tables, tornado
     from .trial import Trial

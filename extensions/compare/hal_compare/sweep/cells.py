@@ -28,15 +28,10 @@ class SweptLane:
     family: str
     profile: str = ""
 
-    @property
-    def simulated(self) -> bool:
-        """Whether its time is modelled, so that neither warming up nor timing it again tells anything."""
-        return self.lane.device is not None and self.lane.device.fidelity == "simulated"
-
     def fresh(self) -> Lane:
         """A lane to measure."""
         lane = self.lane
-        return Lane(self.label, lane.device, lane.place, baseline=lane.baseline, scope=lane.scope, slow=self.simulated)
+        return Lane(self.label, lane.device, lane.place, baseline=lane.baseline, scope=lane.scope)
 
 
 @attrs.frozen(kw_only=True)

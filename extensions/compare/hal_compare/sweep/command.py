@@ -14,6 +14,7 @@ from hal_core import DeviceUnavailableError, HalError
 from hal_core.plugin_api import CommandResult, registry, write_whole
 
 from ..command import command_line, positive
+from ..threads import spin_briefly
 from .lists import whole_numbers
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text, device, profile, length, batch or folder that cannot be used: all of them are looked
             at before anything is measured. KeyboardInterrupt: stopped by the user; it says what is kept.
     """
+    spin_briefly()
     lengths = whole_numbers(arguments.lengths, "--lengths") if arguments.lengths else []
     batches = whole_numbers(arguments.batches, "--batches") if arguments.batches else [8]
     folder = arguments.out or Path(f"sweep-{Path(arguments.model).expanduser().resolve().name}")
