@@ -61,6 +61,13 @@ def add_parser(subparsers: Any) -> None:
         help="devices that run the linear layers too, in rows of their own; 'all' for those that can",
     )
     parser.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the devices that have it, for example passes=4 for photonic ones; may be repeated",
+    )
+    parser.add_argument(
         "--text",
         metavar="FILE",
         action="append",
@@ -139,6 +146,7 @@ def _check_folder(folder: Path) -> None:
 
 def _lanes(arguments: argparse.Namespace, stack: ExitStack) -> list[SweptLane]:
     """The rows: devices as they are present, and profiles in place of those that are swept over them."""
+    from ..device_options import set_options
     from ..lanes import rows_for
     from .cells import SweptLane
     from .profiles import chosen, registered
@@ -157,15 +165,17 @@ def _lanes(arguments: argparse.Namespace, stack: ExitStack) -> list[SweptLane]:
         listed = [name for name in listed if registry.entry(name).spec.name not in profiles] + list(by_device)
     linear = _words(arguments.linear)
     rows = rows_for(listed, [name for word in linear for name in _with_profiles(word, by_device)])
+    set_options(rows, arguments.option)
     lanes = []
     for row in rows:
         found = by_device.get(row.device.id) if row.device is not None else None
         mark = "" if row.device is None else row.name.removeprefix(row.device.id)
+        mark += "".join(f" {name}={value}" for name, value in sorted(row.options.items()))
         if found is not None:
             lanes.append(SweptLane(row, found.label + mark, found.family, found.profile))
         else:
             family = "torch" if row.device is None else registry.entry(row.device.id).spec.name
-            lanes.append(SweptLane(row, row.name, family))
+            lanes.append(SweptLane(row, row.name if row.device is None else row.device.id + mark, family))
     return lanes
 
 
