@@ -400,9 +400,10 @@ def host(bench: Bench, options: Any) -> None:
     rows = []
     for shape in chosen:
         own, theirs = trained(shape)
-        times = [host_time(call) for call in (own, theirs)]
+        times = host_times(own, theirs)
         rows.append([shape.model, shape.described(), *(f"{time:.0f}" for time in times), own.path()])
-    notes = ["Microseconds of the host for forward and backward, lower quartile of 60.", *conditions(bench)]
+    notes = ["Microseconds of the host for forward and backward, lower quartile of 80, calls in turn."]
+    notes += conditions(bench)
     columns = ("model", "batch x heads x tokens x head_dim", "hal", "SDPA", "path")
     publish(options, "cuda_gradients", "Host time", columns, rows, notes, "Host time")
 
@@ -419,18 +420,17 @@ HOSTED = (
 )
 
 
-def host_time(call: Callable[[], Any]) -> float:
-    """Microseconds of a call's launches: the lower quartile of 60, each from an idle device."""
-    for _ in range(10):
-        call()
-    times = []
-    for _ in range(60):
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
+def host_times(*calls: Callable[[], Any]) -> list[float]:
+    """Microseconds of each call's launches: the lower quartile of 80, calls in turn, each from an idle device."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(90):
+        for times, call in zip(found, calls, strict=True):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begun)
     torch.cuda.synchronize()
-    return sorted(times)[15] * 1e6
+    return [sorted(times[10:])[20] * 1e6 for times in found]
 
 
 def kernel_names(call: Callable[[], Any]) -> list[str]:
