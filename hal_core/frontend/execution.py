@@ -215,7 +215,7 @@ class BoundAttention:
             wall,
             estimate.time if self.device.fidelity is Fidelity.SIMULATED else None,
             estimate.energy,
-            request.visible_macs,
+            request.visible_macs if estimate.macs is None else estimate.macs,
             request.bytes_moved if self._target is not None else 0,
         )
         return result
@@ -228,10 +228,9 @@ def _with_lengths(request: AttentionRequest, len_q: int, len_k: int) -> Attentio
 
 def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionRequest:
     """The request with the tensors' lengths. Packed and paged calls keep their bounds: their lengths lie in tables."""
-    len_q, len_k = query.shape[2], key.shape[2]
-    if request.packed or request.page_size is not None or (len_q == request.len_q and len_k == request.len_k):
-        return request
-    return _with_lengths(request, len_q, len_k)
+    lengths = query.shape[2], key.shape[2]
+    kept = request.packed or request.page_size is not None or lengths == (request.len_q, request.len_k)
+    return request if kept else _with_lengths(request, *lengths)
 
 
 def moved_to(target: Any, value: Any) -> Any:
