@@ -198,6 +198,20 @@ def test_the_shipped_table_sends_masks_and_plans_to_the_hopper_kernel() -> None:
             assert choose(request, HOPPER, rates()).path == "masked"
 
 
+def test_the_forward_of_masked_calls_with_gradients_is_the_hopper_kernels_too() -> None:
+    from hal_cuda.kernels.hopper_masked.launch import HopperMaskedPath
+    from hal_cuda.kernels.portable.launch import PortablePath
+    from hal_cuda.session import CudaSession
+
+    from hal_core import Device, Fidelity, PooledMemory
+
+    device = Device(id="cuda:9", family="cuda", vendor="", model="", fidelity=Fidelity.HARDWARE, reads=("cpu",))
+    request = replace(PLAIN, mask=MaskKind.BOOLEAN, grads=frozenset("qkv"), lse=True)
+    for chip, kind in ((HOPPER, HopperMaskedPath), (AMPERE, PortablePath)):
+        with CudaSession(device, chip, rates, memory=PooledMemory("cpu")) as session:
+            assert type(session._made(request)) is kind
+
+
 def test_the_measured_table_decides() -> None:
     long = choose(PLAIN, HOPPER, rates())
     assert long.path == "hopper"
