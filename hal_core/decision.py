@@ -86,7 +86,7 @@ class PolicyChoice(NamedTuple):
         device: the id of a candidate; None, of the core itself: none can. seconds: for how long the decision may be
             reused; 0: ask again at the next call; below 0: for as long as devices and settings stay.
         reason: one sentence for `explain`. tiling: a `TilingStrategy` of the device's own `choices` that cuts the work.
-        expired: asked at every call that would reuse the decision; True: ask the policy again.
+        expired: asked at every call that would reuse the decision, in place of `seconds`; True: ask the policy again.
     """
 
     device: str | None

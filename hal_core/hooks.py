@@ -112,9 +112,11 @@ class Hooks:
         """Called with every new decision. Observers cannot change it."""
 
     @hookspec
-    def hal_call(self, decision: Decision, seconds: float) -> None:
+    def hal_call(self, decision: Decision, seconds: float, operands: tuple[Any, ...] | None) -> None:
         """Called after attention ran, with its duration: the host's time until the result was ready on the host, or the
-        device's own time where the session reports it later from events. Observers cannot change the result.
+        device's own time where the session reports it later from events. `operands` begin with query and key, whose
+        lengths are the call's own where the decision holds those of its bucket; None where the time comes later.
+        Observers cannot change the result, and keep no tensor.
         """
 
     @hookspec

@@ -26,7 +26,7 @@ from .validation import check_tables
 
 #: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
 Run = Callable[..., Any]
-_MOST_PLANS, _TOLD = 256, ("decision", "seconds")
+_MOST_PLANS, _TOLD = 256, ("decision", "seconds", "operands")
 
 
 class BoundAttention:
@@ -36,7 +36,8 @@ class BoundAttention:
         run: the eager call, with gradients. decision, request: why.
         session, entry, backend, device: whose. explicit: whether the core differentiates.
         state: the session, or a stand-in: has `closed`. needs_rng: dropout or noise wants (seed, offset).
-        expires: `time.monotonic()` after which the decision is made anew; None: it stays.
+        expired: whether the decision is to be made anew: a policy says so, its time is over, or a backend failed while
+            it was made; None: it stays.
     """
 
     def __init__(self, decision: Decision, request: AttentionRequest) -> None:
@@ -49,10 +50,8 @@ class BoundAttention:
         self.request = request = cut_request(request, self.tiling, capabilities)
         self._plan = partial(checked_plan, self.tiling, capabilities=capabilities)
         self._kept_plan = lru_cache(_MOST_PLANS)(self._plan)
-        unlimited = decision.seconds is None and decision.expired is None
-        self.expires = (
-            None if unlimited else monotonic() + (float("inf") if decision.seconds is None else decision.seconds)
-        )
+        ends = None if decision.seconds is None else monotonic() + decision.seconds
+        self.expired = decision.expired if ends is None else lambda: monotonic() >= ends
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
         if mode not in ("native", "explicit"):
@@ -67,14 +66,7 @@ class BoundAttention:
         self._checks_all = os.environ.get("HAL_CHECK") == "1"
         self._call = self._session_run(replace(request, lse=True) if self.explicit else request)
         self._base: Run = self._checked
-        self._inner, self._timer = self._whole, getattr(self.session, "timer", None) if self._observed else None
-        self.run: Run = self._reported
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the decision is to be made anew: a policy said when, or a backend failed while it was made."""
-        expired = self.decision.expired
-        return self.expires is not None and (monotonic() >= self.expires or (expired is not None and expired()))
+        self.run: Run = self._reporting(self._whole)
 
     def _session_run(self, request: AttentionRequest) -> Run:
         """The session's fast path where it has one. A call inside a meter is prepared apart where its session can say
@@ -122,8 +114,8 @@ class BoundAttention:
         if not self._checks_all:  # from now on without this method, and without what is switched off
             self._base = self._call
             if self.tiling is None and self._target is None and self._limit is None:
-                self._inner = self._explicit if self.explicit else self._call
-                self.run = self._reported if self._observed else self._inner
+                run: Run = self._explicit if self.explicit else self._call
+                self.run = self._reporting(run) if self._observed else run
         return result
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
@@ -144,31 +136,37 @@ class BoundAttention:
             given = (*given[:4], self.plan_of(given[0], given[1]), *given[5:])
         return run(*given) if self._target is None else moved_to(query.device, run(*given))
 
-    def _reported(self, *arguments: Any) -> Any:
-        """The eager call with all that may surround it, reported to `hal_call` observers."""
-        # A device with events of its own reports when they are read.
-        stop, start = None if self._timer is None else self._timer(self._report), perf_counter()
-        try:
-            result = self._inner(*arguments)
-        except Exception as error:
-            list(registry.call_each("hal_error", decision=self.decision, error=error))
-            raise
-        if stop is not None:
-            stop()
-        elif self._observed:
-            self._report(perf_counter() - start)
-        return result
+    def _reporting(self, run: Run) -> Run:
+        """The call, reported to `hal_call` and `hal_error`. Attributes are read here: read at each call they would be a
+        third of what observers cost.
+        """
+        decision = self.decision
+        told = [
+            (each.plugin_name, each.function if each.argnames == _TOLD else partial(_call_named, each))
+            for each in self._observed
+        ]
+        # A device with events of its own reports when they are read, and its tensors may be others by then.
+        timer = getattr(self.session, "timer", None) if told else None
 
-    def _report(self, seconds: float) -> None:
-        for each in self._observed:  # most take both, which needs no look at names
+        def report(seconds: float, operands: tuple[Any, ...] | None = None) -> None:
+            for plugin, tell in told:
+                try:
+                    tell(decision, seconds, operands)
+                except (Exception, SystemExit, GeneratorExit) as error:
+                    registry.plugins.fail(plugin, "hal_call", error)
+                    told[:] = [one for one in told if one[0] != plugin]
+
+        def reported(*arguments: Any) -> Any:
+            stop, start = None if timer is None else timer(report), perf_counter()
             try:
-                if each.argnames == _TOLD:
-                    each.function(self.decision, seconds)
-                else:
-                    registry.plugins.call(each.plugin_name, "hal_call", decision=self.decision, seconds=seconds)
-            except (Exception, SystemExit, GeneratorExit) as error:
-                registry.plugins.fail(each.plugin_name, "hal_call", error)
-                self._observed = registry.plugins.implementations("hal_call")
+                result = run(*arguments)
+            except Exception as error:
+                list(registry.call_each("hal_error", decision=decision, error=error))
+                raise
+            report(perf_counter() - start, arguments) if stop is None else stop()
+            return result
+
+        return reported
 
     def _whole(self, *arguments: Any) -> Any:
         return self._surrounded(self._explicit if self.explicit else self._base, *arguments)
@@ -234,6 +232,11 @@ class BoundAttention:
             request.bytes_moved if self._target is not None else 0,
         )
         return result
+
+
+def _call_named(each: Any, *given: Any) -> None:
+    """An observer that takes fewer arguments than `hal_call` has, or in another order."""
+    each.function(*map(dict(zip(_TOLD, given, strict=True)).get, each.argnames))
 
 
 @lru_cache(maxsize=4096)

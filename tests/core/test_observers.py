@@ -61,12 +61,12 @@ def test_observers_are_told_of_every_call_and_its_duration(site: Site) -> None:
         import hal_core as hal
         seen = []
         @hal.hookimpl
-        def hal_call(decision, seconds):
-            seen.append([decision.chosen, seconds > 0, hal.current_caller()])
+        def hal_call(operands, decision, seconds):
+            seen.append([decision.chosen, seconds > 0, hal.current_caller(), operands[0].shape[2]])
         """,
     )
     code = "import watch_hook as watch\nwith hal.caller('trainer'):\n    [hal.attention(q, q, q) for _ in range(3)]\n"
-    assert site.run(RUN + code + "print(json.dumps(watch.seen))") == [["good:0", True, "trainer"]] * 3
+    assert site.run(RUN + code + "print(json.dumps(watch.seen))") == [["good:0", True, "trainer", 3]] * 3
 
 
 def test_a_device_with_a_timer_reports_when_it_knows(

@@ -16,7 +16,7 @@ from hal_core.plugin_api import registry
 from .audit import AuditLog
 from .recorder import recorder
 
-Told = Callable[[Decision, float], None]
+Told = Callable[[Decision, float, Any], None]
 
 
 class _State:
@@ -144,9 +144,9 @@ def hooks() -> SimpleNamespace:
         found.hal_call = recorder.observe
     elif wanted:
 
-        def hal_call(decision: Decision, seconds: float) -> None:
+        def hal_call(decision: Decision, seconds: float, operands: Any) -> None:
             for tell in wanted:
-                tell(decision, seconds)
+                tell(decision, seconds, operands)
 
         found.hal_call = hookimpl(hal_call)
     if state.recording:
@@ -180,7 +180,7 @@ def _failed(decision: Decision, error: Exception) -> None:
     recorder.count(recorder.errors, (decision.chosen, type(error).__name__))
 
 
-def _audit_call(decision: Decision, seconds: float) -> None:
+def _audit_call(decision: Decision, seconds: float, operands: Any) -> None:
     caller = decision.policy.caller or ""
     _audit("call", caller=caller, asked=decision.request.describe(), chosen=decision.chosen, seconds=seconds)
 
