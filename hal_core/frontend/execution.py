@@ -66,8 +66,7 @@ class BoundAttention:
         self._observed = registry.plugins.implementations("hal_call")
         self._call = self._session_run(self._with_lse if self.explicit else request)
         self._base: Run = self._checked
-        self._inner, self._timer = self._whole, getattr(self.session, "timer", None) if self._observed else None
-        self.run: Run = self._reported
+        self.run: Run = self._reporting(self._whole)
 
     def _session_run(self, request: AttentionRequest) -> Run:
         """The session's fast path where it has one. A call inside a meter is prepared apart where its session can say
@@ -115,8 +114,8 @@ class BoundAttention:
         if not self._checks_all:  # from now on without this method, and without what is switched off
             self._base = self._call
             if self.tiling is None and self._target is None and self._limit is None:
-                self._inner = self._explicit if self.explicit else self._call
-                self.run = self._reported if self._observed else self._inner
+                run: Run = self._explicit if self.explicit else self._call
+                self.run = self._reporting(run) if self._observed else run
         return result
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
@@ -139,33 +138,37 @@ class BoundAttention:
             given = (*given[:4], self.plan_of(given[0], given[1]), *given[5:])
         return run(*given) if self._target is None else moved_to(query.device, run(*given))
 
-    def _reported(self, *arguments: Any) -> Any:
-        """The eager call with all that may surround it, reported to `hal_call` observers."""
-        # A device with events of its own reports when they are read.
+    def _reporting(self, run: Run) -> Run:
+        """The call, reported to `hal_call` and `hal_error`. Attributes are read here: read at each call they would be a
+        third of what observers cost.
+        """
+        decision = self.decision
+        told = [
+            (each.plugin_name, each.function if each.argnames == _TOLD else partial(_call_named, each))
+            for each in self._observed
+        ]
         # A device with events of its own reports when they are read, and its tensors may be others by then.
-        stop, start = None if self._timer is None else self._timer(partial(self._report, None)), perf_counter()
-        try:
-            result = self._inner(*arguments)
-        except Exception as error:
-            list(registry.call_each("hal_error", decision=self.decision, error=error))
-            raise
-        if stop is not None:
-            stop()
-        elif self._observed:
-            self._report(arguments, perf_counter() - start)
-        return result
+        timer = getattr(self.session, "timer", None) if told else None
 
-    def _report(self, operands: tuple[Any, ...] | None, seconds: float) -> None:
-        told = (self.decision, seconds, operands)
-        for each in self._observed:  # most take the first, which needs no look at names
+        def report(seconds: float, operands: tuple[Any, ...] | None = None) -> None:
+            for plugin, tell in told:
+                try:
+                    tell(decision, seconds, operands)
+                except (Exception, SystemExit, GeneratorExit) as error:
+                    registry.plugins.fail(plugin, "hal_call", error)
+                    told[:] = [one for one in told if one[0] != plugin]
+
+        def reported(*arguments: Any) -> Any:
+            stop, start = None if timer is None else timer(report), perf_counter()
             try:
-                if each.argnames == _TOLD[: len(each.argnames)]:
-                    each.function(*told[: len(each.argnames)])
-                else:
-                    registry.plugins.call(each.plugin_name, "hal_call", **dict(zip(_TOLD, told, strict=True)))
-            except (Exception, SystemExit, GeneratorExit) as error:
-                registry.plugins.fail(each.plugin_name, "hal_call", error)
-                self._observed = registry.plugins.implementations("hal_call")
+                result = run(*arguments)
+            except Exception as error:
+                list(registry.call_each("hal_error", decision=decision, error=error))
+                raise
+            report(perf_counter() - start, arguments) if stop is None else stop()
+            return result
+
+        return reported
 
     def _whole(self, *arguments: Any) -> Any:
         return self._surrounded(self._explicit if self.explicit else self._base, *arguments)
@@ -235,6 +238,11 @@ class BoundAttention:
             request.bytes_moved if self._target is not None else 0,
         )
         return result
+
+
+def _call_named(each: Any, *given: Any) -> None:
+    """An observer that takes fewer arguments than `hal_call` has, or in another order."""
+    each.function(*map(dict(zip(_TOLD, given, strict=True)).get, each.argnames))
 
 
 @lru_cache(maxsize=4096)

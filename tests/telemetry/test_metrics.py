@@ -67,7 +67,7 @@ def test_buckets_sums_and_quantiles_are_those_of_the_durations(fake: Any, qkv: l
     decision = hal.explain(*qkv, backend="timed")
     durations = [1e-5, 1.1e-5, 0.004, 0.04, 100.0]
     for seconds in durations:
-        recorder.observe(decision, seconds)
+        recorder.observe(decision, seconds, None)
     [row] = [row for row in hal_telemetry.snapshot()["series"] if row["device"] == "timed:0"]
     assert math.isclose(sample("hal_call_seconds_sum", device="timed:0"), sum(durations))
     assert sample("hal_call_seconds_bucket", device="timed:0", le="1e-05") == 1
@@ -140,7 +140,7 @@ def test_the_ring_keeps_the_newest_calls_and_says_what_it_lost(fake: Any, qkv: l
     hal_telemetry.enable()
     decision = hal.explain(*qkv, backend="long")
     for n in range(recording.MOST_CALLS + 5):
-        recorder.observe(decision, float(n))
+        recorder.observe(decision, float(n), None)
     found = hal_telemetry.snapshot(newest=2)
     assert [call["seconds"] for call in found["calls"]] == [recording.MOST_CALLS + 4, recording.MOST_CALLS + 3]
     assert found["dropped"] == 5
@@ -206,12 +206,12 @@ def test_a_child_process_counts_its_own_calls_and_leaves_the_port_to_its_parent(
         return sum(int(row["calls"]) for row in hal_telemetry.snapshot()["series"])
 
     for _ in range(3):
-        recorder.observe(decision, 0.1)
+        recorder.observe(decision, 0.1, None)
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
             before = calls()
-            recorder.observe(decision, 0.1)
+            recorder.observe(decision, 0.1, None)
             os.write(write, json.dumps([before, calls(), state.server]).encode())
         finally:
             os._exit(0)

@@ -19,12 +19,12 @@ from hal_core import __version__ as __version__
 #: Public names by the module that holds them.
 _NAMES = {
     "audit": "AuditLog Finding verify",
-    "control": "disable enable enabled",
+    "control": "disable enable enabled trace",
     "metrics": "Collector metrics_text",
     "policy": "PolicyReport check_policy",
     "recorder": "Call Series snapshot",
     "spans": "trace_calls",
-    "timeline": "export_trace trace",
+    "timeline": "export_trace",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_WHERE)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +17,9 @@ from hal_core.plugin_api import registry
 
 from .audit import AuditLog
 from .recorder import recorder
+from .timeline import export_trace
 
-Told = Callable[[Decision, float], None]
+Told = Callable[[Decision, float, Any], None]
 
 
 class _State:
@@ -124,6 +127,19 @@ def enabled() -> bool:
     return state.recording
 
 
+@contextmanager
+def trace(path: str | Path) -> Iterator[None]:
+    """Record the calls inside, of every thread, and write them to a file at the end."""
+    was_on, start = state.recording, perf_counter()
+    enable()
+    try:
+        yield
+    finally:
+        if not was_on:
+            disable()
+        export_trace(path, start)
+
+
 def _close_log() -> None:
     if state.log is not None:
         state.log.close()
@@ -134,9 +150,7 @@ def _close_log() -> None:
 
 def hooks() -> SimpleNamespace:
     """The hooks of what is on, for pluggy: a call costs nothing where nobody asked for calls."""
-    from .plugin import hal_commands
-
-    found = SimpleNamespace(hal_commands=hal_commands)
+    found = SimpleNamespace()
     wanted: list[Told] = [recorder.observe] if state.recording else []
     wanted += [state.spans] if state.spans is not None else []
     wanted += [_audit_call] if state.log is not None and state.log_calls else []
@@ -144,9 +158,9 @@ def hooks() -> SimpleNamespace:
         found.hal_call = recorder.observe
     elif wanted:
 
-        def hal_call(decision: Decision, seconds: float) -> None:
+        def hal_call(decision: Decision, seconds: float, operands: Any) -> None:
             for tell in wanted:
-                tell(decision, seconds)
+                tell(decision, seconds, operands)
 
         found.hal_call = hookimpl(hal_call)
     if state.recording:
@@ -156,9 +170,10 @@ def hooks() -> SimpleNamespace:
 
 def _attach() -> None:
     """Give pluggy the hooks of what is on, in the place of those before."""
-    manager = registry.plugins.manager
-    manager.unregister(name="telemetry")
-    manager.register(hooks(), "telemetry")
+    manager, found = registry.plugins.manager, hooks()
+    plugin: Any = manager.unregister(name="telemetry")
+    found.hal_commands = plugin.hal_commands
+    manager.register(found, "telemetry")
     registry.changed()
 
 
@@ -180,7 +195,7 @@ def _failed(decision: Decision, error: Exception) -> None:
     recorder.count(recorder.errors, (decision.chosen, type(error).__name__))
 
 
-def _audit_call(decision: Decision, seconds: float) -> None:
+def _audit_call(decision: Decision, seconds: float, operands: Any) -> None:
     caller = decision.policy.caller or ""
     _audit("call", caller=caller, asked=decision.request.describe(), chosen=decision.chosen, seconds=seconds)
 

@@ -112,11 +112,11 @@ class Recorder:
         self._known: dict[int, tuple[Series, float, Decision]] = {}
         self.started, self.clock = time(), perf_counter()
 
-    def _observer(self) -> Callable[[Decision, float], None]:
-        """`observe(decision, seconds)`, which notes a call that ended: the hook itself, so that little is paid."""
+    def _observer(self) -> Callable[[Decision, float, Any], None]:
+        """What notes a call that ended: the hook itself, so that little is paid. The operands are not kept."""
         pending, note, drain, clock, thread = self._pending, self._pending.append, self.drain, perf_counter, get_ident
 
-        def hal_call(decision: Decision, seconds: float) -> None:
+        def hal_call(decision: Decision, seconds: float, operands: Any) -> None:
             note((decision, seconds, clock(), thread()))
             if len(pending) >= BATCH:
                 drain()

@@ -32,7 +32,7 @@ def trace_calls(provider: Any = None) -> None:
     tracer = trace.get_tracer("hal_telemetry", tracer_provider=provider)
     known: dict[int, tuple[dict[str, str], Decision]] = {}  # a decision is kept so that its identity stays its own
 
-    def span_of(decision: Decision, seconds: float) -> None:
+    def span_of(decision: Decision, seconds: float, operands: Any) -> None:
         if (found := known.get(id(decision))) is None:
             if len(known) >= MOST_DECISIONS:
                 known.clear()

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from hal_core.plugin_api import write_whole
 
-from . import control
 from .recorder import Call, recorder
 
 
@@ -64,16 +60,3 @@ def export_trace(path: str | Path, since: float = 0.0) -> int:
     data = events(since)
     write_whole(Path(path), json.dumps(data))
     return sum(event["ph"] == "X" for event in data["traceEvents"])
-
-
-@contextmanager
-def trace(path: str | Path) -> Iterator[None]:
-    """Record the calls inside, of every thread, and write them to a file at the end."""
-    was_on, start = control.enabled(), perf_counter()
-    control.enable()
-    try:
-        yield
-    finally:
-        if not was_on:
-            control.disable()
-        export_trace(path, start)
