@@ -94,7 +94,7 @@ def main() -> int:
         verdict = "held" if ratio >= 1 else "missed"
         times = [f"{one[0]:.0f} ms ({one[1]:.0f})" for one in both]
         rows.append([f"{length:,}", f"{found.density:.3f}", *times, f"{ratio:.2f}", "1", verdict])
-    columns = ["keys", "blocks read", "dense (processor)", "adaptive (processor)", "ratio of processor time", "bar", ""]
+    columns = ["keys", "blocks read", "dense (processor)", "adaptive (processor)", "ratio, processor", "bar", ""]
     note = [
         "Certified, tau 0.01, 32 topics, noise 0.1, 8 heads of 64, float32, blocks of 32, one thread of cpu:0. Ordering "
         "and planning are part of the time."
