@@ -2,7 +2,7 @@
 decides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import attrs
@@ -83,11 +83,17 @@ class PolicyChoice(NamedTuple):
     """What a `hal_policy` hook may return instead of a device id.
 
     Attributes:
-        device: the id of a candidate. seconds: for how long the decision may be reused; 0: ask again at the next call.
+        device: the id of a candidate; None, of the core itself: none can. seconds: for how long the decision may be
+            reused; 0: ask again at the next call; below 0: for as long as devices and settings stay.
+        reason: one sentence for `explain`. tiling: a `TilingStrategy` of the device's own `choices` that cuts the work.
+        expired: asked at every call that would reuse the decision, in place of `seconds`; True: ask the policy again.
     """
 
-    device: str
-    seconds: float
+    device: str | None
+    seconds: float = -1.0
+    reason: str = ""
+    tiling: Any = None
+    expired: Callable[[], bool] | None = None
 
 
 @attrs.frozen(kw_only=True, eq=False, repr=False, slots=False)
@@ -126,6 +132,7 @@ class Decision(Record):
         chosen: device id; None where no device can. reason: one sentence. candidates: every device that was considered.
         core: version of the core. others: devices that were not asked for and could run the request.
         seconds: for how long the decision may be reused; None for as long as devices and settings stay.
+        expired: whether a policy wants to be asked again; None where it does not say. No part of the record.
         plan: the cut of the work at the exact lengths, as text; "" where it was not asked for.
     """
 
@@ -139,6 +146,7 @@ class Decision(Record):
     others: tuple[str, ...] = ()
     seconds: float | None = None
     plan: str = ""
+    expired: Callable[[], bool] | None = None
 
     @property
     def origin(self) -> str:
@@ -208,7 +216,9 @@ class Decision(Record):
         return {
             "format": FORMAT,
             "request": self.request.to_dict(),
-            **attrs.asdict(self, value_serializer=_plain, filter=lambda field, _: field.name != "request"),
+            **attrs.asdict(
+                self, value_serializer=_plain, filter=lambda field, _: field.name not in ("request", "expired")
+            ),
         }
 
     def to_json(self, indent: int | None = 2) -> str:

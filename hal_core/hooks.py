@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import attrs
 import pluggy
 
-from .decision import Candidate, Decision, PolicyChoice
+from .decision import Candidate, Decision, Policy, PolicyChoice
 from .device_info import Record
 from .request import AttentionRequest
 
@@ -100,18 +100,32 @@ class Hooks:
         """Specifications of this plugin's own kernels beside attention."""
 
     @hookspec(firstresult=True)
-    def hal_policy(self, request: AttentionRequest, candidates: list[Candidate]) -> str | PolicyChoice | None:
-        """The device to use among candidates that support the request; None leaves it to the next policy."""
+    def hal_policy(
+        self, request: AttentionRequest, candidates: list[Candidate], policy: Policy
+    ) -> str | PolicyChoice | None:
+        """The device to use among candidates that support the request; None leaves it to the next policy. `policy` says
+        what the caller asked for: the objective, and the names among which it leaves the choice.
+        """
 
     @hookspec
     def hal_decision(self, decision: Decision) -> None:
         """Called with every new decision. Observers cannot change it."""
 
     @hookspec
-    def hal_call(self, decision: Decision, seconds: float) -> None:
+    def hal_call(self, decision: Decision, seconds: float, operands: tuple[Any, ...] | None) -> None:
         """Called after attention ran, with its duration: the host's time until the result was ready on the host, or the
-        device's own time where the session reports it later from events. Observers cannot change the result.
+        device's own time where the session reports it later from events. `operands` begin with query and key, whose
+        lengths are the call's own where the decision holds those of its bucket; None where the time comes later.
+        Observers cannot change the result, and keep no tensor.
         """
+
+    @hookspec
+    def hal_error(self, decision: Decision, error: Exception) -> None:
+        """Called after the session that a decision chose raised `error`, which its caller gets."""
+
+    @hookspec
+    def hal_doctor(self) -> list[Table]:  # type: ignore[empty-body]
+        """Tables that `hal doctor` adds: what is wrong now, and what to do."""
 
     @hookspec
     def hal_commands(self, subparsers: Any) -> None:

@@ -10,6 +10,7 @@ from . import _WHERE as _PUBLIC
 
 if TYPE_CHECKING:
     from . import *  # noqa: F403
+    from .access import AccessPolicy as AccessPolicy
     from .calibration import (
         calibrate as calibrate,
         load_calibration as load_calibration,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .frontend.validation import check_tables as check_tables
     from .options import merged_policy as merged_policy, meter_var as meter_var
     from .plans import visible_keys as visible_keys
+    from .plugins import LoadFailure as LoadFailure
     from .protocols import Autograd as Autograd, Progress as Progress
     from .registry import (
         find_devices as find_devices,
@@ -35,12 +37,14 @@ if TYPE_CHECKING:
 
 #: Names by the module that holds them; every other one is hal_core's.
 _NAMES = {
+    "access": "AccessPolicy",
     "calibration": "calibrate load_calibration write_whole",
     "capability": "listing",
     "frontend.execution": "moved_to",
     "frontend.validation": "check_tables",
     "options": "merged_policy meter_var",
     "plans": "visible_keys",
+    "plugins": "LoadFailure",
     "protocols": "Autograd Progress",
     "registry": "find_devices open_session refresh registry",
     "request": "DTYPE_BYTES",

@@ -51,19 +51,22 @@ class Plugins:
     """Loads the entry points, each by itself, and calls their hooks, each by itself.
 
     Attributes:
-        by_name: every plugin that was found.
+        by_name: every plugin that was found. manager: pluggy's, in which a plugin may change its hooks at run time;
+            calls follow after `registry.changed()`.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, Plugin] = {}
-        self._manager = pluggy.PluginManager("hal")
-        self._manager.add_hookspecs(Hooks)
+        self.manager = pluggy.PluginManager("hal")
+        self.manager.add_hookspecs(Hooks)
 
-    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None]) -> None:
+    def load(
+        self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None], listed: list[str] | None = None
+    ) -> None:
         """Import every allowed entry point and hand what it offers to `add(distribution, backends, kernels)`.
 
         Entry points of the distribution that a plugin's name stands for (hal-NAME) come first, then by name. What `add`
-        raises is kept as the plugin's failure.
+        raises is kept as the plugin's failure. `listed`: those that the access policy allows, None for all.
         """
         from importlib.metadata import entry_points  # slow to import, so on first use
 
@@ -72,14 +75,14 @@ class Plugins:
             name, distribution = point.name, _distribution(point)
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
-            if off := _disabled_by(point):
-                listed = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
+            if off := _disabled_by(point, listed):
+                full = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
                 plugin.failure = LoadFailure(
                     name,
                     distribution,
                     "disabled",
                     f"switched off by {off}",
-                    fix=f"add {listed} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}",
+                    fix=f"remove {name} from {off}" if off == "HAL_DISABLE" else f"add {full} to {off}",
                 )
                 continue
             stage = "duplicate"
@@ -91,7 +94,7 @@ class Plugins:
                 stage = "import"
                 module = _within(IMPORT_SECONDS, point.load, f"importing {point.value}")
                 stage = "hook"
-                self._manager.register(module, name)
+                self.manager.register(module, name)
                 add(
                     distribution,
                     _list_of(BackendSpec, name, self.call(name, "hal_backends", api_version=API_VERSION)),
@@ -100,32 +103,30 @@ class Plugins:
             except BaseException as error:  # a plugin may raise anything; it is kept, shown and rolled back
                 if isinstance(error, KeyboardInterrupt):  # the user's: see `_within`
                     raise
-                if other is None and self._manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
-                    self._manager.unregister(name=name)
+                if other is None and self.manager.has_plugin(name):  # pluggy keeps a plugin that it rejected
+                    self.manager.unregister(name=name)
                 plugin.failure = failed(name, distribution, stage, error)
 
-    def _implementations(self, hook: str) -> dict[str, Any]:
-        return {found.plugin_name: found for found in getattr(self._manager.hook, hook).get_hookimpls()}
+    def implementations(self, hook: str) -> list[Any]:
+        """pluggy's record of each working plugin that implements a hook, in the order of `by_name`."""
+        found = {each.plugin_name: each for each in getattr(self.manager.hook, hook).get_hookimpls()}
+        return [found[name] for name, plugin in self.by_name.items() if plugin.failure is None and name in found]
 
     def call(self, plugin: str, hook: str, **arguments: Any) -> Any:
-        found = self._implementations(hook).get(plugin)
-        return found and found.function(*(arguments[name] for name in found.argnames))
+        found = [each for each in getattr(self.manager.hook, hook).get_hookimpls() if each.plugin_name == plugin]
+        return found and found[0].function(*(arguments[name] for name in found[0].argnames))
 
     def call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         """(plugin, result) of a hook, one implementation at a time; one that raises is recorded and left out later."""
-        for plugin in self.having(hook):
+        for each in self.implementations(hook):
+            plugin = each.plugin_name
             try:
-                result = self.call(plugin, hook, **arguments)
+                result = each.function(*map(arguments.get, each.argnames))
             except (Exception, SystemExit, GeneratorExit) as error:  # the others must still be called
                 self.fail(plugin, hook, error)
             else:
                 if result is not None:
                     yield plugin, result
-
-    def having(self, hook: str) -> list[str]:
-        """The working plugins that implement a hook."""
-        implementing = self._implementations(hook)
-        return [name for name, plugin in self.by_name.items() if plugin.failure is None and name in implementing]
 
     def fail(self, name: str, hook: str, error: BaseException) -> None:
         """Record that a plugin's hook broke its contract; it is not called again. Raises under HAL_STRICT=1."""
@@ -173,19 +174,23 @@ def _is_known(point: Any) -> bool:
     return point.dist is not None and _normal(point.dist.name) == f"hal-{_normal(point.name)}"
 
 
-def _disabled_by(point: Any) -> str:
-    """The environment variable that switches a plugin off; "" for none. Read before anything is imported.
+def _disabled_by(point: Any, listed: list[str] | None) -> str:
+    """What switches a plugin off, a variable or the access policy, which lists as HAL_PLUGINS does; "" for nothing.
+    Read before anything is imported.
 
     HAL_PLUGINS lists what may load: "distribution:name", or "name" for the plugin of the distribution hal-NAME.
     HAL_DISABLE lists what may not: "distribution:name", or "name" for that plugin of any distribution.
     """
-    given = [os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")]
-    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in given)
+    given = {variable: os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")}
+    words = {variable: text.split(",") for variable, text in given.items() if text is not None}
+    words |= {} if listed is None else {"the access policy": listed}
     name = _normal(point.name)
     full = f"{_normal(point.dist.name) if point.dist else ''}:{name}"
-    if given[0] is not None and full not in allowed and not (name in allowed and _is_known(point)):
-        return "HAL_PLUGINS"
-    return "HAL_DISABLE" if full in denied or name in denied else ""
+    for source, texts in words.items():
+        found = {_normal(word.strip()) for word in texts} & {full, name}
+        if bool(found) if source == "HAL_DISABLE" else not (full in found or (found and _is_known(point))):
+            return source
+    return ""
 
 
 def raised_at(error: BaseException) -> str:

@@ -102,9 +102,11 @@ def plan_text(request: AttentionRequest, decision: Decision) -> str:
     capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
     brought = decision.policy.tiling
     cut, tiling = cut_request(request, brought, capabilities), brought or registry.session(decision.chosen).tiling
-    if cut.block_plan is not None:
-        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
-    return f"{checked_plan(tiling, cut, capabilities=capabilities)} ({tiling.name})"
+    return (
+        f"{checked_plan(tiling, cut, capabilities=capabilities)} ({tiling.name})"
+        if cut.block_plan is None
+        else "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
+    )
 
 
 def _candidate(
@@ -118,11 +120,12 @@ def _candidate(
         return attrs.evolve(seen, refusals=(Refusal(code, field, wanted, offered, fix),))
 
     unavailable = partial(refused, Code.UNAVAILABLE, "backend", entry.spec.name)
-    if failure := entry.failure or entry.broken.get(device.id):
+    free = estimated and (policy.fall_through or not policy.names)  # to choose another device
+    if failure := entry.failure or entry.broken.get(device.id) or (registry.avoided.get(device.id) if free else None):
         return unavailable(f"a backend that fails ({failure.message})", failure.fix)
     if excluded:
         return unavailable(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
-    if denied := registry.access.why_not("devices", device.id):
+    if denied := registry.access.why_not("devices", device.id, device.fidelity is not Fidelity.HARDWARE):
         return refused(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
     try:
         backend = registry.backend_of(device)
@@ -145,6 +148,10 @@ def _candidate(
         estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
         error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
         seen = attrs.evolve(seen, estimate=estimate, error=error)
+        most = registry.access.rule("seconds")
+        if most is not None and estimate.time.middle > most:
+            offered = f"{most:g} s, which the access policy allows a call"
+            return refused(Code.ACCESS, "seconds", f"{estimate.time.middle:.3g} s", offered, "shorten the request")
         limit, session = registry.memory_limit(device.id) or device.memory, entry.sessions.get(device.id)
         in_use = session.memory.stats().in_use if session is not None else 0
         if limit is None or estimate.memory + in_use <= limit:
@@ -155,7 +162,7 @@ def _candidate(
             "memory",
             f"{estimate.memory:,} bytes",
             f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})",
-            "shorten the request, free buffers, or raise hal.configure(memory_limit=...)",
+            "shorten the request, free buffers, or raise hal.configure(memory_limit=...) or the access policy's limit",
         )
     except ContractError:
         raise
@@ -176,27 +183,28 @@ def decide(request: AttentionRequest, policy: Policy, excluded: Excluded | None 
         UnknownBackendError, DeviceUnavailableError: a named device does not exist here.
     """
     candidates: list[Candidate] = []
-    chosen, reason, seconds = None, "no installed backend has a device", None
+    choice = PolicyChoice(None, reason="no installed backend has a device")
     # A preference passes over a device that is not here.
     named = [registry.find(name, may_be_absent=policy.fall_through) for name in policy.names]
     for devices in named or [registry.devices()]:
         seen = [_candidate(request, d, policy, excluded=(excluded or {}).get(d.id, "")) for d in devices]
         candidates += seen
-        chosen, reason, seconds = _choose(request, seen, policy)
-        if chosen is not None:
+        choice = _choose(request, seen, policy)
+        if choice.device is not None:
             break
     asked = {candidate.device.id for candidate in candidates}
-    left = [d for d in registry.devices() if d.id not in asked] if chosen is None and policy.names else []
+    left = [d for d in registry.devices() if d.id not in asked] if choice.device is None and policy.names else []
     decision = Decision(
         request=request,
         ranked=(request.len_q, request.len_k),
-        policy=policy,
-        chosen=chosen,
-        reason=reason,
+        policy=policy if choice.tiling is None else attrs.evolve(policy, tiling=choice.tiling),
+        chosen=choice.device,
+        reason=choice.reason,
         candidates=tuple(candidates),
         core=__version__,
         others=tuple(device.id for device in left if not check_all(request, device)),
-        seconds=0.0 if any(candidate.provisional for candidate in candidates) else seconds,
+        seconds=0.0 if any(c.provisional for c in candidates) else None if choice.seconds < 0 else choice.seconds,
+        expired=choice.expired,
     )
     list(registry.call_each("hal_decision", decision=decision))
     return decision
@@ -213,35 +221,32 @@ def settled(request: AttentionRequest, policy: Policy, excluded: Excluded | None
         return settled(request, policy, excluded)
 
 
-def _choose(
-    request: AttentionRequest, candidates: list[Candidate], policy: Policy
-) -> tuple[str | None, str, float | None]:
+def _choose(request: AttentionRequest, candidates: list[Candidate], policy: Policy) -> PolicyChoice:
     able = [candidate for candidate in candidates if not candidate.refusals]
     if not able:
-        return None, "no device can" if not policy.names else f"{listing(policy.names)} cannot", None
+        return PolicyChoice(None, reason=f"{listing(policy.names)} cannot" if policy.names else "no device can")
     if policy.names and len(able) == 1:
-        return able[0].device.id, f"named by {policy.origin}", None
-    for plugin, answer in registry.call_each("hal_policy", request=request, candidates=able):
-        device, seconds = answer if isinstance(answer, PolicyChoice) else (answer, -1.0)
-        if device in [candidate.device.id for candidate in able]:
-            return device, f"chosen by the policy of {plugin}", seconds if seconds >= 0 else None
+        return PolicyChoice(able[0].device.id, reason=f"named by {policy.origin}")
+    for plugin, answer in registry.call_each("hal_policy", request=request, candidates=able, policy=policy):
+        choice = answer if isinstance(answer, PolicyChoice) else PolicyChoice(answer)
+        if choice.device in [candidate.device.id for candidate in able]:
+            return choice._replace(reason=f"chosen by the policy of {plugin}{choice.reason and f': {choice.reason}'}")
         registry.plugins.fail(
             plugin, "hal_policy", ValueError(f"it chose {answer!r}, which is not among the candidates")
         )
-    return (*_least(able, policy.objective or "time"), None)
+    return _least(able, policy.objective or "time")
 
 
-def _least(able: list[Candidate], objective: str) -> tuple[str | None, str]:
+def _least(able: list[Candidate], objective: str) -> PolicyChoice:
     """The smallest figure. The better basis decides between overlapping intervals only."""
     stated = [(c, figure) for c in able if (figure := c.figure(objective)) is not None]
     if not stated:
-        return None, f"no device that can states its {objective}: ask for objective='time'"
+        return PolicyChoice(None, reason=f"no device that can states its {objective}: ask for objective='time'")
     if objective == "energy":  # simulated joules are never compared with measured ones
         best = min(c.device.fidelity.rank for c, _ in stated)
         stated = [(c, figure) for c, figure in stated if c.device.fidelity.rank == best]
     least = min((figure for _, figure in stated), key=lambda figure: figure.middle)
     rivals = [(c, figure) for c, figure in stated if figure.overlaps(least)]
     winner, figure = min(rivals, key=lambda rival: (rival[1].basis.rank, rival[1].middle, -rival[0].priority))
-    if len(able) == 1:
-        return winner.device.id, "the only device that can"
-    return winner.device.id, f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"
+    why = f"least {objective} of {len(stated)}: {figure_text(figure, objective)}"
+    return PolicyChoice(winner.device.id, reason="the only device that can" if len(able) == 1 else why)

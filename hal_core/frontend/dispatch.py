@@ -75,7 +75,7 @@ def find(
                 policy_var.get(),
             )
             found = _bound.get(static)
-            if found is not None and not found.state.closed and (found.expires is None or not found.is_stale):
+            if found is not None and not found.state.closed and (found.expired is None or not found.expired()):
                 return found  # type: ignore[no-any-return]
     except (
         ValueError,
@@ -114,7 +114,9 @@ def describe(
 
 def _kept(place: Any) -> Any:
     found = _bound.get(place)
-    return None if isinstance(found, BoundAttention) and (found.state.closed or found.is_stale) else found
+    if not isinstance(found, BoundAttention):
+        return found
+    return None if found.state.closed or (found.expired is not None and found.expired()) else found
 
 
 def _keep(place: Any, found: Any) -> Any:

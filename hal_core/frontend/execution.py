@@ -26,7 +26,7 @@ from .validation import check_tables
 
 #: (query, key, value, mask, plan, tables, rng) -> out, or AttentionOutput where lse is asked for.
 Run = Callable[..., Any]
-_MOST_PLANS = 256
+_MOST_PLANS, _TOLD = 256, ("decision", "seconds", "operands")
 
 
 class BoundAttention:
@@ -36,7 +36,8 @@ class BoundAttention:
         run: the eager call, with gradients. decision, request: why.
         session, entry, backend, device: whose. explicit: whether the core differentiates.
         state: the session, or a stand-in: has `closed`. needs_rng: dropout or noise wants (seed, offset).
-        expires: `time.monotonic()` after which the decision is made anew; None: it stays.
+        expired: whether the decision is to be made anew: a policy says so, its time is over, or a backend failed while
+            it was made; None: it stays.
     """
 
     def __init__(self, decision: Decision, request: AttentionRequest) -> None:
@@ -49,7 +50,8 @@ class BoundAttention:
         self.request = request = cut_request(request, self.tiling, capabilities)
         self._plan = partial(checked_plan, self.tiling, capabilities=capabilities)
         self._kept_plan = lru_cache(_MOST_PLANS)(self._plan)
-        self.expires = None if decision.seconds is None else monotonic() + decision.seconds
+        ends = None if decision.seconds is None else monotonic() + decision.seconds
+        self.expired = decision.expired if ends is None else lambda: monotonic() >= ends
         self.needs_rng = request.dropout > 0 or capabilities.numerics[request.dtype].noisy
         mode = self.session.autograd(request) if request.grads else "native"
         if mode not in ("native", "explicit"):
@@ -61,15 +63,11 @@ class BoundAttention:
         self._target, estimate = device.reads[0] if winner.transfer else None, winner.estimate
         self._memory, self._with_lse = estimate.memory if estimate is not None else 0, replace(request, lse=True)
         self._limit, self._checks_all = registry.memory_limit(device.id), os.environ.get("HAL_CHECK") == "1"
-        self._observed = bool(registry.plugins.having("hal_call"))
+        self._observed = registry.plugins.implementations("hal_call")
         self._call = self._session_run(self._with_lse if self.explicit else request)
         self._base: Run = self._checked
+        self._inner, self._timer = self._whole, getattr(self.session, "timer", None) if self._observed else None
         self.run: Run = self._reported
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether the decision is to be made anew: a policy gave it a time, or a backend failed while it was made."""
-        return self.expires is not None and monotonic() >= self.expires
 
     def _session_run(self, request: AttentionRequest) -> Run:
         """The session's fast path where it has one. A call inside a meter is prepared apart where its session can say
@@ -116,8 +114,9 @@ class BoundAttention:
                 raise PluginError(f"{self.device.id} gave {what} {offered}: {form} is wanted")
         if not self._checks_all:  # from now on without this method, and without what is switched off
             self._base = self._call
-            if self.tiling is None and self._target is None and self._limit is None and not self._observed:
-                self.run = self._explicit if self.explicit else self._call
+            if self.tiling is None and self._target is None and self._limit is None:
+                self._inner = self._explicit if self.explicit else self._call
+                self.run = self._reported if self._observed else self._inner
         return result
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
@@ -142,18 +141,34 @@ class BoundAttention:
 
     def _reported(self, *arguments: Any) -> Any:
         """The eager call with all that may surround it, reported to `hal_call` observers."""
-        timer, start = getattr(self.session, "timer", None), perf_counter()
         # A device with events of its own reports when they are read.
-        stop = timer(self._report) if timer is not None and self._observed else None
-        result = self._surrounded(self._explicit if self.explicit else self._base, *arguments)
+        # A device with events of its own reports when they are read, and its tensors may be others by then.
+        stop, start = None if self._timer is None else self._timer(partial(self._report, None)), perf_counter()
+        try:
+            result = self._inner(*arguments)
+        except Exception as error:
+            list(registry.call_each("hal_error", decision=self.decision, error=error))
+            raise
         if stop is not None:
             stop()
         elif self._observed:
-            self._report(perf_counter() - start)
+            self._report(arguments, perf_counter() - start)
         return result
 
-    def _report(self, seconds: float) -> None:
-        list(registry.call_each("hal_call", decision=self.decision, seconds=seconds))
+    def _report(self, operands: tuple[Any, ...] | None, seconds: float) -> None:
+        told = (self.decision, seconds, operands)
+        for each in self._observed:  # most take the first, which needs no look at names
+            try:
+                if each.argnames == _TOLD[: len(each.argnames)]:
+                    each.function(*told[: len(each.argnames)])
+                else:
+                    registry.plugins.call(each.plugin_name, "hal_call", **dict(zip(_TOLD, told, strict=True)))
+            except (Exception, SystemExit, GeneratorExit) as error:
+                registry.plugins.fail(each.plugin_name, "hal_call", error)
+                self._observed = registry.plugins.implementations("hal_call")
+
+    def _whole(self, *arguments: Any) -> Any:
+        return self._surrounded(self._explicit if self.explicit else self._base, *arguments)
 
     def forward_run(self, *arguments: Any) -> Any:
         """The call without the core's autograd, with the log-sum-exp that an explicit backward needs."""
@@ -191,10 +206,8 @@ class BoundAttention:
         """The plan of the caller's tiling at the tensors' lengths, checked for coverage when it is made and then
         kept.
         """
-        request = exact(self.request, query, key)
-        if self.tiling.needs_content:
-            return self._plan(request, query=query, key=key)
-        return self._kept_plan(request)
+        request, content = exact(self.request, query, key), self.tiling.needs_content
+        return self._plan(request, query=query, key=key) if content else self._kept_plan(request)
 
     def metered(self, meter: Meter | watch, run: Run, arguments: tuple[Any, ...]) -> Any:
         """Run a call between two synchronisations and add it to the meter; or let it be watched."""
@@ -228,10 +241,9 @@ def _with_lengths(request: AttentionRequest, len_q: int, len_k: int) -> Attentio
 
 def exact(request: AttentionRequest, query: Tensor, key: Tensor) -> AttentionRequest:
     """The request with the tensors' lengths. Packed and paged calls keep their bounds: their lengths lie in tables."""
-    len_q, len_k = query.shape[2], key.shape[2]
-    if request.packed or request.page_size is not None or (len_q == request.len_q and len_k == request.len_k):
-        return request
-    return _with_lengths(request, len_q, len_k)
+    lengths = query.shape[2], key.shape[2]
+    fixed = request.packed or request.page_size is not None or lengths == (request.len_q, request.len_k)
+    return request if fixed else _with_lengths(request, *lengths)
 
 
 def moved_to(target: Any, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeSession, quantity
+from fakes import FakeSession, full, quantity
 from installed import Site
 from test_attention import draw
 
@@ -61,17 +61,17 @@ def test_observers_are_told_of_every_call_and_its_duration(site: Site) -> None:
         import hal_core as hal
         seen = []
         @hal.hookimpl
-        def hal_call(decision, seconds):
-            seen.append([decision.chosen, seconds > 0, hal.current_caller()])
+        def hal_call(operands, decision, seconds):
+            seen.append([decision.chosen, seconds > 0, hal.current_caller(), operands[0].shape[2]])
         """,
     )
     code = "import watch_hook as watch\nwith hal.caller('trainer'):\n    [hal.attention(q, q, q) for _ in range(3)]\n"
-    assert site.run(RUN + code + "print(json.dumps(watch.seen))") == [["good:0", True, "trainer"]] * 3
+    assert site.run(RUN + code + "print(json.dumps(watch.seen))") == [["good:0", True, "trainer", 3]] * 3
 
 
-def test_a_device_with_a_timer_reports_when_it_knows(fake: Any, generator: torch.Generator, monkeypatch: Any) -> None:
-    from hal_core.registry import registry
-
+def test_a_device_with_a_timer_reports_when_it_knows(
+    fake: Any, generator: torch.Generator, request: pytest.FixtureRequest
+) -> None:
     told: list[float] = []
     waiting: list[Any] = []
 
@@ -80,12 +80,123 @@ def test_a_device_with_a_timer_reports_when_it_knows(fake: Any, generator: torch
             return lambda: waiting.append(report)
 
     fake("late", open=Timed)
-    monkeypatch.setattr(registry.plugins, "having", lambda hook: ["watch"] if hook == "hal_call" else [])
-    monkeypatch.setattr(registry, "call_each", lambda hook, **given: told.append(given.get("seconds")) or iter(()))
+
+    class Hooks:
+        @hal.hookimpl
+        def hal_call(self, seconds: float) -> None:
+            told.append(seconds)
+
+    Attached(request, Hooks())
     hal.attention(*draw(generator), backend="late")
-    assert [seconds for seconds in told if seconds == 0.25] == []
+    assert told == []
     waiting[0](0.25)
     assert told[-1] == 0.25
+
+
+class Attached:
+    """Hooks that a test attaches to the running registry; taken out again at its end."""
+
+    def __init__(self, request: pytest.FixtureRequest, hooks: Any) -> None:
+        from hal_core.plugins import Plugin
+        from hal_core.registry import registry
+
+        registry.plugins.by_name["attached"] = Plugin("attached", "")
+        registry.plugins.manager.register(hooks, "attached")
+        registry.changed()
+        request.addfinalizer(self.detach)
+
+    def detach(self) -> None:
+        from hal_core.registry import registry
+
+        registry.plugins.manager.unregister(name="attached")
+        del registry.plugins.by_name["attached"]
+        registry.changed()
+
+
+def test_a_policy_gives_its_reason_its_tiling_and_when_to_ask_again(
+    fake: Any, generator: torch.Generator, request: pytest.FixtureRequest
+) -> None:
+    class Cutting(FakeSession):
+        def prepare_attention(self, *given: Any, plan: Any = None, **more: Any) -> Any:
+            plans.append(plan)
+            return super().prepare_attention(*given, **more)
+
+    plans: list[Any] = []
+    fake("first", time=1e-9, capabilities=full(tile_sizes=hal.Range(1)), open=Cutting)
+    fake("second", time=1e-9)
+    asked: list[hal.Policy] = []
+    stale = [False]
+
+    class Hooks:
+        @hal.hookimpl
+        def hal_policy(self, candidates: Any, policy: hal.Policy) -> hal.PolicyChoice:
+            asked.append(policy)
+            return hal.PolicyChoice(
+                "first:0", reason="it is Monday", tiling=hal.DenseTiling(2, 2), expired=lambda: stale[0]
+            )
+
+    Attached(request, Hooks())
+    q, k, v = draw(generator)
+    decision = hal.explain(q, k, v, objective="error")
+    assert decision.reason == "chosen by the policy of attached: it is Monday"
+    assert asked[-1].objective == "error"
+    assert decision.policy.tiling.name == hal.DenseTiling(2, 2).name
+    assert "expired" not in decision.to_dict()
+    hal.attention(q, k, v)
+    assert (plans[-1].block_q, plans[-1].block_k) == (2, 2)
+    before = len(asked)
+    hal.attention(q, k, v)
+    assert len(asked) == before
+    stale[0] = True
+    hal.attention(q, k, v)
+    assert len(asked) > before
+    before = len(asked)
+    hal.attention(q, k, v, backend="second")
+    assert len(asked) == before
+
+
+def test_observers_are_told_of_what_a_device_raises(
+    fake: Any, generator: torch.Generator, request: pytest.FixtureRequest
+) -> None:
+    class Failing(FakeSession):
+        def compute_attention(self, *given: Any, **more: Any) -> Any:
+            raise OSError("the link is down")
+
+    fake("failing", open=Failing)
+    told: list[tuple[str | None, Exception]] = []
+
+    class Hooks:
+        @hal.hookimpl
+        def hal_error(self, decision: hal.Decision, error: Exception) -> None:
+            told.append((decision.chosen, error))
+
+    Attached(request, Hooks())
+    with pytest.raises(OSError, match="link is down"):
+        hal.attention(*draw(generator), backend="failing")
+    [(chosen, error)] = told
+    assert chosen == "failing:0"
+    assert isinstance(error, OSError)
+
+
+def test_a_device_that_is_avoided_is_passed_over_and_still_runs_when_named(
+    fake: Any, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hal_core.plugin_api import LoadFailure
+    from hal_core.registry import registry
+
+    fake("first", time=1e-9)
+    fake("second", time=1e-6)
+    q, k, v = draw(generator)
+    assert hal.explain(q, k, v).chosen == "first:0"
+    monkeypatch.setitem(registry.avoided, "first:0", LoadFailure("first:0", "", "breaker", "3 calls failed"))
+    registry.changed()
+    decision = hal.explain(q, k, v)
+    assert decision.chosen != "first:0"
+    assert "3 calls failed" in str(decision)
+    with hal.prefer(["first", "second"]):
+        assert hal.explain(q, k, v).chosen == "second:0"
+    assert hal.explain(q, k, v, backend="first").chosen == "first:0"
+    assert not hal.check_all(decision.request, "first:0")
 
 
 def test_a_meter_asks_the_session_what_the_call_cost(fake: Any, generator: torch.Generator) -> None:

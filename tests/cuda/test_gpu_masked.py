@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from gpu_reference import agrees, draw, exact
-from test_gpu_backward import context
+from test_gpu_backward import bound, context
 from torch import Tensor
 
 import hal_core as hal
 from hal_core import AttentionOutput, BlockPlan
+from hal_core.testing import reference_gradients, relative_error
+from hal_core.testing.reference import request_of
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +169,21 @@ def test_what_the_kernel_does_not_take_is_handed_on(gpu: str, seed: int) -> None
         served(gpu, given, plan=drawn_plan(seed, (96, 128), 333, 1001))
     with pytest.raises(HandedOnError):
         served(gpu, given, drawn_mask(seed, (1, 1, 333, 1), torch.bool))
+
+
+def test_calls_with_gradients_run_this_forward(gpu: str, seed: int) -> None:
+    from hal_cuda.kernels.hopper_masked.launch import HopperMaskedPath
+
+    given = tuple(draw(seed + i, 2, 4, 2048, 64, torch.bfloat16).requires_grad_() for i in range(3))
+    mask = drawn_mask(seed, (1, 1, 2048, 2048), torch.bool)
+    session: Any = hal.session(gpu)
+    assert isinstance(session._made(hal.explain(*given, mask, backend=gpu).request), HopperMaskedPath)
+    grad_out = draw(seed + 9, 2, 4, 2048, 64, torch.bfloat16)
+    out = hal.attention(*given, mask, backend=gpu)
+    found = torch.autograd.grad(out, given, grad_out)
+    plain = [tensor.detach() for tensor in given]
+    want = reference_gradients(
+        *plain, mask, grad_out=grad_out, request=request_of(*plain, mask, grads=frozenset("qkv"))
+    )
+    for got, right in zip(found, want, strict=False):
+        assert relative_error(got, right) <= bound(torch.bfloat16)

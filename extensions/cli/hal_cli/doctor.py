@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> CommandResult:
     }
     plugins = Table("Plugins", ["plugin", "distribution", "state", "why, and what to do"], _plugin_rows())
     devices = Table("Devices", ["device", "fidelity", "model", "driver", "details"], _device_rows())
-    return CommandResult(data, [plugins, devices])
+    added = [table for _, tables in registry.call_each("hal_doctor") for table in tables]
+    data["added"] = [table._asdict() for table in added]
+    return CommandResult(data, [plugins, devices, *added])
 
 
 def _probe(device: Device) -> None:
@@ -68,9 +70,11 @@ def _device_rows() -> list[list[str]]:
         for device in entry.found or ():
             state = "calibrated" if load_calibration(device) else f"not calibrated (hal calibrate {device.id})"
             broken = entry.broken.get(device.id) or entry.request_failures.get(device.id)
+            avoided = registry.avoided.get(device.id)
             details = (
                 [*device.features, state] if broken is None else [f"cannot be opened, {broken.message} -> {broken.fix}"]
             )
+            details += [] if avoided is None else [f"passed over, {avoided.message} -> {avoided.fix}"]
             rows.append([device.id, str(device.fidelity), device.model, device.driver, "; ".join(details)])
         if not entry.found:
             rows.append([entry.spec.name, "absent", "", "", registry.why_absent(entry)])

@@ -1,0 +1,323 @@
+"""The policy behind `hal.attention`: decisions from beliefs, and beliefs from what the calls took."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any
+
+from hal_core import AttentionRequest, Candidate, Code, Decision, Fidelity, Policy, PolicyChoice
+from hal_core.plugin_api import registry, tiling_limits
+
+from .breaker import Breakers
+from .choice import Arm, Choice, Chooser, Ranked
+from .estimator import NOTICED_LOAD, Estimator, Keys
+from .objective import deadline_var
+
+#: Calls of one decision that are averaged before they are learned from, and the innovation that is learned at once.
+BATCH, SURPRISE = 64, 0.25
+#: Measured over believed time of a call that is averaged with others.
+LOW, HIGH = 0.7, 1.4
+#: Calls between looks at whether a cached decision should be made anew, to explore.
+LOOK = 8
+#: Tilings of a device that are tried beside its own, and how much slower they are believed to be at first.
+MOST_TILINGS, HANDICAP = 4, 1.1
+#: Host time of a call that does not shrink with its lengths, where the estimate names none.
+_FIXED = 20e-6
+_SECONDS_BETWEEN_SAVES = 60.0
+
+
+class Slot:
+    """What a decision was made from, kept with it: `hal_call` learns here, and `expired` ends the decision.
+
+    Attributes:
+        expected: log seconds believed for the lengths that the decision was made for. stale: to be decided anew.
+        per_second: 1 / the seconds believed, for the lengths of the newest calls. most: calls that may be averaged.
+    """
+
+    __slots__ = (
+        "arm",
+        "arms",
+        "best",
+        "deadline",
+        "expected",
+        "explored",
+        "keys",
+        "lengths",
+        "most",
+        "pending",
+        "pending_sum",
+        "per_second",
+        "stale",
+    )
+
+    def __init__(self, keys: Keys, request: AttentionRequest, chosen: Ranked, best: float, arms: list[Arm]) -> None:
+        self.keys, self.arm, self.arms, self.best = keys, chosen.arm, arms, best
+        self.expected, self.explored, self.stale, self.deadline = chosen.log_seconds, False, False, deadline_var.get()
+        self.lengths = (request.len_q, request.len_k)
+        self.pending, self.pending_sum, self.most = 0, 0.0, 0
+        self.per_second = math.exp(-self.expected)
+
+    def expired(self) -> bool:
+        """Whether the decision is to be made anew."""
+        return self.stale or deadline_var.get() != self.deadline
+
+    def believe(self, log_seconds: float) -> None:
+        """Take another belief of what a call takes at the decision's lengths."""
+        if log_seconds != self.expected:
+            self.per_second *= math.exp(self.expected - log_seconds)
+            self.expected = log_seconds
+
+    def scale(self, len_q: int, len_k: int) -> float:
+        """1 / the seconds believed for calls of these lengths, from now on: the part that is not fixed goes with the
+        pairs of query and key.
+        """
+        seconds = math.exp(self.expected)
+        fixed = min(_FIXED, seconds)
+        pairs = len_q * len_k / max(self.lengths[0] * self.lengths[1], 1)
+        self.per_second = 1.0 / max(fixed + (seconds - fixed) * pairs, 1e-12)
+        return self.per_second
+
+
+class Router:
+    """Beliefs, breakers, and the decisions in force. Thread-safe.
+
+    Attributes:
+        chooser: the beliefs. breakers: by device. totals: calls and seconds, believed regret included, by device.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self.chooser, self.breakers = Chooser(Estimator()), Breakers(clock)
+        self.totals: dict[str, list[float]] = {}  # calls, seconds, regret, explored calls, explored seconds
+        self.on_save: Callable[[], object] | None = None
+        self._lock, self._clock, self._saved = threading.RLock(), clock, clock()
+        self._slots: dict[Keys, Slot] = {}  # the newest of each shape
+        self._named: dict[int, tuple[Decision, Slot]] = {}
+        self._loads: dict[str, float] = {}
+        self._tilings: dict[tuple[str, Keys], list[Any]] = {}
+        self._next_look, self._warm = LOOK, set[tuple[str, str]]()
+
+    # Choosing
+
+    def policy(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> PolicyChoice | None:
+        """The hook `hal_policy`. The core asks it only where the caller left a choice."""
+        keys, objective, deadline = Keys.of(request), policy.objective or "time", deadline_var.get()
+        arms = self.arms(request, candidates, policy, keys)
+        if not arms:
+            return None
+        with self._lock:
+            # A caller who named devices, even several, is not explored with; nor is one who bounds error or time.
+            free = not policy.names and request.max_error is None and not request.deterministic
+            found = self.chooser.choose(keys, arms, objective, deadline, may_explore=free)
+            slot = Slot(keys, request, found.chosen, found.best.log_seconds, arms)
+            slot.explored = bool(found.why)
+            if len(self._slots) >= 1024:
+                self._slots.clear()
+            self._slots[keys] = slot
+        return PolicyChoice(found.chosen.arm.device, -1.0, explained(found), found.chosen.arm.tiling, slot.expired)
+
+    def _tilings_of(self, keys: Keys, request: AttentionRequest, candidate: Candidate) -> list[Any]:
+        place = (candidate.device.id, keys)
+        found = self._tilings.get(place)
+        if found is None or candidate.device.id not in registry.entry(candidate.device.id).sessions:
+            if len(self._tilings) > 4096:
+                self._tilings.clear()
+            found = tilings(request, candidate)
+            if candidate.device.id in registry.entry(candidate.device.id).sessions:
+                self._tilings[place] = found
+        return found
+
+    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy, keys: Keys) -> list[Arm]:
+        """Devices that state a time, and their tilings where the caller brings none and the device's own is used."""
+        found = list[Arm]()
+        for candidate in candidates:
+            estimate, device = candidate.estimate, candidate.device
+            if estimate is None:
+                continue
+            energy = estimate.energy
+            arm = Arm(
+                device.id,
+                device.id,
+                math.sqrt(estimate.time.low * estimate.time.high) or estimate.time.middle,
+                None if energy is None else energy.middle,
+                device.fidelity.rank,
+                0.0 if candidate.error is None else candidate.error.middle,
+                device.fidelity is not Fidelity.SIMULATED,
+            )
+            found.append(arm)
+            if arm.learns and policy.tiling is None and not candidate.transfer:
+                for tiling in self._tilings_of(keys, request, candidate):
+                    found.append(
+                        arm._replace(name=f"{device.id} {tiling.name}", seconds=arm.seconds * HANDICAP, tiling=tiling)
+                    )
+        return found
+
+    # Learning
+
+    def call(self, decision: Decision, seconds: float, operands: tuple[Any, ...] | None) -> None:
+        """The hook `hal_call`: called after every call, so it does next to nothing for an expected time."""
+        expired: Any = decision.expired
+        try:
+            slot: Slot = expired.__self__
+            ratio = seconds * slot.per_second
+        except AttributeError:
+            slot = self._slot_of(decision)
+            ratio = seconds * slot.per_second
+        if not LOW < ratio < HIGH and operands is not None:  # perhaps of other lengths than the call before
+            ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
+        if LOW < ratio < HIGH and slot.pending < slot.most:
+            slot.pending += 1
+            slot.pending_sum += ratio
+        else:
+            self._learn(slot, math.log(max(ratio, 1e-9)))
+
+    def _slot_of(self, decision: Decision) -> Slot:
+        """The slot of a decision of this policy, or one made for a decision that was none of its: named devices teach
+        too.
+        """
+        slot = getattr(decision.expired, "__self__", None)
+        if isinstance(slot, Slot):
+            return slot
+        with self._lock:
+            kept = self._named.get(id(decision))
+            if kept is None or kept[0] is not decision:
+                winner, request = decision.winner, decision.request
+                keys = Keys.of(request)
+                [arm] = self.arms(request, [winner], decision.policy, keys)[:1] or [
+                    Arm(winner.device.id, winner.device.id, 1.0)
+                ]
+                if decision.policy.tiling is not None:
+                    arm = arm._replace(name=f"{arm.device} {decision.policy.tiling.name}")
+                chosen = self.chooser.rank(keys, [arm])[0]
+                kept = (decision, Slot(keys, request, chosen, chosen.log_seconds, [arm]))
+                if len(self._named) > 1024:
+                    self._named.clear()
+                self._named[id(decision)] = kept
+            return kept[1]
+
+    def _learn(self, slot: Slot, off: float) -> None:
+        with self._lock:
+            device = slot.arm.device
+            self.breakers.succeeded(device)
+            # The first call of a session compiles, allocates and warms up: what it takes beyond belief is not learned.
+            place, slot.most = (slot.arm.name, slot.keys.kind), 0 if slot.explored else self._patience(slot)
+            if place not in self._warm and off > SURPRISE and slot.arm.learns:
+                self._warm.add(place)
+                self.chooser.calls += 1
+                self.chooser.served += math.exp(slot.expected + off)
+                if slot.explored:
+                    self.chooser.spent += math.exp(slot.expected + off) - math.exp(slot.best)
+                return
+            self._warm.add(place)
+            calls, mean = slot.pending + 1, off
+            if slot.pending:
+                mean = (slot.pending * math.log(slot.pending_sum / slot.pending) + off) / calls
+            slot.pending, slot.pending_sum = 0, 0.0
+            measured = slot.expected + mean
+            self.chooser.observe(slot.keys, slot.arm, slot.best, measured, slot.explored, calls)
+            if not slot.arm.learns:
+                return
+            total = self.totals.setdefault(device, [0, 0.0, 0.0, 0, 0.0])
+            seconds, best = math.exp(measured), math.exp(slot.best)
+            total[0], total[1] = total[0] + calls, total[1] + calls * seconds
+            total[2] += calls * max(seconds - best, 0.0)
+            if slot.explored:
+                total[3], total[4] = total[3] + calls, total[4] + calls * max(seconds - best, 0.0)
+            self._reconsider(slot)
+        if self._clock() - self._saved > _SECONDS_BETWEEN_SAVES and self.on_save is not None:
+            self._saved = self._clock()
+            threading.Thread(target=self.on_save, name="hal-router-save", daemon=True).start()
+
+    def _patience(self, slot: Slot) -> int:
+        """Calls that may be averaged: few while something is explored or a device is loaded."""
+        chooser = self.chooser
+        if len(slot.arms) == 1:
+            return BATCH
+        watching = chooser.calls < 64 or any(load.value > NOTICED_LOAD for load in chooser.estimator.loads.values())
+        return LOOK if watching else BATCH
+
+    def _reconsider(self, slot: Slot) -> None:
+        """End decisions that beliefs no longer hold up: this one, or all where the load of a device has changed."""
+        device, chooser = slot.arm.device, self.chooser
+        load = chooser.estimator.load(device).value
+        if slot.explored:
+            slot.stale = True
+        if abs(load - self._loads.get(device, 0.0)) > 0.2:
+            self._loads[device] = load
+            looked = list(self._slots.values())
+            for each in looked:
+                each.most = min(each.most, self._patience(each))
+        else:
+            looked = [slot]
+        for each in looked:
+            self._refresh(each)
+        if chooser.calls >= self._next_look:
+            self._next_look = chooser.calls + LOOK
+            for each in list(self._slots.values()):
+                if not each.stale and len(each.arms) > 1 and each.deadline is None:
+                    choice = chooser.choose(each.keys, each.arms)
+                    if choice.why and choice.chosen.arm.name != each.arm.name:
+                        each.stale = True
+                        break
+
+    def _refresh(self, slot: Slot) -> None:
+        """What is believed of a slot's arm now; stale where another arm is believed better by more than a little."""
+        if slot.deadline is not None:
+            return
+        ranked = self.chooser.rank(slot.keys, slot.arms)
+        own = next(each for each in ranked if each.arm.name == slot.arm.name)
+        if not slot.explored:
+            slot.best = ranked[0].log_seconds
+            slot.stale = slot.stale or own.log_seconds > ranked[0].log_seconds + 0.03
+        slot.believe(own.log_seconds)
+
+    def error(self, decision: Decision, error: Exception) -> None:
+        """The hook `hal_error`."""
+        if decision.chosen is not None:
+            self.breakers.failed(decision.chosen, error)
+
+    def decided(self, decision: Decision) -> None:
+        """The hook `hal_decision`: devices that refuse by their own state, a hot chip say, are shown with breakers."""
+        known = self.breakers.by_device
+        for candidate in decision.candidates:
+            refusals, device = candidate.refusals, candidate.device.id
+            if refusals and refusals[0].code is Code.DEVICE and refusals[0].field == "state":
+                self.breakers.hold(device, str(refusals[0]))
+            elif device in known:
+                self.breakers.hold(device, "")
+
+
+def explained(choice: Choice) -> str:
+    """Why an arm was chosen, with what was believed of it and of the next best."""
+    others = [each.text() for each in choice.ranked if each.arm.name != choice.chosen.arm.name][:2]
+    behind = f"; before {', '.join(others)}" if others else ""
+    if choice.why:
+        return f"exploring, {choice.why}: {choice.chosen.text()}; best is {choice.best.text()}"
+    return f"{choice.aim} believed: {choice.chosen.text()}{behind}"
+
+
+def tilings(request: AttentionRequest, candidate: Candidate) -> list[Any]:
+    """Up to `MOST_TILINGS` choices of an open device's own tiling, where the device itself cuts this request."""
+    device = candidate.device
+    plain = request.tiling is None and request.block_plan is None and not request.packed and request.page_size is None
+    session: Any = registry.entry(device.id).sessions.get(device.id) if plain and not request.grads else None
+    choices = getattr(session and session.tiling, "choices", None)
+    if choices is None or not request.len_q or not request.len_k:
+        return []
+    capabilities = registry.backend_of(device).capabilities(device)
+    if 0 not in capabilities.tile_sizes and not tiling_limits(capabilities):
+        return []
+    if getattr(session.tiling.plan(request, {}), "cut_by", "") not in (device.family, session.tiling.cut_by):
+        return []  # torch or a driver cuts: another tiling would be another kernel
+    offered = [
+        one
+        for one in choices(request, tiling_limits(capabilities))[1:]
+        if one.block_q in capabilities.tile_sizes
+        and one.block_k in capabilities.tile_sizes
+        and one.block_q <= request.len_q
+        and one.block_k <= request.len_k
+    ]
+    step = max(len(offered) // MOST_TILINGS, 1)
+    return offered[::step][:MOST_TILINGS]
