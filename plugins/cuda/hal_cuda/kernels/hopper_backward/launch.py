@@ -79,7 +79,6 @@ def config_of(
         per_block=per_block,
         mask=mask,
         dropout=dropout,
-        staging=2 if ordered and tiles.dim_qk <= 64 and not (mask or dropout) else 1,
     )
 
 
@@ -346,7 +345,7 @@ class HopperBackward:
             of_keys=of_keys,
             normalise=self._normalise(query, key, value, grad_out, mask, tiles.rows) if config.mask == 2 else None,
             in_block=1 if plan is None else plan.block_k // tiles.keys,
-            arrivals=batch * heads * row_tiles if r.deterministic else 0,
+            arrivals=batch * heads * row_tiles * 2 if r.deterministic else 0,
             prepare=preparing,
             finish=ending,
             tiles=(row_tiles * batch * heads, 1, 1),
