@@ -66,7 +66,7 @@ demo: $(READY) model
 	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --report out/report.html
 
 demo-all: $(READY) model
-	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --all --report out/report-all.html
+	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --all --max-length 256 --report out/report-all.html
 	@$(RUN) -m hal_core sweep minilm --text examples/demo/texts --devices cpu:0,kpu:0,photonic:0 --profiles 't64,t256,lightening-*' \
 		--lengths 32,128 --out out/sweep
 	@$(RUN) -m hal_core plan examples/parallel/config.json --tokens 131072 --gpus 8

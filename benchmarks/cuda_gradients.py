@@ -1,6 +1,6 @@
 """Gradients of attention on a CUDA device: own kernels beside the installed peers, and whole calls beside SDPA.
 
-    python benchmarks/cuda_gradients.py [--record] [--only error,accuracy,backward,special,deterministic,models]
+    python benchmarks/cuda_gradients.py [--record] [--only error,accuracy,backward,special,deterministic,models,host]
         [--match TEXT]
 
 Random data, device time, second-level cache flushed before each call, medians, calls interleaved with the peers'.
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hal_core as hal
 from hal_core.testing import relative_error
 
-SECTIONS = ("error", "accuracy", "backward", "special", "deterministic", "models")
+SECTIONS = ("error", "accuracy", "backward", "special", "deterministic", "models", "host")
 SEEDS = 5
 PEERS = ("cuDNN", "FA2", "FA4")
 
@@ -294,7 +295,10 @@ def flash_window(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, le
 def models(bench: Bench, options: Any) -> None:
     """Forward and backward of training shapes through `hal.attention`, against SDPA's default on the same tensors."""
     rows, ratios = [], []
-    for shape in (shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"):
+    chosen = [shape for shape in SHAPES if options.match in f"{shape.model} {shape.described()}"]
+    compile_ahead(chosen)
+    for number, shape in enumerate(chosen):
+        print(f"{number + 1} of {len(chosen)}: {shape.model}, {shape.described()}", file=sys.stderr, flush=True)
         own, theirs = trained(shape)
         try:
             theirs()
@@ -319,6 +323,18 @@ def models(bench: Bench, options: Any) -> None:
     ]
     columns = ("model", "batch x heads x tokens x head_dim", "hal, ms", "SDPA, ms", "SDPA / hal", "path")
     publish(options, "cuda_gradients", "Models", columns, rows, [*notes, *conditions(bench)], "Models")
+
+
+def compile_ahead(shapes: list[Shape]) -> None:
+    """Compile the own kernels of shapes into Triton's disk cache, in several processes at once."""
+    with ProcessPoolExecutor(16, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_shape, shapes))
+
+
+def compile_shape(shape: Shape) -> None:
+    """Put the kernels of one training call into Triton's cache."""
+    with suppress(torch.OutOfMemoryError):  # beside the other processes; it is compiled when its turn comes
+        trained(shape)[0]()
 
 
 class Trained:
@@ -377,6 +393,46 @@ def middle_of_three(bench: Bench, own: Callable[[], Any], theirs: Callable[[], A
     return sorted(found, key=lambda item: item[0])[1]
 
 
+def host(bench: Bench, options: Any) -> None:
+    """Time of the host for training calls through `hal.attention`, beside SDPA's; the device is idle before each."""
+    chosen = [shape for shape in SHAPES if shape.model in HOSTED and options.match in f"{shape.model}"]
+    compile_ahead(chosen)
+    rows = []
+    for shape in chosen:
+        own, theirs = trained(shape)
+        times = host_times(own, theirs)
+        rows.append([shape.model, shape.described(), *(f"{time:.0f}" for time in times), own.path()])
+    notes = ["Microseconds of the host for forward and backward, lower quartile of 80, calls in turn."]
+    notes += conditions(bench)
+    columns = ("model", "batch x heads x tokens x head_dim", "hal", "SDPA", "path")
+    publish(options, "cuda_gradients", "Host time", columns, rows, notes, "Host time")
+
+
+HOSTED = (
+    "Llama 3 8B",
+    "GPT-2",
+    "BERT base",
+    "BERT base, padded",
+    "BERT base, dropout",
+    "T5 base, encoder",
+    "MPT 7B",
+    "Swin B",
+)
+
+
+def host_times(*calls: Callable[[], Any]) -> list[float]:
+    """Microseconds of each call's launches: the lower quartile of 80, calls in turn, each from an idle device."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(90):
+        for times, call in zip(found, calls, strict=True):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begun)
+    torch.cuda.synchronize()
+    return [sorted(times[10:])[20] * 1e6 for times in found]
+
+
 def kernel_names(call: Callable[[], Any]) -> list[str]:
     """Names of the kernels that a call launches, sorted."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -392,6 +448,7 @@ RUN: dict[str, Callable[[Bench, Any], None]] = {
     "backward": backward,
     "special": special,
     "models": models,
+    "host": host,
 }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/cuda_training.py [--record] [--tokens 8192] [--layers 0]
 
 A step is forward, loss, backward and a fused AdamW step in bf16, on one sequence of random tokens. The two attention
-settings take turns on the same weights in one run. Medians; lower is better. The shapes are those of Llama 3.2 1B, and
-of Gemma 3 4B with `GEMMA_LAYERS` of its 34 layers, one in six of which reads all tokens and the others 1,024;
-vocabularies are cut to `VOCABULARY` tokens, so that the loss leaves memory for both.
+settings take turns on the same weights in one run. Medians; lower is better. The shapes are those of Llama 3.2 1B and
+of Gemma 3 1B and 4B, whose layers read 512 or 1,024 tokens but for one in six, which reads all; vocabularies are cut to
+`VOCABULARY` tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from cuda_model import in_turns
 from record import parser, publish
 
 VOCABULARY = 32768
-GEMMA_LAYERS = 12
 
 
 def llama(layers: int) -> Any:
@@ -41,60 +40,68 @@ def llama(layers: int) -> Any:
     )
 
 
-def gemma(layers: int) -> Any:
-    """Gemma 3 4B's text configuration."""
+def gemma(layers: int, whole: int, hidden: int, inner: int, heads: int, heads_kv: int, window: int) -> Any:
+    """A text configuration of Gemma 3: one layer in six reads all tokens, the others a window. whole: its layers."""
     from transformers import Gemma3TextConfig
 
     return Gemma3TextConfig(
         vocab_size=VOCABULARY,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=layers or GEMMA_LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers or whole,
+        num_attention_heads=heads,
+        num_key_value_heads=heads_kv,
         head_dim=256,
-        sliding_window=1024,
+        sliding_window=window,
         max_position_embeddings=131072,
     )
 
 
-MODELS: dict[str, Callable[[int], Any]] = {"Llama 3.2 1B": llama, "Gemma 3 4B": gemma}
+MODELS: dict[str, Callable[[int], Any]] = {
+    "Llama 3.2 1B": llama,
+    "Gemma 3 1B": partial(gemma, whole=26, hidden=1152, inner=6912, heads=4, heads_kv=1, window=512),
+    "Gemma 3 4B": partial(gemma, whole=34, hidden=2560, inner=10240, heads=8, heads_kv=4, window=1024),
+}
 
 
 def trained(config: Any, tokens: int) -> dict[str, Callable[[], Any]]:
-    """One training step by attention setting, of one model."""
+    """One training step by attention setting, of two models that hold the same parameters."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    def build(setting: str) -> Any:
+        with torch.device("cuda"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=setting).to(torch.bfloat16).train()
+
+    models = {setting: build(setting) for setting in ("hal", "sdpa")}
+    models["sdpa"].load_state_dict(models["hal"].state_dict(keep_vars=True), assign=True)
+    optimizer = torch.optim.AdamW(models["hal"].parameters(), lr=1e-6, fused=True)
     ids = torch.randint(0, VOCABULARY, (1, tokens), device="cuda")
 
     def step(setting: str) -> float:
-        model.set_attn_implementation(setting)
         with torch.enable_grad():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = models[setting](input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return {setting: partial(step, setting) for setting in ("hal", "sdpa")}
+    return {setting: partial(step, setting) for setting in models}
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--tokens", type=int, default=8192)
-    options.add_argument("--layers", type=int, default=0, help="layers of each model; 0 for as many as the table says")
-    options.add_argument("--steps", type=int, default=7, help="steps of each setting that are timed")
+    options.add_argument("--layers", type=int, default=0, help="layers of each model; 0 for all that it has")
+    options.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    options.add_argument("--steps", type=int, default=11, help="steps of each setting that are timed")
     chosen = options.parse_args()
     open_device()
     import hal_nn
 
     hal_nn.register_huggingface()
     rows = []
-    for name, configured in MODELS.items():
-        config = configured(chosen.layers)
+    for name in chosen.models:
+        config = MODELS[name](chosen.layers)
         steps = trained(config, chosen.tokens)
         losses = {setting: step() for setting, step in steps.items()}  # one step apart, on the same tokens
         for _ in range(2):

@@ -39,6 +39,10 @@ _BACKWARD = (
     *("portable/attend", "portable/merge", "portable/dropout"),
 )
 _SHORT = ("portable/short", "portable/mask_tiles", "portable/dropout")
+_MASKED = (
+    *(f"hopper_masked/{file}" for file in ("kernel", "consumer", "pipeline", "config")),
+    *(f"hopper/{file}" for file in ("pipeline", "softmax", "result", "config", "step", "layouts")),
+)
 _HOPPER_BACKWARD = tuple(
     f"hopper_backward/{file}" for file in ("kernel", "consumer", "wide", "pipeline", "config", "rows")
 )
@@ -53,6 +57,7 @@ KERNELS = {
     "hopper.forward_split": _HOPPER,
     "hopper.forward_packed": (*_HOPPER, "hopper/tile_table"),
     "hopper.tile_table": ("hopper/tile_table",),
+    "hopper_masked.forward_masked": _MASKED,
     "hopper_backward.backward": _HOPPER_BACKWARD,
     "hopper_backward.prepare": ("hopper_backward/rows",),
     "hopper_backward.finish": ("hopper_backward/rows",),
@@ -124,9 +129,9 @@ def changed() -> list[str]:
     return [name for name, files in KERNELS.items() if known.get(name, {}).get("source") != source_hash(files)]
 
 
-def measure() -> dict[str, float]:
+def measure(only: str = "") -> dict[str, float]:
     """Root mean square over 5 seeds of each kernel's relative error against float64; for tables the share that is
-    wrong.
+    wrong. only: a text that the names of the kernels hold.
     """
     from cuda_attention import Bench
 
@@ -156,6 +161,7 @@ def measure() -> dict[str, float]:
         of_hopper = ("hopper_backward.backward", "hopper_backward.prepare", "hopper_backward.finish")
         dims = ((64, 64), (128, 128), (256, 256), (192, 128))
         checks |= dict.fromkeys(of_hopper, lambda: max(backward(bench, "hopper", *two) for two in dims))
+        checks["hopper_masked.forward_masked"] = lambda: max(masked(bench, dim) for dim in (64, 128, 256))
         checks["extra.gelu_linear_hopper"] = fused_product
         by_blocks, by_heads = {"fp8": "block"}, {"fp8": "head centred"}
         at_once = ("fp8.forward_fp8", "fp8.quantise_all")
@@ -163,7 +169,7 @@ def measure() -> dict[str, float]:
         apart = ("quantise_rows", "quantise_values", "tile_maxima", "tile_sums", "mean_of_sums")
         checks |= dict.fromkeys((f"fp8.{name}" for name in apart), lambda: wished(128, by_heads))
         checks["hopper.forward_packed"] = lambda: max(packed(bench, dim) for dim in (104, 128))
-    return {name: check() for name, check in checks.items()}
+    return {name: check() for name, check in checks.items() if only in name}
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -255,6 +261,36 @@ def packed(bench: Bench, dim: int) -> float:
             2,
         )
         return relative_error(call(query, key, value, None, None, tables), want)
+
+    return root_mean_square(error)
+
+
+def masked(bench: Bench, dim: int) -> float:
+    """Largest error of the masked Hopper kernel: a mask of either kind over rows and keys, a block plan, rows without
+    keys.
+    """
+    from cuda_attention import normal
+    from hal_cuda.kernels.hopper_masked.launch import HopperMaskedPath
+    from hal_cuda.memory import CudaMemory, StreamWorkspaces
+    from hal_cuda.runtime.context import Context
+    from hal_cuda.tiling import CudaTiling
+
+    memory = CudaMemory(0)
+    context = Context(bench.chip, memory, StreamWorkspaces(memory), CudaTiling(bench.chip, lambda request: "masked"))
+
+    def error() -> float:
+        given = normal(2, 8, 500, dim), normal(2, 4, 1008, dim), normal(2, 4, 1008, dim)
+        visible = torch.rand(1, 8, 500, 1008, device="cuda") > 0.3
+        visible[:, :, 30:60] = False
+        bias = normal(1, 8, 500, 1008).masked_fill(~visible, -torch.inf)
+        indices = torch.randint(0, 8, (1, 8, 4, 3), dtype=torch.int32, device="cuda")
+        plan = BlockPlan(128, 128, indices, torch.randint(0, 4, (1, 8, 4), dtype=torch.int32, device="cuda"))
+        errors = []
+        for mask, blocks in ((visible, None), (bias, None), (None, plan), (visible, plan)):
+            request = request_of(*given, mask, plan=blocks, causal="bottom_right", return_lse=True)
+            out, _ = HopperMaskedPath(request, context, None)(*given, mask, blocks)  # type: ignore[arg-type]
+            errors.append(relative_error(out, reference(*given, mask, plan=blocks, request=request).out))
+        return max(errors)
 
     return root_mean_square(error)
 
@@ -395,13 +431,15 @@ def tabled(bench: Bench) -> float:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--changed", action="store_true", help="list kernels that changed since they were checked")
-    if options.parse_args().changed:
+    options.add_argument("--only", default="", help="check the kernels whose names hold this text")
+    chosen = options.parse_args()
+    if chosen.changed:
         for name in changed():
             print(f"{name} changed since its last check on a GPU")
         return 1 if changed() else 0
     path = ROOT / "verified.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for name, error in measure().items():
+    for name, error in measure(chosen.only).items():
         known[name] = {
             "source": source_hash(KERNELS[name]),
             "device": torch.cuda.get_device_name(),

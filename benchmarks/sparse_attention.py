@@ -140,7 +140,8 @@ def main() -> int:
         f"{given.length:,} tokens, {given.heads} heads of {given.dim}, {given.dtype}, {causal}, blocks of {given.block}"
     )
     columns = ("sparsity", "pattern", "ms", "ms, given plan", "against dense", "Tflop/s", "bar")
-    notes = (f"{what}. Bar at 90%: {BARS.get(kind)} times the fastest dense call.",)
+    timed_by = "Processor time of all threads" if given.processor_time and kind == "cpu" else "Elapsed time"
+    notes = (f"{what}. {timed_by}. Bar at 90%: {BARS.get(kind)} times the fastest dense call.",)
     name = "sparse_attention" if kind == "cpu" else f"sparse_attention_{kind}"
     record.publish(given, name, "Sparse attention against dense", columns, rows, notes, what)
     return int(missed)

@@ -111,6 +111,7 @@ def calibrate(device_name: str, progress: Progress = lambda text, share: None) -
         UnsupportedError: the backend has no calibration. OSError: the cache cannot be written; nothing was measured.
     """
     device = registry.find(device_name)[0]
+    registry.session(device.id)  # which the access policy may deny
     backend = registry.backend_of(device)
     if not hasattr(backend, "calibrate"):
         raise UnsupportedError(f"{device.id} has no calibration: its estimates are {type(backend).__name__}'s own")

@@ -174,7 +174,8 @@ class MeterRecord(NamedTuple):
         wall: seconds by the host's clock, the device synchronised after each call; measured.
         time: seconds the device itself is said to need, for a simulated device; None where `wall` is the time.
         energy: joules; None where the device states none. Sums over the calls, with the worst origin met.
-        macs: multiply-accumulates of visible pairs. transferred: bytes moved to the device and back.
+        macs: multiply-accumulates of the query-key pairs that causal, window and block plan leave visible; a mask's
+            content is not looked at. transferred: bytes moved to the device and back.
     """
 
     device: Device

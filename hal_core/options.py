@@ -138,11 +138,20 @@ class prefer(use):  # noqa: N801
 
 
 class caller(use):  # noqa: N801
-    """Run the calls inside as `name`: the access policy and observers see it. Threads do not inherit it."""
+    """Run the calls inside as `name`: the access policy and observers see it. Threads do not inherit it.
+
+    Args:
+        name: of the caller. secret: where the access policy knows the caller by one.
+
+    Raises:
+        AccessDeniedError: the secret is not the policy's.
+    """
 
     _origin = "caller"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, secret: str = "") -> None:
+        registry.discover()
+        registry.access.admit(str(name), secret)
         super().__init__()
         self.overrides = Policy(caller=str(name))
 

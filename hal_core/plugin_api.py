@@ -10,6 +10,7 @@ from . import _WHERE as _PUBLIC
 
 if TYPE_CHECKING:
     from . import *  # noqa: F403
+    from .access import AccessPolicy as AccessPolicy
     from .calibration import (
         calibrate as calibrate,
         load_calibration as load_calibration,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 #: Names by the module that holds them; every other one is hal_core's.
 _NAMES = {
+    "access": "AccessPolicy",
     "calibration": "calibrate load_calibration write_whole",
     "capability": "listing",
     "frontend.execution": "moved_to",

@@ -60,11 +60,13 @@ class Plugins:
         self.manager = pluggy.PluginManager("hal")
         self.manager.add_hookspecs(Hooks)
 
-    def load(self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None]) -> None:
+    def load(
+        self, add: Callable[[str, list[BackendSpec], list[KernelSpec]], None], listed: list[str] | None = None
+    ) -> None:
         """Import every allowed entry point and hand what it offers to `add(distribution, backends, kernels)`.
 
         Entry points of the distribution that a plugin's name stands for (hal-NAME) come first, then by name. What `add`
-        raises is kept as the plugin's failure.
+        raises is kept as the plugin's failure. `listed`: those that the access policy allows, None for all.
         """
         from importlib.metadata import entry_points  # slow to import, so on first use
 
@@ -73,14 +75,14 @@ class Plugins:
             name, distribution = point.name, _distribution(point)
             other, plugin = self.by_name.get(name), Plugin(name, distribution)
             self.by_name[name if other is None else f"{name} ({distribution})"] = plugin
-            if off := _disabled_by(point):
-                listed = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
+            if off := _disabled_by(point, listed):
+                full = name if _is_known(point) else f"{distribution.partition(' ')[0]}:{name}"
                 plugin.failure = LoadFailure(
                     name,
                     distribution,
                     "disabled",
                     f"switched off by {off}",
-                    fix=f"add {listed} to {off}" if off == "HAL_PLUGINS" else f"remove {name} from {off}",
+                    fix=f"remove {name} from {off}" if off == "HAL_DISABLE" else f"add {full} to {off}",
                 )
                 continue
             stage = "duplicate"
@@ -172,19 +174,23 @@ def _is_known(point: Any) -> bool:
     return point.dist is not None and _normal(point.dist.name) == f"hal-{_normal(point.name)}"
 
 
-def _disabled_by(point: Any) -> str:
-    """The environment variable that switches a plugin off; "" for none. Read before anything is imported.
+def _disabled_by(point: Any, listed: list[str] | None) -> str:
+    """What switches a plugin off, a variable or the access policy, which lists as HAL_PLUGINS does; "" for nothing.
+    Read before anything is imported.
 
     HAL_PLUGINS lists what may load: "distribution:name", or "name" for the plugin of the distribution hal-NAME.
     HAL_DISABLE lists what may not: "distribution:name", or "name" for that plugin of any distribution.
     """
-    given = [os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")]
-    allowed, denied = ([_normal(word.strip()) for word in (text or "").split(",")] for text in given)
+    given = {variable: os.environ.get(variable) for variable in ("HAL_PLUGINS", "HAL_DISABLE")}
+    words = {variable: text.split(",") for variable, text in given.items() if text is not None}
+    words |= {} if listed is None else {"the access policy": listed}
     name = _normal(point.name)
     full = f"{_normal(point.dist.name) if point.dist else ''}:{name}"
-    if given[0] is not None and full not in allowed and not (name in allowed and _is_known(point)):
-        return "HAL_PLUGINS"
-    return "HAL_DISABLE" if full in denied or name in denied else ""
+    for source, texts in words.items():
+        found = {_normal(word.strip()) for word in texts} & {full, name}
+        if bool(found) if source == "HAL_DISABLE" else not (full in found or (found and _is_known(point))):
+            return source
+    return ""
 
 
 def raised_at(error: BaseException) -> str:

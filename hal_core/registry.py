@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from .access import AccessPolicy, read_policy
 from .capability import Capabilities, listing
-from .device_info import Device
+from .device_info import Device, Fidelity
 from .errors import DeviceUnavailableError, HalError, PluginError, UnknownBackendError, UnsupportedError
 from .hooks import API_VERSION, BackendSpec, KernelSpec
 from .plugins import LoadFailure, Plugin, Plugins, failed
@@ -73,7 +73,12 @@ class Registry:
             try:
                 if not self._discovered:
                     self.access = read_policy()
-                    self.plugins.load(self._add_all)
+                    self.plugins.load(self._add_all, [] if self.access.problem else self.access.rules.get("plugins"))
+                    working = {name for name, plugin in self.plugins.by_name.items() if plugin.failure is None}
+                    if absent := sorted({*self.access.rules.get("required", ())} - working):
+                        self.access.problem = (
+                            f"{self.access.path} requires {listing(absent)}, not loaded: see `hal doctor`"
+                        )
                     self._discovered = True
             except BaseException:  # an interrupt, or HAL_STRICT=1: the next call begins anew
                 self.plugins, self._entries = Plugins(), {}
@@ -211,8 +216,11 @@ class Registry:
         return cast(AttentionBackend, entry.backend)
 
     def memory_limit(self, device_id: str) -> int | None:
-        """The configured limit of a device in bytes; None for none."""
-        return self.memory_limits.get(device_id, self.memory_limits.get(""))
+        """The limit of a device in bytes, the configured one or the access policy's for the current caller; None for
+        none.
+        """
+        limits = [self.memory_limits.get(device_id, self.memory_limits.get("")), self.access.rule("memory")]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     # Sessions
 
@@ -224,7 +232,7 @@ class Registry:
             AccessDeniedError: the access policy does not allow the device.
         """
         device, entry = self.find(name)[0], self.entry(name)
-        self.access.demand("devices", device.id)
+        self.access.demand("devices", device.id, device.fidelity is not Fidelity.HARDWARE)
         with entry.lock:
             if getattr(entry.sessions.get(device.id), "closed", False):  # by its user, after the device was lost say
                 del entry.sessions[device.id]

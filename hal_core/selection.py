@@ -102,9 +102,11 @@ def plan_text(request: AttentionRequest, decision: Decision) -> str:
     capabilities = registry.backend_of(decision.chosen).capabilities(decision.winner.device)
     brought = decision.policy.tiling
     cut, tiling = cut_request(request, brought, capabilities), brought or registry.session(decision.chosen).tiling
-    if cut.block_plan is not None:
-        return "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
-    return f"{checked_plan(tiling, cut, capabilities=capabilities)} ({tiling.name})"
+    return (
+        f"{checked_plan(tiling, cut, capabilities=capabilities)} ({tiling.name})"
+        if cut.block_plan is None
+        else "blocks of {} x {}, at most {} a row, by {}".format(*cut.block_plan, tiling.name)
+    )
 
 
 def _candidate(
@@ -123,7 +125,7 @@ def _candidate(
         return unavailable(f"a backend that fails ({failure.message})", failure.fix)
     if excluded:
         return unavailable(f"a session that does not serve it ({excluded})", f"upgrade {entry.distribution or 'it'}")
-    if denied := registry.access.why_not("devices", device.id):
+    if denied := registry.access.why_not("devices", device.id, device.fidelity is not Fidelity.HARDWARE):
         return refused(Code.ACCESS, "access", device.id, denied, "ask whoever keeps the access policy")
     try:
         backend = registry.backend_of(device)
@@ -146,6 +148,10 @@ def _candidate(
         estimate, bound = backend.estimate(request, device), capabilities.numerics[request.dtype].relative
         error = estimate.error or Quantity(bound, bound, Basis.DECLARED, Provenance.ASSUMED, "declared numerics")
         seen = attrs.evolve(seen, estimate=estimate, error=error)
+        most = registry.access.rule("seconds")
+        if most is not None and estimate.time.middle > most:
+            offered = f"{most:g} s, which the access policy allows a call"
+            return refused(Code.ACCESS, "seconds", f"{estimate.time.middle:.3g} s", offered, "shorten the request")
         limit, session = registry.memory_limit(device.id) or device.memory, entry.sessions.get(device.id)
         in_use = session.memory.stats().in_use if session is not None else 0
         if limit is None or estimate.memory + in_use <= limit:
@@ -156,7 +162,7 @@ def _candidate(
             "memory",
             f"{estimate.memory:,} bytes",
             f"{max(limit - in_use, 0):,} bytes ({in_use:,} in use of a limit of {limit:,})",
-            "shorten the request, free buffers, or raise hal.configure(memory_limit=...)",
+            "shorten the request, free buffers, or raise hal.configure(memory_limit=...) or the access policy's limit",
         )
     except ContractError:
         raise

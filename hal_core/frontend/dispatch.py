@@ -46,10 +46,10 @@ def find(
         batch_k, heads_kv, len_k, dim_k = key.shape
         batch_v, heads_v, len_v, dim_v = value.shape
         if mask is not None:
-            m0, m1, m2, m3 = mask.shape
+            m0, m1, m2, m3 = (1, 1, 1, *mask.shape)[-4:]
             kind = (mask.dtype, mask.device, m0, m1)
             fits = fits and m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k)
-            fits = fits and (type(mask) is Tensor or is_plain(mask))
+            fits = fits and (type(mask) is Tensor or is_plain(mask)) and mask.dim() <= 4
         if query.__class__ is not Tensor or key.__class__ is not Tensor or value.__class__ is not Tensor:
             fits = fits and is_plain(query) and is_plain(key) and is_plain(value)
         if fits and batch_k == batch == batch_v and heads_v == heads_kv and len_v == len_k and dim_k == dim:

@@ -60,11 +60,11 @@ class BoundAttention:
                 "capabilities must not claim 'backward'"
             )
         self.explicit = mode == "explicit"
-        self._target = device.reads[0] if winner.transfer else None
-        self._memory = winner.estimate.memory if winner.estimate is not None else 0
-        self._limit, self._observed = registry.memory_limit(device.id), registry.plugins.implementations("hal_call")
-        self._checks_all = os.environ.get("HAL_CHECK") == "1"
-        self._call = self._session_run(replace(request, lse=True) if self.explicit else request)
+        self._target, estimate = device.reads[0] if winner.transfer else None, winner.estimate
+        self._memory, self._with_lse = estimate.memory if estimate is not None else 0, replace(request, lse=True)
+        self._limit, self._checks_all = registry.memory_limit(device.id), os.environ.get("HAL_CHECK") == "1"
+        self._observed = registry.plugins.implementations("hal_call")
+        self._call = self._session_run(self._with_lse if self.explicit else request)
         self._base: Run = self._checked
         self._inner, self._timer = self._whole, getattr(self.session, "timer", None) if self._observed else None
         self.run: Run = self._reported
@@ -121,7 +121,9 @@ class BoundAttention:
 
     def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, plan: Any, tables: Any, rng: Any) -> Any:
         tensors, cut = Operands(query, key, value, mask, plan, tables).flat()
-        out, lse = ExplicitAttention.apply(*tensors, self, rng, cut)  # type: ignore[no-untyped-call]
+        out, lse = (ExplicitAttention.apply if torch._C._are_functorch_transforms_active() else _apply_eager)(
+            *tensors, self, rng, cut
+        )
         return AttentionOutput(out, lse) if self.request.lse else out
 
     def _surrounded(self, run: Run, query: Tensor, key: Tensor, *others: Any) -> Any:
@@ -182,8 +184,9 @@ class BoundAttention:
             operands, out, lse, grad_out, grad_lse = moved_to(self._target, (operands, out, lse, grad_out, grad_lse))
         query, key, value, mask, plan, tables = operands
         plan = plan if self.tiling is None else self.plan_of(query, key)
-        request = exact(replace(self.request, lse=True), query, key)
-        prepared = self.session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
+        prepared = self.session.prepare_attention(
+            query, key, value, request=exact(self._with_lse, query, key), plan=plan, tables=tables
+        )
         return self.session.compute_attention_backward(prepared, out, lse, grad_out, mask, grad_lse=grad_lse, rng=rng)
 
     def _native_backward(self, operands: Operands, grad_out: Tensor, grad_lse: Tensor | None, rng: Any) -> Grads:
@@ -308,7 +311,20 @@ def derivative(backward: Callable[..., Any], count: int) -> tuple[Callable[..., 
 class ExplicitAttention(torch.autograd.Function):
     """Forward and backward of a session, from the twelve tensors of `Operands.flat`, the bound call, rng, and `cut`."""
 
-    setup_context, backward = map(staticmethod, derivative(ExplicitBackward.apply, 12))
+    # The backward is a node only where something differentiates, maps or traces it.
+    setup_context, backward = map(
+        staticmethod,
+        derivative(
+            lambda *given: (
+                ExplicitBackward.apply(*given)  # type: ignore[no-untyped-call]
+                if torch.is_grad_enabled()
+                or torch._C._are_functorch_transforms_active()
+                or torch.compiler.is_compiling()
+                else ExplicitBackward.forward(*given)
+            ),
+            12,
+        ),
+    )
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -319,3 +335,8 @@ class ExplicitAttention(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         described = ctx.static[0].request.describe()
         raise UnsupportedError(f"forward-mode derivatives of attention were asked for ({described}): use reverse mode")
+
+
+#: `ExplicitAttention.apply` outside of torch.func's transforms: torch's own reads the forward's signature in each call,
+#: which takes longer than the rest of it.
+_apply_eager: Any = super(torch.autograd.Function, ExplicitAttention).apply

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import hal_core as hal
 from hal_core import Basis, Fidelity, HalError, MaskKind, Provenance
+from hal_core.plugin_api import registry
 
 ATTENTION_CALLS = 2  # layers of the small models
 
@@ -219,6 +220,25 @@ def test_every_noisy_row_has_equal_draws_however_fast_the_host_is(encoder, text,
         assert row(slow, name).accuracy.worst.low < row(slow, name).accuracy.worst.high
 
 
+def test_a_simulated_device_runs_each_batch_once_for_each_draw_of_noise(encoder, text, device, monkeypatch):
+    """Its time is modelled: warming up and timing it again cost minutes and tell nothing."""
+    quiet, noisy = device("quiet"), device("noisy", noise=1e-2)
+    runs = {quiet: 0, noisy: 0}
+    kind = type(registry.backend_of(hal.device(quiet)))
+    run = kind.run
+
+    def counted(self, *operands):
+        runs[f"{self.name}:0"] += 1
+        return run(self, *operands)
+
+    monkeypatch.setattr(kind, "run", counted)
+    result = comparison(encoder, text, [quiet, noisy], repeats=3)
+    assert runs[quiet] == ATTENTION_CALLS * result.batches
+    assert runs[noisy] == 3 * ATTENTION_CALLS * result.batches
+    assert row(result, quiet).repeats == 1
+    assert row(result, noisy).repeats == 3
+
+
 def test_every_refusal_is_listed_with_the_batches_it_concerns(encoder, text, device):
     bare = device("bare", masks=frozenset({MaskKind.NONE}))
     result = comparison(encoder, text, [bare, "cpu:0"], dtype="float32")
@@ -392,7 +412,7 @@ def test_results_that_are_not_finite_are_null_in_json(encoder, text, device):
 def test_progress_says_what_runs_and_never_goes_back(encoder, text, device):
     seen = []
     comparison(encoder, text, [device("fake")], progress=lambda what, share: seen.append((what, share)))
-    assert {"float64 reference", "fake:0, warming up", "fake:0", "torch sdpa"} <= {what for what, _ in seen}
+    assert {"float64 reference", "torch sdpa, warming up", "fake:0", "torch sdpa"} <= {what for what, _ in seen}
     shares = [share for _, share in seen]
     assert shares == sorted(shares)
     assert 0 <= shares[0] < shares[-1] < 1

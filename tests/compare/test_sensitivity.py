@@ -118,6 +118,48 @@ def test_a_section_that_moves_nothing_together_is_not_taken_apart(encoder, text,
     assert 0 <= shown[0] < shown[-1] < 1
 
 
+def test_figures_of_time_and_energy_alone_run_one_draw(encoder, text, profiled, monkeypatch):
+    """Their error is the nominal one, which the whole section's run has shown."""
+    drawn = []
+    error = Trial.error
+    monkeypatch.setattr(Trial, "error", lambda self, lane, draw: (drawn.append(draw), error(self, lane, draw))[1])
+    found = tornado.measure(trial_of(encoder, text, draws=3), profiled)
+    costs = [bar for bar in found.bars if bar.figure.key.startswith("cost.")]
+    assert len(costs) == 2
+    assert all(outcome.error == found.nominal.error for bar in costs for outcome in (bar.low, bar.high))
+    assert costs[0].swing("energy") == costs[1].swing("time") == 0, "a figure moves only what it is a factor of"
+    # As it is, two ends of the noise and of the idle figure, the section of costs together: three draws each.
+    assert len(drawn) == 6 * 3 + 4, "and one for each of four ends of costs"
+
+
+def test_a_measurement_that_was_stopped_goes_on_from_its_folder(encoder, text, profiled, capsys, tmp_path, monkeypatch):
+    command = [str(word) for word in ("sensitivity", encoder, "--text", text, "--device", profiled.id, "--json")]
+    kept = ["--out", str(tmp_path / "kept")]
+    assert main(command) == 0
+    whole = json.loads(capsys.readouterr().out)
+    run, left = Trial.run, [4]
+
+    def stopping(self, *given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return run(self, *given)
+
+    monkeypatch.setattr(Trial, "run", stopping)
+    assert main([*command, *kept]) == 130
+    assert f"kept in {tmp_path / 'kept'}" in capsys.readouterr().err
+    files = sorted((tmp_path / "kept").iterdir())
+    assert len(files) == 4
+    files[0].write_text(files[0].read_text()[:-20])
+    ran = []
+    monkeypatch.setattr(Trial, "run", lambda self, *given: (ran.append(given), run(self, *given))[1])
+    assert main([*command, *kept]) == 0
+    assert json.loads(capsys.readouterr().out) == whole
+    assert len(ran) == 10 - 3, "three records are whole"
+    assert main([*command, *kept, "--draws", "1"]) == 0
+    assert len(ran) == 7 + 10, "other draws are other results"
+
+
 def test_the_command_says_what_is_stated_and_what_is_assumed(encoder, text, profiled, capsys, tmp_path):
     file = tmp_path / "page.html"
     arguments = ["sensitivity", encoder, "--text", text, "--device", "profiled:0", "--attention", "--draws", 1]
@@ -172,6 +214,7 @@ def test_numbers_of_the_page_are_those_of_the_table(encoder, text, profiled):
         (["--device", "profiled:0", "--noise", "0.1"], "--noise is about the model's layers: pass --layers too"),
         (["--layers", "--device", "profiled:0", "--bits", "8"], "--bits and --device were given"),
         (["--layers", "--figures", "cost.*"], "--figures and --uncertainty are about a profile's figures"),
+        (["--layers", "--out", "kept"], "--out keeps the results of a profile's figures"),
         (["--layers", "--attention", "--device", "profiled:0"], "--attention leaves no linear layer on the device"),
     ],
 )

@@ -402,3 +402,24 @@ def test_profiles_are_rows_of_their_own_and_leave_no_device_behind(profiled, enc
     assert [device.id for device in hal.devices()] == before
     page = (tmp_path / "out" / "sweep.html").read_text()
     assert re.search(r'<text class="name"[^>]*>small-fast</text>', page), "profiles by name, families by colour"
+
+
+def test_an_option_is_given_to_the_devices_that_have_it_and_named_in_their_rows(
+    encoder, text, device, capsys, tmp_path
+):
+    """Four passes take four times as long; a row says so, and results without them are not mixed up with it."""
+    able = device("able", seconds=2e-12, joules=2e-12, most_passes=8, linear_error=1e-3)
+    bare = device("bare", seconds=2e-12, joules=2e-12)
+    words = [encoder, "--text", text, "--devices", f"{able},{bare}", "--linear", able, "--lengths", "8"]
+    words += ["--batches", 2, "--texts", 2, "--out", tmp_path / "out"]
+    once = {cell["label"]: cell for cell in data_of(capsys, *words)["cells"]}
+    four = {cell["label"]: cell for cell in data_of(capsys, *words, "--option", "passes=4")["cells"]}
+    assert set(four) == {"torch sdpa", "able:0 passes=4", "able:0 +linear passes=4", "bare:0"}
+    for label in ("able:0", "able:0 +linear"):
+        ratio = four[f"{label} passes=4"]["time"]["middle"] / once[label]["time"]["middle"]
+        assert ratio == pytest.approx(4, rel=1e-9)
+    assert four["bare:0"]["time"] == once["bare:0"]["time"]
+    assert data_of(capsys, *words)["cells"] == list(once.values()), "the records of both lie beside each other"
+    for wrong, wanted in (("pases=4", "use one of passes (able:0)"), ("passes=9", "able:0 takes passes of")):
+        assert sweep(*words, "--option", wrong) == 2
+        assert wanted in capsys.readouterr().err

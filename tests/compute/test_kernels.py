@@ -11,7 +11,16 @@ import hal_core as hal
 from hal_core.registry import registry, resolve
 from hal_core.testing import relative_error
 
-NAMES = ("vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step")
+NAMES = ("vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step", "euler_characteristic")
+
+
+@pytest.fixture(params=["cpu:0", "vulkan:0", "opencl:0"])
+def device(request: pytest.FixtureRequest) -> str:
+    try:
+        registry.find(request.param)
+    except (hal.DeviceUnavailableError, hal.UnknownBackendError) as absent:
+        pytest.skip(str(absent))
+    return str(request.param)
 
 
 def doubled(values: Any) -> Any:
@@ -119,6 +128,8 @@ def test_every_field_of_a_batch_steps_by_itself(device: str, seed: int) -> None:
         ("vector_add", (torch.zeros(4), torch.zeros(5)), "make the shapes equal"),
         ("matmul", (torch.zeros(4, 3), torch.zeros(4, 3)), "[.., K, N]"),
         ("reduce_sum", (torch.zeros(4, dtype=torch.float64),), "pass float32"),
+        ("ricci_flow_step", (torch.zeros(4, 4), 0.1, 0), "steps 0 was given"),
+        ("euler_characteristic", (torch.zeros(4, 4), torch.zeros(2, 2)), "and [T]"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_fix(device: str, name: str, arguments: Any, words: str) -> None:
@@ -144,5 +155,41 @@ def test_matmul_of_ragged_shapes(device: str, shape: tuple[int, int, int], seed:
 
 
 def test_a_kernel_that_is_not_there_is_refused_with_those_that_are(device: str) -> None:
-    with hal.session(device) as session, pytest.raises(hal.UnsupportedError, match="no kernel 'sort': it has matmul"):
+    with hal.session(device) as session, pytest.raises(hal.UnsupportedError, match="no kernel 'sort': it has euler"):
         session.kernel("sort")
+
+
+@pytest.mark.parametrize("steps", [2, 3, 100, 257])
+def test_many_steps_in_one_call_are_the_steps_one_by_one(device: str, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (0.3 * torch.randn(2, 9, 13, generator=generator) for _ in range(2))
+    step, flow = hal.kernel("reaction_diffusion_step", device), hal.kernel("ricci_flow_step", device)
+    given, dt = (u.clone(), v.clone()), 0.2 * float(torch.exp(2 * u.min()))
+    together, flowed = step(u, v, dt=0.5, epsilon=0.7, offset=0.1, steps=steps), flow(u, dt, steps=steps)
+    assert torch.equal(u, given[0])
+    assert torch.equal(v, given[1])
+    one, phi = (u, v), u
+    for _ in range(steps):
+        one, phi = step(*one, dt=0.5, epsilon=0.7, offset=0.1), flow(phi, dt)
+    assert all(torch.equal(x, y) for x, y in zip((*together, flowed), (*one, phi), strict=True))
+
+
+def test_fields_larger_than_a_band_step_as_the_reference_does(device: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.randn(2, 150, 700, generator=generator) for _ in range(2))
+    want = resolve("hal_compute.references:reaction_diffusion_step")(u.double(), v.double(), steps=3)
+    got = hal.kernel("reaction_diffusion_step", device)(u, v, steps=3)
+    assert all(relative_error(x, y) <= 2e-6 for x, y in zip(got, want, strict=True))
+
+
+def test_the_euler_characteristic_counts_components_minus_holes(device: str) -> None:
+    ring = torch.zeros(6, 7)
+    ring[1:5, 1:6] = 1.0
+    ring[2, 2] = ring[3, 4] = 0.5
+    corner = torch.zeros(6, 7)
+    corner[0, 0] = corner[1, 1] = corner[5, 6] = 1.0  # the first two touch at a corner
+    corner[3, 3] = torch.nan
+    count = hal.kernel("euler_characteristic", device)
+    got = count(torch.stack([ring, corner]), torch.tensor([1.0, 0.5, 0.0, 2.0]))
+    assert got.dtype == torch.int64
+    assert got.tolist() == [[-1, 1, 1, 0], [2, 2, 0, 0]]

@@ -114,6 +114,39 @@ def hopper_variants() -> dict[str, Callable[[], Any]]:
     return found
 
 
+def masked_variants() -> dict[str, Callable[[], Any]]:
+    """The masked Gluon forward: its head sizes times what hides keys."""
+    from hal_cuda.kernels.hopper_masked import launch as masked
+    from hal_cuda.tiling import masked_tiles
+
+    forms: dict[str, dict[str, Any]] = {
+        "plan": {"per_block": 1, "ragged": True},
+        "plan causal": {"per_block": 1, "ragged": True, "right": True},
+        "plan of 64": {"per_block": 1, "ragged": True},
+        "boolean mask": {"mask": 1},
+        "boolean mask causal": {"mask": 1, "right": True},
+        "additive mask": {"mask": 2},
+        "additive mask causal": {"mask": 2, "right": True, "ragged": True},
+        "mask of keys": {"mask": 1, "of_keys": True},
+        "bias of keys": {"mask": 2, "of_keys": True, "ragged": True},
+    }
+    nothing: dict[str, Any] = dict.fromkeys(("left", "right", "ragged", "softcap", "of_keys"), False)
+    found: dict[str, Callable[[], Any]] = {}
+    for dim in (64, 128, 256):
+        for form, flags in forms.items():
+            settings = nothing | {"mask": 0, "per_block": 0, "lse": True} | flags
+            kind = ("u8", "u8", "bf16")[settings["mask"]]
+            size = 0 if settings["of_keys"] else settings["mask"]
+            block = 64 if form.endswith("of 64") else 128
+            tiles = masked_tiles(dim, dim, size, (block, block) if settings["per_block"] else None)
+            if tiles is None:
+                continue
+            settings["per_block"] *= block // tiles.keys
+            config = masked.config_of(tiles, group=1, **settings)
+            found[f"sm_90 hopper masked {dim}/{dim} {form}"] = partial(masked.compile_masked, "bf16", kind, config)
+    return found
+
+
 def fp8_variants() -> dict[str, Callable[[], Any]]:
     """The FP8 forward with the edges it may meet, and the kernels that quantise for it."""
     from hal_cuda.kernels.fp8 import launch as fp8, operands
@@ -200,7 +233,7 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
             found[name] = partial(backward.compile_backward, "bf16", config)
             if max(dims) <= 128 and edge in ("full", "causal"):
-                ordered = config._replace(ordered=True, engine=True)
+                ordered = config._replace(ordered=True, engine=True, staging=2 if max(dims) <= 64 else 1)
                 if edge == "full":
                     found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
                     dropped = config._replace(dropout=True)
@@ -427,7 +460,7 @@ def _tensors(request: AttentionRequest) -> tuple[Any, ...]:
 
 def variants() -> dict[str, Callable[[], Any]]:
     """Every variant by name."""
-    found = hopper_variants() | hopper_backward_variants() | fp8_variants()
+    found = hopper_variants() | masked_variants() | hopper_backward_variants() | fp8_variants()
     found |= skipping_variants((9, 0)) | skipping_variants((8, 0))
     for capability in ((9, 0), (8, 0), (10, 0)):
         found |= portable_variants(capability)

@@ -43,6 +43,9 @@ def main() -> None:
     query, key, value = draw(heads, 2048), draw(heads_kv, 2048), draw(heads_kv, 2048)
     grad = draw(heads, 2048)
     cache_k, cache_v, token = draw(heads_kv, 4096), draw(heads_kv, 4096), draw(heads, 1)
+    leaf = torch.zeros(1, device="cuda", requires_grad=True)
+    # PyTorch imports what its first gradient needs, sympy among it.
+    timed("torch's first gradient", lambda: torch.autograd.grad(leaf * 2, leaf, torch.ones_like(leaf)))
     hal = timed("device", opened)
     options = {"enable_gqa": True, "backend": "cuda"}
     timed("prompt", lambda: hal.attention(query, key, value, is_causal=True, **options))

@@ -40,6 +40,7 @@ FEATURES = (
     replace(PLAIN, mask=MaskKind.ADDITIVE, grads=GRADS | {"mask"}),
     replace(PLAIN, mask=MaskKind.BOOLEAN, window=(100, 0), softcap=20.0),
     replace(PLAIN, packed=True, causal=Causal.BOTTOM_RIGHT, grads=GRADS),
+    replace(PLAIN, dropout=0.1, grads=GRADS),
     replace(PLAIN, len_q=1, heads_kv=1, len_k=8192),
     replace(PLAIN, len_q=1, heads_kv=2, page_size=16),
 )
@@ -69,6 +70,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def _no_compiler(*given: Any, **options: Any) -> Any:
     raise AssertionError("a kernel that was kept was compiled again")
+
+
+def test_the_launchers_of_kernels_are_built_ahead(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton runs a C compiler for each, which links them to the driver's library: without that they are left out."""
+    from triton.backends.nvidia import driver
+
+    built: list[str] = []
+
+    def build(source: Any, metadata: Any) -> None:
+        built.append(source.fn.__name__)
+
+    monkeypatch.setattr(driver, "library_dirs", lambda: [])
+    monkeypatch.setattr(driver, "CudaUtils", lambda: built.append("utils"))
+    monkeypatch.setattr(driver, "CudaLauncher", build)
+    assert compile_all((PLAIN,), (8, 0)) == 1
+    assert built == ["utils", "attend"]
+    built.clear()
+    monkeypatch.setattr(driver, "library_dirs", _no_library)
+    assert compile_all((PLAIN,), (8, 0)) == 1
+    assert not built
+
+
+def _no_library() -> Any:
+    raise AssertionError("libcuda.so cannot found!")
 
 
 def test_a_kernel_that_was_compiled_is_found_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

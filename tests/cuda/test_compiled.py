@@ -68,11 +68,11 @@ def test_the_loop_of_a_tuned_backward_touches_no_local_memory() -> None:
 
 @pytest.mark.slow
 def test_no_loop_of_a_backward_touches_local_memory() -> None:
-    """But at head size 64 with more than a diagonal, and where blocks add in order."""
+    """But at head size 64 with a window, a softcap or a last block cut short in full rows."""
     sys.path.insert(0, str(Path(__file__).parent))
     from compile_table import hopper_backward_variants
 
-    every = tuple(name for name in hopper_backward_variants() if "ordered" not in name)
+    every = tuple(hopper_backward_variants())
     _loops_held(
         tuple(name for name in every if "64/64" not in name or name.endswith((" full", "causal", "causal ragged")))
     )
@@ -100,12 +100,13 @@ def test_tuned_hopper_forwards_do_not_spill() -> None:
 
     path = Path(__file__).resolve().parents[2] / "plugins" / "cuda" / "compiled.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["variants"]
-    assert len(rows) <= 300
+    assert len(rows) <= 320
     tuned = {
         name: row
         for name, row in rows.items()
         if "hopper" in name
         and "packed" not in name
+        and "masked" not in name
         and "backward" not in name
         and any(dims in name for dims in TUNED)
         and name.endswith((" full", " causal"))

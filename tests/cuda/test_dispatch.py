@@ -145,6 +145,73 @@ def test_an_untested_triton_leaves_the_gluon_kernel_out(monkeypatch: pytest.Monk
     assert "hopper" not in paths()
 
 
+@pytest.mark.parametrize(
+    ("changes", "takes"),
+    [
+        ({"mask": MaskKind.BOOLEAN}, True),
+        ({"mask": MaskKind.ADDITIVE, "dim_qk": 256, "dim_v": 256}, True),
+        ({"block_plan": (128, 64, 4)}, True),
+        ({"block_plan": (64, 64, 4)}, True),
+        ({"block_plan": (64, 64, 4), "dim_qk": 256}, False),
+        ({"block_plan": (96, 128, 4)}, False),
+        ({"mask": MaskKind.BOOLEAN, "dropout": 0.1}, False),
+        ({"mask": MaskKind.BOOLEAN, "dtype": "float32"}, False),
+        ({"mask": MaskKind.BOOLEAN, "len_q": 64}, False),
+        ({"mask": MaskKind.BOOLEAN, "tiling": ("theirs", 64, 64)}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_masks_and_block_plans_have_a_hopper_kernel(changes: dict[str, Any], takes: bool) -> None:
+    assert ("masked" in paths(**changes)) is takes
+    assert "masked" not in paths(AMPERE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        ({"mask": MaskKind.BOOLEAN}, "mask"),
+        ({"mask": MaskKind.ADDITIVE}, "bias"),
+        ({"block_plan": (128, 128, 4)}, "block plan"),
+        ({"block_plan": (64, 64, 4)}, "small block plan"),
+    ],
+)
+def test_the_masked_kernel_is_chosen_where_it_was_measured_alone(changes: dict[str, Any], form: str) -> None:
+    request, found = replace(PLAIN, **changes), rates()
+    others = tuple(row for row in found.grid if row.get("grads") or not row.get("form"))
+    rows = tuple(
+        {"path": path, "dim": 128, "length": 8192, "causal": False, "rate": rate, "form": form}
+        for path, rate in (("masked", 6e14), ("portable", 4e14))
+    )
+    assert choose(request, HOPPER, attrs.evolve(found, grid=others)).path == "portable"
+    assert choose(request, HOPPER, attrs.evolve(found, grid=others + rows)).path == "masked"
+    slower = tuple(dict(row, rate=row["rate"] / 2) if row["path"] == "masked" else row for row in rows)
+    assert choose(request, HOPPER, attrs.evolve(found, grid=others + slower)).path == "portable"
+    short = replace(request, len_q=2048, len_k=2048)
+    assert choose(short, HOPPER, attrs.evolve(found, grid=others + rows)).path == "portable"
+
+
+def test_the_shipped_table_sends_masks_and_plans_to_the_hopper_kernel() -> None:
+    for changes in ({"mask": MaskKind.BOOLEAN}, {"mask": MaskKind.ADDITIVE}, {"block_plan": (128, 128, 32)}):
+        for dim in (64, 128, 256):
+            request = replace(PLAIN, dim_qk=dim, dim_v=dim, **changes)  # type: ignore[arg-type]
+            assert choose(request, HOPPER, rates()).path == "masked"
+
+
+def test_the_forward_of_masked_calls_with_gradients_is_the_hopper_kernels_too() -> None:
+    from hal_cuda.kernels.hopper_masked.launch import HopperMaskedPath
+    from hal_cuda.kernels.portable.launch import PortablePath
+    from hal_cuda.session import CudaSession
+
+    from hal_core import Device, Fidelity, PooledMemory
+
+    device = Device(id="cuda:9", family="cuda", vendor="", model="", fidelity=Fidelity.HARDWARE, reads=("cpu",))
+    request = replace(PLAIN, mask=MaskKind.BOOLEAN, grads=frozenset("qkv"), lse=True)
+    for chip, kind in ((HOPPER, HopperMaskedPath), (AMPERE, PortablePath)):
+        with CudaSession(device, chip, rates, memory=PooledMemory("cpu")) as session:
+            assert type(session._made(request)) is kind
+
+
 def test_the_measured_table_decides() -> None:
     long = choose(PLAIN, HOPPER, rates())
     assert long.path == "hopper"

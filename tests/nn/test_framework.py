@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any
 
+import hal_nn
 import pytest
 import torch
 from hal_nn import (
@@ -146,6 +149,25 @@ def test_the_ring_runs_or_names_its_package() -> None:
             assert torch.allclose(ring(x), same(x), atol=1e-6)
         with pytest.raises(hal.HalError, match="rotary was given with the pattern 'ring'"):
             create_attention(replace(config, rotary=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ContextParallelAttention",
+        "RingAttentionLayer",
+        "create_context_parallel_attention",
+        "create_ring_attention",
+    ],
+)
+def test_names_of_hal_parallel_are_reached_or_name_their_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("hal_parallel") is not None:
+        assert getattr(hal_nn, name) is getattr(importlib.import_module("hal_parallel"), name)
+    monkeypatch.setitem(sys.modules, "hal_parallel", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=f"hal_nn.{name} is hal-parallel's, .* pip install hal-parallel"):
+        getattr(hal_nn, name)
+    with pytest.raises(ImportError, match="pip install hal-parallel"):
+        exec(f"from hal_nn import {name}")
 
 
 def test_a_registered_pattern_is_built_by_its_factory() -> None:

@@ -247,6 +247,23 @@ def test_an_encoder_layer_runs_it(training: bool, padded: bool) -> None:
     assert all(one.self_attn.last_device_used == "cpu:0" for one in ours.layers)
 
 
+@pytest.mark.parametrize("options", [{}, {"average_attn_weights": False}, {"need_weights": False}])
+def test_nested_tensors_give_what_torch_s_fast_path_gives(options: dict[str, bool]) -> None:
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    mine = PhotonicMultiHeadAttention(8, 2, batch_first=True).eval()
+    mine.load_state_dict(theirs.state_dict())
+    x = torch.nested.nested_tensor([torch.randn(4, 8), torch.randn(2, 8)])
+    with torch.no_grad():
+        wanted, found = theirs(x, x, x, **options), mine(x, x, x, **options)
+    assert (wanted[1] is None) == (found[1] is None)
+    for one, other in zip(wanted, found, strict=True):
+        if one is not None:
+            one, other = (t.to_padded_tensor(0.0) if t.is_nested else t for t in (one, other))
+            torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
+    with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
+        mine(x, x, x, attn_mask=torch.zeros(4, 4))
+
+
 def test_an_encoder_built_before_it_was_put_in_runs_it_on_nested_tensors() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(EMBED, HEADS, 32, 0.0, batch_first=True), 2).eval()
     x, hidden = torch.randn(2, LEN_Q, EMBED), torch.zeros(2, LEN_Q, dtype=torch.bool)

@@ -14,6 +14,7 @@ from hal_nn.sparse import (
     SparsePattern,
     StaticTiling,
     plan_density,
+    scores,
     sparse_attention,
     tiling_of,
     train_gate,
@@ -217,3 +218,19 @@ def test_bad_arguments_are_refused_with_what_to_do(call: Any, said: str) -> None
     with pytest.raises(ContractError) as caught:
         call()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["mean", "antidiagonal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", ["none", "bottom_right"])
+def test_shares_in_half_precision_are_those_in_float32(monkeypatch, kind, dtype, causal):
+    """As accelerators score them; every row of what is visible sums to 1."""
+    query, key = torch.randn(2, 4, 200, 32).to(dtype), torch.randn(2, 2, 260, 32).to(dtype)
+    given = request_of(query, key, key, causal, 0.5), 32, 64, kind, 8
+    monkeypatch.setattr(scores, "_in_half", lambda tensor: True)
+    found = scores.estimated_share(query, key, *given)
+    monkeypatch.setattr(scores, "_in_half", lambda tensor: False)
+    wanted = scores.estimated_share(query.float(), key.float(), *given)
+    assert found.dtype == torch.float32
+    assert relative_error(found, wanted) <= 2e-2
+    assert torch.allclose(found.sum(-1), torch.ones(()), atol=2e-2)

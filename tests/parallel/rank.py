@@ -10,11 +10,12 @@ import pickle
 import sys
 import traceback
 from typing import Any
+from unittest import mock
 
 import hal_parallel
 import torch
 import torch.distributed as dist
-from hal_parallel import unshard
+from hal_parallel import strategies, unshard
 from hal_parallel.dropout import Dropout
 from hal_parallel.layout import TokenLayout, make_layout, shard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -183,6 +184,17 @@ def compare(case: dict[str, Any], mesh: Any, rank: int, world: int) -> dict[str,
 
 def compare_all(mesh: Any, rank: int, world: int, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [compare(case, mesh, rank, world) for case in cases]
+
+
+def compare_by_heads(mesh: Any, rank: int, world: int, cases: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The same where every head travels for itself, as heads of long sequences do."""
+    parts, before = [], strategies.cut
+    with mock.patch.multiple(
+        strategies, _TOGETHER=1, cut=lambda *given: parts.append(len(found := before(*given))) or found
+    ):
+        errors = compare_all(mesh, rank, world, cases)
+    assert max(parts) > 1
+    return errors
 
 
 def results(mesh: Any, rank: int, world: int, cases: list[dict[str, Any]]) -> list[dict[str, torch.Tensor]]:

@@ -85,6 +85,17 @@ DROPPED = (
 )
 
 
+@pytest.mark.parametrize("place", [2, 4, "2x2"])
+def test_heads_that_travel_apart_give_the_same_results(ranks, place, seed):
+    names = ("causal", "grouped heads", "boolean mask of heads", "additive mask", "mask of keys and heads", "packed")
+    strategy = "ring_ulysses" if place == "2x2" else "ring"
+    cases = [
+        {**feature, "strategy": strategy, "layout": "zigzag", "seed": seed}
+        for feature in (*(FEATURES[name] for name in names), *DROPPED)
+    ]
+    within(ranks.run("compare_by_heads", place, cases=cases), cases)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_dropout_follows_the_positions_in_the_sequence(ranks, world, seed):
     """The pattern is that of the whole sequence for any number of ranks, layout and strategy, in both passes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,26 @@ def test_a_measured_link_is_stored_and_used(ranks):
         assert used == rate
         assert 1e5 < rate.bandwidth < 1e12
         assert rate.latency < 1
+
+
+def calibrated(mesh: Any, rank: int, world: int) -> Any:
+    """What `hal calibrate cpu` does on each rank, without the device's own measurements."""
+    from hal_cli.command_line import make_parser
+    from hal_parallel import command
+
+    run = make_parser().parse_args(["calibrate", "cpu"]).run
+    assert run.func is command.with_links, "hal calibrate measures links"
+    found = command.with_links(lambda _: command.CommandResult({"device": "cpu:0"}), argparse.Namespace(device="cpu"))
+    used = hal_parallel.explain(*[torch.empty(1, 4, 64, 16)] * 3, mesh, backend="cpu").link
+    return found and [found.data, found.tables[0].title], used
+
+
+def test_calibrate_measures_links_where_there_are_ranks(ranks):
+    (found, used), *others = ranks.run("called", 4, code=f"{HERE}:calibrated")
+    assert found[0]["device"] == "cpu:0"
+    assert found[0]["link"] == {**used._asdict(), "basis": "measured", "ranks": 4}
+    assert found[1] == "Links between 4 ranks of cpu"
+    assert others == [(None, used)] * 3
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [

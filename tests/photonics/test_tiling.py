@@ -84,7 +84,7 @@ def test_the_optics_load_the_tiles_of_the_plan(
     hal.attention(q, k, v, backend="photonic:0", tiling=tiling)  # opens and calibrates
     monkeypatch.setattr(PhotonicCore, "load", lambda self, w, place: (loaded.append(place), load(self, w, place))[1])
     out = hal.attention(q, k, v, backend="photonic:0", tiling=tiling, rng=(1, 2))
-    tiles = [place.stop - place.start for place in loaded[1:]]  # the first one programs the keys
+    tiles = [place.stop - place.start for place in loaded]
     if widths is None:
         spans = [(11, 5)[i % 2] for i in range(16)] + [2]
         widths = spans

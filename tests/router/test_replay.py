@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import router_replay  # noqa: E402
+import router_replay
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,3 @@ def test_while_one_device_is_loaded_every_fixed_rule_is_beaten(devices: router_r
 @pytest.mark.parametrize("case", [{"wrong": lambda arm: 4.0 if arm == "cpu:0" else 1.0}, {"slow": 4.0}])
 def test_wrong_estimates_and_a_slow_third_cost_at_most_7_percent(devices: router_replay.Table, case: dict) -> None:
     assert router_replay.mean([router_replay.replay(devices, seed, **case) for seed in range(3)])["router"] <= 0.07
-
-
-def test_where_one_arm_is_always_best_it_is_kept_within_a_few_percent(devices: router_replay.Table) -> None:
-    slow = {"cuda:0": 30.0}
-    for _, _, times, _, _ in devices.shapes:
-        times["cuda:0"] = [seconds * slow["cuda:0"] for seconds in times["cuda:0"]]
-    found = router_replay.mean([router_replay.replay(devices, seed) for seed in range(3)])
-    assert found["best single"] < 1e-9
-    assert found["router"] - found["of it planning"] <= 0.03

@@ -12,6 +12,8 @@ from typing import Any
 from hal_core import HalError
 from hal_core.plugin_api import CommandResult
 
+from .threads import spin_briefly
+
 DESCRIPTION = """\
 Run one model on real text, once per device, and print error against float64, what the error does to the task, time
 and energy, side by side, each with its origin. The row "torch sdpa" is the same model on torch's own attention, timed
@@ -187,6 +189,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text or device that does not exist or cannot be read, or a report that cannot be written;
             all of them are looked at before anything is measured.
     """
+    spin_briefly()
     from . import (
         assumed,
         device_options,

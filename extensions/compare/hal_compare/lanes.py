@@ -17,7 +17,7 @@ from hal_nn.sensitivity import match_layers
 from torch import nn
 
 import hal_core as hal
-from hal_core import Device, DeviceUnavailableError, HalError
+from hal_core import Device, DeviceUnavailableError, Fidelity, HalError
 from hal_core.plugin_api import find_devices, registry
 
 from . import attention_clock
@@ -75,6 +75,11 @@ class Lane:
     calls: dict[int, int] = attrs.field(factory=dict)
     records: dict[int, list[Any]] = attrs.field(factory=dict)
     dtype: torch.dtype = torch.float32
+
+    @property
+    def simulated(self) -> bool:
+        """Whether its time is modelled, so that neither warming up nor timing it again tells anything."""
+        return self.device is not None and self.device.fidelity == Fidelity.SIMULATED
 
     @property
     def timed_in_metered_pass(self) -> bool:

@@ -52,8 +52,8 @@ def compare(
     machine reach all alike. Noise is seeded by repeat and batch, equally for all devices. A lane whose repeats would
     take longer than `budget` seconds, judged by its first warm-up, is timed in the metered pass of the other batches
     (but for a compiled model, which compiles and plans for new lengths there), and once alone unless its device is
-    noisy: every noisy device has `repeats` draws, however fast the host is. A lane that is `slow` from the start has no
-    warm-up: its metered pass is the first draw of every batch.
+    noisy: every noisy device has `repeats` draws, however fast the host is. A simulated device has no warm-up: its time
+    is modelled, so its metered pass is the first draw of every batch, and the only pass of one without noise.
 
     Args:
         repeats: timed passes, and draws of noise. batch_size: texts in a batch. max_length: tokens of a text; None for
@@ -73,21 +73,18 @@ def compare(
     macs: dict[int, int] = {}
     for lane in lanes:
         lane.noisy = lane.device is not None and is_noisy(lane.device, model.dtype)
+        lane.slow = lane.slow or lane.simulated
         lane.tallies = [Tally(texts) for _ in range(repeats if lane.noisy or not lane.slow else 1)]
     without_warm_up = [lane.slow for lane in lanes]
-    steps = len(tokens.batches) * (1 + len(lanes) * (1 + repeats))
-    done = iter(range(steps))
-
-    def step(what: str) -> None:
-        progress(what, next(done) / steps)
-
+    step = _Progress(tokens, lanes, progress)
     for number, batch in enumerate(tokens.batches):
+        step.begin(number)
         step("float64 reference")
         truth, work = truths.run(number)
         macs[batch.group] = macs.get(batch.group, 0) + work
         reference.add(batch, truth, truth)
         for lane in lanes:
-            step(f"{lane.name}, warming up")
+            step(lane.name if lane.simulated else f"{lane.name}, warming up")
             start = perf_counter()
             torch.manual_seed(number)
             outputs = _metered(model, lane, batch)
@@ -102,12 +99,32 @@ def compare(
             turn = (repeat + number) % len(lanes)
             order = list(zip(lanes, without_warm_up, strict=True))
             for lane, cold in order[turn:] + order[:turn]:
-                step(lane.name)
                 timed_before = (number > 0 or cold) and repeat == 0 and lane.timed_in_metered_pass
                 if not lane.refusals and not timed_before and repeat < len(lane.tallies):
+                    step(lane.name)
                     torch.manual_seed(repeat * len(tokens.batches) + number)
                     lane.tallies[repeat].add(batch, _timed(model, lane, batch, repeat), truth)
     return _gathered(model, files, tokens, lanes, reference, macs, repeats, batch_size, command)
+
+
+class _Progress:
+    """Tells a caller what runs, with the share that is done: passes in proportion to the tokens of their batch."""
+
+    def __init__(self, tokens: Tokens, lanes: Sequence[Lane], tell: Callable[[str, float], None]) -> None:
+        self._cells = [batch.mask.numel() for batch in tokens.batches]
+        self._lanes, self._tell = lanes, tell
+        self._number = self._done = 0
+
+    def begin(self, number: int) -> None:
+        """The next batch."""
+        self._number, self._done = number, 0
+
+    def __call__(self, what: str) -> None:
+        passes = 1 + sum(len(lane.tallies) + (not lane.timed_in_metered_pass) for lane in self._lanes)
+        cells, part = self._cells, min(self._done / passes, 1.0)
+        self._done += 1
+        share = (sum(cells[: self._number]) + part * cells[self._number]) / max(sum(cells), 1)
+        self._tell(what, share)
 
 
 def batches_of(model: Model, files: Sequence[TextFile], batch_size: int, max_length: int | None) -> Tokens:

@@ -41,13 +41,29 @@ _NAMES = {
     "validation": "ComponentValidator",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+#: Public names of other packages that are reached from here too, by the package that has them.
+_OTHER_PACKAGES = {
+    "hal_parallel": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention "
+    "create_ring_attention",
+}
+_PACKAGES = {name: package for package, names in _OTHER_PACKAGES.items() for name in names.split()}
 __all__ = sorted([*_WHERE, "register_huggingface", "set_device", "unregister_huggingface"])
 
 
 def __getattr__(name: str) -> Any:
-    """Public names, imported when they are used."""
+    """Public names, imported when they are used; ImportError for one whose package is not installed."""
     import importlib
 
+    if package := _PACKAGES.get(name):
+        try:
+            return getattr(importlib.import_module(package), name)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+            distribution = package.replace("_", "-")
+            raise ImportError(
+                f"hal_nn.{name} is {distribution}'s, which is not installed: pip install {distribution}", name=package
+            ) from None
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -132,7 +132,7 @@ def attention_forward(
         cu_seq_lens_q, cu_seq_lens_k: int32 [sequences + 1]: sequences packed along the length of a batch of 1. A mask
             that says the same, as transformers builds from position_ids, gives way to them. Without them they are taken
             from such a mask, or from position_ids that start again; a device that runs no packed sequences gets the
-            mask.
+            mask. A mask that says causal with a window, and hides no padding, gives way to the window likewise.
 
     Returns:
         ([batch, len_q, heads, head_dim], None), contiguous.
@@ -210,8 +210,8 @@ def attention_forward(
 
 
 def _dense(mask: Tensor | None, packed: Packed) -> Tensor:
-    """The mask that says the same as packed sequences."""
-    if mask is not None and says_packed(mask):
+    """The mask that says the same as packed sequences, or as causal attention with a window."""
+    if mask is not None and (packed.cu_seqlens is None or says_packed(mask)):
         forget_packed(mask)  # the other layers need not ask the device again
         return mask
     return dense_mask(packed)

@@ -12,7 +12,6 @@ from transformers.masking_utils import (
     causal_mask_function,
     eager_mask,
     packed_sequence_mask_function,
-    remap_positions_for_packed_sequence,
     sdpa_mask,
     sliding_window_overlay,
 )
@@ -67,8 +66,9 @@ def attention_mask(**arguments: Any) -> Tensor | None:
     if kind in _never_full:
         arguments["allow_is_bidirectional_skip"] = False
     mask: Tensor | None = sdpa_mask(**arguments)
-    if mask is not None and function is not None and arguments.get("attention_mask") is None:
-        _mark(mask, function)
+    aligned = arguments.get("q_offset", 0) is arguments.get("kv_offset", 0)  # small integers; a tensor is not read
+    if mask is not None and function is not None and aligned:
+        _mark(mask, function, arguments.get("attention_mask"))
     return mask
 
 
@@ -86,16 +86,16 @@ def note_layers(model_type: str, causal: Sequence[bool | None]) -> None:
 def packed_in(mask: Tensor, positions: Tensor | None, length: int, given: bool) -> Packed | None:
     """The packed sequences of `length` together that a mask, or positions where it hides no padding, describe.
 
-    None where there are none, or where the mask says anything besides that it is causal and has a window. Where the
-    limits of sequences were `given`, a mask that has none of its own counts, with None for them.
+    None where the mask says anything besides that it is causal and has a window. A mask of one sequence a batch entry,
+    and one of a model whose limits of sequences were `given`, has None for the limits.
     """
     if torch.compiler.is_compiling() or mask.shape[2:] != (length, length):
         return None
-    said: Packed | None = getattr(mask, _PACKED, None)
+    said = _said(mask)
     if said is None or given or said.cu_seqlens is not None:
         return said
-    found = packed_at(positions, length)
-    return None if found is None else found._replace(window=said.window)
+    found = packed_at(positions, length) if mask.shape[0] == 1 else None
+    return said if found is None else found._replace(window=said.window)
 
 
 def packed_at(positions: Tensor | None, length: int) -> Packed | None:
@@ -138,7 +138,7 @@ def dense_mask(packed: Packed) -> Tensor:
 
 def says_packed(mask: Tensor) -> bool:
     """Whether a mask itself hides the keys of other packed sequences."""
-    said: Packed | None = getattr(mask, _PACKED, None)
+    said = _said(mask)
     return said is not None and said.cu_seqlens is not None
 
 
@@ -147,9 +147,19 @@ def forget_packed(mask: Tensor) -> None:
     setattr(mask, _PACKED, None)
 
 
-def _mark(mask: Tensor, function: Callable[..., Any]) -> None:
-    """Mark a mask whose function says nothing but packed sequences, or one, causal or not, and a sliding window."""
-    if not _is_readable(mask) or mask.shape[0] != 1 or mask.shape[2] != mask.shape[3]:
+def _said(mask: Tensor) -> Packed | None:
+    """What a mask is marked with, if it was not written to since."""
+    version, said = getattr(mask, _PACKED, None) or (0, None)
+    return said if mask.is_inference() or version == mask._version else None
+
+
+def _mark(mask: Tensor, function: Callable[..., Any], padding: Tensor | None) -> None:
+    """Mark a mask whose function says nothing but packed sequences, or one, causal or not, and a sliding window.
+
+    padding: boolean [batch, len_k], or None. One that hides a key is not among what a mark can say; reading it waits
+    for an accelerator once a mask, as transformers does for masks without a window.
+    """
+    if not _is_readable(mask) or mask.shape[2] != mask.shape[3]:
         return
     parts = [(_owner(part), part) for part in _parts(function)]
     owners = [owner for owner, _ in parts]
@@ -160,17 +170,22 @@ def _mark(mask: Tensor, function: Callable[..., Any]) -> None:
     if windows and not causal:
         return
     window = min(windows, default=None)
-    if owners.count(_SEQUENCES) == 1:
+    if padding is not None and not (_is_readable(padding) and padding.ndim == 2 and bool(padding.all())):
+        return
+    said = None
+    if owners.count(_SEQUENCES) == 1 and mask.shape[0] == 1:
         index = _freed(parts[owners.index(_SEQUENCES)][1])["packed_sequence_mask"]
         lengths = torch.bincount(index[0])
         edges = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        setattr(mask, _PACKED, Packed(edges, int(lengths.max()), causal, window))
-    elif causal:
-        setattr(mask, _PACKED, Packed(None, mask.shape[3], causal, window))
+        said = Packed(edges, int(lengths.max()), causal, window)
+    elif causal and not {_SEQUENCES, _REMAPPED}.intersection(owners):
+        said = Packed(None, mask.shape[3], causal, window)
+    if said is not None:
+        setattr(mask, _PACKED, (0 if mask.is_inference() else mask._version, said))
 
 
 _SEQUENCES = packed_sequence_mask_function.__name__
-_REMAPPED = remap_positions_for_packed_sequence.__name__
+_REMAPPED = "remap_positions_for_packed_sequence"  # not in every transformers 5
 _WINDOW = sliding_window_overlay.__name__
 _JOINED, _CAUSAL, _FULL = "and_masks", causal_mask_function.__name__, bidirectional_mask_function.__name__
 

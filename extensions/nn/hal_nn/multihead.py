@@ -90,7 +90,8 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
             AssertionError, RuntimeError: malformed input, as nn.MultiheadAttention says it. HalError: no device can.
         """
         if query.is_nested:
-            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
+            average = average_attn_weights
+            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask, average)
         mask, causal, batched = None, False, True
         # Python that runs between torch's operators finds cold caches: the usual call takes the shortest way.
         if attn_mask is not None or key_padding_mask is not None or is_causal or not query.dim() == 3 == key.dim():
@@ -238,12 +239,18 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         out = self.attend(query, key, value, mask, **options)
         return out, _weights(query, key, mask) if need_weights else None
 
-    def _nested(self, query: Any, key: Any, value: Any, padding: Any, need_weights: bool, mask: Any) -> Tensor:
-        """Self-attention of nn.TransformerEncoder's nested tensor [batch, ragged length, embed_dim]."""
-        if query is not key or key is not value or padding is not None or mask is not None or need_weights:
+    def _nested(
+        self, query: Any, key: Any, value: Any, padding: Any, need_weights: bool, mask: Any, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of a nested tensor [batch, ragged length, embed_dim], as nn.TransformerEncoder passes it.
+
+        Weights are padded to the longest length, 0 in its rows and columns past an entry's own, as torch's fast path
+        gives them.
+        """
+        if query is not key or key is not value or padding is not None or mask is not None:
             raise AssertionError(
                 "MultiheadAttention does not support NestedTensor outside of its fast path: nested query, key and "
-                "value must be one tensor, without masks and weights"
+                "value must be one tensor, without masks"
             )
         if query.layout is torch.jagged:
             rows = torch.nested.to_padded_tensor(query, 0.0)
@@ -252,11 +259,13 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
             rows, lengths = query.to_padded_tensor(0.0), query._nested_tensor_size()[:, 0].to(query.device)
         kept = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
         x = rows if self.batch_first else rows.transpose(0, 1)
-        out, _ = self(x, x, x, key_padding_mask=~kept, need_weights=False)
+        out, weights = self(x, x, x, key_padding_mask=~kept, need_weights=need_weights, average_attn_weights=average)
+        if weights is not None:
+            weights = weights * (kept[:, :, None] if average else kept[:, None, :, None])
         out = out if self.batch_first else out.transpose(0, 1)
         if query.layout is torch.jagged:
-            return torch.nested.nested_tensor_from_jagged(out[kept], query.offsets())
-        return torch._nested_tensor_from_mask(out, kept, mask_check=False)
+            return torch.nested.nested_tensor_from_jagged(out[kept], query.offsets()), weights
+        return torch._nested_tensor_from_mask(out, kept, mask_check=False), weights
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,12 +1,15 @@
-"""`hal plan`: memory and time of a model's attention over devices, and which strategy."""
+"""`hal plan`: memory and time of a model's attention over devices, and which strategy; links in `hal calibrate`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hal_core import ContractError
-from hal_core.plugin_api import CommandResult, Table
+from hal_core.plugin_api import CommandResult, Table, find_devices
 
 _ABOUT = "plan a model's attention over several devices: memory per rank, time per step, which strategy"
 
@@ -39,16 +42,8 @@ def run(options: argparse.Namespace) -> CommandResult:
         AttentionLayers(count, k.heads, k.heads_kv, k.dim_qk, k.dim_v, k.causal, k.window, k.softcap, k.scale)
         for k, count in zip(kinds, counts, strict=True)
     ]
-    found = plan(
-        layers,
-        options.tokens,
-        options.gpus,
-        device=options.device,
-        dtype=dtype,
-        batch=options.batch,
-        layout=options.layout,
-        training=options.training,
-    )
+    given = {name: getattr(options, name) for name in ("device", "batch", "layout", "training")}
+    found = plan(layers, options.tokens, options.gpus, dtype=dtype, **given)
     step = "forward and backward" if options.training else "forward"
     tables = [
         Table(
@@ -69,11 +64,7 @@ def run(options: argparse.Namespace) -> CommandResult:
         rows = [
             [e.strategy, f"no: {e.refusal}", "", "", ""]
             if e.refusal
-            else [
-                e.strategy,
-                *map(_time, (e.total, e.compute, e.exchange)),
-                f"{e.memory / 2**20:,.1f} MiB",
-            ]
+            else [e.strategy, *map(_time, (e.total, e.compute, e.exchange)), f"{e.memory / 2**20:,.1f} MiB"]
             for e in estimates
         ]
         title = f"One of {kind.number} layers: heads {kind.heads}/{kind.heads_kv}, head_dim {kind.dim_qk}{window}"
@@ -103,3 +94,33 @@ def _counts(config: dict[str, Any], kinds: list[Any]) -> list[int]:
         f"the model's configuration has {len(kinds)} kinds of attention layers without a list of which: plan its text "
         "model's configuration alone"
     )
+
+
+def add_links(subparsers: Any) -> None:
+    """Have `hal calibrate` measure the links between ranks where torchrun started several."""
+    if (parser := subparsers.choices.get("calibrate")) is not None:
+        parser.set_defaults(run=partial(with_links, parser.get_default("run")))
+
+
+def with_links(calibrate: Callable[[Any], CommandResult], options: argparse.Namespace) -> CommandResult | None:
+    """Measure the device on the first rank while the others wait, then the links, all ranks together.
+
+    Returns:
+        What the first rank prints; None on the others.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world < 2:
+        return calibrate(options)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from .cost import measure_link
+
+    kind = find_devices(options.device)[0].reads[0].partition(":")[0]
+    mesh = init_device_mesh(kind, (world,))
+    found = calibrate(options) if rank == 0 else None
+    link = measure_link(mesh)
+    if found is None:
+        return None
+    rows = [["bandwidth, bytes/s", f"{link.bandwidth:.6g}"], ["latency, s", f"{link.latency:.6g}"]]
+    tables = [*found.tables, Table(f"Links between {world} ranks of {kind}", ["measured", "value"], rows)]
+    return found._replace(data=found.data | {"link": link._asdict() | {"ranks": world}}, tables=tables)

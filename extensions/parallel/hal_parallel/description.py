@@ -27,20 +27,8 @@ REFUSED = {
 }
 POLICY = ("backend", "objective", "allow_simulated", "transfer")
 #: Arguments of `hal.attention` that every rank's calls are given as they are.
-OPTIONS = (
-    *POLICY,
-    "is_causal",
-    "causal",
-    "diagonal",
-    "window",
-    "softcap",
-    "scale",
-    "enable_gqa",
-    "max_error",
-    "deterministic",
-    "max_seqlen_q",
-    "max_seqlen_k",
-)
+_PLACES = ("is_causal", "causal", "diagonal", "window", "max_seqlen_q", "max_seqlen_k")
+OPTIONS = (*POLICY, *_PLACES, "softcap", "scale", "enable_gqa", "max_error", "deterministic")
 
 
 class Given(NamedTuple):

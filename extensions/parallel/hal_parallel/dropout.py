@@ -18,18 +18,18 @@ class Dropout:
 
     Args:
         probability: of dropping a pair, 0 <= probability < 1. rng: (seed, offset).
-        first_head: global number of the first query head that this rank computes.
+        first_head, first_entry: global numbers of the first query head and of the first batch entry that are computed.
     """
 
-    def __init__(self, probability: float, rng: tuple[int, int], first_head: int = 0) -> None:
-        self.probability, self.rng, self.first_head = probability, rng, first_head
+    def __init__(self, probability: float, rng: tuple[int, int], first_head: int = 0, first_entry: int = 0) -> None:
+        self.probability, self.rng, self.first_head, self.first_entry = probability, rng, first_head, first_entry
 
     def keep(self, batch: int, heads: int, rows: Tensor, keys: Tensor) -> Tensor:
         """bool [batch, heads, rows, keys] of the tokens `rows` and `keys`, int64."""
         seed, offset = self.rng
         word = torch.full((1, 1, 1), _signed(_mix_number(seed ^ seed >> 32) ^ _mix_number(offset)), device=rows.device)
         numbers = (
-            torch.arange(batch, device=rows.device)[:, None, None],
+            torch.arange(self.first_entry, self.first_entry + batch, device=rows.device)[:, None, None],
             torch.arange(self.first_head, self.first_head + heads, device=rows.device)[:, None],
             rows,
         )

@@ -89,8 +89,7 @@ class Link:
         if self.size == 1 or not tensor.numel():
             return tensor.expand(self.size, *tensor.shape).contiguous()
         flat = _plain(tensor).flatten()
-        found = flat.new_empty(self.size * flat.numel())
-        self._run(lambda: _all_gather(found, flat, self.group, async_op=True), what)
+        found = self._run(_all_gather, flat.new_empty(self.size * flat.numel()), what, flat)
         return found.view(tensor.dtype).view(self.size, *tensor.shape)
 
     def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
@@ -98,8 +97,7 @@ class Link:
         if self.size == 1 or not tensor.numel():
             return tensor
         flat = _plain(tensor).flatten()
-        found = torch.empty_like(flat)
-        self._run(lambda: dist.all_to_all_single(found, flat, group=self.group, async_op=True), what)
+        found = self._run(dist.all_to_all_single, torch.empty_like(flat), what, flat)
         return found.view(tensor.dtype).view(tensor.shape)
 
     def reduce_scatter(self, tensor: Tensor, what: str) -> Tensor:
@@ -107,21 +105,20 @@ class Link:
         if self.size == 1 or not tensor.numel():
             return tensor[0]
         flat = tensor.contiguous().flatten()
-        found = flat.new_empty(flat.numel() // self.size)
-        self._run(lambda: _reduce_scatter(found, flat, group=self.group, async_op=True), what)
+        found = self._run(_reduce_scatter, flat.new_empty(flat.numel() // self.size), what, flat)
         return found.view(tensor.shape[1:])
 
     def all_reduce(self, tensor: Tensor, what: str) -> Tensor:
         """The sum over the ranks, in a new tensor."""
-        found = tensor.clone()
-        self._run(lambda: dist.all_reduce(found, group=self.group, async_op=True), what)
-        return found
+        return self._run(dist.all_reduce, tensor.clone(), what)
 
-    def _run(self, begin: Any, what: str) -> None:
+    def _run(self, collective: Any, found: Tensor, what: str, *given: Tensor) -> Tensor:
+        """`found`, which a collective operation fills from what is given."""
         what = f"{self.others} ({what})"
-        work = self._start(begin, what)
+        work = self._start(lambda: collective(found, *given, group=self.group, async_op=True), what)
         if work is not None:
             Pending(self, [work], what).wait()
+        return found
 
     @property
     def others(self) -> str:

@@ -33,20 +33,9 @@ class Inner(NamedTuple):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> tuple[Any, Any]:
         """(out, log-sum-exp) of the rows over the keys of one call."""
         r = self.request
-        found = hal.attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=r.scale,
-            enable_gqa=r.heads_q != r.heads_kv,
-            softcap=r.softcap,
-            return_lse=True,
-            backend=self.device,
-            max_error=r.max_error,
-            deterministic=r.deterministic,
-            **band_options(call.low, call.high),
-        )
+        options: dict[str, Any] = {"scale": r.scale, "softcap": r.softcap, "enable_gqa": r.heads_q != r.heads_kv}
+        options |= {"max_error": r.max_error, "deterministic": r.deterministic, **band_options(call.low, call.high)}
+        found = hal.attention(query, key, value, mask, return_lse=True, backend=self.device, **options)
         return found.out, found.lse
 
     def backward(
@@ -61,13 +50,22 @@ class Inner(NamedTuple):
         grads: frozenset[str],
     ) -> Grads:
         """Gradients of one call from the whole rows' (out, log-sum-exp, gradient of out)."""
+        (batch, heads_q, len_q, _), (_, heads_kv, len_k, _) = query.shape, key.shape
         sizes: dict[str, Any] = {
-            "len_q": query.shape[2],
-            "len_k": key.shape[2],
+            "batch": batch,
+            "heads_q": heads_q,
+            "heads_kv": heads_kv,
+            "len_q": len_q,
+            "len_k": len_k,
+        }
+        sizes |= {
             "grads": grads,
             "grad_lse": grad_lse is not None,
+            "causal": Causal.NONE,
+            "diagonal": 0,
+            "window": None,
         }
-        request = replace(self.request, **sizes, **mask_fields(mask), **_band_fields(call))
+        request = replace(self.request, **sizes | mask_fields(mask) | band_options(call.low, call.high))
         if self.target is not None:
             query, key, value, mask, given, grad_lse = moved_to(self.target, (query, key, value, mask, given, grad_lse))
         out, lse, grad_out = (tensor.contiguous() for tensor in given)
@@ -84,10 +82,6 @@ def mask_fields(mask: Tensor | None) -> dict[str, Any]:
         return {"mask": MaskKind.NONE, "mask_batch": 1, "mask_heads": 1}
     kind = MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
     return {"mask": kind, "mask_batch": mask.shape[0], "mask_heads": mask.shape[1]}
-
-
-def _band_fields(call: Call) -> dict[str, Any]:
-    return {"causal": Causal.NONE, "diagonal": 0, "window": None, **band_options(call.low, call.high)}
 
 
 _decisions: dict[Any, Inner] = {}

@@ -7,7 +7,7 @@ zigzag.indices(0)        # tensor([0, 1, 2, 9, -1, -1]): -1 pads
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -91,23 +91,8 @@ class TokenLayout:
                 f"token indices with lists of {[len(tokens) for tokens in lists]} were given: pass one list of equal "
                 "length for each rank, every token of 0 to n - 1 in one of them, and -1 for padding"
             )
-        return cls(name, len(held), len(lists[0]), tuple(map(_pieces_of, lists)))
-
-
-def _pieces_of(tokens: Sequence[int]) -> Pieces:
-    """The longest pieces, from left to right."""
-    found: list[Piece] = []
-    for at, token in enumerate(tokens):
-        if token == -1:
-            continue
-        piece = found[-1] if found and found[-1].at + found[-1].size == at else None
-        if piece is not None and piece.size == 1 and token > piece.start:
-            found[-1] = Piece(piece.at, piece.start, 2, token - piece.start)
-        elif piece is not None and token == piece.last + piece.step:
-            found[-1] = piece._replace(size=piece.size + 1)
-        else:
-            found.append(Piece(at, token, 1))
-    return tuple(found)
+        pieces = ((Piece(at, token, 1) for at, token in enumerate(tokens) if token != -1) for tokens in lists)
+        return cls(name, len(held), len(lists[0]), tuple(map(_joined, pieces)))
 
 
 @lru_cache(maxsize=256)
@@ -131,37 +116,30 @@ def make_layout(name: str, length: int, world: int) -> TokenLayout:
         return TokenLayout(name, length, length, ((Piece(0, 0, length),) if length else (),) * world)
     if name == "striped":
         local = -(-length // world)
-        runs = [[(0, rank, -(-(length - rank) // world), world)] for rank in range(world)]
-    elif name == "contiguous":
-        local = -(-length // world)
-        runs = [[(0, rank * local, min(local, length - rank * local), 1)] for rank in range(world)]
+        ranks = [[Piece(0, rank, -(-(length - rank) // world), world)] for rank in range(world)]
     else:
-        half = -(-length // (2 * world))
-        local = 2 * half
-        runs = [
-            [(at, run * half, min(half, length - run * half), 1) for at, run in ((0, rank), (half, last - rank))]
-            for last in (2 * world - 1,)
-            for rank in range(world)
+        numbers = [(rank, 2 * world - 1 - rank)[: 1 + (name == "zigzag")] for rank in range(world)]
+        size = -(-length // (world * len(numbers[0])))
+        local = size * len(numbers[0])
+        ranks = [
+            [Piece(at * size, run * size, min(size, length - run * size)) for at, run in enumerate(runs)]
+            for runs in numbers
         ]
-    step_of_one = [[Piece(*run) for run in rank if run[2] > 0] for rank in runs]
-    return TokenLayout(name, length, local, tuple(tuple(_joined(pieces)) for pieces in step_of_one))
+    return TokenLayout(name, length, local, tuple(_joined(p for p in pieces if p.size > 0) for pieces in ranks))
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """The pieces, neighbours that go on with the same step as one."""
+def _joined(pieces: Iterable[Piece]) -> Pieces:
+    """The pieces, those in neighbouring slots whose tokens go on by one step as one."""
     found: list[Piece] = []
     for piece in pieces:
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and last.at + last.size == piece.at
-            and last.step == piece.step
-            and piece.start == last.last + last.step
-        ):
-            found[-1] = last._replace(size=last.size + piece.size)
+        last = found[-1] if found else piece
+        step = piece.start - last.last
+        same = all(each.size == 1 or each.step == step for each in (last, piece))
+        if last.at + last.size == piece.at and step > 0 and same:
+            found[-1] = Piece(last.at, last.start, last.size + piece.size, step)
         else:
             found.append(piece)
-    return found
+    return tuple(found)
 
 
 @lru_cache(maxsize=256)
@@ -185,7 +163,7 @@ def joined_ranks(layout: TokenLayout, ranks: tuple[int, ...], step: int = 1) -> 
     ordered = [Piece(a, int(tokens[a]), b - a, step) for a, b in itertools.pairwise(edges) if b > a]
     if len(ordered) < len(plain):
         return tuple(ordered), order
-    return tuple(_joined(plain)), None
+    return _joined(plain), None
 
 
 def shard(tensor: Tensor, layout: TokenLayout, rank: int, dim: int = 2, fill: float = 0) -> Tensor:

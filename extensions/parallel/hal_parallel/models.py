@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,26 +33,30 @@ from .layout import REPLICATED, TokenLayout, make_layout, shard
 from .sharding import unshard
 from .topology import Topology, topology_of
 
-#: Inputs by the dimension of their tokens, and what padding holds.
-_TOKENS = {"input_ids": (1, 0), "inputs_embeds": (1, 0), "token_type_ids": (1, 0)}
+#: Inputs [batch, tokens, ...], padded by 0.
+_TOKENS = ("input_ids", "inputs_embeds", "token_type_ids")
 _IGNORED = frozenset({*IGNORED_ARGUMENTS, "shift_labels", "labels"})
 _MISSING = -100  # a label that counts for nothing
 
 
+@dataclass
 class _Sequence:
     """The call under way: its layout, or the cache that it goes on with, and what hides keys."""
 
-    def __init__(self, layout: TokenLayout, cache: ShardedCache | None) -> None:
-        self.layout, self.cache = layout, cache
-        self.keys: Tensor | None = None  # bool [batch, 1, 1, tokens]
-        self.edges: Tensor | None = None  # int32 [sequences + 1] of packed ones
+    layout: TokenLayout
+    cache: ShardedCache | None
+    keys: Tensor | None  # bool [batch, 1, 1, tokens]
+    edges: Tensor | None = None  # int32 [sequences + 1] of packed ones
 
 
+@dataclass
 class _Context:
-    def __init__(self, topology: Topology, mesh: Any, layout: str, strategy: str, timeout: float | None) -> None:
-        self.topology, self.mesh, self.layout = topology, mesh, layout
-        self.strategy, self.timeout = strategy, timeout
-        self.sequence: _Sequence | None = None
+    topology: Topology
+    mesh: Any
+    layout: str
+    strategy: str
+    timeout: float | None
+    sequence: _Sequence | None = None
 
     def call(self, original: Any, model: Any, *args: Any, **options: Any) -> Any:
         """A model's call: the outermost has its inputs cut, and its loss summed."""
@@ -79,12 +84,9 @@ class _Context:
         length, rank = tokens.shape[1], self.topology.rank
         layout = make_layout(self.layout, length, self.topology.world)
         cache = self._cache(model, given, layout)
-        self.sequence = _Sequence(layout, cache)
-        self.sequence.keys = _key_mask(given.pop("attention_mask", None), length)
+        self.sequence = _Sequence(layout, cache, _key_mask(given.pop("attention_mask", None), length))
         self._positions(given, tokens, layout)
-        for name, (dim, fill) in _TOKENS.items():
-            if given.get(name) is not None:
-                given[name] = shard(given[name], layout, rank, dim, fill)
+        given |= {name: shard(given[name], layout, rank, 1) for name in _TOKENS if given.get(name) is not None}
         counted = self._labels(given, layout)
         keep, whole = given.pop("logits_to_keep", None), cache is not None
         last = next(r for r, pieces in enumerate(layout.pieces) for p in pieces if p.last == length - 1)
@@ -113,8 +115,8 @@ class _Context:
         """New tokens, which every rank computes, over the cache of all ranks."""
         cache = given["past_key_values"]
         count = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None).shape[1]
-        self.sequence = _Sequence(cache.prompt, cache)
-        self.sequence.keys = _key_mask(given.pop("attention_mask", None), cache.seen + count)
+        hidden = _key_mask(given.pop("attention_mask", None), cache.seen + count)
+        self.sequence = _Sequence(cache.prompt, cache, hidden)
         cache.coming = count
         if given.get("position_ids") is None:
             device = next(model.parameters()).device
@@ -180,15 +182,12 @@ class _Context:
         value: Tensor,
         attention_mask: Tensor | None,
         dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        softcap: float | None = None,
-        sliding_window: int | None = None,
-        **others: Any,
+        **given: Any,
     ) -> tuple[Tensor, None]:
         """Attention as transformers' models call it, over the tokens of all ranks."""
-        now = self.sequence
-        unknown = [name for name, value in others.items() if value is not None and name not in _IGNORED]
+        now, names = self.sequence, ("scaling", "is_causal", "softcap", "sliding_window")
+        scaling, is_causal, softcap, sliding_window = (given.pop(name, None) for name in names)
+        unknown = [name for name, value in given.items() if value is not None and name not in _IGNORED]
         if now is None or attention_mask is not None or unknown:
             what = f"the argument {unknown[0]!r}" if unknown else "a mask of its own, or a call outside a model's"
             raise UnsupportedError(
@@ -199,6 +198,7 @@ class _Context:
         layout: Any = now.layout
         if decoding and now.cache is not None:
             layout = make_layout(REPLICATED, query.shape[2], self.topology.world), now.cache.layout
+        edges = None if decoding else now.edges
         out = attention(
             query,
             key,
@@ -213,8 +213,8 @@ class _Context:
             softcap=softcap,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
-            cu_seqlens_q=None if decoding else now.edges,
-            cu_seqlens_k=None if decoding else now.edges,
+            cu_seqlens_q=edges,
+            cu_seqlens_k=edges,
             backend=device_of(module),
             timeout=self.timeout,
         )

@@ -5,18 +5,42 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from hal_core import AttentionRequest
 
 from .dropout import Dropout
 from .inner import Inner
 from .visible import Call, tokens_of
 
 
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which results of a tensor are summed."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def new_sum(like: Tensor, lse: Tensor, into: Tensor | None) -> Tensor:
+    """Zeros in the shape of `like`, in the dtype of sums and on the device of `lse`: `into` where that fits."""
+    if into is not None and (into.dtype, into.device) == (lse.dtype, lse.device):
+        return into.zero_()
+    return torch.zeros(like.shape, dtype=lse.dtype, device=lse.device)
+
+
+def finished(total: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
+    """A sum as a gradient of `like`, in `into` where there is one."""
+    if into is None:
+        return total.to(like.device, like.dtype)
+    return into if total is into else into.copy_(total)
+
+
 class Accumulator:
     """The merged attention over the keys seen so far.
+
+    Args:
+        query: whose rows are attended to. out: where the result will be; it holds the sums if its dtype is theirs.
 
     Attributes:
         out: [batch, heads, rows, dim_v], in the dtype of sums. top, total: [batch, heads, rows]: the largest partial
@@ -25,9 +49,9 @@ class Accumulator:
     Source: Milakov & Gimelshein 2018 (online softmax), equation 3.
     """
 
-    def __init__(self, query: Tensor, dim_v: int) -> None:
-        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.out = query.new_zeros((*query.shape[:3], dim_v), dtype=self.dtype)
+    def __init__(self, query: Tensor, out: Tensor) -> None:
+        self.dtype = sum_dtype(query)
+        self.out = out.zero_() if out.dtype == self.dtype else torch.zeros_like(out, dtype=self.dtype)
         self.top = query.new_full(query.shape[:3], -math.inf, dtype=self.dtype)
         self.total = torch.zeros_like(self.top)
         self._seen: list[slice] = []
@@ -74,17 +98,59 @@ class Operands(NamedTuple):
     mask: Tensor | None
 
 
+class Part(NamedTuple):
+    """Batch entries and heads that are computed together."""
+
+    entries: slice
+    heads: slice
+    heads_kv: slice
+
+    def queries(self, tensor: Any) -> Any:
+        """The part of a tensor over query heads, of which there may be 1 for all, or None."""
+        return None if tensor is None else _cut(tensor, self.entries, self.heads)
+
+    def of(self, given: Operands) -> Operands:
+        """The part of all operands; those that are None stay."""
+        key, value = (None if t is None else _cut(t, self.entries, self.heads_kv) for t in given[1:3])
+        return Operands(self.queries(given.query), key, value, self.queries(given.mask))  # type: ignore[arg-type]
+
+    def dropout(self, dropout: Dropout | None) -> Dropout | None:
+        """The pattern of this part."""
+        if dropout is None or self is WHOLE:
+            return dropout
+        first = dropout.first_head + self.heads.start
+        return Dropout(dropout.probability, dropout.rng, first, self.entries.start)
+
+
+def _cut(tensor: Tensor, entries: slice, heads: slice) -> Tensor:
+    return tensor[entries if tensor.shape[0] > 1 else slice(None), heads if tensor.shape[1] > 1 else slice(None)]
+
+
+WHOLE = Part(slice(None), slice(None), slice(None))
+
+
+def cut(r: AttentionRequest, batch: int, heads_kv: int) -> tuple[Part, ...]:
+    """A request's parts of so many batch entries and key heads."""
+    if (batch, heads_kv) == (r.batch, r.heads_kv):
+        return (WHOLE,)
+    group = r.heads_q // r.heads_kv
+    return tuple(
+        Part(slice(i, i + batch), slice(j * group, (j + heads_kv) * group), slice(j, j + heads_kv))
+        for i, j in itertools.product(range(0, r.batch, batch), range(0, r.heads_kv, heads_kv))
+    )
+
+
 class PartialAttention:
     """The dense calls of a rank, one set of keys after the other.
 
     Args:
-        inner: the device that runs them. dropout: None for none.
+        inner: the device that runs them. dropout: None for none. out: where the result will be.
     """
 
-    def __init__(self, inner: Inner, dropout: Dropout | None, query: Tensor, dim_v: int) -> None:
+    def __init__(self, inner: Inner, dropout: Dropout | None, query: Tensor, out: Tensor) -> None:
         self.inner, self.dropout = inner, dropout
-        self.kept = Accumulator(query, dim_v)
-        self.every = self.kept if dropout is None else Accumulator(query[..., :0], 0)
+        self.kept = Accumulator(query, out)
+        self.every = self.kept if dropout is None else Accumulator(query, self.kept.out[..., :0])
 
     def add(self, given: Operands, calls: Sequence[Call]) -> None:
         """Attend to the keys of some calls."""
@@ -98,44 +164,48 @@ class PartialAttention:
             self.kept.add(call.rows, *self.inner.forward(query, key, value, _both(mask, keep), call))
             self.every.add(call.rows, None, self.inner.forward(query, key, value, mask, call)[1])
 
-    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(out, log-sum-exp) over all keys that were added."""
-        out, lse = self.kept.out, self.every.lse
+    def finish(self, out: Tensor, lse: Tensor) -> None:
+        """Write (out, log-sum-exp) over all keys that were added."""
+        lse.copy_(self.every.lse)
         if self.dropout is not None:
             share = (self.kept.lse - lse.masked_fill(lse == -math.inf, 0)).exp_()
-            out.mul_(share.div_(1 - self.dropout.probability).unsqueeze_(-1))
-        return out.to(dtype), lse
+            self.kept.out.mul_(share.div_(1 - self.dropout.probability).unsqueeze_(-1))
+        if self.kept.out is not out:
+            out.copy_(self.kept.out)
+
+
+class Result(NamedTuple):
+    """A merged result and its gradients; that of the log-sum-exp may be None."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
 
 
 class PartialGradients:
     """Gradients from a merged result, one set of keys after the other.
 
     Args:
-        out, lse: the result. grad_out, grad_lse: its gradients, the second may be None.
-        wanted: of "q", "k", "v", "mask".
+        wanted: of "q", "k", "v", "mask". query, mask: the sums of their gradients, None where not wanted.
     """
 
     def __init__(
         self,
         inner: Inner,
         dropout: Dropout | None,
-        given: Operands,
-        result: tuple[Tensor, Tensor],
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
+        result: Result,
         wanted: frozenset[str],
+        query: Tensor | None,
+        mask: Tensor | None,
     ) -> None:
         self.inner, self.dropout, self.wanted = inner, dropout, wanted
-        self.out, self.lse = result
-        self.dtype = self.lse.dtype
-        self.grad_out, self.grad_lse = grad_out, grad_lse
-        self.query = torch.zeros_like(given.query, dtype=self.dtype) if "q" in wanted else None
-        mask = given.mask
-        self.mask = torch.zeros_like(mask, dtype=self.dtype) if mask is not None and "mask" in wanted else None
+        self.out, self.lse, self.grad_out, self.grad_lse = result
+        self.query, self.mask = query, mask
         if dropout is not None:
-            self._grad_kept = grad_out / (1 - dropout.probability)
-            delta = (self.out.to(self.dtype) * grad_out).sum(-1)
-            self._grad_sums = -delta if grad_lse is None else grad_lse - delta
+            self._grad_kept = self.grad_out / (1 - dropout.probability)
+            delta = (self.out.to(self.lse.dtype) * self.grad_out).sum(-1)
+            self._grad_sums = -delta if self.grad_lse is None else self.grad_lse - delta
 
     def add(self, given: Operands, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
         """Add the gradients that some calls give to the sums of query and mask, and to those of their keys and values.
@@ -179,7 +249,7 @@ class PartialGradients:
         columns = _columns(call, part)
         count = found[3].shape[3] if part.shape[3] > 1 else 1
         # What hides pairs beside the mask may have made it wider: dropout has a pattern for every head.
-        grad = found[3].to(self.dtype).sum_to_size(*part.shape[:3], count)
+        grad = found[3].to(self.mask.dtype).sum_to_size(*part.shape[:3], count)
         if isinstance(columns, slice):
             part[..., columns] += grad
         else:

@@ -9,7 +9,8 @@ from hal_core.plugin_api import hookimpl
 
 @hookimpl
 def hal_commands(subparsers: Any) -> None:
-    """Add `hal plan`."""
+    """Add `hal plan`, and the links between ranks to `hal calibrate`."""
     from . import command
 
     command.add_parser(subparsers)
+    command.add_links(subparsers)

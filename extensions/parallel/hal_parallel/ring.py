@@ -18,7 +18,7 @@ from .dropout import Dropout
 from .exchange import Link, Pending
 from .inner import Inner
 from .layout import Pieces
-from .parts import Operands, PartialAttention, PartialGradients
+from .parts import WHOLE, Operands, Part, PartialAttention, PartialGradients, Result, finished, new_sum, sum_dtype
 from .visible import Call, Rule, find_calls
 
 
@@ -30,7 +30,7 @@ class RingPlan:
         link: the ring; None where this rank holds all keys. inner: the device of its dense calls.
         queries: the tokens of all ring ranks' queries; keys: of their keys. rank: this one.
         rule: what a token reads. most: bounds of the rows and keys of a dense call, None for none.
-        dropout: None for none.
+        dropout: None for none. parts: batch entries and heads that are computed one after the other.
     """
 
     link: Link | None
@@ -41,6 +41,7 @@ class RingPlan:
     rule: Rule
     most: tuple[int | None, int | None] = (None, None)
     dropout: Dropout | None = None
+    parts: tuple[Part, ...] = (WHOLE,)
 
     def calls(self, source: int, rank: int | None = None) -> tuple[Call, ...]:
         """The dense calls of a rank (this one) over the keys of rank `source`."""
@@ -68,8 +69,12 @@ class RingAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
+        shape = (*query.shape[:3], value.shape[3])
+        out, lse = query.new_empty(shape), query.new_empty(shape[:3], dtype=sum_dtype(query))
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = ring_forward(plan, Operands(query, key, value, mask))
+            for part in plan.parts:
+                given = part.of(Operands(query, key, value, mask))
+                ring_forward(plan, part, given, part.queries(out), part.queries(lse))
         ctx.save_for_backward(query, key, value, mask, out, lse)
         return out, lse
 
@@ -77,56 +82,65 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
+        plan, given = ctx.plan, Operands(*tensors)
         wanted = frozenset(
             name for name, needed in zip(("q", "k", "v", "mask"), ctx.needs_input_grad[1:], strict=True) if needed
         )
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        mask = torch.zeros_like(given.mask, dtype=lse.dtype) if "mask" in wanted and given.mask is not None else None
+        many = len(plan.parts) > 1
+        grads = Operands(
+            *(
+                torch.empty_like(t, pin_memory=t.is_pinned()) if many and n in wanted else None
+                for n, t in zip("qkv", given[:3], strict=True)
+            ),
+            mask,
+        )
         with torch.autocast(out.device.type, enabled=False):
-            grads = ring_backward(ctx.plan, Operands(*tensors), (out, lse), grad_out, grad_lse, wanted)
-        return (None, *grads)
+            for part in plan.parts:
+                result = Result(*(part.queries(t) for t in (out, lse, grad_out, grad_lse)))
+                found = ring_backward(plan, part, part.of(given), result, wanted, part.of(grads))
+        found = found if not many else list(grads)[:3]
+        return (None, *found, None if mask is None else mask.to(given.mask.dtype))
 
 
-def ring_forward(plan: RingPlan, given: Operands) -> tuple[Tensor, Tensor]:
-    """(out, log-sum-exp) of the local queries over the keys of all ranks."""
-    partial = PartialAttention(plan.inner, plan.dropout, given.query, given.value.shape[3])
-    held = [given.key.contiguous(), given.value.contiguous()] if plan.link is not None else [given.key, given.value]
+def ring_forward(plan: RingPlan, part: Part, given: Operands, out: Tensor, lse: Tensor) -> None:
+    """Write (out, log-sum-exp) of the local queries over the keys of all ranks."""
+    partial = PartialAttention(plan.inner, part.dropout(plan.dropout), given.query, out)
+    held = _held(plan, given)
     for step in range(plan.steps):
         coming, pending = _pass_on(plan, held, step, "forward")
         partial.add(given._replace(key=held[0], value=held[1]), plan.calls(plan.source(step)))
         if pending is not None:
             pending.wait()
             held = coming
-    return partial.result(given.query.dtype)
+    partial.finish(out, lse)
 
 
 def ring_backward(
-    plan: RingPlan,
-    given: Operands,
-    result: tuple[Tensor, Tensor],
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    wanted: frozenset[str],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the local query, key, value and mask; None where not wanted.
+    plan: RingPlan, part: Part, given: Operands, result: Result, wanted: frozenset[str], into: Operands
+) -> list[Tensor | None]:
+    """Gradients of the local query, key and value; None where not wanted.
 
     The sums of dK and dV travel one step behind their keys: a rank adds its part to the sums that came, and passes them
     on while it computes the next part. The order of the sums is that of the ring, so equal calls give equal gradients.
+
+    Args:
+        into: where gradients are written, None: in new tensors. The mask's is added to.
     """
-    partial = PartialGradients(plan.inner, plan.dropout, given, result, grad_out, grad_lse, wanted)
-    tensors = {"k": given.key, "v": given.value}
-    held = [given.key.contiguous(), given.value.contiguous()] if plan.link is not None else [given.key, given.value]
+    places = {"q": (given.query, into.query), "k": (given.key, into.key), "v": (given.value, into.value)}
+    names = [name for name in "kv" if name in wanted]
+    keys = [places[name] for name in names]
+    query = new_sum(given.query, result.lse, into.query) if "q" in wanted else None
+    partial = PartialGradients(plan.inner, part.dropout(plan.dropout), result, wanted, query, into.mask)
+    held = _held(plan, given)
     sums: list[Tensor] = []
     for step in range(plan.steps):
         coming, pending = _pass_on(plan, held, step, "backward")
         arriving = [torch.empty_like(total) for total in sums]
         behind = _shift(plan, sums, arriving, 1, f"gradients of keys and values, backward, step {step} of {plan.steps}")
-        own = [
-            t.new_zeros(t.shape, dtype=partial.dtype, device=given.query.device)
-            for name, t in tensors.items()
-            if name in wanted
-        ]
-        named = dict(zip([name for name in tensors if name in wanted], own, strict=True))
-        local = given._replace(key=held[0], value=held[1])
+        own = [new_sum(like, result.lse, place if plan.link is None else None) for like, place in keys]
+        local, named = given._replace(key=held[0], value=held[1]), dict(zip(names, own, strict=True))
         partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))
         if behind is not None:
             behind.wait()
@@ -135,12 +149,17 @@ def ring_backward(
         if pending is not None:
             pending.wait()
             held = coming
-    sums = _home(plan, sums)
-    found = iter(sums)
-    grad_key, grad_value = (next(found).to(t.dtype) if name in wanted else None for name, t in tensors.items())
-    grad_query = None if partial.query is None else partial.query.to(given.query.dtype)
-    grad_mask = None if partial.mask is None or given.mask is None else partial.mask.to(given.mask.dtype)
-    return grad_query, grad_key, grad_value, grad_mask
+    found = dict(zip(names, _home(plan, sums), strict=True)) | ({} if query is None else {"q": query})
+    return [finished(found[name], *places[name]) if name in found else None for name in "qkv"]
+
+
+def _held(plan: RingPlan, given: Operands) -> list[Tensor]:
+    """This rank's keys and values: to be sent, or on the query's device if a call takes all of them."""
+    pair = [given.key, given.value]
+    if plan.link is not None:
+        return [tensor.contiguous() for tensor in pair]
+    whole = plan.most[1] is None or plan.most[1] >= given.key.shape[2]
+    return [tensor.to(given.query.device, non_blocking=True) for tensor in pair] if whole else pair
 
 
 def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple[list[Tensor], Pending | None]:

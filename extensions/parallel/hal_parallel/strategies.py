@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 
 from hal_core import AttentionRequest, ContractError, merge_partials
+from hal_core.plugin_api import DTYPE_BYTES
 
 from .description import Description, Given
 from .dropout import Dropout
 from .exchange import Link, gather_tokens, trade
 from .inner import Inner, choose
 from .layout import REPLICATED, Pieces, TokenLayout, joined_ranks
+from .parts import cut
 from .ring import RingAttention, RingPlan
 from .topology import Topology
 
 #: Bytes that one dense call under dropout may take for its pattern: int32 words, and what mixes them.
 _PATTERN = 1 << 26
+
+#: Bytes of keys and values that travel at once at least.
+_TOGETHER, _TOGETHER_ON_ACCELERATORS = 1 << 21, 1 << 26
 
 
 class Run(NamedTuple):
@@ -56,7 +61,21 @@ class Run(NamedTuple):
         d, inner = self.description, self.device(strategy)
         most = most_pairs(d.dropout, inner.request)
         dropout = Dropout(d.dropout, self.rng, first_head) if d.dropout else None
-        return RingPlan(link, inner, queries, keys, rank, d.rule, most, dropout)
+        heads = inner.request.heads_kv if link is None else heads_together(inner.request, keys)
+        return RingPlan(
+            link, inner, queries, keys, rank, d.rule, most, dropout, cut(inner.request, inner.request.batch, heads)
+        )
+
+
+def heads_together(r: AttentionRequest, keys: tuple[Pieces, ...]) -> int:
+    """Key heads that travel at once, so that what is under way is small beside what a rank holds: the fewest whose keys
+    and values are large enough for the link and the device.
+    """
+    tokens = max(sum(piece.size for piece in pieces) for pieces in keys)
+    head = r.batch * tokens * (r.dim_qk + r.dim_v) * DTYPE_BYTES[r.dtype]
+    least = _TOGETHER if r.device == "cpu" else _TOGETHER_ON_ACCELERATORS
+    counts = [n for n in range(1, r.heads_kv + 1) if r.heads_kv % n == 0]
+    return next((n for n in counts if n * head >= least), r.heads_kv)
 
 
 def most_pairs(dropout: float, request: AttentionRequest) -> tuple[int | None, int | None]:

@@ -1,51 +1,143 @@
-"""A long sequence on one device: blocks of keys stream through it, put together by the ring's own sums."""
+"""A long sequence on one device: batch entries, heads, and blocks of queries and keys one after the other, put together
+by the ring's own sums.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
+import hal_core as hal
+from hal_core import AttentionRequest, MaskKind, UnsupportedError
+from hal_core.plugin_api import DTYPE_BYTES, registry
+
 from .description import Description, Given
 from .dropout import Dropout
-from .inner import choose
+from .inner import Inner, choose
+from .parts import cut
 from .ring import RingAttention, RingPlan
-from .strategies import most_pairs
 
-#: Bytes that blocks may take beside inputs and results, where the call does not say.
+#: Bytes that blocks may take beside inputs and results on a device of host memory, where the call does not say.
 MEMORY = 128 << 20
 _SMALLEST = 64
+_PATTERN = 16  # bytes of a pair under dropout: int32 words, and what mixes them
+
+
+class Blocks(NamedTuple):
+    """What is computed at once: batch entries, key heads, query rows and keys; the device; the bytes that it takes."""
+
+    batch: int
+    heads_kv: int
+    rows: int
+    keys: int
+    inner: Inner
+    needed: int
 
 
 def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int | None) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp) of a whole sequence. Keys and values may lie in host memory while the query is elsewhere: they
     come block by block.
+
+    Raises:
+        UnsupportedError: the smallest blocks take more than `memory`, with the bytes that they take.
     """
-    rows, keys = block_sizes(d, MEMORY if memory is None else memory, given.key.device != given.query.device)
-    bound_rows, bound_keys = most_pairs(d.dropout, d.request)
-    most = min(rows, bound_rows or rows), min(keys, bound_keys or keys)
+    blocks = choose_blocks(d, memory, given.key.device != given.query.device)
+    parts = cut(d.request, blocks.batch, blocks.heads_kv)
     dropout = Dropout(d.dropout, rng) if d.dropout else None
-    request = replace(d.request, len_q=min(most[0], d.request.len_q), len_k=min(most[1], d.request.len_k))
-    plan = RingPlan(None, choose(request, d.policy), d.queries.pieces, d.keys.pieces, 0, d.rule, most, dropout)
+    most = blocks.rows, blocks.keys
+    plan = RingPlan(None, blocks.inner, d.queries.pieces, d.keys.pieces, 0, d.rule, most, dropout, parts)
     out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
     return out, lse
 
 
-def block_sizes(d: Description, memory: int, moved: bool) -> tuple[int, int]:
-    """(query rows, keys) of a block: the largest, halving from the whole, that takes at most half of `memory` bytes.
-    The other half is for what the process has freed and not given back to the system.
+def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:
+    """The largest blocks whose calls and sums take at most `memory` bytes beside inputs and results.
+
+    Args:
+        memory: None for the device's configured limit; without one, `MEMORY` or half of an accelerator's memory for
+            the calls, whatever the sums take. moved: whether keys and values lie on another device than the query.
+
+    Raises:
+        UnsupportedError: no device runs any, or the smallest take more.
     """
-    r = d.request
-    rows, keys = max(r.len_q, 1), max(r.len_k, 1)
-    size = {"float64": 8, "float32": 4}.get(r.dtype, 2)
-    while max(rows, keys) > _SMALLEST:
-        request = replace(r, len_q=rows, len_k=keys)
-        estimate = choose(request, d.policy).decision.winner.estimate
-        needed = 0 if estimate is None else estimate.memory
-        # Rows of output, its gradient and its products that are cut out; keys and values that are brought.
-        needed += r.batch * r.heads_q * rows * r.dim_v * size * (4 if r.grads else 1)
-        needed += r.batch * r.heads_kv * keys * (r.dim_qk + r.dim_v) * size * (2 if moved else 0)
-        if 2 * needed <= memory:
-            break
-        rows, keys = (rows // 2, keys) if rows >= keys else (rows, keys // 2)
-    return rows, keys
+    r, found, limit = d.request, None, memory
+    refused: UnsupportedError | None = None
+    for batch, heads_kv, rows, keys in _sizes(r):
+        heads_q = heads_kv * (r.heads_q // max(r.heads_kv, 1))
+        request = replace(
+            r,
+            **{"batch": batch, "heads_q": heads_q, "heads_kv": heads_kv, "len_q": rows, "len_k": keys},
+            mask_batch=min(r.mask_batch, batch),
+            mask_heads=min(r.mask_heads, heads_q),
+        )
+        try:
+            inner = choose(request, d.policy)
+        except UnsupportedError as error:  # a device has bounds of its own
+            refused = error
+            continue
+        calls, sums = _calls(d, request, inner, moved), _sums(d, request, moved)
+        found = Blocks(batch, heads_kv, rows, keys, inner, calls + sums)
+        limit = registry.memory_limit(inner.device) if memory is None else memory
+        if calls <= _default(r, inner) if limit is None else found.needed <= limit:
+            return found
+    if found is None:
+        assert refused is not None
+        raise refused
+    if limit is None:
+        return found
+    raise UnsupportedError(
+        f"a limit of {limit:,} bytes was given, and the smallest blocks ({found.rows} x {found.keys} of one head) take "
+        f"{found.needed:,} with the sums of that head: pass memory={found.needed} or more. Nothing was allocated"
+    )
+
+
+def _sizes(r: AttentionRequest) -> Iterator[tuple[int, int, int, int]]:
+    """(batch entries, key heads, rows, keys) from the whole call down: fewer entries, fewer heads, then halves of the
+    longer side.
+    """
+    batch, heads, rows, keys = r.batch, r.heads_kv, max(r.len_q, 1), max(r.len_k, 1)
+    yield batch, heads, rows, keys
+    while batch > 1 or heads > 1 or max(rows, keys) > _SMALLEST:
+        if batch > 1:
+            batch = 1
+        elif heads > 1:
+            heads = next(heads // n for n in range(2, heads + 1) if heads % n == 0)
+        else:
+            rows, keys = (-(-rows // 2), keys) if rows >= keys else (rows, -(-keys // 2))
+        yield batch, heads, rows, keys
+
+
+def _default(r: AttentionRequest, inner: Inner) -> int:
+    """Bytes of calls where nobody set a limit."""
+    whole = hal.device(inner.device).memory
+    return MEMORY if whole is None or r.device == "cpu" else whole // 2
+
+
+def _calls(d: Description, call: AttentionRequest, inner: Inner, moved: bool) -> int:
+    """Bytes that one call takes, with what is brought and cut out for it."""
+    size, estimate = DTYPE_BYTES[call.dtype], inner.decision.winner.estimate
+    rows, keys = call.batch * call.heads_q, call.batch * call.heads_kv
+    needed = 0 if estimate is None else estimate.memory
+    if moved:
+        needed += keys * call.len_k * (call.dim_qk + call.dim_v) * size
+    if rows > 1:  # of one head they are views
+        needed += rows * call.len_q * call.dim_v * size * (2 if call.grads else 1)
+    if call.mask is not MaskKind.NONE:
+        needed += call.mask_batch * call.mask_heads * call.len_q * call.len_k * size
+    needed += rows * call.len_q * call.len_k * _PATTERN * bool(d.dropout)
+    # Half of host memory is for what the process has freed and not given back to the system.
+    return needed * (2 if call.device == "cpu" else 1)
+
+
+def _sums(d: Description, call: AttentionRequest, moved: bool) -> int:
+    """Bytes of the sums of a call's heads over the whole sequence, where the results themselves do not hold them."""
+    narrow, wide = DTYPE_BYTES[call.dtype] < 4, max(DTYPE_BYTES[call.dtype], 4)
+    rows, keys = call.batch * call.heads_q * d.request.len_q, call.batch * call.heads_kv * d.request.len_k
+    width = 3  # the largest log-sum-exp, the sum below it, and both put together
+    if narrow:
+        width += max(call.dim_v, call.dim_qk if "q" in call.grads else 0)
+    back = (call.dim_qk + call.dim_v) * bool(call.grads) * (narrow or moved)
+    return (rows * width + keys * back) * wide

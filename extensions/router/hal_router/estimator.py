@@ -109,8 +109,8 @@ class Estimator:
     """Residuals by arm, and loads by device.
 
     Attributes:
-        nodes: [calls, mean of log(time / estimate) with the load taken out] by level: ("*", device), (arm,), (arm, kind), (arm, kind,
-            size), (arm, kind, shape). loads: by device id.
+        nodes: [calls, mean of log(time / estimate) with the load taken out] by level: ("*", device), (arm,), (arm,
+            kind), (arm, kind, size), (arm, kind, shape). loads: by device id.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,9 @@ CAPABILITIES = Capabilities(
     length=Range(0, 1 << 24),
     block_sizes=Range(64, None, 64),
 )
-KERNEL_NAMES = frozenset({"vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step"})
+KERNEL_NAMES = frozenset(
+    {"vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step", "euler_characteristic"}
+)
 
 
 class ComputeBackend(ABC):

@@ -6,13 +6,16 @@ This module checks the arguments and allocates the results; the device's `Runner
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hal_core.plugin_api import ContractError
+
+#: Steps of a flow that are recorded and submitted together; longer calls are several submissions.
+MOST_REPEATS = 256
 
 
 class Runner(Protocol):
@@ -28,12 +31,15 @@ class Runner(Protocol):
         *,
         extent: tuple[int, int, int],
         what: str,
+        repeats: int = 1,
     ) -> None:
-        """Fill `outputs`.
+        """Fill `outputs`; `inputs` stay as they are.
 
         Args:
             integers, floats: the program's further arguments, in this order.
             extent: elements of the result along x, y and z. what: the work for messages, "add vectors".
+            repeats: how often the program runs, on its own outputs from the second time on: they are of the inputs'
+                shapes. Nothing crosses to the host in between.
         """
 
     def reduction_parts(self, count: int) -> int:
@@ -91,8 +97,9 @@ def reaction_diffusion_step(
     epsilon: float = 0.5,
     decay: float = 1.0,
     offset: float = 0.0,
+    steps: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """One explicit Euler step of an activator u and an inhibitor v on a periodic grid (FitzHugh 1961, Nagumo 1962).
+    """Explicit Euler steps of an activator u and an inhibitor v on a periodic grid (FitzHugh 1961, Nagumo 1962).
 
         du/dt = diffusion_u * L(u) + reaction * (u - u^3 - v)
         dv/dt = diffusion_v * L(v) + reaction * epsilon * (u - decay * v + offset)
@@ -100,7 +107,7 @@ def reaction_diffusion_step(
     L is the nine-point average (1/6 for edge neighbours, 1/12 for corners) minus the middle: h^2 / 3 of the Laplacian.
 
     Args:
-        u, v: [..., height, width], float32.
+        u, v: [..., height, width], float32. steps: how many, on the device: the fields come back once.
 
     Raises:
         ContractError: dt * max(diffusion_u, diffusion_v) > 1, for which the maximum principle does not hold.
@@ -114,20 +121,23 @@ def reaction_diffusion_step(
         given = f"dt {dt:g} with diffusion {diffusion_u:g} and {diffusion_v:g}"
         raise ContractError(f"{given} was given: keep dt * diffusion between 0 and 1")
     height, width = u.shape[-2:]
-    out = torch.empty(u.shape, dtype=torch.float32), torch.empty(u.shape, dtype=torch.float32)
     numbers = (dt, diffusion_u, diffusion_v, reaction, epsilon, decay, offset)
     extent, what = (width, height, u.numel() // (height * width)), "step a reaction-diffusion system"
-    run("reaction_diffusion_step", [u, v], out, [height, width], numbers, extent=extent, what=what)
-    return out
+    for repeats in _portions(steps):
+        out = torch.empty(u.shape, dtype=torch.float32), torch.empty(u.shape, dtype=torch.float32)
+        run("reaction_diffusion_step", [u, v], out, [height, width], numbers, extent=extent, what=what, repeats=repeats)
+        u, v = out
+    return u, v
 
 
-def ricci_flow_step(run: Runner, phi: Tensor, dt: float) -> Tensor:
-    """One explicit step of Ricci flow of the metric exp(2 phi) * identity on a periodic grid of unit spacing.
+def ricci_flow_step(run: Runner, phi: Tensor, dt: float, steps: int = 1) -> Tensor:
+    """Explicit steps of Ricci flow of the metric exp(2 phi) * identity on a periodic grid of unit spacing.
 
         d phi / dt = exp(-2 phi) * Laplacian(phi)        (five-point Laplacian)
 
     Args:
-        phi: [..., height, width], float32. dt: at most exp(2 * min(phi)) / 4, which keeps the maximum principle.
+        phi: [..., height, width], float32. dt: at most exp(2 * min(phi)) / 4, which keeps the maximum principle; the
+            minimum does not fall, so the limit of the first step holds for all. steps: how many, on the device.
 
     Raises:
         ContractError: a larger dt.
@@ -143,10 +153,48 @@ def ricci_flow_step(run: Runner, phi: Tensor, dt: float) -> Tensor:
             f"dt {dt:g} was given: keep it between 0 and exp(2 * min(phi)) / 4 = {limit:.6g} for this field"
         )
     height, width = phi.shape[-2:]
-    out = torch.empty(phi.shape, dtype=torch.float32)
     extent = (width, height, phi.numel() // (height * width))
-    run("ricci_flow_step", [phi], [out], [height, width], [dt], extent=extent, what="step a Ricci flow")
-    return out
+    for repeats in _portions(steps):
+        out = torch.empty(phi.shape, dtype=torch.float32)
+        what = "step a Ricci flow"
+        run("ricci_flow_step", [phi], [out], [height, width], [dt], extent=extent, what=what, repeats=repeats)
+        phi = out
+    return phi
+
+
+def _portions(steps: int) -> Iterator[int]:
+    if type(steps) is not int or steps < 1:
+        raise ContractError(f"steps {steps!r} was given: use a whole number of 1 or more")
+    yield from [MOST_REPEATS] * (steps // MOST_REPEATS)
+    if steps % MOST_REPEATS:
+        yield steps % MOST_REPEATS
+
+
+def euler_characteristic(run: Runner, field: Tensor, levels: Tensor) -> Tensor:
+    """chi = V - E + F of the closed pixels whose value is at least a level: components minus holes.
+
+    Pixels are squares with their edges and corners; corners that touch connect. The device counts, at each grid point,
+    the corner, the two edges and the pixel to its right and below that belong to the set (a 2 x 2 stencil), row by row.
+
+    Args:
+        field: [..., height, width], float32. NaN belongs to no set. levels: [T], float32.
+
+    Returns:
+        [..., T], int64, exact.
+
+    Source: Baryshnikov & Ghrist 2009 (Euler characteristic as a measure).
+    """
+    _check("euler_characteristic", field, levels)
+    if field.dim() < 2 or not field.numel() or levels.dim() != 1 or not len(levels):
+        raise ContractError(
+            f"field {list(field.shape)} and levels {list(levels.shape)} were given: use [..., height, width] and [T]"
+        )
+    height, width = field.shape[-2:]
+    fields, count = field.numel() // (height * width), len(levels)
+    parts = torch.empty((fields, count, height + 1), dtype=torch.int32)
+    extent, what = (height + 1, count, fields), "count an Euler characteristic"
+    run("euler_characteristic", [field, levels], [parts], [height, width, count], extent=extent, what=what)
+    return parts.sum(-1, dtype=torch.int64).view(*field.shape[:-2], count)
 
 
 def _check(name: str, *tensors: Tensor) -> None:
@@ -159,5 +207,5 @@ def _check(name: str, *tensors: Tensor) -> None:
 
 KERNELS: dict[str, Callable[..., Any]] = {
     function.__name__: function
-    for function in (vector_add, reduce_sum, matmul, reaction_diffusion_step, ricci_flow_step)
+    for function in (vector_add, reduce_sum, matmul, reaction_diffusion_step, ricci_flow_step, euler_characteristic)
 }

@@ -47,8 +47,9 @@ def reaction_diffusion_step(
     epsilon: float = 0.5,
     decay: float = 1.0,
     offset: float = 0.0,
+    steps: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """One explicit Euler step of an activator u and an inhibitor v (FitzHugh 1961, Nagumo 1962; diffusion by Turing
+    """Explicit Euler steps of an activator u and an inhibitor v (FitzHugh 1961, Nagumo 1962; diffusion by Turing
     1952).
 
     du/dt = diffusion_u * spread(u) + reaction * (u - u^3 - v)
@@ -57,25 +58,43 @@ def reaction_diffusion_step(
     With reaction = 0 the sums of u and v are kept, and for dt * diffusion <= 1 no new extremes appear: each new value
     is then an average of old ones with weights of 0 or more.
     """
-    new_u = u + dt * (diffusion_u * spread(u) + reaction * (u - u**3 - v))
-    new_v = v + dt * (diffusion_v * spread(v) + reaction * epsilon * (u - decay * v + offset))
-    return new_u, new_v
+    for _ in range(steps):
+        new_u = u + dt * (diffusion_u * spread(u) + reaction * (u - u**3 - v))
+        new_v = v + dt * (diffusion_v * spread(v) + reaction * epsilon * (u - decay * v + offset))
+        u, v = new_u, new_v
+    return u, v
 
 
 def draw_reaction_diffusion_step(generator: Generator) -> tuple[Tensor, Tensor]:
     return _randn(2, 31, 45, generator=generator), _randn(2, 31, 45, generator=generator)
 
 
-def ricci_flow_step(phi: Tensor, dt: float) -> Tensor:
-    """One explicit step of Ricci flow of the metric exp(2 phi) * identity on a periodic grid of unit spacing.
+def ricci_flow_step(phi: Tensor, dt: float, steps: int = 1) -> Tensor:
+    """Explicit steps of Ricci flow of the metric exp(2 phi) * identity on a periodic grid of unit spacing.
 
     d phi / dt = exp(-2 phi) * Laplacian(phi), five-point Laplacian (Hamilton 1988, the Ricci flow on surfaces). The
     maximum principle holds for dt <= exp(2 * min(phi)) / 4.
     """
-    neighbours = phi.roll(1, -2) + phi.roll(-1, -2) + phi.roll(1, -1) + phi.roll(-1, -1)
-    return phi + dt * torch.exp(-2 * phi) * (neighbours - 4 * phi)
+    for _ in range(steps):
+        neighbours = phi.roll(1, -2) + phi.roll(-1, -2) + phi.roll(1, -1) + phi.roll(-1, -1)
+        phi = phi + dt * torch.exp(-2 * phi) * (neighbours - 4 * phi)
+    return phi
 
 
 def draw_ricci_flow_step(generator: Generator) -> tuple[Tensor, float]:
     phi = 0.3 * _randn(2, 31, 45, generator=generator)
     return phi, 0.2 * float(torch.exp(2 * phi.min()))
+
+
+def euler_characteristic(field: Tensor, levels: Tensor) -> Tensor:
+    """Corners minus edges plus pixels of the closed pixels with a value of at least each level, [..., T], int64."""
+    inside = torch.nn.functional.pad(field.unsqueeze(-3) >= levels.view(-1, 1, 1), (1, 1, 1, 1))
+    right, below, pixel = inside[..., :-1, 1:], inside[..., 1:, :-1], inside[..., 1:, 1:]
+    corners = inside[..., :-1, :-1] | right | below | pixel
+    counts = corners.long() - (right | pixel).long() - (below | pixel).long() + pixel.long()
+    return counts.sum((-2, -1))
+
+
+def draw_euler_characteristic(generator: Generator) -> tuple[Tensor, Tensor]:
+    field = _randn(2, 31, 45, generator=generator)
+    return field, torch.cat([torch.linspace(-2, 2, 4, dtype=torch.float32), field[0, 0, :1]])  # a level that is met

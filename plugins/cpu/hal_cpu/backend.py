@@ -103,6 +103,11 @@ class CpuBackend:
     def capabilities(self, device: Device) -> Capabilities:
         return CAPABILITIES
 
+    def kernel_names(self, device: Device) -> frozenset[str]:
+        from hal_compute.backend import KERNEL_NAMES
+
+        return KERNEL_NAMES
+
     def check(self, request: AttentionRequest, device: Device) -> Iterable[Refusal]:
         """Gradients stop at a cache: its pages and narrow numbers are not trained."""
         if request.grads and request.page_size is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,11 @@ from hal_core.plugin_api import (
     SequenceMetadata,
     SessionBase,
     TilePlan,
+    UnsupportedError,
 )
 
 from .kernels import blocks, blocks_backward, decode, fused, native, tiled, tiled_backward
+from .kernels.extra import ExtraKernelRunner
 from .kernels.heads import pack_heads, unpack_heads
 from .kernels.keyvalue import KeyValue
 from .kernels.problem import Problem, visible_blocks
@@ -53,6 +56,7 @@ class CpuSession(SessionBase):
 
     def __init__(self, device: Device, limit: int | None = None) -> None:
         super().__init__(CpuMemory(device.id, limit), CpuTiling())
+        self._name = device.id
 
     def autograd(self, request: AttentionRequest) -> Autograd:
         """native where torch's own attention is called once; explicit elsewhere."""
@@ -81,6 +85,14 @@ class CpuSession(SessionBase):
             return result if request.lse else result.out
 
         return call
+
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """A kernel beside attention, see `hal_compute.extra_kernels.KERNELS`."""
+        from hal_compute.extra_kernels import KERNELS
+
+        if name not in KERNELS:
+            raise UnsupportedError(f"{self._name} has no kernel {name!r}: it has {', '.join(sorted(KERNELS))}")
+        return partial(KERNELS[name], ExtraKernelRunner(self.memory))
 
     def prepare_attention(
         self,

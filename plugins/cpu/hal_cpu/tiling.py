@@ -140,7 +140,8 @@ class TileSizes(NamedTuple):
 
 class BlockSizes(NamedTuple):
     """Of a block plan: rows of a query block over the heads of a group, the most keys that are listed for it, query
-    blocks, key blocks, and how many query blocks are multiplied at once.
+    blocks, key blocks, and how many query blocks are multiplied at once: with lists of the greatest length, and at most
+    where lists are shorter.
     """
 
     rows: int
@@ -148,6 +149,7 @@ class BlockSizes(NamedTuple):
     blocks_q: int
     blocks_k: int
     at_once: int
+    at_most: int
 
     @classmethod
     def of(cls, request: AttentionRequest, threads: int) -> BlockSizes:
@@ -159,7 +161,8 @@ class BlockSizes(NamedTuple):
         rows = block_q * (request.heads_q // max(request.heads_kv, 1))
         keys = min(most, blocks_k) * block_k
         room = threads * this_machine().l2 // (8 if request.dtype == "float64" else 4)
-        return cls(rows, keys, blocks_q, blocks_k, max(min(room // max(rows * keys, 1), blocks_q), 1))
+        at_once = max(min(room // max(rows * keys, 1), blocks_q), 1)
+        return cls(rows, keys, blocks_q, blocks_k, at_once, max(min(4 * at_once, blocks_q), 1))
 
 
 class DecodeSizes(NamedTuple):

@@ -309,7 +309,7 @@ def _first_line(error: Exception) -> str:
 
 
 #: Columns of the own kernels, by path.
-COLUMNS = {"hopper": "own Hopper", "portable": "own Triton"}
+COLUMNS = {"hopper": "own Hopper", "masked": "own Hopper", "portable": "own Triton"}
 
 
 class CudaBench:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, Causal, Device, DeviceUnavailableError, MaskKind
+from hal_core.plugin_api import AttentionRequest, BlockPlan, Causal, Device, DeviceUnavailableError, MaskKind
 
 from . import paths
-from .cost import FORMS, GRADIENT_FLOPS, OWN, Rates
+from .cost import FORMS, FORWARD_FORMS, GRADIENT_FLOPS, OWN, Rates
 from .discovery import Chip
 from .runtime import nvml
 from .session import CudaSession
@@ -27,6 +27,9 @@ DIMS = (64, 96, 128, 192, 256)
 #: Of forward and backward together. Short ones lie on both sides of whole tiles, whose number rules there.
 GRADIENT_LENGTHS = (128, 197, 256, 257, 384, 448, 512, 1000, 2048, 8192, 16384)
 FORM_DIMS, FORM_LENGTHS = (64, 128), (128, 256, 512, 2048)  # gradients of each of `cost.FORMS`
+FORWARD_DIMS, FORWARD_LENGTHS = (64, 128, 256), (512, 2048, 8192)  # forwards of each of `cost.FORWARD_FORMS`
+PLAN_BLOCKS = {"block plan": 128, "small block plan": 64}  # tokens of a block
+PLAN_LISTED = 0.5  # share of the key blocks that a row of a block plan lists
 _RNG = (7, 11)
 #: Largest range of the middle half of a measurement's times, as a share of their median; how often one is tried.
 MOST_SPREAD, ATTEMPTS = 0.5, 3
@@ -51,6 +54,8 @@ def cells() -> list[Cell]:
         for length in lengths
         for causal in (False, True)
     ]
+    for form in FORWARD_FORMS:
+        found += [Cell(dim, n, False, False, form) for dim in FORWARD_DIMS for n in FORWARD_LENGTHS]
     for form in FORMS:
         diagonals = (False, True) if form == "deterministic" else (False,)
         lengths = (*FORM_LENGTHS, 8192) if form == "deterministic" else FORM_LENGTHS
@@ -211,13 +216,14 @@ def measure_cell(device: Device, chip: Chip, rates: Rates, cell: Cell, flush: Te
     if grads:
         request, given = replace(request, grads=frozenset("qkv")), (*given, torch.randn_like(given[0]))
     request, mask = formed(request, form)
+    request, plan = planned(request, PLAN_BLOCKS[form]) if form in PLAN_BLOCKS else (request, None)
     if form == "float32":
         given = tuple(tensor.float() for tensor in given)
     bound, times = (gradients_on_path, GRADIENT_FLOPS) if grads else (on_path, 1.0)
     rows = []
     for path in paths.candidates(request, chip):
         call = bound(device, chip, rates, path, request)
-        arguments = (*given, mask) if grads else given
+        arguments = (*given, mask) if grads else (*given, mask, plan)
         seconds = timed(lambda call=call, given=arguments: call(*given), flush, 5 if grads else 9)  # type: ignore[misc]
         rate = 2.0 * request.visible_macs * times / seconds
         row = {"path": path, "dim": dim, "length": length, "causal": causal, "rate": rate}
@@ -236,11 +242,21 @@ def formed(request: AttentionRequest, form: str) -> tuple[AttentionRequest, Tens
     if form == "mask":
         visible = torch.rand(1, 1, request.len_q, request.len_k, device="cuda") < 0.5
         return replace(request, mask=MaskKind.BOOLEAN), visible
-    if form:
+    if form and form not in PLAN_BLOCKS:
         bias = torch.randn(1, request.heads_q, request.len_q, request.len_k, device="cuda", dtype=torch.bfloat16)
         wanted = request.grads | ({"mask"} if form == "bias gradient" else set())
         return replace(request, mask=MaskKind.ADDITIVE, mask_heads=request.heads_q, grads=wanted), bias
     return request, None
+
+
+def planned(request: AttentionRequest, block: int) -> tuple[AttentionRequest, BlockPlan]:
+    """The request with a block plan of `block` tokens a block, every head its own random blocks."""
+    rows, blocks = -(-request.len_q // block), -(-request.len_k // block)
+    listed = max(int(blocks * PLAN_LISTED), 1)
+    drawn = torch.rand(1, request.heads_q, rows, blocks, device="cuda").argsort(-1)[..., :listed].sort(-1).values
+    counts = torch.full((1, request.heads_q, rows), listed, device="cuda", dtype=torch.int32)
+    plan = BlockPlan(block, block, drawn.to(torch.int32), counts)
+    return replace(request, block_plan=(block, block, listed)), plan
 
 
 def _decode(device: Device, chip: Chip, rates: Rates, bandwidth: float, flush: Tensor) -> tuple[float, float]:

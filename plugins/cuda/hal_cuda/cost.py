@@ -30,14 +30,17 @@ from .tiling import Splits, choose_splits, choose_tiles, hopper_backward_tiles, 
 
 MEASURED = Path(__file__).with_name("profiles") / "measured.json"
 #: Paths whose kernels are this package's own.
-OWN = frozenset({"hopper", "portable", "fp8", "skipping"})
+OWN = frozenset({"hopper", "masked", "portable", "fp8", "skipping"})
 #: What sets requests apart from those of the main table, for gradients; the first that holds names a request.
 FORMS = ("float32", "deterministic", "dropout", "mask", "bias", "bias gradient")
+#: The same without gradients: what the masked Hopper kernel is measured with.
+FORWARD_FORMS = ("mask", "bias", "block plan", "small block plan")
 #: Operations of forward and backward together over the forward's: five products beside its two.
 GRADIENT_FLOPS = 3.5
 #: Share of the matrix rate that a path reaches where nothing was measured, long rows of head size 128.
 _ASSUMED_SHARE = {
     "hopper": 0.8,
+    "masked": 0.6,
     "fp8": 1.2,
     "portable": 0.5,
     "skipping": 0.4,
@@ -65,8 +68,8 @@ class Rates:
         bandwidth: bytes a second that a read reaches. matrix: operations a second of a large 16-bit product. launch:
             seconds of the shortest call. decode_share: of the bandwidth that decode reaches. grid: rows of dicts with
             path, dim, causal, length, rate; grads where it is of forward and backward together, form where it is of one
-            of `FORMS`. joules_per_flop, joules_per_byte: None where not measured. basis,
-            provenance, source: of all of it.
+            of `FORMS`, or without grads of `FORWARD_FORMS`. joules_per_flop, joules_per_byte: None where not measured.
+            basis, provenance, source: of all of it.
     """
 
     bandwidth: float
@@ -115,6 +118,12 @@ class Rates:
             source="scaled from datasheets",
         )
 
+    def knows(self, path: str, request: AttentionRequest) -> bool:
+        """Whether a path was measured with requests of this form, of at most twice the length."""
+        asked = path, bool(request.grads), form_of(request)
+        rows = (row for row in self.grid if (row["path"], row.get("grads", False), row.get("form", "")) == asked)
+        return any(row["length"] <= 2 * request.len_q for row in rows)
+
     def rate(self, path: str, request: AttentionRequest) -> Rate:
         """Operations a second of a path on a request's lengths, between the nearest lengths measured."""
         causal = request.causal is not Causal.NONE
@@ -133,7 +142,7 @@ class Rates:
             fill = min(1.0, request.len_q / 2048) * min(1.0, dim / 128)
             return Rate(max(self.matrix * _ASSUMED_SHARE[path] * fill, 1e9) / slower, 2.0)
         nearest = min((d for d in dims if d >= dim), default=dims[-1])
-        padded = min(dim / nearest, 1.0) if path in ("hopper", "portable") else 1.0
+        padded = min(dim / nearest, 1.0) if path in ("hopper", "masked", "portable") else 1.0
         points = sorted((row["length"], row["rate"]) for row in measured if row["dim"] == nearest)
         spread = 1.1 if self.basis is Basis.MEASURED else 2.0
         return Rate(
@@ -142,7 +151,14 @@ class Rates:
 
 
 def form_of(request: AttentionRequest) -> str:
-    """Which of `FORMS` a request has; "" for none of them."""
+    """Which of `FORMS`, or without gradients of `FORWARD_FORMS`, a request has; "" for none of them."""
+    if not request.grads:
+        if request.dtype not in ("float16", "bfloat16") or request.dropout:
+            return ""
+        found = {MaskKind.BOOLEAN: "mask", MaskKind.ADDITIVE: "bias"}.get(request.mask, "")
+        if found or request.block_plan is None:
+            return found
+        return "small block plan" if request.block_plan[0] % 128 else "block plan"
     holds = (
         request.dtype == "float32",
         request.deterministic,
@@ -238,6 +254,7 @@ def label(path: str) -> str:
     """A path's name for people."""
     return {
         "hopper": "own Hopper kernel",
+        "masked": "own Hopper kernel for masks and block plans",
         "fp8": "own Hopper kernel in FP8 (e4m3), operands quantised in the call",
         "portable": "own Triton kernel",
         "skipping": "own Triton kernel that skips tiles",
@@ -283,13 +300,15 @@ def _own_forward_memory(request: AttentionRequest, path: str, chip: Chip) -> int
         return 0
     if path == "hopper":
         return 32 * (r.batch * r.len_q // 128 + r.batch + 1) if r.packed else 0
+    lists = 0
+    if r.block_plan is not None and r.block_plan[2] > 1:
+        lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
+    if path == "masked":
+        return lists
     tiles, splits = choose_tiles(r, r.len_q, chip), Splits(1, 0)
     if packs(r, r.len_q):
         splits = choose_splits(r, tiles, r.len_q, r.len_k, r.batch, chip)
     split = split_keys(r, tiles, splits, r.len_q, r.batch, not r.deterministic)
-    lists = 0
-    if r.block_plan is not None and r.block_plan[2] > 1:
-        lists = r.batch * r.heads_q * -(-r.len_q // r.block_plan[0]) * (r.block_plan[2] + 1) * 4
     return lists + (0 if split.joined else 4 * split.partial)
 
 
@@ -329,7 +348,7 @@ def _hopper_backward_memory(request: AttentionRequest) -> int:
     right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
     tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
     rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
-    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2) + 8 * rows // tiles.rows * r.deterministic
+    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2) + 4 * rows // tiles.rows * r.deterministic
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:

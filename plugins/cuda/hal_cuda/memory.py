@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from hal_core.plugin_api import (
     DTYPE_BYTES,
@@ -259,10 +258,24 @@ class StreamWorkspaces:
 
 
 class Borrowed:
-    """Tensors of any dtype from a memory manager, given back together. See `borrowing`."""
+    """Tensors of any dtype from a memory manager, given back together on exit: `with borrowing(memory) as borrow:
+    tensor = borrow(shape, dtype)`.
 
-    def __init__(self, memory: MemoryManager, stack: ExitStack) -> None:
-        self._memory, self._stack = memory, stack
+    Work on the tensors that is queued on the current stream may still be running then: see `CudaMemory`.
+    """
+
+    __slots__ = ("_buffers", "_memory")
+
+    def __init__(self, memory: MemoryManager) -> None:
+        self._memory = memory
+        self._buffers: list[Buffer] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._buffers:
+            self._memory.free(self._buffers.pop())
 
     def __call__(self, shape: Sequence[int], dtype: Any) -> Tensor:
         """An uninitialised tensor of a torch dtype.
@@ -272,19 +285,13 @@ class Borrowed:
         """
         name = _OF_SIZE[dtype.itemsize]
         buffer = self._memory.allocate(shape, name)
-        self._stack.callback(self._memory.free, buffer)
+        self._buffers.append(buffer)
         tensor: Tensor = checked_buffer(buffer, shape, name).tensor
         return tensor.view(dtype)
 
 
-@contextmanager
-def borrowing(memory: MemoryManager) -> Iterator[Borrowed]:
-    """`with borrowing(memory) as borrow: tensor = borrow(shape, dtype)`: what was borrowed is freed on exit.
-
-    Work on the tensors that is queued on the current stream may still be running then: see `CudaMemory`.
-    """
-    with ExitStack() as stack:
-        yield Borrowed(memory, stack)
+#: A class of few lines, because a generator's context takes longer to enter than all else that it does.
+borrowing = Borrowed
 
 
 def _as(tensor: Any, name: str) -> Any:

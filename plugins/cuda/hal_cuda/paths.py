@@ -16,7 +16,7 @@ from .discovery import Chip
 from .kernels.fp8.wish import wish_of
 from .kernels.skipping.wish import threshold_of
 from .runtime import binaries
-from .tiling import WARPGROUP_ROWS, packs, parts, value_parts
+from .tiling import WARPGROUP_ROWS, masked_tiles_of, packs, parts, value_parts
 
 #: Torch's own attention backends, which are candidates beside the kernels of this package.
 TORCH_BACKENDS = {
@@ -37,14 +37,21 @@ def candidates(request: AttentionRequest, chip: Chip) -> list[str]:
     if request.dtype == "float64":
         return ["composed"]
     hopper = hopper_takes(request, chip) and (not request.grads or hopper_differentiates(request))
-    return [*(["hopper", "portable"] if hopper else ["portable"]), *torch_names(request, chip)]
+    masked = not request.grads and masked_takes(request, chip)
+    own = ["hopper"] if hopper else ["masked"] if masked else []
+    return [*own, "portable", *torch_names(request, chip)]
 
 
 def choose(
     request: AttentionRequest, chip: Chip, rates: Rates, allowed: Callable[[str], bool] = lambda path: True
 ) -> Choice:
-    """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone."""
-    timed = [(path, seconds(path, request, rates, chip)) for path in candidates(request, chip) if allowed(path)]
+    """The fastest path. `allowed` narrows the candidates, for measurements of some of them alone.
+
+    The masked Hopper kernel is chosen where it was measured.
+    """
+    able = [path for path in candidates(request, chip) if allowed(path)]
+    known = [path for path in able if path != "masked" or rates.knows(path, request)]
+    timed = [(path, seconds(path, request, rates, chip)) for path in known or able]
     timed.sort(key=lambda item: item[1])
     if len(timed) > 1 and timed[0][0] == "composed":  # memory of all scores: only where nothing else is right
         timed = [*timed[1:], timed[0]]
@@ -112,6 +119,18 @@ def hopper_assists(request: AttentionRequest, chip: Chip) -> bool:
     bare = replace(request, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None, dropout=0.0)
     beside = request.mask is not MaskKind.NONE or request.block_plan is not None or request.dropout > 0
     return beside and hopper_takes(bare, chip) and hopper_differentiates(request)
+
+
+def masked_takes(request: AttentionRequest, chip: Chip) -> bool:
+    """Whether the masked Hopper kernel is right for a request. Single masks may not suit it, which then go to the
+    portable kernel (see `HopperMaskedPath`).
+    """
+    r = request
+    few = min(r.len_q, r.len_k) <= WARPGROUP_ROWS  # which the short kernel or small tiles serve better
+    if few or r.packed or (r.mask is MaskKind.NONE and r.block_plan is None):
+        return False
+    bare = replace(r, mask=MaskKind.NONE, mask_batch=1, mask_heads=1, block_plan=None)
+    return hopper_takes(bare, chip) and masked_tiles_of(r) is not None
 
 
 def forward_path(path: str, request: AttentionRequest, chip: Chip) -> str:

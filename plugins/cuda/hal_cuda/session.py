@@ -40,6 +40,7 @@ from .kernels.fp8.launch import Fp8Path
 from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
 from .kernels.hopper.packed import PackedHopperPath
+from .kernels.hopper_masked.launch import HopperMaskedPath
 from .kernels.portable.launch import PortablePath
 from .kernels.portable.short_launch import ShortPath, takes as short_takes
 from .kernels.skipping.launch import SkippedTiles, SkippingPath, Tally
@@ -87,6 +88,8 @@ class CudaSession(SessionBase):
         self._context = Context(chip, self.memory, StreamWorkspaces(self.memory), self.tiling)
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
         self._backwards: dict[AttentionRequest, Callable[..., Grads]] = {}
+        # By the request's identity, which is kept with it: a request takes longer to hash than the rest of the search.
+        self._met: dict[int, tuple[AttentionRequest, Callable[..., Grads]]] = {}
         self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
         self._tally: Tally | None = None
         self._lost = ""
@@ -150,7 +153,13 @@ class CudaSession(SessionBase):
         name = paths.forward_path(self.path_of(request), request, self.chip)
         if name == "portable":
             portable = PortablePath(request, self._context)
-            return ShortPath(request, self._context, portable) if short_takes(request) else portable
+            if short_takes(request):
+                return ShortPath(request, self._context, portable)
+            if request.grads and self.path_of(replace(request, grads=frozenset())) == "masked":
+                return HopperMaskedPath(request, self._context, portable)
+            return portable
+        if name == "masked":
+            return HopperMaskedPath(request, self._context, PortablePath(request, self._context))
         if name == "hopper":
             kind = PackedHopperPath if request.packed else HopperPath
             return kind(request, self._context, PortablePath(request, self._context))
@@ -339,11 +348,17 @@ class CudaSession(SessionBase):
 
     def _backward(self, request: AttentionRequest) -> Callable[..., Grads]:
         """The own kernels' backward of a request, kept."""
+        met = self._met.get(id(request))
+        if met is not None:
+            return met[1]
+        if len(self._met) >= _MOST_BOUND:
+            self._met.clear()
         found = self._backwards.get(request)
         if found is None:
             if len(self._backwards) >= _MOST_BOUND:
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
+        self._met[id(request)] = (request, found)
         return found
 
     def skipped_tiles(self) -> SkippedTiles:
@@ -400,6 +415,7 @@ class CudaSession(SessionBase):
         """Forget bound paths, after rates changed."""
         self._bound.clear()
         self._backwards.clear()
+        self._met.clear()
 
     def close(self) -> None:
         """Give memory back; after it the session serves no call. May be called twice."""

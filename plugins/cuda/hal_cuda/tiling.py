@@ -67,6 +67,8 @@ class CudaTiling(DenseTiling):
         if path == "hopper":
             tiles = hopper_tiles_of(request)
             return TilePlan.equal(request, WARPGROUP_ROWS * tiles.consumers, tiles.keys, cut_by="cuda")
+        if path == "masked" and (masked := masked_tiles_of(request)) is not None:
+            return TilePlan.equal(request, masked.rows, masked.keys, cut_by="cuda")
         if path == "fp8":
             fp8 = fp8_tiles(max(request.dim_qk, request.dim_v), fp8_whole(request))
             return TilePlan.equal(request, WARPGROUP_ROWS * fp8.consumers, fp8.keys, cut_by="cuda")
@@ -410,6 +412,74 @@ def hopper_tiles_of(request: AttentionRequest) -> HopperTiles:
     ends = right is not None or request.causal is not Causal.NONE
     dims = (request.dim_qk, request.dim_v)
     return hopper_tiles(*dims, request.len_q, request.len_k, ends, left is not None, request.lse)
+
+
+class MaskedTiles(NamedTuple):
+    """How the masked Hopper forward runs a head size; see `HopperTiles`. dim_qk, dim_v: head sizes as it computes
+    them.
+    """
+
+    keys: int
+    dim_qk: int
+    dim_v: int
+    stages: int
+    queries: int
+    own_output: bool
+    arrive: bool
+    consumers: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a program."""
+        return WARPGROUP_ROWS * self.consumers
+
+
+#: Shared memory of a program on Hopper, without what barriers take.
+_HOPPER_SHARED = (227 << 10) - 512
+
+
+@lru_cache(maxsize=4096)
+def masked_tiles(dim_qk: int, dim_v: int, mask_bytes: int, block: tuple[int, int] | None) -> MaskedTiles | None:
+    """The masked Hopper forward's tiles; None where it has none.
+
+    Tiles of 128 keys up to head size 128. Where shared memory does not hold them with what they bring, first the second
+    stage of queries goes, then the result's own memory, then half of the keys.
+
+    Args:
+        dim_qk, dim_v: head sizes, up to 256. mask_bytes: of an element of a mask over rows and keys; 0: there is none.
+        block: sizes of a block plan's blocks. A program takes one tile of rows then, so that neither a second stage of
+            queries nor memory for the result would serve it, and keys get a third or fourth stage. Blocks of 64 rows
+            are taken by one warpgroup, of which a multiprocessor runs two programs.
+    """
+    wide_qk, wide_v = max(64, power_of_two(dim_qk)), max(64, power_of_two(dim_v))
+    consumers, shared = 2, _HOPPER_SHARED
+    if block is not None:
+        if block[0] % WARPGROUP_ROWS or block[1] % 64:
+            return None
+        if block[0] % (2 * WARPGROUP_ROWS):
+            consumers, shared = 1, _HOPPER_SHARED // 2 - 1024
+    rows = WARPGROUP_ROWS * consumers
+    ways = [(3, 2, True), (2, 2, True), (2, 1, True), (2, 1, False)]
+    if block is not None:
+        ways = [(4, 1, False), (3, 1, False), (2, 1, False)]
+    largest = 128 if max(wide_qk, wide_v) <= 128 and consumers == 2 else 64
+    for keys in (128, 64):
+        if keys > largest or (block is not None and block[1] % keys):
+            continue
+        for stages, queries, own in ways:
+            own = own or wide_qk != wide_v  # the query's memory has other rows
+            fixed = rows * 2 * (queries * wide_qk + own * wide_v)
+            if fixed + stages * keys * (2 * (wide_qk + wide_v) + rows * mask_bytes) <= shared:
+                named = stages <= 3 and max(wide_qk, wide_v) == 128
+                return MaskedTiles(keys, wide_qk, wide_v, stages, queries, own, named, consumers)
+    return None
+
+
+def masked_tiles_of(request: AttentionRequest) -> MaskedTiles | None:
+    """The masked Hopper forward's tiles for a request, whose mask, if any, is taken to be of 16-bit numbers."""
+    size = {MaskKind.NONE: 0, MaskKind.BOOLEAN: 1, MaskKind.ADDITIVE: 2}[request.mask]
+    block = None if request.block_plan is None else request.block_plan[:2]
+    return masked_tiles(request.dim_qk, request.dim_v, size, block)
 
 
 class Fp8Tiles(NamedTuple):

@@ -11,6 +11,7 @@ from hal_core import HalError
 from hal_core.plugin_api import CommandResult
 
 from ..command import add_input, command_line, files_of, names_of, positive, share
+from ..threads import spin_briefly
 
 DESCRIPTION = """\
 What moves a model's result most. With --device: which figure of the simulated device's profile, each alone at both
@@ -56,6 +57,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--max-length", metavar="N", type=positive, default=64, help="tokens of a text (default: 64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the run")
     parser.add_argument("--report", metavar="FILE", type=Path, help="write a self-contained HTML page with the picture")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        help="with --device, where each result is kept as soon as it is there: the same command goes on from them",
+    )
     parser.set_defaults(run=run)
 
 
@@ -66,8 +73,10 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text, device, figure or layer that does not exist, wishes that do not go together, or a page
             that cannot be written; all of them are looked at before anything is measured.
     """
+    spin_briefly()
     from .. import measure, models, report, tasks
     from . import model_layers, page, tables, tornado
+    from .outcomes import Outcomes, key_of
     from .trial import Trial
 
     by_layer = bool(arguments.layers or arguments.layer)
@@ -85,6 +94,10 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     if by_layer:
         model_layers.check(model.network, patterns, device)
     tokens = measure.batches_of(model, _first(read, arguments.texts), 8, arguments.max_length)
+    kept = None
+    if arguments.out is not None:
+        assert device is not None
+        kept = Outcomes(arguments.out, key_of(model, tokens, device, arguments))
     trial = Trial(model, tokens, draws=arguments.draws, linear=not arguments.attention)
     progress = arguments.progress
     found: tornado.Tornado | model_layers.LayerEffects
@@ -94,13 +107,29 @@ def run(arguments: argparse.Namespace) -> CommandResult:
     elif by_layer:
         found = model_layers.on_device(trial, device, patterns, progress)
     else:
-        found = tornado.measure(trial, device, patterns=patterns, default=arguments.uncertainty, progress=progress)
+        try:
+            found = tornado.measure(
+                trial,
+                device,
+                patterns=patterns,
+                default=arguments.uncertainty,
+                progress=progress,
+                outcomes=kept,
+            )
+        except KeyboardInterrupt:
+            if kept is None:
+                raise
+            raise KeyboardInterrupt(
+                f"results are kept in {arguments.out}, and the same command goes on from there"
+            ) from None
     shown = (
         tables.of_figures(found, arguments.top)
         if isinstance(found, tornado.Tornado)
         else tables.of_layers(found, arguments.top)
     )
     data, text = {"model": arguments.model, **found.to_dict()}, []
+    if kept is not None and kept.used:
+        text.append(f"{kept.used} of {kept.used + kept.made} results were in {arguments.out} already.")
     if arguments.report is not None:
         page.write(
             arguments.report,
@@ -133,6 +162,8 @@ def _check(arguments: argparse.Namespace, by_layer: bool) -> None:
         raise HalError(f"--bits {arguments.bits} was given: pass 2 to 24")
     if by_layer and (arguments.figures or arguments.uncertainty):
         raise HalError("--figures and --uncertainty are about a profile's figures: leave out --layers, or them")
+    if by_layer and arguments.out is not None:
+        raise HalError("--out keeps the results of a profile's figures: leave out --layers, or it")
     if by_layer and arguments.attention:
         raise HalError("--attention leaves no linear layer on the device, and --layers asks for them: leave one out")
 

@@ -2,7 +2,8 @@
 
 A figure's interval is what its profile states, or else the default for its provenance, an assumption. Every run has the
 same seeds, so that a result moves with the figure and not with a draw of noise. Figures that share a section are first
-changed together: a section that moves nothing then is not taken apart.
+changed together: a section that moves nothing then is not taken apart, and one that moves time and energy alone has
+no noise to average: its figures run once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hal_core import Device, HalError
 from hal_core.plugin_api import find_devices, registry
 
 from ..lanes import Lane, Scope
+from .outcomes import Outcomes
 from .trial import Outcome, Trial
 
 #: The name of the backend that stands for the device with changed figures.
@@ -140,41 +142,56 @@ def measure(
     patterns: Sequence[str] = (),
     default: float | None = None,
     progress: Callable[[str, float], None] = lambda text, share: None,
+    outcomes: Outcomes | None = None,
 ) -> Tornado:
     """Vary the figures of a device's profile.
 
     Args:
         device: of `simulated_device`. patterns: figures, by name or pattern ("noise.*"); none for all.
         default: see `Tornado`. progress: called with a text and the share done.
+        outcomes: those of an earlier measurement, which are not measured again; new ones are added.
 
     Raises:
         ContractError: a pattern of no figure, with the closest. HalError: the device does not run the model.
     """
+    kept = Outcomes() if outcomes is None else outcomes
     backend: Any = registry.backend_of(device)
     listed = chosen(device, patterns, default)
     varied = [each for each in listed if not each.reason]
     progress(f"{device.id} as it is", 0.0)
     lane = trial.lane(device)
-    nominal = trial.run(lane)
+    nominal = kept.get({}, lambda: trial.run(lane))
 
-    def outcome(ends: Iterable[tuple[Any, float]]) -> Outcome:
-        figures = {each.key.replace(".", "__"): end for each, end in ends}
-        with _registered(backend.varied(device, CHANGED, **figures)) as changed:
-            return trial.run(_moved(trial, lane, changed))
+    def outcome(ends: Iterable[tuple[Any, float]], *, costs_alone: bool = False) -> Outcome:
+        figures = {each.key: end for each, end in ends}
+
+        def run() -> Outcome:
+            named = {key.replace(".", "__"): end for key, end in figures.items()}
+            with _registered(backend.varied(device, CHANGED, **named)) as changed:
+                found = trial.run(_moved(trial, lane, changed), 1 if costs_alone else None)
+                return found._replace(error=nominal.error) if costs_alone else found
+
+        return kept.get(figures, run)
 
     sections = {name: list(each) for name, each in groupby(varied, key=lambda each: each.key.partition(".")[0])}
     steps, done = len(sections) + len(varied), 0
-    moving: list[Any] = []
+    moving: list[tuple[Any, bool]] = []  # figures, and whether they move time and energy alone
     still: list[Any] = []
     for section, figures in sections.items():
         progress(f"{section}: {len(figures)} figures together", done / steps)
         together = _together(figures, outcome) if len(figures) > 1 and not patterns else None
-        (still if together == nominal else moving).extend(figures)
-        done += 1 + (len(figures) if together == nominal else 0)
+        if together == nominal:
+            still.extend(figures)
+            done += len(figures)
+        else:
+            costs_alone = together is not None and together.error == nominal.error
+            moving.extend((each, costs_alone) for each in figures)
+        done += 1
     bars = []
-    for each in moving:
-        progress(f"{each.key}", done / steps)
-        bars.append(Bar(figure=each, low=outcome([(each, each.low)]), high=outcome([(each, each.high)])))
+    for each, costs_alone in moving:
+        progress(each.key, done / steps)
+        low, high = (outcome([(each, end)], costs_alone=costs_alone) for end in (each.low, each.high))
+        bars.append(Bar(figure=each, low=low, high=high))
         done += 1
     return Tornado(
         device=device.id,

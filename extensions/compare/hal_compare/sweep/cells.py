@@ -19,7 +19,8 @@ class SweptLane:
     """One row of the grid: what runs the model's attention, or more of it.
 
     Attributes:
-        lane: never measured itself; every cell has a copy. label: what it is called ("cpu:0", "kpu t256 +linear").
+        lane: never measured itself; every cell has a copy. label: what it is called ("cpu:0", "kpu t256 +linear",
+            "photonic:0 passes=4").
         family: the backend; "torch" for torch's own attention. profile: "" for a device as it is present.
     """
 
@@ -29,14 +30,15 @@ class SweptLane:
     profile: str = ""
 
     @property
-    def simulated(self) -> bool:
-        """Whether its time is modelled, so that neither warming up nor timing it again tells anything."""
-        return self.lane.device is not None and self.lane.device.fidelity == "simulated"
+    def options(self) -> str:
+        """Those of the device, "passes=4"; "" for none."""
+        return " ".join(f"{name}={value}" for name, value in sorted(self.lane.options.items()))
 
     def fresh(self) -> Lane:
         """A lane to measure."""
         lane = self.lane
-        return Lane(self.label, lane.device, lane.place, baseline=lane.baseline, scope=lane.scope, slow=self.simulated)
+        options = dict(lane.options)
+        return Lane(self.label, lane.device, lane.place, baseline=lane.baseline, scope=lane.scope, options=options)
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +50,7 @@ class Key:
         fingerprint: of the device, see `hal_core.Device`. scope, dtype: what ran on it, and in which dtype.
         length, batch, texts: tokens of a text, texts of a batch, texts in all. text: sha256 of their tokens.
         draws: timed passes, and draws of noise. version: of all that has a part in the numbers. machine: the host.
+        options: of the device, "passes=4"; "" for none.
     """
 
     model: str
@@ -64,9 +67,10 @@ class Key:
     draws: int
     version: str
     machine: str
+    options: str = ""
 
     #: Fields of what was asked for; the others change under it.
-    ASKED = ("model", "device", "profile", "scope", "dtype", "length", "batch", "texts", "draws")
+    ASKED = ("model", "device", "profile", "scope", "dtype", "length", "batch", "texts", "draws", "options")
 
     @property
     def name(self) -> str:

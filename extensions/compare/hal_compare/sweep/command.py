@@ -14,6 +14,7 @@ from hal_core import DeviceUnavailableError, HalError
 from hal_core.plugin_api import CommandResult, registry, write_whole
 
 from ..command import command_line, positive
+from ..threads import spin_briefly
 from .lists import whole_numbers
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ def add_parser(subparsers: Any) -> None:
         "--linear",
         **lists,
         help="devices that run the linear layers too, in rows of their own; 'all' for those that can",
+    )
+    parser.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the devices that have it, for example passes=4 for photonic ones; may be repeated",
     )
     parser.add_argument(
         "--text",
@@ -109,6 +117,7 @@ def run(arguments: argparse.Namespace) -> CommandResult:
         HalError: a model, text, device, profile, length, batch or folder that cannot be used: all of them are looked
             at before anything is measured. KeyboardInterrupt: stopped by the user; it says what is kept.
     """
+    spin_briefly()
     lengths = whole_numbers(arguments.lengths, "--lengths") if arguments.lengths else []
     batches = whole_numbers(arguments.batches, "--batches") if arguments.batches else [8]
     folder = arguments.out or Path(f"sweep-{Path(arguments.model).expanduser().resolve().name}")
@@ -137,6 +146,7 @@ def _check_folder(folder: Path) -> None:
 
 def _lanes(arguments: argparse.Namespace, stack: ExitStack) -> list[SweptLane]:
     """The rows: devices as they are present, and profiles in place of those that are swept over them."""
+    from ..device_options import set_options
     from ..lanes import rows_for
     from .cells import SweptLane
     from .profiles import chosen, registered
@@ -155,15 +165,17 @@ def _lanes(arguments: argparse.Namespace, stack: ExitStack) -> list[SweptLane]:
         listed = [name for name in listed if registry.entry(name).spec.name not in profiles] + list(by_device)
     linear = _words(arguments.linear)
     rows = rows_for(listed, [name for word in linear for name in _with_profiles(word, by_device)])
+    set_options(rows, arguments.option)
     lanes = []
     for row in rows:
         found = by_device.get(row.device.id) if row.device is not None else None
         mark = "" if row.device is None else row.name.removeprefix(row.device.id)
+        mark += "".join(f" {name}={value}" for name, value in sorted(row.options.items()))
         if found is not None:
             lanes.append(SweptLane(row, found.label + mark, found.family, found.profile))
         else:
             family = "torch" if row.device is None else registry.entry(row.device.id).spec.name
-            lanes.append(SweptLane(row, row.name, family))
+            lanes.append(SweptLane(row, row.name if row.device is None else row.device.id + mark, family))
     return lanes
 
 

@@ -79,6 +79,7 @@ def sweep(plan: Plan, records: Records, progress: Progress, *, resume: bool = Tr
             draws=plan.draws,
             version=version,
             machine=machine,
+            options=swept.options,
         )
         for workload in plan.workloads
         for swept in plan.lanes

@@ -201,7 +201,7 @@ def allocate(share: Tensor, cut: Cut, block_q: int, block_k: int, p: float | Non
     ranked = ranked.masked_fill(cut.forced, math.inf)
     total, many = int(cut.budgets.sum()) * share.shape[1], ranked[0].numel() if len(ranked) else 0
     if total < many:  # the best of those that are not taken
-        least = ranked.flatten(1).topk(total + 1, dim=1).values[:, -1].view(-1, 1, 1, 1)
+        least = ranked.flatten(1).topk(total + 1, dim=1, sorted=False).values.amin(1).view(-1, 1, 1, 1)
         counts = (ranked > least).sum(-1)
     else:
         counts = (ranked > -math.inf).sum(-1)

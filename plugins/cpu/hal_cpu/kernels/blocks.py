@@ -55,7 +55,8 @@ class Listed(NamedTuple):
     """What the query blocks of one pattern read, ascending and each block once.
 
     Attributes:
-        blocks: int64 [query blocks, max_blocks]; entries past the count hold the number of key blocks.
+        blocks: int64 [query blocks, max_blocks]; entries past the count repeat the last one, or hold the number of key
+            blocks where there is none.
         counts: int64 [query blocks]. order: query blocks by their counts.
         partial: bool [query blocks, max_blocks]: blocks of which causal, window or the end of the keys hide a part.
     """
@@ -71,7 +72,8 @@ class Chunk(NamedTuple):
 
     Attributes:
         units: int64 [n], numbers of query blocks. counts: how many key blocks each reads.
-        picked: int64 [n, most], key blocks; past the count any. partial: pairs (unit's place, entry's place).
+        picked: int64 [n, most], key blocks; past the count the last one again.
+        partial: pairs (unit's place, entry's place).
     """
 
     units: Tensor
@@ -197,6 +199,10 @@ def listed_blocks(problem: Problem, plan: BlockPlan, batch: int, head: int, scra
     torch.sort(second, -1, out=(first, places))
     counts = torch.lt(first, none, out=flags).sum(-1)
     _partial(problem.band, plan, starts, first, len_k, flags)
+    # What is gathered past a list's end has the weight 0; another block's infinity would make it NaN, its own does so
+    # anyway.
+    if first.shape[1]:
+        torch.minimum(first, first.gather(1, (counts - 1).clamp_(min=0).unsqueeze(1)), out=first)
     return Listed(first[:, :most], counts, counts.argsort(stable=True), flags[:, :most])
 
 
@@ -218,14 +224,27 @@ def _partial(band: Band, plan: BlockPlan, starts: Tensor, blocks: Tensor, len_k:
 
 
 def chunks(problem: Problem, plan: BlockPlan, heads: Heads) -> Iterator[Chunk]:
-    """Query blocks that are multiplied at once, by how many key blocks they read."""
-    sizes = BlockSizes.of(problem.request, torch.get_num_threads())
-    at_once = sizes.at_once * (problem.group // heads.many)
-    for start in range(0, len(heads.listed.order), at_once):
-        units = heads.listed.order[start : start + at_once]
-        counts = heads.listed.counts[units].tolist()
-        picked = heads.listed.blocks[units, : counts[-1]].clamp_(max=sizes.blocks_k - 1)
-        yield Chunk(units, counts, picked, heads.listed.partial[units, : counts[-1]].nonzero().tolist())
+    """Query blocks that are multiplied at once: as many as there is room for, by how many key blocks they read.
+
+    Those that read none are apart.
+    """
+    sizes, listed = BlockSizes.of(problem.request, torch.get_num_threads()), heads.listed
+    share = problem.group // heads.many
+    room, at_most = sizes.at_once * share * sizes.keys // plan.block_k, sizes.at_most * share
+    counts = listed.counts[listed.order].tolist()
+    start = 0
+    while start < len(counts):
+        stop = start + 1
+        while (
+            stop < min(len(counts), start + at_most)
+            and (stop + 1 - start) * counts[stop] <= room
+            and (counts[start] > 0) == (counts[stop] > 0)
+        ):
+            stop += 1
+        units, most = listed.order[start:stop], counts[stop - 1]
+        partial = listed.partial[units, :most].nonzero().tolist()
+        yield Chunk(units, counts[start:stop], listed.blocks[units, :most], partial)
+        start = stop
 
 
 def key_blocks(tensor: Tensor, size: int, room: Tensor) -> Tensor:
@@ -272,16 +291,11 @@ def picked_rows(whole: Tensor, units: Tensor, room: Tensor) -> Tensor:
 
 
 def gathered(blocks: Tensor, chunk: Chunk, room: Tensor) -> Tensor:
-    """The keys or values that each query block reads, [n, most * block_k, dim]; zeros past its count."""
+    """The keys or values that each query block reads, [n, most * block_k, dim]; past its count the last block again."""
     n, most, (_, size, dim) = len(chunk.counts), chunk.most, blocks.shape
     whole = room[: n * most * size * dim].view(n * most, size, dim)
     torch.index_select(blocks, 0, chunk.picked.flatten(), out=whole)
-    found = whole.view(n, most * size, dim)
-    if chunk.counts[0] < most:
-        for place, count in enumerate(chunk.counts):
-            if count < most:  # what lies there may be infinite, and 0 times it is not 0
-                found[place, count * size :].zero_()
-    return found
+    return whole.view(n, most * size, dim)
 
 
 def scores_of(

@@ -187,14 +187,15 @@ class BlockParts(NamedTuple):
         wide, group = _wide(request), request.heads_q // max(request.heads_kv, 1)
         block_q, block_k, most = request.block_plan
         block_q = max(min(block_q, request.len_q), 1)
-        rows, all_rows = sizes.at_once * sizes.rows, sizes.blocks_q * sizes.rows
+        rows, all_rows = sizes.at_most * sizes.rows, sizes.blocks_q * sizes.rows
+        pairs = sizes.at_once * sizes.rows * sizes.keys
         # A pattern for each query head gathers the keys of its group's other heads too.
         gathered, keys = sizes.at_once * group * sizes.keys, sizes.blocks_k * block_k
         copied = not reads_in_place(request) or request.len_k % block_k != 0
         listed = sizes.blocks_q * most  # whole lists: of a short sequence's, any entries may count
         later = (
-            rows * sizes.keys,
-            rows * sizes.keys if request.softcap is not None else 0,
+            pairs,
+            pairs if request.softcap is not None else 0,
             rows * request.dim_v,
             all_rows * request.dim_v,
             keys * request.dim_qk,
@@ -202,7 +203,7 @@ class BlockParts(NamedTuple):
         )
         return cls(
             *_on_lines(
-                rows * sizes.keys,
+                pairs,
                 gathered * request.dim_qk,
                 gathered * request.dim_v,
                 rows * request.dim_qk,

@@ -56,9 +56,10 @@ def _call(session: CudaSession, request: AttentionRequest) -> None:
     """
     query, key, value, mask, plan, tables = _tensors(request)
     prepared = session.prepare_attention(query, key, value, request=request, plan=plan, tables=tables)
-    out, lse = session.compute_attention(prepared, mask)
+    rng = (0, 0) if request.dropout else None
+    out, lse = session.compute_attention(prepared, mask, rng=rng)
     if request.grads:
-        session.compute_attention_backward(prepared, out, lse, torch.empty_like(out), mask)
+        session.compute_attention_backward(prepared, out, lse, torch.empty_like(out), mask, rng=rng)
 
 
 def _tensors(request: AttentionRequest) -> tuple[Any, ...]:

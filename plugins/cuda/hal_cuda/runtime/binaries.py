@@ -8,6 +8,7 @@ chain.
 from __future__ import annotations
 
 import hashlib
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,11 +147,27 @@ class Unloaded:
     def __init__(self, compiled: Any, shared_memory: int) -> None:
         if compiled.metadata.shared > shared_memory:
             raise OutOfResources(compiled.metadata.shared, shared_memory, "shared memory")
+        _build_launcher(compiled)
         self.maps = _maps(compiled)
         self.constants = _constants(compiled)
 
     def __call__(self, grid: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
         """Nothing: no kernel outlives `compiling_ahead`."""
+
+
+def _build_launcher(compiled: Any) -> None:
+    """Build the C function that launches a kernel, and Triton's calls of the driver, into Triton's cache: both cost a
+    run of the C compiler where a kernel is first loaded. Nothing where the driver's library is not installed, which
+    they are linked to.
+    """
+    from triton.backends.nvidia import driver
+
+    try:
+        driver.library_dirs()
+    except (AssertionError, OSError, subprocess.SubprocessError):
+        return
+    driver.CudaUtils()
+    driver.CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _maps(compiled: Any) -> list[Any]:

@@ -32,12 +32,19 @@ class ExtraKernelRunner:
         *,
         extent: tuple[int, int, int],
         what: str,
+        repeats: int = 1,
     ) -> None:
         """See `hal_compute.extra_kernels.Runner`."""
         engine = self._engine
         size = [-(-n // block) for n, block in zip(extent, _BLOCKS.get(name, (1, 1, 1)), strict=True)]
         with self._lease(what) as lease:
-            buffers = [operand.buffer for operand in (*map(lease.stage, inputs), *map(lease.result, outputs))]
+            source = [operand.buffer for operand in map(lease.stage, inputs)]
+            target = [operand.buffer for operand in map(lease.result, outputs)]
+            spare = [lease.space(tensor.nbytes).buffer for tensor in outputs] if repeats > 1 else []
             numbers = *map(np.int32, integers), *map(np.float32, floats)
-            engine.launch(engine.kernel("kernels", name), size, None, *buffers, *numbers)
+            kernel = engine.kernel("kernels", name)
+            for left in reversed(range(repeats)):
+                here = spare if left % 2 else target  # the last one writes the results
+                engine.launch(kernel, size, None, *source, *here, *numbers)
+                source = here
             lease.finish()

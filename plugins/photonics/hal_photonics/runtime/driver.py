@@ -35,25 +35,45 @@ class Reading(NamedTuple):
     clipped: int
 
 
+class Cells(NamedTuple):
+    """Weights as a chip holds them.
+
+    Attributes:
+        values: [batch, outputs, K], what the driver makes of weight codes; for a simulated chip the full-scale values
+            of its cells, with their static errors.
+    """
+
+    values: Tensor
+
+
 class Driver(Protocol):
     """One chip. `read` may be called from any thread; it depends on its arguments and the chip's state alone."""
 
     profile: Profile
 
+    def load(self, weights: Tensor) -> Cells:
+        """Program weight codes, which any number of reads then use.
+
+        Args:
+            weights: whole numbers as float32, [batch, outputs, K]; output i lies on column i mod columns, in as many
+                loads as it takes.
+        """
+        ...
+
     def read(
         self,
         inputs: Tensor,
-        weights: Tensor,
+        weights: Tensor | Cells,
         *,
         noise: torch.Generator | None,
         averages: int = 1,
         gain: float | None = None,
     ) -> Reading:
-        """Load weight codes and stream input codes.
+        """Stream input codes through weights.
 
         Args:
             inputs: whole numbers as float32, [batch, rows, K]; row r runs on core r mod cores.
-            weights: likewise, [batch, outputs, K]; output i runs on column i mod columns, in as many loads as it takes.
+            weights: of `load`, or codes to load for this read.
             noise: the generator of the readout noise; None for the chip's own noise (a simulated chip: no noise).
             averages: readouts to average over. gain: in front of the readout; None for the profile's.
         """

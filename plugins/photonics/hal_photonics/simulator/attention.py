@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hal_core.plugin_api import AttentionRequest, MaskKind
 
-from .core import PhotonicCore, WeightTile
+from .blockfloat import encode
+from .core import PhotonicCore
+from .held import WeightTile
 
 Span = tuple[int, int]
 _LOWEST = torch.finfo(torch.float32).min
@@ -64,7 +66,7 @@ def program(core: PhotonicCore, key: Tensor, value: Tensor, into: Programmed, no
                 continue
             head = key[b, h].float()
             for number, place in enumerate(places):
-                _, codes, scales = core.load(head, place)
+                codes, scales = encode(head[..., place], core.converters.weight_levels)
                 into.key_codes[b, h, :, place] = codes
                 into.key_scales[b, h, :, number] = scales[:, 0]
             into.values[b, h] = value[b, h]
@@ -94,7 +96,9 @@ class OpticalProducts(NamedTuple):
         held = self.held
         codes, scales = (t[part.batch, part.heads, part.keys].flatten(0, 1) for t in (held.key_codes, held.key_scales))
         places = self.core.converters.tiles(codes.shape[-1])
-        tiles = (WeightTile(place, codes[..., place], scales[..., [i]]) for i, place in enumerate(places))
+        tiles = (
+            WeightTile(place, self.core.program(codes[..., place]), scales[..., [i]]) for i, place in enumerate(places)
+        )
         batch, heads_q, rows, dim = query.shape
         inputs = query.float().reshape(len(codes), -1, dim)
         found = self.core.stream(inputs, codes.shape[1], tiles, self.noise, passes=self.passes)

@@ -13,9 +13,9 @@ from torch import Tensor
 from hal_core.plugin_api import ContractError
 
 from ..profiles.profile import Profile
-from ..runtime.driver import Reading, Telemetry
+from ..runtime.driver import Cells, Reading, Telemetry
 from .converters import Converters
-from .imperfections import Drift, Imperfections
+from .imperfections import Drift, Imperfections, by_core
 
 
 class Fault(enum.StrEnum):
@@ -54,10 +54,14 @@ class SimulatedDriver:
 
     # Readouts
 
+    def load(self, weights: Tensor) -> Cells:
+        columns = torch.arange(weights.shape[-2]) % len(self.chip.gain)
+        return Cells(self.chip.realised(weights / self._converters.weight_levels, columns))
+
     def read(
         self,
         inputs: Tensor,
-        weights: Tensor,
+        weights: Tensor | Cells,
         *,
         noise: torch.Generator | None,
         averages: int = 1,
@@ -66,21 +70,21 @@ class SimulatedDriver:
         c, chip = self._converters, self.chip
         ratio = 1.0 if gain is None else gain / c.gain
         batch, rows, width = inputs.shape
-        outputs = weights.shape[1]
+        held = weights if isinstance(weights, Cells) else self.load(weights)
+        outputs = held.values.shape[1]
         columns = torch.arange(outputs) % len(chip.gain)
         light = chip.bent(inputs / c.input_levels, self.linearised).mul_(self._light())
-        cells = chip.realised(weights / c.weight_levels, columns)
-        light, cells = self._damaged(light, cells, columns)
+        light, cells = self._damaged(light, held.values, columns)
         scale = ratio * c.gain / c.lsb(width)
-        cells.mul_((chip.gain * self.drift.gain)[columns].unsqueeze(1)).mul_(scale)
+        cells = (cells * (chip.gain * self.drift.gain)[columns].unsqueeze(1)).mul_(scale)
         code = torch.matmul(light, cells.transpose(-1, -2))
         cores = len(chip.offset)
         if chip.core_weight is not None:
             for core in range(min(cores, rows)):
                 own = chip.core_weight[core][columns, :width] * (chip.gain[columns].unsqueeze(1) * scale)
                 code[:, core::cores] += light[:, core::cores] @ own.transpose(-1, -2)
-        offset = ratio * (chip.offset + self.drift.offset)[:, columns]
-        code += offset[torch.arange(rows) % cores]
+        for some, of_core in by_core(code, (ratio * (chip.offset + self.drift.offset))[:, columns]):
+            some += of_core
         if noise is not None:
             # What arises in front of the gain grows with it.
             behind = self.profile["noise.after_gain"]

@@ -14,10 +14,12 @@ from hal_core.plugin_api import ContractError, listing
 
 from ..profiles.figures import FIGURES, MOST_PASSES
 from ..profiles.profile import Profile
-from ..runtime.driver import Driver, Reading
+from ..runtime.driver import Cells, Driver, Reading
 from .blockfloat import encode, product
 from .chip import SimulatedDriver
 from .converters import Converters
+from .held import HeldTiles, WeightTile
+from .imperfections import by_core
 
 Level = Literal["functional", "device"]
 
@@ -68,22 +70,10 @@ class Corrections(NamedTuple):
         Args:
             ratio: of the readouts' gain to that at which the offsets were measured.
         """
-        cores, count = self.offset.shape
-        columns = torch.arange(codes.shape[-1]) % count
-        rows = torch.arange(codes.shape[-2]) % cores
-        return codes.sub_(self.offset[:, columns][rows], alpha=ratio).div_(self.column_gain[columns])
-
-
-class WeightTile(NamedTuple):
-    """Weights of one tile along the reduction, as codes.
-
-    Attributes:
-        place: of the tile along K. codes: [batch, N, width], whole numbers as float32. scales: [batch, N, 1], float32.
-    """
-
-    place: slice
-    codes: Tensor
-    scales: Tensor
+        columns = torch.arange(codes.shape[-1]) % self.offset.shape[1]
+        for some, offset in by_core(codes, self.offset[:, columns]):
+            some.sub_(offset, alpha=ratio)
+        return codes.div_(self.column_gain[columns])
 
 
 class PhotonicCore:
@@ -101,6 +91,7 @@ class PhotonicCore:
         self.driver, self.corrections = driver, corrections
         self.converters = Converters.of(driver.profile)
         self.readouts = self.clipped = 0
+        self._held = HeldTiles()
         self._lock = threading.Lock()
 
     @classmethod
@@ -184,7 +175,8 @@ class PhotonicCore:
         check_operands(x=x, weight=weight)
         check_finite(x=x, weight=weight)
         rows = x.reshape(1, -1, x.shape[-1]).float()
-        flat = self.product(rows, weight.float().unsqueeze(0), generator(rng), passes=passes, gain=gain)
+        tiles = self._held.tiles(weight, lambda: self._loaded(weight))
+        flat = self.stream(rows, weight.shape[0], tiles, generator(rng), passes=passes, gain=gain)
         result = flat.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
         return result if bias is None else result + bias.to(result.dtype)
 
@@ -216,9 +208,21 @@ class PhotonicCore:
         loaded = (self.load(weights, place) for place in places)
         return self.stream(inputs, weights.shape[1], loaded, noise, passes=passes, gain=gain)
 
+    def _loaded(self, weight: Tensor) -> list[WeightTile]:
+        """All tiles of a weight [N, K]."""
+        held = weight.detach().float().unsqueeze(0)
+        return [self.load(held, place) for place in self.converters.tiles(weight.shape[-1])]
+
     def load(self, weights: Tensor, place: slice) -> WeightTile:
-        """The tile `place` along K of weights [batch, N, K], encoded."""
-        return WeightTile(place, *encode(weights[..., place], self.converters.weight_levels))
+        """The tile `place` along K of weights [batch, N, K], programmed."""
+        codes, scales = encode(weights[..., place], self.converters.weight_levels)
+        return WeightTile(place, self.program(codes), scales)
+
+    def program(self, codes: Tensor) -> Cells:
+        """The cells of weight codes [batch, N, width], corrected."""
+        if self.corrections is not None:
+            codes = self.corrections.sent_weights(codes, self.converters.weight_levels)
+        return self.driver.load(codes)
 
     def stream(
         self,
@@ -244,18 +248,20 @@ class PhotonicCore:
             x, x_scale = encode(inputs[..., tile.place], c.input_levels)
             # A row or column of zeros has scale 0: the controller knows its result, whatever the optics read.
             scale = tile.scales * (c.lsb(x.shape[-1]) / (gain or c.gain))
-            total.addcmul_(self.read(x, tile.codes, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
+            total.addcmul_(self._read(x, tile.cells, noise, passes, gain).codes.mul_(x_scale), scale.transpose(-1, -2))
         return total
 
     def read(
         self, x: Tensor, w: Tensor, noise: torch.Generator | None, passes: int = 1, gain: float | None = None
     ) -> Reading:
         """Corrected readouts [batch, M, N] of input codes [batch, M, K] and weight codes [batch, N, K] of one tile."""
+        return self._read(x, self.program(w), noise, passes, gain)
+
+    def _read(self, x: Tensor, cells: Cells, noise: torch.Generator | None, passes: int, gain: float | None) -> Reading:
         c, corrections = self.converters, self.corrections
         if corrections is not None:
             x = corrections.sent_inputs(x, c.input_levels)
-            w = corrections.sent_weights(w, c.weight_levels)
-        reading = self.driver.read(x, w, noise=noise, averages=passes, gain=gain)
+        reading = self.driver.read(x, cells, noise=noise, averages=passes, gain=gain)
         if c.may_clip or gain is not None:
             with self._lock:
                 self.readouts += reading.codes.numel()

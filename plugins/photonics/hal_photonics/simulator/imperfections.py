@@ -6,6 +6,7 @@ Offsets and noise are in codes of the readout (LSB), weights and inputs in full 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -183,6 +184,20 @@ def _bow(coefficients: Tensor) -> Tensor:
     grid = torch.linspace(-1, 1, 401).unsqueeze(1)
     rms = odd_polynomial(coefficients, grid.expand(-1, len(coefficients))).square().mean(0).sqrt()
     return coefficients / rms.unsqueeze(1)
+
+
+def by_core(codes: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of views that broadcast: readouts, and the values of the cores that they came from.
+
+    Args:
+        codes: [batch, rows, N], contiguous; row r comes from core r mod cores. values: [cores, N].
+    """
+    cores, rows = len(values), codes.shape[1]
+    whole = rows - rows % cores
+    if whole:
+        yield codes[:, :whole].unflatten(1, (-1, cores)), values
+    if whole < rows:
+        yield codes[:, whole:], values[: rows - whole]
 
 
 class Drift:

@@ -34,12 +34,13 @@ class ExtraKernelRunner:
         *,
         extent: tuple[int, int, int],
         what: str,
+        repeats: int = 1,
     ) -> None:
         """See `hal_compute.extra_kernels.Runner`."""
         blocks = _BLOCKS.get(name, (_THREADS, 1, 1))
         wanted = (-(-n // block) for n, block in zip(extent, blocks, strict=True))
         groups = [min(pair) for pair in zip(wanted, self._recorder.most_groups, strict=True)]
-        key = (name, *(tensor.shape for tensor in inputs), *integers, *floats)
+        key = (name, *(tensor.shape for tensor in inputs), *integers, *floats, repeats)
         if (kept := self._recorder.find(key)) is not None:
             kept.run(inputs, outputs)
             return
@@ -47,7 +48,11 @@ class ExtraKernelRunner:
         again = not floats or self._recorder.last_steps.get(name) == key
         self._recorder.last_steps[name] = key
         with self._recorder.call(what, inputs, key if again else None) as commands:
-            operands = [*map(commands.stage, inputs), *map(commands.result, outputs)]
-            layout = f"{len(integers) + 1}i{len(floats)}f"
-            commands.dispatch(name, _CONSTANTS, operands, [*integers, extent[2], *floats], layout, groups)
+            source, target = [*map(commands.stage, inputs)], [*map(commands.result, outputs)]
+            spare = [commands.space(tensor.nbytes) for tensor in outputs] if repeats > 1 else []
+            numbers, layout = [*integers, extent[2], *floats], f"{len(integers) + 1}i{len(floats)}f"
+            for left in reversed(range(repeats)):
+                here = spare if left % 2 else target  # the last one writes the results
+                commands.dispatch(name, _CONSTANTS, [*source, *here], numbers, layout, groups)
+                source = here
             commands.finish()

@@ -79,6 +79,7 @@ def config_of(
         per_block=per_block,
         mask=mask,
         dropout=dropout,
+        staging=2 if ordered and tiles.dim_qk <= 64 and not (mask or dropout) else 1,
     )
 
 
@@ -129,6 +130,7 @@ class Launch(NamedTuple):
     """What is the same for all calls on tensors of one form.
 
     sides: what the tensor maps are made from, in the kernel's order; made: for each of them its arguments by address.
+    gradients: shape and strides of those of query, key and value.
     statistics, sums: float32 numbers of scratch memory, arrivals: int32 ones. in_block: blocks of the kernel in a key
     block of the plan. of_keys: the mask, if any, is one of keys alone. normalise: as `PortableBackward.normaliser`.
     tiles: grid of `prepare` and `finish`;
@@ -139,6 +141,7 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
     sides: tuple[tuple[tuple[int, ...], tuple[int, ...], Any], ...]
     made: tuple[dict[int, list[Any]], ...]
+    gradients: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     tail: list[Any]
     statistics: int
     sums: int
@@ -160,7 +163,8 @@ class HopperBackward:
 
     def __init__(self, request: AttentionRequest, context: Context) -> None:
         self.request, self.chip, self._context = request, context.chip, context
-        self._launches: dict[Any, Launch] = {}
+        self._launches: dict[Any, Launch | None] = {}
+        self._last: tuple[Any, Launch | None] = ((), None)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor,
@@ -171,23 +175,26 @@ class HopperBackward:
 
         mask: of four dimensions. plan: whose blocks are whole tiles (see `_takes`).
         """
-        given = (query, key, value, grad_out)
-        pointers = [t.data_ptr() for t in given]
-        if not fits(*given, out) or (pointers[0] | pointers[1] | pointers[2] | pointers[3] | out.data_ptr()) & 15:
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), grad_out.data_ptr())
+        if (pointers[0] | pointers[1] | pointers[2] | pointers[3] | out.data_ptr()) & 15:
             return None
-        if not self._takes(query, key, value, mask, plan):
-            return None
-        of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
-        form = (*((t.shape, t.stride()) for t in given), grad_lse is None, plan and plan[:2], of_mask)
-        launch = self._launches.get(form)
+        form = (
+            *(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()),
+            *(grad_out.stride(), out.stride(), grad_lse is None, None if plan is None else plan[:2]),
+            None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.data_ptr() & 15),
+        )
+        last, launch = self._last
+        if form != last:
+            launch = self._launch(form, query, key, value, out, grad_out, grad_lse is not None, mask, plan)
+            self._last = (form, launch)
         if launch is None:
-            if len(self._launches) >= _MOST_KEPT:
-                self._launches.clear()
-            launch = self._launches[form] = self._build(*given, grad_lse is not None, mask, plan)
-        grads = [torch.empty_strided(t.shape, _dense_strides(t), dtype=t.dtype, device=t.device) for t in given[:3]]
+            return None
+        kind, device = query.dtype, query.device
+        grads = [torch.empty_strided(shape, step, dtype=kind, device=device) for shape, step in launch.gradients]
         with borrowing(self._context.memory) as borrow:
-            statistics, sums = borrow((launch.statistics,), torch.float32), borrow((launch.sums,), torch.float32)
-            arrivals = borrow((launch.arrivals,), torch.int32) if launch.arrivals else None
+            scratch = borrow((launch.statistics + launch.sums + launch.arrivals,), torch.float32)
+            sums, statistics = scratch[: launch.sums], scratch[launch.sums :]
+            arrivals = statistics[launch.statistics :].view(torch.int32) if launch.arrivals else None
             lse = lse if lse.is_contiguous() else borrow(lse.shape, lse.dtype).copy_(lse)
             words = (0, 0) if rng is None else random_words(rng)
             of_lse = (0, 0, 0) if grad_lse is None else grad_lse.stride()
@@ -214,6 +221,19 @@ class HopperBackward:
             numbers = [*grads[0].stride()[:3], *launch.sizes, self.request.effective_scale]
             launch.finish(launch.tiles, (sums, grads[0]), numbers)
         return Grads(grads[0], grads[1], grads[2], None)
+
+    def _launch(
+        self, form: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor, grad_out: Tensor, of_lse: bool,
+        mask: Tensor | None, plan: BlockPlan | None,
+    ) -> Launch | None:  # fmt: skip
+        """The launch of a form, kept; None where another path serves it."""
+        if form not in self._launches:
+            if len(self._launches) >= _MOST_KEPT:
+                self._launches.clear()
+            taken = fits(query, key, value, grad_out, out) and self._takes(query, key, value, mask, plan)
+            built = self._build(query, key, value, grad_out, of_lse, mask, plan) if taken else None
+            self._launches[form] = built
+        return self._launches[form]
 
     def _takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, plan: BlockPlan | None) -> bool:
         """Whether the kernel is right for a mask and a plan, and for dropout."""
@@ -298,9 +318,9 @@ class HopperBackward:
         ]
         all_tiles = batch * heads * row_tiles
         statistics, sums = all_tiles * config.statistics * tiles.rows, all_tiles * tiles.size
-        of_grads = [(tuple(t.shape), _dense_strides(t)) for t in (key, value)]
+        gradients = tuple((tuple(t.shape), _dense_strides(t)) for t in (query, key, value))
         of_scratch = [((statistics // tiles.rows, tiles.rows), (tiles.rows, 1)), ((sums // 256, 256), (256, 1))]
-        forms = [side(query), side(grad_out), of_scratch[0], side(key), side(value), *of_grads, of_scratch[1]]
+        forms = [side(query), side(grad_out), of_scratch[0], side(key), side(value), *gradients[1:], of_scratch[1]]
         forms.append(side(query if mask is None or of_keys else mask))
         sides = tuple((shape, strides, meta) for (shape, strides), meta in zip(forms, made.maps, strict=True))
         constants = {"DV": dim_v, "BDV": power_of_two(dim_v), "SUMS": tiles.size, "BM": tiles.rows}
@@ -319,13 +339,14 @@ class HopperBackward:
             grid=(blocks * places, 1, 1),
             sides=sides,
             made=tuple({} for _ in sides),
+            gradients=gradients,
             tail=tail,
             statistics=statistics,
             sums=sums,
             of_keys=of_keys,
             normalise=self._normalise(query, key, value, grad_out, mask, tiles.rows) if config.mask == 2 else None,
             in_block=1 if plan is None else plan.block_k // tiles.keys,
-            arrivals=batch * heads * row_tiles * 2 if r.deterministic else 0,
+            arrivals=batch * heads * row_tiles if r.deterministic else 0,
             prepare=preparing,
             finish=ending,
             tiles=(row_tiles * batch * heads, 1, 1),

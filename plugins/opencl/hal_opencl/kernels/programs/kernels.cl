@@ -1,4 +1,4 @@
-// Kernels beside attention, all in float32.
+// Kernels beside attention, all on float32.
 
 __kernel void vector_add(__global const float *a, __global const float *b, __global float *out, int count) {
   const int n = get_global_id(0);
@@ -66,4 +66,21 @@ __kernel void ricci_flow_step(__global const float *phi, __global float *next, i
   const size_t left = grid + (size_t)y * width + (c + width - 1) % width, right = grid + (size_t)y * width + (c + 1) % width;
   const float here = phi[at];
   next[at] = here + dt * exp(-2.0f * here) * (phi[up] + phi[down] + phi[left] + phi[right] - 4.0f * here);
+}
+
+// Corners minus edges plus pixels of the set field >= level at each point of a row of the grid of corners: the corner, the
+// edges to its right and below, and the pixel between them.
+__kernel void euler_characteristic(__global const float *field, __global const float *levels, __global int *parts, int height,
+                                   int width, int count) {
+  const int y = get_global_id(0), t = get_global_id(1);
+  const float level = levels[t];
+  __global const float *above = field + ((long)get_global_id(2) * height + y - 1) * width, *row = above + width;
+  int sum = 0, a = 0, c = 0;
+  for (int x = 0; x <= width; x++) {
+    const int b = y > 0 && x < width && above[x] >= level, d = y < height && x < width && row[x] >= level;
+    sum += (a | b | c | d) - (b | d) - (c | d) + d;
+    a = b;
+    c = d;
+  }
+  parts[((size_t)get_global_id(2) * count + t) * (height + 1) + y] = sum;
 }

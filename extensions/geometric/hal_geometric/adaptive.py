@@ -1,0 +1,201 @@
+"""Attention by an `AdaptiveTiling` whole: ordered by content, planned, skipped or in two precisions, and judged."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import hal_core as hal
+from hal_core import BlockPlan, Causal, ContractError, merge_partials
+
+from .tiling import AdaptiveTiling
+
+#: A plan that reads a larger share of the blocks is not worth a sparse kernel: the call is dense.
+DENSE_FROM = 0.9
+
+
+_ITERATIONS = 4  # of the power method
+
+
+class ContentOrder(NamedTuple):
+    """A permutation of each head's tokens. order: int64 [B, H, L], the token at each place."""
+
+    order: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Tokens of x [B, H, L, d] in this order."""
+        return x.gather(2, self.order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Tokens of x [B, H, L, d] back at their places."""
+        return torch.empty_like(x).scatter_(2, self.order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]), x)
+
+
+def content_order(x: Tensor, leaf: int = 64) -> ContentOrder:
+    """Tokens [B, H, L, d] so that near ones lie in one block: balanced bisection.
+
+    Each part is halved at its median along its widest direction (power iteration from the coordinate that varies most),
+    down to parts of `leaf` tokens. Attention
+    without causal or window does not depend on the order of keys, and keeps each query's row: ordering both is exact.
+    """
+    if x.dim() != 4 or leaf < 1:
+        raise ContractError(f"tokens {list(x.shape)} and leaf {leaf} were given: use [B, H, L, d] and 1 or more")
+    length, d = x.shape[2:]
+    parts = 1
+    while parts * 2 * leaf <= length:
+        parts *= 2
+    wide = x.detach().float()
+    place = torch.arange(length + -length % parts, device=x.device).clamp(max=length - 1)  # copies of the last token
+    order = place.expand(*x.shape[:2], -1)
+    repeats = torch.arange(order.shape[-1], device=x.device) >= length
+    extra = repeats.expand_as(order)
+    now = 1
+    while now < parts:
+        rows = wide.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, d)).unflatten(2, (now, -1))
+        away = rows - rows.mean(-2, keepdim=True)
+        widest = away.square().sum(-2).argmax(-1)
+        way = torch.nn.functional.one_hot(widest, d).to(away.dtype).unsqueeze(-1)
+        for _ in range(_ITERATIONS):
+            way = torch.nn.functional.normalize(away.mT @ (away @ way), dim=-2)
+        values = (away @ way)[..., 0]
+        turned = values.argsort(dim=-1, stable=True)
+        order, extra = (t.unflatten(2, (now, -1)).gather(-1, turned).flatten(2) for t in (order, extra))
+        now *= 2
+    if length % parts:
+        order = order[~extra].view(*x.shape[:2], length)
+    return ContentOrder(order)
+
+
+class AdaptiveResult(NamedTuple):
+    """What `adaptive_attention` gives.
+
+    Attributes:
+        out: [B, H, len_q, dim_v]. plan: the blocks that were read, or that were in full precision.
+        density: share of the visible blocks in the plan.
+        dense: whether dense attention ran instead, because the plan would have read more than 0.9 of the blocks.
+        lost: share of each row's attention outside the plan, [B, H, len_q]: measured in the mode "estimate", bounded
+            by tau in "certified" and "exact", where it is None; 0 in "precision".
+    """
+
+    out: Tensor
+    plan: BlockPlan
+    density: float
+    dense: bool
+    lost: Tensor | None
+
+
+def adaptive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiling: AdaptiveTiling | None = None,
+    *,
+    order: bool = False,
+    causal: str = "none",
+    scale: float | None = None,
+    backend: str | None = None,
+) -> AdaptiveResult:
+    """Attention that reads the blocks its tiling chooses, in any of its modes; forward alone in "precision".
+
+    Args:
+        query: [B, H, len_q, d]. key, value: [B, Hk, len_k, d], Hk a divisor of H. tiling: None: AdaptiveTiling().
+        order: put keys and queries in their content order first; for grouped heads the keys' alone.
+
+    Raises:
+        ContractError: order=True with causal attention, whose rows depend on places.
+    """
+    tiling = tiling or AdaptiveTiling()
+    if order and causal != "none":
+        raise ContractError(f"order=True and causal {causal!r} were given: an order is exact without causal alone")
+    turned: ContentOrder | None = None
+    if order:
+        keys = content_order(key, tiling.block_k)
+        key, value = keys.apply(key), keys.apply(value)
+        turned = content_order(query, tiling.block_q)
+        query = turned.apply(query)
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "backend": backend}
+    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    request = _request(query, key, value, causal, scale)
+    plan = tiling.choose(request, query, key)
+    density = plan_density(plan, query, key, request)
+    lost, dense = None, False
+    if tiling.mode == "precision":
+        out = _two_precisions(query, key, value, plan, options)
+        lost = torch.zeros(query.shape[:3])
+    elif tiling.mode == "estimate":
+        out, lse = hal.attention(query, key, value, block_plan=plan, return_lse=True, **options)
+        whole = hal.attention(query, key, value, return_lse=True, **options).lse
+        lost = (1 - (lse - whole).exp()).clamp(0, 1)
+    else:
+        dense = density > DENSE_FROM
+        out = hal.attention(query, key, value, block_plan=None if dense else plan, **options)
+    if turned is not None:
+        out = turned.undo(out)
+        lost = None if lost is None else turned.undo(lost.unsqueeze(-1))[..., 0]
+    return AdaptiveResult(out, plan, density, dense, lost)
+
+
+def _request(query: Tensor, key: Tensor, value: Tensor, causal: str, scale: float | None) -> hal.AttentionRequest:
+    return hal.AttentionRequest(
+        batch=query.shape[0],
+        heads_q=query.shape[1],
+        heads_kv=key.shape[1],
+        len_q=query.shape[2],
+        len_k=key.shape[2],
+        dim_qk=query.shape[3],
+        dim_v=value.shape[3],
+        dtype=str(query.dtype).removeprefix("torch."),
+        causal=Causal(causal),
+        scale=scale,
+    )
+
+
+def plan_density(plan: BlockPlan, query: Tensor, key: Tensor, request: hal.AttentionRequest) -> float:
+    """Share of the visible blocks that a plan reads, of all its heads on average."""
+    low, high = request.band(query.shape[2], key.shape[2])
+    start = torch.arange(0, query.shape[2], plan.block_q)
+    last = (start + plan.block_q).clamp(max=query.shape[2]) - 1
+    first = torch.zeros_like(start) if low is None else (start + low).clamp(min=0) // plan.block_k
+    stop = torch.full_like(start, key.shape[2])
+    if high is not None:
+        stop = torch.minimum(stop, last + high + 1).clamp(min=0)
+    visible = int(((stop + plan.block_k - 1) // plan.block_k - first).clamp(min=0).sum())
+    return float(plan.counts.float().mean()) * int(plan.counts.shape[-1]) / max(visible, 1)
+
+
+def complement(plan: BlockPlan, blocks: int) -> BlockPlan:
+    """The key blocks, out of `blocks`, that a plan leaves out."""
+    place = torch.arange(plan.indices.shape[-1], device=plan.indices.device)
+    used = place < plan.counts.unsqueeze(-1)
+    taken = torch.zeros(*plan.counts.shape, blocks + 1, dtype=torch.bool, device=used.device)
+    index = torch.where(used, plan.indices.long(), blocks)
+    taken = taken.scatter_(-1, index, True)[..., :blocks]
+    counts = (~taken).sum(-1)
+    order = taken.long().argsort(dim=-1, stable=True)
+    return BlockPlan(
+        plan.block_q, plan.block_k, order[..., : max(int(counts.max()), 1)].int().contiguous(), counts.int()
+    )
+
+
+def _two_precisions(query: Tensor, key: Tensor, value: Tensor, plan: BlockPlan, options: dict[str, Any]) -> Tensor:
+    """The plan's blocks in the tensors' precision, the others in 16 bits, merged by their log-sum-exps."""
+    rest = complement(plan, -(-key.shape[2] // plan.block_k))
+    whole = hal.attention(query, key, value, block_plan=plan, return_lse=True, **options)
+    if not int(rest.counts.max()):
+        return whole.out  # type: ignore[no-any-return]
+    narrow = _narrow(query, options["backend"])
+    query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    part = hal.attention(query, key, value, block_plan=rest, return_lse=True, **options)
+    outs = torch.stack([whole.out, part.out.to(whole.out.dtype)])
+    found, _ = merge_partials(outs, torch.stack([whole.lse, part.lse.to(whole.lse.dtype)]))
+    return found
+
+
+def _narrow(query: Tensor, backend: str | None) -> torch.dtype:
+    """bfloat16, whose range is that of float32; float16 on a device that has no bfloat16."""
+    if backend is None:
+        return torch.bfloat16
+    device = backend if ":" in backend else f"{backend}:0"
+    return torch.bfloat16 if "bfloat16" in hal.capabilities(device).dtypes else torch.float16

@@ -1,0 +1,1 @@
+"""The Hopper forward under masks and block plans."""
