@@ -11,6 +11,7 @@ of Gemma 3 1B and 4B, whose layers read 512 or 1,024 tokens but for one in six, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from cuda_attention import board, open_device
 from cuda_model import in_turns
 from record import parser, publish
+
+import hal_core as hal
 
 VOCABULARY = 32768
 
@@ -70,7 +73,9 @@ def trained(config: Any, tokens: int) -> dict[str, Callable[[], Any]]:
 
     def build(setting: str) -> Any:
         with torch.device("cuda"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=setting).to(torch.bfloat16).train()
+            # A configuration of its own: it holds the setting.
+            model = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation=setting)
+        return model.to(torch.bfloat16).train()
 
     models = {setting: build(setting) for setting in ("hal", "sdpa")}
     models["sdpa"].load_state_dict(models["hal"].state_dict(keep_vars=True), assign=True)
@@ -103,7 +108,10 @@ def main() -> None:
     for name in chosen.models:
         config = MODELS[name](chosen.layers)
         steps = trained(config, chosen.tokens)
-        losses = {setting: step() for setting, step in steps.items()}  # one step apart, on the same tokens
+        with hal.meter() as meter:
+            losses = {"hal": steps["hal"]()}
+        assert meter.records, "no attention of the model ran on hal"
+        losses["sdpa"] = steps["sdpa"]()  # one step later, on the same tokens
         for _ in range(2):
             for step in steps.values():
                 step()

@@ -143,6 +143,8 @@ class Estimate(Record):
         error: ||x - reference|| / ||reference|| of the output; None for the device's declared numerics.
         memory: bytes that the call allocates at its peak, the output included, the inputs not.
         parts: seconds by name, adding up to the middle of `time`, where the device models its parts.
+        macs: multiply-accumulates, where a session says what a call did whose block plan it read; None for those that
+            the request leaves visible.
     """
 
     time: Quantity
@@ -150,6 +152,7 @@ class Estimate(Record):
     error: Quantity | None = None
     memory: int = 0
     parts: Mapping[str, float] = attrs.field(factory=dict)
+    macs: int | None = None
 
 
 class Calibration(NamedTuple):
@@ -174,8 +177,9 @@ class MeterRecord(NamedTuple):
         wall: seconds by the host's clock, the device synchronised after each call; measured.
         time: seconds the device itself is said to need, for a simulated device; None where `wall` is the time.
         energy: joules; None where the device states none. Sums over the calls, with the worst origin met.
-        macs: multiply-accumulates of the query-key pairs that causal, window and block plan leave visible; a mask's
-            content is not looked at. transferred: bytes moved to the device and back.
+        macs: multiply-accumulates of the query-key pairs that causal, window and block plan leave visible, of a
+            plan as many as a row may list where the session does not say more; a mask's content is not looked at.
+            transferred: bytes moved to the device and back.
     """
 
     device: Device

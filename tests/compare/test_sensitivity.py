@@ -132,6 +132,22 @@ def test_figures_of_time_and_energy_alone_run_one_draw(encoder, text, profiled, 
     assert len(drawn) == 6 * 3 + 4, "and one for each of four ends of costs"
 
 
+def test_a_figure_that_puts_the_device_out_of_service_is_named_and_the_others_are_measured(
+    encoder, text, profiled, monkeypatch
+):
+    run = ProfiledDevice.run
+
+    def cold(self, *given):
+        if self.figures["noise.size"] < 0.9e-2:
+            raise hal.DeviceUnavailableError(f"{self.name}:0 does not serve: it is cold")
+        return run(self, *given)
+
+    monkeypatch.setattr(ProfiledDevice, "run", cold)
+    found = tornado.measure(trial_of(encoder, text), profiled)
+    assert found.fixed["noise.size"] == "at one end of 0.005 to 0.015 the device does not serve: it is cold"
+    assert {bar.figure.key for bar in found.bars} == {"cost.seconds", "cost.joules", "idle.first"}
+
+
 def test_a_measurement_that_was_stopped_goes_on_from_its_folder(encoder, text, profiled, capsys, tmp_path, monkeypatch):
     command = [str(word) for word in ("sensitivity", encoder, "--text", text, "--device", profiled.id, "--json")]
     kept = ["--out", str(tmp_path / "kept")]

@@ -31,8 +31,8 @@ MASKED = {"mask": MaskKind.BOOLEAN, "mask_batch": 2, "mask_heads": 8}
         ("cudnn", {"grads": frozenset("qkv")}),
         ("composed", {"dtype": "float64", "lse": True}),
         ("composed", {"dtype": "float64", "causal": Causal.BOTTOM_RIGHT, **MASKED}),
-        ("composed", {"grads": frozenset("qkv"), "softcap": 4.0}),
-        ("composed", {"grads": frozenset("qkv"), **MASKED}),
+        ("composed", {"dtype": "float64", "grads": frozenset("qkv"), "softcap": 4.0}),
+        ("composed", {"dtype": "float64", "grads": frozenset("qkv"), **MASKED}),
     ],
 )
 def test_the_allocator_s_peak_is_the_estimate(gpu: str, seed: int, path: str, changes: dict[str, Any]) -> None:

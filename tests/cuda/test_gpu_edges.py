@@ -162,11 +162,11 @@ def plan_of(lists: list[list[int]], block: int = 64) -> BlockPlan:
     return BlockPlan(block, block, indices, counts)
 
 
-@pytest.mark.parametrize("lists", [[[0], [1]], [[0, 9], [1, 0], [2, 0], [3, 0]]], ids=["too few rows", "no such block"])
-def test_a_plan_that_does_not_tile_is_refused(gpu: str, lists: list[list[int]]) -> None:
+def test_a_plan_that_does_not_tile_is_refused(gpu: str) -> None:
+    """By its shape; its entries lie on the device and are trusted."""
     query = normal(1, 1, 256, 64)
     with pytest.raises(hal.ContractError, match="block_plan"):
-        hal.attention(query, query, query, block_plan=plan_of(lists), backend=gpu)
+        hal.attention(query, query, query, block_plan=plan_of([[0], [1]]), backend=gpu)
 
 
 def test_a_block_listed_twice_is_read_once(gpu: str) -> None:

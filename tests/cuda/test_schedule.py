@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hal_cuda.discovery import Chip
 from hal_cuda.kernels.portable.schedule import PARTS, Tiles, Work, fastest, resident, rows_joined
-from hal_cuda.tiling import Splits, choose_decode, packs
+from hal_cuda.tiling import MOST_CACHE_ROWS, Splits, choose_decode, choose_tiles, packs, tiles_of_plan
 
-from hal_core import AttentionRequest
+from hal_core import AttentionRequest, TilePlan
 
 H200 = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
 
@@ -87,3 +87,27 @@ def test_rows_that_are_joined_at_once_fill_registers() -> None:
     assert rows_joined(Tiles(16, 64, 4, 3), 128) == 4
     assert rows_joined(Tiles(16, 64, 4, 3), 64) == 8
     assert rows_joined(Tiles(16, 64, 4, 3), 512) == 1
+
+
+@pytest.mark.parametrize("cache", ["int8", "int4", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("len_q", [1, 8, 16, 40, 512])
+def test_no_product_of_a_quantised_cache_is_a_warpgroup_s(cache: str, dim: int, len_q: int) -> None:
+    """Such a product takes 64 rows and four warps."""
+    chip = Chip(index=0, capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
+    request = AttentionRequest(
+        batch=3,
+        heads_q=16,
+        heads_kv=2,
+        len_q=len_q,
+        len_k=1500,
+        dim_qk=dim,
+        dim_v=dim,
+        dtype="bfloat16",
+        cache_dtype=cache,
+    )
+    own = choose_tiles(request, len_q, chip)
+    assert own.rows <= MOST_CACHE_ROWS
+    for block in (16, 64, 128):
+        tiles = tiles_of_plan(request, TilePlan.equal(request, block, 64, cut_by="test"), own, chip)
+        assert tiles.rows <= MOST_CACHE_ROWS or tiles.warps < 4

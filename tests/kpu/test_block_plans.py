@@ -79,6 +79,24 @@ def test_tiles_that_the_band_hides_are_not_counted_though_they_are_listed(band: 
     assert sum(sum(each.seen) * each.active * times for each, times in rounds) == 2 * seen
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("band", [{}, {"is_causal": True}, {"causal": "bottom_right", "window": (70, 5)}])
+def test_a_meter_counts_the_pairs_that_a_plan_lists_and_the_band_shows(
+    draw: torch.Generator, band: dict[str, Any], heads: int
+) -> None:
+    """Rows list different numbers of blocks, so the size of the table bounds the work from above alone."""
+    len_q, len_k = 200, 333
+    q, k, v = (torch.randn(2, 4, length, 32, generator=draw) for length in (len_q, len_k, len_k))
+    plan = plan_of(torch.rand(1, heads, 4, 6, generator=draw) < 0.5, 64, 64)
+    visible = hal.expand_block_plan(plan, len_q, len_k).expand(2, 4, -1, -1)
+    names = {"is_causal": Causal.TOP_LEFT, None: Causal.NONE, "bottom_right": Causal.BOTTOM_RIGHT}
+    causal = names["is_causal" if "is_causal" in band else band.get("causal")]
+    request = AttentionRequest(2, 4, 4, len_q, len_k, 32, 32, "float32", causal=causal, window=band.get("window"))
+    if (mask := hal.dense_mask(request, len_q, len_k)) is not None:
+        visible = visible & mask
+    assert metered(q, k, v, block_plan=plan, **band).macs == int(visible.sum()) * (32 + 32)
+
+
 def test_the_lists_are_those_of_the_plan_for_every_head_without_repetitions() -> None:
     indices = torch.tensor([[[[2, 0, 2], [1, 9, 9]]]], dtype=torch.int32)
     plan = BlockPlan(16, 16, indices, torch.tensor([[[3, 1]]], dtype=torch.int32))

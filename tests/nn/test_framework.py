@@ -151,22 +151,17 @@ def test_the_ring_runs_or_names_its_package() -> None:
             create_attention(replace(config, rotary=True))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ContextParallelAttention",
-        "RingAttentionLayer",
-        "create_context_parallel_attention",
-        "create_ring_attention",
-    ],
-)
-def test_names_of_hal_parallel_are_reached_or_name_their_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("hal_parallel") is not None:
-        assert getattr(hal_nn, name) is getattr(importlib.import_module("hal_parallel"), name)
-    monkeypatch.setitem(sys.modules, "hal_parallel", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=f"hal_nn.{name} is hal-parallel's, .* pip install hal-parallel"):
+@pytest.mark.parametrize(("name", "package"), hal_nn._PACKAGES.items())
+def test_names_of_other_packages_are_reached_or_name_their_package(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec(package) is not None:
+        assert getattr(hal_nn, name) is getattr(importlib.import_module(package), name)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    distribution = package.replace("_", "-")
+    with pytest.raises(ImportError, match=f"hal_nn.{name} is {distribution}'s, .* pip install {distribution}"):
         getattr(hal_nn, name)
-    with pytest.raises(ImportError, match="pip install hal-parallel"):
+    with pytest.raises(ImportError, match=f"pip install {distribution}"):
         exec(f"from hal_nn import {name}")
 
 

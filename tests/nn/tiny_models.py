@@ -62,11 +62,15 @@ class Choice(NamedTuple):
 
 
 CHOICES = tuple(Choice(sizes, place) for place in (0, 1) for sizes in (SIZES, UNGROUPED, WIDE, LAYERS_ONLY))
+#: The last width of an EfficientNet goes with its coefficient, so that no table of sizes can set one of them.
+_EFFICIENTNET = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 32}
 #: What a type needs besides: arguments of its config.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "align": {"vision_config": _EFFICIENTNET, "projection_dim": 320},
     "autoformer": {"prediction_length": 4, "context_length": 8},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
     "biogpt": {"scale_embedding": False},
+    "efficientnet": _EFFICIENTNET,
     "esm": {"pad_token_id": 1, "vocab_size": 33, "mask_token_id": 32},
     "gemma3n_text": {
         "intermediate_size": [64, 64],

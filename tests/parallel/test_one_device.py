@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import hal_parallel
@@ -20,6 +21,15 @@ import hal_core as hal
 from hal_core import UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:hal_parallel. there is no process group")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small blocks: more threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def norm_error(got: torch.Tensor, want: torch.Tensor) -> float:

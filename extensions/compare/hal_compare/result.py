@@ -97,7 +97,8 @@ class Costs:
         on_device: what the device needs for its part; `inside` itself for a device that is not modelled.
         total: remainder + on_device.
         energy: of the device's share; None where it states none. The host's energy is never known here: no meter.
-        macs: multiply-accumulates that ran on the device, pairs that a mask hides counted. calls: attention calls.
+        macs: dense multiply-accumulates of what ran on the device: pairs that a mask or a block plan hides are counted,
+            so that all rows have the same work. calls: attention calls.
     """
 
     wall: Figure

@@ -88,8 +88,10 @@ def energy_notes(ran: Sequence[Row]) -> list[str]:
 
 
 def once(comparison: Comparison, ran: Sequence[Row]) -> list[str]:
-    """The rows that were timed once, because they are slow."""
-    single = [row.name for row in ran if row.repeats < comparison.repeats]
+    """The rows that were timed once, because they are slow. A simulated device without noise runs once whatever it
+    takes: its time is modelled.
+    """
+    single = [row.name for row in ran if row.repeats < comparison.repeats and row.fidelity != "simulated"]
     if not single:
         return []
     return [f"Timed once, without a spread, because a run is long: {', '.join(single)} (--budget allows more)."]

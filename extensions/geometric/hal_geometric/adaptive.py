@@ -16,7 +16,7 @@ from .tiling import AdaptiveTiling
 DENSE_FROM = 0.9
 
 
-_ITERATIONS = 4  # of the power method
+_DIRECTIONS = 16  # principal ones, along which tokens are ordered
 
 
 class ContentOrder(NamedTuple):
@@ -34,10 +34,10 @@ class ContentOrder(NamedTuple):
 
 
 def content_order(x: Tensor, leaf: int = 64) -> ContentOrder:
-    """Tokens [B, H, L, d] so that near ones lie in one block: balanced bisection.
+    """Tokens [B, H, L, d] so that near ones lie in one block: balanced kd bisection.
 
-    Each part is halved at its median along its widest direction (power iteration from the coordinate that varies most),
-    down to parts of `leaf` tokens. Attention
+    Tokens are projected to each head's principal directions, 16 at most; each part is halved at the median of the one
+    along which it varies most, down to parts of `leaf` tokens. Attention
     without causal or window does not depend on the order of keys, and keeps each query's row: ordering both is exact.
     """
     if x.dim() != 4 or leaf < 1:
@@ -47,6 +47,10 @@ def content_order(x: Tensor, leaf: int = 64) -> ContentOrder:
     while parts * 2 * leaf <= length:
         parts *= 2
     wide = x.detach().float()
+    if d > _DIRECTIONS:
+        away = wide - wide.mean(2, keepdim=True)
+        _, ways = torch.linalg.eigh(away.mT @ away)
+        wide, d = away @ ways[..., -_DIRECTIONS:], _DIRECTIONS
     place = torch.arange(length + -length % parts, device=x.device).clamp(max=length - 1)  # copies of the last token
     order = place.expand(*x.shape[:2], -1)
     repeats = torch.arange(order.shape[-1], device=x.device) >= length
@@ -54,12 +58,8 @@ def content_order(x: Tensor, leaf: int = 64) -> ContentOrder:
     now = 1
     while now < parts:
         rows = wide.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, d)).unflatten(2, (now, -1))
-        away = rows - rows.mean(-2, keepdim=True)
-        widest = away.square().sum(-2).argmax(-1)
-        way = torch.nn.functional.one_hot(widest, d).to(away.dtype).unsqueeze(-1)
-        for _ in range(_ITERATIONS):
-            way = torch.nn.functional.normalize(away.mT @ (away @ way), dim=-2)
-        values = (away @ way)[..., 0]
+        widest = rows.var(-2, correction=0).argmax(-1)
+        values = rows.gather(-1, widest[..., None, None].expand(*rows.shape[:-1], 1))[..., 0]
         turned = values.argsort(dim=-1, stable=True)
         order, extra = (t.unflatten(2, (now, -1)).gather(-1, turned).flatten(2) for t in (order, extra))
         now *= 2

@@ -56,8 +56,7 @@ def block_statistics(key: Tensor, block: int) -> BlockStatistics:
     if length % block:
         away[..., -1, length - (blocks - 1) * block :, :] = 0  # at the centre: they change no bound
     covariance = away.mT @ away / count.view(-1, 1, 1)
-    fourth = covariance @ covariance
-    spread = fourth.square().sum((-2, -1)) ** 0.25  # (sum of the eigenvalues' fourth powers)^(1/4)
+    spread = covariance.square().sum((-2, -1)).sqrt()  # the root of the sum of the eigenvalues' squares
     deviation = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     radius = away.square().sum(-1).amax(-1).sqrt()
     return BlockStatistics(count, centre, away.amax(-2), away.amin(-2), deviation, radius, spread, covariance)

@@ -45,6 +45,7 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names.spl
 _OTHER_PACKAGES = {
     "hal_parallel": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention "
     "create_ring_attention",
+    "hal_router": "AdaptiveRouter PerformanceMetrics WorkloadCharacteristics",
 }
 _PACKAGES = {name: package for package, names in _OTHER_PACKAGES.items() for name in names.split()}
 __all__ = sorted([*_WHERE, "register_huggingface", "set_device", "unregister_huggingface"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hal_core import ContractError
 
+from .exchange import named
 from .topology import Topology
 
 _TEXT = 4096  # bytes of a rank's own words
@@ -70,16 +71,12 @@ def _difference(said: list[Any], failed: list[int], names: list[int]) -> str:
     """One sentence about what the ranks do not agree on."""
     wrong = [(names[i], text) for i, text in enumerate(said) if failed[i]]
     if wrong:
-        return f"{_ranks([rank for rank, _ in wrong])} refused this call, so no rank runs it: {wrong[0][1]}"
+        return f"{named([rank for rank, _ in wrong])} refused this call, so no rank runs it: {wrong[0][1]}"
     parts = []
     for field in said[0]:
         holders: dict[str, list[int]] = {}
         for rank, facts in zip(names, said, strict=True):
             holders.setdefault(str(facts.get(field)), []).append(rank)
         if len(holders) > 1:
-            parts.append(f"{field} {', '.join(f'{value} on {_ranks(ranks)}' for value, ranks in holders.items())}")
+            parts.append(f"{field} {', '.join(f'{value} on {named(ranks)}' for value, ranks in holders.items())}")
     return f"the ranks were given different calls: {'; '.join(parts)}: give all ranks the same. Nothing was sent"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"

@@ -139,15 +139,9 @@ def explain(
     if topology is None:
         raise ContractError("there is no process group, so the call runs on one device: hal.explain says which")
     given = {name: options.pop(name, default) for name, default in _EXPLAINED.items()}
-    sequences = (given["cu_seqlens_q"], given["cu_seqlens_k"])
-    found = describe(
-        Given(query, key, value, attn_mask),
-        given["dropout_p"],
-        options,
-        (given["layout"], given["length"], sequences),
-        topology.world,
-        given["return_lse"],
-    )
+    places = given["layout"], given["length"], (given["cu_seqlens_q"], given["cu_seqlens_k"])
+    tensors, p = Given(query, key, value, attn_mask), given["dropout_p"]
+    found = describe(tensors, p, options, places, topology.world, given["return_lse"])
     name = list(STRATEGIES)[_chosen(given["strategy"], found, topology)]
     link = cost.stored_link(topology.ring.device.type, topology.world)
     estimates = cost.estimates(found, cost.shape_of(topology), link)

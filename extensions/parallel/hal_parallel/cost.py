@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hal_core import Causal, ContractError, cache_dir
+from hal_core import Causal, ContractError, UnsupportedError, cache_dir
 from hal_core.plugin_api import DTYPE_BYTES, write_whole
 
 from .description import Description
 from .inner import choose
 from .layout import Pieces, joined_ranks
-from .strategies import STRATEGIES, why_not
+from .strategies import STRATEGIES, heads_together, why_not
 from .topology import Topology, topology_of
 from .visible import find_calls
 
@@ -41,6 +41,9 @@ class LinkRate(NamedTuple):
         return size / self.bandwidth + messages * self.latency
 
 
+#: Forward and backward over forward, where a device estimates the forward alone. Seven products over two would be 3.5;
+#: the exponentials weigh in the forward: 2.3 to 2.6 were measured on a processor.
+_WITH_GRADIENTS = 2.5
 #: Of links that nobody measured: a network of processors, and a bus of accelerators.
 _ASSUMED = {"cpu": LinkRate(1e9, 2e-4), "": LinkRate(2.5e10, 2e-5)}
 
@@ -135,12 +138,17 @@ def least(estimates: tuple[StrategyEstimate, ...]) -> str:
 
 def estimates(d: Description, shape: tuple[int, ...], link: LinkRate) -> tuple[StrategyEstimate, ...]:
     """Every strategy's estimate of a call on a mesh of this shape."""
-    return tuple(_estimate(name, d, shape, link) for name in STRATEGIES)
+    found = []
+    for name in STRATEGIES:
+        try:
+            reason = why_not(name, d, shape)
+            found.append(StrategyEstimate(name, reason) if reason else _estimate(name, d, shape, link))
+        except UnsupportedError as error:  # no device takes calls of this size
+            found.append(StrategyEstimate(name, str(error)))
+    return tuple(found)
 
 
 def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate) -> StrategyEstimate:
-    if reason := why_not(name, d, shape):
-        return StrategyEstimate(name, reason)
     r, world = d.request, d.queries.world
     size, wide = DTYPE_BYTES[r.dtype], max(DTYPE_BYTES[r.dtype], 4)
     keys = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v)
@@ -151,37 +159,58 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
     compute = pair * sum(work)
     if name in ("ring", "ring_ulysses"):
         heads = shape[1] if len(shape) > 1 else 1
+        each = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads)
+        together = heads_together(each, d.keys.pieces) if len(work) > 1 else each.heads_kv
+        moving = keys * together // max(each.heads_kv, 1)
         per_step = keys * (2 * size + wide if r.grads else size)
         travelling = [link.seconds(per_step, 2 if r.grads else 1)] * (len(work) - 1)
         exchange, sent = sum(travelling), per_step * len(travelling)
         total = sum(max(pair * each, moved) for each, moved in zip(work, [*travelling, 0.0], strict=True))
-        memory = results * wide + keys * size * (2 if len(work) > 1 else 0) + 2 * keys * wide * bool(r.grads)
+        # What comes, what is passed on after the first step, and three sums of its gradients.
+        memory = moving * (size * min(len(work) - 1, 2) + 3 * wide * (bool(r.grads) and len(work) > 1))
+        memory += _call_memory(d, d.queries.local * heads, d.keys.local * heads, together)
         if heads > 1:
             traded = int((queries + keys + results) * size * (heads - 1) / heads * back)
             exchange, total = exchange + link.seconds(traded, 4), total + link.seconds(traded, 4)
-            sent, memory = sent + traded, memory + (queries + keys) * size
+            sent, memory = sent + traded, memory + (queries + keys + results) * size
         return StrategyEstimate(name, "", compute, exchange, total, sent, memory)
+    whole = d.queries.local * world, d.keys.local * world
     if name == "gathered":
         sent = int(keys * (world - 1) * (size + wide * bool(r.grads)))
-        memory = keys * world * (size + wide * bool(r.grads)) + results * wide
+        memory = keys * world * (size + wide * bool(r.grads)) + _call_memory(d, d.queries.local, whole[1], r.heads_kv)
     elif name == "ulysses":
         sent = int((queries + keys + results) * size * (world - 1) / world * back)
-        memory = (queries + keys) * size + results * (size + wide)
+        memory = (queries + keys + results) * size + _call_memory(d, *whole, r.heads_kv // world)
     else:
         replicated = d.queries.local == d.queries.length and world > 1
         sent = (results * size + rows * wide) * (world - 1) + (0 if replicated else queries * size * (world - 1))
         sent *= back
-        memory = (queries * size + results * (size + wide)) * (1 if replicated else world)
+        memory = (queries + results) * size * (1 if replicated else world)
+        memory += _call_memory(d, d.queries.local if replicated else whole[0], d.keys.local, r.heads_kv)
     exchange = link.seconds(sent, {"gathered": 2, "ulysses": 4}.get(name, 3) * back)
     return StrategyEstimate(name, "", compute, exchange, compute + exchange, sent, memory)
 
 
+def _call_memory(d: Description, rows: int, keys: int, heads_kv: int) -> int:
+    """Bytes that a dense call of a rank takes by the device's estimate, its results included."""
+    heads_q = heads_kv * (d.request.heads_q // max(d.request.heads_kv, 1))
+    request = replace(d.request, heads_q=heads_q, heads_kv=heads_kv, len_q=max(rows, 1), len_k=max(keys, 1))
+    estimate = choose(request, d.policy).decision.winner.estimate
+    return 0 if estimate is None else estimate.memory
+
+
 def seconds_per_pair(d: Description) -> float:
     """Seconds that the inner device takes for a visible pair of tokens over all heads, with gradients where wanted."""
-    request = replace(d.request, causal=Causal.NONE, diagonal=0, window=None)
-    request = replace(request, len_q=max(request.len_q, 1), len_k=max(request.len_k, 1))
-    estimate = choose(request, d.policy).decision.winner.estimate
-    return estimate.time.middle / (request.len_q * request.len_k) if estimate is not None else 0.0
+    r = d.request
+    request = replace(r, causal=Causal.NONE, diagonal=0, window=None, len_q=max(r.len_q, 1), len_k=max(r.len_k, 1))
+    forward = replace(request, grads=frozenset(), grad_lse=False)
+    both, alone = (choose(each, d.policy).decision.winner.estimate for each in (request, forward))
+    if both is None or alone is None:
+        return 0.0
+    seconds = both.time.middle
+    if r.grads and seconds < _WITH_GRADIENTS / 2 * alone.time.middle:  # an estimate of the forward pass alone
+        seconds = _WITH_GRADIENTS * alone.time.middle
+    return seconds / (request.len_q * request.len_k)
 
 
 def _work(name: str, d: Description, shape: tuple[int, ...]) -> list[float]:

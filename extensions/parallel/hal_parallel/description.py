@@ -129,7 +129,7 @@ def describe(
     checked = _check_mask(mask, query, queries, keys)
     request = _checked(given, dropout_p, options, grads, policy)
     rule = Rule(request.causal, request.diagonal, request.window, *_edges(sequences, queries, keys, query, mask))
-    request = _local(request, dropout_p, mask, bool(grads) and (return_lse or dropout_p > 0))
+    request = local_request(request, dropout_p, mask, bool(grads) and (return_lse or dropout_p > 0))
     return Description(request, policy, queries, keys, rule, float(dropout_p), grads, checked)
 
 
@@ -161,7 +161,7 @@ def _checked(
     return found
 
 
-def _local(request: AttentionRequest, dropout: float, mask: Tensor | None, grad_lse: bool) -> AttentionRequest:
+def local_request(request: AttentionRequest, dropout: float, mask: Tensor | None, grad_lse: bool) -> AttentionRequest:
     """The most that one of a rank's dense calls asks of its device."""
     banded = request.causal is not Causal.NONE
     window = None if request.window is None else (0, None)

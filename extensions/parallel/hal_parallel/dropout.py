@@ -27,16 +27,15 @@ class Dropout:
     def keep(self, batch: int, heads: int, rows: Tensor, keys: Tensor) -> Tensor:
         """bool [batch, heads, rows, keys] of the tokens `rows` and `keys`, int64."""
         seed, offset = self.rng
-        word = torch.full((1, 1, 1), _signed(_mix_number(seed ^ seed >> 32) ^ _mix_number(offset)), device=rows.device)
+        words, device = _number(seed ^ seed >> 32) ^ _number(offset), rows.device
         numbers = (
-            torch.arange(self.first_entry, self.first_entry + batch, device=rows.device)[:, None, None],
-            torch.arange(self.first_head, self.first_head + heads, device=rows.device)[:, None],
+            torch.arange(self.first_entry, self.first_entry + batch, device=device)[:, None, None],
+            torch.arange(self.first_head, self.first_head + heads, device=device)[:, None],
             rows,
         )
-        words = word.to(torch.int32)
         for number in numbers:
             words = _mix(words ^ _mix(_narrow(number + 0x9E3779B9)))
-        columns = _mix(_narrow(keys * 0x9E3779B1 + _mix_number(offset ^ 0x5BF03635)))
+        columns = _mix(_narrow(keys * 0x9E3779B1 + _number(offset ^ 0x5BF03635)))
         pairs = _mix(words[..., None] ^ columns)
         return pairs >= round(self.probability * (1 << 32)) - (1 << 31)
 
@@ -54,12 +53,6 @@ def _mix(words: Tensor) -> Tensor:
     return words
 
 
-def _mix_number(word: int) -> int:
-    word &= _WORD
-    for shift, factor in _ROUNDS:
-        word = (word ^ word >> shift) * factor & _WORD
-    return word
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
+def _number(word: int) -> Tensor:
+    """The low 32 bits of a number, mixed: int32 without dimensions, which goes with tensors of any device."""
+    return _mix(_narrow(torch.tensor(word & _WORD)))

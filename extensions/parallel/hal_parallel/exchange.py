@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,8 +81,7 @@ class Link:
         operations = [dist.P2POp(dist.isend, tensor, **place) for tensor in send]
         place = {"group": self.group, "group_peer": source}
         operations += [dist.P2POp(dist.irecv, tensor, **place) for tensor in receive]
-        peers = f"rank {self.ranks[source]}" if to == source else f"ranks {self.ranks[source]} and {self.ranks[to]}"
-        what = f"{peers} ({what})"
+        what = f"{named(list(dict.fromkeys((self.ranks[source], self.ranks[to]))))} ({what})"
         return Pending(self, self._start(lambda: dist.batch_isend_irecv(operations), what), what, send)
 
     def all_gather(self, tensor: Tensor, what: str) -> Tensor:
@@ -114,17 +114,16 @@ class Link:
 
     def _run(self, collective: Any, found: Tensor, what: str, *given: Tensor) -> Tensor:
         """`found`, which a collective operation fills from what is given."""
-        what = f"{self.others} ({what})"
+        what = f"{named([rank for rank in self.ranks if rank != self.ranks[self.rank]])} ({what})"
         work = self._start(lambda: collective(found, *given, group=self.group, async_op=True), what)
         if work is not None:
             Pending(self, [work], what).wait()
         return found
 
-    @property
-    def others(self) -> str:
-        """The other ranks, for messages."""
-        names = [str(rank) for i, rank in enumerate(self.ranks) if i != self.rank]
-        return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks for messages."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -133,29 +132,23 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
-class _GatherTokens(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, link: Link, dim: int, what: str) -> Tensor:
-        ctx.link, ctx.dim, ctx.what, ctx.dtype = link, dim, what, tensor.dtype
-        return torch.cat(list(link.all_gather(tensor, what)), dim)
+    def forward(
+        ctx: Any, tensor: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.back = back
+        return there(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        parts = torch.stack(wide.chunk(ctx.link.size, ctx.dim))
-        return ctx.link.reduce_scatter(parts, f"gradients of {ctx.what}").to(ctx.dtype), None, None, None
+        return ctx.back(grad), None, None
 
 
-class _Trade(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, link: Link, split: int, join: int, what: str) -> Tensor:
-        ctx.link, ctx.split, ctx.join, ctx.what = link, split, join, what
-        return _traded(tensor, link, split, join, what)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        what = f"gradients of {ctx.what}"
-        return _traded(grad, ctx.link, ctx.join, ctx.split, what), None, None, None, None
+def exchanged(tensor: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+    """`there(tensor)`, whose gradient comes through `back`."""
+    found: Tensor = _Exchange.apply(tensor, there, back)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _traded(tensor: Tensor, link: Link, split: int, join: int, what: str) -> Tensor:
@@ -166,13 +159,18 @@ def gather_tokens(tensor: Tensor, link: Link, dim: int, what: str) -> Tensor:
     """Every rank's tensor joined along `dim`, in the order of ranks. Gradients are summed in at least float32."""
     if math.prod(tensor.shape) == 0 or link.size == 1:
         return tensor if link.size == 1 else torch.cat([tensor] * link.size, dim)
-    found: Tensor = _GatherTokens.apply(tensor, link, dim, what)  # type: ignore[no-untyped-call]
-    return found
+
+    def back(grad: Tensor) -> Tensor:
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return link.reduce_scatter(torch.stack(wide.chunk(link.size, dim)), f"gradients of {what}").to(tensor.dtype)
+
+    return exchanged(tensor, lambda given: torch.cat(list(link.all_gather(given, what)), dim), back)
 
 
 def trade(tensor: Tensor, link: Link, split: int, join: int, what: str) -> Tensor:
     """Cut a tensor along `split` into a part for each rank, and join what the ranks hold for this one along `join`."""
     if link.size == 1:
         return tensor
-    found: Tensor = _Trade.apply(tensor, link, split, join, what)  # type: ignore[no-untyped-call]
-    return found
+    there = partial(_traded, link=link, split=split, join=join, what=what)
+    back = partial(_traded, link=link, split=join, join=split, what=f"gradients of {what}")
+    return exchanged(tensor, there, back)

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ except ImportError as error:
     raise HalError(f"a whole model needs hal-nn and transformers ({error}): pip install 'hal-parallel[hf]'") from error
 
 from .api import attention
-from .exchange import Link
+from .exchange import Link, exchanged
 from .layout import REPLICATED, TokenLayout, make_layout, shard
 from .sharding import unshard
 from .topology import Topology, topology_of
@@ -287,20 +288,8 @@ def _takes(model: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-class _Sum(torch.autograd.Function):
-    """A sum over ranks whose gradient is that of every rank's result: with it, averaged gradients are exact."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, link: Link) -> Tensor:
-        ctx.size = link.size
-        return link.all_reduce(value, "the loss")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.size, None
-
-
 def _sum(value: Tensor, links: list[Link]) -> Tensor:
+    """The sum over ranks, with the gradient of every rank's result: with it, averaged gradients are exact."""
     for link in links:
-        value = _Sum.apply(value, link)  # type: ignore[no-untyped-call]
+        value = exchanged(value, partial(link.all_reduce, what="the loss"), partial(torch.mul, other=link.size))
     return value

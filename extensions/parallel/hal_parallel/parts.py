@@ -111,8 +111,8 @@ class Part(NamedTuple):
 
     def of(self, given: Operands) -> Operands:
         """The part of all operands; those that are None stay."""
-        key, value = (None if t is None else _cut(t, self.entries, self.heads_kv) for t in given[1:3])
-        return Operands(self.queries(given.query), key, value, self.queries(given.mask))  # type: ignore[arg-type]
+        key, value = (t if t is None else _cut(t, self.entries, self.heads_kv) for t in given[1:3])
+        return Operands(self.queries(given.query), key, value, self.queries(given.mask))
 
     def dropout(self, dropout: Dropout | None) -> Dropout | None:
         """The pattern of this part."""

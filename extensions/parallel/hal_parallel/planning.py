@@ -9,7 +9,7 @@ from hal_core import AttentionRequest, Causal, ContractError
 from hal_core.plugin_api import DTYPE_BYTES, find_devices, merged_policy
 
 from .cost import LinkRate, StrategyEstimate, estimates, least, stored_link
-from .description import Description
+from .description import Description, local_request
 from .inner import choose
 from .layout import make_layout
 from .visible import Rule
@@ -84,36 +84,20 @@ def plan(
     for kind in layers:
         causal = Causal.TOP_LEFT if kind.causal else Causal.NONE
         window = None if kind.window is None else (kind.window - 1, 0 if kind.causal else kind.window - 1)
-        request = AttentionRequest(
-            batch,
-            kind.heads,
-            kind.heads_kv,
-            placed.local,
-            placed.local,
-            kind.dim_qk,
-            kind.dim_v,
-            dtype,
-            place,
-            causal=causal,
-            diagonal=1 if kind.causal or window else 0,
-            window=None if window is None else (0, None),
-            softcap=kind.softcap,
-            scale=kind.scale,
-            grads=frozenset("qkv") if training else frozenset(),
-            lse=True,
-        )
+        sizes = (batch, kind.heads, kind.heads_kv, placed.local, placed.local, kind.dim_qk, kind.dim_v, dtype, place)
+        grads = frozenset("qkv") if training else frozenset()
+        asked: dict[str, Any] = {"window": window, "softcap": kind.softcap, "scale": kind.scale, "grads": grads}
+        request = local_request(AttentionRequest(*sizes, causal=causal, **asked), 0.0, None, False)
         rule = Rule(causal, 0, window, (0, tokens), (0, tokens))
-        one = Description(request, policy, placed, placed, rule, 0.0, request.grads, "none")
-        descriptions.append(one)
-        found.append((kind, estimates(one, (ranks,), link)))
+        descriptions.append(Description(request, policy, placed, placed, rule, 0.0, grads, "none"))
+        found.append((kind, estimates(descriptions[-1], (ranks,), link)))
     chosen = least(_summed(found))
     each = [(kind, next(e for e in given if e.strategy == chosen)) for kind, given in found]
     held = [_shard(kind, batch, placed.local, size) for kind in layers]
     saved = "query, key, value and output kept for the backward pass" if training else "cache of keys and values"
+    kept = [kind.number * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)]
     memory = {
-        saved: sum(
-            kind.number * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)
-        ),
+        saved: sum(kept),
         "a layer's query, key, value and output": max(map(sum, held)),
         "beside them, one layer at a time": max(estimate.memory for _, estimate in each),
     }

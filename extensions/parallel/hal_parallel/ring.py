@@ -89,19 +89,17 @@ class RingAttention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         mask = torch.zeros_like(given.mask, dtype=lse.dtype) if "mask" in wanted and given.mask is not None else None
         many = len(plan.parts) > 1
-        grads = Operands(
-            *(
-                torch.empty_like(t, pin_memory=t.is_pinned()) if many and n in wanted else None
-                for n, t in zip("qkv", given[:3], strict=True)
-            ),
-            mask,
-        )
+        written: list[Any] = [
+            torch.empty_like(t, pin_memory=t.is_pinned()) if many and name in wanted else None
+            for name, t in zip("qkv", given[:3], strict=True)
+        ]
+        grads = Operands._make([*written, mask])
         with torch.autocast(out.device.type, enabled=False):
             for part in plan.parts:
                 result = Result(*(part.queries(t) for t in (out, lse, grad_out, grad_lse)))
                 found = ring_backward(plan, part, part.of(given), result, wanted, part.of(grads))
-        found = found if not many else list(grads)[:3]
-        return (None, *found, None if mask is None else mask.to(given.mask.dtype))
+        found = written if many else found
+        return (None, *found, None if mask is None or given.mask is None else mask.to(given.mask.dtype))
 
 
 def ring_forward(plan: RingPlan, part: Part, given: Operands, out: Tensor, lse: Tensor) -> None:

@@ -69,7 +69,11 @@ def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:
         heads_q = heads_kv * (r.heads_q // max(r.heads_kv, 1))
         request = replace(
             r,
-            **{"batch": batch, "heads_q": heads_q, "heads_kv": heads_kv, "len_q": rows, "len_k": keys},
+            batch=batch,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            len_q=rows,
+            len_k=keys,
             mask_batch=min(r.mask_batch, batch),
             mask_heads=min(r.mask_heads, heads_q),
         )

@@ -16,6 +16,9 @@ from hal_core.plugin_api import ContractError
 
 #: Steps of a flow that are recorded and submitted together; longer calls are several submissions.
 MOST_REPEATS = 256
+#: Elements of a field up to which one work group takes all steps of it, by the program NAMEs (plural) of a kernel NAME:
+#: starting a program for each step takes longer than the step.
+GROUP_FIELD = 64 * 64
 
 
 class Runner(Protocol):

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 #: Rows (tokens times heads of a group) up to which a group shares one tile.
 MOST_PACKED_ROWS = 64
 MOST_PACKED_TOKENS = 16
+#: Rows of a tile over a quantised cache: fewer than a warpgroup multiplies. With 64, Triton 3.6's products of planes of
+#: 32 columns (int8 and FP8 at head size 64, int4 at 128) were wrong on an H200, in kernels that its interpreter runs
+#: right.
+MOST_CACHE_ROWS = 32
 #: Query rows of a consumer warpgroup of the Hopper kernel.
 WARPGROUP_ROWS = 64
 #: Block sizes of a tiling that the caller brings, which the portable kernel is compiled for.
@@ -122,7 +126,8 @@ class CudaTiling(DenseTiling):
 
 def packs(request: AttentionRequest, len_q: int) -> bool:
     """Whether the query heads of a group share a tile."""
-    few = len_q <= MOST_PACKED_TOKENS and len_q * (request.heads_q // request.heads_kv) <= MOST_PACKED_ROWS
+    most = MOST_PACKED_ROWS if request.cache_dtype is None else MOST_CACHE_ROWS
+    few = len_q <= MOST_PACKED_TOKENS and len_q * (request.heads_q // request.heads_kv) <= most
     return few and not request.packed and request.block_plan is None and request.tiling is None
 
 
@@ -143,6 +148,8 @@ def choose_tiles(request: AttentionRequest, len_q: int, chip: Chip) -> Tiles:
         tiles = Tiles(64, 64, 8, 1)
     else:
         tiles = Tiles(64, 64, 4, 3)
+    if request.cache_dtype is not None:
+        tiles = tiles._replace(rows=min(tiles.rows, MOST_CACHE_ROWS), warps=4)
     rows, keys = min(tiles.rows, max(16, power_of_two(len_q))), tiles.keys
     if request.block_plan is not None:
         # A tile lies in one block of rows; blocks of odd sizes waste least in small tiles.
@@ -201,7 +208,10 @@ def tiles_of_plan(request: AttentionRequest, plan: TilePlan, own: Tiles, chip: C
     if (rows, plan.block_k) == (own.rows, own.keys):
         return own
     fitting = (n for n in (3, 2) if shared_bytes(request, rows, plan.block_k, n) <= chip.shared_memory)
-    return Tiles(rows, plan.block_k, 4 if rows <= 64 else 8, next(fitting, 1))
+    warps = 4 if rows <= 64 else 8
+    if request.cache_dtype is not None and rows > MOST_CACHE_ROWS:
+        warps = 2  # half a warpgroup
+    return Tiles(rows, plan.block_k, warps, next(fitting, 1))
 
 
 def shared_bytes(request: AttentionRequest, rows: int, keys: int, stages: int) -> int:

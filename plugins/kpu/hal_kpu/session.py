@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from .cost import Cost, attention_cost, attention_memory, fidelity_of, product_c
 from .kernels.extra import KERNELS, ProductKernel
 from .profiles.profile import Profile
 from .simulator.attention.baseline import Comparison, compare, run
-from .simulator.attention.block_plans import buffer_size, listed, reads_of
+from .simulator.attention.block_plans import buffer_size, listed, macs_of, reads_of
 from .simulator.attention.program import fused
 from .simulator.attention.values import Operands, backward, described, forward
 from .simulator.attention.workspace import workspace_size
@@ -162,7 +163,8 @@ class KPUSession(SessionBase):
         plan, blocks = prepared.plan, prepared.blocks
         request = replace(prepared.request, tiling=("", plan.block_q, plan.block_k))
         reads = None if blocks is None else reads_of(blocks, request)
-        return attention_cost(self.profile, request, reads).estimate(memory=attention_memory(self.profile, request))
+        found = attention_cost(self.profile, request, reads).estimate(memory=attention_memory(self.profile, request))
+        return found if reads is None else attrs.evolve(found, macs=macs_of(reads, request))
 
     def compare(self, request: AttentionRequest) -> Comparison:
         """Both cycle counts of a call: fused on the chip, and with scores that go through DRAM."""

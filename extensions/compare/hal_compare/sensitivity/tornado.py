@@ -17,7 +17,7 @@ import attrs
 from hal_nn.sensitivity import match_layers
 
 import hal_core as hal
-from hal_core import Device, HalError
+from hal_core import Device, DeviceUnavailableError, HalError
 from hal_core.plugin_api import find_devices, registry
 
 from ..lanes import Lane, Scope
@@ -174,6 +174,7 @@ def measure(
         return kept.get(figures, run)
 
     sections = {name: list(each) for name, each in groupby(varied, key=lambda each: each.key.partition(".")[0])}
+    reasons = {each.key: each.reason for each in listed if each.reason}
     steps, done = len(sections) + len(varied), 0
     moving: list[tuple[Any, bool]] = []  # figures, and whether they move time and energy alone
     still: list[Any] = []
@@ -190,8 +191,11 @@ def measure(
     bars = []
     for each, costs_alone in moving:
         progress(each.key, done / steps)
-        low, high = (outcome([(each, end)], costs_alone=costs_alone) for end in (each.low, each.high))
-        bars.append(Bar(figure=each, low=low, high=high))
+        try:
+            low, high = (outcome([(each, end)], costs_alone=costs_alone) for end in (each.low, each.high))
+            bars.append(Bar(figure=each, low=low, high=high))
+        except DeviceUnavailableError as error:  # a chip that never warms up, say
+            reasons[each.key] = f"at one end of {each.low:g} to {each.high:g} {_without_name(error)}"
         done += 1
     return Tornado(
         device=device.id,
@@ -199,7 +203,7 @@ def measure(
         nominal=nominal,
         bars=tuple(bars),
         without_effect=tuple(each.key for each in still),
-        fixed={each.key: each.reason for each in listed if each.reason},
+        fixed=reasons,
         default=default,
         linear=lane.scope is Scope.LINEAR,
     )
@@ -211,6 +215,11 @@ def _together(listed: Sequence[Any], outcome: Callable[[Iterable[tuple[Any, floa
         return outcome((each, each.high) for each in listed)
     except HalError:
         return None
+
+
+def _without_name(error: DeviceUnavailableError) -> str:
+    """The sentence, of a device that the user does not know."""
+    return str(error).replace(f"{CHANGED}:0", "the device")
 
 
 def _moved(trial: Trial, lane: Lane, device: Device) -> Lane:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from hal_compute.extra_kernels import GROUP_FIELD
 from torch import Tensor
 
 from ..runtime.engine import Engine
 from ..runtime.lease import Lease
 
+_GROUP = 64  # work items that take all steps of a small field
 _BLOCKS = {"matmul": (16, 4, 1)}  # elements of the result per work item along x, y and z; one elsewhere
 
 
@@ -41,6 +43,13 @@ class ExtraKernelRunner:
             source = [operand.buffer for operand in map(lease.stage, inputs)]
             target = [operand.buffer for operand in map(lease.result, outputs)]
             spare = [lease.space(tensor.nbytes).buffer for tensor in outputs] if repeats > 1 else []
+            if repeats > 1 and extent[0] * extent[1] <= GROUP_FIELD:
+                threads = min(_GROUP, int(engine.handle.max_work_group_size))
+                numbers = *map(np.int32, (*integers, repeats)), *map(np.float32, floats)
+                several, group = engine.kernel("kernels", f"{name}s"), (threads, 1, 1)
+                engine.launch(several, (threads, 1, extent[2]), group, *source, *target, *spare, *numbers)
+                lease.finish()
+                return
             numbers = *map(np.int32, integers), *map(np.float32, floats)
             kernel = engine.kernel("kernels", name)
             for left in reversed(range(repeats)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hal_compute.extra_kernels import GROUP_FIELD
 from torch import Tensor
 
 from ..runtime.recorder import Recorder
@@ -51,6 +52,12 @@ class ExtraKernelRunner:
             source, target = [*map(commands.stage, inputs)], [*map(commands.result, outputs)]
             spare = [commands.space(tensor.nbytes) for tensor in outputs] if repeats > 1 else []
             numbers, layout = [*integers, extent[2], *floats], f"{len(integers) + 1}i{len(floats)}f"
+            if repeats > 1 and extent[0] * extent[1] <= GROUP_FIELD:
+                numbers, layout = [*integers, repeats, extent[2], *floats], f"{len(integers) + 2}i{len(floats)}f"
+                operands = [*source, *target, *spare]
+                commands.dispatch(f"{name}s", _CONSTANTS, operands, numbers, layout, [1, 1, groups[2]])
+                commands.finish()
+                return
             for left in reversed(range(repeats)):
                 here = spare if left % 2 else target  # the last one writes the results
                 commands.dispatch(name, _CONSTANTS, [*source, *here], numbers, layout, groups)

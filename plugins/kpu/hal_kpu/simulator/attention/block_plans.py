@@ -7,6 +7,7 @@ products and its softmax. Arrays share the keys that they load where they work f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,6 +95,29 @@ def reads_of(plan: BlockPlan, request: AttentionRequest) -> Reads:
     ]
     entries = lists * request.batch if len(lists) == 1 else lists
     return [each for heads in entries for each in (heads * request.heads_q if len(heads) == 1 else heads)]
+
+
+def macs_of(reads: Reads, request: AttentionRequest) -> int:
+    """Multiply-accumulates of the query-key pairs that a plan reads and causal and window leave visible."""
+    assert request.block_plan is not None
+    block_q, block_k, _ = request.block_plan
+    low, high = request.band(request.len_q, request.len_k)
+
+    @cache
+    def pairs(number: int, blocks: tuple[int, ...]) -> int:
+        rows = range(number * block_q, min((number + 1) * block_q, request.len_q))
+        seen = [
+            (0 if low is None else row + low, request.len_k if high is None else min(row + high + 1, request.len_k))
+            for row in rows
+        ]
+        return sum(
+            max(min((block + 1) * block_k, stop) - max(block * block_k, first), 0)
+            for block in blocks
+            for first, stop in seen
+        )
+
+    found = sum(pairs(number, blocks) for rows in reads for number, blocks in enumerate(rows))
+    return found * (request.dim_qk + request.dim_v)
 
 
 def fullest(request: AttentionRequest) -> Reads:

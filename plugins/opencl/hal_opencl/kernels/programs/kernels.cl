@@ -46,26 +46,67 @@ static inline float spread(__global const float *x, int y0, int y, int y1, int x
   return edges / 6.0f + corners / 12.0f - x[y * width + c];
 }
 
-__kernel void reaction_diffusion_step(__global const float *u, __global const float *v, __global float *next_u,
-                                      __global float *next_v, int height, int width, float dt, float diffusion_u,
-                                      float diffusion_v, float reaction, float epsilon, float decay, float offset) {
-  const int c = get_global_id(0), y = get_global_id(1);
-  const size_t grid = (size_t)get_global_id(2) * height * width;
+static inline void react(__global const float *u, __global const float *v, __global float *next_u, __global float *next_v,
+                         int y, int c, int height, int width, float dt, float diffusion_u, float diffusion_v,
+                         float reaction, float epsilon, float decay, float offset) {
   const int y0 = (y + height - 1) % height, y1 = (y + 1) % height, x0 = (c + width - 1) % width, x1 = (c + 1) % width;
-  const size_t at = grid + (size_t)y * width + c;
+  const int at = y * width + c;
   const float a = u[at], b = v[at];
-  next_u[at] = a + dt * (diffusion_u * spread(u + grid, y0, y, y1, x0, c, x1, width) + reaction * (a - a * a * a - b));
-  next_v[at] = b + dt * (diffusion_v * spread(v + grid, y0, y, y1, x0, c, x1, width)
+  next_u[at] = a + dt * (diffusion_u * spread(u, y0, y, y1, x0, c, x1, width) + reaction * (a - a * a * a - b));
+  next_v[at] = b + dt * (diffusion_v * spread(v, y0, y, y1, x0, c, x1, width)
                          + reaction * epsilon * (a - decay * b + offset));
 }
 
-__kernel void ricci_flow_step(__global const float *phi, __global float *next, int height, int width, float dt) {
-  const int c = get_global_id(0), y = get_global_id(1);
-  const size_t grid = (size_t)get_global_id(2) * height * width, at = grid + (size_t)y * width + c;
-  const size_t up = grid + (size_t)((y + height - 1) % height) * width + c, down = grid + (size_t)((y + 1) % height) * width + c;
-  const size_t left = grid + (size_t)y * width + (c + width - 1) % width, right = grid + (size_t)y * width + (c + 1) % width;
+__kernel void reaction_diffusion_step(__global const float *u, __global const float *v, __global float *next_u,
+                                      __global float *next_v, int height, int width, float dt, float diffusion_u,
+                                      float diffusion_v, float reaction, float epsilon, float decay, float offset) {
+  const size_t grid = (size_t)get_global_id(2) * height * width;
+  react(u + grid, v + grid, next_u + grid, next_v + grid, get_global_id(1), get_global_id(0), height, width, dt,
+        diffusion_u, diffusion_v, reaction, epsilon, decay, offset);
+}
+
+// Many steps of fields that one work group holds: it steps a field to the end, from one set of buffers to the other. The
+// last step writes the results.
+__kernel void reaction_diffusion_steps(__global const float *u, __global const float *v, __global float *target_u,
+                                       __global float *target_v, __global float *spare_u, __global float *spare_v,
+                                       int height, int width, int repeats, float dt, float diffusion_u,
+                                       float diffusion_v, float reaction, float epsilon, float decay, float offset) {
+  const size_t grid = (size_t)get_group_id(2) * height * width;
+  __global const float *from_u = u + grid, *from_v = v + grid;
+  for (int left = repeats - 1; left >= 0; left--) {
+    __global float *to_u = (left % 2 ? spare_u : target_u) + grid, *to_v = (left % 2 ? spare_v : target_v) + grid;
+    for (int i = get_local_id(0); i < height * width; i += get_local_size(0))
+      react(from_u, from_v, to_u, to_v, i / width, i % width, height, width, dt, diffusion_u, diffusion_v, reaction,
+            epsilon, decay, offset);
+    barrier(CLK_GLOBAL_MEM_FENCE);
+    from_u = to_u;
+    from_v = to_v;
+  }
+}
+
+static inline void flatten(__global const float *phi, __global float *next, int y, int c, int height, int width, float dt) {
+  const int up = (y + height - 1) % height * width + c, down = (y + 1) % height * width + c;
+  const int left = y * width + (c + width - 1) % width, right = y * width + (c + 1) % width, at = y * width + c;
   const float here = phi[at];
   next[at] = here + dt * exp(-2.0f * here) * (phi[up] + phi[down] + phi[left] + phi[right] - 4.0f * here);
+}
+
+__kernel void ricci_flow_step(__global const float *phi, __global float *next, int height, int width, float dt) {
+  const size_t grid = (size_t)get_global_id(2) * height * width;
+  flatten(phi + grid, next + grid, get_global_id(1), get_global_id(0), height, width, dt);
+}
+
+__kernel void ricci_flow_steps(__global const float *phi, __global float *target, __global float *spare, int height,
+                               int width, int repeats, float dt) {
+  const size_t grid = (size_t)get_group_id(2) * height * width;
+  __global const float *from = phi + grid;
+  for (int left = repeats - 1; left >= 0; left--) {
+    __global float *to = (left % 2 ? spare : target) + grid;
+    for (int i = get_local_id(0); i < height * width; i += get_local_size(0))
+      flatten(from, to, i / width, i % width, height, width, dt);
+    barrier(CLK_GLOBAL_MEM_FENCE);
+    from = to;
+  }
 }
 
 // Corners minus edges plus pixels of the set field >= level at each point of a row of the grid of corners: the corner, the
