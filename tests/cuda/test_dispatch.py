@@ -198,6 +198,12 @@ def test_the_shipped_table_sends_masks_and_plans_to_the_hopper_kernel() -> None:
             assert choose(request, HOPPER, rates()).path == "masked"
 
 
+def test_small_blocks_under_a_mask_wait_for_their_own_measurement() -> None:
+    small = replace(PLAIN, mask=MaskKind.BOOLEAN, block_plan=(64, 64, 4))
+    known = rates().knows("masked", replace(small, mask=MaskKind.NONE))
+    assert known is (choose(small, HOPPER, rates()).path == "masked")
+
+
 def test_the_forward_of_masked_calls_with_gradients_is_the_hopper_kernels_too() -> None:
     from hal_cuda.kernels.hopper_masked.launch import HopperMaskedPath
     from hal_cuda.kernels.portable.launch import PortablePath

@@ -21,7 +21,7 @@ from hal_core import __version__ as __version__
 #: Public names by the module that holds them.
 _NAMES = {
     "adaptive": "AdaptiveRouter PerformanceMetrics WorkloadCharacteristics",
-    "cached": "cached",
+    "results": "cached",
     "control": "believed disable enable save state",
     "objective": "deadline",
     "pool": "Pool QueueFullError",

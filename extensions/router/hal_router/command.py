@@ -32,7 +32,7 @@ def run_report(options: argparse.Namespace) -> CommandResult:
     data = store.read(registry.devices())
     totals, beliefs = data.get("totals", {}), data.get("beliefs", [])
     arms = {row[0]: row for row in beliefs if len(row) == 3}
-    kinds = [row for row in beliefs if len(row) == 4 and isinstance(row[1], str)]
+    kinds = [row for row in beliefs if len(row) == 4 and row[0] != "*"]
     served = [
         [name, f"{row[0]:.0f}", f"{row[1]:.3g} s", _share(row[2], row[1]), f"{row[3]:.0f}", _share(row[4], row[1])]
         for name, row in sorted(totals.items())

@@ -23,7 +23,7 @@ class Hooks:
     """What the plugin `router` implements while it is enabled, `hal_commands` and `hal_doctor` beside it."""
 
     def __init__(self, router: Router, module: Any) -> None:
-        self.router, self._module = router, module
+        self.router, self.module = router, module
 
     @hookimpl
     def hal_policy(self, request: Any, candidates: Any, policy: Any) -> Any:
@@ -43,11 +43,11 @@ class Hooks:
 
     @hookimpl
     def hal_commands(self, subparsers: Any) -> None:
-        self._module.hal_commands(subparsers)
+        self.module.hal_commands(subparsers)
 
     @hookimpl
     def hal_doctor(self) -> Any:
-        return self._module.hal_doctor()
+        return self.module.hal_doctor()
 
 
 def enable() -> None:
@@ -67,8 +67,7 @@ def enable() -> None:
     with _lock:
         if router is not None:
             return
-        from . import plugin as module
-
+        module = registry.plugins.manager.get_plugin("router")
         router, store = Router(), Store()
         _restore(router, store)
         router.on_save = save
@@ -84,10 +83,8 @@ def disable() -> None:
     with _lock:
         if router is None:
             return
-        from . import plugin as module
-
-        registry.plugins.manager.unregister(name="router")
-        registry.plugins.manager.register(module, "router")
+        attached: Any = registry.plugins.manager.unregister(name="router")
+        registry.plugins.manager.register(attached.module, "router")
         router.breakers.reset()
         router = store = None
     registry.changed()

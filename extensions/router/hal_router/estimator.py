@@ -4,7 +4,7 @@ An arm is a device, or a device with one of its own tilings. The logarithm of a 
 
     log(time) = log(estimate) + residual(arm, request) + load(device)
 
-The residual is a shrunk mean over four levels, arm, kind of request, size and shape: a level that has seen few calls
+The residual is a shrunk mean over levels: device, arm, kind of request, size and shape; a level that has seen few calls
 says little beside the level above it, as in empirical Bayes estimation with normal means. The load of a device moves
 fast and is learned from the newest calls; while it is high the residual learns little, so that another tenant is not
 taken for the device itself.
@@ -109,8 +109,8 @@ class Estimator:
     """Residuals by arm, and loads by device.
 
     Attributes:
-        nodes: [calls, mean of log(time / estimate) with the load taken out] by level: (arm,), (arm, kind), (arm, kind,
-            size), (arm, kind, shape). loads: by device id.
+        nodes: [calls, mean of log(time / estimate) with the load taken out] by level: ("*", device), (arm,), (arm,
+            kind), (arm, kind, size), (arm, kind, shape). loads: by device id.
     """
 
     def __init__(self) -> None:
@@ -126,11 +126,14 @@ class Estimator:
     def believe(self, arm: str, keys: Keys) -> Believed:
         """What is believed of a request on an arm, the device's load apart."""
         get, residual, unknown = self.nodes.get, 0.0, 1.0
+        common = get(("*", arm.partition(" ")[0]))  # what all arms of the device share, a host's overhead say
+        if common is not None:
+            residual = _share(common, 0.0) * common[1]
         node = get((arm,))
         if node is None:
-            return Believed(0.0, PRIOR_SPREAD, 0.0)
+            return Believed(residual, PRIOR_SPREAD if common is None else 0.6 * PRIOR_SPREAD, 0.0)
         share = node[0] / (node[0] + SHRINKAGE)
-        residual, unknown = share * node[1], 1.0 - share
+        residual, unknown = residual + share * (node[1] - residual), 1.0 - share
         spread, seen = 0.5 * PRIOR_SPREAD * unknown, 0.0
         node = get((arm, keys.kind))
         if node is None:
@@ -168,7 +171,7 @@ class Estimator:
         seen = before.residual + min(max(ratio - load.value - before.residual, -limit), limit)
         if len(self.nodes) > _MOST_NODES:
             self._shrink()
-        for key in ((arm,), (arm, keys.kind), (arm, keys.kind, keys.size), (arm, keys.kind, keys.shape)):
+        for key in (("*", device), (arm,), (arm, keys.kind), (arm, keys.kind, keys.size), (arm, keys.kind, keys.shape)):
             node = self.nodes.setdefault(key, [0.0, 0.0])
             weight = min(calls * trust, MEMORY)
             node[0] = min(node[0] + weight, MEMORY)
@@ -184,7 +187,7 @@ class Estimator:
     def forget(self, devices: Iterable[str]) -> None:
         """Drop what was learned of some devices, for example after another driver was installed."""
         gone = set(devices)
-        self.nodes = {key: node for key, node in self.nodes.items() if str(key[0]).partition(" ")[0] not in gone}
+        self.nodes = {key: node for key, node in self.nodes.items() if _device_of(key) not in gone}
         for device in gone:
             self.loads.pop(device, None)
 
@@ -205,6 +208,10 @@ class Estimator:
                 raise ValueError(f"{row!r} is no belief")
             nodes[tuple(key)] = [float(n), float(mean)]
         self.nodes = nodes
+
+
+def _device_of(key: tuple[Any, ...]) -> str:
+    return str(key[1] if key[0] == "*" else key[0]).partition(" ")[0]
 
 
 def _share(node: list[float], above: float) -> float:

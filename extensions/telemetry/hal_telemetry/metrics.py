@@ -140,4 +140,5 @@ _registry.register(Collector())
 
 def metrics_text() -> str:
     """All metrics in Prometheus' text format."""
-    return generate_latest(_registry).decode()
+    text: str = generate_latest(_registry).decode()
+    return text

@@ -155,10 +155,10 @@ def form_of(request: AttentionRequest) -> str:
     if not request.grads:
         if request.dtype not in ("float16", "bfloat16") or request.dropout:
             return ""
+        if request.block_plan is not None and request.block_plan[0] % 128:
+            return "small block plan"  # under a mask too: a kernel of another build serves it
         found = {MaskKind.BOOLEAN: "mask", MaskKind.ADDITIVE: "bias"}.get(request.mask, "")
-        if found or request.block_plan is None:
-            return found
-        return "small block plan" if request.block_plan[0] % 128 else "block plan"
+        return found or ("block plan" if request.block_plan is not None else "")
     holds = (
         request.dtype == "float32",
         request.deterministic,
