@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import hal_core as hal
@@ -30,9 +32,14 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     return present(request.param)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """OpenCL programs are compiled once for all tests of this folder."""
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HAL_CACHE of all tests of this folder."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(autouse=True)
+def _shared_programs(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs are compiled once for all tests of this folder, and for them alone."""
     cache = pytest.importorskip("hal_compute.cache", exc_type=ImportError)
-    folder = tmp_path_factory.mktemp("programs")
-    cache.cache_dir = lambda: folder
+    monkeypatch.setattr(cache, "cache_dir", lambda: programs)
