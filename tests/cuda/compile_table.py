@@ -420,8 +420,7 @@ def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
         "pooled extremes": lambda: block_scores.triton_pool_extremes(q, 128),
         "squares": lambda: block_scores.triton_square_sums(empty(1, 2, 64, 2048), 8, 8, 16),
         "squares of long rows": lambda: block_scores.triton_square_sums(empty(1, 2, 64, 8192), 8, 8, 16, None, 0),
-        "count keys": lambda: block_choice.triton_choose_blocks(*choice, 100),
-        "list chosen": lambda: block_choice._launchers.__wrapped__(chip, 256),
+        "chosen blocks": lambda: block_choice.triton_choose_blocks(*choice, 100),
         "product": lambda: gelu_linear.portable(x, x, b, x, False),
         "product stored [K, N]": lambda: gelu_linear.portable(x, x.T, None, x, True),
     }
@@ -435,6 +434,9 @@ def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
             before = len(_launched)
             call()
             found[name] = _launched[before]
+            found |= {f"{name}, {after}": made for after, made in enumerate(_launched[before + 1 :], 1)}
+    for kept in (block_scores._pooling, block_scores._summing, block_choice._launchers):
+        kept.cache_clear()  # of launchers that do nothing
     if capability == (9, 0):
         for config in (GeluConfig(), GeluConfig(tanh=True, w_rows=True), GeluConfig(bias=False)):
             found[f"product hopper {config}"] = partial(gelu_linear.compile_hopper, "bf16", config)

@@ -65,13 +65,9 @@ def estimated_share(
         part = rows[:, :, start : start + step].unflatten(1, (-1, group))
         scores = (part.flatten(2, 3) @ columns.mT).unflatten(2, (group, -1)).flatten(1, 2)
         shares.append(squares.shares(scores, start))
-    return (
-        shares[0]
-        if len(shares) == 1
-        else torch.cat(shares, 2)
-        if shares
-        else query.new_zeros((*query.shape[:2], 0, -(-key.shape[2] // block_k)), dtype=torch.float32)
-    )
+    if not shares:
+        return query.new_zeros((*query.shape[:2], 0, -(-key.shape[2] // block_k)), dtype=torch.float32)
+    return shares[0] if len(shares) == 1 else torch.cat(shares, 2)
 
 
 class Squares(NamedTuple):
@@ -94,7 +90,8 @@ class Squares(NamedTuple):
         (per_row, per_column), (low, high), stride = self.of_block, self.band, self.stride
         summed = device_kernel("triton_square_sums", scores)
         if summed is not None and scores.dtype in _KERNEL_DTYPES and per_row * per_column <= _KERNEL_SQUARES:
-            return summed(scores, per_row, per_column, stride, low, high, first)  # type: ignore[no-any-return]
+            found: Tensor = summed(scores, per_row, per_column, stride, low, high, first)
+            return found
         position = torch.arange(scores.shape[3], device=scores.device) * stride
         place = torch.arange(first, first + scores.shape[2], device=scores.device).unsqueeze(1) * stride
         if high is not None:
@@ -107,10 +104,10 @@ class Squares(NamedTuple):
         short = -scores.shape[2] % per_row, -scores.shape[3] % per_column
         if any(short):
             scores = torch.nn.functional.pad(scores, (0, short[1], 0, short[0]))
-        sums = scores.unflatten(3, (-1, per_column)).sum(-1, dtype=torch.float32).unflatten(2, (-1, per_row)).mean(3)
+        found = scores.unflatten(3, (-1, per_column)).sum(-1, dtype=torch.float32).unflatten(2, (-1, per_row)).mean(3)
         if short[0]:  # of the squares that the last block has
-            sums[:, :, -1] *= per_row / (per_row - short[0])
-        return sums
+            found[:, :, -1] *= per_row / (per_row - short[0])
+        return found
 
 
 def _in_half(tensor: Tensor) -> bool:

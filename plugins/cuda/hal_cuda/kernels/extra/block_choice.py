@@ -19,7 +19,7 @@ from torch import Tensor
 from ...discovery import Chip
 from ...runtime import binaries
 from ...runtime.launch import Launcher, launcher
-from .checks import check_tensors, chip_of, refuse, shapes
+from .checks import aligned, check_tensors, chip_of, refuse, shapes
 
 #: Numbers that a program counts; numbers of the rows that one lists.
 COUNTED, LISTED = 4096, 1024
@@ -111,16 +111,18 @@ def list_chosen(
 
 
 @lru_cache(maxsize=64)
-def _launchers(chip: Chip, columns: int) -> tuple[tuple[Launcher, ...], Launcher, int]:
+def _launchers(chip: Chip, columns: int, even: bool) -> tuple[tuple[Launcher, ...], Launcher, int]:
+    known = dict.fromkeys(("share", "many", "pairs", "columns"), 16) if even else {}
     pointers = {"share": "*fp32", "hidden": "*u8", "forced": "*u8", "counts": "*i32"}
     types = pointers | dict.fromkeys(("many", "pairs", "wanted"), "i32")
     levels = tuple(
-        launcher(chip, count_keys, types, {"LEVEL": level, "SIZE": COUNTED}, num_warps=8) for level in range(3)
+        launcher(chip, count_keys, types, {"LEVEL": level, "SIZE": COUNTED}, divisible=known, num_warps=8)
+        for level in range(3)
     )
     wide = triton.next_power_of_2(columns)
     rows = max(LISTED // wide, 1)
     types = pointers | {"indices": "*i32", "listed": "*i32"} | dict.fromkeys(("rows", "rows_q", "columns"), "i32")
-    listing = launcher(chip, list_chosen, types, {"ROWS": rows, "COLUMNS": wide}, num_warps=4)
+    listing = launcher(chip, list_chosen, types, {"ROWS": rows, "COLUMNS": wide}, divisible=known, num_warps=4)
     return levels, listing, rows
 
 
@@ -161,7 +163,7 @@ def triton_choose_blocks(share: Tensor, hidden: Tensor, forced: Tensor, total: i
     if not indices.numel():
         return indices, listed.zero_()
     counts = torch.zeros((batch, WORDS), dtype=torch.int32, device=share.device)
-    levels, listing, together = _launchers(chip_of(share.device), columns)
+    levels, listing, together = _launchers(chip_of(share.device), columns, columns % 16 == 0 and aligned(share))
     grid = (-(-heads * pairs // COUNTED), batch, 1)
     given = share, hidden, forced, counts
     for level in levels:
