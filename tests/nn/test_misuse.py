@@ -225,3 +225,11 @@ def test_a_configuration_that_was_changed_is_checked_again() -> None:
     config.num_heads = 3
     with pytest.raises(hal.ContractError, match="embed_dim 8 and num_heads 3 were given"):
         create_attention(config)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(3, 40), {"input_ids": torch.zeros(2, 90)}], ids=["tensor", "dictionary"])
+def test_an_argument_with_many_numbers_is_named_in_one_sentence(given: Any) -> None:
+    from hal_nn.arguments import need_whole
+
+    with pytest.raises(ContractError, match=r"^batch_size a (tensor \[3, 40\]|dict) was given: use a whole number"):
+        need_whole("batch_size", given)

@@ -10,6 +10,17 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
+#: Characters of an argument that a message shows.
+_LONGEST = 60
+
+
+def shown(given: Any) -> str:
+    """An argument in a message: a short text of it, or what it is."""
+    if isinstance(given, Tensor):
+        return f"a tensor {list(given.shape)}"
+    text = repr(given)
+    return text if len(text) <= _LONGEST else f"a {type(given).__name__}"
+
 
 def need_module(name: str, given: Any) -> None:
     """Raise ContractError unless an argument is a module."""
@@ -35,7 +46,7 @@ def need_rows(name: str, given: Any, width: int) -> None:
 def need_whole(name: str, given: Any, least: int = 1) -> None:
     """Raise ContractError unless an argument is a whole number of at least `least`."""
     if type(given) is not int or given < least:
-        raise ContractError(f"{name} {given!r} was given: use a whole number of {least} or more")
+        raise ContractError(f"{name} {shown(given)} was given: use a whole number of {least} or more")
 
 
 def is_number(given: Any) -> bool:
@@ -46,7 +57,7 @@ def is_number(given: Any) -> bool:
 def need_share(name: str, given: Any, most: float = 1, what: str = "") -> None:
     """Raise ContractError unless an argument is a number from 0 to `most`; `what` says of what."""
     if not is_number(given) or not 0 <= given <= most:
-        raise ContractError(f"{name} {given!r} was given: use 0 to {most}{what}")
+        raise ContractError(f"{name} {shown(given)} was given: use 0 to {most}{what}")
 
 
 def need_parameter_dtype(name: str, given: Any) -> None:
