@@ -1,5 +1,7 @@
-"""Calls under gradients whose own lengths cuDNN serves faster than the bound of their bucket says, on any machine: cuDNN's
-operators are stood in for by torch's operations on host tensors."""
+"""Calls under gradients whose own lengths cuDNN serves faster than the bound of their bucket says, on any machine.
+
+Torch's operations on host tensors stand in for cuDNN's operators.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +174,7 @@ def test_an_address_of_8_bytes_goes_to_own_kernels(cudnn: Operators) -> None:
     flat = torch.zeros(BATCH * HEADS * 197 * DIM + 4, dtype=torch.bfloat16)
     query = flat[4:].view(BATCH, HEADS, 197, DIM).requires_grad_()
     _, key, value = _draw(197)
-    with mock.patch.object(CudaSession, "_bound_to", lambda self, name, request: _own):
+    with mock.patch.object(CudaSession, "_bound_to", return_value=_own):
         out = hal.attention(query, key, value, backend=DEVICE.id)
     assert cudnn.calls == []
     assert out.shape == query.shape

@@ -82,7 +82,7 @@ class CudnnBackward:
             grad_out, query, key, value, out, of_rows, *self._random, None, None, None, *lengths, 0.0, self._causal,
             scale=self._scale,
         )  # fmt: skip
-        return Grads(*found, None)
+        return Grads(found[0], found[1], found[2], None)
 
 
 def _aligned(*tensors: Tensor) -> bool:
