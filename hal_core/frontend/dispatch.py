@@ -30,9 +30,7 @@ _GRAD_SETS = [frozenset(n for bit, n in enumerate(GRADS) if bits >> bit & 1) for
 registry.on_change.append(_bound.clear)
 
 
-def find(
-    operands: Operands | tuple[Any, ...], bits: int, options: tuple[Any, ...], overrides: Overrides
-) -> BoundAttention:
+def find(operands: tuple[Any, ...], bits: int, options: tuple[Any, ...], overrides: Overrides) -> BoundAttention:
     """The bound attention of a call.
 
     Args:

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import full
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
-from fakes import full
 
 import hal_core as hal
 from hal_core import BlockPlan, ContractError, Range, SequenceMetadata
@@ -182,7 +181,7 @@ def test_a_plan_that_does_not_fit_is_refused_after_one_that_did(elsewhere: Elsew
 def test_pages_that_do_not_match_their_values_are_refused_after_some_that_did(elsewhere: Elsewhere) -> None:
     given = paged("meta")
     elsewhere.find(given)
-    with pytest.raises(ContractError, match="key .* and value"):
+    with pytest.raises(ContractError, match=r"key .* and value"):
         elsewhere.find(given._replace(value=_longer(given.value, 0, 1)))
 
 
