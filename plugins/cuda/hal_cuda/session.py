@@ -155,12 +155,12 @@ class CudaSession(SessionBase):
         if request.lse and paths.lends_to_cudnn(request, self.chip):
 
             def faster(len_q: int, len_k: int) -> bool:
-                return self._by_cudnn(replace(request, len_q=len_q, len_k=len_k))
+                return self.lent_to_cudnn(replace(request, len_q=len_q, len_k=len_k))
 
             return CudnnForward(request, path, faster)
         return path
 
-    def _by_cudnn(self, request: AttentionRequest) -> bool:
+    def lent_to_cudnn(self, request: AttentionRequest) -> bool:
         """Whether cuDNN is estimated to be the fastest at the lengths of a request that own kernels may serve too."""
         return paths.lends_to_cudnn(request, self.chip) and self.path_of(replace(request, lse=False)) == "cudnn"
 
@@ -377,7 +377,7 @@ class CudaSession(SessionBase):
             if len(self._backwards) >= _MOST_BOUND:
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
-        if not own and self._by_cudnn(request):
+        if not own and self.lent_to_cudnn(request):
             found = CudnnBackward(request, found)
         self._met[id(request), own] = (request, found)
         return found
