@@ -58,9 +58,18 @@ class Operators:
         self.computing = False
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Any, with_lse: bool, dropout_p: float = 0.0,
-        is_causal: bool = False, debug: bool = False, *, scale: float | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Any,
+        with_lse: bool,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        debug: bool = False,
+        *,
+        scale: float | None = None,
+    ) -> Any:
         assert bias is None
         assert with_lse
         assert not dropout_p
@@ -73,10 +82,25 @@ class Operators:
         return (weights @ value.float()).to(query.dtype), lse, *rest
 
     def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, seed: Tensor,
-        offset: Tensor, bias: Any, cum_q: Any, cum_k: Any, max_q: int, max_k: int, dropout_p: float, is_causal: bool, *,
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        seed: Tensor,
+        offset: Tensor,
+        bias: Any,
+        cum_q: Any,
+        cum_k: Any,
+        max_q: int,
+        max_k: int,
+        dropout_p: float,
+        is_causal: bool,
+        *,
         scale: float | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         assert lse.shape == (*query.shape[:3], 1)
         assert (max_q, max_k) == (query.shape[2], key.shape[2])
         assert seed.dtype == offset.dtype == torch.int64

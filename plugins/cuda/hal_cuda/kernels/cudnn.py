@@ -79,9 +79,21 @@ class CudnnBackward:
         lengths = query.shape[2], key.shape[2]
         of_rows = lse.contiguous().unsqueeze(-1)
         found = self._differentiate(
-            grad_out, query, key, value, out, of_rows, *self._random, None, None, None, *lengths, 0.0, self._causal,
+            grad_out,
+            query,
+            key,
+            value,
+            out,
+            of_rows,
+            *self._random,
+            None,
+            None,
+            None,
+            *lengths,
+            0.0,
+            self._causal,
             scale=self._scale,
-        )  # fmt: skip
+        )
         return Grads(found[0], found[1], found[2], None)
 
 
