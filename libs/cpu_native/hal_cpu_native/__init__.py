@@ -13,18 +13,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .face import Kernel, NativeRefusal, attention, read, workspace_bytes
+    from .call import Kernel, NativeRefusal, workspace_bytes
+    from .face import attention, read
     from .library import available, instruction_sets, why_absent
 
 _HOME = {
-    "Kernel": "face",
-    "NativeRefusal": "face",
+    "Kernel": "call",
+    "NativeRefusal": "call",
     "attention": "face",
     "available": "library",
     "instruction_sets": "library",
     "read": "face",
     "why_absent": "library",
-    "workspace_bytes": "face",
+    "workspace_bytes": "call",
 }
 
 __all__ = [

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-import math
-import struct
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .library import ISAS, load, share_torchs_threads, why_absent
-
-#: hal_attention of src/hal_cpu_native.h.
-_CALL = struct.Struct("@7Pq12q4q7q2q2f4i")
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NO_BOUND = 1 << 40
-
-
-class Kernel(enum.IntEnum):
-    """Which kernel runs: AUTO takes DECODE for at most 16 rows (queries times group) and PREFILL for more."""
-
-    AUTO = 0
-    PREFILL = 1
-    DECODE = 2
-
-
-class NativeRefusal(ValueError):  # noqa: N818, the house says refusal
-    """The compiled kernels do not take this call, or are not there; the message says what they take."""
+from .call import STRUCT, Kernel, NativeRefusal, refuse, sizes_of
+from .library import load, share_torchs_threads
 
 
 def attention(
@@ -71,86 +52,45 @@ def attention(
     """
     library = load().library
     if library is None:
-        raise NativeRefusal(why_absent())
+        raise NativeRefusal(load().why)
     share_torchs_threads()
     _check(query, key, value, mask, out, lse)
     if out is None:
         out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype)
-    sizes = _sizes(query.shape, key.shape, value.shape, query.dtype, scale, band, softcap, threads, isa, kernel)
-    given = _packed(query, key, value, mask, out, lse, workspace, sizes)
-    needed = library.hal_cpu_native_workspace(given)
-    if needed < 0:
-        _refuse(-needed)
+    batch, heads, len_q, dim = query.shape
+    sizes = sizes_of(
+        (batch, heads, key.shape[1], len_q, key.shape[2], dim, value.shape[3]),
+        str(query.dtype).removeprefix("torch."),
+        torch.get_num_threads() if threads is None else threads,
+        scale=max(dim, 1) ** -0.5 if scale is None else scale,
+        band=band,
+        softcap=softcap,
+        isa=isa,
+        kernel=kernel,
+    )
+    # A bool is one byte; a broadcast dimension has stride 0.
+    hidden = None if mask is None else mask.expand(batch, heads, len_q, key.shape[2])
+    tensors = (query, key, value, hidden, out, lse)
+    given = _packed(*tensors, workspace, sizes)
     if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8)
-        given = _packed(query, key, value, mask, out, lse, workspace, sizes)
-    if out.numel() or query.numel():
-        status = library.hal_cpu_native_attention(given)
-        if status:
-            _refuse(status)
+        needed = library.hal_cpu_native_workspace(given)
+        if needed < 0:
+            refuse(-needed)
+        workspace = torch.empty(max(needed, 1), dtype=torch.uint8)
+        given = _packed(*tensors, workspace, sizes)
+    status = library.hal_cpu_native_attention(given)
+    if status:
+        refuse(status)
     return out
-
-
-def workspace_bytes(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    threads: int | None = None,
-    isa: str | None = None,
-    kernel: Kernel = Kernel.AUTO,
-) -> int:
-    """Bytes of workspace for operands of these shapes. Raises NativeRefusal as `attention` does."""
-    library = load().library
-    if library is None:
-        raise NativeRefusal(why_absent())
-    sizes = _sizes(query, key, value, dtype, None, (None, None), None, threads, isa, kernel)
-    needed = library.hal_cpu_native_workspace(_CALL.pack(*[0] * 24, *sizes))
-    return int(needed) if needed >= 0 else _refuse(-needed)
 
 
 def read(memory: Tensor, threads: int | None = None) -> None:
     """Read a contiguous tensor once with prefetch on all threads: what decoding is measured against."""
     library = load().library
     if library is None:
-        raise NativeRefusal(why_absent())
+        raise NativeRefusal(load().why)
     share_torchs_threads()
     library.hal_cpu_native_read(memory.data_ptr(), memory.nbytes, threads or torch.get_num_threads())
-
-
-def _sizes(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
-    value: tuple[int, ...],
-    dtype: torch.dtype,
-    scale: float | None,
-    band: tuple[int | None, int | None],
-    softcap: float | None,
-    threads: int | None,
-    isa: str | None,
-    kernel: Kernel,
-) -> tuple[Any, ...]:
-    """The call's fields after its pointers and strides."""
-    if dtype not in _DTYPES:
-        raise NativeRefusal(f"dtype {dtype} is not taken: float32, bfloat16 and float16 are")
-    if isa is not None and isa not in ISAS:
-        raise NativeRefusal(f"instruction set {isa!r} is unknown: {', '.join(ISAS)} are known")
-    low, high = band
-    number = softcap if softcap is not None else 0.0
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise NativeRefusal(f"softcap {softcap} is not taken: a number above 0 is")
-    return (
-        *(query[0], query[1], key[1], query[2], key[2], query[3], value[3]),
-        -_NO_BOUND if low is None else max(-_NO_BOUND, min(low, _NO_BOUND)),
-        _NO_BOUND if high is None else max(-_NO_BOUND, min(high, _NO_BOUND)),
-        (max(query[3], 1) ** -0.5 if scale is None else scale),
-        number,
-        _DTYPES[dtype],
-        0 if isa is None else ISAS[isa],
-        int(kernel),
-        torch.get_num_threads() if threads is None else threads,
-    )
 
 
 def _packed(
@@ -164,14 +104,11 @@ def _packed(
     sizes: tuple[Any, ...],
 ) -> bytes:
     """The call as the bytes of its C struct."""
-    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    # A bool is one byte; a broadcast dimension has stride 0.
-    hidden = None if mask is None else mask.expand(shape)
-    return _CALL.pack(
+    return STRUCT.pack(
         query.data_ptr(),
         key.data_ptr(),
         value.data_ptr(),
-        0 if hidden is None else hidden.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
         out.data_ptr(),
         0 if lse is None else lse.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
@@ -180,7 +117,7 @@ def _packed(
         *key.stride()[:3],
         *value.stride()[:3],
         *out.stride()[:3],
-        *((0, 0, 0, 0) if hidden is None else hidden.stride()),
+        *((0, 0, 0, 0) if mask is None else mask.stride()),
         *sizes,
     )
 
@@ -208,14 +145,11 @@ def _check(
     if out is not None and out.shape != (batch, heads, len_q, value.shape[3]):
         raise NativeRefusal(f"out has shape {list(out.shape)}: {[batch, heads, len_q, value.shape[3]]} is taken")
     if lse is not None and (
-        lse.dtype != torch.float32 or lse.shape != query.shape[:3] or not lse.is_contiguous() or lse.device.type != "cpu"
+        lse.dtype != torch.float32
+        or lse.shape != query.shape[:3]
+        or not lse.is_contiguous()
+        or lse.device.type != "cpu"
     ):
         raise NativeRefusal(f"lse is not contiguous float32 of shape {[batch, heads, len_q]} on the CPU")
     if mask is not None and (mask.dtype != torch.bool or mask.device.type != "cpu"):
         raise NativeRefusal(f"a mask of dtype {mask.dtype} on {mask.device} is not taken: bool on the CPU is")
-
-
-def _refuse(status: int) -> NoReturn:
-    library = load().library
-    assert library is not None
-    raise NativeRefusal(library.hal_cpu_native_message(status).decode())
