@@ -39,7 +39,7 @@ def attention(
         softcap: c in c * tanh(score / c), applied after scale.
         out: written and returned, [batch, heads_q, len_q, dim_v], last stride 1; None: a new tensor.
         lse: written, natural log-sum-exp of the scores, float32 [batch, heads_q, len_q], contiguous.
-        workspace: uint8 of at least `workspace_bytes`, aligned to 64 bytes; None: allocated.
+        workspace: contiguous, of at least `workspace_bytes`, aligned to 64 bytes; None: allocated.
         threads: at most so many; None: as many as torch uses.
         isa: one of `instruction_sets()`; None: the fastest. kernel: see `Kernel`.
 

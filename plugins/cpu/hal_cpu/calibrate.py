@@ -126,8 +126,8 @@ def _compiled_samples() -> list[tuple[str, AttentionRequest]]:
 def _in_turn(
     request: AttentionRequest, torchs: Callable[..., Any], compiled: Callable[..., Any]
 ) -> tuple[float, float]:
-    """(torch's time over the compiled kernel's, the compiled kernel's seconds). The compiled path is a ContextVar's
-    choice, so each is called as it was bound.
+    """(torch's time over the compiled kernel's, the compiled kernel's seconds). The path is chosen when a call
+    runs, so each is called under the offer that it was bound under.
     """
     operands = _draw(request)
 

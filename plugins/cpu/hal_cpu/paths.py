@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
@@ -38,14 +37,14 @@ MOST_BLOCK_SCORES = 1 << 22
 
 
 _Offer = Literal["measured", "always", "never"]
-_offer: ContextVar[_Offer] = ContextVar("hal_cpu_offer", default="measured")
+_offer: _Offer = "measured"
 _gains: Gains | None = None
 
 
 def path_of(request: AttentionRequest) -> Path:
     """The path of a request: a compiled kernel's where it is there, right and faster, else `torch_path`."""
     compiled = compiled_path(request)
-    if compiled is None or (_offer.get() != "always" and gain(request, compiled) < LEAST_GAIN):
+    if compiled is None or (_offer != "always" and gain(request, compiled) < LEAST_GAIN):
         return torch_path(request)
     return compiled
 
@@ -55,7 +54,7 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
 
     compiled: flash tiles over blocks of rows and keys. streamed: few rows, keys and values read once.
     """
-    if _offer.get() == "never" or not native_module():
+    if _offer == "never" or not native_module():
         return None
     if (
         request.grads
@@ -142,12 +141,15 @@ def use_gains(gains: Gains | None) -> None:
 
 @contextmanager
 def offering(compiled: _Offer) -> Iterator[None]:
-    """Inside the block compiled kernels are taken never, wherever they can serve, or by their measured gain."""
-    token = _offer.set(compiled)
+    """Inside the block compiled kernels are taken never, wherever they can serve, or by their measured gain: in every
+    thread, for measurements and tests. Each path is right, so calls of other threads only change their speed.
+    """
+    global _offer
+    before, _offer = _offer, compiled
     try:
         yield
     finally:
-        _offer.reset(token)
+        _offer = before
 
 
 def considered(request: AttentionRequest) -> str:

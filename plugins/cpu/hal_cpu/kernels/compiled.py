@@ -43,7 +43,7 @@ def forward(
             softcap=request.softcap,
             out=out,
             lse=lse if request.lse else None,
-            workspace=workspace.take((needed,), torch.uint8),
+            workspace=workspace.take((needed,), torch.bool),
             threads=threads,
         )
     if wanted is not None and lse is not None and wanted is not lse:
