@@ -105,6 +105,8 @@ def test_the_faster_path_is_taken_by_what_was_measured(gains: Any) -> None:
     gains({"compiled float32": [(macs / 2, 1.3), (macs * 2, 0.9)]})
     assert paths.path_of(PLAIN) == "native"
     assert "0.9 times native" in paths.considered(PLAIN)
+    gains({"compiled float32": [(1.0, 1.2)]})
+    assert paths.path_of(replace(PLAIN, len_q=33)) == "native", "the last block has one row of 32"
     gains({"compiled float32": [(macs * 2, 3.0)]})
     assert paths.path_of(PLAIN) == "native", "a smaller call than any that was measured"
     gains({})

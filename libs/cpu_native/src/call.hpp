@@ -49,6 +49,8 @@ const KernelTable& avx512_bf16_kernels();
 // Most rows of a prefill task, and keys that are worked on at once.
 constexpr int64_t kMostTaskRows = 256;
 constexpr int64_t kBlockKeys = 64;
+// The last keys are filled up to a multiple of this.
+constexpr int64_t kKeyStep = 8;
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

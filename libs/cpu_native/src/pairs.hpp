@@ -25,14 +25,14 @@ struct PairProduct {
       stride /= 2;
       return (const PairWord*)k;
     }
-    for (int64_t i = 0; i < kBlockKeys; i++)
+    for (int64_t i = 0; i < round_up(keys, kKeyStep); i++)
       if (i < keys) memcpy(room + i * dim / 2, k + i * stride, dim * 2); else memset(room + i * dim / 2, 0, dim * 2);
     stride = dim / 2;
     return room;
   }
   // [keys / 2][dim] words, each of one channel of two keys.
   HAL_INLINE const PairWord* pack_values(const bf16* v, int64_t& stride, int64_t keys, int64_t dim, PairWord* room) {
-    for (int64_t i = 0; i < kBlockKeys; i += 2) {
+    for (int64_t i = 0; i < round_up(keys, kKeyStep); i += 2) {
       const bf16 *a = v + i * stride, *b = a + stride;
       for (int64_t d = 0; d < dim; d += 8) {
         const __m128i none = _mm_setzero_si128();

@@ -21,10 +21,10 @@ struct FloatProduct {
     widen(q, row, dim);
     for (int64_t d = 0; d < dim; d++) out[d * stride] = row[d];
   }
-  // Keys and values of a block as they lie, or widened and filled up with zeros.
+  // Keys and values of a block as they lie, or widened and filled up with zeros to whole steps.
   HAL_INLINE const float* pack_keys(const T* k, int64_t& stride, int64_t keys, int64_t dim, float* room) {
     if (sizeof(T) == 4 && keys == kBlockKeys) return (const float*)k;
-    for (int64_t i = 0; i < kBlockKeys; i++)
+    for (int64_t i = 0; i < round_up(keys, kKeyStep); i++)
       if (i < keys) widen(k + i * stride, room + i * dim, dim); else memset(room + i * dim, 0, dim * 4);
     stride = dim;
     return room;
@@ -104,10 +104,10 @@ struct Prefill {
   }
 
   // Scores that a row may not see become -inf: by band, by the end of the keys, and by the mask.
-  HAL_INLINE void hide(const Call& call, const Task& task, int64_t row, const Block& block, int64_t key, int64_t keys, float* scores) {
+  HAL_INLINE void hide(const Call& call, const Task& task, int64_t row, const Block& block, int64_t key, int64_t keys, int64_t filled, float* scores) {
     for (int h = 0; h < kRows; h += N) {
       const I first = *(const I*)(block.first + h) - (int)key, end = *(const I*)(block.end + h) - (int)key;
-      for (int i = 0; i < kBlockKeys; i++) {
+      for (int i = 0; i < (int)filled; i++) {
         float* s = scores + i * kRows + h;
         store<N>(s, ((first <= i) & (end > i)) ? load<N>(s) : all<N>(-kInfinity));
       }
@@ -142,11 +142,11 @@ struct Prefill {
   }
 
   // Scores to weights, with the running maximum. `hidden`: some scores are -inf and their weights are 0.
-  HAL_INLINE void softmax(const Call& call, Block& block, float* scores, Operand* weights, bool hidden, bool begun) {
+  HAL_INLINE void softmax(const Call& call, Block& block, float* scores, Operand* weights, int64_t filled, bool hidden) {
     const float unit = call.softcap > 0 ? kLog2e : call.scale * kLog2e;
     for (int h = 0; h < kRows; h += N) {
       F top = all<N>(-kInfinity), top2 = top;
-      for (int i = 0; i < kBlockKeys; i += 2) {
+      for (int64_t i = 0; i < filled; i += 2) {
         const F x = load<N>(scores + i * kRows + h), y = load<N>(scores + (i + 1) * kRows + h);
         top = x > top ? x : top;
         top2 = y > top2 ? y : top2;
@@ -163,14 +163,13 @@ struct Prefill {
         store<N>(block.sum + h, load<N>(block.sum + h) * factor);
         if (kRounds) store<N>(block.whole + h, load<N>(block.whole + h) * factor);
         maximum = raised;
-        if (begun)
-          for (int64_t d = 0; d < call.dim_v; d++) {
-            float* o = block.out + d * kRows + h;
-            store<N>(o, load<N>(o) * factor);
-          }
+        for (int64_t d = 0; d < call.dim_v; d++) {
+          float* o = block.out + d * kRows + h;
+          store<N>(o, load<N>(o) * factor);
+        }
       }
       F sum = F{}, whole = F{};
-      for (int i = 0; i < kBlockKeys; i += P::kPair) {
+      for (int64_t i = 0; i < filled; i += P::kPair) {
         F weight[2];
 #pragma GCC unroll 2
         for (int p = 0; p < P::kPair; p++) {
@@ -236,7 +235,7 @@ struct Prefill {
     const T* v = (const T*)call.value + task.batch * call.value_strides[0] + task.head * call.value_strides[1];
     const float factor = call.softcap > 0 ? 2.f * kLog2e * call.scale / call.softcap : 0.f;
     for (int64_t key = first; key < end; key += kBlockKeys) {
-      const int64_t keys = least(kBlockKeys, call.len_k - key);
+      const int64_t keys = least(kBlockKeys, call.len_k - key), filled = round_up(keys, kKeyStep);
       if (!any_visible(call, task, key, keys)) continue;
       int64_t key_stride = call.key_strides[2], value_stride = call.value_strides[2];
       const Operand* kp = P::pack_keys(k + key * key_stride, key_stride, keys, dim, key_room);
@@ -244,17 +243,17 @@ struct Prefill {
       for (int64_t n = 0; n < count; n++) {
         Block& block = blocks[n];
         if (block.most_end <= key || block.least_first >= key + kBlockKeys) continue;
-        for (int64_t i = 0; i < kBlockKeys; i += kM)
+        for (int64_t i = 0; i < filled; i += kM)
           multiply<P, N, kM>(kp + i * key_stride, key_stride, 1, block.query, dim / P::kPair, scores + i * kRows, false);
         if (call.softcap > 0)
-          for (int64_t i = 0; i < kBlockKeys * kRows; i += N)
+          for (int64_t i = 0; i < filled * kRows; i += N)
             store<N>(scores + i, softcapped<N>(load<N>(scores + i), factor, call.softcap));
-        const bool hidden = call.mask || block.least_end < key + kBlockKeys || block.most_first > key;
-        if (hidden) hide(call, task, task.row + n * kRows, block, key, keys, scores);
-        softmax(call, block, scores, weights, hidden, true);
+        const bool hidden = call.mask || block.least_end < key + filled || block.most_first > key;
+        if (hidden) hide(call, task, task.row + n * kRows, block, key, keys, filled, scores);
+        softmax(call, block, scores, weights, filled, hidden);
         const Operand* wp = P::weights((const Operand*)scores, weights);
         for (int64_t d = 0; d < dim_v; d += kM)
-          multiply<P, N, kM>(vp + d, 1, value_stride, wp, kBlockKeys / P::kPair, block.out + d * kRows, true);
+          multiply<P, N, kM>(vp + d, 1, value_stride, wp, filled / P::kPair, block.out + d * kRows, true);
       }
     }
     for (int64_t n = 0; n < count; n++) finish(call, task, task.row + n * kRows, blocks[n], row_room);

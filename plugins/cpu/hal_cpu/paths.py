@@ -24,6 +24,8 @@ Gains = Mapping[str, Sequence[tuple[float, float]]]
 
 #: Gains from which a compiled kernel is taken: below, the difference is within what a measurement misses by.
 LEAST_GAIN = 1.05
+#: Rows of one block of the compiled path.
+BLOCK_ROWS = 32
 
 #: Query rows that share a key head (group times len_q) up to which packing them into one product pays.
 MOST_PACKED_ROWS = 128
@@ -99,8 +101,8 @@ def why_no_native_module() -> str:
 def gain(request: AttentionRequest, path: CompiledPath) -> float:
     """Torch's time over a compiled kernel's for requests like this one; 0 where nothing is known.
 
-    The lower of the two measured calls between which the request's work lies; of the largest beyond it. Calls with less
-    work than the smallest that was measured are left to torch.
+    The lower of the two measured calls between which the request's work lies; of the largest beyond it; less what the
+    last block of rows wastes. Calls with less work than the smallest that was measured are left to torch.
     """
     shared = " shared" if path == "streamed" and request.heads_q != request.heads_kv else ""
     measured = (first_guess(this_machine()) if _gains is None else _gains).get(f"{path}{shared} {request.dtype}", ())
@@ -109,7 +111,10 @@ def gain(request: AttentionRequest, path: CompiledPath) -> float:
         return 0.0
     below = max((entry for entry in measured if entry[0] <= macs), key=lambda entry: entry[0])
     above = min((entry for entry in measured if entry[0] > macs), key=lambda entry: entry[0], default=below)
-    return min(below[1], above[1])
+    if path == "streamed":
+        return min(below[1], above[1])
+    rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
+    return min(below[1], above[1]) * rows / (-(-rows // BLOCK_ROWS) * BLOCK_ROWS)  # the last block's rows are filled up
 
 
 def first_guess(machine: Machine) -> Gains:
@@ -127,7 +132,7 @@ def first_guess(machine: Machine) -> Gains:
     }
     if machine.vendor != "AuthenticAMD":
         return streamed
-    prefill = {"compiled float32": [(3e7, 1.1)], "compiled float16": [(3e7, 1.5)]}
+    prefill = {"compiled float32": [(1e8, 1.1)], "compiled float16": [(3e7, 1.5)]}
     if "avx512_bf16" in machine.simd:
         prefill["compiled bfloat16"] = [(3e7, 1.5)]
     return streamed | prefill
