@@ -95,6 +95,7 @@ def test_rows_longer_than_a_program_are_read_twice(generator: torch.Generator, m
     from hal_cuda.kernels.extra import block_scores
 
     monkeypatch.setattr(block_scores, "SCORED", 64)
+    monkeypatch.setattr(block_scores, "_forms", {})
     block_scores._summing.cache_clear()
     given = references.draw_square_sums(generator)
     got = kernels.triton_square_sums(*given)

@@ -13,7 +13,7 @@ from hal_core import AttentionRequest, BlockPlan, Causal, ContractError
 
 from ..arguments import need_tensor, need_whole
 from .accelerated import device_kernel
-from .scores import _pool, _repeat
+from .scores import KERNEL_DTYPES, _pool, _repeat
 from .selection import SparseTiling, allocate, cut_of
 
 _numbers = itertools.count()
@@ -65,14 +65,15 @@ class SparseGate(nn.Module):
     def forward(self, query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
         """Logits, float32 [batch, heads_q, query blocks, key blocks]; nothing hidden."""
         self.need_heads(query, key)
-        pool = None if torch.is_grad_enabled() else device_kernel("triton_pool_extremes", query)
-        if pool is not None and query.dtype == key.dtype != torch.float64:
-            pooled, parts = pool(query, block_q)[..., : query.shape[3]], pool(key, block_k)
+        wide = torch.is_grad_enabled() or query.dtype not in KERNEL_DTYPES or key.dtype not in KERNEL_DTYPES
+        mean = None if wide else device_kernel("triton_pool_rows", query)
+        extremes = None if wide else device_kernel("triton_pool_extremes", query)
+        if mean is not None and extremes is not None:
+            pooled, parts = mean(query, block_q, wide=True), extremes(key, block_k)
         else:
             pooled, parts = _pool(query, block_q), torch.cat([_pool(key, block_k), *_extremes(key, block_k)], -1)
         rows, columns = pooled @ self.query, _repeat(parts @ self.key, query.shape[1])
-        with torch.inference_mode(False):  # what is kept serves calls with gradients too
-            bucket = _buckets(query.shape[2], key.shape[2], block_q, block_k, str(query.device))
+        bucket = _buckets(query.shape[2], key.shape[2], block_q, block_k, query.device)
         scores: Tensor = rows @ columns.mT * request.effective_scale + self.distance[:, bucket]
         return scores
 
@@ -88,7 +89,8 @@ def _extremes(key: Tensor, size: int) -> list[Tensor]:
 
 
 @lru_cache(maxsize=32)
-def _buckets(len_q: int, len_k: int, block_q: int, block_k: int, device: str) -> Tensor:
+@torch.inference_mode(False)  # what is kept serves calls with gradients too
+def _buckets(len_q: int, len_k: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
     """Which bias of distance each pair of blocks has, int64 [query blocks, key blocks]; kept, so never written to."""
     last = (torch.arange(-(-len_q // block_q)) + 1) * block_q - 1
     own = (last + len_k - len_q).clamp(0, max(len_k - 1, 0)) // block_k

@@ -18,7 +18,7 @@ from .accelerated import device_kernel
 
 Kind = Literal["mean", "antidiagonal"]
 #: What "triton_square_sums" takes: dtypes, and squares of a block even where its sides are rounded up to powers of two.
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_SQUARES = 1 << 12
 
 
@@ -45,7 +45,8 @@ def estimated_share(
     """
     scale, group = request.effective_scale, query.shape[1] // key.shape[1]
     coarse, pool = _in_half(query), device_kernel("triton_pool_rows", query)
-    if kind == "mean" and pool is not None:
+    factor = 1.0  # of the scores
+    if kind == "mean" and pool is not None and query.dtype in KERNEL_DTYPES:
         rows, columns = pool(query, stride, scale), pool(key, stride)
     elif kind == "mean":
         rows, columns = _pool(query, stride) * scale, _pool(key, stride)
@@ -54,19 +55,23 @@ def estimated_share(
     else:
         parts = _squares(query, stride), _squares(key, stride).flip(3)
         rows, columns = (part.flatten(3) for part in parts)
-        rows = rows * (scale / stride)
-    squares = Squares(
-        (block_q // stride, block_k // stride), stride, request.band(query.shape[2], key.shape[2]), coarse
-    )
-    room = 1 << 20 if query.device.type == "cpu" else 1 << 28
-    step = max(room // max(columns.shape[2] * squares.of_block[0] * query.shape[1], 1), 1) * squares.of_block[0]
+        if query.dtype == torch.float16:  # whose sums could be too large
+            rows = rows * (scale / stride)
+        else:
+            factor = scale / stride
+    of_block = block_q // stride, block_k // stride
+    squares = Squares(of_block, stride, request.band(query.shape[2], key.shape[2]), coarse, factor)
+    room = 1 << 20 if query.is_cpu else 1 << 28
+    step = max(room // max(columns.shape[2] * of_block[0] * query.shape[1], 1), 1) * of_block[0]
+    if not rows.shape[2]:
+        return query.new_zeros((*query.shape[:2], 0, -(-key.shape[2] // block_k)), dtype=torch.float32)
     shares = []
     for start in range(0, rows.shape[2], step):  # whole blocks of rows at once
-        part = rows[:, :, start : start + step].unflatten(1, (-1, group))
-        scores = (part.flatten(2, 3) @ columns.mT).unflatten(2, (group, -1)).flatten(1, 2)
-        shares.append(squares.shares(scores, start))
-    if not shares:
-        return query.new_zeros((*query.shape[:2], 0, -(-key.shape[2] // block_k)), dtype=torch.float32)
+        part = rows if step >= rows.shape[2] else rows[:, :, start : start + step]
+        if group > 1:
+            part = part.unflatten(1, (-1, group)).flatten(2, 3)
+        scores = part @ columns.mT
+        shares.append(squares.shares(scores if group == 1 else scores.unflatten(2, (group, -1)).flatten(1, 2), start))
     return shares[0] if len(shares) == 1 else torch.cat(shares, 2)
 
 
@@ -76,22 +81,26 @@ class Squares(NamedTuple):
     Attributes:
         of_block: squares in a block, of rows and of columns. stride: side of a square.
         band: the visible key positions less the query position, (least, largest). coarse: weights in half precision.
+        factor: of the scores.
     """
 
     of_block: tuple[int, int]
     stride: int
     band: tuple[int | None, int | None]
     coarse: bool
+    factor: float
 
     def shares(self, scores: Tensor, first: int) -> Tensor:
-        """Means over a block's rows, and sums over its columns, of the softmax of [batch, heads, rows, columns];
-        `first` is the number of the first row.
+        """Means over a block's rows, and sums over its columns, of the softmax of [batch, heads, rows, columns], which
+        is written over; `first` is the number of the first row.
         """
         (per_row, per_column), (low, high), stride = self.of_block, self.band, self.stride
         summed = device_kernel("triton_square_sums", scores)
-        if summed is not None and scores.dtype in _KERNEL_DTYPES and per_row * per_column <= _KERNEL_SQUARES:
-            found: Tensor = summed(scores, per_row, per_column, stride, low, high, first)
+        if summed is not None and scores.dtype in KERNEL_DTYPES and per_row * per_column <= _KERNEL_SQUARES:
+            found: Tensor = summed(scores, per_row, per_column, stride, low, high, first, self.factor)
             return found
+        if self.factor != 1.0:
+            scores *= self.factor
         position = torch.arange(scores.shape[3], device=scores.device) * stride
         place = torch.arange(first, first + scores.shape[2], device=scores.device).unsqueeze(1) * stride
         if high is not None:

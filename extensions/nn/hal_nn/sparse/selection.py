@@ -146,11 +146,11 @@ class Cut(NamedTuple):
 def cut_of(request: AttentionRequest, block_q: int, block_k: int, sparsity: float, device: Any) -> Cut:
     """The cut of a request's lengths, causal and window, on a torch device."""
     band = request.band(request.len_q, request.len_k)
-    with torch.inference_mode(False):  # what is kept serves calls with gradients too
-        return _cut(request.len_q, request.len_k, band, block_q, block_k, sparsity, str(device))
+    return _cut(request.len_q, request.len_k, band, block_q, block_k, sparsity, device)
 
 
 @lru_cache(32)
+@torch.inference_mode(False)  # what is kept serves calls with gradients too
 def _cut(
     len_q: int,
     len_k: int,
@@ -158,7 +158,7 @@ def _cut(
     block_q: int,
     block_k: int,
     sparsity: float,
-    device: str,
+    device: Any,
 ) -> Cut:
     first, stop = _range(len_q, len_k, band, block_q, block_k)
     counts = (stop - first).clamp(min=0)
@@ -210,9 +210,10 @@ def allocate(share: Tensor, cut: Cut, block_q: int, block_k: int, p: float | Non
         p: each row stops at the blocks that hold this share of its total, if that is fewer.
     """
     total, columns = cut.total * share.shape[1], share.shape[-1]
-    choose = device_kernel("triton_choose_blocks", share) if p is None and columns <= MOST_COLUMNS else None
+    simple = p is None and columns <= MOST_COLUMNS and share.dtype == torch.float32
+    choose = device_kernel("triton_choose_blocks", share) if simple else None
     if choose is not None:
-        return BlockPlan(block_q, block_k, *choose(share.float(), cut.hidden, cut.forced, total))
+        return BlockPlan(block_q, block_k, *choose(share, cut.hidden, cut.forced, total))
     ranked = share.nan_to_num_(0.0).masked_fill_(cut.hidden, -math.inf)
     enough = None if p is None else _enough(ranked, cut, p)
     ranked = ranked.masked_fill(cut.forced, math.inf)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,10 @@ from ...runtime import binaries
 from ...runtime.launch import Launcher, launcher
 from .checks import TYPES, check_tensors, chip_of, refuse, shapes
 
-#: Numbers that a program of `pool` holds, and one of `square_sums`.
-POOLED, SCORED = 8192, 1 << 14
+#: Numbers that a program of `pool` reads at a time, without and with extremes, and one of `square_sums`.
+POOLED, EXTREME, SCORED = 8192, 4096, 1 << 14
+#: Forms of calls that are kept, of each kernel.
+MOST_KEPT = 256
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -49,25 +52,25 @@ def pool(
     lane, column = tl.arange(0, ROWS), tl.arange(0, DIM)
     source = x + (entry // heads) * x_b + (entry % heads) * x_h
     last = tl.minimum((block + 1) * size, length)
-    sums = tl.zeros([GROUPS, DIM], tl.float32)
-    most, least = tl.full([GROUPS, DIM], float("-inf"), tl.float32), tl.full([GROUPS, DIM], float("inf"), tl.float32)
+    sums = tl.zeros([GROUPS, ROWS, DIM], tl.float32)
+    most, least = sums + float("-inf"), sums + float("inf")
     for start in range(0, size, ROWS):
         row = block[:, None] * size + (start + lane)[None, :]
         there = ((row < last[:, None]) & ((start + lane) < size)[None, :])[:, :, None] & (column < dim)[None, None, :]
         at = row.to(tl.int64)[:, :, None] * x_n + column[None, None, :]
         given = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
-        sums += tl.sum(given, 1)
+        sums += given
         if EXTREMES:
-            most = tl.maximum(most, tl.max(tl.where(there, given, float("-inf")), 1))
-            least = tl.minimum(least, tl.min(tl.where(there, given, float("inf")), 1))
+            most = tl.maximum(most, tl.where(there, given, float("-inf")))
+            least = tl.minimum(least, tl.where(there, given, float("inf")))
     many = tl.maximum(last - block * size, 1).to(tl.float32)
     kept = (block < blocks)[:, None] & (column < dim)[None, :]
     wide = dim * 3 if EXTREMES else dim
     target = out + (entry * blocks + block)[:, None] * wide + column[None, :]
-    tl.store(target, (sums / many[:, None] * scale).to(out.dtype.element_ty), mask=kept)
+    tl.store(target, (tl.sum(sums, 1) / many[:, None] * scale).to(out.dtype.element_ty), mask=kept)
     if EXTREMES:
-        tl.store(target + dim, most.to(out.dtype.element_ty), mask=kept)
-        tl.store(target + 2 * dim, least.to(out.dtype.element_ty), mask=kept)
+        tl.store(target + dim, tl.max(most, 1).to(out.dtype.element_ty), mask=kept)
+        tl.store(target + 2 * dim, tl.min(least, 1).to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -170,9 +173,9 @@ def square_sums(
 def _pooling(
     chip: Chip, given: str, made: str, extremes: bool, size: int, dim: int, even: bool
 ) -> tuple[Launcher, int]:
-    wide = triton.next_power_of_2(dim)
-    rows = min(triton.next_power_of_2(size), max(POOLED // wide, 1))
-    groups = max(POOLED // (wide * rows), 1)
+    wide, held = triton.next_power_of_2(dim), EXTREME if extremes else POOLED
+    rows = min(triton.next_power_of_2(size), max(held // wide, 1))
+    groups = max(held // (wide * rows), 1)
     types = dict.fromkeys(("x_b", "x_h", "x_n"), "i64")
     types |= dict.fromkeys(("heads", "length", "size", "blocks", "dim"), "i32")
     types |= {"x": f"*{given}", "out": f"*{made}", "scale": "fp32"}
@@ -181,42 +184,65 @@ def _pooling(
     return launcher(chip, pool, types, constants, divisible=divisible, num_warps=4), groups
 
 
-def _pooled(name: str, x: Tensor, size: int, scale: float, extremes: bool) -> Tensor:
-    check_tensors(name, binaries.INTERPRETED, [x])
-    refuse(
-        name,
-        (x.dim() != 4 or type(size) is not int or size < 1, f"{shapes(x)} and size {size}: use [B, H, N, D] and 1 up"),
-    )
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    batch, heads, length, dim = x.shape
-    blocks, wide = -(-length // size), 3 * dim if extremes else dim
-    kind = torch.float32 if extremes else x.dtype
-    out = torch.empty((batch, heads, blocks, wide), dtype=kind, device=x.device)
-    if not out.numel():
-        return out
-    steps = x.stride()[:3]
-    even = dim % 8 == 0 and not any(step % 8 for step in steps) and x.data_ptr() % 16 == 0
-    launch, groups = _pooling(chip_of(x.device), TYPES[x.dtype], TYPES[kind], extremes, size, dim, even)
-    launch((-(-blocks // groups), batch * heads, 1), (x, out), [*steps, heads, length, size, blocks, dim, float(scale)])
+class Form(NamedTuple):
+    """A checked call of one form: the shape and dtype of its result, and its launch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    launch: Launcher
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+
+
+_forms: dict[Any, Form] = {}
+
+
+def _kept(form: Any, made: Form) -> Form:
+    if len(_forms) >= MOST_KEPT:
+        _forms.clear()
+    _forms[form] = made
+    return made
+
+
+def _pooled(name: str, x: Tensor, size: int, scale: float, extremes: bool, wide: bool) -> Tensor:
+    form = (name, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16, size, scale, wide)
+    made = None if x.requires_grad else _forms.get(form)
+    if made is None:
+        check_tensors(name, binaries.INTERPRETED, [x])
+        wrong = x.dim() != 4 or type(size) is not int or size < 1
+        refuse(name, (wrong, f"{shapes(x)} and size {size}: use [B, H, N, D] and 1 up"))
+        if x.stride(3) != 1:
+            return _pooled(name, x.contiguous(), size, scale, extremes, wide)
+        batch, heads, length, dim = x.shape
+        blocks, kind = -(-length // size), torch.float32 if wide else x.dtype
+        steps = x.stride()[:3]
+        even = dim % 8 == 0 and not any(step % 8 for step in steps) and x.data_ptr() % 16 == 0
+        chip = chip_of(x.device)
+        launch, groups = _pooling(chip, TYPES[x.dtype], TYPES[kind], extremes, size, max(dim, 1), even)
+        shape = (batch, heads, blocks, 3 * dim if extremes else dim)
+        arguments = [*steps, heads, length, size, blocks, dim, float(scale)]
+        made = _kept(form, Form(shape, kind, launch, (-(-blocks // groups), batch * heads, 1), arguments))
+    out = torch.empty(made.shape, dtype=made.dtype, device=x.device)
+    if out.numel():
+        made.launch(made.grid, (x, out), made.arguments)
     return out
 
 
-def triton_pool_rows(x: Tensor, size: int, scale: float = 1.0) -> Tensor:
+def triton_pool_rows(x: Tensor, size: int, scale: float = 1.0, wide: bool = False) -> Tensor:
     """Means of blocks of rows, times a factor; of the last block's own rows.
 
     Args:
-        x: [B, H, N, D] of float32, float16 or bfloat16.
+        x: [B, H, N, D] of float32, float16 or bfloat16. wide: give float32.
 
     Returns:
         [B, H, ceil(N / size), D] of x's dtype; added up in float32.
     """
-    return _pooled("triton_pool_rows", x, size, scale, False)
+    return _pooled("triton_pool_rows", x, size, scale, False, wide)
 
 
 def triton_pool_extremes(x: Tensor, size: int) -> Tensor:
     """Mean, maximum and minimum of blocks of rows, one beside the other: float32 [B, H, ceil(N / size), 3 D]."""
-    return _pooled("triton_pool_extremes", x, size, 1.0, True)
+    return _pooled("triton_pool_extremes", x, size, 1.0, True, True)
 
 
 @lru_cache(maxsize=64)
@@ -256,25 +282,29 @@ def triton_square_sums(
         columns of squares. A row that sees nothing gives 0.
     """
     name = "triton_square_sums"
-    check_tensors(name, binaries.INTERPRETED, [scores])
-    refuse(
-        name,
-        (
-            scores.dim() != 4 or min(per_row, per_column, stride) < 1,
-            f"{shapes(scores)}, {per_row} x {per_column} squares of {stride}: use [B, H, R, C] and 1 or more",
-        ),
-    )
-    fits = triton.next_power_of_2(per_row) * triton.next_power_of_2(per_column) <= SCORED
-    refuse(name, (not fits, f"blocks of {per_row} x {per_column} squares: use at most {SCORED} in one"))
-    scores = scores.contiguous()
-    batch, heads, rows, columns = scores.shape
-    blocks_q, blocks_k = -(-rows // per_row), -(-columns // per_column)
-    out = torch.empty((batch, heads, blocks_q, blocks_k), dtype=torch.float32, device=scores.device)
-    if not out.numel():
-        return out
-    even = columns % 8 == 0 and per_column % 8 == 0 and scores.data_ptr() % 16 == 0
-    bounds = low is not None, high is not None
-    launch = _summing(chip_of(scores.device), TYPES[scores.dtype], per_row, per_column, blocks_k, *bounds, even)
-    sizes = [rows, columns, per_row, per_column, blocks_q, blocks_k]
-    launch((blocks_q, batch * heads, 1), (scores, out), [*sizes, stride, low or 0, high or 0, first, float(scale)])
+    form = (name, scores.shape, scores.stride(), scores.dtype, scores.device, scores.data_ptr() % 16)
+    form += (per_row, per_column, stride, low, high, first, scale)
+    made = None if scores.requires_grad else _forms.get(form)
+    if made is None:
+        check_tensors(name, binaries.INTERPRETED, [scores])
+        wrong = scores.dim() != 4 or min(per_row, per_column, stride) < 1
+        said = f"{shapes(scores)}, {per_row} x {per_column} squares of {stride}: use [B, H, R, C] and 1 or more"
+        refuse(name, (wrong, said))
+        fits = triton.next_power_of_2(per_row) * triton.next_power_of_2(per_column) <= SCORED
+        refuse(name, (not fits, f"blocks of {per_row} x {per_column} squares: use at most {SCORED} in one"))
+        if not scores.is_contiguous():
+            return triton_square_sums(scores.contiguous(), per_row, per_column, stride, low, high, first, scale)
+        batch, heads, rows, columns = scores.shape
+        blocks_q, blocks_k = -(-rows // per_row), -(-columns // per_column)
+        even = columns % 8 == 0 and per_column % 8 == 0 and scores.data_ptr() % 16 == 0
+        bounds = low is not None, high is not None
+        chip, kind = chip_of(scores.device), TYPES[scores.dtype]
+        launch = _summing(chip, kind, per_row, per_column, max(blocks_k, 1), *bounds, even)
+        arguments = [rows, columns, per_row, per_column, blocks_q, blocks_k]
+        arguments += [stride, low or 0, high or 0, first, float(scale)]
+        shape = (batch, heads, blocks_q, blocks_k)
+        made = _kept(form, Form(shape, torch.float32, launch, (blocks_q, batch * heads, 1), arguments))
+    out = torch.empty(made.shape, dtype=torch.float32, device=scores.device)
+    if out.numel():
+        made.launch(made.grid, (scores, out), made.arguments)
     return out

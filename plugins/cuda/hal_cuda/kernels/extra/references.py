@@ -129,7 +129,7 @@ def draw_flash_attention_forward(generator: Generator) -> tuple[Tensor, Tensor, 
     return q, k, v, None, True
 
 
-def pool_rows(x: Tensor, size: int, scale: float = 1.0) -> Tensor:
+def pool_rows(x: Tensor, size: int, scale: float = 1.0, wide: bool = False) -> Tensor:
     """Means of blocks of rows, times a factor."""
     return torch.stack([part.mean(2) for part in x.split(size, 2)], 2) * scale
 

@@ -56,7 +56,7 @@ _KERNELS = _TWO_LANGUAGES | {f"triton_{name}": about for name, about in _TWO_LAN
 _KERNELS["triton_reduce_sum"] = ("(x[...], dim=-1) -> [...]", "row_sums", "draw_row_sums", _FLOATS)
 _KERNELS |= {
     "triton_pool_rows": (
-        "(x[B, H, N, D], size, scale=1.0) -> [B, H, N / size, D]",
+        "(x[B, H, N, D], size, scale=1.0, wide=False) -> [B, H, N / size, D]",
         "pool_rows",
         "draw_pool_rows",
         _FLOATS,
