@@ -21,6 +21,8 @@ _NAMES = {
     "create_ultra_precision_module plan_precision",
     "config": "AllocationStrategy PrecisionConfig QuantizationMode",
     "formats": "PrecisionFormat",
+    "fp8": "FP8Config FP8Format FP8LinearLayer convert_model_to_fp8 has_fp8 revert_from_fp8",
+    "fp8_training": "FP8TrainingEngine create_fp8_trainer",
     "packed": "PackedLinear",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

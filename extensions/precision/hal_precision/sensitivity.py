@@ -181,7 +181,7 @@ def read_output(output: Any) -> tuple[Tensor, bool]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients of parameters; both as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -241,7 +241,7 @@ def _passes(
     handles = [layer.module.register_forward_hook(watchers[layer.name].hook) for layer in layers]
     generator, positions = torch.Generator().manual_seed(config.seed), 0
     try:
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             for batch in batches:
                 output = run(model, batch)
                 found, logits = (readout(output), False) if readout is not None else read_output(output)
@@ -434,7 +434,7 @@ def learned_factors(
     place, found = formats.index(form), {}
     share = len(batches[:_LEARNED_BATCHES]) / len(batches)
     batches = batches[:_LEARNED_BATCHES]
-    with _frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad():
         clean = [_read(model, batch, readout) for batch in batches]
         for layer in layers:
             weight = layer.module.weight
