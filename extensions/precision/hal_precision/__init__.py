@@ -23,6 +23,8 @@ _NAMES = {
     "formats": "PrecisionFormat",
     "fp8": "FP8Config FP8Format FP8LinearLayer convert_model_to_fp8 has_fp8 revert_from_fp8",
     "fp8_training": "FP8TrainingEngine create_fp8_trainer",
+    "fusion": "FusionConfig FusionPerformanceStats FusionStrategy OptimizationLevel UnifiedAttentionFusion "
+    "benchmark_fusion_performance create_unified_attention_fusion find_modules",
     "packed": "PackedLinear",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
