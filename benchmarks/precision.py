@@ -38,7 +38,7 @@ from torch import Tensor, nn
 BARS = {4: 0.40, 3: 0.30}
 FORMATS = tuple(PrecisionFormat(f"int{bits}") for bits in (8, 6, 5, 4, 3, 2))
 CONFIG = PrecisionConfig(quantization_mode=QuantizationMode.WEIGHT_ONLY, formats=FORMATS)
-TOKENS = 24
+TOKENS = 16
 TORCHAO_BITS = 4.5
 
 

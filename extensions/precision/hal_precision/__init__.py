@@ -22,6 +22,7 @@ _NAMES = {
     "config": "AllocationStrategy PrecisionConfig QuantizationMode",
     "formats": "PrecisionFormat",
     "fp8": "FP8Config FP8Format FP8LinearLayer convert_model_to_fp8 has_fp8 revert_from_fp8",
+    "fp8_attention": "FP8Attention FP8AttentionConfig",
     "fp8_training": "FP8TrainingEngine create_fp8_trainer",
     "fusion": "FusionConfig FusionPerformanceStats FusionStrategy OptimizationLevel UnifiedAttentionFusion "
     "benchmark_fusion_performance create_unified_attention_fusion find_modules",

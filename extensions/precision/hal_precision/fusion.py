@@ -128,7 +128,8 @@ class UnifiedAttentionFusion(nn.Module):
         if device == "cpu":  # so that the profiler sees compiled kernels
             options["options"] = {"cpp.enable_kernel_profile": True}
         for name in self.fused:
-            module.get_submodule(name).compile(**options)
+            part = module.get_submodule(name)
+            part._compiled_call_impl = torch.compile(_caller(part), **options)
 
     def _to_hal(self) -> str | None:
         """Send a Hugging Face model's attention to hal. Returns what it had, or None where it is no such model."""
@@ -162,6 +163,17 @@ class UnifiedAttentionFusion(nn.Module):
             self.module.set_attn_implementation(self._attention)  # type: ignore[operator]
             self._attention = None
         return self.module
+
+
+def _caller(module: nn.Module) -> Callable[..., Any]:
+    """The module's call as a function of this file: `Module.compile` leaves torch's own modules uncompiled, because
+    Dynamo starts in no frame of theirs.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    return call
 
 
 def find_modules(model: nn.Module, strategy: FusionStrategy) -> list[str]:
