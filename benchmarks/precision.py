@@ -71,7 +71,9 @@ def minilm_case() -> Case:
         """Sentences of docstrings and comments, cut to one length, so that nothing is padded."""
         lines = re.findall(r"^[ #]*([A-Z][A-Za-z ,.'()-]{70,})$", text.decode("utf-8", "replace"), re.MULTILINE)
         random.Random(seed).shuffle(lines)
-        tokens = [found.tokenizer(line, truncation=True, max_length=TOKENS)["input_ids"] for line in lines[: 20 * count]]
+        tokens = [
+            found.tokenizer(line, truncation=True, max_length=TOKENS)["input_ids"] for line in lines[: 20 * count]
+        ]
         whole = [row for row in tokens if len(row) == TOKENS][:count]
         rows = torch.tensor(whole)
         return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in rows.split(32)]
@@ -134,7 +136,11 @@ def main() -> int:
                 target_memory_reduction=0.01,
             )
             plan = plan_precision(case.model, config)
-            uniform[bits] = case.loss(create_ultra_precision_module(case.model, plan=plan)), plan.stored_bytes, plan.average_bits
+            uniform[bits] = (
+                case.loss(create_ultra_precision_module(case.model, plan=plan)),
+                plan.stored_bytes,
+                plan.average_bits,
+            )
             config = attrs.evolve(CONFIG, allocation_strategy=AllocationStrategy.ENTROPY_BASED)
             plan = plan_precision(case.model, config, budget_bytes=plan.stored_bytes)
             found[bits, "entropy alone"] = [case.loss(create_ultra_precision_module(case.model, plan=plan))]
@@ -153,7 +159,15 @@ def main() -> int:
                         found.setdefault(key, []).append(loss)
                     elif compensate and ao is not None:
                         at_ao.append(loss)
-                    print(name, seed, *key, f"{plan.average_bits:.3f} bits", f"{loss:.6f}", f"gap {plan.gap:.2g}", flush=True)
+                    print(
+                        name,
+                        seed,
+                        *key,
+                        f"{plan.average_bits:.3f} bits",
+                        f"{loss:.6f}",
+                        f"gap {plan.gap:.2g}",
+                        flush=True,
+                    )
         for (bits, variant), losses in sorted(found.items(), key=lambda item: -item[0][0]):
             worst, size, average = uniform[bits]
             shares = [(worst - loss) / (worst - full) for loss in losses]
@@ -177,18 +191,41 @@ def main() -> int:
             missed |= not better
             verdict = "held" if better else "missed"
             losses = " ".join(f"{loss:.5f}" for loss in at_ao)
-            rows.append([name, f"{TORCHAO_BITS:g}", "torchao int4, then ours", f"{full:.5f}", f"{ao:.5f}", losses, "", "better", verdict])
+            rows.append(
+                [
+                    name,
+                    f"{TORCHAO_BITS:g}",
+                    "torchao int4, then ours",
+                    f"{full:.5f}",
+                    f"{ao:.5f}",
+                    losses,
+                    "",
+                    "better",
+                    verdict,
+                ]
+            )
     columns = ["model", "bits", "variant", "full", "uniform", "variant's loss", "closed, by seed", "bar", ""]
     notes = [
         "Loss: nats a byte; of minilm the mean squared distance of embeddings. Rounded to nearest where a variant is not "
         "compensated. Allocation alone is the row 'Fisher, to nearest'; 'uniform, compensated' is one format with "
-        "compensated rounding. Every plan's gap to the optimum is 0 unless the log says otherwise. " + byte_model.described(),
+        "compensated rounding. Every plan's gap to the optimum is 0 unless the log says otherwise. "
+        + byte_model.described(),
     ]
-    record.publish(given, "precision", "Adaptive precision at equal stored bytes", columns, rows, notes, section="Adaptive precision")
+    record.publish(
+        given,
+        "precision",
+        "Adaptive precision at equal stored bytes",
+        columns,
+        rows,
+        notes,
+        section="Adaptive precision",
+    )
     return int(missed)
 
 
-def _plans(case: Case, base: PrecisionConfig, data: list[Any], sizes: dict[int, int], ao_bytes: int) -> dict[tuple[int, str], Any]:
+def _plans(
+    case: Case, base: PrecisionConfig, data: list[Any], sizes: dict[int, int], ao_bytes: int
+) -> dict[tuple[int, str], Any]:
     """Plans of one calibration by (bits, variant); bits 0 for torchao's bytes."""
     from hal_precision import sensitivity
     from hal_precision.adaptive import choose

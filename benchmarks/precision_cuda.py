@@ -16,13 +16,14 @@ from typing import Any
 
 import record
 import torch
-from hal_precision import FP8Config, convert_model_to_fp8
+from hal_precision import FP8Config, FP8Format, convert_model_to_fp8
 from torch import Tensor, nn
 
 CONFIGS = {
     "rowwise": FP8Config(statistics=False),
     "rowwise, exact accumulation": FP8Config(statistics=False, fast_accumulation=False),
     "tensorwise": FP8Config(statistics=False, granularity="tensorwise"),
+    "rowwise, E4M3 gradients": FP8Config(statistics=False, backward_format=FP8Format.E4M3),
 }
 
 
@@ -83,6 +84,39 @@ def errors(out: Tensor, x: Tensor, weight: Tensor, grad: Tensor, layer: nn.Linea
     return " ".join(f"{float((a.float() - b).norm() / b.norm()):.4f}" for a, b in zip(got, want, strict=True))
 
 
+def measure_linear(size: int, config: FP8Config) -> list[str]:
+    """Columns of one row: a linear layer of size^3, forward and backward."""
+    torch.manual_seed(0)
+    x = torch.randn(size, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    model = nn.Sequential(nn.Linear(size, size, bias=False)).to("cuda", torch.bfloat16)
+    fp8: Any = convert_model_to_fp8(nn.Sequential(model[0]), config)
+    plain, call = step(model, x, grad), step(fp8, x, grad)
+    weight = model[0].weight.detach()
+    wrong = errors(call(), x, weight, grad, fp8[0])
+    for _ in range(2):
+        plain()
+        call()
+    now = medians([plain, call], 15)
+    return [f"{now[0]:.3f}", f"{now[1]:.3f}", f"{now[0] / now[1]:.3f}", wrong]
+
+
+def measure_block(width: int, config: FP8Config) -> list[str]:
+    """Columns of one row: a training step of a Llama block."""
+    torch.manual_seed(0)
+    block = Block(width, width * 7 // 2, width // 128, width // 512).to("cuda", torch.bfloat16)
+    tokens = torch.randn(1, 8192, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    back = torch.randn_like(tokens)
+    plain, call = step(block, tokens, back), step(convert_model_to_fp8(block, config, inplace=False), tokens, back)
+    want, got = plain().detach().float(), call().detach().float()
+    wrong = float((got - want).norm() / want.norm())
+    for _ in range(2):
+        plain()
+        call()
+    now = medians([plain, call], 10)
+    return [f"{now[0]:.3f}", f"{now[1]:.3f}", f"{now[0] / now[1]:.3f}", f"{wrong:.4f}"]
+
+
 def main() -> int:
     options = record.parser(__doc__)
     options.add_argument("--seconds", type=float, default=80.0)
@@ -102,57 +136,17 @@ def main() -> int:
         rows.append(list(row))
         print(f"{time.monotonic() - start:5.1f} s", *row, flush=True)
 
-    def tried(name: str, make: Callable[[], None]) -> None:
-        """A variant that fails leaves the others to be measured; its row says why."""
-        try:
-            make()
-        except Exception as error:
-            say(name, "", "", "", f"{type(error).__name__}: {str(error)[:160]}")
-
-    torch.manual_seed(0)
-    size = given.size
-    x = torch.randn(size, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    model = nn.Sequential(nn.Linear(size, size, bias=False)).to("cuda", torch.bfloat16)
-    plain = step(model, x, grad)
-    plain()
-    for name, config in CONFIGS.items():
-        if left() < 15:
+    plan = [(True, "rowwise"), (False, "rowwise"), *((True, name) for name in CONFIGS if name != "rowwise")]
+    for linear, name in [*plan, (False, "tensorwise")]:
+        if left() < 12:
             break
-
-        def linear(name: str = name, config: FP8Config = config) -> None:
-            fp8: Any = convert_model_to_fp8(nn.Sequential(model[0]), config)
-            call = step(fp8, x, grad)
-            wrong = errors(call(), x, model[0].weight.detach(), grad, fp8[0])
-            call()
-            now = medians([plain, call], 15)
-            say(f"linear {size}^3, {name}", f"{now[0]:.3f}", f"{now[1]:.3f}", f"{now[0] / now[1]:.3f}", wrong)
-
-        tried(f"linear {size}^3, {name}", linear)
-    del x, grad, model, plain
-    torch.cuda.empty_cache()
-
-    if left() > 20:
-        width = given.width
-        block: Any = Block(width, width * 7 // 2, width // 128, width // 512).to("cuda", torch.bfloat16)
-        tokens = torch.randn(1, 8192, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        back = torch.randn_like(tokens)
-        plain = step(block, tokens, back)
-        want = plain().float()
-        for name in ("rowwise", "tensorwise"):
-            if left() < 15:
-                break
-
-            def whole(name: str = name) -> None:
-                fp8: Any = convert_model_to_fp8(block, CONFIGS[name], inplace=False)
-                call = step(fp8, tokens, back)
-                wrong = float((call().float() - want).norm() / want.norm())
-                call()
-                now = medians([plain, call], 10)
-                ratio = f"{now[0] / now[1]:.3f}"
-                say(f"Llama block, width {width}, 8,192 tokens, {name}", *(f"{t:.3f}" for t in now), ratio, f"{wrong:.4f}")
-
-            tried(f"Llama block, {name}", whole)
+        what = f"linear {given.size}^3" if linear else f"Llama block, width {given.width}, 8,192 tokens"
+        # A variant that fails leaves the others to be measured; its row says why.
+        try:
+            row = measure_linear(given.size, CONFIGS[name]) if linear else measure_block(given.width, CONFIGS[name])
+        except Exception as error:
+            row = ["", "", "", f"{type(error).__name__}: {str(error)[:160]}"]
+        say(f"{what}, {name}", *row)
     columns = ["what", "bfloat16, ms", "FP8, ms", "ratio", "relative error (of the layer: y, dx, dw)"]
     notes = [f"{torch.cuda.get_device_name()}. Bars: linear rowwise 1.3, block 1.15."]
     record.publish(given, "precision", "FP8 against bfloat16 on a GPU", columns, rows, notes, section="FP8 on a GPU")

@@ -39,7 +39,9 @@ LOSSES |= {"int3": 0.19, "int2": 0.4}
 
 def network(seed: int = 0, columns: int = 64) -> Any:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(columns, 200), nn.Tanh(), nn.Linear(200, 96, bias=False), nn.Tanh(), nn.Linear(96, 10))
+    return nn.Sequential(
+        nn.Linear(columns, 200), nn.Tanh(), nn.Linear(200, 96, bias=False), nn.Tanh(), nn.Linear(96, 10)
+    )
 
 
 def data(count: int = 32, columns: int = 64) -> Any:
@@ -95,13 +97,13 @@ def test_a_packed_layer_computes_what_its_unpacked_weight_does() -> None:
     assert relative_error(grad, packed.weight.sum(0).expand(3, 7, 64)) < 1e-5
 
 
-@pytest.mark.parametrize("reduction", [0.3, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("reduction", [0.4, 0.8])
 @pytest.mark.parametrize("strategy", list(AllocationStrategy))
 def test_bytes_and_file_are_what_was_asked(reduction: float, strategy: AllocationStrategy, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
+    model = nn.Sequential(nn.Linear(128, 384), nn.Tanh(), nn.Linear(384, 128))
     config = PrecisionConfig(target_memory_reduction=reduction, allocation_strategy=strategy)
-    calibration = data(16, 256) if strategy.needs_data else None
+    calibration = data(16, 128) if strategy.needs_data else None
     small = create_ultra_precision_module(model, config, calibration=calibration)
     stats = small.get_precision_stats()
     assert stats.original_bytes == model_bytes(model) == 4 * sum(each.numel() for each in model.parameters())
@@ -151,8 +153,12 @@ assert small.get_precision_stats().memory_savings_ratio > 0.74
 
 
 def test_a_state_dict_goes_into_a_module_of_another_plan() -> None:
-    first = create_ultra_precision_module(network(), attrs.evolve(CONFIG, target_memory_reduction=0.75), calibration=data())
-    other = create_ultra_precision_module(network(9), attrs.evolve(CONFIG, target_memory_reduction=0.6), calibration=data())
+    first = create_ultra_precision_module(
+        network(), attrs.evolve(CONFIG, target_memory_reduction=0.75), calibration=data()
+    )
+    other = create_ultra_precision_module(
+        network(9), attrs.evolve(CONFIG, target_memory_reduction=0.6), calibration=data()
+    )
     other.load_state_dict(first.state_dict())
     assert torch.equal(other(data(4)), first(data(4)))
 

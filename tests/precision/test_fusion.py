@@ -38,6 +38,7 @@ def llama() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 def test_a_llama_block_is_one_graph_with_fewer_kernels_and_comes_back() -> None:
     model = llama()
     plain, tokens = copy.deepcopy(model), torch.arange(16)[None]
@@ -48,7 +49,9 @@ def test_a_llama_block_is_one_graph_with_fewer_kernels_and_comes_back() -> None:
     stats = benchmark_fusion_performance(plain, fused, {"input_ids": tokens, "use_cache": False}, num_runs=2)
     assert stats.relative_error < 1e-5
     assert stats.kernel_reduction > 0.25
-    assert any("hal" in name for name in stats.kernels), f"hal's operator is in the graph: {stats.kernels}"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen, torch.no_grad():
+        fused(tokens, use_cache=False)
+    assert any(each.name.startswith("hal") for each in seen.events()), "hal's operator is in the graph"
     assert any("fused" in name for name in stats.kernels)
     assert fused.revert() is model
     assert model.config._attn_implementation == "sdpa"
@@ -66,6 +69,7 @@ def test_the_example_of_the_requirements_runs() -> None:
     assert relative_error(fused_transformer(input_sequence), plain(input_sequence)) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_pass_a_fused_mlp() -> None:
     model = llama()
     plain, tokens = copy.deepcopy(model).train(), torch.arange(16)[None]

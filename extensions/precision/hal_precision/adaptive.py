@@ -451,7 +451,9 @@ def _apply(model: nn.Module, plan: PrecisionPlan, *, share: bool = True) -> nn.M
         parent = copied.get_submodule(layer.name.rpartition(".")[0])
         linear = copied.get_submodule(layer.name)
         if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != (layer.rows, layer.columns):
-            raise ContractError(f"The plan is of another model: {layer.name} is not linear, {layer.columns} -> {layer.rows}.")
+            raise ContractError(
+                f"The plan is of another model: {layer.name} is not linear, {layer.columns} -> {layer.rows}."
+            )
         packed = PackedLinear.of(
             linear,
             layer.formats,
@@ -527,7 +529,9 @@ def analyze_precision_opportunities(
         f"Least sensitive: {', '.join(row['name'] for row in by_rise[-3:])}.",
     ]
     if left:
-        advice.append(f"{len(left)} layers stay as they are: " + "; ".join(f"{n} {why}" for n, why in left.items()) + ".")
+        advice.append(
+            f"{len(left)} layers stay as they are: " + "; ".join(f"{n} {why}" for n, why in left.items()) + "."
+        )
     return {
         "potential_savings": plan.memory_reduction,
         "recommendations": advice,

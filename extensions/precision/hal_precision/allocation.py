@@ -80,9 +80,7 @@ def _smallest(sizes: Array, costs: Array) -> NDArray[np.int64]:
     return np.where(sizes == least, costs, np.inf).argmin(1).astype(np.int64)
 
 
-def _dual(
-    sizes: Array, costs: Array, bound: float, smallest: NDArray[np.int64]
-) -> tuple[float, NDArray[np.int64]]:
+def _dual(sizes: Array, costs: Array, bound: float, smallest: NDArray[np.int64]) -> tuple[float, NDArray[np.int64]]:
     """(multiplier that maximises the dual, the feasible choice at it), by bisection on the multiplier."""
     finite = np.where(np.isfinite(sizes), sizes, 0.0)
 

@@ -113,7 +113,10 @@ def _product(
         return ((left.float() * left_scale) @ (right.float() * right_scale).t()).to(dtype)
     rowwise = left_scale.numel() > 1 or right_scale.numel() > 1
     if rowwise:
-        scales = left_scale.expand(left.shape[0], 1).contiguous(), right_scale.t().expand(1, right.shape[0]).contiguous()
+        scales = (
+            left_scale.expand(left.shape[0], 1).contiguous(),
+            right_scale.t().expand(1, right.shape[0]).contiguous(),
+        )
     else:
         scales = left_scale.view(()), right_scale.view(())
     wanted = torch.bfloat16 if rowwise else dtype
@@ -214,7 +217,9 @@ class FP8LinearLayer(nn.Linear):
     def of(cls, layer: nn.Linear, config: FP8Config) -> FP8LinearLayer:
         """An FP8 layer with the same parameters, not copies of them."""
         with torch.device("meta"):
-            found = cls(layer.in_features, layer.out_features, layer.bias is not None, config=attrs.evolve(config, emulate=True))
+            found = cls(
+                layer.in_features, layer.out_features, layer.bias is not None, config=attrs.evolve(config, emulate=True)
+            )
         found.weight, found.bias = layer.weight, layer.bias
         found._prepare(config)
         return found.train(layer.training)
@@ -305,7 +310,9 @@ def select_layers(
             found.append(name)
     if config.max_error is not None:
         if sample is None:
-            raise ContractError("max_error is measured on a sample: give sample=, an iterable of batches, or max_error=None.")
+            raise ContractError(
+                "max_error is measured on a sample: give sample=, an iterable of batches, or max_error=None."
+            )
         for name, error in layer_errors(model, found, config, sample).items():
             if not error <= config.max_error:
                 left[name] = f"its relative error in FP8 is {error:.3g}, above max_error {config.max_error:g}"
@@ -314,9 +321,7 @@ def select_layers(
 
 
 @torch.no_grad()
-def layer_errors(
-    model: nn.Module, names: Iterable[str], config: FP8Config, sample: Iterable[Any]
-) -> dict[str, float]:
+def layer_errors(model: nn.Module, names: Iterable[str], config: FP8Config, sample: Iterable[Any]) -> dict[str, float]:
     """||y - y_fp8|| / ||y|| of each layer's output on sample inputs, of the layer alone."""
     from .sensitivity import frozen, run
 
@@ -391,7 +396,9 @@ def make_layers(
         reasons = "; ".join(f"{name} {why}" for name, why in left.items()) or "it has no linear layers inside"
         raise ContractError(f"No layer of the model can multiply in FP8: {reasons}. Nothing was changed.")
     layers = [model.get_submodule(name) for name in names]
-    return {n: FP8LinearLayer.of(each, config) for n, each in zip(names, layers, strict=True) if isinstance(each, nn.Linear)}, left
+    return {
+        n: FP8LinearLayer.of(each, config) for n, each in zip(names, layers, strict=True) if isinstance(each, nn.Linear)
+    }, left
 
 
 def place_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

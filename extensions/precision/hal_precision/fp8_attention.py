@@ -53,9 +53,7 @@ class FP8Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         config = self.config
         shape = (*x.shape[:-1], -1, config.size)
-        query, key, value = (
-            each(x).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (each(x).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
         (key8, key_scale), (value8, value_scale) = (self._rounded(each) for each in (key, value))
         options = {
             "is_causal": config.causal,

@@ -62,7 +62,9 @@ class FP8TrainingEngine:
         sample: Iterable[Any] | None = None,
     ) -> None:
         if accumulate < 1 or (clip_norm is not None and not clip_norm > 0):
-            raise ContractError(f"accumulate is {accumulate} and clip_norm {clip_norm}: give 1 or more, and a positive norm.")
+            raise ContractError(
+                f"accumulate is {accumulate} and clip_norm {clip_norm}: give 1 or more, and a positive norm."
+            )
         self.model = model if device is None else model.to(device)
         self.config = fp8_config or FP8Config()
         self.loss, self.accumulate, self.clip_norm, self._sample = loss or default_loss, accumulate, clip_norm, sample
@@ -148,7 +150,8 @@ class FP8TrainingEngine:
             "steps": self.steps,
             "skipped_steps": self.skipped,
             "scales": {
-                name: {key: float(each) for key, each in layer.last_scales.items()} for name, layer in self.layers.items()
+                name: {key: float(each) for key, each in layer.last_scales.items()}
+                for name, layer in self.layers.items()
             },
             "emulated": emulated,
             "note": "emulated: operands are rounded to FP8 and multiplied in float32, without a gain in speed"
@@ -187,7 +190,11 @@ class FP8TrainingEngine:
         target = Path(path)
         part = target.with_name(f"{target.name}.part{os.getpid()}")
         # Copies: safetensors takes no tensors that share memory, as tied weights do.
-        save_file({name: each.detach().clone().contiguous() for name, each in tensors.items()}, part, {"hal_precision_fp8": json.dumps(facts)})
+        save_file(
+            {name: each.detach().clone().contiguous() for name, each in tensors.items()},
+            part,
+            {"hal_precision_fp8": json.dumps(facts)},
+        )
         os.replace(part, target)
 
     def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer) -> None:
@@ -208,7 +215,9 @@ class FP8TrainingEngine:
         layers = {name.removeprefix("amax.") for name in tensors if name.startswith("amax.")}
         if layers != set(self.layers):
             other = ", ".join(sorted(layers ^ set(self.layers)))
-            raise ContractError(f"{path} has other FP8 layers; only one of both has {other}. Use the config it was made with.")
+            raise ContractError(
+                f"{path} has other FP8 layers; only one of both has {other}. Use the config it was made with."
+            )
         self.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
         for name, layer in self.layers.items():
             layer.amax.copy_(tensors[f"amax.{name}"])

@@ -96,8 +96,11 @@ _VIEWS = frozenset(
     for name in "alias as_strided chunk detach detach_ empty empty_like empty_strided expand flatten lift_fresh "
     "narrow permute resize_ result_type select slice split split_with_sizes squeeze t transpose unbind unflatten "
     "unsqueeze view view_as _reshape_alias _unsafe_view reshape is_nonzero item _local_scalar_dense "
-    "set_ contiguous expand_as numpy_T mT swapaxes movedim size stride sym_size".split()
+    "set_ contiguous expand_as numpy_T mT swapaxes movedim size stride sym_size resolve_conj resolve_neg "
+    "promote_types".split()
 )
+#: Operators that copy: kernels, unless they only serve the operator that calls them.
+_COPIES = frozenset(f"aten::{name}" for name in ("to", "_to_copy", "copy_", "fill_", "zero_"))
 
 
 class UnifiedAttentionFusion(nn.Module):
@@ -196,10 +199,16 @@ def _belongs(module: nn.Module, strategy: FusionStrategy) -> bool:
     if strategy is FusionStrategy.ATTENTION:
         return "attention" in kind and any("linear" in each for each in children)
     if strategy is FusionStrategy.MLP:
-        return any(part in kind for part in ("mlp", "feedforward", "ffn")) and any("linear" in each for each in children)
+        return any(part in kind for part in ("mlp", "feedforward", "ffn")) and any(
+            "linear" in each for each in children
+        )
     direct = [type(each).__name__.lower() for each in module.children()]
     # A block holds its norms and its attention as its own children; a stack of blocks does not.
-    return any("attention" in each for each in direct) and any("attention" in each for each in children) and len(direct) > 1
+    return (
+        any("attention" in each for each in direct)
+        and any("attention" in each for each in children)
+        and len(direct) > 1
+    )
 
 
 def create_unified_attention_fusion(
@@ -238,14 +247,25 @@ def count_kernels(call: Callable[[], Any]) -> tuple[dict[str, int], int]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     kernels: dict[str, int] = {}
-    launches = 0
     events = profiler.events() or []
     cuda = [each for each in events if each.device_type == torch.autograd.DeviceType.CUDA]
-    for each in cuda or events:
-        if cuda or (not each.cpu_children and each.name not in _VIEWS and ("::" in each.name or "fused" in each.name)):
-            kernels[each.name] = kernels.get(each.name, 0) + 1
+    names = [each.name for each in cuda]
+    if not cuda:
+        names = [name for each in events if each.cpu_parent is None for name in _computing(each)]
+    for name in names:
+        kernels[name] = kernels.get(name, 0) + 1
     launches = sum(each.name == "cudaGraphLaunch" for each in events)
     return kernels, launches
+
+
+def _computing(event: Any) -> list[str]:
+    """Names of the innermost operators that compute, within an event of the CPU."""
+    below = [name for each in event.cpu_children for name in _computing(each)]
+    if event.name in _VIEWS or not ("::" in event.name or "cpp_fused" in event.name):
+        return below
+    if event.name in _COPIES:
+        return below or [event.name]
+    return below if any(name not in _COPIES for name in below) else [event.name]
 
 
 def benchmark_fusion_performance(

@@ -98,7 +98,9 @@ def packable(model: nn.Module, config: PrecisionConfig) -> tuple[list[Layer], di
         elif shared:
             left[name] = f"shares its weight with {', '.join(shared)}"
         elif module.weight.dtype not in _KEPT:
-            left[name] = f"is {str(module.weight.dtype).removeprefix('torch.')}; float32, float16 and bfloat16 are packed"
+            left[name] = (
+                f"is {str(module.weight.dtype).removeprefix('torch.')}; float32, float16 and bfloat16 are packed"
+            )
         elif module.in_features % config.group_size:
             ragged.append(f"{name} ({module.in_features})")
         else:
@@ -428,7 +430,9 @@ def learned_factors(
     Measured: the divergence of the outputs from the unrounded model's, Kullback-Leibler for logits, else half the
     squared distance. Factors stay within 1/16 and 16.
     """
-    form = min((each for each in formats if each.is_integer), key=lambda each: abs(each.bits - _LEARNED_BITS), default=None)
+    form = min(
+        (each for each in formats if each.is_integer), key=lambda each: abs(each.bits - _LEARNED_BITS), default=None
+    )
     if form is None:
         return {}
     place, found = formats.index(form), {}
