@@ -113,9 +113,10 @@ def _product(
         return ((left.float() * left_scale) @ (right.float() * right_scale).t()).to(dtype)
     rowwise = left_scale.numel() > 1 or right_scale.numel() > 1
     if rowwise:
+        # Built flat: a transposed vector counts as contiguous, but keeps strides that the product refuses.
         scales = (
-            left_scale.expand(left.shape[0], 1).contiguous(),
-            right_scale.t().expand(1, right.shape[0]).contiguous(),
+            left_scale.reshape(-1).expand(left.shape[0]).contiguous().view(-1, 1),
+            right_scale.reshape(-1).expand(right.shape[0]).contiguous().view(1, -1),
         )
     else:
         scales = left_scale.view(()), right_scale.view(())
