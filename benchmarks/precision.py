@@ -169,7 +169,7 @@ def main() -> int:
                         flush=True,
                     )
         for (bits, variant), losses in sorted(found.items(), key=lambda item: -item[0][0]):
-            worst, size, average = uniform[bits]
+            worst, _, average = uniform[bits]
             shares = [(worst - loss) / (worst - full) for loss in losses]
             barred = variant == "Fisher, compensated"
             missed |= barred and min(shares) < BARS[bits]

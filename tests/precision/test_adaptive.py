@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from hal_precision import (  # noqa: E402
+from hal_precision import (
     AllocationStrategy,
     PackedLinear,
     PrecisionConfig,
@@ -24,12 +24,12 @@ from hal_precision import (  # noqa: E402
     create_ultra_precision_module,
     plan_precision,
 )
-from hal_precision.adaptive import model_bytes  # noqa: E402
-from hal_precision.formats import FORMATS, pack, unpack  # noqa: E402
-from torch import nn  # noqa: E402
+from hal_precision.adaptive import model_bytes
+from hal_precision.formats import FORMATS, pack, unpack
+from torch import nn
 
-from hal_core import ContractError, HalError, UnsupportedError  # noqa: E402
-from hal_core.testing import relative_error  # noqa: E402
+from hal_core import ContractError, HalError, UnsupportedError
+from hal_core.testing import relative_error
 
 F = PrecisionFormat
 #: Relative errors of normal weights, groups of 32: what each format may lose.
@@ -252,7 +252,7 @@ def test_bad_input_is_refused_with_the_place_and_the_way_out() -> None:
         plan_precision(model, CONFIG)
     with pytest.raises(ContractError, match=r"nearest that can be met is [\d,]+ bytes, a reduction of \d+.\d%"):
         plan_precision(model, attrs.evolve(CONFIG, target_memory_reduction=0.99), data())
-    with pytest.raises(ContractError, match="nearest that can be met is 0.0"):
+    with pytest.raises(ContractError, match=r"nearest that can be met is 0\.0"):
         plan_precision(model, attrs.evolve(CONFIG, formats=(F.INT2,), max_loss_increase=1e-9), data())
     with pytest.raises(ContractError, match="no linear layers"):
         plan_precision(nn.Sequential(nn.Tanh()), CONFIG, data())

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from hal_precision import allocation  # noqa: E402
+from hal_precision import allocation
 
 
 def every_choice(sizes: np.ndarray, costs: np.ndarray, bound: float) -> float:

@@ -394,7 +394,7 @@ class UltraPrecisionModule(nn.Module):
 
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_METADATA)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         if text is None:
             raise ContractError(f"{path} has no precision plan: it was not written by UltraPrecisionModule.save.")
         plan = PrecisionPlan.from_json(text)

@@ -1,7 +1,7 @@
 """Linear layers that multiply in FP8, forward and backward.
 
-Of y = x w^T and its gradients all three products run in FP8: inputs and weights in the forward format (E4M3), gradients in
-the backward format (E5M2). Parameters stay in their own dtype. Without FP8 hardware the operands are rounded alike and
+Of y = x w^T and its gradients all three products run in FP8: inputs and weights in the forward format (E4M3), gradients
+in the backward format (E5M2). Parameters stay in their own dtype. Without FP8 hardware the operands are rounded alike and
 multiplied in float32: the values are those of FP8 with exact accumulation, and nothing is faster.
 
 Source: Micikevicius et al. 2022 (FP8 formats for deep learning), sections 3 and 4.

@@ -19,7 +19,7 @@ _PATTERN = "fp8"
 
 @dataclass
 class FP8AttentionConfig(AttentionConfig):
-    """`AttentionConfig` of an attention with keys and values in FP8: `hal_nn.create_attention(FP8AttentionConfig(512, 8))`.
+    """Of an attention with keys and values in FP8: `hal_nn.create_attention(FP8AttentionConfig(512, 8))`.
 
     Attributes:
         format: of keys and values, with a float32 scale for each batch entry and head.

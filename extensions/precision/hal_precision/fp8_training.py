@@ -208,7 +208,7 @@ class FP8TrainingEngine:
         self._need_inside("load_checkpoint")
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("hal_precision_fp8")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         if text is None:
             raise ContractError(f"{path} is no checkpoint of FP8TrainingEngine.save_checkpoint.")
         facts = json.loads(text)

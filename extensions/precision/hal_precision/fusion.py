@@ -93,11 +93,54 @@ class FusionPerformanceStats:
 #: Operators that make or view tensors and compute nothing.
 _VIEWS = frozenset(
     f"aten::{name}"
-    for name in "alias as_strided chunk detach detach_ empty empty_like empty_strided expand flatten lift_fresh "
-    "narrow permute resize_ result_type select slice split split_with_sizes squeeze t transpose unbind unflatten "
-    "unsqueeze view view_as _reshape_alias _unsafe_view reshape is_nonzero item _local_scalar_dense "
-    "set_ contiguous expand_as numpy_T mT swapaxes movedim size stride sym_size resolve_conj resolve_neg "
-    "promote_types".split()
+    for name in [
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "detach_",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "flatten",
+        "lift_fresh",
+        "narrow",
+        "permute",
+        "resize_",
+        "result_type",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "view_as",
+        "_reshape_alias",
+        "_unsafe_view",
+        "reshape",
+        "is_nonzero",
+        "item",
+        "_local_scalar_dense",
+        "set_",
+        "contiguous",
+        "expand_as",
+        "numpy_T",
+        "mT",
+        "swapaxes",
+        "movedim",
+        "size",
+        "stride",
+        "sym_size",
+        "resolve_conj",
+        "resolve_neg",
+        "promote_types",
+    ]
 )
 #: Operators that copy: kernels, unless they only serve the operator that calls them.
 _COPIES = frozenset(f"aten::{name}" for name in ("to", "_to_copy", "copy_", "fill_", "zero_"))

@@ -122,9 +122,12 @@ def batches_of(calibration: Any) -> list[Any]:
     Raises:
         ContractError: fewer than two samples in all, or values that are not finite, with their place.
     """
-    if isinstance(calibration, Tensor | dict) or hasattr(calibration, "keys"):
-        calibration = [calibration]
-    elif isinstance(calibration, tuple) and all(isinstance(each, Tensor) for each in calibration):
+    if (
+        isinstance(calibration, Tensor | dict)
+        or hasattr(calibration, "keys")
+        or isinstance(calibration, tuple)
+        and all(isinstance(each, Tensor) for each in calibration)
+    ):
         calibration = [calibration]
     elif not isinstance(calibration, Iterable):
         raise ContractError(
