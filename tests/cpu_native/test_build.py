@@ -1,4 +1,4 @@
-"""The library from its sources: under the sanitizers, with a driver that has neither Python nor torch, and as a wheel."""
+"""The library from its sources: under sanitizers, with a driver without Python and torch, and as a wheel."""
 
 from __future__ import annotations
 
