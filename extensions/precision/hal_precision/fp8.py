@@ -370,8 +370,8 @@ def convert_model_to_fp8(
         The changed model; its state dict has the names and values that it had. `revert_from_fp8` takes it back.
 
     Raises:
-        ContractError: no layer can go to FP8, with every reason. UnsupportedError: no FP8 hardware, and emulation is not
-        allowed.
+        ContractError: no layer can go to FP8, with every reason.
+        UnsupportedError: no FP8 hardware, and emulation is not allowed.
     """
     import copy
 
