@@ -233,7 +233,7 @@ def _request(q: Any, k: Any, v: Any) -> Any:
 
 def _arms(router: Any, q: Any, k: Any, v: Any) -> Any:
     decision = _request(q, k, v)
-    return router.arms(decision.request, [decision.winner], hal.Policy(), _keys(q, k, v))
+    return router.arms(decision.request, [decision.winner], hal.Policy())
 
 
 def _keys(q: Any, k: Any, v: Any) -> Any:

@@ -58,12 +58,13 @@ class Ranked(NamedTuple):
 
     def text(self) -> str:
         """For `explain`: "cpu:0 1.2 ms (estimate 0.4 ms, learned x2.9 of 31 calls, load x1.1)"."""
-        parts = [f"estimate {1e3 * self.arm.seconds:.3g} ms"]
+        learned = load = ""
         if self.believed.seen or self.believed.residual:
-            parts.append(f"learned x{math.exp(self.believed.residual):.3g} of {self.believed.seen:.0f} calls")
+            learned = f", learned x{math.exp(self.believed.residual):.3g} of {self.believed.seen:.0f} calls"
         if abs(self.load) > 0.05:
-            parts.append(f"load x{math.exp(self.load):.3g}")
-        return f"{self.arm.name} {1e3 * self.seconds:.3g} ms ({', '.join(parts)})"
+            load = f", load x{math.exp(self.load):.3g}"
+        estimate, name = 1e3 * self.arm.seconds, self.arm.name
+        return f"{name} {1e3 * math.exp(self.log_seconds):.3g} ms (estimate {estimate:.3g} ms{learned}{load})"
 
 
 class Choice(NamedTuple):
@@ -158,11 +159,21 @@ class Chooser:
         begin = min(ALLOWANCE, ALLOWED_CALLS * math.exp(self.typical or 0.0))
         return self.spent + extra <= begin + share * self.served
 
-    def observe(self, keys: Keys, arm: Arm, best: float, log_seconds: float, explored: bool, calls: int = 1) -> None:
+    def observe(
+        self,
+        keys: Keys,
+        arm: Arm,
+        best: float,
+        log_seconds: float,
+        explored: bool,
+        calls: int = 1,
+        before: Believed | None = None,
+    ) -> None:
         """Learn from `calls` calls of an arm.
 
         Args:
             best: believed log seconds of the best arm when it was chosen. log_seconds: mean of the measured ones.
+            before: what the estimator believes now, where the caller knows.
         """
         self.calls += calls
         seconds = math.exp(log_seconds)
@@ -175,7 +186,8 @@ class Chooser:
         if self._unsorted >= 8 and len(self._recent) >= FEWEST:
             self.typical, self._unsorted = sorted(self._recent)[len(self._recent) // 2], 0
         if arm.learns:
-            self.estimator.learn(arm.name, arm.device, keys, log_seconds - math.log(max(arm.seconds, 1e-12)), calls)
+            ratio = log_seconds - math.log(max(arm.seconds, 1e-12))
+            self.estimator.learn(arm.name, arm.device, keys, ratio, calls, before)
             self.estimator.load(arm.device).seen = self.calls
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
-from hal_core import AttentionRequest, MaskKind
+from hal_core import AttentionRequest, Causal, MaskKind
 
 #: What one call alone may be wrong by beside noise, in log seconds: a cold start, or an interruption.
 OUTLIER = 0.6
@@ -46,23 +47,53 @@ class Keys(NamedTuple):
     @classmethod
     def of(cls, request: AttentionRequest) -> Keys:
         r = request
-        flags = [
+        kind = _kind(
             r.dtype,
-            "decode" if r.len_q * r.heads_q <= 32 * max(r.heads_kv, 1) else "",
-            r.causal.value[:3] if r.causal != "none" else "",
-            r.mask.value if r.mask is not MaskKind.NONE else "",
-            "window" if r.window else "",
-            "softcap" if r.softcap else "",
-            "lse" if r.lse else "",
-            "grads" if r.grads else "",
-            "packed" if r.packed else "",
-            "paged" if r.page_size else "",
-            r.cache_dtype or "",
-            "blocks" if r.block_plan else "",
-        ]
-        work = max(r.visible_macs, 1)
+            r.len_q * r.heads_q <= 32 * max(r.heads_kv, 1),
+            r.causal,
+            r.mask,
+            r.window is not None,
+            r.softcap is not None,
+            r.lse,
+            bool(r.grads),
+            r.packed,
+            r.page_size is not None,
+            r.cache_dtype,
+            r.block_plan is not None,
+        )
         shape = f"{r.batch}x{r.heads_q}/{r.heads_kv}x{r.len_q}x{r.len_k}x{r.dim_qk}/{r.dim_v}"
-        return cls(" ".join(filter(None, flags)), work.bit_length(), shape)
+        return cls(kind, max(r.visible_macs, 1).bit_length(), shape)
+
+
+@cache
+def _kind(
+    dtype: str,
+    decode: bool,
+    causal: Causal,
+    mask: MaskKind,
+    window: bool,
+    softcap: bool,
+    lse: bool,
+    grads: bool,
+    packed: bool,
+    paged: bool,
+    cache_dtype: str | None,
+    blocks: bool,
+) -> str:
+    flags = {
+        "decode": decode,
+        causal.value[:3]: causal is not Causal.NONE,
+        mask.value: mask is not MaskKind.NONE,
+        "window": window,
+        "softcap": softcap,
+        "lse": lse,
+        "grads": grads,
+        "packed": packed,
+        "paged": paged,
+        cache_dtype or "": cache_dtype,
+        "blocks": blocks,
+    }
+    return " ".join([dtype, *(name for name, is_set in flags.items() if is_set)])
 
 
 class Believed(NamedTuple):
@@ -110,12 +141,13 @@ class Estimator:
 
     Attributes:
         nodes: [calls, mean of log(time / estimate) with the load taken out] by level: ("*", device), (arm,), (arm,
-            kind), (arm, kind, size), (arm, kind, shape). loads: by device id.
+            kind), (arm, kind, size), (arm, kind, shape). loads: by device id. version: changes with every residual.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[tuple[Any, ...], list[float]] = {}
         self.loads: dict[str, Load] = {}
+        self.version = 0
 
     def load(self, device: str) -> Load:
         found = self.loads.get(device)
@@ -155,10 +187,15 @@ class Estimator:
             residual += share * (node[1] - residual)
         return Believed(residual, spread + 0.15 * PRIOR_SPREAD * (1.0 - near) + 0.02, seen)
 
-    def learn(self, arm: str, device: str, keys: Keys, ratio: float, calls: int = 1) -> None:
-        """Learn from `calls` calls whose mean log(time / estimate) was `ratio`."""
+    def learn(
+        self, arm: str, device: str, keys: Keys, ratio: float, calls: int = 1, before: Believed | None = None
+    ) -> None:
+        """Learn from `calls` calls whose mean log(time / estimate) was `ratio`. before: what `believe` gives now, where
+        the caller knows.
+        """
         load = self.load(device)
-        before = self.believe(arm, keys)
+        before = before or self.believe(arm, keys)
+        self.version += 1
         innovation = ratio - before.residual - load.value
         load.calls += calls
         fresh = before.seen < 3.0  # the residual is not known yet: it learns, the load waits

@@ -12,7 +12,7 @@ from hal_core import AttentionRequest, Candidate, Code, Decision, Fidelity, Poli
 from hal_core.plugin_api import registry, tiling_limits
 
 from .breaker import Breakers
-from .choice import Arm, Choice, Chooser, Ranked
+from .choice import Arm, Choice, Chooser
 from .estimator import NOTICED_LOAD, Estimator, Keys
 from .objective import deadline_var
 
@@ -26,6 +26,9 @@ LOOK = 8
 MOST_TILINGS, HANDICAP = 4, 1.1
 #: Host time of a call that does not shrink with its lengths, where the estimate names none.
 _FIXED = 20e-6
+#: Estimated seconds below which no other tiling is tried: the host's part of a call is most of it.
+_TILED_FROM = 2 * _FIXED
+_RANKS = {fidelity: fidelity.rank for fidelity in Fidelity}
 _SECONDS_BETWEEN_SAVES = 60.0
 
 
@@ -35,8 +38,14 @@ class Slot:
     Attributes:
         expected: log seconds believed for the lengths that the decision was made for. stale: to be decided anew.
         per_second: 1 / the seconds believed, for the lengths of the newest calls. most: calls that may be averaged.
+        others: [device, log seconds believed] of the arms that were not chosen. known: the arm's residual, and the
+            estimator's version that it is of. keys: None, and with it no belief, until an only arm is called again.
     """
 
+    arm: Arm
+    arms: list[Arm]
+    keys: Any
+    others: list[list[Any]]
     __slots__ = (
         "arm",
         "arms",
@@ -45,20 +54,30 @@ class Slot:
         "expected",
         "explored",
         "keys",
+        "known",
         "lengths",
         "most",
+        "others",
         "pending",
         "pending_sum",
         "per_second",
         "stale",
     )
 
-    def __init__(self, keys: Keys, request: AttentionRequest, chosen: Ranked, best: float, arms: list[Arm]) -> None:
-        self.keys, self.arm, self.arms, self.best = keys, chosen.arm, arms, best
-        self.expected, self.explored, self.stale, self.deadline = chosen.log_seconds, False, False, deadline_var.get()
-        self.lengths = (request.len_q, request.len_k)
-        self.pending, self.pending_sum, self.most = 0, 0.0, 0
-        self.per_second = math.exp(-self.expected)
+    def __init__(self, request: AttentionRequest, arms: list[Arm]) -> None:
+        self.arm, self.arms, self.keys, self.others = arms[0], arms, None, []
+        self.explored = self.stale = False
+        self.deadline, self.lengths = deadline_var.get(), (request.len_q, request.len_k)
+        self.pending, self.pending_sum, self.most, self.per_second = 0, 0.0, 0, 0.0
+
+    def fill(self, keys: Keys, choice: Choice, version: int) -> Slot:
+        """Take what was chosen, and what is believed of it."""
+        chosen = choice.chosen
+        self.keys, self.arm, self.best = keys, chosen.arm, choice.best.log_seconds
+        self.known, self.explored = (version, chosen.believed), bool(choice.why)
+        self.others = [[each.arm.device, each.log_seconds] for each in choice.ranked if each is not chosen]
+        self.expected, self.per_second = chosen.log_seconds, math.exp(-chosen.log_seconds)
+        return self
 
     def expired(self) -> bool:
         """Whether the decision is to be made anew."""
@@ -69,6 +88,21 @@ class Slot:
         if log_seconds != self.expected:
             self.per_second *= math.exp(self.expected - log_seconds)
             self.expected = log_seconds
+
+    def shift(self, device: str, change: float) -> None:
+        """Take a change of a device's load, in log seconds, without asking the estimator again."""
+        if self.arm.device == device:
+            self.believe(self.expected + change)
+        for other in self.others:
+            if other[0] == device:
+                other[1] += change
+        self.compare()
+
+    def compare(self) -> None:
+        """Stale where another arm is believed better by more than a little."""
+        if self.others and not self.explored:
+            self.best = min(self.expected, min(seconds for _, seconds in self.others))
+            self.stale = self.stale or self.expected > self.best + 0.03
 
     def scale(self, len_q: int, len_k: int) -> float:
         """1 / the seconds believed for calls of these lengths, from now on: the part that is not fixed goes with the
@@ -98,28 +132,33 @@ class Router:
         self._loads: dict[str, float] = {}
         self._tilings: dict[tuple[str, Keys], list[Any]] = {}
         self._next_look, self._warm = LOOK, set[tuple[str, str]]()
+        self._learned: list[Slot] = []  # since decisions were last looked at
 
     # Choosing
 
     def policy(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> PolicyChoice | None:
         """The hook `hal_policy`. The core asks it only where the caller left a choice."""
-        keys, objective, deadline = Keys.of(request), policy.objective or "time", deadline_var.get()
-        arms = self.arms(request, candidates, policy, keys)
+        arms = self.arms(request, candidates, policy)
+        deadline = deadline_var.get()
+        if len(arms) == 1 and deadline is None:  # needs no belief to be chosen
+            arm = arms[0]
+            reason = f"the only device that can: {arm.name} (estimate {1e3 * arm.seconds:.3g} ms)"
+            return PolicyChoice(arm.device, -1.0, reason, None, Slot(request, arms).expired)
         if not arms:
             return None
+        keys, objective = Keys.of(request), policy.objective or "time"
         with self._lock:
             # A caller who named devices, even several, is not explored with; nor is one who bounds error or time.
             free = not policy.names and request.max_error is None and not request.deterministic
             found = self.chooser.choose(keys, arms, objective, deadline, may_explore=free)
-            slot = Slot(keys, request, found.chosen, found.best.log_seconds, arms)
-            slot.explored = bool(found.why)
+            slot = Slot(request, arms).fill(keys, found, self.chooser.estimator.version)
             if len(self._slots) >= 1024:
                 self._slots.clear()
             self._slots[keys] = slot
         return PolicyChoice(found.chosen.arm.device, -1.0, explained(found), found.chosen.arm.tiling, slot.expired)
 
-    def _tilings_of(self, keys: Keys, request: AttentionRequest, candidate: Candidate) -> list[Any]:
-        place = (candidate.device.id, keys)
+    def _tilings_of(self, request: AttentionRequest, candidate: Candidate) -> list[Any]:
+        place = (candidate.device.id, Keys.of(request))
         found = self._tilings.get(place)
         if found is None or candidate.device.id not in registry.entry(candidate.device.id).sessions:
             if len(self._tilings) > 4096:
@@ -129,7 +168,7 @@ class Router:
                 self._tilings[place] = found
         return found
 
-    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy, keys: Keys) -> list[Arm]:
+    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> list[Arm]:
         """Devices that state a time, and their tilings where the caller brings none and the device's own is used."""
         found = list[Arm]()
         for candidate in candidates:
@@ -142,13 +181,13 @@ class Router:
                 device.id,
                 math.sqrt(estimate.time.low * estimate.time.high) or estimate.time.middle,
                 None if energy is None else energy.middle,
-                device.fidelity.rank,
+                _RANKS[device.fidelity],
                 0.0 if candidate.error is None else candidate.error.middle,
                 device.fidelity is not Fidelity.SIMULATED,
             )
             found.append(arm)
-            if arm.learns and policy.tiling is None and not candidate.transfer:
-                for tiling in self._tilings_of(keys, request, candidate):
+            if arm.learns and arm.seconds >= _TILED_FROM and policy.tiling is None and not candidate.transfer:
+                for tiling in self._tilings_of(request, candidate):
                     found.append(
                         arm._replace(name=f"{device.id} {tiling.name}", seconds=arm.seconds * HANDICAP, tiling=tiling)
                     )
@@ -165,8 +204,12 @@ class Router:
         except AttributeError:
             slot = self._slot_of(decision)
             ratio = seconds * slot.per_second
-        if not LOW < ratio < HIGH and operands is not None:  # perhaps of other lengths than the call before
-            ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
+        if not LOW < ratio < HIGH:
+            if slot.keys is None:
+                self._meet(slot, decision)
+                return
+            if operands is not None:  # perhaps of other lengths than the call before
+                ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
         if LOW < ratio < HIGH and slot.pending < slot.most:
             slot.pending += 1
             slot.pending_sum += ratio
@@ -185,24 +228,35 @@ class Router:
             if kept is None or kept[0] is not decision:
                 winner, request = decision.winner, decision.request
                 keys = Keys.of(request)
-                [arm] = self.arms(request, [winner], decision.policy, keys)[:1] or [
+                [arm] = self.arms(request, [winner], decision.policy)[:1] or [
                     Arm(winner.device.id, winner.device.id, 1.0)
                 ]
                 if decision.policy.tiling is not None:
                     arm = arm._replace(name=f"{arm.device} {decision.policy.tiling.name}")
-                chosen = self.chooser.rank(keys, [arm])[0]
-                kept = (decision, Slot(keys, request, chosen, chosen.log_seconds, [arm]))
+                found = self.chooser.choose(keys, [arm])
+                kept = (decision, Slot(request, [arm]).fill(keys, found, self.chooser.estimator.version))
                 if len(self._named) > 1024:
                     self._named.clear()
                 self._named[id(decision)] = kept
             return kept[1]
+
+    def _meet(self, slot: Slot, decision: Decision) -> None:
+        """The first two calls of a decision that left no choice: they hold checks of the core, and say little."""
+        self.breakers.succeeded(slot.arm.device)
+        slot.most += 1
+        if slot.most == 2:
+            with self._lock:
+                keys = Keys.of(decision.request)
+                self._slots[keys] = slot.fill(
+                    keys, self.chooser.choose(keys, slot.arms), self.chooser.estimator.version
+                )
 
     def _learn(self, slot: Slot, off: float) -> None:
         with self._lock:
             device = slot.arm.device
             self.breakers.succeeded(device)
             # The first call of a session compiles, allocates and warms up: what it takes beyond belief is not learned.
-            place, slot.most = (slot.arm.name, slot.keys.kind), 0 if slot.explored else self._patience(slot)
+            place, slot.most = (slot.arm.name, slot.keys.kind), 0 if slot.explored else self._patience([slot])
             if place not in self._warm and off > SURPRISE and slot.arm.learns:
                 self._warm.add(place)
                 self.chooser.calls += 1
@@ -216,7 +270,9 @@ class Router:
                 mean = (slot.pending * math.log(slot.pending_sum / slot.pending) + off) / calls
             slot.pending, slot.pending_sum = 0, 0.0
             measured = slot.expected + mean
-            self.chooser.observe(slot.keys, slot.arm, slot.best, measured, slot.explored, calls)
+            version, believed = slot.known
+            before = believed if version == self.chooser.estimator.version else None
+            self.chooser.observe(slot.keys, slot.arm, slot.best, measured, slot.explored, calls, before)
             if not slot.arm.learns:
                 return
             total = self.totals.setdefault(device, [0, 0.0, 0.0, 0, 0.0])
@@ -225,53 +281,58 @@ class Router:
             total[2] += calls * max(seconds - best, 0.0)
             if slot.explored:
                 total[3], total[4] = total[3] + calls, total[4] + calls * max(seconds - best, 0.0)
-            self._reconsider(slot)
+            self._reconsider(slot, mean)
         if self._clock() - self._saved > _SECONDS_BETWEEN_SAVES and self.on_save is not None:
             self._saved = self._clock()
             threading.Thread(target=self.on_save, name="hal-router-save", daemon=True).start()
 
-    def _patience(self, slot: Slot) -> int:
-        """Calls that may be averaged: few while something is explored or a device is loaded."""
-        chooser = self.chooser
-        if len(slot.arms) == 1:
+    def _patience(self, slots: list[Slot]) -> int:
+        """Calls that may be averaged: few while something is explored or a device is loaded and there is a choice."""
+        if not any(slot.others for slot in slots):
             return BATCH
+        chooser = self.chooser
         watching = chooser.calls < 64 or any(load.value > NOTICED_LOAD for load in chooser.estimator.loads.values())
         return LOOK if watching else BATCH
 
-    def _reconsider(self, slot: Slot) -> None:
+    def _reconsider(self, slot: Slot, off: float) -> None:
         """End decisions that beliefs no longer hold up: this one, or all where the load of a device has changed."""
         device, chooser = slot.arm.device, self.chooser
         load = chooser.estimator.load(device).value
+        change = load - self._loads.get(device, 0.0)
         if slot.explored:
             slot.stale = True
-        if abs(load - self._loads.get(device, 0.0)) > 0.2:
+        # An only arm's time that was as expected changes nothing.
+        if slot.others or abs(off) > SURPRISE:
+            self._refresh(slot)
+        if abs(change) > 0.2:
             self._loads[device] = load
-            looked = list(self._slots.values())
+            looked = [each for each in self._slots.values() if each is not slot and each.deadline is None]
+            most = self._patience(looked)
             for each in looked:
-                each.most = min(each.most, self._patience(each))
-        else:
-            looked = [slot]
-        for each in looked:
-            self._refresh(each)
+                each.shift(device, change)
+                each.most = min(each.most, most) if each.others else each.most
+        if slot.others and slot.deadline is None:
+            self._learned.append(slot)
         if chooser.calls >= self._next_look:
             self._next_look = chooser.calls + LOOK
-            for each in list(self._slots.values()):
-                if not each.stale and len(each.arms) > 1 and each.deadline is None:
+            learned, self._learned = self._learned, []
+            for each in learned:
+                if not each.stale and self._slots.get(each.keys) is each:
                     choice = chooser.choose(each.keys, each.arms)
                     if choice.why and choice.chosen.arm.name != each.arm.name:
                         each.stale = True
                         break
 
     def _refresh(self, slot: Slot) -> None:
-        """What is believed of a slot's arm now; stale where another arm is believed better by more than a little."""
+        """What is believed of a slot's arms now."""
         if slot.deadline is not None:
             return
         ranked = self.chooser.rank(slot.keys, slot.arms)
         own = next(each for each in ranked if each.arm.name == slot.arm.name)
-        if not slot.explored:
-            slot.best = ranked[0].log_seconds
-            slot.stale = slot.stale or own.log_seconds > ranked[0].log_seconds + 0.03
+        slot.others = [[each.arm.device, each.log_seconds] for each in ranked if each is not own]
+        slot.known = (self.chooser.estimator.version, own.believed)
         slot.believe(own.log_seconds)
+        slot.compare()
 
     def error(self, decision: Decision, error: Exception) -> None:
         """The hook `hal_error`."""
@@ -282,11 +343,11 @@ class Router:
         """The hook `hal_decision`: devices that refuse by their own state, a hot chip say, are shown with breakers."""
         known = self.breakers.by_device
         for candidate in decision.candidates:
-            refusals, device = candidate.refusals, candidate.device.id
+            refusals = candidate.refusals
             if refusals and refusals[0].code is Code.DEVICE and refusals[0].field == "state":
-                self.breakers.hold(device, str(refusals[0]))
-            elif device in known:
-                self.breakers.hold(device, "")
+                self.breakers.hold(candidate.device.id, str(refusals[0]))
+            elif known and candidate.device.id in known:
+                self.breakers.hold(candidate.device.id, "")
 
 
 def explained(choice: Choice) -> str:
