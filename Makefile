@@ -15,7 +15,11 @@
 # BOOTSTRAP=python3.12   the interpreter that .venv is built from
 
 BOOTSTRAP ?= python3
-FOLDERS := . $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml libs/*/pyproject.toml extensions/*/pyproject.toml)))
+# hal-cpu-native is compiled, and optional: where there is no C++ compiler, CMake or scikit-build-core everything else runs without it.
+NATIVE := libs/cpu_native
+NATIVE_SOURCES := $(wildcard $(NATIVE)/pyproject.toml $(NATIVE)/CMakeLists.txt $(NATIVE)/src/* $(NATIVE)/hal_cpu_native/*.py)
+FOLDERS := . $(filter-out $(NATIVE),$(patsubst %/pyproject.toml,%,$(sort $(wildcard \
+	plugins/*/pyproject.toml libs/*/pyproject.toml extensions/*/pyproject.toml))))
 PROJECTS := $(addsuffix /pyproject.toml,$(FOLDERS))
 SYSTEM_PACKAGES := $(wildcard plugins/*/system-packages.txt libs/*/system-packages.txt)
 WORKERS ?= 2
@@ -33,7 +37,7 @@ endif
 
 venv: $(READY)
 
-.venv/.installed: constraints.txt hal_core/version.py $(PROJECTS) $(SYSTEM_PACKAGES)
+.venv/.installed: constraints.txt hal_core/version.py $(PROJECTS) $(NATIVE_SOURCES) $(SYSTEM_PACKAGES)
 	@$(MAKE) --no-print-directory system-packages
 	$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make BOOTSTRAP=python3.12")'
 	$(BOOTSTRAP) -m venv .venv
@@ -42,6 +46,9 @@ venv: $(READY)
 	.venv/bin/python -m pip install --quiet -c constraints.txt $$(.venv/bin/python -c \
 		'import sys, tomllib; print(*(tomllib.load(open(p + "/pyproject.toml", "rb"))["project"]["name"] + "[dev]" for p in sys.argv[1:]))' \
 		$(FOLDERS))
+	@if command -v c++ >/dev/null; then .venv/bin/python -m pip install --quiet -c constraints.txt scikit-build-core \
+		$$(command -v cmake >/dev/null || echo cmake) $$(command -v ninja >/dev/null || echo ninja) || true; fi
+	@$(MAKE) --no-print-directory native
 	@touch $@
 
 # Drivers that emulated devices need: installed with root on Debian, named elsewhere. Without them those devices are absent.
@@ -57,10 +64,18 @@ ifneq ($(SYSTEM_PACKAGES),)
 	else echo "not installed: $$missing(devices that need them will be absent; as root: apt-get install $$missing)"; fi
 endif
 
-out/.installed: hal_core/version.py $(PROJECTS)
+out/.installed: hal_core/version.py $(PROJECTS) $(NATIVE_SOURCES)
 	@mkdir -p out
 	$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation $(addprefix -e ,$(FOLDERS))
+	@$(MAKE) --no-print-directory native
 	@touch $@
+
+.PHONY: native
+native:
+	@if command -v c++ >/dev/null && command -v cmake >/dev/null && $(RUN) -c 'import scikit_build_core' 2>/dev/null; then \
+		$(RUN) -m pip install --quiet --no-index --no-deps --no-build-isolation ./$(NATIVE) \
+		|| echo "hal-cpu-native could not be built: torch's kernels serve the CPU, and its tests are skipped"; \
+	else echo "hal-cpu-native is not built: it needs a C++ compiler, cmake and scikit-build-core; its tests are skipped"; fi
 
 demo: $(READY) model
 	@$(RUN) -m hal_core compare minilm --text examples/demo/texts --report out/report.html
@@ -112,6 +127,8 @@ docs: $(READY)
 wheels: $(READY)
 	rm -rf dist $(addsuffix /build,$(FOLDERS))
 	$(RUN) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist $(addprefix ./,$(FOLDERS))
+	@if command -v c++ >/dev/null && $(RUN) -c 'import scikit_build_core' 2>/dev/null; then \
+		$(RUN) -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir dist ./$(NATIVE); fi
 	@rm -rf $(addsuffix /build,$(FOLDERS))
 	@ls dist
 
@@ -122,4 +139,4 @@ outside-tests: $(READY)
 	@TORCH_TESTS="$(TORCH_TESTS)" $(RUN) tests/cuda/outside/torch_tests.py --record
 
 clean:
-	rm -rf .venv out dist $(addsuffix /build,$(FOLDERS)) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv out dist $(addsuffix /build,$(FOLDERS) $(NATIVE)) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,16 +21,17 @@ import record
 import torch
 from checkouts import ROOT, Worker
 from hal_cpu.calibrate import read_bandwidth
+from hal_cpu.paths import native_module, path_of
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import hal_core as hal
-from hal_core.testing import BenchmarkRunner
+from hal_core.testing import BenchmarkRunner, reference, relative_error, request_of
 from hal_core.testing.benchmark import host_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEAN_BAR = 0.98  # of --against
-SECTIONS = ("decode", "grid", "window", "softcap", "memory")
+SECTIONS = ("decode", "grid", "window", "softcap", "memory", "native")
 NOTE = (
     "Ratio: time of torch's scaled_dot_product_attention over the device's; "
     "the 95% interval is over the rounds of one run."
@@ -284,6 +285,118 @@ def softcap(options: argparse.Namespace) -> None:
         ["The bar is 4 times torch's time, the aim 2."],
         "Softcap",
     )
+
+
+def native(options: argparse.Namespace) -> None:
+    """Which path serves plain calls, and its processor time beside torch's: prefill and decode, recorded apart."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prefill = [
+            (heads, heads_kv, length, length, dim, causal)
+            for dim in (64, 128)
+            for heads, heads_kv, length, causal in (
+                (16, 16, 512, False),
+                (16, 16, 512, True),
+                (8, 8, 1500, False),
+                (8, 8, 2048, False),
+                (16, 2, 2048, True),
+            )
+        ]
+        small = [(8, 8, n, n, 64, False) for n in (16, 64, 128, 196)]
+        decoding = [
+            (heads, heads_kv, 1, length, dim, False)
+            for dim in (64, 128)
+            for heads, heads_kv, length in ((16, 16, 1024), (32, 8, 2048), (8, 8, 8192), (32, 8, 8192), (32, 4, 32768))
+        ]
+        for title, shapes in (("Prefill", prefill), ("Below 200 tokens", small), ("Decode, one query", decoding)):
+            _native_table(options, title, shapes)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _native_table(options: argparse.Namespace, title: str, shapes: list[tuple[Any, ...]]) -> None:
+    rows, ratios = [], dict[str, list[float]]()
+    reading = _read_seconds_per_byte()
+    for dtype in DTYPES:
+        for heads, heads_kv, len_q, len_k, dim, causal in shapes:
+            query = draw(1, heads, len_q, dim, dtype)
+            key, value = draw(1, heads_kv, len_k, dim, dtype), draw(1, heads_kv, len_k, dim, dtype)
+            bound = hal.bind(query, key, value, is_causal=causal, enable_gqa=True, backend="cpu")
+            path = path_of(request_of(query, key, value, is_causal=causal))
+            group = heads // heads_kv  # errors are those of the first key head
+            exact = reference(query[:, :group], key[:, :1], value[:, :1], is_causal=causal).out
+            mine, torchs = bound(query, key, value), sdpa(query, key, value, is_causal=causal, enable_gqa=True)
+            error = relative_error(mine[:, :group], exact) / relative_error(torchs[:, :group], exact)
+            theirs, ours = _processor_times(
+                lambda q=query, k=key, v=value, c=causal: sdpa(q, k, v, is_causal=c, enable_gqa=True),
+                lambda b=bound, q=query, k=key, v=value: b(q, k, v),
+            )
+            pairs = len_q * (len_q + 1) // 2 if causal else len_q * len_k
+            speed = f"{4 * heads * pairs * dim / ours / 1e9:.0f} GFLOP/s"
+            if len_q == 1:
+                speed = f"{(key.nbytes + value.nbytes) / ours / 1e9:.1f} GB/s"
+                speed += f", {(key.nbytes + value.nbytes) * reading / ours:.2f} of the loop"
+            ratios.setdefault(dtype, []).append(theirs / ours)
+            shape = f"{dtype}, heads {heads}/{heads_kv}, {len_q} x {len_k}, head_dim {dim}" + causal * ", causal"
+            rows.append(
+                [shape, path, f"{theirs * 1e3:.3f}", f"{ours * 1e3:.3f}", f"{theirs / ours:.2f}", speed, f"{error:.2f}"]
+            )
+    means = [
+        f"{dtype}: geometric mean {math.exp(statistics.fmean(map(math.log, found))):.2f}, worst {min(found):.2f}"
+        for dtype, found in ratios.items()
+    ]
+    notes = [
+        f"{'; '.join(means)}.",
+        "Least processor time of a call of one thread, in turn with torch's; other programs use the machine meanwhile, "
+        "which processor time leaves out but for shared caches and memory. "
+        f"A loop that reads and prefetches took {1e-9 / reading:.1f} GB/s. Error: over torch's, both against float64.",
+    ]
+    columns = ("case", "path", "torch ms", "device ms", "torch / device", "speed", "error / torch's")
+    record.publish(options, "cpu_native", f"{title}: the CPU device beside torch", columns, rows, notes, title)
+
+
+def _processor_times(theirs: Callable[[], Any], ours: Callable[[], Any]) -> tuple[float, float]:
+    """Least seconds of processor time of each, called in turn for half a second, at least 5 and at most 60 times; calls
+    below a millisecond are repeated within a measurement.
+    """
+    calls, least = (theirs, ours), [math.inf, math.inf]
+    repeats = []
+    for call in calls:
+        call()
+        start = time.process_time()
+        call()
+        repeats.append(max(1, min(50, int(2e-3 / max(time.process_time() - start, 1e-6)))))
+    begun = time.process_time()
+    for number in range(60):
+        if number >= 5 and time.process_time() - begun > 0.5:
+            break
+        for side in (0, 1) if number % 2 else (1, 0):
+            start = time.process_time()
+            for _ in range(repeats[side]):
+                calls[side]()
+            least[side] = min(least[side], (time.process_time() - start) / repeats[side])
+    return least[0], least[1]
+
+
+def _read_seconds_per_byte() -> float:
+    """Processor seconds per byte of a loop that reads and prefetches more than the last cache holds; of torch's sum
+    where hal-cpu-native is absent.
+    """
+    numbers = torch.ones(192 << 20, dtype=torch.uint8)
+    if native_module():
+        import hal_cpu_native
+
+        call = lambda: hal_cpu_native.read(numbers, 1)  # noqa: E731
+    else:
+        floats = numbers.view(torch.float32)
+        call = floats.sum
+    best = math.inf
+    for _ in range(9):
+        start = time.process_time()
+        call()
+        best = min(best, time.process_time() - start)
+    return best / numbers.nbytes
 
 
 def memory(options: argparse.Namespace) -> None:

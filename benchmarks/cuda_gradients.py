@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hal_core as hal
+from hal_core.frontend.dispatch import bucketed
 from hal_core.testing import relative_error
 
 SECTIONS = ("error", "accuracy", "backward", "special", "deterministic", "models", "host")
@@ -348,9 +349,10 @@ class Trained:
             return torch.autograd.grad(self._attend(), self._leaves, self._grad)
 
     def path(self) -> str:
-        """The path of hal_cuda that serves it."""
+        """The path of hal_cuda that serves it: that of its lengths' bucket, or cuDNN for its own lengths."""
         session: Any = hal.session(DEVICE)
-        return str(session.path_of(self._request))
+        path = str(session.path_of(bucketed(self._request)))
+        return "cudnn" if path in OWN and session.lent_to_cudnn(self._request) else path
 
 
 def trained(shape: Shape) -> tuple[Trained, Trained]:

@@ -177,8 +177,11 @@ class Decision(Record):
         shown, folded = self._folded()
         for candidate in shown:
             mark = "*" if candidate.device.id == self.chosen else " "
-            lines.append(f" {mark} {candidate.device.id:12} {candidate.device.fidelity:9} {candidate.figures}")
-            lines += [f"     {refusal}" for refusal in candidate.refusals]
+            how = (candidate.estimate.time.source,) if mark == "*" and candidate.estimate else ()
+            lines += [
+                f" {mark} {candidate.device.id:12} {candidate.device.fidelity:9} {candidate.figures}",
+                *(f"     {text}" for text in (*candidate.refusals, *how)),
+            ]
         return "\n".join([*lines, *(f"   {line}" for line in folded)])
 
     def refusal_text(self) -> str:

@@ -135,6 +135,8 @@ class AttentionBackend(Protocol):
         warm_up(device, requests): work that compiles ahead what the requests will need, as (name, function without
             arguments), for `hal warm`, which runs it in several processes: functions are pickled, and return how many
             kernels there are.
+        nonconformance(device): checks of the conformance kit that a device cannot pass, with the reason, as a dict.
+            They fail all the same; the report adds the reason.
         kernel_names(device): names of kernels beside attention, a frozenset. Its sessions have `kernel(name)`, which
             returns the callable.
     """

@@ -30,9 +30,7 @@ _GRAD_SETS = [frozenset(n for bit, n in enumerate(GRADS) if bits >> bit & 1) for
 registry.on_change.append(_bound.clear)
 
 
-def find(
-    operands: Operands | tuple[Any, ...], bits: int, options: tuple[Any, ...], overrides: Overrides
-) -> BoundAttention:
+def find(operands: tuple[Any, ...], bits: int, options: tuple[Any, ...], overrides: Overrides) -> BoundAttention:
     """The bound attention of a call.
 
     Args:
@@ -40,7 +38,7 @@ def find(
         options: the fields of `CallOptions`. overrides: backend, objective, allow_simulated, transfer, tiling.
     """
     query, key, value, mask, plan, tables = operands
-    static, kind, fits = None, None, plan is None and tables is None
+    static, kind, fits = None, None, True
     try:
         batch, heads_q, len_q, dim = query.shape
         batch_k, heads_kv, len_k, dim_k = key.shape
@@ -48,11 +46,31 @@ def find(
         if mask is not None:
             m0, m1, m2, m3 = (1, 1, 1, *mask.shape)[-4:]
             kind = (mask.dtype, mask.device, m0, m1)
-            fits = fits and m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k)
-            fits = fits and (type(mask) is Tensor or is_plain(mask)) and mask.dim() <= 4
-        if query.__class__ is not Tensor or key.__class__ is not Tensor or value.__class__ is not Tensor:
-            fits = fits and is_plain(query) and is_plain(key) and is_plain(value)
-        if fits and batch_k == batch == batch_v and heads_v == heads_kv and len_v == len_k and dim_k == dim:
+            fits = (
+                (m0 in (1, batch) and m1 in (1, heads_q) and m2 in (1, len_q) and m3 in (1, len_k))
+                and (type(mask) is Tensor or is_plain(mask))
+                and mask.dim() <= 4
+            )
+        if plan is not None or tables is not None:
+            # By all sizes: validation and the request depend on them. What a processor's tables hold is checked in
+            # each call, and longest lengths that were not given are read from them.
+            kind = (
+                *(kind, type(plan), query.shape, key.shape, value.shape),
+                *(t if t is None or type(t) is int else (type(t), t.shape, t.dtype, t.device) for t in plan or tables),
+            )
+            fits = (
+                fits
+                and query.device.type != "cpu"
+                and (plan is None or tables is None)
+                and (tables is None or tables.cu_seqlens_q is None or None not in options[-2:])
+            )
+        if (
+            fits
+            and (query.__class__ is key.__class__ is value.__class__ is Tensor or all(map(is_plain, operands[:3])))
+            and (batch_k == batch or (tables is not None and tables.page_table is not None))
+            and batch_v == batch_k
+            and (heads_v, len_v, dim_k) == (heads_kv, len_k, dim)
+        ):
             static = (
                 batch,
                 heads_q,

@@ -88,8 +88,9 @@ def stale_keys(s: Subject) -> Measure:
             stale = s.want(case, inputs._replace(**{name: getattr(inputs, name).clone()})).out
             getattr(inputs, name)[-1, -1, -1, -1] += 200
             out = call(*inputs[:3], rng=s.rng(case.request)) if call else s.run(path, case, inputs).out
-            if not explained_share(out, s.want(case, inputs).out, stale) >= 0.5:
-                raise Failure(f"{case}, by {path}: one late element of {name} was changed in place, and not read anew")
+            if not (share := explained_share(out, s.want(case, inputs).out, stale)) >= 0.5:
+                what = f"one late element of {name} was changed in place, and the result does not follow"
+                raise Failure(f"{case}, by {path}: {what} (share {share:.2f})", 1 - share, 0.5)
     return worst
 
 

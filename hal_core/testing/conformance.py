@@ -106,6 +106,8 @@ class Report:
         core: the core's version. seed: draws the same inputs again. quick: fewer cases and draws.
         errors: for each dtype and quantity ("out", "log-sum-exp", "gradient"), the largest error that was found and the
             declared bound.
+        declared: reasons by failed check, where the backend's `nonconformance` names it. They excuse nothing.
+        warning: of the whole report; "" for none.
     """
 
     device: Device
@@ -114,6 +116,8 @@ class Report:
     quick: bool
     results: tuple[CheckResult, ...]
     errors: Mapping[str, Mapping[str, tuple[float, float]]] = attrs.field(factory=dict)
+    declared: Mapping[str, str] = attrs.field(factory=dict)
+    warning: str = ""
 
     @property
     def passed(self) -> bool:
@@ -144,9 +148,22 @@ class Report:
             found = ", ".join(f"{what} {error:.2g} of {bound:.2g}" for what, (error, bound) in by_quantity.items())
             lines.append(f"  {dtype:9} {found}")
         lines += [f"  WARNING, {r.name}: {r.warning}" for r in self.results if r.warning]
+        lines += [f"  WARNING: {self.warning}"] if self.warning else []
         counts = [(sum(r.status is status for r in self.results), status.replace("_", " ")) for status in Status]
         total = ", ".join(f"{count} {status}" for count, status in counts if count)
-        return "\n".join([*lines, f"{'passed' if self.passed else 'FAILED'}: {total}"])
+        return "\n".join([*lines, f"{'passed' if self.passed else 'FAILED'}: {total}", *self._explanation()])
+
+    def _explanation(self) -> list[str]:
+        """Why the device does not conform by its plugin's own account, and which failures that account leaves out."""
+        if not self.declared:
+            return []
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.declared.items():
+            by_reason.setdefault(reason, []).append(name)
+        given = "; ".join(f"{reason} ({', '.join(names)})" for reason, names in by_reason.items())
+        lines = [f"{self.device.id} does not conform, as its plugin declares: {given}"]
+        others = [r.name for r in self.results if r.status is Status.FAILED and r.name not in self.declared]
+        return [*lines, f"not declared by its plugin: {', '.join(others)}"] if others else lines
 
 
 def check_backend(
@@ -186,6 +203,7 @@ def check_backend(
             backend = backend.devices()[0].id
             undo.callback(registry.unregister, backend)
         device = registry.find(backend)[0]
+        reasons, warning = _declared(device)
         run = [name for name in names if name not in unsupported]
         subject, obstacle = _begun(device, seed, quick) if run else (None, "")
         for place, name in enumerate(names):
@@ -201,8 +219,32 @@ def check_backend(
             else:
                 results.append(CheckResult(name=name, status=Status.NOT_RUN, detail=obstacle))
     progress("done", 1.0)
-    errors = {} if subject is None else subject.largest
-    return Report(device=device, core=__version__, seed=seed, quick=quick, results=tuple(results), errors=errors)
+    errors, failed = {} if subject is None else subject.largest, {r.name for r in results if r.status is Status.FAILED}
+    declared = {name: reason for name, reason in reasons.items() if name in failed}
+    return Report(
+        device=device,
+        core=__version__,
+        seed=seed,
+        quick=quick,
+        results=tuple(results),
+        errors=errors,
+        declared=declared,
+        warning=warning,
+    )
+
+
+def _declared(device: Device) -> tuple[Mapping[str, str], str]:
+    """The backend's reasons by check for what it does not pass, and a warning where they cannot be read."""
+    ask = getattr(registry.backend_of(device), "nonconformance", None)
+    if ask is None:
+        return {}, ""
+    try:
+        reasons = ask(device)
+    except Exception as error:  # whatever a device raises is a finding
+        return {}, f"nonconformance() raised {raised_text(error)}"
+    if isinstance(reasons, Mapping) and all(n in CHECKS and isinstance(r, str) for n, r in reasons.items()):
+        return reasons, ""
+    return {}, f"nonconformance() gave {reasons!r}: give reasons by the names of checks, {{}} for none"
 
 
 def _begun(device: Device, seed: int, quick: bool) -> tuple[Subject | None, str]:

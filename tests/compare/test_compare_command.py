@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from hal_cli import main, output
 from hal_cli.progress import Progress
 from hal_compare import assumed, measure, models, tables
@@ -274,6 +275,32 @@ def test_the_cheapest_digital_set_keeps_what_was_asked_for(capsys, encoder, text
     said = " ".join(capsys.readouterr().out.split())
     assert "able:0 +linear: " in said
     assert "of their multiply-accumulates stay on the device, 100.0% of the decisions are kept" in said
+
+
+def test_the_row_of_a_cheapest_set_is_judged_by_noise_that_its_search_did_not_see(
+    capsys, encoder, text, device, monkeypatch
+):
+    device("able", linear_error=0.5, noise=1e-2)
+    seeds, seed_torch, compare_rows = {"search": set(), "row": set()}, torch.manual_seed, measure.compare
+    now = ["search"]
+
+    def seeded(number: int) -> torch.Generator:
+        seeds[now[0]].add(number)
+        return seed_torch(number)
+
+    def compared(*given, **options):
+        now[0] = "row"
+        return compare_rows(*given, **options)
+
+    monkeypatch.setattr(torch, "manual_seed", seeded)
+    monkeypatch.setattr(measure, "compare", compared)
+    assert (
+        compare(encoder, "--text", text, "--devices", "able", "--linear", "able", "--repeats", 2, "--keep", "0.5") == 0
+    )
+    assert len(seeds["search"]) >= 2
+    assert len(seeds["row"]) >= 2
+    assert not seeds["search"] & seeds["row"]
+    assert "the row has other draws of the noise" in " ".join(capsys.readouterr().out.split())
 
 
 def test_named_devices_that_are_all_absent_are_refused_before_anything_runs(capsys, encoder, text):

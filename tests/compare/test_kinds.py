@@ -165,9 +165,16 @@ def test_a_classifier_of_images(folder, images):
 
 def test_an_encoder_of_images_with_feature_maps(folder, images):
     config = transformers.SegformerConfig(
-        hidden_sizes=[8, 16], num_encoder_blocks=2, depths=[1, 1], num_attention_heads=[1, 2], sr_ratios=[2, 1],
-        patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[2, 2], image_size=32,
-    )  # fmt: skip
+        hidden_sizes=[8, 16],
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        num_attention_heads=[1, 2],
+        sr_ratios=[2, 1],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        mlp_ratios=[2, 2],
+        image_size=32,
+    )
     path = folder(transformers.SegformerModel, config, image_processor())
     result = compared(path, media.read([images], media.IMAGES, "images"))
     assert right(result).accuracy.decisions == 5
@@ -210,8 +217,10 @@ def test_wav_files_of_every_width(sounds):
 
 def test_sound_is_resampled_to_the_models_rate(folder, sounds):
     model = models.load(str(folder(transformers.Wav2Vec2ForCTC, WAV2VEC2, extractor())), "float32")
-    shapes = {tuple(batch.features["input_values"].shape) for batch in measure.batches_of(
-        model, media.read([sounds], media.SOUNDS, "wav files"), 2, None).batches}  # fmt: skip
+    shapes = {
+        tuple(batch.features["input_values"].shape)
+        for batch in measure.batches_of(model, media.read([sounds], media.SOUNDS, "wav files"), 2, None).batches
+    }
     assert shapes == {(2, 2400), (2, 1800)}
 
 
@@ -257,9 +266,15 @@ def test_a_model_whose_code_computes_attention_itself(folder, text):
 
 def test_a_model_whose_attention_no_mask_says(folder, text):
     config = transformers.LongformerConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        attention_window=[4], max_position_embeddings=40, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        attention_window=[4],
+        max_position_embeddings=40,
+        pad_token_id=0,
+    )
     result = compared(folder(transformers.LongformerModel, config), texts.read([text]))
     assert "LongformerSelfAttention" in " ".join(result.rows[-1].refusals)
 

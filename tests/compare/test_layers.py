@@ -97,6 +97,14 @@ def test_measured_layers_have_a_spread_over_the_repeats(encoder, text):
     assert 0 < block.time_share < 1
 
 
+def test_measured_layers_are_shares_of_their_own_pass_and_the_table_says_so(encoder, text):
+    result = compared(encoder, text, ["cpu:0"], repeats=1)
+    found = row(result, "cpu:0")
+    assert sum(layer.time_share or 0 for layer in found.layers) == pytest.approx(1)
+    said = " ".join(layers_report.tables(result)[-1].notes)
+    assert "measured times are of a pass of their own" in said
+
+
 def test_a_compiled_model_has_no_layers_and_says_so(encoder, text, device):
     fake = device("fake", compiles="hal_compare_test_layers")
     result = compared(encoder, text, [fake], compiled=[fake])

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import full
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import hal_core as hal
-from hal_core import BlockPlan, ContractError, SequenceMetadata
+from hal_core import BlockPlan, ContractError, Range, SequenceMetadata
 from hal_core.frontend import dispatch
 from hal_core.frontend.operands import Operands
 from hal_core.frontend.validation import CallOptions, build_request
@@ -91,3 +92,104 @@ def test_hal_check_reads_tables_wherever_they_lie(cpu: str, monkeypatch: pytest.
                     bound(*given[:3], tables=tables)
             else:
                 bound(*given[:3], tables=given.tables)
+
+
+class Elsewhere:
+    """Tensors of an accelerator: on the meta device, and taken for tensors with data."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.described = 0
+        plain = dispatch.describe
+
+        def describe(*given: Any) -> Any:
+            self.described += 1
+            return plain(*given)
+
+        monkeypatch.setattr(dispatch, "is_fake", lambda tensor: False)
+        monkeypatch.setattr(dispatch, "describe", describe)
+
+    def find(self, operands: Operands, **options: Any) -> Any:
+        return dispatch.find(operands, 0, tuple(CallOptions(**options)), ("elsewhere", None, None, None, None))
+
+
+@pytest.fixture
+def elsewhere(fake: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    features = full().features | {"packed", "paged", "used_lengths"}
+    fake("elsewhere", reads=("meta",), capabilities=full(features=features, page_sizes=Range(1)))
+    return Elsewhere(monkeypatch)
+
+
+LENGTHS = {"max_seqlen_q": 100, "max_seqlen_k": 100}
+
+
+@pytest.mark.parametrize(
+    ("operands", "options"), [(packed, LENGTHS), (paged, {}), (planned, {})], ids=["packed", "paged", "block plan"]
+)
+def test_a_call_with_tables_or_a_plan_is_described_once(
+    elsewhere: Elsewhere, operands: Callable[[str], Operands], options: dict[str, Any]
+) -> None:
+    first = elsewhere.find(operands("meta"), **options)
+    assert elsewhere.find(operands("meta"), **options) is first
+    assert elsewhere.described == 1
+
+
+def _longer(given: Tensor, place: int, by: int) -> Tensor:
+    shape = list(given.shape)
+    shape[place] += by
+    return given.new_empty(shape)
+
+
+@pytest.mark.parametrize("change", ["tokens", "sequences", "dtype", "longest", "unknown"])
+def test_packed_calls_of_other_sizes_are_described_anew(elsewhere: Elsewhere, change: str) -> None:
+    elsewhere.find(packed("meta"), **LENGTHS)
+    given, options = packed("meta"), dict(LENGTHS)
+    if change == "tokens":
+        tensor = _longer(given.query, 2, 1)
+        given = given._replace(query=tensor, key=tensor, value=tensor)
+    elif change == "sequences":
+        ends = _longer(given.tables.cu_seqlens_q, 0, 1)
+        given = given._replace(tables=SequenceMetadata(ends, ends))
+    elif change == "longest":
+        options["max_seqlen_q"] = 101
+    elif change == "unknown":  # the tables are read
+        options["max_seqlen_q"] = None
+    else:
+        given = given._replace(tables=SequenceMetadata(*(end.long() for end in given.tables[:2])))
+    if change in ("dtype", "unknown"):
+        with pytest.raises((ContractError, RuntimeError)):
+            elsewhere.find(given, **options)
+    else:
+        elsewhere.find(given, **options)
+    assert elsewhere.described == 2
+
+
+@pytest.mark.parametrize("change", ["rows", "blocks", "kind", "device"])
+def test_a_plan_that_does_not_fit_is_refused_after_one_that_did(elsewhere: Elsewhere, change: str) -> None:
+    given = planned("meta")
+    elsewhere.find(given)
+    plan: Any = given.plan
+    changed = {
+        "rows": plan._replace(counts=_longer(plan.counts, 2, 1)),
+        "blocks": plan._replace(block_q=32),
+        "kind": tuple(plan),
+        "device": plan._replace(indices=torch.empty(plan.indices.shape, dtype=torch.int32)),
+    }[change]
+    with pytest.raises(ContractError, match="block_plan"):
+        elsewhere.find(given._replace(plan=changed))
+
+
+def test_pages_that_do_not_match_their_values_are_refused_after_some_that_did(elsewhere: Elsewhere) -> None:
+    given = paged("meta")
+    elsewhere.find(given)
+    with pytest.raises(ContractError, match=r"key .* and value"):
+        elsewhere.find(given._replace(value=_longer(given.value, 0, 1)))
+
+
+def test_tables_of_a_processor_are_checked_in_each_call(fake: Callable[..., Any]) -> None:
+    fake("here", capabilities=full(features=full().features | {"packed"}))
+    given, options = packed("cpu"), tuple(CallOptions(**LENGTHS))
+    overrides = ("here", None, None, None, None)
+    dispatch.find(given, 0, options, overrides)
+    ends = torch.tensor([0, 200, 156, 256], dtype=torch.int32)
+    with pytest.raises(ContractError, match="start at 0"):
+        dispatch.find(given._replace(tables=SequenceMetadata(ends, ends)), 0, options, overrides)

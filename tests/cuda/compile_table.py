@@ -233,7 +233,7 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
             found[name] = partial(backward.compile_backward, "bf16", config)
             if max(dims) <= 128 and edge in ("full", "causal"):
-                ordered = config._replace(ordered=True, engine=True)
+                ordered = config._replace(ordered=True, engine=True, stages=2, staging=2)
                 if edge == "full":
                     found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
                     dropped = config._replace(dropout=True)
@@ -395,7 +395,7 @@ def foreign_variants() -> dict[str, tuple[Callable[[], Any], int]]:
 def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
     """The Triton kernels beside attention, 16-bit and aligned; the Hopper kernel of fused_gelu_linear on 9.0."""
     from hal_cuda.kernels import triton_paged_kv_cache_append, triton_paged_kv_cache_read, triton_rope_precompute_freqs
-    from hal_cuda.kernels.extra import forms, gelu_linear, paged, reductions, rope
+    from hal_cuda.kernels.extra import block_choice, block_scores, forms, gelu_linear, paged, reductions, rope
     from hal_cuda.kernels.extra.gelu_config import GeluConfig
 
     chip = Chip(index=0, capability=capability, multiprocessors=132, shared_memory=99 << 10)
@@ -406,7 +406,8 @@ def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
 
     q, pool, x, b = empty(2, 8, 1024, 128), empty(16, 2, 8, 16, 128), empty(512, 512), empty(512)
     slots, tables = torch.zeros(64, dtype=torch.int32), (empty(1024, 64, dtype=torch.float32),) * 2
-    heads = empty(64, 8, 128)
+    heads, unmarked = empty(64, 8, 128), torch.zeros(256, 256, dtype=torch.bool)
+    choice = empty(1, 2, 256, 256, dtype=torch.float32), unmarked, unmarked
     calls: dict[str, Callable[[], Any]] = {
         "row sums": lambda: reductions._run(empty(4096, 8192), empty(4096), 4096, 8192, 1, largest=False),
         "column sums": lambda: reductions._run(empty(64, 8192, 256), empty(64, 256), 64, 8192, 256, largest=False),
@@ -415,12 +416,17 @@ def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
         "rope table": lambda: triton_rope_precompute_freqs(128, 128, device="cpu"),
         "paged append": lambda: triton_paged_kv_cache_append(pool, slots, heads, heads),
         "paged read": lambda: triton_paged_kv_cache_read(pool, slots.view(4, 16), slots[:4], 256),
+        "pooled rows": lambda: block_scores.triton_pool_rows(q, 16),
+        "pooled extremes": lambda: block_scores.triton_pool_extremes(q, 128),
+        "squares": lambda: block_scores.triton_square_sums(empty(1, 2, 64, 2048), 8, 8, 16),
+        "squares of long rows": lambda: block_scores.triton_square_sums(empty(1, 2, 64, 8192), 8, 8, 16, None, 0),
+        "chosen blocks": lambda: block_choice.triton_choose_blocks(*choice, 100),
         "product": lambda: gelu_linear.portable(x, x, b, x, False),
         "product stored [K, N]": lambda: gelu_linear.portable(x, x.T, None, x, True),
     }
     found: dict[str, Callable[[], Any]] = {}
     with ExitStack() as stack:
-        for module in (reductions, rope, paged, gelu_linear):
+        for module in (reductions, rope, paged, gelu_linear, block_scores, block_choice):
             stack.enter_context(mock.patch.object(module, "launcher", _recorded_extra))
             stack.enter_context(mock.patch.object(module, "chip_of", return_value=chip))
             stack.enter_context(mock.patch.object(module.binaries, "INTERPRETED", True))  # tensors on the host
@@ -428,6 +434,9 @@ def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
             before = len(_launched)
             call()
             found[name] = _launched[before]
+            found |= {f"{name}, {after}": made for after, made in enumerate(_launched[before + 1 :], 1)}
+    for kept in (block_scores._pooling, block_scores._summing, block_choice._launchers):
+        kept.cache_clear()  # of launchers that do nothing
     if capability == (9, 0):
         for config in (GeluConfig(), GeluConfig(tanh=True, w_rows=True), GeluConfig(bias=False)):
             found[f"product hopper {config}"] = partial(gelu_linear.compile_hopper, "bf16", config)

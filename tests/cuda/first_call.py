@@ -1,4 +1,5 @@
-"""Seconds of the first calls of a process, printed as JSON. Run by test_gpu_warm.py in a process of its own.
+"""What the first calls of a process cost, printed as JSON: seconds, and the compilers that they started. Run by
+test_gpu_warm.py and benchmarks/cuda_first_calls.py in a process of its own.
 
 python tests/cuda/first_call.py [head size] [query heads] [key heads]
 """
@@ -9,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,16 @@ import torch
 dim, heads, heads_kv = (int(word) for word in (sys.argv[1:] or ("128", "8", "8")))
 torch.zeros(1, device="cuda")
 took: dict[str, float] = {}
+#: Names of the programs that were started, Triton's assembler and the C compiler among them.
+started: list[str] = []
+
+
+def _note(event: str, details: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen":
+        started.append(Path(str(details[0] or details[1][0])).name)
+
+
+sys.addaudithook(_note)
 
 
 def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -57,7 +69,8 @@ def main() -> None:
     out = timed("unmodified", lambda: sdpa(*trained, is_causal=True, enable_gqa=heads != heads_kv))
     timed("unmodified backward", lambda: torch.autograd.grad(out, trained, grad))
     timed("again", lambda: hal.attention(query.detach(), key.detach(), value.detach(), is_causal=True, **options))
-    print(json.dumps({"seconds": took, "own": sum(hal_cuda.sdpa_statistics().own.values())}))
+    own = sum(hal_cuda.sdpa_statistics().own.values())
+    print(json.dumps({"seconds": took, "own": own, "started": started}))
 
 
 if __name__ == "__main__":

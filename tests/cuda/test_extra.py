@@ -47,6 +47,8 @@ TWINS = [
     "paged_kv_cache_append",
     "paged_kv_cache_read",
 ]
+#: What there is in Triton alone, for plans of sparse attention.
+ALONE = ["pool_rows", "pool_extremes", "square_sums", "choose_blocks"]
 TARGETS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0))
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -63,14 +65,14 @@ print(sorted(dir(hal_cuda.kernels)))
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert found[0] == "[]"
-    assert {*NAMED, *(f"triton_{name}" for name in TWINS)} <= set(re.findall(r"'(\w+)'", found[1]))
+    assert {*NAMED, *(f"triton_{name}" for name in (*TWINS, *ALONE))} <= set(re.findall(r"'(\w+)'", found[1]))
 
 
 @TRITON
 def test_every_public_name_is_there() -> None:
     from hal_cuda import kernels
 
-    for name in (*NAMED, *(f"triton_{name}" for name in TWINS)):
+    for name in (*NAMED, *(f"triton_{name}" for name in (*TWINS, *ALONE))):
         assert callable(getattr(kernels, name)), name
     with pytest.raises(AttributeError, match="has no attribute 'triton_vector_add'"):
         kernels.triton_vector_add  # noqa: B018
@@ -84,7 +86,11 @@ def test_every_kernel_that_a_session_offers_is_specified() -> None:
 
     with mock.patch.object(provided, "find_spec", return_value=object()):
         offered = provided.names()
-    assert {*(name for name in NAMED if name in TWINS), *(f"triton_{name}" for name in TWINS), "vector_add"} == offered
+    assert {
+        *(name for name in NAMED if name in TWINS),
+        *(f"triton_{name}" for name in (*TWINS, *ALONE)),
+        "vector_add",
+    } == offered
     assert offered <= set(registry.kernel_specs())
     with mock.patch.object(provided, "find_spec", return_value=None):
         left = provided.names()
@@ -232,7 +238,7 @@ def test_triton_kernels_compile(capability: tuple[int, int]) -> None:
         ptx = made.asm["ptx"]
         if "product" not in name and "table" not in name:
             assert re.search(r"ld\.global\S*\.v4\.", ptx), name
-            assert "sum" in name or re.search(r"st\.global\S*\.v4\.", ptx), name
+            assert re.search("sum|pool|squares|chosen", name) or re.search(r"st\.global\S*\.v4\.", ptx), name
 
 
 @TRITON

@@ -416,9 +416,14 @@ def test_the_portable_path_in_the_memory_of_a_smaller_chip(gpu: str, seed: int, 
 def test_a_model_of_transformers_trains_unmodified(own: None, seed: int) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=1000, attn_implementation="sdpa",
-    )  # fmt: skip
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1000,
+        attn_implementation="sdpa",
+    )
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16)
     tokens = torch.randint(0, 1000, (2, 300), device="cuda")

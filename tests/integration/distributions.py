@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Built by a compiler and not by setuptools, so a machine may be without it; tests/cpu_native builds its wheel.
+COMPILED = ROOT / "libs" / "cpu_native"
 FOLDERS = [
     ROOT,
-    *sorted(p.parent for g in ("plugins", "libs", "extensions") for p in ROOT.glob(f"{g}/*/pyproject.toml")),
+    *sorted(
+        p.parent
+        for g in ("plugins", "libs", "extensions")
+        for p in ROOT.glob(f"{g}/*/pyproject.toml")
+        if p.parent != COMPILED
+    ),
 ]
 
 
@@ -44,11 +51,18 @@ class Distribution(NamedTuple):
 
 
 def distributions() -> list[Distribution]:
-    every = []
-    for folder in FOLDERS:
-        settings = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
-        every.append(Distribution(folder, settings["project"], settings["tool"]))
-    return every
+    """Those that setuptools builds."""
+    return [_read(folder) for folder in FOLDERS]
+
+
+def compiled() -> Distribution:
+    """The one that a compiler builds."""
+    return _read(COMPILED)
+
+
+def _read(folder: Path) -> Distribution:
+    settings = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    return Distribution(folder, settings["project"], settings["tool"])
 
 
 def copy(distribution: Distribution, target: Path) -> Path:

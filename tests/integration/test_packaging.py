@@ -51,7 +51,8 @@ def test_dependencies_between_distributions_are_of_one_series(distribution):
     """A plugin runs on the core of its own minor version. An extra of a dependency pinned already needs no range."""
     pattern = re.compile(r"^(hal-[a-z-]+)(\[[a-z,]+\])?(.*)$")
     ours = [match for match in map(pattern.match, distribution.requirements) if match]
-    assert all(match[1] in NAMES for match in ours), f"not in this repository: {[match[0] for match in ours]}"
+    known = {*NAMES, tree.compiled().name}
+    assert all(match[1] in known for match in ours), f"not in this repository: {[match[0] for match in ours]}"
     pinned = {match[1] for match in ours if match[3] == f"~={SERIES}.0"}
     loose = {match[0] for match in ours if match[1] not in pinned | {distribution.name}}
     assert not loose, f"{distribution.folder}/pyproject.toml: write ~={SERIES}.0 behind {loose}"
@@ -99,6 +100,7 @@ def test_an_sdist_builds_a_wheel_on_its_own(name, tmp_path):
 
 def test_mypy_is_told_of_every_package():
     settings = tomllib.loads((tree.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
-    assert sorted(settings["packages"]) == sorted(distribution.package for distribution in EVERY)
-    folders = {f"$MYPY_CONFIG_FILE_DIR/{d.folder.relative_to(tree.ROOT)}" for d in EVERY if d.folder != tree.ROOT}
+    every = [*EVERY, tree.compiled()]
+    assert sorted(settings["packages"]) == sorted(distribution.package for distribution in every)
+    folders = {f"$MYPY_CONFIG_FILE_DIR/{d.folder.relative_to(tree.ROOT)}" for d in every if d.folder != tree.ROOT}
     assert set(settings["mypy_path"]) == folders

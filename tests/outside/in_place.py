@@ -1,7 +1,8 @@
 """A pytest plugin: hal in the place of torch's attention function and module, and every test's outcome in a file.
 
 HAL_OUTSIDE_OWN=1 puts hal there; HAL_OUTSIDE_LOG names the file; HAL_OUTSIDE_EVERY=n leaves every n-th test of a family
-of more than `LARGE`: a prime number meets all values of parameters that are multiplied out.
+of more than `LARGE`: a prime number meets all values of parameters that are multiplied out. HAL_OUTSIDE_MOST=n runs at
+most n tests that the file does not have, spread over the families, so that a run can be left and gone on with.
 """
 
 from __future__ import annotations
@@ -33,8 +34,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         families.setdefault(item.nodeid.partition("_cpu_")[0], []).append(item)
     chosen = {test for tests in families.values() for test in tests[:: every if len(tests) > LARGE else 1]}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
-    _write({"collected": sum(map(len, families.values()))})
+    # Families take turns, and each goes through its parameters in steps: what a run has when it is left is a sample.
+    turns = [(turn / len(tests), item) for tests in families.values() for turn, item in enumerate(_in_steps(tests))]
+    ordered = [item for _, item in sorted(turns, key=lambda one: one[0]) if item in chosen]
+    done = {record.get("began") for record in read_log(Path(os.environ["HAL_OUTSIDE_LOG"]))}
+    left = [item for item in ordered if _named(item.nodeid) not in done]
+    items[:] = left[: int(os.environ.get("HAL_OUTSIDE_MOST", len(left)))]
+    _write({"collected": sum(map(len, families.values())), "left": len(left)})
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -44,11 +50,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         counted.revert()
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write({"began": _named(nodeid)})  # a test that ends the process is not met again
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         crash: Any = getattr(report.longrepr, "reprcrash", None)
         why = "" if crash is None else str(crash.message)
-        _write({"test": report.nodeid.partition("::")[2], "outcome": report.outcome, "why": why})
+        _write({"test": _named(report.nodeid), "outcome": report.outcome, "why": why})
+
+
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The records of a log, but for a last line that was not finished."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _named(nodeid: str) -> str:
+    return nodeid.partition("::")[2]
+
+
+def _in_steps(tests: list[pytest.Item]) -> list[pytest.Item]:
+    """Every STEP-th test, then those beside them."""
+    return [test for first in range(STEP) for test in tests[first::STEP]]
 
 
 def _write(record: dict[str, Any]) -> None:
@@ -58,4 +83,6 @@ def _write(record: dict[str, Any]) -> None:
 
 #: Tests of one function, from which on one in HAL_OUTSIDE_EVERY is run.
 LARGE = 300
+#: A prime number: a step meets all values of parameters that are multiplied out.
+STEP = 37
 _KEY = pytest.StashKey[Any]()

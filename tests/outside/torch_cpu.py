@@ -6,7 +6,8 @@ The checkout should be of the PyTorch that is installed. `F.scaled_dot_product_a
 `hal_nn.override_sdpa`'s function, and nn.MultiheadAttention is hal_nn.PhotonicMultiHeadAttention. A test that fails
 with hal alone is printed; one that only wants an error of another type, wants torch's fused operator to be called, or
 compares with torch's own drawing of dropout, is counted apart. The exit code is 1 where another one is left.
-`--record` writes the counts to docs/benchmarks/outside_torch_cpu.json.
+`--record` writes the counts to docs/benchmarks/outside_torch_cpu.json, after every `--part` tests anew. With `--logs` a
+run that was stopped goes on where it was: a part runs with torch, then the same with hal.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from in_place import read_log
+
 HERE = Path(__file__).resolve().parent
 RECORD = HERE.parents[1] / "docs" / "benchmarks" / "outside_torch_cpu.json"
 #: Files of a checkout's test folder, and the tests that are about attention on the CPU; "" for all.
@@ -37,54 +40,89 @@ OTHER_ERROR = re.compile(
 )
 
 
-def outcomes(folder: Path, own: bool, log: Path, every: int) -> tuple[dict[str, dict[str, Any]], int, int]:
-    """(every test's outcome, calls that hal ran, tests that there are)."""
-    for file in (name for name in FILES if (folder / name).exists()):
-        environment = os.environ | {
-            "HAL_OUTSIDE_OWN": str(int(own)),
-            "HAL_OUTSIDE_LOG": str(log),
-            "HAL_OUTSIDE_EVERY": str(every),
-            "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cpu",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(folder), os.environ.get("PYTHONPATH", "")]),
-        }
-        command = [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "in_place", "-p", "no:cacheprovider", "--noconftest"),
-            *("-c", os.devnull, "--rootdir", str(folder), "-k", FILES[file], str(folder / file)),
-        ]
-        with log.with_suffix(".txt").open("a") as text:
-            subprocess.run(command, cwd=folder, env=environment, stdout=text, stderr=text, check=False)
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    calls, collected = (sum(one.get(name, 0) for one in records) for name in ("calls", "collected"))
-    return {one["test"]: one for one in records if "test" in one}, calls, collected
+def run_part(folder: Path, file: str, own: bool, log: Path, every: int, most: int) -> None:
+    """Run at most `most` tests of a file that the log does not have."""
+    environment = os.environ | {
+        "HAL_OUTSIDE_OWN": str(int(own)),
+        "HAL_OUTSIDE_LOG": str(log),
+        "HAL_OUTSIDE_EVERY": str(every),
+        "HAL_OUTSIDE_MOST": str(most),
+        "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(folder), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "in_place", "-p", "no:cacheprovider", "--noconftest"),
+        *("-c", os.devnull, "--rootdir", str(folder), "-k", FILES[file], str(folder / file)),
+    ]
+    with log.with_suffix(".txt").open("a") as text:
+        subprocess.run(command, cwd=folder, env=environment, stdout=text, stderr=text, check=False)
+
+
+def outcomes(log: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(every test's outcome, one that ended the process failed; calls that hal ran)."""
+    records = read_log(log)
+    found = {
+        one["began"]: {"test": one["began"], "outcome": "failed", "why": "ended the process"}
+        for one in records
+        if "began" in one
+    }
+    found |= {one["test"]: one for one in records if "test" in one}
+    return found, sum(one.get("calls", 0) for one in records)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--every", type=int, default=1, help="of functions of more than 300 tests run every n-th alone")
+    parser.add_argument("--part", type=int, default=400, help="tests of a part")
     parser.add_argument("--source", default="PyTorch's own checkout", help="where the tests are from, for the record")
-    parser.add_argument("--logs", help="keep pytest's output in this folder")
+    parser.add_argument("--logs", help="keep outcomes and pytest's output in this folder, and go on with what it has")
     options = parser.parse_args()
     given = os.environ.get("TORCH_TESTS")
     if not given or not Path(given).is_dir():
         print("TORCH_TESTS names no folder: pass the folder `test` of a PyTorch checkout")
         return 2
+    folder = Path(given).resolve()
+    files = [name for name in FILES if (folder / name).exists()]
+    code = 2
+    with tempfile.TemporaryDirectory() as made:
+        logs = Path(options.logs or made).resolve()
+        logs.mkdir(parents=True, exist_ok=True)
+        pair = logs / "torch.log", logs / "hal.log"
+        collected = {}
+        for file in reversed(files):  # the short one first
+            left = 1
+            while left:  # a part of no test ends it: a part may have ended early
+                left = 0
+                for log, own in zip(pair, (False, True), strict=True):
+                    run_part(folder, file, own, log, options.every, options.part)
+                    state = next(one for one in reversed(read_log(log)) if "left" in one)
+                    collected[file], left = state["collected"], left + state["left"]
+                whole = file == files[0] and not left
+                code = report(*judged(*pair, options, sum(collected.values()), whole))
+    return code
+
+
+def judged(
+    torch_log: Path, hal_log: Path, options: argparse.Namespace, collected: int, whole: bool
+) -> tuple[Any, Any, int, dict[str, str], bool]:
+    """The arguments of `report` from two logs: the tests that both have, or all of torch's where the run is whole."""
     import torch
 
-    with tempfile.TemporaryDirectory() as made:
-        logs = Path(options.logs or made)
-        logs.mkdir(parents=True, exist_ok=True)
-        for old in logs.glob("*.log"):
-            old.unlink()
-        before, _, collected = outcomes(Path(given).resolve(), False, logs / "torch.log", options.every)
-        after, calls, _ = outcomes(Path(given).resolve(), True, logs / "hal.log", options.every)
+    before, _ = outcomes(torch_log)
+    after, calls = outcomes(hal_log)
+    if not whole:
+        before = {name: one for name, one in before.items() if name in after}
+    chosen = f"{len(before)} of {collected}"
+    if options.every > 1:
+        chosen += f", of functions of more than 300 tests one in {options.every}"
     conditions = {
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "tests": options.source,
-        "chosen": f"{len(before)} of {collected}, of functions of more than 300 tests one in {options.every}",
+        "chosen": chosen,
     }
-    return report(before, after, calls, conditions, options.record)
+    return before, after, calls, conditions, options.record
 
 
 def report(before: Any, after: Any, calls: int, conditions: dict[str, str], record: bool) -> int:

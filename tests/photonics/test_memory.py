@@ -123,11 +123,21 @@ def test_the_peak_of_a_call_is_its_estimate(device: str, name: str, draw: torch.
     peak = peak_of(lambda: hal.attention(*operands, backend=device, rng=(1, 2), **options))
     found = registry.find(device)[0]
     asked = AttentionRequest(
-        batch, heads_q, heads_kv, len_q, len_k, dim, dim_v, str(dtype).removeprefix("torch."),
+        batch,
+        heads_q,
+        heads_kv,
+        len_q,
+        len_k,
+        dim,
+        dim_v,
+        str(dtype).removeprefix("torch."),
         mask=(MaskKind.BOOLEAN if boolean else MaskKind.ADDITIVE) if heads else MaskKind.NONE,
-        mask_heads=max(heads, 1), softcap=options.get("softcap"), window=options.get("window"),
-        causal=hal.Causal.TOP_LEFT if options.get("is_causal") else hal.Causal.NONE, lse="return_lse" in options,
-    )  # fmt: skip
+        mask_heads=max(heads, 1),
+        softcap=options.get("softcap"),
+        window=options.get("window"),
+        causal=hal.Causal.TOP_LEFT if options.get("is_causal") else hal.Causal.NONE,
+        lse="return_lse" in options,
+    )
     stated = registry.backend_of(found).estimate(asked, found).memory
     assert abs(stated - peak) <= 0.1 * peak + 65536, f"{stated:,} stated, {peak:,} allocated"
 

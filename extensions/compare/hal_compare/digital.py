@@ -19,6 +19,10 @@ from .metrics import Outputs, Tally, read_outputs
 from .models import Float64Throughout, Model, in_float64
 from .texts import TextFile
 
+#: Draws of the noise in the search have seeds from here on, those of the comparison's rows begin at 0: the search picks
+#: sets that its own draws happen to favour, so the row that it is for is judged by others.
+SEARCH_SEED = 1 << 32
+
 
 class Chosen(NamedTuple):
     """What was found for one row."""
@@ -33,7 +37,8 @@ class Chosen(NamedTuple):
         return (
             f"{self.name}: {len(found.layers)} of {len(found.damage)} linear layers stay digital, "
             f"{found.device_share:.1%} of their multiply-accumulates stay on the device, {found.score:.1%} of the "
-            f"decisions are kept ({found.tried} sets were tried): {', '.join(found.layers) or 'none is digital'}"
+            f"decisions are kept in the search ({found.tried} sets were tried; the row has other draws of the noise): "
+            f"{', '.join(found.layers) or 'none is digital'}"
         )
 
 
@@ -118,7 +123,7 @@ class _Judge:
     def _run(self, lane: Lane, draw: int) -> Tally:
         tally, batches = Tally(len(self._tokens.lengths)), self._tokens.batches
         for number, (batch, exact) in enumerate(zip(batches, self._exact, strict=True)):
-            torch.manual_seed(draw * len(batches) + number)
+            torch.manual_seed(SEARCH_SEED + draw * len(batches) + number)
             with torch.no_grad(), clocked(Clock(lane.place)):
                 outputs = lane.forward(batch)
             tally.add(batch, read_outputs(outputs, batch, self._model.kind, self._model.pooling), exact)

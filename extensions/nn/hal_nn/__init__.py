@@ -45,6 +45,8 @@ _WHERE = {name: module for module, names in _NAMES.items() for name in names.spl
 _OTHER_PACKAGES = {
     "hal_parallel": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention "
     "create_ring_attention",
+    "hal_precision": "FP8AttentionConfig FP8Config FP8LinearLayer FP8TrainingEngine FusionConfig FusionStrategy "
+    "OptimizationLevel PrecisionFormat QuantizationMode UltraPrecisionModule UnifiedAttentionFusion",
     "hal_router": "AdaptiveRouter PerformanceMetrics WorkloadCharacteristics",
 }
 _PACKAGES = {name: package for package, names in _OTHER_PACKAGES.items() for name in names.split()}

@@ -2,7 +2,7 @@
 used.
 """
 
-from hal_core.plugin_api import BackendSpec, hookimpl
+from hal_core.plugin_api import BackendSpec, Table, hookimpl
 
 
 @hookimpl
@@ -15,3 +15,12 @@ def hal_backends(api_version: tuple[int, int]) -> list[BackendSpec]:
             install_hint="pip install 'hal-cpu[torch]'",
         )
     ]
+
+
+@hookimpl
+def hal_doctor() -> list[Table]:
+    """Whether the optional compiled kernels are there, and what to do where they are not."""
+    from .paths import why_no_native_module
+
+    why = why_no_native_module()
+    return [Table("CPU kernels", ["package", "state"], [["hal-cpu-native", why or "compiled kernels are used"]])]

@@ -25,6 +25,7 @@ from hal_core.plugin_api import (
 
 from .cost import Rates, estimate
 from .discovery import this_machine, torch_threads
+from .paths import native_module, use_gains
 from .tiling import LARGEST_BLOCK
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class CpuBackend:
                 reads=("cpu",),
                 memory=machine.memory,
                 driver=f"torch {version}",
-                features=(f"{machine.cores} cores", *machine.simd),
+                features=(f"{machine.cores} cores", *machine.simd, *(["hal-cpu-native"] if native_module() else [])),
             )
         ]
 
@@ -139,13 +140,19 @@ class CpuBackend:
         """Time from `hal calibrate`'s measurements, else modelled from assumed rates with a wide interval. No
         energy.
         """
+        return estimate(request, self._loaded(device), torch_threads())
+
+    def _loaded(self, device: Device) -> Rates:
+        """The rates in force; the gains of compiled kernels are in force from the first time on."""
         if self._rates is None:
             self._rates = _stored_rates(device) or Rates.assumed(this_machine())
-        return estimate(request, self._rates, torch_threads())
+            use_gains(self._rates.gains)
+        return self._rates
 
     def open(self, device: Device) -> CpuSession:
         from .session import CpuSession
 
+        self._loaded(device)
         return CpuSession(device)
 
     def calibrate(self, device: Device, progress: Callable[[str, float], None]) -> dict[str, Any]:
@@ -154,6 +161,7 @@ class CpuBackend:
 
         values = measure(self.open(device), progress)
         self._rates = Rates.measured(values, this_machine())
+        use_gains(self._rates.gains)
         return values
 
 

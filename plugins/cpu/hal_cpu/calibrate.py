@@ -16,7 +16,7 @@ from hal_core.plugin_api import AttentionRequest, MaskKind
 
 from .cost import Rates, estimate
 from .discovery import this_machine
-from .paths import path_of
+from .paths import compiled_path, native_module, offering, path_of, use_gains
 from .session import CpuSession
 
 Progress = Callable[[str, float], None]
@@ -48,13 +48,15 @@ def measure(session: CpuSession, progress: Progress) -> dict[str, Any]:
     values["products"] = {dtype: _product_rate(dtype) for dtype in _DTYPES}
     values["calls"], values["rates"] = {}, {}
     samples = _samples()
-    for number, (path, dtype, tiny, large) in enumerate(samples):
-        progress(f"attention, {path} in {dtype}", 0.2 + 0.5 * number / len(samples))
-        if path not in values["calls"]:
-            values["calls"][path] = _attention_seconds(session, tiny, 0.2)
-        seconds = _attention_seconds(session, large, 0.5)
-        busy = max(seconds - values["calls"][path], 0.1 * seconds)
-        values["rates"][f"{path} {dtype}"] = large.visible_macs / busy
+    with offering("never"):
+        for number, (path, dtype, tiny, large) in enumerate(samples):
+            progress(f"attention, {path} in {dtype}", 0.2 + 0.4 * number / len(samples))
+            if path not in values["calls"]:
+                values["calls"][path] = _attention_seconds(session, tiny, 0.2)
+            _keep_rate(values, path, large, _attention_seconds(session, large, 0.5))
+    if native_module():
+        values["gains"] = _gains(session, lambda part: progress("compiled kernels", 0.6 + 0.1 * part), values)
+        use_gains(values["gains"])  # the grid is of the paths that will run
     values["grid"], worst = [], _LEAST_SPREAD
     rates = Rates.measured(values | {"spread": 1.0}, this_machine())
     grid = _grid()
@@ -74,6 +76,78 @@ def measure(session: CpuSession, progress: Progress) -> dict[str, Any]:
         )
     progress("done", 1.0)
     return values
+
+
+def _keep_rate(values: dict[str, Any], path: str, request: AttentionRequest, seconds: float) -> None:
+    busy = max(seconds - values["calls"][path], 0.1 * seconds)
+    values["rates"][f"{path} {request.dtype}"] = request.visible_macs / busy
+
+
+def _gains(
+    session: CpuSession, progress: Callable[[float], None], values: dict[str, Any]
+) -> dict[str, list[tuple[float, float]]]:
+    """Torch's time over that of the compiled kernels, see `paths.Gains`: the lower of two measurements, each the median
+    ratio of calls in turn. Adds the compiled paths' rates and host times to `values`.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    pairs = _compiled_samples()
+    for number, (name, request) in enumerate(pairs):
+        progress(number / len(pairs))
+        with offering("always"):
+            path = compiled_path(request)
+            assert path is not None
+            compiled = session.bind(request)
+            if path not in values["calls"]:
+                few = replace(request, heads_q=1, heads_kv=1, len_q=min(request.len_q, 32), len_k=32)
+                values["calls"][path] = _attention_seconds(session, few, 0.1)
+        with offering("never"):
+            torchs = session.bind(request)
+        ratios, seconds = _in_turn(request, torchs, compiled)
+        found.setdefault(name, []).append((float(request.visible_macs), ratios))
+        _keep_rate(values, path, request, seconds)
+    return found
+
+
+def _compiled_samples() -> list[tuple[str, AttentionRequest]]:
+    """(name of the gain, request), the work of each name growing."""
+    samples = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        for heads, length in ((8, 64), (8, 256), (8, 1024)):
+            samples.append((f"compiled {dtype}", AttentionRequest(1, heads, heads, length, length, 64, 64, dtype)))
+        for length in (512, 4096):
+            samples.append((f"streamed {dtype}", AttentionRequest(1, 16, 16, 1, length, 64, 64, dtype)))
+            samples.append((f"streamed shared {dtype}", AttentionRequest(1, 16, 4, 1, length, 64, 64, dtype)))
+    with offering("always"):
+        return [
+            (name, request) for name, request in samples if (path := compiled_path(request)) and name.startswith(path)
+        ]
+
+
+def _in_turn(
+    request: AttentionRequest, torchs: Callable[..., Any], compiled: Callable[..., Any]
+) -> tuple[float, float]:
+    """(torch's time over the compiled kernel's, the compiled kernel's seconds). The path is chosen when a call
+    runs, so each is called under the offer that it was bound under.
+    """
+    operands = _draw(request)
+
+    def timed(call: Callable[..., Any], offer: Any) -> float:
+        with offering(offer):
+            start = time.perf_counter()
+            call(*operands, None, None, None, None)
+            return time.perf_counter() - start
+
+    ratios, fastest = [], float("inf")
+    for _ in range(2):
+        pairs: list[tuple[float, float]] = []
+        timed(torchs, "never")  # warms up, as the next line does
+        timed(compiled, "always")
+        begun = time.perf_counter()
+        while len(pairs) < 3 or (len(pairs) < 15 and time.perf_counter() - begun < 0.15):
+            pairs.append((timed(torchs, "never"), timed(compiled, "always")))
+        ratios.append(statistics.median(a / b for a, b in pairs))
+        fastest = min(fastest, *(b for _, b in pairs))
+    return min(ratios), fastest
 
 
 def read_bandwidth() -> float:
@@ -124,16 +198,21 @@ def _attention_seconds(session: CpuSession, request: AttentionRequest, budget: f
 
     Measured again while the calls scatter; see `_STEADY`.
     """
-    attend = session.bind(request)
+    attend, operands = session.bind(request), _draw(request)
+    return _steady(lambda: attend(*operands, None, None, None, None), budget, request.describe())
+
+
+def _draw(request: AttentionRequest) -> tuple[Tensor, Tensor, Tensor]:
     dtype = getattr(torch, request.dtype)
 
     def draw(heads: int, length: int, dim: int) -> Tensor:
         return torch.randn(request.batch, heads, length, dim).to(dtype)
 
-    query = draw(request.heads_q, request.len_q, request.dim_qk)
-    key = draw(request.heads_kv, request.len_k, request.dim_qk)
-    value = draw(request.heads_kv, request.len_k, request.dim_v)
-    return _steady(lambda: attend(query, key, value, None, None, None, None), budget, request.describe())
+    return (
+        draw(request.heads_q, request.len_q, request.dim_qk),
+        draw(request.heads_kv, request.len_k, request.dim_qk),
+        draw(request.heads_kv, request.len_k, request.dim_v),
+    )
 
 
 def _steady(call: Callable[[], Any], budget: float, what: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from hal_core.plugin_api import AttentionRequest, Basis, Estimate, Provenance, Q
 
 from .discovery import Machine, this_machine
 from .kernels.footprint import peak_memory
-from .paths import path_of
+from .paths import Gains, considered, path_of
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -31,6 +31,7 @@ class Rates:
         bandwidth: bytes read per second.
         rates: multiply-accumulates per second, by "<path> <dtype>".
         calls: seconds of host time of one call, by path.
+        gains: of compiled kernels over torch's, see `paths.Gains`; None where they were not measured.
         spread: the factor within which estimates are expected to hold, both ways.
         basis, provenance, source: as in `Quantity`.
     """
@@ -42,6 +43,7 @@ class Rates:
     basis: Basis
     provenance: Provenance
     source: str
+    gains: Gains | None = None
 
     @classmethod
     def assumed(cls, machine: Machine) -> Rates:
@@ -58,10 +60,21 @@ class Rates:
                 ("decode", tiled),
                 ("blocks", tiled),
                 ("tiled", tiled),
+                ("compiled", peak),
+                ("streamed", tiled),
             )
             for dtype in _BYTES
         }
-        counts = {"native": 1, "packed": 1, "fused": 2, "decode": 10, "blocks": 20, "tiled": 10}
+        counts = {
+            "native": 1,
+            "packed": 1,
+            "fused": 2,
+            "decode": 10,
+            "blocks": 20,
+            "tiled": 10,
+            "compiled": 2,
+            "streamed": 2,
+        }
         calls = {path: count * _ASSUMED_CALL for path, count in counts.items()}
         return cls(
             bandwidth=_ASSUMED_BANDWIDTH * machine.cores,
@@ -90,6 +103,7 @@ class Rates:
             basis=Basis.MEASURED,
             provenance=Provenance.MEASURED_SILICON,
             source="hal calibrate",
+            gains=values.get("gains"),
         )
 
 
@@ -105,6 +119,15 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {table!r}: a table of numbers is wanted")
         for key, value in table.items():
             _check_positive(f"{name}.{key}", value)
+    gains = values.get("gains", {})  # absent where hal-cpu-native was
+    if not isinstance(gains, Mapping):
+        raise ValueError(f"gains is {gains!r}: a table of measured pairs is wanted")
+    for key, pairs in gains.items():
+        for pair in pairs if isinstance(pairs, Sequence) else [None]:
+            if not isinstance(pair, Sequence) or len(pair) != 2:
+                raise ValueError(f"gains.{key} is {pairs!r}: pairs of work and gain are wanted")
+            for number in pair:
+                _check_positive(f"gains.{key}", number)
 
 
 def _check_positive(name: str, value: object) -> None:
@@ -121,7 +144,13 @@ def estimate(request: AttentionRequest, rates: Rates, threads: int) -> Estimate:
     reading = request.bytes_moved / rates.bandwidth
     host = rates.calls[path] * sequences
     seconds = max(compute, reading) + host
-    time = Quantity(seconds / rates.spread, seconds * rates.spread, rates.basis, rates.provenance, rates.source)
+    time = Quantity(
+        seconds / rates.spread,
+        seconds * rates.spread,
+        rates.basis,
+        rates.provenance,
+        f"{rates.source}; {considered(one)}",
+    )
     middle = time.middle / seconds if seconds else 1.0
     parts = {"host": host, "compute": max(compute - reading, 0.0), "memory": reading}
     parts = {name: part * middle for name, part in parts.items()}

@@ -1,14 +1,31 @@
-"""Which kernel serves a request, decided from its static fields, without torch."""
+"""Which kernel serves a request, decided from its static fields and from what was measured, without torch.
+
+Two rules meet here. `torch_path` chooses among the kernels that are made of torch's operators. Where the optional
+package hal-cpu-native is there, `compiled_path` says which of its kernels could serve the request instead, and `gain`
+what that is worth by `hal calibrate`, or by a first guess for this kind of processor.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from hal_core.plugin_api import AttentionRequest, Causal, MaskKind
 
-from .discovery import this_machine
+from .discovery import Machine, this_machine
 
-Path = Literal["native", "packed", "fused", "decode", "blocks", "tiled"]
+TorchPath = Literal["native", "packed", "fused", "decode", "blocks", "tiled"]
+CompiledPath = Literal["compiled", "streamed"]
+Path = TorchPath | CompiledPath
+#: Torch's time over that of a compiled kernel, by "<path> <dtype>", and of the streamed path by whether key heads are
+#: shared: (multiply-accumulates of a measured call, gain), smallest call first.
+Gains = Mapping[str, Sequence[tuple[float, float]]]
+
+#: Gains from which a compiled kernel is taken: below, the difference is within what a measurement misses by.
+LEAST_GAIN = 1.05
+#: Rows of one block of the compiled path.
+BLOCK_ROWS = 32
 
 #: Query rows that share a key head (group times len_q) up to which packing them into one product pays.
 MOST_PACKED_ROWS = 128
@@ -21,8 +38,139 @@ SMALLEST_BLOCK = 8
 MOST_BLOCK_SCORES = 1 << 22
 
 
+_Offer = Literal["measured", "always", "never"]
+_offer: _Offer = "measured"
+_gains: Gains | None = None
+
+
 def path_of(request: AttentionRequest) -> Path:
-    """The path of a request, from its static fields alone. A packed sequence is asked about by itself.
+    """The path of a request: a compiled kernel's where it is there, right and faster, else `torch_path`."""
+    compiled = compiled_path(request)
+    if compiled is None or (_offer != "always" and gain(request, compiled) < LEAST_GAIN):
+        return torch_path(request)
+    return compiled
+
+
+def compiled_path(request: AttentionRequest) -> CompiledPath | None:
+    """The path by which hal-cpu-native could serve a request, None where it cannot or is not there.
+
+    compiled: flash tiles over blocks of rows and keys. streamed: few rows, keys and values read once.
+    """
+    if _offer == "never" or not native_module():
+        return None
+    if (
+        request.grads
+        or request.dtype not in ("float32", "bfloat16", "float16")
+        or request.mask is MaskKind.ADDITIVE
+        or request.dropout
+        or request.packed
+        or request.page_size is not None
+        or request.used
+        or request.cache_dtype is not None
+        or request.block_plan is not None
+        or request.tiling is not None
+        or not request.last_dim_contiguous
+        or not 0 < request.effective_scale < float("inf")
+    ):
+        return None
+    from hal_cpu_native.call import DECODE_ROWS, DECODE_UNIT, MOST_HEAD_DIM, UNIT
+    from hal_cpu_native.library import load
+
+    dims = (request.dim_qk, request.dim_v)
+    if not all(0 < dim <= MOST_HEAD_DIM and dim % UNIT == 0 for dim in dims):
+        return None
+    rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
+    few = rows <= DECODE_ROWS and load().isa > 1 and not any(dim % DECODE_UNIT for dim in dims)
+    return "streamed" if few else "compiled"
+
+
+def native_module() -> bool:
+    """Whether hal-cpu-native is installed and runs on this processor."""
+    return not why_no_native_module()
+
+
+def why_no_native_module() -> str:
+    """Why it is not, in a sentence with the fix; "" where it is."""
+    try:
+        from hal_cpu_native.library import load
+    except ImportError:
+        return "not installed, so torch's kernels serve every call -> pip install hal-cpu-native"
+    return load().why
+
+
+def gain(request: AttentionRequest, path: CompiledPath) -> float:
+    """Torch's time over a compiled kernel's for requests like this one; 0 where nothing is known.
+
+    The lower of the two measured calls between which the request's work lies; of the largest beyond it; less what the
+    last block of rows wastes. Calls with less work than the smallest that was measured are left to torch.
+    """
+    shared = " shared" if path == "streamed" and request.heads_q != request.heads_kv else ""
+    measured = (first_guess(this_machine()) if _gains is None else _gains).get(f"{path}{shared} {request.dtype}", ())
+    macs = request.visible_macs
+    if not measured or macs < measured[0][0]:
+        return 0.0
+    below = max((entry for entry in measured if entry[0] <= macs), key=lambda entry: entry[0])
+    above = min((entry for entry in measured if entry[0] > macs), key=lambda entry: entry[0], default=below)
+    if path == "streamed":
+        return min(below[1], above[1])
+    rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
+    return min(below[1], above[1]) * rows / (-(-rows // BLOCK_ROWS) * BLOCK_ROWS)  # the last block's rows are filled up
+
+
+def first_guess(machine: Machine) -> Gains:
+    """Gains until `hal calibrate` has run: where every processor of the kind that was measured gained, and less than it
+    did. docs/benchmarks/cpu_native.md has the measurements; processors of other kinds are left to torch.
+    """
+    if "avx512f" not in machine.simd:
+        return {}
+    streamed = {
+        "streamed shared float32": [(1e6, 1.5)],
+        "streamed bfloat16": [(1e6, 1.2)],
+        "streamed shared bfloat16": [(1e6, 1.5)],
+        "streamed float16": [(1e6, 1.5)],
+        "streamed shared float16": [(1e6, 2.0)],
+    }
+    if machine.vendor != "AuthenticAMD":
+        return streamed
+    prefill = {"compiled float32": [(1e8, 1.1)], "compiled float16": [(3e7, 1.5)]}
+    if "avx512_bf16" in machine.simd:
+        prefill["compiled bfloat16"] = [(3e7, 1.5)]
+    return streamed | prefill
+
+
+def use_gains(gains: Gains | None) -> None:
+    """Choose by these measurements from now on; None: by the first guess."""
+    global _gains
+    _gains = gains
+
+
+@contextmanager
+def offering(compiled: _Offer) -> Iterator[None]:
+    """Inside the block compiled kernels are taken never, wherever they can serve, or by their measured gain: in every
+    thread, for measurements and tests. Each path is right, so calls of other threads only change their speed.
+    """
+    global _offer
+    before, _offer = _offer, compiled
+    try:
+        yield
+    finally:
+        _offer = before
+
+
+def considered(request: AttentionRequest) -> str:
+    """The path of a request and those that were not taken, in one line for `explain`."""
+    path, torchs, compiled = path_of(request), torch_path(request), compiled_path(request)
+    if compiled is None:
+        return f"path {path}; compiled kernels " + ("do not take it" if native_module() else why_no_native_module())
+    known = "first guess" if _gains is None else "measured"
+    worth = gain(request, compiled)
+    compared = f"{worth:.3g} times {torchs} at least ({known})" if worth else f"no gain known at this size ({known})"
+    return f"path {path}; {compiled}: {compared}; {LEAST_GAIN} is needed"
+
+
+def torch_path(request: AttentionRequest) -> TorchPath:
+    """The path among kernels of torch's operators, from static fields alone. A packed sequence is asked about by
+    itself.
 
     native: torch's scaled_dot_product_attention. packed: the same with the heads of a group as rows. fused: torch's
     kernel with its log-sum-exp. decode: few query rows, arranged around reading the keys. blocks: a block plan, many

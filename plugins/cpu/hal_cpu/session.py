@@ -24,7 +24,7 @@ from hal_core.plugin_api import (
     UnsupportedError,
 )
 
-from .kernels import blocks, blocks_backward, decode, fused, native, tiled, tiled_backward
+from .kernels import blocks, blocks_backward, compiled, decode, fused, native, tiled, tiled_backward
 from .kernels.extra import ExtraKernelRunner
 from .kernels.heads import pack_heads, unpack_heads
 from .kernels.keyvalue import KeyValue
@@ -32,7 +32,7 @@ from .kernels.problem import Problem, visible_blocks
 from .kernels.scores import Band
 from .kernels.sequences import Sequence, longest_first, sequences
 from .memory import CpuMemory, ScratchMemory, SharedMemory, Workspace
-from .paths import MOST_PACKED_ROWS, path_of
+from .paths import MOST_PACKED_ROWS, path_of, torch_path
 from .tiling import CpuTiling
 
 
@@ -84,7 +84,17 @@ class CpuSession(SessionBase):
             result = self._attend(Prepared(query, key, value, request, None, plan, tables), mask, rng, None)
             return result if request.lse else result.out
 
-        return call
+        if path_of(request) not in ("compiled", "streamed"):
+            return call
+        memory = self.memory
+
+        def call_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Any:
+            if not (query.numel() and key.numel()) or trained(query, key, value):
+                return call(query, key, value, mask, *rest)
+            result = compiled.forward(request, query, key, value, mask, memory)
+            return result if request.lse else result.out
+
+        return call_compiled
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """A kernel beside attention, see `hal_compute.extra_kernels.KERNELS`."""
@@ -202,6 +212,12 @@ class CpuSession(SessionBase):
             return AttentionOutput(native.bind(request, memory)(query, key, value, mask))
         if not len_k or not len_q or not query.shape[0]:
             return nothing(query, dim_v, request.lse)
+        if path in ("compiled", "streamed"):
+            if not trained(query, key, value):
+                return compiled.forward(request, query, key, value, mask, memory, out, lse)
+            path = torch_path(request)
+            if path in ("native", "packed"):
+                return AttentionOutput(native.bind(request, memory)(query, key, value, mask))
         if path == "fused":
             upper = Band(*request.band(len_q, len_k)).upper
             group, heads, scale = query.shape[1] // key.shape[1], query.shape[1], request.effective_scale
@@ -234,7 +250,7 @@ class CpuSession(SessionBase):
         if lse is None and request.lse:
             lse = torch.empty(query.shape[:3], dtype=source.dtype)
         given = _block_plan(prepared.plan)
-        if given is not None and path_of(_listing(request, given)) == "blocks":
+        if given is not None and torch_path(_listing(request, given)) == "blocks":
             problem = Problem.of(_listing(request, given), plan, query, source, mask)
             blocks.forward(problem, given, memory, out, lse)
             return AttentionOutput(out, lse)
@@ -242,7 +258,7 @@ class CpuSession(SessionBase):
             visible = None if given is None else visible_blocks(given, source.length, workspace)
             problem = Problem.of(request, plan, query, source, mask, visible, rng, first_batch)
             # Uneven ranges are the tiled kernel's: the decode kernel takes all rows, and keys from first to last.
-            kernel = decode if path_of(request) == "decode" and plan.ranges is None else tiled
+            kernel = decode if torch_path(request) == "decode" and plan.ranges is None else tiled
             kernel.forward(problem, memory, out, lse)
             del visible, problem
         return AttentionOutput(out, lse)
@@ -313,13 +329,13 @@ class CpuSession(SessionBase):
         if not len_k or not query.shape[2] or not query.shape[0]:
             tensors = zip(("q", "k", "v", "mask"), (query, key, value, mask), strict=True)
             return Grads(*(torch.zeros_like(t) if n in wanted and t is not None else None for n, t in tensors))
-        if path_of(replace(request, lse=True)) == "fused" and given.grad_lse is None:
+        if torch_path(replace(request, lse=True)) == "fused" and given.grad_lse is None:
             upper, scale = Band(*request.band(query.shape[2], len_k)).upper, request.effective_scale
             grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, memory)
             return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), grads, strict=True)))
         source, exact = KeyValue(key, value, sum_dtype(query), len_k), _exact(request, query, len_k, mask)
         plan, listed = self._plan(exact, prepared), _block_plan(prepared.plan)
-        if listed is not None and path_of(_listing(exact, listed)) == "blocks":
+        if listed is not None and torch_path(_listing(exact, listed)) == "blocks":
             problem = Problem.of(_listing(exact, listed), plan, query, source, mask)
             return blocks_backward.backward(problem, listed, memory, given)
         with Workspace(memory) as workspace:
@@ -333,6 +349,11 @@ class CpuSession(SessionBase):
 def _native(request: AttentionRequest) -> bool:
     """Whether torch's scaled_dot_product_attention is called, once."""
     return not request.packed and path_of(request) in ("native", "packed")
+
+
+def trained(*tensors: Tensor) -> bool:
+    """Whether torch records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _block_plan(plan: TilePlan | BlockPlan | None) -> BlockPlan | None:

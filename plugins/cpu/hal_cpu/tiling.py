@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Largest blocks of a tiling that a caller brings; 0: row and key ranges of any size.
 LARGEST_BLOCK = 4096
+#: Most rows (queries times group) of a task of hal-cpu-native, and the keys of its blocks.
+COMPILED_ROWS, COMPILED_KEYS = 256, 64
 _BLOCK = 512
 
 
@@ -56,6 +58,10 @@ class CpuTiling(DenseTiling):
         path = path_of(request)
         if path in ("native", "packed", "fused") and not limits:
             return TilePlan.equal(request, *_torch_blocks(request), cut_by="torch")
+        if path in ("compiled", "streamed") and not limits:
+            group = max(request.heads_q // max(request.heads_kv, 1), 1)
+            rows = request.len_q if path == "streamed" else COMPILED_ROWS // group
+            return TilePlan.equal(request, max(min(rows, request.len_q), 1), COMPILED_KEYS, cut_by="hal-cpu-native")
         if path == "decode" and not limits:
             sizes = DecodeSizes.choose(request, direct=reads_in_place(request), one_batch=request.page_size is not None)
             return TilePlan.equal(request, max(request.len_q, 1), max(sizes.columns, 1), cut_by=self.cut_by)

@@ -185,6 +185,15 @@ def torch_names(request: AttentionRequest, chip: Chip) -> list[str]:
     return names
 
 
+def lends_to_cudnn(request: AttentionRequest, chip: Chip) -> bool:
+    """Whether cuDNN's operators are right for calls of a request under gradients that own kernels serve, at some of its
+    lengths: the log-sum-exp is no matter, which they give and take.
+    """
+    r = replace(request, lse=False)
+    alike = bool(r.grads) and r.grads <= {"q", "k", "v"} and r.heads_q == r.heads_kv
+    return alike and "cudnn" in torch_names(r, chip)
+
+
 def bind_torch(name: str, request: AttentionRequest) -> Callable[..., Tensor]:
     """A callable (query, key, value, mask) of one of torch's backends.
 

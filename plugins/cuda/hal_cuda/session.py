@@ -36,6 +36,7 @@ from . import cost, paths
 from .cost import Rates
 from .discovery import Chip
 from .kernels import composed
+from .kernels.cudnn import CudnnBackward, CudnnForward
 from .kernels.fp8.launch import Fp8Path
 from .kernels.gradients import OwnBackward, differentiable
 from .kernels.hopper.launch import HopperPath
@@ -89,7 +90,7 @@ class CudaSession(SessionBase):
         self._bound: dict[AttentionRequest, tuple[Path, Callable[..., Tensor]]] = {}
         self._backwards: dict[AttentionRequest, Callable[..., Grads]] = {}
         # By the request's identity, which is kept with it: a request takes longer to hash than the rest of the search.
-        self._met: dict[int, tuple[AttentionRequest, Callable[..., Grads]]] = {}
+        self._met: dict[tuple[int, bool], tuple[AttentionRequest, Callable[..., Grads]]] = {}
         self._timed: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
         self._tally: Tally | None = None
         self._lost = ""
@@ -150,7 +151,20 @@ class CudaSession(SessionBase):
         return calls
 
     def _made(self, request: AttentionRequest) -> Path:
-        name = paths.forward_path(self.path_of(request), request, self.chip)
+        path = self._bound_to(paths.forward_path(self.path_of(request), request, self.chip), request)
+        if request.lse and paths.lends_to_cudnn(request, self.chip):
+
+            def faster(len_q: int, len_k: int) -> bool:
+                return self.lent_to_cudnn(replace(request, len_q=len_q, len_k=len_k))
+
+            return CudnnForward(request, path, faster)
+        return path
+
+    def lent_to_cudnn(self, request: AttentionRequest) -> bool:
+        """Whether cuDNN is estimated to be the fastest at the lengths of a request that own kernels may serve too."""
+        return paths.lends_to_cudnn(request, self.chip) and self.path_of(replace(request, lse=False)) == "cudnn"
+
+    def _bound_to(self, name: str, request: AttentionRequest) -> Path:
         if name == "portable":
             portable = PortablePath(request, self._context)
             if short_takes(request):
@@ -301,8 +315,13 @@ class CudaSession(SessionBase):
         *,
         grad_lse: Tensor | None = None,
         rng: tuple[int, int] | None = None,
+        own: bool = False,
     ) -> Grads:
-        """Gradients by own kernels, whatever path the forward took.
+        """Gradients by own kernels, or by cuDNN where it is estimated to be the fastest at the request's lengths,
+        whatever path the forward took.
+
+        Args:
+            own: by own kernels alone, for callers that have decided.
 
         Raises:
             UnsupportedError: a paged or quantised cache, used lengths, or float64.
@@ -338,17 +357,17 @@ class CudaSession(SessionBase):
         try:
             if self._several() and torch.cuda.current_device() != self.chip.index:
                 with torch.cuda.device(self.chip.index):
-                    return self._backward(request)(*given, grad_lse=grad_lse, rng=rng)
-            return self._backward(request)(*given, grad_lse=grad_lse, rng=rng)
+                    return self._backward(request, own)(*given, grad_lse=grad_lse, rng=rng)
+            return self._backward(request, own)(*given, grad_lse=grad_lse, rng=rng)
         except RuntimeError as error:
             named = self._named(request, error)
             if named is None:
                 raise
             raise named from error
 
-    def _backward(self, request: AttentionRequest) -> Callable[..., Grads]:
-        """The own kernels' backward of a request, kept."""
-        met = self._met.get(id(request))
+    def _backward(self, request: AttentionRequest, own: bool) -> Callable[..., Grads]:
+        """The backward of a request, kept. own: by own kernels alone."""
+        met = self._met.get((id(request), own))
         if met is not None:
             return met[1]
         if len(self._met) >= _MOST_BOUND:
@@ -358,7 +377,9 @@ class CudaSession(SessionBase):
             if len(self._backwards) >= _MOST_BOUND:
                 self._backwards.clear()
             found = self._backwards[request] = OwnBackward(self.path_of(request), request, self._context)
-        self._met[id(request)] = (request, found)
+        if not own and self.lent_to_cudnn(request):
+            found = CudnnBackward(request, found)
+        self._met[id(request), own] = (request, found)
         return found
 
     def skipped_tiles(self) -> SkippedTiles:

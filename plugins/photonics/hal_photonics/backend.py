@@ -166,6 +166,21 @@ class ProfileBackend:
         """`matmul` and `linear`."""
         return frozenset({"matmul", "linear"})
 
+    def nonconformance(self, device: Device) -> dict[str, str]:
+        """What a chip without calibration does not do: follow a scale exactly, and show each change of a large value.
+
+        Its columns read the profile's share of each product, twice in attention, so its scores are those of a smaller
+        scale; and the offsets of a readout are in proportion to the largest value of a tile.
+        """
+        profile = self.profile_of(device)
+        if profile.calibrated:
+            return {}
+        reason = (
+            f"profile {profile.name} is a chip without calibration: its columns read {profile['noise.column_gain']:g} "
+            "of each product and add offsets, so its attention is that of a smaller scale"
+        )
+        return dict.fromkeys(("structure", "stale_keys"), reason)
+
     def variations(self, device: Device, default: float | None = None) -> list[Variation]:
         """The figures of the device's profile with their uncertainties; see `hal_simulation.variations`."""
         return variations(self.profile_of(device), default)

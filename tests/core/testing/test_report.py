@@ -60,6 +60,54 @@ def test_a_skip_stays_a_skip_where_a_failure_was_expected() -> None:
     assert report.passed
 
 
+class Declares(DenseBackend):
+    """A right device, or one that multiplies by another scale, that says beforehand which checks it does not pass."""
+
+    def __init__(self, session: Any = DenseSession, reasons: Any = None) -> None:
+        super().__init__("declares", session)
+        self.reasons = reasons
+
+    def nonconformance(self, device: hal.Device) -> Any:
+        if isinstance(self.reasons, Exception):
+            raise self.reasons
+        return self.reasons
+
+
+def _wrong_scale() -> Any:
+    return type(FAULTS["wrong scale"].make().open(DenseBackend().devices()[0]))
+
+
+def test_a_declared_failure_is_a_failure_with_its_reason(seed: int) -> None:
+    reasons = {"scale": "it is not calibrated", "structure": "it is not calibrated"}
+    backend = Declares(_wrong_scale(), reasons)
+    report = check_backend(backend, checks=["scale", "structure", "masks"], seed=seed, **QUICK)
+    assert [status(report, name) for name in ("scale", "structure", "masks")] == ["failed", "failed", "passed"]
+    assert not report.passed
+    assert "does not conform, as its plugin declares: it is not calibrated (scale, structure)" in str(report)
+    assert json.loads(report.to_json())["declared"] == reasons
+
+
+def test_a_declaration_explains_no_other_failure(seed: int) -> None:
+    backend = Declares(_wrong_scale(), {"structure": "it is not calibrated"})
+    report = check_backend(backend, checks=["scale", "structure"], seed=seed, **QUICK)
+    assert "it is not calibrated (structure)" in str(report)
+    assert "not declared by its plugin: scale" in str(report)
+
+
+def test_a_declared_failure_that_passes_is_not_spoken_of(seed: int) -> None:
+    report = check_backend(Declares(reasons={"scale": "it is not calibrated"}), checks=["scale"], seed=seed, **QUICK)
+    assert report.passed
+    assert "not calibrated" not in str(report)
+
+
+@pytest.mark.parametrize("reasons", [None, 5, {"lekas": "no check"}, {"scale": 5}, RuntimeError("broken")])
+def test_a_declaration_that_cannot_be_read_is_a_warning_and_explains_nothing(reasons: Any, seed: int) -> None:
+    report = check_backend(Declares(_wrong_scale(), reasons), checks=["scale"], seed=seed, **QUICK)
+    assert status(report, "scale") is Status.FAILED
+    assert not report.declared
+    assert "WARNING: nonconformance()" in str(report)
+
+
 @pytest.mark.parametrize("where", ["checks", "unsupported", "expected_failure"])
 def test_an_unknown_check_is_refused_with_the_closest_name(where: str) -> None:
     names: Any = ["lekas"] if where == "checks" else {"lekas": "reason"}

@@ -172,9 +172,20 @@ def test_keys_that_are_not_used_are_not_read(generator: torch.Generator, packed:
         caches[:, s, :, :count] = whole[:, :, begin : begin + count]
     held = torch.tensor(counts, dtype=torch.int32)
     request = AttentionRequest(
-        batch=3, heads_q=4, heads_kv=2, len_q=len_q, len_k=longest, dim_qk=32, dim_v=32, dtype="float32",
-        causal=Causal.BOTTOM_RIGHT, window=(9, None), diagonal=2, used=True, packed=packed,
-    )  # fmt: skip
+        batch=3,
+        heads_q=4,
+        heads_kv=2,
+        len_q=len_q,
+        len_k=longest,
+        dim_qk=32,
+        dim_v=32,
+        dtype="float32",
+        causal=Causal.BOTTOM_RIGHT,
+        window=(9, None),
+        diagonal=2,
+        used=True,
+        packed=packed,
+    )
     if packed:
         begin, rows = torch.tensor([*begins, 100]).int(), torch.arange(0, 3 * len_q + 1, len_q).int()
         tables = SequenceMetadata(cu_seqlens_q=rows, cu_seqlens_k=begin, cache_seqlens=held)

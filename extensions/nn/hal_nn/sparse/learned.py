@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from hal_core import AttentionRequest, BlockPlan, Causal, ContractError
 
 from ..arguments import need_tensor, need_whole
-from .scores import _pool, _repeat
+from .accelerated import device_kernel
+from .scores import KERNEL_DTYPES, _pool, _repeat
 from .selection import SparseTiling, allocate, cut_of
 
 _numbers = itertools.count()
@@ -63,22 +65,38 @@ class SparseGate(nn.Module):
     def forward(self, query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:
         """Logits, float32 [batch, heads_q, query blocks, key blocks]; nothing hidden."""
         self.need_heads(query, key)
-        full, parts = key.shape[2] // block_k * block_k, [_pool(key, block_k)]
-        whole, rest = key[:, :, :full].unflatten(2, (-1, block_k)), key[:, :, full:]
-        for extreme in (torch.amax, torch.amin):
-            found = extreme(whole, 3)
-            if rest.shape[2]:
-                found = torch.cat([found, extreme(rest, 2, keepdim=True)], 2)
-            parts.append(found.float())
-        rows = _pool(query, block_q) @ self.query
-        columns = _repeat(torch.cat(parts, -1) @ self.key, query.shape[1])
-        last = (torch.arange(rows.shape[2], device=query.device) + 1) * block_q - 1
-        own = (last + key.shape[2] - query.shape[2]).clamp(0, max(key.shape[2] - 1, 0)) // block_k
-        away = (own.unsqueeze(1) - torch.arange(columns.shape[2], device=query.device)).abs()
-        far = _NEAR + (away.clamp(min=_NEAR) / _NEAR).log2().long()
-        bucket = torch.where(away < _NEAR, away, far).clamp(max=_DISTANCES - 1)
+        wide = torch.is_grad_enabled() or query.dtype not in KERNEL_DTYPES or key.dtype not in KERNEL_DTYPES
+        mean = None if wide else device_kernel("triton_pool_rows", query)
+        extremes = None if wide else device_kernel("triton_pool_extremes", query)
+        if mean is not None and extremes is not None:
+            pooled, parts = mean(query, block_q, wide=True), extremes(key, block_k)
+        else:
+            pooled, parts = _pool(query, block_q), torch.cat([_pool(key, block_k), *_extremes(key, block_k)], -1)
+        rows, columns = pooled @ self.query, _repeat(parts @ self.key, query.shape[1])
+        bucket = _buckets(query.shape[2], key.shape[2], block_q, block_k, query.device)
         scores: Tensor = rows @ columns.mT * request.effective_scale + self.distance[:, bucket]
         return scores
+
+
+def _extremes(key: Tensor, size: int) -> list[Tensor]:
+    """Maximum and minimum of blocks of keys, float32 [batch, heads, blocks, dim]."""
+    full, found = key.shape[2] // size * size, []
+    whole, rest = key[:, :, :full].unflatten(2, (-1, size)), key[:, :, full:]
+    for extreme in (torch.amax, torch.amin):
+        parts = [extreme(whole, 3), *([extreme(rest, 2, keepdim=True)] if rest.shape[2] else [])]
+        found.append(torch.cat(parts, 2).float())
+    return found
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept serves calls with gradients too
+def _buckets(len_q: int, len_k: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
+    """Which bias of distance each pair of blocks has, int64 [query blocks, key blocks]; kept, so never written to."""
+    last = (torch.arange(-(-len_q // block_q)) + 1) * block_q - 1
+    own = (last + len_k - len_q).clamp(0, max(len_k - 1, 0)) // block_k
+    away = (own.unsqueeze(1) - torch.arange(-(-len_k // block_k))).abs()
+    far = _NEAR + (away.clamp(min=_NEAR) / _NEAR).log2().long()
+    return torch.where(away < _NEAR, away, far).clamp(max=_DISTANCES - 1).to(device)
 
 
 class LearnedTiling(SparseTiling):
@@ -113,7 +131,8 @@ class LearnedTiling(SparseTiling):
         with torch.no_grad():
             cut = cut_of(request, self.block_q, self.block_k, self.sparsity, query.device)
             logits = self.gate(query, key, request, self.block_q, self.block_k).masked_fill_(cut.hidden, -torch.inf)
-            return allocate(logits.softmax(-1).nan_to_num_(0.0), cut, self.block_q, self.block_k)
+            share = logits.softmax(-1)
+            return allocate(share.nan_to_num_(0.0) if cut.blind else share, cut, self.block_q, self.block_k)
 
 
 def block_mass(query: Tensor, key: Tensor, request: AttentionRequest, block_q: int, block_k: int) -> Tensor:

@@ -7,14 +7,19 @@ Every function takes query [batch, heads_q, len_q, dim] and key [batch, heads_kv
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hal_core import AttentionRequest
 
+from .accelerated import device_kernel
+
 Kind = Literal["mean", "antidiagonal"]
+#: What "triton_square_sums" takes: dtypes, and squares of a block even where its sides are rounded up to powers of two.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_SQUARES = 1 << 12
 
 
 def estimated_share(
@@ -38,43 +43,80 @@ def estimated_share(
         Means over a block's rows of squares, and sums over its columns of squares, of the softmax over all visible
         squares: a query block's row sums to 1, or to 0 where it sees nothing.
     """
-    batch, heads, len_q, _ = query.shape
-    coarse = _in_half(query)
-    if kind == "mean":
-        rows, columns = _pool(query, stride) * request.effective_scale, _pool(key, stride)
+    scale, group = request.effective_scale, query.shape[1] // key.shape[1]
+    coarse, pool = _in_half(query), device_kernel("triton_pool_rows", query)
+    factor = 1.0  # of the scores
+    if kind == "mean" and pool is not None and query.dtype in KERNEL_DTYPES:
+        rows, columns = pool(query, stride, scale), pool(key, stride)
+    elif kind == "mean":
+        rows, columns = _pool(query, stride) * scale, _pool(key, stride)
         if coarse:
             rows, columns = rows.to(query.dtype), columns.to(query.dtype)
     else:
         parts = _squares(query, stride), _squares(key, stride).flip(3)
         rows, columns = (part.flatten(3) for part in parts)
-        rows = rows * (request.effective_scale / stride)
-    low, high = request.band(len_q, key.shape[2])
-    out = query.new_zeros((batch, heads, -(-len_q // block_q), -(-key.shape[2] // block_k)), dtype=torch.float32)
-    per_row, per_column = block_q // stride, block_k // stride
-    group = heads // key.shape[1]
-    position = torch.arange(columns.shape[2], device=query.device) * stride
-    room = 1 << 20 if query.device.type == "cpu" else 1 << 28
-    step = max(room // max(columns.shape[2] * per_row * heads, 1), 1) * per_row  # whole blocks of rows at once
-    for start in range(0, rows.shape[2], step):
-        part = rows[:, :, start : start + step].unflatten(1, (-1, group))
-        scores = (part.flatten(2, 3) @ columns.mT).unflatten(2, (group, -1)).flatten(1, 2)
-        place = torch.arange(start, start + part.shape[3], device=query.device).unsqueeze(1) * stride
+        if query.dtype == torch.float16:  # whose sums could be too large
+            rows = rows * (scale / stride)
+        else:
+            factor = scale / stride
+    of_block = block_q // stride, block_k // stride
+    squares = Squares(of_block, stride, request.band(query.shape[2], key.shape[2]), coarse, factor)
+    room = 1 << 20 if query.is_cpu else 1 << 28
+    step = max(room // max(columns.shape[2] * of_block[0] * query.shape[1], 1), 1) * of_block[0]
+    if not rows.shape[2]:
+        return query.new_zeros((*query.shape[:2], 0, -(-key.shape[2] // block_k)), dtype=torch.float32)
+    shares = []
+    for start in range(0, rows.shape[2], step):  # whole blocks of rows at once
+        part = rows if step >= rows.shape[2] else rows[:, :, start : start + step]
+        if group > 1:
+            part = part.unflatten(1, (-1, group)).flatten(2, 3)
+        scores = part @ columns.mT
+        shares.append(squares.shares(scores if group == 1 else scores.unflatten(2, (group, -1)).flatten(1, 2), start))
+    return shares[0] if len(shares) == 1 else torch.cat(shares, 2)
+
+
+class Squares(NamedTuple):
+    """How scores of squares become shares of blocks.
+
+    Attributes:
+        of_block: squares in a block, of rows and of columns. stride: side of a square.
+        band: the visible key positions less the query position, (least, largest). coarse: weights in half precision.
+        factor: of the scores.
+    """
+
+    of_block: tuple[int, int]
+    stride: int
+    band: tuple[int | None, int | None]
+    coarse: bool
+    factor: float
+
+    def shares(self, scores: Tensor, first: int) -> Tensor:
+        """Means over a block's rows, and sums over its columns, of the softmax of [batch, heads, rows, columns], which
+        is written over; `first` is the number of the first row.
+        """
+        (per_row, per_column), (low, high), stride = self.of_block, self.band, self.stride
+        summed = device_kernel("triton_square_sums", scores)
+        if summed is not None and scores.dtype in KERNEL_DTYPES and per_row * per_column <= _KERNEL_SQUARES:
+            found: Tensor = summed(scores, per_row, per_column, stride, low, high, first, self.factor)
+            return found
+        if self.factor != 1.0:
+            scores *= self.factor
+        position = torch.arange(scores.shape[3], device=scores.device) * stride
+        place = torch.arange(first, first + scores.shape[2], device=scores.device).unsqueeze(1) * stride
         if high is not None:
             scores.masked_fill_(position > place + stride - 1 + high, -math.inf)
         if low is not None:
             scores.masked_fill_(position + stride - 1 < place + low, -math.inf)
-        scores = scores.softmax(-1, dtype=None if coarse else torch.float32)
+        scores = scores.softmax(-1, dtype=None if self.coarse else torch.float32)
         if (low, high) != (None, None):
             scores.nan_to_num_(0.0)  # rows that see nothing
         short = -scores.shape[2] % per_row, -scores.shape[3] % per_column
         if any(short):
             scores = torch.nn.functional.pad(scores, (0, short[1], 0, short[0]))
-        sums = scores.unflatten(3, (-1, per_column)).sum(-1, dtype=torch.float32).unflatten(2, (-1, per_row)).mean(3)
+        found = scores.unflatten(3, (-1, per_column)).sum(-1, dtype=torch.float32).unflatten(2, (-1, per_row)).mean(3)
         if short[0]:  # of the squares that the last block has
-            sums[:, :, -1] *= per_row / (per_row - short[0])
-        first = start // per_row
-        out[:, :, first : first + sums.shape[2], : sums.shape[3]] = sums
-    return out
+            found[:, :, -1] *= per_row / (per_row - short[0])
+        return found
 
 
 def _in_half(tensor: Tensor) -> bool:

@@ -14,8 +14,11 @@ from torch import Tensor
 from hal_core import AttentionRequest, BlockPlan, ContractError
 
 from ..arguments import is_number, need_whole
+from .accelerated import device_kernel
 
 MOST_SPARSITY = 0.95
+#: Most key blocks of a row that the kernel of a device chooses from.
+MOST_COLUMNS = 1 << 13
 
 
 class SparseTiling(abc.ABC):
@@ -125,7 +128,8 @@ class Cut(NamedTuple):
         hidden: bool [query blocks, key blocks], blocks that no row of the query block sees.
         forced: bool, likewise: the last visible block of each row, and its first where that is an eighth of the budget
             or less: attention gathers at the first tokens (Xiao et al. 2024), which pooling may hide.
-        visible: how many block pairs are visible. most: the largest budget.
+        visible: how many block pairs are visible. most: the largest budget. total: the budgets' sum.
+        blind: whether a query block sees no key block.
     """
 
     first: Tensor
@@ -135,15 +139,18 @@ class Cut(NamedTuple):
     forced: Tensor
     visible: int
     most: int
+    total: int
+    blind: bool
 
 
 def cut_of(request: AttentionRequest, block_q: int, block_k: int, sparsity: float, device: Any) -> Cut:
     """The cut of a request's lengths, causal and window, on a torch device."""
     band = request.band(request.len_q, request.len_k)
-    return _cut(request.len_q, request.len_k, band, block_q, block_k, sparsity, str(device))
+    return _cut(request.len_q, request.len_k, band, block_q, block_k, sparsity, device)
 
 
 @lru_cache(32)
+@torch.inference_mode(False)  # what is kept serves calls with gradients too
 def _cut(
     len_q: int,
     len_k: int,
@@ -151,7 +158,7 @@ def _cut(
     block_q: int,
     block_k: int,
     sparsity: float,
-    device: str,
+    device: Any,
 ) -> Cut:
     first, stop = _range(len_q, len_k, band, block_q, block_k)
     counts = (stop - first).clamp(min=0)
@@ -167,6 +174,8 @@ def _cut(
         (ends & ~hidden).to(device),
         int(counts.sum()),
         int(budgets.max()) if len(budgets) else 0,
+        int(budgets.sum()),
+        bool((counts == 0).any()),
     )
 
 
@@ -189,25 +198,37 @@ def allocate(share: Tensor, cut: Cut, block_q: int, block_k: int, p: float | Non
     """The plan of the blocks with the largest share, over all heads and rows of a batch entry together.
 
     Each entry reads as many blocks as the budgets of its rows and heads add up to: rows and heads whose attention is
-    spread get more of them than those whose attention is near. Waits for the device, to read the longest list.
+    spread get more of them than those whose attention is near. Of the blocks that equal the least share that is read, a
+    row reads the part that the budget leaves of all, rounded down: the budget is never exceeded, and at most one block
+    a row of it is not used, none where shares differ.
+
+    On an accelerator nothing waits for the device: lists are as long as a row has key blocks, and where the device has
+    the kernel "triton_choose_blocks" nothing is sorted.
 
     Args:
         share: float [batch, heads, query blocks, key blocks]; written over.
         p: each row stops at the blocks that hold this share of its total, if that is fewer.
     """
-    columns = share.shape[-1]
-    ranked = share.masked_fill_(cut.hidden, -math.inf)
+    total, columns = cut.total * share.shape[1], share.shape[-1]
+    simple = p is None and columns <= MOST_COLUMNS and share.dtype == torch.float32
+    choose = device_kernel("triton_choose_blocks", share) if simple else None
+    if choose is not None:
+        return BlockPlan(block_q, block_k, *choose(share, cut.hidden, cut.forced, total))
+    ranked = share.nan_to_num_(0.0).masked_fill_(cut.hidden, -math.inf)
     enough = None if p is None else _enough(ranked, cut, p)
     ranked = ranked.masked_fill(cut.forced, math.inf)
-    total, many = int(cut.budgets.sum()) * share.shape[1], ranked[0].numel() if len(ranked) else 0
-    if total < many:  # the best of those that are not taken
-        least = ranked.flatten(1).topk(total + 1, dim=1, sorted=False).values.amin(1).view(-1, 1, 1, 1)
-        counts = (ranked > least).sum(-1)
-    else:
+    if not ranked.numel() or not total:
         counts = (ranked > -math.inf).sum(-1)
+    else:
+        least = ranked.flatten(1).topk(total, dim=1, sorted=False).values.amin(1).view(-1, 1, 1, 1)
+        above, equal = (ranked > least).sum(-1), ((ranked == least) & (ranked > -math.inf)).sum(-1)
+        left = total - above.flatten(1).sum(1)
+        counts = above + equal * left.view(-1, 1, 1) // equal.flatten(1).sum(1).clamp(min=1).view(-1, 1, 1)
     if enough is not None:
         counts = torch.minimum(counts, enough)
-    most = max(int(counts.max()) if counts.numel() else 0, 1)
+    most = columns
+    if share.device.type == "cpu":  # elsewhere asking for the longest list would wait
+        most = max(int(counts.max()) if counts.numel() else 0, 1)
     return BlockPlan(block_q, block_k, ranked.topk(min(most, columns), dim=-1).indices.int(), counts.int())
 
 

@@ -49,6 +49,8 @@ def _mask_elements(request: AttentionRequest) -> int:
 
 def _dense(request: AttentionRequest, threads: int, multiplies_bfloat16: bool) -> int:
     path = path_of(request)
+    if path in ("compiled", "streamed"):
+        return _results(request) + _compiled(request, threads)
     if path == "decode":
         return _results(request) + _decode(request, multiplies_bfloat16)
     if path == "blocks":
@@ -56,6 +58,14 @@ def _dense(request: AttentionRequest, threads: int, multiplies_bfloat16: bool) -
     if path == "tiled":
         return _results(request) + _tiled(request, threads)
     return _torch(request, path, threads)
+
+
+def _compiled(request: AttentionRequest, threads: int) -> int:
+    from hal_cpu_native.call import workspace_bytes
+
+    sizes = (request.batch, request.heads_q, request.heads_kv, request.len_q, request.len_k)
+    needed = workspace_bytes((*sizes, request.dim_qk, request.dim_v), request.dtype, threads)
+    return pooled_size(needed) if needed else 0
 
 
 def _tiled(request: AttentionRequest, threads: int) -> int:

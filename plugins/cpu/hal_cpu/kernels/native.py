@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from hal_core.plugin_api import AttentionRequest, MaskKind
 
 from ..memory import ScratchMemory, Workspace
-from ..paths import doubles, path_of, sees_less, widens
+from ..paths import doubles, sees_less, torch_path, widens
 from .heads import pack_heads, pack_mask, unpack_heads
 
 Bound = Callable[..., Any]
@@ -33,7 +33,7 @@ LOWEST_EXACT_MASK = -256.0
 def bind(request: AttentionRequest, memory: ScratchMemory) -> Bound:
     """The cheapest callable (query, key, value, mask, plan, tables, rng) -> out for requests like this one."""
     grouped, causal = request.heads_q != request.heads_kv, sees_less(request)
-    packed = path_of(request) == "packed"
+    packed = torch_path(request) == "packed"
     simple = request.dim_qk == request.dim_v and request.last_dim_contiguous and request.mask is MaskKind.NONE
     if packed or widens(request) or not simple:
         return _adapted(request, memory)
@@ -77,7 +77,7 @@ def _adapted(request: AttentionRequest, memory: ScratchMemory) -> Bound:
     differentiable = _differentiable(request)
     if request.grads:
         return differentiable
-    packed, wide = path_of(request) == "packed", widens(request)
+    packed, wide = torch_path(request) == "packed", widens(request)
     dim_v, heads_kv = request.dim_v, request.heads_kv
     dim = max(request.dim_qk, dim_v)
     grouped = request.heads_q != heads_kv and not packed
@@ -165,7 +165,7 @@ def _packed_mask(mask: Tensor, heads_kv: int, group: int, len_q: int, workspace:
 
 def _differentiable(request: AttentionRequest) -> Bound:
     """The same by operators that torch differentiates."""
-    if path_of(request) == "packed":
+    if torch_path(request) == "packed":
         return _differentiable_packed(request)
     grouped, causal = request.heads_q != request.heads_kv, sees_less(request)
     scale, dim_v, more = request.effective_scale, request.dim_v, request.dim_qk - request.dim_v

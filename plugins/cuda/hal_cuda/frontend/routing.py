@@ -144,7 +144,7 @@ class Router:
             tables: SequenceMetadata | None = None,
         ) -> Any:
             prepared = session.prepare_attention(query, key, value, request=request, tables=tables)
-            return session.compute_attention_backward(prepared, out, lse, grad_out, mask)
+            return session.compute_attention_backward(prepared, out, lse, grad_out, mask, own=True)
 
         return Route("", session, backward=backward)
 

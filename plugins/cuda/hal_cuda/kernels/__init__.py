@@ -2,9 +2,10 @@
 
 `vector_add`, `reduce_sum`, `reduce_max`, `fused_gelu_linear`, `rope_precompute_freqs`, `rope_forward`,
 `rope_forward_fused`, `paged_kv_cache_append` and `paged_kv_cache_read` are CUDA C++, compiled by NVRTC at first use
-through CuPy; a `triton_` twin of each but the first needs Triton alone. `flash_attention_forward` is
-`hal_core.attention` by an older name. A name is imported when it is first used: importing this package loads no kernel
-and neither CuPy, Triton nor torch.
+through CuPy; a `triton_` twin of each but the first needs Triton alone. `triton_pool_rows`, `triton_pool_extremes`,
+`triton_square_sums` and `triton_choose_blocks` make plans of sparse attention without waiting for the device.
+`flash_attention_forward` is `hal_core.attention` by an older name. A name is imported when it is first used: importing
+this package loads no kernel and neither CuPy, Triton nor torch.
 """
 
 from importlib import import_module
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from .extra.attention import (
         flash_attention_forward as flash_attention_forward,
         triton_flash_attention_forward as triton_flash_attention_forward,
+    )
+    from .extra.block_choice import triton_choose_blocks as triton_choose_blocks
+    from .extra.block_scores import (
+        triton_pool_extremes as triton_pool_extremes,
+        triton_pool_rows as triton_pool_rows,
+        triton_square_sums as triton_square_sums,
     )
     from .extra.device_info import device_info as device_info
     from .extra.gelu_linear import triton_fused_gelu_linear as triton_fused_gelu_linear
@@ -50,6 +57,8 @@ _NAMES = {
     ".cupy.rope": "rope_forward rope_forward_fused rope_precompute_freqs",
     ".cupy.vector_add": "vector_add",
     ".extra.attention": "flash_attention_forward triton_flash_attention_forward",
+    ".extra.block_choice": "triton_choose_blocks",
+    ".extra.block_scores": "triton_pool_extremes triton_pool_rows triton_square_sums",
     ".extra.device_info": "device_info",
     ".extra.gelu_linear": "triton_fused_gelu_linear",
     ".extra.gpt2": "patch_gpt2_model unpatch_gpt2_model",

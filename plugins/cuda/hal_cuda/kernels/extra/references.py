@@ -127,3 +127,68 @@ def draw_flash_attention_forward(generator: Generator) -> tuple[Tensor, Tensor, 
     q = _normal(2, 4, 70, 64, generator=generator)
     k, v = (_normal(2, 2, 90, 64, generator=generator) for _ in range(2))
     return q, k, v, None, True
+
+
+def pool_rows(x: Tensor, size: int, scale: float = 1.0, wide: bool = False) -> Tensor:
+    """Means of blocks of rows, times a factor."""
+    return torch.stack([part.mean(2) for part in x.split(size, 2)], 2) * scale
+
+
+def draw_pool_rows(generator: Generator) -> tuple[Tensor, int, float]:
+    return _normal(2, 3, 53, 24, generator=generator) + 0.5, 6, 0.7
+
+
+def pool_extremes(x: Tensor, size: int) -> Tensor:
+    """Mean, maximum and minimum of blocks of rows beside one another."""
+    return torch.stack([torch.cat([p.mean(2), p.amax(2), p.amin(2)], -1) for p in x.split(size, 2)], 2)
+
+
+def draw_pool_extremes(generator: Generator) -> tuple[Tensor, int]:
+    return _normal(2, 3, 53, 24, generator=generator), 6
+
+
+def square_sums(
+    scores: Tensor,
+    per_row: int,
+    per_column: int,
+    stride: int = 1,
+    low: int | None = None,
+    high: int | None = None,
+    first: int = 0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Softmax of rows of squares, summed over a block's columns and averaged over its rows."""
+    place = (torch.arange(scores.shape[2], device=scores.device) + first).unsqueeze(1) * stride
+    position = torch.arange(scores.shape[3], device=scores.device) * stride
+    hidden = torch.zeros_like(place + position, dtype=torch.bool)
+    if high is not None:
+        hidden |= position > place + stride - 1 + high
+    if low is not None:
+        hidden |= position + stride - 1 < place + low
+    weights = (scores * scale).masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num(0.0)
+    sums = torch.stack([part.sum(3) for part in weights.split(per_column, 3)], 3)
+    return torch.stack([part.mean(2) for part in sums.split(per_row, 2)], 2)
+
+
+def draw_square_sums(generator: Generator) -> tuple[Tensor, int, int, int, int, int, int, float]:
+    return 3 * _normal(2, 3, 21, 37, generator=generator), 4, 5, 2, -40, 1, 3, 0.6
+
+
+def choose_blocks(share: Tensor, hidden: Tensor, forced: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Columns of the largest shares of a batch entry, rising, then the others; and how many are chosen."""
+    ranked = share.clamp(min=0).masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf)
+    ordered = ranked.flatten(1).sort(1, descending=True).values
+    least = ordered[:, max(total, 1) - 1].view(-1, 1, 1, 1)
+    above, equal = ranked > least, (ranked == least) & ~hidden
+    wanted = max(total, 1) - above.flatten(1).sum(1).view(-1, 1, 1, 1)
+    taken = equal.sum(-1, keepdim=True) * wanted // equal.flatten(1).sum(1).clamp(min=1).view(-1, 1, 1, 1)
+    chosen = above | (equal & (equal.cumsum(-1) <= taken))
+    return (~chosen).to(torch.int8).sort(dim=-1, stable=True).indices.int(), chosen.sum(-1).int()
+
+
+def draw_choose_blocks(generator: Generator) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Shares with ties, under a causal triangle."""
+    share = torch.rand((2, 3, 20, 20), generator=generator)
+    share[0] = (share[0] * 8).floor() / 8
+    triangle = torch.ones(20, 20, dtype=torch.bool)
+    return share, triangle.triu(1), triangle.tril() & triangle.triu(), 200

@@ -54,6 +54,33 @@ _TWO_LANGUAGES = {
 }
 _KERNELS = _TWO_LANGUAGES | {f"triton_{name}": about for name, about in _TWO_LANGUAGES.items()}
 _KERNELS["triton_reduce_sum"] = ("(x[...], dim=-1) -> [...]", "row_sums", "draw_row_sums", _FLOATS)
+_KERNELS |= {
+    "triton_pool_rows": (
+        "(x[B, H, N, D], size, scale=1.0, wide=False) -> [B, H, N / size, D]",
+        "pool_rows",
+        "draw_pool_rows",
+        _FLOATS,
+    ),
+    "triton_pool_extremes": (
+        "(x[B, H, N, D], size) -> [B, H, N / size, 3 D]",
+        "pool_extremes",
+        "draw_pool_extremes",
+        _FLOATS,
+    ),
+    "triton_square_sums": (
+        "(scores[B, H, R, C], per_row, per_column, stride=1, low=None, high=None, first=0, scale=1.0) -> "
+        "[B, H, R / per_row, C / per_column]",
+        "square_sums",
+        "draw_square_sums",
+        _FLOATS,
+    ),
+    "triton_choose_blocks": (
+        "(share[B, H, R, C], hidden[R, C], forced[R, C], total) -> (indices[B, H, R, C], counts[B, H, R])",
+        "choose_blocks",
+        "draw_choose_blocks",
+        {"float32": 0.0},
+    ),
+}
 #: The call of each kernel as text.
 SIGNATURES = {name: name + about[0] for name, about in _KERNELS.items()}
 

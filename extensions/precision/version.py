@@ -1,0 +1,1 @@
+../../hal_core/version.py

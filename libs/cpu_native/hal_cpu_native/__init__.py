@@ -1,0 +1,52 @@
+"""Attention kernels for x86 processors, compiled from C++ and called through a C interface.
+
+    import hal_cpu_native
+
+    if hal_cpu_native.available():
+        out = hal_cpu_native.attention(query, key, value, band=(None, 0))
+
+Importing this package loads nothing: neither torch nor the compiled library.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .call import Kernel, NativeRefusal, workspace_bytes
+    from .face import attention, read
+    from .library import available, instruction_sets, why_absent
+
+_HOME = {
+    "Kernel": "call",
+    "NativeRefusal": "call",
+    "attention": "face",
+    "available": "library",
+    "instruction_sets": "library",
+    "read": "face",
+    "why_absent": "library",
+    "workspace_bytes": "call",
+}
+
+__all__ = [
+    "Kernel",
+    "NativeRefusal",
+    "attention",
+    "available",
+    "instruction_sets",
+    "read",
+    "why_absent",
+    "workspace_bytes",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
