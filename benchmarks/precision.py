@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py [--record] [--models byte,minilm] [--seeds 3]
 
-The loss is measured on text that was not used for calibration: cross entropy in nats a byte of the byte-level model, and
-for MiniLM the mean squared distance of normalised sentence embeddings from the unrounded model's. Closed is
+The loss is measured on text that was not used for calibration: cross entropy in nats a byte of the byte-level model,
+and for MiniLM the mean squared distance of normalised sentence embeddings from the unrounded model's. Closed is
 (uniform - variant) / (uniform - full), where uniform stores every block in one integer format, rounded to nearest, and
 every variant takes at most uniform's bytes. Seeds draw the calibration data and the sampled labels.
 
@@ -206,8 +206,8 @@ def main() -> int:
             )
     columns = ["model", "bits", "variant", "full", "uniform", "variant's loss", "closed, by seed", "bar", ""]
     notes = [
-        "Loss: nats a byte; of minilm the mean squared distance of embeddings. Rounded to nearest where a variant is not "
-        "compensated. Allocation alone is the row 'Fisher, to nearest'; 'uniform, compensated' is one format with "
+        "Loss: nats a byte; of minilm the mean squared distance of embeddings. Rounded to nearest where a variant is "
+        "not compensated. Allocation alone is the row 'Fisher, to nearest'; 'uniform, compensated' is one format with "
         "compensated rounding. Every plan's gap to the optimum is 0 unless the log says otherwise. "
         + byte_model.described(),
     ]

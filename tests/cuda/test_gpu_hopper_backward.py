@@ -172,9 +172,10 @@ def test_gradients_in_order_repeat_bit_by_bit(
             assert torch.equal(one, two)
 
 
-def test_many_blocks_add_in_order(gpu: str, seed: int) -> None:
+@pytest.mark.parametrize("dim", [64, 128])
+def test_many_blocks_add_in_order(gpu: str, seed: int, dim: int) -> None:
     """More programs than run at a time."""
-    given = operands(seed, 8192, 8192, 128, heads=(16, 16))
+    given = operands(seed, 8192, 8192, dim, heads=(16, 16))
     call = Served(gpu, seed, given, deterministic=True, causal="top_left")
     first = call.run()
     for _ in range(10):

@@ -72,7 +72,7 @@ class Kernel(SimpleNamespace):
 
 
 def _kernel(key: Any, make: Any) -> Kernel:
-    count = {"hopper": 4, "hopper backward": 9}.get(key[0], 0)
+    count = {"hopper": 4, "hopper masked": 5, "hopper backward": 9}.get(key[0], 0)
     return Kernel(maps=[{}] * count, constants=[])
 
 

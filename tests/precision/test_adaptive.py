@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from hal_precision import (
+from hal_precision import (  # noqa: E402
     AllocationStrategy,
     PackedLinear,
     PrecisionConfig,
@@ -24,12 +24,12 @@ from hal_precision import (
     create_ultra_precision_module,
     plan_precision,
 )
-from hal_precision.adaptive import model_bytes
-from hal_precision.formats import FORMATS, pack, unpack
-from torch import nn
+from hal_precision.adaptive import model_bytes  # noqa: E402
+from hal_precision.formats import FORMATS, pack, unpack  # noqa: E402
+from torch import nn  # noqa: E402
 
-from hal_core import ContractError, HalError, UnsupportedError
-from hal_core.testing import relative_error
+from hal_core import ContractError, HalError, UnsupportedError  # noqa: E402
+from hal_core.testing import relative_error  # noqa: E402
 
 F = PrecisionFormat
 #: Relative errors of normal weights, groups of 32: what each format may lose.

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hal_precision import (
+from hal_precision import (  # noqa: E402
     FP8Config,
     FP8Format,
     FP8LinearLayer,
@@ -19,10 +19,10 @@ from hal_precision import (
     create_fp8_trainer,
     revert_from_fp8,
 )
-from torch import nn
+from torch import nn  # noqa: E402
 
-from hal_core import ContractError, UnsupportedError
-from hal_core.testing import relative_error
+from hal_core import ContractError, UnsupportedError  # noqa: E402
+from hal_core.testing import relative_error  # noqa: E402
 
 
 def network(seed: int = 0) -> Any:

@@ -6,11 +6,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import hal_nn
-from hal_precision import FP8AttentionConfig
+import hal_nn  # noqa: E402
+from hal_precision import FP8AttentionConfig  # noqa: E402
 
-from hal_core import ContractError
-from hal_core.testing import relative_error
+from hal_core import ContractError  # noqa: E402
+from hal_core.testing import relative_error  # noqa: E402
 
 
 @pytest.mark.parametrize("causal", [False, True])

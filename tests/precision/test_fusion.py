@@ -9,18 +9,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hal_precision import (
+from hal_precision import (  # noqa: E402
     FusionConfig,
     FusionStrategy,
     OptimizationLevel,
     benchmark_fusion_performance,
     create_unified_attention_fusion,
 )
-from hal_precision.fusion import count_kernels, find_modules
-from torch import nn
+from hal_precision.fusion import count_kernels, find_modules  # noqa: E402
+from torch import nn  # noqa: E402
 
-from hal_core import ContractError
-from hal_core.testing import relative_error
+from hal_core import ContractError  # noqa: E402
+from hal_core.testing import relative_error  # noqa: E402
 
 
 def llama() -> Any:

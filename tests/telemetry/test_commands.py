@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,42 @@ def test_top_shows_what_a_running_program_does(fake: Any, qkv: list[torch.Tensor
     assert main(["top", f"127.0.0.1:{port}", "--trace", str(tmp_path / "run.json")]) == 0
     assert "1 calls in" in capsys.readouterr().out
     assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+
+
+def test_top_draws_again_on_a_terminal_until_it_is_stopped(fake: Any, qkv: list[torch.Tensor]) -> None:
+    """The command in a process of its own on a pseudo-terminal: the screen follows this process's calls."""
+    pty = pytest.importorskip("pty")
+    fake("shown")
+    port = hal_telemetry.enable(0)
+    hal.attention(*qkv, backend="shown")
+    ours, theirs = pty.openpty()
+    program = "import sys; from hal_cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", program, "top", f"127.0.0.1:{port}", "--interval", "0.1"]
+    terminal = os.environ | {"TERM": "xterm", "COLUMNS": "200", "LINES": "50"}
+    with subprocess.Popen(arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as top:
+        os.close(theirs)
+        seen = ""
+
+        def wait_for(*texts: str) -> None:
+            nonlocal seen
+            end = time.monotonic() + 120
+            while not all(text in seen for text in texts):
+                assert time.monotonic() < end, seen[-2000:]
+                if select.select([ours], [], [], 1)[0]:
+                    seen += os.read(ours, 1 << 16).decode(errors="replace")
+
+        try:
+            wait_for("\x1b[?1049h", "shown:0", "Newest calls", "measured / estimated")  # the other screen was entered
+            assert "late:0" not in seen
+            fake("late")
+            hal.attention(*qkv, backend="late")
+            wait_for("late:0")
+            top.send_signal(signal.SIGINT)
+            wait_for("\x1b[?1049l")  # and left, the cursor with it
+            assert top.wait(60) != 0
+        finally:
+            top.kill()
+            os.close(ours)
 
 
 def test_top_says_where_nothing_answers(capsys: Any) -> None:

@@ -296,13 +296,13 @@ def _nearest(
     if quality is not None:
         least = np.where(np.isfinite(sizes), costs, np.inf).min(1).sum()
         return (
-            f"No plan keeps the predicted rise of the loss within {quality:g}: the nearest that can be met is {least:g}. "
-            "Raise max_loss_increase, or allow more formats. Nothing was changed."
+            f"No plan keeps the predicted rise of the loss within {quality:g}: the nearest that can be met is "
+            f"{least:g}. Raise max_loss_increase, or allow more formats. Nothing was changed."
         )
     smallest = fixed + int(sizes.min(1).sum())
     return (
-        f"No plan stores the model in {budget:,} bytes ({1 - budget / original:.1%} less than {original:,}): the nearest "
-        f"that can be met is {smallest:,} bytes, a reduction of {1 - smallest / original:.1%}; {fixed:,} bytes are not "
+        f"No plan stores the model in {budget:,} bytes ({1 - budget / original:.1%} less than {original:,}): the "
+        f"nearest that can be met is {smallest:,} bytes, a reduction of {1 - smallest / original:.1%}; {fixed:,} bytes are not "
         "packed. Ask for less, or allow narrower formats. Nothing was changed."
     )
 
@@ -394,7 +394,7 @@ class UltraPrecisionModule(nn.Module):
 
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_METADATA)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if text is None:
             raise ContractError(f"{path} has no precision plan: it was not written by UltraPrecisionModule.save.")
         plan = PrecisionPlan.from_json(text)
@@ -523,8 +523,8 @@ def analyze_precision_opportunities(
         )
     by_rise = sorted(rows, key=lambda row: -row["rise"])
     advice = [
-        f"Storing {len(rows)} layers by the plan saves {plan.memory_reduction:.1%}: {plan.stored_bytes:,} bytes instead "
-        f"of {plan.original_bytes:,}.",
+        f"Storing {len(rows)} layers by the plan saves {plan.memory_reduction:.1%}: {plan.stored_bytes:,} bytes "
+        f"instead of {plan.original_bytes:,}.",
         f"Most sensitive at {formats[narrow].value}: {', '.join(row['name'] for row in by_rise[:3])}.",
         f"Least sensitive: {', '.join(row['name'] for row in by_rise[-3:])}.",
     ]

@@ -77,7 +77,8 @@ def _total(values: Array, items: NDArray[np.int64]) -> float:
 def _smallest(sizes: Array, costs: Array) -> NDArray[np.int64]:
     """Of every block the smallest item, of equal ones the one of least cost."""
     least = sizes.min(1, keepdims=True)
-    return np.where(sizes == least, costs, np.inf).argmin(1).astype(np.int64)
+    found: NDArray[np.int64] = np.where(sizes == least, costs, np.inf).argmin(1).astype(np.int64)
+    return found
 
 
 def _dual(sizes: Array, costs: Array, bound: float, smallest: NDArray[np.int64]) -> tuple[float, NDArray[np.int64]]:
@@ -85,7 +86,8 @@ def _dual(sizes: Array, costs: Array, bound: float, smallest: NDArray[np.int64])
     finite = np.where(np.isfinite(sizes), sizes, 0.0)
 
     def at(multiplier: float) -> NDArray[np.int64]:
-        return (costs + multiplier * finite).argmin(1).astype(np.int64)
+        found: NDArray[np.int64] = (costs + multiplier * finite).argmin(1).astype(np.int64)
+        return found
 
     if _total(sizes, at(0.0)) <= bound:
         return 0.0, at(0.0)

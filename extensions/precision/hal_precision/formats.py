@@ -122,7 +122,9 @@ def unpack(packed: Packed, form: PrecisionFormat, group: int, dtype: torch.dtype
         values = packed.values.to(dtype)
         return values * packed.scales.to(dtype) if form is PrecisionFormat.FP8 else values
     codes = _unpack_codes(packed.values, form.bits).unflatten(1, (-1, group)).to(dtype)
-    return ((codes - packed.zeros.unsqueeze(2).to(dtype)) * packed.scales.unsqueeze(2).to(dtype)).flatten(1)
+    scales = packed.scales.unsqueeze(2).to(dtype)
+    weight: Tensor = (codes - packed.zeros.unsqueeze(2).to(dtype)) * scales
+    return weight.flatten(1)
 
 
 def _round_groups(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Linear layers that multiply in FP8, forward and backward.
 
 Of y = x w^T and its gradients all three products run in FP8: inputs and weights in the forward format (E4M3), gradients
-in the backward format (E5M2). Parameters stay in their own dtype. Without FP8 hardware the operands are rounded alike and
-multiplied in float32: the values are those of FP8 with exact accumulation, and nothing is faster.
+in the backward format (E5M2). Parameters stay in their own dtype. Without FP8 hardware the operands are rounded alike
+and multiplied in float32: the values are those of FP8 with exact accumulation, and nothing is faster.
 
 Source: Micikevicius et al. 2022 (FP8 formats for deep learning), sections 3 and 4.
 """
@@ -286,8 +286,8 @@ def _emulated(device: torch.device, config: FP8Config) -> bool:
             major, minor = torch.cuda.get_device_capability(device)
             have += f" (compute capability {major}.{minor}, FP8 needs 8.9)"
         raise UnsupportedError(
-            f"{device} does not multiply FP8; it has {have}. Use emulate=None to round alike without a gain in speed, or "
-            "train in bfloat16. Nothing was changed."
+            f"{device} does not multiply FP8; it has {have}. Use emulate=None to round alike without a gain in speed, "
+            "or train in bfloat16. Nothing was changed."
         )
     return not has_fp8(device)
 
@@ -370,8 +370,8 @@ def convert_model_to_fp8(
         The changed model; its state dict has the names and values that it had. `revert_from_fp8` takes it back.
 
     Raises:
-        ContractError: no layer can go to FP8, with every reason. UnsupportedError: no FP8 hardware, and emulation is not
-        allowed.
+        ContractError: no layer can go to FP8, with every reason.
+        UnsupportedError: no FP8 hardware, and emulation is not allowed.
     """
     import copy
 

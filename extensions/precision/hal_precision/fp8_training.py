@@ -105,8 +105,8 @@ class FP8TrainingEngine:
     def optimizer_step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Clip, step and clear the gradients. True where the optimizer stepped.
 
-        False before `accumulate` training steps are done, and where gradients are not finite: then they are cleared, the
-        step is skipped, and counted.
+        False before `accumulate` training steps are done, and where gradients are not finite: then they are cleared,
+        the step is skipped, and counted.
 
         Raises:
             ContractError: the optimizer lacks parameters of the model, with their names.
@@ -208,7 +208,7 @@ class FP8TrainingEngine:
         self._need_inside("load_checkpoint")
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("hal_precision_fp8")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if text is None:
             raise ContractError(f"{path} is no checkpoint of FP8TrainingEngine.save_checkpoint.")
         facts = json.loads(text)

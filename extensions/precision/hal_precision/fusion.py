@@ -193,13 +193,9 @@ class UnifiedAttentionFusion(nn.Module):
         device = next((each.device.type for each in self.module.parameters()), "cpu")
         mixed = self.config.enable_mixed_precision and device == "cuda"
         record = torch.is_grad_enabled() and (self.training or not self.config.enable_memory_optimization)
-        with torch.autocast(device, torch.bfloat16, enabled=mixed or torch.is_autocast_enabled(device)):
-            with torch.set_grad_enabled(record):
-                return self.module(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> UnifiedAttentionFusion:
-        super().train(mode)
-        return self
+        autocast = torch.autocast(device, torch.bfloat16, enabled=mixed or torch.is_autocast_enabled(device))
+        with autocast, torch.set_grad_enabled(record):
+            return self.module(*args, **kwargs)
 
     def revert(self) -> nn.Module:
         """The model as it was: not compiled, with its own attention."""

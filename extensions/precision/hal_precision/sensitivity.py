@@ -51,8 +51,8 @@ class Measured(NamedTuple):
     """Sums over calibration data for one layer, by row [rows, formats] or [rows].
 
     first: |g (x . d)|. second: (g (x . d))^2. gradient: g^2. Of the layer: activation, the mean square of its inputs;
-    largest, the largest absolute input; moment, the second moment of its inputs [columns, columns], each weighted by the
-    squared gradient of its outputs, or None where rounding is not compensated.
+    largest, the largest absolute input; moment, the second moment of its inputs [columns, columns], each weighted by
+    the squared gradient of its outputs, or None where rounding is not compensated.
     """
 
     first: Tensor
@@ -107,8 +107,8 @@ def packable(model: nn.Module, config: PrecisionConfig) -> tuple[list[Layer], di
             found.append(Layer(name, module, _KEPT[module.weight.dtype]))
     if ragged:
         raise ContractError(
-            f"Input sizes that do not divide by group_size {config.group_size}: {', '.join(ragged)}. Choose a group_size "
-            f"that divides them, or name the layers in skip. Nothing was changed."
+            f"Input sizes that do not divide by group_size {config.group_size}: {', '.join(ragged)}. Choose a "
+            f"group_size that divides them, or name the layers in skip. Nothing was changed."
         )
     if not found:
         reasons = "; ".join(f"{name} {why}" for name, why in left.items()) or "it has no linear layers"
@@ -125,8 +125,7 @@ def batches_of(calibration: Any) -> list[Any]:
     if (
         isinstance(calibration, Tensor | dict)
         or hasattr(calibration, "keys")
-        or isinstance(calibration, tuple)
-        and all(isinstance(each, Tensor) for each in calibration)
+        or (isinstance(calibration, tuple) and all(isinstance(each, Tensor) for each in calibration))
     ):
         calibration = [calibration]
     elif not isinstance(calibration, Iterable):
@@ -144,8 +143,8 @@ def batches_of(calibration: Any) -> list[Any]:
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 where = (~tensor.isfinite()).nonzero()
                 raise ContractError(
-                    f"Batch {place}{name and f' ({name})'} of the calibration data has {len(where)} values that are not "
-                    f"finite, the first at {where[0].tolist()}. Remove or replace them."
+                    f"Batch {place}{name and f' ({name})'} of the calibration data has {len(where)} values that are "
+                    f"not finite, the first at {where[0].tolist()}. Remove or replace them."
                 )
     if samples < 2:
         raise ContractError(
@@ -408,7 +407,8 @@ def costs(
                 cost *= energy**config.gradient_weight * measured.activation**config.activation_weight
             cost = torch.where(bits < config.entropy_threshold, 0.0, cost)
         else:
-            assert measured is not None and calibration is not None
+            assert measured is not None
+            assert calibration is not None
             first = strategy is AllocationStrategy.GRADIENT
             cost = by_block(measured.first if first else measured.second, config.block_rows)
             cost *= (1.0 if first else 0.5) / calibration.positions
