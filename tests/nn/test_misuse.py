@@ -231,5 +231,5 @@ def test_a_configuration_that_was_changed_is_checked_again() -> None:
 def test_an_argument_with_many_numbers_is_named_in_one_sentence(given: Any) -> None:
     from hal_nn.arguments import need_whole
 
-    with pytest.raises(ContractError, match=r"^batch_size a (tensor \[3, 40\]|dict) was given: use a whole number"):
+    with pytest.raises(hal.ContractError, match=r"^batch_size a (tensor \[3, 40\]|dict) was given: use a whole number"):
         need_whole("batch_size", given)
