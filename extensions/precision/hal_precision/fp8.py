@@ -22,8 +22,8 @@ from hal_core import ContractError, UnsupportedError
 
 _MULTIPLE = 16
 _TINY = 1e-30
-#: Under torch.compile on FP8 hardware (H200, torch 2.11) gradients of relative error 1 were measured, for a cause that is
-#: not known. Until it is, that combination is refused.
+#: Under torch.compile on FP8 hardware (H200, torch 2.11) gradients of relative error 1 were measured; the cause is not
+#: known. Until it is, that combination is refused.
 COMPILED_HARDWARE_VERIFIED = False
 #: Rows of a layer's histories of largest values.
 _INPUT, _WEIGHT, _GRADIENT = range(3)
