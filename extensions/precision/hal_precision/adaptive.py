@@ -301,9 +301,9 @@ def _nearest(
         )
     smallest = fixed + int(sizes.min(1).sum())
     return (
-        f"No plan stores the model in {budget:,} bytes ({1 - budget / original:.1%} less than {original:,}): the "
-        f"nearest that can be met is {smallest:,} bytes, a reduction of {1 - smallest / original:.1%}; {fixed:,} bytes are not "
-        "packed. Ask for less, or allow narrower formats. Nothing was changed."
+        f"No plan stores the model in {budget:,} bytes ({1 - budget / original:.1%} less than {original:,}): "
+        f"the nearest that can be met is {smallest:,} bytes, a reduction of {1 - smallest / original:.1%}; {fixed:,} "
+        "bytes are not packed. Ask for less, or allow narrower formats. Nothing was changed."
     )
 
 

@@ -22,6 +22,9 @@ from hal_core import ContractError, UnsupportedError
 
 _MULTIPLE = 16
 _TINY = 1e-30
+#: Under torch.compile on FP8 hardware (H200, torch 2.11) gradients of relative error 1 were measured; the cause is not
+#: known. Until it is, that combination is refused.
+COMPILED_HARDWARE_VERIFIED = False
 #: Rows of a layer's histories of largest values.
 _INPUT, _WEIGHT, _GRADIENT = range(3)
 
@@ -234,6 +237,11 @@ class FP8LinearLayer(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out], in the input's dtype, or autocast's."""
+        if torch.compiler.is_compiling() and not self.emulated and not COMPILED_HARDWARE_VERIFIED:
+            raise UnsupportedError(
+                "FP8 layers under torch.compile on FP8 hardware gave wrong gradients when they were measured: run them "
+                "without torch.compile, or with FP8Config(emulate=True)."
+            )
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
