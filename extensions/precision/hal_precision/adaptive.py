@@ -360,7 +360,7 @@ class UltraPrecisionModule(nn.Module):
         Raises:
             HalError: nobody holds the original any more; packed weights cannot be made exact again.
         """
-        original = self._original and self._original()
+        original = None if self._original is None else self._original()
         if original is None:
             raise HalError(
                 "The original model is gone: rounding is not reversible, so keep a reference to the model, or load its "
@@ -506,7 +506,7 @@ def analyze_precision_opportunities(
     costs = sensitivity.costs(layers, formats, config, measured, factors).double().numpy()
     plan = choose(model, layers, left, formats, costs, config, None, measured)
     narrow = min(range(len(formats)), key=lambda n: (abs(formats[n].bits - 4), formats[n].bits))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer, planned in zip(layers, plan.layers, strict=True):
         sizes = [
             form.bytes_of(min(config.block_rows, layer.rows - n * config.block_rows), layer.columns, config.group_size)

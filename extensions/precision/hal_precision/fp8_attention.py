@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import hal_nn
 import torch
-from hal_nn import AttentionConfig
+from hal_nn.attention_config import AttentionConfig
 from torch import Tensor, nn
 
 import hal_core as hal
@@ -44,18 +45,18 @@ class FP8Attention(nn.Module):
             raise ContractError("FP8AttentionConfig takes no dropout and no rotary embedding: leave them out.")
         self.config = config
         width, wide = config.num_heads * config.size, config.kv_heads * config.size
-        options = {"bias": config.bias, "dtype": config.dtype}
-        self.q_proj = nn.Linear(config.embed_dim, width, **options)  # type: ignore[arg-type]
-        self.k_proj = nn.Linear(config.embed_dim, wide, **options)  # type: ignore[arg-type]
-        self.v_proj = nn.Linear(config.embed_dim, wide, **options)  # type: ignore[arg-type]
-        self.out_proj = nn.Linear(width, config.embed_dim, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"bias": config.bias, "dtype": config.dtype}
+        self.q_proj = nn.Linear(config.embed_dim, width, **options)
+        self.k_proj = nn.Linear(config.embed_dim, wide, **options)
+        self.v_proj = nn.Linear(config.embed_dim, wide, **options)
+        self.out_proj = nn.Linear(width, config.embed_dim, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         config = self.config
         shape = (*x.shape[:-1], -1, config.size)
         query, key, value = (each(x).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
         (key8, key_scale), (value8, value_scale) = (self._rounded(each) for each in (key, value))
-        options = {
+        options: dict[str, Any] = {
             "is_causal": config.causal,
             "scale": config.scale,
             "softcap": config.softcap,
@@ -68,7 +69,7 @@ class FP8Attention(nn.Module):
             out = hal.attention(query, key, value, **options)
         else:
             out = hal.attention(query, key8, value8, key_scale=key_scale, value_scale=value_scale, **options)
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return, union-attr]
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _rounded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(FP8 values, float32 scales [batch, heads, 1, 1])."""

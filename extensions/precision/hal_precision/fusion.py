@@ -287,7 +287,7 @@ def count_kernels(call: Callable[[], Any]) -> tuple[dict[str, int], int]:
             torch.cuda.synchronize()
     kernels: dict[str, int] = {}
     events = profiler.events() or []
-    cuda = [each for each in events if each.device_type == torch.autograd.DeviceType.CUDA]
+    cuda = [each for each in events if each.device_type.name == "CUDA"]
     names = [each.name for each in cuda]
     if not cuda:
         names = [name for each in events if each.cpu_parent is None for name in _computing(each)]
