@@ -194,7 +194,15 @@ def triton_choose_blocks(share: Tensor, hidden: Tensor, forced: Tensor, total: i
         (indices int32 [B, H, R, C], counts int32 [B, H, R]): the first counts entries of a list, rising, are chosen.
         Nothing waits for the device.
     """
-    form: tuple[Any, ...] = (share.shape, share.stride(), share.dtype, share.device, hidden.shape, hidden.dtype, hidden.device)
+    form: tuple[Any, ...] = (
+        share.shape,
+        share.stride(),
+        share.dtype,
+        share.device,
+        hidden.shape,
+        hidden.dtype,
+        hidden.device,
+    )
     form += (forced.shape, forced.dtype, forced.device, share.requires_grad, share.data_ptr() % 16)
     made = _forms.get(form)
     if made is None or not 0 <= total <= made.sizes[0]:

@@ -300,7 +300,7 @@ def triton_square_sums(
         bounds = low is not None, high is not None
         chip, kind = chip_of(scores.device), TYPES[scores.dtype]
         launch = _summing(chip, kind, per_row, per_column, max(blocks_k, 1), *bounds, even)
-        arguments: list[int | float] = [rows, columns, per_row, per_column, blocks_q, blocks_k]
+        arguments: list[Any] = [rows, columns, per_row, per_column, blocks_q, blocks_k]
         arguments += [stride, low or 0, high or 0, first, float(scale)]
         shape = (batch, heads, blocks_q, blocks_k)
         made = _kept(form, Form(shape, torch.float32, launch, (blocks_q, batch * heads, 1), arguments))
