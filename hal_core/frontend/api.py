@@ -143,7 +143,7 @@ def attention(
         max_seqlen_k,
     )
     overrides = (backend, objective, allow_simulated, transfer, tiling)
-    if attn_mask is not None and attn_mask.__class__ is not torch.Tensor:
+    if attn_mask is not None and type(attn_mask) is not torch.Tensor:
         attn_mask, options = _causal_bias(attn_mask, options)
     # torch.jit.trace records the operator too, and vmap maps it.
     if _compiling() or _tracing() or (_transform() is not None and torch_ops.is_mapped()):

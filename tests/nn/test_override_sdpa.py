@@ -95,6 +95,16 @@ def test_a_causal_bias_is_causal_on_every_device(bias: Any, device: str) -> None
     assert float((found - wanted).norm() / wanted.norm()) <= bound
 
 
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_a_causal_bias_stays_in_the_compiled_graph(bias: Any) -> None:
+    torch.compiler.reset()
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8)
+    with override_sdpa():
+        compiled = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+        found = compiled(query, key, key, bias(6, 9))
+    torch.testing.assert_close(found, ORIGINAL(query, key, key, bias(6, 9)))
+
+
 @pytest.mark.parametrize("device", ["cpu:0", "kpu:0", "vulkan:0", "opencl:0", "photonic:0"])
 @pytest.mark.parametrize(
     ("query", "key", "options"),
