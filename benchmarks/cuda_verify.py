@@ -79,6 +79,10 @@ KERNELS = {
     "extra.rope_table": ("extra/rope",),
     "extra.paged_append": ("extra/paged",),
     "extra.paged_read": ("extra/paged",),
+    "extra.pool": ("extra/block_scores",),
+    "extra.square_sums": ("extra/block_scores",),
+    "extra.count_keys": ("extra/block_choice",),
+    "extra.list_chosen": ("extra/block_choice",),
     "extra.gelu_linear": ("extra/gelu_linear",),
     "extra.gelu_linear_hopper": ("extra/gelu_hopper", "extra/gelu_config"),
     "portable.mark_blocks": ("portable/block_plans",),
@@ -145,6 +149,9 @@ def measure(only: str = "") -> dict[str, float]:
     }
     checks["skipping.attend_skipping"] = lambda: wished(128, {"skip_tiles": 60})
     checks |= {kernel: partial(beside, function) for kernel, function in BESIDE.items()}
+    checks["extra.pool"] = lambda: max(planning("triton_pool_rows"), planning("triton_pool_extremes"))
+    checks["extra.square_sums"] = lambda: planning("triton_square_sums")
+    checks |= dict.fromkeys(("extra.count_keys", "extra.list_chosen"), lambda: planning("triton_choose_blocks"))
     of_masks = ("portable.normalise", "portable.grad_mask")
     checks |= dict.fromkeys(
         ("portable.prepare", "portable.grad_kv", "portable.grad_q"), lambda: backward(bench, "portable")
@@ -302,6 +309,31 @@ def beside(function: str) -> float:
     chosen = [each for each in cases() if each[0].startswith(function)]
     narrow = [each for each in chosen if "bfloat16" in each[0]]
     return max(worst_error(call(), meant()) for _, call, meant, _ in narrow or chosen)
+
+
+def planning(name: str) -> float:
+    """The largest relative error of a kernel that plans sparse attention, over 5 draws of its specification: against
+    the reference in float64, or for chosen blocks the share of lists and counts that differ from it.
+    """
+    from hal_cuda import kernels
+    from hal_cuda.kernels.extra import references
+
+    meant = name.removeprefix("triton_")
+    reference, draw = getattr(references, meant), getattr(references, f"draw_{meant}")
+    worst = 0.0
+    for seed in range(5):
+        drawn = draw(torch.Generator().manual_seed(seed))
+        given = [value.cuda() if isinstance(value, Tensor) else value for value in drawn]
+        found = getattr(kernels, name)(*given)
+        if isinstance(found, tuple):
+            indices, counts = reference(*given)
+            listed = torch.arange(indices.shape[-1], device="cuda") < counts.unsqueeze(-1)
+            wrong = ((found[0] != indices) & listed).any(-1) | (found[1] != counts)
+            worst = max(worst, float(wrong.double().mean()))
+        else:
+            wide = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in given]
+            worst = max(worst, float(relative_error(found, reference(*wide))))
+    return worst
 
 
 def fused_product() -> float:

@@ -435,6 +435,8 @@ def extra_variants(capability: tuple[int, int]) -> dict[str, Callable[[], Any]]:
             call()
             found[name] = _launched[before]
             found |= {f"{name}, {after}": made for after, made in enumerate(_launched[before + 1 :], 1)}
+            for made in (block_scores._forms, block_choice._forms):
+                made.clear()  # what is kept of a call is launched without its launcher being asked for
     for kept in (block_scores._pooling, block_scores._summing, block_choice._launchers):
         kept.cache_clear()  # of launchers that do nothing
     if capability == (9, 0):

@@ -98,7 +98,7 @@ class Pool:
 
     Args:
         devices: ids or backend names; None: every device that is hardware.
-        limit: requests that may wait for one device.
+        limit: requests that may wait for one device, before those that a failing device gives up to it.
         join: whether equal small requests are run as one batch.
         clock: seconds, for deadlines. breakers: the router's where it is enabled, else the pool's own.
 
@@ -318,7 +318,7 @@ class Pool:
                 self.breakers.failed(queue.device, error)
             job.tried.add(queue.device)
             with self._changed:
-                # A request that runs already is never turned away: it may exceed the limit by one for each worker.
+                # A request that ran is never turned away: what a failing device gives up comes on top of a limit.
                 others = [n for n in job.expected if n not in job.tried]
                 well = [n for n in others if not self.breakers.is_open(n)] or others
                 if well and not self._closed:
