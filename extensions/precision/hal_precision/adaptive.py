@@ -7,7 +7,6 @@ import json
 import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,6 +18,7 @@ from hal_core import ContractError, HalError, UnsupportedError
 
 from . import allocation, sensitivity
 from .config import AllocationStrategy, PrecisionConfig, QuantizationMode
+from .files import save_whole
 from .formats import FORMATS, PrecisionFormat, offered
 from .packed import PackedLinear
 
@@ -370,18 +370,12 @@ class UltraPrecisionModule(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Write tensors and plan to one safetensors file, whole or not at all. Returns its bytes."""
-        from safetensors.torch import save_file
-
-        target = Path(path)
-        part = target.with_name(f"{target.name}.part{os.getpid()}")
         tensors, seen = {}, set[int]()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:  # tied weights once, under their first name
                 seen.add(id(tensor))
                 tensors[name] = tensor.detach().contiguous()
-        save_file(tensors, part, {_METADATA: self.plan.to_json()})
-        os.replace(part, target)
-        return target.stat().st_size
+        return save_whole(path, tensors, {_METADATA: self.plan.to_json()})
 
     @classmethod
     def load(cls, model: nn.Module, path: str | os.PathLike[str]) -> UltraPrecisionModule:

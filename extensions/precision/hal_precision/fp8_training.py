@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -15,6 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from hal_core import ContractError
 
+from .files import save_whole
 from .fp8 import FP8Config, FP8Format, FP8LinearLayer, make_layers, place_layers
 from .sensitivity import run
 
@@ -168,8 +168,6 @@ class FP8TrainingEngine:
 
         Between steps of the optimizer only: gradients are not written.
         """
-        from safetensors.torch import save_file
-
         if self.micro_steps:
             raise ContractError(f"{self.micro_steps} training steps wait for optimizer_step: save after it.")
         tensors = {f"model.{name}": each for name, each in self.model.state_dict().items()}
@@ -187,15 +185,9 @@ class FP8TrainingEngine:
         if torch.cuda.is_available():
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         facts = {"groups": state["param_groups"], "plain": plain, "steps": self.steps, "skipped": self.skipped}
-        target = Path(path)
-        part = target.with_name(f"{target.name}.part{os.getpid()}")
         # Copies: safetensors takes no tensors that share memory, as tied weights do.
-        save_file(
-            {name: each.detach().clone().contiguous() for name, each in tensors.items()},
-            part,
-            {"hal_precision_fp8": json.dumps(facts)},
-        )
-        os.replace(part, target)
+        copies = {name: each.detach().clone().contiguous() for name, each in tensors.items()}
+        save_whole(path, copies, {"hal_precision_fp8": json.dumps(facts)})
 
     def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer) -> None:
         """Go on from a checkpoint, bit for bit, with a model, optimizer and config as they were.

@@ -10,6 +10,7 @@ Source: Martens 2020 (New insights on the natural gradient), sections 5 and 9.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -304,7 +305,7 @@ def rounding_error(weight: Tensor, form: PrecisionFormat, group: int, moment: Te
     return unpack(pack(weight, form, group, moment), form, group) - weight
 
 
-class _Watcher:
+class _Watcher(ABC):
     """Reads a layer's inputs and the gradients of its outputs, both [tokens, features]."""
 
     inputs = 0
@@ -322,8 +323,8 @@ class _Watcher:
         output.register_hook(backward)
         return output
 
-    def add(self, given: Tensor, grad: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add(self, given: Tensor, grad: Tensor) -> None: ...
 
 
 class _Moment(_Watcher):
