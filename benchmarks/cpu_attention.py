@@ -358,7 +358,7 @@ def _native_table(options: argparse.Namespace, title: str, shapes: list[tuple[An
 
 
 def plans(options: argparse.Namespace) -> None:
-    """Block plans beside torch's dense attention, one thread: blocks of 64, as many random ones for each query block."""
+    """Block plans beside torch's dense attention, one thread: random blocks of 64, as many for each query block."""
     rows, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -368,7 +368,8 @@ def plans(options: argparse.Namespace) -> None:
             query, key, value = (draw(1, heads, length, 64, dtype) for _ in range(3))
             count = length // 64
             indices = torch.rand(1, heads if own else 1, count, count).topk(count // part).indices.int()
-            plan = hal.BlockPlan(64, 64, indices, torch.full(indices.shape[:3], count // part, dtype=torch.int32))
+            counts = torch.full(indices.shape[:3], count // part, dtype=torch.int32)
+            plan = hal.BlockPlan(64, 64, indices, counts)
             path = path_of(request_of(query, key, value, plan=plan))
             mask = hal.expand_block_plan(plan, length, length)[:, :1]
             first = query[:, :1], key[:, :1], value[:, :1]
