@@ -56,7 +56,7 @@ class ExtraKernelRunner:
             source, target = [*map(commands.stage, inputs)], [*map(commands.result, outputs)]
             numbers, layout = [*integers, extent[2], *floats], f"{len(integers) + 1}i{len(floats)}f"
             if repeats > 1 and on_cpu and extent[0] * extent[1] <= GROUP_FIELD:
-                spare = [commands.space(2 * tensor.nbytes) for tensor in outputs]
+                spare = [commands.space(2 * sum(tensor.nbytes for tensor in outputs))]
                 numbers, layout = [*integers, repeats, extent[2], *floats], f"{len(integers) + 2}i{len(floats)}f"
                 operands = [*source, *target, *spare]
                 commands.dispatch(f"{name}s", _CONSTANTS, operands, numbers, layout, [1, 1, groups[2]])
