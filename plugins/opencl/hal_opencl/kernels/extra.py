@@ -12,7 +12,9 @@ from ..runtime.engine import Engine
 from ..runtime.lease import Lease
 
 _GROUP = 64  # work items that take all steps of a small field
-_CPU_FIELD = 128 * 128  # as GROUP_FIELD, of a CPU: a launch takes longer there, and a work item steps 16 elements at once
+_CPU_FIELD = (
+    128 * 128
+)  # as GROUP_FIELD, of a CPU: a launch takes longer there, and a work item steps 16 elements at once
 #: Elements of the result per work item along x, y and z; one elsewhere.
 _BLOCKS = {"matmul": (16, 4, 1), "reaction_diffusion_step": (16, 1, 1), "ricci_flow_step": (16, 1, 1)}
 
