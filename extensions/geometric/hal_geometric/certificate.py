@@ -43,7 +43,7 @@ class BlockStatistics(NamedTuple):
 
 
 def cut_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(tokens [..., L, d] as [..., blocks, block, d], zeros after the last; which of them are tokens, [blocks, block])."""
+    """(tokens [..., L, d] as [..., blocks, block, d], zeros after the last; which are tokens, [blocks, block])."""
     length = x.shape[-2]
     blocks = -(-length // block)
     wide = x if x.dtype == torch.float64 else x.float()

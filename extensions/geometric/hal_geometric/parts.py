@@ -26,11 +26,11 @@ PARTS = 2
 
 
 class Parts(NamedTuple):
-    """centre: [..., blocks, parts, d]. radius, count: [..., blocks, parts]; a part may hold no token."""
+    """centre: [..., blocks, parts, d]. radius, tokens: [..., blocks, parts]; a part may hold no token."""
 
     centre: Tensor
     radius: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 def split(x: Tensor, block: int, parts: int = PARTS) -> Parts:
@@ -65,8 +65,8 @@ def bounds(query: Parts, key: Parts) -> tuple[Tensor, Tensor]:
     """(lower, upper): log of bounds of each block's mass, [B, H, query blocks * parts, key blocks], each row up to a
     summand of its own.
     """
-    centre, keys = key.centre.flatten(-3, -2), key.count.flatten(-2)
-    none = query.count.unsqueeze(-1) == 0  # a part without rows repeats the first one, which adds no condition
+    centre, keys = key.centre.flatten(-3, -2), key.tokens.flatten(-2)
+    none = query.tokens.unsqueeze(-1) == 0  # a part without rows repeats the first one, which adds no condition
     rows = torch.where(none, query.centre[..., :1, :], query.centre).flatten(-3, -2)
     reach = torch.where(none[..., 0], query.radius[..., :1], query.radius).flatten(-2).unsqueeze(-1)
     mean = rows @ centre.mT + keys.log().unsqueeze(-2)
@@ -77,6 +77,6 @@ def bounds(query: Parts, key: Parts) -> tuple[Tensor, Tensor]:
     mean -= best
     most = (rows.square().sum(-1, keepdim=True).sqrt() + reach) * key.radius.flatten(-2).unsqueeze(-2)
     most = torch.minimum(most, most.square() / 2)
-    parts = key.count.shape[-1]
+    parts = key.tokens.shape[-1]
     lower, upper = (t.unflatten(-1, (-1, parts)).logsumexp(-1) for t in (mean - slack, mean + slack + most))
     return lower, upper

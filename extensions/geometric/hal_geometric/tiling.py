@@ -20,7 +20,7 @@ MODES = ("certified", "exact", "estimate", "precision")
 Scorer = Callable[[Tensor, Tensor], Tensor]
 #: Rows times key blocks that are bounded at once, over all heads.
 _AT_ONCE = 1 << 23
-#: A plan from bounds of whole blocks of queries that reads a larger share of the blocks gives way to bounds of each row.
+#: A plan from bounds of whole blocks of queries that reads a larger share gives way to bounds of each row.
 _COARSE_UP_TO = 0.5
 
 
