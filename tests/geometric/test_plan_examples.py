@@ -1,5 +1,5 @@
-"""The example code of the plan for adaptive attention tiling, run with its imports changed: its classes, their methods and
-what it builds from them, on the CPU and on Vulkan.
+"""The example code of the plan for adaptive attention tiling, run with its imports changed: its classes, their methods
+and what it builds from them, on the CPU and on Vulkan.
 """
 
 from __future__ import annotations
