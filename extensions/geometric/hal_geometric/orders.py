@@ -86,7 +86,7 @@ def topic_orders(query: Tensor, key: Tensor) -> tuple[ContentOrder, ContentOrder
     sample = key.detach()[:, :, places].to(wide)
     length_of = sample.square().sum(-1)
     squares = length_of.unsqueeze(-1) + length_of.unsqueeze(-2) - 2 * (sample @ sample.mT)
-    place = torch.arange(len(places), device=key.device)
+    place = torch.arange(len(places), dtype=torch.int16, device=key.device)
     near = squares <= squares.mean(-1, keepdim=True) / 2
     first = torch.where(near, place, len(places)).amin(-1)
     alone = first == place

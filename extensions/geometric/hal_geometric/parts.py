@@ -38,27 +38,29 @@ def split(x: Tensor, block: int, parts: int = PARTS) -> Parts:
     1985), then each part around its mean.
     """
     cut, present = cut_blocks(x, block)
-    first = cut[..., :1, :]
-    nearest = _squares(cut, first).masked_fill_(~present, 0.0)
+    squares = torch.linalg.vector_norm(cut, dim=-1).square_()
+    nearest = _from(cut, squares, cut[..., :1, :]).masked_fill_(~present, 0.0)
     part = torch.zeros(nearest.shape, dtype=torch.long, device=x.device)
     for number in range(1, parts):
         farthest = nearest.argmax(-1)[..., None, None].expand(*cut.shape[:-2], 1, cut.shape[-1])
-        away = _squares(cut, cut.gather(-2, farthest)).masked_fill_(~present, torch.inf)
+        away = _from(cut, squares, cut.gather(-2, farthest)).masked_fill_(~present, torch.inf)
         part.masked_fill_(away < nearest, number)
         nearest = torch.minimum(nearest, away)
     member = (part.unsqueeze(-2) == torch.arange(parts, device=x.device).unsqueeze(-1)) & present.unsqueeze(-2)
     weight = member.to(cut.dtype)
-    count = weight.sum(-1)
-    centre = (weight @ cut) / count.clamp_min(1).unsqueeze(-1)
-    own = centre.gather(-2, part.unsqueeze(-1).expand_as(cut))
-    squares = (cut - own).square_().sum(-1)
-    radius = (squares.unsqueeze(-2) * weight).amax(-1).sqrt_()
-    return Parts(centre, radius, count)
+    tokens = weight.sum(-1)
+    centre = (weight @ cut) / tokens.clamp_min(1).unsqueeze(-1)
+    away = squares.unsqueeze(-2) - 2 * (centre @ cut.mT) + centre.square().sum(-1, keepdim=True)
+    rounding = (
+        cut.shape[-1] * torch.finfo(cut.dtype).eps * squares.amax(-1)[..., None, None]
+    )  # of the squares' difference
+    radius = (away.clamp_min_(0) + rounding).mul_(weight).amax(-1).sqrt_()
+    return Parts(centre, radius, tokens)
 
 
-def _squares(x: Tensor, centre: Tensor) -> Tensor:
-    """Squared distances of tokens [..., n, d] from one centre [..., 1, d]."""
-    return (x - centre).square_().sum(-1)
+def _from(x: Tensor, squares: Tensor, centre: Tensor) -> Tensor:
+    """About the squared distances of tokens [..., n, d], whose squares are given, from one centre [..., 1, d]."""
+    return (squares - 2 * (centre @ x.mT).squeeze(-2)).add_(centre.square().sum(-1))
 
 
 def bounds(query: Parts, key: Parts) -> tuple[Tensor, Tensor]:
