@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import enum
 import math
-import struct
 from typing import Any, NoReturn
 
-from .library import ISAS, load
+from .library import ISAS, STRUCT, load
 
-#: hal_attention of src/hal_cpu_native.h.
-STRUCT = struct.Struct("@8Pq12q4q4q2q7q2q2f4i")
 #: Pointers, strides and the sizes of a plan's blocks, which come first.
 POINTERS = 31
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}

@@ -179,6 +179,8 @@ void read(void* data) {
 
 extern "C" {
 
+int64_t hal_cpu_native_call_bytes(void) { return sizeof(hal_attention); }
+
 int hal_cpu_native_isa(void) { return hal::best_isa(); }
 
 int64_t hal_cpu_native_workspace(const hal_attention* call) {

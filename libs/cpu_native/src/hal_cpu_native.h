@@ -77,6 +77,9 @@ typedef struct {
   int32_t dtype, isa, kernel, threads;
 } hal_attention;
 
+/* Bytes of hal_attention as this library was built: whoever fills the struct by its fields' places compares first. */
+HAL_API int64_t hal_cpu_native_call_bytes(void);
+
 /* The best instruction set of this processor (enum hal_isa), 0 where it lacks AVX2, FMA or F16C. */
 HAL_API int hal_cpu_native_isa(void);
 
