@@ -16,17 +16,18 @@ THREE = gl.constexpr("=r,r,r")
 TURN = gl.constexpr(8)  # the first named barrier of the turns: those below are Triton's
 #: Wait for the copies of this thread to be written, then for the other threads of the warpgroup that loads.
 WRITTEN = gl.constexpr("cp.async.bulk.wait_group 0; bar.sync $1, $2; mov.b32 $0, $1;")
-#: Count a block's sums as added where $2 is not 0, by one thread of the second warp: its release takes as long as a trip
-#: to the second-level cache, and the first warp sends the next sums meanwhile. Other blocks see the count behind the
-#: sums by the release; the copy engine's writes and the threads' go by different proxies, which fences join.
+#: Count a block's sums as added where $2 is not 0, by one thread of the second warp: its release takes as long as a
+#: trip to the second-level cache, and the first warp waits for its own next turn meanwhile. Other blocks see the count
+#: behind the sums by the release; the copy engine's writes and the threads' go by different proxies, which fences join.
 COUNT = gl.constexpr(
-    "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 32; setp.ne.and.u32 r, $2, "
-    "0, p; @r fence.proxy.async; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, t; }"
+    "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 32; setp.ne.and.u32 r, "
+    "$2, 0, p; @r fence.proxy.async; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, t; }"
 )
 #: Wait until $2 blocks have been counted: the first warp, which sends.
 AWAIT = gl.constexpr(
-    "{ .reg .pred p, o; .reg .b32 n, t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.ge.u32 o, t, 32; @o bra GONE; AGAIN: "
-    "ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra AGAIN; fence.proxy.async; GONE: mov.b32 $0, t; }"
+    "{ .reg .pred p, o; .reg .b32 n, t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.ge.u32 o, t, 32; @o bra GONE; "
+    "AGAIN: ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra AGAIN; fence.proxy.async; "
+    "GONE: mov.b32 $0, t; }"
 )
 
 
@@ -198,7 +199,7 @@ def settle(e, barriers: Barriers, block: Block, order: Order, C: gl.constexpr):
     gl.inline_asm_elementwise(
         WRITTEN, THREE, [gl.to_tensor(TURN + 2), gl.to_tensor(128)], dtype=gl.int32, is_pure=False, pack=1
     )
-    if C.staging > 1:
+    if C.staging > 1:  # noqa: SIM102  the first is known when the kernel is compiled
         if e >= 0:
             mbarrier.arrive(barriers.free.index(e % C.staging), count=1)
     tile = (block.place * C.group + gl.maximum(e - 1, 0) // block.count) * block.tiles
