@@ -220,3 +220,10 @@ def test_freed_memory_is_reused_and_pools_can_be_emptied() -> None:
 def test_bad_limits_are_refused(arguments: Any) -> None:
     with pytest.raises(ContractError, match="was given: use"):
         UnifiedMemoryManager(**arguments)
+
+
+def test_a_tensor_as_an_argument_is_named_by_its_shape() -> None:
+    manager, many = UnifiedMemoryManager(), torch.zeros(1000000)
+    for call in (manager.allocate, lambda given: manager.allocate((1,), given), manager.set_memory_limit):
+        with pytest.raises(ContractError, match=r"a tensor \[1000000\] "):
+            call(many)
