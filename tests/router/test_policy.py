@@ -242,6 +242,33 @@ def _keys(q: Any, k: Any, v: Any) -> Any:
     return Keys.of(_request(q, k, v).request)
 
 
+def test_an_error_in_the_policy_leaves_calls_to_the_core_until_it_is_enabled_anew(
+    device: Any, router: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device("modest", 4e-6, 1e-6)
+    device("boaster", 2e-6, 8e-6)
+    q, k, v = tensors()
+
+    def broken(*given: Any) -> Any:
+        raise KeyError("a device that is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(control.router, "policy", broken)
+        patch.setenv("HAL_STRICT", "0")
+        registry.changed()
+        out = hal.attention(q, k, v)
+    assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
+    failure = registry.plugins.by_name["router"].failure
+    assert failure is not None
+    assert "a device that is gone" in failure.message
+    assert "the policy of router" not in hal.explain(q, k, v).reason
+    hal_router.enable()
+    assert registry.plugins.by_name["router"].failure is None
+    for _ in range(60):
+        hal.attention(q, k, v)
+    assert "chosen by the policy of router" in hal.explain(q, k, v).reason
+
+
 def test_a_switched_off_plugin_cannot_be_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     from hal_core.plugins import LoadFailure
 

@@ -53,16 +53,20 @@ class Hooks:
 def enable() -> None:
     """Route `hal.attention` from now on, in the whole process. What was learned on this machine is read.
 
-    Named devices, `hal.use` and error bounds keep their meaning: they are never overridden. Twice is harmless.
+    Named devices, `hal.use` and error bounds keep their meaning: they are never overridden. Twice is harmless. After an
+    error inside the router, which `hal doctor` reports and calls go on without, it starts anew from what was saved.
 
     Raises:
-        PluginError: the plugin `router` was switched off by HAL_PLUGINS or HAL_DISABLE, or failed.
+        PluginError: the plugin `router` was switched off by HAL_PLUGINS or HAL_DISABLE, or failed to load.
     """
     global router, store
     registry.discover()
-    plugin = registry.plugins.by_name.get("router")
+    plugin: Any = registry.plugins.by_name.get("router")
+    if plugin is not None and plugin.failure is not None and plugin.failure.stage.startswith("hook hal_"):
+        disable()
+        plugin.failure = None
     if plugin is None or plugin.failure is not None:
-        why = "is not installed" if plugin is None else plugin.failure.message  # type: ignore[union-attr]
+        why = "is not installed" if plugin is None else plugin.failure.message
         raise PluginError(f"the plugin router cannot be enabled: it {why}")
     with _lock:
         if router is not None:
