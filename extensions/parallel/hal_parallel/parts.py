@@ -31,9 +31,10 @@ def new_sum(like: Tensor, lse: Tensor, into: Tensor | None) -> Tensor:
 
 def finished(total: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
     """A sum as a gradient of `like`, in `into` where there is one."""
-    if into is None:
-        return total.to(like.device, like.dtype)
-    return into if total is into else into.copy_(total)
+    if total is into:
+        return total
+    total = total.to(like.dtype)  # where the sum lies: torch's copy to host memory would convert it there, slowly
+    return total.to(like.device) if into is None else into.copy_(total)
 
 
 class Accumulator:
