@@ -63,12 +63,9 @@ def of_link(link: Link) -> dict[str, float]:
     total = world * torch.arange(64.0, device=device) + 1000 * (world * (world - 1) // 2)
     found["all_reduce"] = link.all_reduce(own, "a sum") - total
     every = torch.arange(64.0, device=device) + 1000 * torch.arange(world, device=device)[:, None]
-    flat = link._run(dist.all_gather_into_tensor, own.new_empty(64 * world), "gathering", own)
-    found["all_gather"] = flat.view(world, 64) - every
-    found["reduce_scatter"] = link._run(dist.reduce_scatter_tensor, own.clone(), "scattering", flat) - world * own
-    found["all_to_all"] = link._run(dist.all_to_all_single, torch.empty_like(flat), "trading", flat).view_as(
-        every
-    ) - every[link.rank].expand_as(every)
+    found["all_gather"] = link._run(dist.all_gather_into_tensor, own, (world, 64), "gathering") - every
+    found["reduce_scatter"] = link._run(dist.reduce_scatter_tensor, every, (64,), "scattering") - world * own
+    found["all_to_all"] = link._run(dist.all_to_all_single, every, every.shape, "trading") - every[link.rank]
     whole = torch.randn(1, 2 * world, 4 * world, 8, device=device, dtype=torch.bfloat16)
     back = trade(trade(whole, link, 1, 2, "heads"), link, 2, 1, "tokens")
     found["trade and back"] = back - whole

@@ -32,7 +32,11 @@ OPTIONS = (*POLICY, *_PLACES, "softcap", "scale", "enable_gqa", "max_error", "de
 
 
 class Given(NamedTuple):
-    """The tensors of a rank; the mask may be None."""
+    """What a rank computes with: query and mask rows of its own, keys and values of any rank.
+
+    A mask that was checked is 4-D, [1 or batch, 1 or heads, 1 or rows, 1 or all tokens of the keys]; its columns are in
+    the order of tokens.
+    """
 
     query: Tensor
     key: Tensor

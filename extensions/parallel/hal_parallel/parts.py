@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hal_core import AttentionRequest
 
+from .description import Given
 from .dropout import Dropout
 from .inner import Inner
 from .visible import Call, tokens_of
@@ -86,19 +87,6 @@ class Accumulator:
         return self.top + self.total.log()
 
 
-class Operands(NamedTuple):
-    """What a rank computes with: query and mask rows of its own, keys and values of any rank.
-
-    `mask` is 4-D, [1 or batch, 1 or heads, 1 or rows, 1 or all tokens of the keys]; its columns are in the order of
-    tokens.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-
-
 class Part(NamedTuple):
     """Batch entries and heads that are computed together."""
 
@@ -110,10 +98,10 @@ class Part(NamedTuple):
         """The part of a tensor over query heads, of which there may be 1 for all, or None."""
         return None if tensor is None else _cut(tensor, self.entries, self.heads)
 
-    def of(self, given: Operands) -> Operands:
+    def of(self, given: Given) -> Given:
         """The part of all operands; those that are None stay."""
         key, value = (t if t is None else _cut(t, self.entries, self.heads_kv) for t in given[1:3])
-        return Operands(self.queries(given.query), key, value, self.queries(given.mask))
+        return Given(self.queries(given.query), key, value, self.queries(given.mask))
 
     def dropout(self, dropout: Dropout | None) -> Dropout | None:
         """The pattern of this part."""
@@ -153,7 +141,7 @@ class PartialAttention:
         self.kept = Accumulator(query, out)
         self.every = self.kept if dropout is None else Accumulator(query, self.kept.out[..., :0])
 
-    def add(self, given: Operands, calls: Sequence[Call]) -> None:
+    def add(self, given: Given, calls: Sequence[Call]) -> None:
         """Attend to the keys of some calls."""
         for call in calls:
             query, key, value, mask = _of(given, call)
@@ -208,7 +196,7 @@ class PartialGradients:
             delta = (self.out.to(self.lse.dtype) * self.grad_out).sum(-1)
             self._grad_sums = -delta if self.grad_lse is None else self.grad_lse - delta
 
-    def add(self, given: Operands, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
+    def add(self, given: Given, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
         """Add the gradients that some calls give to the sums of query and mask, and to those of their keys and values.
 
         Args:
@@ -236,7 +224,7 @@ class PartialGradients:
                 found = self.inner.backward(query, keys, values, mask, call, pair, sums, rest)
                 self._sum(found, given, call, key, None)
 
-    def _sum(self, found: tuple[Tensor | None, ...], given: Operands, call: Call, key: object, value: object) -> None:
+    def _sum(self, found: tuple[Tensor | None, ...], given: Given, call: Call, key: object, value: object) -> None:
         for total, grad, place in (
             (self.query, found[0], call.rows),
             (key, found[1], call.keys),
@@ -257,7 +245,7 @@ class PartialGradients:
             part.index_add_(3, columns, grad)
 
 
-def _of(given: Operands, call: Call) -> Operands:
+def _of(given: Given, call: Call) -> Given:
     """The operands of one call. Keys that lie elsewhere (in host memory) come to the queries."""
     query = given.query[:, :, call.rows]
     key, value = given.key[:, :, call.keys].to(query.device), given.value[:, :, call.keys].to(query.device)
@@ -267,7 +255,7 @@ def _of(given: Operands, call: Call) -> Operands:
         columns = _columns(call, mask)
         mask = mask[..., columns] if isinstance(columns, slice) else mask.index_select(3, columns)
     seen = call.visible(query.device)
-    return Operands(query, key, value, mask if seen is None else _both(mask, seen[None, None]))
+    return Given(query, key, value, mask if seen is None else _both(mask, seen[None, None]))
 
 
 def _columns(call: Call, mask: Tensor) -> slice | Tensor:

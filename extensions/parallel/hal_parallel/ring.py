@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .description import Given
 from .dropout import Dropout
 from .exchange import Link, Pending
 from .inner import Inner
 from .layout import Pieces
-from .parts import WHOLE, Operands, Part, PartialAttention, PartialGradients, Result, finished, new_sum, sum_dtype
+from .parts import WHOLE, Part, PartialAttention, PartialGradients, Result, finished, new_sum, sum_dtype
 from .visible import Call, Rule, find_calls
 
 
@@ -73,7 +74,7 @@ class RingAttention(torch.autograd.Function):
         out, lse = query.new_empty(shape), query.new_empty(shape[:3], dtype=sum_dtype(query))
         with torch.autocast(query.device.type, enabled=False):
             for part in plan.parts:
-                given = part.of(Operands(query, key, value, mask))
+                given = part.of(Given(query, key, value, mask))
                 ring_forward(plan, part, given, part.queries(out), part.queries(lse))
         ctx.save_for_backward(query, key, value, mask, out, lse)
         return out, lse
@@ -82,7 +83,7 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
-        plan, given = ctx.plan, Operands(*tensors)
+        plan, given = ctx.plan, Given(*tensors)
         wanted = frozenset(
             name for name, needed in zip(("q", "k", "v", "mask"), ctx.needs_input_grad[1:], strict=True) if needed
         )
@@ -93,7 +94,7 @@ class RingAttention(torch.autograd.Function):
             torch.empty_like(t, pin_memory=t.is_pinned()) if many and name in wanted else None
             for name, t in zip("qkv", given[:3], strict=True)
         ]
-        grads = Operands._make([*written, mask])
+        grads = Given._make([*written, mask])
         with torch.autocast(out.device.type, enabled=False):
             for part in plan.parts:
                 result = Result(*(part.queries(t) for t in (out, lse, grad_out, grad_lse)))
@@ -102,7 +103,13 @@ class RingAttention(torch.autograd.Function):
         return (None, *found, None if mask is None or given.mask is None else mask.to(given.mask.dtype))
 
 
-def ring_forward(plan: RingPlan, part: Part, given: Operands, out: Tensor, lse: Tensor) -> None:
+def attend(plan: RingPlan, given: Given) -> tuple[Tensor, Tensor]:
+    """Local (out, log-sum-exp), with gradients for the operands."""
+    out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def ring_forward(plan: RingPlan, part: Part, given: Given, out: Tensor, lse: Tensor) -> None:
     """Write (out, log-sum-exp) of the local queries over the keys of all ranks."""
     partial = PartialAttention(plan.inner, part.dropout(plan.dropout), given.query, out)
     held = _held(plan, given)
@@ -116,7 +123,7 @@ def ring_forward(plan: RingPlan, part: Part, given: Operands, out: Tensor, lse: 
 
 
 def ring_backward(
-    plan: RingPlan, part: Part, given: Operands, result: Result, wanted: frozenset[str], into: Operands
+    plan: RingPlan, part: Part, given: Given, result: Result, wanted: frozenset[str], into: Given
 ) -> list[Tensor | None]:
     """Gradients of the local query, key and value; None where not wanted.
 
@@ -151,7 +158,7 @@ def ring_backward(
     return [finished(found[name], *places[name]) if name in found else None for name in "qkv"]
 
 
-def _held(plan: RingPlan, given: Operands) -> list[Tensor]:
+def _held(plan: RingPlan, given: Given) -> list[Tensor]:
     """This rank's keys and values: to be sent, or on the query's device if a call takes all of them."""
     pair = [given.key, given.value]
     if plan.link is not None:
@@ -162,7 +169,7 @@ def _held(plan: RingPlan, given: Operands) -> list[Tensor]:
 
 def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple[list[Tensor], Pending | None]:
     """Begin to pass the keys and values on; (what comes, what to wait for), nothing after the last step."""
-    if plan.link is None or step + 1 >= plan.steps:
+    if step + 1 >= plan.steps:
         return [], None
     coming = [torch.empty_like(tensor) for tensor in held]
     return coming, _shift(plan, held, coming, 1, f"keys and values, {phase}, step {step + 1} of {plan.steps}")
@@ -175,7 +182,7 @@ def _shift(plan: RingPlan, send: list[Tensor], receive: list[Tensor], hops: int,
 def _home(plan: RingPlan, sums: list[Tensor]) -> list[Tensor]:
     """The sums of this rank's own keys, from the rank that added the last part."""
     hops = -(plan.steps - 1) % len(plan.keys)
-    if plan.link is None or hops == 0 or not sums:
+    if hops == 0 or not sums:
         return sums
     own = [torch.empty_like(total) for total in sums]
     pending = _shift(plan, sums, own, hops, "gradients of keys and values, backward, the way home")

@@ -18,7 +18,7 @@ from .description import Description, Given
 from .dropout import Dropout
 from .inner import Inner, choose
 from .parts import cut
-from .ring import RingAttention, RingPlan
+from .ring import RingPlan, attend
 
 #: Bytes that blocks may take beside inputs and results on a device of host memory, where the call does not say.
 MEMORY = 128 << 20
@@ -49,8 +49,7 @@ def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int |
     dropout = Dropout(d.dropout, rng) if d.dropout else None
     most = blocks.rows, blocks.keys
     plan = RingPlan(None, blocks.inner, d.queries.pieces, d.keys.pieces, 0, d.rule, most, dropout, parts)
-    out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
-    return out, lse
+    return attend(plan, given)
 
 
 def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:

@@ -68,13 +68,16 @@ class Call(NamedTuple):
         return seen if low is None else seen & (distance >= low)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """How many rows and keys."""
+        return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
+
+    @property
     def pairs(self) -> int:
         """How many pairs of tokens are visible."""
         if self.masked is not None:
             return int(self.visible(torch.device("cpu")).sum())  # type: ignore[union-attr]
-        rows, keys = self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
-        sizes = {"batch": 1, "heads_q": 1, "heads_kv": 1, "len_q": rows, "len_k": keys, "dim_qk": 1, "dim_v": 0}
-        return AttentionRequest(**sizes, dtype="float32", **band_options(self.low, self.high)).visible_macs
+        return AttentionRequest(1, 1, 1, *self.size, 1, 0, "float32", **band_options(self.low, self.high)).visible_macs
 
 
 def band_options(low: int | None, high: int | None) -> dict[str, Any]:
