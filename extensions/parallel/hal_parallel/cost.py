@@ -16,7 +16,7 @@ from .description import Description
 from .inner import NO_BAND, choose
 from .layout import joined_ranks
 from .strategies import STRATEGIES, heads_together, why_not
-from .topology import Topology, topology_of
+from .topology import topology_of
 from .visible import Call, band_options, find_calls
 
 _FORMAT = 1
@@ -72,18 +72,16 @@ def measure_link(mesh: Any = None, size: int = 1 << 23, repeats: int = 7) -> Lin
             receive[-1].item()  # an accelerator is waited for
             passes.append(time.perf_counter() - start)
         times.append(min(passes[1:]))
-    own = torch.tensor([*times, 0.0], dtype=torch.float64, device=ring.device)
-    latency, whole = ring.all_gather(own, "measuring the link").amax(0).tolist()[:2]
+    own = torch.tensor(times, dtype=torch.float64, device=ring.device)
+    latency, whole = ring.all_gather(own, "measuring the link").amax(0).tolist()
     rate = LinkRate(size / max(whole - latency, whole / 10), latency, "measured")
-    values = {"format": _FORMAT, "bandwidth": rate.bandwidth, "latency": rate.latency}
-    write_whole(_path(ring.device.type, topology.world), json.dumps(values))
+    write_whole(_path(ring.device.type, topology.world), json.dumps(rate._asdict() | {"format": _FORMAT}))
     return rate
 
 
 def stored_link(kind: str, world: int) -> LinkRate:
     """The measured link of ranks on devices of a kind; of another number of ranks, or assumed, where there is none."""
-    folder = cache_dir() / "links"
-    others = sorted(folder.glob(f"{kind}-*.json")) if folder.is_dir() else []
+    others = sorted((cache_dir() / "links").glob(f"{kind}-*.json"))
     for path in (_path(kind, world), *others):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -97,11 +95,6 @@ def stored_link(kind: str, world: int) -> LinkRate:
 
 def _path(kind: str, world: int) -> Any:
     return cache_dir() / "links" / f"{kind}-{world}.json"
-
-
-def shape_of(topology: Topology) -> tuple[int, ...]:
-    """(ranks,) or (ring, heads)."""
-    return (topology.ring.size,) if topology.heads is None else (topology.ring.size, topology.heads.size)
 
 
 class StrategyEstimate(NamedTuple):

@@ -231,8 +231,7 @@ def _check_mask(mask: Any, query: Tensor, queries: TokenLayout, keys: TokenLayou
             f"rows in the order of its tokens, and all {keys.length} keys in the order of the sequence "
             "(hal_parallel.shard(mask, ...) cuts the rows)"
         )
-    heads = mask.shape[-3] if mask.dim() > 2 else 1
-    batch = mask.shape[-4] if mask.dim() > 3 else 1
+    batch, heads = (1, 1, *mask.shape[:-2])[-2:]
     if mask.dim() > 4 or heads not in (1, query.shape[1]) or batch not in (1, query.shape[0]):
         raise ContractError(
             f"attn_mask {list(mask.shape)} was given: use [{query.shape[0]} or 1, {query.shape[1]} or 1, rows, keys]"

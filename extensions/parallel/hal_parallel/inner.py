@@ -36,8 +36,10 @@ class Inner(NamedTuple):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> tuple[Any, Any]:
         """(out, log-sum-exp) of the rows over the keys of one call."""
         r = self.request
-        options: dict[str, Any] = {"scale": r.scale, "softcap": r.softcap, "enable_gqa": r.heads_q != r.heads_kv}
-        options |= {"max_error": r.max_error, "deterministic": r.deterministic, **band_options(call.low, call.high)}
+        options: dict[str, Any] = {
+            **{"scale": r.scale, "softcap": r.softcap, "enable_gqa": r.heads_q != r.heads_kv},
+            **{"max_error": r.max_error, "deterministic": r.deterministic, **band_options(call.low, call.high)},
+        }
         found = hal.attention(query, key, value, mask, return_lse=True, backend=self.device, **options)
         return found.out, found.lse
 

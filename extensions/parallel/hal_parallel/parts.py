@@ -18,11 +18,6 @@ from .inner import Inner
 from .visible import Call, tokens_of
 
 
-def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which results of a tensor are summed."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def new_sum(like: Tensor, lse: Tensor, into: Tensor | None) -> Tensor:
     """Zeros in the shape of `like`, in the dtype of sums and on the device of `lse`: `into` where that fits."""
     if into is not None and (into.dtype, into.device) == (lse.dtype, lse.device):
@@ -52,7 +47,7 @@ class Accumulator:
     """
 
     def __init__(self, query: Tensor, out: Tensor) -> None:
-        self.dtype = sum_dtype(query)
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.out = out.zero_() if out.dtype == self.dtype else torch.zeros_like(out, dtype=self.dtype)
         self.top = query.new_full(query.shape[:3], -math.inf, dtype=self.dtype)
         self.total = torch.zeros_like(self.top)
@@ -107,8 +102,7 @@ class Part(NamedTuple):
         """The pattern of this part."""
         if dropout is None or self is WHOLE:
             return dropout
-        first = dropout.first_head + self.heads.start
-        return Dropout(dropout.probability, dropout.rng, first, self.entries.start)
+        return Dropout(dropout.probability, dropout.rng, dropout.first_head + self.heads.start, self.entries.start)
 
 
 def _cut(tensor: Tensor, entries: slice, heads: slice) -> Tensor:
