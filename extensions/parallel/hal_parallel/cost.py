@@ -153,7 +153,7 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
     if name in ("ring", "ring_ulysses"):
         heads = shape[1] if len(shape) > 1 else 1
         each = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads)
-        together = heads_together(each, d.keys.pieces) if len(work) > 1 else each.heads_kv
+        together = heads_together(each, d.keys.pieces) if name == "ring" or len(work) > 1 else each.heads_kv
         moving = keys * together // max(each.heads_kv, 1)
         per_step = keys * (2 * size + wide if r.grads else size)
         travelling = [link.seconds(per_step, back)] * (len(work) - 1)
@@ -173,7 +173,9 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
         memory = keys * world * (size + wide * bool(r.grads)) + _call_memory(d, largest, r.heads_kv)
     elif name == "ulysses":
         sent = int((queries + keys + results) * size * (world - 1) / world * back)
-        memory = (queries + keys + results) * size + _call_memory(d, largest, r.heads_kv // world)
+        memory = (queries + keys) * size + _call_memory(d, largest, r.heads_kv // world)
+        # With gradients, beside what is kept: the result's, twice. Without: what is sent, came and is put in order.
+        memory = memory + 2 * results * size if r.grads else max(memory, 4 * results * size)
     else:
         sent = back * ((results * size + rows * wide) * (world - 1) + (1 - replicated) * queries * size * (world - 1))
         moving = queries * size * (1 if replicated else world)

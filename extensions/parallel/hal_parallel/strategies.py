@@ -61,7 +61,8 @@ class Run(NamedTuple):
         d, inner = self.description, self.device(strategy)
         most = most_pairs(d.dropout, inner.request)
         dropout = Dropout(d.dropout, self.rng, first_head) if d.dropout else None
-        heads = inner.request.heads_kv if link is None else heads_together(inner.request, keys)
+        stay = link is None and strategy != "ring"  # a ring of one rank goes by heads too: sums of gradients stay small
+        heads = inner.request.heads_kv if stay else heads_together(inner.request, keys)
         return RingPlan(
             link, inner, queries, keys, rank, d.rule, most, dropout, cut(inner.request, inner.request.batch, heads)
         )
@@ -135,6 +136,7 @@ def ulysses(given: Given, run: Run) -> tuple[Tensor, Tensor]:
     places = (tuple(pieces for pieces, _ in of_queries), tuple(pieces for pieces, _ in of_keys))
     plan = run.plan("ulysses", around, *places, group, first)
     out, lse = attend(plan, Given(query, key, value, mask))
+    del query, key, value, mask  # without gradients nothing else holds them while the results travel
     return (
         trade(_unordered(out, rows), heads, 2, 1, "output"),
         trade(_unordered(lse, rows), heads, 2, 1, "log-sum-exp"),
