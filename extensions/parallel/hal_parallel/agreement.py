@@ -45,8 +45,9 @@ def agree(
     data = words.encode()[:_TEXT]
     text = torch.zeros(_TEXT, dtype=torch.uint8, device=device)
     text[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device=device)
-    rows = topology.all_gather(text, _WHAT).cpu()
-    said = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+    said = [
+        bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in topology.all_gather(text, _WHAT).cpu()
+    ]
     if error is not None:
         raise error
     raise ContractError(_difference([_read(text) for text in said], [row[0] for row in seen], topology.names))

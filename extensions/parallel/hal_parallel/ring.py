@@ -143,8 +143,7 @@ def ring_backward(
     sums: list[Tensor] = []
     for step in range(plan.steps):
         coming, wait = _pass_on(plan, held, step, "backward")
-        what = f"gradients of keys and values, backward, step {step} of {plan.steps}"
-        arriving, wait_for_sums = _shift(plan, sums, 1, what)
+        arriving, wait_for_sums = _shift(plan, sums, 1, f"gradients of keys and values, step {step} of {plan.steps}")
         own = [new_sum(like, result.lse, place if plan.link is None else None) for like, place in keys]
         local, named = given._replace(key=held[0], value=held[1]), dict(zip(names, own, strict=True))
         partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))
@@ -167,8 +166,9 @@ def _held(plan: RingPlan, given: Given) -> list[Tensor]:
 
 def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple[list[Tensor], Callable[[], None]]:
     """Begin to pass the keys and values on, unless this is the last step: as `_shift`."""
-    what = f"keys and values, {phase}, step {step + 1} of {plan.steps}"
-    return _shift(plan, held if step + 1 < plan.steps else [], 1, what)
+    return _shift(
+        plan, held if step + 1 < plan.steps else [], 1, f"keys and values, {phase}, step {step + 1} of {plan.steps}"
+    )
 
 
 def _shift(plan: RingPlan, send: list[Tensor], hops: int, what: str) -> tuple[list[Tensor], Callable[[], None]]:

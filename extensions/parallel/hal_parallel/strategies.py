@@ -61,8 +61,10 @@ class Run(NamedTuple):
         d, inner = self.description, self.device(strategy)
         most = most_pairs(d.dropout, inner.request)
         dropout = Dropout(d.dropout, self.rng, first_head) if d.dropout else None
-        stay = link is None and strategy != "ring"  # a ring of one rank goes by heads too: sums of gradients stay small
-        heads = inner.request.heads_kv if stay else heads_together(inner.request, keys)
+        # A ring of one rank goes by heads too: what is under way in its backward pass stays small.
+        heads = (
+            heads_together(inner.request, keys) if link is not None or strategy == "ring" else inner.request.heads_kv
+        )
         return RingPlan(
             link, inner, queries, keys, rank, d.rule, most, dropout, cut(inner.request, inner.request.batch, heads)
         )
