@@ -8,6 +8,7 @@ models are timed beside another checkout's CPU device instead.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -31,7 +32,7 @@ from hal_core.testing.benchmark import host_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEAN_BAR = 0.98  # of --against
-SECTIONS = ("decode", "grid", "window", "softcap", "memory", "native")
+SECTIONS = ("decode", "grid", "window", "softcap", "memory", "native", "plans")
 NOTE = (
     "Ratio: time of torch's scaled_dot_product_attention over the device's; "
     "the 95% interval is over the rounds of one run."
@@ -354,6 +355,42 @@ def _native_table(options: argparse.Namespace, title: str, shapes: list[tuple[An
     ]
     columns = ("case", "path", "torch ms", "device ms", "torch / device", "speed", "error / torch's")
     record.publish(options, "cpu_native", f"{title}: the CPU device beside torch", columns, rows, notes, title)
+
+
+def plans(options: argparse.Namespace) -> None:
+    """Block plans beside torch's dense attention, one thread: random blocks of 64, as many for each query block."""
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype, (length, part, heads), own in itertools.product(
+            DTYPES, ((2048, 4, 8), (8192, 10, 2)), (False, True)
+        ):
+            query, key, value = (draw(1, heads, length, 64, dtype) for _ in range(3))
+            count = length // 64
+            indices = torch.rand(1, heads if own else 1, count, count).topk(count // part).indices.int()
+            counts = torch.full(indices.shape[:3], count // part, dtype=torch.int32)
+            plan = hal.BlockPlan(64, 64, indices, counts)
+            path = path_of(request_of(query, key, value, plan=plan))
+            mask = hal.expand_block_plan(plan, length, length)[:, :1]
+            first = query[:, :1], key[:, :1], value[:, :1]
+            exact = reference(*first, mask, request=request_of(*(t.double() for t in first), mask)).out
+            found = hal.attention(query, key, value, block_plan=plan, backend="cpu")
+            theirs, ours = _processor_times(
+                lambda q=query, k=key, v=value: sdpa(q, k, v),
+                lambda q=query, k=key, v=value, p=plan: hal.attention(q, k, v, block_plan=p, backend="cpu"),
+            )
+            shape = f"{dtype}, {length} tokens, {heads} heads of 64, 1/{part} of the blocks, "
+            shape += "a pattern of each head" if own else "one pattern"
+            error = f"{relative_error(found[:, :1], exact):.1e}"
+            rows.append([shape, path, f"{theirs * 1e3:.1f}", f"{ours * 1e3:.1f}", f"{theirs / ours:.2f}", error])
+    finally:
+        torch.set_num_threads(threads)
+    notes = [
+        "Least processor time of a call of one thread, in turn with torch's dense call; other programs use the machine "
+        f"meanwhile (load {os.getloadavg()[0]:.0f}). Error: against masked attention in float64."
+    ]
+    columns = ("case", "path", "dense torch ms", "device ms", "torch / device", "error")
+    record.publish(options, "cpu_native", "Block plans beside dense attention", columns, rows, notes, "Block plans")
 
 
 def _processor_times(theirs: Callable[[], Any], ours: Callable[[], Any]) -> tuple[float, float]:

@@ -73,7 +73,10 @@ def main() -> int:
     columns = ["device", "kernel", "field", "100 calls (processor)", "one call (processor)", "ratio", "bar", ""]
     note = [
         "Medians of interleaved rounds on the clock, and in brackets of the process's processor time. Other programs "
-        "load the host: the ratio is of processor time."
+        "load the host: the ratio is of processor time. Three ways were measured on lavapipe: one command buffer of "
+        "many dispatches with barriers (1.1 to 2.3), one work group that chooses among three buffers (1.3 to 5.1), and "
+        "the present one, whose work items walk down columns of one state: most of its time is loads, item by item. "
+        "From 64 x 64 on the steps themselves then take more than a fifth of 100 calls."
     ]
     record.publish(given, "geometric", "100 steps in one call", columns, rows, note, section="Flows")
 

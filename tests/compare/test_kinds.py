@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import wave
 
 import pytest
@@ -12,6 +13,7 @@ import transformers
 from hal_cli import main
 from hal_compare import lanes, measure, media, models, tables, tasks, texts
 from hal_compare.metrics import read_outputs
+from hal_compare.report.page import render
 
 from hal_core import HalError
 
@@ -189,6 +191,11 @@ def test_a_speech_model_that_reads_samples(folder, sounds):
     assert result.model["kind"] == "classifier"
     assert row.accuracy.decisions > 4, "a class for each frame"
     assert "4 clips" in tables.headline(result)
+    assert "Error: of the worst clip's hidden states" in " ".join(tables.summary(result).notes)
+    page = render(result)
+    assert "Mean over clips" in page
+    assert "Filled, and the number: worst clip." in page
+    assert not re.search(r"\b(worst|mean over|a|over all|by|of up to \d+) texts?\b", page)
 
 
 def test_a_speech_model_that_writes(folder, sounds):
@@ -234,7 +241,12 @@ def test_the_command_takes_folders(folder, images, sounds, capsys, monkeypatch):
     )
     printed = capsys.readouterr().out
     assert "5 images" in printed
-    assert "same class" in (path / "r.html").read_text()
+    page = (path / "r.html").read_text()
+    assert "same class" in page
+    for said in (printed, page):
+        assert not re.search(r"\b(worst|mean over|a|over all|by|of up to \d+) texts?\b", " ".join(said.split()))
+    assert "Error: of the worst image's hidden states" in " ".join(printed.split())
+    assert "error of the worst image" in page
 
 
 def test_what_is_refused(folder, images, sounds, text, capsys):

@@ -88,6 +88,18 @@ double run(int isa) {
     call.mask_strides[2] = rows > 1 ? call.len_k : 0;
     call.mask_strides[3] = 1;
   }
+  std::vector<uint8_t> plan;
+  if (choose({0, 1})) {
+    call.block_q = choose({3, 16, 64}), call.block_k = choose({5, 16, 64, 100});
+    const int64_t rows = (call.len_q + call.block_q - 1) / call.block_q, columns = (call.len_k + call.block_k - 1) / call.block_k;
+    const int64_t heads = choose({1, call.heads_q});
+    plan.resize(heads * rows * columns);
+    for (auto& seen : plan) seen = generator() % 3 == 0;
+    call.blocks = plan.data();
+    call.block_strides[1] = heads > 1 ? rows * columns : 0;
+    call.block_strides[2] = columns;
+    call.block_strides[3] = 1;
+  }
   call.query = q.bytes.data(), call.key = k.bytes.data(), call.value = v.bytes.data(), call.out = o.bytes.data();
   call.lse = lse.data();
   for (int i = 0; i < 3; i++)
@@ -106,7 +118,8 @@ double run(int isa) {
         std::vector<double> out(call.dim_v), weights(call.len_k);
         double sum = 0;
         for (int64_t j = 0; j < call.len_k; j++) {
-          const bool seen = j >= i + call.band_low && j <= i + call.band_high && (!call.mask || call.mask[i * call.mask_strides[2] + j]);
+          bool seen = j >= i + call.band_low && j <= i + call.band_high && (!call.mask || call.mask[i * call.mask_strides[2] + j]);
+          if (call.blocks) seen &= call.blocks[h * call.block_strides[1] + i / call.block_q * call.block_strides[2] + j / call.block_k] != 0;
           double score = 0;
           for (int64_t d = 0; d < call.dim_qk; d++) score += (double)q.at(b, h, i, d, call.dtype) * k.at(b, hk, j, d, call.dtype);
           score *= call.scale;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,17 +56,27 @@ def test_without_the_package_torchs_kernels_run_and_doctor_says_what_is_missing(
 
 def test_a_package_without_its_library_says_how_to_get_it(tmp_path: Path) -> None:
     """The sources alone, as where no compiler built them."""
-    import shutil
-
     shutil.copytree(ROOT / "libs" / "cpu_native" / "hal_cpu_native", tmp_path / "hal_cpu_native")
     for library in (tmp_path / "hal_cpu_native").glob("*.so"):
         library.unlink()
     assert "without its compiled library: pip install hal-cpu-native" in run(BARE, str(tmp_path))
 
 
-def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
-    import shutil
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    """One that has every function, whose struct of a call is another: its calls would be read wrong."""
+    package = tmp_path / "hal_cpu_native"
+    shutil.copytree(ROOT / "libs" / "cpu_native" / "hal_cpu_native", package, ignore=shutil.ignore_patterns("*.so"))
+    header = (ROOT / "libs/cpu_native/src/hal_cpu_native.h").read_text()
+    names = set(re.findall(r"HAL_API .*?(hal_cpu_native_\w+)\(", header))
+    source = "".join(f"long {name}(void) {{ return 8; }}\n" for name in sorted(names))
+    (tmp_path / "other.c").write_text(source)
+    library = package / "libhal_cpu_native.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "other.c")], check=True)
+    assert "another version's sources (calls of 8 bytes, not " in run(BARE, str(tmp_path))
 
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
     package = tmp_path / "hal_cpu_native"
     shutil.copytree(ROOT / "libs" / "cpu_native" / "hal_cpu_native", package)
     (package / "libhal_cpu_native.so").write_bytes(b"no library")

@@ -233,7 +233,7 @@ def hopper_backward_variants() -> dict[str, Callable[[], Any]]:
             name = f"sm_90 hopper backward {dims[0]}/{dims[1]} {edge}"
             found[name] = partial(backward.compile_backward, "bf16", config)
             if max(dims) <= 128 and edge in ("full", "causal"):
-                ordered = config._replace(ordered=True, engine=True)
+                ordered = config._replace(ordered=True, engine=True, stages=2, staging=2)
                 if edge == "full":
                     found[f"{name} padded"] = partial(backward.compile_backward, "bf16", config._replace(padded=True))
                     dropped = config._replace(dropout=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -109,3 +110,13 @@ def test_what_is_no_graph_is_refused() -> None:
         graph.jost_liu(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     with pytest.raises(ContractError, match="rows are off by up to"):
         graph.attention_graph(torch.ones(3, 3))
+
+
+def test_both_solvers_of_the_transport_problem_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ot")
+    drawn = torch.rand(18, 18, generator=torch.Generator().manual_seed(seed)) < 0.3
+    adjacency = (drawn | drawn.mT | torch.eye(18, dtype=torch.bool).roll(1, 0)).double()
+    adjacency = torch.maximum(adjacency, adjacency.mT).fill_diagonal_(0)
+    by_pot = graph.ollivier(adjacency).curvature
+    monkeypatch.setitem(sys.modules, "ot", None)  # its import fails
+    assert torch.allclose(by_pot, graph.ollivier(adjacency).curvature, atol=1e-12, rtol=0)

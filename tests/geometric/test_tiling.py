@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hal_geometric import AdaptiveTiling, adaptive_attention, certificate, content_order
+from hal_geometric import AdaptiveTiling, adaptive_attention, certificate, content_order, parts, topic_orders
 from hal_geometric.adaptive import complement
 from torch import Tensor
 
@@ -60,6 +60,45 @@ def test_jensen_and_bennett_bound_every_blocks_mass(seed: int, spread: float, bl
     assert bool((exact <= upper + 1e-9).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0.01, 3.0),
+    block=st.sampled_from([5, 16, 33]),
+    count=st.sampled_from([1, 2, 3]),
+)
+def test_bounds_of_parts_hold_for_every_row_of_their_block(seed: int, spread: float, block: int, count: int) -> None:
+    """Shares of blocks, which do not depend on the summand that a row has in common."""
+    generator = torch.Generator().manual_seed(seed)
+    q = spread * torch.randn(1, 2, 41, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(1, 2, 70, 8, generator=generator, dtype=torch.float64) + 0.5
+    rows, keys = parts.split(q, block, count), parts.split(k, block, count)
+    assert torch.equal(keys.tokens.sum((-2, -1)), torch.full((1, 2), 70.0, dtype=torch.float64))
+    lower, upper = (t.unflatten(2, (-1, count)) for t in parts.bounds(rows, keys))
+    exact = certificate.block_masses(q, k, block)
+    for n in range(41):
+        mine = exact[:, :, n].unsqueeze(-2)
+        low, high = lower[:, :, n // block], upper[:, :, n // block]
+        # mass a / mass b of two blocks is at most upper a / lower b, in the row's part.
+        ratio = mine.unsqueeze(-1) - mine.unsqueeze(-2)
+        fits = (ratio <= high.unsqueeze(-1) - low.unsqueeze(-2) + 1e-9).flatten(-2).all(-1)
+        assert bool(fits.any(-1).all())
+
+
+@pytest.mark.parametrize(("length", "group"), [(64, 1), (257, 1), (1000, 2)])
+def test_topic_orders_are_permutations_that_put_topics_together(length: int, group: int, seed: int) -> None:
+    q, k, v = clustered(seed, length, topics=4, heads=2)
+    k, v = k[:, : 2 // group], v[:, : 2 // group]
+    rows, keys = topic_orders(q, k)
+    for order, x in ((rows, q), (keys, k)):
+        assert torch.equal(order.order.sort(-1).values, torch.arange(length).expand(*x.shape[:2], -1))
+        assert torch.equal(order.undo(order.apply(x)), x)
+        assert torch.equal(order.apply(x), x.gather(2, order.order.unsqueeze(-1).expand_as(x)))
+    near = keys.apply(k)
+    jumps = (near[:, :, 1:] - near[:, :, :-1]).norm(dim=-1) > 5  # between topics 11, within one 1.1
+    assert int(jumps.sum(-1).max()) == 3
+
+
 @pytest.mark.parametrize("causal", ["none", "top_left"])
 @pytest.mark.parametrize("mode", ["certified", "exact"])
 @pytest.mark.parametrize("length", [500, 512])
@@ -110,6 +149,16 @@ def test_a_content_order_is_a_permutation_and_changes_nothing(length: int, seed:
     assert relative_error(out, hal.attention(q, k, v, backend="cpu:0")) <= 1e-6
     result = adaptive_attention(q, k, v, AdaptiveTiling(1e-6, block=16), order=True, backend="cpu:0")
     assert relative_error(result.out, hal.attention(q, k, v, backend="cpu:0")) <= 1e-5
+
+
+def test_blocks_of_two_topics_cost_few_blocks(seed: int) -> None:
+    """Bounds of whole blocks read 0.6 of these, since half of the blocks hold two topics."""
+    q, k, _ = clustered(seed, 1024, 16)
+    rows, keys = topic_orders(q, k)
+    q, k = rows.apply(q), keys.apply(k)
+    plan = AdaptiveTiling(0.01, block=32).plan(request_of(q, k, k), {}, query=q, key=k)
+    assert float(lost(q, k, plan).max()) <= 0.01
+    assert float(plan.counts.float().mean()) <= 0.25 * 32
 
 
 def test_content_order_makes_clustered_keys_sparse(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hal_nn import HardwareAbstractionLayer, UnifiedMemoryManager, detect_available_devices  # noqa: E402
-from hal_nn.hardware import estimate_memory, optimal_batch_size  # noqa: E402
+from hal_nn.hardware import batch_size, estimate_memory, optimal_batch_size  # noqa: E402
+from hal_nn.hardware.simulated_memory import loss_of  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 
 import hal_core as hal  # noqa: E402
 from hal_core import ContractError, DeviceUnavailableError, MemoryLimitError  # noqa: E402
@@ -114,6 +117,60 @@ def _fails(size: int) -> int:
     raise ValueError("another error is not taken for memory")
 
 
+class Slow(torch.nn.Module):
+    """A layer whose step takes a millisecond for each entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.ran: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, FakeTensor):
+            self.ran.append(len(x))
+            time.sleep(1e-3 * len(x))
+        return self.linear(x)
+
+
+def test_running_a_size_ends_in_the_time_that_is_given() -> None:
+    net = Slow()
+    size = optimal_batch_size(net, sample=torch.randn(1, 4), seconds=0.5)
+    assert size.limited_by == f"time: running more than {int(size)} entries would exceed 0.5 s (pass seconds=)"
+    assert net.ran[-1] == size  # the size itself was run
+    assert sum(net.ran) <= 500
+    free = optimal_batch_size(Slow(), sample=torch.randn(1, 4), seconds=None, most=600)
+    assert (free, free.limited_by) == (600, "most: 600 entries")
+
+
+def test_half_of_what_the_cpu_has_left_is_planned_with_and_the_answer_says_what_bounds_it(monkeypatch) -> None:
+    monkeypatch.setattr(batch_size, "available_memory", lambda device: 1 << 15)
+    net, sample = torch.nn.Linear(16, 16), torch.randn(1, 16)
+    half = optimal_batch_size(net, sample=sample, probe=False)
+    whole = optimal_batch_size(net, sample=sample, probe=False, memory_share=1.0)
+    assert (half.available, whole.available) == ((1 << 14) + 17 * 64, (1 << 15) + 17 * 64)
+    assert 4 < half < whole
+    assert half.limited_by == "memory: a step may take 0.00 GB"
+    divided = optimal_batch_size(net, sample=sample, probe=False, global_batch=4)
+    assert (divided, divided.limited_by) == (4, "global_batch: 4 entries")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"seconds": 0}, "seconds 0 was given"), ({"memory_share": 1.5}, r"memory_share 1\.5 was given")],
+)
+def test_bounds_of_a_batch_size_that_cannot_be_are_refused(given, said) -> None:
+    with pytest.raises(ContractError, match=said):
+        optimal_batch_size(model(), sample=torch.randn(1, 16, 64), **given)
+
+
+def test_a_step_differentiates_a_hugging_face_output_without_a_loss() -> None:
+    transformers = pytest.importorskip("transformers")
+    output = transformers.modeling_outputs.CausalLMOutputWithPast(logits=torch.full((2, 3), 2.0))
+    assert float(loss_of(output)) == 2.0
+    with pytest.raises(ContractError, match="gave Tensor without a floating tensor"):
+        loss_of(torch.arange(3))
+
+
 def test_one_limit_over_all_devices() -> None:
     manager = UnifiedMemoryManager(max_memory_gb=1 / 1024, pool_size_mb=0)
     first = manager.allocate((128, 1024), torch.float32, torch.device("cpu"))
@@ -163,3 +220,10 @@ def test_freed_memory_is_reused_and_pools_can_be_emptied() -> None:
 def test_bad_limits_are_refused(arguments: Any) -> None:
     with pytest.raises(ContractError, match="was given: use"):
         UnifiedMemoryManager(**arguments)
+
+
+def test_a_tensor_as_an_argument_is_named_by_its_shape() -> None:
+    manager, many = UnifiedMemoryManager(), torch.zeros(1000000)
+    for call in (manager.allocate, lambda given: manager.allocate((1,), given), manager.set_memory_limit):
+        with pytest.raises(ContractError, match=r"a tensor \[1000000\] "):
+            call(many)

@@ -11,7 +11,7 @@ import torch
 from hal_nn import ComponentValidator, benchmark_attention_performance, create_sparse_attention
 from torch import Tensor, nn
 
-from hal_core import ContractError
+from hal_core import ContractError, DeviceUnavailableError
 
 SDPA = nn.functional.scaled_dot_product_attention
 
@@ -168,3 +168,50 @@ def test_the_benchmark_gives_a_peer_in_the_same_run() -> None:
 def test_the_benchmark_refuses_bad_arguments(arguments: Any) -> None:
     with pytest.raises(ContractError, match="was given: use"):
         benchmark_attention_performance(Attention(), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (lambda: nn.MultiheadAttention(32, 4, add_bias_kv=True), "MultiheadAttention with add_bias_kv was given"),
+        (lambda: nn.MultiheadAttention(32, 4, kdim=16, vdim=16), "MultiheadAttention with kdim or vdim was given"),
+        (lambda: nn.TransformerEncoderLayer(32, 4), r"pass its attention, layer\.self_attn"),
+        (lambda: nn.MultiheadAttention(32, 4, device="meta"), "is on the meta device, where nothing runs"),
+    ],
+)
+def test_a_right_layer_that_the_reference_is_not_for_is_refused_instead_of_failed(layer, said):
+    with pytest.raises(ContractError, match=said):
+        ComponentValidator().validate_attention_component(layer(), 32, 4)
+
+
+def test_wrong_arguments_of_the_validator_are_refused():
+    with pytest.raises(ContractError, match="seed 'a' was given"):
+        ComponentValidator(seed="a")
+    with pytest.raises(ContractError, match="causal 'yes' was given"):
+        ComponentValidator().validate_attention_component(Attention(), 32, 4, causal="yes")
+    with pytest.raises(ContractError, match="in_features '8' was given"):
+        ComponentValidator().validate_linear_component(nn.Linear(8, 4), "8", 4)
+    with pytest.raises(ContractError, match="Attention has no weight: pass a layer with"):
+        ComponentValidator().validate_linear_component(Attention(), 32, 32)
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceUnavailableError, match="cuda is not present: use one of"):
+            ComponentValidator("cuda")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torchs_own_attention_is_timed_on_the_shape_that_was_given(batch_first):
+    seen = []
+    layer = nn.MultiheadAttention(32, 4, batch_first=batch_first)
+    layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    found = benchmark_attention_performance(layer, (2, 16, 32), 2, warmup=0)
+    assert found["avg_latency"] > 0
+    assert set(seen) == {(2, 16, 32) if batch_first else (16, 2, 32)}
+
+
+def test_wrong_arguments_of_the_benchmark_are_named_by_what_they_are():
+    with pytest.raises(ContractError, match=r"input_shape a tensor \[100, 100\] was given"):
+        benchmark_attention_performance(Attention(), torch.zeros(100, 100))
+    with pytest.raises(ContractError, match="wait 3 was given: use a function"):
+        benchmark_attention_performance(Attention(), (2, 16, 32), 2, wait=3)
+    with pytest.raises(ContractError, match="is on the meta device, where nothing runs"):
+        benchmark_attention_performance(nn.MultiheadAttention(32, 4, device="meta"), (2, 16, 32), 2)

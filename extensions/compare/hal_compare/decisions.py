@@ -11,3 +11,5 @@ DECISIONS: dict[str, tuple[str, str]] = {
 }
 #: What the items of each modality are called.
 ITEMS: dict[str, str] = {"text": "texts", "image": "images", "audio": "clips"}
+#: One of them.
+ITEM: dict[str, str] = {"text": "text", "image": "image", "audio": "clip"}

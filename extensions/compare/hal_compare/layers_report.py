@@ -14,10 +14,10 @@ from .strips import STYLE, Mark, Strip, axis_of, draw
 
 #: Of the tables and the pictures.
 EXPLAINED = (
-    "Error: of the layer's output against the float64 run's, mean over texts, with the errors of the layers before it. "
-    "Time and energy: of what ran on the device in the layer, with its share of the device's part of the same pass. "
-    "What a device states adds up to its row above; measured times are of a pass of their own, which clocks each "
-    "layer, and need not be those of the row."
+    "Error: of the layer's output against the float64 run's, mean over the inputs, with the errors of the layers "
+    "before it. Time and energy: of what ran on the device in the layer, with its share of the device's part of the "
+    "same pass. What a device states adds up to its row above; measured times are of a pass of their own, which clocks "
+    "each layer, and need not be those of the row."
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hal_core import Basis, Fidelity
 
-from .decisions import DECISIONS, ITEMS
+from .decisions import DECISIONS, ITEM, ITEMS
 from .figures import percent
 from .result import Comparison, Row
 
@@ -52,6 +52,11 @@ def items(comparison: Comparison) -> str:
     return ITEMS[comparison.model.get("modality", "text")]
 
 
+def item(comparison: Comparison) -> str:
+    """One of them: "text", "image" or "clip"."""
+    return ITEM[comparison.model.get("modality", "text")]
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What one has to know to read the first table."""
     ran = [row for row in comparison.rows if row.ran]
@@ -59,7 +64,8 @@ def notes(comparison: Comparison) -> list[str]:
         return []
     share = sum(group.attention_macs for group in comparison.groups) / comparison.macs
     said = [
-        f"Error: of the worst text's hidden states, relative to a float64 run. Kept: {decided(comparison)}.",
+        f"Error: of the worst {item(comparison)}'s hidden states, relative to a float64 run. "
+        f"Kept: {decided(comparison)}.",
         f"Time and energy: of {parts(ran)} in one pass. Attention is {percent(share)} of the model's work.",
         f"Figures: {statistic(comparison)}.",
     ]

@@ -16,6 +16,8 @@ from .sentences import (
     energy_notes,
     file_names,
     headline,
+    item,
+    items,
     notes,
     once,
     origins,
@@ -107,11 +109,11 @@ def _text(comparison: Comparison) -> Grid:
         cells = [Cell(names[group.name]), *counts, Cell(macs(group.macs), group.macs), Cell(percent(share), share)]
         lines.append((None, cells))
     cut = [
-        f"{names[group.name]}: {group.cut} texts were cut to {group.longest} tokens."
+        f"{names[group.name]}: {group.cut} {items(comparison)} were cut to {group.longest} tokens."
         for group in comparison.groups
         if group.cut
     ]
-    columns = ["file", "texts", "tokens", "longest", "model's work", "of it attention"]
+    columns = ["file", items(comparison), "tokens", "longest", "model's work", "of it attention"]
     return Grid("Text", [Column(name) for name in columns], lines, cut)
 
 
@@ -134,7 +136,12 @@ def _accuracy(comparison: Comparison, ran: Sequence[Row]) -> Grid:
         said.append(f"The float64 run's perplexity is {plain(reference)}.")
     names = ["device", "kind", "worst", "mean", "lowest cosine", task(comparison)]
     names += ["perplexity", "draws", "origin"] if causal else ["draws", "origin"]
-    return Grid("Error of the hidden states against float64, by text", [Column(name) for name in names], lines, said)
+    return Grid(
+        f"Error of the hidden states against float64, by {item(comparison)}",
+        [Column(name) for name in names],
+        lines,
+        said,
+    )
 
 
 def _time(comparison: Comparison, ran: Sequence[Row]) -> Grid:

@@ -17,9 +17,10 @@ from hal_core import __version__ as __version__
 
 #: Public names by the module that holds them; modules that are public themselves.
 _NAMES = {
-    "adaptive": "AdaptiveResult ContentOrder adaptive_attention content_order",
+    "adaptive": "AdaptiveResult adaptive_attention",
     "core": "QuantumGeometricCore",
     "manifold": "Euclidean Lorentz Manifold Poincare Product Sphere",
+    "orders": "ContentOrder content_order topic_orders",
     "tile": "QuantumMotivicTile",
     "tiling": "AdaptiveTiling",
 }

@@ -10,62 +10,11 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import BlockPlan, Causal, ContractError, merge_partials
 
+from .orders import ContentOrder, topic_orders
 from .tiling import AdaptiveTiling
 
 #: A plan that reads a larger share of the blocks is not worth a sparse kernel: the call is dense.
 DENSE_FROM = 0.9
-
-
-_DIRECTIONS = 16  # principal ones, along which tokens are ordered
-
-
-class ContentOrder(NamedTuple):
-    """A permutation of each head's tokens. order: int64 [B, H, L], the token at each place."""
-
-    order: Tensor
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Tokens of x [B, H, L, d] in this order."""
-        return x.gather(2, self.order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-
-    def undo(self, x: Tensor) -> Tensor:
-        """Tokens of x [B, H, L, d] back at their places."""
-        return torch.empty_like(x).scatter_(2, self.order.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]), x)
-
-
-def content_order(x: Tensor, leaf: int = 64) -> ContentOrder:
-    """Tokens [B, H, L, d] so that near ones lie in one block: balanced kd bisection.
-
-    Tokens are projected to each head's principal directions, 16 at most; each part is halved at the median of the one
-    along which it varies most, down to parts of `leaf` tokens. Attention
-    without causal or window does not depend on the order of keys, and keeps each query's row: ordering both is exact.
-    """
-    if x.dim() != 4 or leaf < 1:
-        raise ContractError(f"tokens {list(x.shape)} and leaf {leaf} were given: use [B, H, L, d] and 1 or more")
-    length, d = x.shape[2:]
-    parts = 1
-    while parts * 2 * leaf <= length:
-        parts *= 2
-    wide = x.detach().float()
-    if d > _DIRECTIONS:
-        away = wide - wide.mean(2, keepdim=True)
-        _, ways = torch.linalg.eigh(away.mT @ away)
-        wide, d = away @ ways[..., -_DIRECTIONS:], _DIRECTIONS
-    place = torch.arange(length + -length % parts, device=x.device).clamp(max=length - 1)  # copies of the last token
-    order = place.expand(*x.shape[:2], -1)
-    repeats = torch.arange(order.shape[-1], device=x.device) >= length
-    extra = repeats.expand_as(order)
-    now = 1
-    while now < parts:
-        rows = wide.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, d)).unflatten(2, (now, -1))
-        widest = rows.var(-2, correction=0).argmax(-1)
-        values = rows.gather(-1, widest[..., None, None].expand(*rows.shape[:-1], 1))[..., 0]
-        turned = values.argsort(dim=-1, stable=True)
-        order, extra = (t.unflatten(2, (now, -1)).gather(-1, turned).flatten(2) for t in (order, extra))
-        now *= 2
-    if length % parts:
-        order = order[~extra].view(*x.shape[:2], length)
-    return ContentOrder(order)
 
 
 class AdaptiveResult(NamedTuple):
@@ -101,7 +50,7 @@ def adaptive_attention(
 
     Args:
         query: [B, H, len_q, d]. key, value: [B, Hk, len_k, d], Hk a divisor of H. tiling: None: AdaptiveTiling().
-        order: put keys and queries in their content order first; for grouped heads the keys' alone.
+        order: put keys and queries in the order of `topic_orders` first.
 
     Raises:
         ContractError: order=True with causal attention, whose rows depend on places.
@@ -111,10 +60,8 @@ def adaptive_attention(
         raise ContractError(f"order=True and causal {causal!r} were given: an order is exact without causal alone")
     turned: ContentOrder | None = None
     if order:
-        keys = content_order(key, tiling.block_k)
-        key, value = keys.apply(key), keys.apply(value)
-        turned = content_order(query, tiling.block_q)
-        query = turned.apply(query)
+        turned, keys = topic_orders(query, key)
+        query, key, value = turned.apply(query), keys.apply(key), keys.apply(value)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "backend": backend}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
     request = _request(query, key, value, causal, scale)

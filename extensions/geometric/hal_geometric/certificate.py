@@ -42,6 +42,17 @@ class BlockStatistics(NamedTuple):
         return BlockStatistics(self.keys, *(t.repeat_interleave(group, 1) for t in self[1:]))
 
 
+def cut_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(tokens [..., L, d] as [..., blocks, block, d], zeros after the last; which are tokens, [blocks, block])."""
+    length = x.shape[-2]
+    blocks = -(-length // block)
+    wide = x if x.dtype == torch.float64 else x.float()
+    if length % block:
+        wide = torch.nn.functional.pad(wide, (0, 0, 0, blocks * block - length))
+    present = torch.arange(blocks * block, device=x.device).view(blocks, block) < length
+    return wide.unflatten(-2, (blocks, block)), present
+
+
 def block_statistics(key: Tensor, block: int) -> BlockStatistics:
     """The statistics of blocks of `block` keys [B, H, len_k, d], the last one shorter."""
     length = key.shape[-2]

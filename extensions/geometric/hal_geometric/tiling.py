@@ -11,7 +11,7 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import AttentionRequest, BlockPlan, ContractError, MaskKind
 
-from . import certificate
+from . import certificate, parts
 from .certificate import BlockStatistics
 
 Mode = Literal["certified", "exact", "estimate", "precision"]
@@ -20,6 +20,8 @@ MODES = ("certified", "exact", "estimate", "precision")
 Scorer = Callable[[Tensor, Tensor], Tensor]
 #: Rows times key blocks that are bounded at once, over all heads.
 _AT_ONCE = 1 << 23
+#: A plan from bounds of whole blocks of queries that reads a larger share gives way to bounds of each row.
+_COARSE_UP_TO = 0.5
 
 
 class AdaptiveTiling:
@@ -129,8 +131,6 @@ class _Planner:
         hidden, partial = self._visible()
         self.hidden, self.partial = hidden, partial
         self.statistics: BlockStatistics | None = None
-        if tiling.mode != "exact":
-            self.statistics = certificate.block_statistics(self.key, self.block).repeated(self.group)
         self.priority = None if tiling.scorer is None else tiling.scorer(self.query, self.key)
 
     def _visible(self) -> tuple[Tensor, Tensor]:
@@ -151,6 +151,12 @@ class _Planner:
         return hidden, partial & ~hidden
 
     def plan(self) -> BlockPlan:
+        if self.tiling.mode == "certified":
+            order, count = self._choose(*self._coarse_bounds(), 0, self.blocks_q, parts.PARTS)
+            if int(count.sum()) <= _COARSE_UP_TO * int((~self.hidden).sum()) * count[..., 0].numel():
+                return self._of(order, count)
+        if self.tiling.mode != "exact":
+            self.statistics = certificate.block_statistics(self.key, self.block).repeated(self.group)
         batch, heads = self.query.shape[:2]
         at_once = max(_AT_ONCE // (batch * heads * self.block * self.blocks_k), 1)
         orders, kept = [], []
@@ -161,16 +167,30 @@ class _Planner:
             lower, upper = self._bounds(first, last)
             if share is not None:
                 total = torch.where(lower.isfinite(), lower, -torch.inf).logsumexp(-1, keepdim=True)
-                masses.append(self._by_block((upper - total).exp().nan_to_num_(0.0)).amax(-2))
+                masses.append(_by_block((upper - total).exp().nan_to_num_(0.0), self.block).amax(-2))
                 continue
-            order, count = self._choose(lower, upper, first, last)
+            order, count = self._choose(lower, upper, first, last, self.block)
             orders.append(order)
             kept.append(count)
         if share is not None:
             return self._largest(torch.cat(masses, 2), share)
-        order, count = torch.cat(orders, 2), torch.cat(kept, 2)
+        return self._of(torch.cat(orders, 2), torch.cat(kept, 2))
+
+    def _of(self, order: Tensor, count: Tensor) -> BlockPlan:
         most = max(int(count.max()), 1) if count.numel() else 1
         return BlockPlan(self.block, self.block, order[..., :most].int().contiguous(), count.int())
+
+    def _coarse_bounds(self) -> tuple[Tensor, Tensor]:
+        """`_bounds` of all rows, in `parts.PARTS` rows for each block of queries."""
+        keys = parts.split(self.key, self.block)
+        if self.group > 1:
+            keys = parts.Parts(*(t.repeat_interleave(self.group, 1) for t in keys))
+        lower, upper = parts.bounds(parts.split(self.query, self.block), keys)
+        out_of_sight = self.hidden | self.partial
+        if bool(out_of_sight.any()):
+            mask = out_of_sight.repeat_interleave(parts.PARTS, 0)
+            lower, upper = (t.masked_fill_(mask, -torch.inf) for t in (lower, upper))
+        return lower, upper
 
     def _bounds(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """log of lower and upper bounds of each block's mass, [B, H, rows, key blocks], rows of these query blocks.
@@ -207,17 +227,11 @@ class _Planner:
         hidden |= j < i + low if low is not None else hidden
         return hidden
 
-    def _by_block(self, rows: Tensor) -> Tensor:
-        """[B, H, query blocks, rows, key blocks]; the last block is filled with zeros."""
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[2] % self.block))
-        cut: Tensor = padded.unflatten(2, (-1, self.block))
-        return cut
-
-    def _choose(self, lower: Tensor, upper: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(key blocks, those to keep first; how many are kept) of query blocks."""
+    def _choose(self, lower: Tensor, upper: Tensor, first: int, last: int, rows: int) -> tuple[Tensor, Tensor]:
+        """(key blocks, those to keep first; how many are kept) of query blocks, with this many rows of bounds each."""
         peak = lower.amax(-1, keepdim=True).clamp_min_(torch.finfo(lower.dtype).min / 2)
-        above = self._by_block((upper - peak).exp_())
-        below = above if lower is upper else self._by_block((lower - peak).exp_())
+        above = _by_block((upper - peak).exp_(), rows)
+        below = above if lower is upper else _by_block((lower - peak).exp_(), rows)
         total = below.sum(-1, keepdim=True)
         if self.priority is None:
             rank = (above / total.clamp_min(torch.finfo(total.dtype).tiny)).amax(-2)
@@ -249,3 +263,10 @@ class _Planner:
         count = ((mass >= least) & ~self.hidden).sum(-1)
         order = mass.sort(-1, descending=True).indices
         return BlockPlan(self.block, self.block, order[..., : max(int(count.max()), 1)].int().contiguous(), count.int())
+
+
+def _by_block(bounds: Tensor, rows: int) -> Tensor:
+    """Bounds [B, H, all rows, key blocks] as [B, H, query blocks, rows, key blocks]; zeros after the last."""
+    padded = torch.nn.functional.pad(bounds, (0, 0, 0, -bounds.shape[2] % rows))
+    cut: Tensor = padded.unflatten(2, (-1, rows))
+    return cut

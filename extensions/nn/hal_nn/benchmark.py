@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
-from .arguments import need_module, need_whole
+from .arguments import need_module, need_whole, shown
 
 WARMUP = 10
 
@@ -36,7 +36,8 @@ def benchmark_attention_performance(
     """Time forward passes of a layer on random input, each between two synchronisations, without gradients.
 
     Args:
-        model: takes [batch, length, d_model], on any device, in evaluation or training mode as it is.
+        model: takes [batch, length, d_model], on any device, in evaluation or training mode as it is; an
+            nn.MultiheadAttention is given it as query, key and value, without weights being asked for.
         input_shape: (batch, length, d_model). num_trials: timed calls, after `warmup` calls.
         peer: another layer of the same input, timed in turn with it; None: nn.MultiheadAttention of the same size
             where the model says its `num_heads`.
@@ -48,7 +49,8 @@ def benchmark_attention_performance(
         peer's median over the model's; "trials"; "device".
 
     Raises:
-        ContractError: no module, fewer than one trial, or a shape without three sizes.
+        ContractError: no module, fewer than one trial, a shape without three sizes, a model without weights' data, or
+            `wait` is no function.
     """
     need_module("model", model)
     if peer is not None:
@@ -57,12 +59,16 @@ def benchmark_attention_performance(
     need_whole("warmup", warmup, 0)
     shaped = isinstance(input_shape, Sequence) and len(input_shape) == 3
     if not shaped or not all(type(size) is int and size >= 1 for size in input_shape):
-        raise ContractError(f"input_shape {input_shape!r} was given: use (batch, length, d_model)")
+        raise ContractError(f"input_shape {shown(input_shape)} was given: use (batch, length, d_model)")
+    if not callable(wait):
+        raise ContractError(f"wait {shown(wait)} was given: use a function of a torch device")
     first = next(model.parameters(), None)
+    if first is not None and first.is_meta:
+        raise ContractError(f"{type(model).__name__} is on the meta device, where nothing runs: give it weights")
     device = torch.device("cpu") if first is None else first.device
     dtype = torch.float32 if first is None else first.dtype
     x = torch.randn(tuple(input_shape), generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    calls: dict[str, Callable[[], Any]] = {"model": lambda: model(x)}
+    calls: dict[str, Callable[[], Any]] = {"model": _call_of(model, x)}
     other = peer if peer is not None else _usual_peer(model, input_shape[-1])
     if other is not None:
         other = other.to(device, dtype)
@@ -106,5 +112,6 @@ def _usual_peer(model: nn.Module, d_model: int) -> nn.Module | None:
 
 def _call_of(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     if isinstance(layer, nn.MultiheadAttention):
-        return lambda: layer(x, x, x, need_weights=False)
+        given = x if layer.batch_first else x.transpose(0, 1)
+        return lambda: layer(given, given, given, need_weights=False)
     return lambda: layer(x)

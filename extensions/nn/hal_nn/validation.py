@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hal_core import ContractError
+from hal_core import ContractError, DeviceUnavailableError
 from hal_core.testing import relative_error
 
-from .arguments import need_module, need_whole, torch_device
+from .arguments import need_module, need_whole, shown, torch_device
+from .hardware.devices import detect_available_devices
 
 #: Largest ||x - reference|| / ||reference|| of a dtype.
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -36,11 +37,16 @@ class ComponentValidator:
         device: where layers are run; they are moved there. seed: of the inputs.
 
     Raises:
-        ContractError: no such kind of torch device.
+        ContractError: no such kind of torch device, or no seed. DeviceUnavailableError: the device is not present.
     """
 
     def __init__(self, device: torch.device | str = "cpu", seed: int = 0) -> None:
+        need_whole("seed", seed, 0)
         self.device, self.seed = torch_device(device), seed
+        present = [each for devices in detect_available_devices().values() for each in devices]
+        wanted = self.device
+        if wanted.type != "cpu" and wanted not in [*present, *(torch.device(each.type) for each in present)]:
+            raise DeviceUnavailableError(f"{wanted} is not present: use one of {', '.join(map(str, present))}")
 
     def validate_attention_component(
         self,
@@ -67,9 +73,13 @@ class ComponentValidator:
             (entries do not mix); "limit": of the layer's dtype; "device".
 
         Raises:
-            ContractError: heads that do not divide d_model, a layer without parameters, projections that are not found.
+            ContractError: heads that do not divide d_model, a layer without parameters, projections that are not found,
+                or a layer that is known to compute something else.
         """
         need_module("layer", layer)
+        _need_attention(layer)
+        if causal is not None and type(causal) is not bool:
+            raise ContractError(f"causal {shown(causal)} was given: use True, False or None")
         sizes = {"d_model": d_model, "num_heads": num_heads, "batch_size": batch_size}
         for name, size in (sizes | {"sequence_length": sequence_length}).items():
             need_whole(name, size)
@@ -77,6 +87,7 @@ class ComponentValidator:
             raise ContractError(
                 f"d_model {d_model} and num_heads {num_heads} were given: use heads that divide d_model"
             )
+        _need_data(layer)
         layer = layer.to(self.device)
         projections = _projections(layer, d_model)
         dtype = projections[0][0].dtype
@@ -143,12 +154,19 @@ class ComponentValidator:
             ContractError: the layer has no `weight` of [out_features, in_features].
         """
         need_module("layer", layer)
-        need_whole("batch_size", batch_size)
+        for name, size in (("in_features", in_features), ("out_features", out_features), ("batch_size", batch_size)):
+            need_whole(name, size)
+        _need_data(layer)
         layer = layer.to(self.device)
         weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != (out_features, in_features):
-            shape = None if not isinstance(weight, Tensor) else list(weight.shape)
-            raise ContractError(f"a weight of {shape} was found: pass a layer with [{out_features}, {in_features}]")
+        if not isinstance(weight, Tensor):
+            raise ContractError(
+                f"{type(layer).__name__} has no weight: pass a layer with [{out_features}, {in_features}]"
+            )
+        if tuple(weight.shape) != (out_features, in_features):
+            raise ContractError(
+                f"a weight of {list(weight.shape)} was found: pass a layer with [{out_features}, {in_features}]"
+            )
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.randn(batch_size, in_features, generator=generator).to(weight).requires_grad_()
         exact, wide = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
@@ -162,6 +180,30 @@ class ComponentValidator:
             for name, got, right in zip(("input gradient", "weight gradients"), grads, wanted, strict=True):
                 report.add(name, torch.zeros_like(right) if got is None else got, right)
         return report.results(self.device)
+
+
+def _need_attention(layer: nn.Module) -> None:
+    """Raise ContractError for layers of torch that compute more than the reference, which would only fail."""
+    name = type(layer).__name__
+    if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        raise ContractError(f"{name} computes more than self-attention: pass its attention, layer.self_attn")
+    if isinstance(layer, nn.MultiheadAttention):
+        extras = {
+            "add_bias_kv": layer.bias_k is not None,
+            "add_zero_attn": layer.add_zero_attn,
+            "kdim or vdim": not layer._qkv_same_embed_dim,
+        }
+        added = [what for what, there in extras.items() if there]
+        if added:
+            raise ContractError(
+                f"{name} with {' and '.join(added)} was given: the reference is self-attention without them, compare "
+                "such a layer with nn.MultiheadAttention itself"
+            )
+
+
+def _need_data(layer: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        raise ContractError(f"{type(layer).__name__} is on the meta device, where nothing runs: give it weights")
 
 
 class _Report:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import enum
 import math
-import struct
 from typing import Any, NoReturn
 
-from .library import ISAS, load
+from .library import ISAS, STRUCT, load
 
-#: hal_attention of src/hal_cpu_native.h.
-STRUCT = struct.Struct("@7Pq12q4q7q2q2f4i")
-#: Pointers and strides, which come first.
-POINTERS = 24
+#: Pointers, strides and the sizes of a plan's blocks, which come first.
+POINTERS = 31
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 #: Most rows (queries times group) of the decode kernel, and what divides its head sizes.
 DECODE_ROWS, DECODE_UNIT = 16, 32

@@ -17,6 +17,8 @@ def attention(
     value: Tensor,
     mask: Tensor | None = None,
     *,
+    blocks: Tensor | None = None,
+    block_size: tuple[int, int] = (0, 0),
     scale: float | None = None,
     band: tuple[int | None, int | None] = (None, None),
     softcap: float | None = None,
@@ -34,6 +36,9 @@ def attention(
         key, value: [batch, heads_kv, len_k, dim_qk or dim_v], the query's dtype; query head h reads key head
             h // (heads_q // heads_kv). Head sizes are multiples of 8 up to 512.
         mask: bool, broadcastable to [batch, heads_q, len_q, len_k]; False hides a key.
+        blocks: a block plan, bool, broadcastable to [batch, heads_q, query blocks, key blocks]; False: no query of the
+            block reads a key of the other, and keys that no row of a tile reads cost nothing. Prefill kernel alone.
+        block_size: queries and keys in a block of the plan.
         scale: above 0; None: 1 / sqrt(dim_qk).
         band: (low, high): row i reads keys i + low to i + high; None for no bound.
         softcap: c in c * tanh(score / c), applied after scale.
@@ -55,6 +60,8 @@ def attention(
         raise NativeRefusal(load().why)
     share_torchs_threads()
     _check(query, key, value, mask, out, lse)
+    if blocks is not None:
+        blocks = _planned(blocks, block_size, query, key)
     if out is None:
         out = torch.empty((*query.shape[:3], value.shape[3]), dtype=query.dtype)
     batch, heads, len_q, dim = query.shape
@@ -70,7 +77,8 @@ def attention(
     )
     # A bool is one byte; a broadcast dimension has stride 0.
     hidden = None if mask is None else mask.expand(batch, heads, len_q, key.shape[2])
-    tensors = (query, key, value, hidden, out, lse)
+    tensors = (query, key, value, hidden, blocks, out, lse)
+    sizes = (*block_size, *sizes)
     given = _packed(*tensors, workspace, sizes)
     if workspace is None:
         needed = library.hal_cpu_native_workspace(given)
@@ -98,6 +106,7 @@ def _packed(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    blocks: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
     workspace: Tensor | None,
@@ -109,6 +118,7 @@ def _packed(
         key.data_ptr(),
         value.data_ptr(),
         0 if mask is None else mask.data_ptr(),
+        0 if blocks is None else blocks.data_ptr(),
         out.data_ptr(),
         0 if lse is None else lse.data_ptr(),
         0 if workspace is None else workspace.data_ptr(),
@@ -118,8 +128,25 @@ def _packed(
         *value.stride()[:3],
         *out.stride()[:3],
         *((0, 0, 0, 0) if mask is None else mask.stride()),
+        *((0, 0, 0, 0) if blocks is None else blocks.stride()),
         *sizes,
     )
+
+
+def _planned(blocks: Tensor, block_size: tuple[int, int], query: Tensor, key: Tensor) -> Tensor:
+    """A block plan with the query's batch entries and heads, those that it has in common with stride 0."""
+    if blocks.dtype != torch.bool or blocks.device.type != "cpu" or blocks.dim() != 4 or min(block_size) < 1:
+        raise NativeRefusal(
+            f"blocks of dtype {blocks.dtype} on {blocks.device}, {blocks.dim()} dimensions and {block_size} tokens are "
+            "not taken: bool [batch, heads, query blocks, key blocks] on the CPU is"
+        )
+    lengths, (batch, heads, rows, columns) = (query.shape[2], key.shape[2]), blocks.shape
+    if batch not in (1, query.shape[0]) or heads not in (1, query.shape[1]):
+        raise NativeRefusal(f"blocks of {list(blocks.shape)} do not fit a query of {list(query.shape)}")
+    if rows * block_size[0] < lengths[0] or columns * block_size[1] < lengths[1]:
+        raise NativeRefusal(f"blocks of {list(blocks.shape)}, {block_size} tokens each, do not cover {lengths}")
+    wide = blocks.expand(query.shape[0], query.shape[1], rows, columns)
+    return wide if heads > 1 else wide[:, :1].as_strided(wide.shape, (wide.stride(0), 0, *wide.stride()[2:]))
 
 
 def _check(

@@ -6,12 +6,16 @@ import ctypes
 import functools
 import os
 import platform
+import struct
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 #: Instruction sets by the C interface's numbers, each with what those before it have.
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
+
+#: A call: hal_attention of src/hal_cpu_native.h.
+STRUCT = struct.Struct("@8Pq12q4q4q2q7q2q2f4i")
 
 _NAMES = ("libhal_cpu_native.so", "libhal_cpu_native.dylib", "hal_cpu_native.dll")
 _HINT = "pip install hal-cpu-native (a C++17 compiler builds it where there is no wheel)"
@@ -38,6 +42,10 @@ def load() -> Loaded:
         library = _declared(ctypes.CDLL(str(found)))
     except (OSError, AttributeError) as error:  # another system's file, or another version's
         return Loaded(None, f"the library {found} cannot be loaded ({error}): {_HINT}", 0)
+    size = library.hal_cpu_native_call_bytes()
+    if size != STRUCT.size:  # it would read a call's fields at other places
+        found_size = f"calls of {size} bytes, not {STRUCT.size}"
+        return Loaded(None, f"the library {found} was built from another version's sources ({found_size}): {_HINT}", 0)
     isa = library.hal_cpu_native_isa()
     if not isa:
         return Loaded(None, "hal-cpu-native needs a processor with AVX2, FMA and F16C, and this one lacks them", 0)
@@ -60,6 +68,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.hal_cpu_native_call_bytes.restype = ctypes.c_int64
     library.hal_cpu_native_isa.restype = ctypes.c_int
     library.hal_cpu_native_workspace.argtypes = [ctypes.c_char_p]
     library.hal_cpu_native_workspace.restype = ctypes.c_int64

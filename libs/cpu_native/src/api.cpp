@@ -13,14 +13,14 @@ namespace {
 const char* const kMessages[HAL_STATUS_COUNT] = {
     "the call succeeded",
     "query, key, value, out or the workspace is a null pointer, or the workspace is not aligned to 64 bytes",
-    "a size is negative or 2^31 or more",
+    "a size is negative or 2^31 or more, or the blocks of a plan are below 1",
     "heads_q is not a multiple of heads_kv",
     "a head size is not a multiple of 8 (of 32 for decode) from 8 to 512",
     "the dtype is none of float32, bfloat16 and float16",
     "the scale is not above 0 and finite, or the softcap is negative or not finite",
     "the number of threads is not from 1 to 1024",
     "this processor lacks the instruction set that was asked for (AVX2, FMA and F16C at the least)",
-    "the kernel is unknown, or decode was asked for more than 16 rows or an instruction set without it",
+    "the kernel is unknown, or decode was asked for more than 16 rows, a block plan or an instruction set without it",
     "the workspace is smaller than hal_cpu_native_workspace says",
 };
 
@@ -83,10 +83,17 @@ int plan(const hal_attention* given, Plan& p) {
   p.kernels = table(isa);
   c.band_low = c.band_low < -HAL_NO_BOUND ? -HAL_NO_BOUND : c.band_low > HAL_NO_BOUND ? HAL_NO_BOUND : c.band_low;
   c.band_high = c.band_high < -HAL_NO_BOUND ? -HAL_NO_BOUND : c.band_high > HAL_NO_BOUND ? HAL_NO_BOUND : c.band_high;
+  if (c.blocks && (c.block_q < 1 || c.block_k < 1)) return HAL_BAD_SIZE;
   c.group = c.heads_kv ? c.heads_q / c.heads_kv : 1;
+  c.sharing = 1;
+  if (c.blocks && c.block_strides[1] && c.heads_kv) {  // each head skips other keys, so none shares its rows' reads
+    c.sharing = c.group;
+    c.heads_kv = c.heads_q;
+    c.group = 1;
+  }
   c.rows = c.group * c.len_q;
   p.heads = c.batch * c.heads_kv;
-  const bool fits = p.kernels->decode[c.dtype] && c.rows <= HAL_DECODE_ROWS && multiple(c.dim_qk, 32) && multiple(c.dim_v, 32);
+  const bool fits = !c.blocks && p.kernels->decode[c.dtype] && c.rows <= HAL_DECODE_ROWS && multiple(c.dim_qk, 32) && multiple(c.dim_v, 32);
   if (c.kernel < HAL_KERNEL_AUTO || c.kernel > HAL_KERNEL_DECODE || (c.kernel == HAL_KERNEL_DECODE && !fits)) return HAL_BAD_KERNEL;
   p.decode = c.kernel == HAL_KERNEL_AUTO ? fits : c.kernel == HAL_KERNEL_DECODE;
   if (!p.heads || !c.rows) {
@@ -171,6 +178,8 @@ void read(void* data) {
 }  // namespace hal
 
 extern "C" {
+
+int64_t hal_cpu_native_call_bytes(void) { return sizeof(hal_attention); }
 
 int hal_cpu_native_isa(void) { return hal::best_isa(); }
 

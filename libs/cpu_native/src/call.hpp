@@ -18,6 +18,7 @@ struct f16 {
 // Rows of one key head: row r is query r / group of head r % group, so that the heads of a group share every key read.
 struct Call : hal_attention {
   int64_t group, rows;
+  int64_t sharing;  // heads of `heads_kv` that read the same key head: above 1 where a plan parts the heads of a group
 };
 
 // A share of the work: some rows of one key head (prefill), or some keys for all its rows (decode).

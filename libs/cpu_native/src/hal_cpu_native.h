@@ -52,6 +52,8 @@ enum hal_status {
  * query [batch, heads_q, len_q, dim_qk], key [batch, heads_kv, len_k, dim_qk], value [batch, heads_kv, len_k, dim_v],
  * out [batch, heads_q, len_q, dim_v]; query head h reads key head h / (heads_q / heads_kv).
  * mask: bytes [batch, heads_q, len_q, len_k] with any strides, 0 where the query may not read the key; NULL for none.
+ * blocks: a block plan as bytes [batch, heads_q, ceil(len_q / block_q), ceil(len_k / block_k)] with any strides, 0 where
+ * no query of the block may read a key of the other; NULL for none. Keys that no row reads by it cost nothing.
  * lse: natural log-sum-exp, float [batch, heads_q, len_q], contiguous; NULL where it is not wanted.
  * Row i reads the keys i + band_low to i + band_high that exist. softcap: 0 for none.
  */
@@ -60,17 +62,23 @@ typedef struct {
   const void* key;
   const void* value;
   const uint8_t* mask;
+  const uint8_t* blocks;
   void* out;
   float* lse;
   void* workspace; /* aligned to 64 bytes */
   int64_t workspace_bytes;
   int64_t query_strides[3], key_strides[3], value_strides[3], out_strides[3]; /* batch, head, row */
   int64_t mask_strides[4];                                                    /* batch, head, row, key */
+  int64_t block_strides[4];                                                   /* batch, head, query block, key block */
+  int64_t block_q, block_k;
   int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
   int64_t band_low, band_high;
   float scale, softcap;
   int32_t dtype, isa, kernel, threads;
 } hal_attention;
+
+/* Bytes of hal_attention as this library was built: whoever fills the struct by its fields' places compares first. */
+HAL_API int64_t hal_cpu_native_call_bytes(void);
 
 /* The best instruction set of this processor (enum hal_isa), 0 where it lacks AVX2, FMA or F16C. */
 HAL_API int hal_cpu_native_isa(void);

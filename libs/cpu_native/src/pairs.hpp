@@ -21,7 +21,7 @@ struct PairProduct {
   }
   // Strides become those of pairs.
   HAL_INLINE const PairWord* pack_keys(const bf16* k, int64_t& stride, int64_t keys, int64_t dim, PairWord* room) {
-    if (keys == kBlockKeys && stride % 2 == 0) {
+    if (keys % kKeyStep == 0 && stride % 2 == 0) {
       stride /= 2;
       return (const PairWord*)k;
     }

@@ -23,7 +23,7 @@ struct FloatProduct {
   }
   // Keys and values of a block as they lie, or widened and filled up with zeros to whole steps.
   HAL_INLINE const float* pack_keys(const T* k, int64_t& stride, int64_t keys, int64_t dim, float* room) {
-    if (sizeof(T) == 4 && keys == kBlockKeys) return (const float*)k;
+    if (sizeof(T) == 4 && keys % kKeyStep == 0) return (const float*)k;
     for (int64_t i = 0; i < round_up(keys, kKeyStep); i++)
       if (i < keys) widen(k + i * stride, room + i * dim, dim); else memset(room + i * dim, 0, dim * 4);
     stride = dim;
@@ -78,6 +78,7 @@ struct Prefill {
     float *out, *maximum, *sum, *whole;
     int32_t *first, *end;
     int64_t least_first, most_first, least_end, most_end;
+    int64_t first_query_block, last_query_block;  // of a block plan
   };
 
   static constexpr bool kRounds = P::kPair == 2;
@@ -101,12 +102,49 @@ struct Prefill {
       block.sum[j] = block.whole[j] = 0;
     }
     memset(block.out, 0, call.dim_v * kRows * 4);
+    if (!call.blocks) return;
+    block.first_query_block = row / call.group / call.block_q;
+    block.last_query_block = (least(row + kRows, task.row + task.rows) - 1) / call.group / call.block_q;
+  }
+
+  // The bytes of a plan for the keys' block: one for each query block, call.block_strides[2] apart. All heads of a group
+  // have the same, see `Call::sharing`.
+  HAL_INLINE const uint8_t* planned(const Call& call, const Task& task, int64_t key) {
+    return call.blocks + task.batch * call.block_strides[0] + task.head * call.block_strides[1] + key / call.block_k * call.block_strides[3];
+  }
+
+  enum Seen : uint8_t { kNone, kSome, kAll };
+
+  // How many of a block's rows may read keys from `key` to `stop`, by band and plan; rows of the band are not counted.
+  HAL_INLINE Seen seen(const Call& call, const Task& task, const Block& block, int64_t key, int64_t stop) {
+    if (block.most_end <= key || block.least_first >= stop) return kNone;
+    if (!call.blocks) return kAll;
+    const uint8_t* visible = planned(call, task, key);
+    bool any = false, every = true;
+    for (int64_t n = block.first_query_block; n <= block.last_query_block; n++) {
+      const bool is = visible[n * call.block_strides[2]] != 0;
+      any |= is;
+      every &= is;
+    }
+    return every ? kAll : any ? kSome : kNone;
+  }
+
+  // Scores of rows whose query block may not read the keys become -inf.
+  HAL_INLINE void hide_planned(const Call& call, const Task& task, int64_t row, int64_t key, int64_t filled, float* scores) {
+    const uint8_t* visible = planned(call, task, key);
+    for (int j = 0; j < kRows; j++) {
+      const int64_t r = least(row + j, task.row + task.rows - 1);
+      if (visible[r / call.group / call.block_q * call.block_strides[2]]) continue;
+      for (int64_t i = 0; i < filled; i++) scores[i * kRows + j] = -kInfinity;
+    }
   }
 
   // Scores that a row may not see become -inf: by band, by the end of the keys, and by the mask.
   HAL_INLINE void hide(const Call& call, const Task& task, int64_t row, const Block& block, int64_t key, int64_t keys, int64_t filled, float* scores) {
     for (int h = 0; h < kRows; h += N) {
-      const I first = *(const I*)(block.first + h) - (int)key, end = *(const I*)(block.end + h) - (int)key;
+      const I first = *(const I*)(block.first + h) - (int)key, there = I{} + (int)keys;
+      I end = *(const I*)(block.end + h) - (int)key;
+      end = end < there ? end : there;
       for (int i = 0; i < (int)filled; i++) {
         float* s = scores + i * kRows + h;
         store<N>(s, ((first <= i) & (end > i)) ? load<N>(s) : all<N>(-kInfinity));
@@ -231,25 +269,32 @@ struct Prefill {
       first = least(first, block.least_first);
       end = most(end, block.most_end);
     }
-    const T* k = (const T*)call.key + task.batch * call.key_strides[0] + task.head * call.key_strides[1];
-    const T* v = (const T*)call.value + task.batch * call.value_strides[0] + task.head * call.value_strides[1];
+    const int64_t key_head = task.head / call.sharing;
+    const T* k = (const T*)call.key + task.batch * call.key_strides[0] + key_head * call.key_strides[1];
+    const T* v = (const T*)call.value + task.batch * call.value_strides[0] + key_head * call.value_strides[1];
     const float factor = call.softcap > 0 ? 2.f * kLog2e * call.scale / call.softcap : 0.f;
-    for (int64_t key = first; key < end; key += kBlockKeys) {
-      const int64_t keys = least(kBlockKeys, call.len_k - key), filled = round_up(keys, kKeyStep);
-      if (!any_visible(call, task, key, keys)) continue;
+    for (int64_t key = first, stop; key < end; key = stop) {
+      stop = least(key + kBlockKeys, call.len_k);
+      if (call.blocks) stop = least(stop, (key / call.block_k + 1) * call.block_k);
+      const int64_t keys = stop - key, filled = round_up(keys, kKeyStep);
+      Seen by[kMostTaskRows / kRows];
+      bool any = false;
+      for (int64_t n = 0; n < count; n++) any |= (by[n] = seen(call, task, blocks[n], key, stop)) != kNone;
+      if (!any || !any_visible(call, task, key, keys)) continue;
       int64_t key_stride = call.key_strides[2], value_stride = call.value_strides[2];
       const Operand* kp = P::pack_keys(k + key * key_stride, key_stride, keys, dim, key_room);
       const Operand* vp = P::pack_values(v + key * value_stride, value_stride, keys, dim_v, value_room);
       for (int64_t n = 0; n < count; n++) {
         Block& block = blocks[n];
-        if (block.most_end <= key || block.least_first >= key + kBlockKeys) continue;
+        if (by[n] == kNone) continue;
         for (int64_t i = 0; i < filled; i += kM)
           multiply<P, N, kM>(kp + i * key_stride, key_stride, 1, block.query, dim / P::kPair, scores + i * kRows, false);
         if (call.softcap > 0)
           for (int64_t i = 0; i < filled * kRows; i += N)
             store<N>(scores + i, softcapped<N>(load<N>(scores + i), factor, call.softcap));
-        const bool hidden = call.mask || block.least_end < key + filled || block.most_first > key;
+        const bool hidden = call.mask || block.least_end < key + filled || block.most_first > key || keys < filled || by[n] == kSome;
         if (hidden) hide(call, task, task.row + n * kRows, block, key, keys, filled, scores);
+        if (by[n] == kSome) hide_planned(call, task, task.row + n * kRows, key, filled, scores);
         softmax(call, block, scores, weights, filled, hidden);
         const Operand* wp = P::weights((const Operand*)scores, weights);
         for (int64_t d = 0; d < dim_v; d += kM)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionRequest, MaskKind
+from hal_core.plugin_api import AttentionRequest, BlockPlan, MaskKind
 
 from .cost import Rates, estimate
 from .discovery import this_machine
@@ -112,6 +112,9 @@ def _compiled_samples() -> list[tuple[str, AttentionRequest]]:
     """(name of the gain, request), the work of each name growing."""
     samples = []
     for dtype in ("float32", "bfloat16", "float16"):
+        for length in (256, 1024):
+            request = AttentionRequest(1, 8, 8, length, length, 64, 64, dtype)
+            samples.append((f"compiled blocks {dtype}", replace(request, block_plan=(64, 64, length // 256))))
         for heads, length in ((8, 64), (8, 256), (8, 1024)):
             samples.append((f"compiled {dtype}", AttentionRequest(1, heads, heads, length, length, 64, 64, dtype)))
         for length in (512, 4096):
@@ -129,12 +132,12 @@ def _in_turn(
     """(torch's time over the compiled kernel's, the compiled kernel's seconds). The path is chosen when a call
     runs, so each is called under the offer that it was bound under.
     """
-    operands = _draw(request)
+    operands, plan = _draw(request), _plan(request)
 
     def timed(call: Callable[..., Any], offer: Any) -> float:
         with offering(offer):
             start = time.perf_counter()
-            call(*operands, None, None, None, None)
+            call(*operands, None, plan, None, None)
             return time.perf_counter() - start
 
     ratios, fastest = [], float("inf")
@@ -213,6 +216,16 @@ def _draw(request: AttentionRequest) -> tuple[Tensor, Tensor, Tensor]:
         draw(request.heads_kv, request.len_k, request.dim_qk),
         draw(request.heads_kv, request.len_k, request.dim_v),
     )
+
+
+def _plan(request: AttentionRequest) -> BlockPlan | None:
+    """As many random blocks for each query block and head as the request states; None where it has no plan."""
+    if request.block_plan is None:
+        return None
+    block_q, block_k, most = request.block_plan
+    rows, columns = -(-request.len_q // block_q), -(-request.len_k // block_k)
+    indices = torch.rand(1, request.heads_q, rows, columns).topk(most).indices.int()
+    return BlockPlan(block_q, block_k, indices, torch.full(indices.shape[:3], most, dtype=torch.int32))
 
 
 def _steady(call: Callable[[], Any], budget: float, what: str) -> float:

@@ -18,8 +18,9 @@ from .discovery import Machine, this_machine
 TorchPath = Literal["native", "packed", "fused", "decode", "blocks", "tiled"]
 CompiledPath = Literal["compiled", "streamed"]
 Path = TorchPath | CompiledPath
-#: Torch's time over that of a compiled kernel, by "<path> <dtype>", and of the streamed path by whether key heads are
-#: shared: (multiply-accumulates of a measured call, gain), smallest call first.
+#: Torch's time over that of a compiled kernel, by "<path> <dtype>", of block plans by "compiled blocks <dtype>", and of
+#: the streamed path by whether key heads are shared: (multiply-accumulates of a measured call, gain), smallest call
+#: first.
 Gains = Mapping[str, Sequence[tuple[float, float]]]
 
 #: Gains from which a compiled kernel is taken: below, the difference is within what a measurement misses by.
@@ -36,6 +37,8 @@ FEWEST_WIDENED_BYTES = 1 << 20
 #: Smallest blocks of a plan that are multiplied as blocks, and the most scores of the rows of one block.
 SMALLEST_BLOCK = 8
 MOST_BLOCK_SCORES = 1 << 22
+#: Smallest blocks of a plan that the compiled kernel is asked to skip by: it works on whole rows of 32.
+SMALLEST_COMPILED_BLOCK = 16
 
 
 _Offer = Literal["measured", "always", "never"]
@@ -67,7 +70,7 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
         or request.page_size is not None
         or request.used
         or request.cache_dtype is not None
-        or request.block_plan is not None
+        or (request.block_plan is not None and min(request.block_plan[:2]) < SMALLEST_COMPILED_BLOCK)
         or request.tiling is not None
         or not request.last_dim_contiguous
         or not 0 < request.effective_scale < float("inf")
@@ -81,7 +84,7 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
         return None
     rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
     few = rows <= DECODE_ROWS and load().isa > 1 and not any(dim % DECODE_UNIT for dim in dims)
-    return "streamed" if few else "compiled"
+    return "streamed" if few and request.block_plan is None else "compiled"
 
 
 def native_module() -> bool:
@@ -104,8 +107,9 @@ def gain(request: AttentionRequest, path: CompiledPath) -> float:
     The lower of the two measured calls between which the request's work lies; of the largest beyond it; less what the
     last block of rows wastes. Calls with less work than the smallest that was measured are left to torch.
     """
-    shared = " shared" if path == "streamed" and request.heads_q != request.heads_kv else ""
-    measured = (first_guess(this_machine()) if _gains is None else _gains).get(f"{path}{shared} {request.dtype}", ())
+    kind = " shared" if path == "streamed" and request.heads_q != request.heads_kv else ""
+    kind = " blocks" if request.block_plan is not None else kind
+    measured = (first_guess(this_machine()) if _gains is None else _gains).get(f"{path}{kind} {request.dtype}", ())
     macs = request.visible_macs
     if not measured or macs < measured[0][0]:
         return 0.0
@@ -135,7 +139,9 @@ def first_guess(machine: Machine) -> Gains:
     prefill = {"compiled float32": [(1e8, 1.1)], "compiled float16": [(3e7, 1.5)]}
     if "avx512_bf16" in machine.simd:
         prefill["compiled bfloat16"] = [(3e7, 1.5)]
-    return streamed | prefill
+    # Torch has no kernel that skips blocks: what these are compared with gathers them first.
+    blocks = {name.replace("compiled", "compiled blocks"): [(1.6e7, 1.5)] for name in prefill}
+    return streamed | prefill | blocks
 
 
 def use_gains(gains: Gains | None) -> None:

@@ -88,10 +88,17 @@ class CpuSession(SessionBase):
             return call
         memory = self.memory
 
-        def call_compiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *rest: Any) -> Any:
+        def call_compiled(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None = None,
+            plan: TilePlan | BlockPlan | None = None,
+            *rest: Any,
+        ) -> Any:
             if not (query.numel() and key.numel()) or trained(query, key, value):
-                return call(query, key, value, mask, *rest)
-            result = compiled.forward(request, query, key, value, mask, memory)
+                return call(query, key, value, mask, plan, *rest)
+            result = compiled.forward(request, query, key, value, mask, memory, plan=_block_plan(plan))
             return result if request.lse else result.out
 
         return call_compiled
@@ -214,7 +221,8 @@ class CpuSession(SessionBase):
             return nothing(query, dim_v, request.lse)
         if path in ("compiled", "streamed"):
             if not trained(query, key, value):
-                return compiled.forward(request, query, key, value, mask, memory, out, lse)
+                plan = _block_plan(prepared.plan)
+                return compiled.forward(request, query, key, value, mask, memory, out, lse, plan)
             path = torch_path(request)
             if path in ("native", "packed"):
                 return AttentionOutput(native.bind(request, memory)(query, key, value, mask))

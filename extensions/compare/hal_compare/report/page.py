@@ -86,7 +86,8 @@ def _layers(comparison: Comparison, ran: Sequence[Row]) -> str:
 def _side_by_side(comparison: Comparison, ran: Sequence[Row]) -> str:
     return (
         '<section><h2>Side by side</h2><div class="charts">'
-        f"{pictures.errors(ran)}{pictures.times(ran)}{pictures.energies(ran)}{pictures.host(ran)}"
+        f"{pictures.errors(comparison, ran)}{pictures.times(comparison, ran)}"
+        f"{pictures.energies(comparison, ran)}{pictures.host(ran)}"
         f"{pictures.attention_shares(comparison, ran)}</div></section>"
     )
 

@@ -14,10 +14,9 @@ from ..families import families, short_title, title
 from ..figures import joules, ratio, seconds, varied
 from ..pareto import Axis, Point, pareto
 from ..result import Comparison, Figure, Row
-from ..sentences import file_names
+from ..sentences import file_names, item, items
 
 _SHAPES: dict[str, Literal["circle", "square", "diamond"]] = {"emulated": "square", "simulated": "diamond"}
-_ERROR = Axis("error of the worst text", ratio)
 _PANELS: tuple[tuple[str, Axis, Callable[[Row], Figure | None]], ...] = (
     (
         "Error against time",
@@ -40,18 +39,21 @@ def tones(rows: Sequence[Row]) -> dict[str, int]:
 def comparison(result: Comparison, ran: Sequence[Row]) -> str:
     """Error against time and energy, apart for each part of the model that rows give to their devices."""
     parts = list(dict.fromkeys(row.scope for row in ran))
+    error = Axis(f"error of the worst {item(result)}", ratio)
     drawn = ""
     for part in parts:
         rows = [row for row in ran if row.scope == part]
         if len(rows) > 1 or len(parts) == 1:
             name = f" of {part}" if len(parts) > 1 else ""
-            drawn += "".join(_panel(rows, tones(result.rows), f"{head}{name}", x, of) for head, x, of in _PANELS)
+            drawn += "".join(_panel(rows, tones(result.rows), f"{head}{name}", x, error, of) for head, x, of in _PANELS)
     if not drawn:
         return ""
     return f'<section><h2>The comparison</h2><div class="charts">{drawn}</div>{_legend(result, ran)}</section>'
 
 
-def _panel(rows: Sequence[Row], colours: dict[str, int], head: str, x: Axis, of: Callable[[Row], Figure | None]) -> str:
+def _panel(
+    rows: Sequence[Row], colours: dict[str, int], head: str, x: Axis, error: Axis, of: Callable[[Row], Figure | None]
+) -> str:
     short = [short_title(row) for row in rows]
     points, lacking = [], []
     for row, name in zip(rows, short, strict=True):
@@ -71,7 +73,7 @@ def _panel(rows: Sequence[Row], colours: dict[str, int], head: str, x: Axis, of:
             )
         )
     said = f"No figure to show here: {', '.join(lacking)}." if lacking else ""
-    return _figure(head, "", pareto(points, x, _ERROR), escape(said))
+    return _figure(head, "", pareto(points, x, error), escape(said))
 
 
 def _legend(result: Comparison, ran: Sequence[Row]) -> str:
@@ -127,15 +129,16 @@ def layers(result: Comparison, ran: Sequence[Row]) -> str:
     named = "; ".join(f"{signs[place % 3]}: {style}" for place, style in enumerate(styles))
     drawn = f" Lines: {named}." if len(styles) > 1 else ""
     return (
-        '<section><h2>Error by layer</h2><p class="lead">Mean over texts, median of the runs, after the embeddings '
-        f'("in") and after each layer; all other rows in grey.{escape(drawn)}</p>'
+        '<section><h2>Error by layer</h2><p class="lead">'
+        f'Mean over {items(result)}, median of the runs, after the embeddings ("in") and after each layer; all other '
+        f"rows in grey.{escape(drawn)}</p>"
         f'<div class="panels">{panels}</div></section>'
     )
 
 
-def errors(ran: Sequence[Row]) -> str:
-    """The mean and the worst text's error."""
-    colours, marks = tones(ran), []
+def errors(result: Comparison, ran: Sequence[Row]) -> str:
+    """The mean and the worst text's, image's or clip's error."""
+    colours, marks, one = tones(ran), [], item(result)
     for row in sorted(ran, key=lambda row: row.accuracy.worst.middle if row.accuracy else 0.0):
         if (found := row.accuracy) is None:
             continue
@@ -150,28 +153,29 @@ def errors(ran: Sequence[Row]) -> str:
         )
     return _figure(
         "Error",
-        "‖h - reference‖ / ‖reference‖ of a text's last hidden states, against the float64 run",
+        f"‖h - reference‖ / ‖reference‖ of {'an' if one == 'image' else 'a'} {one}'s last hidden states, "
+        "against the float64 run",
         charts.dots(marks, "relative error of the hidden states by device"),
-        "Hollow: mean over texts. Filled, and the number: worst text.",
+        f"Hollow: mean over {items(result)}. Filled, and the number: worst {one}.",
     )
 
 
-def times(ran: Sequence[Row]) -> str:
+def times(result: Comparison, ran: Sequence[Row]) -> str:
     """The time of the device's part, measured rows first."""
     return _figure(
         "Time of the device's part",
-        "Of one pass over all text",
+        f"Of one pass over all {items(result)}",
         _ranked(ran, lambda row: row.costs.on_device if row.costs else None, seconds, "time of the device's part"),
         "Measured rows first, then modelled ones (square); rows with other parts of the model below: none are ranked "
         "together.",
     )
 
 
-def energies(ran: Sequence[Row]) -> str:
+def energies(result: Comparison, ran: Sequence[Row]) -> str:
     """The energy of the device's part."""
     return _figure(
         "Energy of the device's part",
-        "Of one pass over all text",
+        f"Of one pass over all {items(result)}",
         _ranked(ran, lambda row: row.costs.energy if row.costs else None, joules, "energy of the device's part"),
         "Nothing meters the host's part, so there is no total.",
     )
@@ -232,6 +236,6 @@ def attention_shares(result: Comparison, ran: Sequence[Row]) -> str:
                 rows.append((title(row), colours[row.name], costs.inside.middle / costs.wall.middle))
     return _figure(
         "How much of the model is attention",
-        "Its share of the multiply-accumulates (grey), and of the measured time (coloured), by text file",
+        "Its share of the multiply-accumulates (grey), and of the measured time (coloured), by file",
         charts.shares(rows, "attention's share of work and time"),
     )

@@ -8,7 +8,7 @@ from html import escape
 from ..families import family_name
 from ..figures import macs, percent
 from ..result import Comparison
-from ..sentences import file_names, items, mask_hint, refusal
+from ..sentences import file_names, item, items, mask_hint, refusal
 
 _TERMS = {
     "measured": "read off a clock, or computed from values that really came out of the device.",
@@ -17,9 +17,9 @@ _TERMS = {
     "declared, assumed": "computed with a figure that the user assumed, and marked so. It is ranked with nothing.",
     "hardware, emulated, simulated": "a real device; real values in the host's time; values, time and energy out of a "
     "model.",
-    "reference": "the same weights and text in float64 from end to end, eager attention, on the host.",
-    "error": "‖h - reference‖ / ‖reference‖ of a text's last hidden states. Where nothing else is said, of the worst "
-    "text.",
+    "reference": "the same weights and {items} in float64 from end to end, eager attention, on the host.",
+    "error": "‖h - reference‖ / ‖reference‖ of one {item}'s last hidden states. Where nothing else is said, of the "
+    "worst {item}.",
     "torch sdpa": "the same model on torch's own scaled_dot_product_attention: what one has today.",
     "the device's part": "attention; where a row says so also the linear layers, or all that torch.compile put on the "
     "device.",
@@ -68,17 +68,19 @@ def refused(comparison: Comparison) -> str:
 
 def terms(comparison: Comparison) -> str:
     """What the words mean."""
-    return f"<section><h2>How to read it</h2>{_folded('Terms', _listed(_TERMS))}</section>"
+    meant = {word: said.format(item=item(comparison), items=items(comparison)) for word, said in _TERMS.items()}
+    return f"<section><h2>How to read it</h2>{_folded('Terms', _listed(meant))}</section>"
 
 
 def provenance(comparison: Comparison) -> str:
     """The command, the machine, the versions, the files and the sources of the figures."""
     about = {**comparison.machine, **{f"{name} version": number for name, number in comparison.versions.items()}}
-    about["run"] = f"{comparison.batches} batches of up to {comparison.batch_size} texts, {comparison.repeats} repeats"
+    about["run"] = f"{comparison.batches} batches of up to {comparison.batch_size} {items(comparison)}"
+    about["run"] += f", {comparison.repeats} repeats"
     if comparison.model["pooling"]:
         about["embedding"] = f"{comparison.model['pooling']} of the last hidden states; nearest by cosine"
     for group in comparison.groups:
-        cut = f"; {group.cut} texts cut to {group.longest} tokens" if group.cut else ""
+        cut = f"; {group.cut} {items(comparison)} cut to {group.longest} tokens" if group.cut else ""
         about[file_names(comparison)[group.name]] = f"sha256 {group.sha256}{cut}"
     sources = _sources(comparison)
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from hal_core import ContractError, MemoryLimitError
 from hal_core.testing import allocator_peak
 
-from ..arguments import need_module, need_whole
+from ..arguments import is_number, need_module, need_whole, shown
 from .devices import available_memory
 from .memory_estimate import Inputs, MemoryEstimate, batched, estimate_memory, sample_of
 from .simulated_memory import loss_of
@@ -23,6 +24,14 @@ Probe = Callable[[int], int]
 MOST_PROBES = 3
 #: Share of the memory that is planned with: the rest is fragmentation, and what others allocate.
 USABLE = 0.9
+#: Share of what the system calls available that is taken on the CPU: other programs live in the same memory.
+CPU_SHARE = 0.5
+#: Seconds that running sizes may take by default. A step on a CPU may take minutes long before memory is short.
+SECONDS = 30.0
+#: A trial run takes at most this share of the seconds that are left, so that the size it leads to can be run.
+TRIAL_SHARE = 1 / 8
+#: How much longer an entry may take in the size than it took in the trial run.
+SLOWER = 1.5
 _SHORT = (MemoryError, MemoryLimitError, torch.OutOfMemoryError)
 
 
@@ -32,13 +41,16 @@ class BatchSize(int):
     Attributes:
         accumulation: batches of this size whose gradients are added up to one step of the global batch.
         estimate: the memory of a step. available: bytes that it was planned for.
-        probes: (batch size, peak in bytes or None, why it failed or "") of each run, in order.
+        probes: (batch size, peak in bytes or None, why it failed or "") of each run, in order; trial runs, which only
+            time a few entries, are left out.
+        limited_by: a sentence that says what a larger size would exceed: memory, time, `most` or the global batch.
     """
 
     accumulation: int
     estimate: MemoryEstimate
     available: int
     probes: list[tuple[int, int | None, str]]
+    limited_by: str
 
     @classmethod
     def of(
@@ -48,9 +60,11 @@ class BatchSize(int):
         estimate: MemoryEstimate,
         available: int,
         probes: list[tuple[int, int | None, str]],
+        limited_by: str,
     ) -> Self:
         self = cls(size)
         self.accumulation, self.estimate, self.available, self.probes = accumulation, estimate, available, probes
+        self.limited_by = limited_by
         return self
 
 
@@ -64,16 +78,22 @@ def optimal_batch_size(
     global_batch: int | None = None,
     most: int = 1 << 16,
     probe: Probe | bool = True,
+    memory_share: float | None = None,
+    seconds: float | None = SECONDS,
 ) -> BatchSize:
-    """The largest batch whose step fits into memory.
+    """The largest batch whose step fits into memory, and into the time that is given to run it.
 
     Simulated steps of a few sizes say what fits; what is predicted is run, at most three times: a size that fails is
     given up with its reason, its references are freed, and the next one is predicted from what was measured.
 
     Args:
         sample, sequence_length, training: see `estimate_memory`. The longest sequence decides: give that.
-        available: bytes for the whole step, weights included; None: what the model's device has left now, with the
-            weights that are there already.
+        available: bytes for the whole step, weights included; None: `memory_share` of what the model's device has left
+            now, with the weights that are there already.
+        memory_share: in (0, 1]; None: half on the CPU, whose memory other programs use too, and all on an accelerator.
+        seconds: that trial runs and the run of the size may take together, None for no limit. A size whose step would
+            take longer is not returned, since it could not be confirmed: `limited_by` then says "time". Only runs of
+            the model (`probe` True) are timed. One entry is always run.
         global_batch: entries of one optimiser step: the size then divides it, and `accumulation` says how many batches
             make it up. most: the largest size in question.
         probe: runs a batch and gives its peak; True: a forward and backward pass of the model; False: predict alone.
@@ -88,27 +108,43 @@ def optimal_batch_size(
     need_whole("available", 0 if available is None else available, 0)
     if not callable(probe) and type(probe) is not bool:
         raise ContractError(f"probe {probe!r} was given: use True, False, or a function of a batch size")
+    if memory_share is not None and not (is_number(memory_share) and 0 < memory_share <= 1):
+        raise ContractError(f"memory_share {shown(memory_share)} was given: use a number above 0 and up to 1, or None")
+    if seconds is not None and not (is_number(seconds) and seconds > 0):
+        raise ContractError(f"seconds {shown(seconds)} was given: use a positive number, or None for no limit")
     shapes = sample_of(model, sequence_length, training) if sample is None else sample
     place = next((t.device for t in model.parameters()), torch.device("cpu"))
     one = estimate_memory(model, 1, sample=shapes, training=training)
+    on_cpu = place.type in ("cpu", "meta")
     space = available
     if space is None:
-        space = int(available_memory(torch.device("cpu") if place.type == "meta" else place) + one.weights)
+        share = memory_share or (CPU_SHARE if on_cpu else 1.0)
+        space = int(share * available_memory(torch.device("cpu") if on_cpu else place) + one.weights)
     usable = int(space * USABLE)
+    largest = min(most, global_batch or most)
     predicted = _predicted(
         lambda size: float(estimate_memory(model, size, sample=shapes, training=training)),
         float(one),
         usable,
-        min(most, global_batch or most),
+        largest,
     )
+    limited_by = f"memory: a step may take {usable / 1e9:.2f} GB"
+    if predicted == largest:
+        limited_by = f"global_batch: {global_batch} entries" if largest == global_batch else f"most: {most} entries"
     probes: list[tuple[int, int | None, str]] = []
     runner = _runner(model, shapes, training) if probe is True else probe
+    if probe is True and seconds is not None and predicted > 1 and place.type != "meta":
+        timely = _timely(_runner(model, shapes, training), predicted, time.monotonic() + seconds)
+        if timely < predicted:
+            predicted = timely
+            limited_by = f"time: running more than {timely} entries would exceed {seconds:g} s (pass seconds=)"
     size = _dividing(predicted, global_batch)
     while size >= 1 and runner and place.type != "meta" and len(probes) < MOST_PROBES:
         peak, why = _tried(runner, size, usable - one.weights - one.optimiser)
         probes.append((size, peak, why))
         if not why:
             break
+        limited_by = f"memory: {size} entries failed ({why})"
         smaller = size // 2 if peak is None else int(size * (usable - one.weights - one.optimiser) / peak)
         size = _dividing(max(min(smaller, size - 1), 0), global_batch)
     if size < 1:
@@ -118,7 +154,7 @@ def optimal_batch_size(
             f"{f' ({reasons})' if reasons else ''}: use shorter sequences, checkpointing, or a device with more memory"
         )
     final = estimate_memory(model, size, sample=shapes, training=training)
-    return BatchSize.of(size, -(-(global_batch or size) // size), final, space, probes)
+    return BatchSize.of(size, -(-(global_batch or size) // size), final, space, probes, limited_by)
 
 
 def _predicted(needed: Callable[[int], float], one: float, usable: float, most: int) -> int:
@@ -156,6 +192,25 @@ def _predicted(needed: Callable[[int], float], one: float, usable: float, most: 
                 return middle
             fits, needs_fits = middle + 1, above
     return fits
+
+
+def _timely(run: Probe, most: int, deadline: float) -> int:
+    """The largest size up to `most` that can be run before a time.monotonic(), at least 1, judged by trial runs.
+
+    An entry takes less in a larger batch, so trials grow until the next would take a share of the time that is left.
+    """
+    trial = 1
+    while True:
+        began = time.monotonic()
+        if _tried(run, trial, float("inf"))[1]:
+            return most  # memory is short at a size that should fit: the runs to come say so
+        ended = time.monotonic()
+        each = SLOWER * (ended - began) / trial
+        fitting = int(min((deadline - ended) / each, most))
+        larger = int(min(TRIAL_SHARE * fitting, 8 * trial))
+        if fitting >= most or larger < 2 * trial:
+            return max(fitting, 1)
+        trial = larger
 
 
 def _dividing(size: int, whole: int | None) -> int:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hal_core import ContractError
+
 #: Makes an optimiser of a list of parameters.
 OptimiserFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -90,12 +92,21 @@ class Simulated(NamedTuple):
 
 
 def loss_of(output: Any) -> Tensor:
-    """What a step differentiates: the output's own loss, else the mean of its first floating tensor."""
+    """What a step differentiates: the output's own loss, else the mean of its first floating tensor.
+
+    Raises:
+        ContractError: the output has no floating tensor.
+    """
     if getattr(output, "loss", None) is not None:
         loss: Tensor = output.loss
         return loss
-    values = output.values() if isinstance(output, Mapping) else output
-    first = next(t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point())
+    values = list(output.values()) if isinstance(output, Mapping) else output  # torch keeps a view of them whole
+    first = next((t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()), None)
+    if first is None:
+        raise ContractError(
+            f"the model gave {type(output).__name__} without a floating tensor, so that a step has nothing to "
+            "differentiate: give it a loss, or pass training=False"
+        )
     mean: Tensor = first.float().mean()
     return mean
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import hal_core as hal
 from hal_core import Buffer, ContractError, MemoryLimitError, MemoryManager
 
-from ..arguments import is_number
+from ..arguments import is_number, shown
 
 
 class UnifiedMemoryManager:
@@ -30,9 +30,9 @@ class UnifiedMemoryManager:
 
     def __init__(self, max_memory_gb: float = 16.0, pool_size_mb: int = 512, gc_threshold: float = 0.8) -> None:
         if not (is_number(gc_threshold) and 0 < gc_threshold <= 1):
-            raise ContractError(f"gc_threshold {gc_threshold!r} was given: use a share above 0, up to 1")
+            raise ContractError(f"gc_threshold {shown(gc_threshold)} was given: use a share above 0, up to 1")
         if not is_number(pool_size_mb) or pool_size_mb < 0:
-            raise ContractError(f"pool_size_mb {pool_size_mb!r} was given: use 0 or more")
+            raise ContractError(f"pool_size_mb {shown(pool_size_mb)} was given: use 0 or more")
         self.pool_size, self.gc_threshold, self.limit = int(pool_size_mb) << 20, gc_threshold, 0
         self._lock = threading.RLock()
         self._held: dict[int, tuple[weakref.ref[Tensor], Buffer, str]] = {}
@@ -45,7 +45,7 @@ class UnifiedMemoryManager:
     def set_memory_limit(self, gb: float) -> None:
         """Set the limit, in GiB. What is handed out already stays."""
         if not is_number(gb) or gb <= 0:
-            raise ContractError(f"a memory limit of {gb!r} GB was given: use a number above 0")
+            raise ContractError(f"a memory limit of {shown(gb)} GB was given: use a number above 0")
         self.limit = int(gb * (1 << 30))
 
     def allocate(
@@ -62,9 +62,9 @@ class UnifiedMemoryManager:
         """
         name, kind = _device_id(device), str(dtype).removeprefix("torch.")
         if not isinstance(getattr(torch, kind, None), torch.dtype):
-            raise ContractError(f"dtype {dtype!r} was given: use one of torch, such as torch.float32")
+            raise ContractError(f"dtype {shown(dtype)} was given: use one of torch, such as torch.float32")
         if not isinstance(shape, Sequence) or not all(type(size) is int and size >= 0 for size in shape):
-            raise ContractError(f"shape {shape!r} was given: use a sequence of whole numbers of 0 or more")
+            raise ContractError(f"shape {shown(shape)} was given: use a sequence of whole numbers of 0 or more")
         with self._lock:
             self._collect()
             manager = self._managers.setdefault(name, hal.memory(name))

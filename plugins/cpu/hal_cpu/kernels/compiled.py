@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hal_core.plugin_api import AttentionOutput, AttentionRequest
+from hal_core.plugin_api import AttentionOutput, AttentionRequest, BlockPlan
 
 from ..memory import ScratchMemory, Workspace
+from .problem import visible_blocks
 
 
 def forward(
@@ -19,8 +20,11 @@ def forward(
     memory: ScratchMemory,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    plan: BlockPlan | None = None,
 ) -> AttentionOutput:
-    """Attention of a dense batch, all sizes above 0. `out` and `lse` are written where they are given."""
+    """Attention of a dense batch, all sizes above 0; blocks that `plan` leaves out are not read. `out` and `lse` are
+    written where they are given.
+    """
     import hal_cpu_native as native
 
     batch, heads, len_q, dim = query.shape
@@ -30,14 +34,19 @@ def forward(
     wanted = lse
     if request.lse and (lse is None or not lse.is_contiguous()):
         lse = torch.empty((batch, heads, len_q), dtype=torch.float32)
-    shapes = (batch, heads, key.shape[1], len_q, len_k, dim, dim_v)
-    needed = native.workspace_bytes(shapes, str(query.dtype).removeprefix("torch."), threads)
+    # Heads with patterns of their own are worked on one by one, as if each had a key head of its own.
+    heads_kv = heads if plan is not None and plan.indices.shape[1] > 1 else key.shape[1]
+    kernel = native.Kernel.AUTO if plan is None else native.Kernel.PREFILL
+    shapes = (batch, heads, heads_kv, len_q, len_k, dim, dim_v)
+    needed = native.workspace_bytes(shapes, str(query.dtype).removeprefix("torch."), threads, kernel=kernel)
     with Workspace(memory) as workspace:
         native.attention(
             query,
             key,
             value,
             mask,
+            blocks=None if plan is None else visible_blocks(plan, len_k, workspace),
+            block_size=(0, 0) if plan is None else (plan.block_q, plan.block_k),
             scale=request.effective_scale,
             band=request.band(len_q, len_k),
             softcap=request.softcap,
@@ -45,6 +54,7 @@ def forward(
             lse=lse if request.lse else None,
             workspace=workspace.take((needed,), torch.bool),
             threads=threads,
+            kernel=kernel,
         )
     if wanted is not None and lse is not None and wanted is not lse:
         lse = wanted.copy_(lse)

@@ -67,79 +67,110 @@ def _euler(field: Tensor, levels: Sequence[float], parts: Tensor, workspace: Wor
         parts[:, n] = counts[0] - counts[1] - counts[2] + counts[3]
 
 
-Step = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
+Step = Callable[[], None]
+#: (old fields with their frame, new fields, temporary array) -> the step from one to the other. The first dimension is
+#: that of a system's fields; each view is made once, since making it takes as long as a step of a small field.
+Plan = Callable[[Tensor, Tensor, Tensor], Step]
 
 
-def _flow(step: Step, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: Workspace, repeats: int) -> None:
-    """Repeat a step of fields on a periodic grid: between two sets of fields that are framed by their neighbours.
-
-    `step` is given bands of the old fields with their frame, rows of the new fields, and as many temporary arrays.
+def _flow(plan: Plan, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: Workspace, repeats: int) -> None:
+    """Repeat a step of fields on a periodic grid: between two sets of fields that are framed by their neighbours, in
+    bands that fit the cache.
     """
     height, width = inputs[0].shape[-2:]
-    shape = (inputs[0].numel() // (height * width), height, width)
-    sets = [[workspace.take((shape[0], height + 2, width + 2), torch.float32) for _ in inputs] for _ in range(2)]
+    count, systems = len(inputs), inputs[0].numel() // (height * width)
+    sets = [workspace.take((count, systems, height + 2, width + 2), torch.float32) for _ in range(2)]
     for field, framed in zip(inputs, sets[0], strict=True):
-        framed[:, 1:-1, 1:-1] = field.reshape(shape)
-    rows = max(BAND // width, 1)
-    fields = max(BAND // (height * width), 1)
-    scratch = [workspace.take((min(fields, shape[0]), min(rows, height) + 2, width), torch.float32) for _ in inputs]
-    for _ in range(repeats):
-        for framed in sets[0]:
-            _frame(framed)
-        for f in range(0, shape[0], fields):
+        framed[:, 1:-1, 1:-1] = field.reshape(systems, height, width)
+    rows, together = min(max(BAND // width, 1), height), min(max(BAND // (height * width), 1), systems)
+    scratch = workspace.take((count, together, rows + 2, width), torch.float32)
+    turns: list[list[Step]] = []
+    for old, new in (sets, sets[::-1])[: min(repeats, 2)]:
+        steps = [_frame(old)]
+        for f in range(0, systems, together):
+            here = slice(f, min(f + together, systems))
             for y in range(0, height, rows):
                 last = min(y + rows, height)
-                here = slice(f, f + fields)
-                old = [framed[here, y : last + 2] for framed in sets[0]]
-                new = [framed[here, y + 1 : last + 1, 1:-1] for framed in sets[1]]
-                step(old, new, [t[: old[0].shape[0], : last - y + 2] for t in scratch])
-        sets.reverse()
-    for result, framed in zip(outputs, sets[0], strict=True):
-        result.view(shape).copy_(framed[:, 1:-1, 1:-1])
+                free = scratch[:, : here.stop - here.start, : last - y + 2]
+                steps.append(plan(old[:, here, y : last + 2], new[:, here, y + 1 : last + 1, 1:-1], free))
+        turns.append(steps)
+    for n in range(repeats):
+        for step in turns[n % 2]:
+            step()
+    for result, framed in zip(outputs, sets[repeats % 2], strict=True):
+        result.view(systems, height, width).copy_(framed[:, 1:-1, 1:-1])
 
 
-def _frame(field: Tensor) -> None:
-    """The other side's rows and columns around a periodic field."""
-    field[:, 0, 1:-1], field[:, -1, 1:-1] = field[:, -2, 1:-1], field[:, 1, 1:-1]
-    field[..., 0], field[..., -1] = field[..., -2], field[..., 1]
+def _frame(field: Tensor) -> Step:
+    """Copies the other side's rows and columns around periodic fields."""
+    top, bottom, left, right = field[..., 0, 1:-1], field[..., -1, 1:-1], field[..., 0], field[..., -1]
+    first, last, west, east = field[..., 1, 1:-1], field[..., -2, 1:-1], field[..., 1], field[..., -2]
+
+    def step() -> None:
+        top.copy_(last)
+        bottom.copy_(first)
+        left.copy_(east)
+        right.copy_(west)
+
+    return step
 
 
 def _reaction_diffusion(
     dt: float, diffusion_u: float, diffusion_v: float, reaction: float, epsilon: float, decay: float, offset: float
-) -> Step:
+) -> Plan:
     # The nine-point average minus the middle is the product of two (1, 2, 1) sums / 12, minus 4 / 3 of the middle.
     r, s = dt * reaction, dt * reaction * epsilon
+    rates = [dt * diffusion_u, dt * diffusion_v]
+    shares = [1 - 4 / 3 * rates[0] + r, 1 - 4 / 3 * rates[1] - s * decay]
+    rate = torch.tensor(rates, dtype=torch.float32).div_(12).view(2, 1, 1, 1)
+    share = torch.tensor(shares, dtype=torch.float32).view(2, 1, 1, 1)
 
-    def diffuse(old: Tensor, new: Tensor, lines: Tensor, rate: float, more: float) -> Tensor:
-        torch.add(old[..., :-2], old[..., 2:], out=lines).add_(old[..., 1:-1], alpha=2)
-        torch.add(lines[:, :-2], lines[:, 2:], out=new).add_(lines[:, 1:-1], alpha=2).mul_(rate / 12)
-        middle = old[:, 1:-1, 1:-1]
-        new.add_(middle, alpha=1 - 4 / 3 * rate + more)
-        return middle
+    def plan(old: Tensor, new: Tensor, lines: Tensor) -> Step:
+        west, centre, east = old[..., :-2], old[..., 1:-1], old[..., 2:]
+        above, here, below = lines[..., :-2, :], lines[..., 1:-1, :], lines[..., 2:, :]
+        middle = centre[..., 1:-1, :]
+        (a, b), (new_u, new_v), square = middle, new, here[0]
 
-    def step(old: Sequence[Tensor], new: Sequence[Tensor], scratch: Sequence[Tensor]) -> None:
-        (u, v), (new_u, new_v) = old, new
-        a = diffuse(u, new_u, scratch[0], dt * diffusion_u, r)
-        b = diffuse(v, new_v, scratch[1], dt * diffusion_v, -s * decay)
-        if reaction:
-            square = torch.mul(a, a, out=scratch[0][:, 1:-1])
-            new_u.addcmul_(square, a, value=-r).add_(b, alpha=-r)
-            new_v.add_(a, alpha=s)
-            if offset:
-                new_v.add_(s * offset)
+        def step() -> None:
+            torch.add(west, east, out=lines)
+            lines.add_(centre, alpha=2)
+            torch.add(above, below, out=new)
+            new.add_(here, alpha=2)
+            new.mul_(rate)
+            new.addcmul_(middle, share)
+            if reaction:
+                torch.mul(a, a, out=square)
+                new_u.addcmul_(square, a, value=-r)
+                new_u.add_(b, alpha=-r)
+                new_v.add_(a, alpha=s)
+                if offset:
+                    new_v.add_(s * offset)
 
-    return step
+        return step
 
-
-def _ricci(dt: float) -> Step:
-    def step(old: Sequence[Tensor], new: Sequence[Tensor], scratch: Sequence[Tensor]) -> None:
-        (phi,), (result,) = old, new
-        middle, factor = phi[:, 1:-1, 1:-1], scratch[0][:, 1:-1]
-        torch.mul(middle, -2, out=factor).exp_().mul_(dt)
-        torch.add(phi[:, :-2, 1:-1], phi[:, 2:, 1:-1], out=result).add_(phi[:, 1:-1, :-2]).add_(phi[:, 1:-1, 2:])
-        result.add_(middle, alpha=-4).mul_(factor).add_(middle)
-
-    return step
+    return plan
 
 
-_STEPS: dict[str, Callable[..., Step]] = {"reaction_diffusion_step": _reaction_diffusion, "ricci_flow_step": _ricci}
+def _ricci(dt: float) -> Plan:
+    def plan(old: Tensor, new: Tensor, lines: Tensor) -> Step:
+        up, down = old[..., :-2, 1:-1], old[..., 2:, 1:-1]
+        left, right = old[..., 1:-1, :-2], old[..., 1:-1, 2:]
+        middle, factor = old[..., 1:-1, 1:-1], lines[..., 1:-1, :]
+
+        def step() -> None:
+            torch.mul(middle, -2, out=factor)
+            factor.exp_()
+            factor.mul_(dt)
+            torch.add(up, down, out=new)
+            new.add_(left)
+            new.add_(right)
+            new.add_(middle, alpha=-4)
+            new.mul_(factor)
+            new.add_(middle)
+
+        return step
+
+    return plan
+
+
+_STEPS: dict[str, Callable[..., Plan]] = {"reaction_diffusion_step": _reaction_diffusion, "ricci_flow_step": _ricci}

@@ -61,11 +61,22 @@ def _dense(request: AttentionRequest, threads: int, multiplies_bfloat16: bool) -
 
 
 def _compiled(request: AttentionRequest, threads: int) -> int:
-    from hal_cpu_native.call import workspace_bytes
+    from hal_cpu_native.call import Kernel, workspace_bytes
 
     sizes = (request.batch, request.heads_q, request.heads_kv, request.len_q, request.len_k)
-    needed = workspace_bytes((*sizes, request.dim_qk, request.dim_v), request.dtype, threads)
-    return pooled_size(needed) if needed else 0
+    dims = (request.dim_qk, request.dim_v)
+    if request.block_plan is None:
+        needed = workspace_bytes((*sizes, *dims), request.dtype, threads)
+        return pooled_size(needed) if needed else 0
+    # A plan may have a pattern of its own for every batch entry and head: which, only the plan itself says.
+    each = (request.batch, request.heads_q, request.heads_q, request.len_q, request.len_k)
+    needed = max(
+        workspace_bytes((*shapes, *dims), request.dtype, threads, kernel=Kernel.PREFILL) for shapes in (sizes, each)
+    )
+    block_q, block_k, most = request.block_plan
+    lists = request.batch * request.heads_q * -(-request.len_q // block_q)
+    table = (lists * most * 8, lists * most, lists * (-(-request.len_k // block_k) + 1))
+    return sum(pooled_size(part) for part in (needed, *table) if part)
 
 
 def _tiled(request: AttentionRequest, threads: int) -> int:

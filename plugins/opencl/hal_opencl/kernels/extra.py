@@ -12,7 +12,11 @@ from ..runtime.engine import Engine
 from ..runtime.lease import Lease
 
 _GROUP = 64  # work items that take all steps of a small field
-_BLOCKS = {"matmul": (16, 4, 1)}  # elements of the result per work item along x, y and z; one elsewhere
+_CPU_FIELD = (
+    128 * 128
+)  # as GROUP_FIELD, of a CPU: a launch takes longer there, and a work item steps 16 elements at once
+#: Elements of the result per work item along x, y and z; one elsewhere.
+_BLOCKS = {"matmul": (16, 4, 1), "reaction_diffusion_step": (16, 1, 1), "ricci_flow_step": (16, 1, 1)}
 
 
 class ExtraKernelRunner:
@@ -43,7 +47,8 @@ class ExtraKernelRunner:
             source = [operand.buffer for operand in map(lease.stage, inputs)]
             target = [operand.buffer for operand in map(lease.result, outputs)]
             spare = [lease.space(tensor.nbytes).buffer for tensor in outputs] if repeats > 1 else []
-            if repeats > 1 and extent[0] * extent[1] <= GROUP_FIELD:
+            most = _CPU_FIELD if engine.shares_memory else GROUP_FIELD
+            if repeats > 1 and extent[0] * extent[1] <= most:
                 threads = min(_GROUP, int(engine.handle.max_work_group_size))
                 numbers = *map(np.int32, (*integers, repeats)), *map(np.float32, floats)
                 several, group = engine.kernel("kernels", f"{name}s"), (threads, 1, 1)

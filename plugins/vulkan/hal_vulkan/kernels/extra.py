@@ -12,6 +12,8 @@ from ..runtime.recorder import Recorder
 _THREADS = 64
 _CONSTANTS = (0, _THREADS)  # constant 0 belongs to the attention shaders
 _BLOCKS = {"matmul": (4 * _THREADS, 4, 1)}  # elements of the result per work group along x, y and z
+#: Rows that a work item of a flow walks down on a CPU, whose loads are dear. On a GPU it takes one: latency is dear.
+_CPU_ROWS = 16
 
 
 class ExtraKernelRunner:
@@ -38,7 +40,9 @@ class ExtraKernelRunner:
         repeats: int = 1,
     ) -> None:
         """See `hal_compute.extra_kernels.Runner`."""
-        blocks = _BLOCKS.get(name, (_THREADS, 1, 1))
+        on_cpu = self._recorder.adapter.is_cpu
+        rows = _CPU_ROWS if on_cpu and name.endswith("_step") else 1
+        blocks = _BLOCKS.get(name, (_THREADS, rows, 1))
         wanted = (-(-n // block) for n, block in zip(extent, blocks, strict=True))
         groups = [min(pair) for pair in zip(wanted, self._recorder.most_groups, strict=True)]
         key = (name, *(tensor.shape for tensor in inputs), *integers, *floats, repeats)
@@ -50,16 +54,17 @@ class ExtraKernelRunner:
         self._recorder.last_steps[name] = key
         with self._recorder.call(what, inputs, key if again else None) as commands:
             source, target = [*map(commands.stage, inputs)], [*map(commands.result, outputs)]
-            spare = [commands.space(tensor.nbytes) for tensor in outputs] if repeats > 1 else []
             numbers, layout = [*integers, extent[2], *floats], f"{len(integers) + 1}i{len(floats)}f"
-            if repeats > 1 and extent[0] * extent[1] <= GROUP_FIELD:
+            if repeats > 1 and on_cpu and extent[0] * extent[1] <= GROUP_FIELD:
+                spare = [commands.space(2 * sum(tensor.nbytes for tensor in outputs))]
                 numbers, layout = [*integers, repeats, extent[2], *floats], f"{len(integers) + 2}i{len(floats)}f"
                 operands = [*source, *target, *spare]
                 commands.dispatch(f"{name}s", _CONSTANTS, operands, numbers, layout, [1, 1, groups[2]])
                 commands.finish()
                 return
+            spare = [commands.space(tensor.nbytes) for tensor in outputs] if repeats > 1 else []
             for left in reversed(range(repeats)):
                 here = spare if left % 2 else target  # the last one writes the results
-                commands.dispatch(name, _CONSTANTS, [*source, *here], numbers, layout, groups)
+                commands.dispatch(name, (*_CONSTANTS, rows), [*source, *here], numbers, layout, groups)
                 source = here
             commands.finish()

@@ -96,9 +96,15 @@ def squares(
     lane = tl.arange(0, WIDE)
     column = (start + tl.arange(0, GROUPS))[:, None] * per_column + lane[None, :]
     there = ((column < columns) & (lane < per_column)[None, :])[None, :, :] & (row < rows)[:, None, None]
+    place, position = ((row + first) * stride)[:, None, None], (column * stride)[None, :, :]
+    # Blocks that are hidden whole are not read: with causal half of all. Asked by block, so that a load stays wide.
+    begin = ((start + tl.arange(0, GROUPS)) * per_column * stride)[None, :, None]
+    if HIGH:
+        there = there & (begin <= place + stride - 1 + high)
+    if LOW:
+        there = there & (begin + per_column * stride - 1 >= place + low)
     at = row.to(tl.int64)[:, None, None] * columns + column[None, :, :]
     found = tl.load(scores + at, mask=there, other=float("-inf")).to(tl.float32) * (scale * LOG2E)
-    place, position = ((row + first) * stride)[:, None, None], (column * stride)[None, :, :]
     if HIGH:
         found = tl.where(position > place + stride - 1 + high, float("-inf"), found)
     if LOW:

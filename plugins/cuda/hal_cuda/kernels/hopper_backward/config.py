@@ -26,6 +26,7 @@ class Config(NamedTuple):
         per_block: tiles in a row block of a block plan; 0 without a plan. Not for `wide`, nor `ordered`.
         mask: 1: a boolean one, 2: an additive one, both of rows and keys; 0: neither.
         dropout: not with an additive mask, nor for `wide`.
+        staging: tiles of the query's gradient that wait in shared memory for their turn, where `ordered`.
     """
 
     group: int
@@ -46,6 +47,7 @@ class Config(NamedTuple):
     per_block: int = 0
     mask: int = 0
     dropout: bool = False
+    staging: int = 1
 
     @property
     def statistics(self) -> int:
@@ -82,7 +84,7 @@ class Maps(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: the loads', scores' gradients [stages, keys, rows], and a tile of the query's gradient."""
+    """Shared memory: the loads', scores' gradients [stages, keys, rows], halves of tiles of the query's gradient."""
 
     query: Any
     grad_out: Any
@@ -96,7 +98,8 @@ class Shared(NamedTuple):
 
 class Barriers(NamedTuple):
     """Memory barriers: key, value, and of each stage the query, the output's gradient, `done` when both consumers have
-    ended its step, and `scored` when both have written the scores' gradient."""
+    ended its step, and `scored` when both have written the scores' gradient. Where sums are added in order, `ready`:
+    each consumer's half of a waiting tile lies in shared memory; `free`: both have been read."""
 
     key: Any
     value: Any
@@ -104,12 +107,14 @@ class Barriers(NamedTuple):
     grad_out: Any
     done: Any
     scored: Any
+    ready: Any
+    free: Any
 
 
 class Order(NamedTuple):
     """The order in which blocks add to a tile of the query's gradient.
 
-    arrivals: int32 [batch * heads * tiles, 2], how many blocks have added each warpgroup's half. blocks: of a key head.
+    arrivals: int32 [batch * heads * tiles], how many blocks have added to each. blocks: of a key head.
     """
 
     arrivals: Any

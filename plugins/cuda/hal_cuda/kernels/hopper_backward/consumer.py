@@ -17,17 +17,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .config import Barriers, Block, Edges, Lists, Maps, Order, Scaling, Shared
+from .config import Barriers, Block, Edges, Lists, Maps, Scaling, Shared
 from .pipeline import (
     add_grad_query,
-    count,
     hide,
     opaque,
     pass_turn,
     steps_of,
     take_turn,
     tile_of,
-    written,
 )
 
 
@@ -111,8 +109,8 @@ def grad_query(ds, k, c: gl.constexpr, C: gl.constexpr, QL: gl.constexpr):
 
 @gluon.jit
 def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, barriers: Barriers, block: Block,
-         order: Order, edges: Edges, scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr,
-         SL: gl.constexpr, PL: gl.constexpr, QL: gl.constexpr):  # fmt: skip
+         edges: Edges, scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr,
+         PL: gl.constexpr, QL: gl.constexpr):  # fmt: skip
     # One tile of queries; prev: the tile of dQ that the step before worked on.
     ST: gl.constexpr = C.stages
     NS: gl.constexpr = C.score_stages
@@ -150,13 +148,13 @@ def step(i, m, prev, pointer, dk, dv, key0, seen, maps: Maps, shared: Shared, ba
     dq = grad_query(shared.grad_scores.index(pb), kk, c, C, QL)
     dv, dk, dq, p16, d16 = warpgroup_mma_wait(0, deps=[dv, dk, dq, p16, d16])
     mbarrier.arrive(barriers.done.index(stage), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, i, block, order, edges, c, C)
+    add_grad_query(dq, pointer, maps, shared, barriers, prev, i, c, C)
     return dk, dv
 
 
 @gluon.jit
 def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists,
-             order: Order, edges: Edges, scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+             edges: Edges, scaling: Scaling, c: gl.constexpr, C: gl.constexpr):  # fmt: skip
     SL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.rows, 16])
     GL: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C.dim_qk, 16])
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=GL, k_width=2)
@@ -185,8 +183,8 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
             base = (block.place * C.group + g) * block.tiles
             for j in range(steps_of(block, g, lists, C)):
                 m = tile_of(block, g, j, lists, C)
-                dk, dv = step(i, m, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block, order,
-                              edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                dk, dv = step(i, m, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block, edges,
+                              scaling, c, True, C, SL, PL, QL)  # fmt: skip
                 prev = base + m
                 i += 1
     else:
@@ -197,20 +195,20 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
                 start = block.begun
                 for j in range(block.begun):
                     dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
-                                  order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                                  edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
                     prev = base + j
                     i += 1
             if C.left:
                 end = block.ended
             for j in range(start, end):
                 dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
-                              order, edges, scaling, c, False, C, SL, PL, QL)  # fmt: skip
+                              edges, scaling, c, False, C, SL, PL, QL)  # fmt: skip
                 prev = base + j
                 i += 1
             if C.left:
                 for j in range(end, block.count):
                     dk, dv = step(i, block.first + j, prev, pointer, dk, dv, key0, seen, maps, shared, barriers, block,
-                                  order, edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
+                                  edges, scaling, c, True, C, SL, PL, QL)  # fmt: skip
                     prev = base + j
                     i += 1
     if c == 0:  # leave no arrival pending
@@ -221,10 +219,7 @@ def consumer(pointer, maps: Maps, shared: Shared, barriers: Barriers, block: Blo
     dq = grad_query(shared.grad_scores.index(b), kk, c, C, QL)
     dq = warpgroup_mma_wait(0, deps=[dq])
     mbarrier.arrive(barriers.done.index(n % ST), count=1)
-    add_grad_query(dq, pointer, maps, shared, prev, n, block, order, edges, c, C)
-    if C.ordered:
-        written(c)
-        count(order, prev, c, n * 0 + 1)
+    add_grad_query(dq, pointer, maps, shared, barriers, prev, n, c, C)
     of_value = dv
     if C.dropout:
         of_value = dv * scaling.kept

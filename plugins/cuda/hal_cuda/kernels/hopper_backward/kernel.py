@@ -35,6 +35,7 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     KIND: gl.constexpr = qd.dtype
     ST: gl.constexpr = C.stages
     NS: gl.constexpr = C.score_stages
+    SG: gl.constexpr = C.staging
     edges = Edges(len_k, below, above)
     scaling = Scaling(scale, out_scale, cap_in, cap_out, kept, least)
     order = Order(arrivals, blocks)
@@ -49,7 +50,9 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     v_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.dim_v], vd.layout)
     scores: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.keys, C.rows], KIND)
     ds_s = gl.allocate_shared_memory(KIND, [NS, C.keys, C.rows], scores)
-    dq_s = gl.allocate_shared_memory(gl.float32, [2 if C.engine else 1, 16, 256 if C.engine else 16], dqd.layout)
+    dq_s = gl.allocate_shared_memory(
+        gl.float32, [2 * C.staging if C.engine else 1, 16, 256 if C.engine else 16], dqd.layout
+    )
     m_s = q_s
     if C.mask > 0:
         m_s = gl.allocate_shared_memory(md.dtype, [ST, 1, 1, C.rows, C.keys], md.layout)
@@ -69,12 +72,20 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
         mbarrier.init(scored.index(i), count=2)
     maps = Maps(qd, od, sd, kd, vd, dkd, dvd, dqd, md if C.mask > 0 else qd)
     shared = Shared(q_s, o_s, st_s, k_s, v_s, ds_s, dq_s, m_s)
+    ready, free = scored, kf
+    if C.ordered:
+        ready = gl.allocate_shared_memory(gl.int64, [2 * C.staging, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [C.staging, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(SG):
+            mbarrier.init(free.index(i), count=1)
+        for i in gl.static_range(2 * SG):
+            mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    barriers = Barriers(kf, vf, qf, of, done, scored)
+    barriers = Barriers(kf, vf, qf, of, done, scored, ready, free)
     if C.wide:
         gl.warp_specialize(
             [
-                (producer, (maps, shared, barriers, block, lists, C)),
+                (producer, (maps, shared, barriers, block, lists, order, edges, C)),
                 (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(0), C)),
                 (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(1), C)),
             ],
@@ -84,9 +95,9 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     else:
         gl.warp_specialize(
             [
-                (producer, (maps, shared, barriers, block, lists, C)),
-                (consumer, (sums, maps, shared, barriers, block, lists, order, edges, scaling, gl.constexpr(0), C)),
-                (consumer, (sums, maps, shared, barriers, block, lists, order, edges, scaling, gl.constexpr(1), C)),
+                (producer, (maps, shared, barriers, block, lists, order, edges, C)),
+                (consumer, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(0), C)),
+                (consumer, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(1), C)),
             ],
             [4, 4],
             [240, 240],

@@ -66,7 +66,7 @@ def config_of(
         rows=tiles.rows,
         dim_qk=tiles.dim_qk,
         dim_v=tiles.dim_v,
-        stages=2 if mask or dropout else tiles.stages,
+        stages=2 if mask or dropout or ordered else tiles.stages,
         score_stages=2,
         turns=tiles.turns,
         engine=tiles.engine or ordered,
@@ -79,6 +79,7 @@ def config_of(
         per_block=per_block,
         mask=mask,
         dropout=dropout,
+        staging=2 if ordered and not (mask or dropout) else 1,
     )
 
 
@@ -345,7 +346,7 @@ class HopperBackward:
             of_keys=of_keys,
             normalise=self._normalise(query, key, value, grad_out, mask, tiles.rows) if config.mask == 2 else None,
             in_block=1 if plan is None else plan.block_k // tiles.keys,
-            arrivals=batch * heads * row_tiles * 2 if r.deterministic else 0,
+            arrivals=batch * heads * row_tiles if r.deterministic else 0,
             prepare=preparing,
             finish=ending,
             tiles=(row_tiles * batch * heads, 1, 1),

@@ -14,18 +14,20 @@ SYNC = gl.constexpr("bar.sync $1, $2; mov.b32 $0, $1;")
 ARRIVE = gl.constexpr("bar.arrive $1, $2; mov.b32 $0, $1;")
 THREE = gl.constexpr("=r,r,r")
 TURN = gl.constexpr(8)  # the first named barrier of the turns: those below are Triton's
-ALONE = gl.constexpr(10)  # the first of the barriers of each consumer's own threads
-#: Wait for the copies of this thread to be written, then for the other threads of the warpgroup.
+#: Wait for the copies of this thread to be written, then for the other threads of the warpgroup that loads.
 WRITTEN = gl.constexpr("cp.async.bulk.wait_group 0; bar.sync $1, $2; mov.b32 $0, $1;")
-#: Count a block's sums as added, by one thread, where $2 is not 0.
+#: Count a block's sums as added where $2 is not 0, by one thread of the second warp: its release takes as long as a
+#: trip to the second-level cache, and the first warp waits for its own next turn meanwhile. Other blocks see the count
+#: behind the sums by the release; the copy engine's writes and the threads' go by different proxies, which fences join.
 COUNT = gl.constexpr(
-    "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0; setp.ne.and.u32 r, $2, "
-    "0, p; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, $2; }"
+    "{ .reg .pred p, r; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 32; setp.ne.and.u32 r, "
+    "$2, 0, p; @r fence.proxy.async; @r red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, t; }"
 )
-#: Wait until $2 blocks have been counted; at once where it is negative.
+#: Wait until $2 blocks have been counted: the first warp, which sends.
 AWAIT = gl.constexpr(
-    "{ .reg .pred p; .reg .b32 n; LOOK: ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra LOOK; mov.b32 "
-    "$0, n; }"
+    "{ .reg .pred p, o; .reg .b32 n, t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.ge.u32 o, t, 32; @o bra GONE; "
+    "AGAIN: ld.acquire.gpu.global.s32 n, [$1]; setp.lt.s32 p, n, $2; @p bra AGAIN; fence.proxy.async; "
+    "GONE: mov.b32 $0, t; }"
 )
 
 
@@ -180,48 +182,61 @@ def before(m, block: Block, order: Order, edges: Edges, C: gl.constexpr):
 
 
 @gluon.jit
-def written(c: gl.constexpr):
-    # The sums that this warpgroup has sent lie in memory.
-    gl.inline_asm_elementwise(
-        WRITTEN, THREE, [gl.to_tensor(ALONE + c), gl.to_tensor(128)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def count(order: Order, tile, c: gl.constexpr, wanted):
-    gl.inline_asm_elementwise(
-        COUNT, "=r,l,r", [order.arrivals + tile * 2 + c, gl.to_tensor(wanted)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def send_in_order(dq, sums, staged, row, tile, i, block: Block, order: Order, edges: Edges, c: gl.constexpr,
-                  C: gl.constexpr):  # fmt: skip
-    # As `send_tile`, once the blocks before this one have added to the tile. The first step's zeros may be added at any
-    # time, and are not counted. The tile of the step before is counted now.
-    m = tile % block.tiles
-    earlier = gl.where(m == block.first, tile - 1 - block.tiles + block.count, tile - 1)  # of the head before, or this
+def hand_over(dq, staged, i, barriers: Barriers, c: gl.constexpr, C: gl.constexpr):
+    # A warpgroup's half of a tile, for the warpgroup that loads to add in its turn.
     RL: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [2, 2], [1, 0])
     x = in_order(dq, 16, 256, RL)
-    written(c)
-    count(order, earlier, c, (i >= 2).to(gl.int32))
-    staged.store(x)
+    place = i % C.staging
+    mbarrier.wait(barriers.free.index(place), ((i // C.staging) & 1) ^ 1)
+    staged.index(place * 2 + c).store(x)
     fence_async_shared()
-    ahead = gl.where(i == 0, -1, before(m, block, order, edges, C))
-    gl.inline_asm_elementwise(
-        AWAIT, "=r,l,r", [order.arrivals + tile * 2 + c, ahead], dtype=gl.int32, is_pure=False, pack=1
-    )
-    reduce_add(sums, [row, 0], staged)
+    mbarrier.arrive(barriers.ready.index(place * 2 + c), count=1)
 
 
 @gluon.jit
-def add_grad_query(dq, pointer, maps: Maps, shared: Shared, tile, i, block: Block, order: Order, edges: Edges,
-                   c: gl.constexpr, C: gl.constexpr):  # fmt: skip
+def settle(e, barriers: Barriers, block: Block, order: Order, C: gl.constexpr):
+    # Counts what step e has added, once it lies in memory.
+    gl.inline_asm_elementwise(
+        WRITTEN, THREE, [gl.to_tensor(TURN + 2), gl.to_tensor(128)], dtype=gl.int32, is_pure=False, pack=1
+    )
+    if C.staging > 1:  # noqa: SIM102  the first is known when the kernel is compiled
+        if e >= 0:
+            mbarrier.arrive(barriers.free.index(e % C.staging), count=1)
+    tile = (block.place * C.group + gl.maximum(e - 1, 0) // block.count) * block.tiles
+    at = order.arrivals + tile + block.first + gl.maximum(e - 1, 0) % block.count
+    gl.inline_asm_elementwise(COUNT, "=r,l,r", [at, (e >= 1).to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def add_in_order(e, maps: Maps, shared: Shared, barriers: Barriers, block: Block, order: Order, edges: Edges,
+                 C: gl.constexpr):  # fmt: skip
+    # Adds what the consumers made in step e, of the tile of the step before; the zeros of the first step are left out.
+    # Step e - 1 is counted first, which had the time since to reach memory.
+    ROWS: gl.constexpr = C.rows * C.dim_qk // 256
+    place = e % C.staging
+    mbarrier.wait(barriers.ready.index(place * 2), (e // C.staging) & 1)
+    mbarrier.wait(barriers.ready.index(place * 2 + 1), (e // C.staging) & 1)
+    settle(e - 1, barriers, block, order, C)
+    if e >= 1:
+        m = block.first + (e - 1) % block.count
+        tile = (block.place * C.group + (e - 1) // block.count) * block.tiles + m
+        at, ahead = order.arrivals + tile, before(m, block, order, edges, C)
+        gl.inline_asm_elementwise(AWAIT, "=r,l,r", [at, ahead], dtype=gl.int32, is_pure=False, pack=1)
+        reduce_add(maps.sums, [tile * ROWS, 0], shared.grad_query.index(place * 2))
+        reduce_add(maps.sums, [tile * ROWS + 16, 0], shared.grad_query.index(place * 2 + 1))
+        if C.staging == 1:
+            tma.store_wait(0)
+    if C.staging == 1:
+        mbarrier.arrive(barriers.free.index(place), count=1)
+
+
+@gluon.jit
+def add_grad_query(dq, pointer, maps: Maps, shared: Shared, barriers: Barriers, tile, i, c: gl.constexpr,
+                   C: gl.constexpr):  # fmt: skip
     # A warpgroup's half of a tile of the query's gradient, added to its sums.
     SIZE: gl.constexpr = C.rows * C.dim_qk
     if C.ordered:
-        row = tile * (SIZE // 256) + c * 16
-        send_in_order(dq, maps.sums, shared.grad_query.index(c), row, tile, i, block, order, edges, c, C)
+        hand_over(dq, shared.grad_query, i, barriers, c, C)
     elif C.engine:
         send_tile(dq, maps.sums, shared.grad_query.index(c), tile * (SIZE // 256) + c * 16)
     else:
@@ -257,16 +272,27 @@ def load_step(i, head, tile, at_key, maps: Maps, shared: Shared, barriers: Barri
 
 
 @gluon.jit
-def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists, C: gl.constexpr):
-    # The warpgroup that loads: the block's keys and values once, then the tiles of each query head of the group.
+def producer(maps: Maps, shared: Shared, barriers: Barriers, block: Block, lists: Lists, order: Order, edges: Edges,
+             C: gl.constexpr):  # fmt: skip
+    # The warpgroup that loads: the block's keys and values once, then the tiles of each query head of the group. Where
+    # sums are added in order, it does that too, `stages` steps behind its loads.
     mbarrier.expect(barriers.key, maps.key.block_type.nbytes)
     batch, head_kv = block.place // block.heads, block.place % block.heads
     at_key = [batch, head_kv, block.key, 0]
     tma.async_copy_global_to_shared(maps.key, at_key, barriers.key, shared.key.index(0))
     i = 0
-    for g in range(C.group):
-        head = head_kv * C.group + g
-        for j in range(steps_of(block, g, lists, C)):
-            tile = tile_of(block, g, j, lists, C)
-            load_step(i, head, tile, at_key, maps, shared, barriers, block, lists, C)
-            i += 1
+    if C.ordered:
+        for i in range(block.steps + C.stages + 1):
+            if i < block.steps:
+                head, tile = head_kv * C.group + i // block.count, block.first + i % block.count
+                load_step(i, head, tile, at_key, maps, shared, barriers, block, lists, C)
+            if i >= C.stages:
+                add_in_order(i - C.stages, maps, shared, barriers, block, order, edges, C)
+        settle(block.steps, barriers, block, order, C)
+    else:
+        for g in range(C.group):
+            head = head_kv * C.group + g
+            for j in range(steps_of(block, g, lists, C)):
+                tile = tile_of(block, g, j, lists, C)
+                load_step(i, head, tile, at_key, maps, shared, barriers, block, lists, C)
+                i += 1

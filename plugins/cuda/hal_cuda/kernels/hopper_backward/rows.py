@@ -16,7 +16,7 @@ def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, 
     """Write statistics, float32 [batch * heads, tiles, 2, BM], or 4 numbers of a row where NATURAL or WORDS: the
     log-sum-exp in base 2 or natural, infinity for rows that read no key and rows behind the last, which gives weights
     of 0; delta = sum(out * grad_out) - grad_lse; and 0, for `normalise` to change, or the row's words of dropout. Set
-    to 0 the sums, float32 [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles, 2].
+    to 0 the sums, float32 [batch * heads, tiles, SUMS], and where ORDERED arrivals, int32 [batch * heads, tiles].
 
     Grid: batch * heads * tiles. lse: contiguous [batch, heads, len_q]; l_b to l_m: strides of grad_lse.
     """
@@ -48,7 +48,7 @@ def prepare(out, grad_out, lse, grad_lse, statistics, sums, arrivals, o_b, o_h, 
         tl.store(at + 2 * BM, tl.zeros([BM], tl.float32))
     tl.store(sums + number * SUMS + tl.arange(0, SUMS), tl.zeros([SUMS], tl.float32))
     if ORDERED:
-        tl.store(arrivals + number * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
+        tl.store(arrivals + number, 0)
 
 
 @triton.jit

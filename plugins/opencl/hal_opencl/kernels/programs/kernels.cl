@@ -39,29 +39,60 @@ __kernel void matmul(__global const float *a, __global const float *b, __global 
   }
 }
 
-// The nine-point average minus the middle, periodic.
-static inline float spread(__global const float *x, int y0, int y, int y1, int x0, int c, int x1, int width) {
-  const float edges = x[y0 * width + c] + x[y1 * width + c] + x[y * width + x0] + x[y * width + x1];
-  const float corners = x[y0 * width + x0] + x[y0 * width + x1] + x[y1 * width + x0] + x[y1 * width + x1];
-  return edges / 6.0f + corners / 12.0f - x[y * width + c];
+// 16 columns of a row of a periodic grid, with those to their left and right. A division for each element of an index costs
+// more than its step.
+typedef struct { float16 left, middle, right; } Line;
+
+static inline Line line_at(__global const float *x, int y, int c, int width) {
+  __global const float *row = x + y * width;
+  Line line;
+  if (c + 16 <= width) {
+    line.middle = vload16(0, row + c);
+    line.left = (float16)(row[c ? c - 1 : width - 1], line.middle.s0123, line.middle.s4567, line.middle.s89ab,
+                          line.middle.sc, line.middle.sd, line.middle.se);
+    line.right = (float16)(line.middle.s123, line.middle.s4567, line.middle.s89ab, line.middle.scdef,
+                           row[c + 16 < width ? c + 16 : 0]);
+  } else {
+    line.left = line.middle = line.right = 0.0f;
+    for (int e = 0; c + e < width; e++) {
+      ((float *)&line.left)[e] = row[c + e ? c + e - 1 : width - 1];
+      ((float *)&line.middle)[e] = row[c + e];
+      ((float *)&line.right)[e] = row[c + e + 1 < width ? c + e + 1 : 0];
+    }
+  }
+  return line;
+}
+
+static inline void store_line(float16 value, __global float *row, int c, int width) {
+  if (c + 16 <= width) vstore16(value, 0, row + c);
+  else for (int e = 0; c + e < width; e++) row[c + e] = ((float *)&value)[e];
+}
+
+// The nine-point average minus the middle.
+static inline float16 spread(Line up, Line here, Line down) {
+  const float16 edges = up.middle + down.middle + here.left + here.right;
+  const float16 corners = up.left + up.right + down.left + down.right;
+  return (2.0f * edges + corners) / 12.0f - here.middle;  // a product with 1 / 12, rounded, would lose mass
 }
 
 static inline void react(__global const float *u, __global const float *v, __global float *next_u, __global float *next_v,
                          int y, int c, int height, int width, float dt, float diffusion_u, float diffusion_v,
                          float reaction, float epsilon, float decay, float offset) {
-  const int y0 = (y + height - 1) % height, y1 = (y + 1) % height, x0 = (c + width - 1) % width, x1 = (c + 1) % width;
-  const int at = y * width + c;
-  const float a = u[at], b = v[at];
-  next_u[at] = a + dt * (diffusion_u * spread(u, y0, y, y1, x0, c, x1, width) + reaction * (a - a * a * a - b));
-  next_v[at] = b + dt * (diffusion_v * spread(v, y0, y, y1, x0, c, x1, width)
-                         + reaction * epsilon * (a - decay * b + offset));
+  const int y0 = y ? y - 1 : height - 1, y1 = y + 1 < height ? y + 1 : 0;
+  const Line of_u = line_at(u, y, c, width), of_v = line_at(v, y, c, width);
+  const float16 spread_u = spread(line_at(u, y0, c, width), of_u, line_at(u, y1, c, width));
+  const float16 spread_v = spread(line_at(v, y0, c, width), of_v, line_at(v, y1, c, width));
+  const float16 a = of_u.middle, b = of_v.middle;
+  store_line(a + dt * (diffusion_u * spread_u + reaction * (a - a * a * a - b)), next_u + y * width, c, width);
+  store_line(b + dt * (diffusion_v * spread_v + reaction * epsilon * (a - decay * b + offset)), next_v + y * width, c,
+             width);
 }
 
 __kernel void reaction_diffusion_step(__global const float *u, __global const float *v, __global float *next_u,
                                       __global float *next_v, int height, int width, float dt, float diffusion_u,
                                       float diffusion_v, float reaction, float epsilon, float decay, float offset) {
   const size_t grid = (size_t)get_global_id(2) * height * width;
-  react(u + grid, v + grid, next_u + grid, next_v + grid, get_global_id(1), get_global_id(0), height, width, dt,
+  react(u + grid, v + grid, next_u + grid, next_v + grid, get_global_id(1), get_global_id(0) * 16, height, width, dt,
         diffusion_u, diffusion_v, reaction, epsilon, decay, offset);
 }
 
@@ -72,12 +103,13 @@ __kernel void reaction_diffusion_steps(__global const float *u, __global const f
                                        int height, int width, int repeats, float dt, float diffusion_u,
                                        float diffusion_v, float reaction, float epsilon, float decay, float offset) {
   const size_t grid = (size_t)get_group_id(2) * height * width;
+  const int across = (width + 15) / 16;
   __global const float *from_u = u + grid, *from_v = v + grid;
   for (int left = repeats - 1; left >= 0; left--) {
     __global float *to_u = (left % 2 ? spare_u : target_u) + grid, *to_v = (left % 2 ? spare_v : target_v) + grid;
-    for (int i = get_local_id(0); i < height * width; i += get_local_size(0))
-      react(from_u, from_v, to_u, to_v, i / width, i % width, height, width, dt, diffusion_u, diffusion_v, reaction,
-            epsilon, decay, offset);
+    for (int i = get_local_id(0); i < height * across; i += get_local_size(0))
+      react(from_u, from_v, to_u, to_v, i / across, i % across * 16, height, width, dt, diffusion_u, diffusion_v,
+            reaction, epsilon, decay, offset);
     barrier(CLK_GLOBAL_MEM_FENCE);
     from_u = to_u;
     from_v = to_v;
@@ -85,25 +117,27 @@ __kernel void reaction_diffusion_steps(__global const float *u, __global const f
 }
 
 static inline void flatten(__global const float *phi, __global float *next, int y, int c, int height, int width, float dt) {
-  const int up = (y + height - 1) % height * width + c, down = (y + 1) % height * width + c;
-  const int left = y * width + (c + width - 1) % width, right = y * width + (c + 1) % width, at = y * width + c;
-  const float here = phi[at];
-  next[at] = here + dt * exp(-2.0f * here) * (phi[up] + phi[down] + phi[left] + phi[right] - 4.0f * here);
+  const Line line = line_at(phi, y, c, width);
+  const float16 up = line_at(phi, y ? y - 1 : height - 1, c, width).middle, here = line.middle;
+  const float16 down = line_at(phi, y + 1 < height ? y + 1 : 0, c, width).middle;
+  const float16 factor = dt * exp(-2.0f * here);
+  store_line(here + factor * (up + down + line.left + line.right - 4.0f * here), next + y * width, c, width);
 }
 
 __kernel void ricci_flow_step(__global const float *phi, __global float *next, int height, int width, float dt) {
   const size_t grid = (size_t)get_global_id(2) * height * width;
-  flatten(phi + grid, next + grid, get_global_id(1), get_global_id(0), height, width, dt);
+  flatten(phi + grid, next + grid, get_global_id(1), get_global_id(0) * 16, height, width, dt);
 }
 
 __kernel void ricci_flow_steps(__global const float *phi, __global float *target, __global float *spare, int height,
                                int width, int repeats, float dt) {
   const size_t grid = (size_t)get_group_id(2) * height * width;
+  const int across = (width + 15) / 16;
   __global const float *from = phi + grid;
   for (int left = repeats - 1; left >= 0; left--) {
     __global float *to = (left % 2 ? spare : target) + grid;
-    for (int i = get_local_id(0); i < height * width; i += get_local_size(0))
-      flatten(from, to, i / width, i % width, height, width, dt);
+    for (int i = get_local_id(0); i < height * across; i += get_local_size(0))
+      flatten(from, to, i / across, i % across * 16, height, width, dt);
     barrier(CLK_GLOBAL_MEM_FENCE);
     from = to;
   }

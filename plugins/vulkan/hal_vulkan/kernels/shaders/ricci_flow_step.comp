@@ -1,21 +1,32 @@
 #version 450
+#extension GL_GOOGLE_include_directive : require
+// A work item walks down a strip of a column and keeps what it has loaded: three numbers a cell are loaded, not five.
 layout(constant_id = 1) const int THREADS = 64;
+layout(constant_id = 2) const int ROWS = 1;
 layout(local_size_x_id = 1) in;
 layout(push_constant) uniform Sizes { int height, width, fields; float dt; } p;
 layout(binding = 0) readonly buffer Phi { float phi[]; };
 layout(binding = 1) writeonly buffer Next { float next[]; };
+#include "ricci.glsl"
 
-void element(int field, int y, int c) {
-  const int grid = field * p.height * p.width, row = grid + y * p.width;
-  const int up = grid + (y + p.height - 1) % p.height * p.width, down = grid + (y + 1) % p.height * p.width;
-  const float here = phi[row + c];
-  const float neighbours = phi[up + c] + phi[down + c] + phi[row + (c + p.width - 1) % p.width] + phi[row + (c + 1) % p.width];
-  next[row + c] = here + p.dt * exp(-2.0 * here) * (neighbours - 4.0 * here);
+void walk(int grid, int first, int last, int c) {
+  const int left = c == 0 ? p.width - 1 : c - 1, right = c + 1 == p.width ? 0 : c + 1;
+  float up = phi[grid + (first == 0 ? p.height - 1 : first - 1) * p.width + c];
+  int row = grid + first * p.width;
+  float here = phi[row + c];
+  for (int y = first; y < last; y++) {
+    const int below = y + 1 == p.height ? grid : row + p.width;
+    const float down = phi[below + c];
+    next[row + c] = next_phi(here, up, down, phi[row + left], phi[row + right]);
+    row = below;
+    up = here;
+    here = down;
+  }
 }
 
 void main() {
-  for (uint field = gl_WorkGroupID.z; field < p.fields; field += gl_NumWorkGroups.z)
-    for (uint y = gl_WorkGroupID.y; y < p.height; y += gl_NumWorkGroups.y)
-      for (uint c = gl_GlobalInvocationID.x; c < p.width; c += gl_NumWorkGroups.x * THREADS)
-        element(int(field), int(y), int(c));
+  for (int field = int(gl_WorkGroupID.z); field < p.fields; field += int(gl_NumWorkGroups.z))
+    for (int y = int(gl_WorkGroupID.y) * ROWS; y < p.height; y += int(gl_NumWorkGroups.y) * ROWS)
+      for (int c = int(gl_GlobalInvocationID.x); c < p.width; c += int(gl_NumWorkGroups.x) * THREADS)
+        walk(field * p.height * p.width, y, min(y + ROWS, p.height), c);
 }
