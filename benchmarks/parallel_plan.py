@@ -1,11 +1,13 @@
 """What `hal_parallel.explain` says of every strategy, beside runs on processors of this machine.
 
-    python benchmarks/parallel_plan.py [--ranks 2] [--rounds 7] [--record]
+    python benchmarks/parallel_plan.py [--ranks 2] [--rounds 15] [--record]
 
 Starts itself with torchrun, one thread a rank, calibrates `cpu:0` on the first rank and measures the links. Times are
-medians of interleaved rounds, of the slowest rank; the regret of `auto` is the time of its choice over the least, less
-1. Memory is the peak of the resident set beside a rank's own tensors and results, of the largest rank. Ranks that are
-more than the cores share them, which the plan does not know: their times are no test of it.
+the least of interleaved rounds, of the slowest rank: what else runs on the machine only adds to them. The regret of
+`auto` is the time of its choice over the least, less 1. Memory is the peak of the resident set beside a rank's own
+tensors and results, the most of three calls and of all ranks, in processes of its own whose C library maps every tensor
+for itself: what is freed leaves the resident set at once, as it leaves what an accelerator's allocator counts. Ranks
+that are more than the cores share them, which the plan does not know: their times are no test of it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import hal_parallel
@@ -38,6 +39,8 @@ CASES = (
     ("short", 8, 8, 512, False),
 )
 STRATEGIES = ("ring", "gathered", "ulysses", "pass_query")
+#: glibc: blocks of 64 KiB and more are mapped, and unmapped when they are freed.
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 def _status(name: str) -> int:
@@ -55,12 +58,12 @@ def _memory(call: Any, tensors: list[torch.Tensor]) -> int:
 
 
 def run_ranks(rounds: int) -> list[list[str]]:
-    """The rows of one world size, on every rank."""
+    """The rows of one world size, on every rank: of times, or without rounds of memory."""
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     mesh = init_device_mesh("cpu", (world,))
     rank = dist.get_rank()
-    if rank == 0:
+    if rank == 0 and rounds:
         calibrate("cpu")
     dist.barrier()
     hal.configure()  # what was measured is read again
@@ -88,26 +91,27 @@ def run_ranks(rounds: int) -> list[list[str]]:
                 call(strategy)
                 if number:
                     times[strategy].append(time.perf_counter() - start)
-        own = [median(times[e.strategy]) for e in able]
-        own += [float(_memory(lambda e=e: call(e.strategy), tensors)) for e in able]
-        slowest = torch.tensor(own, dtype=torch.float64)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        taken, peaks = slowest[: len(able)].tolist(), slowest[len(able) :].tolist()
-        chosen = next(i for i, e in enumerate(able) if e.strategy == found.strategy)
-        for e, seconds, peak in zip(able, taken, peaks, strict=True):
-            regret = f"{taken[chosen] / min(taken) - 1:.0%}" if e.strategy == found.strategy else ""
-            figures = [f"{e.total * 1e3:.2f}", f"{seconds * 1e3:.2f}", f"{seconds / e.total:.2f}"]
-            memory = [f"{e.memory / 2**20:.1f}", f"{peak / 2**20:.1f}"]
-            rows.append(
-                [str(world), f"{name}, {heads}/{heads_kv} heads, {tokens}", e.strategy, *figures, *memory, regret]
-            )
+        if rounds:
+            own, planned = [min(times[e.strategy]) * 1e3 for e in able], [e.total * 1e3 for e in able]
+        else:
+            peaks = [[_memory(lambda e=e: call(e.strategy), tensors) for _ in range(4)] for e in able]
+            own = [max(peak[1:]) / 2**20 for peak in peaks]  # the first of them also touches code
+            planned = [e.memory / 2**20 for e in able]
+        largest = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        measured = largest.tolist()
+        chosen = next((i for i, e in enumerate(able) if e.strategy == found.strategy and rounds), -1)
+        for i, (e, wanted, got) in enumerate(zip(able, planned, measured, strict=True)):
+            regret = [f"{got / min(measured) - 1:.0%}" if i == chosen else ""] if rounds else []
+            first = [str(world), f"{name}, {heads}/{heads_kv} heads, {tokens}", e.strategy] if rounds else []
+            rows.append([*first, f"{wanted:.2f}", f"{got:.2f}", f"{got / wanted:.2f}", *regret])
     return rows
 
 
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--ranks", default="2", help="comma-separated numbers of ranks")
-    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--worker", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.worker:
@@ -119,13 +123,17 @@ def main() -> int:
     rows = []
     for world in map(int, given.ranks.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc-per-node", str(world), str(Path(__file__).resolve())]
-            command += ["--worker", f"{folder}/rows", "--rounds", str(given.rounds)]
-            more = {"OMP_NUM_THREADS": "1", "HAL_CACHE": f"{folder}/cache", "HAL_PLUGINS": "cpu,parallel"}
-            subprocess.run(command, check=True, env={**os.environ, **more})
-            rows += [line.split("\t") for line in Path(f"{folder}/rows").read_text(encoding="utf-8").splitlines()]
-    columns = ["ranks", "call", "strategy", "ms planned", "ms", "ratio", "MiB planned", "MiB", "regret of auto"]
+            halves = []
+            for number, setting in ((given.rounds, {}), (0, MAPPED)):
+                command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+                command += ["--nproc-per-node", str(world), str(Path(__file__).resolve())]
+                command += ["--worker", f"{folder}/rows", "--rounds", str(number)]
+                more = {"OMP_NUM_THREADS": "1", "HAL_CACHE": f"{folder}/cache", "HAL_PLUGINS": "cpu,parallel"}
+                subprocess.run(command, check=True, env={**os.environ, **more, **setting})
+                halves.append(Path(f"{folder}/rows").read_text(encoding="utf-8").splitlines())
+            rows += [f"{times}\t{memory}".split("\t") for times, memory in zip(*halves, strict=True)]
+    columns = ["ranks", "call", "strategy", "ms planned", "ms", "ratio", "regret of auto"]
+    columns += ["MiB planned", "MiB", "ratio of MiB"]
     notes = [
         f"head_dim 64, float32, zigzag, one thread a rank, {os.cpu_count()} cores (a load of {os.getloadavg()[0]:.1f} "
         "when it ended). The regret stands in the row of auto's choice."

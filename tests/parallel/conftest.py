@@ -32,9 +32,14 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 class Ranks:
-    """Processes of one gloo group. A call runs on every rank of a world of 1, 2 or 4, or on the 2 x 2 mesh."""
+    """Processes of one gloo group. A call runs on every rank of a world of 1, 2 or 4, or on the 2 x 2 mesh.
 
-    def __init__(self) -> None:
+    Args:
+        settings: environment variables of the processes.
+    """
+
+    def __init__(self, **settings: str) -> None:
+        self._settings = settings
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def _start(self) -> None:
@@ -44,7 +49,7 @@ class Ranks:
                 [sys.executable, "-W", "ignore", str(HERE / "rank.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=environment(rank, WORLD, port),
+                env=environment(rank, WORLD, port) | self._settings,
             )
             for rank in range(WORLD)
         ]
@@ -78,5 +83,15 @@ class Ranks:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     found = Ranks()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def mapped_ranks() -> Iterator[Ranks]:
+    """Ranks whose C library maps every tensor for itself: what is freed leaves the resident set at once, so its peak is
+    that of what is held.
+    """
+    found = Ranks(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_TOP_PAD_="0")
     yield found
     found.close()

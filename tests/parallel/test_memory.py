@@ -60,6 +60,6 @@ def slopes(ranks: Any, layout: str, tokens: int, heads: int) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_a_ranks_memory_falls_as_one_over_the_ranks(ranks, layout):
-    for slope in slopes(ranks, layout, 1 << 15, 8):
+def test_a_ranks_memory_falls_as_one_over_the_ranks(mapped_ranks, layout):
+    for slope in slopes(mapped_ranks, layout, 1 << 15, 8):
         assert abs(slope + 1) <= 0.15, slope

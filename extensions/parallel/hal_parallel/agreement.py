@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hal_core import ContractError
 
@@ -16,6 +15,7 @@ from .exchange import named
 from .topology import Topology
 
 _TEXT = 4096  # bytes of a rank's own words
+_WHAT = "comparing what the ranks were given"
 
 
 def agree(
@@ -39,25 +39,18 @@ def agree(
     halves = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in (0, 8)]
     device = topology.ring.device
     own = torch.tensor([int(error is not None), *halves, *numbers], dtype=torch.int64, device=device)
-    seen = _gathered(own, topology).tolist()
+    seen = topology.all_gather(own, _WHAT).tolist()
     if all(row[:3] == [0, *halves] for row in seen):
         return list(map(int, seen[0][3:]))
     data = words.encode()[:_TEXT]
     text = torch.zeros(_TEXT, dtype=torch.uint8, device=device)
     text[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device=device)
-    rows = _gathered(text, topology).cpu()
-    said = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
+    said = [
+        bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in topology.all_gather(text, _WHAT).cpu()
+    ]
     if error is not None:
         raise error
     raise ContractError(_difference([_read(text) for text in said], [row[0] for row in seen], topology.names))
-
-
-def _gathered(tensor: Tensor, topology: Topology) -> Tensor:
-    """[world, numbers], in the order of ranks."""
-    shape = tensor.shape
-    for link in topology.links:
-        tensor = link.all_gather(tensor, "comparing what the ranks were given")
-    return tensor.reshape(-1, *shape)
 
 
 def _read(text: str) -> Any:

@@ -144,7 +144,7 @@ def explain(
     found = describe(tensors, p, options, places, topology.world, given["return_lse"])
     name = list(STRATEGIES)[_chosen(given["strategy"], found, topology)]
     link = cost.stored_link(topology.ring.device.type, topology.world)
-    estimates = cost.estimates(found, cost.shape_of(topology), link)
+    estimates = cost.estimates(found, topology.shape, link)
     return Explanation(name, estimates, link, Run(found, topology, (0, 0)).device(name).decision)
 
 
@@ -159,8 +159,8 @@ def _chosen(strategy: str, description: Description, topology: Topology) -> int:
     """The number of the strategy that runs a call."""
     if strategy == "auto":
         link = cost.stored_link(topology.ring.device.type, topology.world)
-        strategy = cost.least(cost.estimates(description, cost.shape_of(topology), link))
-    check_strategy(strategy, description, cost.shape_of(topology))
+        strategy = cost.least(cost.estimates(description, topology.shape, link))
+    check_strategy(strategy, description, topology.shape)
     return list(STRATEGIES).index(strategy)
 
 

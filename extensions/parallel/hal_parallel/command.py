@@ -44,13 +44,15 @@ def run(options: argparse.Namespace) -> CommandResult:
     ]
     given = {name: getattr(options, name) for name in ("device", "batch", "layout", "training")}
     found = plan(layers, options.tokens, options.gpus, dtype=dtype, **given)
-    step = "forward and backward" if options.training else "forward"
     tables = [
         Table(
             f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}",
             ["of a rank", "amount"],
             [
-                [f"attention of {sum(counts)} layers, {step}", _time(found.seconds)],
+                [
+                    f"attention of {sum(counts)} layers, forward{' and backward' * options.training}",
+                    _time(found.seconds),
+                ],
                 *([what, f"{size / 2**20:,.1f} MiB"] for what, size in found.memory.items()),
             ],
             [
@@ -81,8 +83,8 @@ def _time(seconds: float) -> str:
 def _counts(config: dict[str, Any], kinds: list[Any]) -> list[int]:
     """How many layers there are of each kind."""
     names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    nested = [part for part in config.values() if isinstance(part, dict)]
-    total = next((part[name] for part in (config, *nested) for name in names if isinstance(part.get(name), int)), None)
+    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
+    total = next((part[name] for part in parts for name in names if isinstance(part.get(name), int)), None)
     if total is None or total < 1:
         raise ContractError("the model's configuration does not say how many layers it has (num_hidden_layers)")
     narrow = sum("sliding" in str(kind) for kind in config.get("layer_types") or ())

@@ -13,11 +13,11 @@ from hal_core import Causal, ContractError, UnsupportedError, cache_dir
 from hal_core.plugin_api import DTYPE_BYTES, write_whole
 
 from .description import Description
-from .inner import choose
-from .layout import Pieces, joined_ranks
+from .inner import NO_BAND, choose
+from .layout import joined_ranks
 from .strategies import STRATEGIES, heads_together, why_not
-from .topology import Topology, topology_of
-from .visible import find_calls
+from .topology import topology_of
+from .visible import Call, band_options, find_calls
 
 _FORMAT = 1
 
@@ -41,9 +41,8 @@ class LinkRate(NamedTuple):
         return size / self.bandwidth + messages * self.latency
 
 
-#: Forward and backward over forward, where a device estimates the forward alone. Seven products over two would be 3.5;
-#: the exponentials weigh in the forward: 2.3 to 2.6 were measured on a processor.
-_WITH_GRADIENTS = 2.5
+#: Forward and backward over forward, where a device estimates the forward alone: seven products over two.
+_WITH_GRADIENTS = 3.5
 #: Of links that nobody measured: a network of processors, and a bus of accelerators.
 _ASSUMED = {"cpu": LinkRate(1e9, 2e-4), "": LinkRate(2.5e10, 2e-5)}
 
@@ -69,21 +68,19 @@ def measure_link(mesh: Any = None, size: int = 1 << 23, repeats: int = 7) -> Lin
         for _ in range(repeats + 1):
             start = time.perf_counter()
             ring.shift([send], [receive], 1, "measuring the link").wait()
-            receive.sum().item()  # an accelerator is waited for
+            receive[-1].item()  # an accelerator is waited for
             passes.append(time.perf_counter() - start)
         times.append(min(passes[1:]))
-    own = torch.tensor([*times, 0.0], dtype=torch.float64, device=ring.device)
-    latency, whole = ring.all_gather(own, "measuring the link").amax(0).tolist()[:2]
+    own = torch.tensor(times, dtype=torch.float64, device=ring.device)
+    latency, whole = ring.all_gather(own, "measuring the link").amax(0).tolist()
     rate = LinkRate(size / max(whole - latency, whole / 10), latency, "measured")
-    values = {"format": _FORMAT, "bandwidth": rate.bandwidth, "latency": rate.latency}
-    write_whole(_path(ring.device.type, topology.world), json.dumps(values))
+    write_whole(_path(ring.device.type, topology.world), json.dumps(rate._asdict() | {"format": _FORMAT}))
     return rate
 
 
 def stored_link(kind: str, world: int) -> LinkRate:
     """The measured link of ranks on devices of a kind; of another number of ranks, or assumed, where there is none."""
-    folder = cache_dir() / "links"
-    others = sorted(folder.glob(f"{kind}-*.json")) if folder.is_dir() else []
+    others = sorted((cache_dir() / "links").glob(f"{kind}-*.json"))
     for path in (_path(kind, world), *others):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -97,11 +94,6 @@ def stored_link(kind: str, world: int) -> LinkRate:
 
 def _path(kind: str, world: int) -> Any:
     return cache_dir() / "links" / f"{kind}-{world}.json"
-
-
-def shape_of(topology: Topology) -> tuple[int, ...]:
-    """(ranks,) or (ring, heads)."""
-    return (topology.ring.size,) if topology.heads is None else (topology.ring.size, topology.heads.size)
 
 
 class StrategyEstimate(NamedTuple):
@@ -150,51 +142,56 @@ def estimates(d: Description, shape: tuple[int, ...], link: LinkRate) -> tuple[S
 
 def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate) -> StrategyEstimate:
     r, world = d.request, d.queries.world
-    size, wide = DTYPE_BYTES[r.dtype], max(DTYPE_BYTES[r.dtype], 4)
-    keys = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v)
-    queries, rows = r.batch * r.heads_q * d.queries.local * r.dim_qk, r.batch * r.heads_q * d.queries.local
-    results, back = rows * r.dim_v, 2 if r.grads else 1
+    size, wide, back = DTYPE_BYTES[r.dtype], max(DTYPE_BYTES[r.dtype], 4), 2 if r.grads else 1
+    rows = r.batch * r.heads_q * d.queries.local
+    keys, queries = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v), rows * r.dim_qk
+    results = rows * r.dim_v
+    work, largest = _work(name, d, shape)
     pair = seconds_per_pair(d)
-    work = _work(name, d, shape)
     compute = pair * sum(work)
     if name in ("ring", "ring_ulysses"):
         heads = shape[1] if len(shape) > 1 else 1
         each = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads)
-        together = heads_together(each, d.keys.pieces) if len(work) > 1 else each.heads_kv
+        together = heads_together(each, d.keys.pieces) if name == "ring" or len(work) > 1 else each.heads_kv
         moving = keys * together // max(each.heads_kv, 1)
         per_step = keys * (2 * size + wide if r.grads else size)
-        travelling = [link.seconds(per_step, 2 if r.grads else 1)] * (len(work) - 1)
+        travelling = [link.seconds(per_step, back)] * (len(work) - 1)
         exchange, sent = sum(travelling), per_step * len(travelling)
         total = sum(max(pair * each, moved) for each, moved in zip(work, [*travelling, 0.0], strict=True))
         # What comes, what is passed on after the first step, and three sums of its gradients.
         memory = moving * (size * min(len(work) - 1, 2) + 3 * wide * (bool(r.grads) and len(work) > 1))
-        memory += _call_memory(d, d.queries.local * heads, d.keys.local * heads, together)
+        memory += _call_memory(d, largest, together)
         if heads > 1:
             traded = int((queries + keys + results) * size * (heads - 1) / heads * back)
             exchange, total = exchange + link.seconds(traded, 4), total + link.seconds(traded, 4)
             sent, memory = sent + traded, memory + (queries + keys + results) * size
         return StrategyEstimate(name, "", compute, exchange, total, sent, memory)
-    whole = d.queries.local * world, d.keys.local * world
+    replicated = d.queries.local == d.queries.length and world > 1
     if name == "gathered":
         sent = int(keys * (world - 1) * (size + wide * bool(r.grads)))
-        memory = keys * world * (size + wide * bool(r.grads)) + _call_memory(d, d.queries.local, whole[1], r.heads_kv)
+        memory = keys * world * (size + wide * bool(r.grads)) + _call_memory(d, largest, r.heads_kv)
     elif name == "ulysses":
         sent = int((queries + keys + results) * size * (world - 1) / world * back)
-        memory = (queries + keys + results) * size + _call_memory(d, *whole, r.heads_kv // world)
+        memory = (queries + keys) * size + _call_memory(d, largest, r.heads_kv // world)
+        # With gradients, beside what is kept: the result's, twice. Without: what is sent, came and is put in order.
+        memory = memory + 2 * results * size if r.grads else max(memory, 4 * results * size)
     else:
-        replicated = d.queries.local == d.queries.length and world > 1
-        sent = (results * size + rows * wide) * (world - 1) + (0 if replicated else queries * size * (world - 1))
-        sent *= back
-        memory = (queries + results) * size * (1 if replicated else world)
-        memory += _call_memory(d, d.queries.local if replicated else whole[0], d.keys.local, r.heads_kv)
+        sent = back * ((results * size + rows * wide) * (world - 1) + (1 - replicated) * queries * size * (world - 1))
+        moving = queries * size * (1 if replicated else world)
+        found = results * size * (1 if replicated else world)
+        # While the parts are computed, or while they are merged: beside the result, what was sent, came and is weighed.
+        memory = moving + max(found + _call_memory(d, largest, r.heads_kv), 7 * results * world * size // 2)
     exchange = link.seconds(sent, {"gathered": 2, "ulysses": 4}.get(name, 3) * back)
     return StrategyEstimate(name, "", compute, exchange, compute + exchange, sent, memory)
 
 
-def _call_memory(d: Description, rows: int, keys: int, heads_kv: int) -> int:
-    """Bytes that a dense call of a rank takes by the device's estimate, its results included."""
+def _call_memory(d: Description, call: Call | None, heads_kv: int) -> int:
+    """Bytes that a dense call takes by the device's estimate, its results included."""
+    if call is None:
+        return 0
     heads_q = heads_kv * (d.request.heads_q // max(d.request.heads_kv, 1))
-    request = replace(d.request, heads_q=heads_q, heads_kv=heads_kv, len_q=max(rows, 1), len_k=max(keys, 1))
+    sizes = {"heads_q": heads_q, "heads_kv": heads_kv, "len_q": call.size[0], "len_k": call.size[1]}
+    request = replace(d.request, **sizes | NO_BAND | band_options(call.low, call.high))
     estimate = choose(request, d.policy).decision.winner.estimate
     return 0 if estimate is None else estimate.memory
 
@@ -208,33 +205,31 @@ def seconds_per_pair(d: Description) -> float:
     if both is None or alone is None:
         return 0.0
     seconds = both.time.middle
-    if r.grads and seconds < _WITH_GRADIENTS / 2 * alone.time.middle:  # an estimate of the forward pass alone
+    if r.grads and seconds < 2 * alone.time.middle:  # an estimate of the forward pass alone
         seconds = _WITH_GRADIENTS * alone.time.middle
     return seconds / (request.len_q * request.len_k)
 
 
-def _work(name: str, d: Description, shape: tuple[int, ...]) -> list[float]:
-    """Visible pairs of the busiest rank at each step, in pairs over all heads."""
+def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float], Call | None]:
+    """Visible pairs of the busiest rank at each step, in pairs over all heads; the largest call."""
     world = d.queries.world
-    if name in ("ring", "ring_ulysses"):
-        heads = shape[1] if len(shape) > 1 else 1
-        groups = [tuple(range(i * heads, (i + 1) * heads)) for i in range(world // heads)]
-        rows = [joined_ranks(d.queries, group)[0] if heads > 1 else d.queries.pieces[group[0]] for group in groups]
-        keys = [joined_ranks(d.keys, group)[0] if heads > 1 else d.keys.pieces[group[0]] for group in groups]
-        ring = len(groups)
-        steps = [max(_pairs(rows[i], keys[(i - step) % ring], d) for i in range(ring)) for step in range(ring)]
-        while len(steps) > 1 and not steps[-1]:
-            steps.pop()
-        return [pairs / heads for pairs in steps]
-    every = tuple(range(world))
-    whole_rows, whole_keys = joined_ranks(d.queries, every)[0], joined_ranks(d.keys, every)[0]
+    sharing = world if name == "ulysses" else shape[1] if len(shape) > 1 else 1  # ranks that share the heads
+    groups = [tuple(range(i, i + sharing)) for i in range(0, world, sharing)]
+    whole = [[joined_ranks(layout, tuple(range(world)))[0]] for layout in (d.queries, d.keys)]
     if name == "gathered":
-        return [float(max(_pairs(pieces, whole_keys, d) for pieces in d.queries.pieces))]
-    if name == "ulysses":
-        return [_pairs(whole_rows, whole_keys, d) / world]
-    rows_of = d.queries.pieces[0] if d.queries.local == d.queries.length else whole_rows
-    return [float(max(_pairs(rows_of, pieces, d) for pieces in d.keys.pieces))]
-
-
-def _pairs(queries: Pieces, keys: Pieces, d: Description) -> int:
-    return sum(call.pairs for call in find_calls(queries, keys, d.rule))
+        steps = [[(pieces, whole[1][0]) for pieces in d.queries.pieces]]
+    elif name == "pass_query":
+        rows = d.queries.pieces[:1] if d.queries.local == d.queries.length else whole[0]
+        steps = [[(rows[0], pieces) for pieces in d.keys.pieces]]
+    else:
+        rows, keys = (
+            [joined_ranks(layout, group)[0] if sharing > 1 else layout.pieces[group[0]] for group in groups]
+            for layout in (d.queries, d.keys)
+        )
+        steps = [[(rows[i], keys[i - step]) for i in range(len(rows))] for step in range(len(rows))]
+    found = [[find_calls(*pair, d.rule) for pair in step] for step in steps]
+    while len(found) > 1 and not any(found[-1]):
+        found.pop()
+    calls = [call for step in found for part in step for call in part]
+    pairs = [max(sum(call.pairs for call in part) for part in step) / sharing for step in found]
+    return pairs, max(calls, key=lambda call: sum(call.size), default=None)

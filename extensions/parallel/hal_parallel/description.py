@@ -32,7 +32,11 @@ OPTIONS = (*POLICY, *_PLACES, "softcap", "scale", "enable_gqa", "max_error", "de
 
 
 class Given(NamedTuple):
-    """The tensors of a rank; the mask may be None."""
+    """What a rank computes with: query and mask rows of its own, keys and values of any rank.
+
+    A mask that was checked is 4-D, [1 or batch, 1 or heads, 1 or rows, 1 or all tokens of the keys]; its columns are in
+    the order of tokens.
+    """
 
     query: Tensor
     key: Tensor
@@ -227,8 +231,7 @@ def _check_mask(mask: Any, query: Tensor, queries: TokenLayout, keys: TokenLayou
             f"rows in the order of its tokens, and all {keys.length} keys in the order of the sequence "
             "(hal_parallel.shard(mask, ...) cuts the rows)"
         )
-    heads = mask.shape[-3] if mask.dim() > 2 else 1
-    batch = mask.shape[-4] if mask.dim() > 3 else 1
+    batch, heads = (1, 1, *mask.shape[:-2])[-2:]
     if mask.dim() > 4 or heads not in (1, query.shape[1]) or batch not in (1, query.shape[0]):
         raise ContractError(
             f"attn_mask {list(mask.shape)} was given: use [{query.shape[0]} or 1, {query.shape[1]} or 1, rows, keys]"

@@ -30,19 +30,23 @@ class ExchangeError(HalError, RuntimeError):
 
 
 class Pending:
-    """Operations under way. `wait` names who was waited for."""
+    """Operations under way, begun by `begin`. `wait` names who was waited for."""
 
-    def __init__(self, link: Link, works: Sequence[Any], what: str, kept: Sequence[Tensor] = ()) -> None:
-        self._link, self._works, self._what = link, works, what
-        self._kept = kept  # alive until they are sent
+    def __init__(self, link: Link, begin: Callable[[], Sequence[Any]], what: str, kept: Sequence[Tensor] = ()) -> None:
+        self._link, self._what, self._kept = link, what, kept  # kept alive until they are sent
+        self._works = self._named(begin)
 
     def wait(self) -> None:
         for work in self._works:
-            try:
-                work.wait(timedelta(seconds=self._link.timeout))
-            except RuntimeError as error:
-                raise self._link.failed(self._what, error) from error
+            if work is not None:
+                self._named(partial(work.wait, timedelta(seconds=self._link.timeout)))
         self._kept = ()
+
+    def _named(self, step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except RuntimeError as error:
+            raise self._link.failed(self._what, error) from error
 
 
 class Link:
@@ -68,12 +72,6 @@ class Link:
             "start all ranks again"
         )
 
-    def _start(self, begin: Any, what: str) -> Any:
-        try:
-            return begin()
-        except RuntimeError as error:
-            raise self.failed(what, error) from error
-
     def shift(self, send: Sequence[Tensor], receive: Sequence[Tensor], hops: int, what: str) -> Pending:
         """Send tensors to the rank `hops` further on and receive from the one `hops` before; both go on meanwhile."""
         to, source = (self.rank + hops) % self.size, (self.rank - hops) % self.size
@@ -82,54 +80,47 @@ class Link:
         place = {"group": self.group, "group_peer": source}
         operations += [dist.P2POp(dist.irecv, tensor, **place) for tensor in receive]
         what = f"{named(list(dict.fromkeys((self.ranks[source], self.ranks[to]))))} ({what})"
-        return Pending(self, self._start(lambda: dist.batch_isend_irecv(operations), what), what, send)
+        return Pending(self, lambda: dist.batch_isend_irecv(operations), what, send)
 
     def all_gather(self, tensor: Tensor, what: str) -> Tensor:
         """[ranks, *shape]: every rank's tensor; all have one shape."""
         if self.size == 1 or not tensor.numel():
             return tensor.expand(self.size, *tensor.shape).contiguous()
-        flat = _plain(tensor).flatten()
-        found = self._run(_all_gather, flat.new_empty(self.size * flat.numel()), what, flat)
-        return found.view(tensor.dtype).view(self.size, *tensor.shape)
+        return self._run(_all_gather, tensor, (self.size, *tensor.shape), what)
 
     def all_to_all(self, tensor: Tensor, what: str) -> Tensor:
         """[ranks, ...]: the part that every rank holds for this one; part i of `tensor` goes to rank i."""
         if self.size == 1 or not tensor.numel():
             return tensor
-        flat = _plain(tensor).flatten()
-        found = self._run(dist.all_to_all_single, torch.empty_like(flat), what, flat)
-        return found.view(tensor.dtype).view(tensor.shape)
+        return self._run(dist.all_to_all_single, tensor, tensor.shape, what)
 
     def reduce_scatter(self, tensor: Tensor, what: str) -> Tensor:
         """The sum over the ranks of part i of [ranks, ...], on rank i."""
         if self.size == 1 or not tensor.numel():
             return tensor[0]
-        flat = tensor.contiguous().flatten()
-        found = self._run(_reduce_scatter, flat.new_empty(flat.numel() // self.size), what, flat)
-        return found.view(tensor.shape[1:])
+        return self._run(_reduce_scatter, tensor, tensor.shape[1:], what)
 
     def all_reduce(self, tensor: Tensor, what: str) -> Tensor:
         """The sum over the ranks, in a new tensor."""
-        return self._run(dist.all_reduce, tensor.clone(), what)
+        return self._run(_all_reduce, tensor, tensor.shape, what)
 
-    def _run(self, collective: Any, found: Tensor, what: str, *given: Tensor) -> Tensor:
-        """`found`, which a collective operation fills from what is given."""
+    def _run(self, collective: Any, tensor: Tensor, shape: Sequence[int], what: str) -> Tensor:
+        """A new tensor of this shape, which a collective operation fills from the given one."""
+        plain = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor  # not every group sends bool
+        flat = plain.contiguous().flatten()
+        found = flat.new_empty(math.prod(shape))
         what = f"{named([rank for rank in self.ranks if rank != self.ranks[self.rank]])} ({what})"
-        work = self._start(lambda: collective(found, *given, group=self.group, async_op=True), what)
-        if work is not None:
-            Pending(self, [work], what).wait()
-        return found
+        Pending(self, lambda: [collective(found, flat, group=self.group, async_op=True)], what).wait()
+        return found.view(tensor.dtype).view(shape)
+
+
+def _all_reduce(found: Tensor, given: Tensor, **options: Any) -> Any:
+    return dist.all_reduce(found.copy_(given), **options)
 
 
 def named(ranks: Sequence[int]) -> str:
     """Ranks for messages."""
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A contiguous tensor of a dtype that every group sends."""
-    tensor = tensor.contiguous()
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 class _Exchange(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from hal_core.plugin_api import Policy, decide, moved_to, registry
 
 from .visible import Call, band_options
 
-_MOST_DECISIONS = 512
+_SIZES = ("batch", "heads_q", "heads_kv", "len_q", "len_k")
+#: A request's fields that `band_options` does not set where there is no bound.
+NO_BAND: dict[str, Any] = {"causal": Causal.NONE, "diagonal": 0, "window": None}
 
 
 class Inner(NamedTuple):
@@ -33,8 +36,10 @@ class Inner(NamedTuple):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: Call) -> tuple[Any, Any]:
         """(out, log-sum-exp) of the rows over the keys of one call."""
         r = self.request
-        options: dict[str, Any] = {"scale": r.scale, "softcap": r.softcap, "enable_gqa": r.heads_q != r.heads_kv}
-        options |= {"max_error": r.max_error, "deterministic": r.deterministic, **band_options(call.low, call.high)}
+        options: dict[str, Any] = {
+            **{"scale": r.scale, "softcap": r.softcap, "enable_gqa": r.heads_q != r.heads_kv},
+            **{"max_error": r.max_error, "deterministic": r.deterministic, **band_options(call.low, call.high)},
+        }
         found = hal.attention(query, key, value, mask, return_lse=True, backend=self.device, **options)
         return found.out, found.lse
 
@@ -50,22 +55,9 @@ class Inner(NamedTuple):
         grads: frozenset[str],
     ) -> Grads:
         """Gradients of one call from the whole rows' (out, log-sum-exp, gradient of out)."""
-        (batch, heads_q, len_q, _), (_, heads_kv, len_k, _) = query.shape, key.shape
-        sizes: dict[str, Any] = {
-            "batch": batch,
-            "heads_q": heads_q,
-            "heads_kv": heads_kv,
-            "len_q": len_q,
-            "len_k": len_k,
-        }
-        sizes |= {
-            "grads": grads,
-            "grad_lse": grad_lse is not None,
-            "causal": Causal.NONE,
-            "diagonal": 0,
-            "window": None,
-        }
-        request = replace(self.request, **sizes | mask_fields(mask) | band_options(call.low, call.high))
+        sizes = zip(_SIZES, (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2]), strict=True)
+        fields = dict(sizes) | NO_BAND | mask_fields(mask) | band_options(call.low, call.high)
+        request = replace(self.request, grads=grads, grad_lse=grad_lse is not None, **fields)
         if self.target is not None:
             query, key, value, mask, given, grad_lse = moved_to(self.target, (query, key, value, mask, given, grad_lse))
         out, lse, grad_out = (tensor.contiguous() for tensor in given)
@@ -84,10 +76,7 @@ def mask_fields(mask: Tensor | None) -> dict[str, Any]:
     return {"mask": kind, "mask_batch": mask.shape[0], "mask_heads": mask.shape[1]}
 
 
-_decisions: dict[Any, Inner] = {}
-registry.on_change.append(_decisions.clear)
-
-
+@lru_cache(maxsize=512)
 def choose(request: AttentionRequest, policy: Policy) -> Inner:
     """The device for the dense calls of a request: with a log-sum-exp, and with gradients from a given pair.
 
@@ -95,11 +84,6 @@ def choose(request: AttentionRequest, policy: Policy) -> Inner:
         UnsupportedError: no device can, with every reason; the device's results are noisy, or it differentiates only
             what it computed itself.
     """
-    found = _decisions.get((request, policy))
-    if found is not None:
-        return found
-    if len(_decisions) >= _MOST_DECISIONS:
-        _decisions.clear()
     decision = decide(request, policy)
     try:
         winner = decision.winner
@@ -118,5 +102,7 @@ def choose(request: AttentionRequest, policy: Policy) -> Inner:
             "offered  -> call under torch.no_grad(), or use another device",
             decision,
         )
-    target = device.reads[0] if winner.transfer else None
-    return _decisions.setdefault((request, policy), Inner(device.id, request, target, decision))
+    return Inner(device.id, request, device.reads[0] if winner.transfer else None, decision)
+
+
+registry.on_change.append(choose.cache_clear)

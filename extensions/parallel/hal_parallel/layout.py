@@ -67,8 +67,7 @@ class TokenLayout:
     @property
     def padding(self) -> int:
         """Slots of all ranks that hold no token; a replicated layout has none."""
-        held = sum(piece.size for pieces in self.pieces for piece in pieces)
-        return self.local * self.world - held
+        return self.local * self.world - sum(piece.size for pieces in self.pieces for piece in pieces)
 
     def indices(self, rank: int) -> Tensor:
         """int64 [local]: the global token in each slot of a rank, -1 for padding."""
@@ -176,9 +175,8 @@ def shard(tensor: Tensor, layout: TokenLayout, rank: int, dim: int = 2, fill: fl
     if not layout.length:
         return tensor
     part = tensor.index_select(dim, index.clamp(min=0))
-    shape = [1] * tensor.dim()
-    shape[dim] = -1
-    return part if not layout.padding else part.masked_fill((index < 0).view(shape), fill)
+    behind = [1] * (tensor.dim() - 1 - dim % tensor.dim())  # dimensions after the tokens'
+    return part if not layout.padding else part.masked_fill((index < 0).view(-1, *behind), fill)
 
 
 def unshard(parts: Sequence[Tensor], layout: TokenLayout, dim: int = 2) -> Tensor:

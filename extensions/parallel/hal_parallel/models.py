@@ -89,7 +89,7 @@ class _Context:
         self._positions(given, tokens, layout)
         given |= {name: shard(given[name], layout, rank, 1) for name in _TOKENS if given.get(name) is not None}
         counted = self._labels(given, layout)
-        keep, whole = given.pop("logits_to_keep", None), cache is not None
+        keep = given.pop("logits_to_keep", None)
         last = next(r for r, pieces in enumerate(layout.pieces) for p in pieces if p.last == length - 1)
         if keep == 1:
             slot = int((layout.indices(rank) == length - 1).nonzero()[0, 0]) if rank == last else 0
@@ -103,10 +103,8 @@ class _Context:
             cache.seen, cache.coming = length, 0
         logits = getattr(outputs, "logits", None)
         if keep == 1 and logits is not None:
-            for link in self.topology.links:
-                logits = link.all_gather(logits, "the last token's logits")
-            outputs.logits = logits.reshape(self.topology.world, *outputs.logits.shape)[last]
-        elif whole and logits is not None:
+            outputs.logits = self.topology.all_gather(logits, "the last token's logits")[last]
+        elif cache is not None and logits is not None:
             outputs.logits = unshard(logits, self.mesh, layout, 1, length)
         if counted and getattr(outputs, "loss", None) is not None:
             outputs.loss = _sum(outputs.loss, self.topology.links)
@@ -116,8 +114,7 @@ class _Context:
         """New tokens, which every rank computes, over the cache of all ranks."""
         cache = given["past_key_values"]
         count = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None).shape[1]
-        hidden = _key_mask(given.pop("attention_mask", None), cache.seen + count)
-        self.sequence = _Sequence(cache.prompt, cache, hidden)
+        self.sequence = _Sequence(cache.prompt, cache, _key_mask(given.pop("attention_mask", None), cache.seen + count))
         cache.coming = count
         if given.get("position_ids") is None:
             device = next(model.parameters()).device
@@ -170,9 +167,8 @@ class _Context:
             following = nn.functional.pad(labels[:, 1:], (0, 1), value=_MISSING)
         if given.get("num_items_in_batch") is None:
             given["num_items_in_batch"] = (following != _MISSING).sum()
-        rank = self.topology.rank
-        given["labels"] = shard(labels, layout, rank, 1, _MISSING)
-        given["shift_labels"] = shard(following, layout, rank, 1, _MISSING)
+        for name, tensor in (("labels", labels), ("shift_labels", following)):
+            given[name] = shard(tensor, layout, self.topology.rank, 1, _MISSING)
         return True
 
     def attend(

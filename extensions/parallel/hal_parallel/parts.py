@@ -12,14 +12,10 @@ from torch import Tensor
 
 from hal_core import AttentionRequest
 
+from .description import Given
 from .dropout import Dropout
 from .inner import Inner
 from .visible import Call, tokens_of
-
-
-def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which results of a tensor are summed."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def new_sum(like: Tensor, lse: Tensor, into: Tensor | None) -> Tensor:
@@ -31,9 +27,10 @@ def new_sum(like: Tensor, lse: Tensor, into: Tensor | None) -> Tensor:
 
 def finished(total: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
     """A sum as a gradient of `like`, in `into` where there is one."""
-    if into is None:
-        return total.to(like.device, like.dtype)
-    return into if total is into else into.copy_(total)
+    if total is into:
+        return total
+    total = total.to(like.dtype)  # where the sum lies: torch's copy to host memory would convert it there, slowly
+    return total.to(like.device) if into is None else into.copy_(total)
 
 
 class Accumulator:
@@ -50,7 +47,7 @@ class Accumulator:
     """
 
     def __init__(self, query: Tensor, out: Tensor) -> None:
-        self.dtype = sum_dtype(query)
+        self.dtype = torch.promote_types(query.dtype, torch.float32)
         self.out = out.zero_() if out.dtype == self.dtype else torch.zeros_like(out, dtype=self.dtype)
         self.top = query.new_full(query.shape[:3], -math.inf, dtype=self.dtype)
         self.total = torch.zeros_like(self.top)
@@ -85,19 +82,6 @@ class Accumulator:
         return self.top + self.total.log()
 
 
-class Operands(NamedTuple):
-    """What a rank computes with: query and mask rows of its own, keys and values of any rank.
-
-    `mask` is 4-D, [1 or batch, 1 or heads, 1 or rows, 1 or all tokens of the keys]; its columns are in the order of
-    tokens.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-
-
 class Part(NamedTuple):
     """Batch entries and heads that are computed together."""
 
@@ -109,17 +93,16 @@ class Part(NamedTuple):
         """The part of a tensor over query heads, of which there may be 1 for all, or None."""
         return None if tensor is None else _cut(tensor, self.entries, self.heads)
 
-    def of(self, given: Operands) -> Operands:
+    def of(self, given: Given) -> Given:
         """The part of all operands; those that are None stay."""
         key, value = (t if t is None else _cut(t, self.entries, self.heads_kv) for t in given[1:3])
-        return Operands(self.queries(given.query), key, value, self.queries(given.mask))
+        return Given(self.queries(given.query), key, value, self.queries(given.mask))
 
     def dropout(self, dropout: Dropout | None) -> Dropout | None:
         """The pattern of this part."""
         if dropout is None or self is WHOLE:
             return dropout
-        first = dropout.first_head + self.heads.start
-        return Dropout(dropout.probability, dropout.rng, first, self.entries.start)
+        return Dropout(dropout.probability, dropout.rng, dropout.first_head + self.heads.start, self.entries.start)
 
 
 def _cut(tensor: Tensor, entries: slice, heads: slice) -> Tensor:
@@ -152,7 +135,7 @@ class PartialAttention:
         self.kept = Accumulator(query, out)
         self.every = self.kept if dropout is None else Accumulator(query, self.kept.out[..., :0])
 
-    def add(self, given: Operands, calls: Sequence[Call]) -> None:
+    def add(self, given: Given, calls: Sequence[Call]) -> None:
         """Attend to the keys of some calls."""
         for call in calls:
             query, key, value, mask = _of(given, call)
@@ -207,7 +190,7 @@ class PartialGradients:
             delta = (self.out.to(self.lse.dtype) * self.grad_out).sum(-1)
             self._grad_sums = -delta if self.grad_lse is None else self.grad_lse - delta
 
-    def add(self, given: Operands, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
+    def add(self, given: Given, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
         """Add the gradients that some calls give to the sums of query and mask, and to those of their keys and values.
 
         Args:
@@ -235,7 +218,7 @@ class PartialGradients:
                 found = self.inner.backward(query, keys, values, mask, call, pair, sums, rest)
                 self._sum(found, given, call, key, None)
 
-    def _sum(self, found: tuple[Tensor | None, ...], given: Operands, call: Call, key: object, value: object) -> None:
+    def _sum(self, found: tuple[Tensor | None, ...], given: Given, call: Call, key: object, value: object) -> None:
         for total, grad, place in (
             (self.query, found[0], call.rows),
             (key, found[1], call.keys),
@@ -256,7 +239,7 @@ class PartialGradients:
             part.index_add_(3, columns, grad)
 
 
-def _of(given: Operands, call: Call) -> Operands:
+def _of(given: Given, call: Call) -> Given:
     """The operands of one call. Keys that lie elsewhere (in host memory) come to the queries."""
     query = given.query[:, :, call.rows]
     key, value = given.key[:, :, call.keys].to(query.device), given.value[:, :, call.keys].to(query.device)
@@ -266,7 +249,7 @@ def _of(given: Operands, call: Call) -> Operands:
         columns = _columns(call, mask)
         mask = mask[..., columns] if isinstance(columns, slice) else mask.index_select(3, columns)
     seen = call.visible(query.device)
-    return Operands(query, key, value, mask if seen is None else _both(mask, seen[None, None]))
+    return Given(query, key, value, mask if seen is None else _both(mask, seen[None, None]))
 
 
 def _columns(call: Call, mask: Tensor) -> slice | Tensor:

@@ -75,12 +75,9 @@ def plan(
     """
     if min(tokens, ranks, batch) < 1 or not layers:
         raise ContractError(f"{tokens} tokens, {ranks} ranks and a batch of {batch} were given: use 1 or more of each")
-    policy, place = merged_policy(device), "cpu"
-    if device is not None:
-        place = find_devices(device)[0].reads[0]
+    policy, place = merged_policy(device), "cpu" if device is None else find_devices(device)[0].reads[0]
     link = stored_link(place.partition(":")[0], ranks) if link is None else link
-    placed, size = make_layout(layout, tokens, ranks), DTYPE_BYTES.get(dtype, 4)
-    found, descriptions = [], []
+    placed, found, descriptions = make_layout(layout, tokens, ranks), [], []
     for kind in layers:
         causal = Causal.TOP_LEFT if kind.causal else Causal.NONE
         window = None if kind.window is None else (kind.window - 1, 0 if kind.causal else kind.window - 1)
@@ -93,7 +90,8 @@ def plan(
         found.append((kind, estimates(descriptions[-1], (ranks,), link)))
     chosen = least(_summed(found))
     each = [(kind, next(e for e in given if e.strategy == chosen)) for kind, given in found]
-    held = [_shard(kind, batch, placed.local, size) for kind in layers]
+    slot = batch * placed.local * DTYPE_BYTES.get(dtype, 4)  # of a rank's query and output, and of its key and value
+    held = [(slot * (k.dim_qk + k.dim_v) * k.heads, slot * (k.dim_qk + k.dim_v) * k.heads_kv) for k in layers]
     saved = "query, key, value and output kept for the backward pass" if training else "cache of keys and values"
     kept = [kind.number * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)]
     memory = {
@@ -125,12 +123,6 @@ def _summed(found: list[tuple[AttentionLayers, tuple[StrategyEstimate, ...]]]) -
         total = sum(kind.number * one.total for (kind, _), one in zip(found, same, strict=True))
         summed.append(same[0]._replace(refusal=reason, total=total))
     return tuple(summed)
-
-
-def _shard(kind: AttentionLayers, batch: int, local: int, size: int) -> tuple[int, int]:
-    """Bytes of a rank's query and output, and of its key and value."""
-    rows = batch * local * size * (kind.dim_qk + kind.dim_v)
-    return rows * kind.heads, rows * kind.heads_kv
 
 
 def as_dict(found: Plan) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Source: Liu, Zaharia & Abbeel 2023 (Ring Attention); gradients from the merged r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .description import Given
 from .dropout import Dropout
-from .exchange import Link, Pending
+from .exchange import Link
 from .inner import Inner
 from .layout import Pieces
-from .parts import WHOLE, Operands, Part, PartialAttention, PartialGradients, Result, finished, new_sum, sum_dtype
+from .parts import WHOLE, Part, PartialAttention, PartialGradients, Result, finished, new_sum
 from .visible import Call, Rule, find_calls
 
 
@@ -70,10 +72,11 @@ class RingAttention(torch.autograd.Function):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         shape = (*query.shape[:3], value.shape[3])
-        out, lse = query.new_empty(shape), query.new_empty(shape[:3], dtype=sum_dtype(query))
+        summed = torch.promote_types(query.dtype, torch.float32)
+        out, lse = query.new_empty(shape), query.new_empty(shape[:3], dtype=summed)
         with torch.autocast(query.device.type, enabled=False):
             for part in plan.parts:
-                given = part.of(Operands(query, key, value, mask))
+                given = part.of(Given(query, key, value, mask))
                 ring_forward(plan, part, given, part.queries(out), part.queries(lse))
         ctx.save_for_backward(query, key, value, mask, out, lse)
         return out, lse
@@ -82,7 +85,7 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         *tensors, out, lse = ctx.saved_tensors
-        plan, given = ctx.plan, Operands(*tensors)
+        plan, given = ctx.plan, Given(*tensors)
         wanted = frozenset(
             name for name, needed in zip(("q", "k", "v", "mask"), ctx.needs_input_grad[1:], strict=True) if needed
         )
@@ -93,7 +96,7 @@ class RingAttention(torch.autograd.Function):
             torch.empty_like(t, pin_memory=t.is_pinned()) if many and name in wanted else None
             for name, t in zip("qkv", given[:3], strict=True)
         ]
-        grads = Operands._make([*written, mask])
+        grads = Given._make([*written, mask])
         with torch.autocast(out.device.type, enabled=False):
             for part in plan.parts:
                 result = Result(*(part.queries(t) for t in (out, lse, grad_out, grad_lse)))
@@ -102,21 +105,26 @@ class RingAttention(torch.autograd.Function):
         return (None, *found, None if mask is None or given.mask is None else mask.to(given.mask.dtype))
 
 
-def ring_forward(plan: RingPlan, part: Part, given: Operands, out: Tensor, lse: Tensor) -> None:
+def attend(plan: RingPlan, given: Given) -> tuple[Tensor, Tensor]:
+    """Local (out, log-sum-exp), with gradients for the operands."""
+    out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def ring_forward(plan: RingPlan, part: Part, given: Given, out: Tensor, lse: Tensor) -> None:
     """Write (out, log-sum-exp) of the local queries over the keys of all ranks."""
     partial = PartialAttention(plan.inner, part.dropout(plan.dropout), given.query, out)
     held = _held(plan, given)
     for step in range(plan.steps):
-        coming, pending = _pass_on(plan, held, step, "forward")
+        coming, wait = _pass_on(plan, held, step, "forward")
         partial.add(given._replace(key=held[0], value=held[1]), plan.calls(plan.source(step)))
-        if pending is not None:
-            pending.wait()
-            held = coming
+        wait()
+        held = coming
     partial.finish(out, lse)
 
 
 def ring_backward(
-    plan: RingPlan, part: Part, given: Operands, result: Result, wanted: frozenset[str], into: Operands
+    plan: RingPlan, part: Part, given: Given, result: Result, wanted: frozenset[str], into: Given
 ) -> list[Tensor | None]:
     """Gradients of the local query, key and value; None where not wanted.
 
@@ -134,24 +142,20 @@ def ring_backward(
     held = _held(plan, given)
     sums: list[Tensor] = []
     for step in range(plan.steps):
-        coming, pending = _pass_on(plan, held, step, "backward")
-        arriving = [torch.empty_like(total) for total in sums]
-        behind = _shift(plan, sums, arriving, 1, f"gradients of keys and values, backward, step {step} of {plan.steps}")
+        coming, wait = _pass_on(plan, held, step, "backward")
+        arriving, wait_for_sums = _shift(plan, sums, 1, f"gradients of keys and values, step {step} of {plan.steps}")
         own = [new_sum(like, result.lse, place if plan.link is None else None) for like, place in keys]
         local, named = given._replace(key=held[0], value=held[1]), dict(zip(names, own, strict=True))
         partial.add(local, plan.calls(plan.source(step)), named.get("k"), named.get("v"))
-        if behind is not None:
-            behind.wait()
-            own = [total.add_(part) for total, part in zip(arriving, own, strict=True)]
-        sums = own
-        if pending is not None:
-            pending.wait()
-            held = coming
+        wait_for_sums()
+        sums = [total.add_(part) for total, part in zip(arriving, own, strict=True)] if arriving else own
+        wait()
+        held = coming
     found = dict(zip(names, _home(plan, sums), strict=True)) | ({} if query is None else {"q": query})
     return [finished(found[name], *places[name]) if name in found else None for name in "qkv"]
 
 
-def _held(plan: RingPlan, given: Operands) -> list[Tensor]:
+def _held(plan: RingPlan, given: Given) -> list[Tensor]:
     """This rank's keys and values: to be sent, or on the query's device if a call takes all of them."""
     pair = [given.key, given.value]
     if plan.link is not None:
@@ -160,25 +164,24 @@ def _held(plan: RingPlan, given: Operands) -> list[Tensor]:
     return [tensor.to(given.query.device, non_blocking=True) for tensor in pair] if whole else pair
 
 
-def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple[list[Tensor], Pending | None]:
-    """Begin to pass the keys and values on; (what comes, what to wait for), nothing after the last step."""
-    if plan.link is None or step + 1 >= plan.steps:
-        return [], None
-    coming = [torch.empty_like(tensor) for tensor in held]
-    return coming, _shift(plan, held, coming, 1, f"keys and values, {phase}, step {step + 1} of {plan.steps}")
+def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple[list[Tensor], Callable[[], None]]:
+    """Begin to pass the keys and values on, unless this is the last step: as `_shift`."""
+    return _shift(
+        plan, held if step + 1 < plan.steps else [], 1, f"keys and values, {phase}, step {step + 1} of {plan.steps}"
+    )
 
 
-def _shift(plan: RingPlan, send: list[Tensor], receive: list[Tensor], hops: int, what: str) -> Pending | None:
-    return None if plan.link is None or not send else plan.link.shift(send, receive, hops, what)
+def _shift(plan: RingPlan, send: list[Tensor], hops: int, what: str) -> tuple[list[Tensor], Callable[[], None]]:
+    """Begin to send tensors `hops` ranks on: (what comes from as far before, which `wait` waits for; wait)."""
+    coming = [torch.empty_like(tensor) for tensor in send]
+    return coming, plan.link.shift(send, coming, hops, what).wait if plan.link is not None and send else lambda: None
 
 
 def _home(plan: RingPlan, sums: list[Tensor]) -> list[Tensor]:
     """The sums of this rank's own keys, from the rank that added the last part."""
     hops = -(plan.steps - 1) % len(plan.keys)
-    if plan.link is None or hops == 0 or not sums:
+    if hops == 0:
         return sums
-    own = [torch.empty_like(total) for total in sums]
-    pending = _shift(plan, sums, own, hops, "gradients of keys and values, backward, the way home")
-    if pending is not None:
-        pending.wait()
+    own, wait = _shift(plan, sums, hops, "gradients of keys and values, backward, the way home")
+    wait()
     return own

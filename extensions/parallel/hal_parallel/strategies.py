@@ -18,7 +18,7 @@ from .exchange import Link, gather_tokens, trade
 from .inner import Inner, choose
 from .layout import REPLICATED, Pieces, TokenLayout, joined_ranks
 from .parts import cut
-from .ring import RingAttention, RingPlan
+from .ring import RingPlan, attend
 from .topology import Topology
 
 #: Bytes that one dense call under dropout may take for its pattern: int32 words, and what mixes them.
@@ -61,7 +61,10 @@ class Run(NamedTuple):
         d, inner = self.description, self.device(strategy)
         most = most_pairs(d.dropout, inner.request)
         dropout = Dropout(d.dropout, self.rng, first_head) if d.dropout else None
-        heads = inner.request.heads_kv if link is None else heads_together(inner.request, keys)
+        # A ring of one rank goes by heads too: what is under way in its backward pass stays small.
+        heads = (
+            heads_together(inner.request, keys) if link is not None or strategy == "ring" else inner.request.heads_kv
+        )
         return RingPlan(
             link, inner, queries, keys, rank, d.rule, most, dropout, cut(inner.request, inner.request.batch, heads)
         )
@@ -90,7 +93,7 @@ def ring(given: Given, run: Run) -> tuple[Tensor, Tensor]:
     """Keys travel."""
     link, d = run.topology.ring, run.description
     plan = run.plan("ring", link if link.size > 1 else None, d.queries.pieces, d.keys.pieces, link.rank)
-    return _attend(plan, given)
+    return attend(plan, given)
 
 
 def gathered(given: Given, run: Run) -> tuple[Tensor, Tensor]:
@@ -102,7 +105,7 @@ def gathered(given: Given, run: Run) -> tuple[Tensor, Tensor]:
         _ordered(gather_tokens(tensor, link, 2, name), order)
         for tensor, name in ((given.key, "keys"), (given.value, "values"))
     )
-    return _attend(run.plan("gathered", None, (own,), (pieces,)), given._replace(key=key, value=value))
+    return attend(run.plan("gathered", None, (own,), (pieces,)), given._replace(key=key, value=value))
 
 
 def ulysses(given: Given, run: Run) -> tuple[Tensor, Tensor]:
@@ -134,7 +137,8 @@ def ulysses(given: Given, run: Run) -> tuple[Tensor, Tensor]:
         mask = _ordered(whole, rows)
     places = (tuple(pieces for pieces, _ in of_queries), tuple(pieces for pieces, _ in of_keys))
     plan = run.plan("ulysses", around, *places, group, first)
-    out, lse = _attend(plan, Given(query, key, value, mask))
+    out, lse = attend(plan, Given(query, key, value, mask))
+    del query, key, value, mask  # without gradients nothing else holds them while the results travel
     return (
         trade(_unordered(out, rows), heads, 2, 1, "output"),
         trade(_unordered(lse, rows), heads, 2, 1, "log-sum-exp"),
@@ -146,13 +150,13 @@ def pass_query(given: Given, run: Run) -> tuple[Tensor, Tensor]:
     link, d = run.topology.ring, run.description
     own = d.keys.pieces[link.rank]
     if d.queries.name == REPLICATED:
-        out, lse = _attend(run.plan("pass_query", None, (d.queries.pieces[link.rank],), (own,)), given)
+        out, lse = attend(run.plan("pass_query", None, (d.queries.pieces[link.rank],), (own,)), given)
         return merge_partials(link.all_gather(out, "partial outputs"), link.all_gather(lse, "partial log-sum-exp"))
     pieces, order = joined_ranks(d.queries, tuple(range(link.size)), _step(own))
     query, mask = _ordered(gather_tokens(given.query, link, 2, "queries"), order), given.mask
     if mask is not None and mask.shape[2] == d.queries.local:
         mask = _ordered(gather_tokens(mask, link, 2, "mask"), order)
-    out, lse = _attend(run.plan("pass_query", None, (pieces,), (own,)), given._replace(query=query, mask=mask))
+    out, lse = attend(run.plan("pass_query", None, (pieces,), (own,)), given._replace(query=query, mask=mask))
     out, lse = _unordered(out, order), _unordered(lse, order)
     parts = trade(out[None], link, 3, 0, "partial outputs"), trade(lse[None], link, 3, 0, "partial log-sum-exp")
     return merge_partials(*parts)
@@ -191,11 +195,6 @@ def check_strategy(strategy: Any, description: Description, shape: tuple[int, ..
             if able
             else f"no strategy can run this call ({reason}): use a mesh of one dimension"
         )
-
-
-def _attend(plan: RingPlan, given: Given) -> tuple[Tensor, Tensor]:
-    out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
-    return out, lse
 
 
 def _step(pieces: Pieces) -> int:

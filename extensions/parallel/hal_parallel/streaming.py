@@ -18,7 +18,7 @@ from .description import Description, Given
 from .dropout import Dropout
 from .inner import Inner, choose
 from .parts import cut
-from .ring import RingAttention, RingPlan
+from .ring import RingPlan, attend
 
 #: Bytes that blocks may take beside inputs and results on a device of host memory, where the call does not say.
 MEMORY = 128 << 20
@@ -47,10 +47,8 @@ def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int |
     blocks = choose_blocks(d, memory, given.key.device != given.query.device)
     parts = cut(d.request, blocks.batch, blocks.heads_kv)
     dropout = Dropout(d.dropout, rng) if d.dropout else None
-    most = blocks.rows, blocks.keys
-    plan = RingPlan(None, blocks.inner, d.queries.pieces, d.keys.pieces, 0, d.rule, most, dropout, parts)
-    out, lse = RingAttention.apply(plan, *given)  # type: ignore[no-untyped-call]
-    return out, lse
+    places, most = (d.queries.pieces, d.keys.pieces), (blocks.rows, blocks.keys)
+    return attend(RingPlan(None, blocks.inner, *places, 0, d.rule, most, dropout, parts), given)
 
 
 def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:

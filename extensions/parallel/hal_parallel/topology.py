@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from hal_core import ContractError
@@ -31,13 +33,25 @@ class Topology(NamedTuple):
         return [self.ring] if self.heads is None else [self.heads, self.ring]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(ranks,) or (ring, heads)."""
+        return tuple(link.size for link in reversed(self.links))
+
+    @property
     def world(self) -> int:
-        return self.ring.size * (1 if self.heads is None else self.heads.size)
+        return math.prod(self.shape)
 
     @property
     def rank(self) -> int:
         """This rank's number among those that share the sequence: tokens are laid out in this order."""
         return self.ring.rank if self.heads is None else self.ring.rank * self.heads.size + self.heads.rank
+
+    def all_gather(self, tensor: Tensor, what: str) -> Tensor:
+        """[world, *shape]: every rank's tensor, in the order of ranks."""
+        shape = tensor.shape
+        for link in self.links:
+            tensor = link.all_gather(tensor, what)
+        return tensor.reshape(-1, *shape)
 
     @property
     def names(self) -> list[int]:

@@ -68,13 +68,16 @@ class Call(NamedTuple):
         return seen if low is None else seen & (distance >= low)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """How many rows and keys."""
+        return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
+
+    @property
     def pairs(self) -> int:
         """How many pairs of tokens are visible."""
         if self.masked is not None:
             return int(self.visible(torch.device("cpu")).sum())  # type: ignore[union-attr]
-        rows, keys = self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
-        sizes = {"batch": 1, "heads_q": 1, "heads_kv": 1, "len_q": rows, "len_k": keys, "dim_qk": 1, "dim_v": 0}
-        return AttentionRequest(**sizes, dtype="float32", **band_options(self.low, self.high)).visible_macs
+        return AttentionRequest(1, 1, 1, *self.size, 1, 0, "float32", **band_options(self.low, self.high)).visible_macs
 
 
 def band_options(low: int | None, high: int | None) -> dict[str, Any]:
@@ -115,18 +118,17 @@ def find_calls(
             if band is None:
                 continue
             last = spans[-1] if spans else None
-            near = last is not None and _size(last) + key.size <= (most_keys or _size(last) + key.size)
-            near = near and last is not None and last[-1].at + last[-1].size == key.at
+            size = 0 if last is None else _size(last) + key.size
+            near = last if last and size <= (most_keys or size) and last[-1].at + last[-1].size == key.at else None
             if band == (None, None):
-                if near and last is not None:
-                    last.append(key)
-                else:
-                    spans.append([key])
+                if near is None:
+                    spans.append([])
+                spans[-1].append(key)
                 continue
             call = _banded(query, key, *band)
-            if call is not None and near and last is not None and _follows(call):
+            if call is not None and near is not None and _follows(call):
                 spans.pop()
-                call = _behind(call, last)
+                call = _behind(call, near)
             if call is not None:
                 found.append(call)
         if spans:
@@ -184,9 +186,8 @@ def _banded(query: Piece, key: Piece, low: int | None, high: int | None) -> Call
     between = query.start - key.start
     low = None if low is None else -(-(low + between) // step)
     high = None if high is None else (high + between) // step
-    if (low is not None and low > key.size - 1) or (high is not None and high < 1 - query.size):
-        return None
-    if low is not None and high is not None and low > high:
+    least, most = 1 - query.size if low is None else low, key.size - 1 if high is None else high
+    if least > min(most, key.size - 1) or most < 1 - query.size:
         return None
     return Call(rows, columns, low, high, ((query,), (key,)))
 
@@ -206,9 +207,8 @@ def _behind(call: Call, span: list[Piece]) -> Call:
 def _join(whole: list[_Whole], query: Piece, spans: list[list[Piece]], most: int | None) -> None:
     """Note that a piece of queries reads whole spans, together with its neighbour where that reads the same."""
     last = whole[-1] if whole else None
-    if last is not None and last.spans == spans and last.queries[-1].at + last.queries[-1].size == query.at:
-        size = _size(last.queries) + query.size
-        if size <= (most or size):
-            last.queries.append(query)
-            return
-    whole.append(_Whole([query], spans))
+    size = 0 if last is None else _size(last.queries) + query.size
+    if last and last.spans == spans and _slots(last.queries).stop == query.at and size <= (most or size):
+        last.queries.append(query)
+    else:
+        whole.append(_Whole([query], spans))
