@@ -113,7 +113,7 @@ def _product(
 ) -> Tensor:
     """left [M, K] @ right [N, K]^T of FP8 operands, scales [M or 1, 1] and [N or 1, 1], in `dtype`."""
     if emulate:
-        return ((left.float() * left_scale) @ (right.float() * right_scale).t()).to(dtype)
+        return _converted((left.float() * left_scale) @ (right.float() * right_scale).t(), dtype)
     rowwise = left_scale.numel() > 1 or right_scale.numel() > 1
     if rowwise:
         # Built flat: a transposed vector counts as contiguous, but keeps strides that the product refuses.
@@ -127,7 +127,13 @@ def _product(
     found = torch._scaled_mm(
         left, right.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=wanted, use_fast_accum=fast
     )
-    return found.to(dtype)
+    return _converted(found, dtype)
+
+
+def _converted(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in a dtype. Never a `to` that converts nothing: Dynamo of torch 2.11 gives an autograd.Function whose
+    output comes from one gradients of 0."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 class _FP8Linear(torch.autograd.Function):
