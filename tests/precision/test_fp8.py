@@ -304,7 +304,8 @@ def test_the_hardwares_path_gives_the_emulated_gradients(granularity: str) -> No
 def test_compiled_gradients_are_the_eager_ones(dtype: torch.dtype, emulated: bool) -> None:
     """torch 2.11 gave gradients of 0 where the product's last operation was a conversion to the dtype that it had."""
     torch.manual_seed(0)
-    layer = FP8LinearLayer(32, 48, bias=False, dtype=dtype, config=FP8Config(granularity="tensorwise"))
+    config = FP8Config(granularity="tensorwise", statistics=False)  # counting hides the fault
+    layer = FP8LinearLayer(32, 48, bias=False, dtype=dtype, config=config)
     layer.emulated, found = emulated, []
     for call in (layer, torch.compile(layer, backend="aot_eager")):
         x = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
