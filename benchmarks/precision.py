@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--record] [--models byte,minilm] [--seeds 3] [--state out/precision_adaptive.json]
 
-With --state, every measured loss is kept in that file as soon as it is there, and a run that was stopped goes on from it.
+With --state, every measured loss is kept in that file, and a run that was stopped goes on from it.
 
 The loss is measured on text that was not used for calibration: cross entropy in nats a byte of the byte-level model,
 and for MiniLM the mean squared distance of normalised sentence embeddings from the unrounded model's. Closed is
@@ -19,9 +19,9 @@ import importlib.util
 import json
 import random
 import re
-import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,21 +141,38 @@ class Losses:
         return self.known[name]
 
 
+def packed_loss(case: Case, plan: Any) -> float:
+    return case.loss(create_ultra_precision_module(case.model, plan=plan))
+
+
+def calibrated_losses(
+    name: str, case: Case, seed: int, kind: str, sizes: dict[int, int], ao_bytes: int, losses_of: Losses
+) -> dict[tuple[int, str], float]:
+    """Losses by the keys of `_plans`, calibrated only where one of them is not known yet."""
+    plans: dict[tuple[int, str], Any] = {}
+
+    def measure(key: tuple[int, str]) -> float:
+        if not plans:
+            base = attrs.evolve(CONFIG, compensate=kind == "compensated", seed=seed)
+            plans.update(_plans(case, base, case.calibration(seed), sizes, ao_bytes))
+            print(f"largest gap of a plan to the optimum: {max(plan.gap for plan in plans.values()):.2g}")
+        return packed_loss(case, plans[key])
+
+    return {key: losses_of(name, seed, *key, measure=partial(measure, key)) for key in _keys(kind)}
+
+
 def main() -> int:
     options = record.parser(__doc__)
     options.add_argument("--state", type=Path, help="a file that keeps the losses of a run that may be stopped")
     options.add_argument("--models", default="byte,minilm")
     options.add_argument("--seeds", type=int, default=3)
     given = options.parse_args()
-    losses_of, rows, gaps, missed = Losses(given.state), [], [0.0], False
+    losses_of, rows, missed = Losses(given.state), [], False
     for name in given.models.split(","):
         case = CASES[name]()
-        full = losses_of(name, "full", measure=lambda: case.loss(case.model))
+        full = losses_of(name, "full", measure=partial(case.loss, case.model))
         found: dict[tuple[int, str], list[float]] = {}
         uniform: dict[int, tuple[float, int, float]] = {}
-
-        def packed(plan: Any) -> Callable[[], float]:
-            return lambda: case.loss(create_ultra_precision_module(case.model, plan=plan))
 
         for bits in BARS:
             config = attrs.evolve(
@@ -165,35 +182,24 @@ def main() -> int:
                 target_memory_reduction=0.01,
             )
             plan = plan_precision(case.model, config)
-            loss = losses_of(name, bits, "uniform, to nearest", measure=packed(plan))
+            loss = losses_of(name, bits, "uniform, to nearest", measure=partial(packed_loss, case, plan))
             uniform[bits] = loss, plan.stored_bytes, plan.average_bits
             config = attrs.evolve(CONFIG, allocation_strategy=AllocationStrategy.ENTROPY_BASED)
             plan = plan_precision(case.model, config, budget_bytes=plan.stored_bytes)
-            found[bits, "entropy alone"] = [losses_of(name, bits, "entropy alone", measure=packed(plan))]
+            found[bits, "entropy alone"] = [
+                losses_of(name, bits, "entropy alone", measure=partial(packed_loss, case, plan))
+            ]
         ao = None
         if importlib.util.find_spec("torchao") is not None:
-            ao = losses_of(name, TORCHAO_BITS, "torchao int4", measure=lambda: torchao_loss(case))
+            ao = losses_of(name, TORCHAO_BITS, "torchao int4", measure=partial(torchao_loss, case))
         weights = sum(layer.rows * layer.columns for layer in plan.layers)
         ao_bytes = int(plan.stored_bytes - plan.average_bits / 8 * weights + TORCHAO_BITS / 8 * weights)
         at_ao: dict[str, list[float]] = {"compensated": [], "to nearest": []}
         sizes = {bits: size for bits, (_, size, _) in uniform.items()}
         for seed in range(given.seeds):
-            for compensate, kind in ((False, "to nearest"), (True, "compensated")):
-                base = attrs.evolve(CONFIG, compensate=compensate, seed=seed)
-                plans: dict[tuple[int, str], Any] = {}
-
-                def measured(key: tuple[int, str]) -> float:
-                    if not plans:  # calibrated where a loss of this group is not known yet
-                        plans.update(_plans(case, base, case.calibration(seed), sizes, ao_bytes))
-                    gaps.append(plans[key].gap)
-                    return packed(plans[key])()
-
-                for key in _keys(kind):
-                    loss = losses_of(name, seed, *key, measure=lambda key=key: measured(key))
-                    if key[0]:
-                        found.setdefault(key, []).append(loss)
-                    else:
-                        at_ao[kind].append(loss)
+            for kind in at_ao:
+                for key, loss in calibrated_losses(name, case, seed, kind, sizes, ao_bytes, losses_of).items():
+                    (found.setdefault(key, []) if key[0] else at_ao[kind]).append(loss)
         for (bits, variant), losses in sorted(found.items(), key=lambda item: -item[0][0]):
             worst, _, average = uniform[bits]
             shares = [(worst - loss) / (worst - full) for loss in losses]
@@ -235,10 +241,9 @@ def main() -> int:
     notes = [
         "Loss: nats a byte on sources that the model was not trained on; of minilm the mean squared distance of "
         "embeddings. Closed: (uniform - variant) / (uniform - full) at equal stored bytes, uniform rounded to nearest. "
-        "'Fisher, to nearest' is allocation alone; 'uniform, compensated' is one format with compensated rounding: what "
-        "it closes comes from the rounding and not from the allocation. Largest gap of a plan to the optimum, of the "
-        f"plans made in this run: {max(gaps):.2g}. "
-        + byte_model.described(),
+        "'Fisher, to nearest' is allocation alone; 'uniform, compensated' is one format with compensated rounding: "
+        "what it closes comes from the rounding and not from the allocation. "
+        f"The byte-level model was {byte_model.described()}",
     ]
     record.publish(
         given,
@@ -291,7 +296,9 @@ def _plans(
                 plan = choose(case.model, layers, left, form, costs[:, only : only + 1], one, size, measured)
                 found[bits, "uniform, compensated"] = plan
         if name == "Fisher":
-            found[0, f"at torchao's bits, {kind}"] = choose(case.model, layers, left, FORMATS, costs, config, ao_bytes, measured)
+            found[0, f"at torchao's bits, {kind}"] = choose(
+                case.model, layers, left, FORMATS, costs, config, ao_bytes, measured
+            )
     return found
 
 
