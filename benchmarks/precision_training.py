@@ -165,9 +165,9 @@ def main() -> int:
     ]
     notes = [
         f"{given.steps} steps of {SEQUENCES} sequences of {LENGTH} bytes, FP8 emulated on the CPU. Loss: nats a byte "
-        "of sources that are not trained on, after the last step. 'Largest in a hundred steps' compares the means of the "
-        "training losses of every hundred steps. Both sides have the same weights at the start and the same bytes; the "
-        "FP8 side does one step less, the skipped one."
+        "of sources that are not trained on, after the last step. 'Largest in a hundred steps' compares the means of "
+        "the training losses of every hundred steps. Both sides have the same weights at the start and the same bytes; "
+        "the FP8 side does one step less, the skipped one."
     ]
     record.publish(
         given, "precision", "Training with FP8 layers", columns, rows, notes, section="Training with FP8 layers"
