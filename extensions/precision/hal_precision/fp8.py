@@ -22,8 +22,8 @@ from hal_core import ContractError, UnsupportedError
 
 _MULTIPLE = 16
 _TINY = 1e-30
-#: On an H200 (torch 2.11, under torch.compile) results were right and gradients had a relative error of 1. The cause is
-#: not known, and without torch.compile they were not measured: until then, gradients on FP8 hardware are refused.
+#: On an H200 (torch 2.11, under torch.compile) gradients were 0, by the fault that `_converted` goes round. They were
+#: not measured on such hardware since: until then they are refused there. benchmarks/precision_cuda.py measures them.
 HARDWARE_GRADIENTS_VERIFIED = False
 #: Rows of a layer's histories of largest values.
 _INPUT, _WEIGHT, _GRADIENT = range(3)
