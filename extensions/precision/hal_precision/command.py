@@ -116,7 +116,8 @@ def _load(folder: Path) -> Any:
         import transformers
     except ImportError:
         raise ContractError("hal precision reads models with transformers: pip install transformers.") from None
-    transformers.utils.logging.disable_progress_bar()
+    quiet: Any = transformers.utils.logging
+    quiet.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         name = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
