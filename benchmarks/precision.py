@@ -1,6 +1,8 @@
 """What adaptive precision keeps of a model's quality at equal stored bytes: the byte-level model and MiniLM.
 
-    python benchmarks/precision.py [--record] [--models byte,minilm] [--seeds 3]
+    python benchmarks/precision.py [--record] [--models byte,minilm] [--seeds 3] [--state out/precision_adaptive.json]
+
+With --state, every measured loss is kept in that file, and a run that was stopped goes on from it.
 
 The loss is measured on text that was not used for calibration: cross entropy in nats a byte of the byte-level model,
 and for MiniLM the mean squared distance of normalised sentence embeddings from the unrounded model's. Closed is
@@ -14,11 +16,13 @@ bits that it has with bfloat16 scales, 4.5.
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import re
-import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import attrs
@@ -99,12 +103,10 @@ def minilm_case() -> Case:
 CASES = {"byte": byte_case, "minilm": minilm_case}
 
 
-def torchao_loss(case: Case) -> float | None:
-    """The loss under torchao's int4 weight-only quantisation; None where it is not installed."""
+def torchao_loss(case: Case) -> float:
+    """The loss under torchao's int4 weight-only quantisation."""
     import copy
 
-    if importlib.util.find_spec("torchao") is None:
-        return None
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
     model = copy.deepcopy(case.model)
@@ -117,17 +119,61 @@ def torchao_loss(case: Case) -> float | None:
     return case.loss(model)
 
 
+class Losses:
+    """Losses by (model, seed, bits, variant), as JSON in a file where one is given."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, float] = {}
+        if path is not None and path.exists():
+            self.known = json.loads(path.read_text(encoding="utf-8"))
+
+    def __call__(self, *key: object, measure: Callable[[], float]) -> float:
+        name = " ".join(map(str, key))
+        if name not in self.known:
+            self.known[name] = measure()
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                part = self.path.with_suffix(".part")
+                part.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+                part.replace(self.path)
+        print(f"{name} {self.known[name]:.6f}", flush=True)
+        return self.known[name]
+
+
+def packed_loss(case: Case, plan: Any) -> float:
+    return case.loss(create_ultra_precision_module(case.model, plan=plan))
+
+
+def calibrated_losses(
+    name: str, case: Case, seed: int, kind: str, sizes: dict[int, int], ao_bytes: int, losses_of: Losses
+) -> dict[tuple[int, str], float]:
+    """Losses by the keys of `_plans`, calibrated only where one of them is not known yet."""
+    plans: dict[tuple[int, str], Any] = {}
+
+    def measure(key: tuple[int, str]) -> float:
+        if not plans:
+            base = attrs.evolve(CONFIG, compensate=kind == "compensated", seed=seed)
+            plans.update(_plans(case, base, case.calibration(seed), sizes, ao_bytes))
+            print(f"largest gap of a plan to the optimum: {max(plan.gap for plan in plans.values()):.2g}")
+        return packed_loss(case, plans[key])
+
+    return {key: losses_of(name, seed, *key, measure=partial(measure, key)) for key in _keys(kind)}
+
+
 def main() -> int:
     options = record.parser(__doc__)
+    options.add_argument("--state", type=Path, help="a file that keeps the losses of a run that may be stopped")
     options.add_argument("--models", default="byte,minilm")
     options.add_argument("--seeds", type=int, default=3)
     given = options.parse_args()
-    rows, missed = [], False
+    losses_of, rows, missed = Losses(given.state), [], False
     for name in given.models.split(","):
         case = CASES[name]()
-        full = case.loss(case.model)
+        full = losses_of(name, "full", measure=partial(case.loss, case.model))
         found: dict[tuple[int, str], list[float]] = {}
         uniform: dict[int, tuple[float, int, float]] = {}
+
         for bits in BARS:
             config = attrs.evolve(
                 CONFIG,
@@ -136,43 +182,32 @@ def main() -> int:
                 target_memory_reduction=0.01,
             )
             plan = plan_precision(case.model, config)
-            uniform[bits] = (
-                case.loss(create_ultra_precision_module(case.model, plan=plan)),
-                plan.stored_bytes,
-                plan.average_bits,
-            )
+            loss = losses_of(name, bits, "uniform, to nearest", measure=partial(packed_loss, case, plan))
+            uniform[bits] = loss, plan.stored_bytes, plan.average_bits
             config = attrs.evolve(CONFIG, allocation_strategy=AllocationStrategy.ENTROPY_BASED)
             plan = plan_precision(case.model, config, budget_bytes=plan.stored_bytes)
-            found[bits, "entropy alone"] = [case.loss(create_ultra_precision_module(case.model, plan=plan))]
-        ao = torchao_loss(case)
+            found[bits, "entropy alone"] = [
+                losses_of(name, bits, "entropy alone", measure=partial(packed_loss, case, plan))
+            ]
+        ao = None
+        if importlib.util.find_spec("torchao") is not None:
+            ao = losses_of(name, TORCHAO_BITS, "torchao int4", measure=partial(torchao_loss, case))
         weights = sum(layer.rows * layer.columns for layer in plan.layers)
         ao_bytes = int(plan.stored_bytes - plan.average_bits / 8 * weights + TORCHAO_BITS / 8 * weights)
-        at_ao = []
+        at_ao: dict[str, list[float]] = {"compensated": [], "to nearest": []}
+        sizes = {bits: size for bits, (_, size, _) in uniform.items()}
         for seed in range(given.seeds):
-            data = case.calibration(seed)
-            for compensate in (False, True):
-                base = attrs.evolve(CONFIG, compensate=compensate, seed=seed)
-                plans = _plans(case, base, data, {bits: size for bits, (_, size, _) in uniform.items()}, ao_bytes)
-                for key, plan in plans.items():
-                    loss = case.loss(create_ultra_precision_module(case.model, plan=plan))
-                    if key[0]:
-                        found.setdefault(key, []).append(loss)
-                    elif compensate and ao is not None:
-                        at_ao.append(loss)
-                    print(
-                        name,
-                        seed,
-                        *key,
-                        f"{plan.average_bits:.3f} bits",
-                        f"{loss:.6f}",
-                        f"gap {plan.gap:.2g}",
-                        flush=True,
-                    )
+            for kind in at_ao:
+                for key, loss in calibrated_losses(name, case, seed, kind, sizes, ao_bytes, losses_of).items():
+                    (found.setdefault(key, []) if key[0] else at_ao[kind]).append(loss)
         for (bits, variant), losses in sorted(found.items(), key=lambda item: -item[0][0]):
             worst, _, average = uniform[bits]
             shares = [(worst - loss) / (worst - full) for loss in losses]
-            barred = variant == "Fisher, compensated"
+            # Two verdicts: allocation with compensated rounding, and allocation alone.
+            barred = variant in ("Fisher, compensated", "Fisher, to nearest")
             missed |= barred and min(shares) < BARS[bits]
+            verdict = ("held" if min(shares) >= BARS[bits] else "missed") if barred else ""
+            alone = "" if variant != "Fisher, to nearest" else " by allocation alone"
             rows.append(
                 [
                     name,
@@ -180,36 +215,35 @@ def main() -> int:
                     variant,
                     f"{full:.5f}",
                     f"{worst:.5f}",
-                    f"{statistics.mean(losses):.5f}",
+                    " ".join(f"{loss:.5f}" for loss in losses),
                     " ".join(f"{share:.0%}" for share in shares),
                     f"{BARS[bits]:.0%}" if barred else "",
-                    ("held" if min(shares) >= BARS[bits] else "missed") if barred else "",
+                    verdict + (alone or " with compensated rounding" if barred else ""),
                 ]
             )
-        if ao is not None:
-            better = max(at_ao) <= ao
-            missed |= not better
-            verdict = "held" if better else "missed"
-            losses = " ".join(f"{loss:.5f}" for loss in at_ao)
+        for kind, losses in at_ao.items() if ao is not None else ():
+            better = max(losses) <= ao
+            missed |= not better and kind == "compensated"
             rows.append(
                 [
                     name,
                     f"{TORCHAO_BITS:g}",
-                    "torchao int4, then ours",
+                    f"ours ({kind}), torchao int4 in the column uniform",
                     f"{full:.5f}",
                     f"{ao:.5f}",
-                    losses,
+                    " ".join(f"{loss:.5f}" for loss in losses),
                     "",
                     "better",
-                    verdict,
+                    "held" if better else "missed",
                 ]
             )
     columns = ["model", "bits", "variant", "full", "uniform", "variant's loss", "closed, by seed", "bar", ""]
     notes = [
-        "Loss: nats a byte; of minilm the mean squared distance of embeddings. Rounded to nearest where a variant is "
-        "not compensated. Allocation alone is the row 'Fisher, to nearest'; 'uniform, compensated' is one format with "
-        "compensated rounding. Every plan's gap to the optimum is 0 unless the log says otherwise. "
-        + byte_model.described(),
+        "Loss: nats a byte on sources that the model was not trained on; of minilm the mean squared distance of "
+        "embeddings. Closed: (uniform - variant) / (uniform - full) at equal stored bytes, uniform rounded to nearest. "
+        "'Fisher, to nearest' is allocation alone; 'uniform, compensated' is one format with compensated rounding: "
+        "what it closes comes from the rounding and not from the allocation. "
+        f"The byte-level model was {byte_model.described()}",
     ]
     record.publish(
         given,
@@ -223,6 +257,22 @@ def main() -> int:
     return int(missed)
 
 
+STRATEGIES = {
+    "Fisher": AllocationStrategy.FISHER,
+    "entropy x Fisher": AllocationStrategy.ENTROPY_FISHER,
+    "gradient": AllocationStrategy.GRADIENT,
+}
+
+
+def _keys(kind: str) -> list[tuple[int, str]]:
+    """The keys of `_plans`, the ones with a bar first."""
+    found = [(bits, f"Fisher, {kind}") for bits in BARS]
+    if kind == "compensated":
+        found += [(bits, "uniform, compensated") for bits in BARS]
+    found.append((0, f"at torchao's bits, {kind}"))
+    return found + [(bits, f"{name}, {kind}") for name in STRATEGIES if name != "Fisher" for bits in BARS]
+
+
 def _plans(
     case: Case, base: PrecisionConfig, data: list[Any], sizes: dict[int, int], ao_bytes: int
 ) -> dict[tuple[int, str], Any]:
@@ -234,12 +284,7 @@ def _plans(
     measured = sensitivity.calibrate(case.model, layers, FORMATS, data, base, case.readout)
     kind = "compensated" if base.compensate else "to nearest"
     found = {}
-    strategies = {
-        "Fisher": AllocationStrategy.FISHER,
-        "entropy x Fisher": AllocationStrategy.ENTROPY_FISHER,
-        "gradient": AllocationStrategy.GRADIENT,
-    }
-    for name, strategy in strategies.items():
+    for name, strategy in STRATEGIES.items():
         config = attrs.evolve(base, allocation_strategy=strategy)
         costs = sensitivity.costs(layers, FORMATS, config, measured).double().numpy()
         for bits, size in sizes.items():
@@ -251,7 +296,9 @@ def _plans(
                 plan = choose(case.model, layers, left, form, costs[:, only : only + 1], one, size, measured)
                 found[bits, "uniform, compensated"] = plan
         if name == "Fisher":
-            found[0, "at torchao's bits"] = choose(case.model, layers, left, FORMATS, costs, config, ao_bytes, measured)
+            found[0, f"at torchao's bits, {kind}"] = choose(
+                case.model, layers, left, FORMATS, costs, config, ao_bytes, measured
+            )
     return found
 
 

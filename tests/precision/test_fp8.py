@@ -297,3 +297,19 @@ def test_the_hardwares_path_gives_the_emulated_gradients(granularity: str) -> No
         found.append((out, *grads))
     for have, want in zip(found[1], found[0], strict=True):
         assert relative_error(have.detach(), want.detach()) < 2e-2  # rowwise products leave as bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("emulated", [True, False])
+def test_compiled_gradients_are_the_eager_ones(dtype: torch.dtype, emulated: bool) -> None:
+    """torch 2.11 gave gradients of 0 where the product's last operation was a conversion to the dtype that it had."""
+    torch.manual_seed(0)
+    config = FP8Config(granularity="tensorwise", statistics=False)  # counting hides the fault
+    layer = FP8LinearLayer(32, 48, bias=False, dtype=dtype, config=config)
+    layer.emulated, found = emulated, []
+    for call in (layer, torch.compile(layer, backend="aot_eager")):
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        found.append(torch.autograd.grad(call(x).float().square().sum(), (x, layer.weight)))
+    for have, want in zip(found[1], found[0], strict=True):
+        assert want.norm() > 0
+        assert relative_error(have.detach(), want.detach()) < 1e-2

@@ -22,8 +22,8 @@ from hal_core import ContractError, UnsupportedError
 
 _MULTIPLE = 16
 _TINY = 1e-30
-#: On an H200 (torch 2.11, under torch.compile) results were right and gradients had a relative error of 1. The cause is
-#: not known, and without torch.compile they were not measured: until then, gradients on FP8 hardware are refused.
+#: On an H200 (torch 2.11, under torch.compile) gradients were 0, by the fault that `_converted` goes round. They were
+#: not measured on such hardware since: until then they are refused there. benchmarks/precision_cuda.py measures them.
 HARDWARE_GRADIENTS_VERIFIED = False
 #: Rows of a layer's histories of largest values.
 _INPUT, _WEIGHT, _GRADIENT = range(3)
@@ -113,7 +113,7 @@ def _product(
 ) -> Tensor:
     """left [M, K] @ right [N, K]^T of FP8 operands, scales [M or 1, 1] and [N or 1, 1], in `dtype`."""
     if emulate:
-        return ((left.float() * left_scale) @ (right.float() * right_scale).t()).to(dtype)
+        return _converted((left.float() * left_scale) @ (right.float() * right_scale).t(), dtype)
     rowwise = left_scale.numel() > 1 or right_scale.numel() > 1
     if rowwise:
         # Built flat: a transposed vector counts as contiguous, but keeps strides that the product refuses.
@@ -127,7 +127,13 @@ def _product(
     found = torch._scaled_mm(
         left, right.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=wanted, use_fast_accum=fast
     )
-    return found.to(dtype)
+    return _converted(found, dtype)
+
+
+def _converted(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values in a dtype. Never a `to` that converts nothing: Dynamo of torch 2.11 gives an autograd.Function whose
+    output comes from one gradients of 0."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 class _FP8Linear(torch.autograd.Function):

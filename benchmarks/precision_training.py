@@ -1,0 +1,179 @@
+"""The loss of a byte-level model trained with FP8 layers against the same training in bfloat16.
+
+    python benchmarks/precision_training.py [--record] [--steps 1000] [--seeds 3] [--state out/precision_training.json]
+
+Both sides train under autocast to bfloat16, from the same weights and on the same bytes; the FP8 side multiplies in FP8
+in every linear layer but the output layer, which shares the embedding's weight. On a device without FP8 its operands
+are rounded alike and multiplied in float32. In the middle of the FP8 training one gradient is made infinite: that step
+has to be skipped and counted. Losses are those of text that is not trained on, after the last step.
+
+With --state, every finished training is kept in that file, and a run that was stopped goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import byte_model
+import record
+import torch
+from hal_precision import FP8Config, FP8TrainingEngine
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+BAR = 0.005
+LENGTH, SEQUENCES = 128, 8
+CONFIGS: dict[str, FP8Config | None] = {
+    "bfloat16": None,
+    "FP8 rowwise": FP8Config(),
+    "FP8 tensorwise, delayed": FP8Config(granularity="tensorwise", scaling="delayed"),
+}
+
+
+def batch(rng: random.Random, text: bytes) -> Tensor:
+    """int64 [SEQUENCES, LENGTH + 1] of bytes."""
+    return byte_model._stacked([byte_model.excerpt(rng, text, LENGTH + 1) for _ in range(SEQUENCES)])
+
+
+def loss_of(output: Any, targets: Tensor) -> Tensor:
+    return cross_entropy(output.logits.float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, tokens: Tensor) -> float:
+    """Mean cross entropy in nats a byte, in float32."""
+    parts = [
+        float(cross_entropy(model(rows[:, :-1], use_cache=False).logits.flatten(0, 1), rows[:, 1:].flatten()))
+        for rows in tokens.split(32)
+    ]
+    return sum(parts) / len(parts)
+
+
+def spoil(gradient: Tensor) -> Tensor:
+    """The gradient with one infinite value."""
+    found = gradient.clone()
+    found.view(-1)[0] = math.inf
+    return found
+
+
+def train(seed: int, config: FP8Config | None, steps: int) -> dict[str, Any]:
+    """Train for a number of steps. Gives the held-out loss, the last losses and what was counted."""
+    model = byte_model.build(seed).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    rng, text = random.Random(seed), byte_model.sources().training
+    engine = FP8TrainingEngine(model, config or FP8Config(), loss=loss_of, clip_norm=1.0)
+    start, losses, skipped_at = time.process_time(), list[float](), None
+    if config is not None:
+        engine.setup_fp8_training()
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (0.5 * steps))
+        optimizer.param_groups[0]["lr"] = 3e-3 * factor
+        tokens = batch(rng, text)
+        inputs = {"input_ids": tokens[:, :-1], "use_cache": False}
+        with torch.autocast("cpu", torch.bfloat16):
+            if config is None:
+                loss = loss_of(model(**inputs), tokens[:, 1:])
+            else:
+                hook = None
+                if step == steps // 2:
+                    hook = model.get_parameter("model.layers.0.mlp.down_proj.weight").register_hook(spoil)
+                loss = engine.training_step(inputs, tokens[:, 1:])
+                if hook is not None:
+                    hook.remove()
+        if config is None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        elif not engine.optimizer_step(optimizer):
+            skipped_at = step
+        losses.append(float(loss.detach()))
+        if (step + 1) % 100 == 0:
+            print(f"  seed {seed} step {step + 1} loss {sum(losses[-100:]) / 100:.4f}", flush=True)
+    counted = engine.get_training_statistics() if config is not None else {}
+    if config is not None:
+        engine.__exit__()
+    return {
+        "held_out": held_out_loss(model.eval(), byte_model.held_out(11, 128, 256)),
+        "curve": [sum(losses[at : at + 100]) / len(losses[at : at + 100]) for at in range(0, steps, 100)],
+        "skipped_at": skipped_at,
+        "seconds": time.process_time() - start,
+        **{key: counted[key] for key in ("overflows", "underflows", "skipped_steps", "steps", "note") if counted},
+    }
+
+
+def main() -> int:
+    options = record.parser(__doc__)
+    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--state", type=Path, help="a file that keeps finished trainings")
+    given = options.parse_args()
+    known: dict[str, Any] = {}
+    if given.state is not None and given.state.exists():
+        known = json.loads(given.state.read_text(encoding="utf-8"))
+    for seed in range(given.seeds):
+        for name, config in CONFIGS.items():
+            key = f"{name} {seed} {given.steps}"
+            if key not in known:
+                known[key] = train(seed, config, given.steps)
+                if given.state is not None:
+                    given.state.parent.mkdir(parents=True, exist_ok=True)
+                    part = given.state.with_suffix(".part")
+                    part.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                    part.replace(given.state)
+            print(key, {k: v for k, v in known[key].items() if k != "curve"}, flush=True)
+    rows, missed = [], False
+    for name, config in CONFIGS.items():
+        if config is None:
+            continue
+        for seed in range(given.seeds):
+            plain, found = (known[f"{each} {seed} {given.steps}"] for each in ("bfloat16", name))
+            share = found["held_out"] / plain["held_out"] - 1
+            curve = max(b / a - 1 for a, b in zip(plain["curve"], found["curve"], strict=True))
+            recovered = found["skipped_steps"] == 1 and found["skipped_at"] == given.steps // 2
+            held = share <= BAR and recovered
+            missed |= not held
+            rows.append(
+                [
+                    name,
+                    str(seed),
+                    f"{plain['held_out']:.4f}",
+                    f"{found['held_out']:.4f}",
+                    f"{share:+.2%}",
+                    f"{curve:+.2%}",
+                    f"step {found['skipped_at']}, {found['skipped_steps']} skipped of {given.steps}",
+                    f"{found['overflows']} / {found['underflows']}",
+                    "held" if held else "missed",
+                ]
+            )
+    columns = [
+        "layers",
+        "seed",
+        "bfloat16's loss",
+        "FP8's loss",
+        "difference",
+        "largest in a hundred steps",
+        "injected overflow",
+        "overflows / underflows",
+        f"bar {BAR:.1%}",
+    ]
+    notes = [
+        f"{given.steps} steps of {SEQUENCES} sequences of {LENGTH} bytes, FP8 emulated on the CPU. Loss: nats a byte "
+        "of sources that are not trained on, after the last step. 'Largest in a hundred steps' compares the means of "
+        "the training losses of every hundred steps. Both sides have the same weights at the start and the same bytes; "
+        "the FP8 side does one step less, the skipped one."
+    ]
+    record.publish(
+        given, "precision", "Training with FP8 layers", columns, rows, notes, section="Training with FP8 layers"
+    )
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
