@@ -23,7 +23,9 @@ started: list[str] = []
 
 
 def _note(event: str, details: tuple[Any, ...]) -> None:
-    if event == "subprocess.Popen":
+    if event == "subprocess.Popen" and "--version" not in map(
+        str, details[1]
+    ):  # asked its version, it compiles nothing
         started.append(Path(str(details[0] or details[1][0])).name)
 
 

