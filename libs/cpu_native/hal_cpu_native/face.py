@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import STRUCT, Kernel, NativeRefusal, refuse, sizes_of
-from .library import load, share_torchs_threads
+from .call import Kernel, NativeRefusal, refuse, sizes_of
+from .library import STRUCT, load, share_torchs_threads
 
 
 def attention(
