@@ -4,8 +4,8 @@
     python benchmarks/geometric.py --gpu cuda:0 [--record]       tiling of 32,768 keys on a GPU
     python benchmarks/geometric.py --gpu vulkan:0 [--record]     flows on a GPU's Vulkan
 
-On a GPU times are elapsed ones. Elsewhere: medians of interleaved rounds, processor time of one thread beside the time on
-the clock, since other programs may use the processor. Adaptive tiling: clustered keys of
+On a GPU times are elapsed ones. Elsewhere: medians of interleaved rounds, processor time of one thread beside the time
+on the clock, since other programs may use the processor. Adaptive tiling: clustered keys of
 examples/geometric/adaptive_tiling.py, ordering and planning included.
 """
 
