@@ -246,3 +246,12 @@ def test_calls_that_the_bounds_do_not_know_are_refused(seed: int) -> None:
     with pytest.raises(ContractError, match="exact without causal alone"):
         adaptive_attention(q, k, v, order=True, causal="top_left")
     assert math.isfinite(float(adaptive_attention(q, k, v, AdaptiveTiling(block=16)).out.sum()))
+
+
+def test_16_bit_tokens_have_the_plan_of_their_values(seed: int) -> None:
+    """Queries and keys of one shape are widened and split together."""
+    query, key = (t.bfloat16() for t in clustered(seed, length=520, topics=16)[:2])
+    tiling = AdaptiveTiling(0.01, block=32)
+    plans = [tiling.choose(request_of(q, k, k), q, k) for q, k in ((query, key), (query.float(), key.float()))]
+    assert torch.equal(plans[0].counts, plans[1].counts)
+    assert torch.equal(plans[0].indices, plans[1].indices)

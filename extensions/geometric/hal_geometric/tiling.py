@@ -124,10 +124,16 @@ class _Planner:
     def __init__(self, tiling: AdaptiveTiling, request: AttentionRequest, query: Tensor, key: Tensor) -> None:
         self.tiling, self.block = tiling, tiling.block_q
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.query, self.key = query.to(wide) * request.effective_scale, key.to(wide)
+        self.both: Tensor | None = None
+        if query.shape == key.shape and query.dtype != wide:  # one copy for both, so that both are split at once
+            self.both = query.new_empty((2, *query.shape), dtype=wide)
+            self.query, self.key = self.both[0].copy_(query).mul_(request.effective_scale), self.both[1].copy_(key)
+        else:
+            self.query, self.key = query.to(wide) * request.effective_scale, key.to(wide)
         self.group = query.shape[1] // key.shape[1]
         self.blocks_q, self.blocks_k = (-(-t.shape[2] // self.block) for t in (query, key))
         self.band = request.band(query.shape[2], key.shape[2])
+        self.banded = self.band != (None, None)  # otherwise every pair is visible, and nothing asks which are
         hidden, partial = self._visible()
         self.hidden, self.partial = hidden, partial
         self.statistics: BlockStatistics | None = None
@@ -153,8 +159,11 @@ class _Planner:
     def plan(self) -> BlockPlan:
         if self.tiling.mode == "certified":
             order, count = self._choose(*self._coarse_bounds(), 0, self.blocks_q, parts.PARTS)
-            if int(count.sum()) <= _COARSE_UP_TO * int((~self.hidden).sum()) * count[..., 0].numel():
-                return self._of(order, count)
+            # One reading of values that a device has computed, for nothing else of a plan waits for it.
+            read, most = torch.stack((count.sum(), count.amax())).tolist() if count.numel() else (0, 1)
+            visible = int((~self.hidden).sum()) if self.banded else self.hidden.numel()
+            if read <= _COARSE_UP_TO * visible * count[..., 0].numel():
+                return self._of(order, count, most)
         if self.tiling.mode != "exact":
             self.statistics = certificate.block_statistics(self.key, self.block).repeated(self.group)
         batch, heads = self.query.shape[:2]
@@ -176,19 +185,24 @@ class _Planner:
             return self._largest(torch.cat(masses, 2), share)
         return self._of(torch.cat(orders, 2), torch.cat(kept, 2))
 
-    def _of(self, order: Tensor, count: Tensor) -> BlockPlan:
-        most = max(int(count.max()), 1) if count.numel() else 1
-        return BlockPlan(self.block, self.block, order[..., :most].int().contiguous(), count.int())
+    def _of(self, order: Tensor, count: Tensor, most: int | None = None) -> BlockPlan:
+        """most: the largest count, where it is known."""
+        if most is None:
+            most = int(count.max()) if count.numel() else 1
+        return BlockPlan(self.block, self.block, order[..., : max(most, 1)].int().contiguous(), count.int())
 
     def _coarse_bounds(self) -> tuple[Tensor, Tensor]:
         """`_bounds` of all rows, in `parts.PARTS` rows for each block of queries."""
-        keys = parts.split(self.key, self.block)
+        if self.both is not None:
+            together = parts.split(self.both, self.block)
+            queries, keys = (parts.Parts(*(t[n] for t in together)) for n in range(2))
+        else:
+            queries, keys = (parts.split(t, self.block) for t in (self.query, self.key))
         if self.group > 1:
             keys = parts.Parts(*(t.repeat_interleave(self.group, 1) for t in keys))
-        lower, upper = parts.bounds(parts.split(self.query, self.block), keys)
-        out_of_sight = self.hidden | self.partial
-        if bool(out_of_sight.any()):
-            mask = out_of_sight.repeat_interleave(parts.PARTS, 0)
+        lower, upper = parts.bounds(queries, keys)
+        if self.banded:
+            mask = (self.hidden | self.partial).repeat_interleave(parts.PARTS, 0)
             lower, upper = (t.masked_fill_(mask, -torch.inf) for t in (lower, upper))
         return lower, upper
 
@@ -209,9 +223,8 @@ class _Planner:
             upper = certificate.bennett(query, self.statistics).add_(lower)
         else:
             lower = upper = certificate.second_cumulant(query, self.statistics)
-        out_of_sight = (self.hidden | self.partial)[first:last]
-        if bool(out_of_sight.any()):
-            mask = out_of_sight.repeat_interleave(self.block, 0)[: query.shape[2]]
+        if self.banded:
+            mask = (self.hidden | self.partial)[first:last].repeat_interleave(self.block, 0)[: query.shape[2]]
             lower = lower.masked_fill(mask, -torch.inf)
             upper = upper.masked_fill(mask, -torch.inf)
         return lower, upper
@@ -238,16 +251,22 @@ class _Planner:
         else:
             rank = self.priority[:, :, first:last].to(above.dtype)
         hidden, partial = self.hidden[first:last], self.partial[first:last]
-        forced = partial if self.tiling.mode != "exact" else torch.zeros_like(partial)
-        rank = rank.masked_fill(forced, torch.inf).masked_fill(hidden, -torch.inf)
+        forced = partial if self.banded and self.tiling.mode != "exact" else None
+        if forced is not None:
+            rank = rank.masked_fill(forced, torch.inf)
+        if self.banded:
+            rank = rank.masked_fill(hidden, -torch.inf)
         order = rank.sort(-1).indices  # the smallest first
         index = order.unsqueeze(-2).expand_as(above)
         dropped = above.gather(-1, index).cumsum(-1)
         left = dropped if below is above else below.gather(-1, index).cumsum(-1)
         tau = self.tiling.tau
         fine = (dropped * (1 - tau) <= tau * (total - left).clamp_min_(0)).all(-2)
-        fine &= ~forced.expand_as(order).gather(-1, order)
+        if forced is not None:
+            fine &= ~forced.expand_as(order).gather(-1, order)
         many = fine.long().cumprod(-1).sum(-1)
+        if not self.banded:  # a row that sees a block keeps one
+            return order.flip(-1), self.blocks_k - many.clamp(max=self.blocks_k - 1)
         seen = (~hidden).sum(-1)
         many = torch.minimum(many, (self.blocks_k - seen.clamp(min=0) + (seen - 1).clamp_min(0)))
         count = self.blocks_k - many
