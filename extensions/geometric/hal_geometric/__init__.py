@@ -18,6 +18,7 @@ from hal_core import __version__ as __version__
 #: Public names by the module that holds them; modules that are public themselves.
 _NAMES = {
     "adaptive": "AdaptiveResult adaptive_attention",
+    "captured": "CapturedAttention",
     "core": "QuantumGeometricCore",
     "manifold": "Euclidean Lorentz Manifold Poincare Product Sphere",
     "orders": "ContentOrder content_order topic_orders",

@@ -64,7 +64,7 @@ def adaptive_attention(
         query, key, value = turned.apply(query), keys.apply(key), keys.apply(value)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "backend": backend}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
-    request = _request(query, key, value, causal, scale)
+    request = request_for(query, key, value, causal, scale)
     plan = tiling.choose(request, query, key)
     density = plan_density(plan, query, key, request)
     lost, dense = None, False
@@ -84,7 +84,8 @@ def adaptive_attention(
     return AdaptiveResult(out, plan, density, dense, lost)
 
 
-def _request(query: Tensor, key: Tensor, value: Tensor, causal: str, scale: float | None) -> hal.AttentionRequest:
+def request_for(query: Tensor, key: Tensor, value: Tensor, causal: str, scale: float | None) -> hal.AttentionRequest:
+    """What is asked of hal.attention, and of the tiling."""
     return hal.AttentionRequest(
         batch=query.shape[0],
         heads_q=query.shape[1],

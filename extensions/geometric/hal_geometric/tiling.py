@@ -115,10 +115,10 @@ class AdaptiveTiling:
                 "and window, or leave tiling= out"
             )
         with torch.no_grad():
-            return _Planner(self, request, query, key).plan()
+            return Planner(self, request, query, key).plan()
 
 
-class _Planner:
+class Planner:
     """The plan of one call."""
 
     def __init__(self, tiling: AdaptiveTiling, request: AttentionRequest, query: Tensor, key: Tensor) -> None:
@@ -158,12 +158,10 @@ class _Planner:
 
     def plan(self) -> BlockPlan:
         if self.tiling.mode == "certified":
-            order, count = self._choose(*self._coarse_bounds(), 0, self.blocks_q, parts.PARTS)
-            # One reading of values that a device has computed, for nothing else of a plan waits for it.
-            read, most = torch.stack((count.sum(), count.amax())).tolist() if count.numel() else (0, 1)
             visible = int((~self.hidden).sum()) if self.banded else self.hidden.numel()
-            if read <= _COARSE_UP_TO * visible * count[..., 0].numel():
-                return self._of(order, count, most)
+            found = plan_of_coarse(self.block, visible, *self.coarse())
+            if found is not None:
+                return found
         if self.tiling.mode != "exact":
             self.statistics = certificate.block_statistics(self.key, self.block).repeated(self.group)
         batch, heads = self.query.shape[:2]
@@ -183,13 +181,15 @@ class _Planner:
             kept.append(count)
         if share is not None:
             return self._largest(torch.cat(masses, 2), share)
-        return self._of(torch.cat(orders, 2), torch.cat(kept, 2))
+        order, count = torch.cat(orders, 2), torch.cat(kept, 2)
+        return _plan(self.block, order, count, int(count.max()) if count.numel() else 1)
 
-    def _of(self, order: Tensor, count: Tensor, most: int | None = None) -> BlockPlan:
-        """most: the largest count, where it is known."""
-        if most is None:
-            most = int(count.max()) if count.numel() else 1
-        return BlockPlan(self.block, self.block, order[..., : max(most, 1)].int().contiguous(), count.int())
+    def coarse(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(key blocks, those to keep first; how many are kept; sum and largest of these) by bounds of whole blocks of
+        queries. Nothing waits for the device.
+        """
+        order, count = self._choose(*self._coarse_bounds(), 0, self.blocks_q, parts.PARTS)
+        return order, count, torch.stack((count.sum(), count.amax())) if count.numel() else count.new_zeros(2)
 
     def _coarse_bounds(self) -> tuple[Tensor, Tensor]:
         """`_bounds` of all rows, in `parts.PARTS` rows for each block of queries."""
@@ -282,6 +282,19 @@ class _Planner:
         count = ((mass >= least) & ~self.hidden).sum(-1)
         order = mass.sort(-1, descending=True).indices
         return BlockPlan(self.block, self.block, order[..., : max(int(count.max()), 1)].int().contiguous(), count.int())
+
+
+def plan_of_coarse(block: int, visible: int, order: Tensor, count: Tensor, sums: Tensor) -> BlockPlan | None:
+    """The plan of `Planner.coarse`; None where it reads more than half of the visible blocks: then each row is to be
+    bounded by itself.
+    """
+    read, most = sums.tolist()  # the one reading of values that a device has computed
+    return None if read > _COARSE_UP_TO * visible * count[..., 0].numel() else _plan(block, order, count, most)
+
+
+def _plan(block: int, order: Tensor, count: Tensor, most: int) -> BlockPlan:
+    """most: the largest count."""
+    return BlockPlan(block, block, order[..., : max(most, 1)].int().contiguous(), count.int())
 
 
 def _by_block(bounds: Tensor, rows: int) -> Tensor:
