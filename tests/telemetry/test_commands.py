@@ -23,7 +23,10 @@ import hal_core as hal
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_top_shows_what_a_running_program_does(fake: Any, qkv: list[torch.Tensor], tmp_path: Path, capsys: Any) -> None:
+def test_top_shows_what_a_running_program_does(
+    fake: Any, qkv: list[torch.Tensor], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # at 80 wide figures wrap the headings
     fake("shown")
     port = hal_telemetry.enable(0)
     with hal.caller("chat"):

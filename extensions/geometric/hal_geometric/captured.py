@@ -12,7 +12,7 @@ import hal_core as hal
 from hal_core import ContractError
 
 from .adaptive import DENSE_FROM, AdaptiveResult, plan_density, request_for
-from .orders import ContentOrder, topic_orders
+from .orders import topic_orders
 from .tiling import AdaptiveTiling, Planner, plan_of_coarse
 
 
@@ -74,11 +74,12 @@ class CapturedAttention:
                 self._prepared = self._prepare()
             self._done.record()
 
-    def _prepare(self) -> tuple[ContentOrder, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def _prepare(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """(query, key and value in their order, the queries' places, what the plan is made of)."""
         query, key, value = self._kept
         rows, keys = topic_orders(query, key)
         ordered = rows.apply(query), keys.apply(key), keys.apply(value)
-        return rows, ordered, Planner(self.tiling, self.request, *ordered[:2]).coarse()
+        return ordered, rows.places(), Planner(self.tiling, self.request, *ordered[:2]).coarse()
 
     @torch.no_grad()
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> AdaptiveResult:
@@ -91,17 +92,19 @@ class CapturedAttention:
                 )
         if any(t.requires_grad for t in (query, key, value)):
             raise ContractError("tensors that require gradients were given: call adaptive_attention, or detach them")
-        rows, ordered, (order, count, sums) = self._prepared
+        ordered, places, (order, count, sums) = self._prepared
         with self._turn, torch.cuda.device(query.device):
             torch.cuda.current_stream().wait_event(self._done)  # of the call before, perhaps on another stream
             for kept, given in zip(self._kept, (query, key, value), strict=True):
                 kept.copy_(given)
             self._graph.replay()
-            plan = plan_of_coarse(self.tiling.block_q, order.shape[-2] * order.shape[-1], order, count, sums)
-            if plan is None:
+            found = plan_of_coarse(self.tiling.block_q, order.shape[-2] * order.shape[-1], order, count, sums)
+            if found is None:
                 plan = self.tiling.choose(self.request, *ordered[:2])
-            density = plan_density(plan, *ordered[:2], self.request)
+                found = plan, plan_density(plan, *ordered[:2], self.request)
+            plan, density = found
             dense = density > DENSE_FROM
-            out = rows.undo(hal.attention(*ordered, block_plan=None if dense else plan, **self.options))
+            out = hal.attention(*ordered, block_plan=None if dense else plan, **self.options)
+            out = out.flatten(0, 2).index_select(0, places).view(out.shape)
             self._done.record()
         return AdaptiveResult(out, plan, density, dense, None)

@@ -27,9 +27,14 @@ class ContentOrder(NamedTuple):
 
     def undo(self, x: Tensor) -> Tensor:
         """Tokens of x [B, H, L, d] back at their places."""
-        back = torch.empty_like(self._rows())
-        back[self._rows()] = torch.arange(len(back), device=back.device)
-        return x.flatten(0, 2).index_select(0, back).view(x.shape)
+        return x.flatten(0, 2).index_select(0, self.places()).view(x.shape)
+
+    def places(self) -> Tensor:
+        """Each token's place, all heads' one below the other: int64 [B H L]."""
+        rows = self._rows()
+        places = torch.empty_like(rows)
+        places[rows] = torch.arange(len(rows), device=rows.device)
+        return places
 
     def _rows(self) -> Tensor:
         """Each place's row of all heads' tokens one below the other: whole rows are copied at once."""

@@ -161,7 +161,7 @@ class Planner:
             visible = int((~self.hidden).sum()) if self.banded else self.hidden.numel()
             found = plan_of_coarse(self.block, visible, *self.coarse())
             if found is not None:
-                return found
+                return found[0]
         if self.tiling.mode != "exact":
             self.statistics = certificate.block_statistics(self.key, self.block).repeated(self.group)
         batch, heads = self.query.shape[:2]
@@ -284,12 +284,15 @@ class Planner:
         return BlockPlan(self.block, self.block, order[..., : max(int(count.max()), 1)].int().contiguous(), count.int())
 
 
-def plan_of_coarse(block: int, visible: int, order: Tensor, count: Tensor, sums: Tensor) -> BlockPlan | None:
-    """The plan of `Planner.coarse`; None where it reads more than half of the visible blocks: then each row is to be
-    bounded by itself.
+def plan_of_coarse(
+    block: int, visible: int, order: Tensor, count: Tensor, sums: Tensor
+) -> tuple[BlockPlan, float] | None:
+    """The plan of `Planner.coarse` and the share of the visible blocks that it reads; None above a half of them:
+    then each row is to be bounded by itself.
     """
     read, most = sums.tolist()  # the one reading of values that a device has computed
-    return None if read > _COARSE_UP_TO * visible * count[..., 0].numel() else _plan(block, order, count, most)
+    density = read / max(visible * (count.numel() // max(count.shape[-1], 1)), 1)
+    return None if density > _COARSE_UP_TO else (_plan(block, order, count, most), density)
 
 
 def _plan(block: int, order: Tensor, count: Tensor, most: int) -> BlockPlan:
