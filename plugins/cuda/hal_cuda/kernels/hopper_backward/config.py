@@ -61,7 +61,7 @@ class Config(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Whether each consumer computes all scores of a block and half the columns of every gradient."""
+        """Whether one consumer computes the weights and the value's gradient, the other the scores' and the key's."""
         return self.dim_qk > 128
 
 
@@ -84,7 +84,8 @@ class Maps(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Shared memory: the loads', scores' gradients [stages, keys, rows], halves of tiles of the query's gradient."""
+    """Shared memory: the loads', scores' gradients [stages, keys, rows], halves of tiles of the query's gradient; and,
+    where `wide`, weights [2, keys, rows] in float16."""
 
     query: Any
     grad_out: Any
@@ -94,12 +95,14 @@ class Shared(NamedTuple):
     grad_scores: Any
     grad_query: Any
     mask: Any
+    weights: Any
 
 
 class Barriers(NamedTuple):
     """Memory barriers: key, value, and of each stage the query, the output's gradient, `done` when both consumers have
     ended its step, and `scored` when both have written the scores' gradient. Where sums are added in order, `ready`:
-    each consumer's half of a waiting tile lies in shared memory; `free`: both have been read."""
+    each consumer's half of a waiting tile lies in shared memory; `free`: both have been read. `passed`, where `wide`:
+    the weights of a step lie in shared memory."""
 
     key: Any
     value: Any
@@ -109,6 +112,7 @@ class Barriers(NamedTuple):
     scored: Any
     ready: Any
     free: Any
+    passed: Any
 
 
 class Order(NamedTuple):

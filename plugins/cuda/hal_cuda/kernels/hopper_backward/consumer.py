@@ -54,28 +54,17 @@ def signed(p, key0, step, base, scaling: Scaling, SL: gl.constexpr):
 
 
 @gluon.jit
-def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges,
-            scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
-    # S' and dP' begun, S' waited for. seen: of `visible_keys`. Returns the weights P' in float32, negative
-    # where dropout drops them; what the gradient of the scores is a multiple
-    # of, which is P' unless scores are capped; and dP' on its way.
-    BM: gl.constexpr = C.rows
-    z = gl.zeros([64, BM], gl.float32, SL)
-    mbarrier.wait(barriers.query.index(stage), phase)
-    if not C.wide:
-        take_turn(c, C)
-    s = warpgroup_mma(k, q.permute((1, 0)), z, use_acc=False, is_async=True)
-    mbarrier.wait(barriers.grad_out.index(stage), phase)
-    dp = warpgroup_mma(v, do.permute((1, 0)), z, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
+def weigh(s, stage, row0, key0, seen, shared: Shared, edges: Edges, scaling: Scaling, c: gl.constexpr,
+          MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
+    # The weights P' of scores S', in float32, negative where dropout drops them; and what the gradient of the scores is
+    # a multiple of, which is P' unless scores are capped. seen: of `visible_keys`.
     lse = shared.statistics.index(stage).slice(0, 1).load(SL)
     x = s * scaling.scale
     if C.softcap:
         t = 1.0 - 2.0 / (gl.exp2(s * scaling.cap_in) + 1.0)
         x = scaling.cap_out * t
     if C.mask > 0:
-        given = shared.mask.index(stage).reshape([BM, C.keys]).permute((1, 0))
-        given = given.slice(0 if C.wide else c * 64, 64).load(SL)
+        given = shared.mask.index(stage).reshape([C.rows, C.keys]).permute((1, 0)).slice(c * 64, 64).load(SL)
     if C.mask == 2:  # the difference first: the lowest finite number of a mask times log2(e) would be -inf
         share = shared.statistics.index(stage).slice(2, 1).load(SL)
         p = gl.exp2((x + given.to(gl.float32) - lse) * 1.4426950408889634 + share)
@@ -94,6 +83,21 @@ def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barrier
     slope = p
     if C.softcap:
         slope = p * (1.0 - t * t)
+    return p, slope
+
+
+@gluon.jit
+def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges,
+            scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
+    # S' and dP' begun, S' waited for. Returns what `weigh` does, and dP' on its way.
+    z = gl.zeros([64, C.rows], gl.float32, SL)
+    mbarrier.wait(barriers.query.index(stage), phase)
+    take_turn(c, C)
+    s = warpgroup_mma(k, q.permute((1, 0)), z, use_acc=False, is_async=True)
+    mbarrier.wait(barriers.grad_out.index(stage), phase)
+    dp = warpgroup_mma(v, do.permute((1, 0)), z, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    p, slope = weigh(s, stage, row0, key0, seen, shared, edges, scaling, c, MASK, C, SL)
     return p, slope, dp
 
 

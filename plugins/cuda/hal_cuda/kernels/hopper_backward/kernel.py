@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .config import Barriers, Edges, Lists, Maps, Order, Scaling, Shared
 from .consumer import consumer
 from .pipeline import block_of, producer
-from .wide import consumer_wide
+from .wide import consumer_of_scores, consumer_of_weights
 
 
 @gluon.jit
@@ -53,7 +53,10 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     dq_s = gl.allocate_shared_memory(
         gl.float32, [2 * C.staging if C.engine else 1, 16, 256 if C.engine else 16], dqd.layout
     )
-    m_s = q_s
+    m_s, w_s = q_s, q_s
+    if C.wide:
+        halves: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.keys, C.rows], gl.float16)
+        w_s = gl.allocate_shared_memory(gl.float16, [2, C.keys, C.rows], halves)
     if C.mask > 0:
         m_s = gl.allocate_shared_memory(md.dtype, [ST, 1, 1, C.rows, C.keys], md.layout)
     kf = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -69,10 +72,14 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
         mbarrier.init(of.index(i), count=1)
         mbarrier.init(done.index(i), count=2)
     for i in gl.static_range(NS):
-        mbarrier.init(scored.index(i), count=2)
+        mbarrier.init(scored.index(i), count=1 if C.wide else 2)
     maps = Maps(qd, od, sd, kd, vd, dkd, dvd, dqd, md if C.mask > 0 else qd)
-    shared = Shared(q_s, o_s, st_s, k_s, v_s, ds_s, dq_s, m_s)
-    ready, free = scored, kf
+    shared = Shared(q_s, o_s, st_s, k_s, v_s, ds_s, dq_s, m_s, w_s)
+    ready, free, passed = scored, kf, scored
+    if C.wide:
+        passed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(passed.index(i), count=1)
     if C.ordered:
         ready = gl.allocate_shared_memory(gl.int64, [2 * C.staging, 1], mbarrier.MBarrierLayout())
         free = gl.allocate_shared_memory(gl.int64, [C.staging, 1], mbarrier.MBarrierLayout())
@@ -81,13 +88,13 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
         for i in gl.static_range(2 * SG):
             mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    barriers = Barriers(kf, vf, qf, of, done, scored, ready, free)
+    barriers = Barriers(kf, vf, qf, of, done, scored, ready, free, passed)
     if C.wide:
         gl.warp_specialize(
             [
                 (producer, (maps, shared, barriers, block, lists, order, edges, C)),
-                (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(0), C)),
-                (consumer_wide, (sums, maps, shared, barriers, block, lists, edges, scaling, gl.constexpr(1), C)),
+                (consumer_of_weights, (sums, maps, shared, barriers, block, lists, edges, scaling, C)),
+                (consumer_of_scores, (sums, maps, shared, barriers, block, lists, edges, scaling, C)),
             ],
             [4, 4],
             [240, 240],

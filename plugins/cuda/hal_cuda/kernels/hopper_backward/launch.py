@@ -99,10 +99,10 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
         return f"tensordesc<fp32[{rows}, {columns}],{layout!r}>"
 
     C = config
-    own, own_k, own_v = (C.keys, C.dim_qk // 2, C.dim_v // 2) if C.wide else (C.keys // 2, C.dim_qk, C.dim_v)
+    own = C.keys if C.wide else C.keys // 2
     types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(C.statistics, C.rows)}
     types |= {"kd": operand(C.keys, C.dim_qk), "vd": operand(C.keys, C.dim_v)}
-    types |= {"dkd": operand(own, own_k), "dvd": operand(own, own_v), "dqd": numbers(16, 256)}
+    types |= {"dkd": operand(own, C.dim_qk), "dvd": operand(own, C.dim_v), "dqd": numbers(16, 256)}
     types["md"] = operand(C.rows, C.keys, C.mask == 1) if C.mask else types["qd"]
     types |= {"sums": "*fp32", "arrivals": "*i32", "visible": "*u8", "indices": "*i32", "counts": "*i32"}
     return (
