@@ -348,7 +348,7 @@ def _hopper_backward_memory(request: AttentionRequest) -> int:
     right = r.causal is not Causal.NONE or (r.window or (None, None))[1] is not None
     tiles = hopper_backward_tiles(r.dim_qk, r.dim_v, right)
     rows = r.batch * r.heads_q * (-(-r.len_q // tiles.rows) * tiles.rows)
-    return _gradients(r) + 4 * rows * (tiles.dim_qk + 2) + 4 * rows // tiles.rows * r.deterministic
+    return _gradients(r) + 4 * rows * (tiles.size // tiles.rows + 2) + 4 * rows // tiles.rows * r.deterministic
 
 
 def _fused_backward_memory(request: AttentionRequest) -> int:

@@ -546,8 +546,8 @@ class HopperBackwardTiles(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers of a tile of the query's gradient."""
-        return self.rows * self.dim_qk
+        """Numbers of a tile of the query's gradient, of a power of two of columns."""
+        return self.rows * power_of_two(self.dim_qk)
 
 
 def hopper_backward_tiles(dim_qk: int, dim_v: int, right: bool) -> HopperBackwardTiles:
@@ -559,4 +559,5 @@ def hopper_backward_tiles(dim_qk: int, dim_v: int, right: bool) -> HopperBackwar
         return HopperBackwardTiles(128, 128, 64, 64, 2, turns=True, engine=False)
     if widest <= 128:
         return HopperBackwardTiles(128, 64, 128, 128, 2 if right else 3, turns=True, engine=True)
-    return HopperBackwardTiles(64, 64, 256, 128 if dim_v <= 128 else 256, 2, turns=False, engine=False)
+    wide_qk, wide_v = (192 if dim <= 192 else 256 for dim in (dim_qk, dim_v))
+    return HopperBackwardTiles(64, 64, wide_qk, 128 if dim_v <= 128 else wide_v, 2, turns=False, engine=False)

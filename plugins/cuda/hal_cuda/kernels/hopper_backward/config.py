@@ -14,7 +14,7 @@ class Config(NamedTuple):
 
     Attributes:
         group: query heads of a key head. keys: keys of a block. rows: query rows of a tile.
-        dim_qk, dim_v: head sizes as the kernel computes them, 64, 128 or 256; what a tensor lacks is read as zeros.
+        dim_qk, dim_v: head sizes as the kernel computes them, 64, 128, 192 or 256; what a tensor lacks is read as zeros.
         stages: shared-memory stages of queries and of the output's gradient. score_stages: of the scores' gradients.
         turns: the two consumer warpgroups take turns at the tensor cores.
         engine: the copy engine adds the query's gradient to global memory, else each thread does.
@@ -58,6 +58,16 @@ class Config(NamedTuple):
     def planned(self) -> bool:
         """Whether the tiles that a block meets are listed, see `Lists`."""
         return self.per_block > 0
+
+    @property
+    def space_qk(self) -> int:
+        """Columns that a row of queries or keys takes in shared memory: a power of two, as Gluon's shapes are."""
+        return 256 if self.dim_qk > 128 else self.dim_qk
+
+    @property
+    def space_v(self) -> int:
+        """As `space_qk`, of values."""
+        return 256 if self.dim_v > 128 else self.dim_v
 
     @property
     def wide(self) -> bool:

@@ -43,11 +43,11 @@ def backward(qd, od, sd, kd, vd, dkd, dvd, dqd, md, sums, arrivals, visible, ind
     block = block_of(tiles, blocks, together, heads_kv, lists, edges, C)
     if C.planned:  # keys that nobody reads are hidden by their length
         edges = Edges(gl.where(block.count == 0, 0, len_k), below, above)
-    q_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_qk], qd.layout)
-    o_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.dim_v], od.layout)
+    q_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.space_qk], qd.layout)
+    o_s = gl.allocate_shared_memory(KIND, [ST, 1, 1, C.rows, C.space_v], od.layout)
     st_s = gl.allocate_shared_memory(gl.float32, [ST, C.statistics, C.rows], sd.layout)
-    k_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.dim_qk], kd.layout)
-    v_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.dim_v], vd.layout)
+    k_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.space_qk], kd.layout)
+    v_s = gl.allocate_shared_memory(KIND, [1, 1, 1, C.keys, C.space_v], vd.layout)
     scores: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.keys, C.rows], KIND)
     ds_s = gl.allocate_shared_memory(KIND, [NS, C.keys, C.rows], scores)
     dq_s = gl.allocate_shared_memory(

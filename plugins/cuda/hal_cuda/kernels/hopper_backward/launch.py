@@ -100,9 +100,9 @@ def kernel_signature(dtype: str, config: Config) -> dict[str, str]:
 
     C = config
     own = C.keys if C.wide else C.keys // 2
-    types = {"qd": operand(C.rows, C.dim_qk), "od": operand(C.rows, C.dim_v), "sd": numbers(C.statistics, C.rows)}
-    types |= {"kd": operand(C.keys, C.dim_qk), "vd": operand(C.keys, C.dim_v)}
-    types |= {"dkd": operand(own, C.dim_qk), "dvd": operand(own, C.dim_v), "dqd": numbers(16, 256)}
+    types = {"qd": operand(C.rows, C.space_qk), "od": operand(C.rows, C.space_v), "sd": numbers(C.statistics, C.rows)}
+    types |= {"kd": operand(C.keys, C.space_qk), "vd": operand(C.keys, C.space_v)}
+    types |= {"dkd": operand(own, C.space_qk), "dvd": operand(own, C.space_v), "dqd": numbers(16, 256)}
     types["md"] = operand(C.rows, C.keys, C.mask == 1) if C.mask else types["qd"]
     types |= {"sums": "*fp32", "arrivals": "*i32", "visible": "*u8", "indices": "*i32", "counts": "*i32"}
     return (
@@ -332,7 +332,7 @@ class HopperBackward:
             "WORDS": config.dropout,
         }
         preparing = launcher(chip, prepare, kinds | PREPARE_SIGNATURE, constants, ALIGNED, num_warps=8)
-        finishing = {"D": dim_qk, "BD": tiles.dim_qk, "BM": tiles.rows}
+        finishing = {"D": dim_qk, "BD": config.space_qk, "BM": tiles.rows}
         ending = launcher(chip, finish, {"grad_query": f"*{dtype}"} | FINISH_SIGNATURE, finishing, ALIGNED, num_warps=8)
         return Launch(
             kernel=made,

@@ -145,18 +145,19 @@ def hide(p, key0, row0, edges: Edges, C: gl.constexpr, SL: gl.constexpr):
 
 @gluon.jit
 def in_order(dq, ROWS: gl.constexpr, COLS: gl.constexpr, RL: gl.constexpr):
-    # A tile [64, 64] of the query's gradient in the order of threads: four numbers of thread 0, of thread 1 and so on.
-    # No data moves. `finish` restores the order.
-    x = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([ROWS, COLS])
+    # A tile [64, 64 or 128] of the query's gradient in the order of threads: four numbers of thread 0, of thread 1 and so
+    # on, for 8 columns after the other. No data moves. `finish` restores the order.
+    x = dq.reshape([4, 2, 8, dq.shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([ROWS, COLS])
     return gl.convert_layout(x, RL, assert_trivial=True)
 
 
 @gluon.jit
 def add_tile(dq, to):
     # By threads: 16 bytes of each, 512 of a warp.
+    ROWS: gl.constexpr = dq.shape[1] // 8
     RL: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 4], [1, 0])
-    x = in_order(dq, 8, 512, RL)
-    rows = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(1, RL)) * 512, 1)
+    x = in_order(dq, ROWS, 512, RL)
+    rows = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, RL)) * 512, 1)
     gl.atomic_add(to + rows + gl.expand_dims(gl.arange(0, 512, gl.SliceLayout(0, RL)), 0), x, sem="relaxed")
 
 
