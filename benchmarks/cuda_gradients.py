@@ -151,7 +151,7 @@ def error_row(dtype: torch.dtype, dims: tuple[int, int], place: int) -> list[str
 
 def error(bench: Bench, options: Any) -> None:
     """Errors against float64. Kernels are compiled in several processes at once."""
-    every = [(dims, place) for dims in DIMS for place in range(len(ERRORS))]
+    every = [(dims, place) for dims in DIMS if dims[0] in options.dims for place in range(len(ERRORS))]
     cells = [(torch.bfloat16, *cell) for cell in every]
     cells += [(torch.float16, dims, place) for dims, place in every if max(dims) <= 128 and place < 2]
     rows = []
@@ -171,7 +171,8 @@ def accuracy(bench: Bench, options: Any) -> None:
     """Root mean square over seeds of each gradient's error against float64, beside the peers'."""
     rows, worst = [], 0.0
     shapes = [(dim, length, causal, 4) for dim in (64, 128, 256) for length in (1000, 2048) for causal in (False, True)]
-    for dim, length, causal, heads_kv in [*shapes, (64, 2048, True, 1), (128, 2048, True, 1)]:
+    shapes += [(64, 2048, True, 1), (128, 2048, True, 1)]
+    for dim, length, causal, heads_kv in [shape for shape in shapes if shape[0] in options.dims]:
         squares: dict[str, list[float]] = {}
         for _ in range(SEEDS):
             query, grad_out = (normal(2, 4, length, dim) for _ in range(2))
@@ -229,7 +230,7 @@ def repeating(call: Any) -> Any:
 def backward(bench: Bench, options: Any) -> None:
     """The gradients alone, against the best peer."""
     rows, ratios = [], []
-    for dim in (64, 128, 256):
+    for dim in (dim for dim in (64, 128, 256) if dim in options.dims):
         for length in (512, 1024, 2048, 8192, 16384):
             for causal in (False, True):
                 shape = (max(16384 // length, 1), heads_of(dim), length, dim)
@@ -246,11 +247,14 @@ def backward(bench: Bench, options: Any) -> None:
                 rows.append([str(dim), str(length), "causal" if causal else "full", *rates, f"{best:.3f}"])
                 ratios.append((dim, length, best))
     long = [ratio for dim, length, ratio in ratios if dim <= 128 and length >= 2048]
-    mean = math.exp(sum(map(math.log, long)) / len(long))
     notes = [
-        "TFLOP/s of the whole backward (10 B H S S D operations, half if causal), bf16, 16384 tokens, hidden 2048.",
-        f"Head sizes 64 and 128, 2k and more: geometric mean {mean:.3f}, worst {min(long):.3f} of the best peer.",
+        "TFLOP/s of the whole backward (10 B H S S D operations, half if causal), bf16, 16384 tokens, hidden 2048."
     ]
+    if long:
+        mean = math.exp(sum(map(math.log, long)) / len(long))
+        notes.append(
+            f"Head sizes 64 and 128, 2k and more: geometric mean {mean:.3f}, worst {min(long):.3f} of the best peer."
+        )
     columns = ("head_dim", "tokens", "mask", "own", *PEERS, "best peer / own")
     publish(options, "cuda_gradients", "Backward", columns, rows, [*notes, *conditions(bench)], "Backward")
 
@@ -258,7 +262,8 @@ def backward(bench: Bench, options: Any) -> None:
 def special(bench: Bench, options: Any) -> None:
     """Gradients of what fewer peers take: a value size of its own, and windows."""
     rows = []
-    for dim, dim_v, length, left in ((192, 128, 2048, 0), (192, 128, 8192, 0), *WINDOWS):
+    shapes = [(192, 128, 2048, 0), (192, 128, 8192, 0), *WINDOWS]
+    for dim, dim_v, length, left in [shape for shape in shapes if shape[0] in options.dims]:
         shape = (max(16384 // length, 1), heads_of(dim), length)
         query, key = normal(*shape, dim), normal(*shape, dim)
         value, grad_out = normal(*shape, dim_v), normal(*shape, dim_v)
@@ -458,8 +463,15 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--only", default=",".join(SECTIONS), help="sections to run")
     options.add_argument("--match", default="", help="model shapes to run: those whose description holds this text")
+    options.add_argument(
+        "--dims",
+        default="",
+        help="head sizes of errors, accuracy and backward alone, such as 192,256; nothing is recorded",
+    )
     options.add_argument("--brief", action="store_true", help="of the errors, print those that are too large")
     chosen = options.parse_args()
+    chosen.record = chosen.record and not chosen.dims
+    chosen.dims = {int(dim) for dim in chosen.dims.split(",")} if chosen.dims else {dims[0] for dims in DIMS}
     torch.manual_seed(int(time.time()))
     bench = Bench()
     for section in chosen.only.split(","):

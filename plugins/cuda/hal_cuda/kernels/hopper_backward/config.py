@@ -14,7 +14,7 @@ class Config(NamedTuple):
 
     Attributes:
         group: query heads of a key head. keys: keys of a block. rows: query rows of a tile.
-        dim_qk, dim_v: head sizes as the kernel computes them, 64, 128, 192 or 256; what a tensor lacks is read as zeros.
+        dim_qk, dim_v: head sizes as the kernel computes them, 64, 128, 192, 256; what a tensor lacks is read as zeros.
         stages: shared-memory stages of queries and of the output's gradient. score_stages: of the scores' gradients.
         turns: the two consumer warpgroups take turns at the tensor cores.
         engine: the copy engine adds the query's gradient to global memory, else each thread does.

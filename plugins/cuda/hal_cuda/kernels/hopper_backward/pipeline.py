@@ -145,8 +145,8 @@ def hide(p, key0, row0, edges: Edges, C: gl.constexpr, SL: gl.constexpr):
 
 @gluon.jit
 def in_order(dq, ROWS: gl.constexpr, COLS: gl.constexpr, RL: gl.constexpr):
-    # A tile [64, 64 or 128] of the query's gradient in the order of threads: four numbers of thread 0, of thread 1 and so
-    # on, for 8 columns after the other. No data moves. `finish` restores the order.
+    # A tile [64, 64 or 128] of the query's gradient in the order of threads: four numbers of thread 0, of thread 1 and
+    # so on, of 8 columns after the other. No data moves. `finish` restores the order.
     x = dq.reshape([4, 2, 8, dq.shape[1] // 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([ROWS, COLS])
     return gl.convert_layout(x, RL, assert_trivial=True)
 

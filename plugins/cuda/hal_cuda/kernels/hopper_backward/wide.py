@@ -4,8 +4,8 @@
 
 Blocks have 64 keys. One warpgroup makes S' and the weights P', and holds dV; the other makes dP' and the scores'
 gradient dS', and holds dK. P' goes from the first to the second, dS' back, through shared memory; each makes some
-columns of dQ, the first a step late. So no product is made twice, and both have about as much to do. P' is passed in float16,
-whose numbers between 0 and 1 have three bits more than bfloat16's.
+columns of dQ, the first a step late. So no product is made twice, and both have about as much to do. P' is passed in
+float16, whose numbers between 0 and 1 have three bits more than bfloat16's.
 """
 
 from triton.experimental import gluon
