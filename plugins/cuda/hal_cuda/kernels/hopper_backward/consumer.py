@@ -90,7 +90,8 @@ def weigh(s, stage, row0, key0, seen, shared: Shared, edges: Edges, scaling: Sca
 def weights(q, do, k, v, stage, phase, row0, key0, seen, shared: Shared, barriers: Barriers, edges: Edges,
             scaling: Scaling, c: gl.constexpr, MASK: gl.constexpr, C: gl.constexpr, SL: gl.constexpr):  # fmt: skip
     # S' and dP' begun, S' waited for. Returns what `weigh` does, and dP' on its way.
-    z = gl.zeros([64, C.rows], gl.float32, SL)
+    BM: gl.constexpr = C.rows
+    z = gl.zeros([64, BM], gl.float32, SL)
     mbarrier.wait(barriers.query.index(stage), phase)
     take_turn(c, C)
     s = warpgroup_mma(k, q.permute((1, 0)), z, use_acc=False, is_async=True)
