@@ -125,7 +125,7 @@ class Pointer(NamedTuple):
     numbers: Tensor
     place: Any = 0
 
-    def __add__(self, more: Any) -> Pointer:  # type: ignore[override]
+    def __add__(self, more: Any) -> Pointer:
         return Pointer(self.numbers, self.place + more)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hal_cuda.kernels.hopper_backward import kernel, launch
 from hal_cuda.kernels.portable.launch import PortablePath
+from hal_cuda.runtime import binaries
 from interpreted_device import CONTEXT
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
         kept[pointer] = [gluon_host.Map(pointer, *form)]
         return kept[pointer]
 
-    monkeypatch.setattr(launch.binaries, "kernel", made)
+    monkeypatch.setattr(binaries, "kernel", made)
     monkeypatch.setattr(launch, "add_map", add_map)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
 
@@ -63,15 +64,19 @@ def operands(
     ],
 )
 def test_gradients(
-    generator: torch.Generator, dims: tuple[int, int], heads: tuple[int, int], lengths: tuple[int, int], options: Any
+    generator: torch.Generator,
+    dims: tuple[int, int],
+    heads: tuple[int, int],
+    lengths: tuple[int, int],
+    options: dict[str, Any],
 ) -> None:
-    given = operands(generator, heads, lengths, dims)
-    request = replace(request_of(*given, None, grads=frozenset("qkv"), **options), lse=True)
-    out, lse = PortablePath(request, CONTEXT)(*given, None, None, None, (5, 1))
+    query, key, value = operands(generator, heads, lengths, dims)
+    request = replace(request_of(query, key, value, None, grads=frozenset("qkv"), **options), lse=True)
+    out, lse = PortablePath(request, CONTEXT)(query, key, value, None, None, None, (5, 1))
     grad_out = torch.randn(out.shape, generator=generator).half()
     grad_lse = torch.randn(lse.shape, generator=generator)
-    found = launch.HopperBackward(request, CONTEXT)(*given, out, lse, grad_out, grad_lse)
+    found = launch.HopperBackward(request, CONTEXT)(query, key, value, out, lse, grad_out, grad_lse)
     assert found is not None, "the kernel takes these tensors"
-    want = reference_gradients(*given, None, grad_out=grad_out, grad_lse=grad_lse, request=request)
+    want = reference_gradients(query, key, value, None, grad_out=grad_out, grad_lse=grad_lse, request=request)
     for name, got, right in zip("qkv", found, want, strict=False):
         assert relative_error(got, right) <= 2e-3, name
