@@ -77,13 +77,14 @@ def skip(
 
 def minilm(layers: int = 4, share: float = 0.64, device: str = "cpu:0", block: int = 16) -> list[dict[str, float]]:
     """Errors of each layer's attention against float64: the two precisions, and bfloat16 alone."""
-    from minilm_heads import TEXTS, Encoder, texts
+    from hal_geometric import ModelHeads
+    from minilm_heads import TEXTS, texts
 
-    encoder = Encoder()
-    encoder.embed(texts.read([TEXTS])[0].texts[0])
+    model = ModelHeads("minilm")
+    calls = model.read(model.tokens(texts.read([TEXTS])[0].texts[0], 512))[1]
     tiling, rows = AdaptiveTiling(0.1, mode="precision", share=share, block=block, device=device), []
-    for number in range(layers):
-        q, k, v = (encoder.seen[number, name].contiguous() for name in ("query", "key", "value"))
+    for call in calls[:layers]:
+        q, k, v = (t.contiguous() for t in (call.query, call.key, call.value))
         want = hal.testing.reference(q, k, v).out
         found = adaptive_attention(q, k, v, tiling, backend=device)
         low = hal.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=device)

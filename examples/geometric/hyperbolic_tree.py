@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +71,18 @@ def weights(points: Tensor, log_beta: Tensor, geometry: str) -> Tensor:
     return out[0, 0]  # type: ignore[no-any-return]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads would wait for each other longer than matrices this small take, the more so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def train(data: Tree, geometry: str, seed: int, steps: int = 400) -> tuple[float, Tensor]:
     """(divergence from the target, points [n, 2]) after training."""
     generator = torch.Generator().manual_seed(seed)
