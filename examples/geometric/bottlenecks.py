@@ -66,7 +66,7 @@ def picture(path: str, results: dict[int, dict[str, Any]], size: int = 8) -> Non
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     mask, _ = two_groups(size)
     edges, curvature = graph.ollivier(mask & ~torch.eye(2 * size, dtype=torch.bool))
     angle = torch.arange(size) * 2 * torch.pi / size
@@ -77,10 +77,11 @@ def picture(path: str, results: dict[int, dict[str, Any]], size: int = 8) -> Non
         left.plot(*places[[a, b]].T, color=shades((k + 1.5) / 3), linewidth=2.5 if k < 0 else 0.8)
     left.scatter(*places.T, color="black", s=15, zorder=3)
     left.set_title("curvature of the edges: red is negative")
+    left.set_aspect("equal")
     left.axis("off")
     for bridges, found in results.items():
         right.semilogy(found["spread"], label=f"{bridges} bridge{'s' * (bridges > 1)}, gap {found['gap']:.3f}")
-    right.set(xlabel="steps of attention", ylabel="spread of the rows", title="over-smoothing")
+    right.set(xlabel="steps of attention", ylabel="spread of the rows", title="over-smoothing: rows become alike")
     right.legend()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -92,15 +92,15 @@ def picture(path: str, result: dict[str, Any]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
-    titles = ("entropy, nats", "effective rank", "Fisher-Rao distance to the nearest head")
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    titles = ("entropy, nats", "effective rank", "distance to the nearest head")
     for axis, values, title in zip(axes, result["heads"], titles, strict=False):
         figure.colorbar(axis.imshow(values, aspect="auto"), ax=axis)
-        axis.set(title=title, xlabel="head", ylabel="layer")
+        axis.set(title=title, xlabel="head", ylabel="layer", xticks=range(0, values.shape[1], 2))
     for name, values in result["losses"].items():
         axes[3].plot(result["counts"], values, marker="o", label=name)
     axes[3].set(title="loss of pruned heads", xlabel="heads pruned", ylabel="1 - cosine")
-    axes[3].legend(fontsize=7)
+    axes[3].legend(fontsize=7, loc="upper left")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
