@@ -77,13 +77,14 @@ def skip(
 
 def minilm(layers: int = 4, share: float = 0.64, device: str = "cpu:0", block: int = 16) -> list[dict[str, float]]:
     """Errors of each layer's attention against float64: the two precisions, and bfloat16 alone."""
-    from minilm_heads import TEXTS, Encoder, texts
+    from hal_geometric import ModelHeads
+    from minilm_heads import TEXTS, texts
 
-    encoder = Encoder()
-    encoder.embed(texts.read([TEXTS])[0].texts[0])
+    model = ModelHeads("minilm")
+    calls = model.read(model.tokens(texts.read([TEXTS])[0].texts[0], 512))[1]
     tiling, rows = AdaptiveTiling(0.1, mode="precision", share=share, block=block, device=device), []
-    for number in range(layers):
-        q, k, v = (encoder.seen[number, name].contiguous() for name in ("query", "key", "value"))
+    for call in calls[:layers]:
+        q, k, v = (t.contiguous() for t in (call.query, call.key, call.value))
         want = hal.testing.reference(q, k, v).out
         found = adaptive_attention(q, k, v, tiling, backend=device)
         low = hal.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=device)
@@ -103,7 +104,7 @@ def picture(path: str, result: dict[str, Any], rows: list[dict[str, float]]) -> 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3 if rows else 2, figsize=(14 if rows else 9, 4))
+    figure, axes = plt.subplots(1, 3 if rows else 2, figsize=(14 if rows else 9, 4), layout="constrained")
     plan = result["plan"]
     counts, indices = plan.counts[0, 0].cpu(), plan.indices[0, 0].cpu().long()
     image = torch.zeros(len(counts), int(indices.max()) + 1)
@@ -111,15 +112,17 @@ def picture(path: str, result: dict[str, Any], rows: list[dict[str, float]]) -> 
         image[row, indices[row, :count]] = 1
     axes[0].imshow(image, cmap="Blues")
     axes[0].set(
-        title=f"blocks read, in content order: {result['density']:.2f}", xlabel="key block", ylabel="query block"
+        title=f"blocks that head 0 reads; of all heads {result['density']:.2f}",
+        xlabel="key block",
+        ylabel="query block",
     )
     axes[1].bar([*result["seconds"]], [1e3 * s for s in result["seconds"].values()])
-    axes[1].set(ylabel="ms", title="planning included")
+    axes[1].set(ylabel="ms", title="ordering and planning included")
     if rows:
         place = torch.arange(len(rows))
         axes[2].bar(place - 0.2, [r["error"] for r in rows], 0.4, label=f"{rows[0]['share']:.2f} in float32")
         axes[2].bar(place + 0.2, [r["bfloat16"] for r in rows], 0.4, label="all bfloat16")
-        axes[2].set(xlabel="layer of MiniLM", ylabel="relative error")
+        axes[2].set(xlabel="layer of MiniLM", ylabel="relative error", title="attention in two precisions")
         axes[2].legend()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

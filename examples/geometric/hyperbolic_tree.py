@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,11 @@ def on_sheet(tangent: Tensor) -> Tensor:
     return SHEET.exp(origin, torch.nn.functional.pad(tangent, (1, 0)))
 
 
+def geodesics(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """The points at these shares of the way from each start to its end."""
+    return SHEET.exp(start.expand(len(share), -1, -1), share * SHEET.log(start, end))
+
+
 def weights(points: Tensor, log_beta: Tensor, geometry: str) -> Tensor:
     """Attention of each vertex over all others, [n, n]: the values are unit vectors."""
     n = len(points)
@@ -69,6 +76,18 @@ def weights(points: Tensor, log_beta: Tensor, geometry: str) -> Tensor:
     return out[0, 0]  # type: ignore[no-any-return]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads would wait for each other longer than matrices this small take, the more so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def train(data: Tree, geometry: str, seed: int, steps: int = 400) -> tuple[float, Tensor]:
     """(divergence from the target, points [n, 2]) after training."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,14 +127,18 @@ def picture(path: str, seed: int = 0, vertices: int = 120, steps: int = 400) -> 
     from matplotlib import pyplot as plt
 
     data = tree(seed, vertices)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
     for axis, geometry in zip(axes, ("euclidean", "hyperbolic"), strict=True):
         loss, points = train(data, geometry, seed, steps)
+        ends = points[1:], points[data.parent]
+        share = torch.linspace(0, 1, 20).view(-1, 1, 1)
         if geometry == "hyperbolic":
-            points = Poincare(check=False).from_lorentz(on_sheet(points))
+            lines, disk = geodesics(*map(on_sheet, ends), share), Poincare(check=False)
+            lines, points = disk.from_lorentz(lines), disk.from_lorentz(on_sheet(points))
             axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="grey"))
-        for vertex, up in enumerate(data.parent, 1):
-            axis.plot(*points[[vertex, up]].T, color="tab:blue", linewidth=0.7)
+        else:
+            lines = torch.lerp(*ends, share)
+        axis.plot(lines[..., 0], lines[..., 1], color="tab:blue", linewidth=0.7)
         axis.scatter(*points.T, s=8, color="black", zorder=3)
         axis.set_title(f"{geometry}: {loss:.3f} nats from the target")
         axis.set_aspect("equal")

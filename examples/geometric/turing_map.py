@@ -66,26 +66,24 @@ def picture(path: str, rows: list[dict[str, float]], device: str | None = None) 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     decays = torch.linspace(0.5, 0.99, 100)
     curve = [pattern.critical_ratio(pattern.jacobian(0.0, **kinetics(float(d)))) for d in decays]
     axes[0].plot(decays, curve, color="black")
     axes[0].fill_between(decays, curve, 12, alpha=0.2)
     for row in rows:
         axes[0].plot(row["decay"], row["ratio"], "^" if row["growth"] > 0 else "v", color="tab:red")
-    axes[0].set(
-        xlabel="decay", ylabel="Dv / Du", ylim=(0, 12), title="patterns in the shaded part; triangles: simulated"
-    )
+    axes[0].set(xlabel="decay", ylabel="Dv / Du", ylim=(0, 12), title="shaded: patterns form. Triangles: simulated")
     axes[1].plot([r["predicted"] for r in rows], [r["growth"] for r in rows], "o")
     axes[1].axline((0, 0), slope=1, color="grey", linewidth=0.7)
-    axes[1].set(xlabel="predicted growth", ylabel="simulated growth")
+    axes[1].set(xlabel="predicted growth", ylabel="simulated growth", title="growth of the fastest mode, 1 / time")
     ratio = pattern.critical_ratio(pattern.jacobian(0.0, **kinetics(0.8)))
     generator = torch.Generator().manual_seed(1)
     u, v = (0.01 * torch.randn(64, 64, generator=generator) for _ in range(2))
     options: dict[str, Any] = {"dt": DT, "diffusion_u": DU, "diffusion_v": 1.3 * ratio * DU, **kinetics(0.8)}
     u, _ = flow.react(u, v, steps=6000, device=device, **options)
     axes[2].imshow(u)
-    axes[2].set_title(f"saturated, wavelength {float(pattern.wavelength(u, device=device)):.1f} cells")
+    axes[2].set_title(f"u at decay 0.8, wavelength {float(pattern.wavelength(u, device=device)):.1f} cells")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +15,23 @@ from hal_core.testing import relative_error
 NAMES = ("vector_add", "reduce_sum", "matmul", "reaction_diffusion_step", "ricci_flow_step", "euler_characteristic")
 
 
-@pytest.fixture(params=["cpu:0", "vulkan:0", "opencl:0"])
-def device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["cpu:0", "cpu:0 by torch", "vulkan:0", "opencl:0"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device; the CPU also without its compiled kernels, where hal-cpu-native is installed."""
+    name, _, by_torch = request.param.partition(" ")
     try:
-        registry.find(request.param)
+        registry.find(name)
     except (hal.DeviceUnavailableError, hal.UnknownBackendError) as absent:
         pytest.skip(str(absent))
-    return str(request.param)
+    if not by_torch:
+        yield name
+        return
+    from hal_cpu import paths
+
+    if not paths.native_module():
+        pytest.skip(f"cpu:0 runs torch's operators alone: hal-cpu-native is {paths.why_no_native_module()}")
+    with paths.offering("never"):
+        yield name
 
 
 def doubled(values: Any) -> Any:

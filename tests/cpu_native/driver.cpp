@@ -10,6 +10,8 @@
 
 #include "hal_cpu_native.h"
 
+int wrong_fields(int isa, int calls);  // of driver_fields.cpp
+
 namespace {
 
 std::mt19937_64 generator;
@@ -145,12 +147,14 @@ int main(int count, char** words) {
   const int calls = count > 1 ? atoi(words[1]) : 200;
   generator.seed(count > 2 ? atoi(words[2]) : 1);
   int wrong = 0, ran = 0;
-  for (int isa = HAL_ISA_AVX2; isa <= hal_cpu_native_isa(); isa++)
+  for (int isa = HAL_ISA_AVX2; isa <= hal_cpu_native_isa(); isa++) {
+    wrong += wrong_fields(isa, calls);
     for (int i = 0; i < calls; i++) {
       const double share = run(isa);
       ran += share >= 0;
       if (share > 1) wrong++, printf("instruction set %d, call %d: %g times the bound\n", isa, i, share);
     }
+  }
   hal_attention none{};
   if (hal_cpu_native_attention(nullptr) != HAL_NULL_POINTER || hal_cpu_native_attention(&none) == HAL_OK) wrong++;
   printf("%d calls, %d wrong\n", ran, wrong);

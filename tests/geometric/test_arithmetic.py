@@ -44,6 +44,9 @@ def test_a_chain_has_its_stationary_distribution_and_its_bounds(seed: int) -> No
     assert bool((found.entropy_rate <= found.stationary_entropy).all())
     assert bool((found.stationary_entropy <= math.log(40)).all())
     assert bool((found.gap > 0).all() and (found.gap <= 1).all())
+    exact = (2 * torch.randn(40, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).softmax(-1)
+    pi = arithmetic.chain(exact).stationary
+    assert float((pi @ exact - pi).abs().max()) <= 8e-16
     uniform = arithmetic.chain(torch.full((5, 5), 0.2, dtype=torch.float64))
     assert float(uniform.entropy_rate) == pytest.approx(math.log(5))
     assert float(uniform.gap) == pytest.approx(1, abs=1e-6)

@@ -52,8 +52,8 @@ def test_ricci_flow_keeps_gauss_bonnet_and_flattens(seed: int) -> None:
     for _ in range(3):
         phi = flow.ricci(phi, steps=300)
         k, area = flow.curvature(phi), torch.exp(2 * phi)
-        assert abs(float((k * area).sum())) <= 1e-12
-    assert float(flow.curvature(phi).abs().max()) <= 1e-2 * first
+        assert abs(float((k * area).sum())) <= 1e-13
+    assert float(flow.curvature(phi).abs().max()) <= 9e-5 * first
 
 
 def test_area_drifts_by_the_first_order_in_dt(seed: int) -> None:

@@ -150,6 +150,26 @@ def test_distances_without_a_lift_run_as_a_mask(device: str, power: int, seed: i
     assert relative_error(out, want) <= 4e-6
 
 
+def test_distances_train_where_the_device_differentiates_masks(device: str, seed: int) -> None:
+    if "mask_grad" not in hal.capabilities(device).features:
+        pytest.skip(f"{device} has no gradient of masks")
+    ball = Poincare()
+    q, k, v = draw(seed, spread=0.1)
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> list[Any]:
+        given = [t.clone().requires_grad_() for t in (q, k)]
+        run(lift.distance_mask(*given, ball, 1.3)).square().sum().backward()
+        return [t.grad for t in given]
+
+    def on_device(mask: Tensor) -> Tensor:
+        zeros = torch.zeros_like(v).float()
+        found: Tensor = hal.attention(zeros, zeros, v.float(), mask.float(), backend=device, allow_simulated=True)
+        return found
+
+    want = gradients(lambda mask: mask.softmax(-1) @ v)
+    assert all(relative_error(x, y) <= 2e-5 for x, y in zip(gradients(on_device), want, strict=True))
+
+
 def test_scores_that_cancel_beyond_the_declared_error_are_refused_with_the_fix(seed: int) -> None:
     sheet = Lorentz()
     drawn = torch.randn(1, 1, 8, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -117,6 +117,23 @@ def test_modes_grow_at_their_rate_on_every_device(kernel_device: str, seed: int)
         assert float((found / rate - 1)[growing].abs().max()) <= bar
 
 
+@pytest.mark.parametrize("mode", [(4, 1), (3, 2), (5, 5), (16, 16)])
+def test_a_single_mode_grows_or_decays_at_its_rate_exactly(mode: tuple[int, int]) -> None:
+    """An eigenvector of the step's matrix at one wave, small enough for its cube to be nothing."""
+    side, dt, steps = 32, 0.45, 20
+    a, b = (2 * math.pi * n / side for n in mode)
+    at = pattern.mode_of(a, b)
+    values, vectors = torch.linalg.eig(J + float(at) * torch.diag(torch.tensor([DU, DV], dtype=torch.float64)))
+    first = int((1 + dt * values).abs().argmax())
+    assert abs(complex(values[first]).imag) < 1e-12
+    y, x = torch.arange(side).double().view(-1, 1), torch.arange(side).double()
+    u, v = (1e-8 * float(part.real) * torch.cos(a * y + b * x) for part in vectors[:, first])
+    late = flow.react(u, v, dt=dt, diffusion_u=DU, diffusion_v=DV, steps=steps, **KINETICS)[0]
+    found = math.log(float(late.norm() / u.norm())) / (steps * dt)
+    want = float(pattern.dispersion(J, DU, DV, torch.as_tensor(at, dtype=torch.float64).view(1), dt)[0])
+    assert found == pytest.approx(want, rel=2e-10, abs=1e-12)
+
+
 def test_a_grown_pattern_has_the_fastest_modes_wavelength(kernel_device: str, seed: int) -> None:
     found = pattern.turing(J, DU, DV)
     assert abs(found.mode) <= pattern.MOST_MODE

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hal_core import ContractError
 
-from .graph import check_stochastic
+from .stochastic import check_stochastic
 
 
 def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,6 @@ def chain(pattern: Tensor) -> Chain:
     p = pattern.double()
     p = p / p.sum(-1, keepdim=True)
     n = p.shape[-1]
-    values = torch.linalg.eigvals(p).abs().sort(-1, descending=True).values
     equations = p.mT - torch.eye(n, dtype=p.dtype, device=p.device)
     ones = torch.ones(*p.shape[:-2], 1, n, dtype=p.dtype, device=p.device)
     equations = torch.cat([equations[..., :-1, :], ones], -2)
@@ -92,5 +91,15 @@ def chain(pattern: Tensor) -> Chain:
         )
     pi = pi.clamp_min(0)
     rate = (pi.unsqueeze(-1) * torch.special.entr(p)).sum((-2, -1))
-    second = values[..., 1] if n > 1 else torch.zeros_like(rate)
-    return Chain(pi, rate, torch.special.entr(pi).sum(-1), 1 - second)
+    return Chain(pi, rate, torch.special.entr(pi).sum(-1), 1 - second_eigenvalue(p))
+
+
+def second_eigenvalue(pattern: Tensor) -> Tensor:
+    """Magnitude of the second largest eigenvalue of row-stochastic weights [..., n, n], [...], float64; 0 for n = 1.
+
+    Each application of the weights makes the rows alike by this factor in the end; 1 where parts never meet.
+    """
+    check_stochastic(pattern)
+    p = pattern.double()
+    values = torch.linalg.eigvals(p / p.sum(-1, keepdim=True)).abs().sort(-1, descending=True).values
+    return values[..., 1].clamp(max=1) if p.shape[-1] > 1 else torch.zeros_like(values[..., 0])

@@ -10,7 +10,7 @@ from torch import Tensor
 from hal_core import ContractError
 
 from . import arithmetic, flow
-from .graph import check_stochastic
+from .stochastic import check_stochastic
 
 
 class QuantumGeometricCore:

@@ -5,12 +5,16 @@ A graph is its adjacency matrix [n, n]: boolean, or numbers of which those above
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hal_core import ContractError
+
+from . import arithmetic
+from .stochastic import check_stochastic
 
 
 class EdgeCurvature(NamedTuple):
@@ -58,21 +62,6 @@ def attention_graph(weights: Tensor, threshold: float | None = None) -> Tensor:
     symmetric = (weights + weights.mT) / 2
     found = symmetric >= (1 / weights.shape[-1] if threshold is None else threshold)
     return found & ~torch.eye(weights.shape[-1], dtype=torch.bool, device=weights.device)
-
-
-def check_stochastic(pattern: Tensor) -> None:
-    """Raise ContractError where a pattern [..., n, n] has entries below 0 or rows that do not sum to 1."""
-    if pattern.dim() < 2 or pattern.shape[-1] != pattern.shape[-2] or not pattern.is_floating_point():
-        raise ContractError(
-            f"a pattern {list(pattern.shape)} of {pattern.dtype} was given: use row-stochastic floats [..., n, n]"
-        )
-    off = (pattern.double().sum(-1) - 1).abs()
-    allowed = 64 * torch.finfo(pattern.dtype).eps * pattern.shape[-1] ** 0.5
-    if pattern.numel() and not (bool((pattern >= 0).all()) and bool(off.max() <= allowed)):
-        raise ContractError(
-            f"a pattern was given whose rows are off by up to {float(off.max()):.3g} or have entries below 0: pass "
-            "attention weights, rows of 0 or more that sum to 1 (softmax(scores, -1))"
-        )
 
 
 def hops(graph: Tensor) -> Tensor:
@@ -179,3 +168,34 @@ def bottlenecks(graph: Tensor, count: int = 10, *, exact: bool = False) -> EdgeC
     found = ollivier(graph) if exact else EdgeCurvature(*jost_liu(graph)[:2])
     order = found.curvature.sort(stable=True).indices[:count]
     return EdgeCurvature(found.edges[order], found.curvature[order])
+
+
+class Diagnosis(NamedTuple):
+    """What `diagnose` finds.
+
+    Attributes:
+        edges, curvature: of lowest curvature first, as `bottlenecks` gives them.
+        second: magnitude of the weights' second eigenvalue: in the end, rows become alike by this factor a step.
+        halving: steps of attention alone in which the rows' differences halve, log 2 / -log second; inf where parts
+            never meet.
+    """
+
+    edges: Tensor
+    curvature: Tensor
+    second: float
+    halving: float
+
+
+def diagnose(weights: Tensor, count: int = 3, *, threshold: float | None = None, exact: bool = False) -> Diagnosis:
+    """Bottlenecks and over-smoothing of attention weights [n, n].
+
+    Args:
+        count: edges at most. threshold: of `attention_graph`. exact: of `bottlenecks`.
+
+    Raises:
+        ContractError: weights whose rows do not sum to 1.
+    """
+    narrow = bottlenecks(attention_graph(weights, threshold), count, exact=exact)
+    second = float(arithmetic.second_eigenvalue(weights))
+    halving = math.inf if second >= 1 else math.log(2) / -math.log(second) if second > 0 else 0.0
+    return Diagnosis(*narrow, second, halving)

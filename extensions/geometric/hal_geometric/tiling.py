@@ -157,6 +157,7 @@ class Planner:
         return hidden, partial & ~hidden
 
     def plan(self) -> BlockPlan:
+        """The blocks to read, by bounds of whole blocks of queries where these suffice, else row by row."""
         if self.tiling.mode == "certified":
             visible = int((~self.hidden).sum()) if self.banded else self.hidden.numel()
             found = plan_of_coarse(self.block, visible, *self.coarse())

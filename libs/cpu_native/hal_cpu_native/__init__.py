@@ -1,4 +1,4 @@
-"""Attention kernels for x86 processors, compiled from C++ and called through a C interface.
+"""Kernels of attention and of fields for x86 processors, compiled from C++ and called through a C interface.
 
     import hal_cpu_native
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .call import Kernel, NativeRefusal, workspace_bytes
     from .face import attention, read
+    from .fields import euler, fields_workspace_bytes, reaction_diffusion, ricci
     from .library import available, instruction_sets, why_absent
 
 _HOME = {
@@ -22,8 +23,12 @@ _HOME = {
     "NativeRefusal": "call",
     "attention": "face",
     "available": "library",
+    "euler": "fields",
+    "fields_workspace_bytes": "fields",
     "instruction_sets": "library",
+    "reaction_diffusion": "fields",
     "read": "face",
+    "ricci": "fields",
     "why_absent": "library",
     "workspace_bytes": "call",
 }
@@ -33,8 +38,12 @@ __all__ = [
     "NativeRefusal",
     "attention",
     "available",
+    "euler",
+    "fields_workspace_bytes",
     "instruction_sets",
+    "reaction_diffusion",
     "read",
+    "ricci",
     "why_absent",
     "workspace_bytes",
 ]

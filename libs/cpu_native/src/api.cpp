@@ -12,8 +12,8 @@ namespace {
 
 const char* const kMessages[HAL_STATUS_COUNT] = {
     "the call succeeded",
-    "query, key, value, out or the workspace is a null pointer, or the workspace is not aligned to 64 bytes",
-    "a size is negative or 2^31 or more, or the blocks of a plan are below 1",
+    "query, key, value, out, a field or the workspace is a null pointer, or the workspace is not aligned to 64 bytes",
+    "a size is negative or 2^31 or more, the blocks of a plan are below 1, or a field has no elements or steps",
     "heads_q is not a multiple of heads_kv",
     "a head size is not a multiple of 8 (of 32 for decode) from 8 to 512",
     "the dtype is none of float32, bfloat16 and float16",

@@ -1,4 +1,4 @@
-/* The C interface of hal_cpu_native: attention over raw pointers and strides, without torch, Python or OpenMP.
+/* The C interface of hal_cpu_native: attention and fields over raw pointers, without torch, Python or OpenMP.
  *
  * Every call checks its arguments and returns a code; `hal_cpu_native_message` has a sentence for each. Nothing is
  * allocated per call: the caller brings a workspace of `hal_cpu_native_workspace` bytes.
@@ -97,6 +97,28 @@ HAL_API const char* hal_cpu_native_message(int status);
 
 /* Reads `bytes` bytes with prefetch on `threads` threads, for measurements: what decode is compared with. */
 HAL_API uint64_t hal_cpu_native_read(const void* memory, int64_t bytes, int32_t threads);
+
+/* Fields on periodic grids, float32 [systems, height, width], contiguous. The formulas are those of hal-compute's kernels
+ * of the same names. `workspace`: hal_cpu_native_fields_workspace bytes, aligned to 64; results do not depend on `threads`.
+ * Each returns a status; unless it is HAL_OK nothing was written. */
+
+/* `steps` explicit steps of an activator u and an inhibitor v. numbers: dt, diffusion of u and of v, reaction, epsilon,
+ * decay, offset. */
+HAL_API int hal_cpu_native_reaction_diffusion(const float* u, const float* v, float* new_u, float* new_v, void* workspace,
+    int64_t workspace_bytes, int64_t systems, int64_t height, int64_t width, int64_t steps, const double* numbers,
+    int32_t threads, int32_t isa);
+
+/* `steps` explicit steps of Ricci flow of the metric exp(2 phi) * identity. */
+HAL_API int hal_cpu_native_ricci(const float* phi, float* new_phi, void* workspace, int64_t workspace_bytes, int64_t systems,
+    int64_t height, int64_t width, int64_t steps, double dt, int32_t threads, int32_t isa);
+
+/* Corners minus edges plus pixels of the closed pixels of at least a level, row by row of the grid of corners: parts
+ * [systems, levels, height + 1]. The grid is not periodic. */
+HAL_API int hal_cpu_native_euler(const float* field, const float* levels, int32_t* parts, void* workspace,
+    int64_t workspace_bytes, int64_t systems, int64_t count, int64_t height, int64_t width, int32_t threads, int32_t isa);
+
+/* Bytes of workspace that each of these needs for `fields` fields in a system (2, 1 and 0). Negative: minus a status. */
+HAL_API int64_t hal_cpu_native_fields_workspace(int32_t fields, int64_t systems, int64_t height, int64_t width, int32_t threads);
 
 /* Lets another library's threads do the work: `run` is called as run(function, data, threads, 0), calls function(data)
  * on up to `threads` threads and returns when all have returned, as libgomp's GOMP_parallel does. NULL: this library's

@@ -59,7 +59,7 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
 
     compiled: flash tiles over blocks of rows and keys. streamed: few rows, keys and values read once.
     """
-    if _offer == "never" or not native_module():
+    if not compiled_kernels():
         return None
     if (
         request.grads
@@ -85,6 +85,11 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
     rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
     few = rows <= DECODE_ROWS and load().isa > 1 and not any(dim % DECODE_UNIT for dim in dims)
     return "streamed" if few and request.block_plan is None else "compiled"
+
+
+def compiled_kernels() -> bool:
+    """Whether compiled kernels may be taken: they are there, and no measurement of the others is under way."""
+    return _offer != "never" and native_module()
 
 
 def native_module() -> bool:

@@ -1,5 +1,5 @@
-"""Kernels beside attention in torch's operators, which share rows among threads, by bands of rows that fit the
-cache.
+"""Kernels beside attention in torch's operators, which share rows among threads, by bands of rows that fit the cache.
+Where hal-cpu-native is, its kernels step and count fields.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..memory import ScratchMemory, Workspace
+from ..paths import compiled_kernels
+from . import compiled_fields
 
 #: Elements of a field that are worked on at once: the operands of a step then stay in a core's second-level cache.
 BAND = 1 << 16
@@ -37,7 +39,9 @@ class ExtraKernelRunner:
         repeats: int = 1,
     ) -> None:
         """See `hal_compute.extra_kernels.Runner`."""
-        if name == "vector_add":
+        if name in compiled_fields.NAMES and compiled_kernels():
+            compiled_fields.run(name, inputs, outputs, integers, floats, repeats, self._memory)
+        elif name == "vector_add":
             torch.add(*inputs, out=outputs[0])
         elif name == "reduce_sum":
             outputs[0][0] = inputs[0].detach().sum(dtype=torch.float64)
