@@ -1,7 +1,5 @@
 """What a call would take under each strategy: the inner device's estimate, and the measured link between ranks."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import replace
@@ -14,7 +12,7 @@ from hal_core.plugin_api import DTYPE_BYTES, write_whole
 
 from .description import Description
 from .inner import NO_BAND, choose
-from .layout import joined_ranks
+from .layout import REPLICATED, joined_ranks
 from .strategies import STRATEGIES, heads_together, why_not
 from .topology import topology_of
 from .visible import Call, band_options, find_calls
@@ -141,48 +139,44 @@ def estimates(d: Description, shape: tuple[int, ...], link: LinkRate) -> tuple[S
 
 
 def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate) -> StrategyEstimate:
-    r, world = d.request, d.queries.world
+    r, world, replicated = d.request, d.queries.world, d.queries.name == REPLICATED
     size, wide, back = DTYPE_BYTES[r.dtype], max(DTYPE_BYTES[r.dtype], 4), 2 if r.grads else 1
     rows = r.batch * r.heads_q * d.queries.local
-    keys, queries = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v), rows * r.dim_qk
-    results = rows * r.dim_v
+    queries, results = rows * r.dim_qk * size, rows * r.dim_v * size
+    keys = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v)
+    sums = keys * wide * bool(r.grads)  # of their gradients
     work, largest = _work(name, d, shape)
-    pair = seconds_per_pair(d)
-    compute = pair * sum(work)
-    if name in ("ring", "ring_ulysses"):
+    passed, sent, messages = 0, 0, 0  # bytes of a step of the ring; bytes and messages of what travels at once
+    if name == "gathered":
+        sent, messages = (keys * size + sums) * (world - 1), 2
+        memory = (keys * size + sums) * world + _call_memory(d, largest, r.heads_kv)
+    elif name == "ulysses":
+        traded = queries + keys * size + results
+        sent, messages = traded * (world - 1) // world * back, 4
+        memory = traded - results + _call_memory(d, largest, r.heads_kv // world)
+        # With gradients, beside what is kept: the result's, twice. Without: what is sent, came and is put in order.
+        memory = memory + 2 * results if r.grads else max(memory, 4 * results)
+    elif name == "pass_query":
+        sent = back * (results + rows * wide + (0 if replicated else queries)) * (world - 1)
+        messages, others = 3, 1 if replicated else world
+        # While the parts are computed, or while they are merged: beside the result, what was sent, came and is weighed.
+        found = results * others + _call_memory(d, largest, r.heads_kv)
+        memory = queries * others + max(found, 7 * results * world // 2)
+    else:
         heads = shape[1] if len(shape) > 1 else 1
-        each = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads)
-        together = heads_together(each, d.keys.pieces) if name == "ring" or len(work) > 1 else each.heads_kv
-        moving = keys * together // max(each.heads_kv, 1)
-        per_step = keys * (2 * size + wide if r.grads else size)
-        travelling = [link.seconds(per_step, back)] * (len(work) - 1)
-        exchange, sent = sum(travelling), per_step * len(travelling)
-        total = sum(max(pair * each, moved) for each, moved in zip(work, [*travelling, 0.0], strict=True))
+        each, ring = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads), len(work) > 1
+        together = heads_together(each, d.keys.pieces) if name == "ring" or ring else each.heads_kv
+        moving, passed = together / max(each.heads_kv, 1), keys * size * back + sums
         # What comes, what is passed on after the first step, and three sums of its gradients.
-        memory = moving * (size * min(len(work) - 1, 2) + 3 * wide * (bool(r.grads) and len(work) > 1))
+        memory = int(moving * (keys * size * min(len(work) - 1, 2) + 3 * sums * ring))
         memory += _call_memory(d, largest, together)
         if heads > 1:
-            traded = int((queries + keys + results) * size * (heads - 1) / heads * back)
-            exchange, total = exchange + link.seconds(traded, 4), total + link.seconds(traded, 4)
-            sent, memory = sent + traded, memory + (queries + keys + results) * size
-        return StrategyEstimate(name, "", compute, exchange, total, sent, memory)
-    replicated = d.queries.local == d.queries.length and world > 1
-    if name == "gathered":
-        sent = int(keys * (world - 1) * (size + wide * bool(r.grads)))
-        memory = keys * world * (size + wide * bool(r.grads)) + _call_memory(d, largest, r.heads_kv)
-    elif name == "ulysses":
-        sent = int((queries + keys + results) * size * (world - 1) / world * back)
-        memory = (queries + keys) * size + _call_memory(d, largest, r.heads_kv // world)
-        # With gradients, beside what is kept: the result's, twice. Without: what is sent, came and is put in order.
-        memory = memory + 2 * results * size if r.grads else max(memory, 4 * results * size)
-    else:
-        sent = back * ((results * size + rows * wide) * (world - 1) + (1 - replicated) * queries * size * (world - 1))
-        moving = queries * size * (1 if replicated else world)
-        found = results * size * (1 if replicated else world)
-        # While the parts are computed, or while they are merged: beside the result, what was sent, came and is weighed.
-        memory = moving + max(found + _call_memory(d, largest, r.heads_kv), 7 * results * world * size // 2)
-    exchange = link.seconds(sent, {"gathered": 2, "ulysses": 4}.get(name, 3) * back)
-    return StrategyEstimate(name, "", compute, exchange, compute + exchange, sent, memory)
+            traded = queries + keys * size + results
+            sent, messages, memory = traded * (heads - 1) // heads * back, 4, memory + traded
+    pair, moved = seconds_per_pair(d), link.seconds(passed, back)
+    steps, once = len(work) - 1, link.seconds(sent, messages * back)
+    total = sum(max(pair * each, moved * (step < steps)) for step, each in enumerate(work)) + once
+    return StrategyEstimate(name, "", pair * sum(work), moved * steps + once, total, sent + passed * steps, memory)
 
 
 def _call_memory(d: Description, call: Call | None, heads_kv: int) -> int:

@@ -1,7 +1,5 @@
 """What ranks send each other: torch.distributed's operations with a time-out that names rank, step and peer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -32,7 +30,9 @@ class ExchangeError(HalError, RuntimeError):
 class Pending:
     """Operations under way, begun by `begin`. `wait` names who was waited for."""
 
-    def __init__(self, link: Link, begin: Callable[[], Sequence[Any]], what: str, kept: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, link: "Link", begin: Callable[[], Sequence[Any]], what: str, kept: Sequence[Tensor] = ()
+    ) -> None:
         self._link, self._what, self._kept = link, what, kept  # kept alive until they are sent
         self._works = self._named(begin)
 
@@ -75,10 +75,8 @@ class Link:
     def shift(self, send: Sequence[Tensor], receive: Sequence[Tensor], hops: int, what: str) -> Pending:
         """Send tensors to the rank `hops` further on and receive from the one `hops` before; both go on meanwhile."""
         to, source = (self.rank + hops) % self.size, (self.rank - hops) % self.size
-        place = {"group": self.group, "group_peer": to}
-        operations = [dist.P2POp(dist.isend, tensor, **place) for tensor in send]
-        place = {"group": self.group, "group_peer": source}
-        operations += [dist.P2POp(dist.irecv, tensor, **place) for tensor in receive]
+        operations = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=to) for tensor in send]
+        operations += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=source) for tensor in receive]
         what = f"{named(list(dict.fromkeys((self.ranks[source], self.ranks[to]))))} ({what})"
         return Pending(self, lambda: dist.batch_isend_irecv(operations), what, send)
 
@@ -100,10 +98,6 @@ class Link:
             return tensor[0]
         return self._run(_reduce_scatter, tensor, tensor.shape[1:], what)
 
-    def all_reduce(self, tensor: Tensor, what: str) -> Tensor:
-        """The sum over the ranks, in a new tensor."""
-        return self._run(_all_reduce, tensor, tensor.shape, what)
-
     def _run(self, collective: Any, tensor: Tensor, shape: Sequence[int], what: str) -> Tensor:
         """A new tensor of this shape, which a collective operation fills from the given one."""
         plain = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor  # not every group sends bool
@@ -112,10 +106,6 @@ class Link:
         what = f"{named([rank for rank in self.ranks if rank != self.ranks[self.rank]])} ({what})"
         Pending(self, lambda: [collective(found, flat, group=self.group, async_op=True)], what).wait()
         return found.view(tensor.dtype).view(shape)
-
-
-def _all_reduce(found: Tensor, given: Tensor, **options: Any) -> Any:
-    return dist.all_reduce(found.copy_(given), **options)
 
 
 def named(ranks: Sequence[int]) -> str:

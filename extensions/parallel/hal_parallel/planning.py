@@ -1,7 +1,5 @@
 """What a model's attention takes when its sequence is cut over devices, before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,19 +98,9 @@ def plan(
         "beside them, one layer at a time": max(estimate.memory for _, estimate in each),
     }
     decision = choose(descriptions[0].request, policy).decision
-    estimate = decision.winner.estimate
-    return Plan(
-        str(decision.chosen),
-        ranks,
-        tokens,
-        layout,
-        chosen,
-        found,
-        sum(kind.number * one.total for kind, one in each),
-        memory,
-        link,
-        "none" if estimate is None else str(estimate.time.basis),
-    )
+    seconds, estimate = sum(kind.number * one.total for kind, one in each), decision.winner.estimate
+    basis = "none" if estimate is None else str(estimate.time.basis)
+    return Plan(str(decision.chosen), ranks, tokens, layout, chosen, found, seconds, memory, link, basis)
 
 
 def _summed(found: list[tuple[AttentionLayers, tuple[StrategyEstimate, ...]]]) -> tuple[StrategyEstimate, ...]:
