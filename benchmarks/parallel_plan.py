@@ -3,7 +3,8 @@
     python benchmarks/parallel_plan.py [--ranks 2] [--rounds 15] [--record]
 
 Starts itself with torchrun, one thread a rank, calibrates `cpu:0` on the first rank and measures the links. Times are
-the least of interleaved rounds, of the slowest rank: what else runs on the machine only adds to them. The regret of
+processor time, the least of interleaved rounds, of the slowest rank: what else runs on the machine only adds to them,
+and a rank that waits for another takes none. The regret of
 `auto` is the time of its choice over the least, less 1. Memory is the peak of the resident set beside a rank's own
 tensors and results, the most of three calls and of all ranks, in processes of its own whose C library maps every tensor
 for itself: what is freed leaves the resident set at once, as it leaves what an accelerator's allocator counts. Ranks
@@ -72,25 +73,26 @@ def run_ranks(rounds: int) -> list[list[str]]:
     for name, heads, heads_kv, tokens, grads in CASES:
         sizes = (heads, heads_kv, heads_kv)
         tensors = [torch.randn(1, count, tokens // world, 64, requires_grad=grads) for count in sizes]
+        flowing = torch.ones_like(tensors[0])
         options: dict[str, Any] = {"is_causal": True, "layout": "zigzag", "enable_gqa": heads != heads_kv}
         options["backend"] = "cpu"
         found = hal_parallel.explain(*tensors, mesh, **options)
         able = [e for e in found.estimates if not e.refusal and e.strategy in STRATEGIES]
 
-        def call(strategy: str, tensors: Any = tensors, options: Any = options, grads: bool = grads) -> Any:
+        def call(strategy: str, tensors: Any = tensors, options: Any = options, flowing: Any = flowing) -> Any:
             out = hal_parallel.attention(*tensors, mesh, strategy=strategy, **options)
-            if grads:
-                torch.autograd.grad(out, tensors, torch.ones_like(out))
+            if out.requires_grad:
+                torch.autograd.grad(out, tensors, flowing)
             return out
 
         times: dict[str, list[float]] = {e.strategy: [] for e in able}
         for number in range(rounds + 1):
             for strategy in times:
                 dist.barrier()
-                start = time.perf_counter()
+                start = time.process_time()
                 call(strategy)
                 if number:
-                    times[strategy].append(time.perf_counter() - start)
+                    times[strategy].append(time.process_time() - start)
         if rounds:
             own, planned = [min(times[e.strategy]) * 1e3 for e in able], [e.total * 1e3 for e in able]
         else:
@@ -135,8 +137,8 @@ def main() -> int:
     columns = ["ranks", "call", "strategy", "ms planned", "ms", "ratio", "regret of auto"]
     columns += ["MiB planned", "MiB", "ratio of MiB"]
     notes = [
-        f"head_dim 64, float32, zigzag, one thread a rank, {os.cpu_count()} cores (a load of {os.getloadavg()[0]:.1f} "
-        "when it ended). The regret stands in the row of auto's choice."
+        f"head_dim 64, float32, zigzag, processor time, one thread a rank, {os.cpu_count()} cores (a load of "
+        f"{os.getloadavg()[0]:.1f} when it ended). The regret stands in the row of auto's choice."
     ]
     publish(given, "parallel", "Plan against runs", columns, rows, notes, section="Plan against runs")
     return 0

@@ -41,23 +41,15 @@ def run(options: argparse.Namespace) -> CommandResult:
     ]
     given = {name: getattr(options, name) for name in ("device", "batch", "layout", "training")}
     found = plan(layers, options.tokens, options.gpus, dtype=dtype, **given)
-    tables = [
-        Table(
-            f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}",
-            ["of a rank", "amount"],
-            [
-                [
-                    f"attention of {sum(counts)} layers, forward{' and backward' * options.training}",
-                    _time(found.seconds),
-                ],
-                *([what, f"{size / 2**20:,.1f} MiB"] for what, size in found.memory.items()),
-            ],
-            [
-                f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
-                "Weights, their gradients and the layers around attention are not part of this plan.",
-            ],
-        )
+    passes = "forward and backward" if options.training else "forward"
+    of_rank = {f"attention of {sum(counts)} layers, {passes}": _time(found.seconds)}
+    of_rank |= {what: f"{size / 2**20:,.1f} MiB" for what, size in found.memory.items()}
+    title = f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}"
+    notes = [
+        f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
+        "Weights, their gradients and the layers around attention are not part of this plan.",
     ]
+    tables = [Table(title, ["of a rank", "amount"], [list(row) for row in of_rank.items()], notes)]
     for kind, estimates in found.layers:
         window = "" if kind.window is None else f", window {kind.window}"
         rows = [

@@ -65,7 +65,7 @@ def measure_link(mesh: Any = None, size: int = 1 << 23, repeats: int = 7) -> Lin
         passes = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            ring.shift([send], [receive], 1, "measuring the link").wait()
+            ring.shift([send], [receive], 1, "measuring the link")()
             receive[-1].item()  # an accelerator is waited for
             passes.append(time.perf_counter() - start)
         times.append(min(passes[1:]))
@@ -145,31 +145,39 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
     queries, results = rows * r.dim_qk * size, rows * r.dim_v * size
     keys = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v)
     sums = keys * wide * bool(r.grads)  # of their gradients
-    work, largest = _work(name, d, shape)
+    work, calls = _work(name, d, shape)
     passed, sent, messages = 0, 0, 0  # bytes of a step of the ring; bytes and messages of what travels at once
     if name == "gathered":
         sent, messages = (keys * size + sums) * (world - 1), 2
-        memory = (keys * size + sums) * world + _call_memory(d, largest, r.heads_kv)
+        # While a call runs, or while what the group gathers is put in order: of gradients a copy to be summed, and the
+        # group's own; before there is a result, the values beside the ordered keys.
+        memory = (keys * size + sums) * world + _call_memory(d, calls[0], r.heads_kv)
+        memory = max(memory, 2 * (keys * size + sums) * world if r.grads else 3 * keys * size * world // 2 - results)
     elif name == "ulysses":
         traded = queries + keys * size + results
         sent, messages = traded * (world - 1) // world * back, 4
-        memory = traded - results + _call_memory(d, largest, r.heads_kv // world)
+        memory = traded - results + _call_memory(d, calls[0], r.heads_kv // world)
         # With gradients, beside what is kept: the result's, twice. Without: what is sent, came and is put in order.
         memory = memory + 2 * results if r.grads else max(memory, 4 * results)
     elif name == "pass_query":
         sent = back * (results + rows * wide + (0 if replicated else queries)) * (world - 1)
         messages, others = 3, 1 if replicated else world
         # While the parts are computed, or while they are merged: beside the result, what was sent, came and is weighed.
-        found = results * others + _call_memory(d, largest, r.heads_kv)
+        found = results * others + _call_memory(d, calls[0], r.heads_kv)
         memory = queries * others + max(found, 7 * results * world // 2)
     else:
         heads = shape[1] if len(shape) > 1 else 1
         each, ring = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads), len(work) > 1
         together = heads_together(each, d.keys.pieces) if name == "ring" or ring else each.heads_kv
         moving, passed = together / max(each.heads_kv, 1), keys * size * back + sums
-        # What comes, what is passed on after the first step, and three sums of its gradients.
-        memory = int(moving * (keys * size * min(len(work) - 1, 2) + 3 * sums * ring))
-        memory += _call_memory(d, largest, together)
+        # At each step: what comes, what is held after the first one, and from then on three sums of its gradients (own,
+        # arriving, sent), beside which the result is not there yet.
+        last, later = len(work) - 1, (3 * sums - keys * size) * bool(r.grads)
+        memory = max(
+            int(moving * (keys * size * ((step < last) + (step > 0)) + later * (step > 0)))
+            + _call_memory(d, call, together)
+            for step, call in enumerate(calls)
+        )
         if heads > 1:
             traded = queries + keys * size + results
             sent, messages, memory = traded * (heads - 1) // heads * back, 4, memory + traded
@@ -179,15 +187,18 @@ def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate)
     return StrategyEstimate(name, "", pair * sum(work), moved * steps + once, total, sent + passed * steps, memory)
 
 
-def _call_memory(d: Description, call: Call | None, heads_kv: int) -> int:
-    """Bytes that a dense call takes by the device's estimate, its results included."""
-    if call is None:
-        return 0
-    heads_q = heads_kv * (d.request.heads_q // max(d.request.heads_kv, 1))
-    sizes = {"heads_q": heads_q, "heads_kv": heads_kv, "len_q": call.size[0], "len_k": call.size[1]}
-    request = replace(d.request, **sizes | NO_BAND | band_options(call.low, call.high))
-    estimate = choose(request, d.policy).decision.winner.estimate
-    return 0 if estimate is None else estimate.memory
+def _call_memory(d: Description, calls: list[Call], heads_kv: int) -> int:
+    """Bytes that the largest of some dense calls takes by the device's estimate, its results included."""
+    r, heads_q, found = d.request, heads_kv * (d.request.heads_q // max(d.request.heads_kv, 1)), 0
+    for call in calls:
+        sizes = {"heads_q": heads_q, "heads_kv": heads_kv, "len_q": call.size[0], "len_k": call.size[1]}
+        request = replace(r, **sizes | NO_BAND | band_options(call.low, call.high))
+        estimate = choose(request, d.policy).decision.winner.estimate
+        # Of some of the rows, the output and its gradient are copied for a backward call.
+        copied = 2 * r.batch * heads_q * call.size[0] * r.dim_v * DTYPE_BYTES[r.dtype]
+        copied *= bool(r.grads) and call.size[0] < d.queries.local
+        found = max(found, copied + (0 if estimate is None else estimate.memory))
+    return found
 
 
 def seconds_per_pair(d: Description) -> float:
@@ -204,8 +215,8 @@ def seconds_per_pair(d: Description) -> float:
     return seconds / (request.len_q * request.len_k)
 
 
-def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float], Call | None]:
-    """Visible pairs of the busiest rank at each step, in pairs over all heads; the largest call."""
+def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float], list[list[Call]]]:
+    """At each step: visible pairs of the busiest rank, in pairs over all heads; the calls of all ranks."""
     world = d.queries.world
     sharing = world if name == "ulysses" else shape[1] if len(shape) > 1 else 1  # ranks that share the heads
     groups = [tuple(range(i, i + sharing)) for i in range(0, world, sharing)]
@@ -224,6 +235,7 @@ def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float
     found = [[find_calls(*pair, d.rule) for pair in step] for step in steps]
     while len(found) > 1 and not any(found[-1]):
         found.pop()
-    calls = [call for step in found for part in step for call in part]
     pairs = [max(sum(call.pairs for call in part) for part in step) / sharing for step in found]
-    return pairs, max(calls, key=lambda call: sum(call.size), default=None)
+    # Calls of one size and band take the same memory.
+    alike = [{(call.size, call.low, call.high): call for part in step for call in part} for step in found]
+    return pairs, [list(calls.values()) for calls in alike]

@@ -69,10 +69,6 @@ class Description:
     mask: str
 
     @property
-    def layouts(self) -> tuple[TokenLayout, TokenLayout]:
-        return self.queries, self.keys
-
-    @property
     def facts(self) -> dict[str, Any]:
         """What has to be equal on all ranks."""
         r = self.request

@@ -69,10 +69,13 @@ def plan(
         link: None: as `measure_link` stored it for the device's kind, or assumed.
 
     Raises:
-        ContractError: no tokens, ranks or layers, or an unknown layout. UnsupportedError: no device runs a rank's part.
+        ContractError: no tokens, ranks or layers, an unknown layout or dtype. UnsupportedError: no device runs a rank's
+            part.
     """
     if min(tokens, ranks, batch) < 1 or not layers:
         raise ContractError(f"{tokens} tokens, {ranks} ranks and a batch of {batch} were given: use 1 or more of each")
+    if dtype not in DTYPE_BYTES:
+        raise ContractError(f"dtype {dtype!r} was given: use {', '.join(DTYPE_BYTES)}")
     policy, place = merged_policy(device), "cpu" if device is None else find_devices(device)[0].reads[0]
     link = stored_link(place.partition(":")[0], ranks) if link is None else link
     placed, found, descriptions = make_layout(layout, tokens, ranks), [], []
@@ -88,7 +91,7 @@ def plan(
         found.append((kind, estimates(descriptions[-1], (ranks,), link)))
     chosen = least(_summed(found))
     each = [(kind, next(e for e in given if e.strategy == chosen)) for kind, given in found]
-    slot = batch * placed.local * DTYPE_BYTES.get(dtype, 4)  # of a rank's query and output, and of its key and value
+    slot = batch * placed.local * DTYPE_BYTES[dtype]  # of a rank's query and output, and of its key and value
     held = [(slot * (k.dim_qk + k.dim_v) * k.heads, slot * (k.dim_qk + k.dim_v) * k.heads_kv) for k in layers]
     saved = "query, key, value and output kept for the backward pass" if training else "cache of keys and values"
     kept = [kind.number * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)]

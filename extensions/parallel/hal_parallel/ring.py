@@ -172,7 +172,7 @@ def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple
 def _shift(plan: RingPlan, send: list[Tensor], hops: int, what: str) -> tuple[list[Tensor], Callable[[], None]]:
     """Begin to send tensors `hops` ranks on: (what comes from as far before, which `wait` waits for; wait)."""
     coming = [torch.empty_like(tensor) for tensor in send]
-    return coming, plan.link.shift(send, coming, hops, what).wait if plan.link is not None and send else lambda: None
+    return coming, plan.link.shift(send, coming, hops, what) if plan.link is not None and send else lambda: None
 
 
 def _home(plan: RingPlan, sums: list[Tensor]) -> list[Tensor]:

@@ -46,8 +46,8 @@ class Run(NamedTuple):
         grad_lse = r.grad_lse or (strategy == "pass_query" and bool(r.grads))
         request = replace(r, heads_q=r.heads_q // parts, heads_kv=r.heads_kv // parts, grad_lse=grad_lse)
         inner = choose(request, self.description.policy)
-        apart = next((each for each in self.description.layouts if _cuts(each, NOISE_BLOCK)), None)
-        if inner.noisy and apart is not None:
+        layouts = (self.description.queries, self.description.keys) if inner.noisy else ()
+        if (apart := next((layout for layout in layouts if _cuts(layout, NOISE_BLOCK)), None)) is not None:
             raise UnsupportedError(
                 f"noise of {inner.device} is drawn by blocks of {NOISE_BLOCK} tokens, and {apart.name} of "
                 f"{apart.length} tokens over {apart.world} ranks cuts them apart: use contiguous or zigzag and a "
