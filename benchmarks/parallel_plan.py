@@ -105,7 +105,7 @@ def run_ranks(rounds: int) -> list[list[str]]:
         chosen = next((i for i, e in enumerate(able) if e.strategy == found.strategy and rounds), -1)
         for i, (e, wanted, got) in enumerate(zip(able, planned, measured, strict=True)):
             regret = [f"{got / min(measured) - 1:.0%}" if i == chosen else ""] if rounds else []
-            first = [str(world), f"{name}, {heads}/{heads_kv} heads, {tokens}", e.strategy] if rounds else []
+            first = [str(world), f"{name}, {heads}/{heads_kv} heads, {tokens}", e.strategy]
             rows.append([*first, f"{wanted:.2f}", f"{got:.2f}", f"{got / wanted:.2f}", *regret])
     return rows
 
@@ -113,7 +113,7 @@ def run_ranks(rounds: int) -> list[list[str]]:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--ranks", default="2", help="comma-separated numbers of ranks")
-    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--rounds", type=int, default=15, help="of times; 0: memory alone")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.worker:
@@ -126,16 +126,22 @@ def main() -> int:
     for world in map(int, given.ranks.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             halves = []
-            for number, setting in ((given.rounds, {}), (0, MAPPED)):
+            for number, setting in ((given.rounds, {}), (0, MAPPED)) if given.rounds else ((0, MAPPED),):
                 command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc-per-node", str(world), str(Path(__file__).resolve())]
                 command += ["--worker", f"{folder}/rows", "--rounds", str(number)]
                 more = {"OMP_NUM_THREADS": "1", "HAL_CACHE": f"{folder}/cache", "HAL_PLUGINS": "cpu,parallel"}
                 subprocess.run(command, check=True, env={**os.environ, **more, **setting})
                 halves.append(Path(f"{folder}/rows").read_text(encoding="utf-8").splitlines())
-            rows += [f"{times}\t{memory}".split("\t") for times, memory in zip(*halves, strict=True)]
-    columns = ["ranks", "call", "strategy", "ms planned", "ms", "ratio", "regret of auto"]
-    columns += ["MiB planned", "MiB", "ratio of MiB"]
+            *times, memory = ([line.split("\t") for line in half] for half in halves)
+            rows += [(times[0][n] if times else row[:3]) + row[3:] for n, row in enumerate(memory)]
+    columns = ["ranks", "call", "strategy", "MiB planned", "MiB", "ratio of MiB"]
+    if given.rounds == 0:
+        notes = ["head_dim 64, float32, zigzag, one thread a rank."]
+        section = "Plan's memory against runs"
+        publish(given, "parallel", section, columns, rows, notes, section=section)
+        return 0
+    columns[3:3] = ["ms planned", "ms", "ratio", "regret of auto"]
     notes = [
         f"head_dim 64, float32, zigzag, processor time, one thread a rank, {os.cpu_count()} cores (a load of "
         f"{os.getloadavg()[0]:.1f} when it ended). The regret stands in the row of auto's choice."
