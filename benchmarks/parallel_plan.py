@@ -3,7 +3,8 @@
     python benchmarks/parallel_plan.py [--ranks 2] [--rounds 15] [--record]
 
 Starts itself with torchrun, one thread a rank, calibrates `cpu:0` on the first rank and measures the links. Times are
-the least of interleaved rounds, of the slowest rank: what else runs on the machine only adds to them. The regret of
+processor time, the least of interleaved rounds, of the slowest rank: what else runs on the machine only adds to them,
+and a rank that waits for another takes none. The regret of
 `auto` is the time of its choice over the least, less 1. Memory is the peak of the resident set beside a rank's own
 tensors and results, the most of three calls and of all ranks, in processes of its own whose C library maps every tensor
 for itself: what is freed leaves the resident set at once, as it leaves what an accelerator's allocator counts. Ranks
@@ -72,25 +73,26 @@ def run_ranks(rounds: int) -> list[list[str]]:
     for name, heads, heads_kv, tokens, grads in CASES:
         sizes = (heads, heads_kv, heads_kv)
         tensors = [torch.randn(1, count, tokens // world, 64, requires_grad=grads) for count in sizes]
+        flowing = torch.ones_like(tensors[0])
         options: dict[str, Any] = {"is_causal": True, "layout": "zigzag", "enable_gqa": heads != heads_kv}
         options["backend"] = "cpu"
         found = hal_parallel.explain(*tensors, mesh, **options)
         able = [e for e in found.estimates if not e.refusal and e.strategy in STRATEGIES]
 
-        def call(strategy: str, tensors: Any = tensors, options: Any = options, grads: bool = grads) -> Any:
+        def call(strategy: str, tensors: Any = tensors, options: Any = options, flowing: Any = flowing) -> Any:
             out = hal_parallel.attention(*tensors, mesh, strategy=strategy, **options)
-            if grads:
-                torch.autograd.grad(out, tensors, torch.ones_like(out))
+            if out.requires_grad:
+                torch.autograd.grad(out, tensors, flowing)
             return out
 
         times: dict[str, list[float]] = {e.strategy: [] for e in able}
         for number in range(rounds + 1):
             for strategy in times:
                 dist.barrier()
-                start = time.perf_counter()
+                start = time.process_time()
                 call(strategy)
                 if number:
-                    times[strategy].append(time.perf_counter() - start)
+                    times[strategy].append(time.process_time() - start)
         if rounds:
             own, planned = [min(times[e.strategy]) * 1e3 for e in able], [e.total * 1e3 for e in able]
         else:
@@ -103,7 +105,7 @@ def run_ranks(rounds: int) -> list[list[str]]:
         chosen = next((i for i, e in enumerate(able) if e.strategy == found.strategy and rounds), -1)
         for i, (e, wanted, got) in enumerate(zip(able, planned, measured, strict=True)):
             regret = [f"{got / min(measured) - 1:.0%}" if i == chosen else ""] if rounds else []
-            first = [str(world), f"{name}, {heads}/{heads_kv} heads, {tokens}", e.strategy] if rounds else []
+            first = [str(world), f"{name}, {heads}/{heads_kv} heads, {tokens}", e.strategy]
             rows.append([*first, f"{wanted:.2f}", f"{got:.2f}", f"{got / wanted:.2f}", *regret])
     return rows
 
@@ -111,7 +113,7 @@ def run_ranks(rounds: int) -> list[list[str]]:
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--ranks", default="2", help="comma-separated numbers of ranks")
-    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--rounds", type=int, default=15, help="of times; 0: memory alone")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.worker:
@@ -124,19 +126,25 @@ def main() -> int:
     for world in map(int, given.ranks.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             halves = []
-            for number, setting in ((given.rounds, {}), (0, MAPPED)):
+            for number, setting in ((given.rounds, {}), (0, MAPPED)) if given.rounds else ((0, MAPPED),):
                 command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
                 command += ["--nproc-per-node", str(world), str(Path(__file__).resolve())]
                 command += ["--worker", f"{folder}/rows", "--rounds", str(number)]
                 more = {"OMP_NUM_THREADS": "1", "HAL_CACHE": f"{folder}/cache", "HAL_PLUGINS": "cpu,parallel"}
                 subprocess.run(command, check=True, env={**os.environ, **more, **setting})
                 halves.append(Path(f"{folder}/rows").read_text(encoding="utf-8").splitlines())
-            rows += [f"{times}\t{memory}".split("\t") for times, memory in zip(*halves, strict=True)]
-    columns = ["ranks", "call", "strategy", "ms planned", "ms", "ratio", "regret of auto"]
-    columns += ["MiB planned", "MiB", "ratio of MiB"]
+            *times, memory = ([line.split("\t") for line in half] for half in halves)
+            rows += [(times[0][n] if times else row[:3]) + row[3:] for n, row in enumerate(memory)]
+    columns = ["ranks", "call", "strategy", "MiB planned", "MiB", "ratio of MiB"]
+    if given.rounds == 0:
+        notes = ["head_dim 64, float32, zigzag, one thread a rank."]
+        section = "Plan's memory against runs"
+        publish(given, "parallel", section, columns, rows, notes, section=section)
+        return 0
+    columns[3:3] = ["ms planned", "ms", "ratio", "regret of auto"]
     notes = [
-        f"head_dim 64, float32, zigzag, one thread a rank, {os.cpu_count()} cores (a load of {os.getloadavg()[0]:.1f} "
-        "when it ended). The regret stands in the row of auto's choice."
+        f"head_dim 64, float32, zigzag, processor time, one thread a rank, {os.cpu_count()} cores (a load of "
+        f"{os.getloadavg()[0]:.1f} when it ended). The regret stands in the row of auto's choice."
     ]
     publish(given, "parallel", "Plan against runs", columns, rows, notes, section="Plan against runs")
     return 0

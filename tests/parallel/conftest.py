@@ -26,7 +26,9 @@ def free_port() -> int:
 
 
 def environment(rank: int, world: int, port: int) -> dict[str, str]:
-    place: dict[str, object] = {"HAL_PLUGINS": "cpu,opencl,kpu,parallel"}  # the others take time to find
+    place: dict[str, object] = {
+        "HAL_PLUGINS": "cpu,opencl,kpu,photonic_lightmatter,luminous,parallel"
+    }  # the others take time to find
     place |= {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     return {**os.environ, **{name: str(value) for name, value in place.items()}}
 

@@ -75,7 +75,7 @@ def _arm(trial: dict[str, Any], folder: Path) -> None:
         "forward": (inner.Inner, "forward"),
         "backward": (inner.Inner, "backward"),
         "exchange": (exchange.Link, "shift" if trial["strategy"] == "ring" else "_run"),
-        "wait": (exchange.Pending, "wait"),
+        "wait": (exchange.Link, "wait"),
     }[trial["at"]]
     setattr(*place, before(getattr(*place)))
 

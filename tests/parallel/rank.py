@@ -16,7 +16,7 @@ import hal_parallel
 import torch
 import torch.distributed as dist
 from hal_parallel import strategies, unshard
-from hal_parallel.dropout import Dropout
+from hal_parallel.draws import Draws
 from hal_parallel.layout import TokenLayout, make_layout, shard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -95,7 +95,7 @@ def reference(case: dict[str, Any], tensors: dict[str, Any]) -> dict[str, torch.
 
 
 def dense_dropout(leaves: dict[str, Any], mask: Any, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention whose dropped pairs are those of `hal_parallel.dropout`, all pairs at once."""
+    """Attention whose dropped pairs are those of `hal_parallel.draws`, all pairs at once."""
     query, key, value = (leaves[name].double() for name in ("query", "key", "value"))
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).mT * query.shape[3] ** -0.5
@@ -105,7 +105,7 @@ def dense_dropout(leaves: dict[str, Any], mask: Any, options: dict[str, Any]) ->
     if mask is not None:
         scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -INFINITY)
     lse = scores.logsumexp(-1)
-    keep = Dropout(options["dropout_p"], options["rng"]).keep(*scores.shape[:2], rows, keys)
+    keep = Draws(options["dropout_p"], options["rng"]).keep(*scores.shape[:2], rows, keys)
     weights = (scores - finite(lse)[..., None]).exp() * keep / (1 - options["dropout_p"])
     out = weights @ value.repeat_interleave(group, 1)
     return out.to(leaves["query"].dtype), lse.to(torch.promote_types(leaves["query"].dtype, torch.float32))

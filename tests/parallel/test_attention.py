@@ -6,6 +6,8 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
+from hal_parallel.layout import make_layout, unshard
 
 pytestmark = pytest.mark.xdist_group("parallel")
 
@@ -115,6 +117,30 @@ def test_dropout_without_rng_is_drawn_by_the_first_rank(ranks, seed):
     assert first != second
 
 
+@pytest.mark.parametrize("device", ["lightmatter:0", pytest.param("luminous:0", marks=pytest.mark.slow)])
+def test_noise_follows_the_positions_in_the_sequence(ranks, device, seed):
+    """A device's noise is that of one rank with the same rng for any number of ranks, layout and strategy."""
+    case: dict[str, Any] = {"len_q": 512, "dim": 16, "grads": False, "seed": seed, "strategy": "ring"}
+    options = {"is_causal": True, "rng": (5, 3)}
+    case |= {"backend": device, "options": options}
+    others = [case, case | {"options": options | {"rng": (5, 4)}}, case | {"backend": "cpu"}]
+    want, other, exact = (found["out"] for found in ranks.run("results", 1, cases=others)[0])
+    assert 1e-4 < distance(other, want) < 2 * distance(want, exact)
+    strategies = ("ring", "gathered", "ulysses", "pass_query")
+    for world, layout in ((2, "contiguous"), (4, "zigzag")):
+        cases = [case | {"strategy": strategy, "layout": layout} for strategy in strategies]
+        parts = ranks.run("results", world, cases=cases)
+        for n, strategy in enumerate(strategies):
+            got = unshard([found[n]["out"] for found in parts], make_layout(layout, 512, world))
+            assert distance(got, want) < 1e-5, (world, layout, strategy)
+    said = ranks.run("refused", 4, cases=[[case | {"layout": "striped"}] * 4])
+    assert all("tokens over 4 ranks cuts them apart: use contiguous or zigzag" in text for [text] in said)
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
 @pytest.mark.parametrize("device", ["opencl", "kpu"])
 def test_other_devices_inside_give_the_same_results(ranks, device, seed):
     features = [FEATURES[name] for name in ("causal", "padded", "window", "grouped heads", "boolean mask")]
@@ -124,6 +150,19 @@ def test_other_devices_inside_give_the_same_results(ranks, device, seed):
         for feature, strategy in itertools.product(features, ("ring", "ulysses"))
     ]
     within(ranks.run("compare_all", 2, cases=cases), cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["opencl", "kpu"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_strategy_and_layout_over_other_devices(ranks, device, world, seed):
+    features = [FEATURES[name] for name in ("causal", "padded", "grouped heads", "boolean mask", "additive mask")]
+    strategies = ("ring", "gathered", "ulysses", "pass_query")
+    cases = [
+        {**feature, "strategy": strategy, "layout": layout, "seed": seed, "backend": device}
+        for feature, strategy, layout in itertools.product(features, strategies, LAYOUTS)
+    ]
+    within(ranks.run("compare_all", world, cases=cases), cases)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,8 @@ def test_a_plan_grows_as_its_arithmetic_says():
     assert slow.seconds > 10 * plan(LAYERS, 1 << 10, 8, device="cpu", link=LinkRate(1e11, 1e-6)).seconds
     with pytest.raises(ContractError, match="0 tokens, 8 ranks and a batch of 1 were given"):
         plan(LAYERS, 0, 8, device="cpu")
+    with pytest.raises(ContractError, match="dtype 'int4' was given: use float64, float32"):
+        plan(LAYERS, 64, 8, device="cpu", dtype="int4")
 
 
 def test_the_plan_command_reads_a_configuration(tmp_path, capsys):

@@ -66,7 +66,7 @@ DIFFERENT: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({}, {"options": {"is_causal": True}}, ["causal", "rank 0", "rank 1"]),
     ({"grads": True}, {"grads": False}, ["gradients k, q, v on rank 0, none on rank 1"]),
     ({"mask": "boolean"}, {}, ["mask [1, 1, 12, 24] torch.bool on rank 0, none on rank 1"]),
-    ({"options": {"scale": 1.0}}, {"options": {"scale": 2.0}}, ["scale, softcap 1.0, None on rank 0, 2.0"]),
+    ({"options": {"scale": 1.0}}, {"options": {"scale": 2.0}}, ["scale 1.0 on rank 0, 2.0"]),
     (
         {"cu_seqlens_q": [0, 4, 24], "cu_seqlens_k": [0, 4, 24]},
         {"cu_seqlens_q": [0, 5, 24], "cu_seqlens_k": [0, 5, 24]},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hal_parallel.dropout import Dropout
+from hal_parallel.draws import Draws
 from hal_parallel.layout import NAMES, TokenLayout, joined_ranks, make_layout, shard, unshard
 from hal_parallel.visible import Call, Rule, band_options, find_calls, tokens_of
 
@@ -79,7 +79,7 @@ def test_the_calls_of_all_ranks_read_each_visible_pair_once(seed):
         apart, together = torch.zeros_like(whole(rule)), torch.zeros_like(whole(rule))
         for rank, source in itertools.product(range(world), range(world)):
             rows, columns = queries.indices(rank), keys.indices(source)
-            for call in find_calls(queries.pieces[rank], keys.pieces[source], rule, most, most):
+            for call in find_calls(queries.pieces[rank], keys.pieces[source], rule, most and (most, most)):
                 assert torch.equal(rows[call.rows], tokens_of(call.tokens[0], CPU))
                 assert torch.equal(columns[call.keys], tokens_of(call.tokens[1], CPU))
                 apart[rows[call.rows][:, None], columns[call.keys]] += dense(call)
@@ -113,12 +113,12 @@ def test_causal_zigzag_takes_few_calls():
 
 def test_dropout_keeps_the_share_it_says_and_no_row_is_like_another():
     rows, keys = torch.arange(512), torch.arange(1024)
-    keep = Dropout(0.3, (5, 6)).keep(2, 2, rows, keys)
+    keep = Draws(0.3, (5, 6)).keep(2, 2, rows, keys)
     assert abs(float(keep.float().mean()) - 0.7) < 0.002
     for dim in (2, 3):
         assert float((keep.float().mean(dim) - 0.7).abs().max()) < 0.12
     flat = keep.flatten(0, 2).float() - 0.7
     likeness = flat[:200] @ flat[:200].T / flat.shape[1]
     assert float((likeness - likeness.diag().diag()).abs().max()) < 0.05
-    assert not torch.equal(keep, Dropout(0.3, (5, 7)).keep(2, 2, rows, keys))
-    assert torch.equal(keep[:, 1:, 3:9, 5:], Dropout(0.3, (5, 6), 1).keep(2, 1, rows[3:9], keys[5:]))
+    assert not torch.equal(keep, Draws(0.3, (5, 7)).keep(2, 2, rows, keys))
+    assert torch.equal(keep[:, 1:, 3:9, 5:], Draws(0.3, (5, 6), 1).keep(2, 1, rows[3:9], keys[5:]))

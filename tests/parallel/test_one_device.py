@@ -14,7 +14,7 @@ import hal_parallel
 import pytest
 import torch
 from hal_parallel.description import Given, describe
-from hal_parallel.dropout import Dropout
+from hal_parallel.draws import Draws
 from hal_parallel.streaming import choose_blocks
 
 import hal_core as hal
@@ -80,8 +80,18 @@ def test_dropout_is_that_of_the_ranks():
     one, many = (hal_parallel.attention(*tensors, memory=memory, **given) for memory in (1 << 30, 200_000))
     assert norm_error(many, one) < 1e-6
     weights = (tensors[0] @ tensors[1].mT * 0.25).softmax(-1)
-    keep = Dropout(0.4, (3, 4)).keep(1, 2, torch.arange(300), torch.arange(300))
+    keep = Draws(0.4, (3, 4)).keep(1, 2, torch.arange(300), torch.arange(300))
     assert norm_error(one, weights * keep / 0.6 @ tensors[2]) < 1e-5
+
+
+def test_noise_is_the_same_in_blocks_of_any_size():
+    tensors = [tensor.detach() for tensor in drawn(300)]
+    given = {"is_causal": True, "backend": "lightmatter:0"}
+    if not any(device.id == given["backend"] for device in hal.devices()):
+        pytest.skip("the plugin of lightmatter is not installed")
+    one, many = (hal_parallel.attention(*tensors, memory=size, rng=(3, 4), **given) for size in (1 << 30, 2_000_000))
+    assert norm_error(many, one) < 1e-6
+    assert norm_error(hal_parallel.attention(*tensors, rng=(3, 5), **given), one) > 1e-4
 
 
 def test_entries_and_heads_apart_give_the_same():
@@ -102,13 +112,14 @@ def test_entries_and_heads_apart_give_the_same():
 def described(length: int, grads: bool = False, dtype: torch.dtype = torch.float32, batch: int = 1) -> Any:
     query = torch.empty(batch, 8, length, 64, requires_grad=grads, dtype=dtype)
     given, places = Given(query, query, query, None), ("contiguous", None, (None, None))
-    return describe(given, 0.0, {"backend": "cpu"}, places, 1, False)
+    return describe(given, 1, 0.0, {"backend": "cpu"}, places, False)
 
 
 def test_blocks_shrink_with_the_memory():
     """First fewer batch entries, then fewer heads, then fewer rows and keys."""
     found = described(1 << 16, batch=2)
-    sizes = [choose_blocks(found, memory << 20, False)[:4] for memory in (4096, 900, 128, 16)]
+    requests = [choose_blocks(found, memory << 20, False).inner.request for memory in (4096, 900, 128, 16)]
+    sizes = [(r.batch, r.heads_kv, r.len_q, r.len_k) for r in requests]
     assert sizes[0] == (2, 8, 1 << 16, 1 << 16)
     assert sizes[1] == (1, 8, 1 << 16, 1 << 16)
     assert sizes[2] == (1, 1, 1 << 16, 1 << 16)

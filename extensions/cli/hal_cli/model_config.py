@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +75,28 @@ def layers(config: Mapping[str, Any]) -> list[Layers]:
     if not found:
         raise HalError("the model's configuration names no attention heads (num_attention_heads, n_head or the like)")
     return found
+
+
+def counts(config: Mapping[str, Any], kinds: Sequence[Layers]) -> list[int]:
+    """How many layers there are of each of a configuration's kinds.
+
+    Raises:
+        HalError: it does not say.
+    """
+    names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    total = next((part[name] for part in parts for name in names if isinstance(part.get(name), int)), None)
+    if total is None or total < 1:
+        raise HalError("the model's configuration does not say how many layers it has (num_hidden_layers)")
+    narrow = sum("sliding" in str(kind) for kind in config.get("layer_types") or ())
+    if len(kinds) == 1:
+        return [total]
+    if len(kinds) == 2 and narrow and [kind.window is None for kind in kinds] == [True, False]:
+        return [total - narrow, narrow]
+    raise HalError(
+        f"the model's configuration has {len(kinds)} kinds of attention layers without a list of which: plan its text "
+        "model's configuration alone"
+    )
 
 
 def _kinds(config: Mapping[str, Any], dtype: str) -> Iterator[Layers]:

@@ -7,8 +7,6 @@
 Importing this package imports no torch: a name is imported when it is first used.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import Any
 
@@ -16,14 +14,13 @@ from hal_core import __version__ as __version__
 
 #: Public names by the module that holds them.
 _NAMES = {
-    "api": "Explanation attention explain",
+    "api": "Explanation attention explain shard unshard",
     "cost": "LinkRate StrategyEstimate measure_link",
     "exchange": "ExchangeError",
     "layout": "TokenLayout make_layout",
     "models": "context",
     "modules": "ContextParallelAttention RingAttentionLayer create_context_parallel_attention create_ring_attention",
     "planning": "AttentionLayers Plan plan",
-    "sharding": "shard unshard",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_WHERE)

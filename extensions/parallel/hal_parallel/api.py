@@ -1,7 +1,6 @@
-"""`attention`: one sequence over many devices, on each rank's own tokens."""
+"""`attention`: one sequence over many devices, on each rank's own tokens; `shard` and `unshard` them."""
 
-from __future__ import annotations
-
+import inspect
 import warnings
 from functools import cache
 from typing import Any, NamedTuple
@@ -11,12 +10,14 @@ from torch import Tensor
 
 from hal_core import AttentionOutput, ContractError, Decision
 
-from . import cost
-from .agreement import agree
-from .description import Description, Given, describe
+from . import cost, layout as layouts
+from .description import Description, Given, describe, widened
+from .draws import drawn
+from .exchange import gather_tokens
+from .layout import TokenLayout, make_layout
 from .strategies import STRATEGIES, Run, check_strategy
 from .streaming import one_device
-from .topology import Topology, topology_of
+from .topology import Topology, agree, topology_of
 
 
 def attention(
@@ -71,38 +72,28 @@ def attention(
         UnsupportedError: no device runs a rank's part. ExchangeError: a rank did not answer in time, or is gone.
     """
     options["is_causal"] = is_causal
-    query, key, value, attn_mask = _follow_autocast(query, key, value, attn_mask)
+    given = _follow_autocast(Given(query, key, value, attn_mask))
+    asked = dropout_p, options, (layout, length, (cu_seqlens_q, cu_seqlens_k)), return_lse
     topology = topology_of(mesh, timeout)
     if topology is None:
         _say_one_device()
-    found, error, chosen = None, None, -1
-    world = 1 if topology is None else topology.world
-    try:
-        if topology is not None:
-            _check_place(query, topology)
-        given, places = Given(query, key, value, attn_mask), (layout, length, (cu_seqlens_q, cu_seqlens_k))
-        found = describe(given, dropout_p, options, places, world, return_lse)
-        if attn_mask is not None:
-            given = given._replace(mask=attn_mask[(None,) * (4 - attn_mask.dim())])
-        seed, offset = _drawn(rng, bool(found.dropout))
-        if topology is not None:
-            chosen = _chosen(strategy, found, topology)
-            Run(found, topology, (seed, offset)).device(list(STRATEGIES)[chosen])
-    except Exception as caught:  # the other ranks are told
-        if topology is None:
-            raise
-        error = caught
-    if topology is None:
-        assert found is not None
-        out, lse = one_device(given, found, (seed, offset), memory)
+        found = describe(given, 1, *asked)
+        out, lse = one_device(widened(given), found, rng, memory)
     else:
-        facts = {} if found is None else found.facts
-        facts |= {"strategy": strategy, "rng": rng, "mesh": str([link.size for link in topology.links])}
-        numbers = (chosen, seed, offset) if error is None else (-1, 0, 0)
-        chosen, seed, offset = agree(topology, facts, error, numbers)
-        assert found is not None
-        name = list(STRATEGIES)[chosen]
-        out, lse = STRATEGIES[name](given, Run(found, topology, (seed, offset)))
+        facts: dict[str, Any] = {"strategy": strategy, "rng": rng, "mesh": topology.shape}
+        numbers, error = [-1, 0, 0], None
+        try:
+            _check_place(query, topology)
+            found = describe(given, topology.world, *asked)
+            facts |= found.facts
+            chosen = _chosen(strategy, found, topology)
+            inner = Run(found, topology, (0, 0)).device(list(STRATEGIES)[chosen])
+            numbers = [chosen, *drawn(rng, inner.noisy or found.dropout > 0)]
+        except Exception as caught:  # the other ranks are told
+            error = caught
+        chosen, *numbers = agree(topology, facts, error, numbers)
+        run = Run(found, topology, (numbers[0], numbers[1]))
+        out, lse = list(STRATEGIES.values())[chosen](widened(given), run)
     return AttentionOutput(out, lse) if return_lse else out
 
 
@@ -138,21 +129,17 @@ def explain(
     topology = topology_of(mesh)
     if topology is None:
         raise ContractError("there is no process group, so the call runs on one device: hal.explain says which")
-    given = {name: options.pop(name, default) for name, default in _EXPLAINED.items()}
-    places = given["layout"], given["length"], (given["cu_seqlens_q"], given["cu_seqlens_k"])
-    tensors, p = Given(query, key, value, attn_mask), given["dropout_p"]
-    found = describe(tensors, p, options, places, topology.world, given["return_lse"])
-    name = list(STRATEGIES)[_chosen(given["strategy"], found, topology)]
+    asked = inspect.signature(attention).bind(query, key, value, mesh, attn_mask, **options)
+    asked.apply_defaults()
+    a = asked.arguments
+    places = a["layout"], a["length"], (a["cu_seqlens_q"], a["cu_seqlens_k"])
+    options = a["options"] | {"is_causal": a["is_causal"]}
+    tensors = Given(query, key, value, attn_mask)
+    found = describe(tensors, topology.world, a["dropout_p"], options, places, a["return_lse"])
+    name = list(STRATEGIES)[_chosen(a["strategy"], found, topology)]
     link = cost.stored_link(topology.ring.device.type, topology.world)
     estimates = cost.estimates(found, topology.shape, link)
     return Explanation(name, estimates, link, Run(found, topology, (0, 0)).device(name).decision)
-
-
-#: Arguments of `attention` that `explain` reads itself.
-_EXPLAINED: dict[str, Any] = {
-    **{"dropout_p": 0.0, "layout": "contiguous", "length": None, "strategy": "auto", "return_lse": False},
-    **{"cu_seqlens_q": None, "cu_seqlens_k": None},
-}
 
 
 def _chosen(strategy: str, description: Description, topology: Topology) -> int:
@@ -172,23 +159,13 @@ def _check_place(query: Any, topology: Topology) -> None:
         )
 
 
-def _drawn(rng: Any, wanted: bool) -> tuple[int, int]:
-    """(seed, offset) as given, or drawn from torch's default generator where dropout wants it."""
-    if rng is None:
-        seed, offset = torch.randint(0, 2**62, (2,)).tolist() if wanted else (0, 0)
-        return seed, offset
-    if isinstance(rng, tuple | list) and len(rng) == 2 and all(type(n) is int and 0 <= n < 1 << 63 for n in rng):
-        return rng[0], rng[1]
-    raise ContractError(f"rng {rng!r} was given: pass (seed, offset), two whole numbers of 0 or more")
-
-
-def _follow_autocast(*tensors: Any) -> list[Any]:
+def _follow_autocast(given: Given) -> Given:
     """Cast as torch's autocast casts scaled_dot_product_attention's tensors; float64 stays."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    kind = given.query.device.type if isinstance(given.query, Tensor) else "cpu"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return list(tensors)
+        return given
     kinds, target = (torch.float32, torch.float16, torch.bfloat16), torch.get_autocast_dtype(kind)
-    return [t.to(target) if isinstance(t, Tensor) and t.dtype in kinds else t for t in tensors]
+    return Given._make(t.to(target) if isinstance(t, Tensor) and t.dtype in kinds else t for t in given)
 
 
 @cache
@@ -199,3 +176,40 @@ def _say_one_device() -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+def shard(tensor: Tensor, mesh: Any = None, layout: Any = "contiguous", dim: int = 2, fill: float = 0) -> Tensor:
+    """This rank's tokens of a tensor that every rank holds whole; where the world does not divide it, padded by `fill`.
+
+    Args:
+        tensor: with the whole sequence along `dim`. layout: a name or a `TokenLayout`.
+    """
+    rank, found = _place(mesh, layout, tensor.shape[dim])
+    return layouts.shard(tensor, found, rank, dim, fill)
+
+
+def unshard(
+    tensor: Tensor, mesh: Any = None, layout: Any = "contiguous", dim: int = 2, length: int | None = None
+) -> Tensor:
+    """The whole sequence, on every rank, of the parts that the ranks hold; differentiable.
+
+    Args:
+        tensor: this rank's tokens along `dim`. length: tokens of the sequence without padding; None: no padding.
+    """
+    topology = topology_of(mesh)
+    world = 1 if topology is None else topology.world
+    _, found = _place(mesh, layout, tensor.shape[dim] * world if length is None else length)
+    if found.local != tensor.shape[dim]:
+        raise ContractError(
+            f"a part of {tensor.shape[dim]} tokens was given, and {found.name} of {found.length} has {found.local}: "
+            "pass length="
+        )
+    for link in () if topology is None else topology.links:
+        tensor = gather_tokens(tensor, link, dim, "parts of the sequence")
+    return layouts.unshard(tensor.chunk(world, dim), found, dim) if found.local else tensor
+
+
+def _place(mesh: Any, layout: Any, length: int) -> tuple[int, TokenLayout]:
+    topology = topology_of(mesh)
+    world, rank = (1, 0) if topology is None else (topology.world, topology.rank)
+    return rank, layout if isinstance(layout, TokenLayout) else make_layout(layout, length, world)

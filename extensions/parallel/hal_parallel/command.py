@@ -1,14 +1,11 @@
 """`hal plan`: memory and time of a model's attention over devices, and which strategy; links in `hal calibrate`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from hal_core import ContractError
 from hal_core.plugin_api import CommandResult, Table, find_devices
 
 _ABOUT = "plan a model's attention over several devices: memory per rank, time per step, which strategy"
@@ -36,7 +33,7 @@ def run(options: argparse.Namespace) -> CommandResult:
 
     config = model_config.read(options.model)
     kinds = model_config.layers(config)
-    counts = _counts(config, kinds)
+    counts = model_config.counts(config, kinds)
     dtype = options.dtype or next((kind.dtype for kind in kinds if kind.dtype), "bfloat16")
     layers = [
         AttentionLayers(count, k.heads, k.heads_kv, k.dim_qk, k.dim_v, k.causal, k.window, k.softcap, k.scale)
@@ -44,23 +41,15 @@ def run(options: argparse.Namespace) -> CommandResult:
     ]
     given = {name: getattr(options, name) for name in ("device", "batch", "layout", "training")}
     found = plan(layers, options.tokens, options.gpus, dtype=dtype, **given)
-    tables = [
-        Table(
-            f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}",
-            ["of a rank", "amount"],
-            [
-                [
-                    f"attention of {sum(counts)} layers, forward{' and backward' * options.training}",
-                    _time(found.seconds),
-                ],
-                *([what, f"{size / 2**20:,.1f} MiB"] for what, size in found.memory.items()),
-            ],
-            [
-                f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
-                "Weights, their gradients and the layers around attention are not part of this plan.",
-            ],
-        )
+    passes = "forward and backward" if options.training else "forward"
+    of_rank = {f"attention of {sum(counts)} layers, {passes}": _time(found.seconds)}
+    of_rank |= {what: f"{size / 2**20:,.1f} MiB" for what, size in found.memory.items()}
+    title = f"{found.tokens:,} tokens over {found.ranks} of {found.device}, {found.layout}: {found.strategy}"
+    notes = [
+        f"Times of {found.device} are {found.basis}; the link between ranks: {found.link}.",
+        "Weights, their gradients and the layers around attention are not part of this plan.",
     ]
+    tables = [Table(title, ["of a rank", "amount"], [list(row) for row in of_rank.items()], notes)]
     for kind, estimates in found.layers:
         window = "" if kind.window is None else f", window {kind.window}"
         rows = [
@@ -78,24 +67,6 @@ def _time(seconds: float) -> str:
     if seconds >= 1000:
         return f"{seconds:,.0f} s"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-def _counts(config: dict[str, Any], kinds: list[Any]) -> list[int]:
-    """How many layers there are of each kind."""
-    names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    parts = (config, *(part for part in config.values() if isinstance(part, dict)))
-    total = next((part[name] for part in parts for name in names if isinstance(part.get(name), int)), None)
-    if total is None or total < 1:
-        raise ContractError("the model's configuration does not say how many layers it has (num_hidden_layers)")
-    narrow = sum("sliding" in str(kind) for kind in config.get("layer_types") or ())
-    if len(kinds) == 1:
-        return [total]
-    if len(kinds) == 2 and narrow and [kind.window is None for kind in kinds] == [True, False]:
-        return [total - narrow, narrow]
-    raise ContractError(
-        f"the model's configuration has {len(kinds)} kinds of attention layers without a list of which: plan its text "
-        "model's configuration alone"
-    )
 
 
 def add_links(subparsers: Any) -> None:

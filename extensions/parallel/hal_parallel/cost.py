@@ -1,7 +1,5 @@
 """What a call would take under each strategy: the inner device's estimate, and the measured link between ranks."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import replace
@@ -14,7 +12,7 @@ from hal_core.plugin_api import DTYPE_BYTES, write_whole
 
 from .description import Description
 from .inner import NO_BAND, choose
-from .layout import joined_ranks
+from .layout import REPLICATED, joined_ranks
 from .strategies import STRATEGIES, heads_together, why_not
 from .topology import topology_of
 from .visible import Call, band_options, find_calls
@@ -67,7 +65,7 @@ def measure_link(mesh: Any = None, size: int = 1 << 23, repeats: int = 7) -> Lin
         passes = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            ring.shift([send], [receive], 1, "measuring the link").wait()
+            ring.shift([send], [receive], 1, "measuring the link")()
             receive[-1].item()  # an accelerator is waited for
             passes.append(time.perf_counter() - start)
         times.append(min(passes[1:]))
@@ -141,59 +139,66 @@ def estimates(d: Description, shape: tuple[int, ...], link: LinkRate) -> tuple[S
 
 
 def _estimate(name: str, d: Description, shape: tuple[int, ...], link: LinkRate) -> StrategyEstimate:
-    r, world = d.request, d.queries.world
+    r, world, replicated = d.request, d.queries.world, d.queries.name == REPLICATED
     size, wide, back = DTYPE_BYTES[r.dtype], max(DTYPE_BYTES[r.dtype], 4), 2 if r.grads else 1
     rows = r.batch * r.heads_q * d.queries.local
-    keys, queries = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v), rows * r.dim_qk
-    results = rows * r.dim_v
-    work, largest = _work(name, d, shape)
-    pair = seconds_per_pair(d)
-    compute = pair * sum(work)
-    if name in ("ring", "ring_ulysses"):
-        heads = shape[1] if len(shape) > 1 else 1
-        each = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads)
-        together = heads_together(each, d.keys.pieces) if name == "ring" or len(work) > 1 else each.heads_kv
-        moving = keys * together // max(each.heads_kv, 1)
-        per_step = keys * (2 * size + wide if r.grads else size)
-        travelling = [link.seconds(per_step, back)] * (len(work) - 1)
-        exchange, sent = sum(travelling), per_step * len(travelling)
-        total = sum(max(pair * each, moved) for each, moved in zip(work, [*travelling, 0.0], strict=True))
-        # What comes, what is passed on after the first step, and three sums of its gradients.
-        memory = moving * (size * min(len(work) - 1, 2) + 3 * wide * (bool(r.grads) and len(work) > 1))
-        memory += _call_memory(d, largest, together)
-        if heads > 1:
-            traded = int((queries + keys + results) * size * (heads - 1) / heads * back)
-            exchange, total = exchange + link.seconds(traded, 4), total + link.seconds(traded, 4)
-            sent, memory = sent + traded, memory + (queries + keys + results) * size
-        return StrategyEstimate(name, "", compute, exchange, total, sent, memory)
-    replicated = d.queries.local == d.queries.length and world > 1
+    queries, results = rows * r.dim_qk * size, rows * r.dim_v * size
+    keys = r.batch * r.heads_kv * d.keys.local * (r.dim_qk + r.dim_v)
+    sums = keys * wide * bool(r.grads)  # of their gradients
+    work, calls = _work(name, d, shape)
+    passed, sent, messages = 0, 0, 0  # bytes of a step of the ring; bytes and messages of what travels at once
     if name == "gathered":
-        sent = int(keys * (world - 1) * (size + wide * bool(r.grads)))
-        memory = keys * world * (size + wide * bool(r.grads)) + _call_memory(d, largest, r.heads_kv)
+        sent, messages = (keys * size + sums) * (world - 1), 2
+        # While a call runs, or while what the group gathers is put in order: of gradients a copy to be summed, and the
+        # group's own; before there is a result, the values beside the ordered keys.
+        memory = (keys * size + sums) * world + _call_memory(d, calls[0], r.heads_kv)
+        memory = max(memory, 2 * (keys * size + sums) * world if r.grads else 3 * keys * size * world // 2 - results)
     elif name == "ulysses":
-        sent = int((queries + keys + results) * size * (world - 1) / world * back)
-        memory = (queries + keys) * size + _call_memory(d, largest, r.heads_kv // world)
+        traded = queries + keys * size + results
+        sent, messages = traded * (world - 1) // world * back, 4
+        memory = traded - results + _call_memory(d, calls[0], r.heads_kv // world)
         # With gradients, beside what is kept: the result's, twice. Without: what is sent, came and is put in order.
-        memory = memory + 2 * results * size if r.grads else max(memory, 4 * results * size)
-    else:
-        sent = back * ((results * size + rows * wide) * (world - 1) + (1 - replicated) * queries * size * (world - 1))
-        moving = queries * size * (1 if replicated else world)
-        found = results * size * (1 if replicated else world)
+        memory = memory + 2 * results if r.grads else max(memory, 4 * results)
+    elif name == "pass_query":
+        sent = back * (results + rows * wide + (0 if replicated else queries)) * (world - 1)
+        messages, others = 3, 1 if replicated else world
         # While the parts are computed, or while they are merged: beside the result, what was sent, came and is weighed.
-        memory = moving + max(found + _call_memory(d, largest, r.heads_kv), 7 * results * world * size // 2)
-    exchange = link.seconds(sent, {"gathered": 2, "ulysses": 4}.get(name, 3) * back)
-    return StrategyEstimate(name, "", compute, exchange, compute + exchange, sent, memory)
+        found = results * others + _call_memory(d, calls[0], r.heads_kv)
+        memory = queries * others + max(found, 7 * results * world // 2)
+    else:
+        heads = shape[1] if len(shape) > 1 else 1
+        each, ring = replace(r, heads_q=r.heads_q // heads, heads_kv=r.heads_kv // heads), len(work) > 1
+        together = heads_together(each, d.keys.pieces) if name == "ring" or ring else each.heads_kv
+        moving, passed = together / max(each.heads_kv, 1), keys * size * back + sums
+        # At each step: what comes, what is held after the first one, and from then on three sums of its gradients (own,
+        # arriving, sent), beside which the result is not there yet.
+        last, later = len(work) - 1, (3 * sums - keys * size) * bool(r.grads)
+        memory = max(
+            int(moving * (keys * size * ((step < last) + (step > 0)) + later * (step > 0)))
+            + _call_memory(d, call, together)
+            for step, call in enumerate(calls)
+        )
+        if heads > 1:
+            traded = queries + keys * size + results
+            sent, messages, memory = traded * (heads - 1) // heads * back, 4, memory + traded
+    pair, moved = seconds_per_pair(d), link.seconds(passed, back)
+    steps, once = len(work) - 1, link.seconds(sent, messages * back)
+    total = sum(max(pair * each, moved * (step < steps)) for step, each in enumerate(work)) + once
+    return StrategyEstimate(name, "", pair * sum(work), moved * steps + once, total, sent + passed * steps, memory)
 
 
-def _call_memory(d: Description, call: Call | None, heads_kv: int) -> int:
-    """Bytes that a dense call takes by the device's estimate, its results included."""
-    if call is None:
-        return 0
-    heads_q = heads_kv * (d.request.heads_q // max(d.request.heads_kv, 1))
-    sizes = {"heads_q": heads_q, "heads_kv": heads_kv, "len_q": call.size[0], "len_k": call.size[1]}
-    request = replace(d.request, **sizes | NO_BAND | band_options(call.low, call.high))
-    estimate = choose(request, d.policy).decision.winner.estimate
-    return 0 if estimate is None else estimate.memory
+def _call_memory(d: Description, calls: list[Call], heads_kv: int) -> int:
+    """Bytes that the largest of some dense calls takes by the device's estimate, its results included."""
+    r, heads_q, found = d.request, heads_kv * (d.request.heads_q // max(d.request.heads_kv, 1)), 0
+    for call in calls:
+        sizes = {"heads_q": heads_q, "heads_kv": heads_kv, "len_q": call.size[0], "len_k": call.size[1]}
+        request = replace(r, **sizes | NO_BAND | band_options(call.low, call.high))
+        estimate = choose(request, d.policy).decision.winner.estimate
+        # Of some of the rows, the output and its gradient are copied for a backward call.
+        copied = 2 * r.batch * heads_q * call.size[0] * r.dim_v * DTYPE_BYTES[r.dtype]
+        copied *= bool(r.grads) and call.size[0] < d.queries.local
+        found = max(found, copied + (0 if estimate is None else estimate.memory))
+    return found
 
 
 def seconds_per_pair(d: Description) -> float:
@@ -210,8 +215,8 @@ def seconds_per_pair(d: Description) -> float:
     return seconds / (request.len_q * request.len_k)
 
 
-def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float], Call | None]:
-    """Visible pairs of the busiest rank at each step, in pairs over all heads; the largest call."""
+def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float], list[list[Call]]]:
+    """At each step: visible pairs of the busiest rank, in pairs over all heads; the calls of all ranks."""
     world = d.queries.world
     sharing = world if name == "ulysses" else shape[1] if len(shape) > 1 else 1  # ranks that share the heads
     groups = [tuple(range(i, i + sharing)) for i in range(0, world, sharing)]
@@ -230,6 +235,7 @@ def _work(name: str, d: Description, shape: tuple[int, ...]) -> tuple[list[float
     found = [[find_calls(*pair, d.rule) for pair in step] for step in steps]
     while len(found) > 1 and not any(found[-1]):
         found.pop()
-    calls = [call for step in found for part in step for call in part]
     pairs = [max(sum(call.pairs for call in part) for part in step) / sharing for step in found]
-    return pairs, max(calls, key=lambda call: sum(call.size), default=None)
+    # Calls of one size and band take the same memory.
+    alike = [{(call.size, call.low, call.high): call for part in step for call in part} for step in found]
+    return pairs, [list(calls.values()) for calls in alike]

@@ -1,7 +1,5 @@
 """A call on local shards, checked and described: what every rank works out by itself before the ranks compare."""
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,6 +26,8 @@ REFUSED = {
 POLICY = ("backend", "objective", "allow_simulated", "transfer")
 #: Arguments of `hal.attention` that every rank's calls are given as they are.
 _PLACES = ("is_causal", "causal", "diagonal", "window", "max_seqlen_q", "max_seqlen_k")
+#: Of a request: what has to be equal on all ranks as it is.
+_SAME = ("dtype", "scale", "softcap", "grad_lse", "deterministic", "max_error")
 OPTIONS = (*POLICY, *_PLACES, "softcap", "scale", "enable_gqa", "max_error", "deterministic")
 
 
@@ -42,6 +42,11 @@ class Given(NamedTuple):
     key: Tensor
     value: Tensor
     mask: Tensor | None
+
+
+def widened(given: Given) -> Given:
+    """The same with a mask of four dimensions."""
+    return given if given.mask is None else given._replace(mask=given.mask[(None,) * (4 - given.mask.dim())])
 
 
 @dataclass(frozen=True)
@@ -67,22 +72,19 @@ class Description:
     def facts(self) -> dict[str, Any]:
         """What has to be equal on all ranks."""
         r = self.request
-        return {
+        same = {name: getattr(r, name) for name in _SAME}
+        return same | {
             "query": [r.batch, r.heads_q, self.queries.local, r.dim_qk],
             "key": [r.batch, r.heads_kv, self.keys.local, r.dim_qk],
             "value": [r.batch, r.heads_kv, self.keys.local, r.dim_v],
-            "dtype": r.dtype,
             "mask": self.mask,
             "layout": f"{self.queries.name} and {self.keys.name}",
             "tokens": f"{self.queries.length} and {self.keys.length}",
             "placement": _mark((self.queries.pieces, self.keys.pieces)),
             "causal": f"{self.rule.causal}, diagonal {self.rule.diagonal}, window {self.rule.window}",
             "sequences": f"{len(self.rule.cu_q) - 1}, {_mark((self.rule.cu_q, self.rule.cu_k))}",
-            "scale, softcap": f"{r.scale}, {r.softcap}",
             "dropout": self.dropout,
             "gradients": ", ".join(sorted(self.grads)) or "none",
-            "gradient of the log-sum-exp": r.grad_lse,
-            "deterministic": r.deterministic,
         }
 
 
@@ -96,7 +98,7 @@ registry.on_change.append(_requests.clear)
 
 
 def describe(
-    given: Given, dropout_p: float, options: dict[str, Any], places: tuple[Any, Any, Any], world: int, return_lse: bool
+    given: Given, world: int, dropout_p: float, options: dict[str, Any], places: tuple[Any, Any, Any], return_lse: bool
 ) -> Description:
     """Check a rank's own arguments.
 
@@ -158,28 +160,20 @@ def _checked(
         options = {name: options[name] for name in options if not name.startswith("max_seqlen")}
         request = hal.explain(views[0], views[1], views[2], part, dropout_p=dropout, return_lse=True, **options).request
         found = replace(request, len_k=key.shape[2], grads=grads, grad_lse=False)
+        if len(_requests) > 512:
+            _requests.clear()
         if place is not None:
-            if len(_requests) > 512:
-                _requests.clear()
             _requests[place] = found
     return found
 
 
 def local_request(request: AttentionRequest, dropout: float, mask: Tensor | None, grad_lse: bool) -> AttentionRequest:
     """The most that one of a rank's dense calls asks of its device."""
-    banded = request.causal is not Causal.NONE
     window = None if request.window is None else (0, None)
+    banded = request.causal is not Causal.NONE or window is not None
     kind = MaskKind.BOOLEAN if dropout and mask is None else request.mask
-    return replace(
-        request,
-        causal=Causal.TOP_LEFT if banded or window is not None else Causal.NONE,
-        diagonal=1 if banded or window is not None else 0,
-        window=window,
-        dropout=0.0,
-        mask=kind,
-        lse=True,
-        grad_lse=grad_lse,
-    )
+    band: dict[str, Any] = {"causal": Causal.TOP_LEFT if banded else Causal.NONE, "diagonal": int(banded)}
+    return replace(request, **band, window=window, dropout=0.0, mask=kind, lse=True, grad_lse=grad_lse)
 
 
 def layouts_of(layout: Any, length: Any, rows: int, keys: int, world: int) -> tuple[TokenLayout, TokenLayout]:
@@ -188,8 +182,7 @@ def layouts_of(layout: Any, length: Any, rows: int, keys: int, world: int) -> tu
     Raises:
         ContractError: an unknown layout, one for another number of ranks, or shards of another length.
     """
-    pair = layout if isinstance(layout, tuple) else (layout, layout)
-    lengths = length if isinstance(length, tuple) else (length, length)
+    pair, lengths = (given if isinstance(given, tuple) else (given, given) for given in (layout, length))
     if len(pair) != 2 or len(lengths) != 2:
         raise ContractError(f"layout {layout!r} and length {length!r} were given: pass one, or (of queries, of keys)")
     found = []

@@ -1,7 +1,5 @@
 """What ranks send each other: torch.distributed's operations with a time-out that names rank, step and peer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -29,26 +27,6 @@ class ExchangeError(HalError, RuntimeError):
     """Another rank did not answer in time, or is gone. The process group cannot be used any more."""
 
 
-class Pending:
-    """Operations under way, begun by `begin`. `wait` names who was waited for."""
-
-    def __init__(self, link: Link, begin: Callable[[], Sequence[Any]], what: str, kept: Sequence[Tensor] = ()) -> None:
-        self._link, self._what, self._kept = link, what, kept  # kept alive until they are sent
-        self._works = self._named(begin)
-
-    def wait(self) -> None:
-        for work in self._works:
-            if work is not None:
-                self._named(partial(work.wait, timedelta(seconds=self._link.timeout)))
-        self._kept = ()
-
-    def _named(self, step: Callable[[], Any]) -> Any:
-        try:
-            return step()
-        except RuntimeError as error:
-            raise self._link.failed(self._what, error) from error
-
-
 class Link:
     """One rank's side of a process group.
 
@@ -72,15 +50,30 @@ class Link:
             "start all ranks again"
         )
 
-    def shift(self, send: Sequence[Tensor], receive: Sequence[Tensor], hops: int, what: str) -> Pending:
-        """Send tensors to the rank `hops` further on and receive from the one `hops` before; both go on meanwhile."""
+    def begin(self, start: Callable[[], Sequence[Any]], what: str) -> Callable[[], None]:
+        """Start operations: what waits for them."""
+        return partial(self.wait, self._tried(start, what), what)
+
+    def wait(self, works: Sequence[Any], what: str) -> None:
+        for work in works:
+            if work is not None:
+                self._tried(partial(work.wait, timedelta(seconds=self.timeout)), what)
+
+    def _tried(self, step: Callable[[], Any], what: str) -> Any:
+        try:
+            return step()
+        except RuntimeError as error:
+            raise self.failed(what, error) from error
+
+    def shift(self, send: Sequence[Tensor], receive: Sequence[Tensor], hops: int, what: str) -> Callable[[], None]:
+        """Send tensors to the rank `hops` further on and receive from the one `hops` before, until what this returns is
+        called.
+        """
         to, source = (self.rank + hops) % self.size, (self.rank - hops) % self.size
-        place = {"group": self.group, "group_peer": to}
-        operations = [dist.P2POp(dist.isend, tensor, **place) for tensor in send]
-        place = {"group": self.group, "group_peer": source}
-        operations += [dist.P2POp(dist.irecv, tensor, **place) for tensor in receive]
+        operations = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=to) for tensor in send]
+        operations += [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=source) for tensor in receive]
         what = f"{named(list(dict.fromkeys((self.ranks[source], self.ranks[to]))))} ({what})"
-        return Pending(self, lambda: dist.batch_isend_irecv(operations), what, send)
+        return self.begin(lambda: dist.batch_isend_irecv(operations), what)
 
     def all_gather(self, tensor: Tensor, what: str) -> Tensor:
         """[ranks, *shape]: every rank's tensor; all have one shape."""
@@ -100,22 +93,14 @@ class Link:
             return tensor[0]
         return self._run(_reduce_scatter, tensor, tensor.shape[1:], what)
 
-    def all_reduce(self, tensor: Tensor, what: str) -> Tensor:
-        """The sum over the ranks, in a new tensor."""
-        return self._run(_all_reduce, tensor, tensor.shape, what)
-
     def _run(self, collective: Any, tensor: Tensor, shape: Sequence[int], what: str) -> Tensor:
         """A new tensor of this shape, which a collective operation fills from the given one."""
         plain = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor  # not every group sends bool
         flat = plain.contiguous().flatten()
         found = flat.new_empty(math.prod(shape))
         what = f"{named([rank for rank in self.ranks if rank != self.ranks[self.rank]])} ({what})"
-        Pending(self, lambda: [collective(found, flat, group=self.group, async_op=True)], what).wait()
+        self.begin(lambda: [collective(found, flat, group=self.group, async_op=True)], what)()
         return found.view(tensor.dtype).view(shape)
-
-
-def _all_reduce(found: Tensor, given: Tensor, **options: Any) -> Any:
-    return dist.all_reduce(found.copy_(given), **options)
 
 
 def named(ranks: Sequence[int]) -> str:
@@ -123,11 +108,12 @@ def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
 
 
+_Change = Callable[[Tensor], Tensor]
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tensor: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, there: _Change, back: _Change) -> Tensor:
         ctx.back = back
         return there(tensor)
 
@@ -136,7 +122,7 @@ class _Exchange(torch.autograd.Function):
         return ctx.back(grad), None, None
 
 
-def exchanged(tensor: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+def exchanged(tensor: Tensor, there: _Change, back: _Change) -> Tensor:
     """`there(tensor)`, whose gradient comes through `back`."""
     found: Tensor = _Exchange.apply(tensor, there, back)  # type: ignore[no-untyped-call]
     return found

@@ -4,13 +4,11 @@ zigzag = make_layout("zigzag", 10, 2)
 zigzag.indices(0)        # tensor([0, 1, 2, 9, -1, -1]): -1 pads
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,9 +36,9 @@ class Piece(NamedTuple):
         """The token in the last slot."""
         return self.start + (self.size - 1) * self.step
 
-    def part(self, first: int, stop: int) -> Piece:
+    def part(self, first: int, stop: int) -> Self:
         """Tokens number `first` to `stop` of this piece."""
-        return Piece(self.at + first, self.start + first * self.step, stop - first, self.step)
+        return self._replace(at=self.at + first, start=self.start + first * self.step, size=stop - first)
 
 
 Pieces = tuple[Piece, ...]
@@ -77,7 +75,7 @@ class TokenLayout:
         return found
 
     @classmethod
-    def of(cls, indices: Sequence[Tensor | Sequence[int]], name: str = "explicit") -> TokenLayout:
+    def of(cls, indices: Sequence[Tensor | Sequence[int]], name: str = "explicit") -> Self:
         """The layout of explicit global token indices: one list of equal length for each rank, -1 for padding.
 
         Raises:

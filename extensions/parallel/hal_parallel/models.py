@@ -5,8 +5,6 @@ with hal_parallel.context(mesh, layout="zigzag"):
     loss.backward()                                   # gradients are to be averaged over the mesh: DDP, FSDP2
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,22 +20,76 @@ from hal_core import ContractError, HalError, UnsupportedError
 try:
     from hal_nn.huggingface import IGNORED_ARGUMENTS, NAME
     from hal_nn.placement import calls, device_of
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-
-    from .cache import ShardedCache
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 except ImportError as error:
     raise HalError(f"a whole model needs hal-nn and transformers ({error}): pip install 'hal-parallel[hf]'") from error
 
-from .api import attention
+from .api import attention, unshard
 from .exchange import Link, exchanged
-from .layout import REPLICATED, TokenLayout, make_layout, shard
-from .sharding import unshard
+from .layout import REPLICATED, Piece, TokenLayout, make_layout, shard
 from .topology import Topology, topology_of
 
 #: Inputs [batch, tokens, ...], padded by 0.
 _TOKENS = ("input_ids", "inputs_embeds", "token_type_ids")
 _IGNORED = frozenset({*IGNORED_ARGUMENTS, "shift_labels", "labels"})
+#: What a model says to attention, and what it means where it does not.
+_ASKED = {"dropout": 0.0, **dict.fromkeys(("scaling", "is_causal", "softcap", "sliding_window"))}
 _MISSING = -100  # a label that counts for nothing
+
+
+class ShardedCache(DynamicCache):
+    """Every rank holds its own tokens of the prompt, and every `world`-th of the tokens that follow.
+
+    Args:
+        prompt: the prompt's layout. rank: whose part this is.
+
+    Attributes:
+        seen: tokens of the whole sequence. coming: those that the call under way adds.
+    """
+
+    def __init__(self, prompt: TokenLayout, rank: int) -> None:
+        super().__init__()
+        self.prompt, self.rank = prompt, rank
+        self.seen = self.coming = 0
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Of the tokens that are held, those of the call under way included."""
+        prompt, world, new = self.prompt, self.prompt.world, self.seen + self.coming - self.prompt.length
+        pieces = tuple(
+            (*held, Piece(prompt.local, prompt.length + rank, -(-(new - rank) // world), world)) if new > rank else held
+            for rank, held in enumerate(prompt.pieces)
+        )
+        return TokenLayout("cache", prompt.length + new, prompt.local + -(-new // world), pieces)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Keep this rank's part of new keys and values, and give all that it holds."""
+        if self.seen == 0:
+            return super().update(key_states, value_states, layer_idx)
+        layer: Any = self.layers[layer_idx]
+        world, slots = self.prompt.world, self.layout.local
+        missing = slots - layer.keys.shape[2]
+        if missing:
+            layer.keys, layer.values = (
+                torch.cat((held, held.new_zeros((*held.shape[:2], missing, held.shape[3]))), 2)
+                for held in (layer.keys, layer.values)
+            )
+        for i in range(key_states.shape[2]):
+            number = self.seen - self.prompt.length + i
+            if number % world == self.rank:
+                slot = self.prompt.local + number // world
+                layer.keys[:, :, slot], layer.values[:, :, slot] = key_states[:, :, i], value_states[:, :, i]
+        return layer.keys, layer.values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the whole sequence."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        raise HalError("a sharded cache was asked to drop tokens (assisted generation does): generate without it")
 
 
 @dataclass
@@ -65,18 +117,25 @@ class _Context:
             return original(model, *args, **options)
         bound = inspect.signature(type(model).forward).bind(model, *args, **options)
         given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
+        given |= given.pop(_rest(bound.signature), {})
         held = given.get("past_key_values")
         going_on = isinstance(held, ShardedCache) and held.seen > 0
         try:
-            return self._step(original, model, given) if going_on else self._whole(original, model, given)
+            return (self._step if going_on else self._whole)(partial(original, model), given, model)
         finally:
             self.sequence = None
 
-    def _whole(self, original: Any, model: Any, given: dict[str, Any]) -> Any:
-        tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+    def _run(self, forward: Any, given: dict[str, Any], cache: ShardedCache | None, count: int) -> Any:
+        """The model's own call, whose tokens the cache then holds."""
+        if cache is None:
+            return forward(**given)
+        cache.coming = count
+        outputs = forward(**given)
+        cache.seen, cache.coming = cache.seen + count, 0
+        return outputs
+
+    def _whole(self, forward: Any, given: dict[str, Any], model: Any) -> Any:
+        tokens = _tokens(given)
         if tokens is None or getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedError(
                 f"a {type(model).__name__} was called inside hal_parallel.context, which cuts input_ids or "
@@ -96,11 +155,7 @@ class _Context:
             given["logits_to_keep"] = torch.tensor([slot], device=tokens.device)
         elif keep is not None and not (isinstance(keep, int) and keep == 0):
             raise UnsupportedError(f"logits_to_keep {keep!r} was given inside hal_parallel.context: use 0 or 1")
-        if cache is not None:
-            cache.coming = length
-        outputs = original(model, **given)
-        if cache is not None:
-            cache.seen, cache.coming = length, 0
+        outputs = self._run(forward, given, cache, length)
         logits = getattr(outputs, "logits", None)
         if keep == 1 and logits is not None:
             outputs.logits = self.topology.all_gather(logits, "the last token's logits")[last]
@@ -110,18 +165,15 @@ class _Context:
             outputs.loss = _sum(outputs.loss, self.topology.links)
         return outputs
 
-    def _step(self, original: Any, model: Any, given: dict[str, Any]) -> Any:
+    def _step(self, forward: Any, given: dict[str, Any], model: Any) -> Any:
         """New tokens, which every rank computes, over the cache of all ranks."""
         cache = given["past_key_values"]
-        count = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None).shape[1]
+        tokens = _tokens(given)
+        count = tokens.shape[1]
         self.sequence = _Sequence(cache.prompt, cache, _key_mask(given.pop("attention_mask", None), cache.seen + count))
-        cache.coming = count
         if given.get("position_ids") is None:
-            device = next(model.parameters()).device
-            given["position_ids"] = torch.arange(cache.seen, cache.seen + count, device=device)[None]
-        outputs = original(model, **given)
-        cache.seen, cache.coming = cache.seen + count, 0
-        return outputs
+            given["position_ids"] = torch.arange(cache.seen, cache.seen + count, device=tokens.device)[None]
+        return self._run(forward, given, cache, count)
 
     def _cache(self, model: Any, given: dict[str, Any], layout: TokenLayout) -> ShardedCache | None:
         """The cache that this call fills, put in place of the one that the model would make."""
@@ -131,8 +183,7 @@ class _Context:
                 f"a {type(held).__name__} of {held.get_seq_length()} tokens was given inside hal_parallel.context: "
                 "fill the cache inside the same context"
             )
-        if wanted is None:
-            wanted = bool(getattr(model.config, "use_cache", False)) and held is not None
+        wanted = held is not None and getattr(model.config, "use_cache", False) if wanted is None else wanted
         if not wanted or given.get("labels") is not None:
             given |= {"use_cache": False, "past_key_values": None} if _takes(model, "use_cache") else {}
             return None
@@ -172,49 +223,34 @@ class _Context:
         return True
 
     def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        **given: Any,
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
     ) -> tuple[Tensor, None]:
         """Attention as transformers' models call it, over the tokens of all ranks."""
-        now, names = self.sequence, ("scaling", "is_causal", "softcap", "sliding_window")
-        scaling, is_causal, softcap, sliding_window = (given.pop(name, None) for name in names)
+        now, asked = self.sequence, {name: given.pop(name, default) for name, default in _ASKED.items()}
         unknown = [name for name, value in given.items() if value is not None and name not in _IGNORED]
         if now is None or attention_mask is not None or unknown:
             what = f"the argument {unknown[0]!r}" if unknown else "a mask of its own, or a call outside a model's"
             raise UnsupportedError(
                 f"the model passed {what} to attention, which hal_parallel.context does not run: call it outside"
             )
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        decoding = now.cache is not None and now.cache.seen > 0
-        layout: Any = now.layout
-        if decoding and now.cache is not None:
-            layout = make_layout(REPLICATED, query.shape[2], self.topology.world), now.cache.layout
-        edges = None if decoding else now.edges
-        out = attention(
-            query,
-            key,
-            value,
-            self.mesh,
-            now.keys,
-            dropout,
-            layout=layout,
-            strategy="pass_query" if decoding else self.strategy,
-            causal="bottom_right" if causal else "none",
-            window=None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
-            softcap=softcap,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-            cu_seqlens_q=edges,
-            cu_seqlens_k=edges,
-            backend=device_of(module),
-            timeout=self.timeout,
-        )
+        causal = getattr(module, "is_causal", True) if asked["is_causal"] is None else asked["is_causal"]
+        back = None if asked["sliding_window"] is None else asked["sliding_window"] - 1
+        options: dict[str, Any] = {
+            "causal": "bottom_right" if causal else "none",
+            "window": None if back is None else (back, 0 if causal else back),
+            "softcap": asked["softcap"],
+            "scale": asked["scaling"],
+            "enable_gqa": query.shape[1] != key.shape[1],
+            "backend": device_of(module),
+            "timeout": self.timeout,
+        }
+        if now.cache is not None and now.cache.seen > 0:  # decoding
+            replicated = make_layout(REPLICATED, query.shape[2], self.topology.world)
+            options |= {"strategy": "pass_query", "layout": (replicated, now.cache.layout)}
+        else:
+            options |= {"strategy": self.strategy, "layout": now.layout}
+            options |= {"cu_seqlens_q": now.edges, "cu_seqlens_k": now.edges}
+        out = attention(query, key, value, self.mesh, now.keys, asked["dropout"], **options)
         calls.count += 1
         return out.transpose(1, 2).contiguous(), None
 
@@ -279,13 +315,24 @@ def _key_mask(mask: Tensor | None, length: int) -> Tensor | None:
     return None if bool(seen.all()) else seen[:, None, None]
 
 
+def _tokens(given: dict[str, Any]) -> Any:
+    """[batch, tokens, ...]: what the model reads; None where it is neither of the two."""
+    return next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+
+
 def _takes(model: Any, name: str) -> bool:
-    parameters = inspect.signature(type(model).forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    signature = inspect.signature(type(model).forward)
+    return name in signature.parameters or _rest(signature) != ""
+
+
+def _rest(signature: inspect.Signature) -> str:
+    """The name of a function's other keyword arguments; "" where it takes none."""
+    return next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
 
 def _sum(value: Tensor, links: list[Link]) -> Tensor:
     """The sum over ranks, with the gradient of every rank's result: with it, averaged gradients are exact."""
     for link in links:
-        value = exchanged(value, partial(link.all_reduce, what="the loss"), partial(torch.mul, other=link.size))
+        back = partial(torch.mul, other=link.size)
+        value = exchanged(value, lambda loss, link=link: link.all_gather(loss, "the loss").sum(0), back)
     return value

@@ -1,7 +1,6 @@
 """Modules whose sequence lies on several ranks, under the names that users of kernel_pytorch know."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +8,13 @@ from torch import Tensor, nn
 
 from hal_core import ContractError
 
-from .api import attention
+from .api import attention, shard, unshard
+from .description import POLICY
 from .layout import REPLICATED, TokenLayout
-from .sharding import shard, unshard
 from .topology import topology_of
+
+#: Of `hal_parallel.attention`: what a layer keeps and passes on.
+_OPTIONS = {*POLICY, "scale", "softcap", "window", "diagonal", "max_error", "deterministic", "timeout", "memory"}
 
 
 class RingAttentionLayer(nn.Module):
@@ -22,13 +24,13 @@ class RingAttentionLayer(nn.Module):
         d_model, num_heads: width, and query heads. max_sequence_length: longest whole sequence, which is checked.
         device: torch device of the parameters. num_kv_heads, head_dim: num_heads and d_model // num_heads where None.
         dropout: of the weights, in training. causal: no token reads a later one.
-        mesh, layout, strategy: as `hal_parallel.attention`'s. backend: hal device of a rank's part.
+        mesh, layout, strategy, options (scale, softcap, window, backend, timeout ...): as `hal_parallel.attention`'s.
 
     Attributes:
         q_proj, k_proj, v_proj, out_proj: nn.Linear layers.
 
     Raises:
-        ContractError: sizes that do not go together.
+        ContractError: sizes that do not go together, or an option that attention does not take.
     """
 
     def __init__(
@@ -43,13 +45,11 @@ class RingAttentionLayer(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         causal: bool = False,
-        scale: float | None = None,
-        softcap: float | None = None,
         mesh: Any = None,
         layout: str | TokenLayout = "contiguous",
         strategy: str = "ring",
-        backend: str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         heads_kv = num_heads if num_kv_heads is None else num_kv_heads
@@ -63,13 +63,13 @@ class RingAttentionLayer(nn.Module):
         self.d_model, self.num_heads, self.heads_kv = d_model, num_heads, heads_kv
         self.head_dim = d_model // num_heads if head_dim is None else head_dim
         self.max_sequence_length, self.dropout, self.causal = max_sequence_length, dropout, causal
-        self.scale, self.softcap, self.backend = scale, softcap, backend
-        self.mesh, self.layout, self.strategy = mesh, layout, strategy
+        self.mesh, self.layout, self.strategy, self.options = mesh, layout, strategy, options
+        if unknown := options.keys() - _OPTIONS:
+            raise ContractError(f"unknown options {sorted(unknown)} were given: use {', '.join(sorted(_OPTIONS))}")
         wide, narrow = num_heads * self.head_dim, heads_kv * self.head_dim
-        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d_model, wide, **options)
-        self.k_proj, self.v_proj = (nn.Linear(d_model, narrow, **options) for _ in range(2))
-        self.out_proj = nn.Linear(wide, d_model, **options)
+        linear = partial(nn.Linear, bias=bias, device=device, dtype=dtype)
+        self.q_proj, self.out_proj = linear(d_model, wide), linear(wide, d_model)
+        self.k_proj, self.v_proj = linear(d_model, narrow), linear(d_model, narrow)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, length: int | None = None
@@ -103,22 +103,10 @@ class RingAttentionLayer(nn.Module):
         )
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()[:, None, None, :]
-        out: Tensor = attention(
-            query,
-            key,
-            value,
-            self.mesh,
-            attention_mask,
-            self.dropout if self.training else 0.0,
-            self.causal,
-            layout=self.layout,
-            strategy=self.strategy,
-            length=length,
-            scale=self.scale,
-            softcap=self.softcap,
-            enable_gqa=self.num_heads != self.heads_kv,
-            backend=self.backend,
-        )
+        options = {"layout": self.layout, "strategy": self.strategy, "length": length, **self.options}
+        dropout, grouped = self.dropout if self.training else 0.0, self.num_heads != self.heads_kv
+        given = query, key, value, self.mesh, attention_mask, dropout, self.causal
+        out: Tensor = attention(*given, enable_gqa=grouped, **options)
         return self.out_proj(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

@@ -1,7 +1,5 @@
 """Attention over parts of the keys: partial results merged in the forward pass, gradients from the merged result."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,9 +11,12 @@ from torch import Tensor
 from hal_core import AttentionRequest
 
 from .description import Given
-from .dropout import Dropout
-from .inner import Inner
+from .draws import Draws
+from .inner import Inner, Result
 from .visible import Call, tokens_of
+
+#: Where gradients are summed; None where they are not wanted.
+Sum = Tensor | None
 
 
 def new_sum(like: Tensor, lse: Tensor, into: Tensor | None) -> Tensor:
@@ -98,11 +99,11 @@ class Part(NamedTuple):
         key, value = (t if t is None else _cut(t, self.entries, self.heads_kv) for t in given[1:3])
         return Given(self.queries(given.query), key, value, self.queries(given.mask))
 
-    def dropout(self, dropout: Dropout | None) -> Dropout | None:
-        """The pattern of this part."""
-        if dropout is None or self is WHOLE:
-            return dropout
-        return Dropout(dropout.probability, dropout.rng, dropout.first_head + self.heads.start, self.entries.start)
+    def draws(self, draws: Draws | None) -> Draws | None:
+        """The random numbers of this part."""
+        if draws is None or self is WHOLE:
+            return draws
+        return draws._replace(first_head=draws.first_head + self.heads.start, first_entry=self.entries.start)
 
 
 def _cut(tensor: Tensor, entries: slice, heads: slice) -> Tensor:
@@ -127,43 +128,35 @@ class PartialAttention:
     """The dense calls of a rank, one set of keys after the other.
 
     Args:
-        inner: the device that runs them. dropout: None for none. out: where the result will be.
+        inner: the device that runs them. draws: None for none. out: where the result will be.
     """
 
-    def __init__(self, inner: Inner, dropout: Dropout | None, query: Tensor, out: Tensor) -> None:
-        self.inner, self.dropout = inner, dropout
+    def __init__(self, inner: Inner, draws: Draws | None, query: Tensor, out: Tensor) -> None:
+        self.inner, self.draws = inner, draws
+        self.dropout = draws if draws is not None and draws.dropout else None
         self.kept = Accumulator(query, out)
-        self.every = self.kept if dropout is None else Accumulator(query, self.kept.out[..., :0])
+        self.every = self.kept if self.dropout is None else Accumulator(query, self.kept.out[..., :0])
 
     def add(self, given: Given, calls: Sequence[Call]) -> None:
         """Attend to the keys of some calls."""
         for call in calls:
-            query, key, value, mask = _of(given, call)
+            operands = _of(given, call)
+            rng = None if self.draws is None else self.draws.noise(call)
             if self.dropout is None:
-                self.kept.add(call.rows, *self.inner.forward(query, key, value, mask, call))
+                self.kept.add(call.rows, *self.inner.forward(operands, call, rng))
                 continue
             # Weights of dropped pairs are left out of the products and not of the sums below them.
-            keep = _keep(self.dropout, query, call)
-            self.kept.add(call.rows, *self.inner.forward(query, key, value, _both(mask, keep), call))
-            self.every.add(call.rows, None, self.inner.forward(query, key, value, mask, call)[1])
+            self.kept.add(call.rows, *self.inner.forward(_kept(self.dropout, operands, call), call, rng))
+            self.every.add(call.rows, None, self.inner.forward(operands, call, rng)[1])
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
         """Write (out, log-sum-exp) over all keys that were added."""
         lse.copy_(self.every.lse)
         if self.dropout is not None:
             share = (self.kept.lse - lse.masked_fill(lse == -math.inf, 0)).exp_()
-            self.kept.out.mul_(share.div_(1 - self.dropout.probability).unsqueeze_(-1))
+            self.kept.out.mul_(share.div_(1 - self.dropout.dropout).unsqueeze_(-1))
         if self.kept.out is not out:
             out.copy_(self.kept.out)
-
-
-class Result(NamedTuple):
-    """A merged result and its gradients; that of the log-sum-exp may be None."""
-
-    out: Tensor
-    lse: Tensor
-    grad_out: Tensor
-    grad_lse: Tensor | None
 
 
 class PartialGradients:
@@ -174,56 +167,37 @@ class PartialGradients:
     """
 
     def __init__(
-        self,
-        inner: Inner,
-        dropout: Dropout | None,
-        result: Result,
-        wanted: frozenset[str],
-        query: Tensor | None,
-        mask: Tensor | None,
+        self, inner: Inner, draws: Draws | None, result: Result, wanted: frozenset[str], query: Sum, mask: Sum
     ) -> None:
-        self.inner, self.dropout, self.wanted = inner, dropout, wanted
-        self.out, self.lse, self.grad_out, self.grad_lse = result
+        self.inner, self.dropout = inner, draws  # gradients of noise are refused
         self.query, self.mask = query, mask
-        if dropout is not None:
-            self._grad_kept = self.grad_out / (1 - dropout.probability)
-            delta = (self.out.to(self.lse.dtype) * self.grad_out).sum(-1)
-            self._grad_sums = -delta if self.grad_lse is None else self.grad_lse - delta
+        self.results = [(result, wanted)]
+        if draws is not None:
+            # d score = weight * keep / (1 - p) * (grad_out . value) - weight * delta: the first term from kept pairs
+            # with an output of 0, whose delta is 0; the second from all pairs, as a gradient of the log-sum-exp.
+            out, lse, grad_out, grad_lse = result
+            delta, nothing = (out.to(lse.dtype) * grad_out).sum(-1), torch.zeros_like(out)
+            of_kept = Result(nothing, lse, grad_out / (1 - draws.dropout), None)
+            of_all = Result(nothing, lse, nothing, -delta if grad_lse is None else grad_lse - delta)
+            self.results = [(of_kept, wanted), (of_all, wanted - {"v"})]
 
-    def add(self, given: Given, calls: Sequence[Call], key: Tensor | None, value: Tensor | None) -> None:
+    def add(self, given: Given, calls: Sequence[Call], key: Sum, value: Sum) -> None:
         """Add the gradients that some calls give to the sums of query and mask, and to those of their keys and values.
 
         Args:
             key, value: sums in the shape of the keys and values, in the dtype of sums; None where not wanted.
         """
         for call in calls:
-            operands, rows = _of(given, call), call.rows
-            out, lse, grad_out = (t[:, :, rows] for t in (self.out, self.lse, self.grad_out))
-            grad_lse = None if self.grad_lse is None else self.grad_lse[:, :, rows]
-            if self.dropout is None:
-                found = self.inner.backward(*operands, call, (out, lse, grad_out), grad_lse, self.wanted)
-                self._sum(found, given, call, key, value)
-                del found  # its memory serves the next call
-                continue
-            # d score = weight * keep / (1 - p) * (grad_out . value) - weight * delta: the first term from kept pairs
-            # with an output of 0, whose delta is 0; the second from all pairs, as a gradient of the log-sum-exp.
-            keep, nothing = _keep(self.dropout, operands.query, call), torch.zeros_like(out)
-            query, keys, values, mask = operands
-            pair = (nothing, lse, self._grad_kept[:, :, rows])
-            found = self.inner.backward(query, keys, values, _both(mask, keep), call, pair, None, self.wanted)
-            self._sum(found, given, call, key, value)
-            if rest := self.wanted - {"v"}:
-                pair = (nothing, lse, torch.zeros_like(grad_out))
-                sums = self._grad_sums[:, :, rows]
-                found = self.inner.backward(query, keys, values, mask, call, pair, sums, rest)
-                self._sum(found, given, call, key, None)
+            operands = _of(given, call)
+            for n, (result, wanted) in enumerate(self.results):
+                kept = operands if self.dropout is None or n else _kept(self.dropout, operands, call)
+                if wanted:
+                    found = self.inner.backward(kept, call, result.rows(call.rows), wanted)
+                    self._sum(found, given, call, key, value)
+                    del found  # its memory serves the next call
 
     def _sum(self, found: tuple[Tensor | None, ...], given: Given, call: Call, key: object, value: object) -> None:
-        for total, grad, place in (
-            (self.query, found[0], call.rows),
-            (key, found[1], call.keys),
-            (value, found[2], call.keys),
-        ):
+        for total, grad, place in zip((self.query, key, value), found, (call.rows, call.keys, call.keys), strict=False):
             if isinstance(total, Tensor) and grad is not None:
                 total[:, :, place] += grad.to(total.device)
         if self.mask is None or found[3] is None:
@@ -263,9 +237,11 @@ def _columns(call: Call, mask: Tensor) -> slice | Tensor:
     return tokens_of(pieces, mask.device)
 
 
-def _keep(dropout: Dropout, query: Tensor, call: Call) -> Tensor:
+def _kept(dropout: Draws, operands: Given, call: Call) -> Given:
+    """The operands of one call with a mask that hides dropped pairs too."""
+    query = operands.query
     rows, keys = (tokens_of(pieces, query.device) for pieces in call.tokens)
-    return dropout.keep(query.shape[0], query.shape[1], rows, keys)
+    return operands._replace(mask=_both(operands.mask, dropout.keep(*query.shape[:2], rows, keys)))
 
 
 def _both(mask: Tensor | None, seen: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """What a model's attention takes when its sequence is cut over devices, before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,10 +69,13 @@ def plan(
         link: None: as `measure_link` stored it for the device's kind, or assumed.
 
     Raises:
-        ContractError: no tokens, ranks or layers, or an unknown layout. UnsupportedError: no device runs a rank's part.
+        ContractError: no tokens, ranks or layers, an unknown layout or dtype. UnsupportedError: no device runs a rank's
+            part.
     """
     if min(tokens, ranks, batch) < 1 or not layers:
         raise ContractError(f"{tokens} tokens, {ranks} ranks and a batch of {batch} were given: use 1 or more of each")
+    if dtype not in DTYPE_BYTES:
+        raise ContractError(f"dtype {dtype!r} was given: use {', '.join(DTYPE_BYTES)}")
     policy, place = merged_policy(device), "cpu" if device is None else find_devices(device)[0].reads[0]
     link = stored_link(place.partition(":")[0], ranks) if link is None else link
     placed, found, descriptions = make_layout(layout, tokens, ranks), [], []
@@ -90,7 +91,7 @@ def plan(
         found.append((kind, estimates(descriptions[-1], (ranks,), link)))
     chosen = least(_summed(found))
     each = [(kind, next(e for e in given if e.strategy == chosen)) for kind, given in found]
-    slot = batch * placed.local * DTYPE_BYTES.get(dtype, 4)  # of a rank's query and output, and of its key and value
+    slot = batch * placed.local * DTYPE_BYTES[dtype]  # of a rank's query and output, and of its key and value
     held = [(slot * (k.dim_qk + k.dim_v) * k.heads, slot * (k.dim_qk + k.dim_v) * k.heads_kv) for k in layers]
     saved = "query, key, value and output kept for the backward pass" if training else "cache of keys and values"
     kept = [kind.number * (sum(parts) if training else parts[1]) for kind, parts in zip(layers, held, strict=True)]
@@ -100,19 +101,9 @@ def plan(
         "beside them, one layer at a time": max(estimate.memory for _, estimate in each),
     }
     decision = choose(descriptions[0].request, policy).decision
-    estimate = decision.winner.estimate
-    return Plan(
-        str(decision.chosen),
-        ranks,
-        tokens,
-        layout,
-        chosen,
-        found,
-        sum(kind.number * one.total for kind, one in each),
-        memory,
-        link,
-        "none" if estimate is None else str(estimate.time.basis),
-    )
+    seconds, estimate = sum(kind.number * one.total for kind, one in each), decision.winner.estimate
+    basis = "none" if estimate is None else str(estimate.time.basis)
+    return Plan(str(decision.chosen), ranks, tokens, layout, chosen, found, seconds, memory, link, basis)
 
 
 def _summed(found: list[tuple[AttentionLayers, tuple[StrategyEstimate, ...]]]) -> tuple[StrategyEstimate, ...]:

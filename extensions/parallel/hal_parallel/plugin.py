@@ -1,7 +1,5 @@
 """The hooks of hal-parallel. Light: imports no torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hal_core.plugin_api import hookimpl

@@ -4,8 +4,6 @@ their gradients travel with them.
 Source: Liu, Zaharia & Abbeel 2023 (Ring Attention); gradients from the merged result: Dao et al. 2022, algorithm 4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .description import Given
-from .dropout import Dropout
+from .draws import Draws
 from .exchange import Link
-from .inner import Inner
+from .inner import Inner, Result
 from .layout import Pieces
-from .parts import WHOLE, Part, PartialAttention, PartialGradients, Result, finished, new_sum
+from .parts import WHOLE, Part, PartialAttention, PartialGradients, finished, new_sum
 from .visible import Call, Rule, find_calls
 
 
@@ -32,7 +30,7 @@ class RingPlan:
         link: the ring; None where this rank holds all keys. inner: the device of its dense calls.
         queries: the tokens of all ring ranks' queries; keys: of their keys. rank: this one.
         rule: what a token reads. most: bounds of the rows and keys of a dense call, None for none.
-        dropout: None for none. parts: batch entries and heads that are computed one after the other.
+        draws: None for none. parts: batch entries and heads that are computed one after the other.
     """
 
     link: Link | None
@@ -41,14 +39,14 @@ class RingPlan:
     keys: tuple[Pieces, ...]
     rank: int
     rule: Rule
-    most: tuple[int | None, int | None] = (None, None)
-    dropout: Dropout | None = None
+    most: tuple[int, int] | None = None
+    draws: Draws | None = None
     parts: tuple[Part, ...] = (WHOLE,)
 
     def calls(self, source: int, rank: int | None = None) -> tuple[Call, ...]:
         """The dense calls of a rank (this one) over the keys of rank `source`."""
         queries = self.queries[self.rank if rank is None else rank]
-        return find_calls(queries, self.keys[source], self.rule, *self.most)
+        return find_calls(queries, self.keys[source], self.rule, self.most)
 
     def source(self, step: int) -> int:
         """Whose keys this rank holds at a step."""
@@ -113,7 +111,7 @@ def attend(plan: RingPlan, given: Given) -> tuple[Tensor, Tensor]:
 
 def ring_forward(plan: RingPlan, part: Part, given: Given, out: Tensor, lse: Tensor) -> None:
     """Write (out, log-sum-exp) of the local queries over the keys of all ranks."""
-    partial = PartialAttention(plan.inner, part.dropout(plan.dropout), given.query, out)
+    partial = PartialAttention(plan.inner, part.draws(plan.draws), given.query, out)
     held = _held(plan, given)
     for step in range(plan.steps):
         coming, wait = _pass_on(plan, held, step, "forward")
@@ -138,7 +136,7 @@ def ring_backward(
     names = [name for name in "kv" if name in wanted]
     keys = [places[name] for name in names]
     query = new_sum(given.query, result.lse, into.query) if "q" in wanted else None
-    partial = PartialGradients(plan.inner, part.dropout(plan.dropout), result, wanted, query, into.mask)
+    partial = PartialGradients(plan.inner, part.draws(plan.draws), result, wanted, query, into.mask)
     held = _held(plan, given)
     sums: list[Tensor] = []
     for step in range(plan.steps):
@@ -160,7 +158,7 @@ def _held(plan: RingPlan, given: Given) -> list[Tensor]:
     pair = [given.key, given.value]
     if plan.link is not None:
         return [tensor.contiguous() for tensor in pair]
-    whole = plan.most[1] is None or plan.most[1] >= given.key.shape[2]
+    whole = plan.most is None or plan.most[1] >= given.key.shape[2]
     return [tensor.to(given.query.device, non_blocking=True) for tensor in pair] if whole else pair
 
 
@@ -174,7 +172,7 @@ def _pass_on(plan: RingPlan, held: list[Tensor], step: int, phase: str) -> tuple
 def _shift(plan: RingPlan, send: list[Tensor], hops: int, what: str) -> tuple[list[Tensor], Callable[[], None]]:
     """Begin to send tensors `hops` ranks on: (what comes from as far before, which `wait` waits for; wait)."""
     coming = [torch.empty_like(tensor) for tensor in send]
-    return coming, plan.link.shift(send, coming, hops, what).wait if plan.link is not None and send else lambda: None
+    return coming, plan.link.shift(send, coming, hops, what) if plan.link is not None and send else lambda: None
 
 
 def _home(plan: RingPlan, sums: list[Tensor]) -> list[Tensor]:

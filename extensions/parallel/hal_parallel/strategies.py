@@ -1,7 +1,5 @@
 """What travels: keys (ring), all keys at once (gathered), heads (Ulysses), or queries."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hal_core import AttentionRequest, ContractError, merge_partials
+from hal_core import AttentionRequest, ContractError, UnsupportedError, merge_partials
 from hal_core.plugin_api import DTYPE_BYTES
 
 from .description import Description, Given
-from .dropout import Dropout
+from .draws import NOISE_BLOCK, Draws
 from .exchange import Link, gather_tokens, trade
 from .inner import Inner, choose
 from .layout import REPLICATED, Pieces, TokenLayout, joined_ranks
@@ -39,14 +37,23 @@ class Run(NamedTuple):
         """The device of a rank's dense calls.
 
         Raises:
-            UnsupportedError: no device runs them.
+            UnsupportedError: no device runs them, or a noisy one does and tokens whose noise is drawn together are
+                apart.
         """
         r, sharing = self.description.request, self.topology.heads or self.topology.ring
         parts = sharing.size if strategy in ("ulysses", "ring_ulysses") else 1
         # What queries bring back is merged by its log-sum-exp, through which gradients flow.
         grad_lse = r.grad_lse or (strategy == "pass_query" and bool(r.grads))
         request = replace(r, heads_q=r.heads_q // parts, heads_kv=r.heads_kv // parts, grad_lse=grad_lse)
-        return choose(request, self.description.policy)
+        inner = choose(request, self.description.policy)
+        layouts = (self.description.queries, self.description.keys) if inner.noisy else ()
+        if (apart := next((layout for layout in layouts if _cuts(layout, NOISE_BLOCK)), None)) is not None:
+            raise UnsupportedError(
+                f"noise of {inner.device} is drawn by blocks of {NOISE_BLOCK} tokens, and {apart.name} of "
+                f"{apart.length} tokens over {apart.world} ranks cuts them apart: use contiguous or zigzag and a "
+                f"length whose runs are multiples of {NOISE_BLOCK}, or a device without noise"
+            )
+        return inner
 
     def plan(
         self,
@@ -59,15 +66,13 @@ class Run(NamedTuple):
     ) -> RingPlan:
         """The ring's plan."""
         d, inner = self.description, self.device(strategy)
-        most = most_pairs(d.dropout, inner.request)
-        dropout = Dropout(d.dropout, self.rng, first_head) if d.dropout else None
-        # A ring of one rank goes by heads too: what is under way in its backward pass stays small.
-        heads = (
-            heads_together(inner.request, keys) if link is not None or strategy == "ring" else inner.request.heads_kv
-        )
-        return RingPlan(
-            link, inner, queries, keys, rank, d.rule, most, dropout, cut(inner.request, inner.request.batch, heads)
-        )
+        r, draws = inner.request, Draws(d.dropout, self.rng, first_head) if d.dropout or inner.noisy else None
+        batch, heads, most = r.batch, r.heads_kv, most_pairs(d.dropout, r)
+        if inner.noisy:  # the same calls wherever the tokens lie
+            batch, heads, most = 1, 1, (NOISE_BLOCK, NOISE_BLOCK)
+        elif link is not None or strategy == "ring":  # of one rank too: what is under way backward stays small
+            heads = heads_together(r, keys)
+        return RingPlan(link, inner, queries, keys, rank, d.rule, most, draws, cut(r, batch, heads))
 
 
 def heads_together(r: AttentionRequest, keys: tuple[Pieces, ...]) -> int:
@@ -81,10 +86,10 @@ def heads_together(r: AttentionRequest, keys: tuple[Pieces, ...]) -> int:
     return next((n for n in counts if n * head >= least), r.heads_kv)
 
 
-def most_pairs(dropout: float, request: AttentionRequest) -> tuple[int | None, int | None]:
+def most_pairs(dropout: float, request: AttentionRequest) -> tuple[int, int] | None:
     """Bounds of the rows and keys of a dense call, so that the pattern of dropout stays small."""
     if not dropout:
-        return None, None
+        return None
     side = max(int((_PATTERN / (16 * max(request.batch * request.heads_q, 1))) ** 0.5), 64)
     return side, side
 
@@ -195,6 +200,12 @@ def check_strategy(strategy: Any, description: Description, shape: tuple[int, ..
             if able
             else f"no strategy can run this call ({reason}): use a mesh of one dimension"
         )
+
+
+def _cuts(layout: TokenLayout, block: int) -> bool:
+    """Whether tokens of a block, counted from the sequence's first, lie on several ranks or out of order."""
+    ends = [(piece, piece.last + 1) for pieces in layout.pieces for piece in pieces]
+    return any(p.step > 1 or p.start % block or (end % block and end != layout.length) for p, end in ends)
 
 
 def _step(pieces: Pieces) -> int:

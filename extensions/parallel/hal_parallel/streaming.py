@@ -2,11 +2,9 @@
 by the ring's own sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from hal_core import AttentionRequest, MaskKind, UnsupportedError
 from hal_core.plugin_api import DTYPE_BYTES, registry
 
 from .description import Description, Given
-from .dropout import Dropout
+from .draws import NOISE_BLOCK, Draws, drawn
 from .inner import Inner, choose
 from .parts import cut
 from .ring import RingPlan, attend
@@ -27,17 +25,13 @@ _PATTERN = 16  # bytes of a pair under dropout: int32 words, and what mixes them
 
 
 class Blocks(NamedTuple):
-    """What is computed at once: batch entries, key heads, query rows and keys; the device; the bytes that it takes."""
+    """What is computed at once, by its device's request, and the bytes that it takes."""
 
-    batch: int
-    heads_kv: int
-    rows: int
-    keys: int
     inner: Inner
     needed: int
 
 
-def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int | None) -> tuple[Tensor, Tensor]:
+def one_device(given: Given, d: Description, rng: Any, memory: int | None) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp) of a whole sequence. Keys and values may lie in host memory while the query is elsewhere: they
     come block by block.
 
@@ -45,10 +39,13 @@ def one_device(given: Given, d: Description, rng: tuple[int, int], memory: int |
         UnsupportedError: the smallest blocks take more than `memory`, with the bytes that they take.
     """
     blocks = choose_blocks(d, memory, given.key.device != given.query.device)
-    parts = cut(d.request, blocks.batch, blocks.heads_kv)
-    dropout = Dropout(d.dropout, rng) if d.dropout else None
-    places, most = (d.queries.pieces, d.keys.pieces), (blocks.rows, blocks.keys)
-    return attend(RingPlan(None, blocks.inner, *places, 0, d.rule, most, dropout, parts), given)
+    inner, r = blocks.inner, blocks.inner.request
+    batch, heads, *most = (1, 1, NOISE_BLOCK, NOISE_BLOCK) if inner.noisy else (r.batch, r.heads_kv, r.len_q, r.len_k)
+    random = inner.noisy or d.dropout > 0
+    rng = drawn(rng, random)
+    draws = Draws(d.dropout, rng) if random else None
+    parts, bound = cut(d.request, batch, heads), (most[0], most[1])
+    return attend(RingPlan(None, inner, d.queries.pieces, d.keys.pieces, 0, d.rule, bound, draws, parts), given)
 
 
 def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:
@@ -63,25 +60,14 @@ def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:
     """
     r, found, limit = d.request, None, memory
     refused: UnsupportedError | None = None
-    for batch, heads_kv, rows, keys in _sizes(r):
-        heads_q = heads_kv * (r.heads_q // max(r.heads_kv, 1))
-        request = replace(
-            r,
-            batch=batch,
-            heads_q=heads_q,
-            heads_kv=heads_kv,
-            len_q=rows,
-            len_k=keys,
-            mask_batch=min(r.mask_batch, batch),
-            mask_heads=min(r.mask_heads, heads_q),
-        )
+    for request in _smaller(r):
         try:
             inner = choose(request, d.policy)
         except UnsupportedError as error:  # a device has bounds of its own
             refused = error
             continue
         calls, sums = _calls(d, request, inner, moved), _sums(d, request, moved)
-        found = Blocks(batch, heads_kv, rows, keys, inner, calls + sums)
+        found = Blocks(inner, calls + sums)
         limit = registry.memory_limit(inner.device) if memory is None else memory
         if calls <= _default(r, inner) if limit is None else found.needed <= limit:
             return found
@@ -91,25 +77,33 @@ def choose_blocks(d: Description, memory: int | None, moved: bool) -> Blocks:
     if limit is None:
         return found
     raise UnsupportedError(
-        f"a limit of {limit:,} bytes was given, and the smallest blocks ({found.rows} x {found.keys} of one head) take "
-        f"{found.needed:,} with the sums of that head: pass memory={found.needed} or more. Nothing was allocated"
+        f"a limit of {limit:,} bytes was given, and the smallest blocks ({request.len_q} x {request.len_k} of one "
+        f"head) take {found.needed:,} with the sums of that head: pass memory={found.needed} or more. Nothing was "
+        "allocated"
     )
 
 
-def _sizes(r: AttentionRequest) -> Iterator[tuple[int, int, int, int]]:
-    """(batch entries, key heads, rows, keys) from the whole call down: fewer entries, fewer heads, then halves of the
-    longer side.
-    """
-    batch, heads, rows, keys = r.batch, r.heads_kv, max(r.len_q, 1), max(r.len_k, 1)
-    yield batch, heads, rows, keys
-    while batch > 1 or heads > 1 or max(rows, keys) > _SMALLEST:
+def _smaller(r: AttentionRequest) -> Iterator[AttentionRequest]:
+    """Requests from the whole call down: fewer batch entries, fewer heads, then halves of the longer side."""
+    batch, heads, rows, keys, group = (
+        r.batch,
+        r.heads_kv,
+        max(r.len_q, 1),
+        max(r.len_k, 1),
+        r.heads_q // max(r.heads_kv, 1),
+    )
+    while True:
+        sizes = {"batch": batch, "heads_q": heads * group, "heads_kv": heads, "len_q": rows, "len_k": keys}
+        of_mask = {"mask_batch": min(r.mask_batch, batch), "mask_heads": min(r.mask_heads, heads * group)}
+        yield replace(r, **sizes, **of_mask)
         if batch > 1:
             batch = 1
         elif heads > 1:
             heads = next(heads // n for n in range(2, heads + 1) if heads % n == 0)
-        else:
+        elif max(rows, keys) > _SMALLEST:
             rows, keys = (-(-rows // 2), keys) if rows >= keys else (rows, -(-keys // 2))
-        yield batch, heads, rows, keys
+        else:
+            return
 
 
 def _default(r: AttentionRequest, inner: Inner) -> int:

@@ -1,8 +1,10 @@
-"""The ranks that share a sequence: from a mesh or a process group to links."""
+"""The ranks that share a sequence: from a mesh or a process group to links; before anything is sent, they compare what
+they were given and run one call together, or none does.
+"""
 
-from __future__ import annotations
-
+import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hal_core import ContractError
 
-from .exchange import TIMEOUT, Link
+from .exchange import TIMEOUT, Link, named
 
 
 class Topology(NamedTuple):
@@ -95,3 +97,55 @@ def topology_of(mesh: Any, timeout: float | None = None) -> Topology | None:
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
     links = [Link(group, float(seconds), device) for group in groups]
     return Topology(links[0], links[1] if len(links) > 1 else None, kinds)
+
+
+_TEXT = 4096  # bytes of a rank's own words
+_WHAT = "comparing what the ranks were given"
+
+
+def agree(
+    topology: Topology, facts: Mapping[str, Any], error: Exception | None, numbers: Sequence[int] = ()
+) -> list[int]:
+    """Compare `facts` over the ranks.
+
+    Args:
+        facts: what has to be equal on all ranks, by name. error: why this rank cannot run the call, or None.
+        numbers: whole numbers below 2**63 that may differ.
+
+    Returns:
+        The numbers of the first rank.
+
+    Raises:
+        Exception: `error`, on its rank. ContractError: facts differ, or another rank has an error; on all ranks, with
+            the ranks named.
+    """
+    words = str(error) if error is not None else "\n".join(f"{name}\t{value}" for name, value in facts.items())
+    data = words.encode()
+    digest = hashlib.sha256(data).digest()
+    halves = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in (0, 8)]
+    device = topology.ring.device
+    own = torch.tensor([int(error is not None), *halves, *numbers], dtype=torch.int64, device=device)
+    seen = topology.all_gather(own, _WHAT).tolist()
+    if all(row[:3] == [0, *halves] for row in seen):
+        return [int(number) for number in seen[0][3:]]
+    text = torch.tensor(list(data[:_TEXT].ljust(_TEXT, b"\0")), dtype=torch.uint8, device=device)
+    rows = topology.all_gather(text, _WHAT).tolist()
+    if error is not None:
+        raise error
+    said = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    raise ContractError(_difference(said, [row[0] for row in seen], topology.names))
+
+
+def _difference(said: list[str], failed: list[int], names: list[int]) -> str:
+    """One sentence about what the ranks do not agree on."""
+    wrong = [(names[i], text) for i, text in enumerate(said) if failed[i]]
+    if wrong:
+        return f"{named([rank for rank, _ in wrong])} refused this call, so no rank runs it: {wrong[0][1]}"
+    parts, tables = [], [dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line) for text in said]
+    for field in tables[0]:
+        holders: dict[str, list[int]] = {}
+        for rank, facts in zip(names, tables, strict=True):
+            holders.setdefault(str(facts.get(field)), []).append(rank)
+        if len(holders) > 1:
+            parts.append(f"{field} {', '.join(f'{value} on {named(ranks)}' for value, ranks in holders.items())}")
+    return f"the ranks were given different calls: {'; '.join(parts)}: give all ranks the same. Nothing was sent"

@@ -2,8 +2,6 @@
 tokens' own positions.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -68,6 +66,11 @@ class Call(NamedTuple):
         return seen if low is None else seen & (distance >= low)
 
     @property
+    def open(self) -> bool:
+        """Whether every row reads every key."""
+        return (self.low, self.high, self.masked) == (None, None, None)
+
+    @property
     def size(self) -> tuple[int, int]:
         """How many rows and keys."""
         return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
@@ -95,65 +98,30 @@ def tokens_of(pieces: Pieces, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def find_calls(
-    queries: Pieces, keys: Pieces, rule: Rule, most_rows: int | None = None, most_keys: int | None = None
-) -> tuple[Call, ...]:
+def find_calls(queries: Pieces, keys: Pieces, rule: Rule, most: tuple[int, int] | None = None) -> tuple[Call, ...]:
     """The dense calls that give the queries' attention over the keys, in the order of query slots.
 
     Args:
-        queries, keys: the tokens of the two tensors. most_rows, most_keys: bounds of one call; None for none.
+        queries, keys: the tokens of the two tensors. most: bounds of a call's rows and keys; None for none.
 
     Returns:
-        Calls whose pairs are disjoint and, together, all that the rule lets the queries read.
+        Calls whose pairs are disjoint and, together, all that the rule lets the queries read. With bounds they are cut
+        where a token's number is a multiple of its bound, so that they are the same wherever the tokens lie.
     """
     found: list[Call] = []
-    whole: list[_Whole] = []
     columns: dict[int, list[Piece]] = {}
-    for key, sequence in _cut(keys, rule.cu_k, most_keys):
+    for key, sequence in _cut(keys, rule.cu_k, most and most[1]):
         columns.setdefault(sequence, []).append(key)
-    for query, sequence in _cut(queries, rule.cu_q, most_rows):
-        spans: list[list[Piece]] = []
+    for query, sequence in _cut(queries, rule.cu_q, most and most[0]):
+        alone: list[Call] = []
         for key in columns.get(sequence, ()):
-            band = _clipped(query, key, *rule.band(sequence))
-            if band is None:
-                continue
-            last = spans[-1] if spans else None
-            size = 0 if last is None else _size(last) + key.size
-            near = last if last and size <= (most_keys or size) and last[-1].at + last[-1].size == key.at else None
-            if band == (None, None):
-                if near is None:
-                    spans.append([])
-                spans[-1].append(key)
-                continue
-            call = _banded(query, key, *band)
-            if call is not None and near is not None and _follows(call):
-                spans.pop()
-                call = _behind(call, near)
-            if call is not None:
-                found.append(call)
-        if spans:
-            _join(whole, query, spans, most_rows)
-    for each in whole:
-        found += (
-            Call(_slots(each.queries), _slots(span), None, None, (tuple(each.queries), tuple(span)))
-            for span in each.spans
-        )
+            call = _call(query, key, *rule.band(sequence))
+            if call is not None and alone and most is None and _follows(alone[-1], call):
+                call = _behind(alone.pop(), call)
+            alone += [] if call is None else [call]
+        found += alone
+    found = found if most else _stacked(found)
     return tuple(sorted(found, key=lambda call: (call.rows.start, call.keys.start)))
-
-
-class _Whole(NamedTuple):
-    """Neighbouring pieces of queries that read every key of some spans."""
-
-    queries: list[Piece]
-    spans: list[list[Piece]]
-
-
-def _slots(span: list[Piece]) -> slice:
-    return slice(span[0].at, span[-1].at + span[-1].size)
-
-
-def _size(span: list[Piece]) -> int:
-    return sum(piece.size for piece in span)
 
 
 def _cut(pieces: Iterable[Piece], edges: tuple[int, ...], most: int | None) -> Iterator[tuple[Piece, int]]:
@@ -162,53 +130,60 @@ def _cut(pieces: Iterable[Piece], edges: tuple[int, ...], most: int | None) -> I
         for sequence, (begin, end) in enumerate(itertools.pairwise(edges)):
             first = max(-(-(begin - piece.start) // piece.step), 0)
             stop = min(-(-(end - piece.start) // piece.step), piece.size)
-            for at in range(first, stop, most or max(stop - first, 1)):
-                yield piece.part(at, min(at + (most or stop), stop)), sequence
+            while first < stop:
+                at = piece.start // piece.step + first
+                following = stop if most is None else min(first + most - at % most, stop)
+                yield piece.part(first, following), sequence
+                first = following
 
 
-def _clipped(query: Piece, key: Piece, low: int | None, high: int | None) -> tuple[int | None, int | None] | None:
-    """The bounds of key - query token that hide a pair of the two pieces; None where every pair is hidden."""
+def _call(query: Piece, key: Piece, low: int | None, high: int | None) -> Call | None:
+    """The call of two pieces, of which a query token reads key tokens by `low` and `high`; None where it reads none."""
     least, most = key.start - query.last, key.last - query.start
     if (high is not None and least > high) or (low is not None and most < low):
         return None
-    return (
-        None if low is None or least >= low else low,
-        None if high is None or most <= high else high,
-    )
-
-
-def _banded(query: Piece, key: Piece, low: int | None, high: int | None) -> Call | None:
-    """The call of two pieces under a band of tokens; None where no pair is visible."""
+    low = None if low is None or least >= low else low
+    high = None if high is None or most <= high else high
     rows, columns = slice(query.at, query.at + query.size), slice(key.at, key.at + key.size)
-    step = query.step if query.size > 1 else key.step
-    if key.size > 1 and key.step != step:
-        return Call(rows, columns, None, None, ((query,), (key,)), (low, high))
+    tokens, step = ((query,), (key,)), query.step if query.size > 1 else key.step
+    if key.size > 1 and key.step != step and (low, high) != (None, None):
+        return Call(rows, columns, None, None, tokens, (low, high))
     between = query.start - key.start
     low = None if low is None else -(-(low + between) // step)
     high = None if high is None else (high + between) // step
     least, most = 1 - query.size if low is None else low, key.size - 1 if high is None else high
-    if least > min(most, key.size - 1) or most < 1 - query.size:
-        return None
-    return Call(rows, columns, low, high, ((query,), (key,)))
+    empty = least > min(most, key.size - 1) or most < 1 - query.size
+    return None if empty else Call(rows, columns, low, high, tokens)
 
 
-def _follows(call: Call) -> bool:
-    """Whether the band of a call lets every row read what lies right before its keys."""
-    return call.masked is None and call.low is None and call.high is not None and call.high >= -1
+def _follows(first: Call, second: Call) -> bool:
+    """Whether all rows of a call read all its keys, and one band says what they read of these and those behind them."""
+    lets = second.low is None and second.masked is None and (second.high is None or second.high >= -1)
+    return first.open and lets and first.keys.stop == second.keys.start
 
 
-def _behind(call: Call, span: list[Piece]) -> Call:
-    """A call over a span that all its rows read, and the keys behind it that its band bounds."""
-    assert call.high is not None
-    keys = slice(span[0].at, call.keys.stop)
-    return call._replace(keys=keys, high=call.high + _size(span), tokens=(call.tokens[0], (*span, *call.tokens[1])))
+def _behind(first: Call, second: Call) -> Call:
+    """Two calls, of which the second follows the first, as one."""
+    high, (rows, keys) = second.high, second.tokens
+    return second._replace(
+        keys=slice(first.keys.start, second.keys.stop),
+        high=None if high is None else high + first.size[1],
+        tokens=(rows, first.tokens[1] + keys),
+    )
 
 
-def _join(whole: list[_Whole], query: Piece, spans: list[list[Piece]], most: int | None) -> None:
-    """Note that a piece of queries reads whole spans, together with its neighbour where that reads the same."""
-    last = whole[-1] if whole else None
-    size = 0 if last is None else _size(last.queries) + query.size
-    if last and last.spans == spans and _slots(last.queries).stop == query.at and size <= (most or size):
-        last.queries.append(query)
-    else:
-        whole.append(_Whole([query], spans))
+def _stacked(calls: list[Call]) -> list[Call]:
+    """The calls, those of neighbouring rows that read the same keys, all of them, as one."""
+    found: list[Call] = []
+    above: dict[tuple[int, int], int] = {}
+    for call in calls:
+        place = call.keys.start, call.keys.stop
+        last = found[above[place]] if place in above else call
+        if call.open and last.rows.stop == call.rows.start:
+            rows = slice(last.rows.start, call.rows.stop)
+            found[above[place]] = last._replace(rows=rows, tokens=(last.tokens[0] + call.tokens[0], call.tokens[1]))
+            continue
+        if call.open:
+            above[place] = len(found)
+        found.append(call)
+    return found
