@@ -24,7 +24,8 @@ from typing import Any
 
 import record
 from hal_router.choice import Arm, Chooser
-from hal_router.estimator import Estimator, Keys
+from hal_router.estimator import Estimator
+from hal_router.keys import Keys
 
 import hal_core as hal
 from hal_core.plugin_api import AttentionRequest

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from hal_router.choice import LONGEST, Arm, Chooser
-from hal_router.estimator import Estimator, Keys
+from hal_router.estimator import Estimator
+from hal_router.keys import Keys
+from hal_router.line import MEMORY, Line
 
 #: (seconds of a call, multiply-accumulates per second)
 RATES = {"gpu:0": (40e-6, 2e13), "gpu:0 small": (30e-6, 1.2e13), "cpu:0": (5e-6, 2e11), "npu:0": (100e-6, 5e13)}
@@ -152,15 +155,41 @@ def test_objectives_and_deadlines(objective: str, deadline: float | None, chosen
 
 def test_beliefs_survive_a_round_trip_and_damage_is_refused() -> None:
     estimator, keys = Estimator(), Keys("float32", 20, "a")
-    for _ in range(9):
-        estimator.learn("one:0 t", "one:0", keys, 0.7)
-    other: Any = Estimator()
-    other.read(estimator.to_lists())
-    assert other.believe("one:0 t", keys).residual == pytest.approx(
-        estimator.believe("one:0 t", keys).residual, abs=1e-3
-    )
-    for damage in (None, [["one:0", 1]], [["one:0", 1, math.nan]], [["one:0", 1e9, 0.0]], [["one:0", [], 1, 0.0]], [5]):
-        with pytest.raises(ValueError, match="no belief"):
+    for seconds in (1e-4, 1e-3, 2e-3):
+        for _ in range(3):
+            estimator.learn("one:0 t", "one:0", keys, seconds, 0.7)
+    other, data = Estimator(), json.loads(json.dumps(estimator.to_dict()))
+    other.read(data)
+    for seconds in (1e-5, 1e-3, 1e-1):
+        assert other.believe("one:0 t", keys, seconds).residual == pytest.approx(
+            estimator.believe("one:0 t", keys, seconds).residual, abs=1e-3
+        )
+    line, arms = data["devices"]["one:0"], data["arms"]
+    for damage in (
+        None,
+        [],
+        {},
+        data | {"devices": {"one:0": line[1:]}},
+        data | {"devices": {"one:0": [math.nan, *line[1:]]}},
+        data | {"devices": {"one:0": [1e9, *line[1:]]}},
+        data | {"devices": {"one:0": [line[0], 0.0, 0.0, *line[3:]]}},
+        data | {"arms": {"one:0": {}}},
+        data | {"arms": {"one:0": arms["one:0 t"] | {"kinds": {"a": {"line": line, "sizes": {"b": [1, 0]}}}}}},
+        data | {"arms": {"one:0": arms["one:0 t"] | {"kinds": {"a": {"line": line, "sizes": {"1": [-1, 0]}}}}}},
+    ):
+        with pytest.raises(ValueError, match=r"belief|invalid literal"):
             other.read(damage)
+        assert other.arms
     other.forget(["one:0"])
-    assert not other.nodes
+    assert not other.arms
+    assert not other.kinds
+
+
+def test_a_line_tells_a_constant_of_each_call_from_a_factor() -> None:
+    line = Line()
+    for _ in range(10):
+        for estimate in (1e-6, 1e-5, 1e-4, 1e-3):
+            line.learn(estimate, 5e-5 + 3 * estimate, 1.0, 0.0, 1.0)
+    for estimate in (1e-6, 3e-5, 1e-2):
+        assert line.fixed + line.factor * estimate == pytest.approx(5e-5 + 3 * estimate, rel=0.15)
+    assert line.calls == MEMORY
