@@ -26,6 +26,7 @@ import record
 from hal_router.choice import Arm, Chooser
 from hal_router.estimator import Estimator
 from hal_router.keys import Keys
+from hal_router.router import CLOSE
 
 import hal_core as hal
 from hal_core.plugin_api import AttentionRequest
@@ -201,9 +202,10 @@ def replay(
     draw = random.Random(seed)
     chooser = Chooser(estimator or Estimator())
     places = shapes or list(range(len(table.shapes)))
-    log, last, planned = [], dict[str, str](), 0.0
+    log, met, last, planned = [], list[int](), dict[Keys, str](), 0.0
     for number in range(REQUESTS):
-        request, keys, times, under_load, estimates = table.shapes[draw.choice(places)]
+        met.append(draw.choice(places))
+        request, keys, times, under_load, estimates = table.shapes[met[-1]]
         busy = REQUESTS / 3 <= number < 2 * REQUESTS / 3 and (loaded or slow != 1.0)
         now = {name: under_load if busy and loaded and name == "cpu:0" else samples for name, samples in times.items()}
         factor = {name: slow if busy and name == "cpu:0" else 1.0 for name in now}
@@ -211,15 +213,25 @@ def replay(
         # Paths of one device share its load, except where one of them is made slower here.
         arms = [Arm(n, n if slow != 1.0 else n.split()[0], estimates[n] * wrong(n)) for n in now]
         found = chooser.choose(keys, arms)
+        kept = next((each for each in found.ranked if each.arm.name == last.get(keys)), None)
+        if kept is not None and not found.why and kept.log_seconds <= found.best.log_seconds + CLOSE:
+            found = found._replace(chosen=kept)  # as the router keeps a decision
         name = found.chosen.arm.name
         seconds = draw.choice(now[name]) * factor[name]
         chooser.observe(keys, found.chosen.arm, found.best.log_seconds, math.log(seconds), bool(found.why))
-        planning = KEPT if last.get(keys.kind + keys.shape) == name else FRESH
-        last[keys.kind + keys.shape] = name
+        planning = KEPT if last.get(keys) == name else FRESH
+        last[keys] = name
         prior = min(arms, key=lambda arm: arm.seconds).name
         log.append((median[name] + planning, median, prior, request.visible_macs))
         planned += planning
     oracle = [min(median.values()) for _, median, _, _ in log]
+    # What planning alone costs a router that chooses as the oracle does: a decision for each shape that is met, and
+    # again where the oracle itself changes.
+    perfect, chosen = list[float](), dict[int, str]()
+    for (_, median, _, _), best, place in zip(log, oracle, met, strict=True):
+        name = min(median, key=lambda n: median[n])
+        perfect.append(1 + (KEPT if chosen.get(place) == name else FRESH) / best)
+        chosen[place] = name
     total = sum(oracle)
     names = sorted({name for _, median, _, _ in log for name in median})
     alone = {n: sum(median[n] for _, median, _, _ in log) for n in names if all(n in m for _, m, _, _ in log)}
@@ -233,6 +245,9 @@ def replay(
         "geometric": math.exp(statistics.fmean(math.log(row[0] / best) for row, best in zip(log, oracle, strict=True)))
         - 1,
         "of it planning": planned / total,
+        "perfect": sum((share - 1) * best for share, best in zip(perfect, oracle, strict=True)) / total,
+        "perfect, geometric": math.exp(statistics.fmean(map(math.log, perfect))) - 1,
+        "best arm's share": max(map([min(m, key=lambda n: m[n]) for _, m, _, _ in log].count, log[0][1])) / len(log),
         "best single": min(alone.values()) / total - 1,
         "threshold": threshold / total - 1,
         "estimates only": sum(median[prior] for _, median, prior, _ in log) / total - 1,
@@ -267,6 +282,8 @@ COLUMNS = (
     "router",
     "of it planning",
     "geometric",
+    "perfect",
+    "perfect, geometric",
     "best single",
     "threshold",
     "estimates only",

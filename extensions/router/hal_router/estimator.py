@@ -34,6 +34,8 @@ SIZE_SHARE = 0.6
 LOAD_GAIN = 0.6
 #: A load beyond this is taken for one: the residual learns less, and the device is looked at again.
 NOTICED_LOAD = 0.25
+#: Calls of a kind from which on it is known.
+WELL_KNOWN = 8
 _MOST_SHAPES = 10_000
 
 
@@ -85,7 +87,7 @@ class Known:
     __slots__ = ("line", "shapes", "sizes")
 
     def __init__(self) -> None:
-        self.line, self.sizes, self.shapes = Line(), dict[int, list[float]](), dict[str, list[float]]()
+        self.line, self.sizes, self.shapes = Line(), dict[int, list[float]](), dict[tuple[int, ...], list[float]]()
 
 
 class Estimator:
@@ -129,19 +131,26 @@ class Estimator:
         near = calls / (calls + SHRINKAGE)
         if not line.low <= estimate <= line.high:
             near *= min(estimate / line.low, line.high / estimate)
-        sizes = known.sizes
-        for each, part in ((size - 1, 0.5 * SIZE_SHARE), (size + 1, 0.5 * SIZE_SHARE), (size, SIZE_SHARE)):
-            node = sizes.get(each)
-            if node is not None:
-                share = part * _share(node, residual)
-                near = max(near, share)
-                residual += share * (node[1] - residual)
-        node = known.shapes.get(shape)
-        if node is not None:
-            share = _share(node, residual)
-            near = max(near, share)
-            residual += share * (node[1] - residual)
+        residual, share = _refined(known, size, shape, residual)
+        near = max(near, share)
         return Believed(residual, spread + 0.15 * PRIOR_SPREAD * (1.0 - near) + 0.02, calls)
+
+    def expected(self, arm: str, keys: Keys, estimate: float) -> tuple[float, float] | None:
+        """(seconds expected of a request on an arm without load, calls of its kind), as `believe` has them.
+
+        None where a call might be worth making to know more: below `WELL_KNOWN` calls, or beyond their estimates.
+        """
+        kinds = self.kinds.get(arm)
+        known = None if kinds is None else kinds.get(keys[0])
+        if known is None:
+            return None
+        line, sizes, (_, size, shape) = known.line, known.sizes, keys
+        if line.calls < WELL_KNOWN or not line.low <= estimate <= line.high:
+            return None
+        time = line.fixed + line.factor * estimate
+        if size in sizes or size - 1 in sizes or size + 1 in sizes or shape in known.shapes:
+            time = estimate * math.exp(_refined(known, size, shape, math.log(time / estimate))[0])
+        return time, line.calls
 
     def learn(
         self,
@@ -216,7 +225,11 @@ class Estimator:
                 arm: {
                     "line": line.to_list(),
                     "kinds": {
-                        kind: {"line": known.line.to_list(), "sizes": _rows(known.sizes), "shapes": _rows(known.shapes)}
+                        kind: {
+                            "line": known.line.to_list(),
+                            "sizes": _rows(known.sizes),
+                            "shapes": _rows({" ".join(map(str, shape)): node for shape, node in known.shapes.items()}),
+                        }
                         for kind, known in self.kinds[arm].items()
                     },
                 }
@@ -235,11 +248,30 @@ class Estimator:
                     known = kinds[kind] = Known()
                     known.line = Line.read(each["line"])
                     known.sizes = {int(size): _node(node) for size, node in each["sizes"].items()}
-                    known.shapes = {shape: _node(node) for shape, node in each["shapes"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(data)[:80]} holds no belief ({error!r})") from error
+                    known.shapes = {
+                        tuple(map(int, shape.split())): _node(node) for shape, node in each["shapes"].items()
+                    }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{str(data)[:80]} holds no belief ({error})") from error
         self.devices, self.arms, self.kinds = found.devices, found.arms, found.kinds
         self._shapes = sum(len(known.shapes) for known in self._every())
+
+
+def _refined(known: Known, size: int, shape: tuple[int, ...], residual: float) -> tuple[float, float]:
+    """A line's residual with what its size, those next to it and its shape add; the largest of their shares."""
+    most, get = 0.0, known.sizes.get
+    for each, part in ((size - 1, 0.5 * SIZE_SHARE), (size + 1, 0.5 * SIZE_SHARE), (size, SIZE_SHARE)):
+        node = get(each)
+        if node is not None:
+            share = part * _share(node, residual)
+            most = max(most, share)
+            residual += share * (node[1] - residual)
+    node = known.shapes.get(shape)
+    if node is not None:
+        share = _share(node, residual)
+        most = max(most, share)
+        residual += share * (node[1] - residual)
+    return residual, most
 
 
 def _rows(nodes: dict[Any, list[float]]) -> dict[str, list[float]]:

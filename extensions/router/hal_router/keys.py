@@ -15,7 +15,7 @@ class Keys(NamedTuple):
 
     kind: str
     size: int
-    shape: str
+    shape: tuple[int, ...]
 
     @classmethod
     def of(cls, request: AttentionRequest) -> Keys:
@@ -39,7 +39,7 @@ class Keys(NamedTuple):
         # Where nothing but the causal mask hides pairs, half of them are hidden, and the kind says so already.
         plain = r.window is None and r.block_plan is None
         macs = r.batch * heads * len_q * len_k * dims if plain else r.visible_macs
-        shape = f"{r.batch}x{heads}/{r.heads_kv}x{len_q}x{len_k}x{r.dim_qk}/{r.dim_v}"
+        shape = (r.batch, heads, r.heads_kv, len_q, len_k, r.dim_qk, r.dim_v)
         return tuple.__new__(cls, (kind, (macs or 1).bit_length(), shape))
 
 

@@ -21,6 +21,10 @@ from .objective import deadline_var
 BATCH, SURPRISE = 64, 0.25
 #: Measured over believed time of a call that is averaged with others.
 LOW, HIGH = 0.7, 1.4
+#: The same of a decision's first call that is learned from at once.
+FAR = 3.0
+#: An arm is left for another one that is believed faster by more than this, in log seconds.
+CLOSE = 0.03
 #: Calls between looks at whether a cached decision should be made anew, to explore.
 LOOK = 8
 #: Tilings of a device that are tried beside its own, and how much slower they are believed to be at first.
@@ -43,7 +47,7 @@ class Slot:
         others: [device, log seconds believed] of the arms that were not chosen. known: the arm's residual, and the
             estimator's version that it is of. keys: None, and with it no belief, until an only arm is called again.
         tiled: whether the devices' own tilings were asked for, which takes longer than a decision. free: whether its
-            caller may be explored with.
+            caller may be explored with. waited: calls before it was known what to learn by.
     """
 
     arm: Arm
@@ -52,7 +56,7 @@ class Slot:
     others: Sequence[list[Any]] = ()
     explored = stale = tiled = False
     free = True
-    pending, pending_sum, most, per_second = 0, 0.0, 0, 0.0
+    pending, pending_sum, most, waited, per_second = 0, 0.0, 0, 0, 0.0
     expected: float
     best: float
     known: tuple[int, Believed]
@@ -92,7 +96,7 @@ class Slot:
         """Stale where another arm is believed better by more than a little."""
         if self.others and not self.explored:
             self.best = min(self.expected, min(seconds for _, seconds in self.others))
-            self.stale = self.stale or self.expected > self.best + 0.03
+            self.stale = self.stale or self.expected > self.best + CLOSE
 
     def scale(self, len_q: int, len_k: int) -> float:
         """1 / the seconds believed for calls of these lengths, from now on: the part that is not fixed goes with the
@@ -129,17 +133,24 @@ class Router:
     def policy(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> PolicyChoice | None:
         """The hook `hal_policy`. The core asks it only where the caller left a choice."""
         deadline = deadline_var.get()
-        only = candidates[0] if len(candidates) == 1 and deadline is None else None
-        if only is not None and only.estimate is not None and only.device.id not in self._cut:
+        timed = deadline is None and policy.objective in (None, "time")
+        if timed and len(candidates) == 1 and self._plain(request, candidates):
             # Needs no belief to be chosen; what it is to be learned by is found when it is called again.
-            return PolicyChoice(only.device.id, -1.0, "the only device that can", None, Slot(request, None).expired)
-        keys, objective = Keys.of(request), policy.objective or "time"
-        arms = self._arms(keys, candidates, policy, timed=objective == "time" and deadline is None)
+            device = candidates[0].device.id
+            return PolicyChoice(device, -1.0, "the only device that can", None, Slot(request, None).expired)
+        keys = Keys.of(request)
+        if timed and (stated := self._plain(request, candidates, keys)) is not None:
+            with self._lock:
+                quick = self.chooser.quick(keys, stated)
+            if quick is not None:
+                slot = Slot(request, None)
+                slot.per_second, slot.most = 1.0 / quick[1], 1
+                return PolicyChoice(quick[0], -1.0, quick[2], None, slot.expired)
+        arms, objective = self._arms(keys, candidates, policy, timed=timed), policy.objective or "time"
         if not arms:
             return None
         with self._lock:
-            # A caller who named devices, even several, is not explored with; nor is one who bounds error or time.
-            free = not policy.names and request.max_error is None and not request.deterministic
+            free = is_free(request, policy)
             found = self.chooser.choose(keys, arms, objective, deadline, may_explore=free)
             slot = Slot(request, deadline, arms).fill(keys, found, self.chooser.estimator.version)
             slot.free = free
@@ -148,6 +159,26 @@ class Router:
             self._slots[keys] = slot
         arm = found.chosen.arm
         return PolicyChoice(arm.device, -1.0, explained(found), arm.tiling, slot.expired)
+
+    def _plain(
+        self, request: AttentionRequest, candidates: Sequence[Candidate], keys: Keys | None = None
+    ) -> list[tuple[str, float]] | None:
+        """(device, its estimate) of candidates that are learned from and have no tilings for such a request that are
+        known; None where there are others.
+        """
+        found = list[tuple[str, float]]()
+        for candidate in candidates:
+            estimate, device = candidate.estimate, candidate.device
+            if estimate is None or device.fidelity is _SIMULATED:
+                return None
+            name, time = device.id, estimate.time
+            seconds = math.sqrt(time.low * time.high) or time.middle
+            if seconds >= _TILED_FROM and name in self._cut:
+                keys = keys or Keys.of(request)
+                if self._tilings.get((name, keys)):
+                    return None
+            found.append((name, seconds))
+        return found
 
     def _arms(self, keys: Keys, candidates: Sequence[Candidate], policy: Policy, *, timed: bool) -> list[Arm]:
         """Devices that state a time, and their tilings as far as those are known. timed: nothing but time counts."""
@@ -199,19 +230,17 @@ class Router:
         except AttributeError:
             slot = self._slot_of(decision)
             ratio = seconds * slot.per_second
-        if not LOW < ratio < HIGH:
-            if slot.keys is None:  # its first two calls hold checks of the core, and say little
-                slot.most += 1
-                if slot.most >= 2:
-                    self._meet(slot, decision)
-                return
-            if operands is not None:  # perhaps of other lengths than the call before
-                ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
-        if LOW < ratio < HIGH and slot.pending < slot.most:
+        usual = LOW < ratio < HIGH
+        if (
+            not usual and slot.keys is not None and operands is not None
+        ):  # perhaps of other lengths than the call before
+            ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
+            usual = LOW < ratio < HIGH
+        if usual and slot.pending < slot.most:
             slot.pending += 1
             slot.pending_sum += ratio
-        else:
-            self._learn(slot, math.log(max(ratio, 1e-9)))
+        elif slot.keys is not None or self._meet(slot, decision, seconds):
+            self._learn(slot, math.log(max(seconds * slot.per_second, 1e-9)))
             if not slot.tiled:
                 self._tile(slot, decision)
 
@@ -240,17 +269,27 @@ class Router:
                 self._named[id(decision)] = kept
             return kept[1]
 
-    def _meet(self, slot: Slot, decision: Decision) -> None:
-        """Find what a decision that left no choice is to be learned by."""
+    def _meet(self, slot: Slot, decision: Decision, seconds: float) -> bool:
+        """Find what a decision that was made quickly is to be learned by. True where this call is to be learned.
+
+        Its first call holds checks of the core and says little, unless it took far from what was expected; nor does the
+        second where nothing was expected.
+        """
+        slot.waited += 1
+        quick, far = slot.per_second > 0, not 1 / FAR < seconds * slot.per_second < FAR
+        if slot.waited + slot.pending < 2 and not (quick and far):
+            return False
+        request, policy = decision.request, decision.policy
         self.breakers.succeeded(decision.chosen or "")
         with self._lock:
-            keys = Keys.of(decision.request)
-            slot.arms = self.arms(decision.request, [decision.winner], decision.policy)
-            found, slot.tiled = self.chooser.choose(keys, slot.arms, may_explore=False), True
-            if found.chosen.arm.tiling is None:
-                self._slots[keys] = slot.fill(keys, found, self.chooser.estimator.version)
-            else:  # learned before to be the better one
-                slot.stale = True
+            keys = Keys.of(request)
+            able = [candidate for candidate in decision.candidates if not candidate.refusals]
+            arms, slot.tiled, slot.free = self.arms(request, able, policy), True, is_free(request, policy)
+            found = self.chooser.choose(keys, arms, may_explore=False)
+            own = next(each for each in found.ranked if each.arm.name == decision.chosen)
+            slot.arms, slot.stale = arms, own.log_seconds > found.best.log_seconds + CLOSE
+            self._slots[keys] = slot.fill(keys, found._replace(chosen=own), self.chooser.estimator.version)
+        return quick
 
     def _tile(self, slot: Slot, decision: Decision) -> None:
         """Let the tilings of the devices be arms, where they are not yet: to be tried from the next decision on."""
@@ -360,6 +399,11 @@ class Router:
                 self.breakers.hold(candidate.device.id, str(refusals[0]))
             elif known and candidate.device.id in known:
                 self.breakers.hold(candidate.device.id, "")
+
+
+def is_free(request: AttentionRequest, policy: Policy) -> bool:
+    """Whether a caller may be explored with: not one who named devices, even several, or who bounds the error."""
+    return not policy.names and request.max_error is None and not request.deterministic
 
 
 def explained(choice: Choice) -> str:
