@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from .estimator import NOTICED_LOAD, Believed, Estimator
 from .keys import Keys
 
-#: Exploration: share of the time served that it may cost beyond the best arm, in all and while a device is loaded;
-#: seconds to begin with; and the longest call, in seconds, that is ever made for it. A look that is long due may take
-#: twice the share.
-SHARE, LOADED_SHARE, ALLOWANCE, LONGEST = 0.01, 0.02, 2e-3, 0.05
+#: Exploration: share of the time served that it may cost beyond the best arm; seconds to begin with; and the longest
+#: call, in seconds, that is ever made for it. A look at a loaded device that is long due may take twice the share.
+SHARE, ALLOWANCE, LONGEST = 0.01, 2e-3, 0.05
 #: The seconds to begin with are at most those of this many typical calls.
 ALLOWED_CALLS = 20
 #: Standard deviations by which an arm must be uncertain to be worth a call, and the spread below which it is known.
@@ -149,7 +148,8 @@ class Chooser:
             found.append((known[0] * math.exp(value), device, estimate, *known))
         found.sort()
         seconds, device, estimate, time, calls = found[0]
-        why = f"least time believed: {device} {1e3 * seconds:.3g} ms (learned x{time / estimate:.3g} of {calls:.0f} calls)"
+        learned = f"learned x{time / estimate:.3g} of {calls:.0f} calls"
+        why = f"least time believed: {device} {1e3 * seconds:.3g} ms ({learned})"
         behind = f"; before {found[1][1]} {1e3 * found[1][0]:.3g} ms" if len(found) > 1 else ""
         return device, seconds, why + behind
 
@@ -164,7 +164,7 @@ class Chooser:
             if each.load > NOTICED_LOAD:
                 load = self.estimator.load(each.arm.device)
                 cheap = self.typical is not None and each.log_seconds < self.typical
-                waited, share = self.calls - load.seen, LOADED_SHARE
+                waited, share = self.calls - load.seen, self.share
                 if waited >= LOOK_AT_LAST:
                     share *= 2
                 due = waited >= (LOOK_AGAIN if cheap else LOOK_AT_LAST)
