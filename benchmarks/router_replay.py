@@ -181,7 +181,9 @@ class Table:
         for row in data["rows"]:
             request = AttentionRequest.from_dict(row["request"])
             times = {n: t for n, t in row["times"].items() if arms is None or n in arms}
-            self.shapes.append((request, Keys.of(request), times, row["loaded"], row["estimates"]))
+            medians = {name: statistics.median(samples) for name, samples in times.items()}
+            loaded = medians | ({"cpu:0": statistics.median(row["loaded"])} if row["loaded"] else {})
+            self.shapes.append((request, Keys.of(request), times, row["loaded"], row["estimates"], medians, loaded))
 
 
 def replay(
@@ -206,11 +208,11 @@ def replay(
     log, met, last, planned = [], list[int](), dict[Keys, str](), 0.0
     for number in range(REQUESTS):
         met.append(draw.choice(places))
-        request, keys, times, under_load, estimates = table.shapes[met[-1]]
+        request, keys, times, under_load, estimates, usual, slowed = table.shapes[met[-1]]
         busy = REQUESTS / 3 <= number < 2 * REQUESTS / 3 and (loaded or slow != 1.0)
         now = {name: under_load if busy and loaded and name == "cpu:0" else samples for name, samples in times.items()}
         factor = {name: slow if busy and name == "cpu:0" else 1.0 for name in now}
-        median = {name: statistics.median(samples) * factor[name] for name, samples in now.items()}
+        median = slowed if busy and loaded else {name: usual[name] * factor[name] for name in now}
         # Paths of one device share its load, except where one of them is made slower here.
         arms = [Arm(n, n if slow != 1.0 else n.split()[0], estimates[n] * wrong(n)) for n in now]
         found = chooser.choose(keys, arms)
@@ -248,7 +250,7 @@ def replay(
         "of it planning": planned / total,
         "perfect": sum((share - 1) * best for share, best in zip(perfect, oracle, strict=True)) / total,
         "perfect, geometric": math.exp(statistics.fmean(map(math.log, perfect))) - 1,
-        "best arm's share": max(map([min(m, key=lambda n: m[n]) for _, m, _, _ in log].count, log[0][1])) / len(log),
+        "best arm's share": max(wins.count(name) for name in names) / len(wins),
         "best single": min(alone.values()) / total - 1,
         "threshold": threshold / total - 1,
         "estimates only": sum(median[prior] for _, median, prior, _ in log) / total - 1,

@@ -74,9 +74,7 @@ def _line(line: Line) -> list[str]:
 
 
 _ABOUT_LINES = ["Beside these lines, means by size and by shape are kept. Calls that count: at most the newest 40."]
-_NOTES = [
-    "Regret: measured time beyond what was believed of the best arm at that moment. Its cost: the part of exploring."
-]
+_NOTES = ["Regret: measured time beyond what was believed of the best other arm. Its cost: the part of exploring."]
 
 
 def run_reset(options: argparse.Namespace) -> CommandResult:

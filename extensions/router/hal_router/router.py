@@ -113,7 +113,8 @@ class Router:
     """Beliefs, breakers, and the decisions in force. Thread-safe.
 
     Attributes:
-        chooser: the beliefs. breakers: by device. totals: calls and seconds, believed regret included, by device.
+        chooser: the beliefs. breakers: by device. totals: calls and seconds, those beyond what was
+            believed of the best other arm included, by device.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -327,7 +328,8 @@ class Router:
             if not slot.arm.learns:
                 return
             total = self.totals.setdefault(device, [0, 0.0, 0.0, 0, 0.0])
-            seconds, best = math.exp(measured), math.exp(slot.best)
+            seconds = math.exp(measured)
+            best = math.exp(min((log_seconds for _, log_seconds in slot.others), default=measured))
             total[0], total[1] = total[0] + calls, total[1] + calls * seconds
             total[2] += calls * max(seconds - best, 0.0)
             if slot.explored:
