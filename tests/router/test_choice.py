@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from hal_router.choice import LONGEST, Arm, Chooser
-from hal_router.estimator import Estimator, Keys
+from hal_router.estimator import Estimator
+from hal_router.keys import Keys
+from hal_router.line import MEMORY, Line
 
 #: (seconds of a call, multiply-accumulates per second)
 RATES = {"gpu:0": (40e-6, 2e13), "gpu:0 small": (30e-6, 1.2e13), "cpu:0": (5e-6, 2e11), "npu:0": (100e-6, 5e13)}
@@ -40,11 +43,11 @@ def replay(
         plain = {arm: fixed + 2**bits / rate for arm, (fixed, rate) in RATES.items()}
         true = {arm: seconds * load(call, arm) for arm, seconds in plain.items()}
         arms = [Arm(arm, arm.split()[0], seconds * prior(arm)) for arm, seconds in plain.items()]
-        found = chooser.choose(Keys("float32", bits + 1, str(bits)), arms)
+        found = chooser.choose(Keys("float32", bits + 1, (bits,)), arms)
         arm = found.chosen.arm
         measured = true[arm.name] * math.exp(draw.gauss(0, noise)) * (5 if draw.random() < 0.01 else 1)
         chooser.observe(
-            Keys("float32", bits + 1, str(bits)), arm, found.best.log_seconds, math.log(measured), bool(found.why)
+            Keys("float32", bits + 1, (bits,)), arm, found.best.log_seconds, math.log(measured), bool(found.why)
         )
         log.append((arm.name, true[arm.name], min(true.values()), bool(found.why)))
     total = sum(seconds for _, seconds, _, _ in log) / sum(best for _, _, best, _ in log) - 1
@@ -105,7 +108,7 @@ def test_exploration_keeps_to_its_budget_and_never_takes_a_large_request(seed: i
 
 
 def test_one_outlier_moves_neither_the_load_nor_the_choice() -> None:
-    chooser, keys = Chooser(Estimator()), Keys("float32", 20, "a")
+    chooser, keys = Chooser(Estimator()), Keys("float32", 20, (1,))
     arms = [Arm("one:0", "one:0", 1e-3), Arm("two:0", "two:0", 1.2e-3)]
     for _ in range(30):
         for arm in arms:
@@ -116,7 +119,7 @@ def test_one_outlier_moves_neither_the_load_nor_the_choice() -> None:
 
 
 def test_a_simulated_device_is_not_learned_from() -> None:
-    chooser, keys = Chooser(Estimator()), Keys("float32", 20, "a")
+    chooser, keys = Chooser(Estimator()), Keys("float32", 20, (1,))
     arm = Arm("kpu:0", "kpu:0", 1e-3, learns=False)
     chooser.observe(keys, arm, math.log(1e-3), math.log(2.0), False)
     assert chooser.rank(keys, [arm])[0].seconds == pytest.approx(1e-3)
@@ -134,7 +137,7 @@ def test_a_simulated_device_is_not_learned_from() -> None:
     ],
 )
 def test_objectives_and_deadlines(objective: str, deadline: float | None, chosen: str) -> None:
-    chooser, keys = Chooser(Estimator()), Keys("float32", 20, "a")
+    chooser, keys = Chooser(Estimator()), Keys("float32", 20, (1,))
     arms = [
         Arm("fast:0", "fast:0", 1e-3, energy=3.0, error=1e-2),
         Arm("exact:0", "exact:0", 2e-3, energy=2.0, error=1e-6),
@@ -151,16 +154,65 @@ def test_objectives_and_deadlines(objective: str, deadline: float | None, chosen
 
 
 def test_beliefs_survive_a_round_trip_and_damage_is_refused() -> None:
-    estimator, keys = Estimator(), Keys("float32", 20, "a")
-    for _ in range(9):
-        estimator.learn("one:0 t", "one:0", keys, 0.7)
-    other: Any = Estimator()
-    other.read(estimator.to_lists())
-    assert other.believe("one:0 t", keys).residual == pytest.approx(
-        estimator.believe("one:0 t", keys).residual, abs=1e-3
-    )
-    for damage in (None, [["one:0", 1]], [["one:0", 1, math.nan]], [["one:0", 1e9, 0.0]], [["one:0", [], 1, 0.0]], [5]):
+    estimator, keys = Estimator(), Keys("float32", 20, (1,))
+    for seconds in (1e-4, 1e-3, 2e-3):
+        for _ in range(3):
+            estimator.learn("one:0 t", "one:0", keys, seconds, 0.7)
+    other, data = Estimator(), json.loads(json.dumps(estimator.to_dict()))
+    other.read(data)
+    for seconds in (1e-5, 1e-3, 1e-1):
+        assert other.believe("one:0 t", keys, seconds).residual == pytest.approx(
+            estimator.believe("one:0 t", keys, seconds).residual, abs=1e-3
+        )
+    line, arms = data["devices"]["one:0"], data["arms"]
+    for damage in (
+        None,
+        [],
+        {},
+        data | {"devices": {"one:0": line[1:]}},
+        data | {"devices": {"one:0": [math.nan, *line[1:]]}},
+        data | {"devices": {"one:0": [1e9, *line[1:]]}},
+        data | {"devices": {"one:0": [line[0], 0.0, 0.0, *line[3:]]}},
+        data | {"arms": {"one:0": {}}},
+        data | {"arms": {"one:0": arms["one:0 t"] | {"kinds": {"a": {"line": line, "sizes": {"b": [1, 0]}}}}}},
+        data | {"arms": {"one:0": arms["one:0 t"] | {"kinds": {"a": {"line": line, "sizes": {"1": [-1, 0]}}}}}},
+    ):
         with pytest.raises(ValueError, match="no belief"):
             other.read(damage)
+        assert other.arms
     other.forget(["one:0"])
-    assert not other.nodes
+    assert not other.arms
+    assert not other.kinds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_quick_choice_is_the_one_that_weighing_everything_gives(seed: int) -> None:
+    draw, chooser, quick = random.Random(seed), Chooser(Estimator()), 0
+    rates = {"one:0": (40e-6, 1e-11), "two:0": (5e-6, 4e-11)}
+    for _ in range(400):
+        size = draw.randint(10, 24)
+        keys = Keys("float32", size, (size, draw.randint(0, 3)))
+        arms = [Arm(name, name, 1e-5 + 2**size * rate) for name, (_, rate) in rates.items()]
+        found = chooser.choose(keys, arms)
+        fast = chooser.quick(keys, [(arm.name, arm.seconds) for arm in arms])
+        if fast is not None:
+            quick += 1
+            assert not found.why
+            assert fast[0] == found.chosen.arm.name
+            assert fast[1] == pytest.approx(found.chosen.seconds)
+            assert f"before {found.ranked[1].arm.name}" in fast[2]
+        arm = draw.choice(arms)
+        fixed, rate = rates[arm.name]
+        seconds = (fixed + 2**size * rate) * math.exp(draw.gauss(0, 0.1))
+        chooser.observe(keys, arm, found.best.log_seconds, math.log(seconds), False)
+    assert quick > 100
+
+
+def test_a_line_tells_a_constant_of_each_call_from_a_factor() -> None:
+    line = Line()
+    for _ in range(10):
+        for estimate in (1e-6, 1e-5, 1e-4, 1e-3):
+            line.learn(estimate, 5e-5 + 3 * estimate, 1.0, 0.0, 1.0)
+    for estimate in (1e-6, 3e-5, 1e-2):
+        assert line.fixed + line.factor * estimate == pytest.approx(5e-5 + 3 * estimate, rel=0.15)
+    assert line.calls == MEMORY

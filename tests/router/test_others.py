@@ -152,6 +152,7 @@ def test_the_report_shows_and_draws_what_was_learned(device: Any, router: Any, t
     result = options.run(options)
     assert result.data["arms"]["only:0"]["factor"] == pytest.approx(3.0, rel=0.2)
     assert any("only:0" in row for table in result.tables for row in table.rows)
+    assert result.data["totals"]["only:0"][2] == 0  # there is no other device that would have been better
     assert picture.read_text().startswith("<svg")
     assert "only:0" in picture.read_text()
     json.dumps(result.data)

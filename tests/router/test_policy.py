@@ -155,6 +155,7 @@ def test_what_was_learned_is_read_again(device: Any, router: Any, tensors: Any) 
         lambda data: json.dumps(data | {"machine": "another"}),
         lambda data: json.dumps({name: value for name, value in data.items() if name != "devices"}),
         lambda data: json.dumps(data | {"beliefs": [["only:0", -4, 1]]}),
+        lambda data: json.dumps(data | {"beliefs": data["beliefs"] | {"devices": {"only:0": [-1.0] * 12}}}),
         lambda data: json.dumps(data | {"totals": {"only:0": [1]}}),
     ],
 )
@@ -237,7 +238,7 @@ def _arms(router: Any, q: Any, k: Any, v: Any) -> Any:
 
 
 def _keys(q: Any, k: Any, v: Any) -> Any:
-    from hal_router.estimator import Keys
+    from hal_router.keys import Keys
 
     return Keys.of(_request(q, k, v).request)
 

@@ -49,6 +49,27 @@ def expressions() -> list[tuple[str, str]]:
     return found + [(rule["alert"], rule["expr"]) for rule in rules]
 
 
+def test_the_dashboard_holds_nothing_that_grafanas_schema_does_not() -> None:
+    """Read by Grafana's own types and written again, every field is there with its value."""
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder")
+
+    def read(dashboard: Any) -> Any:
+        return json.loads(encoder.JSONEncoder().encode(models.Dashboard.from_json(dashboard)))
+
+    def lost(given: Any, kept: Any, place: str = "") -> list[str]:
+        if isinstance(given, dict):
+            here = [f"{place}/{key}" for key in given if key not in kept]
+            return here + [x for key in given if key in kept for x in lost(given[key], kept[key], f"{place}/{key}")]
+        if isinstance(given, list):
+            return [x for n, each in enumerate(given) for x in lost(each, kept[n], f"{place}/{n}")]
+        return [] if given == kept else [place]
+
+    assert lost(DASHBOARD, read(DASHBOARD)) == []
+    wrong = DASHBOARD | {"panels": [DASHBOARD["panels"][0] | {"gridpos": {}}]}
+    assert lost(wrong, read(wrong)) == ["/panels/0/gridpos"]
+
+
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server that has scraped a running program several times; a function (path, **query) -> data of its API."""

@@ -11,7 +11,8 @@ import hal_core as hal
 from hal_core import AttentionRequest, ContractError, Device, Fidelity
 
 from .choice import Arm, Chooser
-from .estimator import Estimator, Keys
+from .estimator import Estimator
+from .keys import Keys
 
 
 class WorkloadCharacteristics(NamedTuple):
@@ -158,10 +159,11 @@ class AdaptiveRouter:
                 row["failures" if metrics.failed else "samples"] += 1
                 row["total_ms"] += 0.0 if metrics.failed else metrics.latency_ms
             for device, row in devices.items():
-                node = self._chooser.estimator.nodes.get((device,), [0.0, 0.0])
+                line = self._chooser.estimator.arms.get(device)
                 total = row.pop("total_ms")
                 row["mean_latency_ms"] = total / row["samples"] if row["samples"] else None
-                row["factor"], row["load"] = math.exp(node[1]), math.exp(self._chooser.estimator.load(device).value)
+                row["factor"] = 1.0 if line is None else math.exp(line.ratio)
+                row["load"] = math.exp(self._chooser.estimator.load(device).value)
                 row["predicted"] = row["samples"] >= self.min_samples_for_prediction
             return {
                 "devices": devices,

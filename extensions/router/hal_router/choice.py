@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
-from .estimator import NOTICED_LOAD, Believed, Estimator, Keys
+from .estimator import NOTICED_LOAD, Believed, Estimator
+from .keys import Keys
 
-#: Exploration: share of the time served that it may cost beyond the best arm, in all and while a device is loaded;
-#: seconds to begin with; and the longest call, in seconds, that is ever made for it. A look that is long due may take
-#: twice the share.
-SHARE, LOADED_SHARE, ALLOWANCE, LONGEST = 0.01, 0.02, 2e-3, 0.05
+#: Exploration: share of the time served that it may cost beyond the best arm; seconds to begin with; and the longest
+#: call, in seconds, that is ever made for it. A look at a loaded device that is long due may take twice the share.
+SHARE, ALLOWANCE, LONGEST = 0.01, 2e-3, 0.05
 #: The seconds to begin with are at most those of this many typical calls.
 ALLOWED_CALLS = 20
 #: Standard deviations by which an arm must be uncertain to be worth a call, and the spread below which it is known.
@@ -21,6 +22,7 @@ OPTIMISM, KNOWN = 2.0, 0.13
 HOPE_LASTS = 200
 #: Calls before which nothing is explored: it is not known yet which are small.
 FEWEST = 8
+_LEAST, _NOTHING, _log_seconds = 1e-12, Believed(0.0, 0.0, 0.0), itemgetter(0)
 #: Calls after which a device believed to be loaded is looked at again, by a cheap call, and then by any small one.
 LOOK_AGAIN, LOOK_AT_LAST = 6, 20
 
@@ -58,13 +60,11 @@ class Ranked(NamedTuple):
 
     def text(self) -> str:
         """For `explain`: "cpu:0 1.2 ms (estimate 0.4 ms, learned x2.9 of 31 calls, load x1.1)"."""
-        learned = load = ""
-        if self.believed.seen or self.believed.residual:
-            learned = f", learned x{math.exp(self.believed.residual):.3g} of {self.believed.seen:.0f} calls"
-        if abs(self.load) > 0.05:
-            load = f", load x{math.exp(self.load):.3g}"
-        estimate, name = 1e3 * self.arm.seconds, self.arm.name
-        return f"{name} {1e3 * math.exp(self.log_seconds):.3g} ms (estimate {estimate:.3g} ms{learned}{load})"
+        log_seconds, arm, (residual, _, seen), load = self
+        learned = f", learned x{math.exp(residual):.3g} of {seen:.0f} calls" if seen or residual else ""
+        loaded = f", load x{math.exp(load):.3g}" if abs(load) > 0.05 else ""
+        shown = f"{arm.name} {1e3 * math.exp(log_seconds):.3g} ms"
+        return f"{shown} (estimate {1e3 * arm.seconds:.3g} ms{learned}{loaded})"
 
 
 class Choice(NamedTuple):
@@ -96,14 +96,16 @@ class Chooser:
 
     def rank(self, keys: Keys, arms: Sequence[Arm]) -> list[Ranked]:
         """Every arm, the fastest believed first."""
-        found = []
+        found, believe, loads = list[Ranked](), self.estimator.believe, self.estimator.loads
         for arm in arms:
+            seconds = arm.seconds if arm.seconds > _LEAST else _LEAST
             if arm.learns:
-                believed, load = self.estimator.believe(arm.name, keys), self.estimator.load(arm.device).value
+                believed, load = believe(arm.name, keys, seconds), loads.get(arm.device)
+                value = 0.0 if load is None else load.value
             else:
-                believed, load = Believed(0.0, 0.0, 0.0), 0.0
-            found.append(Ranked(math.log(max(arm.seconds, 1e-12)) + believed.residual + load, arm, believed, load))
-        found.sort(key=lambda each: each.log_seconds)
+                believed, value = _NOTHING, 0.0
+            found.append(Ranked(math.log(seconds) + believed.residual + value, arm, believed, value))
+        found.sort(key=_log_seconds)
         return found
 
     def choose(
@@ -131,6 +133,26 @@ class Chooser:
         tried = self._worth_trying(ranked) if small else None
         return Choice(best, best, ranked, aim=aim) if tried is None else Choice(tried[0], best, ranked, tried[1], aim)
 
+    def quick(self, keys: Keys, stated: Sequence[tuple[str, float]]) -> tuple[str, float, str] | None:
+        """What `choose` chooses for least time among devices, where nothing could be explored: (device, seconds, why).
+
+        None where too little is known of a device, or one is loaded: `choose` decides. stated: (id, own estimate).
+        """
+        estimator = self.estimator
+        loads, expected, found = estimator.loads, estimator.expected, list[tuple[float, str, float, float, float]]()
+        for device, estimate in stated:
+            load, known = loads.get(device), expected(device, keys, estimate)
+            value = 0.0 if load is None else load.value
+            if known is None or value > NOTICED_LOAD:
+                return None
+            found.append((known[0] * math.exp(value), device, estimate, *known))
+        found.sort()
+        seconds, device, estimate, time, calls = found[0]
+        learned = f"learned x{time / estimate:.3g} of {calls:.0f} calls"
+        why = f"least time believed: {device} {1e3 * seconds:.3g} ms ({learned})"
+        behind = f"; before {found[1][1]} {1e3 * found[1][0]:.3g} ms" if len(found) > 1 else ""
+        return device, seconds, why + behind
+
     def _worth_trying(self, ranked: list[Ranked]) -> tuple[Ranked, str] | None:
         best = ranked[0]
         for each in sorted(ranked[1:], key=_hopeful):
@@ -142,7 +164,7 @@ class Chooser:
             if each.load > NOTICED_LOAD:
                 load = self.estimator.load(each.arm.device)
                 cheap = self.typical is not None and each.log_seconds < self.typical
-                waited, share = self.calls - load.seen, LOADED_SHARE
+                waited, share = self.calls - load.seen, self.share
                 if waited >= LOOK_AT_LAST:
                     share *= 2
                 due = waited >= (LOOK_AGAIN if cheap else LOOK_AT_LAST)
@@ -186,8 +208,9 @@ class Chooser:
         if self._unsorted >= 8 and len(self._recent) >= FEWEST:
             self.typical, self._unsorted = sorted(self._recent)[len(self._recent) // 2], 0
         if arm.learns:
-            ratio = log_seconds - math.log(max(arm.seconds, 1e-12))
-            self.estimator.learn(arm.name, arm.device, keys, ratio, calls, before)
+            estimate = max(arm.seconds, _LEAST)
+            ratio = log_seconds - math.log(estimate)
+            self.estimator.learn(arm.name, arm.device, keys, estimate, ratio, calls, before)
             self.estimator.load(arm.device).seen = self.calls
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from hal_core.plugin_api import CommandResult, Table, registry
 
 from . import control
-from .store import Store
+from .estimator import Estimator
+from .line import Line
+from .store import Store, read_totals
 
 _ABOUT = "what the router learned on this machine: time served, regret, exploration, and factors on estimates"
 
@@ -28,40 +30,51 @@ def add_parser(subparsers: Any) -> None:
 
 def run_report(options: argparse.Namespace) -> CommandResult:
     """Tables of the state file of this machine."""
-    store = Store()
+    store, estimator, totals = Store(), Estimator(), dict[str, Any]()
     data = store.read(registry.devices())
-    totals, beliefs = data.get("totals", {}), data.get("beliefs", [])
-    arms = {row[0]: row for row in beliefs if len(row) == 3}
-    kinds = [row for row in beliefs if len(row) == 4 and row[0] != "*"]
+    try:
+        if data:
+            estimator.read(data["beliefs"])
+            totals = read_totals(data["totals"])
+    except (ValueError, KeyError, TypeError) as error:
+        store.refuse(error)
     served = [
         [name, f"{row[0]:.0f}", f"{row[1]:.3g} s", _share(row[2], row[1]), f"{row[3]:.0f}", _share(row[4], row[1])]
         for name, row in sorted(totals.items())
     ]
-    learned = [[name, f"{row[1]:.0f}", f"x{math.exp(row[2]):.3g}"] for name, row in sorted(arms.items())]
+    arms = sorted(estimator.arms.items())
+    learned = [[name, *_line(line)] for name, line in arms]
     by_kind = [
-        [row[0], row[1], f"{row[2]:.0f}", f"x{math.exp(row[3]):.3g}"] for row in sorted(kinds, key=lambda r: r[:2])
+        [name, kind, *_line(known.line)]
+        for name, _ in arms
+        for kind, known in sorted(estimator.kinds.get(name, {}).items())
     ]
+    columns = ["calls that count", "time over estimate", "time is about"]
     tables = [
         Table("Served", ["device", "calls", "time", "regret", "explored", "its cost"], served, _NOTES),
-        Table("Learned", ["arm", "calls that count", "time over the device's estimate"], learned),
-        Table("By kind of request", ["arm", "kind", "calls that count", "time over estimate"], by_kind),
+        Table("Learned", ["arm", *columns], learned),
+        Table("By kind of request", ["arm", "kind", *columns], by_kind, _ABOUT_LINES),
     ]
     text = list(store.problems) or ([] if data else [f"Nothing was learned yet: there is no {store.path}."])
     if options.picture is not None and arms:
         from .picture import learned_factors
 
-        options.picture.write_text(learned_factors(arms, totals), encoding="utf-8")
+        options.picture.write_text(
+            learned_factors({name: (line.calls, line.ratio) for name, line in arms}, totals), encoding="utf-8"
+        )
         text.append(f"{options.picture} shows it.")
-    rows = {
-        "totals": totals,
-        "arms": {name: {"calls": row[1], "factor": math.exp(row[2])} for name, row in arms.items()},
-    }
-    return CommandResult(rows, tables, text)
+    shown = {name: {"calls": line.calls, "factor": math.exp(line.ratio)} for name, line in arms}
+    return CommandResult({"totals": totals, "arms": shown}, tables, text)
 
 
-_NOTES = [
-    "Regret: measured time beyond what was believed of the best arm at that moment. Its cost: the part of exploring."
-]
+def _line(line: Line) -> list[str]:
+    """A line's cells: calls, mean factor, and what it says of a call."""
+    fixed = f"{1e6 * line.fixed:.3g} us + " if line.fixed else ""
+    return [f"{line.calls:.0f}", f"x{math.exp(line.ratio):.3g}", f"{fixed}{line.factor:.3g} x the estimate"]
+
+
+_ABOUT_LINES = ["Beside these lines, means by size and by shape are kept. Calls that count: at most the newest 40."]
+_NOTES = ["Regret: measured time beyond what was believed of the best other arm. Its cost: the part of exploring."]
 
 
 def run_reset(options: argparse.Namespace) -> CommandResult:

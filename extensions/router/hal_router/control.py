@@ -10,8 +10,9 @@ from typing import Any
 from hal_core import Decision, PluginError, hookimpl
 from hal_core.plugin_api import registry
 
+from .estimator import Estimator
 from .router import Router
-from .store import Store
+from .store import Store, read_totals
 
 _lock = threading.Lock()
 router: Router | None = None
@@ -101,12 +102,9 @@ def _restore(router: Router, store: Store) -> None:
     try:
         router.chooser.estimator.read(data["beliefs"])
         router.chooser.estimator.forget(data["changed"])
-        totals = {str(name): [float(x) for x in row] for name, row in dict(data["totals"]).items()}
-        if any(len(row) != 5 or not all(map(math.isfinite, row)) for row in totals.values()):
-            raise ValueError("its totals are no numbers")
-        router.totals = totals
+        router.totals = read_totals(data["totals"])
     except (ValueError, KeyError, TypeError) as error:
-        router.chooser.estimator.read([])
+        router.chooser.estimator = Estimator()
         store.refuse(error)
 
 
@@ -115,7 +113,7 @@ def save() -> bool:
     with _lock:
         if router is None or store is None:
             return False
-        data = {"beliefs": router.chooser.estimator.to_lists(), "totals": dict(router.totals)}
+        data = {"beliefs": router.chooser.estimator.to_dict(), "totals": dict(router.totals)}
         return store.write(data, registry.devices())
 
 
@@ -136,7 +134,6 @@ def state() -> dict[str, Any]:
         return {"enabled": False, **empty, "pools": opened}
     chooser = found.chooser
     with found._lock:
-        nodes = {key[0]: node for key, node in chooser.estimator.nodes.items() if len(key) == 1}
         return {
             "enabled": True,
             "breakers": {name: each.to_dict() for name, each in found.breakers.by_device.items()},
@@ -144,7 +141,10 @@ def state() -> dict[str, Any]:
                 name: {"calls": load.calls, "load": math.exp(load.value), "error": load.error}
                 for name, load in chooser.estimator.loads.items()
             },
-            "arms": {name: {"calls": n, "factor": math.exp(mean)} for name, (n, mean) in nodes.items()},
+            "arms": {
+                name: {"calls": line.calls, "factor": math.exp(line.ratio)}
+                for name, line in chooser.estimator.arms.items()
+            },
             "exploration": {"calls": chooser.explored, "seconds": chooser.spent},
             "pools": opened,
         }

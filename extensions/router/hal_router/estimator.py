@@ -2,12 +2,14 @@
 
 An arm is a device, or a device with one of its own tilings. The logarithm of a call's time is modelled as
 
-    log(time) = log(estimate) + residual(arm, request) + load(device)
+    log(time) = log(fixed + factor * estimate) + residual(size) + residual(shape) + load(device)
 
-The residual is a shrunk mean over levels: device, arm, kind of request, size and shape; a level that has seen few calls
-says little beside the level above it, as in empirical Bayes estimation with normal means. The load of a device moves
-fast and is learned from the newest calls; while it is high the residual learns little, so that another tenant is not
-taken for the device itself.
+`fixed` and `factor` are fitted by least squares of the relative error for each device, arm and kind of request, each
+shrunk towards the level above it (ridge regression around the parent's line): most estimates miss a host's overhead, a
+constant of each call, or are off by a factor, and a line tells the two apart from a few calls of different sizes. The
+residuals are shrunk means, as in empirical Bayes estimation with normal means. The load of a device moves fast and is
+learned from the newest calls; while it is high the rest learns little, so that another tenant is not taken for the
+device itself.
 
 Times are seconds. Nothing here imports torch or reads a clock.
 """
@@ -15,85 +17,27 @@ Times are seconds. Nothing here imports torch or reads a clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from hal_core import AttentionRequest, Causal, MaskKind
+from .keys import Keys
+from .line import MEMORY, SHRINKAGE, Line, is_number
 
 #: What one call alone may be wrong by beside noise, in log seconds: a cold start, or an interruption.
 OUTLIER = 0.6
-#: Calls that the level above counts for.
-SHRINKAGE = 1.0
-#: Calls that a mean remembers.
-MEMORY = 40.0
 #: Standard deviation of log(time / estimate) of a device of which nothing was seen: estimates are within about a
 #: factor of 6, two standard deviations.
 PRIOR_SPREAD = 0.9
-#: Share of an innovation that the load follows, and innovations whose median counts: one outlier moves nothing.
-LOAD_GAIN = 0.6
+#: Share of a size's residual that is taken: the shape says more, and the line holds for other sizes too.
+SIZE_SHARE = 0.6
+#: Share of an innovation that the load follows, and innovations whose median counts: two outliers of five move nothing.
+#: (Of three, two outliers that meet by chance were taken for a load several times in 2,000 calls.)
+LOAD_GAIN, LOAD_CALLS = 0.6, 5
 #: A load beyond this is taken for one: the residual learns less, and the device is looked at again.
 NOTICED_LOAD = 0.25
-_MOST_NODES = 20_000
-
-
-class Keys(NamedTuple):
-    """What a residual is learned by: the kind of request, its size in octaves of work, its bucketed shape."""
-
-    kind: str
-    size: int
-    shape: str
-
-    @classmethod
-    def of(cls, request: AttentionRequest) -> Keys:
-        r = request
-        kind = _kind(
-            r.dtype,
-            r.len_q * r.heads_q <= 32 * max(r.heads_kv, 1),
-            r.causal,
-            r.mask,
-            r.window is not None,
-            r.softcap is not None,
-            r.lse,
-            bool(r.grads),
-            r.packed,
-            r.page_size is not None,
-            r.cache_dtype,
-            r.block_plan is not None,
-        )
-        shape = f"{r.batch}x{r.heads_q}/{r.heads_kv}x{r.len_q}x{r.len_k}x{r.dim_qk}/{r.dim_v}"
-        return cls(kind, max(r.visible_macs, 1).bit_length(), shape)
-
-
-@cache
-def _kind(
-    dtype: str,
-    decode: bool,
-    causal: Causal,
-    mask: MaskKind,
-    window: bool,
-    softcap: bool,
-    lse: bool,
-    grads: bool,
-    packed: bool,
-    paged: bool,
-    cache_dtype: str | None,
-    blocks: bool,
-) -> str:
-    flags = {
-        "decode": decode,
-        causal.value[:3]: causal is not Causal.NONE,
-        mask.value: mask is not MaskKind.NONE,
-        "window": window,
-        "softcap": softcap,
-        "lse": lse,
-        "grads": grads,
-        "packed": packed,
-        "paged": paged,
-        cache_dtype or "": cache_dtype,
-        "blocks": blocks,
-    }
-    return " ".join([dtype, *(name for name, is_set in flags.items() if is_set)])
+#: Calls of a kind from which on it is known.
+WELL_KNOWN = 8
+_MOST_SHAPES = 10_000
 
 
 class Believed(NamedTuple):
@@ -120,10 +64,10 @@ class Load:
         self._recent: list[float] = []
 
     def follow(self, innovation: float) -> None:
-        """Move with the median of the newest three innovations: log(measured) - log(believed), load included."""
-        self._recent = [*self._recent[-2:], innovation]
-        ordered = sorted(self._recent)
-        middle = ordered[len(ordered) // 2] if len(ordered) == 3 else min(self._recent, key=abs)
+        """Move with the median of the newest innovations: log(measured) - log(believed), load included."""
+        self._recent = [*self._recent[1 - LOAD_CALLS :], innovation]
+        full = len(self._recent) == LOAD_CALLS
+        middle = sorted(self._recent)[LOAD_CALLS // 2] if full else min(self._recent, key=abs)
         self.error += 0.1 * (abs(innovation) - self.error)
         step = LOAD_GAIN * middle if abs(middle) > 0.15 else 0.1 * middle
         if self.value > NOTICED_LOAD and innovation < -NOTICED_LOAD:
@@ -136,18 +80,30 @@ class Load:
         self.value, self._recent = 0.0, []
 
 
+class Known:
+    """What was learned of one arm and one kind of request: a line, and [calls, mean of log(time / estimate)] by size
+    and by shape.
+    """
+
+    __slots__ = ("line", "shapes", "sizes")
+
+    def __init__(self) -> None:
+        self.line, self.sizes, self.shapes = Line(), dict[int, list[float]](), dict[tuple[int, ...], list[float]]()
+
+
 class Estimator:
     """Residuals by arm, and loads by device.
 
     Attributes:
-        nodes: [calls, mean of log(time / estimate) with the load taken out] by level: ("*", device), (arm,), (arm,
-            kind), (arm, kind, size), (arm, kind, shape). loads: by device id. version: changes with every residual.
+        devices: lines that all arms of a device share. arms: each arm's. kinds: by arm and kind of request.
+        loads: by device id. version: changes with everything that is learned but loads.
     """
 
     def __init__(self) -> None:
-        self.nodes: dict[tuple[Any, ...], list[float]] = {}
+        self.devices, self.arms = dict[str, Line](), dict[str, Line]()
+        self.kinds: dict[str, dict[str, Known]] = {}
         self.loads: dict[str, Load] = {}
-        self.version = 0
+        self.version, self._shapes = 0, 0
 
     def load(self, device: str) -> Load:
         found = self.loads.get(device)
@@ -155,46 +111,63 @@ class Estimator:
             found = self.loads[device] = Load()
         return found
 
-    def believe(self, arm: str, keys: Keys) -> Believed:
-        """What is believed of a request on an arm, the device's load apart."""
-        get, residual, unknown = self.nodes.get, 0.0, 1.0
-        common = get(("*", arm.partition(" ")[0]))  # what all arms of the device share, a host's overhead say
-        if common is not None:
-            residual = _share(common, 0.0) * common[1]
-        node = get((arm,))
-        if node is None:
-            return Believed(residual, PRIOR_SPREAD if common is None else 0.6 * PRIOR_SPREAD, 0.0)
-        share = node[0] / (node[0] + SHRINKAGE)
-        residual, unknown = residual + share * (node[1] - residual), 1.0 - share
-        spread, seen = 0.5 * PRIOR_SPREAD * unknown, 0.0
-        node = get((arm, keys.kind))
-        if node is None:
-            return Believed(residual, spread + 0.5 * PRIOR_SPREAD, 0.0)
-        seen, share = node[0], _share(node, residual)
-        residual += share * (node[1] - residual)
-        spread += 0.35 * PRIOR_SPREAD * (1.0 - seen / (seen + SHRINKAGE)) + OUTLIER / max(seen, 1.0) ** 2
-        near = 0.0
-        for step in (-1, 1, 0):  # the next sizes tell where this one was not seen
-            node = get((arm, keys.kind, keys.size + step))
-            if node is not None:
-                share = _share(node, residual) * (0.5 if step else 1.0)
-                near = max(near, share)
-                residual += share * (node[1] - residual)
-        node = get((arm, keys.kind, keys.shape))
-        if node is not None:
-            share = _share(node, residual)
-            near = max(near, share)
-            residual += share * (node[1] - residual)
-        return Believed(residual, spread + 0.15 * PRIOR_SPREAD * (1.0 - near) + 0.02, seen)
+    def believe(self, arm: str, keys: Keys, estimate: float) -> Believed:
+        """What is believed of a request on an arm whose own estimate it is, in seconds; the device's load apart."""
+        kinds = self.kinds.get(arm)
+        known = None if kinds is None else kinds.get(keys[0])
+        if known is None:
+            line = self.arms.get(arm)
+            if line is not None:
+                spread = PRIOR_SPREAD * (0.5 + 0.5 * SHRINKAGE / (line.calls + SHRINKAGE))
+            else:
+                line, spread = self.devices.get(arm.partition(" ")[0]), 0.6 * PRIOR_SPREAD
+                if line is None:
+                    return Believed(0.0, PRIOR_SPREAD, 0.0)
+            return Believed(math.log(line.fixed / estimate + line.factor), spread, 0.0)
+        line, (_, size, shape) = known.line, keys
+        calls = line.calls
+        residual = math.log(line.fixed / estimate + line.factor)
+        spread = 0.35 * PRIOR_SPREAD * SHRINKAGE / (calls + SHRINKAGE) + OUTLIER / max(calls, 1.0) ** 2
+        # Beyond the estimates that were met a line says less.
+        near = calls / (calls + SHRINKAGE)
+        if not line.low <= estimate <= line.high:
+            near *= min(estimate / line.low, line.high / estimate)
+        residual, share = _refined(known, size, shape, residual)
+        near = max(near, share)
+        return Believed(residual, spread + 0.15 * PRIOR_SPREAD * (1.0 - near) + 0.02, calls)
+
+    def expected(self, arm: str, keys: Keys, estimate: float) -> tuple[float, float] | None:
+        """(seconds expected of a request on an arm without load, calls of its kind), as `believe` has them.
+
+        None where a call might be worth making to know more: below `WELL_KNOWN` calls, or beyond their estimates.
+        """
+        kinds = self.kinds.get(arm)
+        known = None if kinds is None else kinds.get(keys[0])
+        if known is None:
+            return None
+        line, sizes, (_, size, shape) = known.line, known.sizes, keys
+        if line.calls < WELL_KNOWN or not line.low <= estimate <= line.high:
+            return None
+        time = line.fixed + line.factor * estimate
+        if size in sizes or size - 1 in sizes or size + 1 in sizes or shape in known.shapes:
+            time = estimate * math.exp(_refined(known, size, shape, math.log(time / estimate))[0])
+        return time, line.calls
 
     def learn(
-        self, arm: str, device: str, keys: Keys, ratio: float, calls: int = 1, before: Believed | None = None
+        self,
+        arm: str,
+        device: str,
+        keys: Keys,
+        estimate: float,
+        ratio: float,
+        calls: int = 1,
+        before: Believed | None = None,
     ) -> None:
         """Learn from `calls` calls whose mean log(time / estimate) was `ratio`. before: what `believe` gives now, where
         the caller knows.
         """
         load = self.load(device)
-        before = before or self.believe(arm, keys)
+        before = before or self.believe(arm, keys, estimate)
         self.version += 1
         innovation = ratio - before.residual - load.value
         load.calls += calls
@@ -206,49 +179,110 @@ class Estimator:
         trust = 1.0 if fresh else math.exp(-abs(load.value) / NOTICED_LOAD)
         limit = 3.0 if fresh else 0.5  # an outlier of a known arm moves little
         seen = before.residual + min(max(ratio - load.value - before.residual, -limit), limit)
-        if len(self.nodes) > _MOST_NODES:
-            self._shrink()
-        for key in (("*", device), (arm,), (arm, keys.kind), (arm, keys.kind, keys.size), (arm, keys.kind, keys.shape)):
-            node = self.nodes.setdefault(key, [0.0, 0.0])
-            weight = min(calls * trust, MEMORY)
+        weight = min(calls * trust, MEMORY)
+        if weight < 1e-6:
+            return
+        kinds = self.kinds.setdefault(arm, {})
+        known = kinds.get(keys.kind)
+        if known is None:
+            known = kinds[keys.kind] = Known()
+        time, fixed, factor = estimate * math.exp(seen), 0.0, 1.0
+        for line in (self.devices.setdefault(device, Line()), self.arms.setdefault(arm, Line()), known.line):
+            line.learn(estimate, time, weight, fixed, factor)
+            fixed, factor = line.fixed, line.factor
+        if keys.shape not in known.shapes:
+            self._shapes += 1
+            if self._shapes > _MOST_SHAPES:
+                self._shrink()
+        for node in (known.sizes.setdefault(keys.size, [0.0, 0.0]), known.shapes.setdefault(keys.shape, [0.0, 0.0])):
             node[0] = min(node[0] + weight, MEMORY)
-            if weight:
-                node[1] += (seen - node[1]) * weight / node[0]
+            node[1] += (seen - node[1]) * weight / node[0]
+
+    def _every(self) -> Iterator[Known]:
+        return (known for kinds in self.kinds.values() for known in kinds.values())
 
     def _shrink(self) -> None:
         """Drop the shapes that were seen least."""
-        leaves = sorted((key for key in self.nodes if len(key) == 3), key=lambda key: self.nodes[key][0])
-        for key in leaves[: len(leaves) // 2]:
-            del self.nodes[key]
+        counts = sorted(node[0] for known in self._every() for node in known.shapes.values())
+        least = counts[len(counts) // 2]
+        for known in self._every():
+            known.shapes = {shape: node for shape, node in known.shapes.items() if node[0] > least}
+        self._shapes = sum(len(known.shapes) for known in self._every())
 
     def forget(self, devices: Iterable[str]) -> None:
         """Drop what was learned of some devices, for example after another driver was installed."""
-        gone = set(devices)
-        self.nodes = {key: node for key, node in self.nodes.items() if _device_of(key) not in gone}
-        for device in gone:
+        for device in devices:
             self.loads.pop(device, None)
+            self.devices.pop(device, None)
+            for arm in [arm for arm in self.arms if arm.partition(" ")[0] == device]:
+                del self.arms[arm]
+                self.kinds.pop(arm, None)
 
-    def to_lists(self) -> list[Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; loads are of the moment and not kept."""
-        return [[*key, round(n, 2), round(mean, 4)] for key, (n, mean) in self.nodes.items()]
+        return {
+            "devices": {device: line.to_list() for device, line in self.devices.items()},
+            "arms": {
+                arm: {
+                    "line": line.to_list(),
+                    "kinds": {
+                        kind: {
+                            "line": known.line.to_list(),
+                            "sizes": _rows(known.sizes),
+                            "shapes": _rows({" ".join(map(str, shape)): node for shape, node in known.shapes.items()}),
+                        }
+                        for kind, known in self.kinds[arm].items()
+                    },
+                }
+                for arm, line in self.arms.items()
+            },
+        }
 
-    def read(self, rows: Any) -> None:
-        """Take `to_lists`' data. Raises ValueError where it is none."""
-        nodes = dict[tuple[Any, ...], list[float]]()
-        for row in rows if isinstance(rows, list) else [None]:
-            if not (isinstance(row, list) and 3 <= len(row) <= 5 and all(isinstance(x, str) for x in row[:-2][:2])):
-                raise ValueError(f"{row!r} is no belief")
-            *key, n, mean = row
-            if not all(type(x) in (int, float) and math.isfinite(x) for x in (n, mean)) or not 0 <= n <= MEMORY:
-                raise ValueError(f"{row!r} is no belief")
-            if any(type(x) not in (str, int) for x in key):
-                raise ValueError(f"{row!r} is no belief")
-            nodes[tuple(key)] = [float(n), float(mean)]
-        self.nodes = nodes
+    def read(self, data: Any) -> None:
+        """Take `to_dict`'s data. Raises ValueError where it is none, and then takes nothing."""
+        found = Estimator()
+        try:
+            found.devices = {str(device): Line.read(row) for device, row in data["devices"].items()}
+            for arm, row in data["arms"].items():
+                found.arms[arm], kinds = Line.read(row["line"]), found.kinds.setdefault(arm, {})
+                for kind, each in row["kinds"].items():
+                    known = kinds[kind] = Known()
+                    known.line = Line.read(each["line"])
+                    known.sizes = {int(size): _node(node) for size, node in each["sizes"].items()}
+                    known.shapes = {
+                        tuple(map(int, shape.split())): _node(node) for shape, node in each["shapes"].items()
+                    }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{str(data)[:80]} holds no belief ({error})") from error
+        self.devices, self.arms, self.kinds = found.devices, found.arms, found.kinds
+        self._shapes = sum(len(known.shapes) for known in self._every())
 
 
-def _device_of(key: tuple[Any, ...]) -> str:
-    return str(key[1] if key[0] == "*" else key[0]).partition(" ")[0]
+def _refined(known: Known, size: int, shape: tuple[int, ...], residual: float) -> tuple[float, float]:
+    """A line's residual with what its size, those next to it and its shape add; the largest of their shares."""
+    most, get = 0.0, known.sizes.get
+    for each, part in ((size - 1, 0.5 * SIZE_SHARE), (size + 1, 0.5 * SIZE_SHARE), (size, SIZE_SHARE)):
+        node = get(each)
+        if node is not None:
+            share = part * _share(node, residual)
+            most = max(most, share)
+            residual += share * (node[1] - residual)
+    node = known.shapes.get(shape)
+    if node is not None:
+        share = _share(node, residual)
+        most = max(most, share)
+        residual += share * (node[1] - residual)
+    return residual, most
+
+
+def _rows(nodes: dict[Any, list[float]]) -> dict[str, list[float]]:
+    return {str(key): [round(calls, 2), round(mean, 4)] for key, (calls, mean) in nodes.items()}
+
+
+def _node(row: Any) -> list[float]:
+    if not isinstance(row, list) or len(row) != 2 or not all(map(is_number, row)) or not 0 <= row[0] <= MEMORY:
+        raise ValueError(f"{row!r} is no belief")
+    return [float(row[0]), float(row[1])]
 
 
 def _share(node: list[float], above: float) -> float:

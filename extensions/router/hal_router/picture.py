@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
 _ROW, _LEFT, _WIDTH = 26, 230, 420
 
 
-def learned_factors(arms: Mapping[str, Sequence[Any]], totals: Mapping[str, Sequence[float]]) -> str:
+def learned_factors(arms: Mapping[str, tuple[float, float]], totals: Mapping[str, Sequence[float]]) -> str:
     """Bars of each arm's learned factor on its estimate, on a logarithmic scale around 1.
 
     Args:
-        arms: name -> (name, calls, log of the factor). totals: device -> (calls, seconds, regret, ...).
+        arms: name -> (calls, log of the factor). totals: device -> (calls, seconds, regret, ...).
     """
-    rows = sorted(arms.values(), key=lambda row: str(row[0]))
-    reach = max([abs(float(row[2])) for row in rows] + [math.log(2)])
+    rows = sorted((name, *row) for name, row in arms.items())
+    reach = max([abs(row[2]) for row in rows] + [math.log(2)])
     middle, scale = _LEFT + _WIDTH / 2, _WIDTH / 2 / reach
     height = _ROW * (len(rows) + 3)
     parts = [
@@ -31,11 +30,11 @@ def learned_factors(arms: Mapping[str, Sequence[Any]], totals: Mapping[str, Sequ
         y, width = 36 + _ROW * number, abs(value) * scale
         x = middle if value >= 0 else middle - width
         colour = "#c0504d" if value >= 0 else "#4f81bd"
-        seconds = totals.get(str(name), [0, 0.0])[1]
+        seconds = totals.get(name, [0, 0.0])[1]
         parts.append(
-            f'<text x="10" y="{y + 14}">{escape(str(name))}</text>'
+            f'<text x="10" y="{y + 14}">{escape(name)}</text>'
             f'<rect x="{x:.1f}" y="{y}" width="{max(width, 1):.1f}" height="18" fill="{colour}"/>'
             f'<text x="{_LEFT + _WIDTH + 6}" y="{y + 14}">x{math.exp(value):.2f}</text>'
-            f"<title>{escape(str(name))}: {calls:.0f} calls count, {seconds:.3g} s served</title>"
+            f"<title>{escape(name)}: {calls:.0f} calls count, {seconds:.3g} s served</title>"
         )
     return "".join([*parts, "</svg>\n"])

@@ -19,7 +19,8 @@ from hal_core.plugin_api import registry
 
 from . import control
 from .breaker import Breakers, is_device_fault
-from .estimator import Estimator, Keys
+from .estimator import Estimator
+from .keys import Keys
 
 #: Requests of one batch, and the longest that they are expected to take, in seconds, to be worth joining.
 MOST_JOINED, SHORT = 16, 1e-3
@@ -214,8 +215,9 @@ class Pool:
                 "says why. Nothing was queued."
             )
         for name, seconds in times.items():
-            believed = self._estimator.believe(name, job.keys).residual + self._estimator.load(name).value
-            job.expected[name] = max(seconds, 1e-7) * math.exp(believed)
+            seconds = max(seconds, 1e-7)
+            believed = self._estimator.believe(name, job.keys, seconds).residual + self._estimator.load(name).value
+            job.expected[name] = seconds * math.exp(believed)
         return list(times)
 
     def _quickest(self, job: _Job, able: Sequence[str]) -> _Queue | None:

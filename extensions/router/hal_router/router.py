@@ -13,13 +13,18 @@ from hal_core.plugin_api import registry, tiling_limits
 
 from .breaker import Breakers
 from .choice import Arm, Choice, Chooser
-from .estimator import NOTICED_LOAD, Estimator, Keys
+from .estimator import NOTICED_LOAD, Believed, Estimator
+from .keys import Keys
 from .objective import deadline_var
 
 #: Calls of one decision that are averaged before they are learned from, and the innovation that is learned at once.
 BATCH, SURPRISE = 64, 0.25
 #: Measured over believed time of a call that is averaged with others.
 LOW, HIGH = 0.7, 1.4
+#: The same of a decision's first call that is learned from at once.
+FAR = 3.0
+#: An arm is left for another one that is believed faster by more than this, in log seconds.
+CLOSE = 0.03
 #: Calls between looks at whether a cached decision should be made anew, to explore.
 LOOK = 8
 #: Tilings of a device that are tried beside its own, and how much slower they are believed to be at first.
@@ -29,6 +34,7 @@ _FIXED = 20e-6
 #: Estimated seconds below which no other tiling is tried: the host's part of a call is most of it.
 _TILED_FROM = 2 * _FIXED
 _RANKS = {fidelity: fidelity.rank for fidelity in Fidelity}
+_SIMULATED, _DEVICE = Fidelity.SIMULATED, Code.DEVICE
 _SECONDS_BETWEEN_SAVES = 60.0
 
 
@@ -40,40 +46,28 @@ class Slot:
         per_second: 1 / the seconds believed, for the lengths of the newest calls. most: calls that may be averaged.
         others: [device, log seconds believed] of the arms that were not chosen. known: the arm's residual, and the
             estimator's version that it is of. keys: None, and with it no belief, until an only arm is called again.
+        tiled: whether the devices' own tilings were asked for, which takes longer than a decision. free: whether its
+            caller may be explored with. waited: calls before it was known what to learn by.
     """
 
     arm: Arm
-    arms: list[Arm]
-    keys: Any
-    others: list[list[Any]]
-    __slots__ = (
-        "arm",
-        "arms",
-        "best",
-        "deadline",
-        "expected",
-        "explored",
-        "keys",
-        "known",
-        "lengths",
-        "most",
-        "others",
-        "pending",
-        "pending_sum",
-        "per_second",
-        "stale",
-    )
+    arms: Sequence[Arm] = ()
+    keys: Any = None
+    others: Sequence[list[Any]] = ()
+    explored = stale = tiled = False
+    free = True
+    pending, pending_sum, most, waited, per_second = 0, 0.0, 0, 0, 0.0
+    expected: float
+    best: float
+    known: tuple[int, Believed]
 
-    def __init__(self, request: AttentionRequest, arms: list[Arm]) -> None:
-        self.arm, self.arms, self.keys, self.others = arms[0], arms, None, []
-        self.explored = self.stale = False
-        self.deadline, self.lengths = deadline_var.get(), (request.len_q, request.len_k)
-        self.pending, self.pending_sum, self.most, self.per_second = 0, 0.0, 0, 0.0
+    def __init__(self, request: AttentionRequest, deadline: float | None, arms: Sequence[Arm] = ()) -> None:
+        self.lengths, self.deadline, self.arms = (request.len_q, request.len_k), deadline, arms
 
     def fill(self, keys: Keys, choice: Choice, version: int) -> Slot:
         """Take what was chosen, and what is believed of it."""
         chosen = choice.chosen
-        self.keys, self.arm, self.best = keys, chosen.arm, choice.best.log_seconds
+        self.keys, self.arm, self.best, self.pending = keys, chosen.arm, choice.best.log_seconds, 0
         self.known, self.explored = (version, chosen.believed), bool(choice.why)
         self.others = [[each.arm.device, each.log_seconds] for each in choice.ranked if each is not chosen]
         self.expected, self.per_second = chosen.log_seconds, math.exp(-chosen.log_seconds)
@@ -102,7 +96,7 @@ class Slot:
         """Stale where another arm is believed better by more than a little."""
         if self.others and not self.explored:
             self.best = min(self.expected, min(seconds for _, seconds in self.others))
-            self.stale = self.stale or self.expected > self.best + 0.03
+            self.stale = self.stale or self.expected > self.best + CLOSE
 
     def scale(self, len_q: int, len_k: int) -> float:
         """1 / the seconds believed for calls of these lengths, from now on: the part that is not fixed goes with the
@@ -119,7 +113,8 @@ class Router:
     """Beliefs, breakers, and the decisions in force. Thread-safe.
 
     Attributes:
-        chooser: the beliefs. breakers: by device. totals: calls and seconds, believed regret included, by device.
+        chooser: the beliefs. breakers: by device. totals: calls and seconds, those beyond what was
+            believed of the best other arm included, by device.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -130,7 +125,7 @@ class Router:
         self._slots: dict[Keys, Slot] = {}  # the newest of each shape
         self._named: dict[int, tuple[Decision, Slot]] = {}
         self._loads: dict[str, float] = {}
-        self._tilings: dict[tuple[str, Keys], list[Any]] = {}
+        self._tilings, self._cut = dict[tuple[str, Keys], list[Any]](), set[str]()  # devices that have any
         self._next_look, self._warm = LOOK, set[tuple[str, str]]()
         self._learned: list[Slot] = []  # since decisions were last looked at
 
@@ -138,60 +133,92 @@ class Router:
 
     def policy(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> PolicyChoice | None:
         """The hook `hal_policy`. The core asks it only where the caller left a choice."""
-        arms = self.arms(request, candidates, policy)
         deadline = deadline_var.get()
-        if len(arms) == 1 and deadline is None:  # needs no belief to be chosen
-            arm = arms[0]
-            reason = f"the only device that can: {arm.name} (estimate {1e3 * arm.seconds:.3g} ms)"
-            return PolicyChoice(arm.device, -1.0, reason, None, Slot(request, arms).expired)
+        timed = deadline is None and policy.objective in (None, "time")
+        if timed and len(candidates) == 1 and self._plain(request, candidates):
+            # Needs no belief to be chosen; what it is to be learned by is found when it is called again.
+            device = candidates[0].device.id
+            return PolicyChoice(device, -1.0, "the only device that can", None, Slot(request, None).expired)
+        keys = Keys.of(request)
+        if timed and (stated := self._plain(request, candidates, keys)) is not None:
+            with self._lock:
+                quick = self.chooser.quick(keys, stated)
+            if quick is not None:
+                slot = Slot(request, None)
+                slot.per_second, slot.most = 1.0 / quick[1], 1
+                return PolicyChoice(quick[0], -1.0, quick[2], None, slot.expired)
+        arms, objective = self._arms(keys, candidates, policy, timed=timed), policy.objective or "time"
         if not arms:
             return None
-        keys, objective = Keys.of(request), policy.objective or "time"
         with self._lock:
-            # A caller who named devices, even several, is not explored with; nor is one who bounds error or time.
-            free = not policy.names and request.max_error is None and not request.deterministic
+            free = is_free(request, policy)
             found = self.chooser.choose(keys, arms, objective, deadline, may_explore=free)
-            slot = Slot(request, arms).fill(keys, found, self.chooser.estimator.version)
+            slot = Slot(request, deadline, arms).fill(keys, found, self.chooser.estimator.version)
+            slot.free = free
             if len(self._slots) >= 1024:
                 self._slots.clear()
             self._slots[keys] = slot
-        return PolicyChoice(found.chosen.arm.device, -1.0, explained(found), found.chosen.arm.tiling, slot.expired)
+        arm = found.chosen.arm
+        return PolicyChoice(arm.device, -1.0, explained(found), arm.tiling, slot.expired)
 
-    def _tilings_of(self, request: AttentionRequest, candidate: Candidate) -> list[Any]:
-        place = (candidate.device.id, Keys.of(request))
-        found = self._tilings.get(place)
-        if found is None or candidate.device.id not in registry.entry(candidate.device.id).sessions:
-            if len(self._tilings) > 4096:
-                self._tilings.clear()
-            found = tilings(request, candidate)
-            if candidate.device.id in registry.entry(candidate.device.id).sessions:
-                self._tilings[place] = found
+    def _plain(
+        self, request: AttentionRequest, candidates: Sequence[Candidate], keys: Keys | None = None
+    ) -> list[tuple[str, float]] | None:
+        """(device, its estimate) of candidates that are learned from and have no tilings for such a request that are
+        known; None where there are others.
+        """
+        found = list[tuple[str, float]]()
+        for candidate in candidates:
+            estimate, device = candidate.estimate, candidate.device
+            if estimate is None or device.fidelity is _SIMULATED:
+                return None
+            name, time = device.id, estimate.time
+            seconds = math.sqrt(time.low * time.high) or time.middle
+            if seconds >= _TILED_FROM and name in self._cut:
+                keys = keys or Keys.of(request)
+                if self._tilings.get((name, keys)):
+                    return None
+            found.append((name, seconds))
         return found
 
-    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> list[Arm]:
-        """Devices that state a time, and their tilings where the caller brings none and the device's own is used."""
+    def _arms(self, keys: Keys, candidates: Sequence[Candidate], policy: Policy, *, timed: bool) -> list[Arm]:
+        """Devices that state a time, and their tilings as far as those are known. timed: nothing but time counts."""
         found = list[Arm]()
         for candidate in candidates:
             estimate, device = candidate.estimate, candidate.device
             if estimate is None:
                 continue
-            energy = estimate.energy
-            arm = Arm(
-                device.id,
-                device.id,
-                math.sqrt(estimate.time.low * estimate.time.high) or estimate.time.middle,
-                None if energy is None else energy.middle,
-                _RANKS[device.fidelity],
-                0.0 if candidate.error is None else candidate.error.middle,
-                device.fidelity is not Fidelity.SIMULATED,
-            )
+            name, time, learns = device.id, estimate.time, device.fidelity is not _SIMULATED
+            arm = Arm(name, name, math.sqrt(time.low * time.high) or time.middle, None, 0, 0.0, learns)
+            if not timed:
+                energy, error = estimate.energy, candidate.error
+                arm = arm._replace(
+                    energy=None if energy is None else energy.middle,
+                    energy_rank=_RANKS[device.fidelity],
+                    error=0.0 if error is None else error.middle,
+                )
             found.append(arm)
-            if arm.learns and arm.seconds >= _TILED_FROM and policy.tiling is None and not candidate.transfer:
-                for tiling in self._tilings_of(request, candidate):
+            if learns and arm.seconds >= _TILED_FROM and policy.tiling is None and not candidate.transfer:
+                for tiling in self._tilings.get((name, keys), ()):
                     found.append(
-                        arm._replace(name=f"{device.id} {tiling.name}", seconds=arm.seconds * HANDICAP, tiling=tiling)
+                        arm._replace(name=f"{name} {tiling.name}", seconds=arm.seconds * HANDICAP, tiling=tiling)
                     )
         return found
+
+    def arms(self, request: AttentionRequest, candidates: Sequence[Candidate], policy: Policy) -> list[Arm]:
+        """Devices that state a time, and their tilings where the caller brings none and the device's own is used."""
+        keys = Keys.of(request)
+        for candidate in candidates if policy.tiling is None else ():
+            estimate, device = candidate.estimate, candidate.device
+            if estimate is None or candidate.transfer or device.fidelity is _SIMULATED:
+                continue
+            opened = device.id in registry.entry(device.id).sessions  # which alone has tilings
+            if estimate.time.high >= _TILED_FROM and opened and (device.id, keys) not in self._tilings:
+                if len(self._tilings) > 4096:
+                    self._tilings.clear()
+                found = self._tilings[device.id, keys] = tilings(request, candidate)
+                self._cut |= {device.id} if found else set()
+        return self._arms(keys, candidates, policy, timed=False)
 
     # Learning
 
@@ -204,17 +231,19 @@ class Router:
         except AttributeError:
             slot = self._slot_of(decision)
             ratio = seconds * slot.per_second
-        if not LOW < ratio < HIGH:
-            if slot.keys is None:
-                self._meet(slot, decision)
-                return
-            if operands is not None:  # perhaps of other lengths than the call before
-                ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
-        if LOW < ratio < HIGH and slot.pending < slot.most:
+        usual = LOW < ratio < HIGH
+        if (
+            not usual and slot.keys is not None and operands is not None
+        ):  # perhaps of other lengths than the call before
+            ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
+            usual = LOW < ratio < HIGH
+        if usual and slot.pending < slot.most:
             slot.pending += 1
             slot.pending_sum += ratio
-        else:
-            self._learn(slot, math.log(max(ratio, 1e-9)))
+        elif slot.keys is not None or self._meet(slot, decision, seconds):
+            self._learn(slot, math.log(max(seconds * slot.per_second, 1e-9)))
+            if not slot.tiled:
+                self._tile(slot, decision)
 
     def _slot_of(self, decision: Decision) -> Slot:
         """The slot of a decision of this policy, or one made for a decision that was none of its: named devices teach
@@ -234,22 +263,45 @@ class Router:
                 if decision.policy.tiling is not None:
                     arm = arm._replace(name=f"{arm.device} {decision.policy.tiling.name}")
                 found = self.chooser.choose(keys, [arm])
-                kept = (decision, Slot(request, [arm]).fill(keys, found, self.chooser.estimator.version))
+                kept = (decision, Slot(request, None, [arm]).fill(keys, found, self.chooser.estimator.version))
+                kept[1].tiled = True
                 if len(self._named) > 1024:
                     self._named.clear()
                 self._named[id(decision)] = kept
             return kept[1]
 
-    def _meet(self, slot: Slot, decision: Decision) -> None:
-        """The first two calls of a decision that left no choice: they hold checks of the core, and say little."""
-        self.breakers.succeeded(slot.arm.device)
-        slot.most += 1
-        if slot.most == 2:
+    def _meet(self, slot: Slot, decision: Decision, seconds: float) -> bool:
+        """Find what a decision that was made quickly is to be learned by. True where this call is to be learned.
+
+        Its first call holds checks of the core and says little, unless it took far from what was expected; nor does the
+        second where nothing was expected.
+        """
+        slot.waited += 1
+        quick, far = slot.per_second > 0, not 1 / FAR < seconds * slot.per_second < FAR
+        if slot.waited + slot.pending < 2 and not (quick and far):
+            return False
+        request, policy = decision.request, decision.policy
+        self.breakers.succeeded(decision.chosen or "")
+        with self._lock:
+            keys = Keys.of(request)
+            able = [candidate for candidate in decision.candidates if not candidate.refusals]
+            arms, slot.tiled, slot.free = self.arms(request, able, policy), True, is_free(request, policy)
+            found = self.chooser.choose(keys, arms, may_explore=False)
+            own = next(each for each in found.ranked if each.arm.name == decision.chosen)
+            slot.arms, slot.stale = arms, own.log_seconds > found.best.log_seconds + CLOSE
+            self._slots[keys] = slot.fill(keys, found._replace(chosen=own), self.chooser.estimator.version)
+        return quick
+
+    def _tile(self, slot: Slot, decision: Decision) -> None:
+        """Let the tilings of the devices be arms, where they are not yet: to be tried from the next decision on."""
+        slot.tiled = True
+        if slot.deadline is None and slot.arm.tiling is None and decision.policy.tiling is None:
+            able = [candidate for candidate in decision.candidates if not candidate.refusals]
             with self._lock:
-                keys = Keys.of(decision.request)
-                self._slots[keys] = slot.fill(
-                    keys, self.chooser.choose(keys, slot.arms), self.chooser.estimator.version
-                )
+                arms = self.arms(decision.request, able, decision.policy)
+                if len(arms) > len(slot.arms):
+                    slot.arms = arms
+                    self._refresh(slot)
 
     def _learn(self, slot: Slot, off: float) -> None:
         with self._lock:
@@ -276,7 +328,8 @@ class Router:
             if not slot.arm.learns:
                 return
             total = self.totals.setdefault(device, [0, 0.0, 0.0, 0, 0.0])
-            seconds, best = math.exp(measured), math.exp(slot.best)
+            seconds = math.exp(measured)
+            best = math.exp(min((log_seconds for _, log_seconds in slot.others), default=measured))
             total[0], total[1] = total[0] + calls, total[1] + calls * seconds
             total[2] += calls * max(seconds - best, 0.0)
             if slot.explored:
@@ -317,7 +370,7 @@ class Router:
             self._next_look = chooser.calls + LOOK
             learned, self._learned = self._learned, []
             for each in learned:
-                if not each.stale and self._slots.get(each.keys) is each:
+                if each.free and not each.stale and self._slots.get(each.keys) is each:
                     choice = chooser.choose(each.keys, each.arms)
                     if choice.why and choice.chosen.arm.name != each.arm.name:
                         each.stale = True
@@ -344,19 +397,25 @@ class Router:
         known = self.breakers.by_device
         for candidate in decision.candidates:
             refusals = candidate.refusals
-            if refusals and refusals[0].code is Code.DEVICE and refusals[0].field == "state":
+            if refusals and refusals[0].code is _DEVICE and refusals[0].field == "state":
                 self.breakers.hold(candidate.device.id, str(refusals[0]))
             elif known and candidate.device.id in known:
                 self.breakers.hold(candidate.device.id, "")
 
 
+def is_free(request: AttentionRequest, policy: Policy) -> bool:
+    """Whether a caller may be explored with: not one who named devices, even several, or who bounds the error."""
+    return not policy.names and request.max_error is None and not request.deterministic
+
+
 def explained(choice: Choice) -> str:
     """Why an arm was chosen, with what was believed of it and of the next best."""
-    others = [each.text() for each in choice.ranked if each.arm.name != choice.chosen.arm.name][:2]
-    behind = f"; before {', '.join(others)}" if others else ""
-    if choice.why:
-        return f"exploring, {choice.why}: {choice.chosen.text()}; best is {choice.best.text()}"
-    return f"{choice.aim} believed: {choice.chosen.text()}{behind}"
+    chosen = choice.chosen
+    if not choice.why:
+        others = [each.text() for each in choice.ranked[:3] if each is not chosen][:2]
+        behind = f"; before {', '.join(others)}" if others else ""
+        return f"{choice.aim} believed: {chosen.text()}{behind}"
+    return f"exploring, {choice.why}: {chosen.text()}; best is {choice.best.text()}"
 
 
 def tilings(request: AttentionRequest, candidate: Candidate) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ def events(since: float = 0.0) -> dict[str, Any]:
         calls = [Call(*fields) for fields in recorder.calls if fields[2] - fields[1] >= since]
         clock, dropped = recorder.clock, recorder.dropped
     processes: dict[str, int] = {}
+    # Perfetto reads thread numbers of 32 bits, and Python's identifiers are addresses: threads are numbered here.
+    threads: dict[int, int] = {}
+    names, shown = {each.ident: each.name for each in threading.enumerate()}, set[tuple[int, int]]()
     found: list[dict[str, Any]] = []
     for decision, seconds, end, thread in calls:
         device, request = decision.winner.device, decision.request
@@ -29,6 +33,11 @@ def events(since: float = 0.0) -> dict[str, Any]:
             processes[device.id] = len(processes) + 1
             name = {"name": f"{device.id} ({device.model}, {device.fidelity})"}
             found.append({"ph": "M", "name": "process_name", "pid": processes[device.id], "tid": 0, "args": name})
+        pid, tid = processes[device.id], threads.setdefault(thread, len(threads) + 1)
+        if (pid, tid) not in shown:
+            shown.add((pid, tid))
+            name = {"name": names.get(thread, f"thread {tid}")}
+            found.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": name})
         facts = {"request": request.describe(), "origin": decision.origin, "reason": decision.reason}
         found.append(
             {
@@ -37,8 +46,8 @@ def events(since: float = 0.0) -> dict[str, Any]:
                 "cat": "attention",
                 "ts": (end - seconds - clock) * 1e6,
                 "dur": seconds * 1e6,
-                "pid": processes[device.id],
-                "tid": thread,
+                "pid": pid,
+                "tid": tid,
                 "args": facts | {"caller": decision.policy.caller or ""},
             }
         )
