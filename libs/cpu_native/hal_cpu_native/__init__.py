@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .call import Kernel, NativeRefusal, workspace_bytes
-    from .face import attention, read
+    from .face import attention, attention_backward, read
     from .library import available, instruction_sets, why_absent
 
 _HOME = {
     "Kernel": "call",
     "NativeRefusal": "call",
     "attention": "face",
+    "attention_backward": "face",
     "available": "library",
     "instruction_sets": "library",
     "read": "face",
@@ -32,6 +33,7 @@ __all__ = [
     "Kernel",
     "NativeRefusal",
     "attention",
+    "attention_backward",
     "available",
     "instruction_sets",
     "read",
