@@ -32,7 +32,7 @@ from hal_core.testing.benchmark import host_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEAN_BAR = 0.98  # of --against
-SECTIONS = ("decode", "grid", "window", "softcap", "memory", "native", "plans")
+SECTIONS = ("decode", "grid", "window", "softcap", "memory", "native", "plans", "compiled")
 NOTE = (
     "Ratio: time of torch's scaled_dot_product_attention over the device's; "
     "the 95% interval is over the rounds of one run."
@@ -391,6 +391,54 @@ def plans(options: argparse.Namespace) -> None:
     ]
     columns = ("case", "path", "dense torch ms", "device ms", "torch / device", "error")
     record.publish(options, "cpu_native", "Block plans beside dense attention", columns, rows, notes, "Block plans")
+
+
+def compiled(options: argparse.Namespace) -> None:
+    """The kernels of hal-cpu-native beside torch's, one thread, whatever path the device would take: decode, additive
+    masks, and the backward pass from a given output and log-sum-exp.
+    """
+    import hal_cpu_native as kernels
+
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+
+    def add(what: str, theirs: Callable[[], Any], ours: Callable[[], Any]) -> None:
+        torchs, mine = _processor_times(theirs, ours)
+        rows.append([what, f"{torchs * 1e3:.2f}", f"{mine * 1e3:.2f}", f"{torchs / mine:.2f}"])
+
+    try:
+        for dtype in DTYPES:
+            for heads, heads_kv, length, dim in ((16, 16, 1024, 64), (32, 8, 2048, 64), (8, 8, 8192, 128)):
+                one, key, value = draw(1, heads, 1, dim, dtype), *(draw(1, heads_kv, length, dim, dtype) for _ in "kv")
+                add(
+                    f"{dtype}, decode, heads {heads}/{heads_kv}, 1 x {length}, head_dim {dim}",
+                    lambda q=one, k=key, v=value: sdpa(q, k, v, enable_gqa=True),
+                    lambda q=one, k=key, v=value: kernels.attention(q, k, v, threads=1),
+                )
+            query, key, value = (draw(1, 4, 1024, 64, dtype) for _ in range(3))
+            mask = draw(1, 1, 1024, 1024, dtype)
+            add(
+                f"{dtype}, additive mask, 4 heads, 1024 x 1024, head_dim 64",
+                lambda q=query, k=key, v=value, m=mask: sdpa(q, k, v, m),
+                lambda q=query, k=key, v=value, m=mask: kernels.attention(q, k, v, m, threads=1),
+            )
+            query, key, value, grad = (draw(1, 2, 2048, 64, dtype) for _ in range(4))
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True)
+            given = (query, key, value, out, lse, grad)
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            add(
+                f"{dtype}, backward, 2 heads, 2048 x 2048, head_dim 64, causal",
+                lambda a=given, f=backward: f(a[5], *a[:5], 0.0, True),
+                lambda a=given: kernels.attention_backward(*a[:4], a[4].contiguous(), a[5], band=(None, 0), threads=1),
+            )
+    finally:
+        torch.set_num_threads(threads)
+    notes = [
+        f"Instruction set: {kernels.instruction_sets()[-1]}. Least processor time of a call of one thread, in turn "
+        f"with torch's; other programs use the machine meanwhile (load {os.getloadavg()[0]:.0f})."
+    ]
+    columns = ("case", "torch ms", "kernel ms", "torch / kernel")
+    record.publish(options, "cpu_native", "Compiled kernels beside torch's", columns, rows, notes, "Compiled kernels")
 
 
 def _processor_times(theirs: Callable[[], Any], ours: Callable[[], Any]) -> tuple[float, float]:

@@ -90,6 +90,12 @@ double run(int isa) {
     call.mask_strides[2] = rows > 1 ? call.len_k : 0;
     call.mask_strides[3] = 1;
   }
+  std::vector<float> added(mask.size());
+  if (!mask.empty() && choose({0, 1})) {
+    for (size_t i = 0; i < added.size(); i++) added[i] = mask[i] ? float(generator() % 64) / 16 : -INFINITY;
+    call.mask = added.data();
+    call.mask_kind = HAL_MASK_FLOAT32;
+  }
   std::vector<uint8_t> plan;
   if (choose({0, 1})) {
     call.block_q = choose({3, 16, 64}), call.block_k = choose({5, 16, 64, 100});
@@ -120,12 +126,13 @@ double run(int isa) {
         std::vector<double> out(call.dim_v), weights(call.len_k);
         double sum = 0;
         for (int64_t j = 0; j < call.len_k; j++) {
-          bool seen = j >= i + call.band_low && j <= i + call.band_high && (!call.mask || call.mask[i * call.mask_strides[2] + j]);
+          bool seen = j >= i + call.band_low && j <= i + call.band_high && (!call.mask || mask[i * call.mask_strides[2] + j]);
           if (call.blocks) seen &= call.blocks[h * call.block_strides[1] + i / call.block_q * call.block_strides[2] + j / call.block_k] != 0;
           double score = 0;
           for (int64_t d = 0; d < call.dim_qk; d++) score += (double)q.at(b, h, i, d, call.dtype) * k.at(b, hk, j, d, call.dtype);
           score *= call.scale;
           if (call.softcap > 0) score = call.softcap * std::tanh(score / call.softcap);
+          if (call.mask_kind && seen) score += added[i * call.mask_strides[2] + j];
           sum += weights[j] = seen ? std::exp(score) : 0;
         }
         for (int64_t j = 0; j < call.len_k; j++)

@@ -41,12 +41,14 @@ def reference(
         seen &= distance >= band[0]
     if band[1] is not None:
         seen &= distance <= band[1]
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         seen &= mask
+    elif mask is not None:
+        seen &= mask > -math.inf
+        scores = scores + mask.double()
     scores = scores.masked_fill(~seen, -math.inf)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().masked_fill(~seen, 0.0)
-    return weights @ value, lse
+    weights = scores.softmax(-1).masked_fill(~seen, 0.0)
+    return weights @ value, scores.logsumexp(-1)
 
 
 @st.composite
@@ -69,6 +71,11 @@ def calls(draw: Any) -> dict[str, Any]:
         shape = (draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads_kv * group])))
         shape = (*shape, draw(st.sampled_from([1, len_q])), len_k)
         mask = torch.rand(shape) < draw(st.sampled_from([0.02, 0.5, 0.95]))
+        if kind := draw(st.sampled_from([None, torch.float32, dtype])):
+            hidden = draw(st.sampled_from([-math.inf, -math.inf, -1e4]))
+            mask = (torch.randn(shape) * 3).masked_fill(~mask, hidden).to(kind)
+            if draw(st.booleans()):  # keys apart in memory
+                mask = mask.transpose(2, 3).contiguous().transpose(2, 3)
     ends = [None, 0, len_k - len_q, 7, -3]
     return {
         "operands": (query, key, value),
@@ -156,6 +163,37 @@ def test_denormal_and_huge_inputs_are_right(seed: int, isa: str, dtype: Any, len
         assert float((out.double() - want).norm()) <= 2 * BOUNDS[dtype] * float(want.norm()) + step * out.numel() ** 0.5
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("len_q", [2, 40])
+def test_a_row_at_the_lowest_number_averages_its_values(seed: int, isa: str, dtype: Any, len_q: int) -> None:
+    """-inf hides a key; the lowest finite number does not, which counts where a row has nothing else."""
+    torch.manual_seed(seed)
+    query, key, value = (torch.randn(1, 2, n, 32).to(dtype) for n in (len_q, 150, 150))
+    mask = torch.zeros(1, 1, len_q, 150)
+    mask[..., 0, :], mask[..., 1, :], mask[..., 0, 100:] = torch.finfo(torch.float32).min, -math.inf, -math.inf
+    lse = torch.empty(1, 2, len_q)
+    out = native.attention(query, key, value, mask, lse=lse, isa=isa)
+    assert relative_error(out[:, :, 0], value[:, :, :100].double().mean(2)) <= BOUNDS[dtype]
+    assert bool((lse[..., 0] == torch.finfo(torch.float32).min).all())
+    assert bool((out[:, :, 1] == 0).all())
+    assert bool((lse[..., 1] == -math.inf).all())
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("len_q", [2, 40])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_keys_that_a_mask_hides_may_hold_anything(seed: int, isa: str, len_q: int, kind: Any) -> None:
+    torch.manual_seed(seed)
+    query, key, value = (torch.randn(1, 2, n, 32) for n in (len_q, 150, 150))
+    mask = torch.rand(len_q, 150) < 0.5
+    mask[:, 64:128] = False
+    given = mask if kind is torch.bool else torch.zeros(len_q, 150).masked_fill(~mask, -math.inf)
+    clean = native.attention(query, key, value, given, isa=isa)
+    key[:, :, 64:128], value[:, :, 64:128] = math.nan, math.inf
+    assert torch.equal(native.attention(query, key, value, given, isa=isa), clean)
+
+
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)], ids=str)
 def test_empty_operands_give_zeros(sizes: tuple[int, int, int, int]) -> None:
     batch, heads, len_q, len_k = sizes
@@ -224,7 +262,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "softcap below 0": ({"softcap": -1.0}, "softcap"),
     "instruction set": ({"isa": "neon"}, "unknown"),
     "decode of many rows": ({"kernel": 2, "length": 17}, "16 rows"),
-    "float mask": ({"mask": torch.zeros(5, 6)}, "bool"),
+    "float64 mask": ({"mask": torch.zeros(5, 6, dtype=torch.float64)}, "bool, float32"),
+    "mask with a gradient": ({"mask": torch.zeros(5, 6, requires_grad=True)}, "mask requires a gradient"),
     "gradient": ({"requires_grad": True}, "gradient"),
     "strided": ({"strided": True}, "stride"),
 }

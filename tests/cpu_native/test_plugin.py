@@ -24,6 +24,7 @@ from hal_core.testing import ConformanceSuite, relative_error  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
 import test_footprint as footprint  # noqa: E402
+import test_low_masks as low_masks  # noqa: E402
 from cpu_drawing import draw, hold  # noqa: E402
 
 PLAIN = AttentionRequest(2, 8, 8, 512, 512, 64, 64, "float32")
@@ -60,6 +61,13 @@ def test_random_calls_agree_with_float64(feature: str, dtype: str, seed: int) ->
 
 
 @pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("options", low_masks.OPTIONS, ids=str)
+@pytest.mark.parametrize("len_q", [1, 3, 40])
+def test_a_row_at_the_lowest_finite_number_gives_the_mean(len_q: int, options: dict[str, Any], seed: int) -> None:
+    low_masks.test_a_row_at_the_lowest_finite_number_gives_the_mean(len_q, options, seed)
+
+
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "name",
@@ -81,8 +89,12 @@ def test_estimated_memory_is_the_allocators_peak(name: str, dtype: torch.dtype) 
         (replace(DECODE, dim_v=40), "compiled"),
         (replace(DECODE, len_q=5), "compiled"),
         (replace(PLAIN, dtype="float64"), "native"),
-        (replace(PLAIN, grads=frozenset("qkv")), "native"),
-        (replace(PLAIN, mask=MaskKind.ADDITIVE), "native"),
+        (replace(PLAIN, grads=frozenset("qkv")), "compiled"),
+        (replace(DECODE, grads=frozenset("qkv")), "compiled"),
+        (replace(PLAIN, grads=frozenset("qkv"), mask=MaskKind.ADDITIVE), "native"),
+        (replace(PLAIN, grads=frozenset("qkv"), block_plan=(64, 64, 4)), "blocks"),
+        (replace(PLAIN, mask=MaskKind.ADDITIVE), "compiled"),
+        (replace(DECODE, mask=MaskKind.ADDITIVE), "streamed"),
         (replace(PLAIN, dim_qk=20, dim_v=20), "native"),
         (replace(PLAIN, dropout=0.1), "tiled"),
         (replace(PLAIN, scale=-1.0), "tiled"),
@@ -112,6 +124,24 @@ def test_the_faster_path_is_taken_by_what_was_measured(gains: Any) -> None:
     gains({"compiled float32": [(macs * 2, 3.0)]})
     assert paths.path_of(PLAIN) == "native", "a smaller call than any that was measured"
     gains({})
+    assert paths.path_of(PLAIN) == "native"
+
+
+def test_additive_masks_have_a_gain_of_their_own(gains: Any) -> None:
+    masked = replace(PLAIN, mask=MaskKind.ADDITIVE)
+    gains({"compiled float32": [(1.0, 2.0)]})
+    assert paths.path_of(masked) == "native"
+    gains({"compiled additive float32": [(1.0, 2.0)]})
+    assert paths.path_of(masked) == "compiled"
+    assert paths.path_of(PLAIN) == "native"
+
+
+def test_training_has_a_gain_of_its_own(gains: Any) -> None:
+    trained = replace(PLAIN, grads=frozenset("qkv"))
+    gains({"compiled float32": [(1.0, 2.0)]})
+    assert paths.path_of(trained) == "native"
+    gains({"compiled backward float32": [(1.0, 2.0)]})
+    assert paths.path_of(trained) == "compiled"
     assert paths.path_of(PLAIN) == "native"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .call import Kernel, NativeRefusal, workspace_bytes
-    from .face import attention, read
+    from .face import attention, attention_backward, read
     from .fields import euler, fields_workspace_bytes, reaction_diffusion, ricci
     from .library import available, instruction_sets, why_absent
 
@@ -22,6 +22,7 @@ _HOME = {
     "Kernel": "call",
     "NativeRefusal": "call",
     "attention": "face",
+    "attention_backward": "face",
     "available": "library",
     "euler": "fields",
     "fields_workspace_bytes": "fields",
@@ -37,6 +38,7 @@ __all__ = [
     "Kernel",
     "NativeRefusal",
     "attention",
+    "attention_backward",
     "available",
     "euler",
     "fields_workspace_bytes",

@@ -6,7 +6,7 @@ import enum
 import math
 from typing import Any, NoReturn
 
-from .library import ISAS, STRUCT, load
+from .library import BACKWARD, ISAS, STRUCT, load
 
 #: Pointers, strides and the sizes of a plan's blocks, which come first.
 POINTERS = 31
@@ -26,6 +26,14 @@ class Kernel(enum.IntEnum):
     DECODE = 2
 
 
+class MaskKind(enum.IntEnum):
+    """What the elements of a mask are: bytes of which 0 hides a key, or numbers added to the scores."""
+
+    BYTES = 0
+    FLOAT32 = 1
+    OF_DTYPE = 2
+
+
 class NativeRefusal(ValueError):  # noqa: N818, the house says refusal
     """The compiled kernels do not take this call, or are not there; the message says what they take."""
 
@@ -40,6 +48,7 @@ def sizes_of(
     softcap: float | None = None,
     isa: str | None = None,
     kernel: Kernel = Kernel.AUTO,
+    mask_kind: MaskKind = MaskKind.BYTES,
 ) -> tuple[Any, ...]:
     """The call's fields after its pointers and strides; `shapes` are batch, heads_q, heads_kv, len_q, len_k, dim_qk and
     dim_v. Raises NativeRefusal for what the C interface has no number for.
@@ -61,6 +70,7 @@ def sizes_of(
         0 if isa is None else ISAS[isa],
         int(kernel),
         threads,
+        int(mask_kind),
     )
 
 
@@ -71,8 +81,9 @@ def workspace_bytes(
     *,
     isa: str | None = None,
     kernel: Kernel = Kernel.AUTO,
+    backward: bool = False,
 ) -> int:
-    """Bytes of workspace of a call.
+    """Bytes of workspace of a call, or of its backward pass.
 
     Args:
         shapes: batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v. dtype: as torch names it.
@@ -85,7 +96,11 @@ def workspace_bytes(
     if library is None:
         raise NativeRefusal(load().why)
     sizes = sizes_of(shapes, dtype, threads, isa=isa, kernel=kernel)
-    needed = int(library.hal_cpu_native_workspace(STRUCT.pack(*[0] * POINTERS, *sizes)))
+    call = STRUCT.pack(*[0] * POINTERS, *sizes)
+    if backward:
+        needed = int(library.hal_cpu_native_backward_workspace(call + bytes(BACKWARD.size)))
+    else:
+        needed = int(library.hal_cpu_native_workspace(call))
     return needed if needed >= 0 else refuse(-needed)
 
 

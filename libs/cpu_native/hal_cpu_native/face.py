@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Kernel, NativeRefusal, refuse, sizes_of
-from .library import STRUCT, load, share_torchs_threads
+from .call import Kernel, MaskKind, NativeRefusal, refuse, sizes_of
+from .library import BACKWARD, STRUCT, load, share_torchs_threads
 
 
 def attention(
@@ -35,7 +35,8 @@ def attention(
         query: [batch, heads_q, len_q, dim_qk], float32, bfloat16 or float16, last stride 1.
         key, value: [batch, heads_kv, len_k, dim_qk or dim_v], the query's dtype; query head h reads key head
             h // (heads_q // heads_kv). Head sizes are multiples of 8 up to 512.
-        mask: bool, broadcastable to [batch, heads_q, len_q, len_k]; False hides a key.
+        mask: broadcastable to [batch, heads_q, len_q, len_k], any strides. bool: False hides a key. float32 or the
+            query's dtype: added to the scaled and softcapped scores; -inf hides a key.
         blocks: a block plan, bool, broadcastable to [batch, heads_q, query blocks, key blocks]; False: no query of the
             block reads a key of the other, and keys that no row of a tile reads cost nothing. Prefill kernel alone.
         block_size: queries and keys in a block of the plan.
@@ -74,6 +75,7 @@ def attention(
         softcap=softcap,
         isa=isa,
         kernel=kernel,
+        mask_kind=_kind(mask),
     )
     # A bool is one byte; a broadcast dimension has stride 0.
     hidden = None if mask is None else mask.expand(batch, heads, len_q, key.shape[2])
@@ -90,6 +92,85 @@ def attention(
     if status:
         refuse(status)
     return out
+
+
+def attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    mask: Tensor | None = None,
+    *,
+    grad_lse: Tensor | None = None,
+    blocks: Tensor | None = None,
+    block_size: tuple[int, int] = (0, 0),
+    scale: float | None = None,
+    band: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    workspace: Tensor | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value of an `attention` call from its output and log-sum-exp.
+
+    Sums are made in float32, in an order that the number of threads does not change: equal calls give equal bits.
+
+    Args:
+        query, key, value, mask, blocks, block_size, scale, band, softcap, workspace, threads, isa: as in `attention`;
+            lengths above 0, and no plan that differs between heads that share a key head.
+        out, lse: what `attention` gave. Additive numbers far below 0 make a log-sum-exp in which float32 keeps little
+            of a row's scores: below -256 the gradients of such a row are good to 3e-5.
+        grad_out: gradient of the output, of its shape and dtype, last stride 1.
+        grad_lse: gradient of the log-sum-exp, float32 [batch, heads_q, len_q], contiguous; None for none.
+
+    Returns:
+        The gradients of query, key and value, contiguous, in the query's dtype.
+
+    Raises:
+        NativeRefusal: the kernels do not take the call, or are not there.
+
+    Source: Dao 2023 (FlashAttention-2), algorithm 2.
+    """
+    library = load().library
+    if library is None:
+        raise NativeRefusal(load().why)
+    share_torchs_threads()
+    with torch.no_grad():
+        _check(query, key, value, mask, out, lse)
+        _check(query, key, value, None, grad_out, grad_lse)
+    if blocks is not None:
+        blocks = _planned(blocks, block_size, query, key)
+    batch, heads, len_q, dim = query.shape
+    sizes = sizes_of(
+        (batch, heads, key.shape[1], len_q, key.shape[2], dim, value.shape[3]),
+        str(query.dtype).removeprefix("torch."),
+        torch.get_num_threads() if threads is None else threads,
+        scale=max(dim, 1) ** -0.5 if scale is None else scale,
+        band=band,
+        softcap=softcap,
+        isa=isa,
+        mask_kind=_kind(mask),
+    )
+    hidden = None if mask is None else mask.expand(batch, heads, len_q, key.shape[2])
+    grads = tuple(torch.empty(tensor.shape, dtype=query.dtype) for tensor in (query, key, value))
+    tensors, sizes = (query, key, value, hidden, blocks, out, lse), (*block_size, *sizes)
+    after = BACKWARD.pack(
+        grad_out.data_ptr(),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        *(grad.data_ptr() for grad in grads),
+        *(stride for tensor in (grad_out, *grads) for stride in tensor.stride()[:3]),
+    )
+    if workspace is None:
+        needed = library.hal_cpu_native_backward_workspace(_packed(*tensors, None, sizes) + after)
+        if needed < 0:
+            refuse(-needed)
+        workspace = torch.empty(max(needed, 1), dtype=torch.uint8)
+    status = library.hal_cpu_native_attention_backward(_packed(*tensors, workspace, sizes) + after)
+    if status:
+        refuse(status)
+    return grads[0], grads[1], grads[2]
 
 
 def read(memory: Tensor, threads: int | None = None) -> None:
@@ -178,5 +259,14 @@ def _check(
         or lse.device.type != "cpu"
     ):
         raise NativeRefusal(f"lse is not contiguous float32 of shape {[batch, heads, len_q]} on the CPU")
-    if mask is not None and (mask.dtype != torch.bool or mask.device.type != "cpu"):
-        raise NativeRefusal(f"a mask of dtype {mask.dtype} on {mask.device} is not taken: bool on the CPU is")
+    if mask is not None and (mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.device.type != "cpu"):
+        taken = "bool, float32 or the query's dtype on the CPU is"
+        raise NativeRefusal(f"a mask of dtype {mask.dtype} on {mask.device} is not taken: {taken}")
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        raise NativeRefusal("the mask requires a gradient: the kernels have none for it")
+
+
+def _kind(mask: Tensor | None) -> MaskKind:
+    if mask is None or mask.dtype == torch.bool:
+        return MaskKind.BYTES
+    return MaskKind.FLOAT32 if mask.dtype == torch.float32 else MaskKind.OF_DTYPE

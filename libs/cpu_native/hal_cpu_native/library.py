@@ -15,7 +15,10 @@ from typing import NamedTuple
 ISAS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
 #: A call: hal_attention of src/hal_cpu_native.h.
-STRUCT = struct.Struct("@8Pq12q4q4q2q7q2q2f4i")
+STRUCT = struct.Struct("@8Pq12q4q4q2q7q2q2f5i4x")
+
+#: What a backward pass has after its forward call: hal_backward.
+BACKWARD = struct.Struct("@5P12q")
 
 _NAMES = ("libhal_cpu_native.so", "libhal_cpu_native.dylib", "hal_cpu_native.dll")
 _HINT = "pip install hal-cpu-native (a C++17 compiler builds it where there is no wheel)"
@@ -42,9 +45,9 @@ def load() -> Loaded:
         library = _declared(ctypes.CDLL(str(found)))
     except (OSError, AttributeError) as error:  # another system's file, or another version's
         return Loaded(None, f"the library {found} cannot be loaded ({error}): {_HINT}", 0)
-    size = library.hal_cpu_native_call_bytes()
-    if size != STRUCT.size:  # it would read a call's fields at other places
-        found_size = f"calls of {size} bytes, not {STRUCT.size}"
+    size = (library.hal_cpu_native_call_bytes(), library.hal_cpu_native_backward_bytes())
+    if size != (STRUCT.size, STRUCT.size + BACKWARD.size):  # it would read a call's fields at other places
+        found_size = f"calls of {size[0]} bytes, not {STRUCT.size}"
         return Loaded(None, f"the library {found} was built from another version's sources ({found_size}): {_HINT}", 0)
     isa = library.hal_cpu_native_isa()
     if not isa:
@@ -76,6 +79,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.hal_cpu_native_kernel.restype = ctypes.c_int
     library.hal_cpu_native_attention.argtypes = [ctypes.c_char_p]
     library.hal_cpu_native_attention.restype = ctypes.c_int
+    library.hal_cpu_native_backward_bytes.restype = ctypes.c_int64
+    library.hal_cpu_native_backward_workspace.argtypes = [ctypes.c_char_p]
+    library.hal_cpu_native_backward_workspace.restype = ctypes.c_int64
+    library.hal_cpu_native_attention_backward.argtypes = [ctypes.c_char_p]
+    library.hal_cpu_native_attention_backward.restype = ctypes.c_int
     library.hal_cpu_native_message.argtypes = [ctypes.c_int]
     library.hal_cpu_native_message.restype = ctypes.c_char_p
     library.hal_cpu_native_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]

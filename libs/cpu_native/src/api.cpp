@@ -5,6 +5,7 @@
 
 #include "call.hpp"
 #include "cpuid.hpp"
+#include "plan.hpp"
 #include "pool.hpp"
 
 namespace hal {
@@ -20,8 +21,10 @@ const char* const kMessages[HAL_STATUS_COUNT] = {
     "the scale is not above 0 and finite, or the softcap is negative or not finite",
     "the number of threads is not from 1 to 1024",
     "this processor lacks the instruction set that was asked for (AVX2, FMA and F16C at the least)",
-    "the kernel is unknown, or decode was asked for more than 16 rows, a block plan or an instruction set without it",
+    "the kernel is unknown, decode was asked for more than 16 rows, a block plan or an instruction set without it, or the backward "
+    "pass for a block plan that differs between heads that share a key head",
     "the workspace is smaller than hal_cpu_native_workspace says",
+    "the mask is none of bytes, float32 numbers and numbers of the call's dtype",
 };
 
 struct Plan {
@@ -67,31 +70,8 @@ void plan_decode(Plan& p) {
 
 // HAL_OK and a plan, or why not.
 int plan(const hal_attention* given, Plan& p) {
-  if (!given) return HAL_NULL_POINTER;
-  static_cast<hal_attention&>(p.call) = *given;
   Call& c = p.call;
-  const int64_t sizes[] = {c.batch, c.heads_q, c.heads_kv, c.len_q, c.len_k};
-  for (int64_t size : sizes)
-    if (size < 0 || size >= int64_t(1) << 31) return HAL_BAD_SIZE;
-  if (c.heads_kv ? c.heads_q % c.heads_kv != 0 : c.heads_q != 0) return HAL_BAD_HEADS;
-  if (!multiple(c.dim_qk, 8) || !multiple(c.dim_v, 8)) return HAL_BAD_HEAD_DIM;
-  if (c.dtype < HAL_FLOAT32 || c.dtype > HAL_FLOAT16) return HAL_BAD_DTYPE;
-  if (!(c.scale > 0) || !std::isfinite(c.scale) || !(c.softcap >= 0) || !std::isfinite(c.softcap)) return HAL_BAD_SCALE;
-  if (c.threads < 1 || c.threads > HAL_MOST_THREADS) return HAL_BAD_THREADS;
-  const int isa = c.isa == HAL_ISA_AUTO ? preferred_isa() : c.isa;
-  if (isa < HAL_ISA_AVX2 || isa > best_isa()) return HAL_BAD_ISA;
-  p.kernels = table(isa);
-  c.band_low = c.band_low < -HAL_NO_BOUND ? -HAL_NO_BOUND : c.band_low > HAL_NO_BOUND ? HAL_NO_BOUND : c.band_low;
-  c.band_high = c.band_high < -HAL_NO_BOUND ? -HAL_NO_BOUND : c.band_high > HAL_NO_BOUND ? HAL_NO_BOUND : c.band_high;
-  if (c.blocks && (c.block_q < 1 || c.block_k < 1)) return HAL_BAD_SIZE;
-  c.group = c.heads_kv ? c.heads_q / c.heads_kv : 1;
-  c.sharing = 1;
-  if (c.blocks && c.block_strides[1] && c.heads_kv) {  // each head skips other keys, so none shares its rows' reads
-    c.sharing = c.group;
-    c.heads_kv = c.heads_q;
-    c.group = 1;
-  }
-  c.rows = c.group * c.len_q;
+  if (const int status = checked(given, c, p.kernels)) return status;
   p.heads = c.batch * c.heads_kv;
   const bool fits = !c.blocks && p.kernels->decode[c.dtype] && c.rows <= HAL_DECODE_ROWS && multiple(c.dim_qk, 32) && multiple(c.dim_v, 32);
   if (c.kernel < HAL_KERNEL_AUTO || c.kernel > HAL_KERNEL_DECODE || (c.kernel == HAL_KERNEL_DECODE && !fits)) return HAL_BAD_KERNEL;
@@ -175,6 +155,36 @@ void read(void* data) {
 }
 
 }  // namespace
+
+int checked(const hal_attention* given, Call& c, const KernelTable*& kernels) {
+  if (!given) return HAL_NULL_POINTER;
+  static_cast<hal_attention&>(c) = *given;
+  const int64_t sizes[] = {c.batch, c.heads_q, c.heads_kv, c.len_q, c.len_k};
+  for (int64_t size : sizes)
+    if (size < 0 || size >= int64_t(1) << 31) return HAL_BAD_SIZE;
+  if (c.heads_kv ? c.heads_q % c.heads_kv != 0 : c.heads_q != 0) return HAL_BAD_HEADS;
+  if (!multiple(c.dim_qk, 8) || !multiple(c.dim_v, 8)) return HAL_BAD_HEAD_DIM;
+  if (c.dtype < HAL_FLOAT32 || c.dtype > HAL_FLOAT16) return HAL_BAD_DTYPE;
+  if (!(c.scale > 0) || !std::isfinite(c.scale) || !(c.softcap >= 0) || !std::isfinite(c.softcap)) return HAL_BAD_SCALE;
+  if (c.mask_kind < HAL_MASK_BYTES || c.mask_kind > HAL_MASK_OF_DTYPE) return HAL_BAD_MASK;
+  if (c.threads < 1 || c.threads > HAL_MOST_THREADS) return HAL_BAD_THREADS;
+  const int isa = c.isa == HAL_ISA_AUTO ? preferred_isa() : c.isa;
+  if (isa < HAL_ISA_AVX2 || isa > best_isa()) return HAL_BAD_ISA;
+  kernels = table(isa);
+  c.band_low = c.band_low < -HAL_NO_BOUND ? -HAL_NO_BOUND : c.band_low > HAL_NO_BOUND ? HAL_NO_BOUND : c.band_low;
+  c.band_high = c.band_high < -HAL_NO_BOUND ? -HAL_NO_BOUND : c.band_high > HAL_NO_BOUND ? HAL_NO_BOUND : c.band_high;
+  if (c.blocks && (c.block_q < 1 || c.block_k < 1)) return HAL_BAD_SIZE;
+  c.group = c.heads_kv ? c.heads_q / c.heads_kv : 1;
+  c.sharing = 1;
+  if (c.blocks && c.block_strides[1] && c.heads_kv) {  // each head skips other keys, so none shares its rows' reads
+    c.sharing = c.group;
+    c.heads_kv = c.heads_q;
+    c.group = 1;
+  }
+  c.rows = c.group * c.len_q;
+  return HAL_OK;
+}
+
 }  // namespace hal
 
 extern "C" {

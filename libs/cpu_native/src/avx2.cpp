@@ -1,5 +1,6 @@
-// The kernels for AVX2 with FMA and F16C: prefill alone.
-#include "prefill.hpp"
+// The kernels for AVX2 with FMA and F16C.
+#include "backward.hpp"
+#include "decode.hpp"
 
 namespace hal {
 namespace {
@@ -26,7 +27,9 @@ const KernelTable& avx2_kernels() {
   static const KernelTable table = {
       16,
       {prefill<8, float, FloatProduct<8, float>>, prefill<8, bf16, FloatProduct<8, bf16>>, prefill<8, f16, FloatProduct<8, f16>>},
-      {nullptr, nullptr, nullptr},
+      {decode<8, float>, decode<8, bf16>, decode<8, f16>},
+      {backward<8, float>, backward<8, bf16>, backward<8, f16>},
+      {finish_backward<8, float>, finish_backward<8, bf16>, finish_backward<8, f16>},
       finish,
       read,
   };

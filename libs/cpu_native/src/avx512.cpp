@@ -1,7 +1,7 @@
 // The kernels for AVX-512 (F, BW, VL, DQ) with FMA and F16C. Compiled with those flags, so nothing here may run, or be
 // linked into code that runs, on a processor without them.
+#include "backward.hpp"
 #include "decode.hpp"
-#include "prefill.hpp"
 
 namespace hal {
 namespace {
@@ -32,7 +32,9 @@ const KernelTable& avx512_kernels() {
   static const KernelTable table = {
       32,
       {prefill<16, float, FloatProduct<16, float>>, prefill<16, bf16, FloatProduct<16, bf16>>, prefill<16, f16, FloatProduct<16, f16>>},
-      {decode<float>, decode<bf16>, decode<f16>},
+      {decode<16, float>, decode<16, bf16>, decode<16, f16>},
+      {backward<16, float>, backward<16, bf16>, backward<16, f16>},
+      {finish_backward<16, float>, finish_backward<16, bf16>, finish_backward<16, f16>},
       finish,
       read,
   };

@@ -2,26 +2,13 @@
 // head; the keys of a head may be split over threads, whose partial results are merged afterwards.
 #pragma once
 
-#include "vectors.hpp"
+#include "mask.hpp"
 
 namespace hal {
 namespace {
 
-// 32 elements as two vectors. bfloat16 comes as its even and its odd elements, which takes two cheap operations; the
-// query and the output are kept in the same order.
-HAL_INLINE void load32(const float* p, __m512& a, __m512& b) {
-  a = _mm512_loadu_ps(p);
-  b = _mm512_loadu_ps(p + 16);
-}
-HAL_INLINE void load32(const f16* p, __m512& a, __m512& b) {
-  a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-  b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p + 1));
-}
-HAL_INLINE void load32(const bf16* p, __m512& a, __m512& b) {
-  const __m512i w = _mm512_loadu_si512(p);
-  a = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
-  b = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
-}
+// Two vectors from 2 N elements that follow each other. bfloat16 comes as its even and its odd elements, which takes two
+// cheap operations; the query and the output are kept in the same order.
 template <class T>
 struct IsPaired {
   static constexpr bool value = false;
@@ -31,18 +18,67 @@ struct IsPaired<bf16> {
   static constexpr bool value = true;
 };
 
-// Sums of the four vectors of four keys, in a tree: each 128-bit lane of the result has one partial sum per key.
-HAL_INLINE __m512 fold(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-HAL_INLINE __m512 fold_pairs(__m512 a, __m512 b) {
-  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+#ifdef __AVX512F__
+HAL_INLINE void load_two(const float* p, Vec<16>::F& a, Vec<16>::F& b) {
+  a = (Vec<16>::F)_mm512_loadu_ps(p);
+  b = (Vec<16>::F)_mm512_loadu_ps(p + 16);
 }
-HAL_INLINE __m512 fold_lanes(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+HAL_INLINE void load_two(const f16* p, Vec<16>::F& a, Vec<16>::F& b) {
+  a = (Vec<16>::F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  b = (Vec<16>::F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p + 1));
+}
+HAL_INLINE void load_two(const bf16* p, Vec<16>::F& a, Vec<16>::F& b) {
+  const __m512i w = _mm512_loadu_si512(p);
+  a = (Vec<16>::F)_mm512_slli_epi32(w, 16);
+  b = (Vec<16>::F)_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000));
+}
+#endif
+HAL_INLINE void load_two(const float* p, Vec<8>::F& a, Vec<8>::F& b) {
+  a = (Vec<8>::F)_mm256_loadu_ps(p);
+  b = (Vec<8>::F)_mm256_loadu_ps(p + 8);
+}
+HAL_INLINE void load_two(const f16* p, Vec<8>::F& a, Vec<8>::F& b) {
+  a = (Vec<8>::F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  b = (Vec<8>::F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+}
+HAL_INLINE void load_two(const bf16* p, Vec<8>::F& a, Vec<8>::F& b) {
+  const __m256i w = _mm256_loadu_si256((const __m256i*)p);
+  a = (Vec<8>::F)_mm256_slli_epi32(w, 16);
+  b = (Vec<8>::F)_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000));
 }
 
-template <class T>
+// Sums of the vectors of four keys, in a tree: each 128-bit lane of the result has one partial sum per key.
+#ifdef __AVX512F__
+HAL_INLINE Vec<16>::F fold4(Vec<16>::F a, Vec<16>::F b, Vec<16>::F c, Vec<16>::F d) {
+  auto fold = [](__m512 x, __m512 y) __attribute__((always_inline)) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  };
+  const __m512d x = _mm512_castps_pd(fold((__m512)a, (__m512)b)), y = _mm512_castps_pd(fold((__m512)c, (__m512)d));
+  return (Vec<16>::F)_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+// The lanes' partial sums added: the sums of 16 keys from four results of fold4.
+HAL_INLINE Vec<16>::F fold_lanes(const Vec<16>::F* part) {
+  auto fold = [](__m512 x, __m512 y) __attribute__((always_inline)) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  return (Vec<16>::F)fold(fold((__m512)part[0], (__m512)part[1]), fold((__m512)part[2], (__m512)part[3]));
+}
+#endif
+HAL_INLINE Vec<8>::F fold4(Vec<8>::F a, Vec<8>::F b, Vec<8>::F c, Vec<8>::F d) {
+  return (Vec<8>::F)_mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+}
+HAL_INLINE Vec<8>::F fold_lanes(const Vec<8>::F* part) {
+  const __m256 a = (__m256)part[0], b = (__m256)part[1];
+  return (Vec<8>::F)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// Rows are worked on four at once, or two, as the registers allow.
+template <int N, class T>
 struct Decode {
+  typedef typename Vec<N>::F F;
+  typedef typename Vec<N>::I I;
+  static constexpr int kGroups = kBlockKeys / N, kFours = N / 4, kRows = N == 16 ? 4 : 2;
+
   struct State {
     float *query, *out, *weights;  // [rows][dim_qk], [rows][dim_v], [4][64]
     float maximum[HAL_DECODE_ROWS], sum[HAL_DECODE_ROWS];
@@ -54,12 +90,17 @@ struct Decode {
     const int64_t low = most<int64_t>(s.first[row] - key, 0), high = least(s.end[row] - key, keys);
     if (low >= high) return 0;
     uint64_t bits = (~uint64_t(0) >> (64 - (high - low))) << low;
-    if (call.mask) {
-      const int64_t step = call.mask_strides[3];
-      const uint8_t* m = mask_row(call, task.batch, task.head, row) + key * step;
-      for (int64_t i = low; i < high; i++) bits &= ~(uint64_t(m[i * step] == 0) << i);
-    }
+    if (call.mask)
+      bits &= with_mask<T>(call, task.batch, task.head, row, key,
+                           [&](auto* m) __attribute__((always_inline)) { return let_through(m, call.mask_strides[3], low, high); });
     return bits;
+  }
+
+  // All ones in the lanes of the keys that are seen.
+  HAL_INLINE I lanes(uint64_t bits) {
+    I places;
+    for (int i = 0; i < N; i++) places[i] = 1 << i;
+    return (places & (int)(bits & ((1 << N) - 1))) != 0;
   }
 
   // 64 keys for R rows from `row` on. `fetch`: ask for the values of these keys, and the next keys, ahead of their use.
@@ -69,109 +110,120 @@ struct Decode {
     const T* k = (const T*)call.key + task.batch * call.key_strides[0] + task.head * call.key_strides[1] + key * ks;
     const T* v = (const T*)call.value + task.batch * call.value_strides[0] + task.head * call.value_strides[1] + key * vs;
     constexpr int kLine = 64 / (int)sizeof(T);
-    __m512 part[R][4], score[R][4];
+    F part[R][kFours], score[R][kGroups];
 #pragma GCC unroll 1
-    for (int g = 0; g < 4; g++) {
+    for (int g = 0; g < kGroups; g++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        __m512 sum[R][4];
+      for (int j = 0; j < kFours; j++) {
+        F sum[R][4];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; i++) sum[r][i] = _mm512_setzero_ps();
+          for (int i = 0; i < 4; i++) sum[r][i] = F{};
         const T* kp[4];
         for (int i = 0; i < 4; i++) {
-          const int64_t n = least<int64_t>(g * 16 + j * 4 + i, keys - 1);
+          const int64_t n = least<int64_t>(g * N + j * 4 + i, keys - 1);
           kp[i] = k + n * ks;
           if (fetch)
             for (int64_t d = 0; d < dim_v; d += kLine) _mm_prefetch((const char*)(v + n * vs + d), _MM_HINT_T0);
         }
 #pragma GCC unroll 2
-        for (int64_t d = 0; d < dim; d += 32)
+        for (int64_t d = 0; d < dim; d += 2 * N)
 #pragma GCC unroll 4
           for (int i = 0; i < 4; i++) {
-            __m512 a, b;
-            load32(kp[i] + d, a, b);
+            F a, b;
+            load_two(kp[i] + d, a, b);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
               const float* q = s.query + (row + r) * dim + d;
-              sum[r][i] = _mm512_fmadd_ps(a, _mm512_load_ps(q), sum[r][i]);
-              sum[r][i] = _mm512_fmadd_ps(b, _mm512_load_ps(q + 16), sum[r][i]);
+              sum[r][i] = a * load<N>(q) + sum[r][i];
+              sum[r][i] = b * load<N>(q + N) + sum[r][i];
             }
           }
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) part[r][j] = fold_pairs(fold(sum[r][0], sum[r][1]), fold(sum[r][2], sum[r][3]));
+        for (int r = 0; r < R; r++) part[r][j] = fold4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) score[r][g] = fold_lanes(fold_lanes(part[r][0], part[r][1]), fold_lanes(part[r][2], part[r][3]));
+      for (int r = 0; r < R; r++) score[r][g] = fold_lanes(part[r]);
     }
     if (call.softcap > 0) {
       const float factor = 2.f / call.softcap;
       for (int r = 0; r < R; r++)
-        for (int g = 0; g < 4; g++)
-          score[r][g] = (__m512)softcapped<16>((Vec<16>::F)score[r][g], factor, call.softcap * kLog2e);
+        for (int g = 0; g < kGroups; g++) score[r][g] = softcapped<N>(score[r][g], factor, call.softcap * kLog2e);
     }
-    const __m512 none = _mm512_set1_ps(-kInfinity);
+    if (is_additive(call))
+      for (int r = 0; r < R; r++) {
+        float* added = s.weights;  // free until the scores become weights
+        with_mask<T>(call, task.batch, task.head, row + r, key, [&](auto* m) __attribute__((always_inline)) {
+          added_row(m, call.mask_strides[3], keys, kBlockKeys, added);
+        });
+        for (int g = 0; g < kGroups; g++) score[r][g] += load<N>(added + g * N);
+      }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       uint64_t bits = ~uint64_t(0);
       if (hidden) {
         bits = visible(call, task, s, row + r, key, keys);
-        for (int g = 0; g < 4; g++) score[r][g] = _mm512_mask_mov_ps(none, (__mmask16)(bits >> (16 * g)), score[r][g]);
+        for (int g = 0; g < kGroups; g++) score[r][g] = lanes(bits >> (N * g)) ? score[r][g] : all<N>(-kInfinity);
       }
-      const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(score[r][0], score[r][1]), _mm512_max_ps(score[r][2], score[r][3])));
+      F tops = score[r][0];
+      for (int g = 1; g < kGroups; g++) tops = score[r][g] > tops ? score[r][g] : tops;
+      float top = tops[0];
+      for (int i = 1; i < N; i++) top = most(top, tops[i]);
       float& maximum = s.maximum[row + r];
       if (top > maximum) {
-        const float factor = exp2v(all<16>(maximum - top))[0];
+        const float factor = exp2v(all<N>(maximum - top))[0];
         maximum = top;
         s.sum[row + r] *= factor;
         float* o = s.out + (row + r) * dim_v;
-        for (int64_t d = 0; d < dim_v; d += 16) _mm512_store_ps(o + d, _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_load_ps(o + d)));
+        for (int64_t d = 0; d < dim_v; d += N) store<N>(o + d, load<N>(o + d) * factor);
       }
-      __m512 sum = _mm512_setzero_ps();
-      for (int g = 0; g < 4; g++) {
-        __m512 e = (__m512)exp2v((Vec<16>::F)_mm512_sub_ps(score[r][g], _mm512_set1_ps(maximum)));
-        if (hidden) e = _mm512_maskz_mov_ps((__mmask16)(bits >> (16 * g)), e);
-        sum = _mm512_add_ps(sum, e);
-        _mm512_store_ps(s.weights + r * kBlockKeys + g * 16, e);
+      F sum = F{};
+      for (int g = 0; g < kGroups; g++) {
+        F e = exp2v(score[r][g] - maximum);
+        if (hidden) e = lanes(bits >> (N * g)) ? e : F{};
+        sum += e;
+        store<N>(s.weights + r * kBlockKeys + g * N, e);
       }
-      s.sum[row + r] += _mm512_reduce_add_ps(sum);
+      float whole = 0;
+      for (int i = 0; i < N; i++) whole += sum[i];
+      s.sum[row + r] += whole;
     }
     int64_t d = 0;
-    for (; d + 64 <= dim_v; d += 64) values<R, 64>(call, s, row, k, v, d, keys, fetch);
-    for (; d < dim_v; d += 32) values<R, 32>(call, s, row, k, v, d, keys, fetch);
+    for (; d + 4 * N <= dim_v; d += 4 * N) values<R, 4 * N>(call, s, row, k, v, d, keys, fetch);
+    for (; d < dim_v; d += 2 * N) values<R, 2 * N>(call, s, row, k, v, d, keys, fetch);
   }
 
   // Adds the weighted values of W channels. Fetches the part of the next keys that lies at the same channels.
   template <int R, int W>
   HAL_INLINE void values(const Call& call, State& s, int64_t row, const T* k, const T* v, int64_t d, int64_t keys, bool fetch) {
     const int64_t ks = call.key_strides[2], vs = call.value_strides[2], dim_v = call.dim_v;
-    __m512 sum[R][W / 16];
+    F sum[R][W / N];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int i = 0; i < W / 16; i++) sum[r][i] = _mm512_load_ps(s.out + (row + r) * dim_v + d + 16 * i);
+      for (int i = 0; i < W / N; i++) sum[r][i] = load<N>(s.out + (row + r) * dim_v + d + N * i);
 #pragma GCC unroll 1
     for (int64_t key = 0; key < keys; key++) {
       const T* p = v + key * vs + d;
       if (fetch)
         for (int e = 0; e < W; e += 64 / (int)sizeof(T)) _mm_prefetch((const char*)(k + (key + kBlockKeys) * ks + d + e), _MM_HINT_T0);
 #pragma GCC unroll 2
-      for (int i = 0; i < W / 32; i++) {
-        __m512 a, b;
-        load32(p + 32 * i, a, b);
+      for (int i = 0; i < W / N / 2; i++) {
+        F a, b;
+        load_two(p + 2 * N * i, a, b);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-          const __m512 w = _mm512_set1_ps(s.weights[r * kBlockKeys + key]);
-          sum[r][2 * i] = _mm512_fmadd_ps(w, a, sum[r][2 * i]);
-          sum[r][2 * i + 1] = _mm512_fmadd_ps(w, b, sum[r][2 * i + 1]);
+          const float w = s.weights[r * kBlockKeys + key];
+          sum[r][2 * i] = a * w + sum[r][2 * i];
+          sum[r][2 * i + 1] = b * w + sum[r][2 * i + 1];
         }
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int i = 0; i < W / 16; i++) _mm512_store_ps(s.out + (row + r) * dim_v + d + 16 * i, sum[r][i]);
+      for (int i = 0; i < W / N; i++) store<N>(s.out + (row + r) * dim_v + d + N * i, sum[r][i]);
   }
 
   // Partial results of all rows of a head over the keys of a task: [rows][dim_v + 2] floats.
@@ -182,15 +234,15 @@ struct Decode {
     s.out = s.query + HAL_DECODE_ROWS * dim;
     s.weights = s.out + HAL_DECODE_ROWS * dim_v;
     // The scores are made in log2 units at once; under a softcap they keep the user's unit until it is applied.
-    const __m512 unit = _mm512_set1_ps(call.scale * kLog2e);
+    const float unit = call.scale * kLog2e;
     int64_t least_end = call.len_k, most_first = 0, begin = call.len_k, stop = 0;
     for (int64_t r = 0; r < rows; r++) {
       const T* q = query_row<T>(call, task.batch, task.head, r);
-      for (int64_t d = 0; d < dim; d += 32) {
-        __m512 a, b;
-        load32(q + d, a, b);
-        _mm512_store_ps(s.query + r * dim + d, _mm512_mul_ps(a, unit));
-        _mm512_store_ps(s.query + r * dim + d + 16, _mm512_mul_ps(b, unit));
+      for (int64_t d = 0; d < dim; d += 2 * N) {
+        F a, b;
+        load_two(q + d, a, b);
+        store<N>(s.query + r * dim + d, a * unit);
+        store<N>(s.query + r * dim + d + N, b * unit);
       }
       memset(s.out + r * dim_v, 0, dim_v * 4);
       s.maximum[r] = -kInfinity;
@@ -206,10 +258,12 @@ struct Decode {
     for (int64_t key = most(task.key, begin); key < last; key += kBlockKeys) {
       const int64_t keys = least(kBlockKeys, last - key);
       const bool hidden = call.mask || keys < kBlockKeys || key + kBlockKeys > least_end || key < most_first;
-      if (call.mask && !mask_differs(call) && !visible(call, task, s, 0, key, keys) && rows == call.group) continue;
+      bool any = !call.mask;
+      for (int64_t r = 0; r < rows && !any; r++) any = visible(call, task, s, r, key, keys) != 0;
+      if (!any) continue;
       int64_t r = 0;
-      for (; r + 4 <= rows; r += 4) block<4>(call, task, s, r, key, keys, hidden, r == 0);
-      if (r + 2 <= rows) {
+      for (; r + kRows <= rows; r += kRows) block<kRows>(call, task, s, r, key, keys, hidden, r == 0);
+      if (kRows > 2 && r + 2 <= rows) {
         block<2>(call, task, s, r, key, keys, hidden, r == 0);
         r += 2;
       }
@@ -218,10 +272,10 @@ struct Decode {
     for (int64_t r = 0; r < rows; r++) {
       float* o = partial + r * partial_floats(call);
       const float* from = s.out + r * dim_v;
-      for (int64_t d = 0; d < dim_v; d += 32)
-        for (int i = 0; i < 16; i++) {  // bfloat16: even and odd channels back into order
+      for (int64_t d = 0; d < dim_v; d += 2 * N)
+        for (int i = 0; i < N; i++) {  // bfloat16: even and odd channels back into order
           o[d + (IsPaired<T>::value ? 2 * i : i)] = from[d + i];
-          o[d + (IsPaired<T>::value ? 2 * i + 1 : 16 + i)] = from[d + 16 + i];
+          o[d + (IsPaired<T>::value ? 2 * i + 1 : N + i)] = from[d + N + i];
         }
       o[dim_v] = s.maximum[r];
       o[dim_v + 1] = s.sum[r];
@@ -229,9 +283,9 @@ struct Decode {
   }
 };
 
-template <class T>
+template <int N, class T>
 void decode(const Call& call, const Task& task, char* scratch, float* partial) {
-  Decode<T>::run(call, task, scratch, partial);
+  Decode<N, T>::run(call, task, scratch, partial);
 }
 
 }  // namespace

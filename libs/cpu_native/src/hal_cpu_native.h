@@ -23,6 +23,9 @@ enum hal_dtype { HAL_FLOAT32 = 0, HAL_BFLOAT16 = 1, HAL_FLOAT16 = 2 };
 /* Instruction sets, each with what those before it have. AUTO: the best that this processor has. */
 enum hal_isa { HAL_ISA_AUTO = 0, HAL_ISA_AVX2 = 1, HAL_ISA_AVX512 = 2, HAL_ISA_AVX512_BF16 = 3 };
 
+/* What a mask's elements are: bytes, or numbers that are added to the scaled (and softcapped) scores, -inf hiding a key. */
+enum hal_mask { HAL_MASK_BYTES = 0, HAL_MASK_FLOAT32 = 1, HAL_MASK_OF_DTYPE = 2 };
+
 /* AUTO: decode for at most HAL_DECODE_ROWS rows (queries times group) where the processor has it, else prefill. */
 enum hal_kernel { HAL_KERNEL_AUTO = 0, HAL_KERNEL_PREFILL = 1, HAL_KERNEL_DECODE = 2 };
 
@@ -38,6 +41,7 @@ enum hal_status {
   HAL_BAD_ISA,
   HAL_BAD_KERNEL,
   HAL_SMALL_WORKSPACE,
+  HAL_BAD_MASK,
   HAL_STATUS_COUNT
 };
 
@@ -51,7 +55,8 @@ enum hal_status {
  *
  * query [batch, heads_q, len_q, dim_qk], key [batch, heads_kv, len_k, dim_qk], value [batch, heads_kv, len_k, dim_v],
  * out [batch, heads_q, len_q, dim_v]; query head h reads key head h / (heads_q / heads_kv).
- * mask: bytes [batch, heads_q, len_q, len_k] with any strides, 0 where the query may not read the key; NULL for none.
+ * mask: [batch, heads_q, len_q, len_k] with any strides in elements, of the kind `mask_kind`; NULL for none. A byte of 0
+ * hides the key; a number is added, in natural units, and numbers below -2.3e38 count as one.
  * blocks: a block plan as bytes [batch, heads_q, ceil(len_q / block_q), ceil(len_k / block_k)] with any strides, 0 where
  * no query of the block may read a key of the other; NULL for none. Keys that no row reads by it cost nothing.
  * lse: natural log-sum-exp, float [batch, heads_q, len_q], contiguous; NULL where it is not wanted.
@@ -61,7 +66,7 @@ typedef struct {
   const void* query;
   const void* key;
   const void* value;
-  const uint8_t* mask;
+  const void* mask;
   const uint8_t* blocks;
   void* out;
   float* lse;
@@ -74,8 +79,27 @@ typedef struct {
   int64_t batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
   int64_t band_low, band_high;
   float scale, softcap;
-  int32_t dtype, isa, kernel, threads;
+  int32_t dtype, isa, kernel, threads, mask_kind;
 } hal_attention;
+
+/* The backward pass of a call: `forward` with the query, key, value, mask and plan of it, and its out and lse, which are
+ * read. A plan that differs between heads that share a key head has no backward. Gradients are of the call's dtype, their
+ * last dimension contiguous; grad_out [batch, heads_q, len_q, dim_v]. grad_lse: of the log-sum-exp, as it is laid out;
+ * NULL for none. Lengths are above 0.
+ */
+typedef struct {
+  hal_attention forward;
+  const void* grad_out;
+  const float* grad_lse;
+  void* grad_query;
+  void* grad_key;
+  void* grad_value;
+  int64_t grad_out_strides[3], grad_query_strides[3], grad_key_strides[3], grad_value_strides[3]; /* batch, head, row */
+} hal_backward;
+
+HAL_API int64_t hal_cpu_native_backward_bytes(void);
+HAL_API int64_t hal_cpu_native_backward_workspace(const hal_backward* call);
+HAL_API int hal_cpu_native_attention_backward(const hal_backward* call);
 
 /* Bytes of hal_attention as this library was built: whoever fills the struct by its fields' places compares first. */
 HAL_API int64_t hal_cpu_native_call_bytes(void);

@@ -5,7 +5,7 @@
 // a NaN stays in its row. Source of the online softmax: Milakov & Gimelshein 2018, equation 3.
 #pragma once
 
-#include "vectors.hpp"
+#include "mask.hpp"
 
 namespace hal {
 namespace {
@@ -139,6 +139,14 @@ struct Prefill {
     }
   }
 
+  HAL_INLINE const uint8_t* bytes(const Call& call, const Task& task, int64_t row, int64_t key) {
+    return (const uint8_t*)call.mask + task.batch * call.mask_strides[0] +
+           (task.head * call.group + row % call.group) * call.mask_strides[1] + row / call.group * call.mask_strides[2] + key * call.mask_strides[3];
+  }
+
+  // Log2 units of a score as the product, or the softcap, leaves it.
+  HAL_INLINE float score_unit(const Call& call) { return call.softcap > 0 ? kLog2e : call.scale * kLog2e; }
+
   // Scores that a row may not see become -inf: by band, by the end of the keys, and by the mask.
   HAL_INLINE void hide(const Call& call, const Task& task, int64_t row, const Block& block, int64_t key, int64_t keys, int64_t filled, float* scores) {
     for (int h = 0; h < kRows; h += N) {
@@ -150,38 +158,34 @@ struct Prefill {
         store<N>(s, ((first <= i) & (end > i)) ? load<N>(s) : all<N>(-kInfinity));
       }
     }
-    if (!call.mask) return;
+    if (!call.mask || is_additive(call)) return;
     const int64_t step = call.mask_strides[3];
     if (!mask_differs(call)) {
-      const uint8_t* m = mask_row(call, task.batch, task.head, row) + key * step;
+      const uint8_t* m = bytes(call, task, row, key);
       for (int64_t i = 0; i < keys; i++)
         if (!m[i * step])
           for (int h = 0; h < kRows; h += N) store<N>(scores + i * kRows + h, all<N>(-kInfinity));
       return;
     }
     for (int j = 0; j < kRows; j++) {
-      const int64_t r = least(row + j, task.row + task.rows - 1);
-      const uint8_t* m = mask_row(call, task.batch, task.head, r) + key * step;
+      const uint8_t* m = bytes(call, task, least(row + j, task.row + task.rows - 1), key);
       for (int64_t i = 0; i < keys; i++) scores[i * kRows + j] = m[i * step] ? scores[i * kRows + j] : -kInfinity;
     }
   }
 
-  // Whether any row of the task may see any of these keys by the mask.
-  HAL_INLINE bool any_visible(const Call& call, const Task& task, int64_t key, int64_t keys) {
-    if (!call.mask) return true;
-    const int64_t step = call.mask_strides[3];
-    const int64_t rows = mask_differs(call) ? task.rows : 1;
-    for (int64_t r = 0; r < rows; r++) {
-      const uint8_t* m = mask_row(call, task.batch, task.head, task.row + r) + key * step;
-      for (int64_t i = 0; i < keys; i++)
-        if (m[i * step]) return true;
-    }
-    return false;
+  // Whether any of the rows from `row` to `end` may see any of these keys by the mask.
+  HAL_INLINE bool any_visible(const Call& call, const Task& task, int64_t row, int64_t end, int64_t key, int64_t keys) {
+    if (!mask_differs(call)) end = row + 1;
+    bool any = false;
+    for (int64_t r = row; r < end && !any; r++)
+      any = with_mask<T>(call, task.batch, task.head, r, key,
+                         [&](auto* m) __attribute__((always_inline)) { return lets_any_through(m, call.mask_strides[3], keys); });
+    return any;
   }
 
   // Scores to weights, with the running maximum. `hidden`: some scores are -inf and their weights are 0.
   HAL_INLINE void softmax(const Call& call, Block& block, float* scores, Operand* weights, int64_t filled, bool hidden) {
-    const float unit = call.softcap > 0 ? kLog2e : call.scale * kLog2e;
+    const float unit = is_additive(call) ? 1.f : score_unit(call);
     for (int h = 0; h < kRows; h += N) {
       F top = all<N>(-kInfinity), top2 = top;
       for (int64_t i = 0; i < filled; i += 2) {
@@ -236,7 +240,7 @@ struct Prefill {
       if (kRounds && call.lse && block.sum[j] != 0.f) {
         const int64_t head = task.head * call.group + (row + j) % call.group;
         call.lse[(task.batch * call.heads_q + head) * call.len_q + (row + j) / call.group] =
-            (block.maximum[j] + __builtin_log2f(block.whole[j])) * kLn2;
+            natural(block.maximum[j], block.whole[j]);
       }
     }
   }
@@ -279,8 +283,14 @@ struct Prefill {
       const int64_t keys = stop - key, filled = round_up(keys, kKeyStep);
       Seen by[kMostTaskRows / kRows];
       bool any = false;
-      for (int64_t n = 0; n < count; n++) any |= (by[n] = seen(call, task, blocks[n], key, stop)) != kNone;
-      if (!any || !any_visible(call, task, key, keys)) continue;
+      for (int64_t n = 0; n < count; n++) {
+        by[n] = seen(call, task, blocks[n], key, stop);
+        const int64_t row = task.row + n * kRows;
+        const int64_t row_end = least(row + kRows, task.row + task.rows);
+        if (by[n] != kNone && call.mask && !any_visible(call, task, row, row_end, key, keys)) by[n] = kNone;
+        any |= by[n] != kNone;
+      }
+      if (!any) continue;
       int64_t key_stride = call.key_strides[2], value_stride = call.value_strides[2];
       const Operand* kp = P::pack_keys(k + key * key_stride, key_stride, keys, dim, key_room);
       const Operand* vp = P::pack_values(v + key * value_stride, value_stride, keys, dim_v, value_room);
@@ -292,8 +302,10 @@ struct Prefill {
         if (call.softcap > 0)
           for (int64_t i = 0; i < filled * kRows; i += N)
             store<N>(scores + i, softcapped<N>(load<N>(scores + i), factor, call.softcap));
-        const bool hidden = call.mask || block.least_end < key + filled || block.most_first > key || keys < filled || by[n] == kSome;
-        if (hidden) hide(call, task, task.row + n * kRows, block, key, keys, filled, scores);
+        if (is_additive(call)) add_mask<kRows, T>(call, task, task.row + n * kRows, key, keys, filled, score_unit(call), scores);
+        const bool cut = block.least_end < key + filled || block.most_first > key || keys < filled;
+        const bool hidden = call.mask || cut || by[n] == kSome;
+        if (cut || (call.mask && !is_additive(call))) hide(call, task, task.row + n * kRows, block, key, keys, filled, scores);
         if (by[n] == kSome) hide_planned(call, task, task.row + n * kRows, key, filled, scores);
         softmax(call, block, scores, weights, filled, hidden);
         const Operand* wp = P::weights((const Operand*)scores, weights);

@@ -115,6 +115,11 @@ HAL_INLINE void narrow(const float* p, float factor, bf16* o, int64_t n) {
   }
 }
 
+// The log-sum-exp of weights relative to 2^maximum. The lowest number is that of a mask, see mask.hpp.
+HAL_INLINE float natural(float maximum, float sum) {
+  return maximum <= -3.402823466e38f ? maximum : (maximum + __builtin_log2f(sum)) * kLn2;
+}
+
 // Divides a row's sum by its weights and writes it and its log-sum-exp. A row without weights gives 0 and -inf.
 template <class T>
 HAL_INLINE void finish_row(const Call& call, int64_t batch, int64_t head_kv, int64_t row, const float* out, Partial state) {
@@ -123,7 +128,7 @@ HAL_INLINE void finish_row(const Call& call, int64_t batch, int64_t head_kv, int
   narrow(out, state.sum == 0.f ? 0.f : 1.f / state.sum, o, call.dim_v);
   if (call.lse)
     call.lse[(batch * call.heads_q + head) * call.len_q + query] =
-        state.sum == 0.f ? -kInfinity : (state.maximum + __builtin_log2f(state.sum)) * kLn2;
+        state.sum == 0.f ? -kInfinity : natural(state.maximum, state.sum);
 }
 
 template <class T>
@@ -131,20 +136,11 @@ HAL_INLINE const T* query_row(const Call& call, int64_t batch, int64_t head_kv, 
   return (const T*)call.query + batch * call.query_strides[0] +
          (head_kv * call.group + row % call.group) * call.query_strides[1] + row / call.group * call.query_strides[2];
 }
-HAL_INLINE const uint8_t* mask_row(const Call& call, int64_t batch, int64_t head_kv, int64_t row) {
-  return call.mask + batch * call.mask_strides[0] + (head_kv * call.group + row % call.group) * call.mask_strides[1] +
-         row / call.group * call.mask_strides[2];
-}
 HAL_INLINE int64_t first_key(const Call& call, int64_t row) {
   return most<int64_t>(0, least(call.len_k, row / call.group + call.band_low));
 }
 HAL_INLINE int64_t end_key(const Call& call, int64_t row) {
   return most<int64_t>(0, least(call.len_k, row / call.group + call.band_high + 1));
-}
-
-// Whether the rows of a key head see a mask that differs between them.
-HAL_INLINE bool mask_differs(const Call& call) {
-  return (call.mask_strides[1] && call.group > 1) || (call.mask_strides[2] && call.len_q > 1);
 }
 
 }  // namespace

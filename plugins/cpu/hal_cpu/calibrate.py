@@ -96,16 +96,43 @@ def _gains(
         with offering("always"):
             path = compiled_path(request)
             assert path is not None
-            compiled = session.bind(request)
+            compiled = session.bind(replace(request, lse=True) if request.grads else request)
             if path not in values["calls"]:
                 few = replace(request, heads_q=1, heads_kv=1, len_q=min(request.len_q, 32), len_k=32)
                 values["calls"][path] = _attention_seconds(session, few, 0.1)
         with offering("never"):
             torchs = session.bind(request)
+        if request.grads:
+            torchs, compiled = _training(request, torchs), _compiled_training(session, request, compiled)
         ratios, seconds = _in_turn(request, torchs, compiled)
         found.setdefault(name, []).append((float(request.visible_macs), ratios))
-        _keep_rate(values, path, request, seconds)
+        if not request.grads:  # estimates are of the forward pass
+            _keep_rate(values, path, request, seconds)
     return found
+
+
+def _training(request: AttentionRequest, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Forward and backward by a path that torch differentiates."""
+
+    def call(*operands: Any) -> Any:
+        leaves = [tensor.detach().requires_grad_() for tensor in operands[:3]]
+        out = forward(*leaves, *operands[3:])
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return call
+
+
+def _compiled_training(
+    session: CpuSession, request: AttentionRequest, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The same by the compiled kernels, whose forward pass is bound with its log-sum-exp."""
+
+    def call(*operands: Any) -> Any:
+        out, lse = forward(*operands)
+        prepared = session.prepare_attention(*operands[:3], request=request)
+        return session.compute_attention_backward(prepared, out, lse, torch.ones_like(out))
+
+    return call
 
 
 def _compiled_samples() -> list[tuple[str, AttentionRequest]]:
@@ -116,7 +143,12 @@ def _compiled_samples() -> list[tuple[str, AttentionRequest]]:
             request = AttentionRequest(1, 8, 8, length, length, 64, 64, dtype)
             samples.append((f"compiled blocks {dtype}", replace(request, block_plan=(64, 64, length // 256))))
         for heads, length in ((8, 64), (8, 256), (8, 1024)):
-            samples.append((f"compiled {dtype}", AttentionRequest(1, heads, heads, length, length, 64, 64, dtype)))
+            plain = AttentionRequest(1, heads, heads, length, length, 64, 64, dtype)
+            samples.append((f"compiled {dtype}", plain))
+            samples.append((f"compiled additive {dtype}", replace(plain, mask=MaskKind.ADDITIVE)))
+        for length in (256, 1024):
+            trained = AttentionRequest(1, 4, 4, length, length, 64, 64, dtype, grads=frozenset("qkv"))
+            samples.append((f"compiled backward {dtype}", trained))
         for length in (512, 4096):
             samples.append((f"streamed {dtype}", AttentionRequest(1, 16, 16, 1, length, 64, 64, dtype)))
             samples.append((f"streamed shared {dtype}", AttentionRequest(1, 16, 4, 1, length, 64, 64, dtype)))
@@ -132,12 +164,12 @@ def _in_turn(
     """(torch's time over the compiled kernel's, the compiled kernel's seconds). The path is chosen when a call
     runs, so each is called under the offer that it was bound under.
     """
-    operands, plan = _draw(request), _plan(request)
+    operands, plan, mask = _draw(request), _plan(request), _mask(request)
 
     def timed(call: Callable[..., Any], offer: Any) -> float:
         with offering(offer):
             start = time.perf_counter()
-            call(*operands, None, plan, None, None)
+            call(*operands, mask, plan, None, None)
             return time.perf_counter() - start
 
     ratios, fastest = [], float("inf")
@@ -216,6 +248,13 @@ def _draw(request: AttentionRequest) -> tuple[Tensor, Tensor, Tensor]:
         draw(request.heads_kv, request.len_k, request.dim_qk),
         draw(request.heads_kv, request.len_k, request.dim_v),
     )
+
+
+def _mask(request: AttentionRequest) -> Tensor | None:
+    """Random numbers for every query and key, in common to all heads; None where the request has no additive mask."""
+    if request.mask is not MaskKind.ADDITIVE:
+        return None
+    return torch.randn(1, 1, request.len_q, request.len_k).to(getattr(torch, request.dtype))
 
 
 def _plan(request: AttentionRequest) -> BlockPlan | None:

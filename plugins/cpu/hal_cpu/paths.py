@@ -18,7 +18,8 @@ from .discovery import Machine, this_machine
 TorchPath = Literal["native", "packed", "fused", "decode", "blocks", "tiled"]
 CompiledPath = Literal["compiled", "streamed"]
 Path = TorchPath | CompiledPath
-#: Torch's time over that of a compiled kernel, by "<path> <dtype>", of block plans by "compiled blocks <dtype>", and of
+#: Torch's time over that of a compiled kernel, by "<path> <dtype>"; of block plans by "compiled blocks <dtype>", of
+#: additive masks by "compiled additive <dtype>", of forward and backward together by "compiled backward <dtype>"; of
 #: the streamed path by whether key heads are shared: (multiply-accumulates of a measured call, gain), smallest call
 #: first.
 Gains = Mapping[str, Sequence[tuple[float, float]]]
@@ -62,9 +63,8 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
     if not compiled_kernels():
         return None
     if (
-        request.grads
+        (request.grads and not _differentiates(request))
         or request.dtype not in ("float32", "bfloat16", "float16")
-        or request.mask is MaskKind.ADDITIVE
         or request.dropout
         or request.packed
         or request.page_size is not None
@@ -77,14 +77,20 @@ def compiled_path(request: AttentionRequest) -> CompiledPath | None:
     ):
         return None
     from hal_cpu_native.call import DECODE_ROWS, DECODE_UNIT, MOST_HEAD_DIM, UNIT
-    from hal_cpu_native.library import load
 
     dims = (request.dim_qk, request.dim_v)
     if not all(0 < dim <= MOST_HEAD_DIM and dim % UNIT == 0 for dim in dims):
         return None
     rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
-    few = rows <= DECODE_ROWS and load().isa > 1 and not any(dim % DECODE_UNIT for dim in dims)
-    return "streamed" if few and request.block_plan is None else "compiled"
+    few = rows <= DECODE_ROWS and not any(dim % DECODE_UNIT for dim in dims)
+    return "streamed" if few and request.block_plan is None and not request.grads else "compiled"
+
+
+def _differentiates(request: AttentionRequest) -> bool:
+    """Whether the compiled backward is asked. An additive mask may make a log-sum-exp too coarse to start from, and of
+    a block plan it is not known before the call whether heads that share a key head share its pattern.
+    """
+    return "mask" not in request.grads and request.mask is not MaskKind.ADDITIVE and request.block_plan is None
 
 
 def compiled_kernels() -> bool:
@@ -112,8 +118,7 @@ def gain(request: AttentionRequest, path: CompiledPath) -> float:
     The lower of the two measured calls between which the request's work lies; of the largest beyond it; less what the
     last block of rows wastes. Calls with less work than the smallest that was measured are left to torch.
     """
-    kind = " shared" if path == "streamed" and request.heads_q != request.heads_kv else ""
-    kind = " blocks" if request.block_plan is not None else kind
+    kind = _kind(request, path)
     measured = (first_guess(this_machine()) if _gains is None else _gains).get(f"{path}{kind} {request.dtype}", ())
     macs = request.visible_macs
     if not measured or macs < measured[0][0]:
@@ -124,6 +129,17 @@ def gain(request: AttentionRequest, path: CompiledPath) -> float:
         return min(below[1], above[1])
     rows = request.len_q * (request.heads_q // max(request.heads_kv, 1))
     return min(below[1], above[1]) * rows / (-(-rows // BLOCK_ROWS) * BLOCK_ROWS)  # the last block's rows are filled up
+
+
+def _kind(request: AttentionRequest, path: CompiledPath) -> str:
+    """What sets a call's gain apart from that of the path's plain calls."""
+    if path == "streamed":
+        return " shared" if request.heads_q != request.heads_kv else ""
+    if request.block_plan is not None:
+        return " blocks"
+    if request.grads:
+        return " backward"
+    return " additive" if request.mask is MaskKind.ADDITIVE else ""
 
 
 def first_guess(machine: Machine) -> Gains:

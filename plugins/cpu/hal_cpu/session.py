@@ -337,6 +337,9 @@ class CpuSession(SessionBase):
         if not len_k or not query.shape[2] or not query.shape[0]:
             tensors = zip(("q", "k", "v", "mask"), (query, key, value, mask), strict=True)
             return Grads(*(torch.zeros_like(t) if n in wanted and t is not None else None for n, t in tensors))
+        if path_of(request) == "compiled" and request.grads:
+            found = compiled.backward(request, query, key, value, mask, given, memory)
+            return Grads(*(g if n in wanted else None for n, g in zip(("q", "k", "v", "mask"), found, strict=True)))
         if torch_path(replace(request, lse=True)) == "fused" and given.grad_lse is None:
             upper, scale = Band(*request.band(query.shape[2], len_k)).upper, request.effective_scale
             grads = fused.backward(query, key, value, given.out, given.lse, given.grad_out, scale, upper, memory)

@@ -67,7 +67,13 @@ def _compiled(request: AttentionRequest, threads: int) -> int:
     dims = (request.dim_qk, request.dim_v)
     if request.block_plan is None:
         needed = workspace_bytes((*sizes, *dims), request.dtype, threads)
-        return pooled_size(needed) if needed else 0
+        total = pooled_size(needed) if needed else 0
+        if request.grads:  # the forward pass's block stays in the pool; a broadcast gradient is copied
+            rows = request.batch * request.heads_q * request.len_q
+            needed = workspace_bytes((*sizes, *dims), request.dtype, threads, backward=True)
+            copied = rows * request.dim_v * DTYPE_BYTES[request.dtype]
+            total += sum(pooled_size(part) for part in (needed, copied) if part)
+        return total
     # A plan may have a pattern of its own for every batch entry and head: which, only the plan itself says.
     each = (request.batch, request.heads_q, request.heads_q, request.len_q, request.len_k)
     needed = max(
