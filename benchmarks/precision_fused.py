@@ -76,6 +76,10 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=20)
     given = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        from cuda_attention import open_device
+
+        open_device()
     tokens = torch.randint(256, (1, given.tokens), device=device)
     eager = build(given.width, device).eval()
     want = evaluation(eager, tokens)().float()

@@ -287,7 +287,8 @@ def count_kernels(call: Callable[[], Any]) -> tuple[dict[str, int], int]:
             torch.cuda.synchronize()
     kernels: dict[str, int] = {}
     events = profiler.events() or []
-    cuda = [each for each in events if each.device_type.name == "CUDA"]
+    # Ranges that torch.compile names lie on the device's timeline too.
+    cuda = [each for each in events if each.device_type.name == "CUDA" and not each.is_user_annotation]
     names = [each.name for each in cuda]
     if not cuda:
         names = [name for each in events if each.cpu_parent is None for name in _computing(each)]
