@@ -1,11 +1,11 @@
-"""A decode step and a prefill of a Llama of about a billion parameters on a GPU: fused with hal's attention, and SDPA under
-torch.compile.
+"""A decode step and a prefill of a Llama of about a billion parameters on a GPU: fused with hal's attention, and with
+SDPA under torch.compile.
 
-    python benchmarks/precision_decode.py [--record] [--cache 8192] [--layers 16]
+    python benchmarks/precision_decode.py [--record] [--cache 8192] [--layers 16] [--prefill]
 
 Random weights in bfloat16, one sequence, a static cache that is full but for the last tokens. A decode step reads one
-token, all weights and the cache. Times are medians of interleaved calls with the device waited for. Errors are relative,
-of the step's logits, against SDPA that is not compiled.
+token, all weights and the cache. Times are medians of interleaved calls with the device waited for. Errors are
+relative, of the step's logits, against SDPA that is not compiled.
 """
 
 from __future__ import annotations
