@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hal_core import ContractError
 
@@ -90,60 +90,19 @@ class FusionPerformanceStats:
     kernels: dict[str, int]
 
 
+def _operators(names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names.split())
+
+
 #: Operators that make or view tensors and compute nothing.
-_VIEWS = frozenset(
-    f"aten::{name}"
-    for name in [
-        "alias",
-        "as_strided",
-        "chunk",
-        "detach",
-        "detach_",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "expand",
-        "flatten",
-        "lift_fresh",
-        "narrow",
-        "permute",
-        "resize_",
-        "result_type",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-        "_reshape_alias",
-        "_unsafe_view",
-        "reshape",
-        "is_nonzero",
-        "item",
-        "_local_scalar_dense",
-        "set_",
-        "contiguous",
-        "expand_as",
-        "numpy_T",
-        "mT",
-        "swapaxes",
-        "movedim",
-        "size",
-        "stride",
-        "sym_size",
-        "resolve_conj",
-        "resolve_neg",
-        "promote_types",
-    ]
-)
+_VIEWS = _operators("""
+    alias as_strided chunk detach detach_ empty empty_like empty_strided expand flatten lift_fresh narrow permute
+    resize_ result_type select slice split split_with_sizes squeeze t transpose unbind unflatten unsqueeze view view_as
+    _reshape_alias _unsafe_view reshape is_nonzero item _local_scalar_dense set_ contiguous expand_as numpy_T mT
+    swapaxes movedim size stride sym_size resolve_conj resolve_neg promote_types
+""")
 #: Operators that copy: kernels, unless they only serve the operator that calls them.
-_COPIES = frozenset(f"aten::{name}" for name in ("to", "_to_copy", "copy_", "fill_", "zero_"))
+_COPIES = _operators("to _to_copy copy_ fill_ zero_")
 
 
 class UnifiedAttentionFusion(nn.Module):
@@ -350,11 +309,7 @@ def benchmark_fusion_performance(
         fused.train(modes[1])
     plain, quick = (statistics.median(times) for times in zip(*pairs, strict=True))
     counted = sum(before.values()), sum(after.values())
-    error = _relative(outs[1], outs[0])
+    error = float((outs[1] - outs[0]).norm() / outs[0].norm().clamp_min(1e-30))
     return FusionPerformanceStats(
         *counted, 1 - counted[1] / max(counted[0], 1), launches, plain, quick, plain / quick, error, after
     )
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))

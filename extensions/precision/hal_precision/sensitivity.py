@@ -248,9 +248,7 @@ def _passes(
     try:
         with frozen(model), torch.enable_grad():
             for batch in batches:
-                output = run(model, batch)
-                found, logits = (readout(output), False) if readout is not None else read_output(output)
-                score, count = _sampled_score(found.float(), logits, generator, batch)
+                score, count = _sampled_score(*_read(model, batch, readout), generator, batch)
                 score.backward()
                 positions += count
     finally:
