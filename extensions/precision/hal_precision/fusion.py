@@ -17,6 +17,7 @@ from torch import nn
 
 from hal_core import ContractError
 
+from .merging import merge_projections
 from .sensitivity import read_output, run
 
 
@@ -55,6 +56,8 @@ class FusionConfig:
         enable_mixed_precision: run the fused model under bfloat16 autocast, on CUDA.
         enable_memory_optimization: in inference call without autograd's records.
         target_sequence_length: longer inputs are compiled with dynamic shapes, shorter ones too unless AGGRESSIVE.
+        merge_projections: without gradients, one product for queries, keys and values, and one for gate and up. The
+            weights become views of joint tensors; `revert` takes it back.
         hal_attention: send Hugging Face models' attention to hal (`attn_implementation="hal"`); False leaves theirs.
     """
 
@@ -63,6 +66,7 @@ class FusionConfig:
     enable_mixed_precision: bool = True
     enable_memory_optimization: bool = True
     target_sequence_length: int = 512
+    merge_projections: bool = True
     hal_attention: bool = True
 
 
@@ -96,9 +100,9 @@ def _operators(names: str) -> frozenset[str]:
 
 #: Operators that make or view tensors and compute nothing.
 _VIEWS = _operators("""
-    alias as_strided chunk detach detach_ empty empty_like empty_strided expand flatten lift_fresh narrow permute
-    resize_ result_type select slice split split_with_sizes squeeze t transpose unbind unflatten unsqueeze view view_as
-    _reshape_alias _unsafe_view reshape is_nonzero item _local_scalar_dense set_ contiguous expand_as numpy_T mT
+    alias as_strided chunk detach detach_ empty empty_like empty_strided new_empty expand flatten lift_fresh narrow
+    permute resize_ result_type select slice split split_with_sizes squeeze t transpose unbind unflatten unsqueeze view
+    view_as _reshape_alias _unsafe_view reshape is_nonzero item _local_scalar_dense set_ contiguous expand_as numpy_T mT
     swapaxes movedim size stride sym_size resolve_conj resolve_neg promote_types
 """)
 #: Operators that copy: kernels, unless they only serve the operator that calls them.
@@ -124,6 +128,7 @@ class UnifiedAttentionFusion(nn.Module):
             )
         self.training = module.training
         self._attention = self._to_hal() if config.hal_attention else None
+        self._merged = merge_projections(module) if config.merge_projections else []
         options: dict[str, Any] = {"fullgraph": config.optimization_level is not OptimizationLevel.CONSERVATIVE}
         device = next((each.device.type for each in module.parameters()), "cpu")
         if config.optimization_level is OptimizationLevel.AGGRESSIVE:
@@ -160,6 +165,8 @@ class UnifiedAttentionFusion(nn.Module):
         """The model as it was: not compiled, with its own attention."""
         for name in self.fused:
             self.module.get_submodule(name)._compiled_call_impl = None
+        while self._merged:
+            self._merged.pop().revert()
         if self._attention is not None:
             self.module.set_attn_implementation(self._attention)  # type: ignore[operator]
             self._attention = None
