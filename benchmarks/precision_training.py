@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 BAR = 0.005
-LENGTH, SEQUENCES = 128, 8
+LENGTH = 128
 CONFIGS: dict[str, FP8Config | None] = {
     "bfloat16": None,
     "FP8 rowwise": FP8Config(),
@@ -41,9 +41,9 @@ CONFIGS: dict[str, FP8Config | None] = {
 }
 
 
-def batch(rng: random.Random, text: bytes) -> Tensor:
-    """int64 [SEQUENCES, LENGTH + 1] of bytes."""
-    return byte_model._stacked([byte_model.excerpt(rng, text, LENGTH + 1) for _ in range(SEQUENCES)])
+def batch(rng: random.Random, text: bytes, sequences: int) -> Tensor:
+    """int64 [sequences, LENGTH + 1] of bytes."""
+    return byte_model._stacked([byte_model.excerpt(rng, text, LENGTH + 1) for _ in range(sequences)])
 
 
 def loss_of(output: Any, targets: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class CapturedStep:
     """Forward and backward of one batch as a CUDA graph.
 
     Args:
-        call: runs forward and backward of int64 [SEQUENCES, LENGTH + 1] and gives the loss. model: has the gradients.
+        call: runs forward and backward of int64 [sequences, LENGTH + 1] and gives the loss. model: has the gradients.
     """
 
     def __init__(self, call: Callable[[Tensor], Tensor], model: nn.Module, tokens: Tensor) -> None:
@@ -98,11 +98,13 @@ class CapturedStep:
         return self.loss
 
 
-def train(seed: int, name: str, steps: int, device: str = "cpu", capture: bool = False) -> dict[str, Any]:
+def train(
+    seed: int, name: str, steps: int, sequences: int, rate: float, device: str = "cpu", capture: bool = False
+) -> dict[str, Any]:
     """Train for a number of steps. Gives the held-out loss, the last losses and what was counted."""
     config, kind = CONFIGS[name], torch.device(device).type
     model = byte_model.build(seed).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     rng, text = random.Random(seed), byte_model.sources().training
     engine = FP8TrainingEngine(model, config or FP8Config(), loss=loss_of, clip_norm=1.0)
     start, losses, skipped_at = time.monotonic(), list[float](), None
@@ -120,14 +122,14 @@ def train(seed: int, name: str, steps: int, device: str = "cpu", capture: bool =
 
     call: Callable[[Tensor], Tensor] = differentiate
     if capture:
-        call = CapturedStep(differentiate, model, batch(random.Random(0), text).to(device))
+        call = CapturedStep(differentiate, model, batch(random.Random(0), text, sequences).to(device))
         for layer in engine.layers.values():  # as before the warm-up
             layer.amax.zero_()
             layer.counts.zero_()
     for step in range(steps):
         factor = min(1.0, (step + 1) / 50) * min(1.0, (steps - step) / (0.5 * steps))
-        optimizer.param_groups[0]["lr"] = 3e-3 * factor
-        tokens = batch(rng, text).to(device)
+        optimizer.param_groups[0]["lr"] = rate * factor
+        tokens = batch(rng, text, sequences).to(device)
         if config is not None and step == steps // 2:
             hook = model.get_parameter("model.layers.0.mlp.down_proj.weight").register_hook(spoil)
             loss = differentiate(tokens)
@@ -156,13 +158,18 @@ def train(seed: int, name: str, steps: int, device: str = "cpu", capture: bool =
     }
 
 
+def key_of(given: Any, name: str, seed: int) -> str:
+    """The name of a training in the state's file."""
+    return f"{name} {seed} {given.steps} {given.sequences} {given.rate:g}"
+
+
 def trainings(given: Any, known: dict[str, Any]) -> None:
     """Run the trainings that `known` lacks and put them there, and into the state's file, as they end."""
-    asked = {f"{name} {seed} {given.steps}": (seed, name) for seed in range(given.seeds) for name in CONFIGS}
+    asked = {key_of(given, name, seed): (seed, name) for seed in range(given.seeds) for name in CONFIGS}
     capture = given.device.startswith("cuda") and not given.eager
     with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
         jobs = {
-            pool.submit(train, *job, given.steps, given.device, capture): key
+            pool.submit(train, *job, given.steps, given.sequences, given.rate, given.device, capture): key
             for key, job in asked.items()
             if key not in known
         }
@@ -180,6 +187,8 @@ def main() -> int:
     options = record.parser(__doc__)
     options.add_argument("--steps", type=int, default=1000)
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--sequences", type=int, default=8, help=f"of {LENGTH} bytes, in a step")
+    options.add_argument("--rate", type=float, default=1e-3, help="largest learning rate")
     options.add_argument("--device", default="cpu")
     options.add_argument("--workers", type=int, default=1, help="trainings at a time")
     options.add_argument("--eager", action="store_true", help="no CUDA graph")
@@ -194,7 +203,7 @@ def main() -> int:
         if config is None:
             continue
         for seed in range(given.seeds):
-            plain, found = (known[f"{each} {seed} {given.steps}"] for each in ("bfloat16", name))
+            plain, found = (known[key_of(given, each, seed)] for each in ("bfloat16", name))
             share = found["held_out"] / plain["held_out"] - 1
             curve = max(b / a - 1 for a, b in zip(plain["curve"], found["curve"], strict=True))
             recovered = found["skipped_steps"] == 1 and found["skipped_at"] == given.steps // 2
@@ -227,7 +236,8 @@ def main() -> int:
     on_gpu = given.device.startswith("cuda")
     where = f"on {torch.cuda.get_device_name(given.device)}" if on_gpu else "emulated on the CPU"
     notes = [
-        f"{given.steps} steps of {SEQUENCES} sequences of {LENGTH} bytes, FP8 {where}. Loss: nats a byte "
+        f"{given.steps} steps of {given.sequences} sequences of {LENGTH} bytes, learning rate {given.rate:g}, "
+        f"FP8 {where}. Loss: nats a byte "
         "of sources that are not trained on, after the last step. 'Largest in a hundred steps' compares the means of "
         "the training losses of every hundred steps. Both sides have the same weights at the start and the same bytes; "
         "the FP8 side does one step less, the skipped one."
