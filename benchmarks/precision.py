@@ -9,6 +9,9 @@ and for MiniLM the mean squared distance of normalised sentence embeddings from 
 (uniform - variant) / (uniform - full), where uniform stores every block in one integer format, rounded to nearest, and
 every variant takes at most uniform's bytes. Seeds draw the calibration data and the sampled labels.
 
+--ways measures other ways of allocation alone, rounding to nearest: smaller blocks, larger groups, factors that are
+learned layer by layer, and the second moment of a layer's inputs in place of single samples.
+
 If torchao is installed, its int4 weight-only quantisation (groups of 32) is measured too, and adaptive precision at the
 bits that it has with bfloat16 scales, 4.5.
 """
@@ -161,12 +164,119 @@ def calibrated_losses(
     return {key: losses_of(name, seed, *key, measure=partial(measure, key)) for key in _keys(kind)}
 
 
+#: Other ways of allocation: what changes in the config, and whether costs come from the inputs' second moment.
+WAYS: dict[str, tuple[dict[str, Any], bool]] = {
+    "Fisher, blocks of 16 rows": ({}, False),
+    "blocks of 4 rows": ({"block_rows": 4}, False),
+    "blocks of 1 row": ({"block_rows": 1}, False),
+    "groups of 64, blocks of 4 rows": ({"group_size": 64, "block_rows": 4}, False),
+    "second moment of the inputs, blocks of 4 rows": ({"block_rows": 4}, True),
+    "learned factors, blocks of 4 rows": (
+        {"block_rows": 4, "allocation_strategy": AllocationStrategy.LEARNED},
+        False,
+    ),
+}
+
+
+def moment_costs(layers: list[Any], measured: Any, config: PrecisionConfig) -> Tensor:
+    """[blocks, formats]: half of d M d^T for a row's rounding error d and the inputs' second moment M, weighted by the
+    row's share of the squared gradients: the Fisher information if inputs and gradients were independent.
+    """
+    from hal_precision import sensitivity
+
+    found = []
+    for layer in layers:
+        seen, columns = measured.layers[layer.name], []
+        for form in FORMATS:
+            error = sensitivity.rounding_error(layer.module.weight, form, config.group_size)
+            columns.append(((error @ seen.moment) * error).sum(1) * seen.gradient / seen.gradient.sum())
+        found.append(sensitivity.by_block(torch.stack(columns, 1), config.block_rows) * 0.5 / measured.positions)
+    return torch.cat(found)
+
+
+def measure_ways(name: str, case: Case, seeds: int, sizes: dict[int, int], losses_of: Losses) -> dict[Any, list[float]]:
+    """Losses of every way, by (bits, way), over the seeds."""
+    from hal_precision import sensitivity
+    from hal_precision.adaptive import choose
+
+    def plans(way: str, seed: int) -> dict[int, Any]:
+        change, moment = WAYS[way]
+        config = attrs.evolve(
+            CONFIG,
+            **{"compensate": False, "allocation_strategy": AllocationStrategy.FISHER, "seed": seed, **change},
+        )
+        data = case.calibration(seed)
+        layers, left = sensitivity.packable(case.model, config)
+        if moment:  # `compensate` asks for moments; what it is measured on is rounded to nearest all the same
+            measured = sensitivity.calibrate(
+                case.model, layers, FORMATS, data, attrs.evolve(config, compensate=True), case.readout
+            )
+            costs = moment_costs(layers, measured, config)
+        else:
+            measured = sensitivity.calibrate(case.model, layers, FORMATS, data, config, case.readout)
+            factors = None
+            if config.allocation_strategy is AllocationStrategy.LEARNED:
+                factors = sensitivity.learned_factors(case.model, layers, FORMATS, measured, data, config, case.readout)
+            costs = sensitivity.costs(layers, FORMATS, config, measured, factors)
+        table = costs.double().cpu().numpy()
+        found = {
+            bits: choose(case.model, layers, left, FORMATS, table, config, size, measured)
+            for bits, size in sizes.items()
+        }
+        return {bits: attrs.evolve(plan, moments={}) for bits, plan in found.items()}
+
+    found: dict[Any, list[float]] = {}
+    for seed in range(seeds):
+        for way in WAYS:
+            made: dict[int, Any] = {}
+
+            def measure(bits: int, way: str = way, seed: int = seed, made: dict[int, Any] = made) -> float:
+                made.update(made or plans(way, seed))
+                return packed_loss(case, made[bits])
+
+            for bits in sizes:
+                loss = losses_of(name, "way", seed, bits, way, measure=partial(measure, bits))
+                found.setdefault((bits, way), []).append(loss)
+    return found
+
+
+def ways(given: Any) -> None:
+    """Measure and record the ways."""
+    losses_of, rows = Losses(given.state), []
+    for name in given.models.split(","):
+        case = CASES[name]()
+        full, sizes, worst = losses_of(name, "full", measure=partial(case.loss, case.model)), {}, {}
+        for bits in BARS:
+            only = attrs.evolve(
+                CONFIG,
+                formats=(PrecisionFormat(f"int{bits}"),),
+                allocation_strategy=AllocationStrategy.UNIFORM,
+                target_memory_reduction=0.01,
+            )
+            plan = plan_precision(case.model, only)
+            sizes[bits] = plan.stored_bytes
+            worst[bits] = losses_of(name, bits, "uniform, to nearest", measure=partial(packed_loss, case, plan))
+        for (bits, way), losses in sorted(
+            measure_ways(name, case, given.seeds, sizes, losses_of).items(), key=lambda item: -item[0][0]
+        ):
+            shares = [(worst[bits] - loss) / (worst[bits] - full) for loss in losses]
+            held = "held" if min(shares) >= BARS[bits] else "missed"
+            rows.append([name, str(bits), way, " ".join(f"{share:.0%}" for share in shares), f"{BARS[bits]:.0%}", held])
+    title = "Other ways of allocation alone"
+    notes = ["Closed of the gap between uniform and full precision at equal stored bytes, rounded to nearest, by seed."]
+    record.publish(given, "precision", title, ["model", "bits", "way", "closed", "bar", ""], rows, notes, title)
+
+
 def main() -> int:
     options = record.parser(__doc__)
     options.add_argument("--state", type=Path, help="a file that keeps the losses of a run that may be stopped")
     options.add_argument("--models", default="byte,minilm")
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--ways", action="store_true", help="other ways of allocation alone, and nothing else")
     given = options.parse_args()
+    if given.ways:
+        ways(given)
+        return 0
     losses_of, rows, missed = Losses(given.state), [], False
     for name in given.models.split(","):
         case = CASES[name]()

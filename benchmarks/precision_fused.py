@@ -4,7 +4,8 @@
 
 One layer of Llama-3.2-1B's proportions with its embedding and norm, in bfloat16 on CUDA and float32 on the CPU. Kernels
 are counted by the profiler: of one call in evaluation, of forward and backward in training; graph launches are those of
-evaluation at OptimizationLevel.AGGRESSIVE. Times are medians of interleaved calls in evaluation.
+evaluation at OptimizationLevel.AGGRESSIVE. "Fused" has one product for queries, keys and values, one for gate and up,
+and hal's attention or SDPA. Times are medians of interleaved calls in evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import record
 import torch
-from hal_precision import FusionConfig, OptimizationLevel, create_unified_attention_fusion
+from hal_precision import FusionConfig, FusionStrategy, OptimizationLevel, create_unified_attention_fusion
 from hal_precision.fusion import count_kernels
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
@@ -76,18 +77,26 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=20)
     given = options.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        from cuda_attention import open_device
+
+        open_device()
     tokens = torch.randint(256, (1, given.tokens), device=device)
     eager = build(given.width, device).eval()
     want = evaluation(eager, tokens)().float()
     rows, calls, base = [], [evaluation(eager, tokens)], [0, 0]
-    kinds = [("SDPA, compiled", False, OptimizationLevel.BALANCED), ("hal, compiled", True, OptimizationLevel.BALANCED)]
-    kinds += [(f"{name}, one graph launch", hal, OptimizationLevel.AGGRESSIVE) for name, hal, _ in kinds]
+    one, aggressive = OptimizationLevel.BALANCED, OptimizationLevel.AGGRESSIVE
+    kinds = [("SDPA, compiled", False, False, one), ("fused", True, True, one), ("fused, SDPA", False, True, one)]
+    if device == "cuda":
+        kinds += [(f"{name}, one graph launch", hal, merge, aggressive) for name, hal, merge, _ in kinds]
     count = sum(count_kernels(calls[0])[0].values())
     rows.append(["SDPA, eager", str(count), "", "", "0", "0"])
-    for name, hal, level in kinds:
+    for name, hal, merge, level in kinds:
         model = build(given.width, device, eager.state_dict())
         config = FusionConfig(
+            strategy=FusionStrategy.MODEL,
             optimization_level=level,
+            merge_projections=merge,
             hal_attention=hal,
             enable_mixed_precision=False,
             enable_memory_optimization=level is OptimizationLevel.AGGRESSIVE,
@@ -97,7 +106,7 @@ def main() -> int:
         for _ in range(3):
             error = float((call().float() - want).norm() / want.norm())
         kernels, launches = count_kernels(call)
-        print(name, error, kernels, launches, flush=True)
+        print(name, error, sum(kernels.values()), launches, kernels, flush=True)
         counts = [sum(kernels.values()), 0]
         if level is OptimizationLevel.BALANCED:
             both = training(fused.train(), tokens)

@@ -17,6 +17,7 @@ from hal_precision import (  # noqa: E402
     create_unified_attention_fusion,
 )
 from hal_precision.fusion import count_kernels, find_modules  # noqa: E402
+from hal_precision.merging import merge_projections  # noqa: E402
 from torch import nn  # noqa: E402
 
 from hal_core import ContractError  # noqa: E402
@@ -109,3 +110,44 @@ def test_what_cannot_be_fused_is_refused() -> None:
     with pytest.raises(ContractError, match=r"copy.deepcopy\(model\)"):
         benchmark_fusion_performance(model, fused, torch.randn(2, 4))
     fused.revert()
+
+
+def test_merged_projections_are_one_product_and_come_back_bit_for_bit() -> None:
+    model = llama()
+    plain, tokens = copy.deepcopy(model), torch.arange(16)[None]
+    merged = merge_projections(model)
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    assert [each.layers for each in merged] == [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [mlp.gate_proj, mlp.up_proj],
+    ]
+    with torch.no_grad():
+        counts = [count_kernels(lambda each=each: each(tokens, use_cache=False))[0] for each in (plain, model)]
+        assert [count["aten::mm"] for count in counts] == [8, 5]
+        assert relative_error(model(tokens).logits, plain(tokens).logits) < 1e-6
+        other = torch.randn(2, 64)
+        assert torch.equal(attention.k_proj(other), torch.nn.functional.linear(other, attention.k_proj.weight)), (
+            "another input than the first layer's"
+        )
+    for each in (plain, model):
+        each(tokens, labels=tokens).loss.backward()
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        assert relative_error(b.grad, a.grad) < 1e-5
+    with torch.no_grad():
+        attention.v_proj.weight.mul_(2.0)
+        plain.model.layers[0].self_attn.v_proj.weight.mul_(2.0)
+        assert relative_error(model(tokens).logits, plain(tokens).logits) < 1e-6, "an optimizer's step is seen"
+    for each in merged:
+        each.revert()
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True))
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    assert layer.self_attn.q_proj.weight.untyped_storage().nbytes() == layer.self_attn.q_proj.weight.nbytes
+
+
+def test_projections_that_differ_or_share_weights_are_not_merged() -> None:
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    model.model.layers[0].self_attn.k_proj.double()
+    assert merge_projections(model) == []

@@ -26,6 +26,7 @@ _NAMES = {
     "fp8_training": "FP8TrainingEngine create_fp8_trainer",
     "fusion": "FusionConfig FusionPerformanceStats FusionStrategy OptimizationLevel UnifiedAttentionFusion "
     "benchmark_fusion_performance create_unified_attention_fusion find_modules",
+    "int8": "Int8Calibration Int8Linear calibrate_int8",
     "packed": "PackedLinear",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}

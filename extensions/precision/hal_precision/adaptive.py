@@ -7,7 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
@@ -148,7 +148,25 @@ def plan_precision(
             meets, with the nearest that can be met.
         UnsupportedError: formats that the device lacks, with those that it has.
     """
-    config = config or PrecisionConfig()
+    return _planned(model, config or PrecisionConfig(), calibration, readout, budget_bytes).plan
+
+
+class _Planned(NamedTuple):
+    """A plan, and what it was made from."""
+
+    plan: PrecisionPlan
+    layers: list[sensitivity.Layer]
+    formats: list[PrecisionFormat]
+    measured: sensitivity.Calibration | None
+
+
+def _planned(
+    model: nn.Module,
+    config: PrecisionConfig,
+    calibration: Any,
+    readout: sensitivity.Readout | None,
+    budget_bytes: int | None = None,
+) -> _Planned:
     layers, left = sensitivity.packable(model, config)
     formats = _candidates(layers, config)
     strategy, factors = config.allocation_strategy, None
@@ -158,14 +176,15 @@ def plan_precision(
             f"{what} needs calibration data: give calibration=, a list of batches, or choose "
             "AllocationStrategy.ENTROPY_BASED with QuantizationMode.DYNAMIC."
         )
-    measured = batches = None
+    measured = None
     if calibration is not None:
         batches = sensitivity.batches_of(calibration)
         measured = sensitivity.calibrate(model, layers, formats, batches, config, readout)
-    if strategy is AllocationStrategy.LEARNED and measured is not None and batches is not None:
-        factors = sensitivity.learned_factors(model, layers, formats, measured, batches, config, readout)
+        if strategy is AllocationStrategy.LEARNED:
+            factors = sensitivity.learned_factors(model, layers, formats, measured, batches, config, readout)
     costs = sensitivity.costs(layers, formats, config, measured, factors).double().numpy()
-    return choose(model, layers, left, formats, costs, config, budget_bytes, measured)
+    plan = choose(model, layers, left, formats, costs, config, budget_bytes, measured)
+    return _Planned(plan, layers, formats, measured)
 
 
 def choose(
@@ -491,26 +510,16 @@ def analyze_precision_opportunities(
     if device is not None:
         model = copy.deepcopy(model).to(device)
         sample_input = [_moved(batch, device) for batch in sensitivity.batches_of(sample_input)]
-    layers, left = sensitivity.packable(model, config)
-    formats, batches = _candidates(layers, config), sensitivity.batches_of(sample_input)
-    measured = sensitivity.calibrate(model, layers, formats, batches, config, readout)
-    factors = None
-    if config.allocation_strategy is AllocationStrategy.LEARNED:
-        factors = sensitivity.learned_factors(model, layers, formats, measured, batches, config, readout)
-    costs = sensitivity.costs(layers, formats, config, measured, factors).double().numpy()
-    plan = choose(model, layers, left, formats, costs, config, None, measured)
+    plan, layers, formats, measured = _planned(model, config, sample_input, readout)
+    assert measured is not None
     narrow = min(range(len(formats)), key=lambda n: (abs(formats[n].bits - 4), formats[n].bits))
     rows: list[dict[str, Any]] = []
     for layer, planned in zip(layers, plan.layers, strict=True):
-        sizes = [
-            form.bytes_of(min(config.block_rows, layer.rows - n * config.block_rows), layer.columns, config.group_size)
-            for n, form in enumerate(planned.formats)
-        ]
         second = measured.layers[layer.name].second
         rows.append(
             {
                 "name": layer.name,
-                "bits": 8 * sum(sizes) / (layer.rows * layer.columns),
+                "bits": attrs.evolve(plan, layers=(planned,)).average_bits,
                 "entropy": float(sensitivity.entropy(layer.module.weight, config.block_rows).mean()),
                 "rise": 0.5 * float(second[:, narrow].sum()) / measured.positions,
             }
@@ -522,22 +531,21 @@ def analyze_precision_opportunities(
         f"Most sensitive at {formats[narrow].value}: {', '.join(row['name'] for row in by_rise[:3])}.",
         f"Least sensitive: {', '.join(row['name'] for row in by_rise[-3:])}.",
     ]
-    if left:
-        advice.append(
-            f"{len(left)} layers stay as they are: " + "; ".join(f"{n} {why}" for n, why in left.items()) + "."
-        )
+    if plan.left:
+        reasons = "; ".join(f"{n} {why}" for n, why in plan.left.items())
+        advice.append(f"{len(plan.left)} layers stay as they are: {reasons}.")
     return {
         "potential_savings": plan.memory_reduction,
         "recommendations": advice,
         "plan": plan,
         "layers": rows,
-        "left": left,
+        "left": plan.left,
     }
 
 
 def _moved(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
     if hasattr(batch, "keys"):
-        return {name: _moved(each, device) if isinstance(each, Tensor) else each for name, each in batch.items()}
-    return tuple(_moved(each, device) if isinstance(each, Tensor) else each for each in batch)
+        return {name: _moved(each, device) for name, each in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(_moved(each, device) for each in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch

@@ -40,7 +40,6 @@ def solve(sizes: Array, costs: Array, bound: float, most_states: int = _MOST_STA
         sizes, costs: [blocks, items], from 0 on; an item with an infinite size is not offered.
         bound: of the sum of sizes. most_states: of the dynamic programming.
     """
-    blocks = len(sizes)
     costs = np.where(np.isfinite(sizes), costs, np.inf)
     smallest = _smallest(sizes, costs)
     if _total(sizes, smallest) > bound:
@@ -66,7 +65,6 @@ def solve(sizes: Array, costs: Array, bound: float, most_states: int = _MOST_STA
         best, picks = found
         items = chosen.copy()
         items[free] = picks
-    assert len(items) == blocks
     return Choice(items, _total(sizes, items), _total(costs, items), 0.0 if complete else best - lower)
 
 

@@ -139,16 +139,12 @@ def _round_groups(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         zeros = (-low * part / fine).round().clamp(0, top)
         codes = ((grouped / fine.unsqueeze(2)).round() + zeros.unsqueeze(2)).clamp(0, top)
         error = ((codes - zeros.unsqueeze(2)) * fine.unsqueeze(2) - grouped).square().sum(2)
-        if found is None:
-            found, best = (codes, scales, zeros), error
-            continue
-        better = error < best
-        old, best = found, torch.where(better, error, best)
-        found = (
-            torch.where(better.unsqueeze(2), codes, old[0]),
-            torch.where(better, scales, old[1]),
-            torch.where(better, zeros, old[2]),
-        )
+        if found is not None:
+            better = error < best
+            codes = torch.where(better.unsqueeze(2), codes, found[0])
+            scales, zeros = torch.where(better, scales, found[1]), torch.where(better, zeros, found[2])
+            error = torch.where(better, error, best)
+        found, best = (codes, scales, zeros), error
     assert found is not None
     return found[0].to(torch.uint8), found[1], found[2].to(torch.uint8)
 

@@ -396,8 +396,13 @@ def make_layers(
     """(FP8 layers by name, why others stay); the model is not changed.
 
     Raises:
-        ContractError: there is none, with every reason.
+        ContractError: there is none, with every reason; or the model is sharded already.
     """
+    if is_sharded(model):
+        raise ContractError(
+            "The model's parameters are sharded, and FSDP2 keeps hold of the layers that it was given: call "
+            "convert_model_to_fp8(model) or setup_fp8_training() first, then fully_shard. Nothing was changed."
+        )
     names, left = select_layers(model, config, sample)
     if not names:
         reasons = "; ".join(f"{name} {why}" for name, why in left.items()) or "it has no linear layers inside"
@@ -406,6 +411,11 @@ def make_layers(
     return {
         n: FP8LinearLayer.of(each, config) for n, each in zip(names, layers, strict=True) if isinstance(each, nn.Linear)
     }, left
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are DTensors, as FSDP2 makes them."""
+    return any(hasattr(each, "placements") for each in model.parameters())
 
 
 def place_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

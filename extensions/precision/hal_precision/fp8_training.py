@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from hal_core import ContractError
 
 from .files import save_whole
-from .fp8 import FP8Config, FP8Format, FP8LinearLayer, make_layers, place_layers
+from .fp8 import FP8Config, FP8Format, FP8LinearLayer, is_sharded, make_layers, place_layers
 from .sensitivity import run
 
 Loss = Callable[[Any, Any], Tensor]
@@ -38,6 +38,9 @@ class FP8TrainingEngine:
             loss = trainer.training_step(inputs, targets)
             trainer.optimizer_step(optimizer)
         print(trainer.get_training_statistics())
+
+    With FSDP2, `fully_shard` comes after `setup_fp8_training()`; every process skips the same steps, and a sharded
+    model keeps its FP8 layers when the context is left.
 
     Args:
         model: its parameters stay as they are, in their dtype; an optimizer made before or after has the same ones.
@@ -87,7 +90,8 @@ class FP8TrainingEngine:
         return self.setup_fp8_training()
 
     def __exit__(self, *error: object) -> None:
-        place_layers(self.model, {name: layer.to_linear() for name, layer in self.layers.items()})
+        if not is_sharded(self.model):
+            place_layers(self.model, {name: layer.to_linear() for name, layer in self.layers.items()})
         self.inside = False
 
     def training_step(self, inputs: Any, targets: Any) -> Tensor:
@@ -126,7 +130,7 @@ class FP8TrainingEngine:
         self.micro_steps = 0
         gradients = [each.grad for _, each in named if each.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        good = bool(norm.isfinite())
+        good = bool((norm.full_tensor() if is_sharded(self.model) else norm).isfinite())  # type: ignore[attr-defined]
         if good:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_([each for _, each in named], self.clip_norm, norm)
@@ -166,8 +170,10 @@ class FP8TrainingEngine:
     def save_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer) -> None:
         """Write model, optimizer, histories, counters and random states to one safetensors file, whole or not at all.
 
-        Between steps of the optimizer only: gradients are not written.
+        Between steps of the optimizer only: gradients are not written. Sharded models are refused.
         """
+        if is_sharded(self.model):
+            raise ContractError("The model is sharded: save its state by torch.distributed.checkpoint.")
         if self.micro_steps:
             raise ContractError(f"{self.micro_steps} training steps wait for optimizer_step: save after it.")
         tensors = {f"model.{name}": each for name, each in self.model.state_dict().items()}

@@ -148,15 +148,12 @@ class PackedLinear(nn.Module):
         """Rows of one format, in `dtype`."""
 
         def view(part: tuple[int, int], kind: torch.dtype) -> Tensor:
-            return self.packed[part[0] : part[0] + part[1]].view(kind).view(region.rows, -1)
+            shape = region.rows, part[1] // kind.itemsize // region.rows
+            return self.packed[part[0] : part[0] + part[1]].view(kind).view(shape)
 
-        values = view(region.values, region.form.dtype)
-        if region.form.is_integer:
-            stored = Packed(values, view(region.scales, torch.bfloat16), view(region.zeros, torch.uint8))
-        elif region.form is PrecisionFormat.FP8:
-            stored = Packed(values, view(region.scales, torch.bfloat16), values)
-        else:
-            stored = Packed(values, values, values)
+        stored = Packed(
+            view(region.values, region.form.dtype), view(region.scales, torch.bfloat16), view(region.zeros, torch.uint8)
+        )
         return unpack(stored, region.form, self.group_size, dtype)
 
     def _ordered(self, parts: list[Tensor], dim: int) -> Tensor:

@@ -248,9 +248,7 @@ def _passes(
     try:
         with frozen(model), torch.enable_grad():
             for batch in batches:
-                output = run(model, batch)
-                found, logits = (readout(output), False) if readout is not None else read_output(output)
-                score, count = _sampled_score(found.float(), logits, generator, batch)
+                score, count = _sampled_score(*read(model, batch, readout), generator, batch)
                 score.backward()
                 positions += count
     finally:
@@ -443,7 +441,7 @@ def learned_factors(
     share = len(batches[:_LEARNED_BATCHES]) / len(batches)
     batches = batches[:_LEARNED_BATCHES]
     with frozen(model), torch.no_grad():
-        clean = [_read(model, batch, readout) for batch in batches]
+        clean = [read(model, batch, readout) for batch in batches]
         for layer in layers:
             weight = layer.module.weight
             before = weight.detach().clone()
@@ -451,7 +449,7 @@ def learned_factors(
             weight.add_(rounding_error(weight, form, config.group_size, moment).to(weight.dtype))
             try:
                 rise = sum(
-                    _divergence(_read(model, batch, readout), one) for batch, one in zip(batches, clean, strict=True)
+                    _divergence(read(model, batch, readout), one) for batch, one in zip(batches, clean, strict=True)
                 )
             finally:
                 weight.copy_(before)
@@ -460,7 +458,8 @@ def learned_factors(
     return found
 
 
-def _read(model: nn.Module, batch: Any, readout: Readout | None) -> tuple[Tensor, bool]:
+def read(model: nn.Module, batch: Any, readout: Readout | None) -> tuple[Tensor, bool]:
+    """(what a model is judged by, in float32; whether it is logits)."""
     output = run(model, batch)
     found, logits = (readout(output), False) if readout is not None else read_output(output)
     return found.float(), logits
