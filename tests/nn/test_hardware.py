@@ -191,6 +191,31 @@ def test_one_limit_over_all_devices() -> None:
     assert manager.get_memory_stats()["in_use"] == 0
 
 
+def test_the_limit_is_over_devices_together() -> None:
+    devices = [device.id for device in hal.devices() if device.id.split(":")[0] in ("cpu", "kpu", "photonic")]
+    manager = UnifiedMemoryManager(max_memory_gb=len(devices) / 1024, pool_size_mb=0)
+    kept = [manager.allocate((256, 1024), device=device).fill_(place) for place, device in enumerate(devices)]
+    for device in devices:
+        with pytest.raises(MemoryLimitError, match=f"{device}.*UnifiedMemoryManager over all devices"):
+            manager.allocate((1,), device=device)
+    stats = manager.get_memory_stats()
+    assert stats["in_use"] == stats["limit"] == len(devices) << 20
+    assert {name: entry["in_use"] for name, entry in stats["devices"].items()} == dict.fromkeys(devices, 1 << 20)
+    assert all(bool((tensor == place).all()) for place, tensor in enumerate(kept))
+    manager.deallocate(kept.pop())  # room on one device is room on another
+    assert manager.allocate((256, 1024), device=devices[0]).shape == (256, 1024)
+
+
+def test_a_dropped_tensor_is_given_back_but_not_its_memory_under_another() -> None:
+    manager = UnifiedMemoryManager(max_memory_gb=1 / 1024, pool_size_mb=1)
+    sharing = manager.allocate((256, 1024)).fill_(7).detach()  # a view would hold the tensor itself
+    again = manager.allocate((256, 1024)).zero_()
+    assert manager.get_memory_stats()["in_use"] == 1 << 20
+    assert bool((sharing == 7).all())
+    del again
+    assert manager.get_memory_stats()["in_use"] == 0
+
+
 def test_a_temporary_tensor_is_given_back_also_after_an_error() -> None:
     manager = UnifiedMemoryManager()
     kept = []

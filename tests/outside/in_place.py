@@ -3,6 +3,7 @@
 HAL_OUTSIDE_OWN=1 puts hal there; HAL_OUTSIDE_LOG names the file; HAL_OUTSIDE_EVERY=n leaves every n-th test of a family
 of more than `LARGE`: a prime number meets all values of parameters that are multiplied out. HAL_OUTSIDE_MOST=n runs at
 most n tests that the file does not have, spread over the families, so that a run can be left and gone on with.
+HAL_OUTSIDE_AFTER=n passes over the first n tests of that order, which another run had.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Families take turns, and each goes through its parameters in steps: what a run has when it is left is a sample.
     turns = [(turn / len(tests), item) for tests in families.values() for turn, item in enumerate(_in_steps(tests))]
     ordered = [item for _, item in sorted(turns, key=lambda one: one[0]) if item in chosen]
+    ordered = ordered[int(os.environ.get("HAL_OUTSIDE_AFTER", "0")) :]
     done = {record.get("began") for record in read_log(Path(os.environ["HAL_OUTSIDE_LOG"]))}
     left = [item for item in ordered if _named(item.nodeid) not in done]
     items[:] = left[: int(os.environ.get("HAL_OUTSIDE_MOST", len(left)))]

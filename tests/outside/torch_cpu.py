@@ -7,7 +7,8 @@ The checkout should be of the PyTorch that is installed. `F.scaled_dot_product_a
 with hal alone is printed; one that only wants an error of another type, wants torch's fused operator to be called, or
 compares with torch's own drawing of dropout, is counted apart. The exit code is 1 where another one is left.
 `--record` writes the counts to docs/benchmarks/outside_torch_cpu.json, after every `--part` tests anew. With `--logs` a
-run that was stopped goes on where it was: a part runs with torch, then the same with hal.
+run that was stopped goes on where it was: a part runs with torch, then the same with hal. `--rest` runs the tests that
+the record does not have, which is so with the same tests and the same `--every`, and adds them to it.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ OTHER_ERROR = re.compile(
 )
 
 
-def run_part(folder: Path, file: str, own: bool, log: Path, every: int, most: int) -> None:
-    """Run at most `most` tests of a file that the log does not have."""
+def run_part(folder: Path, file: str, own: bool, log: Path, every: int, most: int, after: int) -> None:
+    """Run at most `most` tests of a file that the log does not have, without the first `after` of its order."""
     environment = os.environ | {
         "HAL_OUTSIDE_OWN": str(int(own)),
         "HAL_OUTSIDE_LOG": str(log),
         "HAL_OUTSIDE_EVERY": str(every),
         "HAL_OUTSIDE_MOST": str(most),
+        "HAL_OUTSIDE_AFTER": str(after),
         "PYTORCH_TESTING_DEVICE_ONLY_FOR": "cpu",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(folder), os.environ.get("PYTHONPATH", "")]),
     }
@@ -76,6 +78,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="of functions of more than 300 tests run every n-th alone")
     parser.add_argument("--part", type=int, default=400, help="tests of a part")
     parser.add_argument("--source", default="PyTorch's own checkout", help="where the tests are from, for the record")
+    parser.add_argument("--rest", action="store_true", help="run what the record does not have, and add it")
     parser.add_argument("--logs", help="keep outcomes and pytest's output in this folder, and go on with what it has")
     options = parser.parse_args()
     given = os.environ.get("TORCH_TESTS")
@@ -84,28 +87,31 @@ def main() -> int:
         return 2
     folder = Path(given).resolve()
     files = [name for name in FILES if (folder / name).exists()]
+    earlier = json.loads(RECORD.read_text(encoding="utf-8")) if options.rest else None
+    after = int(earlier["chosen"].split()[0]) if earlier else 0
+    collected = dict(earlier["files"]) if earlier else {}
     code = 2
     with tempfile.TemporaryDirectory() as made:
         logs = Path(options.logs or made).resolve()
         logs.mkdir(parents=True, exist_ok=True)
         pair = logs / "torch.log", logs / "hal.log"
-        collected = {}
         for file in reversed(files):  # the short one first
-            left = 1
+            left = after < collected.get(file, after + 1)
             while left:  # a part of no test ends it: a part may have ended early
                 left = 0
                 for log, own in zip(pair, (False, True), strict=True):
-                    run_part(folder, file, own, log, options.every, options.part)
+                    run_part(folder, file, own, log, options.every, options.part, after)
                     state = next(one for one in reversed(read_log(log)) if "left" in one)
                     collected[file], left = state["collected"], left + state["left"]
                 if file == files[0]:  # before, how many tests there are is not known
-                    code = report(*judged(*pair, options, sum(collected.values()), not left))
+                    code = report(*judged(*pair, options, collected, not left), earlier)
+            after = max(0, after - collected[file])
     return code
 
 
 def judged(
-    torch_log: Path, hal_log: Path, options: argparse.Namespace, collected: int, whole: bool
-) -> tuple[Any, Any, int, dict[str, str], bool]:
+    torch_log: Path, hal_log: Path, options: argparse.Namespace, collected: dict[str, int], whole: bool
+) -> tuple[Any, Any, int, dict[str, Any], bool]:
     """The arguments of `report` from two logs: the tests that both have, or all of torch's where the run is whole."""
     import torch
 
@@ -113,7 +119,7 @@ def judged(
     after, calls = outcomes(hal_log)
     if not whole:
         before = {name: one for name, one in before.items() if name in after}
-    chosen = f"{len(before)} of {collected}"
+    chosen = f"{len(before)} of {sum(collected.values())}"
     if options.every > 1:
         chosen += f", of functions of more than 300 tests one in {options.every}"
     conditions = {
@@ -121,12 +127,15 @@ def judged(
         "torch": torch.__version__,
         "tests": options.source,
         "chosen": chosen,
+        "files": collected,
     }
     return before, after, calls, conditions, options.record
 
 
-def report(before: Any, after: Any, calls: int, conditions: dict[str, str], record: bool) -> int:
-    """Print, record, and say by the exit code whether hal fails where torch does not."""
+def report(
+    before: Any, after: Any, calls: int, conditions: dict[str, Any], record: bool, earlier: dict[str, Any] | None
+) -> int:
+    """Print, record with what `earlier` has, and say by the exit code whether hal fails where torch does not."""
     missing = before.keys() - after.keys()
     failed = sorted(
         name
@@ -159,8 +168,23 @@ def report(before: Any, after: Any, calls: int, conditions: dict[str, str], reco
             "torch's own drawing of dropout": drawn,
             "failures of hal alone": left,
         }
+        if earlier:
+            found = joined(earlier, found)
         RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 2 if not before else int(bool(left))
+
+
+def joined(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """One record of two whose tests differ; conditions of the later one."""
+    had, of = earlier["chosen"].split(" of ", 1)
+    both = found | {"chosen": f"{int(had) + int(found['chosen'].split()[0])} of {of}"}
+    both["counts"] = {
+        name: dict(Counter(counts) + Counter(earlier["counts"][name])) for name, counts in found["counts"].items()
+    }
+    for name, value in found.items():
+        if isinstance(value, int | list):
+            both[name] = earlier[name] + value
+    return both
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from ..arguments import is_number, shown
 class UnifiedMemoryManager:
     """Tensors from the memory managers of devices (`hal_core.memory`), within one limit over all of them.
 
-    Thread-safe. The limit is over what this manager has handed out and what the managers' pools keep.
+    Thread-safe. The limit is over what this manager has handed out and what the managers' pools keep. A tensor that
+    nobody refers to any more is given back by itself.
 
     Args:
         max_memory_gb: the limit, in GiB. pool_size_mb: MiB that a device's pool may keep when a tensor comes back.
@@ -35,11 +36,12 @@ class UnifiedMemoryManager:
             raise ContractError(f"pool_size_mb {shown(pool_size_mb)} was given: use 0 or more")
         self.pool_size, self.gc_threshold, self.limit = int(pool_size_mb) << 20, gc_threshold, 0
         self._lock = threading.RLock()
-        self._held: dict[int, tuple[weakref.ref[Tensor], Buffer, str]] = {}
+        #: By id of its tensor, what was handed out; the finalizer gives back a tensor that is dropped.
+        self._held: dict[int, tuple[weakref.finalize[Any, Tensor], Buffer, str]] = {}
         self._managers: dict[str, MemoryManager] = {}
         self._in_use: dict[str, int] = {}
         self._peak = 0
-        self._returned: deque[tuple[Buffer, str]] = deque()
+        self._returned: deque[tuple[int, Buffer, str]] = deque()
         self.set_memory_limit(max_memory_gb)
 
     def set_memory_limit(self, gb: float) -> None:
@@ -78,7 +80,9 @@ class UnifiedMemoryManager:
                 )
             buffer = manager.allocate(tuple(shape), kind)
             tensor: Tensor = manager.to_torch(buffer).detach()  # an object of its own, whose end is noticed
-            self._held[id(tensor)] = (weakref.ref(tensor), buffer, name)
+            end = weakref.finalize(tensor, self._returned.append, (id(tensor), buffer, name))
+            end.atexit = False
+            self._held[id(tensor)] = (end, buffer, name)
             self._in_use[name] = self._in_use.get(name, 0) + buffer.reserved
             self._peak = max(self._peak, sum(self._in_use.values()))
             return tensor
@@ -90,19 +94,25 @@ class UnifiedMemoryManager:
             ContractError: it is not from here, or was given back already.
         """
         with self._lock:
-            if id(t) not in self._held or self._held[id(t)][0]() is not t:
+            self._collect()
+            held = self._held.get(id(t))
+            if held is None or (found := held[0].peek()) is None or found[0] is not t:
                 raise ContractError(
                     "this tensor is not from this manager, or was given back: pass one that it handed out"
                 )
-            _, buffer, name = self._held.pop(id(t))
-            self._in_use[name] -= buffer.reserved
-        # A pool keeps a block that nobody refers to any more, and the caller still has the tensor.
-        weakref.finalize(t, self._returned.append, (buffer, name))
+            # A pool keeps a block that nobody else refers to, and the caller still has the tensor: its end frees it.
+            self._forget(id(t))
+
+    def _forget(self, key: int) -> None:
+        _, buffer, name = self._held.pop(key)
+        self._in_use[name] -= buffer.reserved
 
     def _collect(self) -> None:
         """Free the buffers whose tensors are gone."""
         while self._returned:
-            buffer, name = self._returned.popleft()
+            key, buffer, name = self._returned.popleft()
+            if key in self._held and self._held[key][1] is buffer:
+                self._forget(key)
             manager = self._managers[name]
             manager.free(buffer)
             if manager.stats().pooled > self.pool_size:
