@@ -63,8 +63,10 @@ class Inner(NamedTuple):
         fields = sizes | NO_BAND | mask_fields(given.mask) | band_options(call.low, call.high)
         request = replace(self.request, grads=grads, grad_lse=result.grad_lse is not None, **fields)
         if self.target is not None:
-            given, result = (type(each)(*moved_to(self.target, tuple(each))) for each in (given, result))
-        out, lse, grad_out, grad_lse = (None if tensor is None else tensor.contiguous() for tensor in result)
+            given = Given._make(moved_to(self.target, tuple(given)))
+            result = Result._make(moved_to(self.target, tuple(result)))
+        out, lse, grad_out = (tensor.contiguous() for tensor in result[:3])
+        grad_lse = None if result.grad_lse is None else result.grad_lse.contiguous()
         session = hal.session(self.device)
         prepared = session.prepare_attention(*given[:3], request=request)
         found = session.compute_attention_backward(prepared, out, lse, grad_out, given.mask, grad_lse=grad_lse)

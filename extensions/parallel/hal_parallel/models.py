@@ -334,5 +334,9 @@ def _sum(value: Tensor, links: list[Link]) -> Tensor:
     """The sum over ranks, with the gradient of every rank's result: with it, averaged gradients are exact."""
     for link in links:
         back = partial(torch.mul, other=link.size)
-        value = exchanged(value, lambda loss, link=link: link.all_gather(loss, "the loss").sum(0), back)
+        value = exchanged(value, partial(_total, link), back)
     return value
+
+
+def _total(link: Link, value: Tensor) -> Tensor:
+    return link.all_gather(value, "the loss").sum(0)

@@ -241,7 +241,7 @@ def _kept(dropout: Draws, operands: Given, call: Call) -> Given:
     """The operands of one call with a mask that hides dropped pairs too."""
     query = operands.query
     rows, keys = (tokens_of(pieces, query.device) for pieces in call.tokens)
-    return operands._replace(mask=_both(operands.mask, dropout.keep(*query.shape[:2], rows, keys)))
+    return operands._replace(mask=_both(operands.mask, dropout.keep(query.shape[0], query.shape[1], rows, keys)))
 
 
 def _both(mask: Tensor | None, seen: Tensor) -> Tensor:

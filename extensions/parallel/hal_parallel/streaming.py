@@ -93,8 +93,17 @@ def _smaller(r: AttentionRequest) -> Iterator[AttentionRequest]:
         r.heads_q // max(r.heads_kv, 1),
     )
     while True:
-        sizes = {"batch": batch, "heads_q": heads * group, "heads_kv": heads, "len_q": rows, "len_k": keys}
-        of_mask = {"mask_batch": min(r.mask_batch, batch), "mask_heads": min(r.mask_heads, heads * group)}
+        sizes: dict[str, Any] = {
+            "batch": batch,
+            "heads_q": heads * group,
+            "heads_kv": heads,
+            "len_q": rows,
+            "len_k": keys,
+        }
+        of_mask: dict[str, Any] = {
+            "mask_batch": min(r.mask_batch, batch),
+            "mask_heads": min(r.mask_heads, heads * group),
+        }
         yield replace(r, **sizes, **of_mask)
         if batch > 1:
             batch = 1
