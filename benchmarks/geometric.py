@@ -229,11 +229,11 @@ def main() -> int:
     columns = ["device", "kernel", "field", "100 calls (processor)", "one call (processor)", "ratio", "bar", ""]
     note = [
         "Medians of interleaved rounds on the clock, and in brackets of the process's processor time. Other programs "
-        "load the host: the ratio is of processor time. Three ways were measured on lavapipe: one command buffer of "
-        "many dispatches with barriers (1.1 to 2.3), one work group that chooses among three buffers (1.3 to 5.1), and "
-        "the present one, whose work items walk down columns of one state: most of its time is loads, item by item. "
-        "From 64 x 64 on the steps themselves then take more than a fifth of 100 calls. On the CPU a step is some "
-        "twelve of torch's operators, or one pass of hal-cpu-native with the rows above in registers."
+        "load the host: the ratio is of processor time. Four ways were measured on lavapipe: one command buffer of "
+        "many dispatches with barriers (1.1 to 2.3), one work group that chooses among three buffers (1.3 to 5.1), "
+        "work items that walk down columns of one state (1.6 to 8.7), and the present one, whose items walk down eight "
+        "columns and step twice on the way, with what lies between in registers: loads cost most there. On the CPU a "
+        "step is some twelve of torch's operators, or one pass of hal-cpu-native with the rows above in registers."
     ]
     record.publish(given, "geometric", "100 steps in one call", columns, rows, note, section="Flows")
 

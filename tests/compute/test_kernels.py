@@ -185,6 +185,21 @@ def test_many_steps_in_one_call_are_the_steps_one_by_one(device: str, steps: int
     assert all(torch.equal(x, y) for x, y in zip((*together, flowed), (*one, phi), strict=True))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (2, 65, 33), (120, 128), (2000, 2)])
+def test_many_steps_of_any_shape_are_those_of_the_reference(device: str, shape: tuple[int, ...], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (0.1 * torch.randn(2, *shape, generator=generator)).unbind()
+    step, flow = hal.kernel("reaction_diffusion_step", device), hal.kernel("ricci_flow_step", device)
+    stable = {"dt": 0.05, "reaction": 0.3, "epsilon": 2.5, "decay": 0.8}  # rounding does not grow
+    reference = resolve("hal_compute.references:reaction_diffusion_step")
+    for steps in (5, 256):
+        want = reference(u.double(), v.double(), steps=steps, **stable)
+        got = step(u, v, steps=steps, **stable)
+        assert all(float((x - y).abs().max()) <= 1e-5 for x, y in zip(got, want, strict=True))
+        flowed = resolve("hal_compute.references:ricci_flow_step")(u.double(), 0.05, steps=steps)
+        assert float((flow(u, 0.05, steps=steps) - flowed).abs().max()) <= 1e-5
+
+
 def test_fields_larger_than_a_band_step_as_the_reference_does(device: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     u, v = (torch.randn(2, 150, 700, generator=generator) for _ in range(2))

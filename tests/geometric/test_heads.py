@@ -21,11 +21,11 @@ from hal_cli.command_line import main  # noqa: E402
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_numbers_of_heads_are_those_of_their_weights(causal: bool, device: str, seed: int) -> None:
+def test_numbers_of_heads_are_those_of_their_weights(causal: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, n, 24, 16, generator=generator) for n in (4, 2, 2))
     options = {"is_causal": True} if causal else {}
-    with hal.use(device, allow_simulated=True):
+    with hal.use("cpu:0"):
         found = heads.measure(q, k, v, **options)
     layer = heads.LayerAttention("layer", q[:1], k[:1], v[:1], {"scale": 0.25, **options})
     p = torch.stack([layer.weights(), layer._replace(query=q[1:], key=k[1:]).weights()]).double()

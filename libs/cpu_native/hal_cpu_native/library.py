@@ -91,10 +91,11 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, count, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.hal_cpu_native_fields_workspace.argtypes = [small, count, count, count, small]
     library.hal_cpu_native_fields_workspace.restype = count
-    room = [pointer, count]  # the workspace and its bytes
-    library.hal_cpu_native_reaction_diffusion.argtypes = [*[pointer] * 4, *room, *[count] * 4, pointer, small, small]
-    library.hal_cpu_native_ricci.argtypes = [*[pointer] * 2, *room, *[count] * 4, ctypes.c_double, small, small]
-    library.hal_cpu_native_euler.argtypes = [*[pointer] * 3, *room, *[count] * 4, small, small]
+    room = (pointer, count)  # the workspace and its bytes
+    sizes = (count,) * 4
+    library.hal_cpu_native_reaction_diffusion.argtypes = (*(pointer,) * 4, *room, *sizes, pointer, small, small)
+    library.hal_cpu_native_ricci.argtypes = (*(pointer,) * 2, *room, *sizes, ctypes.c_double, small, small)
+    library.hal_cpu_native_euler.argtypes = (*(pointer,) * 3, *room, *sizes, small, small)
     library.hal_cpu_native_set_runner.argtypes = [ctypes.c_void_p]
     library.hal_cpu_native_set_runner.restype = None
     return library
