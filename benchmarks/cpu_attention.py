@@ -431,14 +431,15 @@ def compiled(options: argparse.Namespace) -> None:
                 lambda a=given, f=backward: f(a[5], *a[:5], 0.0, True),
                 lambda a=given: kernels.attention_backward(*a[:4], a[4].contiguous(), a[5], band=(None, 0), threads=1),
             )
+        notes = [
+            f"Instruction set: {kernels.instruction_sets()[-1]}. Least processor time of a call of one thread, in turn "
+            f"with torch's; other programs use the machine meanwhile (load {os.getloadavg()[0]:.0f})."
+        ]
+        columns = ("case", "torch ms", "kernel ms", "torch / kernel")
+        title = "Compiled kernels"
+        record.publish(options, "cpu_native", f"{title} beside torch's", columns, rows, notes, title)
     finally:
         torch.set_num_threads(threads)
-    notes = [
-        f"Instruction set: {kernels.instruction_sets()[-1]}. Least processor time of a call of one thread, in turn "
-        f"with torch's; other programs use the machine meanwhile (load {os.getloadavg()[0]:.0f})."
-    ]
-    columns = ("case", "torch ms", "kernel ms", "torch / kernel")
-    record.publish(options, "cpu_native", "Compiled kernels beside torch's", columns, rows, notes, "Compiled kernels")
 
 
 def _processor_times(theirs: Callable[[], Any], ours: Callable[[], Any]) -> tuple[float, float]:
