@@ -13,6 +13,7 @@ import pytest
 import torch
 from hal_nn import PhotonicMultiHeadAttention
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import hal_core as hal
 
@@ -190,6 +191,28 @@ def test_one_set_of_weights_runs_on_every_device(device: str) -> None:
     assert (mine.last_energy_mj is None) == (device in ("cpu:0", "vulkan:0", "opencl:0"))
     assert mine.last_latency_ms is not None
     assert mine.last_latency_ms > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("what", ["pruned", "parametrized"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_weights_that_are_computed_are_used(what: str, cross: bool, bias: bool) -> None:
+    modules = pair(batch_first=True, bias=bias)
+    x = torch.randn(BATCH, LEN_Q, EMBED)
+    other = torch.randn(BATCH, LEN_K, EMBED) if cross else x
+    for module in modules:
+        if what == "pruned":
+            prune.l1_unstructured(module, "in_proj_weight", 0.5)
+            prune.l1_unstructured(module.out_proj, "weight", 0.5)
+        else:
+            parametrize.register_parametrization(module, "in_proj_weight", nn.Tanh())
+            parametrize.register_parametrization(module.out_proj, "weight", nn.Tanh())
+            if bias:
+                parametrize.register_parametrization(module, "in_proj_bias", nn.Tanh())
+                parametrize.register_parametrization(module.out_proj, "bias", nn.Tanh())
+    expected, found = (module(x, other, other) for module in modules)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_a_device_that_was_set_holds() -> None:

@@ -106,19 +106,23 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
             value = key if same[1] else value.unsqueeze(0)
         # Whether the length comes first: it is then moved behind the heads without a copy.
         first = batched and not self.batch_first
-        own = self._parameters  # reading a parameter as an attribute takes longer
-        weight = own["in_proj_weight"]
+        own = self._parameters
+        weight, bias = _parameter(self, own, "in_proj_weight"), _parameter(self, own, "in_proj_bias")
         if query is key and key is value and weight is not None and own.get("bias_k") is None:
-            q, k, v = self._self_heads(query, weight, own["in_proj_bias"], first)
+            q, k, v = self._self_heads(query, weight, bias, first)
         else:
             self._check(query, key, value)
             q, k, v = self._heads(query, key, value, first)
         if self.add_zero_attn:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
-        out, weights = self._attention(q, k, v, mask, causal, need_weights)
+        if need_weights or causal or (self.training and self.dropout):
+            out, weights = self._attention(q, k, v, mask, causal, need_weights)
+        else:
+            out, weights = self.attend(q, k, v, mask), None
         out = out.permute(2, 0, 1, 3) if first else out.transpose(1, 2)
         last: Any = self._modules["out_proj"]
-        out = F.linear(out.flatten(2), last.weight, last.bias)
+        own = last._parameters
+        out = F.linear(out.flatten(2), _parameter(last, own, "weight"), _parameter(last, own, "bias"))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
@@ -266,6 +270,13 @@ class PhotonicMultiHeadAttention(DeviceRecord, nn.MultiheadAttention):
         if query.layout is torch.jagged:
             return torch.nested.nested_tensor_from_jagged(out[kept], query.offsets()), weights
         return torch._nested_tensor_from_mask(out, kept, mask_check=False), weights
+
+
+def _parameter(module: nn.Module, own: dict[str, Any], name: str) -> Any:
+    """A parameter of the module, whose `_parameters` are `own`: read there, which an attribute takes longer for, unless
+    pruning or a parametrization computes it.
+    """
+    return own[name] if name in own else getattr(module, name)
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
