@@ -106,7 +106,7 @@ _COLUMNS = ("entropy", "uniform", "rank", "kept", "nearest", "neighbour")
 
 
 def _mean(layer: dict[str, Any], key: str) -> float:
-    return sum(head[key] for head in layer["heads"]) / len(layer["heads"])
+    return float(sum(head[key] for head in layer["heads"]) / len(layer["heads"]))
 
 
 def _layers(layers: list[dict[str, Any]]) -> Table:

@@ -84,7 +84,8 @@ def measure(query: Tensor, key: Tensor, value: Tensor, scale: float | None = Non
 
 def _spread(x: Tensor) -> Tensor:
     """The distance of rows from their mean, [B, H]."""
-    return (x.float() - x.float().mean(2, keepdim=True)).norm(dim=(2, 3))
+    found: Tensor = (x.float() - x.float().mean(2, keepdim=True)).norm(dim=(2, 3))
+    return found
 
 
 def _uniform(query: Tensor, key: Tensor, **options: Any) -> Tensor:
@@ -120,7 +121,8 @@ class LayerAttention(NamedTuple):
             scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf)
         if (mask := self.options.get("attn_mask")) is not None:
             scores = scores.masked_fill(~mask[0], -torch.inf)
-        return scores.softmax(-1)
+        found: Tensor = scores.softmax(-1)
+        return found
 
 
 class ModelHeads:
@@ -184,7 +186,7 @@ class ModelHeads:
 
     def place(self, module: Any) -> str:
         """The name of a layer."""
-        return self._names.get(id(module), type(module).__name__)
+        return str(self._names.get(id(module), type(module).__name__))
 
 
 _reader: list[tuple[ModelHeads, list[LayerAttention]]] = []

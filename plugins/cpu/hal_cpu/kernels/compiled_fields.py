@@ -32,9 +32,11 @@ def run(
         room = workspace.take((needed,), torch.bool)
         if name == "reaction_diffusion_step":
             fields = outputs[0], outputs[1]
-            native.reaction_diffusion(*given, numbers, steps=repeats, out=fields, workspace=room, threads=threads)
+            native.reaction_diffusion(
+                given[0], given[1], numbers, steps=repeats, out=fields, workspace=room, threads=threads
+            )
         elif name == "ricci_flow_step":
             native.ricci(given[0], numbers[0], steps=repeats, out=outputs[0], workspace=room, threads=threads)
         else:
             parts = outputs[0].view(*given[0].shape[:-2], *outputs[0].shape[-2:])
-            native.euler(*given, out=parts, workspace=room, threads=threads)
+            native.euler(given[0], given[1], out=parts, workspace=room, threads=threads)
