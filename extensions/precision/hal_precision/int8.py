@@ -44,6 +44,10 @@ class Int8Linear(nn.Module):
     Under `torch.compile(backend="kpu")` the product runs on the arrays that multiply int8.
     """
 
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+
     def __init__(self, layer: nn.Linear, input_scale: float) -> None:
         super().__init__()
         weight = layer.weight.detach().float()
