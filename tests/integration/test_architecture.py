@@ -63,6 +63,7 @@ ROLES = {
 #: What an extension may import of other extensions.
 EXTENSIONS = {
     "compare": {"hal_nn", "hal_cli"},
+    "geometric": {"hal_compare"},  # which reads models and texts
     "parallel": {"hal_nn", "hal_cli"},
     "precision": {"hal_nn"},
     "router": {"hal_nn"},

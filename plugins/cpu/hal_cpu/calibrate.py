@@ -56,7 +56,9 @@ def measure(session: CpuSession, progress: Progress) -> dict[str, Any]:
             _keep_rate(values, path, large, _attention_seconds(session, large, 0.5))
     if native_module():
         values["gains"] = _gains(session, lambda part: progress("compiled kernels", 0.6 + 0.1 * part), values)
-        use_gains(values["gains"])  # the grid is of the paths that will run
+        use_gains(
+            {name: [(work, gain) for work, gain in pairs] for name, pairs in values["gains"].items()}
+        )  # the grid is of the paths that will run
     values["grid"], worst = [], _LEAST_SPREAD
     rates = Rates.measured(values | {"spread": 1.0}, this_machine())
     grid = _grid()
@@ -85,11 +87,11 @@ def _keep_rate(values: dict[str, Any], path: str, request: AttentionRequest, sec
 
 def _gains(
     session: CpuSession, progress: Callable[[float], None], values: dict[str, Any]
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[list[float]]]:
     """Torch's time over that of the compiled kernels, see `paths.Gains`: the lower of two measurements, each the median
     ratio of calls in turn. Adds the compiled paths' rates and host times to `values`.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[list[float]]] = {}  # lists, as JSON gives them back
     pairs = _compiled_samples()
     for number, (name, request) in enumerate(pairs):
         progress(number / len(pairs))
@@ -105,7 +107,7 @@ def _gains(
         if request.grads:
             torchs, compiled = _training(request, torchs), _compiled_training(session, request, compiled)
         ratios, seconds = _in_turn(request, torchs, compiled)
-        found.setdefault(name, []).append((float(request.visible_macs), ratios))
+        found.setdefault(name, []).append([float(request.visible_macs), ratios])
         if not request.grads:  # estimates are of the forward pass
             _keep_rate(values, path, request, seconds)
     return found
