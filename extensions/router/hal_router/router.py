@@ -47,7 +47,8 @@ class Slot:
         others: [device, log seconds believed] of the arms that were not chosen. known: the arm's residual, and the
             estimator's version that it is of. keys: None, and with it no belief, until an only arm is called again.
         tiled: whether the devices' own tilings were asked for, which takes longer than a decision. free: whether its
-            caller may be explored with. waited: calls before it was known what to learn by.
+            caller may be explored with. waited: calls before it was known what to learn by. odd: of a newest call
+            of unusual time, whether it took longer than was believed.
     """
 
     arm: Arm
@@ -56,6 +57,7 @@ class Slot:
     others: Sequence[list[Any]] = ()
     explored = stale = tiled = False
     free = True
+    odd: bool | None = None
     pending, pending_sum, most, waited, per_second = 0, 0.0, 0, 0, 0.0
     expected: float
     best: float
@@ -232,11 +234,15 @@ class Router:
             slot = self._slot_of(decision)
             ratio = seconds * slot.per_second
         usual = LOW < ratio < HIGH
-        if (
-            not usual and slot.keys is not None and operands is not None
-        ):  # perhaps of other lengths than the call before
-            ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
-            usual = LOW < ratio < HIGH
+        if usual:
+            slot.odd = None
+        elif slot.keys is not None:
+            if operands is not None:  # perhaps of other lengths than the call before
+                ratio = seconds * slot.scale(operands[0].shape[2], operands[1].shape[2])
+                usual = LOW < ratio < HIGH
+            if not usual and slot.most > 1 and not slot.others and slot.odd is not (ratio > 1.0):
+                # Where there is no choice one alone says little, as a call that was interrupted: two on one side do.
+                slot.odd, usual, ratio = ratio > 1.0, True, min(max(ratio, LOW), HIGH)
         if usual and slot.pending < slot.most:
             slot.pending += 1
             slot.pending_sum += ratio
