@@ -218,7 +218,7 @@ def _specialize(parts: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], wa
         try:
             part(*given)
             assert not _of_thread.products, "a product that nobody waits for"
-        except BaseException as failure:
+        except BaseException as failure:  # raised again where the threads are joined
             failures.append(failure)
 
     threads = [threading.Thread(target=run, args=part, daemon=True) for part in parts]
